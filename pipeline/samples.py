@@ -1,0 +1,149 @@
+"""Datasets as samples: parse ``KIND:PATH``, read the adapter, prove every file, and read image bytes again.
+
+``load_samples`` is the one place that decides which images get a row: an adapter lists them, this module
+checks that each can be read, digests its bytes and turns every failure into a counted problem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import fsspec
+
+from pipeline.datasets import Problem, Sample, SampleSet, adapter
+
+__all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples"]
+
+_HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset by name: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter."""
+
+    kind: str
+    root: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetSpec:
+        """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
+
+        Raises:
+            ValueError: no ``KIND:`` in front, an unknown kind, or an empty path.
+        """
+        kind, colon, rest = text.partition(":")
+        if not colon:
+            raise ValueError(f"dataset {text!r} has no kind; write KIND:PATH, for example flickr:{text}")
+        adapter(kind)
+        path, question, query = rest.rpartition("?")
+        if not question or "=" not in query:
+            path, query = rest, ""
+        if not path:
+            raise ValueError(f"dataset {text!r} has no path; write {kind}:PATH")
+        return cls(kind, path, tuple(parse_qsl(query, keep_blank_values=True)))
+
+    def __str__(self) -> str:
+        query = "&".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
+
+
+class ImageSource:
+    """Reads the bytes of one image by ``uri``; local paths directly, URLs through fsspec."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def resolve(self, uri: str) -> str:
+        """The path or URL that ``uri`` stands for, relative ones below ``root``."""
+        if "://" in uri or Path(uri).is_absolute():
+            return uri
+        return f"{self.root.rstrip('/')}/{uri}"
+
+    def read(self, uri: str, offset: int = -1, length: int = -1) -> bytes:
+        """The image's bytes as stored, not decoded.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            OSError: it is there and cannot be read, or holds fewer bytes than ``length``.
+        """
+        target = self.resolve(uri)
+        opened = fsspec.open(target, "rb") if "://" in target else Path(target).open("rb")
+        with opened as file:
+            if offset >= 0:
+                file.seek(offset)
+            data: bytes = file.read(length if length >= 0 else -1)
+        if length >= 0 and len(data) != length:
+            raise OSError(f"{target}: {len(data)} bytes at offset {offset}, {length} wanted; the file is cut short")
+        return data
+
+
+def load_samples(
+    spec: DatasetSpec, progress: Callable[[int, int], None] | None = None
+) -> tuple[SampleSet, list[str]]:
+    """Read a dataset and prove that each of its images can be read.
+
+    Args:
+        spec: which adapter, where, with which settings.
+        progress: called with (images checked, images listed).
+
+    Returns:
+        The samples that get a row, in the adapter's order, with every problem met; and the sha256 of each
+        sample's stored image bytes, in the same order.
+
+    Raises:
+        ValueError: the root does not have the published form of this kind (the adapter says what it looked
+            for), or not one image of it can be used.
+    """
+    listed = SampleSet(spec.kind, spec.root)
+    seen: set[str] = set()
+    for record in adapter(spec.kind)(spec.root, **dict(spec.options)):
+        if isinstance(record, Problem):
+            listed.problems.append(record)
+        elif record.sample_id in seen:
+            detail = f"{record.uri}: this sample_id is taken by an earlier sample"
+            listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image=True))
+        else:
+            seen.add(record.sample_id)
+            listed.samples.append(record)
+
+    source = ImageSource(_image_root(spec))
+
+    def digest(sample: Sample) -> str | Problem:
+        try:
+            data = source.read(sample.uri, sample.offset, sample.length)
+        except FileNotFoundError:
+            detail = f"{source.resolve(sample.uri)} does not exist"
+            return Problem("missing-file", sample.sample_id, detail, lost_image=True)
+        except OSError as error:
+            return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
+        return hashlib.sha256(data).hexdigest()
+
+    found = SampleSet(spec.kind, source.root, problems=listed.problems)
+    digests: list[str] = []
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for number, (sample, result) in enumerate(zip(listed.samples, pool.map(digest, listed.samples), strict=True)):
+            if isinstance(result, Problem):
+                found.problems.append(result)
+            else:
+                found.samples.append(sample)
+                digests.append(result)
+            if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
+                progress(number + 1, len(listed.samples))
+    if not found.samples:
+        first = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
+        raise ValueError(f"{spec}: no usable image among {len(listed.samples)} listed{first}")
+    return found, digests
+
+
+def _image_root(spec: DatasetSpec) -> str:
+    """The folder that relative uris start from: the root itself, or the folder of a table file."""
+    if "://" in spec.root:
+        return spec.root.rsplit("/", 1)[0] if spec.kind == "table" else spec.root
+    path = Path(spec.root).resolve()
+    return str(path.parent if path.is_file() else path)
