@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 import fsspec
 
 from pipeline.datasets import Problem, Sample, SampleSet, adapter
+from storage.errors import UsageError
 
 __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples"]
 
@@ -35,17 +36,17 @@ class DatasetSpec:
         """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
 
         Raises:
-            ValueError: no ``KIND:`` in front, an unknown kind, or an empty path.
+            UsageError: no ``KIND:`` in front, an unknown kind, or an empty path.
         """
         kind, colon, rest = text.partition(":")
         if not colon:
-            raise ValueError(f"dataset {text!r} has no kind; write KIND:PATH, for example flickr:{text}")
+            raise UsageError(f"dataset {text!r} has no kind; write KIND:PATH, for example flickr:{text}")
         adapter(kind)
         path, question, query = rest.rpartition("?")
         if not question or "=" not in query:
             path, query = rest, ""
         if not path:
-            raise ValueError(f"dataset {text!r} has no path; write {kind}:PATH")
+            raise UsageError(f"dataset {text!r} has no path; write {kind}:PATH")
         return cls(kind, path, tuple(parse_qsl(query, keep_blank_values=True)))
 
     def __str__(self) -> str:
@@ -73,8 +74,8 @@ class ImageSource:
             OSError: it is there and cannot be read, or holds fewer bytes than ``length``.
         """
         target = self.resolve(uri)
-        opened = fsspec.open(target, "rb") if "://" in target else Path(target).open("rb")
-        with opened as file:
+        opener = fsspec.open if "://" in target else open
+        with opener(target, "rb") as file:
             if offset >= 0:
                 file.seek(offset)
             data: bytes = file.read(length if length >= 0 else -1)
@@ -83,9 +84,7 @@ class ImageSource:
         return data
 
 
-def load_samples(
-    spec: DatasetSpec, progress: Callable[[int, int], None] | None = None
-) -> tuple[SampleSet, list[str]]:
+def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None = None) -> tuple[SampleSet, list[str]]:
     """Read a dataset and prove that each of its images can be read.
 
     Args:
@@ -97,7 +96,7 @@ def load_samples(
         sample's stored image bytes, in the same order.
 
     Raises:
-        ValueError: the root does not have the published form of this kind (the adapter says what it looked
+        UsageError: the root does not have the published form of this kind (the adapter says what it looked
             for), or not one image of it can be used.
     """
     listed = SampleSet(spec.kind, spec.root)
@@ -137,7 +136,7 @@ def load_samples(
                 progress(number + 1, len(listed.samples))
     if not found.samples:
         first = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
-        raise ValueError(f"{spec}: no usable image among {len(listed.samples)} listed{first}")
+        raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{first}")
     return found, digests
 
 

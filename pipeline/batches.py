@@ -1,0 +1,165 @@
+"""Training batches: pixels and tokens for the student, the teacher's rows from the cache, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.preprocess import Preprocess, decode_image
+from pipeline.samples import ImageSource
+from storage.order import batches, epoch_rng, window_order
+from storage.reader import EmbeddingReader
+
+__all__ = ["CachedTeacher", "Pairs", "StudentImages", "TeacherSource", "TeacherTargets", "epoch_loader", "epoch_pairs"]
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+_CAPTION_STREAM = 2**31  # a stream of random numbers that no window of the row order uses
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's side of a batch.
+
+    Attributes:
+        image, text: (batch, teacher_dim) float32, normalised.
+    """
+
+    image: Tensor
+    text: Tensor
+
+
+class TeacherSource(Protocol):
+    """Where a batch's targets come from: the cache, or a teacher that runs."""
+
+    logit_scale: float
+
+    def targets(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> TeacherTargets:
+        """Targets of the pairs (image row, caption row), in this order."""
+
+
+class CachedTeacher:
+    """Targets from a finished cache. No model is built or imported."""
+
+    def __init__(self, reader: EmbeddingReader) -> None:
+        self._reader = reader
+        self.logit_scale = reader.manifest.identity.teacher.logit_scale
+
+    def targets(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> TeacherTargets:
+        """See :class:`TeacherSource`."""
+        image = self._reader.take("image", image_rows)
+        text = self._reader.take("text", caption_rows)
+        return TeacherTargets(torch.from_numpy(image).float(), torch.from_numpy(text).float())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One batch as row numbers of the cache: image ``i`` with one of its captions."""
+
+    image_rows: NDArray[np.int64]
+    caption_rows: NDArray[np.int64]
+
+
+def epoch_pairs(
+    reader: EmbeddingReader,
+    image_rows: NDArray[np.int64],
+    batch_size: int,
+    window_chunks: int,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+) -> Iterator[Pairs]:
+    """The batches of one epoch, a pure function of the arguments; each image once, with one caption at random.
+
+    Args:
+        image_rows: ascending rows that take part.
+        start_step: leave out so many batches at the start, to go on where a run stopped.
+    """
+    offsets = reader.caption_offsets
+    # one draw per row of the cache, so that a row's caption does not depend on who else takes part
+    draws = epoch_rng(seed, epoch, _CAPTION_STREAM).random(reader.manifest.layout.image_rows)
+    chunk_rows = reader.manifest.layout.image_chunk_rows
+    order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
+    for step, rows in enumerate(batches(order, batch_size)):
+        if step >= start_step:
+            counts = offsets[rows + 1] - offsets[rows]
+            yield Pairs(rows, offsets[rows] + (draws[rows] * counts).astype(np.int64))
+
+
+class StudentImages(Dataset[Tensor]):
+    """Row of the cache to the pixels that the student sees of this image: float32 (3, height, width)."""
+
+    def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
+        samples = reader.samples
+        self._ids, self._uris = samples["sample_id"], samples["uri"]
+        self._offsets, self._lengths = samples["offset"], samples["length"]
+        self._source = source
+        self._transform = preprocess.transform()
+
+    def __getitem__(self, row: int) -> Tensor:
+        uri = self._uris[row].as_py()
+        try:
+            data = self._source.read(uri, self._offsets[row].as_py(), self._lengths[row].as_py())
+        except OSError as error:
+            raise OSError(
+                f"row {row} ({self._ids[row].as_py()}): {self._source.resolve(uri)} cannot be read: {error}. "
+                "Were the images moved? Name their folder with --image-root."
+            ) from error
+        pixels: Tensor = self._transform(decode_image(data))
+        return pixels
+
+
+class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
+    """Pixels and token ids of one (image row, caption row)."""
+
+    def __init__(self, images: StudentImages, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._images, self._texts, self._tokenizer = images, texts, tokenizer
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        image_row, caption_row = pair
+        return self._images[image_row], self._tokenizer([self._texts[caption_row].as_py()])[0]
+
+
+class _PairSampler:
+    """Hands the DataLoader batches of (image row, caption row), and remembers none of them."""
+
+    def __init__(self, pairs: Sequence[Pairs]) -> None:
+        self._pairs = pairs
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for pair in self._pairs:
+            yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
+def epoch_loader(
+    reader: EmbeddingReader,
+    source: ImageSource,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pairs],
+    workers: int,
+) -> DataLoader[Any]:
+    """(pixels, tokens) for each of ``pairs``, in their order, decoded by ``workers`` processes (0: this one)."""
+    return DataLoader(
+        _StudentInputs(StudentImages(reader, source, preprocess), reader.captions["text"], tokenizer),
+        batch_sampler=_PairSampler(pairs),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=one_thread,
+    )
+
+
+def one_thread(worker: int) -> None:
+    """Set up a DataLoader worker."""
+    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step

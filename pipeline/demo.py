@@ -1,0 +1,120 @@
+"""The main job on an embedded default: rendered scenes and a small trained teacher, no download, no service."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+from rich.table import Table
+
+from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
+from pipeline.evaluate import EvaluateResult, evaluate
+from pipeline.runs import RunFolder
+from storage.console import StageProgress
+
+__all__ = ["DemoResult", "demo_table", "run_demo"]
+
+# what reaches most of its teacher in about a minute and a half on two cores
+STUDENT = "scenes-small"
+EPOCHS = 20
+BATCH_SIZE = 128
+LEARNING_RATE = 2e-3
+
+
+class DemoResult(BaseModel, frozen=True):
+    """What the demo measured."""
+
+    evaluation: EvaluateResult
+    teacher_parameters: int
+    student_parameters: int
+    seconds: dict[str, float] = Field(description="Wall clock by stage.")
+
+
+def run_demo(out: Path, progress: StageProgress) -> DemoResult:
+    """Precompute, train and evaluate below ``out``. Scenes rendered before are used again; cache and run are not."""
+    from pipeline.precompute import precompute
+    from pipeline.teacher import load_teacher
+    from pipeline.train import StepProgress, train
+
+    cache, run = out / "scenes.cache", out / "student"
+    for old in (cache, run):
+        shutil.rmtree(old, ignore_errors=True)
+    seconds: dict[str, float] = {}
+
+    started = time.perf_counter()
+    teacher = load_teacher("bundled:scenes", device="cpu")
+    teacher_parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+    del teacher
+    precompute(
+        PrecomputeConfig(dataset=f"scenes:{out / 'scenes'}", teacher="bundled:scenes", cache=str(cache)), progress
+    )
+    seconds["precompute"] = time.perf_counter() - started
+
+    def report(at: StepProgress) -> None:
+        progress("train", at.step, at.total_steps, f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s")
+
+    started = time.perf_counter()
+    train(
+        TrainConfig(
+            cache=str(cache),
+            student=STUDENT,
+            out=str(run),
+            epochs=EPOCHS,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+        ),
+        report,
+    )
+    seconds["train"] = time.perf_counter() - started
+
+    def scored(stage: str, done: int, total: int) -> None:
+        progress(f"test {stage}", done, total)
+
+    started = time.perf_counter()
+    evaluation = evaluate(EvaluateConfig(cache=str(cache), run=str(run), split="test"), scored)
+    seconds["evaluate"] = time.perf_counter() - started
+    return DemoResult(
+        evaluation=evaluation,
+        teacher_parameters=teacher_parameters,
+        student_parameters=RunFolder(run).read().student_parameters,
+        seconds=seconds,
+    )
+
+
+def demo_table(result: DemoResult) -> Table:
+    """One table: teacher and student, recalls both ways, retention, parameters, seconds by stage."""
+    found = result.evaluation
+    assert found.student is not None  # the demo evaluates a run
+    assert found.retention is not None
+    stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in result.seconds.items())
+    table = Table(
+        title=f"{found.images} test scenes, {found.captions} captions; chance R@1 is {100 / found.images:.2f} %",
+        caption=f"seconds spent: {stages}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column("parameters", justify="right")
+    cells: dict[str, list[Any]] = {
+        "teacher": [f"{result.teacher_parameters:,}"],
+        "student": [f"{result.student_parameters:,}"],
+        "retention": [f"{100 * result.student_parameters / result.teacher_parameters:.0f} %"],
+    }
+    for direction, recalls in found.teacher.items():
+        for name in recalls:
+            table.add_column(f"{direction} {name}", justify="right")
+            cells["teacher"].append(f"{recalls[name]:.1f}")
+            cells["student"].append(f"{found.student[direction][name]:.1f}")
+            kept = found.retention[direction][name]
+            cells["retention"].append("-" if kept is None else f"{kept:.0f} %")
+    table.add_column("mean", justify="right")
+    for label, values in (("teacher", found.teacher), ("student", found.student)):
+        recalls_all = [value for recalls in values.values() for value in recalls.values()]
+        cells[label].append(f"{sum(recalls_all) / len(recalls_all):.1f}")
+    cells["retention"].append(f"{found.retention['mean']:.0f} %")
+    for label, row in cells.items():
+        table.add_row(label, *row)
+    return table

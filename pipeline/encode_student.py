@@ -1,0 +1,75 @@
+"""Embed rows of a cache with a student, for its evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from pipeline.batches import StudentImages, one_thread
+from pipeline.device import resolve_device
+from pipeline.samples import ImageSource
+from pipeline.student import load_student, student_tokenizer
+from storage.reader import EmbeddingReader
+
+__all__ = ["default_workers", "encode_rows"]
+
+
+def default_workers() -> int:
+    """Processes that decode images: half the cores, at most 8; the step needs the others."""
+    return min(8, (os.cpu_count() or 1) // 2)
+
+
+def encode_rows(
+    checkpoint: Path,
+    reader: EmbeddingReader,
+    image_rows: NDArray[np.int64],
+    caption_rows: NDArray[np.int64],
+    image_root: str,
+    device_name: str = "auto",
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The student's normalised features of some images and captions, float32 (rows, embed_dim), in their order.
+
+    Raises:
+        ValueError: no checkpoint in this folder, or no such device.
+        OSError: an image cannot be read where ``image_root`` says.
+    """
+    device = resolve_device(device_name)
+    student, config = load_student(checkpoint)
+    student.to(device)
+    tokenizer = student_tokenizer(config)
+    texts = reader.captions["text"]
+    loader = DataLoader(
+        StudentImages(reader, ImageSource(image_root), student.preprocess),
+        batch_size=batch_size,
+        sampler=image_rows.tolist(),
+        num_workers=default_workers() if workers is None else workers,
+        worker_init_fn=one_thread,
+    )
+    image = np.empty((len(image_rows), student.embed_dim), np.float32)
+    text = np.empty((len(caption_rows), student.embed_dim), np.float32)
+
+    def report(stage: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(stage, done, total)
+
+    with torch.inference_mode():
+        done = 0
+        for pixels in loader:
+            image[done : done + len(pixels)] = student.encode_image(pixels.to(device)).cpu().numpy()
+            done += len(pixels)
+            report("images", done, len(image_rows))
+        for start in range(0, len(caption_rows), batch_size):
+            part = texts.take(caption_rows[start : start + batch_size]).to_pylist()
+            features = student.encode_text(tokenizer(part).to(device)).cpu().numpy()
+            text[start : start + len(part)] = features
+            report("captions", start + len(part), len(caption_rows))
+    return image, text

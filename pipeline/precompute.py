@@ -1,0 +1,458 @@
+"""Run the teacher once: plan the cache, encode what is pending chunk by chunk, seal it.
+
+Decoding (threads), the teacher (this thread) and writing (one thread) overlap, across chunk borders too. What
+a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
+and resumed run writes the very bytes of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from pipeline.config import PrecomputeConfig
+from pipeline.preprocess import UndecodableImageError, decode_image
+from pipeline.samples import DatasetSpec, ImageSource, SampleSet, load_samples
+from pipeline.teacher import LiveTeacher, load_teacher
+from storage.arrays import ARRAYS, array_dtype
+from storage.commits import ChunkRef, QuarantinedRow, all_chunks
+from storage.errors import CacheNotFoundError
+from storage.files import open_files
+from storage.inspect import describe_cache
+from storage.journal import ChunkCost
+from storage.manifest import (
+    CacheIdentity,
+    CacheManifest,
+    DatasetIdentity,
+    Layout,
+    Source,
+    TargetsIdentity,
+    ViewsIdentity,
+    digest_of,
+)
+from storage.reader import EmbeddingReader
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
+from storage.writer import EmbeddingWriter, plan_cache, read_manifest
+
+__all__ = ["PrecomputeResult", "encode_chunks", "plan_precompute", "precompute", "summarize"]
+
+Progress = Callable[[str, int, int], None]
+
+_BATCHES_AHEAD = 4
+_CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
+_PROBLEMS_SHOWN = 50
+
+
+class PrecomputeResult(BaseModel, frozen=True):
+    """What a run of precompute did and what the cache holds now."""
+
+    cache: str
+    manifest_digest: str
+    identity_digest: str
+    teacher: str
+    images: int = Field(description="Rows of the image tower, quarantined ones included.")
+    captions: int
+    splits: dict[str, int]
+    chunks: int
+    chunks_encoded: int = Field(description="By this run; the others were there.")
+    quarantined: int = Field(description="Images with a row that could not be decoded; they have no embedding.")
+    lost_images: int = Field(description="Images of the dataset that got no row.")
+    problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
+    problem_details: tuple[str, ...] = Field(description="The first 50, by name.")
+    seconds: float
+    images_per_second: float | None = Field(description="Of the teacher, over all chunks of the cache.")
+    captions_per_second: float | None
+
+
+def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> PrecomputeResult:
+    """Make the cache that ``config`` describes, or finish the one that is there.
+
+    Safe to stop at any moment and to call again: only chunks without a sound commit are encoded.
+
+    Args:
+        progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
+
+    Raises:
+        ValueError: dataset, teacher or device cannot be used; nothing is written then.
+        CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing.
+    """
+    started = time.perf_counter()
+    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    pending = plan_precompute(config, teacher, progress)
+    encode_chunks(config, teacher, pending, progress)
+    return summarize(config.cache, len(pending), time.perf_counter() - started)
+
+
+def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
+    """Write the cache's manifest and tables, or check them against what is there.
+
+    Returns:
+        The chunks that are still to be encoded.
+    """
+
+    def count(done: int, total: int) -> None:
+        if progress is not None:
+            progress("check files", done, total)
+
+    spec = DatasetSpec.parse(config.dataset)
+    dataset, digests = load_samples(spec, count)
+    tables = _tables(dataset, digests)
+    identity = CacheIdentity(
+        teacher=teacher.identity(),
+        preprocess=teacher.preprocess.identity(),
+        tokenizer=teacher.tokenizer_identity(),
+        views=ViewsIdentity(policy="evaluation", count=1),
+        targets=TargetsIdentity(),
+        dataset=_dataset_identity(spec, tables),
+    )
+    layout = _layout(config, identity)
+    plan_cache(
+        config.cache,
+        identity,
+        layout,
+        Source(dataset=str(spec), image_root=dataset.root),
+        tables,
+        made_with=_versions(),
+    )
+    return EmbeddingWriter(config.cache).pending()
+
+
+def encode_chunks(
+    config: PrecomputeConfig, teacher: LiveTeacher, refs: Sequence[ChunkRef], progress: Progress | None = None
+) -> None:
+    """Encode some chunks of a planned cache. When it returns, each of them is committed.
+
+    An image that cannot be decoded quarantines its row and is named in the chunk's commit.
+    """
+    writer = EmbeddingWriter(config.cache)
+    manifest = writer.manifest
+    threads = config.decode_threads or os.cpu_count() or 1
+    done: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for ref in refs:
+        totals[ref.tower] += len(ref.rows(manifest.layout))
+    jobs = _Jobs(teacher, manifest, writer)
+    writing: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
+        try:
+            for batch in _ahead(decoders, jobs.batches(refs, config.batch_size)):
+                chunk = batch.chunk
+                chunk.start(batch.asked_at)
+                waited = time.perf_counter()
+                inputs = batch.inputs()
+                began = time.perf_counter()
+                chunk.run(teacher, batch, inputs)
+                ended = time.perf_counter()
+                chunk.decode_wait_seconds += began - waited
+                chunk.teacher_seconds += ended - began
+                done[chunk.ref.tower] += len(batch.rows)
+                if batch.last:
+                    # two chunks may wait for the disk before the teacher has to
+                    while len(writing) >= 2:
+                        writing.popleft().result()
+                    writing.append(writers.submit(chunk.write, writer, str(teacher.device)))
+                if progress is not None:
+                    stage = "images" if chunk.ref.tower == "image" else "captions"
+                    progress(stage, done[chunk.ref.tower], totals[chunk.ref.tower])
+            while writing:
+                writing.popleft().result()
+        except BaseException:
+            # stop decoding ahead; whole chunks on their way to the disk are still written
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
+    """Seal a finished cache and say what is in it.
+
+    Args:
+        chunks_encoded, seconds: of the run that asks.
+
+    Raises:
+        CacheIncompleteError: chunks are missing.
+    """
+    writer = EmbeddingWriter(cache)
+    manifest = writer.seal()
+    problems: Counter[str] = Counter()
+    details: list[str] = []
+    for row in read_table(writer.files, manifest, PROBLEMS).to_pylist():
+        problems[row["kind"]] += 1
+        details.append(f"{row['kind']}: {row['where']}: {row['detail']}")
+    quarantined = EmbeddingReader(cache).quarantined
+    for item in quarantined:
+        problems[item.reason] += 1
+        details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
+    generation = manifest.generations[-1]
+    info = describe_cache(cache)
+    return PrecomputeResult(
+        cache=cache,
+        manifest_digest=manifest.digest,
+        identity_digest=manifest.identity_digest,
+        teacher=manifest.identity.teacher.name,
+        images=manifest.layout.image_rows,
+        captions=manifest.layout.text_rows,
+        splits=manifest.identity.dataset.splits,
+        chunks=manifest.layout.num_chunks,
+        chunks_encoded=chunks_encoded,
+        quarantined=len(quarantined),
+        lost_images=generation.lost_images,
+        problems=dict(sorted(problems.items())),
+        problem_details=tuple(details[:_PROBLEMS_SHOWN]),
+        seconds=seconds,
+        images_per_second=info.images_per_second,
+        captions_per_second=info.captions_per_second,
+    )
+
+
+@dataclass
+class _Chunk:
+    """One chunk while it is being encoded."""
+
+    ref: ChunkRef
+    rows: range
+    arrays: dict[str, NDArray[Any]]
+    quarantined: list[QuarantinedRow] = field(default_factory=list)
+    started: float | None = None
+    decode_wait_seconds: float = 0.0
+    teacher_seconds: float = 0.0
+
+    def start(self, at: float) -> None:
+        if self.started is None:
+            self.started = at
+
+    def run(self, teacher: LiveTeacher, batch: _Batch, inputs: list[Any]) -> None:
+        """Put the embeddings of one batch into their rows."""
+        at = slice(batch.rows.start - self.rows.start, batch.rows.stop - self.rows.start)
+        if self.ref.tower == "text":
+            encoded = teacher.encode_texts(torch.stack(inputs))
+        else:
+            blank = torch.zeros(3, *teacher.preprocess.size)
+            # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
+            encoded = teacher.encode_images(
+                torch.stack([item.pixels if item.pixels is not None else blank for item in inputs])
+            )
+            self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
+        self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
+        for row, item in zip(batch.rows, inputs, strict=True):
+            if isinstance(item, _Decoded) and item.lost is not None:
+                self.quarantined.append(QuarantinedRow(row=row, **item.lost))
+                for values in self.arrays.values():
+                    values[row - self.rows.start] = np.nan
+
+    def write(self, writer: EmbeddingWriter, device: str) -> None:
+        assert self.started is not None  # the batch that ended the chunk started it
+        cost = ChunkCost(
+            rows=len(self.rows),
+            seconds=time.perf_counter() - self.started,
+            decode_wait_seconds=self.decode_wait_seconds,
+            teacher_seconds=self.teacher_seconds,
+            device=device,
+        )
+        writer.write(self.ref, self.arrays, self.quarantined, cost)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pixels: torch.Tensor | None
+    crop: tuple[float, ...]
+    lost: dict[str, str] | None = None
+
+
+def _lost(sample: dict[str, Any], reason: str, detail: str) -> _Decoded:
+    lost = {"sample_id": sample["sample_id"], "reason": reason, "detail": detail}
+    return _Decoded(None, (np.nan,) * 5, lost)
+
+
+@dataclass
+class _Batch:
+    chunk: _Chunk
+    rows: range
+    last: bool
+    prepare: Callable[[range], list[Callable[[], Any]]]
+    futures: list[Future[Any]] = field(default_factory=list)
+    asked_at: float = 0.0
+
+    def submit(self, pool: ThreadPoolExecutor) -> None:
+        self.asked_at = time.perf_counter()
+        self.futures = [pool.submit(job) for job in self.prepare(self.rows)]
+
+    def inputs(self) -> list[Any]:
+        return [future.result() for future in self.futures]
+
+
+class _Jobs:
+    """Turns chunks into batches whose inputs can be prepared by any thread."""
+
+    def __init__(self, teacher: LiveTeacher, manifest: CacheManifest, writer: EmbeddingWriter) -> None:
+        self._tokenizer = teacher.tokenizer
+        self._preprocess = teacher.preprocess
+        self._transform = teacher.preprocess.transform()
+        self._source = ImageSource(manifest.source.image_root)
+        self._layout = manifest.layout
+        self._samples = read_table(writer.files, manifest, SAMPLES)
+        self._captions = read_table(writer.files, manifest, CAPTIONS)
+
+    def batches(self, refs: Sequence[ChunkRef], batch_size: int) -> Iterator[_Batch]:
+        for ref in refs:
+            rows = ref.rows(self._layout)
+            tail = {"embedding": (self._layout.embed_dim,), "norm": (), "view": (5,)}
+            arrays = {
+                name: np.full((len(rows), *tail[name]), np.nan, array_dtype(ref.tower, name))
+                for name in ARRAYS[ref.tower]
+            }
+            chunk = _Chunk(ref, rows, arrays)
+            prepare = self._image_jobs if ref.tower == "image" else self._text_jobs
+            for start in range(rows.start, rows.stop, batch_size):
+                stop = min(start + batch_size, rows.stop)
+                yield _Batch(chunk, range(start, stop), stop == rows.stop, prepare)
+
+    def _image_jobs(self, rows: range) -> list[Callable[[], Any]]:
+        part = self._samples.slice(rows.start, len(rows)).to_pylist()
+        return [partial(self._decode, sample) for sample in part]
+
+    def _decode(self, sample: dict[str, Any]) -> _Decoded:
+        """Pixels and crop of one image, or why there are none.
+
+        Raises:
+            OSError: the bytes cannot be read just now; another try may, so the row is not given up.
+        """
+        try:
+            data = self._source.read(sample["uri"], sample["offset"], sample["length"])
+            if hashlib.sha256(data).hexdigest() != sample["content_sha256"]:
+                return _lost(sample, "changed-file", f"{sample['uri']} has other bytes than when the cache was planned")
+            image = decode_image(data)
+            return _Decoded(self._transform(image), self._preprocess.evaluation_crop(*image.size))
+        except FileNotFoundError:
+            return _lost(sample, "missing-file", f"{sample['uri']} was there when the cache was planned")
+        except UndecodableImageError as error:
+            return _lost(sample, "undecodable-image", str(error))
+
+    def _text_jobs(self, rows: range) -> list[Callable[[], Any]]:
+        texts = self._captions["text"].slice(rows.start, len(rows)).to_pylist()
+        return [partial(self._tokenize, text) for text in texts]
+
+    def _tokenize(self, text: str) -> torch.Tensor:
+        tokens: torch.Tensor = self._tokenizer([text])[0]
+        return tokens
+
+
+def _ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same batches, a few of them already being prepared."""
+    waiting: deque[_Batch] = deque()
+    for batch in batches:
+        batch.submit(pool)
+        waiting.append(batch)
+        if len(waiting) > _BATCHES_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
+    samples = dataset.samples
+    counts = [len(sample.captions) for sample in samples]
+    texts = [caption for sample in samples for caption in sample.captions]
+    return {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(len(samples)),
+                "sample_id": [sample.sample_id for sample in samples],
+                "uri": [sample.uri for sample in samples],
+                "offset": [sample.offset for sample in samples],
+                "length": [sample.length for sample in samples],
+                "content_sha256": digests,
+                "split": [sample.split for sample in samples],
+            }
+        ),
+        CAPTIONS: pa.table(
+            {"row": np.arange(len(texts)), "image_row": np.repeat(np.arange(len(samples)), counts), "text": texts}
+        ),
+        PROBLEMS: pa.table(
+            {
+                "kind": pa.array([problem.kind for problem in dataset.problems], pa.string()),
+                "where": pa.array([problem.where for problem in dataset.problems], pa.string()),
+                "detail": pa.array([problem.detail for problem in dataset.problems], pa.string()),
+                "lost_image": pa.array([problem.lost_image for problem in dataset.problems], pa.bool_()),
+            }
+        ),
+    }
+
+
+def _dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
+    samples, captions = tables[SAMPLES], tables[CAPTIONS]
+    return DatasetIdentity(
+        kind=spec.kind,
+        images=samples.num_rows,
+        captions=captions.num_rows,
+        splits=dict(Counter(samples["split"].to_pylist())),
+        samples_sha256=digest_of(samples.select(["sample_id", "split", "content_sha256"]).to_pydict()),
+        captions_sha256=digest_of(captions.select(["image_row", "text"]).to_pydict()),
+    )
+
+
+def _layout(config: PrecomputeConfig, identity: CacheIdentity) -> Layout:
+    """Chunk rows as asked for, as the cache that is there has them, or by the number of rows."""
+    images, captions = identity.dataset.images, identity.dataset.captions
+    image_chunk_rows, text_chunk_rows = config.chunk_rows, config.chunk_rows
+    if config.chunk_rows is None:
+        try:
+            layout = read_manifest(open_files(config.cache)).layout
+            image_chunk_rows, text_chunk_rows = layout.image_chunk_rows, layout.text_chunk_rows
+        except CacheNotFoundError:
+            image_chunk_rows, text_chunk_rows = _chunk_rows(images), _chunk_rows(captions)
+    return Layout(
+        embed_dim=identity.teacher.embed_dim,
+        views=identity.views.count,
+        image_rows=images,
+        text_rows=captions,
+        image_chunk_rows=image_chunk_rows,
+        text_chunk_rows=text_chunk_rows,
+    )
+
+
+def _chunk_rows(rows: int) -> int:
+    """4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
+    size = _CHUNK_ROWS
+    while size > 64 and rows < 16 * size:
+        size //= 2
+    return size
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from PIL import __version__ as pillow
+
+    names = ("torch", "torchvision", "open_clip_torch", "numpy", "zarr", "teacher-cache")
+    return {"python": platform.python_version(), "pillow": pillow, **{name: version(name) for name in names}}
+
+
+def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
+    """Cut pending chunks into spans for separate tasks; a span stays within one tower and view."""
+    spans: list[list[ChunkRef]] = []
+    for ref in pending:
+        if spans and len(spans[-1]) < chunks_per_span and spans[-1][-1][:2] == ref[:2]:
+            spans[-1].append(ref)
+        else:
+            spans.append([ref])
+    return spans
+
+
+def count_done(cache: str) -> tuple[int, int]:
+    """(committed chunks, all chunks) of a cache, by its commit records alone."""
+    files = open_files(cache)
+    refs = all_chunks(read_manifest(files).layout)
+    return sum(files.exists(ref.commit_key) for ref in refs), len(refs)

@@ -1,0 +1,214 @@
+"""Students: any open_clip model config, with a projection to the teacher's width when the widths differ."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.preprocess import Preprocess
+from storage.errors import UsageError
+
+__all__ = ["Student", "StudentOutput", "build_student", "load_student", "presets", "save_student", "student_config"]
+
+# 4.6052 = ln(100), CLIP's ceiling on logit_scale
+MAX_LOG_LOGIT_SCALE = math.log(100)
+
+_CONFIG, _WEIGHTS, _PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """Features of one batch, all L2-normalised float32 (see ``pipeline.losses.LossInputs``)."""
+
+    image: Tensor
+    text: Tensor
+    projected_image: Tensor
+    projected_text: Tensor
+    logit_scale: Tensor
+
+
+class Student(nn.Module):
+    """An open_clip model that learns from a teacher of any width.
+
+    Its own features are what is evaluated and shipped. The projections map them to the teacher's space for the
+    losses that compare features directly; they are trained along and saved beside the model.
+    """
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess, embed_dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocess = preprocess
+        self.embed_dim = embed_dim
+        self.teacher_dim = teacher_dim
+        same = embed_dim == teacher_dim
+        self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+        self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(batch, 3, height, width) float32 to (batch, embed_dim), normalised."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(batch, context_length) int64 to (batch, embed_dim), normalised."""
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
+        """Both towers and both projections of one batch."""
+        image, text = self.encode_image(pixels), self.encode_text(tokens)
+        return StudentOutput(
+            image,
+            text,
+            F.normalize(self.image_projection(image).float(), dim=-1),
+            F.normalize(self.text_projection(text).float(), dim=-1),
+            self.model.logit_scale.exp(),  # type: ignore[operator]
+        )
+
+    def clamp_logit_scale(self) -> None:
+        """Keep logit_scale at 100 or below; call after every optimizer step."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the open_clip model: what is shipped, without the projections."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def presets() -> dict[str, Path]:
+    """Shipped student configs by name."""
+    # in an installed wheel they lie in the package, in a clone at the top
+    packaged = Path(__file__).parent / "configs" / "students"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs" / "students"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def student_config(name: str) -> dict[str, Any]:
+    """The open_clip model config of a student.
+
+    Args:
+        name: a shipped preset, the path of a JSON file in the form of open_clip's model configs, or the name of a
+            built-in open_clip model (its architecture alone; weights start at random).
+
+    Raises:
+        UsageError: none of these, or the file is not a model config.
+    """
+    path = presets().get(name) or (Path(name) if name.endswith(".json") else None)
+    if path is None:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UsageError(
+                f"student {name!r} is not known: presets are {', '.join(presets())}; or give an open_clip model name "
+                "or the path of a model config ending in .json"
+            )
+        return dict(config)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"student {name!r}: no such file; presets are {', '.join(presets())}") from error
+    except ValueError as error:
+        raise UsageError(f"student {name!r}: not JSON: {error}") from error
+    config = config.get("model_cfg", config) if isinstance(config, dict) else config
+    missing = [
+        key for key in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or key not in config
+    ]
+    if missing:
+        raise UsageError(f"student {name!r}: not an open_clip model config, it lacks {', '.join(missing)}")
+    return dict(config)
+
+
+def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], teacher_dim: int) -> Student:
+    """A student with random weights, seeded by torch's global generator.
+
+    Args:
+        config: open_clip model config.
+        teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all of it but the image
+            size: it has to see the region and the colours that its teacher saw.
+        teacher_dim: width of the cached embeddings.
+    """
+    preprocess = {key: value for key, value in teacher_preprocess.items() if key != "size"}
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+        (Path(folder) / _CONFIG).write_text(text)
+        model = _create(folder, load_weights=False)
+    return Student(model, Preprocess.of_model(model), int(config["embed_dim"]), teacher_dim)
+
+
+def save_student(student: Student, config: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint: an open_clip model folder (``local-dir:``), and the projections beside it.
+
+    Writes into ``folder``, which must be there; making that atomic is up to the caller.
+    """
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": student.preprocess.to_config()}, indent=2)
+    (folder / _CONFIG).write_text(text + "\n")
+    save_file(_contiguous(student.model), folder / _WEIGHTS)
+    projections = {
+        f"{name}.weight": module.weight.detach().contiguous()
+        for name, module in (("image", student.image_projection), ("text", student.text_projection))
+        if isinstance(module, nn.Linear)
+    }
+    if projections:
+        save_file(projections, folder / _PROJECTION)
+
+
+def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
+    """A student from its checkpoint, in evaluation mode, and its open_clip model config.
+
+    Raises:
+        UsageError: there is no checkpoint, or it cannot be used.
+    """
+    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
+        raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {_WEIGHTS} wanted)")
+    config = json.loads((folder / _CONFIG).read_text())["model_cfg"]
+    model = _create(str(folder), load_weights=True)
+    embed_dim = int(config["embed_dim"])
+    projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
+    teacher_dim = int(projections["image.weight"].shape[0]) if projections else embed_dim
+    student = Student(model, Preprocess.of_model(model), embed_dim, teacher_dim)
+    for name, module in (("image", student.image_projection), ("text", student.text_projection)):
+        if isinstance(module, nn.Linear):
+            module.load_state_dict({"weight": projections[f"{name}.weight"]})
+    return student.eval(), config
+
+
+def student_tokenizer(config: dict[str, Any]) -> Any:
+    """The tokenizer that a model config names, at its context length."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _CONFIG).write_text(json.dumps({"model_cfg": config}))
+        return open_clip.get_tokenizer(f"local-dir:{folder}", context_length=config["text_cfg"].get("context_length"))
+
+
+def _create(folder: str, load_weights: bool) -> nn.Module:
+    # open_clip warns through the root logger that weights are random; for a new student they are meant to be
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model: nn.Module = open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=load_weights,
+                require_pretrained=load_weights,
+                # a student from scratch starts from scratch: no download of the trunk's ImageNet weights
+                pretrained_image=False,
+                pretrained_text=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    return model
+
+
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

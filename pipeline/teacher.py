@@ -1,0 +1,179 @@
+"""Frozen teachers: load any open_clip model, prove what it is, and encode with it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.pretrained import get_pretrained_cfg
+
+from pipeline.config import Precision
+from pipeline.device import resolve_device
+from pipeline.preprocess import Preprocess
+from storage.errors import UsageError
+from storage.manifest import TeacherIdentity, TokenizerIdentity, digest_of
+
+__all__ = ["Encoded", "LiveTeacher", "load_teacher"]
+
+BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Embeddings of one batch, as they go into a cache.
+
+    Attributes:
+        embedding: (batch, embed_dim) float16, unit norm.
+        norm: (batch,) float32, the norm before normalising: raw = embedding * norm.
+    """
+
+    embedding: NDArray[np.float16]
+    norm: NDArray[np.float32]
+
+
+class LiveTeacher:
+    """An open_clip model in evaluation mode with its own preprocessing and tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        architecture: dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.name = name
+        self.pretrained = pretrained
+        self.device = device
+        self.precision = precision
+        self.preprocess = Preprocess.of_model(model)
+        self.tokenizer = tokenizer
+        self.architecture = architecture
+        self.weights_sha256 = _digest_weights(model)
+        self.model = model.to(device).eval().requires_grad_(False)
+        if device.type == "cuda" and precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 keeps 10 bits of mantissa
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines, after exp."""
+        return float(self.model.logit_scale.exp().item())  # type: ignore[operator]
+
+    def encode_images(self, pixels: torch.Tensor) -> Encoded:
+        """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
+        return self._finish(self.model.encode_image, pixels)
+
+    def encode_texts(self, tokens: torch.Tensor) -> Encoded:
+        """Embed (batch, context_length) int64 token ids."""
+        return self._finish(self.model.encode_text, tokens)
+
+    def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
+        cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.precision != "fp32":
+            cast = torch.autocast(self.device.type, _DTYPES[self.precision])
+        with torch.inference_mode(), cast:
+            features = encode(batch.to(self.device, non_blocking=True))
+        features = features.float()
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        embedding = (features / norm).half()
+        return Encoded(embedding.cpu().numpy(), norm.squeeze(-1).cpu().numpy())
+
+    def identity(self) -> TeacherIdentity:
+        """What a cache records of the teacher."""
+        with torch.inference_mode():
+            probe = torch.zeros(1, 3, *self.preprocess.size, device=self.device)
+            embed_dim = int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+        bias = getattr(self.model, "logit_bias", None)
+        return TeacherIdentity(
+            name=self.name,
+            pretrained=self.pretrained,
+            weights_sha256=self.weights_sha256,
+            architecture=self.architecture,
+            activation=_activations(self.model),
+            embed_dim=embed_dim,
+            precision=self.precision,
+            logit_scale=self.logit_scale,
+            logit_bias=None if bias is None else float(bias.item()),
+        )
+
+    def tokenizer_identity(self) -> TokenizerIdentity:
+        """What a cache records of the tokenizer."""
+        return TokenizerIdentity(
+            name=type(self.tokenizer).__name__,
+            context_length=int(self.model.context_length),  # type: ignore[arg-type]
+            probe_sha256=digest_of(self.tokenizer(list(_PROBE_TEXTS)).tolist()),
+        )
+
+
+def load_teacher(
+    name: str, pretrained: str | None = None, device: str = "auto", precision: Precision = "fp32"
+) -> LiveTeacher:
+    """Build an open_clip model with its trained weights.
+
+    Args:
+        name: a built-in name with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH`` or ``bundled:scenes``.
+        pretrained: open_clip's tag or a weights file; for a built-in name only.
+
+    Raises:
+        UsageError: unknown name or tag, no weights (a random teacher is never used), or no such device.
+    """
+    where = resolve_device(device)
+    path = BUNDLED.get(name)
+    if path is None and name.startswith("bundled:"):
+        raise UsageError(f"teacher {name!r} is not known; bundled teachers are {', '.join(BUNDLED)}")
+    schema = name.partition(":")[0] if ":" in name else ""
+    if schema not in ("", "hf-hub", "local-dir", "bundled"):
+        raise UsageError(f"teacher {name!r}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes")
+    if schema and pretrained:
+        raise UsageError(f"teacher {name!r} brings its own weights; leave pretrained ({pretrained!r}) out")
+    if not schema and not pretrained:
+        known = open_clip.list_pretrained_tags_by_model(name)
+        tags = f"one of {', '.join(known)}" if known else "a tag or a weights file"
+        raise UsageError(f"teacher {name!r} needs --pretrained, {tags}; without weights it would be random")
+    source = f"local-dir:{path}" if path else name
+    quick_gelu = not schema and get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+    try:
+        with warnings.catch_warnings():
+            # open_clip only warns when the activation is not the one that the weights were trained with
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            model = open_clip.create_model(
+                source, pretrained=pretrained, force_quick_gelu=bool(quick_gelu), require_pretrained=True
+            )
+        architecture = dict(open_clip.get_model_config(source) or {})
+        context_length = getattr(model, "context_length", None)
+        tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
+    except (RuntimeError, OSError, UserWarning) as error:
+        raise UsageError(f"teacher {name!r} cannot be loaded: {error}") from error
+    if quick_gelu:
+        architecture["quick_gelu"] = True
+    shown = f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if schema == "local-dir" else name
+    return LiveTeacher(shown, pretrained, model, tokenizer, architecture, where, precision)
+
+
+def _digest_weights(model: torch.nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        total.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _activations(model: torch.nn.Module) -> str:
+    """Names of the activation modules that the model really holds, for example ``GELU`` or ``QuickGELU``."""
+    found = {type(module).__name__ for module in model.modules()}
+    names = sorted(name for name in found if name.endswith(("GELU", "ReLU", "ReLU6", "SiLU", "Swish")))
+    return "+".join(names) or "none"

@@ -1,0 +1,133 @@
+"""The Zarr side of a cache: array metadata made by zarr-python, chunk objects encoded and decoded here.
+
+A chunk object is what zarr's ``bytes`` (little endian) and ``crc32c`` codecs make of it: the row-major bytes
+of the whole chunk, the last one padded, and four bytes of checksum. Encoding it here lets one write be atomic
+on every kind of storage, and lets one read prove the bytes against the commit instead of against themselves:
+a chunk swapped with its neighbour has a valid checksum of its own. That zarr-python reads the same values is
+a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.commits import ObjectDigest, Tower
+from storage.errors import CacheCorruptError
+
+if TYPE_CHECKING:
+    from storage.manifest import Layout
+
+__all__ = ["ARRAYS", "array_dtype", "chunk_shape", "decode_object", "encode_object", "zarr_metadata"]
+
+_CRC_BYTES = 4
+# crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
+_CRC_RESIDUE = 0x48674BC7
+
+# tower -> array -> dtype; shapes follow from the layout
+ARRAYS: dict[Tower, dict[str, str]] = {
+    "image": {"embedding": "<f2", "norm": "<f4", "view": "<f4"},
+    "text": {"embedding": "<f2", "norm": "<f4"},
+}
+_DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("image", "embedding"): ("image", "view", "dim"),
+    ("image", "norm"): ("image", "view"),
+    ("image", "view"): ("image", "view", "crop"),
+    ("text", "embedding"): ("caption", "dim"),
+    ("text", "norm"): ("caption",),
+}
+VIEW_FIELDS = ("top", "left", "height", "width", "flip")
+
+
+def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
+    """Stored dtype of an array."""
+    return np.dtype(ARRAYS[tower][name])
+
+
+def _tail(layout: Layout, name: str) -> tuple[int, ...]:
+    return {"embedding": (layout.embed_dim,), "norm": (), "view": (len(VIEW_FIELDS),)}[name]
+
+
+def chunk_shape(layout: Layout, tower: Tower, name: str) -> tuple[int, ...]:
+    """Rows and columns of one chunk as readers and writers see it: the axis of the one view left out."""
+    rows = layout.image_chunk_rows if tower == "image" else layout.text_chunk_rows
+    return (rows, *_tail(layout, name))
+
+
+def zarr_metadata(layout: Layout) -> dict[str, bytes]:
+    """The ``zarr.json`` files of ``targets.zarr``, by key in the cache, as zarr-python writes them."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    written: dict[str, Any] = {}
+    root = zarr.create_group(MemoryStore(written), zarr_format=3)
+    for tower, arrays in ARRAYS.items():
+        group = root.create_group(tower)
+        for name, dtype in arrays.items():
+            rows = layout.image_rows if tower == "image" else layout.text_rows
+            chunk = chunk_shape(layout, tower, name)
+            views = (layout.views,) if tower == "image" else ()
+            group.create_array(
+                name,
+                shape=(rows, *views, *chunk[1:]),
+                chunks=(chunk[0], *(1,) * len(views), *chunk[1:]),
+                dtype=dtype,
+                fill_value=np.nan,  # zarr returns it for rows never written, and 0 would train quietly
+                serializer=BytesCodec(endian="little"),
+                compressors=[Crc32cCodec()],
+                dimension_names=_DIMENSIONS[tower, name],
+                attributes={"fields": list(VIEW_FIELDS)} if name == "view" else None,
+            )
+
+    return {f"targets.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
+
+
+def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, ObjectDigest]:
+    """One chunk object and its digests.
+
+    Args:
+        values: rows of the chunk, at most ``shape[0]`` of them; a short chunk is padded with NaN as zarr does.
+        shape: of the whole chunk.
+        dtype: stored dtype.
+
+    Raises:
+        ValueError: the rows have another shape or dtype than the array; nothing is cast in silence.
+    """
+    if values.dtype != dtype or values.shape[1:] != shape[1:] or len(values) > shape[0]:
+        raise ValueError(f"chunk is {values.shape} {values.dtype}, at most {shape} {dtype} wanted")
+    if len(values) < shape[0]:
+        padded = np.full(shape, np.nan, dtype)
+        padded[: len(values)] = values
+        values = padded
+    body = np.ascontiguousarray(values).tobytes()
+    crc = google_crc32c.value(body)
+    data = body + crc.to_bytes(_CRC_BYTES, "little")
+    return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
+
+
+def decode_object(
+    data: bytes, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
+) -> NDArray[Any]:
+    """The rows of a chunk object, padding included; a read-only view of ``data``, no copy.
+
+    Raises:
+        CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's).
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if len(data) != wanted.nbytes or len(data) != size + _CRC_BYTES:
+        raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
+    stored = int.from_bytes(data[size:], "little")
+    if google_crc32c.value(data) != _CRC_RESIDUE or stored != wanted.crc32c:
+        found = google_crc32c.value(data[:size])
+        raise CacheCorruptError(
+            f"{where}: checksum {found:08x}, {stored:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
+        )
+    return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
+
+
+_REMEDY = "Run teacher-cache verify to list all damage, and precompute again to encode the damaged chunks anew."

@@ -1,0 +1,117 @@
+"""The commands that need storage alone: look at a cache, prove it. No torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from storage.console import StageProgress
+from storage.inspect import CacheInfo, describe_cache
+from storage.integrity import IntegrityReport, verify_cache
+
+__all__ = ["JsonFlag", "app", "print_json"]
+
+app = typer.Typer(
+    name="teacher-cache",
+    help="Run a CLIP teacher once, keep its embeddings, distil every student from the cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+_FINDINGS_SHOWN = 20
+
+
+def print_json(result: BaseModel) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+
+
+@app.command()
+def info(cache: CacheArgument, json: JsonFlag = False) -> None:
+    """Show what a cache is of and how far it is. Reads no embeddings."""
+    found = describe_cache(cache)
+    if json:
+        print_json(found)
+    else:
+        Console().print(_info_table(found))
+
+
+@app.command()
+def verify(cache: CacheArgument, json: JsonFlag = False) -> None:
+    """Read all of a cache and prove digests, counts, finite values and unit norms. Exit 1 if anything is wrong."""
+    with StageProgress() as progress:
+        report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
+    if json:
+        print_json(report)
+    else:
+        _print_report(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _info_table(found: CacheInfo) -> Table:
+    identity, layout = found.identity, found.layout
+    table = Table(title=found.location, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    state = "complete" if found.sealed else "not complete: run the same precompute command again to finish it"
+    splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
+    teacher = identity.teacher
+    rows = {
+        "state": f"{found.chunks_committed:,} of {found.chunks:,} chunks, {state}",
+        "teacher": f"{teacher.name}{' ' + teacher.pretrained if teacher.pretrained else ''}, {teacher.precision}, "
+        f"weights {teacher.weights_sha256[:12]}, logit scale {teacher.logit_scale:.2f}",
+        "dataset": f"{found.dataset}",
+        "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
+        "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}, {layout.views} view "
+        f"({identity.views.policy} crop)",
+        "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
+        "size": f"{found.target_bytes / 1e6:,.1f} MB of targets",
+        "quarantined": "known when complete"
+        if found.images_quarantined is None
+        else f"{found.images_quarantined:,} images",
+        "problems": ", ".join(f"{kind} {count:,}" for kind, count in found.problems.items()) or "none in the dataset",
+        "cost": _cost(found),
+        "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
+        f"{identity.preprocess.interpolation}, {identity.preprocess.resize_mode}",
+        "identity": found.identity_digest,
+        "manifest": found.manifest_digest,
+        "made with": ", ".join(f"{name} {version}" for name, version in found.made_with.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _cost(found: CacheInfo) -> str:
+    if not found.encode_seconds:
+        return "nothing encoded yet"
+    rates = [
+        f"{rate:,.0f} {what}/s"
+        for rate, what in ((found.images_per_second, "images"), (found.captions_per_second, "captions"))
+        if rate is not None
+    ]
+    return f"{found.encode_seconds:,.1f} s ({', '.join(rates)})"
+
+
+def _print_report(report: IntegrityReport) -> None:
+    console = Console()
+    for finding in report.findings[:_FINDINGS_SHOWN]:
+        console.print(f"{finding.kind}: {finding.message}", markup=False, soft_wrap=True)
+    if len(report.findings) > _FINDINGS_SHOWN:
+        console.print(f"... and {len(report.findings) - _FINDINGS_SHOWN} more; --json lists all")
+    counts = (
+        f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
+        f"({report.quarantined} quarantined), {report.captions:,} captions, {report.bytes_read / 1e6:,.1f} MB read"
+    )
+    verdict = "sound" if report.ok else f"{len(report.findings)} findings"
+    console.print(f"{report.location}: {verdict}: {counts}", markup=False, soft_wrap=True)

@@ -1,0 +1,146 @@
+"""Commit records: one small file per finished chunk, written last.
+
+Whoever finds a commit may trust the chunk beside it, once its bytes have the recorded checksum. Records hold
+nothing that two equal runs would write differently; seconds and host go to the journal (``storage.journal``).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import CacheCorruptError
+from storage.files import CacheFiles
+from storage.manifest import CacheManifest, Layout, canonical_json, digest_of
+
+__all__ = ["ChunkCommit", "ChunkRef", "ObjectDigest", "QuarantinedRow", "Tower", "all_chunks", "read_commit"]
+
+Tower = Literal["image", "text"]
+COMMITS = "commits"
+
+
+class ChunkRef(NamedTuple):
+    """One chunk: the unit of work, of write, of commit, of retry and of read."""
+
+    tower: Tower
+    view: int
+    chunk: int
+
+    @property
+    def commit_key(self) -> str:
+        """Where its commit record lies."""
+        return f"{COMMITS}/{self.name}.json"
+
+    @property
+    def name(self) -> str:
+        """``image/v0/000012`` or ``text/000012``."""
+        middle = f"v{self.view}/" if self.tower == "image" else ""
+        return f"{self.tower}/{middle}{self.chunk:06d}"
+
+    def rows(self, layout: Layout) -> range:
+        """The rows that it holds; the last chunk of a tower may be short."""
+        size, total = (
+            (layout.image_chunk_rows, layout.image_rows)
+            if self.tower == "image"
+            else (layout.text_chunk_rows, layout.text_rows)
+        )
+        return range(self.chunk * size, min((self.chunk + 1) * size, total))
+
+    def object_keys(self) -> dict[str, str]:
+        """Array name to object key of each Zarr object of this chunk."""
+        if self.tower == "image":
+            parts = {"embedding": f"{self.chunk}/{self.view}/0", "norm": f"{self.chunk}/{self.view}"}
+            parts["view"] = f"{self.chunk}/{self.view}/0"
+        else:
+            parts = {"embedding": f"{self.chunk}/0", "norm": f"{self.chunk}"}
+        return {name: f"targets.zarr/{self.tower}/{name}/c/{place}" for name, place in parts.items()}
+
+
+def all_chunks(layout: Layout) -> list[ChunkRef]:
+    """Every chunk of a cache: images view by view, then texts."""
+    images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.image_chunks)]
+    return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
+
+
+class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
+    """What the bytes of one Zarr object are."""
+
+    nbytes: int = Field(gt=0)
+    crc32c: int = Field(ge=0, description="Of the array's bytes, as in the object's own last four.")
+    sha256: str = Field(description="Of the whole object.")
+
+
+class QuarantinedRow(BaseModel, frozen=True, extra="forbid"):
+    """A row that the teacher could not be given: its embedding is NaN and no reader returns it."""
+
+    row: int
+    sample_id: str
+    reason: str = Field(description="Kind of failure, for counting.")
+    detail: str
+
+
+class ChunkCommit(BaseModel):
+    """A finished chunk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tower: Tower
+    view: int = Field(ge=0)
+    chunk: int = Field(ge=0)
+    rows: tuple[int, int] = Field(description="First row and one past the last.")
+    generation: int = Field(0, ge=0)
+    identity_digest: str = Field(description="Of the cache; a chunk moved in from another one is refused.")
+    objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view.")
+    quarantined: tuple[QuarantinedRow, ...] = ()
+
+    @property
+    def ref(self) -> ChunkRef:
+        """The chunk that this record is of."""
+        return ChunkRef(self.tower, self.view, self.chunk)
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON with its own digest."""
+        fields = self.model_dump(mode="json")
+        return canonical_json({**fields, "digest": digest_of(fields)}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> ChunkCommit:
+        """Parse and prove a record.
+
+        Raises:
+            CacheCorruptError: not a commit record, or not the content that its digest was made of.
+        """
+        try:
+            fields = json.loads(data)
+            recorded = fields.pop("digest")
+            if recorded != digest_of(fields):
+                raise CacheCorruptError(f"{where}: the record does not have the digest that it carries")
+            return cls.model_validate(fields)
+        except (ValueError, AttributeError, KeyError, TypeError, ValidationError) as error:
+            raise CacheCorruptError(f"{where}: not a commit record ({type(error).__name__}: {error})") from error
+
+
+def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit | None:
+    """The commit of a chunk, proven to be of this chunk and this cache; None when there is none.
+
+    Raises:
+        CacheCorruptError: there is a record, and it is damaged or belongs elsewhere.
+    """
+    where = f"{files.location}/{ref.commit_key}"
+    try:
+        data = files.read(ref.commit_key)
+    except FileNotFoundError:
+        return None
+    commit = ChunkCommit.from_bytes(data, where)
+    rows = ref.rows(manifest.layout)
+    if commit.ref != ref or commit.rows != (rows.start, rows.stop):
+        raise CacheCorruptError(f"{where}: holds the record of {commit.ref.name} rows {commit.rows}, not of {ref.name}")
+    if commit.identity_digest != manifest.identity_digest:
+        raise CacheCorruptError(
+            f"{where}: made for identity {commit.identity_digest[:12]}, this cache is {manifest.identity_digest[:12]}"
+        )
+    if set(commit.objects) != set(ref.object_keys()):
+        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(ref.object_keys())} wanted")
+    return commit

@@ -1,0 +1,66 @@
+"""What people see on stderr while a command works: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["StageProgress"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StageProgress:
+    """One bar per stage. Use as a context manager; call it with (stage, done, total) as often as you like."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._lines = not console.is_terminal
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Move a stage on.
+
+        Args:
+            note: shown behind the bar: a loss, a rate.
+        """
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
+            self._said[stage] = time.monotonic()
+        self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
+        if self._lines and (done >= total or time.monotonic() - self._said[stage] > _SECONDS_BETWEEN_LINES):
+            self._said[stage] = time.monotonic()
+            print(f"{stage}: {done} of {total} {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,198 @@
+"""Verifying a cache: every digest, every value, every count; each finding names the object it is about."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from storage.arrays import array_dtype, chunk_shape, decode_object
+from storage.commits import COMMITS, ChunkCommit, ChunkRef, all_chunks, read_commit
+from storage.errors import CacheCorruptError
+from storage.files import CacheFiles, open_files
+from storage.journal import JOURNAL
+from storage.manifest import MANIFEST_KEY, CacheManifest
+from storage.tables import CAPTIONS, SAMPLES, read_static, read_table
+from storage.writer import UNIT_NORM_TOLERANCE, digest_commits, incomplete_message, read_manifest
+
+__all__ = ["Finding", "IntegrityReport", "verify_cache"]
+
+
+class Finding(BaseModel, frozen=True):
+    """One thing that is wrong."""
+
+    kind: str = Field(description="incomplete, missing, damaged, not-finite, not-unit-norm, counts or unknown-file.")
+    key: str = Field(description="The object concerned, relative to the cache.")
+    message: str
+
+
+class IntegrityReport(BaseModel, frozen=True):
+    """What ``verify`` saw. ``ok`` only when the cache is complete and nothing at all is wrong."""
+
+    location: str
+    ok: bool
+    manifest_digest: str
+    images: int
+    captions: int
+    quarantined: int
+    lost_images: int = Field(description="Images of the dataset that never got a row, for a named reason.")
+    chunks: int
+    chunks_sound: int
+    objects_read: int
+    bytes_read: int
+    findings: tuple[Finding, ...]
+
+
+def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
+    """Read all of a cache and prove it.
+
+    Checked: the manifest's own digest, tables and Zarr metadata, every commit record, every byte of every
+    chunk (sha256), finite values, unit norm, quarantined rows NaN and no others, row counts of the tables, the
+    seal, and that there is no object that nobody accounts for.
+
+    Args:
+        progress: called with (chunks checked, chunks in all).
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: no manifest that could be checked against.
+    """
+    files = open_files(location)
+    manifest = read_manifest(files)
+    findings: list[Finding] = []
+    objects = nbytes = 0
+
+    for key, wanted in manifest.files.items():
+        try:
+            nbytes += len(read_static(files, key, wanted))
+            objects += 1
+        except CacheCorruptError as error:
+            findings.append(Finding(kind="damaged" if files.exists(key) else "missing", key=key, message=str(error)))
+    if not findings:
+        findings += _check_tables(files, manifest)
+
+    refs = all_chunks(manifest.layout)
+    sound = uncommitted = quarantined = 0
+    for number, ref in enumerate(refs):
+        try:
+            commit = read_commit(files, manifest, ref)
+        except CacheCorruptError as error:
+            findings.append(Finding(kind="damaged", key=ref.commit_key, message=str(error)))
+            continue
+        if commit is None:
+            uncommitted += 1
+            if manifest.sealed:
+                findings.append(
+                    Finding(kind="missing", key=ref.commit_key, message=f"{ref.name}: commit record of a sealed cache")
+                )
+            continue
+        found, read = _check_chunk(files, manifest, ref, commit)
+        findings += found
+        objects += len(commit.objects)
+        nbytes += read
+        sound += not found
+        quarantined += len(commit.quarantined) if ref.view == 0 else 0
+        if progress is not None:
+            progress(number + 1, len(refs))
+
+    if not manifest.sealed:
+        message = incomplete_message(location, len(refs) - uncommitted, len(refs))
+        findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
+    else:
+        findings += _check_seal(files, manifest, quarantined)
+    findings += _unknown_files(files, manifest, refs)
+    return IntegrityReport(
+        location=location,
+        ok=not findings,
+        manifest_digest=manifest.digest,
+        images=manifest.layout.image_rows,
+        captions=manifest.layout.text_rows,
+        quarantined=quarantined,
+        lost_images=sum(generation.lost_images for generation in manifest.generations),
+        chunks=len(refs),
+        chunks_sound=sound,
+        objects_read=objects,
+        bytes_read=nbytes,
+        findings=tuple(findings),
+    )
+
+
+def _check_chunk(
+    files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit
+) -> tuple[list[Finding], int]:
+    findings: list[Finding] = []
+    arrays: dict[str, Any] = {}
+    read = 0
+    for name, key in ref.object_keys().items():
+        try:
+            data = files.read(key)
+        except FileNotFoundError:
+            findings.append(Finding(kind="missing", key=key, message=f"{key}: committed, but not there"))
+            continue
+        read += len(data)
+        if hashlib.sha256(data).hexdigest() != commit.objects[name].sha256:
+            message = f"{key}: sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
+            findings.append(Finding(kind="damaged", key=key, message=message))
+            continue
+        shape, dtype = chunk_shape(manifest.layout, ref.tower, name), array_dtype(ref.tower, name)
+        try:
+            arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
+        except CacheCorruptError as error:
+            findings.append(Finding(kind="damaged", key=key, message=str(error)))
+    if findings:
+        return findings, read
+
+    rows = ref.rows(manifest.layout)
+    embedding = arrays["embedding"][: len(rows)].astype(np.float32)
+    key = ref.object_keys()["embedding"]
+    lost = np.zeros(len(rows), bool)
+    lost[[row.row - rows.start for row in commit.quarantined]] = True
+    finite = np.isfinite(embedding).all(axis=1) & np.isfinite(arrays["norm"][: len(rows)])
+    wrong = np.flatnonzero(finite == lost)
+    if len(wrong):
+        message = f"{key}: {len(wrong)} rows not finite or quarantined with a value, the first is {rows[int(wrong[0])]}"
+        findings.append(Finding(kind="not-finite", key=key, message=message))
+    norms = np.linalg.norm(embedding[finite], axis=1)
+    far = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
+    if far.any():
+        farthest = norms[np.abs(norms - 1).argmax()]
+        message = f"{key}: {int(far.sum())} rows are not of unit norm, the farthest has {farthest:.4f}"
+        findings.append(Finding(kind="not-unit-norm", key=key, message=message))
+    return findings, read
+
+
+def _check_tables(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
+    findings = []
+    for name, wanted in ((SAMPLES, manifest.layout.image_rows), (CAPTIONS, manifest.layout.text_rows)):
+        rows = read_table(files, manifest, name)["row"].to_numpy()
+        if not np.array_equal(rows, np.arange(wanted)):
+            message = f"{name}: {len(rows)} rows in the table, rows 0 to {wanted - 1} wanted in order"
+            findings.append(Finding(kind="counts", key=name, message=message))
+    return findings
+
+
+def _check_seal(files: CacheFiles, manifest: CacheManifest, quarantined: int) -> list[Finding]:
+    seal = manifest.generations[-1].seal
+    assert seal is not None  # only called on a sealed manifest
+    findings = []
+    if digest_commits(files) != seal.commits_sha256:
+        message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
+        findings.append(Finding(kind="damaged", key=COMMITS, message=message))
+    if quarantined != seal.images_quarantined:
+        message = f"{quarantined} images quarantined in the commits, {seal.images_quarantined} in the seal"
+        findings.append(Finding(kind="counts", key=MANIFEST_KEY, message=message))
+    return findings
+
+
+def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:
+    """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
+    known = {MANIFEST_KEY, *manifest.files}
+    for ref in refs:
+        known.update((ref.commit_key, *ref.object_keys().values()))
+    return [
+        Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
+        for key in files.list()
+        if key not in known and not key.startswith(f"{JOURNAL}/")
+    ]

@@ -1,0 +1,315 @@
+"""The manifest: what a cache is of (identity), how it is laid out, and which rows it holds. No file access.
+
+The manifest is the root of the cache's digests: it carries its own, those of the parquet tables, and, once a
+generation is sealed, one over all commit records, which in turn carry the digest of every chunk.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CacheIdentity",
+    "CacheManifest",
+    "DatasetIdentity",
+    "Generation",
+    "Layout",
+    "PreprocessIdentity",
+    "Seal",
+    "Source",
+    "StaticFile",
+    "TargetsIdentity",
+    "TeacherIdentity",
+    "TokenizerIdentity",
+    "ViewsIdentity",
+    "canonical_json",
+    "digest_of",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_KEY = "manifest.json"
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """sha256, in hex, of :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherIdentity(_Record):
+    """The frozen teacher."""
+
+    name: str = Field(description="As asked for: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
+    pretrained: str | None = Field(description="open_clip's pretrained tag, for a built-in name.")
+    weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
+    architecture: dict[str, Any] = Field(description="open_clip's model config.")
+    activation: str = Field(description="The activation really found in the built model: GELU, QuickGELU, ...")
+    embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")
+    logit_scale: float = Field(gt=0, description="The multiplier of cosines, after exp.")
+    logit_bias: float | None = Field(description="Added to the logits (SigLIP), or null.")
+
+
+class PreprocessIdentity(_Record):
+    """Image file to teacher input, proven by the pixels that it makes of fixed probe images."""
+
+    image_size: tuple[int, int] = Field(description="Height and width of the teacher's input, pixels.")
+    mean: tuple[float, ...] = Field(description="Subtracted from each channel, in [0, 1].")
+    std: tuple[float, ...] = Field(description="Divides each channel.")
+    interpolation: str = Field(description="bicubic, bilinear or random, as open_clip names them.")
+    resize_mode: str = Field(description="shortest (then centre crop), longest (then pad) or squash.")
+    fill_color: int = Field(description="Padding of resize_mode longest, 0-255.")
+    antialias: bool = Field(description="Whether shrinking low-passes first.")
+    probe: str = Field(
+        description="Block means of the probe images' pixels, base64; compared with a tolerance, so that "
+        "Pillow and pillow-simd, one level apart here and there, count as the same."
+    )
+
+
+class TokenizerIdentity(_Record):
+    """Caption to token ids, proven by the ids of fixed probe texts."""
+
+    name: str = Field(description="Class of the tokenizer.")
+    context_length: int = Field(gt=0, description="Tokens per caption after padding.")
+    probe_sha256: str = Field(description="Over the ids of the probe texts.")
+
+
+class ViewsIdentity(_Record):
+    """Which crops of an image the teacher saw."""
+
+    policy: Literal["evaluation"] = Field(description="evaluation: the one plain evaluation crop.")
+    count: int = Field(1, gt=0, description="Views per image.")
+
+
+class TargetsIdentity(_Record):
+    """What is stored of the teacher's output."""
+
+    dtype: Literal["float16"] = Field("float16", description="Of the stored embeddings.")
+    normalized: Literal[True] = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
+
+
+class DatasetIdentity(_Record):
+    """The rows, in order."""
+
+    kind: str = Field(description="The adapter.")
+    images: int = Field(ge=0, description="Rows of the image tower.")
+    captions: int = Field(ge=0, description="Rows of the text tower.")
+    splits: dict[str, int] = Field(description="Images by split.")
+    samples_sha256: str = Field(description="Over sample_id, split and content digest of each image, in row order.")
+    captions_sha256: str = Field(description="Over image row and text of each caption, in row order.")
+
+
+# shown to people, proven by other fields: the same weights under another name are the same teacher
+_NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
+
+# two correct decoders and resizers differ by a level or two in single pixels, far less in a block's mean
+_PROBE_TOLERANCE = 2
+_PROBE = ("preprocess", "probe")
+
+
+class CacheIdentity(_Record):
+    """Everything that two caches must share before their rows may be mixed or swapped."""
+
+    teacher: TeacherIdentity
+    preprocess: PreprocessIdentity
+    tokenizer: TokenizerIdentity
+    views: ViewsIdentity
+    targets: TargetsIdentity
+    dataset: DatasetIdentity
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all fields but mere names and ``preprocess.probe``, which has a tolerance instead."""
+        fields = self.model_dump(mode="json")
+        for part, name in (*_NAMES_ONLY, _PROBE):
+            del fields[part][name]
+        return digest_of(fields)
+
+    def differences(self, wanted: CacheIdentity) -> list[str]:
+        """One line per field in which ``wanted`` differs: dotted name, value here, value wanted."""
+        here, there = self.model_dump(mode="json"), wanted.model_dump(mode="json")
+        lines = []
+        for part in here:
+            for name in sorted({*here[part], *there[part]}):
+                found, asked = here[part].get(name), there[part].get(name)
+                if (part, name) in _NAMES_ONLY:
+                    continue
+                if (part, name) == _PROBE:
+                    if not _probes_agree(str(found), str(asked)):
+                        lines.append("preprocess.probe: the same probe images give other pixels")
+                elif found != asked:
+                    lines.append(f"{part}.{name}: {_short(found)} in the cache, {_short(asked)} asked for")
+        return lines
+
+    def require(self, wanted: CacheIdentity, location: str) -> None:
+        """Refuse to go on when this identity is not ``wanted``.
+
+        Raises:
+            CacheMismatchError: names the cache, each field that differs with both values, and the way out.
+        """
+        lines = self.differences(wanted)
+        if lines:
+            raise CacheMismatchError(
+                f"{location}: this cache is not the one asked for. "
+                + "; ".join(lines)
+                + ". Encode to a new path, or ask for what the cache holds (teacher-cache info shows it)."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else f"{text[:100]}... (sha256 {digest_of(value)[:8]})"
+
+
+def _probes_agree(a: str, b: str) -> bool:
+    left, right = base64.b64decode(a), base64.b64decode(b)
+    return len(left) == len(right) and all(abs(x - y) <= _PROBE_TOLERANCE for x, y in zip(left, right, strict=True))
+
+
+class Layout(_Record):
+    """Shapes of the Zarr arrays and of their chunks."""
+
+    embed_dim: int = Field(gt=0)
+    views: int = Field(1, gt=0)
+    image_rows: int = Field(ge=0)
+    text_rows: int = Field(ge=0)
+    image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
+    text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
+
+    @property
+    def image_chunks(self) -> int:
+        """Chunks of the image tower, per view."""
+        return -(-self.image_rows // self.image_chunk_rows)
+
+    @property
+    def text_chunks(self) -> int:
+        """Chunks of the text tower."""
+        return -(-self.text_rows // self.text_chunk_rows)
+
+    @property
+    def num_chunks(self) -> int:
+        """All chunks of the cache."""
+        return self.image_chunks * self.views + self.text_chunks
+
+
+class Source(_Record):
+    """Where the images were read from; not part of the identity, since a dataset may be moved."""
+
+    dataset: str = Field(description="The dataset as asked for, KIND:PATH.")
+    image_root: str = Field(description="Folder or URL that relative uris in the samples table start from.")
+
+
+class StaticFile(_Record):
+    """A file written once, when the cache is planned: a parquet table or Zarr's metadata."""
+
+    sha256: str
+    rows: int | None = Field(None, description="Of a parquet table.")
+
+
+class Seal(_Record):
+    """Written when every chunk of a generation is committed: from then on its bytes are fixed."""
+
+    commits_sha256: str = Field(description="Over key and bytes of every commit record, in key order.")
+    images_encoded: int
+    images_quarantined: int
+    captions_encoded: int
+
+
+class Generation(_Record):
+    """Rows that were added together. A cache starts with generation 0."""
+
+    number: int = Field(ge=0)
+    image_rows: tuple[int, int] = Field(description="First row and one past the last.")
+    text_rows: tuple[int, int]
+    lost_images: int = Field(ge=0, description="Images of the dataset that got no row (missing, unreadable, ...).")
+    problems: dict[str, int] = Field(description="Problems met while reading the dataset, counted by kind.")
+    seal: Seal | None = None
+
+
+class CacheManifest(_Record):
+    """The whole of ``manifest.json`` but its own digest, which is added and checked as text."""
+
+    format: Literal["teacher-cache"] = "teacher-cache"
+    format_version: int = FORMAT_VERSION
+    identity_digest: str
+    identity: CacheIdentity
+    layout: Layout
+    source: Source
+    files: dict[str, StaticFile] = Field(description="By key, all that is neither chunk, commit nor journal.")
+    generations: tuple[Generation, ...]
+    made_with: dict[str, str] = Field(description="Versions of the libraries that made the pixels and the rows.")
+
+    @model_validator(mode="after")
+    def _identity_is_its_digest(self) -> Self:
+        if self.identity.digest != self.identity_digest:
+            raise ValueError(
+                f"identity_digest is {self.identity_digest}, but the identity beside it has {self.identity.digest}"
+            )
+        return self
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every generation is complete."""
+        return all(generation.seal is not None for generation in self.generations)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the whole manifest: what a student's checkpoint records."""
+        return digest_of(self.model_dump(mode="json"))
+
+    def to_bytes(self) -> bytes:
+        """``manifest.json``: indented for people, with its own digest as last field."""
+        fields = self.model_dump(mode="json")
+        return (json.dumps({**fields, "digest": self.digest}, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, location: str) -> CacheManifest:
+        """Parse and prove a manifest.
+
+        Raises:
+            CacheFormatError: not a manifest, or of a format that this version does not know.
+            CacheCorruptError: the content does not have the digest that it carries.
+        """
+        where = f"{location}/{MANIFEST_KEY}"
+        try:
+            fields = json.loads(data)
+        except ValueError as error:
+            raise CacheCorruptError(f"{where}: not JSON ({error}). Restore it from a copy of the cache.") from error
+        if not isinstance(fields, dict) or fields.get("format") != "teacher-cache":
+            found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+            raise CacheFormatError(
+                f"{where}: format is {found!r}, 'teacher-cache' wanted. Is this another tool's folder?"
+            )
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheFormatError(
+                f"{where}: format version {version!r}, this teacher-cache reads {FORMAT_VERSION}. "
+                "Install a newer teacher-cache."
+            )
+        recorded = fields.pop("digest", None)
+        found_digest = digest_of(fields)
+        if recorded != found_digest:
+            raise CacheCorruptError(
+                f"{where}: content has digest {found_digest[:12]}, {str(recorded)[:12]} is recorded in it. "
+                "It was edited or damaged; restore it from a copy of the cache."
+            )
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise CacheFormatError(f"{where}: {error}") from error

@@ -1,0 +1,57 @@
+"""The order of training rows: a pure function of (rows, seed, epoch), so that any run can go on where it was.
+
+Window shuffle: chunks in random order, ``window_chunks`` of them in memory at a time, rows shuffled inside the
+window. Reading stays sequential in whole chunks, and a batch mixes rows of several chunks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["batches", "epoch_rng", "window_order"]
+
+
+def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    """A counter-based generator of its own for each (seed, epoch, stream); streams never share numbers."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, stream])))
+
+
+def window_order(
+    rows: NDArray[np.int64], chunk_rows: int, window_chunks: int, seed: int, epoch: int
+) -> Iterator[NDArray[np.int64]]:
+    """The rows of one epoch, each once, window by window.
+
+    Args:
+        rows: ascending row numbers of the cache that take part (a split, without quarantined rows).
+        chunk_rows: rows per chunk of the cache.
+        window_chunks: chunks shuffled together; at least the number of chunks gives a uniform shuffle.
+
+    Yields:
+        One array of rows per window; together a permutation of ``rows``.
+    """
+    chunks = rows // chunk_rows
+    edges = np.flatnonzero(np.diff(chunks, prepend=-1, append=-1))
+    groups = [rows[start:stop] for start, stop in itertools.pairwise(edges)]
+    picked = epoch_rng(seed, epoch, 0).permutation(len(groups))
+    for number, start in enumerate(range(0, len(groups), window_chunks)):
+        window = np.concatenate([groups[index] for index in picked[start : start + window_chunks]])
+        yield epoch_rng(seed, epoch, number + 1).permutation(window)
+
+
+def batches(windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Cut a stream of windows into full batches; the rest of a window joins the next one.
+
+    The rows left over at the end of the epoch, fewer than ``batch_size``, are not yielded: contrastive terms
+    need every batch to have the same number of negatives. Another epoch leaves out other rows.
+    """
+    rest = np.empty(0, np.int64)
+    for window in windows:
+        rest = np.concatenate([rest, window]) if len(rest) else window
+        full = len(rest) - len(rest) % batch_size
+        for start in range(0, full, batch_size):
+            yield rest[start : start + batch_size]
+        rest = rest[full:]

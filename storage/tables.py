@@ -1,0 +1,83 @@
+"""The samples, captions and problems tables: parquet files beside the arrays, one row per array row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import CacheCorruptError
+from storage.files import CacheFiles
+from storage.manifest import CacheManifest, StaticFile
+
+__all__ = ["CAPTIONS", "PROBLEMS", "SAMPLES", "read_table", "table_files"]
+
+# folder in the cache -> columns; the row column is written down so that a table can be read on its own
+SAMPLES = "samples"
+CAPTIONS = "captions"
+PROBLEMS = "problems"
+SCHEMAS: dict[str, pa.Schema] = {
+    SAMPLES: pa.schema(
+        [
+            ("row", pa.int64()),
+            ("sample_id", pa.string()),
+            ("uri", pa.string()),
+            ("offset", pa.int64()),  # first byte inside uri, -1 for the whole file
+            ("length", pa.int64()),
+            ("content_sha256", pa.string()),
+            ("split", pa.string()),
+        ]
+    ),
+    CAPTIONS: pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("text", pa.string())]),
+    PROBLEMS: pa.schema(
+        [("kind", pa.string()), ("where", pa.string()), ("detail", pa.string()), ("lost_image", pa.bool_())]
+    ),
+}
+_ROWS_PER_FILE = 1_000_000
+
+
+def table_files(name: str, table: pa.Table) -> dict[str, tuple[bytes, int]]:
+    """A table as parquet files of the cache: ``NAME/000000.parquet`` and on, with bytes and rows.
+
+    At least one file, even when the table is empty.
+    """
+    table = table.cast(SCHEMAS[name])
+    files = {}
+    for number, start in enumerate(range(0, max(table.num_rows, 1), _ROWS_PER_FILE)):
+        sink = io.BytesIO()
+        part = table.slice(start, _ROWS_PER_FILE)
+        pq.write_table(part, sink, compression="zstd")
+        files[f"{name}/{number:06d}.parquet"] = (sink.getvalue(), part.num_rows)
+    return files
+
+
+def read_table(files: CacheFiles, manifest: CacheManifest, name: str) -> pa.Table:
+    """A whole table of the cache, each file proven by its digest.
+
+    Raises:
+        CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
+    """
+    keys = sorted(key for key in manifest.files if key.startswith(f"{name}/"))
+    parts = [pq.read_table(io.BytesIO(read_static(files, key, manifest.files[key]))) for key in keys]
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
+    """The bytes of a file that the manifest names, proven.
+
+    Raises:
+        CacheCorruptError: it is missing or has other bytes.
+    """
+    try:
+        data = files.read(key)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{files.location}/{key}: missing. Restore it from a copy of the cache.") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != wanted.sha256:
+        raise CacheCorruptError(
+            f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. "
+            "Restore it from a copy of the cache."
+        )
+    return data

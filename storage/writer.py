@@ -1,0 +1,263 @@
+"""Writing a cache: plan it once, then one whole chunk per call, commit record last, seal at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.arrays import ARRAYS, array_dtype, chunk_shape, decode_object, encode_object, zarr_metadata
+from storage.commits import COMMITS, ChunkCommit, ChunkRef, QuarantinedRow, all_chunks, read_commit
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError
+from storage.files import CacheFiles, open_files
+from storage.journal import ChunkCost, write_cost
+from storage.manifest import (
+    MANIFEST_KEY,
+    CacheIdentity,
+    CacheManifest,
+    Generation,
+    Layout,
+    Seal,
+    Source,
+    StaticFile,
+)
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, table_files
+
+__all__ = ["EmbeddingWriter", "plan_cache", "read_manifest"]
+
+# float16 rows of unit vectors: rounding moves the norm by at most 2^-11
+UNIT_NORM_TOLERANCE = 2e-3
+
+
+def read_manifest(files: CacheFiles) -> CacheManifest:
+    """The manifest of the cache at this location.
+
+    Raises:
+        CacheNotFoundError: there is none.
+        CacheFormatError, CacheCorruptError: there is one that cannot be used.
+    """
+    try:
+        data = files.read(MANIFEST_KEY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheNotFoundError(
+            f"{files.location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
+            "teacher-cache precompute --cache."
+        ) from error
+    return CacheManifest.from_bytes(data, files.location)
+
+
+def plan_cache(
+    location: str,
+    identity: CacheIdentity,
+    layout: Layout,
+    source: Source,
+    tables: dict[str, pa.Table],
+    made_with: dict[str, str],
+) -> CacheManifest:
+    """Start a cache, or take up the one that is there if it is the same.
+
+    A second call with the same arguments changes nothing; several processes may call at once, since they
+    write equal bytes. A crash leaves a cache without manifest, which the next call writes anew.
+
+    Args:
+        tables: samples, captions and problems (``storage.tables``).
+        made_with: versions of the libraries, kept from the first call.
+
+    Raises:
+        CacheMismatchError: another cache is there; the message names each field that differs.
+    """
+    files = open_files(location)
+    files.remove_partials()
+    try:
+        manifest = read_manifest(files)
+    except CacheNotFoundError:
+        pass
+    else:
+        manifest.identity.require(identity, location)
+        if manifest.layout != layout:
+            raise CacheMismatchError(
+                f"{location}: chunks of {manifest.layout.image_chunk_rows} images and "
+                f"{manifest.layout.text_chunk_rows} captions in the cache, {layout.image_chunk_rows} and "
+                f"{layout.text_chunk_rows} asked for. Leave chunk rows out, or encode to a new path."
+            )
+        for key, wanted in manifest.files.items():
+            read_static(files, key, wanted)
+        return manifest
+
+    static: dict[str, StaticFile] = {}
+    contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
+    for name in (SAMPLES, CAPTIONS, PROBLEMS):
+        contents.update(table_files(name, tables[name]))
+    for key, (data, rows) in contents.items():
+        files.write(key, data)
+        static[key] = StaticFile(sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+    problems = tables[PROBLEMS]
+    counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
+    generation = Generation(
+        number=0,
+        image_rows=(0, layout.image_rows),
+        text_rows=(0, layout.text_rows),
+        lost_images=sum(problems["lost_image"].to_pylist()),
+        problems=dict(sorted(counts.items())),
+    )
+    manifest = CacheManifest(
+        identity_digest=identity.digest,
+        identity=identity,
+        layout=layout,
+        source=source,
+        files=dict(sorted(static.items())),
+        generations=(generation,),
+        made_with=made_with,
+    )
+    # manifest last: whoever finds it may trust the tables and the metadata that it names
+    files.write(MANIFEST_KEY, manifest.to_bytes())
+    return manifest
+
+
+class EmbeddingWriter:
+    """Writes the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
+
+    def __init__(self, location: str) -> None:
+        self.files = open_files(location)
+        self.manifest = read_manifest(self.files)
+
+    def pending(self) -> list[ChunkRef]:
+        """Chunks that are not done. Done means: committed, and every byte has the committed checksum.
+
+        Reads all committed chunks once; a damaged one counts as pending, so running again repairs it.
+        """
+        return [ref for ref in all_chunks(self.manifest.layout) if not self._is_done(ref)]
+
+    def _is_done(self, ref: ChunkRef) -> bool:
+        layout = self.manifest.layout
+        try:
+            commit = read_commit(self.files, self.manifest, ref)
+            if commit is None:
+                return False
+            for name, key in ref.object_keys().items():
+                shape, dtype = chunk_shape(layout, ref.tower, name), array_dtype(ref.tower, name)
+                decode_object(self.files.read(key), commit.objects[name], shape, dtype, key)
+        except (CacheCorruptError, FileNotFoundError):
+            return False
+        return True
+
+    def write(
+        self,
+        ref: ChunkRef,
+        arrays: dict[str, NDArray[Any]],
+        quarantined: Sequence[QuarantinedRow] = (),
+        cost: ChunkCost | None = None,
+    ) -> ChunkCommit:
+        """Write one whole chunk, its commit record last.
+
+        A crash in between leaves at most objects without commit, which the next write of the chunk replaces.
+
+        Args:
+            arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
+                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order.
+            quarantined: rows without embedding; theirs must be NaN, all others must not be.
+            cost: noted in the journal.
+
+        Raises:
+            ValueError: wrong arrays, shapes, dtypes or number of rows; a row that is not finite or not of
+                unit norm. Nothing is written then.
+        """
+        layout = self.manifest.layout
+        rows = ref.rows(layout)
+        self._check(ref, rows, arrays, {row.row for row in quarantined})
+        encoded = {
+            name: encode_object(arrays[name], chunk_shape(layout, ref.tower, name), array_dtype(ref.tower, name))
+            for name in ARRAYS[ref.tower]
+        }
+        started = time.perf_counter()
+        for name, key in ref.object_keys().items():
+            self.files.write(key, encoded[name][0])
+        commit = ChunkCommit(
+            tower=ref.tower,
+            view=ref.view,
+            chunk=ref.chunk,
+            rows=(rows.start, rows.stop),
+            identity_digest=self.manifest.identity_digest,
+            objects={name: digest for name, (_, digest) in encoded.items()},
+            quarantined=tuple(quarantined),
+        )
+        # commit record last: whoever finds it may trust the chunk before it
+        self.files.write(ref.commit_key, commit.to_bytes())
+        if cost is not None:
+            spent = time.perf_counter() - started
+            write_cost(
+                self.files,
+                ref,
+                cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent}),
+            )
+        return commit
+
+    def _check(self, ref: ChunkRef, rows: range, arrays: dict[str, NDArray[Any]], quarantined: set[int]) -> None:
+        if set(arrays) != set(ARRAYS[ref.tower]):
+            raise ValueError(f"{ref.name}: arrays {sorted(arrays)}, {sorted(ARRAYS[ref.tower])} wanted")
+        for name, values in arrays.items():
+            if len(values) != len(rows):
+                raise ValueError(f"{ref.name}/{name}: {len(values)} rows, {len(rows)} wanted")
+        lost = np.isin(np.arange(rows.start, rows.stop), list(quarantined))
+        if not quarantined <= set(rows):
+            raise ValueError(f"{ref.name}: quarantined rows {sorted(quarantined - set(rows))} are not of this chunk")
+        embedding = arrays["embedding"].astype(np.float32)
+        finite = np.isfinite(embedding).all(axis=1) & np.isfinite(arrays["norm"])
+        wrong = np.flatnonzero(finite == lost)
+        if len(wrong):
+            row = rows.start + int(wrong[0])
+            found = "a value" if lost[wrong[0]] else "NaN or infinity"
+            raise ValueError(
+                f"{ref.name}: row {row} holds {found}; encoded rows must be finite and quarantined rows NaN. "
+                "Does the teacher overflow in this precision?"
+            )
+        norms = np.linalg.norm(embedding[~lost], axis=1)
+        if len(norms) and np.abs(norms - 1).max() > UNIT_NORM_TOLERANCE:
+            raise ValueError(f"{ref.name}: a row has norm {norms[np.abs(norms - 1).argmax()]:.4f}, 1 wanted")
+
+    def seal(self) -> CacheManifest:
+        """Fix the finished cache: the manifest then vouches for every commit. Sealing again changes nothing.
+
+        Raises:
+            CacheIncompleteError: chunks without commit record.
+        """
+        refs = all_chunks(self.manifest.layout)
+        commits: list[ChunkCommit] = []
+        for ref in refs:
+            commit = read_commit(self.files, self.manifest, ref)
+            if commit is not None:
+                commits.append(commit)
+        if len(commits) < len(refs):
+            raise CacheIncompleteError(incomplete_message(self.files.location, len(commits), len(refs)))
+        lost = sum(len(commit.quarantined) for commit in commits if commit.tower == "image" and commit.view == 0)
+        layout = self.manifest.layout
+        seal = Seal(
+            commits_sha256=digest_commits(self.files),
+            images_encoded=layout.image_rows - lost,
+            images_quarantined=lost,
+            captions_encoded=layout.text_rows,
+        )
+        last = self.manifest.generations[-1].model_copy(update={"seal": seal})
+        sealed = self.manifest.model_copy(update={"generations": (*self.manifest.generations[:-1], last)})
+        if sealed != self.manifest:
+            self.files.write(MANIFEST_KEY, sealed.to_bytes())
+        self.manifest = sealed
+        return sealed
+
+
+def incomplete_message(location: str, done: int, wanted: int) -> str:
+    """How an unfinished cache is reported, wherever it is met."""
+    return f"{location}: {done} of {wanted} chunks are there. Run the same precompute command again to finish it."
+
+
+def digest_commits(files: CacheFiles) -> str:
+    """sha256 over key and bytes of every commit record, in key order."""
+    total = hashlib.sha256()
+    for key in files.list(COMMITS):
+        total.update(key.encode() + b"\0" + files.read(key))
+    return total.hexdigest()
