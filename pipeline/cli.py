@@ -140,8 +140,10 @@ def train(
     last = record.epochs[-1]
     Console().print(
         f"{result.run}: {record.student_parameters:,} parameters, {record.steps} steps over "
-        f"{record.train_images:,} images in {record.seconds:,.1f} s\nlast epoch: loss {last.loss:.4f}, {last.samples_per_second:,.0f} samples/s, "
-        f"{last.data_wait_share:.0%} of the time waiting for data\ncheckpoint: {result.run}/{record.checkpoint}",
+        f"{record.train_images:,} images in {record.seconds:,.1f} s\n"
+        f"last epoch: loss {last.loss:.4f}, {last.samples_per_second:,.0f} samples/s, "
+        f"{last.data_wait_share:.0%} of the time waiting for data\n"
+        f"checkpoint: {result.run}/{record.checkpoint}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -81,15 +81,24 @@ class Preprocess:
     def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
         """The region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
 
-        With resize_mode ``longest`` the region is larger than the image: its edges are padding.
+        Follows open_clip's transform to its rounding: the image is resized to whole pixels, and the crop starts
+        at a whole pixel of the resized image. With resize_mode ``longest`` the region reaches beyond the image,
+        where the model sees padding.
         """
         wanted_height, wanted_width = self.size
         if self.resize_mode == "squash":
             return 0.0, 0.0, float(height), float(width), 0.0
-        pick = max if self.resize_mode == "shortest" else min
-        scale = pick(wanted_height / height, wanted_width / width)
-        crop_height, crop_width = wanted_height / scale, wanted_width / scale
-        return (height - crop_height) / 2, (width - crop_width) / 2, crop_height, crop_width, 0.0
+        if self.resize_mode == "shortest" and wanted_height == wanted_width:
+            # torchvision's Resize to one number: the shorter edge exact, the longer one cut to a whole number
+            resized_height = wanted_height if height <= width else int(wanted_height * height / width)
+            resized_width = wanted_width if width <= height else int(wanted_width * width / height)
+        else:
+            pick = max if self.resize_mode == "longest" else min
+            ratio = pick(height / wanted_height, width / wanted_width)
+            resized_height, resized_width = round(height / ratio), round(width / ratio)
+        top = _centre(resized_height, wanted_height) * height / resized_height
+        left = _centre(resized_width, wanted_width) * width / resized_width
+        return top, left, wanted_height * height / resized_height, wanted_width * width / resized_width, 0.0
 
     def identity(self) -> PreprocessIdentity:
         """What a cache records of it."""
@@ -124,6 +133,11 @@ class Preprocess:
             blocks = [[block.mean(axis=(1, 2)) for block in np.array_split(row, 8, axis=2)] for row in rows]
             grids.append(np.clip(np.array(blocks) * 255, 0, 255).round().astype(np.uint8))
         return base64.b64encode(np.stack(grids).tobytes()).decode()
+
+
+def _centre(have: int, want: int) -> int:
+    """Where a centred crop starts, in resized pixels; negative where open_clip pads."""
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import fsspec
 
 from pipeline.datasets import Problem, Sample, SampleSet, adapter
+from pipeline.datasets.base import data_folder
 from storage.errors import UsageError
 
 __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples"]
@@ -36,7 +37,7 @@ class DatasetSpec:
         """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
 
         Raises:
-            UsageError: no ``KIND:`` in front, an unknown kind, or an empty path.
+            UsageError: no ``KIND:`` in front, an unknown kind, an empty path, or a setting given twice.
         """
         kind, colon, rest = text.partition(":")
         if not colon:
@@ -47,10 +48,15 @@ class DatasetSpec:
             path, query = rest, ""
         if not path:
             raise UsageError(f"dataset {text!r} has no path; write {kind}:PATH")
-        return cls(kind, path, tuple(parse_qsl(query, keep_blank_values=True)))
+        options = tuple(parse_qsl(query, keep_blank_values=True))
+        keys = [key for key, _ in options]
+        if len(set(keys)) < len(keys):
+            raise UsageError(f"dataset {text!r} gives a setting twice; it has {', '.join(keys)}")
+        return cls(kind, path, options)
 
     def __str__(self) -> str:
-        query = "&".join(f"{key}={value}" for key, value in self.options)
+        # quoted as far as parse() needs it to read the same settings again
+        query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
         return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
 
 
@@ -74,14 +80,31 @@ class ImageSource:
             OSError: it is there and cannot be read, or holds fewer bytes than ``length``.
         """
         target = self.resolve(uri)
-        opener = fsspec.open if "://" in target else open
-        with opener(target, "rb") as file:
-            if offset >= 0:
-                file.seek(offset)
-            data: bytes = file.read(length if length >= 0 else -1)
+        if "://" in target:
+            data = _fetch(target, offset, length)
+        else:
+            with open(target, "rb") as file:
+                if offset >= 0:
+                    file.seek(offset)
+                data = file.read(length if length >= 0 else -1)
         if length >= 0 and len(data) != length:
             raise OSError(f"{target}: {len(data)} bytes at offset {offset}, {length} wanted; the file is cut short")
         return data
+
+
+def _fetch(url: str, offset: int, length: int) -> bytes:
+    """Bytes behind a URL in one request, without the look at its size that opening a file makes."""
+    start = offset if offset > 0 else None
+    end = max(offset, 0) + length if length >= 0 else None
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        data: bytes = filesystem.cat_file(path, start=start, end=end)
+    except OSError:
+        raise
+    except Exception as error:
+        # a server's refusal, an unknown protocol, a package that is not installed: each library has its own
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+    return data
 
 
 def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None = None) -> tuple[SampleSet, list[str]]:
@@ -100,18 +123,20 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             for), or not one image of it can be used.
     """
     listed = SampleSet(spec.kind, spec.root)
-    seen: set[str] = set()
+    seen: dict[str, Sample] = {}
     for record in adapter(spec.kind)(spec.root, **dict(spec.options)):
         if isinstance(record, Problem):
             listed.problems.append(record)
         elif record.sample_id in seen:
             detail = f"{record.uri}: this sample_id is taken by an earlier sample"
-            listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image=True))
+            first = seen[record.sample_id]
+            lost_image = (record.uri, record.offset) != (first.uri, first.offset)
+            listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image))
         else:
-            seen.add(record.sample_id)
+            seen[record.sample_id] = record
             listed.samples.append(record)
 
-    source = ImageSource(_image_root(spec))
+    source = ImageSource(data_folder(spec.root))
 
     def digest(sample: Sample) -> str | Problem:
         try:
@@ -135,14 +160,6 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
                 progress(number + 1, len(listed.samples))
     if not found.samples:
-        first = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
-        raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{first}")
+        met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
+        raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
     return found, digests
-
-
-def _image_root(spec: DatasetSpec) -> str:
-    """The folder that relative uris start from: the root itself, or the folder of a table file."""
-    if "://" in spec.root:
-        return spec.root.rsplit("/", 1)[0] if spec.kind == "table" else spec.root
-    path = Path(spec.root).resolve()
-    return str(path.parent if path.is_file() else path)

@@ -7,9 +7,8 @@ import logging
 import math
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -28,8 +27,7 @@ MAX_LOG_LOGIT_SCALE = math.log(100)
 _CONFIG, _WEIGHTS, _PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
 
 
-@dataclass(frozen=True)
-class StudentOutput:
+class StudentOutput(NamedTuple):
     """Features of one batch, all L2-normalised float32 (see ``pipeline.losses.LossInputs``)."""
 
     image: Tensor

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import cast
+from inspect import Parameter, signature
 
 from pipeline.datasets.base import Problem, Record, Sample, SampleSet
+from storage.errors import UsageError
 
 __all__ = ["ADAPTERS", "Problem", "Record", "Sample", "SampleSet", "adapter"]
 
@@ -31,11 +32,25 @@ ADAPTERS: dict[str, str] = {
 
 
 def adapter(kind: str) -> Adapter:
-    """The ``read`` function of one kind of dataset.
+    """The ``read`` function of one kind of dataset, which refuses options that the kind does not have.
 
     Raises:
-        ValueError: the kind is not known; the message lists those that are.
+        UsageError: the kind is not known, or (when called) an option is not; the message lists those that are.
     """
     if kind not in ADAPTERS:
-        raise ValueError(f"dataset kind {kind!r} is not known; write KIND:PATH with one of {', '.join(ADAPTERS)}")
-    return cast(Adapter, import_module(ADAPTERS[kind]).read)
+        raise UsageError(f"dataset kind {kind!r} is not known; write KIND:PATH with one of {', '.join(ADAPTERS)}")
+    module = import_module(ADAPTERS[kind])
+    parameters = list(signature(module.read).parameters.values())[1:]
+    known = [parameter.name for parameter in parameters]
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def read(root: str, **options: str) -> Iterator[Record]:
+        unknown = [name for name in options if name not in known]
+        if unknown and not takes_any:
+            raise UsageError(
+                f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none at all'}"
+            )
+        records: Iterator[Record] = module.read(root, **options)
+        return records
+
+    return read

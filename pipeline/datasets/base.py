@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from storage.errors import UsageError
+
+# what torchvision's ImageFolder takes for an image
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+# a folder or a part of a file name that spells one of these names a split; anything else is a name
+SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")
+
+_DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".json", ".tar")
+# lone surrogates: what surrogateescape makes of bytes that are not UTF-8, and what JSON's \ud83d alone becomes
+_NOT_TEXT = re.compile("[\ud800-\udfff]")
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
@@ -75,25 +91,150 @@ class SampleSet:
 
 
 def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, ...], list[Problem]]:
-    """Strip captions and drop the empty ones, each of which becomes a problem (the image is not lost)."""
+    """Strip captions, drop the empty ones and mend those that are not text.
+
+    Adapters decode with ``errors="surrogateescape"``, so that this one place sees which caption held bytes that
+    are not UTF-8: each such byte becomes U+FFFD, the caption stays, and a ``bad-record`` problem says so. No
+    problem from here loses the image.
+    """
     kept: list[str] = []
     problems: list[Problem] = []
     for number, caption in enumerate(captions):
-        text = caption.strip()
+        text, replaced = _NOT_TEXT.subn("\ufffd", caption.strip())
+        if replaced:
+            detail = f"caption {number} is not UTF-8; {replaced} byte(s) became U+FFFD"
+            problems.append(Problem("bad-record", printable(sample_id), detail, lost_image=False))
         if text:
             kept.append(text)
         else:
-            problems.append(Problem("empty-caption", sample_id, f"caption {number} is empty", lost_image=False))
+            problems.append(
+                Problem("empty-caption", printable(sample_id), f"caption {number} is empty", lost_image=False)
+            )
     return tuple(kept), problems
 
 
 def sample_or_problem(
     sample_id: str, uri: str, split: str, captions: Iterable[str], offset: int = -1, length: int = -1
 ) -> Iterator[Record]:
-    """The sample with its clean captions, or a ``no-caption`` problem when none is left."""
+    """The sample with its clean captions, or the problem that it has none or a name no cache can hold."""
+    for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
+        if "\0" in text or _NOT_TEXT.search(text):
+            detail = f"the {what} {printable(text)!r} holds bytes that are not UTF-8, or a NUL; rename the file"
+            yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
+            return
     kept, problems = clean_captions(sample_id, captions)
     yield from problems
     if kept:
         yield Sample(sample_id, uri, split, kept, offset, length)
     else:
         yield Problem("no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True)
+
+
+def printable(text: str) -> str:
+    """Text for a problem: with U+FFFD where the bytes were not UTF-8, so that it can be printed and stored."""
+    return _NOT_TEXT.sub("\ufffd", text)
+
+
+def uri_below(folder: str, name: str) -> str | None:
+    """``folder/name`` for a name written inside a dataset file; None when it would leave the folder.
+
+    A downloaded list must not be able to name ``/etc/passwd``, ``../../x`` or a URL; what the user writes in a
+    table of their own may.
+    """
+    if not name or "://" in name or posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == "..":
+        return None
+    return posixpath.join(folder, name) if folder not in ("", ".") else name
+
+
+def local_folder(kind: str, root: str) -> Path:
+    """The root as a folder on this machine.
+
+    Raises:
+        UsageError: it is a URL, a file, or not there.
+    """
+    path = Path(root)
+    if path.is_dir():
+        return path
+    found = "a URL, and this form is read from a local folder" if "://" in root else "no folder"
+    if path.is_file():
+        found = "a file"
+    raise UsageError(f"{root} is {found}; write {kind}:FOLDER")
+
+
+def data_folder(root: str) -> str:
+    """The folder that relative uris start from.
+
+    That is ``root`` itself, the folder of the file that ``root`` names (a table, a JSON, a tar), or what stands
+    before the first brace of ``shards/{000..003}.tar``.
+    """
+    path = Path(root)
+    if "://" not in root and path.exists():
+        return str((path.parent if path.is_file() else path).resolve())
+    folder = root
+    if "{" in root:
+        folder = root[: root.index("{")].rpartition("/")[0]
+    elif root.lower().endswith(_DATA_FILE_ENDINGS):
+        folder = root.rpartition("/")[0]
+    return folder if "://" in root else str(Path(folder).resolve())
+
+
+def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) -> str | None:
+    """Which of the folders below ``root`` holds the images.
+
+    Args:
+        root: the dataset's root.
+        candidates: relative or absolute folders, the likeliest first; ``"."`` is the root itself.
+        names: some file names of images; one found is proof enough.
+
+    Returns:
+        The first candidate with one of the names in it; else the first that is there and is not the root, so
+        that its images are reported missing one by one; else None.
+    """
+    there = [folder for folder in candidates if (root / folder).is_dir()]
+    for folder in there:
+        below = (uri_below(str(root / folder), name) for name in names)
+        if any(path is not None and _is_file(path) for path in below):
+            return folder
+    return next((folder for folder in there if folder != "."), None)
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL in it
+        return False
+
+
+def contents(folder: Path, most: int = 12) -> str:
+    """What a folder holds, for a message that says what was found."""
+    names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def open_text(path: Path) -> Any:
+    """A text file as UTF-8 with or without a byte-order mark; broken bytes become lone surrogates.
+
+    :func:`clean_captions` finds those again.
+    """
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The JSON object of one file, with lists under ``keys``.
+
+    Raises:
+        UsageError: not JSON, or not an object with a list under each key.
+    """
+    with open_text(path) as file:
+        try:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: not JSON ({error}); download or copy it again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}, an object with {', '.join(keys)} is wanted")
+    for key in keys:
+        if not isinstance(content.get(key), list):
+            raise UsageError(f"{path}: no list {key!r}; its keys are {', '.join(sorted(content)) or 'none'}")
+    return content

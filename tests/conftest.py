@@ -1,0 +1,213 @@
+"""Small real things for all tests: a cache of known rows, photographs, tiny open_clip models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+# a test process never reaches for a hub, and never fights itself over two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from storage.manifest import (
+    CacheIdentity,
+    CacheManifest,
+    DatasetIdentity,
+    Layout,
+    PreprocessIdentity,
+    Source,
+    TargetsIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+    ViewsIdentity,
+)
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES
+from storage.writer import EmbeddingWriter, plan_cache
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared(name: str) -> Path:
+    """A folder of real data beside the clone, or a skip that says which."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"real data {path} is not here")
+    return path
+
+
+def make_identity(images: int = 10, captions: int = 25, **teacher: Any) -> CacheIdentity:
+    """An identity with every field set; keyword arguments change the teacher's."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "pretrained": None,
+        "weights_sha256": "a" * 64,
+        "architecture": {"embed_dim": 8},
+        "activation": "GELU",
+        "embed_dim": 8,
+        "precision": "fp32",
+        "logit_scale": 20.0,
+        "logit_bias": None,
+    }
+    return CacheIdentity(
+        teacher=TeacherIdentity(**{**fields, **teacher}),
+        preprocess=PreprocessIdentity(
+            image_size=(32, 32),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            interpolation="bicubic",
+            resize_mode="shortest",
+            fill_color=0,
+            antialias=True,
+            probe="AAECAw==",
+        ),
+        tokenizer=TokenizerIdentity(name="SimpleTokenizer", context_length=16, probe_sha256="b" * 64),
+        views=ViewsIdentity(policy="evaluation", count=1),
+        targets=TargetsIdentity(),
+        dataset=DatasetIdentity(
+            kind="flickr",
+            images=images,
+            captions=captions,
+            splits={"train": images - images // 5, "test": images // 5},
+            samples_sha256="c" * 64,
+            captions_sha256="d" * 64,
+        ),
+    )
+
+
+def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
+    """The unit vector that the test cache holds for a row: float16 (dim,)."""
+    values = np.random.default_rng([row, 0 if tower == "image" else 1]).standard_normal(dim)
+    return (values / np.linalg.norm(values)).astype(np.float16)
+
+
+def plan_known_cache(path: Path, images: int = 10, captions: int = 25, chunk_rows: int = 4) -> CacheManifest:
+    """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
+    image_row = np.sort(np.arange(captions) % images)
+    identity = make_identity(images, captions)
+    tables = {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(images),
+                "sample_id": [f"img-{i}" for i in range(images)],
+                "uri": [f"img-{i}.jpg" for i in range(images)],
+                "offset": [-1] * images,
+                "length": [-1] * images,
+                "content_sha256": ["e" * 64] * images,
+                "split": ["test" if i >= images - images // 5 else "train" for i in range(images)],
+            }
+        ),
+        CAPTIONS: pa.table(
+            {"row": np.arange(captions), "image_row": image_row, "text": [f"caption {i}" for i in range(captions)]}
+        ),
+        PROBLEMS: pa.table(
+            {
+                "kind": pa.array([], pa.string()),
+                "where": pa.array([], pa.string()),
+                "detail": pa.array([], pa.string()),
+                "lost_image": pa.array([], pa.bool_()),
+            }
+        ),
+    }
+    layout = Layout(
+        embed_dim=8, image_rows=images, text_rows=captions, image_chunk_rows=chunk_rows, text_chunk_rows=chunk_rows
+    )
+    source = Source(dataset="flickr:/nowhere", image_root="/nowhere")
+    return plan_cache(str(path), identity, layout, source, tables, {"torch": "0"})
+
+
+def known_arrays(writer: EmbeddingWriter, ref: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """What the test cache holds for a chunk."""
+    rows = ref.rows(writer.manifest.layout)
+    arrays = {
+        "embedding": np.stack([known_row(ref.tower, row) for row in rows]),
+        "norm": np.arange(rows.start, rows.stop, dtype=np.float32) + 1,
+    }
+    if ref.tower == "image":
+        arrays["view"] = np.tile(np.array([0, 0, 32, 32, 0], np.float32), (len(rows), 1))
+    return arrays
+
+
+@pytest.fixture
+def known_cache(tmp_path: Path) -> Path:
+    """A sealed cache of 10 images and 25 captions in chunks of 4 rows; ``known_row`` says what each row is."""
+    path = tmp_path / "known.cache"
+    plan_known_cache(path)
+    writer = EmbeddingWriter(str(path))
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    writer.seal()
+    return path
+
+
+def cache_digest(path: Path) -> str:
+    """sha256 over name and bytes of every file of a cache but its journal: what two equal caches share."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        key = file.relative_to(path).as_posix()
+        if file.is_file() and not key.startswith("journal/"):
+            total.update(key.encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
+
+
+TINY_MODEL: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def make_model_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
+    """An open_clip ``local-dir:`` model with seeded random weights: a teacher that is quick and never trained."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    config = {**TINY_MODEL, **changes}
+    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
+    path.mkdir(parents=True)
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}})
+    (path / "open_clip_config.json").write_text(text)
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    save_file(model.state_dict(), path / "open_clip_model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny open_clip teacher, embed_dim 16, 32 x 32 pixels."""
+    return make_model_folder(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture
+def make_photos(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing."""
+    from PIL import Image
+
+    def make(images: int = 20, name: str = "photos") -> Path:
+        root = tmp_path / name
+        (root / "images").mkdir(parents=True)
+        lines, names = ["image,caption"], []
+        for number in range(images):
+            rng = np.random.default_rng(number)
+            height, width = (int(value) for value in rng.integers(40, 90, 2))
+            coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+            file = f"{number:04d}.jpg"
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(root / "images" / file)
+            names.append(file)
+            lines += [f'{file},"picture {number}, of colours"', f"{file},number {number} again"]
+        (root / "captions.txt").write_text("\n".join(lines) + "\n")
+        cut = images - images // 5
+        (root / "train.txt").write_text("\n".join(names[:cut]) + "\n")
+        (root / "test.txt").write_text("\n".join(names[cut:]) + "\n")
+        return root
+
+    return make

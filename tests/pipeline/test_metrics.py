@@ -1,0 +1,106 @@
+"""Exact recall: agrees with the naive full matrix in float64, ties, duplicates and large K included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.metrics import recall_at_k, retention, retrieval_recall, top_k
+
+
+def naive_top_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
+    """All scores in float64, best first, equal ones by row."""
+    scores = np.einsum("nd,md->nm", queries.astype(np.float64), gallery.astype(np.float64))
+    rows = np.broadcast_to(np.arange(len(gallery)), scores.shape)
+    return np.lexsort((rows, -scores), axis=1)[:, :k]
+
+
+def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    values = rng.standard_normal((rows, dim)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    queries=st.integers(1, 20),
+    gallery=st.integers(1, 60),
+    distinct=st.integers(1, 60),
+    dim=st.integers(1, 24),
+    k=st.integers(1, 70),
+)
+def test_top_k_equals_naive_with_duplicates(
+    seed: int, queries: int, gallery: int, distinct: int, dim: int, k: int
+) -> None:
+    """Few distinct rows make whole runs of exact ties, longer than K."""
+    rng = np.random.default_rng(seed)
+    rows = unit(rng, distinct, dim)[rng.integers(0, distinct, gallery)]
+    asked = unit(rng, queries, dim)
+    np.testing.assert_array_equal(top_k(asked, rows, k), naive_top_k(asked, rows, k))
+
+
+def test_near_ties_below_float32_are_ordered_by_float64() -> None:
+    """Rows that differ in the last bit of one value: float32 sums cannot tell their order, the answer must."""
+    rng = np.random.default_rng(0)
+    rows = np.repeat(unit(rng, 3, 512), 40, axis=0)
+    for row, column in enumerate(rng.integers(0, 512, len(rows))):
+        rows[row, column] = np.nextafter(rows[row, column], np.float32(rng.choice([-1, 1])))
+    queries = np.concatenate([rows[::7], unit(rng, 5, 512)])
+    np.testing.assert_array_equal(top_k(queries, rows, 10), naive_top_k(queries, rows, 10))
+
+
+def test_recall_counts_any_caption_of_the_image() -> None:
+    # image 0 has captions 0 and 2, image 1 has captions 1 and 3
+    found = np.array([[3, 2, 0, 1], [0, 2, 1, 3]])
+    text_image = np.array([0, 1, 0, 1])
+    assert recall_at_k(found, np.array([0, 1]), text_image, (1, 2, 3, 50)) == {
+        "R@1": 0.0,
+        "R@2": 50.0,
+        "R@3": 100.0,
+        "R@50": 100.0,
+    }
+
+
+def test_retrieval_equals_naive_on_several_captions_per_image() -> None:
+    rng = np.random.default_rng(1)
+    image = unit(rng, 60, 16)
+    text_image = np.sort(np.concatenate([np.arange(60), rng.integers(0, 60, 140)]))
+    text = image[text_image] + 1.2 * unit(rng, 200, 16)
+    text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
+    text[10:20] = text[10]  # the same caption under several images
+    expected: dict[str, dict[str, float]] = {"i2t": {}, "t2i": {}}
+    for k in (1, 5, 10):
+        i2t, t2i = naive_top_k(image, text, k), naive_top_k(text, image, k)
+        expected["i2t"][f"R@{k}"] = 100 * float(np.mean([any(text_image[i2t[i]] == i) for i in range(60)]))
+        expected["t2i"][f"R@{k}"] = 100 * float(np.mean([text_image[j] in t2i[j] for j in range(200)]))
+    assert retrieval_recall(image, text, text_image) == expected
+    assert 0 < expected["t2i"]["R@1"] < expected["t2i"]["R@10"] < 100
+
+
+def test_k_beyond_the_gallery() -> None:
+    image = np.eye(3, dtype=np.float32)
+    assert retrieval_recall(image, image, np.arange(3)) == {
+        "i2t": {"R@1": 100.0, "R@5": 100.0, "R@10": 100.0},
+        "t2i": {"R@1": 100.0, "R@5": 100.0, "R@10": 100.0},
+    }
+
+
+def test_bad_values_are_refused() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    with pytest.raises(ValueError, match="must be finite"):
+        top_k(rows, np.full((2, 3), np.nan, np.float32), 1)
+    with pytest.raises(ValueError, match=r"queries \(3, 3\) and gallery \(2, 4\)"):
+        top_k(rows, np.zeros((2, 4), np.float32), 1)
+    with pytest.raises(ValueError, match="recall of no queries"):
+        recall_at_k(np.empty((0, 1), np.int64), np.empty(0, np.int64), np.arange(3), (1,))
+
+
+def test_retention_is_a_share_of_the_teacher() -> None:
+    teacher = {"i2t": {"R@1": 50.0, "R@5": 80.0}, "t2i": {"R@1": 0.0, "R@5": 70.0}}
+    student = {"i2t": {"R@1": 25.0, "R@5": 88.0}, "t2i": {"R@1": 10.0, "R@5": 35.0}}
+    kept = retention(student, teacher)
+    assert kept["i2t"] == {"R@1": 50.0, "R@5": pytest.approx(110.0)}
+    assert kept["t2i"] == {"R@1": None, "R@5": 50.0}
+    assert kept["mean"] == pytest.approx(100 * (25 + 88 + 10 + 35) / (50 + 80 + 70))

@@ -1,0 +1,211 @@
+"""The teacher runs once: right rows, right bytes, every loss named, and any interruption without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import PrecomputeConfig
+from pipeline.precompute import chunk_spans, encode_chunks, plan_precompute, precompute
+from pipeline.preprocess import Preprocess
+from pipeline.teacher import load_teacher
+from storage.commits import ChunkRef
+from storage.errors import CacheMismatchError, UsageError
+from storage.inspect import describe_cache
+from storage.integrity import verify_cache
+from storage.reader import EmbeddingReader
+from tests.conftest import cache_digest, make_model_folder
+
+MakePhotos = Callable[..., Path]
+
+
+def config(photos: Path, teacher: Path, cache: Path, **changes: object) -> PrecomputeConfig:
+    settings = {"batch_size": 4, "chunk_rows": 8, "device": "cpu", **changes}
+    return PrecomputeConfig(
+        dataset=f"flickr:{photos}",
+        teacher=f"local-dir:{teacher}",
+        cache=str(cache),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_rows_are_the_teachers(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(21)
+    result = precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert (result.images, result.captions, result.chunks, result.chunks_encoded) == (21, 42, 3 + 6, 9)
+    assert (result.splits, result.problems) == ({"train": 17, "test": 4}, {})
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_teacher}")
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    with torch.no_grad():
+        for row in (0, 7, 8, 20):
+            sample = reader.samples.slice(row, 1).to_pylist()[0]
+            assert sample["sample_id"] == f"{row:04d}.jpg"
+            image = Image.open(photos / "images" / sample["sample_id"])
+            expected = model.eval().encode_image(transform(image)[None])[0]
+            stored = reader.take("image", np.array([row]))[0] * reader.take("image", np.array([row]), array="norm")[0]
+            np.testing.assert_allclose(stored, expected, atol=2e-3)
+            top, left, height, width, flip = reader.take("image", np.array([row]), array="view")[0]
+            assert (top, left, height, width, flip) == pytest.approx(
+                Preprocess.from_config(model.visual.preprocess_cfg).evaluation_crop(*image.size)
+            )
+    assert reader.captions["text"][15].as_py() == "number 7 again"
+    assert verify_cache(str(tmp_path / "c")).ok
+
+
+def test_again_encodes_nothing(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = config(make_photos(), tiny_teacher, tmp_path / "c")
+    precompute(settings)
+    before = cache_digest(tmp_path / "c")
+    assert precompute(settings).chunks_encoded == 0
+    # chunk rows left out: those of the cache
+    assert precompute(settings.model_copy(update={"chunk_rows": None})).chunks_encoded == 0
+    assert cache_digest(tmp_path / "c") == before
+
+
+def test_any_order_of_chunks_gives_the_same_bytes(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(21)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    parts = config(photos, tiny_teacher, tmp_path / "parts", decode_threads=1)
+    teacher = load_teacher(parts.teacher, device="cpu")
+    for ref in reversed(plan_precompute(parts, teacher)[:-1]):
+        encode_chunks(parts, teacher, [ref])
+    assert precompute(parts).chunks_encoded == 1
+    assert cache_digest(tmp_path / "parts") == cache_digest(tmp_path / "whole")
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A real process, a real SIGKILL: once while it works on chunks, again and again until it is done."""
+    photos = make_photos(64)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    command = [sys.executable, "-m", "pipeline.cli", "precompute", "--dataset", f"flickr:{photos}", "--device", "cpu"]
+    command += ["--teacher", f"local-dir:{tiny_teacher}", "--cache", str(tmp_path / "killed")]
+    command += ["--batch-size", "4", "--chunk-rows", "8"]
+    commits = tmp_path / "killed" / "commits"
+    for wanted in (1, 9, 17):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(commits.rglob("*.json"))) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = {path: path.read_bytes() for path in commits.rglob("*.json")}
+    assert before
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert cache_digest(tmp_path / "killed") == cache_digest(tmp_path / "whole")
+    assert verify_cache(str(tmp_path / "killed")).ok
+
+
+def test_stopped_by_sigterm_it_says_how_to_go_on(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "precompute", "--dataset", f"flickr:{make_photos(300)}"]
+    command += ["--teacher", f"local-dir:{tiny_teacher}", "--cache", str(tmp_path / "c"), "--device", "cpu"]
+    command += ["--batch-size", "2", "--chunk-rows", "4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    while process.poll() is None and not list((tmp_path / "c" / "commits").rglob("*.json")):
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 225 chunks are committed. Run the same command again to go on." in said
+    assert "Traceback" not in said
+    assert not describe_cache(str(tmp_path / "c")).sealed
+
+
+def test_every_lost_image_is_named_and_counted(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(20)
+    whole = precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    data = (photos / "images" / "0003.jpg").read_bytes()
+    (photos / "images" / "0003.jpg").write_bytes(data[: len(data) // 2])
+    (photos / "images" / "0005.jpg").write_bytes(b"not an image")
+    (photos / "images" / "0011.jpg").unlink()
+    with (photos / "captions.txt").open("a") as file:
+        file.write("0001.jpg,   \n")
+    result = precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert result.problems == {"empty-caption": 1, "missing-file": 1, "undecodable-image": 2}
+    assert (result.images, result.lost_images, result.quarantined) == (19, 1, 2)
+    assert whole.images == result.images + result.lost_images
+    details = "\n".join(result.problem_details)
+    for name in ("0001.jpg", "0003.jpg", "0005.jpg", "0011.jpg"):
+        assert name in details
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    assert [row.sample_id for row in reader.quarantined] == ["0003.jpg", "0005.jpg"]
+    assert len(reader.image_rows("train")) == 16 - 3
+    # the neighbours in the batch of an undecodable image are what they are without it
+    np.testing.assert_array_equal(
+        reader.take("image", np.array([0, 1, 2, 4])),
+        EmbeddingReader(str(tmp_path / "whole")).take("image", np.array([0, 1, 2, 4])),
+    )
+    assert verify_cache(str(tmp_path / "c")).ok
+
+
+def test_an_image_that_changes_under_the_run_is_quarantined(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(8)
+    settings = config(photos, tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    pending = plan_precompute(settings, teacher)
+    (photos / "images" / "0002.jpg").write_bytes((photos / "images" / "0003.jpg").read_bytes())
+    (photos / "images" / "0006.jpg").unlink()
+    encode_chunks(settings, teacher, pending)
+    from storage.writer import EmbeddingWriter
+
+    EmbeddingWriter(settings.cache).seal()
+    reasons = {row.sample_id: row.reason for row in EmbeddingReader(settings.cache).quarantined}
+    assert reasons == {"0002.jpg": "changed-file", "0006.jpg": "missing-file"}
+
+
+def test_another_teacher_or_dataset_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(8)
+    precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    other = make_model_folder(tmp_path / "other", seed=5)
+    with pytest.raises(CacheMismatchError, match=r'teacher.weights_sha256: "\w{64}" in the cache, "\w{64}" asked for'):
+        precompute(config(photos, other, tmp_path / "c"))
+    text = (photos / "captions.txt").read_text()
+    (photos / "captions.txt").write_text(text.replace("number 2 again", "number two again"))
+    with pytest.raises(CacheMismatchError, match=r"dataset.captions_sha256"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    (photos / "captions.txt").write_text(text)
+    (photos / "images" / "0001.jpg").write_bytes((photos / "images" / "0002.jpg").read_bytes())
+    with pytest.raises(CacheMismatchError, match=r"dataset.samples_sha256"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+
+
+def test_a_dataset_without_an_image_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(2)
+    for path in (photos / "images").iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match=r"no usable image among 2 listed; the first problem: 0000\.jpg"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_journal_adds_up(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    precompute(config(make_photos(20), tiny_teacher, tmp_path / "c"))
+    info = describe_cache(str(tmp_path / "c"))
+    assert info.encode_seconds > 0
+    assert info.images_per_second is not None
+    assert info.images_per_second > 0
+
+
+def test_spans_stay_in_one_tower() -> None:
+    refs = [ChunkRef("image", 0, chunk) for chunk in range(5)] + [ChunkRef("text", 0, chunk) for chunk in range(2)]
+    spans = [[ref.name for ref in span] for span in chunk_spans(refs, 3)]
+    assert [len(span) for span in spans] == [3, 2, 2]
+    assert spans[1][-1] == "image/v0/000004"
+    assert spans[2][0] == "text/000000"

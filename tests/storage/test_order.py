@@ -1,0 +1,46 @@
+"""The training order is a permutation, and a pure function of its arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.order import batches, window_order
+
+
+@given(
+    rows=st.sets(st.integers(0, 400), min_size=1),
+    chunk_rows=st.integers(1, 50),
+    window_chunks=st.integers(1, 10),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 1000),
+)
+def test_an_epoch_is_a_permutation_and_repeats(
+    rows: set[int], chunk_rows: int, window_chunks: int, seed: int, epoch: int
+) -> None:
+    wanted = np.array(sorted(rows))
+    first = np.concatenate(list(window_order(wanted, chunk_rows, window_chunks, seed, epoch)))
+    again = np.concatenate(list(window_order(wanted, chunk_rows, window_chunks, seed, epoch)))
+    assert sorted(first.tolist()) == wanted.tolist()
+    assert first.tolist() == again.tolist()
+
+
+def test_epochs_and_seeds_differ() -> None:
+    rows = np.arange(100)
+    orders = {
+        tuple(np.concatenate(list(window_order(rows, 10, 3, seed, epoch)))) for seed in range(3) for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+def test_a_window_holds_whole_chunks_and_mixes_them() -> None:
+    windows = list(window_order(np.arange(100), 10, 3, 0, 0))
+    assert [len(window) for window in windows] == [30, 30, 30, 10]
+    assert all(len(set(window // 10)) == 3 for window in windows[:3])
+    assert len(set(windows[0][:10] // 10)) > 1
+
+
+def test_batches_are_full_and_cross_windows() -> None:
+    found = list(batches(iter([np.arange(5), np.arange(5, 7), np.arange(7, 11)]), 3))
+    assert [batch.tolist() for batch in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]

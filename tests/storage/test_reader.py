@@ -1,0 +1,123 @@
+"""A reader gives the committed rows or an error: never NaN, never another row's data."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.commits import ChunkRef, QuarantinedRow
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
+from storage.reader import EmbeddingReader
+from storage.writer import EmbeddingWriter
+from tests.conftest import known_arrays, known_row, make_identity, plan_known_cache
+
+
+def test_rows_come_in_the_order_asked_for(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    rows = np.array([9, 0, 4, 4, 7])
+    np.testing.assert_array_equal(reader.take("image", rows), np.stack([known_row("image", row) for row in rows]))
+    np.testing.assert_array_equal(reader.take("text", rows, array="norm"), rows + 1)
+    assert reader.take("image", np.array([], np.int64)).shape == (0, 8)
+
+
+def test_each_object_is_read_once_while_it_fits(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    for _ in range(3):
+        reader.take("text", np.arange(25))
+    assert reader.objects_read == 7
+
+
+def test_memory_is_bounded_and_rows_stay_right(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache), memory_bytes=2 * 4 * 8 * 2)  # two chunks
+    for row in (0, 24, 5, 13, 0, 24):
+        np.testing.assert_array_equal(reader.take("text", np.array([row]))[0], known_row("text", row))
+    assert reader._held_bytes <= 2 * 4 * 8 * 2
+
+
+def test_unfinished_caches_are_unreadable(tmp_path: Path) -> None:
+    plan_known_cache(tmp_path / "c")
+    writer = EmbeddingWriter(str(tmp_path / "c"))
+    for ref in writer.pending()[:2]:
+        writer.write(ref, known_arrays(writer, ref))
+    with pytest.raises(CacheIncompleteError, match=r"2 of 10 chunks"):
+        EmbeddingReader(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_rows_outside_the_cache(known_cache: Path, row: int) -> None:
+    with pytest.raises(IndexError, match="rows are 0 to 9"):
+        EmbeddingReader(str(known_cache)).take("image", np.array([3, row]))
+
+
+def test_swapped_chunks_are_found(known_cache: Path) -> None:
+    """Each has a valid checksum of its own; only the commit knows that they changed places."""
+    first, second = (known_cache / f"targets.zarr/text/embedding/c/{chunk}/0" for chunk in (0, 1))
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+    with pytest.raises(CacheCorruptError, match=r"text/embedding/c/1/0: checksum"):
+        EmbeddingReader(str(known_cache)).take("text", np.array([5]))
+
+
+def test_a_deleted_chunk_is_found(known_cache: Path) -> None:
+    (known_cache / "targets.zarr/text/embedding/c/1/0").unlink()
+    reader = EmbeddingReader(str(known_cache))
+    with pytest.raises(CacheCorruptError, match=r"text/embedding/c/1/0: missing, though committed"):
+        reader.take("text", np.array([5]))
+    np.testing.assert_array_equal(reader.take("text", np.array([3]))[0], known_row("text", 3))
+
+
+def test_a_damaged_table_is_found(known_cache: Path) -> None:
+    file = known_cache / "captions/000000.parquet"
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CacheCorruptError, match=r"captions/000000.parquet: sha256 is"):
+        _ = EmbeddingReader(str(known_cache)).captions
+
+
+def test_quarantined_rows_are_left_out_and_never_returned(tmp_path: Path) -> None:
+    plan_known_cache(tmp_path / "c")
+    writer = EmbeddingWriter(str(tmp_path / "c"))
+    for ref in writer.pending():
+        arrays, lost = known_arrays(writer, ref), []
+        if ref == ChunkRef("image", 0, 1):
+            lost = [QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")]
+            for values in arrays.values():
+                values[2] = np.nan
+        writer.write(ref, arrays, lost)
+    writer.seal()
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    assert reader.image_rows().tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert reader.image_rows("train").tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert [row.sample_id for row in reader.quarantined] == ["img-6"]
+    with pytest.raises(CacheCorruptError, match="image row 6 was quarantined and has no embedding"):
+        reader.take("image", np.array([5, 6]))
+
+
+def test_captions_of_images(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    # 25 captions over 10 images: images 0 to 4 have three, the others two
+    rows, positions = reader.caption_rows(np.array([9, 0]))
+    assert rows.tolist() == [23, 24, 0, 1, 2]
+    assert positions.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_unknown_split_lists_the_known_ones(known_cache: Path) -> None:
+    with pytest.raises(UsageError, match=r"no split 'val'; this cache has 'train' \(8 images\), 'test' \(2 images\)"):
+        EmbeddingReader(str(known_cache)).image_rows("val")
+
+
+def test_require_refuses_another_identity(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    reader.require(make_identity())
+    with pytest.raises(CacheMismatchError, match=r"teacher.weights_sha256"):
+        reader.require(make_identity(weights_sha256="f" * 64))
+
+
+def test_a_reader_travels_to_a_worker(known_cache: Path) -> None:
+    reader = pickle.loads(pickle.dumps(EmbeddingReader(str(known_cache))))
+    np.testing.assert_array_equal(reader.take("image", np.array([3]))[0], known_row("image", 3))
