@@ -91,6 +91,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing.
     """
     started = time.perf_counter()
+    DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
     pending = plan_precompute(config, teacher, progress)
     encode_chunks(config, teacher, pending, progress)

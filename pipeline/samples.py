@@ -83,7 +83,7 @@ class ImageSource:
         if "://" in target:
             data = _fetch(target, offset, length)
         else:
-            with open(target, "rb") as file:
+            with Path(target).open("rb") as file:
                 if offset >= 0:
                     file.seek(offset)
                 data = file.read(length if length >= 0 else -1)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.preprocess import Preprocess
 from storage.errors import UsageError
 from storage.manifest import TeacherIdentity, TokenizerIdentity, digest_of
 
-__all__ = ["Encoded", "LiveTeacher", "load_teacher"]
+__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "load_teacher"]
 
 BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,6 +161,12 @@ def load_teacher(
         architecture["quick_gelu"] = True
     shown = f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if schema == "local-dir" else name
     return LiveTeacher(shown, pretrained, model, tokenizer, architecture, where, precision)
+
+
+@lru_cache(maxsize=1)
+def cached_teacher(name: str, pretrained: str | None, device: str, precision: Precision) -> LiveTeacher:
+    """The same as :func:`load_teacher`, loaded once per process: for callers that encode part by part."""
+    return load_teacher(name, pretrained, device, precision)
 
 
 def _digest_weights(model: torch.nn.Module) -> str:

@@ -60,8 +60,13 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str) -> pa.Tabl
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
     keys = sorted(key for key in manifest.files if key.startswith(f"{name}/"))
-    parts = [pq.read_table(io.BytesIO(read_static(files, key, manifest.files[key]))) for key in keys]
-    return pa.concat_tables(parts).combine_chunks()
+    return pa.concat_tables([_parse(read_static(files, key, manifest.files[key])) for key in keys]).combine_chunks()
+
+
+def _parse(data: bytes) -> pa.Table:
+    # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
+    # the process (exit -6) now and then
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
 
 
 def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:

@@ -1,0 +1,43 @@
+# Bare `make` lists the targets. Each of them makes .venv and installs what it needs first.
+PYTHON ?= python3
+# gpu brings faiss-gpu in place of faiss-cpu: make install FAISS=gpu
+FAISS ?= cpu
+BIN := .venv/bin
+STAMP := .venv/.installed-$(FAISS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format serve clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## make .venv and install the project with all that it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; name one with make PYTHON=python3.11" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(FAISS),dev]'
+	@touch $@
+
+demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
+	$(BIN)/teacher-cache demo
+
+test: install  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff, mypy, the import rule, Dockerfiles
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+
+format: install  ## let ruff write the formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: install  ## a local Prefect server and worker with the deployments of prefect.yaml
+	$(BIN)/python -m flows.serve
+
+clean:  ## remove .venv and what the tools keep; caches and runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
