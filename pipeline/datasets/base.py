@@ -18,7 +18,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif
 # a folder or a part of a file name that spells one of these names a split; anything else is a name
 SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")
 
-_DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".json", ".tar")
+_DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".json", ".tar")
 # lone surrogates: what surrogateescape makes of bytes that are not UTF-8, and what JSON's \ud83d alone becomes
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
 
@@ -173,7 +173,7 @@ def data_folder(root: str) -> str:
     folder = root
     if "{" in root:
         folder = root[: root.index("{")].rpartition("/")[0]
-    elif root.lower().endswith(_DATA_FILE_ENDINGS):
+    elif root.lower().split("?")[0].endswith(_DATA_FILE_ENDINGS):
         folder = root.rpartition("/")[0]
     return folder if "://" in root else str(Path(folder).resolve())
 

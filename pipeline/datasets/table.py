@@ -120,7 +120,7 @@ def _open(root: str) -> Any:
         return fsspec.open(root, "rb").open() if "://" in root else Path(root).open("rb")
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
-    except (OSError, ImportError) as error:
+    except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
         raise UsageError(f"{root}: no table there that can be read ({error}); write table:FILE") from error
 
 
@@ -166,31 +166,31 @@ def _find_columns(root: str, header: Sequence[str], wanted: dict[str, str | None
 
 
 def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    first = text.readline()
-    delimiter = "\t" if "\t" in first else ","
-    header = next(csv.reader([first], delimiter=delimiter), [])
-    columns = _find_columns(root, header, wanted)
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
-    begin = 2
-    while True:
-        detail = ""
-        fields: list[str] = []
-        try:
-            fields = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            detail = f"not CSV ({error})"
-        end = rows.line_num + 1  # the header was read past the csv reader
-        where = f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
-        begin = end + 1
-        if not fields and not detail:
-            continue
-        if not detail and len(fields) != len(header):
-            detail = f"{len(fields)} fields where the header has {len(header)}"
-        values = {role: fields[index] for role, index in columns.items() if index < len(fields)}
-        yield _Row(where, values, detail)
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        first = text.readline()
+        delimiter = "\t" if "\t" in first else ","
+        header = next(csv.reader([first], delimiter=delimiter), [])
+        columns = _find_columns(root, header, wanted)
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        begin = 2
+        while True:
+            detail = ""
+            fields: list[str] = []
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                detail = f"not CSV ({error})"
+            end = rows.line_num + 1  # the header was read past the csv reader
+            where = f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
+            begin = end + 1
+            if not fields and not detail:
+                continue
+            if not detail and len(fields) != len(header):
+                detail = f"{len(fields)} fields where the header has {len(header)}"
+            values = {role: fields[index] for role, index in columns.items() if index < len(fields)}
+            yield _Row(where, values, detail)
 
 
 def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:

@@ -22,7 +22,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 import fsspec
 
@@ -128,8 +128,8 @@ def _split_of(uri: str, folder: str) -> str:
 def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> Iterator[Problem]:
     """Fill ``members`` from one tar; what was read before a broken place stays."""
     try:
-        opened: Any = fsspec.open(tar, "rb") if "://" in tar else Path(tar).open("rb")
-        with opened as file:
+        opener = fsspec.open if "://" in tar else open
+        with opener(tar, "rb") as file:
             yield from _read_members(file, uri, lines, members)
     except FileNotFoundError:
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)

@@ -118,8 +118,13 @@ def test_captions_name_true_attributes(split):
             fitting = named_objects(caption, scene)
             assert fitting, caption
             assert all(fitting), (caption, scene)
-            relation = RELATION.search(caption.split(" on a ")[0])
-            if relation and len(fitting) == 2:
+            third = re.search(r"with something (\w+),", caption)
+            if third:
+                views["third colour"] += 1
+                assert third[1] in {thing.colour for thing in scene.objects}, caption
+            place = any(f" {place} of a " in caption for place in scenes._PLACES.values())
+            relation = None if place else RELATION.search(caption)
+            if relation:
                 views["relation"] += 1
                 holds = [
                     {
@@ -137,12 +142,12 @@ def test_captions_name_true_attributes(split):
                 assert any(holds), (caption, scene)
             if "background" in caption or "backdrop" in caption:
                 views["background"] += 1
-                assert re.search(rf"a {scene.texture} {scene.background} (background|backdrop)$", caption), caption
+                assert re.search(rf"a {scene.texture} {scene.background} (background|backdrop)\b", caption), caption
             for (row, column), place in scenes._PLACES.items():
                 if f" {place} of " in caption:
                     views["place"] += 1
                     assert any((thing.row, thing.column) == (row, column) for thing in fitting[0]), caption
-    assert min(views[view] for view in ("relation", "background", "place")) > 100
+    assert min(views[view] for view in ("relation", "background", "place", "third colour")) > 100
 
 
 def test_objects_of_a_scene_share_neither_shape_nor_colour_nor_cell():
