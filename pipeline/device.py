@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import torch
 
 from storage.errors import UsageError
 
-__all__ = ["resolve_device"]
+__all__ = ["keep_freed_memory", "resolve_device"]
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,3 +34,19 @@ def resolve_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a model's layers free, instead of handing it back and taking it anew.
+
+    On a CPU each layer allocates tens of megabytes. glibc maps such blocks from the kernel and unmaps them when
+    freed, so that every forward pass faults in all of its memory again: half of the time of a convolutional
+    teacher (benchmarks/cpu_allocator.md). One arena, since glibc trims the others whatever it is told.
+    Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  # musl and macOS have other meanings for these numbers, or none
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -69,7 +69,7 @@ def encode_rows(
             report("images", done, len(image_rows))
         for start in range(0, len(caption_rows), batch_size):
             part = texts.take(caption_rows[start : start + batch_size]).to_pylist()
-            features = student.encode_text(tokenizer(part).to(device)).cpu().numpy()
+            features = student.encode_text(student.shorten(tokenizer(part)).to(device)).cpu().numpy()
             text[start : start + len(part)] = features
             report("captions", start + len(part), len(caption_rows))
     return image, text

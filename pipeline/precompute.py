@@ -142,6 +142,8 @@ def encode_chunks(
     writer = EmbeddingWriter(config.cache)
     manifest = writer.manifest
     threads = config.decode_threads or os.cpu_count() or 1
+    # on a CPU the activations of a few images still fit its caches; more only cost memory
+    batch_size = config.batch_size or (16 if teacher.device.type == "cpu" else 256)
     done: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     for ref in refs:
@@ -150,7 +152,7 @@ def encode_chunks(
     writing: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
         try:
-            for batch in _ahead(decoders, jobs.batches(refs, config.batch_size)):
+            for batch in _ahead(decoders, jobs.batches(refs, batch_size)):
                 chunk = batch.chunk
                 chunk.start(batch.asked_at)
                 waited = time.perf_counter()

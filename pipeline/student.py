@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.preprocess import Preprocess
+from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 
 __all__ = ["Student", "StudentOutput", "build_student", "load_student", "presets", "save_student", "student_config"]
@@ -50,6 +51,7 @@ class Student(nn.Module):
         self.preprocess = preprocess
         self.embed_dim = embed_dim
         self.teacher_dim = teacher_dim
+        self._shortens = can_shorten(model)
         same = embed_dim == teacher_dim
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
@@ -59,8 +61,12 @@ class Student(nn.Module):
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(batch, context_length) int64 to (batch, embed_dim), normalised."""
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
+        """(batch, length) int64 to (batch, embed_dim), normalised; at full length or as :meth:`shorten` gives them."""
+        return F.normalize(encode_text(self.model, tokens).float(), dim=-1)
+
+    def shorten(self, tokens: Tensor) -> Tensor:
+        """Leave out the padding behind the longest caption, where the architecture allows it."""
+        return shorten(tokens) if self._shortens else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
         """Both towers and both projections of one batch."""

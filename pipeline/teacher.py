@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
 
 from pipeline.config import Precision
-from pipeline.device import resolve_device
+from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.preprocess import Preprocess
+from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 from storage.manifest import TeacherIdentity, TokenizerIdentity, digest_of
 
@@ -64,7 +65,10 @@ class LiveTeacher:
         self.architecture = architecture
         self.weights_sha256 = _digest_weights(model)
         self.model = model.to(device).eval().requires_grad_(False)
-        if device.type == "cuda" and precision == "fp32":
+        self._shortens = can_shorten(model)
+        if device.type == "cpu":
+            keep_freed_memory()
+        elif precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 keeps 10 bits of mantissa
 
     @property
@@ -78,7 +82,8 @@ class LiveTeacher:
 
     def encode_texts(self, tokens: torch.Tensor) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""
-        return self._finish(self.model.encode_text, tokens)
+        short = shorten(tokens) if self._shortens else tokens
+        return self._finish(partial(encode_text, self.model), short)
 
     def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

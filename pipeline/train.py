@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.batches import CachedTeacher, TeacherSource, epoch_loader, epoch_pairs
 from pipeline.config import TrainConfig
-from pipeline.device import resolve_device
+from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.encode_student import default_workers
 from pipeline.losses import LossInputs, weighted_sum
 from pipeline.runs import EpochRecord, RunFolder, RunRecord
@@ -60,6 +60,8 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
     """
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     reader = EmbeddingReader(config.cache)
     manifest = reader.manifest
     rows = reader.image_rows(config.split)
@@ -169,7 +171,9 @@ class _Loop:
         rate = self._config.learning_rate * _schedule(self.step, self._total_steps, self._config.warmup_fraction)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        output = self._model(pixels.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
+        output = self._model(
+            pixels.to(device, non_blocking=True), self._student.shorten(tokens).to(device, non_blocking=True)
+        )
         total, parts = weighted_sum(
             LossInputs(
                 output.image,

@@ -22,7 +22,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,11 +60,11 @@ BACKGROUNDS = {
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 
 _SUPERSAMPLE = 4
-_CELL_CENTRES = (12.0, 32.0, 52.0)  # pixels; 20 apart leaves two large neighbours side by side at full jitter
-_JITTER = 1.5
-_RADIUS = {"small": 5.0, "large": 8.5}
+_CELL_CENTRES = (11.0, 32.0, 53.0)  # pixels; 21 apart leaves two large neighbours side by side at full jitter
+_JITTER = 1.2
+_RADIUS = {"small": 5.8, "large": 9.2}
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-_PREFIXES = ("", "", "", "a picture of ", "a photo of ", "there is ", "we see ")
+_PREFIXES = ("", "", "", "", "a picture of ", "a photo of ")
 _PLACES = {
     (0, 0): "in the top left corner",
     (0, 1): "at the top",
@@ -306,44 +305,48 @@ def _relation(first: SceneObject, second: SceneObject, rng: np.random.Generator)
     return _pick(rng, _RELATIONS["below" if down > 0 else "above"])
 
 
-def _pair(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, SceneObject]:
-    return _pick(rng, tuple(permutations(scene.objects, 2)))
+def _in_order(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, SceneObject, tuple[SceneObject, ...]]:
+    """Two objects to tell of, and the third one, if there is one."""
+    first, second, *others = _shuffled(rng, scene.objects)
+    return first, second, tuple(others)
 
 
 def _view_beside(scene: Scene, rng: np.random.Generator) -> str:
-    """Two whole shapes and their relation: a small red star above a blue ring."""
-    first, second = _pair(scene, rng)
+    """Two whole shapes and their relation: a small red star above a blue ring, with a pink moon."""
+    first, second, others = _in_order(scene, rng)
     sized = _pick(rng, ((True, True), (True, False), (False, True)))
-    return f"{_name(first, rng, sized[0])} {_relation(first, second, rng)} {_name(second, rng, sized[1])}"
+    pair = f"{_name(first, rng, sized[0])} {_relation(first, second, rng)} {_name(second, rng, sized[1])}"
+    return f"{pair}, with {_name(others[0], rng)}" if others else f"{pair} on {_backdrop(scene, rng)}"
 
 
 def _view_list(scene: Scene, rng: np.random.Generator) -> str:
-    """Every shape with its colour, and the background where there are only two shapes."""
+    """Every shape with its colour, and the background: a star and a ring on a striped navy background."""
     names = [_name(thing, rng) for thing in _shuffled(rng, scene.objects)]
-    listed = ", ".join(names[:-1]) + f" and {names[-1]}"
-    return listed if len(names) == 3 else f"{listed} on {_backdrop(scene, rng)}"
+    return f"{', '.join(names[:-1])} and {names[-1]} on {_backdrop(scene, rng)}"
 
 
 def _view_place(scene: Scene, rng: np.random.Generator) -> str:
-    """One shape, its place and the background: a big red star at the top of a dotted grey background."""
-    thing = _pick(rng, scene.objects)
-    place = _PLACES[thing.row, thing.column]
-    return f"{_name(thing, rng, size=True)} {place} of {_backdrop(scene, rng)}"
+    """One shape and its place, and one more: a big red star at the top of a plain grey background, with a blue ring."""
+    first, second, _ = _in_order(scene, rng)
+    place = _PLACES[first.row, first.column]
+    return f"{_name(first, rng, size=True)} {place} of {_backdrop(scene, rng)}, with {_name(second, rng)}"
 
 
 def _view_colours(scene: Scene, rng: np.random.Generator) -> str:
-    """Colours without forms: a tiny red thing left of a large green thing on a plain beige backdrop."""
-    first, second = _pair(scene, rng)
+    """Colours without forms: a tiny red thing left of a large green thing, with something white, on ..."""
+    first, second, others = _in_order(scene, rng)
     word = _pick(rng, ("shape", "thing", "object"))
     names = [_article(f"{_pick(rng, _SIZE_WORDS[thing.size])} {thing.colour} {word}") for thing in (first, second)]
-    return f"{names[0]} {_relation(first, second, rng)} {names[1]} on {_backdrop(scene, rng)}"
+    third = f", with something {others[0].colour}," if others else ""
+    return f"{names[0]} {_relation(first, second, rng)} {names[1]}{third} on {_backdrop(scene, rng)}"
 
 
 def _view_forms(scene: Scene, rng: np.random.Generator) -> str:
-    """Forms without colours: a tiny star left of a large ring on a plain beige backdrop."""
-    first, second = _pair(scene, rng)
+    """Forms without colours: a tiny star left of a large ring, with a moon, on a plain beige backdrop."""
+    first, second, others = _in_order(scene, rng)
     names = [_article(f"{_pick(rng, _SIZE_WORDS[thing.size])} {thing.shape}") for thing in (first, second)]
-    return f"{names[0]} {_relation(first, second, rng)} {names[1]} on {_backdrop(scene, rng)}"
+    third = f", with {_article(others[0].shape)}," if others else ""
+    return f"{names[0]} {_relation(first, second, rng)} {names[1]}{third} on {_backdrop(scene, rng)}"
 
 
 _VIEWS: tuple[Callable[[Scene, np.random.Generator], str], ...] = (
@@ -397,7 +400,7 @@ def _draw_picture(scene: Scene, rng: np.random.Generator) -> Image.Image:
         pixels += mask * (tint - pixels)
     slope_x, slope_y, exposure = _spread(rng, 0.12, 3)
     light = 1.0 + exposure + slope_x * _X + slope_y * _Y
-    noise_level = 4.0 + 10.0 * rng.random()
+    noise_level = 3.0 + 7.0 * rng.random()
     pixels *= light[:, :, None].astype(np.float32)
     pixels += (2 * rng.random(pixels.shape, dtype=np.float32) - 1) * np.float32(noise_level)
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))

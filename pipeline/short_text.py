@@ -1,0 +1,61 @@
+"""Encode captions at their own length: CLIP's text tower without the padding behind the longest caption.
+
+A caption has about 15 tokens, the tower is built for 77. In a causal transformer nothing behind a token reaches
+it, and CLIP reads the features at the end-of-text token; so positions behind the last of these cannot change
+the result, and leaving them out changes it by float rounding only (a test holds it to that).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["can_shorten", "encode_text", "shorten"]
+
+_STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
+
+
+def can_shorten(model: nn.Module) -> bool:
+    """Whether this model's text features depend on nothing behind the end-of-text token."""
+    # only open_clip's own class: others pool another position, or look both ways
+    if type(model) is not CLIP or model.text_pool_type != "argmax" or model.attn_mask is None:
+        return False
+    mask: Tensor = model.attn_mask  # type: ignore[assignment]
+    return bool(torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)))
+
+
+def shorten(tokens: Tensor) -> Tensor:
+    """Cut (batch, context_length) token ids behind the longest caption; only for models that ``can_shorten``."""
+    # the end-of-text token has the highest id; padding follows it
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : -(-longest // _STEP) * _STEP]
+
+
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
+    """Text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
+    length = tokens.shape[1]
+    if length == model.context_length:
+        features: Tensor = model.encode_text(tokens)
+    else:
+        shorter = {
+            "model.positional_embedding": model.positional_embedding[:length],
+            "model.attn_mask": model.attn_mask[:length, :length],
+        }
+        features = functional_call(_EncodeText(model), shorter, (tokens,))
+    return features
+
+
+class _EncodeText(nn.Module):
+    """Makes ``encode_text`` the forward that ``functional_call`` calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
+        return features

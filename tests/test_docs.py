@@ -1,0 +1,81 @@
+"""What the documents say exists, exists: commands, flags, targets, files, links."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from pipeline.cli import app
+from pipeline.datasets import ADAPTERS
+from pipeline.student import presets
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS += [*sorted((ROOT / "benchmarks").glob("*.md")), *sorted((ROOT / "configs").glob("*.toml"))]
+
+
+def tracked() -> list[str]:
+    """Files of the project, as git or the working tree knows them."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    return listed.splitlines()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_and_flag_shown_exists(path: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = path.read_text().replace("\\\n", " ")
+    for name, rest in re.findall(r"teacher-cache ([a-z]+)\b([^\n`]*)", text):
+        assert name in commands, f"{path.name}: teacher-cache {name}"
+        known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, f"{path.name}: teacher-cache {name}{rest}"
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"\bmake ([a-z]+)(?: |$|`|:)", text):
+        if f"make {target}" in text and target in {"install", "demo", "test", "lint", "serve", "bench", "docs"}:
+            assert target in targets, f"{path.name}: make {target}"
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    """Every Python module is in it, and nothing that is not there."""
+    block = (ROOT / "README.md").read_text().split("## What lies where\n```\n")[1].split("```")[0]
+    named: set[str] = set()
+    folders: list[str] = []
+    for line in block.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        names = re.split(r"\s{3,}", line.strip())[0].split()
+        folders = folders[:indent]
+        named |= {"/".join([*folders, name.rstrip("/")]) for name in names}
+        if names[0].endswith("/"):
+            folders.append(names[0].rstrip("/"))
+    for name in named:
+        assert list(ROOT.glob(name)), f"{name} is in the README and not in the project"
+    modules = {
+        name
+        for name in tracked()
+        if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/")) and not name.endswith("__init__.py")
+    }
+    assert modules <= named, f"not in the README: {sorted(modules - named)}"
+
+
+def test_adapters_and_presets_are_listed() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"| `{kind}` |" in text for kind in ADAPTERS)
+    assert all(f"`{name}`" in text for name in presets())
+
+
+def test_no_file_is_overlong_and_none_is_a_junk_drawer() -> None:
+    for name in tracked():
+        path = ROOT / name
+        if path.suffix == ".py" and path.exists():
+            assert path.name != "utils.py"
+            assert len(path.read_text().splitlines()) <= 520, name
