@@ -11,14 +11,15 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pipeline.preprocess import Preprocess, decode_image
-from pipeline.samples import ImageSource
+from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
+from pipeline.samples import ImageSource, require_content
+from storage.errors import CacheError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
 
-__all__ = ["CachedTeacher", "Pairs", "StudentImages", "TeacherSource", "TeacherTargets", "epoch_loader", "epoch_pairs"]
+__all__ = ["CachedTeacher", "Pairs", "StudentImages", "TeacherSource", "TeacherTargets", "epoch_inputs", "epoch_pairs"]
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -95,24 +96,30 @@ def epoch_pairs(
 
 
 class StudentImages(Dataset[Tensor]):
-    """Row of the cache to the pixels that the student sees of this image: float32 (3, height, width)."""
+    """Row of the cache to the pixels that the student sees of this image: float32 (3, height, width).
+
+    Raises on access:
+        OSError: the image cannot be read where the source says.
+        CacheMismatchError: it is there and is not the image that the teacher saw.
+    """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         samples = reader.samples
-        self._ids, self._uris = samples["sample_id"], samples["uri"]
+        self._ids, self._uris, self._digests = samples["sample_id"], samples["uri"], samples["content_sha256"]
         self._offsets, self._lengths = samples["offset"], samples["length"]
         self._source = source
         self._transform = preprocess.transform()
 
     def __getitem__(self, row: int) -> Tensor:
-        uri = self._uris[row].as_py()
+        where = self._source.resolve(self._uris[row].as_py())
         try:
-            data = self._source.read(uri, self._offsets[row].as_py(), self._lengths[row].as_py())
+            data = self._source.read(where, self._offsets[row].as_py(), self._lengths[row].as_py())
         except OSError as error:
             raise OSError(
-                f"row {row} ({self._ids[row].as_py()}): {self._source.resolve(uri)} cannot be read: {error}. "
+                f"row {row} ({self._ids[row].as_py()}): {where} cannot be read: {error}. "
                 "Were the images moved? Name their folder with --image-root."
             ) from error
+        require_content(data, self._digests[row].as_py(), f"row {row} ({self._ids[row].as_py()}): {where}")
         pixels: Tensor = self._transform(decode_image(data))
         return pixels
 
@@ -126,6 +133,51 @@ class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor]:
         image_row, caption_row = pair
         return self._images[image_row], self._tokenizer([self._texts[caption_row].as_py()])[0]
+
+
+class _Items(Dataset[Any]):
+    """The same items, with an error as an item: a worker's exception would lose its class and its one line."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self._dataset[index]
+        except (OSError, CacheError, UndecodableImageError) as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
+
+
+def load_items(dataset: Dataset[Any], workers: int, device: torch.device, **how: Any) -> Iterator[Any]:
+    """Batches of a dataset, made by ``workers`` processes (0: this one).
+
+    Args:
+        how: batch_size and sampler, or batch_sampler, as DataLoader takes them.
+
+    Raises:
+        OSError, CacheMismatchError, UndecodableImageError: what the first bad item of a batch raised, wherever it
+            was made.
+    """
+    loader = DataLoader(
+        _Items(dataset),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+        **how,
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step
 
 
 class _PairSampler:
@@ -142,24 +194,15 @@ class _PairSampler:
         return len(self._pairs)
 
 
-def epoch_loader(
+def epoch_inputs(
     reader: EmbeddingReader,
     source: ImageSource,
     preprocess: Preprocess,
     tokenizer: Tokenizer,
     pairs: Sequence[Pairs],
     workers: int,
-) -> DataLoader[Any]:
-    """(pixels, tokens) for each of ``pairs``, in their order, decoded by ``workers`` processes (0: this one)."""
-    return DataLoader(
-        _StudentInputs(StudentImages(reader, source, preprocess), reader.captions["text"], tokenizer),
-        batch_sampler=_PairSampler(pairs),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=one_thread,
-    )
-
-
-def one_thread(worker: int) -> None:
-    """Set up a DataLoader worker."""
-    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`."""
+    inputs = _StudentInputs(StudentImages(reader, source, preprocess), reader.captions["text"], tokenizer)
+    return load_items(inputs, workers, device, batch_sampler=_PairSampler(pairs))

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig, load_config
@@ -79,6 +80,11 @@ def precompute(
     rates = f"{result.images_per_second or 0:,.0f} images/s, {result.captions_per_second or 0:,.0f} captions/s"
     for line in result.problem_details:
         _say(line)
+    if result.replaced_manifest_digest:
+        _say(
+            f"repaired chunks differ from the sealed ones: the manifest is {result.manifest_digest[:12]} now, it was "
+            f"{result.replaced_manifest_digest[:12]}. Runs that name the old one learned from the old bytes."
+        )
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
     Console().print(
         f"{result.cache}: {result.images:,} images and {result.captions:,} captions by {result.teacher}\n"
@@ -199,7 +205,7 @@ def recall_table(
     retention: dict[str, Any] | None,
 ) -> Table:
     """Recalls of teacher and student side by side, in percent."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for direction, recalls in teacher.items():
         for name in recalls:

@@ -15,9 +15,6 @@ __all__ = ["EvaluateConfig", "Precision", "PrecomputeConfig", "TrainConfig", "lo
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-_WORKERS = "Processes that decode images; half the cores, at most 8, if left out."
-
-
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +29,10 @@ class PrecomputeConfig(_Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
     precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
     batch_size: int | None = Field(
-        None, gt=0, description="Images, or captions, per forward pass; 16 on a CPU and 256 on a GPU if left out."
+        None,
+        gt=0,
+        description="Images, or captions, per forward pass; those of the cache, or 16 on a CPU and "
+        "256 on a GPU, if left out.",
     )
     chunk_rows: int | None = Field(None, gt=0, description="Rows per chunk; chosen by the number of rows if left out.")
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
@@ -58,7 +58,7 @@ class TrainConfig(_Config):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the contrastive loss.")
     window_chunks: int = Field(16, gt=0, description="Chunks of the cache that are shuffled together.")
-    seed: int = Field(0, ge=0, description="Of initial weights, order and choice of captions.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order and choice of captions.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; losses stay in float32.")
     workers: int | None = Field(
@@ -113,8 +113,13 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
             tables = tomllib.loads(path.read_text())
         except FileNotFoundError as error:
             raise UsageError(f"{path}: no such run file") from error
-        except tomllib.TOMLDecodeError as error:
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: not TOML: {error}") from error
+        for name, table in tables.items():
+            if name != "cache" and not isinstance(table, dict):
+                raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
         unknown = sorted(set(tables) - {"cache", "precompute", "train", "evaluate"})
         if unknown:
             raise UsageError(

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
-from pipeline.batches import StudentImages, one_thread
+from pipeline.batches import StudentImages, load_items
 from pipeline.device import resolve_device
 from pipeline.samples import ImageSource
 from pipeline.student import load_student, student_tokenizer
@@ -47,12 +46,12 @@ def encode_rows(
     student.to(device)
     tokenizer = student_tokenizer(config)
     texts = reader.captions["text"]
-    loader = DataLoader(
+    loader = load_items(
         StudentImages(reader, ImageSource(image_root), student.preprocess),
+        default_workers() if workers is None else workers,
+        device,
         batch_size=batch_size,
         sampler=image_rows.tolist(),
-        num_workers=default_workers() if workers is None else workers,
-        worker_init_fn=one_thread,
     )
     image = np.empty((len(image_rows), student.embed_dim), np.float32)
     text = np.empty((len(caption_rows), student.embed_dim), np.float32)

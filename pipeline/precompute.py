@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from pipeline.config import PrecomputeConfig
+from pipeline.datasets.base import data_folder
+from pipeline.device import keep_freed_memory
 from pipeline.preprocess import UndecodableImageError, decode_image
-from pipeline.samples import DatasetSpec, ImageSource, SampleSet, load_samples
+from pipeline.samples import DatasetSpec, ImageSource, SampleSet, load_samples, require_content
 from pipeline.teacher import LiveTeacher, load_teacher
-from storage.arrays import ARRAYS, array_dtype
+from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.commits import ChunkRef, QuarantinedRow, all_chunks
-from storage.errors import CacheNotFoundError
+from storage.errors import CacheMismatchError, CacheNotFoundError
 from storage.files import open_files
 from storage.inspect import describe_cache
 from storage.journal import ChunkCost
@@ -42,7 +44,7 @@ from storage.manifest import (
     Source,
     TargetsIdentity,
     ViewsIdentity,
-    digest_of,
+    canonical_json,
 )
 from storage.reader import EmbeddingReader
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
@@ -62,6 +64,9 @@ class PrecomputeResult(BaseModel, frozen=True):
 
     cache: str
     manifest_digest: str
+    replaced_manifest_digest: str | None = Field(
+        description="Of the sealed cache that was there, when damaged chunks came back with other bytes."
+    )
     identity_digest: str
     teacher: str
     images: int = Field(description="Rows of the image tower, quarantined ones included.")
@@ -120,15 +125,18 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         targets=TargetsIdentity(),
         dataset=_dataset_identity(spec, tables),
     )
-    layout = _layout(config, identity)
-    plan_cache(
-        config.cache,
-        identity,
-        layout,
-        Source(dataset=str(spec), image_root=dataset.root),
-        tables,
-        made_with=_versions(),
-    )
+    layout = _layout(config, identity, teacher.device.type)
+    source = Source(dataset=str(spec), image_root=dataset.root)
+    try:
+        plan_cache(config.cache, identity, layout, source, tables, made_with=_versions())
+    except CacheMismatchError as error:
+        lost = [problem for problem in dataset.problems if problem.lost_image]
+        if not lost:
+            raise
+        # most often the reason: a share that is not mounted, a server that is down
+        raise CacheMismatchError(
+            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
+        ) from error
     return EmbeddingWriter(config.cache).pending()
 
 
@@ -141,18 +149,19 @@ def encode_chunks(
     """
     writer = EmbeddingWriter(config.cache)
     manifest = writer.manifest
+    teacher.require(manifest.identity, config.cache)
+    if teacher.device.type == "cpu":
+        keep_freed_memory()
     threads = config.decode_threads or os.cpu_count() or 1
-    # on a CPU the activations of a few images still fit its caches; more only cost memory
-    batch_size = config.batch_size or (16 if teacher.device.type == "cpu" else 256)
     done: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     for ref in refs:
         totals[ref.tower] += len(ref.rows(manifest.layout))
-    jobs = _Jobs(teacher, manifest, writer)
+    jobs = _Jobs(teacher, manifest, writer, data_folder(DatasetSpec.parse(config.dataset).root))
     writing: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
         try:
-            for batch in _ahead(decoders, jobs.batches(refs, batch_size)):
+            for batch in _ahead(decoders, jobs.batches(refs)):
                 chunk = batch.chunk
                 chunk.start(batch.asked_at)
                 waited = time.perf_counter()
@@ -189,6 +198,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResu
         CacheIncompleteError: chunks are missing.
     """
     writer = EmbeddingWriter(cache)
+    before = writer.manifest
     manifest = writer.seal()
     problems: Counter[str] = Counter()
     details: list[str] = []
@@ -204,6 +214,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResu
     return PrecomputeResult(
         cache=cache,
         manifest_digest=manifest.digest,
+        replaced_manifest_digest=before.digest if before.sealed and before.digest != manifest.digest else None,
         identity_digest=manifest.identity_digest,
         teacher=manifest.identity.teacher.name,
         images=manifest.layout.image_rows,
@@ -238,23 +249,40 @@ class _Chunk:
             self.started = at
 
     def run(self, teacher: LiveTeacher, batch: _Batch, inputs: list[Any]) -> None:
-        """Put the embeddings of one batch into their rows."""
+        """Put the embeddings of one batch into their rows.
+
+        Raises:
+            FloatingPointError: the teacher gives nothing finite for a caption, or for any image of the batch.
+        """
         at = slice(batch.rows.start - self.rows.start, batch.rows.stop - self.rows.start)
         if self.ref.tower == "text":
             encoded = teacher.encode_texts(torch.stack(inputs))
+            lost: list[tuple[str, str] | None] = [None] * len(inputs)
         else:
             blank = torch.zeros(3, *teacher.preprocess.size)
             # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
-            encoded = teacher.encode_images(
-                torch.stack([item.pixels if item.pixels is not None else blank for item in inputs])
-            )
+            pixels = [item.pixels if item.pixels is not None else blank for item in inputs]
+            encoded = teacher.encode_images(torch.stack(pixels))
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
+            lost = [item.lost for item in inputs]
         self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
-        for row, item in zip(batch.rows, inputs, strict=True):
-            if isinstance(item, _Decoded) and item.lost is not None:
-                self.quarantined.append(QuarantinedRow(row=row, **item.lost))
-                for values in self.arrays.values():
-                    values[row - self.rows.start] = np.nan
+        finite = np.isfinite(encoded.embedding).all(axis=1) & np.isfinite(encoded.norm)
+        decoded = np.array([reason is None for reason in lost])
+        if not finite.all() and (self.ref.tower == "text" or not finite[decoded].any()):
+            row = batch.rows[int(np.flatnonzero(decoded & ~finite)[0])] if (decoded & ~finite).any() else None
+            if row is not None:
+                raise FloatingPointError(
+                    f"{self.ref.tower} row {row}: the teacher's features are not finite in {teacher.precision}. Use "
+                    "--precision bf16 or fp32 and a new cache."
+                )
+        for index in np.flatnonzero(~decoded | ~finite):
+            reason, detail = lost[index] or ("not-finite", "the teacher's features are NaN, infinite or zero")
+            row = batch.rows[int(index)]
+            self.quarantined.append(
+                QuarantinedRow(row=row, sample_id=inputs[index].sample_id, reason=reason, detail=detail)
+            )
+            for values in self.arrays.values():
+                values[row - self.rows.start] = np.nan
 
     def write(self, writer: EmbeddingWriter, device: str) -> None:
         assert self.started is not None  # the batch that ended the chunk started it
@@ -272,12 +300,8 @@ class _Chunk:
 class _Decoded:
     pixels: torch.Tensor | None
     crop: tuple[float, ...]
-    lost: dict[str, str] | None = None
-
-
-def _lost(sample: dict[str, Any], reason: str, detail: str) -> _Decoded:
-    lost = {"sample_id": sample["sample_id"], "reason": reason, "detail": detail}
-    return _Decoded(None, (np.nan,) * 5, lost)
+    lost: tuple[str, str] | None = None  # reason and detail
+    sample_id: str = ""
 
 
 @dataclass
@@ -300,21 +324,24 @@ class _Batch:
 class _Jobs:
     """Turns chunks into batches whose inputs can be prepared by any thread."""
 
-    def __init__(self, teacher: LiveTeacher, manifest: CacheManifest, writer: EmbeddingWriter) -> None:
+    def __init__(self, teacher: LiveTeacher, manifest: CacheManifest, writer: EmbeddingWriter, image_root: str) -> None:
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
         self._transform = teacher.preprocess.transform()
-        self._source = ImageSource(manifest.source.image_root)
+        # where this run found the images: the folder may have moved since the cache was planned
+        self._source = ImageSource(image_root)
         self._layout = manifest.layout
         self._samples = read_table(writer.files, manifest, SAMPLES)
         self._captions = read_table(writer.files, manifest, CAPTIONS)
 
-    def batches(self, refs: Sequence[ChunkRef], batch_size: int) -> Iterator[_Batch]:
+    def batches(self, refs: Sequence[ChunkRef]) -> Iterator[_Batch]:
+        batch_size = self._layout.batch_rows
         for ref in refs:
             rows = ref.rows(self._layout)
-            tail = {"embedding": (self._layout.embed_dim,), "norm": (), "view": (5,)}
             arrays = {
-                name: np.full((len(rows), *tail[name]), np.nan, array_dtype(ref.tower, name))
+                name: np.full(
+                    (len(rows), *chunk_shape(self._layout, ref.tower, name)[1:]), np.nan, array_dtype(ref.tower, name)
+                )
                 for name in ARRAYS[ref.tower]
             }
             chunk = _Chunk(ref, rows, arrays)
@@ -332,17 +359,16 @@ class _Jobs:
 
         Raises:
             OSError: the bytes cannot be read just now; another try may, so the row is not given up.
+            CacheMismatchError: they are not the bytes that the cache was planned with.
         """
+        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
+        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         try:
-            data = self._source.read(sample["uri"], sample["offset"], sample["length"])
-            if hashlib.sha256(data).hexdigest() != sample["content_sha256"]:
-                return _lost(sample, "changed-file", f"{sample['uri']} has other bytes than when the cache was planned")
             image = decode_image(data)
-            return _Decoded(self._transform(image), self._preprocess.evaluation_crop(*image.size))
-        except FileNotFoundError:
-            return _lost(sample, "missing-file", f"{sample['uri']} was there when the cache was planned")
+            crop = self._preprocess.evaluation_crop(*image.size)
+            return _Decoded(self._transform(image), crop, sample_id=sample["sample_id"])
         except UndecodableImageError as error:
-            return _lost(sample, "undecodable-image", str(error))
+            return _Decoded(None, (np.nan,) * 5, ("undecodable-image", str(error)), sample["sample_id"])
 
     def _text_jobs(self, rows: range) -> list[Callable[[], Any]]:
         texts = self._captions["text"].slice(rows.start, len(rows)).to_pylist()
@@ -401,28 +427,38 @@ def _dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> Dataset
         images=samples.num_rows,
         captions=captions.num_rows,
         splits=dict(Counter(samples["split"].to_pylist())),
-        samples_sha256=digest_of(samples.select(["sample_id", "split", "content_sha256"]).to_pydict()),
-        captions_sha256=digest_of(captions.select(["image_row", "text"]).to_pydict()),
+        samples_sha256=_digest_rows(samples.select(["sample_id", "split", "content_sha256"])),
+        captions_sha256=_digest_rows(captions.select(["image_row", "text"])),
     )
 
 
-def _layout(config: PrecomputeConfig, identity: CacheIdentity) -> Layout:
-    """Chunk rows as asked for, as the cache that is there has them, or by the number of rows."""
+def _digest_rows(table: pa.Table) -> str:
+    """sha256 over one line of canonical JSON per row."""
+    total = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=65_536):
+        columns = [column.to_pylist() for column in batch.columns]
+        for row in zip(*columns, strict=True):
+            total.update(canonical_json(row) + b"\n")
+    return total.hexdigest()
+
+
+def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
+    """Chunk rows and batch size as asked for, as the cache that is there has them, or by rows and device."""
     images, captions = identity.dataset.images, identity.dataset.captions
-    image_chunk_rows, text_chunk_rows = config.chunk_rows, config.chunk_rows
-    if config.chunk_rows is None:
-        try:
-            layout = read_manifest(open_files(config.cache)).layout
-            image_chunk_rows, text_chunk_rows = layout.image_chunk_rows, layout.text_chunk_rows
-        except CacheNotFoundError:
-            image_chunk_rows, text_chunk_rows = _chunk_rows(images), _chunk_rows(captions)
+    try:
+        have = read_manifest(open_files(config.cache)).layout
+        default = (have.image_chunk_rows, have.text_chunk_rows, have.batch_rows)
+    except CacheNotFoundError:
+        # on a CPU the activations of a few images still fit its caches; more only cost memory
+        default = (_chunk_rows(images), _chunk_rows(captions), 16 if device == "cpu" else 256)
     return Layout(
         embed_dim=identity.teacher.embed_dim,
         views=identity.views.count,
         image_rows=images,
         text_rows=captions,
-        image_chunk_rows=image_chunk_rows,
-        text_chunk_rows=text_chunk_rows,
+        image_chunk_rows=config.chunk_rows or default[0],
+        text_chunk_rows=config.chunk_rows or default[1],
+        batch_rows=config.batch_size or default[2],
     )
 
 

@@ -58,12 +58,16 @@ class RunFolder:
         self._files = LocalFiles(str(path))
 
     def start(self, record: RunRecord) -> None:
-        """Begin a run in a folder that holds none.
+        """Begin a run in a folder that holds none, or one that never came to a checkpoint.
 
         Raises:
-            UsageError: there is a run already; nothing is overwritten.
+            UsageError: there is a run with a checkpoint; nothing is overwritten.
         """
         if (self.path / _RECORD).exists():
+            if self.read().checkpoint is None:
+                (self.path / _LOG).unlink(missing_ok=True)
+                self.write(record)
+                return
             raise UsageError(f"{self.path}: holds a run already. Choose another --out, or delete the folder.")
         self.write(record)
 

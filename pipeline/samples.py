@@ -7,6 +7,7 @@ checks that each can be read, digests its bytes and turns every failure into a c
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import fsspec
 
 from pipeline.datasets import Problem, Sample, SampleSet, adapter
 from pipeline.datasets.base import data_folder
-from storage.errors import UsageError
+from storage.errors import CacheMismatchError, UsageError
 
-__all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples"]
+__all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples", "require_content"]
 
 _HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
+_HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
+_RETRY_SECONDS = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,45 @@ class ImageSource:
 
 
 def _fetch(url: str, offset: int, length: int) -> bytes:
-    """Bytes behind a URL in one request, without the look at its size that opening a file makes."""
+    """Bytes behind a URL in one request, without the look at its size that opening a file makes.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ConnectionError: the server did not answer well, three times.
+        OSError: it answered, and will not give these bytes; or the URL cannot be used.
+    """
     start = offset if offset > 0 else None
     end = max(offset, 0) + length if length >= 0 else None
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        data: bytes = filesystem.cat_file(path, start=start, end=end)
-    except OSError:
-        raise
-    except Exception as error:
-        # a server's refusal, an unknown protocol, a package that is not installed: each library has its own
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
-    return data
+    for pause in (*_RETRY_SECONDS, None):
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url)
+            data: bytes = filesystem.cat_file(path, start=start, end=end)
+            return data
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:
+            # a server's refusal, an unknown protocol, a package that is not installed: each library has its own
+            status = getattr(error, "status", None)
+            refused = isinstance(status, int) and status < 500 and status not in (408, 425, 429)
+            if refused or isinstance(error, (ValueError, ImportError)):
+                raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+            if pause is None:
+                raise ConnectionError(f"{url}: {type(error).__name__}: {error}") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def require_content(data: bytes, sha256: str, where: str) -> None:
+    """Refuse an image that is not the one that the cache was planned with.
+
+    Raises:
+        CacheMismatchError: names the file.
+    """
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CacheMismatchError(
+            f"{where}: not the image that the cache was made of (its bytes have another sha256). Restore it, name the "
+            "folder that has it, or make a new cache."
+        )
 
 
 def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None = None) -> tuple[SampleSet, list[str]]:
@@ -151,7 +181,12 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
     found = SampleSet(spec.kind, source.root, problems=listed.problems)
     digests: list[str] = []
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        for number, (sample, result) in enumerate(zip(listed.samples, pool.map(digest, listed.samples), strict=True)):
+        results = (
+            result
+            for first in range(0, len(listed.samples), _HASH_WINDOW)
+            for result in pool.map(digest, listed.samples[first : first + _HASH_WINDOW])
+        )
+        for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
             if isinstance(result, Problem):
                 found.problems.append(result)
             else:

@@ -25,7 +25,8 @@ __all__ = ["Student", "StudentOutput", "build_student", "load_student", "presets
 # 4.6052 = ln(100), CLIP's ceiling on logit_scale
 MAX_LOG_LOGIT_SCALE = math.log(100)
 
-_CONFIG, _WEIGHTS, _PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
+_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
 
 
 class StudentOutput(NamedTuple):
@@ -149,13 +150,14 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
     return Student(model, Preprocess.of_model(model), int(config["embed_dim"]), teacher_dim)
 
 
-def save_student(student: Student, config: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint: an open_clip model folder (``local-dir:``), and the projections beside it.
+def save_student(student: Student, config: dict[str, Any], folder: Path, origin: dict[str, Any]) -> None:
+    """Write a checkpoint: an open_clip model folder (``local-dir:``), the projections and ``origin`` beside it.
 
     Writes into ``folder``, which must be there; making that atomic is up to the caller.
     """
     text = json.dumps({"model_cfg": config, "preprocess_cfg": student.preprocess.to_config()}, indent=2)
     (folder / _CONFIG).write_text(text + "\n")
+    (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     save_file(_contiguous(student.model), folder / _WEIGHTS)
     projections = {
         f"{name}.weight": module.weight.detach().contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
 
 from pipeline.config import Precision
-from pipeline.device import keep_freed_memory, resolve_device
+from pipeline.device import resolve_device
 from pipeline.preprocess import Preprocess
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
-from storage.manifest import TeacherIdentity, TokenizerIdentity, digest_of
+from storage.manifest import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 
 __all__ = ["Encoded", "LiveTeacher", "cached_teacher", "load_teacher"]
 
@@ -64,17 +65,12 @@ class LiveTeacher:
         self.tokenizer = tokenizer
         self.architecture = architecture
         self.weights_sha256 = _digest_weights(model)
+        # the multiplier of cosines; here, since a GPU's exp may differ in the last bit
+        self.logit_scale = math.exp(float(model.logit_scale.detach().cpu()))  # type: ignore[operator]
         self.model = model.to(device).eval().requires_grad_(False)
         self._shortens = can_shorten(model)
-        if device.type == "cpu":
-            keep_freed_memory()
-        elif precision == "fp32":
+        if device.type == "cuda" and precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 keeps 10 bits of mantissa
-
-    @property
-    def logit_scale(self) -> float:
-        """The multiplier of cosines, after exp."""
-        return float(self.model.logit_scale.exp().item())  # type: ignore[operator]
 
     def encode_images(self, pixels: torch.Tensor) -> Encoded:
         """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
@@ -113,6 +109,19 @@ class LiveTeacher:
             logit_scale=self.logit_scale,
             logit_bias=None if bias is None else float(bias.item()),
         )
+
+    def require(self, identity: CacheIdentity, cache: str) -> None:
+        """Refuse to encode into a cache that another teacher began.
+
+        Raises:
+            CacheMismatchError: names each field that differs, with both values.
+        """
+        mine = {
+            "teacher": self.identity(),
+            "preprocess": self.preprocess.identity(),
+            "tokenizer": self.tokenizer_identity(),
+        }
+        identity.require(identity.model_copy(update=mine), cache)
 
     def tokenizer_identity(self) -> TokenizerIdentity:
         """What a cache records of the tokenizer."""
@@ -157,13 +166,17 @@ def load_teacher(
             model = open_clip.create_model(
                 source, pretrained=pretrained, force_quick_gelu=bool(quick_gelu), require_pretrained=True
             )
-        architecture = dict(open_clip.get_model_config(source) or {})
+        architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
         context_length = getattr(model, "context_length", None)
         tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
+    except ImportError as error:
+        raise UsageError(f"teacher {name!r} needs a package that is not installed: {error}. Install it.") from error
     except (RuntimeError, OSError, UserWarning) as error:
         raise UsageError(f"teacher {name!r} cannot be loaded: {error}") from error
+    if not architecture:
+        raise UsageError(f"teacher {name!r}: open_clip built it, but gives no model config to record")
     if quick_gelu:
-        architecture["quick_gelu"] = True
+        architecture = {**architecture, "quick_gelu": True}
     shown = f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if schema == "local-dir" else name
     return LiveTeacher(shown, pretrained, model, tokenizer, architecture, where, precision)
 

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipeline.batches import CachedTeacher, TeacherSource, epoch_loader, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, TeacherSource, epoch_inputs, epoch_pairs
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.encode_student import default_workers
@@ -25,6 +26,10 @@ from storage.errors import UsageError
 from storage.reader import EmbeddingReader
 
 __all__ = ["StepProgress", "TrainResult", "train"]
+
+
+# what a checkpoint says of itself when it is copied out of its run
+_ORIGIN = {"teacher", "cache_identity_digest", "cache_manifest_digest", "view", "config"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,10 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
     source = ImageSource(config.image_root or manifest.source.image_root)
     run = RunFolder(config.out)
+    cache = config.cache if "://" in config.cache else str(Path(config.cache).resolve())
     record = RunRecord(
-        config=config,
+        # so that the run can be measured from any folder
+        config=config.model_copy(update={"cache": cache}),
         student_config=architecture,
         student_parameters=student.num_parameters,
         teacher=identity.teacher.name,
@@ -95,6 +102,7 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         train_images=len(rows),
     )
     run.start(record)
+    origin = record.model_dump(mode="json", include=_ORIGIN)
     total_steps = steps_per_epoch * config.epochs
     model, optimizer = fabric.setup(student, _optimizer(student, config))
     loop = _Loop(config, fabric, model, student, optimizer, CachedTeacher(reader), run, total_steps, progress)
@@ -102,7 +110,7 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
     workers = default_workers() if config.workers is None else config.workers
     for epoch in range(config.epochs):
         pairs = list(epoch_pairs(reader, rows, config.batch_size, config.window_chunks, config.seed, epoch))
-        loader = epoch_loader(reader, source, student.preprocess, tokenizer, pairs, workers)
+        loader = epoch_inputs(reader, source, student.preprocess, tokenizer, pairs, workers, device)
         finished = loop.epoch(epoch, pairs, loader)
         record = record.model_copy(
             update={
@@ -112,7 +120,7 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
             }
         )
         record = run.checkpoint(
-            record, f"epoch-{epoch + 1:04d}", lambda folder: save_student(student, architecture, folder)
+            record, f"epoch-{epoch + 1:04d}", lambda folder: save_student(student, architecture, folder, origin)
         )
     return TrainResult(str(run.path), record)
 
@@ -189,18 +197,26 @@ class _Loop:
             self._config.losses,
         )
         loss = float(total.detach())
+        values = {name: float(value) for name, value in parts.items()}
         if not math.isfinite(loss):
-            named = {name: float(value) for name, value in parts.items()}
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss is {loss} ({named}). Image rows {pair.image_rows.tolist()}, caption rows "
-                f"{pair.caption_rows.tolist()}. Lower the learning rate ({rate:.2g}), or use precision fp32."
-            )
+            raise FloatingPointError(_not_finite(self.step + 1, f"loss is {loss} ({values})", pair, rate))
         self._optimizer.zero_grad(set_to_none=True)
         self._fabric.backward(total)
-        self._fabric.clip_gradients(self._model, self._optimizer, max_norm=self._config.clip_grad_norm)
+        norm = self._fabric.clip_gradients(
+            self._model, self._optimizer, max_norm=self._config.clip_grad_norm, error_if_nonfinite=False
+        )
+        if norm is not None and not math.isfinite(float(norm)):
+            raise FloatingPointError(_not_finite(self.step + 1, f"the gradient's norm is {float(norm)}", pair, rate))
         self._optimizer.step()
         self._student.clamp_logit_scale()
-        return loss, {name: float(value) for name, value in parts.items()}, rate
+        return loss, values, rate
+
+
+def _not_finite(step: int, what: str, pair: Pairs, rate: float) -> str:
+    return (
+        f"step {step}: {what}. Image rows {pair.image_rows.tolist()}, caption rows {pair.caption_rows.tolist()}. "
+        f"Lower the learning rate ({rate:.2g}), or use precision fp32."
+    )
 
 
 def _schedule(step: int, total_steps: int, warmup_fraction: float) -> float:

@@ -54,8 +54,7 @@ def _tail(layout: Layout, name: str) -> tuple[int, ...]:
 
 def chunk_shape(layout: Layout, tower: Tower, name: str) -> tuple[int, ...]:
     """Rows and columns of one chunk as readers and writers see it: the axis of the one view left out."""
-    rows = layout.image_chunk_rows if tower == "image" else layout.text_chunk_rows
-    return (rows, *_tail(layout, name))
+    return (layout.chunk_rows(tower), *_tail(layout, name))
 
 
 def zarr_metadata(layout: Layout) -> dict[str, bytes]:
@@ -69,12 +68,11 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
     for tower, arrays in ARRAYS.items():
         group = root.create_group(tower)
         for name, dtype in arrays.items():
-            rows = layout.image_rows if tower == "image" else layout.text_rows
             chunk = chunk_shape(layout, tower, name)
             views = (layout.views,) if tower == "image" else ()
             group.create_array(
                 name,
-                shape=(rows, *views, *chunk[1:]),
+                shape=(layout.rows(tower), *views, *chunk[1:]),
                 chunks=(chunk[0], *(1,) * len(views), *chunk[1:]),
                 dtype=dtype,
                 fill_value=np.nan,  # zarr returns it for rows never written, and 0 would train quietly

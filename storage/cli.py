@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from storage.console import StageProgress
@@ -60,7 +61,7 @@ def verify(cache: CacheArgument, json: JsonFlag = False) -> None:
 
 def _info_table(found: CacheInfo) -> Table:
     identity, layout = found.identity, found.layout
-    table = Table(title=found.location, show_header=False, title_justify="left")
+    table = Table(title=escape(found.location), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     state = "complete" if found.sealed else "not complete: run the same precompute command again to finish it"
@@ -88,7 +89,7 @@ def _info_table(found: CacheInfo) -> Table:
         "made with": ", ".join(f"{name} {version}" for name, version in found.made_with.items()),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 

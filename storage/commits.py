@@ -6,6 +6,7 @@ nothing that two equal runs would write differently; seconds and host go to the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,16 @@ from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
 from storage.manifest import CacheManifest, Layout, canonical_json, digest_of
 
-__all__ = ["ChunkCommit", "ChunkRef", "ObjectDigest", "QuarantinedRow", "Tower", "all_chunks", "read_commit"]
+__all__ = [
+    "ChunkCommit",
+    "ChunkRef",
+    "ObjectDigest",
+    "QuarantinedRow",
+    "Tower",
+    "all_chunks",
+    "read_commit",
+    "read_commits",
+]
 
 Tower = Literal["image", "text"]
 COMMITS = "commits"
@@ -41,11 +51,7 @@ class ChunkRef(NamedTuple):
 
     def rows(self, layout: Layout) -> range:
         """The rows that it holds; the last chunk of a tower may be short."""
-        size, total = (
-            (layout.image_chunk_rows, layout.image_rows)
-            if self.tower == "image"
-            else (layout.text_chunk_rows, layout.text_rows)
-        )
+        size, total = layout.chunk_rows(self.tower), layout.rows(self.tower)
         return range(self.chunk * size, min((self.chunk + 1) * size, total))
 
     def object_keys(self) -> dict[str, str]:
@@ -144,3 +150,19 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
     if set(commit.objects) != set(ref.object_keys()):
         raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(ref.object_keys())} wanted")
     return commit
+
+
+def read_commits(files: CacheFiles, manifest: CacheManifest) -> tuple[dict[ChunkRef, ChunkCommit], str]:
+    """All commits of a cache, and the sha256 over key and bytes of each in the order of ``all_chunks``.
+
+    Raises:
+        CacheCorruptError: a record is damaged or belongs elsewhere.
+    """
+    commits: dict[ChunkRef, ChunkCommit] = {}
+    total = hashlib.sha256()
+    for ref in all_chunks(manifest.layout):
+        commit = read_commit(files, manifest, ref)
+        if commit is not None:
+            commits[ref] = commit
+            total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
+    return commits, total.hexdigest()

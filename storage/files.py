@@ -16,6 +16,8 @@ from typing import Protocol
 
 import fsspec
 
+from storage.errors import UsageError
+
 __all__ = ["CacheFiles", "LocalFiles", "RemoteFiles", "open_files"]
 
 _PARTIAL = re.compile(r"^\.partial-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
@@ -158,7 +160,10 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
         return LocalFiles(text)
     if text.startswith("file://"):
         return LocalFiles(text.removeprefix("file://"))
-    return RemoteFiles(text)
+    try:
+        return RemoteFiles(text)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
+        raise UsageError(f"{text}: {error}") from error
 
 
 def _alive(pid: int) -> bool:

@@ -10,13 +10,14 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
-from storage.commits import COMMITS, ChunkCommit, ChunkRef, all_chunks, read_commit
+from storage.commits import COMMITS, ChunkCommit, ChunkRef, all_chunks, read_commit, read_commits
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles, open_files
 from storage.journal import JOURNAL
 from storage.manifest import MANIFEST_KEY, CacheManifest
+from storage.rows import wrong_rows
 from storage.tables import CAPTIONS, SAMPLES, read_static, read_table
-from storage.writer import UNIT_NORM_TOLERANCE, digest_commits, incomplete_message, read_manifest
+from storage.writer import incomplete_message, read_manifest
 
 __all__ = ["Finding", "IntegrityReport", "verify_cache"]
 
@@ -76,6 +77,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     refs = all_chunks(manifest.layout)
     sound = uncommitted = quarantined = 0
     for number, ref in enumerate(refs):
+        if progress is not None:
+            progress(number + 1, len(refs))
         try:
             commit = read_commit(files, manifest, ref)
         except CacheCorruptError as error:
@@ -94,8 +97,6 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         nbytes += read
         sound += not found
         quarantined += len(commit.quarantined) if ref.view == 0 else 0
-        if progress is not None:
-            progress(number + 1, len(refs))
 
     if not manifest.sealed:
         message = incomplete_message(location, len(refs) - uncommitted, len(refs))
@@ -145,21 +146,10 @@ def _check_chunk(
         return findings, read
 
     rows = ref.rows(manifest.layout)
-    embedding = arrays["embedding"][: len(rows)].astype(np.float32)
-    key = ref.object_keys()["embedding"]
-    lost = np.zeros(len(rows), bool)
-    lost[[row.row - rows.start for row in commit.quarantined]] = True
-    finite = np.isfinite(embedding).all(axis=1) & np.isfinite(arrays["norm"][: len(rows)])
-    wrong = np.flatnonzero(finite == lost)
-    if len(wrong):
-        message = f"{key}: {len(wrong)} rows not finite or quarantined with a value, the first is {rows[int(wrong[0])]}"
-        findings.append(Finding(kind="not-finite", key=key, message=message))
-    norms = np.linalg.norm(embedding[finite], axis=1)
-    far = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
-    if far.any():
-        farthest = norms[np.abs(norms - 1).argmax()]
-        message = f"{key}: {int(far.sum())} rows are not of unit norm, the farthest has {farthest:.4f}"
-        findings.append(Finding(kind="not-unit-norm", key=key, message=message))
+    held = {name: values[: len(rows)] for name, values in arrays.items()}
+    for name, kind, what in wrong_rows(rows, held, {row.row for row in commit.quarantined}):
+        key = ref.object_keys()[name]
+        findings.append(Finding(kind=kind, key=key, message=f"{key}: {what}"))
     return findings, read
 
 
@@ -177,7 +167,11 @@ def _check_seal(files: CacheFiles, manifest: CacheManifest, quarantined: int) ->
     seal = manifest.generations[-1].seal
     assert seal is not None  # only called on a sealed manifest
     findings = []
-    if digest_commits(files) != seal.commits_sha256:
+    try:
+        as_sealed = read_commits(files, manifest)[1] == seal.commits_sha256
+    except CacheCorruptError:
+        as_sealed = False  # the record itself is named above
+    if not as_sealed:
         message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
         findings.append(Finding(kind="damaged", key=COMMITS, message=message))
     if quarantined != seal.images_quarantined:

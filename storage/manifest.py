@@ -191,6 +191,15 @@ class Layout(_Record):
     text_rows: int = Field(ge=0)
     image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
     text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
+    batch_rows: int = Field(gt=0, description="Rows per forward pass: another number rounds otherwise.")
+
+    def rows(self, tower: Literal["image", "text"]) -> int:
+        """All rows of a tower."""
+        return self.image_rows if tower == "image" else self.text_rows
+
+    def chunk_rows(self, tower: Literal["image", "text"]) -> int:
+        """Rows of a whole chunk of a tower."""
+        return self.image_chunk_rows if tower == "image" else self.text_chunk_rows
 
     @property
     def image_chunks(self) -> int:
@@ -263,6 +272,13 @@ class CacheManifest(_Record):
             )
         return self
 
+    @model_validator(mode="after")
+    def _files_are_below_the_cache(self) -> Self:
+        for key in self.files:
+            if key.startswith("/") or "://" in key or ".." in key.split("/"):
+                raise ValueError(f"files names {key!r}, which is not below the cache")
+        return self
+
     @property
     def sealed(self) -> bool:
         """Whether every generation is complete."""
@@ -303,7 +319,10 @@ class CacheManifest(_Record):
                 "Install a newer teacher-cache."
             )
         recorded = fields.pop("digest", None)
-        found_digest = digest_of(fields)
+        try:
+            found_digest = digest_of(fields)
+        except ValueError as error:  # NaN, half a surrogate pair: JSON's parser lets them in
+            raise CacheCorruptError(f"{where}: {error}. Restore it from a copy of the cache.") from error
         if recorded != found_digest:
             raise CacheCorruptError(
                 f"{where}: content has digest {found_digest[:12]}, {str(recorded)[:12]} is recorded in it. "

@@ -12,10 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
-from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commit
+from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commits
 from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
 from storage.files import open_files
-from storage.manifest import CacheIdentity
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.writer import incomplete_message, read_manifest
 
@@ -28,8 +27,8 @@ class EmbeddingReader:
     """A sealed cache, for training and evaluation.
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
-    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. It holds no open
-    file and no event loop, so it may be carried into a forked or spawned worker.
+    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. A spawned worker gets
+    a reader of its own by pickling; a forked one may use its copy of a local cache.
     """
 
     def __init__(self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> None:
@@ -49,7 +48,6 @@ class EmbeddingReader:
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
-        self._commits: dict[ChunkRef, ChunkCommit] = {}
         self._lock = threading.Lock()
         self.objects_read = 0
 
@@ -58,14 +56,6 @@ class EmbeddingReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a spawned worker opens the cache for itself
-
-    def require(self, wanted: CacheIdentity) -> None:
-        """Refuse a cache of another identity.
-
-        Raises:
-            CacheMismatchError: names each field that differs, with both values.
-        """
-        self.manifest.identity.require(wanted, self.location)
 
     @property
     def embed_dim(self) -> int:
@@ -99,9 +89,7 @@ class EmbeddingReader:
     @cached_property
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
         """Image rows that have no embedding, with reasons. Reads the image commits once."""
-        layout = self.manifest.layout
-        refs = [ref for ref in all_chunks(layout) if ref.tower == "image"]
-        rows = {row.row: row for ref in refs for row in self._commit(ref).quarantined}
+        rows = {row.row: row for commit in self._commits.values() for row in commit.quarantined}
         return tuple(rows[row] for row in sorted(rows))
 
     def image_rows(self, split: str | None = None) -> NDArray[np.int64]:
@@ -138,14 +126,11 @@ class EmbeddingReader:
                 row's data, never NaN.
         """
         layout = self.manifest.layout
-        size, total = (
-            (layout.image_chunk_rows, layout.image_rows)
-            if tower == "image"
-            else (layout.text_chunk_rows, layout.text_rows)
-        )
+        size, total = layout.chunk_rows(tower), layout.rows(tower)
         rows = np.asarray(rows, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= total):
-            raise IndexError(f"{self.location}: {tower} row {rows.max()} asked for, rows are 0 to {total - 1}")
+        outside = rows[(rows < 0) | (rows >= total)]
+        if len(outside):
+            raise IndexError(f"{self.location}: {tower} row {outside[0]} asked for, rows are 0 to {total - 1}")
         shape = chunk_shape(layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
         chunks = rows // size
@@ -157,14 +142,20 @@ class EmbeddingReader:
             raise CacheCorruptError(f"{self.location}: {tower} row {row} was quarantined and has no {array}")
         return out
 
-    def _commit(self, ref: ChunkRef) -> ChunkCommit:
-        commit = self._commits.get(ref)
-        if commit is None:
-            commit = read_commit(self.files, self.manifest, ref)
-            if commit is None:
-                raise CacheCorruptError(f"{self.location}/{ref.commit_key}: missing from a sealed cache")
-            self._commits[ref] = commit
-        return commit
+    @cached_property
+    def _commits(self) -> dict[ChunkRef, ChunkCommit]:
+        """All commits, proven to be those that the cache was sealed with."""
+        commits, digest = read_commits(self.files, self.manifest)
+        missing = [ref.commit_key for ref in all_chunks(self.manifest.layout) if ref not in commits]
+        if missing:
+            raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache")
+        seal = self.manifest.generations[-1].seal
+        if seal is None or digest != seal.commits_sha256:
+            raise CacheCorruptError(
+                f"{self.location}: the commit records are not those that the cache was sealed with. Run the same "
+                "precompute command again, or restore a copy."
+            )
+        return commits
 
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         with self._lock:
@@ -172,7 +163,7 @@ class EmbeddingReader:
             if held is not None:
                 self._held.move_to_end((ref, array))
                 return held
-            commit = self._commit(ref)
+            commit = self._commits[ref]
             key = ref.object_keys()[array]
             where = f"{self.location}/{key}"
             try:

@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import ARRAYS, array_dtype, chunk_shape, decode_object, encode_object, zarr_metadata
-from storage.commits import COMMITS, ChunkCommit, ChunkRef, QuarantinedRow, all_chunks, read_commit
+from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, all_chunks, read_commit, read_commits
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError
 from storage.files import CacheFiles, open_files
 from storage.journal import ChunkCost, write_cost
@@ -26,12 +25,10 @@ from storage.manifest import (
     Source,
     StaticFile,
 )
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, table_files
+from storage.rows import wrong_rows
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
 
 __all__ = ["EmbeddingWriter", "plan_cache", "read_manifest"]
-
-# float16 rows of unit vectors: rounding moves the norm by at most 2^-11
-UNIT_NORM_TOLERANCE = 2e-3
 
 
 def read_manifest(files: CacheFiles) -> CacheManifest:
@@ -79,14 +76,21 @@ def plan_cache(
         pass
     else:
         manifest.identity.require(identity, location)
-        if manifest.layout != layout:
+        have = manifest.layout
+        if have != layout:
             raise CacheMismatchError(
-                f"{location}: chunks of {manifest.layout.image_chunk_rows} images and "
-                f"{manifest.layout.text_chunk_rows} captions in the cache, {layout.image_chunk_rows} and "
-                f"{layout.text_chunk_rows} asked for. Leave chunk rows out, or encode to a new path."
+                f"{location}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in batches "
+                f"of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
+                f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
             )
         for key, wanted in manifest.files.items():
             read_static(files, key, wanted)
+        places = ["uri", "offset", "length"]
+        if not read_table(files, manifest, SAMPLES).select(places).equals(tables[SAMPLES].select(places)):
+            raise CacheMismatchError(
+                f"{location}: lists the same images at other places ({manifest.source.dataset}). Name the dataset in "
+                "the same form; its folder may have moved."
+            )
         return manifest
 
     static: dict[str, StaticFile] = {}
@@ -203,22 +207,10 @@ class EmbeddingWriter:
         for name, values in arrays.items():
             if len(values) != len(rows):
                 raise ValueError(f"{ref.name}/{name}: {len(values)} rows, {len(rows)} wanted")
-        lost = np.isin(np.arange(rows.start, rows.stop), list(quarantined))
         if not quarantined <= set(rows):
             raise ValueError(f"{ref.name}: quarantined rows {sorted(quarantined - set(rows))} are not of this chunk")
-        embedding = arrays["embedding"].astype(np.float32)
-        finite = np.isfinite(embedding).all(axis=1) & np.isfinite(arrays["norm"])
-        wrong = np.flatnonzero(finite == lost)
-        if len(wrong):
-            row = rows.start + int(wrong[0])
-            found = "a value" if lost[wrong[0]] else "NaN or infinity"
-            raise ValueError(
-                f"{ref.name}: row {row} holds {found}; encoded rows must be finite and quarantined rows NaN. "
-                "Does the teacher overflow in this precision?"
-            )
-        norms = np.linalg.norm(embedding[~lost], axis=1)
-        if len(norms) and np.abs(norms - 1).max() > UNIT_NORM_TOLERANCE:
-            raise ValueError(f"{ref.name}: a row has norm {norms[np.abs(norms - 1).argmax()]:.4f}, 1 wanted")
+        for name, _, what in wrong_rows(rows, arrays, quarantined):
+            raise ValueError(f"{ref.name}/{name}: {what}. Does the teacher overflow in this precision?")
 
     def seal(self) -> CacheManifest:
         """Fix the finished cache: the manifest then vouches for every commit. Sealing again changes nothing.
@@ -226,18 +218,15 @@ class EmbeddingWriter:
         Raises:
             CacheIncompleteError: chunks without commit record.
         """
-        refs = all_chunks(self.manifest.layout)
-        commits: list[ChunkCommit] = []
-        for ref in refs:
-            commit = read_commit(self.files, self.manifest, ref)
-            if commit is not None:
-                commits.append(commit)
-        if len(commits) < len(refs):
-            raise CacheIncompleteError(incomplete_message(self.files.location, len(commits), len(refs)))
-        lost = sum(len(commit.quarantined) for commit in commits if commit.tower == "image" and commit.view == 0)
+        commits, digest = read_commits(self.files, self.manifest)
+        total = self.manifest.layout.num_chunks
+        if len(commits) < total:
+            raise CacheIncompleteError(incomplete_message(self.files.location, len(commits), total))
+        found = commits.values()
+        lost = sum(len(commit.quarantined) for commit in found if commit.tower == "image" and commit.view == 0)
         layout = self.manifest.layout
         seal = Seal(
-            commits_sha256=digest_commits(self.files),
+            commits_sha256=digest,
             images_encoded=layout.image_rows - lost,
             images_quarantined=lost,
             captions_encoded=layout.text_rows,
@@ -253,11 +242,3 @@ class EmbeddingWriter:
 def incomplete_message(location: str, done: int, wanted: int) -> str:
     """How an unfinished cache is reported, wherever it is met."""
     return f"{location}: {done} of {wanted} chunks are there. Run the same precompute command again to finish it."
-
-
-def digest_commits(files: CacheFiles) -> str:
-    """sha256 over key and bytes of every commit record, in key order."""
-    total = hashlib.sha256()
-    for key in files.list(COMMITS):
-        total.update(key.encode() + b"\0" + files.read(key))
-    return total.hexdigest()

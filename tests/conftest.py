@@ -88,7 +88,7 @@ def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
     return (values / np.linalg.norm(values)).astype(np.float16)
 
 
-def plan_known_cache(path: Path, images: int = 10, captions: int = 25, chunk_rows: int = 4) -> CacheManifest:
+def plan_known_cache(path: Path | str, images: int = 10, captions: int = 25, chunk_rows: int = 4) -> CacheManifest:
     """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
     image_row = np.sort(np.arange(captions) % images)
     identity = make_identity(images, captions)
@@ -117,7 +117,12 @@ def plan_known_cache(path: Path, images: int = 10, captions: int = 25, chunk_row
         ),
     }
     layout = Layout(
-        embed_dim=8, image_rows=images, text_rows=captions, image_chunk_rows=chunk_rows, text_chunk_rows=chunk_rows
+        embed_dim=8,
+        image_rows=images,
+        text_rows=captions,
+        image_chunk_rows=chunk_rows,
+        text_chunk_rows=chunk_rows,
+        batch_rows=2,
     )
     source = Source(dataset="flickr:/nowhere", image_root="/nowhere")
     return plan_cache(str(path), identity, layout, source, tables, {"torch": "0"})

@@ -78,7 +78,10 @@ def test_rows_out_of_step_are_refused() -> None:
 
 def test_losses_are_float32_under_autocast() -> None:
     inputs = batch()
+    # autocast would make the products of these bfloat16
     plain = {name: loss(inputs).item() for name, loss in LOSSES.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (inputs.student_image @ inputs.student_text.T).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         mixed = {name: loss(inputs) for name, loss in LOSSES.items()}
     for name, value in mixed.items():

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import PrecomputeConfig
-from pipeline.precompute import chunk_spans, encode_chunks, plan_precompute, precompute
+from pipeline.precompute import chunk_spans, encode_chunks, plan_precompute, precompute, summarize
 from pipeline.preprocess import Preprocess
 from pipeline.teacher import load_teacher
 from storage.commits import ChunkRef
@@ -25,6 +25,7 @@ from storage.errors import CacheMismatchError, UsageError
 from storage.inspect import describe_cache
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
+from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder
 
 MakePhotos = Callable[..., Path]
@@ -100,8 +101,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
         while process.poll() is None and len(list(commits.rglob("*.json"))) < wanted:
             assert time.monotonic() < deadline
             time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert not describe_cache(str(tmp_path / "killed")).sealed
     before = {path: path.read_bytes() for path in commits.rglob("*.json")}
     assert before
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -153,21 +156,114 @@ def test_every_lost_image_is_named_and_counted(make_photos: MakePhotos, tiny_tea
     assert verify_cache(str(tmp_path / "c")).ok
 
 
-def test_an_image_that_changes_under_the_run_is_quarantined(
+def test_an_image_that_changes_or_goes_away_under_the_run_stops_it(
     make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    photos = make_photos(8)
+    """Nothing is given up for good because a share was away for a minute; nothing foreign is encoded."""
+    photos = make_photos(24)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
     settings = config(photos, tiny_teacher, tmp_path / "c")
     teacher = load_teacher(settings.teacher, device="cpu")
     pending = plan_precompute(settings, teacher)
-    (photos / "images" / "0002.jpg").write_bytes((photos / "images" / "0003.jpg").read_bytes())
-    (photos / "images" / "0006.jpg").unlink()
-    encode_chunks(settings, teacher, pending)
-    from storage.writer import EmbeddingWriter
+    second = photos / "images" / "0012.jpg"
+    data = second.read_bytes()
+    second.write_bytes((photos / "images" / "0003.jpg").read_bytes())
+    with pytest.raises(CacheMismatchError, match=r"0012.jpg: not the image that the cache was made of"):
+        encode_chunks(settings, teacher, pending)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"0012.jpg"):
+        encode_chunks(settings, teacher, pending)
+    with pytest.raises(CacheMismatchError, match=r"1 images of the dataset have no row now, the first: 0012.jpg"):
+        precompute(settings)
+    second.write_bytes(data)
+    assert precompute(settings).quarantined == 0
+    assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
 
-    EmbeddingWriter(settings.cache).seal()
-    reasons = {row.sample_id: row.reason for row in EmbeddingReader(settings.cache).quarantined}
-    assert reasons == {"0002.jpg": "changed-file", "0006.jpg": "missing-file"}
+
+def test_a_dataset_that_moved_is_read_where_it_is_now(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(24)
+    settings = config(photos, tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    encode_chunks(settings, teacher, plan_precompute(settings, teacher)[:1])
+    photos.rename(tmp_path / "moved")
+    result = precompute(config(tmp_path / "moved", tiny_teacher, tmp_path / "c"))
+    assert (result.chunks_encoded, result.quarantined) == (8, 0)
+    assert verify_cache(settings.cache).ok
+
+
+def test_the_same_images_listed_in_another_form_are_refused(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(8)
+    precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    (photos / "images").rename(photos / "Images")
+    with pytest.raises(CacheMismatchError, match=r"lists the same images at other places \(flickr:"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+
+
+def test_chunks_are_encoded_by_the_teacher_that_planned_them(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    pending = plan_precompute(settings, load_teacher(settings.teacher, device="cpu"))
+    other = load_teacher(f"local-dir:{make_model_folder(tmp_path / 'other', seed=5)}", device="cpu")
+    with pytest.raises(CacheMismatchError, match=r"teacher.weights_sha256"):
+        encode_chunks(settings, other, pending)
+    assert describe_cache(settings.cache).chunks_committed == 0
+
+
+def test_a_repair_that_changes_sealed_bytes_says_so(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    first = precompute(settings)
+    chunk = tmp_path / "c" / "targets.zarr/text/embedding/c/1/0"
+    chunk.write_bytes(b"damaged")
+    again = precompute(settings.model_copy(update={"batch_size": None}))  # the cache's own
+    assert (again.chunks_encoded, again.replaced_manifest_digest) == (1, None)
+    assert again.manifest_digest == first.manifest_digest
+    with pytest.raises(CacheMismatchError, match=r"in batches of 4 in the cache, 8, 8 and 3 asked for"):
+        precompute(settings.model_copy(update={"batch_size": 3}))
+    # what another device would do: equal rows but for the last bit
+    path = tmp_path / "c" / ChunkRef("text", 0, 1).commit_key
+    writer = EmbeddingWriter(settings.cache)
+    reader = EmbeddingReader(settings.cache)
+    rows = np.arange(8, 16)
+    arrays = {name: reader.take("text", rows, array=name) for name in ("embedding", "norm")}
+    arrays["norm"] = np.nextafter(arrays["norm"], np.float32(np.inf))
+    before = path.read_bytes()
+    writer.write(ChunkRef("text", 0, 1), arrays)
+    assert path.read_bytes() != before
+    assert precompute(settings).replaced_manifest_digest == first.manifest_digest
+
+
+def test_rows_that_are_not_numbers_are_quarantined_by_name(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    encode = teacher.model.encode_image
+
+    def overflow(pixels: torch.Tensor) -> torch.Tensor:
+        features = encode(pixels)
+        if len(features) == 4:
+            features = features.clone()
+            features[1] = float("inf")
+            features[2] = 0.0
+        return features
+
+    pending = plan_precompute(settings, teacher)
+    teacher.model.encode_image = overflow
+    encode_chunks(settings, teacher, pending)
+    summarize(settings.cache, len(pending), 1.0)
+    lost = EmbeddingReader(settings.cache).quarantined
+    assert [(row.sample_id, row.reason) for row in lost] == [(f"000{row}.jpg", "not-finite") for row in (1, 2, 5, 6)]
+    teacher.model.encode_text = lambda tokens: torch.full((len(tokens), 16), float("nan"))
+    teacher._shortens = False
+    with pytest.raises(FloatingPointError, match=r"text row 0: the teacher's features are not finite in fp32"):
+        encode_chunks(settings, teacher, [ref for ref in pending if ref.tower == "text"])
 
 
 def test_another_teacher_or_dataset_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pipeline.device import resolve_device
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.teacher import load_teacher
 from storage.errors import UsageError
-from tests.conftest import make_model_folder
+from storage.manifest import PreprocessIdentity
+from tests.conftest import make_identity, make_model_folder
 
 CLIP = Preprocess((32, 32), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
@@ -143,12 +144,39 @@ def test_the_recorded_crop_is_the_region_that_the_transform_shows(
     assert difference.max() < 3 / 255
 
 
-def test_the_probe_tells_preprocessing_apart() -> None:
-    base = CLIP.identity()
-    assert base.probe == CLIP.identity().probe
-    for change in ({"interpolation": "bilinear"}, {"resize_mode": "squash"}):
-        other = Preprocess(CLIP.size, CLIP.mean, CLIP.std, **change).identity()
-        assert other.probe != base.probe
+@pytest.mark.parametrize("size", [(32, 32), (224, 224)])
+def test_the_probe_tells_preprocessing_apart(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rule that caches are compared with, at the size that real teachers have."""
+    identity = make_identity()
+
+    def differs(a: PreprocessIdentity, b: PreprocessIdentity) -> bool:
+        probes = [
+            identity.model_copy(update={"preprocess": make_identity().preprocess.model_copy(update={"probe": p})})
+            for p in (a.probe, b.probe)
+        ]
+        return probes[0].differences(probes[1]) != []
+
+    base = Preprocess(size, CLIP.mean, CLIP.std)
+    here = base.identity()
+    assert not differs(here, base.identity())
+    assert differs(here, Preprocess(size, CLIP.mean, CLIP.std, interpolation="bilinear").identity())
+    assert differs(here, Preprocess(size, CLIP.mean, CLIP.std, resize_mode="squash").identity())
+    transform = base.transform()
+    # one pixel to the left; and no low-pass before shrinking
+    monkeypatch.setattr(Preprocess, "transform", lambda self: lambda image: transform(image).roll(1, dims=2))
+    assert differs(here, base.identity())
+    nearest = Image.Resampling.NEAREST
+    monkeypatch.setattr(
+        Preprocess,
+        "transform",
+        lambda self: lambda image: transform(image.resize((image.width // 2, image.height // 2), nearest)),
+    )
+    assert differs(here, base.identity())
+    # what pillow-simd does: one level off here and there
+    off = torch.zeros(3, *size)
+    off[:, ::7, ::5] = 1 / 255 / torch.tensor(CLIP.std).reshape(3, 1, 1)
+    monkeypatch.setattr(Preprocess, "transform", lambda self: lambda image: transform(image) + off)
+    assert not differs(here, base.identity())
 
 
 def test_undecodable_bytes() -> None:

@@ -80,22 +80,22 @@ def test_training_repeats_itself(cache: Path, student_file: Path, tmp_path: Path
     assert traces[0] == traces[1] != traces[2]
 
 
-def test_no_teacher_is_imported_built_or_needed(
-    cache: Path, student_file: Path, tiny_teacher: Path, tmp_path: Path
-) -> None:
+def test_no_teacher_is_imported_built_or_needed(make_photos: MakePhotos, student_file: Path, tmp_path: Path) -> None:
     """A process of its own, in which every import and every model built is watched; the teacher's files are gone."""
-    gone = tmp_path / "gone"
-    shutil.copytree(tiny_teacher, gone)
-    shutil.rmtree(gone)
+    teacher, cache = make_model_folder(tmp_path / "teacher"), tmp_path / "c"
+    dataset = f"flickr:{make_photos(20)}"
+    precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=str(cache), device="cpu"))
+    shutil.rmtree(teacher)
     code = """
 import sys
+import open_clip
 import open_clip.model
 built = []
-init = open_clip.model.CLIP.__init__
-def watched(self, embed_dim, *args, **kwargs):
-    built.append(embed_dim)
-    init(self, embed_dim, *args, **kwargs)
-open_clip.model.CLIP.__init__ = watched
+for kind in (open_clip.model.CLIP, open_clip.model.CustomTextCLIP, open_clip.CoCa):
+    def watched(self, embed_dim, *args, init=kind.__init__, **kwargs):
+        built.append(embed_dim)
+        init(self, embed_dim, *args, **kwargs)
+    kind.__init__ = watched
 from pipeline.config import TrainConfig
 from pipeline.train import train
 train(TrainConfig.model_validate_json(sys.argv[1]))
@@ -116,6 +116,8 @@ def test_checkpoint_is_an_open_clip_model(cache: Path, student_file: Path, tmp_p
     folder = RunFolder(run).checkpoint_path()
     assert folder.name == "epoch-0002"
     assert [path.name for path in folder.parent.iterdir()] == ["epoch-0002"]
+    origin = json.loads((folder / "origin.json").read_text())
+    assert origin["cache_manifest_digest"] == record.cache_manifest_digest
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     student, _ = load_student(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) == record.student_parameters
@@ -193,17 +195,64 @@ def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path)
         train(config(cache, student_file, tmp_path / "run"))
 
 
-def test_images_that_moved_are_named(cache: Path, student_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_moved_are_named(cache: Path, student_file: Path, tmp_path: Path, workers: int) -> None:
+    """By one line, whoever decodes; and the run folder is free for the corrected command."""
     (tmp_path / "photos").rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=r"row \d+ \(\d{4}.jpg\): .*photos/images/.* Name their folder with --image-root"):
-        train(config(cache, student_file, tmp_path / "run"))
-    train(config(cache, student_file, tmp_path / "again", image_root=str(tmp_path / "moved")))
+    settings = config(cache, student_file, tmp_path / "run", workers=workers)
+    wanted = r"^row \d+ \(\d{4}.jpg\): .*photos/images/.* Name their folder with --image-root.$"
+    with pytest.raises(OSError, match=wanted):
+        train(settings)
+    train(settings.model_copy(update={"image_root": str(tmp_path / "moved")}))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_image_under_the_same_name_is_refused(
+    cache: Path, student_file: Path, tmp_path: Path, workers: int
+) -> None:
+    images = tmp_path / "photos" / "images"
+    shutil.copy(images / "0001.jpg", images / "0002.jpg")
+    with pytest.raises(CacheMismatchError, match=r"row 2 \(0002.jpg\): .*not the image that the cache was made of"):
+        train(config(cache, student_file, tmp_path / "run", workers=workers))
+
+
+def test_gradients_that_are_not_numbers_name_the_rows(
+    cache: Path, student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import losses
+
+    # the root of 0: a finite loss with an infinite slope
+    monkeypatch.setitem(losses.LOSSES, "feature", lambda batch: (batch.student_image * 0).abs().sum().sqrt())
+    with pytest.raises(FloatingPointError, match=r"step 1: the gradient's norm is nan. Image rows \["):
+        train(config(cache, student_file, tmp_path / "run", losses={"feature": 1.0}))
+
+
+def test_bf16_trains_and_workers_change_nothing(cache: Path, student_file: Path, tmp_path: Path) -> None:
+    traces = []
+    for name, workers in (("a", 0), ("b", 2)):
+        train(config(cache, student_file, tmp_path / name, workers=workers, precision="bf16"))
+        traces.append((tmp_path / name / "log.jsonl").read_text())
+    assert traces[0] == traces[1]
+    exact = train(config(cache, student_file, tmp_path / "exact")).record
+    last = json.loads(traces[0].splitlines()[-1])
+    assert last["loss"] == pytest.approx(exact.epochs[-1].loss, rel=0.2)
+
+
+def test_loss_names_agree() -> None:
+    from pipeline.losses import LOSSES
+
+    assert set(TrainConfig.model_fields["losses"].default) == set(LOSSES)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_equals_a_naive_one(cache: Path, student_file: Path, tmp_path: Path, workers: int) -> None:
+def test_evaluation_equals_a_naive_one(
+    cache: Path, student_file: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    train(config(cache, student_file, run, workers=workers))
+    # the folder of the run is enough, wherever it is asked from
+    monkeypatch.chdir(tmp_path)
+    train(config(Path(cache.name), student_file, run, workers=workers))
+    monkeypatch.chdir("/")
     result = evaluate(EvaluateConfig(run=str(run), split="test", workers=workers))
     student, model_config = load_student(RunFolder(run).checkpoint_path())
     tokenizer = open_clip.get_tokenizer(f"local-dir:{RunFolder(run).checkpoint_path()}", context_length=16)
@@ -247,7 +296,7 @@ def test_a_run_is_not_measured_on_another_cache(
             device="cpu",
         )
     )
-    with pytest.raises(CacheMismatchError, match=r"was trained on \w{12} .*photos.cache"):
+    with pytest.raises(CacheMismatchError, match=r"was trained on \w{12} \(.*photos.cache"):
         evaluate(EvaluateConfig(cache=str(tmp_path / "o"), run=str(tmp_path / "run")))
     with pytest.raises(UsageError, match="nothing to evaluate: give --cache, --run or both"):
         evaluate(EvaluateConfig())

@@ -13,7 +13,7 @@ from storage.errors import CacheCorruptError
 from storage.manifest import Layout
 from tests.conftest import known_row
 
-LAYOUT = Layout(embed_dim=8, image_rows=10, text_rows=25, image_chunk_rows=4, text_chunk_rows=4)
+LAYOUT = Layout(embed_dim=8, image_rows=10, text_rows=25, image_chunk_rows=4, text_chunk_rows=4, batch_rows=2)
 SHAPE, DTYPE = (4, 8), np.dtype("<f2")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from storage.commits import ChunkRef, QuarantinedRow
-from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
+from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
+from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, make_identity, plan_known_cache
+from tests.conftest import known_arrays, known_row, plan_known_cache
 
 
 def test_rows_come_in_the_order_asked_for(known_cache: Path) -> None:
@@ -48,7 +51,7 @@ def test_unfinished_caches_are_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [-1, 10])
 def test_rows_outside_the_cache(known_cache: Path, row: int) -> None:
-    with pytest.raises(IndexError, match="rows are 0 to 9"):
+    with pytest.raises(IndexError, match=f"image row {row} asked for, rows are 0 to 9"):
         EmbeddingReader(str(known_cache)).take("image", np.array([3, row]))
 
 
@@ -111,13 +114,43 @@ def test_unknown_split_lists_the_known_ones(known_cache: Path) -> None:
         EmbeddingReader(str(known_cache)).image_rows("val")
 
 
-def test_require_refuses_another_identity(known_cache: Path) -> None:
-    reader = EmbeddingReader(str(known_cache))
-    reader.require(make_identity())
-    with pytest.raises(CacheMismatchError, match=r"teacher.weights_sha256"):
-        reader.require(make_identity(weights_sha256="f" * 64))
-
-
 def test_a_reader_travels_to_a_worker(known_cache: Path) -> None:
     reader = pickle.loads(pickle.dumps(EmbeddingReader(str(known_cache))))
     np.testing.assert_array_equal(reader.take("image", np.array([3]))[0], known_row("image", 3))
+
+
+def test_a_rewritten_chunk_with_a_fitting_commit_is_not_the_sealed_one(known_cache: Path) -> None:
+    """Digests that agree with each other, but not with the manifest that a student recorded."""
+    writer = EmbeddingWriter(str(known_cache))
+    ref = ChunkRef("text", 0, 0)
+    arrays = known_arrays(writer, ref)
+    arrays["norm"] = arrays["norm"] + 1
+    writer.write(ref, arrays)
+    with pytest.raises(CacheCorruptError, match="the commit records are not those that the cache was sealed with"):
+        EmbeddingReader(str(known_cache)).take("text", np.array([20]))
+
+
+def read_in_worker(reader: EmbeddingReader) -> list[float]:
+    return reader.take("text", np.arange(25), array="norm").tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_workers_read_the_same_rows(known_cache: Path, method: str) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    reader.take("image", np.arange(10))
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read_in_worker, [reader] * 4) == [[float(row) for row in range(1, 26)]] * 4
+
+
+def test_a_whole_cache_behind_a_url() -> None:
+    """Plan, write, seal, verify and read on an fsspec location."""
+    url = f"memory://{uuid.uuid4()}/a.cache"
+    plan_known_cache(url)
+    writer = EmbeddingWriter(url)
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    assert writer.pending() == []
+    writer.seal()
+    assert verify_cache(url).ok
+    np.testing.assert_array_equal(EmbeddingReader(url).take("image", np.array([7]))[0], known_row("image", 7))

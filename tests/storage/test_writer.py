@@ -77,11 +77,17 @@ def test_rows_must_be_finite_unit_and_complete(tmp_path: Path) -> None:
     nan = good["embedding"].copy()
     nan[2, 3] = np.nan
     refused("row 6 holds NaN or infinity", embedding=nan)
-    refused("a row has norm 2.0", embedding=(good["embedding"] * 2).astype(np.float16))
+    refused("row 4 has norm 2.0", embedding=(good["embedding"] * 2).astype(np.float16))
     refused("3 rows, 4 wanted", norm=good["norm"][:3])
     refused("float32, at most", embedding=good["embedding"].astype(np.float32))
     lost = QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")
-    refused("row 6 holds a value", quarantined=(lost,))
+    refused("row 6 holds a value, though quarantined", quarantined=(lost,))
+    half = good["embedding"].copy()
+    half[2, 3] = np.nan
+    refused("row 6 holds a value, though quarantined", quarantined=(lost,), embedding=half)
+    view = good["view"].copy()
+    view[0, 0] = np.nan
+    refused("view: row 4 holds NaN", view=view)
     refused(r"quarantined rows \[9\] are not of this chunk", quarantined=(lost.model_copy(update={"row": 9}),))
     with pytest.raises(ValueError, match=r"arrays \['embedding', 'norm'\], \['embedding', 'norm', 'view'\] wanted"):
         writer.write(ref, {name: good[name] for name in ("embedding", "norm")})
@@ -93,5 +99,18 @@ def test_another_cache_at_the_path_is_refused(known_cache: Path) -> None:
     with pytest.raises(CacheMismatchError, match=r'teacher.precision: "fp32" in the cache, "bf16" asked for'):
         plan_cache(str(known_cache), make_identity(precision="bf16"), manifest.layout, source, {}, {})
     other = manifest.layout.model_copy(update={"image_chunk_rows": 8})
-    with pytest.raises(CacheMismatchError, match=r"chunks of 4 images and 4 captions in the cache, 8 and 4 asked for"):
+    with pytest.raises(
+        CacheMismatchError, match=r"of 4 images and 4 captions in batches of 2 in the cache, 8, 4 and 2"
+    ):
         plan_cache(str(known_cache), manifest.identity, other, source, {}, {})
+
+
+def test_a_stray_file_is_not_sealed_in(known_cache: Path, tmp_path: Path) -> None:
+    plan_known_cache(tmp_path / "c")
+    writer = EmbeddingWriter(str(tmp_path / "c"))
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    (tmp_path / "c" / "commits" / ".DS_Store").write_bytes(b"?")
+    writer.seal()
+    (tmp_path / "c" / "commits" / ".DS_Store").unlink()
+    assert cache_digest(tmp_path / "c") == cache_digest(known_cache)

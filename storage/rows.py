@@ -1,0 +1,43 @@
+"""What the rows of one chunk must be: one rule for those who write them and those who verify them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["UNIT_NORM_TOLERANCE", "wrong_rows"]
+
+# float16 rows of unit vectors: rounding moves the norm by at most 2^-11
+UNIT_NORM_TOLERANCE = 2e-3
+
+
+def wrong_rows(
+    rows: range, arrays: dict[str, NDArray[Any]], quarantined: Collection[int]
+) -> Iterator[tuple[str, str, str]]:
+    """Every rule that the rows of a chunk break: (array, kind of finding, one sentence with the first row).
+
+    Encoded rows are finite in every array and of unit norm; quarantined rows are NaN in every array.
+
+    Args:
+        rows: of the chunk.
+        arrays: by name, one entry per row of the chunk, padding cut off.
+        quarantined: rows that have no embedding.
+    """
+    numbers = np.arange(rows.start, rows.stop)
+    lost = np.isin(numbers, list(quarantined))
+    for name, values in arrays.items():
+        table = values.reshape(len(rows), -1).astype(np.float32)
+        for wrong, what in (
+            (~lost & ~np.isfinite(table).all(axis=1), "NaN or infinity"),
+            (lost & ~np.isnan(table).all(axis=1), "a value, though quarantined"),
+        ):
+            if wrong.any():
+                yield name, "not-finite", f"row {numbers[wrong][0]} holds {what} ({int(wrong.sum())} such rows)"
+    norms = np.linalg.norm(arrays["embedding"].astype(np.float32), axis=1)
+    far = ~lost & (np.abs(norms - 1) > UNIT_NORM_TOLERANCE)
+    if far.any():
+        row, norm = numbers[far][0], norms[far][0]
+        yield "embedding", "not-unit-norm", f"row {row} has norm {norm:.4f}, 1 wanted ({int(far.sum())} such rows)"
