@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -205,11 +206,11 @@ def recall_table(
     retention: dict[str, Any] | None,
 ) -> Table:
     """Recalls of teacher and student side by side, in percent."""
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for direction, recalls in teacher.items():
         for name in recalls:
-            table.add_column(f"{direction} {name}", justify="right")
+            table.add_column(f"{direction}\n{name}", justify="right", no_wrap=True)
     rows = {"teacher": teacher, "student": student, "retention %": retention}
     for label, values in rows.items():
         if values is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
@@ -21,7 +22,7 @@ __all__ = ["DemoResult", "demo_table", "run_demo"]
 # what the student needs for most of what it will ever reach, in a minute and a half on two cores
 STUDENT = "scenes-small"
 SETTINGS: dict[str, Any] = {
-    "epochs": 40,
+    "epochs": 32,
     "batch_size": 64,
     "learning_rate": 3e-3,
     "weight_decay": 0.05,
@@ -100,9 +101,11 @@ def demo_table(result: DemoResult) -> Table:
         caption=f"seconds spent: {stages}",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("")
-    table.add_column("parameters", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
     cells: dict[str, list[Any]] = {
         "teacher": [f"{result.teacher_parameters:,}"],
         "student": [f"{result.student_parameters:,}"],
@@ -110,12 +113,12 @@ def demo_table(result: DemoResult) -> Table:
     }
     for direction, recalls in found.teacher.items():
         for name in recalls:
-            table.add_column(f"{direction} {name}", justify="right")
+            table.add_column(f"{direction}\n{name}", justify="right", no_wrap=True)
             cells["teacher"].append(f"{recalls[name]:.1f}")
             cells["student"].append(f"{found.student[direction][name]:.1f}")
             kept = found.retention[direction][name]
             cells["retention"].append("-" if kept is None else f"{kept:.0f} %")
-    table.add_column("mean", justify="right")
+    table.add_column("\nmean", justify="right", no_wrap=True)
     for label, values in (("teacher", found.teacher), ("student", found.student)):
         recalls_all = [value for recalls in values.values() for value in recalls.values()]
         cells[label].append(f"{sum(recalls_all) / len(recalls_all):.1f}")

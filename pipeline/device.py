@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
 
     On a CPU each layer allocates tens of megabytes. glibc maps such blocks from the kernel and unmaps them when
     freed, so that every forward pass faults in all of its memory again: half of the time of a convolutional
-    teacher (benchmarks/cpu_allocator.md). One arena, since glibc trims the others whatever it is told.
+    teacher (benchmarks/cpu_teacher.md). One arena, since glibc trims the others whatever it is told.
     Elsewhere than on glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -111,7 +111,7 @@ def recall_at_k(
     if not len(found):
         raise ValueError("recall of no queries is not defined")
     hits = gallery_group[found] == query_group[:, None]
-    return {f"R@{k}": 100 * float(hits[:, :k].any(axis=1).mean()) for k in ks}
+    return {f"R@{k}": 100 * int(hits[:, :k].any(axis=1).sum()) / len(hits) for k in ks}
 
 
 def retrieval_recall(
