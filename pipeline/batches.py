@@ -115,7 +115,8 @@ class StudentImages(Dataset[Tensor]):
         try:
             data = self._source.read(where, self._offsets[row].as_py(), self._lengths[row].as_py())
         except OSError as error:
-            raise OSError(
+            # a lost connection stays one: another try may do
+            raise (ConnectionError if isinstance(error, ConnectionError) else OSError)(
                 f"row {row} ({self._ids[row].as_py()}): {where} cannot be read: {error}. "
                 "Were the images moved? Name their folder with --image-root."
             ) from error

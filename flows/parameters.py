@@ -1,0 +1,58 @@
+"""The settings of a stage as the parameters of a flow: a form in the UI, ``-p name=value`` on the command line.
+
+Flat rather than one ``config`` object: a deployment's defaults and a run's ``-p`` are merged name by name, so
+changing one setting does not mean repeating all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+
+__all__ = ["parameters_of"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def parameters_of(config: type[BaseModel]) -> Callable[[_Function], _Function]:
+    """Give a function ``f(*, own, **settings)`` one keyword parameter for each setting of ``config``.
+
+    Names, types, limits, defaults and descriptions come from the model, so there is one place to change them.
+    A parameter of the function's own stands in for the setting of the same name; the others come last. Their
+    descriptions are read from ``Annotated[..., Field(description=...)]``.
+
+    Prefect reads types and limits from the signature, descriptions only from ``Args:`` in the docstring, which
+    is why both are made here.
+    """
+
+    def give(function: _Function) -> _Function:
+        signature = inspect.signature(function, eval_str=True)
+        own = {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        parameters = {name: own.get(name) or _parameter(name, field) for name, field in config.model_fields.items()}
+        parameters.update(own)
+        described = "\n".join(f"    {name}: {_description(parameter)}" for name, parameter in parameters.items())
+        function.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{described}\n"
+        function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+        return function
+
+    return give
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+    annotation = Annotated[field.annotation, *field.metadata, Field(description=field.description)]  # type: ignore[name-defined]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _description(parameter: inspect.Parameter) -> str:
+    found = [item.description for item in parameter.annotation.__metadata__ if isinstance(item, FieldInfo)]
+    assert found, f"{parameter.name} has no description"
+    return str(found[-1])

@@ -1,0 +1,169 @@
+"""Flow ``precompute-teacher``: plan the cache, encode its pending chunks span by span, seal it.
+
+The store says what is done, not Prefect: nothing is cached or persisted here, and a run after a stopped one
+finds in the cache which chunks are left. Spans run one after another in one process: the device is what
+limits them, and the teacher is loaded once.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any, cast
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+from pydantic import Field
+
+from flows.parameters import parameters_of
+from flows.progress import LoggedProgress
+from flows.retries import RETRIES, RETRY_DELAYS, retry_transient
+from flows.spans import Span, default_chunks_per_span
+from pipeline.config import PrecomputeConfig
+
+if TYPE_CHECKING:
+    from pipeline.precompute import PrecomputeResult
+    from pipeline.teacher import LiveTeacher
+
+__all__ = ["ARTIFACT", "precompute_teacher"]
+
+ARTIFACT = "precompute-teacher"
+
+
+@flow(name="precompute-teacher", persist_result=False)
+@parameters_of(PrecomputeConfig)
+def precompute_teacher(
+    *,
+    chunks_per_span: Annotated[
+        int | None, Field(gt=0, description="Chunks that one task run encodes; for about 16 task runs if left out.")
+    ] = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run a teacher once over a dataset and keep its embeddings. Run it again to go on where it stopped."""
+    started = time.perf_counter()
+    config = PrecomputeConfig(**settings)
+    spans = plan(config, chunks_per_span)
+    # a coroutine only where the caller is one
+    progress = cast(
+        UUID,
+        create_progress_artifact(
+            0.0 if spans else 100.0, key=f"{ARTIFACT}-progress", description=f"{config.cache}: {len(spans)} spans"
+        ),
+    )
+    for number, span in enumerate(spans, start=1):
+        encode_span(config, span)
+        update_progress_artifact(progress, progress=100 * number / len(spans))
+    encoded = sum(len(span.chunks) for span in spans)
+    result = seal(config.cache, encoded, time.perf_counter() - started)
+    create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
+    return result.model_dump(mode="json", exclude={"problem_details", "splits"})
+
+
+@task(
+    name="plan",
+    task_run_name="plan",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
+    """Write the cache's manifest and tables, or check them, and say what is still to be encoded."""
+    # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.precompute import chunk_spans, plan_precompute
+    from pipeline.samples import DatasetSpec
+
+    logger = get_run_logger()
+    DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
+    pending = plan_precompute(config, _teacher(config), LoggedProgress(logger))
+    size = chunks_per_span or default_chunks_per_span(pending)
+    spans = [Span.of(refs) for refs in chunk_spans(pending, size)]
+    logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans of at most {size}")
+    return spans
+
+
+@task(
+    name="encode",
+    task_run_name="encode-{span.name}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def encode_span(config: PrecomputeConfig, span: Span) -> None:
+    """Encode the chunks of one span; when it returns, each of them is committed."""
+    from pipeline.precompute import encode_chunks
+    from storage.writer import EmbeddingWriter
+
+    logger = get_run_logger()
+    refs = span.refs()
+    if task_run.run_count > 1:
+        # an earlier try may have committed some of them
+        pending = set(EmbeddingWriter(config.cache).pending())
+        refs = [ref for ref in refs if ref in pending]
+    started = time.perf_counter()
+    encode_chunks(config, _teacher(config), refs, LoggedProgress(logger))
+    logger.info(f"{span.name}: {len(refs)} chunks in {time.perf_counter() - started:,.1f} s")
+
+
+@task(
+    name="seal",
+    task_run_name="seal",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def seal(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
+    """Seal the finished cache and say what is in it."""
+    from pipeline.precompute import summarize
+
+    result = summarize(cache, chunks_encoded, seconds)
+    get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
+    return result
+
+
+def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
+    """The result as rows of a table artifact."""
+    rows: dict[str, Any] = {
+        "cache": result.cache,
+        "teacher": result.teacher,
+        "images": result.images,
+        "captions": result.captions,
+        **{f"split {name}": images for name, images in result.splits.items()},
+        "chunks": result.chunks,
+        "chunks encoded by this run": result.chunks_encoded,
+        "quarantined": result.quarantined,
+        "lost images": result.lost_images,
+        **{f"problem {kind}": count for kind, count in result.problems.items()},
+        "seconds": round(result.seconds, 1),
+        "images/s": _rounded(result.images_per_second),
+        "captions/s": _rounded(result.captions_per_second),
+        "identity digest": result.identity_digest,
+        "manifest digest": result.manifest_digest,
+    }
+    if result.replaced_manifest_digest is not None:
+        rows["replaced manifest digest"] = result.replaced_manifest_digest
+    return [{"what": what, "value": value} for what, value in rows.items()]
+
+
+def problems_text(result: PrecomputeResult) -> str:
+    """The problems by name, as markdown."""
+    if not result.problem_details:
+        return f"`{result.cache}`: no problems."
+    return f"`{result.cache}`\n\n" + "\n".join(f"- `{line}`" for line in result.problem_details)
+
+
+def _rounded(rate: float | None) -> float | str:
+    return "-" if rate is None else round(rate, 1)
+
+
+def _teacher(config: PrecomputeConfig) -> LiveTeacher:
+    from pipeline.teacher import cached_teacher
+
+    return cached_teacher(config.teacher, config.pretrained, config.device, config.precision)

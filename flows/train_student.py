@@ -1,0 +1,139 @@
+"""Flow ``train-student``: train one student from a finished cache, and measure it if a split is given.
+
+Training is not retried: it starts from the first step, in a folder that must not hold a run, and its usual
+failures (a wrong setting, a damaged cache, a loss that is not finite) come back the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from pydantic import Field
+
+import flows.forks  # noqa: F401  training decodes in forked processes
+from flows.parameters import parameters_of
+from flows.progress import LoggedProgress
+from flows.retries import RETRIES, RETRY_DELAYS, retry_transient
+from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.runs import RunFolder, RunRecord
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import EvaluateResult
+
+__all__ = ["ARTIFACT", "train_student"]
+
+ARTIFACT = "train-student"
+
+
+@flow(name="train-student", persist_result=False)
+@parameters_of(TrainConfig)
+def train_student(
+    *,
+    out: Annotated[
+        str | None, Field(description="Folder of the run, with no run in it; runs/NAME-OF-THIS-FLOW-RUN if left out.")
+    ] = None,
+    evaluate_split: Annotated[
+        str | None, Field(description="Split to measure teacher and student on afterwards; none if left out.")
+    ] = None,
+    timeout_seconds: Annotated[
+        float | None, Field(gt=0, description="Give up training after this long; never if left out.")
+    ] = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a student from a finished cache. No teacher is loaded."""
+    config = TrainConfig(out=out or default_out(), **settings)
+    record = train_run.with_options(timeout_seconds=timeout_seconds)(config)
+    measured = evaluate_run(config, evaluate_split) if evaluate_split else None
+    create_table_artifact(summary_table(record, measured), key=ARTIFACT, description=f"`{config.out}`")
+    returned = {
+        "run": config.out,
+        "checkpoint": f"{config.out}/{record.checkpoint}",
+        "student_parameters": record.student_parameters,
+        "steps": record.steps,
+        "loss": record.epochs[-1].loss,
+        "cache_manifest_digest": record.cache_manifest_digest,
+    }
+    if measured is not None:
+        returned |= {"recall": measured.student, "retention": measured.retention}
+    return returned
+
+
+def default_out() -> str:
+    """``runs/`` and the name of the flow run; retrying the flow run itself gets a folder of its own."""
+    again = f"-{flow_run.run_count}" if (flow_run.run_count or 1) > 1 else ""
+    return f"runs/{flow_run.name}{again}"
+
+
+@task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
+def train_run(config: TrainConfig) -> RunRecord:
+    """Train to the end of the last epoch; each epoch leaves a checkpoint."""
+    # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.train import StepProgress, train
+
+    logger = get_run_logger()
+    progress = LoggedProgress(logger)
+
+    def report(at: StepProgress) -> None:
+        note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
+        progress("step", at.step, at.total_steps, note)
+
+    record = train(config, report).record
+    logger.info(f"{config.out}: {record.steps} steps in {record.seconds:,.1f} s, loss {record.epochs[-1].loss:.4f}")
+    return record
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate-{split}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=retry_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def evaluate_run(config: TrainConfig, split: str) -> EvaluateResult:
+    """Recall of the cached teacher and of the student that was just trained, on one split."""
+    from pipeline.evaluate import evaluate
+
+    wanted = EvaluateConfig(
+        cache=config.cache,
+        run=str(RunFolder(config.out).path),
+        split=split,
+        image_root=config.image_root,
+        batch_size=config.batch_size,
+        device=config.device,
+        workers=config.workers,
+    )
+    return evaluate(wanted, LoggedProgress(get_run_logger()))
+
+
+def summary_table(record: RunRecord, measured: EvaluateResult | None) -> list[dict[str, Any]]:
+    """The run as rows of a table artifact: what was trained, the loss of each epoch, and what was measured."""
+    rows: dict[str, Any] = {
+        "checkpoint": f"{record.config.out}/{record.checkpoint}",
+        "cache": record.config.cache,
+        "cache manifest digest": record.cache_manifest_digest,
+        "teacher": record.teacher,
+        "student": record.config.student,
+        "student parameters": record.student_parameters,
+        "train images": record.train_images,
+        "steps": record.steps,
+        "seconds": round(record.seconds, 1),
+    }
+    for epoch in record.epochs:
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.parts.items())
+        rows[f"loss of epoch {epoch.epoch + 1}"] = f"{epoch.loss:.4f} ({parts})"
+    if measured is not None:
+        rows[f"{measured.split} images"] = measured.images
+        for label, recalls in (("teacher", measured.teacher), ("student", measured.student or {})):
+            for direction, values in recalls.items():
+                for name, value in values.items():
+                    rows[f"{label} {direction} {name} %"] = round(value, 1)
+        if measured.retention is not None:
+            mean = measured.retention["mean"]
+            rows["mean retention %"] = "-" if mean is None else round(mean, 1)
+    return [{"what": what, "value": value} for what, value in rows.items()]

@@ -1,0 +1,171 @@
+"""A server and a worker as a user gets them: ``python -m flows.serve`` and the ``prefect`` command."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# importing prefect makes its home folder; not in that of whoever runs the tests
+if "PREFECT_HOME" not in os.environ:
+    os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
+    atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
+
+PROJECT = Path(__file__).resolve().parents[2]
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PREFECT_CLI_COLORS": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "COLUMNS": "200",
+}
+
+
+class Serve:
+    """One ``python -m flows.serve`` below a folder, from start to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        self.log = folder / "serve.log"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        self.environment = {**inherited, **QUIET, "PREFECT_HOME": str(folder / "home")}
+        self.process: subprocess.Popen[bytes] | None = None
+        self._started: set[int] = set()
+
+    def start(self) -> None:
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flows.serve", "--port", str(self.port)],
+                cwd=PROJECT,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        until = time.monotonic() + 240
+        while "ready:" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.2)
+
+    def command(self) -> list[str]:
+        """What ``flows.serve`` says to type, first the setting, then the commands."""
+        return [line.strip() for line in self.log.read_text().splitlines() if line.startswith("  ")]
+
+    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, "PREFECT_HOME": str(self.folder / "client"), "PREFECT_API_URL": self.api}
+        program = Path(sys.executable).with_name("prefect")
+        return subprocess.run(
+            [program, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    def run(self, deployment: str, watch: bool = True, **parameters: Any) -> tuple[int, str, str]:
+        """``prefect deployment run``: exit code, output, id of the flow run (empty when it was refused)."""
+        pairs = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
+        flags = [flag for pair in pairs for flag in ("-p", pair)]
+        done = self.prefect("deployment", "run", deployment, *flags, *(["--watch"] if watch else []))
+        output = done.stdout + done.stderr
+        found = re.search(f"UUID: ({UUID.pattern})", output)
+        return done.returncode, output, found[1] if found else ""
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.api}/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def task_names(self, flow_run: str) -> list[str]:
+        runs = self.ask(
+            "task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        )
+        return [run["name"] for run in sorted(runs, key=lambda run: run["start_time"] or "")]
+
+    def table(self, key: str) -> dict[str, Any]:
+        """The newest table artifact of this key."""
+        newest = self.ask(f"artifacts/{key}/latest")
+        assert newest["type"] == "table"
+        return {row["what"]: row["value"] for row in json.loads(newest["data"])}
+
+    def descendants(self) -> set[int]:
+        """Every process that this serve started, directly or not, and that still runs."""
+        assert self.process is not None
+        found: set[int] = set()
+        ahead = [self.process.pid]
+        while ahead:
+            pid = ahead.pop()
+            for file in Path(f"/proc/{pid}/task").glob("*/children"):
+                children = {int(child) for child in file.read_text().split()} - found
+                found |= children
+                ahead += children
+        return found
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop it as a user does; every process that it started must be gone. Returns its exit code."""
+        assert self.process is not None
+        mine = self.descendants()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(90)
+        alive = [pid for pid in mine if running(pid)]
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+        assert not alive, f"left running: {alive}\n{self.log.read_text()}"
+        return code
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    serve = Serve(tmp_path_factory.mktemp("served"))
+    try:
+        serve.start()
+        yield serve
+    finally:
+        if serve.process is not None:
+            code = serve.stop()
+    assert code == 0
+    assert serve.log.read_text().endswith("stopping the worker\nstopping the server\nstopped\n")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """28 JPEGs in two splits and two classes; one of them is not an image."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for name in ("cat", "sea_lion"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    (root / "train" / "cat" / "3.jpg").write_bytes(b"not an image")
+    return root

@@ -1,0 +1,118 @@
+"""Flow parameters, spans, and ``prefect.yaml`` against both."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect.exceptions import ParameterTypeError
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+
+from flows.precompute_teacher import precompute_teacher
+from flows.spans import MOST_SPANS, Span, default_chunks_per_span
+from flows.train_student import train_student
+from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.precompute import chunk_spans
+from storage.commits import ChunkRef
+
+PROJECT = Path(__file__).resolve().parents[2]
+STAGES = [(precompute_teacher, PrecomputeConfig), (train_student, TrainConfig)]
+OWN = {"chunks_per_span", "evaluate_split", "timeout_seconds"}
+
+
+def deployments():
+    return yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+
+
+@pytest.mark.parametrize(("flow", "config"), STAGES)
+def test_the_form_shows_every_setting_with_its_default_limits_and_description(flow, config):
+    schema = parameter_schema(flow.fn).model_dump()
+    wanted = config.model_json_schema()
+    assert set(schema["properties"]) - OWN == set(wanted["properties"])
+    for name, field in wanted["properties"].items():
+        shown = schema["properties"][name]
+        if name == "out":
+            assert "runs/NAME-OF-THIS-FLOW-RUN" in shown["description"]
+            continue
+        for key in set(field) - {"title", "default", "additionalProperties"}:
+            assert shown[key] == field[key], name
+        assert shown.get("default") == field.get("default"), name
+    assert all(shown["description"] for shown in schema["properties"].values())
+    assert set(schema["required"]) == set(wanted["required"]) - {"out"}
+
+
+def test_the_flow_tells_a_setting_that_is_out_of_range():
+    with pytest.raises(ParameterTypeError, match="chunk_rows"):
+        precompute_teacher.validate_parameters({"dataset": "a:b", "teacher": "t", "cache": "c", "chunk_rows": 0})
+    with pytest.raises(ParameterTypeError, match="teacher"):
+        precompute_teacher.validate_parameters({"dataset": "a:b", "cache": "c"})
+
+
+def test_values_from_a_command_line_take_the_type_of_the_setting():
+    given = {"dataset": "a:b", "teacher": "t", "cache": "c", "chunk_rows": "8"}
+    assert precompute_teacher.validate_parameters(given)["chunk_rows"] == 8
+
+
+@pytest.mark.parametrize("deployment", deployments(), ids=lambda deployment: deployment["entrypoint"])
+def test_each_deployment_loads_and_its_parameters_are_good(deployment, monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    flow = load_flow_from_entrypoint(deployment["entrypoint"])
+    assert isinstance(flow, Flow)
+    flow.validate_parameters(deployment["parameters"])
+    assert deployment["work_pool"] == {"name": "local"}
+    assert deployment["concurrency_limit"] == 1
+    config = {flow.name: config for flow, config in STAGES}[flow.name]
+    settings = {name: value for name, value in deployment["parameters"].items() if name not in OWN}
+    if config is TrainConfig:
+        settings["out"] = "runs/x"
+    config.model_validate(settings)
+
+
+def test_both_flows_have_a_default_deployment_and_the_student_learns_from_the_cache_of_the_teacher():
+    names = {deployment["entrypoint"].rpartition(":")[2]: deployment for deployment in deployments()}
+    assert set(names) == {"precompute_teacher", "train_student"}
+    assert {deployment["name"] for deployment in names.values()} == {"default"}
+    caches = {deployment["parameters"]["cache"] for deployment in names.values()}
+    assert len(caches) == 1
+
+
+def test_deploying_needs_no_torch():
+    """``prefect deploy`` imports each flow; seconds of torch would be for nothing."""
+    code = "import sys, flows.precompute_teacher, flows.train_student; print({'torch', 'zarr'} & set(sys.modules))"
+    environment = {**os.environ, "DO_NOT_TRACK": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_own_parameters_come_with_those_of_the_stage():
+    names = list(inspect.signature(train_student.fn).parameters)
+    assert names == [*TrainConfig.model_fields, "evaluate_split", "timeout_seconds"]
+
+
+refs = st.builds(
+    lambda images, texts: [ChunkRef("image", 0, n) for n in sorted(images)] + [ChunkRef("text", 0, n) for n in texts],
+    st.sets(st.integers(0, 300)),
+    st.integers(0, 300).map(range),
+)
+
+
+@given(refs)
+def test_spans_hold_every_pending_chunk_once_and_are_few(pending):
+    """No more than 16, each within one tower and view, also when chunks in between are done."""
+    spans = [Span.of(part) for part in chunk_spans(pending, default_chunks_per_span(pending))]
+    assert [ref for span in spans for ref in span.refs()] == pending
+    assert len(spans) <= MOST_SPANS
+    assert len({span.name for span in spans}) == len(spans)
+
+
+def test_span_names_are_the_names_of_their_ends():
+    assert Span(tower="image", view=0, chunks=(0, 1, 3)).name == "image-v0-000000-000003"
+    assert Span(tower="text", view=0, chunks=(12,)).name == "text-000012-000012"

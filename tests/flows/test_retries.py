@@ -1,0 +1,94 @@
+"""What is tried again and what is not."""
+
+from __future__ import annotations
+
+import errno
+from types import SimpleNamespace
+
+import aiohttp
+import fsspec.exceptions
+import pytest
+
+from flows.precompute_teacher import encode_span, plan, seal
+from flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
+from flows.train_student import evaluate_run, train_run
+from storage import errors
+
+
+def http_error(status):
+    return aiohttp.ClientResponseError(SimpleNamespace(real_url="http://x"), (), status=status)
+
+
+TRANSIENT = [
+    ConnectionResetError("reset"),
+    ConnectionRefusedError("refused"),
+    BrokenPipeError("broken"),
+    TimeoutError("slow"),
+    fsspec.exceptions.FSTimeoutError(),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EHOSTUNREACH, "No route to host"),
+    OSError(errno.EBUSY, "SlowDown"),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError("cut"),
+    http_error(503),
+    http_error(429),
+]
+PERMANENT = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.EROFS, "Read-only file system"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    FileNotFoundError(errno.ENOENT, "No such file"),
+    OSError("a.tar: 10 bytes at offset 512, 20 wanted; the file is cut short"),
+    http_error(403),
+    http_error(404),
+    errors.UsageError("no such split"),
+    errors.CacheError("x"),
+    errors.CacheMismatchError("another teacher"),
+    errors.CacheCorruptError("bad bytes"),
+    ValueError("wrong"),
+    FloatingPointError("loss is nan"),
+    MemoryError(),
+    RuntimeError("CUDA out of memory"),
+    AssertionError(),
+]
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+def test_another_try_may_help(error):
+    assert is_transient(error)
+    assert retry_transient(None, None, SimpleNamespace(data=error))
+
+
+@pytest.mark.parametrize("error", PERMANENT, ids=repr)
+def test_another_try_cannot_help(error):
+    assert not is_transient(error)
+    assert not retry_transient(None, None, SimpleNamespace(data=error))
+
+
+def test_what_an_error_was_made_of_does_not_count():
+    """A teacher that could not be fetched is a UsageError, and stays one."""
+    error = errors.UsageError("teacher cannot be loaded")
+    error.__cause__ = ConnectionResetError()
+    assert not is_transient(error)
+
+
+def test_a_state_without_exception_is_not_retried():
+    assert not retry_transient(None, None, SimpleNamespace(data=None))
+
+
+def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
+    assert len(RETRY_DELAYS) == RETRIES
+    assert sorted(RETRY_DELAYS) == RETRY_DELAYS
+    for task in (plan, encode_span, seal, evaluate_run):
+        assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
+        assert task.retry_condition_fn is retry_transient
+    assert train_run.retries == 0
+
+
+def test_no_task_keeps_results_or_is_cached():
+    """The store says what is done."""
+    for task in (plan, encode_span, seal, train_run, evaluate_run):
+        assert task.persist_result is False
+        assert task.cache_policy.compute_key(None, {}, {}) is None

@@ -1,0 +1,196 @@
+"""The flows as a user runs them: a real server, a real worker, the real ``prefect`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import precompute_teacher as flow_module
+from storage.integrity import verify_cache
+from tests.conftest import TINY_MODEL
+from tests.flows.conftest import Serve, running
+
+pytestmark = pytest.mark.service
+
+IMAGES, CAPTIONS = 28, 84
+
+
+def settings(pictures, teacher, cache, **more):
+    return {
+        "dataset": f"imagefolder:{pictures}",
+        "teacher": f"local-dir:{teacher}",
+        "cache": str(cache),
+        "device": "cpu",
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def precomputed(served, pictures, tiny_teacher):
+    """A cache made by a run of the deployment: its path, the output of the command and the flow run."""
+    cache = served.folder / "pictures.cache"
+    parameters = settings(pictures, tiny_teacher, cache, chunk_rows=8, chunks_per_span=2)
+    code, output, flow_run = served.run("precompute-teacher/default", **parameters)
+    assert code == 0, output + (served.folder / "home" / "worker.log").read_text()
+    return cache, output, flow_run
+
+
+def test_a_deployment_run_makes_a_whole_cache_one_task_run_per_span(served, precomputed):
+    cache, _, flow_run = precomputed
+    report = verify_cache(str(cache))
+    assert report.ok, report.findings
+    assert (report.images, report.captions, report.quarantined) == (IMAGES, CAPTIONS, 1)
+    # 4 chunks of 8 images, 11 of 8 captions, two to a span, no span across towers
+    texts = [f"encode-text-{first:06d}-{min(first + 1, 10):06d}" for first in range(0, 11, 2)]
+    images = ["encode-image-v0-000000-000001", "encode-image-v0-000002-000003"]
+    assert served.task_names(flow_run) == ["plan", *images, *texts, "seal"]
+
+
+def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
+    cache, _, _ = precomputed
+    table = served.table("precompute-teacher")
+    assert table["cache"] == str(cache)
+    assert (table["images"], table["captions"], table["chunks"]) == (IMAGES, CAPTIONS, 15)
+    assert table["chunks encoded by this run"] == 15
+    assert (table["quarantined"], table["problem undecodable-image"]) == (1, 1)
+    assert table["manifest digest"] == verify_cache(str(cache)).manifest_digest
+    listed = served.prefect("artifact", "inspect", "precompute-teacher").stdout
+    assert "undecodable-image: train/cat/3.jpg" in listed
+    assert served.ask("artifacts/precompute-teacher-progress/latest")["data"] == 100.0
+
+
+def test_what_serve_says_to_type_is_right(served):
+    export, run, _ = served.command()
+    assert export == f"export PREFECT_API_URL={served.api}"
+    assert run.endswith("prefect deployment run precompute-teacher/default --watch")
+    deployment = served.ask("deployments/name/precompute-teacher/default")
+    form = deployment["parameter_openapi_schema"]
+    assert form["required"] == ["dataset", "teacher", "cache"]
+    assert all(field["description"] for field in form["properties"].values())
+
+
+def test_parameters_out_of_range_are_refused_before_a_run_is_made(served):
+    code, output, flow_run = served.run("precompute-teacher/default", watch=False, chunk_rows=0)
+    assert (code, flow_run) == (1, "")
+    assert "chunk_rows" in output
+
+
+def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, tiny_teacher):
+    cache = served.folder / "never.cache"
+    parameters = settings("/nowhere", tiny_teacher, cache) | {"dataset": "flicker:/data"}
+    code, output, flow_run = served.run("precompute-teacher/default", **parameters)
+    assert code == 1, output
+    state = served.ask(f"flow_runs/{flow_run}")["state"]
+    assert state["type"] == "FAILED"
+    assert "dataset kind 'flicker' is not known" in state["message"]
+    (task,) = served.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
+    assert (task["name"], task["run_count"]) == ("plan", 1)
+    assert not cache.exists()
+
+
+def test_a_student_is_trained_and_measured(served, precomputed):
+    """With a decoding process: those that a Prefect flow forks used to end with code 1."""
+    student = served.folder / "tiny.json"
+    student.write_text(json.dumps(TINY_MODEL))
+    code, output, flow_run = served.run(
+        "train-student/default",
+        cache=str(precomputed[0]),
+        student=str(student),
+        out=str(served.folder / "run"),
+        epochs=2,
+        batch_size=8,
+        device="cpu",
+        workers=1,
+        evaluate_split="test",
+    )
+    assert code == 0, output + (served.folder / "home" / "worker.log").read_text()
+    assert served.task_names(flow_run) == [f"train-{student}", "evaluate-test"]
+    table = served.table("train-student")
+    assert table["train images"] == 19  # 20, one of them not an image
+    assert table["steps"] == 4
+    assert {"loss of epoch 1", "loss of epoch 2", "student i2t R@1 %", "mean retention %"} <= set(table)
+    assert (served.folder / "run" / "checkpoints" / "epoch-0002").is_dir()
+    assert table["checkpoint"] == str(served.folder / "run" / "checkpoints" / "epoch-0002")
+
+
+def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, pictures, tiny_teacher, tmp_path, monkeypatch):
+    """In this process, against the real server, with an encoder that fails once in the middle of a span."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    import pipeline.precompute
+    from storage.errors import CacheCorruptError
+
+    real, asked = pipeline.precompute.encode_chunks, []
+    failures = [ConnectionResetError("the share is away"), None, CacheCorruptError("a bad chunk")]
+
+    def encode(config, teacher, refs, progress):
+        asked.append(len(refs))
+        failure = failures.pop(0)
+        if failure is not None:
+            real(config, teacher, refs[:1], progress)
+            raise failure
+        real(config, teacher, refs, progress)
+
+    monkeypatch.setattr(pipeline.precompute, "encode_chunks", encode)
+    monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
+    home = {PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}
+    parameters = settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
+    with temporary_settings(home), pytest.raises(CacheCorruptError, match="a bad chunk"):
+        flow_module.precompute_teacher(**parameters)
+    # 4 chunks of images, the try after the failure skips the one that was committed; captions are tried once
+    assert asked == [4, 3, 4]
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(port)}
+        done = subprocess.run([sys.executable, "-m", "flows.serve"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"error: port {port} of 127.0.0.1 cannot be used (Address already in use)" in done.stdout
+
+
+def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_teacher):
+    """Ctrl-C in a run leaves no process, and no slot that the next run waits for. Then the worker dies."""
+    serve = Serve(tmp_path)
+    cache = tmp_path / "slow.cache"
+    parameters = settings(pictures, tiny_teacher, cache, chunk_rows=1)
+    commits = cache / "commits"
+    try:
+        serve.start()
+        code, output, first = serve.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
+        assert code == 0, output
+        until = time.monotonic() + 120
+        while len(list(commits.rglob("*.json"))) < 3:
+            assert time.monotonic() < until, (tmp_path / "home" / "worker.log").read_text()
+            time.sleep(0.05)
+        assert serve.stop(signal.SIGINT) == 0
+        done = len(list(commits.rglob("*.json")))
+        assert 3 <= done < IMAGES + CAPTIONS
+
+        serve.start()
+        assert serve.ask(f"flow_runs/{first}")["state"]["type"] == "CRASHED"
+        code, output, _ = serve.run("precompute-teacher/default", **parameters)
+        assert code == 0, output
+        assert serve.table("precompute-teacher")["chunks encoded by this run"] == IMAGES + CAPTIONS - done
+        assert verify_cache(str(cache)).ok
+
+        worker = next(pid for pid in serve.descendants() if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        others = serve.descendants()
+        os.kill(worker, signal.SIGKILL)
+        assert serve.process.wait(60) == 1
+        assert "error: the worker stopped by itself with code -9. The last lines of" in serve.log.read_text()
+        assert not [pid for pid in others if running(pid)]
+    finally:
+        if serve.process is not None:
+            serve.stop()
