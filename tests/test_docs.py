@@ -24,10 +24,20 @@ def tracked() -> list[str]:
     return listed.splitlines()
 
 
+def code_in(path: Path) -> str:
+    """What a document shows as typed: fenced blocks and inline code, or the whole of a file that is not prose."""
+    text = path.read_text().replace("\\\n", " ")
+    if path.suffix != ".md":
+        return text
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return "\n".join([*blocks, *(code.replace("\n", " ") for code in inline)])
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_and_flag_shown_exists(path: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    text = path.read_text().replace("\\\n", " ")
+    text = code_in(path)
     for name, rest in re.findall(r"teacher-cache ([a-z]+)\b([^\n`]*)", text):
         assert name in commands, f"{path.name}: teacher-cache {name}"
         known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
