@@ -73,7 +73,7 @@ def precompute_teacher(
 def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
     """Write the cache's manifest and tables, or check them, and say what is still to be encoded."""
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.precompute import chunk_spans, plan_precompute
+    from pipeline.plan import chunk_spans, plan_precompute
     from pipeline.samples import DatasetSpec
 
     logger = get_run_logger()

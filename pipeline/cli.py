@@ -61,7 +61,7 @@ def precompute(
         "chunk_rows": chunk_rows,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
-    from pipeline.precompute import count_done
+    from pipeline.plan import count_done
     from pipeline.precompute import precompute as run_precompute
 
     try:

@@ -20,7 +20,7 @@ from flows.precompute_teacher import precompute_teacher
 from flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from flows.train_student import train_student
 from pipeline.config import PrecomputeConfig, TrainConfig
-from pipeline.precompute import chunk_spans
+from pipeline.plan import chunk_spans
 from storage.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]

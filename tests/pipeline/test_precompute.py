@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from pipeline.config import PrecomputeConfig
-from pipeline.precompute import chunk_spans, encode_chunks, plan_precompute, precompute, summarize
+from pipeline.plan import chunk_spans, plan_precompute
+from pipeline.precompute import encode_chunks, precompute, summarize
 from pipeline.preprocess import Preprocess
 from pipeline.teacher import load_teacher
 from storage.commits import ChunkRef

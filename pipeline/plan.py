@@ -1,0 +1,177 @@
+"""Plan a cache: read the dataset, prove the teacher, write manifest and tables, say what is still to be encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import numpy as np
+import pyarrow as pa
+from PIL import __version__ as pillow_version
+
+from pipeline.config import PrecomputeConfig
+from pipeline.samples import DatasetSpec, SampleSet, load_samples
+from pipeline.teacher import LiveTeacher
+from storage.commits import ChunkRef, all_chunks
+from storage.errors import CacheMismatchError, CacheNotFoundError
+from storage.files import open_files
+from storage.manifest import (
+    CacheIdentity,
+    DatasetIdentity,
+    Layout,
+    Source,
+    TargetsIdentity,
+    ViewsIdentity,
+    canonical_json,
+)
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES
+from storage.writer import EmbeddingWriter, plan_cache, read_manifest
+
+__all__ = ["Progress", "chunk_spans", "count_done", "plan_precompute"]
+
+Progress = Callable[[str, int, int], None]
+
+_CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
+
+
+def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
+    """Write the cache's manifest and tables, or check them against what is there.
+
+    Returns:
+        The chunks that are still to be encoded.
+    """
+
+    def count(done: int, total: int) -> None:
+        if progress is not None:
+            progress("check files", done, total)
+
+    spec = DatasetSpec.parse(config.dataset)
+    dataset, digests = load_samples(spec, count)
+    tables = _tables(dataset, digests)
+    identity = CacheIdentity(
+        teacher=teacher.identity(),
+        preprocess=teacher.preprocess.identity(),
+        tokenizer=teacher.tokenizer_identity(),
+        views=ViewsIdentity(policy="evaluation", count=1),
+        targets=TargetsIdentity(),
+        dataset=_dataset_identity(spec, tables),
+    )
+    layout = _layout(config, identity, teacher.device.type)
+    source = Source(dataset=str(spec), image_root=dataset.root)
+    try:
+        plan_cache(config.cache, identity, layout, source, tables, made_with=_versions())
+    except CacheMismatchError as error:
+        lost = [problem for problem in dataset.problems if problem.lost_image]
+        if not lost:
+            raise
+        # most often the reason: a share that is not mounted, a server that is down
+        raise CacheMismatchError(
+            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
+        ) from error
+    return EmbeddingWriter(config.cache).pending()
+
+
+def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
+    """Cut pending chunks into spans for separate tasks; a span stays within one tower and view."""
+    spans: list[list[ChunkRef]] = []
+    for ref in pending:
+        if spans and len(spans[-1]) < chunks_per_span and spans[-1][-1][:2] == ref[:2]:
+            spans[-1].append(ref)
+        else:
+            spans.append([ref])
+    return spans
+
+
+def count_done(cache: str) -> tuple[int, int]:
+    """(committed chunks, all chunks) of a cache, by its commit records alone."""
+    files = open_files(cache)
+    refs = all_chunks(read_manifest(files).layout)
+    return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
+
+
+def _tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
+    samples = dataset.samples
+    counts = [len(sample.captions) for sample in samples]
+    texts = [caption for sample in samples for caption in sample.captions]
+    return {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(len(samples)),
+                "sample_id": [sample.sample_id for sample in samples],
+                "uri": [sample.uri for sample in samples],
+                "offset": [sample.offset for sample in samples],
+                "length": [sample.length for sample in samples],
+                "content_sha256": digests,
+                "split": [sample.split for sample in samples],
+            }
+        ),
+        CAPTIONS: pa.table(
+            {"row": np.arange(len(texts)), "image_row": np.repeat(np.arange(len(samples)), counts), "text": texts}
+        ),
+        PROBLEMS: pa.table(
+            {
+                "kind": pa.array([problem.kind for problem in dataset.problems], pa.string()),
+                "where": pa.array([problem.where for problem in dataset.problems], pa.string()),
+                "detail": pa.array([problem.detail for problem in dataset.problems], pa.string()),
+                "lost_image": pa.array([problem.lost_image for problem in dataset.problems], pa.bool_()),
+            }
+        ),
+    }
+
+
+def _dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
+    samples, captions = tables[SAMPLES], tables[CAPTIONS]
+    return DatasetIdentity(
+        kind=spec.kind,
+        images=samples.num_rows,
+        captions=captions.num_rows,
+        splits=dict(Counter(samples["split"].to_pylist())),
+        samples_sha256=_digest_rows(samples.select(["sample_id", "split", "content_sha256"])),
+        captions_sha256=_digest_rows(captions.select(["image_row", "text"])),
+    )
+
+
+def _digest_rows(table: pa.Table) -> str:
+    """sha256 over one line of canonical JSON per row."""
+    total = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=65_536):
+        columns = [column.to_pylist() for column in batch.columns]
+        for row in zip(*columns, strict=True):
+            total.update(canonical_json(row) + b"\n")
+    return total.hexdigest()
+
+
+def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
+    """Chunk rows and batch size as asked for, as the cache that is there has them, or by rows and device."""
+    images, captions = identity.dataset.images, identity.dataset.captions
+    try:
+        have = read_manifest(open_files(config.cache)).layout
+        default = (have.image_chunk_rows, have.text_chunk_rows, have.batch_rows)
+    except CacheNotFoundError:
+        # on a CPU the activations of a few images still fit its caches; more only cost memory
+        default = (_chunk_rows(images), _chunk_rows(captions), 16 if device == "cpu" else 256)
+    return Layout(
+        embed_dim=identity.teacher.embed_dim,
+        views=identity.views.count,
+        image_rows=images,
+        text_rows=captions,
+        image_chunk_rows=config.chunk_rows or default[0],
+        text_chunk_rows=config.chunk_rows or default[1],
+        batch_rows=config.batch_size or default[2],
+    )
+
+
+def _chunk_rows(rows: int) -> int:
+    """4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
+    size = _CHUNK_ROWS
+    while size > 64 and rows < 16 * size:
+        size //= 2
+    return size
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "open_clip_torch", "numpy", "zarr", "teacher-cache")
+    return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}
