@@ -76,8 +76,11 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
 
     Raises:
-        ValueError: dataset, teacher or device cannot be used; nothing is written then.
-        CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing.
+        UsageError: dataset, teacher or device cannot be used; nothing is written then.
+        CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing; or an image changed
+            while the run worked.
+        OSError: an image could not be read, or a chunk not written; what is committed stays.
+        FloatingPointError: the teacher overflows in this precision.
     """
     started = time.perf_counter()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
@@ -199,7 +202,7 @@ class _Chunk:
         """Put the embeddings of one batch into their rows.
 
         Raises:
-            FloatingPointError: the teacher gives nothing finite for a caption, or for any image of the batch.
+            FloatingPointError: the teacher gives nothing finite for a caption, or for any image of a batch.
         """
         at = slice(batch.rows.start - self.rows.start, batch.rows.stop - self.rows.start)
         if self.ref.tower == "text":
@@ -215,13 +218,13 @@ class _Chunk:
         self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(encoded.embedding).all(axis=1) & np.isfinite(encoded.norm)
         decoded = np.array([reason is None for reason in lost])
-        if not finite.all() and (self.ref.tower == "text" or not finite[decoded].any()):
-            row = batch.rows[int(np.flatnonzero(decoded & ~finite)[0])] if (decoded & ~finite).any() else None
-            if row is not None:
-                raise FloatingPointError(
-                    f"{self.ref.tower} row {row}: the teacher's features are not finite in {teacher.precision}. Use "
-                    "--precision bf16 or fp32 and a new cache."
-                )
+        failed = np.flatnonzero(decoded & ~finite)
+        # one odd image is quarantined; a caption, or several images and nothing else, is the arithmetic's fault
+        if len(failed) and (self.ref.tower == "text" or 1 < len(failed) == decoded.sum()):
+            raise FloatingPointError(
+                f"{self.ref.tower} row {batch.rows[int(failed[0])]}: the teacher's features are not finite in "
+                f"{teacher.precision}. Use --precision bf16 or fp32 and a new cache."
+            )
         for index in np.flatnonzero(~decoded | ~finite):
             reason, detail = lost[index] or ("not-finite", "the teacher's features are NaN, infinite or zero")
             row = batch.rows[int(index)]
