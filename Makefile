@@ -1,7 +1,7 @@
 # Bare `make` lists the targets. Each of them makes .venv and installs what it needs first.
 PYTHON ?= python3
-# gpu brings faiss-gpu in place of faiss-cpu: make install FAISS=gpu
-FAISS ?= cpu
+# gpu brings faiss-gpu in place of faiss-cpu: make install FAISS=gpu; later targets keep what is installed
+FAISS ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
 BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
 
@@ -15,7 +15,10 @@ install: $(STAMP)  ## make .venv and install the project with all that it needs
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; name one with make PYTHON=python3.11" % sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@# the two own the same files: the other one goes before this one comes
+	@if ls .venv/.installed-* >/dev/null 2>&1 && ! test -e $@; then \
+		$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu; rm -f .venv/.installed-*; fi
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(FAISS),dev]'
 	@touch $@
 

@@ -30,7 +30,8 @@ from typing import Any
 
 __all__ = ["main"]
 
-PROJECT = Path(__file__).resolve().parent.parent
+# the folder with prefect.yaml: where we are called, or the clone that this file is in
+PROJECT = Path.cwd() if Path("prefect.yaml").is_file() else Path(__file__).resolve().parent.parent
 WORK_POOL = "local"
 HOST = "127.0.0.1"
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped")
         return 0
-    except ServeError as error:
+    except (ServeError, OSError) as error:
         _say(f"error: {error}")
         return 1
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.samples import ImageSource, require_content
+from pipeline.transient import is_transient
 from storage.errors import CacheError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
@@ -112,16 +113,20 @@ class StudentImages(Dataset[Tensor]):
 
     def __getitem__(self, row: int) -> Tensor:
         where = self._source.resolve(self._uris[row].as_py())
+        named = f"row {row} ({self._ids[row].as_py()}): {where}"
         try:
             data = self._source.read(where, self._offsets[row].as_py(), self._lengths[row].as_py())
         except OSError as error:
-            # a lost connection stays one: another try may do
-            raise (ConnectionError if isinstance(error, ConnectionError) else OSError)(
-                f"row {row} ({self._ids[row].as_py()}): {where} cannot be read: {error}. "
-                "Were the images moved? Name their folder with --image-root."
+            # what another try can cure stays so
+            kind = ConnectionError if is_transient(error) else OSError
+            raise kind(
+                f"{named} cannot be read: {error}. Were the images moved? Name their folder with --image-root."
             ) from error
-        require_content(data, self._digests[row].as_py(), f"row {row} ({self._ids[row].as_py()}): {where}")
-        pixels: Tensor = self._transform(decode_image(data))
+        require_content(data, self._digests[row].as_py(), named)
+        try:
+            pixels: Tensor = self._transform(decode_image(data))
+        except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
+            raise OSError(f"{named} cannot be decoded here, though the teacher saw it: {error}") from error
         return pixels
 
 
@@ -145,7 +150,7 @@ class _Items(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         try:
             return self._dataset[index]
-        except (OSError, CacheError, UndecodableImageError) as error:
+        except (OSError, CacheError) as error:
             return error
 
 
@@ -160,7 +165,7 @@ def load_items(dataset: Dataset[Any], workers: int, device: torch.device, **how:
         how: batch_size and sampler, or batch_sampler, as DataLoader takes them.
 
     Raises:
-        OSError, CacheMismatchError, UndecodableImageError: what the first bad item of a batch raised, wherever it
+        OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it
             was made.
     """
     loader = DataLoader(

@@ -30,6 +30,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# what a cache and a run hold, finished or not: only such folders are replaced
+_CACHE_NAMES = {"manifest.json", "samples", "captions", "problems", "targets.zarr", "commits", "journal"}
+_RUN_NAMES = {"run.json", "log.jsonl", "checkpoints"}
+
+
 class DemoResult(BaseModel, frozen=True):
     """What the demo measured."""
 
@@ -46,10 +51,12 @@ def run_demo(out: Path, progress: StageProgress) -> DemoResult:
     from pipeline.train import StepProgress, train
 
     cache, run = out / "scenes.cache", out / "student"
-    for old, mark in ((cache, "manifest.json"), (run, "run.json")):
-        if old.exists() and not (old / mark).is_file():
-            raise UsageError(f"{old}: not made by the demo ({mark} not found). Choose another --out.")
-        shutil.rmtree(old, ignore_errors=True)
+    for old, known in ((cache, _CACHE_NAMES), (run, _RUN_NAMES)):
+        if old.exists():
+            strange = sorted(path.name for path in old.iterdir() if path.name not in known)
+            if strange:
+                raise UsageError(f"{old}: not made by the demo, it holds {strange[0]!r}. Choose another --out.")
+            shutil.rmtree(old)
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()

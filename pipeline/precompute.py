@@ -126,7 +126,7 @@ def encode_chunks(
                     # two chunks may wait for the disk before the teacher has to
                     while len(writing) >= 2:
                         writing.popleft().result()
-                    writing.append(writers.submit(chunk.write, writer, str(teacher.device)))
+                    writing.append(writers.submit(chunk.write, writer, teacher))
                 if progress is not None:
                     stage = "images" if chunk.ref.tower == "image" else "captions"
                     progress(stage, done[chunk.ref.tower], totals[chunk.ref.tower])
@@ -202,7 +202,7 @@ class _Chunk:
         """Put the embeddings of one batch into their rows.
 
         Raises:
-            FloatingPointError: the teacher gives nothing finite for a caption, or for any image of a batch.
+            FloatingPointError: the teacher gives nothing finite for a caption.
         """
         at = slice(batch.rows.start - self.rows.start, batch.rows.stop - self.rows.start)
         if self.ref.tower == "text":
@@ -218,13 +218,8 @@ class _Chunk:
         self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(encoded.embedding).all(axis=1) & np.isfinite(encoded.norm)
         decoded = np.array([reason is None for reason in lost])
-        failed = np.flatnonzero(decoded & ~finite)
-        # one odd image is quarantined; a caption, or several images and nothing else, is the arithmetic's fault
-        if len(failed) and (self.ref.tower == "text" or 1 < len(failed) == decoded.sum()):
-            raise FloatingPointError(
-                f"{self.ref.tower} row {batch.rows[int(failed[0])]}: the teacher's features are not finite in "
-                f"{teacher.precision}. Use --precision bf16 or fp32 and a new cache."
-            )
+        if self.ref.tower == "text" and not finite.all():
+            raise self._overflow(teacher, batch.rows[int(np.flatnonzero(~finite)[0])])
         for index in np.flatnonzero(~decoded | ~finite):
             reason, detail = lost[index] or ("not-finite", "the teacher's features are NaN, infinite or zero")
             row = batch.rows[int(index)]
@@ -234,14 +229,28 @@ class _Chunk:
             for values in self.arrays.values():
                 values[row - self.rows.start] = np.nan
 
-    def write(self, writer: EmbeddingWriter, device: str) -> None:
+    def _overflow(self, teacher: LiveTeacher, row: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{self.ref.tower} row {row}: the teacher's features are not finite in {teacher.precision}. "
+            "Use --precision bf16 or fp32 and a new cache."
+        )
+
+    def write(self, writer: EmbeddingWriter, teacher: LiveTeacher) -> None:
+        """Commit the chunk.
+
+        Raises:
+            FloatingPointError: most of its images came out as nothing finite: the arithmetic's fault, not theirs.
+        """
         assert self.started is not None  # the batch that ended the chunk started it
+        odd = [row.row for row in self.quarantined if row.reason == "not-finite"]
+        if len(odd) > 1 and 2 * len(odd) > len(self.rows) - len(self.quarantined) + len(odd):
+            raise self._overflow(teacher, odd[0])
         cost = ChunkCost(
             rows=len(self.rows),
             seconds=time.perf_counter() - self.started,
             decode_wait_seconds=self.decode_wait_seconds,
             teacher_seconds=self.teacher_seconds,
-            device=device,
+            device=str(teacher.device),
         )
         writer.write(self.ref, self.arrays, self.quarantined, cost)
 
@@ -317,8 +326,13 @@ class _Jobs:
             image = decode_image(data)
             crop = self._preprocess.evaluation_crop(*image.size)
             return _Decoded(self._transform(image), crop, sample_id=sample["sample_id"])
+        except MemoryError:
+            raise  # the machine's fault, not the image's
         except UndecodableImageError as error:
-            return _Decoded(None, (np.nan,) * 5, ("undecodable-image", str(error)), sample["sample_id"])
+            lost = ("undecodable-image", str(error))
+        except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
+            lost = ("untransformable-image", f"{type(error).__name__}: {error}")
+        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
 
     def _text_jobs(self, rows: range) -> list[Callable[[], Any]]:
         texts = self._captions["text"].slice(rows.start, len(rows)).to_pylist()

@@ -18,6 +18,7 @@ import fsspec
 
 from pipeline.datasets import Problem, Sample, SampleSet, adapter
 from pipeline.datasets.base import data_folder
+from pipeline.transient import is_transient
 from storage.errors import CacheMismatchError, UsageError
 
 __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples", "require_content"]
@@ -175,6 +176,8 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             detail = f"{source.resolve(sample.uri)} does not exist"
             return Problem("missing-file", sample.sample_id, detail, lost_image=True)
         except OSError as error:
+            if is_transient(error) and "://" not in source.resolve(sample.uri):
+                raise  # a share in trouble, not an image: a dataset planned without it would be another dataset
             return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
         return hashlib.sha256(data).hexdigest()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -211,6 +212,8 @@ def _create(folder: str, load_weights: bool) -> nn.Module:
                 pretrained_image=False,
                 pretrained_text=False,
             )
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, SafetensorError) as error:
+        raise UsageError(f"open_clip cannot build this student: {type(error).__name__}: {error}") from error
     finally:
         quiet.setLevel(level)
     return model

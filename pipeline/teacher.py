@@ -16,6 +16,7 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
+from safetensors import SafetensorError
 
 from pipeline.config import Precision
 from pipeline.device import resolve_device
@@ -171,7 +172,7 @@ def load_teacher(
         tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
     except ImportError as error:
         raise UsageError(f"teacher {name!r} needs a package that is not installed: {error}. Install it.") from error
-    except (RuntimeError, OSError, UserWarning) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError, UserWarning) as error:
         raise UsageError(f"teacher {name!r} cannot be loaded: {error}") from error
     if not architecture:
         raise UsageError(f"teacher {name!r}: open_clip built it, but gives no model config to record")

@@ -88,17 +88,16 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
     source = ImageSource(config.image_root or manifest.source.image_root)
     run = RunFolder(config.out)
-    cache = config.cache if "://" in config.cache else str(Path(config.cache).resolve())
     record = RunRecord(
         # so that the run can be measured from any folder
-        config=config.model_copy(update={"cache": cache}),
+        config=config.model_copy(update={"cache": _absolute(config.cache)}),
         student_config=architecture,
         student_parameters=student.num_parameters,
         teacher=identity.teacher.name,
         cache_identity_digest=manifest.identity_digest,
         cache_manifest_digest=manifest.digest,
         view="evaluation crop (the cache has one view)",
-        image_root=source.root,
+        image_root=_absolute(source.root),
         train_images=len(rows),
     )
     run.start(record)
@@ -210,6 +209,10 @@ class _Loop:
         self._optimizer.step()
         self._student.clamp_logit_scale()
         return loss, values, rate
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).resolve())
 
 
 def _not_finite(step: int, what: str, pair: Pairs, rate: float) -> str:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from pipeline.datasets.base import Record, sample_or_problem
+from storage.errors import UsageError
 
 __all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "SceneSettings", "describe_scene", "read", "render_scene"]
 
@@ -122,19 +123,19 @@ class SceneSettings:
         """Read ``seed``, ``train``, ``dev`` and ``test`` as whole numbers >= 0.
 
         Raises:
-            ValueError: an unknown option, not such a number, or no image in any split.
+            UsageError: an unknown option, not such a number, or no image in any split.
         """
         known = ("seed", *SPLITS)
         values: dict[str, int] = {}
         for name, text in options.items():
             if name not in known:
-                raise ValueError(f"scenes has no option {name!r}; it knows {', '.join(known)}")
+                raise UsageError(f"scenes has no option {name!r}; it knows {', '.join(known)}")
             if not (text.isascii() and text.isdigit()) or int(text) >= 2**63:
-                raise ValueError(f"scenes: {name}={text!r} is not a whole number from 0 to 2**63 - 1")
+                raise UsageError(f"scenes: {name}={text!r} is not a whole number from 0 to 2**63 - 1")
             values[name] = int(text)
         settings = cls(**values)
         if settings.train + settings.dev + settings.test == 0:
-            raise ValueError("scenes: train, dev and test are all 0; give one of them at least one image")
+            raise UsageError("scenes: train, dev and test are all 0; give one of them at least one image")
         return settings
 
 
@@ -150,10 +151,10 @@ def read(root: str, **options: str) -> Iterator[Record]:
         **options: ``seed``, ``train``, ``dev``, ``test`` (counts of images), as text.
 
     Raises:
-        ValueError: a bad option, PATH was rendered with other settings, or it holds something else.
+        UsageError: a bad option, PATH was rendered with other settings, or it holds something else.
     """
     if "://" in root:
-        raise ValueError(f"scenes:{root}: scenes are rendered to a local folder; give a path without '://'")
+        raise UsageError(f"scenes:{root}: scenes are rendered to a local folder; give a path without '://'")
     settings = SceneSettings.parse(options)
     path = Path(root).absolute()
     if not (path / "captions.json").exists():
@@ -172,12 +173,12 @@ def _load_index(path: Path, settings: SceneSettings) -> list[dict[str, Any]]:
         index = json.loads((path / "captions.json").read_text(encoding="utf-8"))
         found, images = dict(index["scenes"]), list(index["images"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}/captions.json is not the list of a scenes dataset; use another path") from error
+        raise UsageError(f"{path}/captions.json is not the list of a scenes dataset; use another path") from error
     wanted = asdict(settings)
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
         differences = ", ".join(f"{name} {found.get(name)} (asked for {wanted[name]})" for name in differing)
-        raise ValueError(
+        raise UsageError(
             f"{path}: rendered with {differences}. Ask for the recorded settings, or render to another path."
         )
     return images
@@ -186,7 +187,7 @@ def _load_index(path: Path, settings: SceneSettings) -> list[dict[str, Any]]:
 def _render_folder(path: Path, settings: SceneSettings) -> None:
     """Render every scene beside ``path``, then rename; whatever fails, ``path`` is whole or untouched."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: neither empty nor a scenes dataset (no captions.json); use another path")
+        raise UsageError(f"{path}: neither empty nor a scenes dataset (no captions.json); use another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}.rendering-{uuid.uuid4().hex[:12]}"
     try:

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.datasets.base import Problem, Record, printable, sample_or_problem, uri_below
+from pipeline.transient import is_transient
 from storage.errors import UsageError
 
 __all__ = ["read"]
@@ -121,7 +122,10 @@ def _open(root: str) -> Any:
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
     except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
-        raise UsageError(f"{root}: no table there that can be read ({error}); write table:FILE") from error
+        found = f"{type(error).__name__}: {error}"
+        if is_transient(error):
+            raise ConnectionError(f"{root}: {found}. Run the same command again.") from error
+        raise UsageError(f"{root}: no table there that can be read ({found}); write table:FILE") from error
 
 
 def _difference(image: _Image, sample_id: str, split: str) -> str:

@@ -27,6 +27,7 @@ from typing import IO
 import fsspec
 
 from pipeline.datasets.base import SPLIT_NAMES, Problem, Record, contents, data_folder, printable, sample_or_problem
+from pipeline.transient import is_transient
 from storage.errors import UsageError
 
 __all__ = ["read"]
@@ -134,6 +135,9 @@ def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> I
     except FileNotFoundError:
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many kinds for bytes and servers they cannot read
+        if is_transient(error):
+            # half a tar now and a whole one at the next try would be two datasets
+            raise ConnectionError(f"{tar}: {type(error).__name__}: {error}. Run the same command again.") from error
         images = sum(member.offset >= 0 for member in members.values())
         detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
         # how many images the rest held cannot be known, so none is counted as lost

@@ -202,5 +202,5 @@ def test_a_table_url_that_fails_is_a_usage_error(server: str) -> None:
         read("table", f"{server}/gone.csv")
     with pytest.raises(ValueError, match=r"broken\.csv: no table there that can be read"):
         read("table", f"{server}/broken.csv")
-    with pytest.raises(ValueError, match=r"nosuch://x/t\.csv: no table there that can be read \(Protocol not known"):
+    with pytest.raises(ValueError, match=r"nosuch://x/t\.csv: no table .* \(ValueError: Protocol not known"):
         read("table", "nosuch://x/t.csv")

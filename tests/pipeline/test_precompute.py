@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.plan import chunk_spans, plan_precompute
 from pipeline.precompute import encode_chunks, precompute, summarize
 from pipeline.preprocess import Preprocess
+from pipeline.samples import ImageSource
 from pipeline.teacher import load_teacher
 from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, UsageError
@@ -298,6 +301,47 @@ def test_the_journal_adds_up(make_photos: MakePhotos, tiny_teacher: Path, tmp_pa
     assert info.encode_seconds > 0
     assert info.images_per_second is not None
     assert info.images_per_second > 0
+
+
+def test_a_teacher_that_overflows_is_not_taken_for_odd_images(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c", batch_size=1)
+    teacher = load_teacher(settings.teacher, device="cpu")
+    pending = plan_precompute(settings, teacher)
+    teacher.model.encode_image = lambda pixels: torch.full((len(pixels), 16), float("nan"))
+    with pytest.raises(FloatingPointError, match=r"image row 0: the teacher's features are not finite in fp32"):
+        encode_chunks(settings, teacher, [ref for ref in pending if ref.tower == "image"])
+    assert describe_cache(settings.cache).chunks_committed == 0
+
+
+def test_an_image_that_no_transform_can_take_is_quarantined(make_photos: MakePhotos, tmp_path: Path) -> None:
+    """One pixel by 600 shrinks to nothing where the longest side decides."""
+    teacher = make_model_folder(tmp_path / "padding")
+    described = json.loads((teacher / "open_clip_config.json").read_text())
+    described["preprocess_cfg"]["resize_mode"] = "longest"
+    (teacher / "open_clip_config.json").write_text(json.dumps(described))
+    photos = make_photos(8)
+    Image.new("RGB", (1, 600)).save(photos / "images" / "0003.jpg")
+    result = precompute(config(photos, teacher, tmp_path / "c"))
+    assert result.problems == {"untransformable-image": 1}
+    assert result.quarantined == 1
+
+
+def test_a_share_in_trouble_is_not_a_smaller_dataset(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ImageSource.read
+
+    def stale(self: ImageSource, uri: str, offset: int = -1, length: int = -1) -> bytes:
+        if uri.endswith("0005.jpg"):
+            raise OSError(errno.ESTALE, "Stale file handle", uri)
+        return real(self, uri, offset, length)
+
+    monkeypatch.setattr(ImageSource, "read", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        precompute(config(make_photos(8), tiny_teacher, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_spans_stay_in_one_tower() -> None:

@@ -85,6 +85,17 @@ def test_a_model_folder_without_weights_is_no_teacher(tiny_teacher: Path, tmp_pa
         load_teacher(f"local-dir:{tmp_path}", device="cpu")
 
 
+def test_weights_that_are_not_weights_are_named(tiny_teacher: Path, tmp_path: Path) -> None:
+    """What a clone without git-lfs leaves."""
+    (tmp_path / "open_clip_config.json").write_text((tiny_teacher / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match=r"cannot be loaded"):
+        load_teacher(f"local-dir:{tmp_path}", device="cpu")
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"cannot be loaded"):
+        load_teacher(f"local-dir:{tmp_path}", device="cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(UsageError, match="device 'cuda:3' asked for, but this machine has 0 CUDA devices"):

@@ -190,6 +190,8 @@ def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path)
     refused(r"student 'no-such' is not known: presets are .*vit-s-32", student="no-such")
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     refused("it lacks vision_cfg, text_cfg", student=tmp_path / "half.json")
+    (tmp_path / "typo.json").write_text(json.dumps({**TINY_MODEL, "vision_cfg": {"widht": 3}}))
+    refused("open_clip cannot build this student: TypeError: .*widht", student=tmp_path / "typo.json")
     train(config(cache, student_file, tmp_path / "run"))
     with pytest.raises(UsageError, match="holds a run already"):
         train(config(cache, student_file, tmp_path / "run"))
