@@ -13,13 +13,12 @@ from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from pydantic import Field
 
 from flows.parameters import parameters_of
 from flows.progress import LoggedProgress
-from flows.retries import RETRIES, RETRY_DELAYS, retry_transient
+from flows.retries import TRIED_AGAIN
 from flows.spans import Span, default_chunks_per_span
 from pipeline.config import PrecomputeConfig
 
@@ -61,15 +60,7 @@ def precompute_teacher(
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
 
 
-@task(
-    name="plan",
-    task_run_name="plan",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=retry_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="plan", task_run_name="plan", **TRIED_AGAIN)
 def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
     """Write the cache's manifest and tables, or check them, and say what is still to be encoded."""
     # here, not above: prefect deploy imports this file too and needs no torch
@@ -85,15 +76,7 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
     return spans
 
 
-@task(
-    name="encode",
-    task_run_name="encode-{span.name}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=retry_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="encode", task_run_name="encode-{span.name}", **TRIED_AGAIN)
 def encode_span(config: PrecomputeConfig, span: Span) -> None:
     """Encode the chunks of one span; when it returns, each of them is committed."""
     from pipeline.precompute import encode_chunks
@@ -110,15 +93,7 @@ def encode_span(config: PrecomputeConfig, span: Span) -> None:
     logger.info(f"{span.name}: {len(refs)} chunks in {time.perf_counter() - started:,.1f} s")
 
 
-@task(
-    name="seal",
-    task_run_name="seal",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=retry_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="seal", task_run_name="seal", **TRIED_AGAIN)
 def seal(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
     """Seal the finished cache and say what is in it."""
     from pipeline.precompute import summarize

@@ -1,4 +1,4 @@
-"""Which failures another try can cure: a connection, a stale file handle, a server that is busy. Nothing else.
+"""How often and when a task is tried again, after failures that another try can cure (``pipeline.transient``).
 
 A wrong setting, a cache of another teacher or a loss that is not finite fails the same way again, and a full
 disk or a missing right wants a person; retrying those only hides them for minutes.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect.cache_policies import NO_CACHE
+
 from pipeline.transient import is_transient
 
-__all__ = ["RETRIES", "RETRY_DELAYS", "is_transient", "retry_transient"]
+__all__ = ["RETRIES", "RETRY_DELAYS", "TRIED_AGAIN", "is_transient", "retry_transient"]
 
 RETRIES = 3
 RETRY_DELAYS = [10.0, 60.0, 300.0]
@@ -19,3 +21,13 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 def retry_transient(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's ``retry_condition_fn``: the state of a failed try holds its exception."""
     return isinstance(state.data, BaseException) and is_transient(state.data)
+
+
+# options of a task that may be tried again; the store says what is done, so Prefect keeps no results
+TRIED_AGAIN: dict[str, Any] = {
+    "retries": RETRIES,
+    "retry_delay_seconds": RETRY_DELAYS,
+    "retry_condition_fn": retry_transient,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+}

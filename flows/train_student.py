@@ -17,7 +17,7 @@ from pydantic import Field
 import flows.forks  # noqa: F401  training decodes in forked processes
 from flows.parameters import parameters_of
 from flows.progress import LoggedProgress
-from flows.retries import RETRIES, RETRY_DELAYS, retry_transient
+from flows.retries import TRIED_AGAIN
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.runs import RunFolder, RunRecord
 
@@ -86,15 +86,7 @@ def train_run(config: TrainConfig) -> RunRecord:
     return record
 
 
-@task(
-    name="evaluate",
-    task_run_name="evaluate-{split}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=retry_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="evaluate", task_run_name="evaluate-{split}", **TRIED_AGAIN)
 def evaluate_run(config: TrainConfig, split: str) -> EvaluateResult:
     """Recall of the cached teacher and of the student that was just trained, on one split."""
     from pipeline.evaluate import evaluate

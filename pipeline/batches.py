@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +21,16 @@ from storage.errors import CacheError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
 
-__all__ = ["CachedTeacher", "Pairs", "StudentImages", "TeacherSource", "TeacherTargets", "epoch_inputs", "epoch_pairs"]
+__all__ = [
+    "CachedTeacher",
+    "Pairs",
+    "StudentImages",
+    "TeacherSource",
+    "TeacherTargets",
+    "epoch_inputs",
+    "epoch_pairs",
+    "load_items",
+]
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -158,19 +168,19 @@ def _collate(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
-def load_items(dataset: Dataset[Any], workers: int, device: torch.device, **how: Any) -> Iterator[Any]:
+def load_items(dataset: Dataset[Any], workers: int | None, device: torch.device, **how: Any) -> Iterator[Any]:
     """Batches of a dataset, made by ``workers`` processes (0: this one).
 
     Args:
+        workers: left out (None) half the cores, at most 8; the step needs the others.
         how: batch_size and sampler, or batch_sampler, as DataLoader takes them.
 
     Raises:
-        OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it
-            was made.
+        OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
     """
     loader = DataLoader(
         _Items(dataset),
-        num_workers=workers,
+        num_workers=min(8, (os.cpu_count() or 1) // 2) if workers is None else workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_one_thread,
@@ -206,7 +216,7 @@ def epoch_inputs(
     preprocess: Preprocess,
     tokenizer: Tokenizer,
     pairs: Sequence[Pairs],
-    workers: int,
+    workers: int | None,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,7 @@ from pipeline.samples import ImageSource
 from pipeline.student import load_student, student_tokenizer
 from storage.reader import EmbeddingReader
 
-__all__ = ["default_workers", "encode_rows"]
-
-
-def default_workers() -> int:
-    """Processes that decode images: half the cores, at most 8; the step needs the others."""
-    return min(8, (os.cpu_count() or 1) // 2)
+__all__ = ["encode_rows"]
 
 
 def encode_rows(
@@ -48,7 +42,7 @@ def encode_rows(
     texts = reader.captions["text"]
     loader = load_items(
         StudentImages(reader, ImageSource(image_root), student.preprocess),
-        default_workers() if workers is None else workers,
+        workers,
         device,
         batch_size=batch_size,
         sampler=image_rows.tolist(),

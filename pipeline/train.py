@@ -17,7 +17,6 @@ from torch import nn
 from pipeline.batches import CachedTeacher, Pairs, TeacherSource, epoch_inputs, epoch_pairs
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
-from pipeline.encode_student import default_workers
 from pipeline.losses import LossInputs, weighted_sum
 from pipeline.runs import EpochRecord, RunFolder, RunRecord
 from pipeline.samples import ImageSource
@@ -106,10 +105,9 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
     model, optimizer = fabric.setup(student, _optimizer(student, config))
     loop = _Loop(config, fabric, model, student, optimizer, CachedTeacher(reader), run, total_steps, progress)
     tokenizer = student_tokenizer(architecture)
-    workers = default_workers() if config.workers is None else config.workers
     for epoch in range(config.epochs):
         pairs = list(epoch_pairs(reader, rows, config.batch_size, config.window_chunks, config.seed, epoch))
-        loader = epoch_inputs(reader, source, student.preprocess, tokenizer, pairs, workers, device)
+        loader = epoch_inputs(reader, source, student.preprocess, tokenizer, pairs, config.workers, device)
         finished = loop.epoch(epoch, pairs, loader)
         record = record.model_copy(
             update={
