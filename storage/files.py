@@ -7,10 +7,12 @@ same promises: a local folder, and any fsspec URL whose puts are atomic (``s3://
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from storage.errors import UsageError
 __all__ = ["CacheFiles", "LocalFiles", "RemoteFiles", "open_files"]
 
 _PARTIAL = re.compile(r"^\.partial-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class CacheFiles(Protocol):
@@ -37,6 +40,13 @@ class CacheFiles(Protocol):
 
     def write(self, key: str, data: bytes) -> None:
         """Replace the object atomically and durably: after a return it survives a crash of the machine."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object only if there is none, atomically and durably; of all that race, exactly one wins.
+
+        Returns:
+            True if this call made the object, False if another one was there; that one is left as it is.
+        """
 
     def exists(self, key: str) -> bool:
         """Whether the object is there, whole."""
@@ -65,23 +75,20 @@ class LocalFiles:
     def write(self, key: str, data: bytes) -> None:
         """See :class:`CacheFiles`. A kill leaves the old object, the new one, or a ``.partial-*`` file beside it."""
         target = self._root / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with _partial_of(target, data) as partial:
             partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        # the rename itself must survive a power cut, or a commit could outlive the chunk it vouches for
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :class:`CacheFiles`. A kill leaves nothing, the whole object, or a ``.partial-*`` file.
+
+        On a file system without hard links (FAT, some network mounts) the target is claimed with an empty file
+        and then replaced: there, a kill between the two system calls leaves an empty object, which counts as there.
+        """
+        target = self._root / key
+        if target.exists():  # spares the write; the race is decided by the link
+            return False
+        with _partial_of(target, data) as partial:
+            return _link(partial, target)
 
     def exists(self, key: str) -> bool:
         """See :class:`CacheFiles`."""
@@ -130,6 +137,14 @@ class RemoteFiles:
         """See :class:`CacheFiles`."""
         self._fs.pipe_file(self._path(key), data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        """See :class:`CacheFiles`. The server decides: a put with ``If-None-Match: *``."""
+        try:
+            self._fs.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
     def exists(self, key: str) -> bool:
         """See :class:`CacheFiles`."""
         return bool(self._fs.isfile(self._path(key)))
@@ -164,6 +179,55 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
         return RemoteFiles(text)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise UsageError(f"{text}: {error}") from error
+
+
+@contextlib.contextmanager
+def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside the target; afterwards it is gone and the folder is synced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+    # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _link(partial: Path, target: Path) -> bool:
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        # NFS may repeat a link whose answer was lost and then report the first one as somebody else's
+        if partial.stat().st_nlink == 2:
+            return True
+        if isinstance(error, FileExistsError):
+            return False
+        if error.errno not in _NO_LINKS:
+            raise
+        return _claim(partial, target)
+    return True
+
+
+def _claim(partial: Path, target: Path) -> bool:
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    try:
+        partial.replace(target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def _alive(pid: int) -> bool:

@@ -31,6 +31,13 @@ class FilesContract:
         assert self.raw(files, "a/b.bin") == b"second"
         assert files.read("a/b.bin") == b"second"
 
+    def test_create_leaves_what_is_there(self, files: CacheFiles) -> None:
+        assert files.create("a/once.json", b"mine")
+        assert not files.create("a/once.json", b"theirs, longer")
+        assert self.raw(files, "a/once.json") == b"mine"
+        files.delete("a/once.json")
+        assert files.create("a/once.json", b"theirs")
+
     def test_list_gives_sorted_keys_below_a_folder(self, files: CacheFiles) -> None:
         for key in ("c/2.json", "c/10.json", "d/1.json", "top.json"):
             files.write(key, b"x")
