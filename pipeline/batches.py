@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.samples import ImageSource, require_content
-from pipeline.transient import is_transient
 from storage.errors import CacheError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
+from storage.transient import is_transient
 
 __all__ = [
     "CachedTeacher",

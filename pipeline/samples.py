@@ -18,8 +18,8 @@ import fsspec
 
 from pipeline.datasets import Problem, Sample, SampleSet, adapter
 from pipeline.datasets.base import data_folder
-from pipeline.transient import is_transient
 from storage.errors import CacheMismatchError, UsageError
+from storage.transient import is_transient
 
 __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples", "require_content"]
 

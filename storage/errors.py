@@ -5,7 +5,9 @@ CacheError
    |- CacheIncompleteError   started, chunks missing; precompute again resumes
    |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
    |- CacheFormatError       written by a newer version, or not a cache manifest at all
-   `- CacheCorruptError      bytes disagree with their digest; encode those chunks again
+   |- CacheCorruptError      bytes disagree with their digest; encode those chunks again
+   |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
+   `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 
 UsageError is apart: a setting, name or path that the caller has to change.
 """
@@ -13,12 +15,14 @@ UsageError is apart: a setting, name or path that the caller has to change.
 from __future__ import annotations
 
 __all__ = [
+    "CacheAccessError",
     "CacheCorruptError",
     "CacheError",
     "CacheFormatError",
     "CacheIncompleteError",
     "CacheMismatchError",
     "CacheNotFoundError",
+    "CacheUnreachableError",
     "UsageError",
 ]
 
@@ -45,6 +49,14 @@ class CacheFormatError(CacheError):
 
 class CacheCorruptError(CacheError):
     """Bytes on disk disagree with the digest that was recorded when they were written."""
+
+
+class CacheUnreachableError(CacheError, ConnectionError):
+    """The store of the cache failed at every try; a later one may succeed, so it counts as a lost connection."""
+
+
+class CacheAccessError(CacheError):
+    """The store of the cache refuses this caller; trying again changes nothing."""
 
 
 class UsageError(ValueError):

@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.datasets.base import Problem, Record, printable, sample_or_problem, uri_below
-from pipeline.transient import is_transient
 from storage.errors import UsageError
+from storage.transient import is_transient
 
 __all__ = ["read"]
 

@@ -27,8 +27,8 @@ from typing import IO
 import fsspec
 
 from pipeline.datasets.base import SPLIT_NAMES, Problem, Record, contents, data_folder, printable, sample_or_problem
-from pipeline.transient import is_transient
 from storage.errors import UsageError
+from storage.transient import is_transient
 
 __all__ = ["read"]
 

@@ -1,0 +1,150 @@
+"""A cache in a local folder: every object a file, put in place whole and synced."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["PARTIAL", "LocalFiles"]
+
+PARTIAL = re.compile(r"^\.partial-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+"""Names of what is not finished; no location lists them."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalFiles:
+    """A folder. Writes go to a temporary file beside the target, are synced and then renamed over it."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._root = Path(location)
+
+    def read(self, key: str) -> bytes:
+        """See :class:`storage.files.CacheFiles`."""
+        return (self._root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        """See :class:`storage.files.CacheFiles`. A kill leaves the old object or the new one, or a ``.partial-*``."""
+        target = self._root / key
+        with _partial_of(target, data) as partial:
+            partial.replace(target)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :class:`storage.files.CacheFiles`. A kill leaves nothing, the whole object, or a ``.partial-*`` file.
+
+        On a file system without hard links (FAT, some network mounts) the target is claimed with an empty file
+        and then replaced: there, a kill between the two system calls leaves an empty object, which counts as there.
+        """
+        target = self._root / key
+        if target.exists():  # spares the write; the race is decided by the link
+            return False
+        with _partial_of(target, data) as partial:
+            return _link(partial, target)
+
+    def exists(self, key: str) -> bool:
+        """See :class:`storage.files.CacheFiles`."""
+        return (self._root / key).is_file()
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`."""
+        found = []
+        for folder, _, names in os.walk(self._root / prefix):
+            base = Path(folder).relative_to(self._root)
+            found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
+        return sorted(found)
+
+    def delete(self, key: str) -> None:
+        """See :class:`storage.files.CacheFiles`."""
+        (self._root / key).unlink(missing_ok=True)
+
+    def remove_partials(self) -> int:
+        """See :class:`storage.files.CacheFiles`."""
+        removed = 0
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                match = PARTIAL.match(name)
+                if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
+                    (Path(folder) / name).unlink(missing_ok=True)
+                    removed += 1
+        return removed
+
+
+@contextlib.contextmanager
+def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside the target; afterwards it is gone and the folder is synced."""
+    _make_folder(target.parent)
+    partial = target.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+    # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
+    _sync_folder(target.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """The folder and those above it, each synced into its parent: an object is as durable as the way to it."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(partial: Path, target: Path) -> bool:
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        # NFS may repeat a link whose answer was lost and then report the first one as somebody else's
+        if partial.stat().st_nlink == 2:
+            return True
+        if isinstance(error, FileExistsError):
+            return False
+        if error.errno not in _NO_LINKS:
+            raise
+        return _claim(partial, target)
+    return True
+
+
+def _claim(partial: Path, target: Path) -> bool:
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    try:
+        partial.replace(target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,327 @@
+"""A cache at an fsspec URL: every object one put, tried again while the store is in trouble.
+
+This is the only layer that tries again: botocore and s3fs, which have one each, are told to try once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+
+from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
+from storage.local_files import PARTIAL
+from storage.redact import redact
+from storage.transient import is_transient, s3_answer
+
+__all__ = ["RETRY", "RemoteFiles", "RetryPolicy"]
+
+_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often a call is tried in all, and the pauses between: doubled each time, shortened by chance up to half."""
+
+    tries: int = 6
+    first_pause_seconds: float = 0.5
+    longest_pause_seconds: float = 20.0
+
+    def pause_seconds(self, failures: int) -> float:
+        """The pause after that many failures in a row."""
+        whole = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** (failures - 1))
+        # not the global generator: its state belongs to whoever seeded it
+        return whole * (0.5 + random.SystemRandom().random() / 2)
+
+
+RETRY = RetryPolicy()
+"""What every location does that is not told otherwise: about 15 seconds of pauses before it gives up."""
+
+# backends whose conditional put the server decides; fsspec's own default looks first and then writes.
+# s3 and memory are tested here; of gcsfs (ifGenerationMatch=0) and adlfs (overwrite=False) the source was read
+_CREATES = {"s3", "s3a", "memory", "gs", "gcs", "abfs", "abfss", "az", "adl"}
+_memory_create = threading.Lock()
+
+_CREDENTIAL_ADVICE = (
+    "Give credentials by the standard chain: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, "
+    "~/.aws, the machine's role, or fsspec's configuration"
+)
+_REGION_CODES = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_CREDENTIAL_CODES = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_CREDENTIAL_NAMES = {
+    "CredentialRetrievalError",
+    "NoAuthTokenError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "SSOError",
+    "TokenRetrievalError",
+}
+
+
+class RemoteFiles:
+    """An fsspec URL. One put per write: object stores show an object only when its put has ended.
+
+    Failures that may pass are tried again as ``retry`` says (default: :data:`RETRY`), each with a line in the log.
+    """
+
+    def __init__(self, location: str, retry: RetryPolicy | None = None) -> None:
+        _check_location(location)
+        self.location = location
+        self._retry = retry
+        self._inherited: list[Any] = []
+        self._creates_proven = False
+        self._connect()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFiles, (self.location, self._retry)
+
+    def _connect(self) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(self.location, **_options(self.location))
+        if _is_s3(self.location):
+            self._fs.retries = 1  # tries in all; for reads they would multiply with those inside of each
+        self._pid = os.getpid()
+
+    def _filesystem(self) -> Any:
+        if self._pid != os.getpid():
+            # a fork took the object but not the thread that does its work; the old one is kept, since to collect
+            # it would close connections that the parent still uses
+            self._inherited.append(self._fs)
+            self._connect()
+        return self._fs
+
+    def _path(self, key: str) -> str:
+        return f"{self._root.rstrip('/')}/{key}" if key else self._root
+
+    def read(self, key: str) -> bytes:
+        """See :class:`storage.files.CacheFiles`. One request."""
+        data: bytes = self._try("read", key, lambda fs, path: fs.cat_file(path))
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        """See :class:`storage.files.CacheFiles`."""
+        self._try("write", key, lambda fs, path: fs.pipe_file(path, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :class:`storage.files.CacheFiles`. The server decides: a put with ``If-None-Match: *``.
+
+        Where an answer was lost and the next try finds an object, its bytes tell whose it is. The first call
+        proves with an object of its own that the server refuses a second put; some ignore the condition.
+        """
+        if not self._creates_proven:
+            self._prove_create()
+            self._creates_proven = True
+        return self._create(key, data)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        unsure = False
+
+        def attempt(fs: Any, path: str) -> bool:
+            nonlocal unsure
+            while True:
+                try:
+                    if "memory" in _protocols(fs):
+                        with _memory_create:  # it looks first, then writes
+                            fs.pipe_file(path, data, mode="create")
+                    else:
+                        fs.pipe_file(path, data, mode="create")
+                    return True
+                except Exception as error:
+                    if not _was_there(error):
+                        unsure = True
+                        raise
+                if not unsure:
+                    return False
+                try:
+                    return bool(fs.cat_file(path) == data)
+                except FileNotFoundError:
+                    continue  # taken away between the two calls: free again
+
+        return bool(self._try("create", key, attempt))
+
+    def _prove_create(self) -> None:
+        if not _CREATES.intersection(_protocols(self._filesystem())):
+            raise UsageError(
+                f"{self.location}: this kind of store cannot promise that only one of several writers creates an "
+                "object. Use a local folder or s3://"
+            )
+        probe = f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            self._create(probe, b"first")
+            if self._create(probe, b"second"):
+                raise UsageError(
+                    f"{self.location}: the server ignores If-None-Match, so two writers could both create an object. "
+                    "Use a server that honours it (AWS, SeaweedFS, MinIO), or a local folder"
+                )
+        finally:
+            self.delete(probe)
+
+    def exists(self, key: str) -> bool:
+        """See :class:`storage.files.CacheFiles`."""
+        try:
+            # not isfile(): that says False to any error, a busy server's too
+            found = self._try("look at", key, lambda fs, path: fs.info(path))
+        except FileNotFoundError:
+            return False
+        return bool(found["type"] == "file")
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`."""
+        folder = prefix.rstrip("/")
+
+        def find(fs: Any, path: str) -> list[str]:
+            fs.invalidate_cache()
+            try:
+                found: list[str] = fs.find(path)
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return []
+            return found
+
+        cut = len(self._root.rstrip("/")) + 1
+        keys = [path[cut:] for path in self._try("list", folder, find)]
+        # consoles leave empty objects with a slash at the end to show folders; an object of the folder's own name
+        # is not below it
+        return sorted(
+            key
+            for key in keys
+            if key.startswith(f"{folder}/" if folder else "")
+            and not key.endswith("/")
+            and key
+            and not PARTIAL.match(key.rpartition("/")[2])
+        )
+
+    def delete(self, key: str) -> None:
+        """See :class:`storage.files.CacheFiles`."""
+        try:
+            self._try("delete", key, lambda fs, path: fs.rm_file(path))
+        except FileNotFoundError:
+            return
+
+    def remove_partials(self) -> int:
+        """Nothing to do: an unfinished put leaves no object."""
+        return 0
+
+    def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result]) -> _Result:
+        """The call's result, after as many tries as it takes.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            CacheUnreachableError: every try failed.
+            CacheAccessError: the store refuses.
+        """
+        retry = self._retry or RETRY
+        where = f"{self.location}: cannot {verb} {key or 'the cache'}"
+        for failures in range(1, retry.tries + 1):
+            try:
+                return call(self._filesystem(), self._path(key))
+            except FileNotFoundError as error:
+                if not _no_bucket(error):
+                    raise FileNotFoundError(f"{self.location}: there is no object {key}") from None
+                reason: str | None = "the bucket does not exist. Make it, or correct the location"
+            except Exception as error:
+                cause = redact(f"{type(error).__name__}: {error}")
+                if is_transient(error):
+                    reason = None
+                else:
+                    reason = _refusal(error)
+                    if reason is None:
+                        raise
+                    reason = redact(reason)
+            # `from None` below: what caused it may show what redact() hides
+            if reason is not None:
+                raise CacheAccessError(f"{where}: {reason}") from None
+            if failures < retry.tries:
+                pause = retry.pause_seconds(failures)
+                _log.warning("%s (%s); try %d of %d in %.1f s", where, cause, failures + 1, retry.tries, pause)
+                time.sleep(pause)
+        raise CacheUnreachableError(
+            f"{where}: {retry.tries} tries failed, the last with {cause}. Run the same command again when the store "
+            "answers"
+        ) from None
+
+
+def _check_location(location: str) -> None:
+    shown = redact(location)
+    if shown != location:
+        raise UsageError(
+            f"{shown}: a location must not hold credentials, since it is written into logs and files. "
+            f"{_CREDENTIAL_ADVICE}"
+        )
+    protocol, _, rest = location.partition("://")
+    if "::" in protocol:
+        raise UsageError(f"{location}: chained locations may answer from a cache of their own. Name the store itself")
+    if not rest.strip("/"):
+        raise UsageError(f"{location}: names no bucket. Write {protocol}://BUCKET/NAME.cache")
+
+
+def _is_s3(location: str) -> bool:
+    return location.partition("://")[0] in ("s3", "s3a")
+
+
+def _options(location: str) -> dict[str, Any]:
+    """How a filesystem is made that neither remembers listings, nor tries again, nor asks for sizes before it reads."""
+    # an instance of its own: fsspec hands out old ones, made before the environment changed
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if _is_s3(location):
+        configured = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}
+        options["use_listings_cache"] = False
+        options["max_concurrency"] = 1  # with more, each read starts with a HEAD
+        options["config_kwargs"] = {
+            **configured.get("config_kwargs", {}),
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+    return options
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _was_there(error: BaseException) -> bool:
+    answer = s3_answer(error)
+    return isinstance(error, FileExistsError) or (answer is not None and answer[0] == 412)
+
+
+def _no_bucket(error: BaseException) -> bool:
+    answer = s3_answer(error)
+    return answer is not None and answer[1] == "NoSuchBucket"
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What a person can do about it; None for an error that is no answer of a store, so a fault of ours."""
+    status, code = s3_answer(error) or (0, "")
+    cause = f"{type(error).__name__}: {error}"
+    if code in _REGION_CODES or status == 301:
+        return f"the bucket is in another region ({cause}). Set AWS_DEFAULT_REGION to the bucket's region"
+    if code in _CREDENTIAL_CODES:
+        return f"the store does not accept the credentials ({code}: {error}). {_CREDENTIAL_ADVICE}"
+    if {kind.__name__ for kind in type(error).__mro__} & _CREDENTIAL_NAMES:
+        return f"no usable credentials ({cause}). {_CREDENTIAL_ADVICE}"
+    if status == 403 or isinstance(error, PermissionError):
+        return (
+            f"the store denies it ({code or type(error).__name__}: {error}). The credentials need the rights to list "
+            "the bucket and to get, put and delete its objects"
+        )
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("botocore", "aiohttp"):
+        return f"{cause}. Check the location, and AWS_ENDPOINT_URL if it is set"
+    return None
