@@ -13,7 +13,6 @@ from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
-from prefect.runtime import task_run
 from pydantic import Field
 
 from flows.parameters import parameters_of
@@ -51,10 +50,10 @@ def precompute_teacher(
             0.0 if spans else 100.0, key=f"{ARTIFACT}-progress", description=f"{config.cache}: {len(spans)} spans"
         ),
     )
+    encoded = 0
     for number, span in enumerate(spans, start=1):
-        encode_span(config, span)
+        encoded += encode_span(config, span)
         update_progress_artifact(progress, progress=100 * number / len(spans))
-    encoded = sum(len(span.chunks) for span in spans)
     result = seal(config.cache, encoded, time.perf_counter() - started)
     create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
@@ -77,20 +76,16 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
 
 
 @task(name="encode", task_run_name="encode-{span.name}", **TRIED_AGAIN)
-def encode_span(config: PrecomputeConfig, span: Span) -> None:
-    """Encode the chunks of one span; when it returns, each of them is committed."""
-    from pipeline.precompute import encode_chunks
-    from storage.writer import EmbeddingWriter
+def encode_span(config: PrecomputeConfig, span: Span) -> int:
+    """Encode the chunks of one span; when it returns, each of them is committed. Returns how many this run encoded."""
+    from pipeline.encode import encode_shared
 
     logger = get_run_logger()
-    refs = span.refs()
-    if task_run.run_count > 1:
-        # an earlier try may have committed some of them
-        pending = set(EmbeddingWriter(config.cache).pending())
-        refs = [ref for ref in refs if ref in pending]
     started = time.perf_counter()
-    encode_chunks(config, _teacher(config), refs, LoggedProgress(logger))
-    logger.info(f"{span.name}: {len(refs)} chunks in {time.perf_counter() - started:,.1f} s")
+    # what an earlier try committed, or another run at this moment, is not encoded again
+    encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger))
+    logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
+    return encoded
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)

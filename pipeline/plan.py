@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,10 +24,10 @@ from storage.manifest import (
     Source,
     TargetsIdentity,
     ViewsIdentity,
-    canonical_json,
 )
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES
-from storage.writer import EmbeddingWriter, plan_cache, read_manifest
+from storage.root import planned_manifest, read_manifest
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = ["Progress", "chunk_spans", "count_done", "plan_precompute"]
 
@@ -62,7 +61,14 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
     layout = _layout(config, identity, teacher.device.type)
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
-        plan_cache(config.cache, identity, layout, source, tables, made_with=_versions())
+        try:
+            plan_cache(config.cache, identity, layout, source, tables, made_with=_versions())
+        except CacheMismatchError:
+            planned = _layout(config, identity, teacher.device.type)
+            if planned == layout:
+                raise
+            # another process planned it meanwhile, by the defaults of its own device
+            plan_cache(config.cache, identity, planned, source, tables, made_with=_versions())
     except CacheMismatchError as error:
         lost = [problem for problem in dataset.problems if problem.lost_image]
         if not lost:
@@ -129,26 +135,16 @@ def _dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> Dataset
         images=samples.num_rows,
         captions=captions.num_rows,
         splits=dict(Counter(samples["split"].to_pylist())),
-        samples_sha256=_digest_rows(samples.select(["sample_id", "split", "content_sha256"])),
-        captions_sha256=_digest_rows(captions.select(["image_row", "text"])),
+        samples_sha256=samples_sha256(samples),
+        captions_sha256=captions_sha256(captions),
     )
-
-
-def _digest_rows(table: pa.Table) -> str:
-    """sha256 over one line of canonical JSON per row."""
-    total = hashlib.sha256()
-    for batch in table.to_batches(max_chunksize=65_536):
-        columns = [column.to_pylist() for column in batch.columns]
-        for row in zip(*columns, strict=True):
-            total.update(canonical_json(row) + b"\n")
-    return total.hexdigest()
 
 
 def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
     """Chunk rows and batch size as asked for, as the cache that is there has them, or by rows and device."""
     images, captions = identity.dataset.images, identity.dataset.captions
     try:
-        have = read_manifest(open_files(config.cache)).layout
+        have = planned_manifest(open_files(config.cache)).layout
         default = (have.image_chunk_rows, have.text_chunk_rows, have.batch_rows)
     except CacheNotFoundError:
         # on a CPU the activations of a few images still fit its caches; more only cost memory
@@ -173,5 +169,5 @@ def _chunk_rows(rows: int) -> int:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "zarr", "teacher-cache")
+    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
     return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

@@ -97,7 +97,8 @@ class ChunkCommit(BaseModel):
     chunk: int = Field(ge=0)
     rows: tuple[int, int] = Field(description="First row and one past the last.")
     generation: int = Field(0, ge=0)
-    identity_digest: str = Field(description="Of the cache; a chunk moved in from another one is refused.")
+    encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
+    rows_sha256: str = Field(description="Of what its rows were made: storage.tables.chunk_rows_sha256.")
     objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view.")
     quarantined: tuple[QuarantinedRow, ...] = ()
 
@@ -108,7 +109,7 @@ class ChunkCommit(BaseModel):
 
     def to_bytes(self) -> bytes:
         """One line of JSON with its own digest."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude_none=True)
         return canonical_json({**fields, "digest": digest_of(fields)}) + b"\n"
 
     @classmethod
@@ -143,9 +144,11 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
     rows = ref.rows(manifest.layout)
     if commit.ref != ref or commit.rows != (rows.start, rows.stop):
         raise CacheCorruptError(f"{where}: holds the record of {commit.ref.name} rows {commit.rows}, not of {ref.name}")
-    if commit.identity_digest != manifest.identity_digest:
+    encoder = manifest.identity.encoder_digest
+    if commit.encoder_digest != encoder:
         raise CacheCorruptError(
-            f"{where}: made for identity {commit.identity_digest[:12]}, this cache is {manifest.identity_digest[:12]}"
+            f"{where}: made by encoder {commit.encoder_digest[:12]} (teacher, preprocessing, tokenizer and dtype), "
+            f"this cache is of {encoder[:12]}"
         )
     if set(commit.objects) != set(ref.object_keys()):
         raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(ref.object_keys())} wanted")

@@ -9,7 +9,7 @@ from storage.commits import COMMITS, ChunkRef, all_chunks
 from storage.files import open_files
 from storage.journal import read_journal
 from storage.manifest import CacheIdentity, Layout
-from storage.writer import read_manifest
+from storage.root import read_manifest
 
 __all__ = ["CacheInfo", "describe_cache"]
 

@@ -7,17 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
-from storage.commits import COMMITS, ChunkCommit, ChunkRef, all_chunks, read_commit, read_commits
-from storage.errors import CacheCorruptError
+from storage.claims import CLAIMS
+from storage.commits import COMMITS, ChunkCommit, ChunkRef, Tower, all_chunks, read_commit, read_commits
+from storage.errors import CacheCorruptError, CacheFormatError
 from storage.files import CacheFiles, open_files
 from storage.journal import JOURNAL
-from storage.manifest import MANIFEST_KEY, CacheManifest
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.root import read_backup, read_manifest
 from storage.rows import wrong_rows
-from storage.tables import CAPTIONS, SAMPLES, read_static, read_table
-from storage.writer import incomplete_message, read_manifest
+from storage.tables import (
+    CAPTIONS,
+    SAMPLES,
+    captions_sha256,
+    chunk_rows_sha256,
+    read_static,
+    read_table,
+    samples_sha256,
+)
+from storage.writer import incomplete_message
 
 __all__ = ["Finding", "IntegrityReport", "verify_cache"]
 
@@ -71,8 +82,11 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             objects += 1
         except CacheCorruptError as error:
             findings.append(Finding(kind="damaged" if files.exists(key) else "missing", key=key, message=str(error)))
+    tables: dict[Tower, pa.Table] = {}
     if not findings:
-        findings += _check_tables(files, manifest)
+        tables = {"image": read_table(files, manifest, SAMPLES), "text": read_table(files, manifest, CAPTIONS)}
+        findings += _check_tables(manifest, tables)
+    findings += _check_backup(files, manifest)
 
     refs = all_chunks(manifest.layout)
     sound = uncommitted = quarantined = 0
@@ -92,6 +106,9 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
                 )
             continue
         found, read = _check_chunk(files, manifest, ref, commit)
+        if tables and commit.rows_sha256 != chunk_rows_sha256(tables[ref.tower], ref.tower, ref.rows(manifest.layout)):
+            message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
+            found.append(Finding(kind="damaged", key=ref.commit_key, message=message))
         findings += found
         objects += len(commit.objects)
         nbytes += read
@@ -153,14 +170,35 @@ def _check_chunk(
     return findings, read
 
 
-def _check_tables(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
+def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> list[Finding]:
     findings = []
-    for name, wanted in ((SAMPLES, manifest.layout.image_rows), (CAPTIONS, manifest.layout.text_rows)):
-        rows = read_table(files, manifest, name)["row"].to_numpy()
+    dataset = manifest.identity.dataset
+    checks: tuple[tuple[Tower, str, str, str], ...] = (
+        ("image", SAMPLES, samples_sha256(tables["image"]), dataset.samples_sha256),
+        ("text", CAPTIONS, captions_sha256(tables["text"]), dataset.captions_sha256),
+    )
+    for tower, name, found, recorded in checks:
+        rows, wanted = tables[tower]["row"].to_numpy(), manifest.layout.rows(tower)
         if not np.array_equal(rows, np.arange(wanted)):
             message = f"{name}: {len(rows)} rows in the table, rows 0 to {wanted - 1} wanted in order"
             findings.append(Finding(kind="counts", key=name, message=message))
+        if found != recorded:
+            message = f"{name}: rows have sha256 {found[:12]}, the identity names {recorded[:12]}"
+            findings.append(Finding(kind="damaged", key=name, message=message))
     return findings
+
+
+def _check_backup(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
+    try:
+        backup = read_backup(files)
+    except (CacheCorruptError, CacheFormatError) as error:
+        return [Finding(kind="damaged", key=BACKUP_KEY, message=str(error))]
+    if backup is None:
+        return [Finding(kind="missing", key=BACKUP_KEY, message=f"{BACKUP_KEY}: the manifest's backup is not there")]
+    if backup != manifest:
+        message = f"{BACKUP_KEY}: digest {backup.digest[:12]}, the manifest has {manifest.digest[:12]}"
+        return [Finding(kind="damaged", key=BACKUP_KEY, message=message)]
+    return []
 
 
 def _check_seal(files: CacheFiles, manifest: CacheManifest, quarantined: int) -> list[Finding]:
@@ -182,11 +220,11 @@ def _check_seal(files: CacheFiles, manifest: CacheManifest, quarantined: int) ->
 
 def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:
     """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
-    known = {MANIFEST_KEY, *manifest.files}
+    known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
     for ref in refs:
         known.update((ref.commit_key, *ref.object_keys().values()))
     return [
         Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
         for key in files.list()
-        if key not in known and not key.startswith(f"{JOURNAL}/")
+        if key not in known and not key.startswith((f"{JOURNAL}/", f"{CLAIMS}/"))
     ]

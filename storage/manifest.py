@@ -35,7 +35,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 MANIFEST_KEY = "manifest.json"
+BACKUP_KEY = "manifest.backup.json"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -51,19 +53,23 @@ def digest_of(value: Any) -> str:
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def fields(self) -> dict[str, Any]:
+        """As JSON values, fields that are None left out: one added later does not change what is on disk today."""
+        return self.model_dump(mode="json", exclude_none=True)
+
 
 class TeacherIdentity(_Record):
     """The frozen teacher."""
 
     name: str = Field(description="As asked for: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
-    pretrained: str | None = Field(description="open_clip's pretrained tag, for a built-in name.")
+    pretrained: str | None = Field(None, description="open_clip's pretrained tag, for a built-in name.")
     weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
     architecture: dict[str, Any] = Field(description="open_clip's model config.")
     activation: str = Field(description="The activation really found in the built model: GELU, QuickGELU, ...")
     embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")
     logit_scale: float = Field(gt=0, description="The multiplier of cosines, after exp.")
-    logit_bias: float | None = Field(description="Added to the logits (SigLIP), or null.")
+    logit_bias: float | None = Field(None, description="Added to the logits (SigLIP); absent where there is none.")
 
 
 class PreprocessIdentity(_Record):
@@ -93,8 +99,10 @@ class TokenizerIdentity(_Record):
 class ViewsIdentity(_Record):
     """Which crops of an image the teacher saw."""
 
-    policy: Literal["evaluation"] = Field(description="evaluation: the one plain evaluation crop.")
-    count: int = Field(1, gt=0, description="Views per image.")
+    policy: Literal["evaluation", "random-resized-crop"] = Field(
+        description="evaluation: the one plain evaluation crop; else how the views after it were drawn."
+    )
+    count: int = Field(1, gt=0, description="Views per image; view 0 is the evaluation crop.")
 
 
 class TargetsIdentity(_Record):
@@ -136,14 +144,23 @@ class CacheIdentity(_Record):
     @property
     def digest(self) -> str:
         """sha256 over all fields but mere names and ``preprocess.probe``, which has a tolerance instead."""
-        fields = self.model_dump(mode="json")
+        return digest_of(self._proven())
+
+    @property
+    def encoder_digest(self) -> str:
+        """The same over teacher, preprocessing, tokenizer and targets alone: how a row is made, of whatever it is."""
+        proven = self._proven()
+        return digest_of({part: proven[part] for part in ("teacher", "preprocess", "tokenizer", "targets")})
+
+    def _proven(self) -> dict[str, Any]:
+        fields = self.fields()
         for part, name in (*_NAMES_ONLY, _PROBE):
-            del fields[part][name]
-        return digest_of(fields)
+            fields[part].pop(name, None)
+        return fields
 
     def differences(self, wanted: CacheIdentity) -> list[str]:
         """One line per field in which ``wanted`` differs: dotted name, value here, value wanted."""
-        here, there = self.model_dump(mode="json"), wanted.model_dump(mode="json")
+        here, there = self.fields(), wanted.fields()
         lines = []
         for part in here:
             for name in sorted({*here[part], *there[part]}):
@@ -287,26 +304,29 @@ class CacheManifest(_Record):
     @property
     def digest(self) -> str:
         """sha256 over the whole manifest: what a student's checkpoint records."""
-        return digest_of(self.model_dump(mode="json"))
+        return digest_of(self.fields())
 
     def to_bytes(self) -> bytes:
         """``manifest.json``: indented for people, with its own digest as last field."""
-        fields = self.model_dump(mode="json")
+        fields = self.fields()
         return (json.dumps({**fields, "digest": self.digest}, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, location: str) -> CacheManifest:
+    def from_bytes(cls, data: bytes, location: str, key: str = MANIFEST_KEY) -> CacheManifest:
         """Parse and prove a manifest.
+
+        Args:
+            location, key: where the bytes are from, for messages.
 
         Raises:
             CacheFormatError: not a manifest, or of a format that this version does not know.
             CacheCorruptError: the content does not have the digest that it carries.
         """
-        where = f"{location}/{MANIFEST_KEY}"
+        where = f"{location}/{key}"
         try:
             fields = json.loads(data)
-        except ValueError as error:
-            raise CacheCorruptError(f"{where}: not JSON ({error}). Restore it from a copy of the cache.") from error
+        except (ValueError, RecursionError) as error:
+            raise CacheCorruptError(f"{where}: not JSON ({error}). {_RESTORE}") from error
         if not isinstance(fields, dict) or fields.get("format") != "teacher-cache":
             found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
             raise CacheFormatError(
@@ -322,11 +342,11 @@ class CacheManifest(_Record):
         try:
             found_digest = digest_of(fields)
         except ValueError as error:  # NaN, half a surrogate pair: JSON's parser lets them in
-            raise CacheCorruptError(f"{where}: {error}. Restore it from a copy of the cache.") from error
+            raise CacheCorruptError(f"{where}: {error}. {_RESTORE}") from error
         if recorded != found_digest:
             raise CacheCorruptError(
                 f"{where}: content has digest {found_digest[:12]}, {str(recorded)[:12]} is recorded in it. "
-                "It was edited or damaged; restore it from a copy of the cache."
+                f"It was edited or damaged. {_RESTORE}"
             )
         try:
             return cls.model_validate(fields)

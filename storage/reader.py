@@ -15,8 +15,9 @@ from storage.arrays import array_dtype, chunk_shape, decode_object
 from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commits
 from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
 from storage.files import open_files
+from storage.root import read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
-from storage.writer import incomplete_message, read_manifest
+from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import io
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
-from storage.manifest import CacheManifest, StaticFile
+from storage.manifest import CacheManifest, StaticFile, canonical_json
 
-__all__ = ["CAPTIONS", "PROBLEMS", "SAMPLES", "read_table", "table_files"]
+__all__ = [
+    "CAPTIONS",
+    "PROBLEMS",
+    "SAMPLES",
+    "captions_sha256",
+    "chunk_rows_sha256",
+    "read_static",
+    "read_table",
+    "samples_sha256",
+    "table_files",
+]
 
 # folder in the cache -> columns; the row column is written down so that a table can be read on its own
 SAMPLES = "samples"
@@ -36,6 +47,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 _ROWS_PER_FILE = 1_000_000
+# what of a row its embedding is made of; where an image lies or which split it is in changes nothing
+_MADE_OF = {"image": ["sample_id", "content_sha256"], "text": ["text"]}
 
 
 def table_files(name: str, table: pa.Table) -> dict[str, tuple[bytes, int]]:
@@ -61,6 +74,35 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str) -> pa.Tabl
     """
     keys = sorted(key for key in manifest.files if key.startswith(f"{name}/"))
     return pa.concat_tables([_parse(read_static(files, key, manifest.files[key])) for key in keys]).combine_chunks()
+
+
+def samples_sha256(samples: pa.Table) -> str:
+    """``DatasetIdentity.samples_sha256``: over sample_id, split and content of each image, in row order."""
+    return _digest_rows(samples.select(["sample_id", "split", "content_sha256"]))
+
+
+def captions_sha256(captions: pa.Table) -> str:
+    """``DatasetIdentity.captions_sha256``: over image row and text of each caption, in row order."""
+    return _digest_rows(captions.select(["image_row", "text"]))
+
+
+def chunk_rows_sha256(table: pa.Table, tower: Literal["image", "text"], rows: range) -> str:
+    """``ChunkCommit.rows_sha256``: over what the rows of a chunk were made of, in row order.
+
+    Args:
+        table: samples for the image tower, captions for the text tower; whole.
+    """
+    return _digest_rows(table.select(_MADE_OF[tower]).slice(rows.start, len(rows)))
+
+
+def _digest_rows(table: pa.Table) -> str:
+    """sha256 over one line of canonical JSON per row."""
+    total = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=65_536):
+        columns = [column.to_pylist() for column in batch.columns]
+        for row in zip(*columns, strict=True):
+            total.update(canonical_json(row) + b"\n")
+    return total.hexdigest()
 
 
 def _parse(data: bytes) -> pa.Table:

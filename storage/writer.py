@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import ARRAYS, array_dtype, chunk_shape, decode_object, encode_object, zarr_metadata
+from storage.claims import Claims, clear_claims
 from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, all_chunks, read_commit, read_commits
-from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from storage.files import CacheFiles, open_files
 from storage.journal import ChunkCost, write_cost
 from storage.manifest import (
+    BACKUP_KEY,
     MANIFEST_KEY,
     CacheIdentity,
     CacheManifest,
@@ -25,27 +28,13 @@ from storage.manifest import (
     Source,
     StaticFile,
 )
+from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_static, read_table, table_files
 
-__all__ = ["EmbeddingWriter", "plan_cache", "read_manifest"]
+__all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "static_contents"]
 
-
-def read_manifest(files: CacheFiles) -> CacheManifest:
-    """The manifest of the cache at this location.
-
-    Raises:
-        CacheNotFoundError: there is none.
-        CacheFormatError, CacheCorruptError: there is one that cannot be used.
-    """
-    try:
-        data = files.read(MANIFEST_KEY)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheNotFoundError(
-            f"{files.location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
-            "teacher-cache precompute --cache."
-        ) from error
-    return CacheManifest.from_bytes(data, files.location)
+_PLAN_POLL_SECONDS = 0.2
 
 
 def plan_cache(
@@ -58,8 +47,8 @@ def plan_cache(
 ) -> CacheManifest:
     """Start a cache, or take up the one that is there if it is the same.
 
-    A second call with the same arguments changes nothing; several processes may call at once, since they
-    write equal bytes. A crash leaves a cache without manifest, which the next call writes anew.
+    A second call with the same arguments changes nothing. Several processes may call at once: one plans, the
+    others wait for it and compare. A crash leaves a cache without manifest, which the next call writes anew.
 
     Args:
         tables: samples, captions and problems (``storage.tables``).
@@ -70,34 +59,58 @@ def plan_cache(
     """
     files = open_files(location)
     files.remove_partials()
-    try:
-        manifest = read_manifest(files)
-    except CacheNotFoundError:
-        pass
-    else:
-        manifest.identity.require(identity, location)
-        have = manifest.layout
-        if have != layout:
-            raise CacheMismatchError(
-                f"{location}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in batches "
-                f"of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
-                f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
-            )
-        for key, wanted in manifest.files.items():
-            read_static(files, key, wanted)
-        places = ["uri", "offset", "length"]
-        if not read_table(files, manifest, SAMPLES).select(places).equals(tables[SAMPLES].select(places)):
-            raise CacheMismatchError(
-                f"{location}: lists the same images at other places ({manifest.source.dataset}). Name the dataset in "
-                "the same form; its folder may have moved."
-            )
-        return manifest
+    with Claims(files) as claims:
+        while True:
+            if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):
+                return _take_up(files, identity, layout, tables)
+            if claims.take("plan"):
+                break
+            time.sleep(_PLAN_POLL_SECONDS)
+        if files.exists(MANIFEST_KEY):  # the one that held the claim has just given it back
+            return _take_up(files, identity, layout, tables)
+        return _start(files, identity, layout, source, tables, made_with)
 
-    static: dict[str, StaticFile] = {}
+
+def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables: dict[str, pa.Table]) -> CacheManifest:
+    """The manifest that is there, if it is of the very cache that is asked for."""
+    manifest = planned_manifest(files)
+    manifest.identity.require(identity, files.location)
+    have = manifest.layout
+    if have != layout:
+        raise CacheMismatchError(
+            f"{files.location}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in "
+            f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
+            f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
+        )
+    for key, wanted in manifest.files.items():
+        read_static(files, key, wanted)
+    places = ["uri", "offset", "length"]
+    if not read_table(files, manifest, SAMPLES).select(places).equals(tables[SAMPLES].select(places)):
+        raise CacheMismatchError(
+            f"{files.location}: lists the same images at other places ({manifest.source.dataset}). Name the dataset "
+            "in the same form; its folder may have moved."
+        )
+    return manifest
+
+
+def static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
+    """Bytes, and rows of a parquet file, of every file that is written when a cache is planned, by key."""
     contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
     for name in (SAMPLES, CAPTIONS, PROBLEMS):
         contents.update(table_files(name, tables[name]))
-    for key, (data, rows) in contents.items():
+    return contents
+
+
+def _start(
+    files: CacheFiles,
+    identity: CacheIdentity,
+    layout: Layout,
+    source: Source,
+    tables: dict[str, pa.Table],
+    made_with: dict[str, str],
+) -> CacheManifest:
+    static: dict[str, StaticFile] = {}
+    for key, (data, rows) in static_contents(layout, tables).items():
         files.write(key, data)
         static[key] = StaticFile(sha256=hashlib.sha256(data).hexdigest(), rows=rows)
     problems = tables[PROBLEMS]
@@ -119,7 +132,7 @@ def plan_cache(
         made_with=made_with,
     )
     # manifest last: whoever finds it may trust the tables and the metadata that it names
-    files.write(MANIFEST_KEY, manifest.to_bytes())
+    write_manifest(files, manifest)
     return manifest
 
 
@@ -130,18 +143,37 @@ class EmbeddingWriter:
         self.files = open_files(location)
         self.manifest = read_manifest(self.files)
 
+    @cached_property
+    def samples(self) -> pa.Table:
+        """One row per image, proven; see ``storage.tables``."""
+        return read_table(self.files, self.manifest, SAMPLES)
+
+    @cached_property
+    def captions(self) -> pa.Table:
+        """One row per caption, proven."""
+        return read_table(self.files, self.manifest, CAPTIONS)
+
+    def _rows_sha256(self, ref: ChunkRef) -> str:
+        table = self.samples if ref.tower == "image" else self.captions
+        return chunk_rows_sha256(table, ref.tower, ref.rows(self.manifest.layout))
+
     def pending(self) -> list[ChunkRef]:
         """Chunks that are not done. Done means: committed, and every byte has the committed checksum.
 
         Reads all committed chunks once; a damaged one counts as pending, so running again repairs it.
         """
-        return [ref for ref in all_chunks(self.manifest.layout) if not self._is_done(ref)]
+        return [ref for ref in all_chunks(self.manifest.layout) if not self.is_sound(ref)]
 
-    def _is_done(self, ref: ChunkRef) -> bool:
+    def is_committed(self, ref: ChunkRef) -> bool:
+        """Whether the chunk has a commit record, in whatever state."""
+        return self.files.exists(ref.commit_key)
+
+    def is_sound(self, ref: ChunkRef) -> bool:
+        """Whether the chunk is committed, of these very rows, and every byte has the committed checksum."""
         layout = self.manifest.layout
         try:
             commit = read_commit(self.files, self.manifest, ref)
-            if commit is None:
+            if commit is None or commit.rows_sha256 != self._rows_sha256(ref):
                 return False
             for name, key in ref.object_keys().items():
                 shape, dtype = chunk_shape(layout, ref.tower, name), array_dtype(ref.tower, name)
@@ -186,7 +218,8 @@ class EmbeddingWriter:
             view=ref.view,
             chunk=ref.chunk,
             rows=(rows.start, rows.stop),
-            identity_digest=self.manifest.identity_digest,
+            encoder_digest=self.manifest.identity.encoder_digest,
+            rows_sha256=self._rows_sha256(ref),
             objects={name: digest for name, (_, digest) in encoded.items()},
             quarantined=tuple(quarantined),
         )
@@ -234,8 +267,9 @@ class EmbeddingWriter:
         last = self.manifest.generations[-1].model_copy(update={"seal": seal})
         sealed = self.manifest.model_copy(update={"generations": (*self.manifest.generations[:-1], last)})
         if sealed != self.manifest:
-            self.files.write(MANIFEST_KEY, sealed.to_bytes())
+            write_manifest(self.files, sealed)
         self.manifest = sealed
+        clear_claims(self.files)
         return sealed
 
 

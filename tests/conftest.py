@@ -29,7 +29,7 @@ from storage.manifest import (
     TokenizerIdentity,
     ViewsIdentity,
 )
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -91,7 +91,6 @@ def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
 def plan_known_cache(path: Path | str, images: int = 10, captions: int = 25, chunk_rows: int = 4) -> CacheManifest:
     """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
     image_row = np.sort(np.arange(captions) % images)
-    identity = make_identity(images, captions)
     tables = {
         SAMPLES: pa.table(
             {
@@ -116,6 +115,14 @@ def plan_known_cache(path: Path | str, images: int = 10, captions: int = 25, chu
             }
         ),
     }
+    identity = make_identity(images, captions)
+    dataset = identity.dataset.model_copy(
+        update={
+            "samples_sha256": samples_sha256(tables[SAMPLES]),
+            "captions_sha256": captions_sha256(tables[CAPTIONS]),
+        }
+    )
+    identity = identity.model_copy(update={"dataset": dataset})
     layout = Layout(
         embed_dim=8,
         image_rows=images,

@@ -125,28 +125,27 @@ def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, picture
     """In this process, against the real server, with an encoder that fails once in the middle of a span."""
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-    import pipeline.precompute
+    import pipeline.encode
     from storage.errors import CacheCorruptError
 
-    real, asked = pipeline.precompute.encode_chunks, []
+    real, encoded = pipeline.encode.encode_shared, []
     failures = [ConnectionResetError("the share is away"), None, CacheCorruptError("a bad chunk")]
 
     def encode(config, teacher, refs, progress):
-        asked.append(len(refs))
         failure = failures.pop(0)
+        encoded.append(real(config, teacher, refs if failure is None else refs[:1], progress))
         if failure is not None:
-            real(config, teacher, refs[:1], progress)
             raise failure
-        real(config, teacher, refs, progress)
+        return encoded[-1]
 
-    monkeypatch.setattr(pipeline.precompute, "encode_chunks", encode)
+    monkeypatch.setattr(pipeline.encode, "encode_shared", encode)
     monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
     home = {PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}
     parameters = settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
     with temporary_settings(home), pytest.raises(CacheCorruptError, match="a bad chunk"):
         flow_module.precompute_teacher(**parameters)
     # 4 chunks of images, the try after the failure skips the one that was committed; captions are tried once
-    assert asked == [4, 3, 4]
+    assert encoded == [1, 3, 1]
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_chunks
 from pipeline.plan import chunk_spans, plan_precompute
-from pipeline.precompute import encode_chunks, precompute, summarize
+from pipeline.precompute import precompute, summarize
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
 from pipeline.teacher import load_teacher

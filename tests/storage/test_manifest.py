@@ -11,7 +11,7 @@ import pytest
 from storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from storage.files import LocalFiles
 from storage.manifest import CacheManifest, digest_of
-from storage.writer import read_manifest
+from storage.root import read_manifest
 from tests.conftest import make_identity
 
 

@@ -1,0 +1,151 @@
+"""Claims: which process works on which chunk, so that several that were started on one cache share its work.
+
+A claim is an object that only one process can create. It saves work and guards nothing: two processes that
+encode the same chunk write the same bytes, so a claim that is lost or taken over too early costs time only.
+
+A process shows that it lives by a beat, an object of its own that it changes every few seconds. A claim is
+stale when its process has ended, if that can be asked here, or else when its beat has not changed for a while
+by the clock of the one who looks; no two clocks are compared. The next attempt's claim then takes over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage.commits import COMMITS, ChunkRef
+from storage.files import CacheFiles
+from storage.processes import ProcessName, this_process
+
+__all__ = ["CLAIMS", "Claims", "clear_claims"]
+
+CLAIMS = "claims"
+_BEAT_SECONDS = 15.0
+_BEATS_MISSED = 4  # a process that was silent this long is given up
+_LIST_SECONDS = 5.0
+
+
+class _Claim(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: str
+    process: ProcessName
+    beat_seconds: float
+
+
+class Claims:
+    """The claims of one process on one cache, as a context manager: leaving it gives all of them back.
+
+    Not for several threads at once. Names are those of chunks (``ChunkRef.name``) or any other word.
+    """
+
+    def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:
+        self._files = files
+        self._claim = _Claim(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
+        self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
+        self._held: list[str] = []
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="claims", daemon=True)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._beating.is_alive():
+            self._beating.join()
+        for key in self._held:
+            self._files.delete(key)
+        if self._held:
+            self._files.delete(self._beat_key)
+
+    def take(self, name: str) -> bool:
+        """Claim a name; False while a living process has it. Whoever gets it looks whether the work is done."""
+        attempt = 0
+        while True:
+            key = f"{CLAIMS}/{name.replace('/', '-')}.{attempt}.json"
+            if key in self._held:
+                return True
+            if self._create(key):
+                return True
+            if not self._stale(key):
+                return False
+            attempt += 1
+
+    def share(self, refs: Iterable[ChunkRef], done: Callable[[ChunkRef], bool]) -> Iterator[ChunkRef]:
+        """The chunks among ``refs`` that this process is to encode, each claimed just before it is given out.
+
+        Those that are done, or in the hands of another process, are passed over; call again for those.
+        """
+        listed, taken = -float("inf"), set[str]()
+        pause = _LIST_SECONDS
+        for ref in refs:
+            if time.monotonic() - listed > pause:
+                began = time.monotonic()
+                taken = {key.removesuffix(".json") for key in self._files.list(COMMITS)}
+                listed = time.monotonic()
+                pause = max(_LIST_SECONDS, 20 * (listed - began))  # a large cache is listed less often
+            committed = ref.commit_key.removesuffix(".json") in taken
+            if committed and done(ref):
+                continue
+            # looked at once more after the claim: its last holder gave it back because the chunk was done
+            if self.take(ref.name) and not done(ref):
+                yield ref
+
+    def _create(self, key: str) -> bool:
+        if not self._beating.is_alive():
+            self._write_beat(0)
+            self._beating.start()
+        if not self._files.create(key, self._claim.model_dump_json().encode()):
+            return False
+        self._held.append(key)
+        return True
+
+    def _stale(self, key: str) -> bool:
+        try:
+            data = self._files.read(key)
+        except FileNotFoundError:
+            return False  # given back just now; the name can be claimed at the next try
+        try:
+            claim = _Claim.model_validate_json(data)
+        except ValidationError:
+            return True
+        alive = claim.process.alive()
+        if alive is not None:
+            return not alive
+        try:
+            beat = self._files.read(f"{CLAIMS}/alive/{claim.owner}.json")
+        except FileNotFoundError:
+            beat = b""
+        now = time.monotonic()
+        last, since = self._seen.get(claim.owner, (None, now))
+        if beat != last:
+            since = now
+        self._seen[claim.owner] = (beat, since)
+        return now - since > _BEATS_MISSED * claim.beat_seconds
+
+    def _write_beat(self, number: int) -> None:
+        self._files.write(self._beat_key, f"{number}\n".encode())
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._over.wait(self._claim.beat_seconds):
+            number += 1
+            try:
+                self._write_beat(number)
+            except Exception:  # a store in trouble stops the work itself, with a better message
+                continue
+
+
+def clear_claims(files: CacheFiles) -> None:
+    """Remove every claim, those of dead processes too. For a cache that is complete: nobody needs them any more."""
+    for key in files.list(CLAIMS):
+        files.delete(key)

@@ -1,0 +1,93 @@
+"""The root of a cache: reading, writing and restoring ``manifest.json``, of which a backup lies beside it.
+
+The backup is written first and the manifest after it, so that of the two the manifest is never the newer one.
+One damaged file then never costs the rest: the other says what it was.
+"""
+
+from __future__ import annotations
+
+from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError
+from storage.files import CacheFiles
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+
+__all__ = ["planned_manifest", "read_backup", "read_manifest", "restore_manifest", "write_manifest"]
+
+
+def read_manifest(files: CacheFiles) -> CacheManifest:
+    """The manifest of the cache at this location.
+
+    Raises:
+        CacheNotFoundError: there is none.
+        CacheFormatError, CacheCorruptError: there is one that cannot be used.
+    """
+    try:
+        data = files.read(MANIFEST_KEY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheNotFoundError(
+            f"{files.location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
+            "teacher-cache precompute --cache."
+        ) from error
+    return CacheManifest.from_bytes(data, files.location)
+
+
+def read_backup(files: CacheFiles) -> CacheManifest | None:
+    """The manifest's backup; None when there is none.
+
+    Raises:
+        CacheFormatError, CacheCorruptError: there is one that cannot be used.
+    """
+    try:
+        data = files.read(BACKUP_KEY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return CacheManifest.from_bytes(data, files.location, BACKUP_KEY)
+
+
+def planned_manifest(files: CacheFiles) -> CacheManifest:
+    """As :func:`read_manifest`, for those who go on with a cache: a manifest that is missing comes from the backup.
+
+    Whoever planned the cache may have been killed between the two.
+    """
+    try:
+        return read_manifest(files)
+    except CacheNotFoundError:
+        restore_manifest(files)
+        return read_manifest(files)
+
+
+def write_manifest(files: CacheFiles, manifest: CacheManifest) -> None:
+    """Replace backup and manifest, in this order; a kill in between leaves both readable."""
+    data = manifest.to_bytes()
+    files.write(BACKUP_KEY, data)
+    files.write(MANIFEST_KEY, data)
+
+
+def restore_manifest(files: CacheFiles) -> bool:
+    """Bring manifest and backup to the same bytes when one of them is damaged or missing; whether anything changed.
+
+    Raises:
+        CacheNotFoundError: neither is there.
+        CacheFormatError: the manifest is of another format; nothing is touched.
+        CacheCorruptError: both are damaged.
+    """
+    try:
+        manifest = read_manifest(files)
+    except CacheFormatError:
+        raise
+    except (CacheNotFoundError, CacheCorruptError) as error:
+        try:
+            backup = read_backup(files)
+        except (CacheCorruptError, CacheFormatError):
+            backup = None
+        if backup is None:
+            raise error
+        files.write(MANIFEST_KEY, backup.to_bytes())
+        return True
+    data = manifest.to_bytes()
+    try:
+        same = files.read(BACKUP_KEY) == data
+    except FileNotFoundError:
+        same = False
+    if not same:
+        files.write(BACKUP_KEY, data)
+    return not same
