@@ -1,24 +1,51 @@
 """Image bytes to model input, as open_clip does it for evaluation, with the crop it took and a probe of it.
 
-Raises nothing of its own on odd images: what Pillow cannot decode becomes an ``UndecodableImageError``.
+What becomes of odd images, for the teacher and for students alike:
+
+- Only formats of ``FORMATS`` are looked at. Pillow knows forty more, and one of them starts Ghostscript.
+- The teacher sees the pixels that open_clip would show it: the first frame of an animation; CMYK and YCCK by Pillow's
+  plain conversion; hidden colours of transparent pixels, alpha left out; palettes and 1-bit images resized to the
+  nearest pixel; EXIF's orientation, colour profiles and text left alone; JPEG data that libjpeg can mend, mended.
+- 16 bits of grey are the one thing done otherwise: open_clip clips them, which makes nearly every such image white.
+  Here their upper 8 bits are taken, as Pillow does for 16 bits of colour.
+- 32-bit whole numbers and floats have no white that everybody agrees on: undecodable.
+- Truncated, damaged (a wrong checksum too), empty, and not an image: undecodable. A file that only lacks the end mark
+  has all its pixels and is an image.
+- More than ``MAX_PIXELS``, by the header, before any is decoded: undecodable. One image takes at most 4 bytes a pixel
+  and once more while it is converted, for each thread that decodes.
+- A strip so long that the resize alone would make more than ``MAX_PIXELS``: untransformable.
+
+Pillow's warnings (large images, odd palettes, broken EXIF) say nothing that is not in these rules, and are ignored.
+Nothing of Pillow's own is raised: what it cannot decode becomes an ``UndecodableImageError``.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.datasets.base import printable
 
 if TYPE_CHECKING:
     from storage.manifest import PreprocessIdentity
 
-__all__ = ["Preprocess", "UndecodableImageError"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Preprocess", "UndecodableImageError", "decode_image"]
+
+MAX_PIXELS = 178_956_970  # where Pillow itself, too, takes an image for a decompression bomb
+Image.init()  # all plugins; a name that none of them has would be a KeyError in Image.open
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+_PILLOW = re.compile(r"PIL\.")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # another one in each run, and commits hold these texts
 
 
 class UndecodableImageError(Exception):
@@ -73,10 +100,28 @@ class Preprocess:
             "fill_color": self.fill_color,
         }
 
-    def transform(self) -> Any:
-        """open_clip's own transform, a PIL image to a float32 tensor (3, height, width)."""
+    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+        """open_clip's own transform, a PIL image to a float32 tensor (3, height, width).
+
+        It raises a ValueError for an image that is too long a strip; see the module's rules.
+        """
         config = PreprocessCfg(**{**self.to_config(), "size": self.size})
-        return image_transform_v2(config, is_train=False)
+        return _Transform(image_transform_v2(config, is_train=False), self)
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels to which a source image is resized, before the crop or the padding."""
+        wanted_height, wanted_width = self.size
+        if self.resize_mode == "squash":
+            return self.size
+        if self.resize_mode == "shortest" and wanted_height == wanted_width:
+            # torchvision's Resize to one number: the shorter edge exact, the longer one cut to a whole number
+            return (
+                wanted_height if height <= width else int(wanted_height * height / width),
+                wanted_width if width <= height else int(wanted_width * width / height),
+            )
+        pick = max if self.resize_mode == "longest" else min
+        ratio = pick(height / wanted_height, width / wanted_width)
+        return round(height / ratio), round(width / ratio)
 
     def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
         """The region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
@@ -85,17 +130,10 @@ class Preprocess:
         at a whole pixel of the resized image. With resize_mode ``longest`` the region reaches beyond the image,
         where the model sees padding.
         """
-        wanted_height, wanted_width = self.size
         if self.resize_mode == "squash":
             return 0.0, 0.0, float(height), float(width), 0.0
-        if self.resize_mode == "shortest" and wanted_height == wanted_width:
-            # torchvision's Resize to one number: the shorter edge exact, the longer one cut to a whole number
-            resized_height = wanted_height if height <= width else int(wanted_height * height / width)
-            resized_width = wanted_width if width <= height else int(wanted_width * width / height)
-        else:
-            pick = max if self.resize_mode == "longest" else min
-            ratio = pick(height / wanted_height, width / wanted_width)
-            resized_height, resized_width = round(height / ratio), round(width / ratio)
+        wanted_height, wanted_width = self.size
+        resized_height, resized_width = self.resized(width, height)
         top = _centre(resized_height, wanted_height) * height / resized_height
         left = _centre(resized_width, wanted_width) * width / resized_width
         return top, left, wanted_height * height / resized_height, wanted_width * width / resized_width, 0.0
@@ -141,18 +179,78 @@ def _centre(have: int, want: int) -> int:
     return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
 
+@dataclass(frozen=True)
+class _Transform:
+    """open_clip's transform, for images that it can resize in bounded memory; a class, so that workers can get it."""
+
+    apply: Any
+    preprocess: Preprocess
+
+    def __repr__(self) -> str:
+        return repr(self.apply)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        height, width = self.preprocess.resized(*image.size)
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"{_size(*image.size)} would be resized to {_size(width, height)}, more than {MAX_PIXELS:,}"
+            )
+        _ignore_pillows_warnings()
+        pixels: torch.Tensor = self.apply(image)
+        return pixels
+
+
+def _size(width: int, height: int) -> str:
+    return f"{width:,} x {height:,} pixels"
+
+
 def decode_image(data: bytes) -> Image.Image:
-    """The image in these bytes, all its pixels decoded.
+    """The image in these bytes, all its pixels decoded, in a mode that open_clip's transform takes.
 
     Raises:
-        UndecodableImageError: Pillow cannot decode it (truncated, not an image, a decompression bomb, ...).
+        UndecodableImageError: the module's rules say why.
     """
+    _ignore_pillows_warnings()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        if width * height == 0:
+            raise UndecodableImageError(f"{_size(width, height)}: nothing to see")
         image.load()
-    except MemoryError:
-        raise  # the machine's fault, not the image's
+        return _eight_bits(image)
+    except (MemoryError, UndecodableImageError):
+        raise  # no memory: the machine's fault, not the image's
+    except UnidentifiedImageError:
+        raise UndecodableImageError(f"not an image, or none of {', '.join(FORMATS)}: {len(data):,} bytes") from None
+    except Image.DecompressionBombError as error:
+        # Pillow's own check comes first where its limit is the lower one, and its text has size and limit too
+        found = str(error) or f"{_size(width, height)}, the most is {MAX_PIXELS:,}"
+        raise UndecodableImageError(found) from error
     # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on bytes they did not expect
     except Exception as error:
-        raise UndecodableImageError(f"{type(error).__name__}: {error}") from error
+        raise UndecodableImageError(printable(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image itself, or the upper half of its 16 bits.
+
+    Raises:
+        UndecodableImageError: it has 32 bits a pixel of grey.
+    """
+    # Pillow reads 16-bit PGM as mode I, scaled to 0 ... 65535
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit whole numbers" if image.mode == "I" else "32-bit floats"
+        raise UndecodableImageError(f"{kind}, whose white nobody knows; write it with 8 or 16 bits")
     return image
+
+
+def _ignore_pillows_warnings() -> None:
+    # Each time, since a filter that is put before it, or taken away, would make an error or a line on the terminal
+    # of a warning. warnings.catch_warnings would do the same for one thread, and images are decoded by many.
+    first = warnings.filters[0] if warnings.filters else ("", None, Warning, None, 0)
+    if first[0] != "ignore" or first[3] != _PILLOW:
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)

@@ -2,23 +2,29 @@
 
 ``load_samples`` is the one place that decides which images get a row: an adapter lists them, this module
 checks that each can be read, digests its bytes and turns every failure into a counted problem.
+
+Datasets come from anywhere. Only plain files are opened, never a pipe or a device; an image's file may hold at most
+``MAX_IMAGE_BYTES``; credentials in a dataset's name or in a uri are refused, since a cache would keep them; and every
+problem's text is made printable (:func:`pipeline.datasets.base.printable`) before anybody sees it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
 
 import fsspec
 
-from pipeline.datasets import Problem, Sample, SampleSet, adapter
-from pipeline.datasets.base import data_folder
+from pipeline.datasets import Problem, Record, Sample, SampleSet, adapter
+from pipeline.datasets.base import data_folder, open_regular, printable
 from storage.errors import CacheMismatchError, UsageError
+from storage.redact import redact
 from storage.transient import is_transient
 
 __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples", "require_content"]
@@ -26,6 +32,7 @@ __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load
 _HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
 _HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
 _RETRY_SECONDS = (0.5, 2.0)
+MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
 
 
 @dataclass(frozen=True)
@@ -36,26 +43,38 @@ class DatasetSpec:
     root: str
     options: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        texts = (self.root, *(value for _, value in self.options))
+        if any("\0" in text or not _is_utf8(text) for text in texts):
+            raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
+        _refuse_credentials(f"{self.kind}:", self.root)
+        for name, value in self.options:
+            _refuse_credentials(f"dataset setting {name}=", value)
+
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
         """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
 
         Raises:
-            UsageError: no ``KIND:`` in front, an unknown kind, an empty path, or a setting given twice.
+            UsageError: no ``KIND:`` in front, an unknown kind, an empty path, a setting given twice, or a password,
+                signature or key in it.
         """
+        shown = printable(text)
         kind, colon, rest = text.partition(":")
         if not colon:
-            raise UsageError(f"dataset {text!r} has no kind; write KIND:PATH, for example flickr:{text}")
+            raise UsageError(f"dataset {shown!r} has no kind; write KIND:PATH, for example flickr:{shown}")
         adapter(kind)
         path, question, query = rest.rpartition("?")
         if not question or "=" not in query:
             path, query = rest, ""
         if not path:
-            raise UsageError(f"dataset {text!r} has no path; write {kind}:PATH")
+            raise UsageError(f"dataset {shown!r} has no path; write {kind}:PATH")
         options = tuple(parse_qsl(query, keep_blank_values=True))
         keys = [key for key, _ in options]
         if len(set(keys)) < len(keys):
-            raise UsageError(f"dataset {text!r} gives a setting twice; it has {', '.join(keys)}")
+            raise UsageError(f"dataset {shown!r} gives a setting twice; it has {printable(', '.join(keys))}")
+        # a signed URL's parameters look like settings
+        _refuse_credentials(f"{kind}:", rest)
         return cls(kind, path, options)
 
     def __str__(self) -> str:
@@ -64,10 +83,36 @@ class DatasetSpec:
         return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_credentials(what: str, text: str) -> None:
+    """Keep secrets out of manifests, which live long and are passed on.
+
+    Raises:
+        UsageError: with the secret hidden, and where it belongs instead.
+    """
+    if redact(text) != text:
+        raise UsageError(
+            f"{what}{printable(text)} holds a password, a signature or a key, which the cache would keep. Give "
+            "credentials through the environment or the storage library's own files, or download the data first."
+        )
+
+
 class ImageSource:
-    """Reads the bytes of one image by ``uri``; local paths directly, URLs through fsspec."""
+    """Reads the bytes of one image by ``uri``; local files directly, URLs through fsspec.
+
+    Raises:
+        UsageError: ``root`` holds credentials.
+    """
 
     def __init__(self, root: str) -> None:
+        _refuse_credentials("", root)
         self.root = root
 
     def resolve(self, uri: str) -> str:
@@ -81,19 +126,37 @@ class ImageSource:
 
         Raises:
             FileNotFoundError: nothing is there.
-            OSError: it is there and cannot be read, or holds fewer bytes than ``length``.
+            OSError: it is there and cannot be read, is no plain file, holds fewer bytes than ``length`` or more
+                than ``MAX_IMAGE_BYTES``.
         """
         target = self.resolve(uri)
-        if "://" in target:
+        if length > MAX_IMAGE_BYTES:
+            raise _too_large(target, length)
+        if "::" in target and "://" in target:
+            # simplecache:: and its kin write copies to places of their own
+            raise OSError(f"{target}: a chain of file systems is not followed; write the plain path or URL")
+        if "://" in target and not target.startswith("file://"):
             data = _fetch(target, offset, length)
         else:
-            with Path(target).open("rb") as file:
-                if offset >= 0:
-                    file.seek(offset)
-                data = file.read(length if length >= 0 else -1)
+            data = _read_file(target.removeprefix("file://"), offset, length)
         if length >= 0 and len(data) != length:
             raise OSError(f"{target}: {len(data)} bytes at offset {offset}, {length} wanted; the file is cut short")
         return data
+
+
+def _read_file(path: str, offset: int, length: int) -> bytes:
+    with open_regular(path) as file:
+        # not file.read(length) alone: it would set aside what the dataset claims, whatever the file holds
+        there = max(os.fstat(file.fileno()).st_size - max(offset, 0), 0)
+        wanted = there if length < 0 else min(there, length)
+        if wanted > MAX_IMAGE_BYTES:
+            raise _too_large(path, wanted)
+        file.seek(max(offset, 0))
+        return file.read(wanted)
+
+
+def _too_large(target: str, found: int) -> OSError:
+    return OSError(f"{target}: {found:,} bytes; an image may have {MAX_IMAGE_BYTES:,}")
 
 
 def _fetch(url: str, offset: int, length: int) -> bytes:
@@ -118,9 +181,9 @@ def _fetch(url: str, offset: int, length: int) -> bytes:
             status = getattr(error, "status", None)
             refused = isinstance(status, int) and status < 500 and status not in (408, 425, 429)
             if refused or isinstance(error, (ValueError, ImportError)):
-                raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+                raise OSError(f"{url}: {type(error).__name__}: {redact(str(error))}") from error
             if pause is None:
-                raise ConnectionError(f"{url}: {type(error).__name__}: {error}") from error
+                raise ConnectionError(f"{url}: {type(error).__name__}: {redact(str(error))}") from error
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -151,18 +214,19 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
 
     Raises:
         UsageError: the root does not have the published form of this kind (the adapter says what it looked
-            for), or not one image of it can be used.
+            for), its files cannot be read, or not one image of it can be used.
+        ConnectionError: a server or a share is in trouble; another try may do.
     """
     listed = SampleSet(spec.kind, spec.root)
     seen: dict[str, Sample] = {}
-    for record in adapter(spec.kind)(spec.root, **dict(spec.options)):
+    for record in _records(spec):
         if isinstance(record, Problem):
-            listed.problems.append(record)
+            listed.problems.append(_shown(record))
         elif record.sample_id in seen:
             detail = f"{record.uri}: this sample_id is taken by an earlier sample"
             first = seen[record.sample_id]
             lost_image = (record.uri, record.offset) != (first.uri, first.offset)
-            listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image))
+            listed.problems.append(_shown(Problem("duplicate-id", record.sample_id, detail, lost_image)))
         else:
             seen[record.sample_id] = record
             listed.samples.append(record)
@@ -191,7 +255,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         )
         for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
             if isinstance(result, Problem):
-                found.problems.append(result)
+                found.problems.append(_shown(result))
             else:
                 found.samples.append(sample)
                 digests.append(result)
@@ -201,3 +265,25 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
         raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
     return found, digests
+
+
+def _records(spec: DatasetSpec) -> Iterator[Record]:
+    """What the adapter finds.
+
+    Raises:
+        UsageError, ConnectionError: see :func:`load_samples`.
+    """
+    try:
+        yield from adapter(spec.kind)(spec.root, **dict(spec.options))
+    except RecursionError as error:
+        raise UsageError(f"{spec}: nested too deeply to be read") from error
+    except Exception as error:
+        if is_transient(error) and not isinstance(error, OSError):
+            raise ConnectionError(f"{spec}: {printable(str(error))}. Run the same command again.") from error
+        if isinstance(error, OSError) and not is_transient(error):
+            raise UsageError(f"{spec}: cannot be read: {printable(str(error))}") from error
+        raise
+
+
+def _shown(problem: Problem) -> Problem:
+    return replace(problem, where=printable(problem.where), detail=printable(problem.detail))

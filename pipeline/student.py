@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_settings
 from pipeline.preprocess import Preprocess
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
@@ -123,7 +123,7 @@ def student_config(name: str) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(f"student {name!r}: no such file; presets are {', '.join(presets())}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"student {name!r}: not JSON: {error}") from error
     config = config.get("model_cfg", config) if isinstance(config, dict) else config
     missing = [
@@ -131,6 +131,7 @@ def student_config(name: str) -> dict[str, Any]:
     ]
     if missing:
         raise UsageError(f"student {name!r}: not an open_clip model config, it lacks {', '.join(missing)}")
+    require_plain_settings(config, f"student {name!r}")
     return dict(config)
 
 
@@ -177,15 +178,17 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     """
     if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
         raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {_WEIGHTS} wanted)")
-    config = json.loads((folder / _CONFIG).read_text())["model_cfg"]
-    model = _create(str(folder), load_weights=True)
-    embed_dim = int(config["embed_dim"])
-    projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
-    teacher_dim = int(projections["image.weight"].shape[0]) if projections else embed_dim
-    student = Student(model, Preprocess.of_model(model), embed_dim, teacher_dim)
-    for name, module in (("image", student.image_projection), ("text", student.text_projection)):
-        if isinstance(module, nn.Linear):
-            module.load_state_dict({"weight": projections[f"{name}.weight"]})
+    with foreign_model(f"student {folder}"):
+        config = json.loads((folder / _CONFIG).read_text())["model_cfg"]
+        require_plain_settings(config, f"student {folder}")
+        model = _create(str(folder), load_weights=True)
+        embed_dim = int(config["embed_dim"])
+        projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
+        teacher_dim = int(projections["image.weight"].shape[0]) if projections else embed_dim
+        student = Student(model, Preprocess.of_model(model), embed_dim, teacher_dim)
+        for name, module in (("image", student.image_projection), ("text", student.text_projection)):
+            if isinstance(module, nn.Linear):
+                module.load_state_dict({"weight": projections[f"{name}.weight"]})
     return student.eval(), config
 
 
@@ -193,7 +196,7 @@ def student_tokenizer(config: dict[str, Any]) -> Any:
     """The tokenizer that a model config names, at its context length."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _CONFIG).write_text(json.dumps({"model_cfg": config}))
-        return open_clip.get_tokenizer(f"local-dir:{folder}", context_length=config["text_cfg"].get("context_length"))
+        return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
 
 
 def _create(folder: str, load_weights: bool) -> nn.Module:
@@ -208,11 +211,14 @@ def _create(folder: str, load_weights: bool) -> nn.Module:
                 f"local-dir:{folder}",
                 load_weights=load_weights,
                 require_pretrained=load_weights,
+                weights_only=True,
                 # a student from scratch starts from scratch: no download of the trunk's ImageNet weights
                 pretrained_image=False,
                 pretrained_text=False,
             )
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch, timm and safetensors: each has its own for what it cannot use
         raise UsageError(f"open_clip cannot build this student: {type(error).__name__}: {error}") from error
     finally:
         quiet.setLevel(level)

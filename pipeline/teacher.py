@@ -16,10 +16,11 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
-from safetensors import SafetensorError
 
 from pipeline.config import Precision
+from pipeline.datasets.base import printable
 from pipeline.device import resolve_device
+from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_files, require_plain_settings
 from pipeline.preprocess import Preprocess
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
@@ -143,39 +144,45 @@ def load_teacher(
         pretrained: open_clip's tag or a weights file; for a built-in name only.
 
     Raises:
-        UsageError: unknown name or tag, no weights (a random teacher is never used), or no such device.
+        UsageError: unknown name or tag, no weights (a random teacher is never used), weights that hold more than
+            tensors, a config that asks for a model's own code, or no such device.
     """
     where = resolve_device(device)
+    what = f"teacher {printable(name)!r}"
     path = BUNDLED.get(name)
     if path is None and name.startswith("bundled:"):
         raise UsageError(f"teacher {name!r} is not known; bundled teachers are {', '.join(BUNDLED)}")
     schema = name.partition(":")[0] if ":" in name else ""
     if schema not in ("", "hf-hub", "local-dir", "bundled"):
-        raise UsageError(f"teacher {name!r}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes")
+        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes")
     if schema and pretrained:
-        raise UsageError(f"teacher {name!r} brings its own weights; leave pretrained ({pretrained!r}) out")
+        raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
     if not schema and not pretrained:
         known = open_clip.list_pretrained_tags_by_model(name)
         tags = f"one of {', '.join(known)}" if known else "a tag or a weights file"
-        raise UsageError(f"teacher {name!r} needs --pretrained, {tags}; without weights it would be random")
+        raise UsageError(f"{what} needs --pretrained, {tags}; without weights it would be random")
     source = f"local-dir:{path}" if path else name
-    quick_gelu = not schema and get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-    try:
-        with warnings.catch_warnings():
-            # open_clip only warns when the activation is not the one that the weights were trained with
-            warnings.filterwarnings("error", message="QuickGELU mismatch")
-            model = open_clip.create_model(
-                source, pretrained=pretrained, force_quick_gelu=bool(quick_gelu), require_pretrained=True
-            )
+    with foreign_model(what), warnings.catch_warnings():
+        quick_gelu = not schema and get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
-        context_length = getattr(model, "context_length", None)
-        tokenizer = open_clip.get_tokenizer(source, context_length=context_length)
-    except ImportError as error:
-        raise UsageError(f"teacher {name!r} needs a package that is not installed: {error}. Install it.") from error
-    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError, UserWarning) as error:
-        raise UsageError(f"teacher {name!r} cannot be loaded: {error}") from error
+        require_plain_settings(architecture, what)
+        if source.startswith("local-dir:"):
+            require_plain_files(Path(source.removeprefix("local-dir:")), what)
+        # open_clip only warns when the activation is not the one that the weights were trained with
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        model = open_clip.create_model(
+            source,
+            pretrained=pretrained,
+            force_quick_gelu=bool(quick_gelu),
+            require_pretrained=True,
+            weights_only=True,
+            # the towers' own weights would be loaded in place of the model's, where those are missing
+            pretrained_image=False,
+            pretrained_text=False,
+        )
+        tokenizer = load_tokenizer(source, architecture or {}, getattr(model, "context_length", None))
     if not architecture:
-        raise UsageError(f"teacher {name!r}: open_clip built it, but gives no model config to record")
+        raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
     if quick_gelu:
         architecture = {**architecture, "quick_gelu": True}
     shown = f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if schema == "local-dir" else name

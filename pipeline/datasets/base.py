@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from storage.errors import UsageError
+from storage.redact import redact
 
 # what torchvision's ImageFolder takes for an image
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -21,6 +25,14 @@ SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval",
 _DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".json", ".tar")
 # lone surrogates: what surrogateescape makes of bytes that are not UTF-8, and what JSON's \ud83d alone becomes
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
+# line ends and escapes would forge lines of a log or drive a terminal; no file name needs them
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+# A teacher reads 77 tokens or so, about 300 characters. What is far longer is a document in the wrong place, and
+# byte-pair encoding takes the square of a word's length: 4 s for one word of this length, half an hour for 500,000.
+MAX_CAPTION_CHARACTERS = 16_384
+_MOST_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
+_SHOWN_CHARACTERS = 300
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
@@ -91,26 +103,34 @@ class SampleSet:
 
 
 def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, ...], list[Problem]]:
-    """Strip captions, drop the empty ones and mend those that are not text.
+    """Strip captions, drop the empty and the endless ones and mend those that are not text.
 
     Adapters decode with ``errors="surrogateescape"``, so that this one place sees which caption held bytes that
-    are not UTF-8: each such byte becomes U+FFFD, the caption stays, and a ``bad-record`` problem says so. No
-    problem from here loses the image.
+    are not UTF-8: each such byte, and each half of a surrogate pair that JSON's ``\\ud83d`` leaves, becomes
+    U+FFFD, the caption stays, and a ``bad-record`` problem says so. One of more than ``MAX_CAPTION_CHARACTERS`` is
+    left out with a ``bad-record`` problem. All other text is kept as it is: line breaks, NUL, HTML entities,
+    ``<end_of_text>``; the tokenizer knows what it makes of them. No problem from here loses the image.
     """
     kept: list[str] = []
     problems: list[Problem] = []
     for number, caption in enumerate(captions):
         text, replaced = _NOT_TEXT.subn("\ufffd", caption.strip())
-        if replaced:
-            detail = f"caption {number} is not UTF-8; {replaced} byte(s) became U+FFFD"
-            problems.append(Problem("bad-record", printable(sample_id), detail, lost_image=False))
-        if text:
+        kind, detail = _caption_problem(number, text, replaced)
+        if kind is not None:
+            problems.append(Problem(kind, printable(sample_id), detail, lost_image=False))
+        if text and len(text) <= MAX_CAPTION_CHARACTERS:
             kept.append(text)
-        else:
-            problems.append(
-                Problem("empty-caption", printable(sample_id), f"caption {number} is empty", lost_image=False)
-            )
     return tuple(kept), problems
+
+
+def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind | None, str]:
+    if not text:
+        return "empty-caption", f"caption {number} is empty"
+    if len(text) > MAX_CAPTION_CHARACTERS:
+        return "bad-record", f"caption {number} has {len(text):,} characters, the most is {MAX_CAPTION_CHARACTERS:,}"
+    if replaced:
+        return "bad-record", f"caption {number} is not UTF-8; {replaced} byte(s) became U+FFFD"
+    return None, ""
 
 
 def sample_or_problem(
@@ -118,8 +138,9 @@ def sample_or_problem(
 ) -> Iterator[Record]:
     """The sample with its clean captions, or the problem that it has none or a name no cache can hold."""
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
-        if "\0" in text or _NOT_TEXT.search(text):
-            detail = f"the {what} {printable(text)!r} holds bytes that are not UTF-8, or a NUL; rename the file"
+        found = _unfit_name(text)
+        if found:
+            detail = f"the {what} {printable(text)!r} holds {found}"
             yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
             return
     kept, problems = clean_captions(sample_id, captions)
@@ -130,9 +151,33 @@ def sample_or_problem(
         yield Problem("no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True)
 
 
+def _unfit_name(text: str) -> str:
+    """Why a name may not go into a cache, which is kept, copied and shown; empty when it may."""
+    if len(text) > _MOST_NAME_CHARACTERS:
+        return f"{len(text):,} characters, the most is {_MOST_NAME_CHARACTERS:,}"
+    if _NOT_TEXT.search(text):
+        return "bytes that are not UTF-8; rename the file"
+    if _CONTROL.search(text):
+        return "a NUL, a line break or another control character; rename the file"
+    if redact(text) != text:
+        return (
+            "a password, a signature or a key, which a cache would keep for as long as it lives; "
+            "name the file without it (credentials belong into the environment), or download it"
+        )
+    return ""
+
+
 def printable(text: str) -> str:
-    """Text for a problem: with U+FFFD where the bytes were not UTF-8, so that it can be printed and stored."""
-    return _NOT_TEXT.sub("\ufffd", text)
+    """Text for a problem or a message: without secrets, on one line, storable, and not endless.
+
+    Passwords and signatures of URLs are hidden, control characters escaped, what was not UTF-8 is U+FFFD, and of a
+    text of more than 300 characters the rest is left out.
+    """
+    # cut before anything is searched: an error may quote a megabyte
+    shown = redact(_NOT_TEXT.sub("\ufffd", text[:_MOST_NAME_CHARACTERS]))
+    shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
+    left_out = len(text) > _MOST_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
+    return f"{shown[:_SHOWN_CHARACTERS]}..." if left_out else shown
 
 
 def uri_below(folder: str, name: str) -> str | None:
@@ -205,6 +250,36 @@ def _is_file(path: str) -> bool:
         return False
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file for reading bytes; never a pipe, a socket or a device.
+
+    Opening one of those may wait for ever, or do something to hardware, so the look comes before the opening.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        IsADirectoryError: a folder is.
+        OSError: something else is that is not a file; or it cannot be read.
+    """
+    _require_regular(path, Path(path).stat().st_mode)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    file = open(descriptor, "rb")  # noqa: PTH123, SIM115 - a descriptor; the caller closes it
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)  # it may have been swapped since
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(path: str | Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        found = next((name for test, name in kinds if test(mode)), "a device")
+        raise OSError(f"{path} is {found}, not a file; it is not opened")
+
+
 def contents(folder: Path, most: int = 12) -> str:
     """What a folder holds, for a message that says what was found."""
     names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
@@ -218,7 +293,7 @@ def open_text(path: Path) -> Any:
 
     :func:`clean_captions` finds those again.
     """
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -231,10 +306,10 @@ def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         try:
             content = json.load(file)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not JSON ({error}); download or copy it again") from None
+            raise UsageError(f"{path}: not JSON ({printable(str(error))}); download or copy it again") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds a {type(content).__name__}, an object with {', '.join(keys)} is wanted")
     for key in keys:
         if not isinstance(content.get(key), list):
-            raise UsageError(f"{path}: no list {key!r}; its keys are {', '.join(sorted(content)) or 'none'}")
+            raise UsageError(f"{path}: no list {key!r}; its keys are {printable(', '.join(sorted(content))) or 'none'}")
     return content

@@ -81,11 +81,11 @@ def _places(split: str, images: str) -> tuple[str, ...]:
 
 
 def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[object]]) -> Iterator[Record]:
-    names: dict[object, str] = {}
+    names: dict[int | str, str] = {}
     for number, entry in enumerate(table["images"]):
-        image_id, name = _get(entry, "id"), _get(entry, "file_name")
+        image_id, name = _id(entry, "id"), _get(entry, "file_name")
         where = f"{file_name} images[{number}]"
-        if not isinstance(image_id, int | str) or not isinstance(name, str):
+        if image_id is None or not isinstance(name, str):
             yield Problem("bad-record", where, "no id and file_name in it", lost_image=True)
         elif image_id in names:
             detail = f"image id {image_id} belongs to {printable(names[image_id])}"
@@ -97,21 +97,27 @@ def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[o
         else:
             names[image_id] = name
 
-    captions: dict[object, list[str]] = {image_id: [] for image_id in names}
+    captions: dict[int | str, list[str]] = {image_id: [] for image_id in names}
     for number, entry in enumerate(table["annotations"]):
-        image_id, caption = _get(entry, "image_id"), _get(entry, "caption")
+        owner, caption = _id(entry, "image_id"), _get(entry, "caption")
         where = f"{file_name} annotations[{number}]"
-        if not isinstance(image_id, int | str) or not isinstance(caption, str):
+        if owner is None or not isinstance(caption, str):
             yield Problem("bad-record", where, "no image_id and caption in it", lost_image=False)
-        elif image_id not in captions:
-            yield Problem("no-image", where, f"no image has the id {image_id}", lost_image=False)
+        elif owner not in captions:
+            yield Problem("no-image", where, f"no image has the id {owner}", lost_image=False)
         else:
-            captions[image_id].append(caption)
+            captions[owner].append(caption)
 
     for image_id, name in names.items():
         uri = uri_below(folder, name)
         if uri is not None:
             yield from sample_or_problem(f"{split}/{name}", uri, split, captions[image_id])
+
+
+def _id(entry: object, key: str) -> int | str | None:
+    found = _get(entry, key)
+    # true would be the image 1
+    return found if isinstance(found, int | str) and not isinstance(found, bool) else None
 
 
 def _get(entry: object, key: str) -> object:

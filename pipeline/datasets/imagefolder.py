@@ -83,11 +83,12 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    folders, files = _entries(folder)
-    yield from files
-    for inner in folders:
-        if not inner.is_symlink():  # a link could lead back up for ever
-            yield from _files_below(inner)
+    waiting = [folder]  # a stack: folders may be nested deeper than functions may call each other
+    while waiting:
+        folders, files = _entries(waiting.pop())
+        yield from files
+        # a link could lead back up for ever
+        waiting.extend(inner for inner in reversed(folders) if not inner.is_symlink())
 
 
 def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Path]]:

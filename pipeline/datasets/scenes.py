@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipeline.datasets.base import Record, sample_or_problem
+from pipeline.datasets.base import Problem, Record, open_text, sample_or_problem, uri_below
 from storage.errors import UsageError
 
 __all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "SceneSettings", "describe_scene", "read", "render_scene"]
@@ -162,17 +162,25 @@ def read(root: str, **options: str) -> Iterator[Record]:
     return _samples(_load_index(path, settings))
 
 
-def _samples(images: list[dict[str, Any]]) -> Iterator[Record]:
-    for image in images:
-        yield from sample_or_problem(Path(image["file"]).stem, image["file"], image["split"], image["captions"])
+def _samples(images: list[Any]) -> Iterator[Record]:
+    for number, image in enumerate(images):
+        fields = image if isinstance(image, dict) else {}
+        file, split, captions = fields.get("file"), fields.get("split"), fields.get("captions")
+        texts = [text if isinstance(text, str) else "" for text in captions] if isinstance(captions, list) else []
+        if not isinstance(file, str) or uri_below("", file) is None or not isinstance(split, str):
+            detail = "no file below the folder, or no split, in it"
+            yield Problem("bad-record", f"captions.json images[{number}]", detail, lost_image=True)
+        else:
+            yield from sample_or_problem(Path(file).stem, file, split, texts)
 
 
-def _load_index(path: Path, settings: SceneSettings) -> list[dict[str, Any]]:
+def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
     """The images listed in ``captions.json``, once its settings are proven to be the ones asked for."""
     try:
-        index = json.loads((path / "captions.json").read_text(encoding="utf-8"))
+        with open_text(path / "captions.json") as file:
+            index = json.load(file)
         found, images = dict(index["scenes"]), list(index["images"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path}/captions.json is not the list of a scenes dataset; use another path") from error
     wanted = asdict(settings)
     differing = [name for name in wanted if found.get(name) != wanted[name]]

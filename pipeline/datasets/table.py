@@ -4,7 +4,8 @@
                                     images/one.jpg,A dog runs.,train
                                     images/one.jpg,"A dog, running.",train
 
-A path is relative to the table's folder, absolute, or a URL. Rows with the same path are one image: images come
+A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
+would keep them). Rows with the same path are one image: images come
 in the order in which they first appear, captions in the order of the rows. A ``sample_id`` is the path as
 written unless there is a column of ids. A Parquet column may hold a list of captions in each row.
 
@@ -25,7 +26,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.datasets.base import Problem, Record, printable, sample_or_problem, uri_below
+from pipeline.datasets.base import Problem, Record, open_regular, printable, sample_or_problem, uri_below
 from storage.errors import UsageError
 from storage.transient import is_transient
 
@@ -40,6 +41,8 @@ _COLUMNS = {
 }
 _REQUIRED = ("path", "caption")
 _BATCH_ROWS = 8192
+# what pyarrow raises for bytes that are not what their header says; ValueError and the like on the way to Python
+_BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, IndexError)
 
 
 @dataclass
@@ -118,7 +121,7 @@ def read(
 def _open(root: str) -> Any:
     """The table's bytes, to be closed by the caller."""
     try:
-        return fsspec.open(root, "rb").open() if "://" in root else Path(root).open("rb")
+        return fsspec.open(root, "rb").open() if "://" in root else open_regular(root)
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
     except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
@@ -173,7 +176,10 @@ def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | No
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         first = text.readline()
         delimiter = "\t" if "\t" in first else ","
-        header = next(csv.reader([first], delimiter=delimiter), [])
+        try:
+            header = next(csv.reader([first], delimiter=delimiter), [])
+        except csv.Error as error:
+            raise UsageError(f"{root}: the first line is no header ({error}); name the columns in it") from error
         columns = _find_columns(root, header, wanted)
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         begin = 2
@@ -200,9 +206,10 @@ def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | No
 def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
     try:
         table = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+        header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]
+    except _BROKEN_PARQUET as error:
+        _raise_transient(root, error)
         raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
-    header = table.schema_arrow.names
     columns = {role: header[index] for role, index in _find_columns(root, header, wanted).items()}
     number = 0
     try:
@@ -212,15 +219,34 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str |
                 values = {role: several[index] for role, several in cells.items()}
                 yield _Row(f"{name} row {number}", values)
                 number += 1
-    except (pa.ArrowException, OSError) as error:
+    except _BROKEN_PARQUET as error:
+        _raise_transient(root, error)
         yield _Row(f"{name} row {number}", {}, f"cannot be read, nor what follows ({error})")
+
+
+def _raise_transient(root: str, error: BaseException) -> None:
+    """What another try can cure stays so: half a table now and a whole one then would be two datasets."""
+    if is_transient(error):
+        raise ConnectionError(f"{root}: {type(error).__name__}: {error}. Run the same command again.") from error
 
 
 def _cells(column: Any) -> list[Any]:
     """Python values; text that is not UTF-8 keeps its bytes as lone surrogates, as in the other forms."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        values = column.cast(pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", errors="surrogateescape") for value in values]
-    return list(column.to_pylist())
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    elif (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
+        column = column.cast(pa.large_list(pa.large_binary()))
+    return [_text(value) for value in column.to_pylist()]
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _text(value: Any) -> Any:
+    """Bytes as text, inside of lists too: a column may be declared binary and hold text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    return [_text(one) for one in value] if isinstance(value, list) else value

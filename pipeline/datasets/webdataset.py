@@ -10,6 +10,9 @@ or a pattern may be a URL. A key is the member's path up to the first dot of its
 Tars come in the order of their paths (of the pattern where there is one), samples in the order in which their
 key first appears. Nothing is unpacked: a sample carries the place of its image's bytes in the tar.
 
+What is no plain file (a link, a device, a sparse member) is a problem and is never followed; ``../`` in a name is a
+part of the key and nothing else.
+
 The split is the first word that names one: of the tar's name (``cc3m-train-0003.tar``), else of its folders from
 the nearest up to the root; ``?split=`` overrides it.
 """
@@ -17,6 +20,7 @@ the nearest up to the root; ``?split=`` overrides it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator
@@ -26,7 +30,16 @@ from typing import IO
 
 import fsspec
 
-from pipeline.datasets.base import SPLIT_NAMES, Problem, Record, contents, data_folder, printable, sample_or_problem
+from pipeline.datasets.base import (
+    SPLIT_NAMES,
+    Problem,
+    Record,
+    contents,
+    data_folder,
+    open_regular,
+    printable,
+    sample_or_problem,
+)
 from storage.errors import UsageError
 from storage.transient import is_transient
 
@@ -34,7 +47,30 @@ __all__ = ["read"]
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_MOST_TARS = 1_000_000
+_MOST_TEXT_BYTES = 16 * 1024 * 1024  # of a .txt or .json; a header can claim any length
+# of an extended header, which holds a long name and attributes; tarfile searches it in quadratic time
+_MOST_HEADER_BYTES = 32 * 1024
+_EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Entry(tarfile.TarInfo):
+    """A header that is refused when its size would make tarfile go back, or read for ever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
+        entry = super().frombuf(buf, encoding, errors)
+        most = _MOST_HEADER_BYTES if entry.type in _EXTENDED_HEADERS else math.inf
+        if not 0 <= entry.size <= most:
+            raise tarfile.ReadError(f"a header says that {entry.size} bytes follow")
+        return entry
 
 
 @dataclass
@@ -109,10 +145,15 @@ def _expand(pattern: str) -> list[str]:
     counted = _RANGE.fullmatch(braces[1])
     if counted:
         first, last = counted.groups()
-        words = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        numbers = range(int(first), int(last) + 1)
+        if len(numbers) > _MOST_TARS:
+            raise UsageError(f"{{{braces[1]}}} stands for {len(numbers):,} tars; write one of at most {_MOST_TARS:,}")
+        words = [str(number).zfill(len(first)) for number in numbers]
     else:
         words = braces[1].split(",")
     tails = _expand(pattern[braces.end() :])
+    if len(words) * len(tails) > _MOST_TARS:
+        raise UsageError(f"{pattern} stands for {len(words) * len(tails):,} tars; at most {_MOST_TARS:,} are read")
     return [pattern[: braces.start()] + word + tail for word in words for tail in tails]
 
 
@@ -129,8 +170,7 @@ def _split_of(uri: str, folder: str) -> str:
 def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> Iterator[Problem]:
     """Fill ``members`` from one tar; what was read before a broken place stays."""
     try:
-        opener = fsspec.open if "://" in tar else open
-        with opener(tar, "rb") as file:
+        with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
             yield from _read_members(file, uri, lines, members)
     except FileNotFoundError:
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
@@ -146,8 +186,12 @@ def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> I
 
 def _read_members(file: IO[bytes], uri: str, lines: bool, members: dict[str, _Member]) -> Iterator[Problem]:
     # "r:" takes plain tars only: bytes inside a compressed one have no place to read them from
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Entry}
+    with tarfile.open(fileobj=file, mode="r:", **how) as archive:  # type: ignore[call-overload]
         for entry in archive:
+            # an extended header may give another size than the header that was looked at
+            if entry.size < 0:
+                raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
             place, dot, ending = PurePosixPath(entry.name).name.partition(".")
             ending = ending.lower()
             if (
@@ -173,6 +217,10 @@ def _read_members(file: IO[bytes], uri: str, lines: bool, members: dict[str, _Me
             member.endings.append(ending)
             if image:
                 member.offset, member.length = entry.offset_data, entry.size
+                continue
+            if entry.size > _MOST_TEXT_BYTES:
+                detail = f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
+                yield Problem("bad-record", where, detail, lost_image=False)
                 continue
             content = archive.extractfile(entry)
             assert content is not None  # a regular member
