@@ -109,6 +109,8 @@ class RemoteFiles:
         return self._fs
 
     def _path(self, key: str) -> str:
+        if "?versionId=" in key:
+            raise ValueError(f"{key!r}: s3fs takes what follows the question mark for a version of another object")
         return f"{self._root.rstrip('/')}/{key}" if key else self._root
 
     def read(self, key: str) -> bytes:
@@ -127,11 +129,11 @@ class RemoteFiles:
         proves with an object of its own that the server refuses a second put; some ignore the condition.
         """
         if not self._creates_proven:
-            self._prove_create()
+            self._prove_create(key)
             self._creates_proven = True
-        return self._create(key, data)
+        return self._create(key, data, key)
 
-    def _create(self, key: str, data: bytes) -> bool:
+    def _create(self, key: str, data: bytes, named: str) -> bool:
         unsure = False
 
         def attempt(fs: Any, path: str) -> bool:
@@ -155,21 +157,21 @@ class RemoteFiles:
                 except FileNotFoundError:
                     continue  # taken away between the two calls: free again
 
-        return bool(self._try("create", key, attempt))
+        return bool(self._try("create", key, attempt, named))
 
-    def _prove_create(self) -> None:
+    def _prove_create(self, named: str) -> None:
         if not _CREATES.intersection(_protocols(self._filesystem())):
             raise UsageError(
                 f"{self.location}: this kind of store cannot promise that only one of several writers creates an "
                 "object. Use a local folder or s3://"
             )
         probe = f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._create(probe, b"first", named)
         try:
-            self._create(probe, b"first")
-            if self._create(probe, b"second"):
+            if self._create(probe, b"second", named):
                 raise UsageError(
                     f"{self.location}: the server ignores If-None-Match, so two writers could both create an object. "
-                    "Use a server that honours it (AWS, SeaweedFS, MinIO), or a local folder"
+                    "Use a server that honours it (AWS and SeaweedFS do), or a local folder"
                 )
         finally:
             self.delete(probe)
@@ -221,8 +223,12 @@ class RemoteFiles:
         """Nothing to do: an unfinished put leaves no object."""
         return 0
 
-    def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result]) -> _Result:
+    def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None) -> _Result:
         """The call's result, after as many tries as it takes.
+
+        Args:
+            call: gets the filesystem and the key's path on it.
+            named: what errors name, if that is not the key.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -230,7 +236,7 @@ class RemoteFiles:
             CacheAccessError: the store refuses.
         """
         retry = self._retry or RETRY
-        where = f"{self.location}: cannot {verb} {key or 'the cache'}"
+        where = f"{self.location}: cannot {verb} {named or key or 'the cache'}"
         for failures in range(1, retry.tries + 1):
             try:
                 return call(self._filesystem(), self._path(key))
@@ -270,7 +276,9 @@ def _check_location(location: str) -> None:
     protocol, _, rest = location.partition("://")
     if "::" in protocol:
         raise UsageError(f"{location}: chained locations may answer from a cache of their own. Name the store itself")
-    if not rest.strip("/"):
+    if "?versionId=" in rest:
+        raise UsageError(f"{location}: a cache is not one version of an object. Leave out ?versionId=")
+    if not rest or (_is_s3(location) and rest.startswith("/")):
         raise UsageError(f"{location}: names no bucket. Write {protocol}://BUCKET/NAME.cache")
 
 

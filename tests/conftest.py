@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from storage.manifest import (
 )
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
+from tests.object_store import ObjectStore, start_moto, start_seaweedfs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -199,27 +201,61 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
-@pytest.fixture
-def make_photos(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing."""
+def write_photos(root: Path, images: int = 20) -> Path:
+    """A dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing."""
     from PIL import Image
 
+    (root / "images").mkdir(parents=True)
+    lines, names = ["image,caption"], []
+    for number in range(images):
+        rng = np.random.default_rng(number)
+        height, width = (int(value) for value in rng.integers(40, 90, 2))
+        coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        file = f"{number:04d}.jpg"
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(root / "images" / file)
+        names.append(file)
+        lines += [f'{file},"picture {number}, of colours"', f"{file},number {number} again"]
+    (root / "captions.txt").write_text("\n".join(lines) + "\n")
+    cut = images - images // 5
+    (root / "train.txt").write_text("\n".join(names[:cut]) + "\n")
+    (root / "test.txt").write_text("\n".join(names[cut:]) + "\n")
+    return root
+
+
+@pytest.fixture
+def make_photos(tmp_path: Path) -> Callable[..., Path]:
+    """Makes datasets of photographs below the test's folder; see :func:`write_photos`."""
+
     def make(images: int = 20, name: str = "photos") -> Path:
-        root = tmp_path / name
-        (root / "images").mkdir(parents=True)
-        lines, names = ["image,caption"], []
-        for number in range(images):
-            rng = np.random.default_rng(number)
-            height, width = (int(value) for value in rng.integers(40, 90, 2))
-            coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-            file = f"{number:04d}.jpg"
-            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(root / "images" / file)
-            names.append(file)
-            lines += [f'{file},"picture {number}, of colours"', f"{file},number {number} again"]
-        (root / "captions.txt").write_text("\n".join(lines) + "\n")
-        cut = images - images // 5
-        (root / "train.txt").write_text("\n".join(names[:cut]) + "\n")
-        (root / "test.txt").write_text("\n".join(names[cut:]) + "\n")
-        return root
+        return write_photos(tmp_path / name, images)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[ObjectStore]:
+    """A moto server for all tests of a session."""
+    with start_moto() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A SeaweedFS server for all tests of a session."""
+    with start_seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture(params=["moto", "seaweedfs"])
+def object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """Each server in turn; the environment of this process and its children names it."""
+    store: ObjectStore = request.getfixturevalue(request.param)
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    return store
+
+
+@pytest.fixture
+def s3_location(object_store: ObjectStore) -> str:
+    """An ``s3://`` location on each server in turn where nothing is yet."""
+    return object_store.location(f"{uuid.uuid4()}/known.cache")

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
+from storage.errors import UsageError
 from storage.files import CacheFiles, LocalFiles, RemoteFiles, open_files
+
+ODD_KEYS = ["a b", "a+b", "a%20b", "ü/é", "a#b", "a?b", "a&b=c", "a'b", "(a)[1]*", "~a", ".a", "a:b@c", "猫"]
+
+
+def race_processes(location: str, keys: int = 5, processes: int = 4) -> list[list[bool]]:
+    """Per process, whether it created each of ``race/0``, ``race/1``...; all start at the same moment."""
+    code = """
+import sys
+from storage.files import open_files
+files = open_files(sys.argv[1])
+files.exists("warm")
+print("ready", flush=True)
+sys.stdin.readline()
+print(*[int(files.create(f"race/{key}", sys.argv[2].encode())) for key in range(int(sys.argv[3]))], flush=True)
+"""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, location, f"process {number}", str(keys)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    results = []
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    for child in children:
+        out, _ = child.communicate()
+        assert child.returncode == 0
+        results.append([field == "1" for field in out.split()])
+    return results
+
+
+def check_race(files: CacheFiles, results: list[list[bool]]) -> None:
+    """Each key was created by exactly one process, and holds what that one wrote."""
+    for key in range(len(results[0])):
+        winners = [number for number, won in enumerate(results) if won[key]]
+        assert len(winners) == 1
+        assert files.read(f"race/{key}") == f"process {winners[0]}".encode()
 
 
 class FilesContract:
@@ -37,6 +88,54 @@ class FilesContract:
         assert self.raw(files, "a/once.json") == b"mine"
         files.delete("a/once.json")
         assert files.create("a/once.json", b"theirs")
+
+    def test_of_racing_threads_exactly_one_creates(self, files: CacheFiles) -> None:
+        """Eight at once, ten times over; the object is the winner's."""
+        for number in range(10):
+            key, start = f"race/{number}", threading.Barrier(8)
+
+            def create(who: int, key: str = key, start: threading.Barrier = start) -> bool:
+                start.wait()
+                return files.create(key, b"%d" % who)
+
+            with ThreadPoolExecutor(8) as pool:
+                won = list(pool.map(create, range(8)))
+            assert won.count(True) == 1
+            assert self.raw(files, key) == b"%d" % won.index(True)
+
+    @pytest.mark.parametrize("key", ODD_KEYS)
+    def test_keys_with_odd_characters(self, files: CacheFiles, key: str) -> None:
+        files.write(f"odd/{key}", key.encode())
+        assert self.raw(files, f"odd/{key}") == key.encode()
+        assert files.read(f"odd/{key}") == key.encode()
+        assert files.exists(f"odd/{key}")
+        assert files.list("odd") == [f"odd/{key}"]
+        assert not files.create(f"odd/{key}", b"other")
+        files.delete(f"odd/{key}")
+        assert files.list("odd") == []
+
+    def test_a_large_object(self, files: CacheFiles) -> None:
+        data = np.random.default_rng(0).bytes(20_000_001)
+        files.write("large", data)
+        assert files.read("large") == data
+        assert self.raw(files, "large") == data
+
+    def test_a_folder_is_not_what_only_begins_like_it(self, files: CacheFiles) -> None:
+        """An object and a folder never share a name in a cache, but ``commits`` and ``commits2`` may both be there."""
+        files.write("c/1", b"x")
+        files.write("c2/1", b"x")
+        files.write("c.json", b"x")
+        assert files.list("c") == ["c/1"]
+        assert files.list("c.json") == []
+        assert not files.exists("c")
+
+    def test_an_empty_location_lists_nothing(self, files: CacheFiles) -> None:
+        assert files.list() == []
+        assert files.list("a/b") == []
+
+    def test_a_pickled_copy_is_at_the_same_location(self, files: CacheFiles) -> None:
+        files.write("a", b"x")
+        assert pickle.loads(pickle.dumps(files)).read("a") == b"x"
 
     def test_list_gives_sorted_keys_below_a_folder(self, files: CacheFiles) -> None:
         for key in ("c/2.json", "c/10.json", "d/1.json", "top.json"):
@@ -93,6 +192,42 @@ class TestLocalFiles(FilesContract):
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         assert files.read("a") == b"old"
 
+    def test_of_racing_processes_exactly_one_creates(self, files: CacheFiles) -> None:
+        check_race(files, race_processes(files.location))
+
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+    def test_create_without_hard_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        def no_link(source: object, target: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "link", no_link)
+        files = LocalFiles(str(tmp_path))
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda who: files.create("a", b"%d" % who), range(8)))
+        assert won.count(True) == 1
+        assert files.read("a") == b"%d" % won.index(True)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_a_link_whose_answer_was_lost_counts_as_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """NFS sends a call again when no answer comes, and may then report the first one's link as another's."""
+        link = os.link
+
+        def link_twice(source: str, target: str) -> None:
+            link(source, target)
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", link_twice)
+        assert LocalFiles(str(tmp_path)).create("a", b"x")
+
+    def test_a_failed_create_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            LocalFiles(str(tmp_path)).create("a", b"new")
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestRemoteFiles(FilesContract):
     @pytest.fixture
@@ -108,3 +243,39 @@ def test_a_location_chooses_its_kind(tmp_path: Path) -> None:
     assert isinstance(open_files(tmp_path), LocalFiles)
     assert isinstance(open_files("memory://x"), RemoteFiles)
     assert open_files(f"file://{tmp_path}").location == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("s3://AKIAKEY:s3cr3t@bucket/x.cache", "s3://***@bucket/x.cache"),
+        ("s3://AKIAKEY:s3/cr3t+@bucket/x.cache", "s3://***@bucket/x.cache"),
+        ("https://me:s3cr3t@host/x.cache", "https://***@host/x.cache"),
+        ("https://host/x.cache?X-Amz-Signature=s3cr3t", "https://host/x.cache?X-Amz-Signature=***"),
+    ],
+)
+def test_credentials_in_a_location_are_refused_and_not_repeated(location: str, shown: str) -> None:
+    with pytest.raises(UsageError, match="must not hold credentials") as refused:
+        open_files(location)
+    assert str(refused.value).startswith(f"{shown}: ")
+    assert "cr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "wanted"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("s3://bucket/x?versionId=1", "not one version"),
+        ("simplecache::s3://bucket/x", "chained"),
+        ("nothing://x", "nothing"),
+    ],
+)
+def test_locations_that_cannot_be_used(location: str, wanted: str) -> None:
+    with pytest.raises(UsageError, match=wanted):
+        open_files(location)
+
+
+def test_a_store_that_only_looks_before_it_writes_may_not_create() -> None:
+    with pytest.raises(UsageError, match="cannot promise that only one"):
+        open_files("http://127.0.0.1:9/x.cache").create("a", b"x")
