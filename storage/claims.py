@@ -60,11 +60,11 @@ class Claims:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if self._beating.is_alive():
+        if self._beating.ident is not None:
             self._beating.join()
         for key in self._held:
             self._files.delete(key)
-        if self._held:
+        if self._beating.ident is not None:
             self._files.delete(self._beat_key)
 
     def take(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class Claims:
                 yield ref
 
     def _create(self, key: str) -> bool:
-        if not self._beating.is_alive():
+        if self._beating.ident is None:
             self._write_beat(0)
             self._beating.start()
         if not self._files.create(key, self._claim.model_dump_json().encode()):

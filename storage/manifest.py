@@ -301,6 +301,11 @@ class CacheManifest(_Record):
         """Whether every generation is complete."""
         return all(generation.seal is not None for generation in self.generations)
 
+    def unsealed(self) -> CacheManifest:
+        """As it was before its last generation was sealed."""
+        last = self.generations[-1].model_copy(update={"seal": None})
+        return self.model_copy(update={"generations": (*self.generations[:-1], last)})
+
     @property
     def digest(self) -> str:
         """sha256 over the whole manifest: what a student's checkpoint records."""

@@ -269,7 +269,9 @@ class EmbeddingWriter:
         if sealed != self.manifest:
             write_manifest(self.files, sealed)
         self.manifest = sealed
+        # of those who were killed beside this process
         clear_claims(self.files)
+        self.files.remove_partials()
         return sealed
 
 

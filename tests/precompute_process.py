@@ -1,0 +1,150 @@
+"""``precompute`` in processes of its own, killed at a chosen event or slowed down; started in milliseconds.
+
+A fork server imports torch and the pipeline once and forks from there: each process is a real one, with a
+real number to kill and nothing shared with the test but the files.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "pipeline.precompute"])
+
+Event = tuple[str, str]
+"""What happened, and to which object: ("half", key), ("written", key), ("renamed", key), ("decode", ""), ..."""
+
+
+def start(
+    config: dict[str, Any],
+    *,
+    out: Path,
+    kill_at: int | None = None,
+    teacher_seconds: float = 0.0,
+    environment: dict[str, str] | None = None,
+    setup: Callable[[], None] | None = None,
+) -> Any:
+    """Begin ``precompute`` in another process.
+
+    Args:
+        config: of PrecomputeConfig.
+        out: a file that gets {"result" or "error", "events"} as JSON when it ends by itself.
+        kill_at: number of the event, from 0, at which it sends itself SIGKILL.
+        teacher_seconds: added to each forward pass.
+        setup: called first, in the new process.
+    """
+    process = FORK_SERVER.Process(target=_run, args=(config, out, kill_at, teacher_seconds, environment or {}, setup))
+    process.start()
+    return process
+
+
+def finish(process: Any, out: Path, seconds: float = 120) -> dict[str, Any]:
+    """Wait for the end of a process that is not to be killed; what it wrote to ``out``."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"precompute did not end in {seconds} s")
+    assert process.exitcode == 0, process.exitcode
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def _run(
+    config: dict[str, Any],
+    out: Path,
+    kill_at: int | None,
+    teacher_seconds: float,
+    environment: dict[str, str],
+    setup: Callable[[], None] | None,
+) -> None:
+    os.environ.update(environment)
+    if setup is not None:
+        setup()
+    events: list[Event] = []
+
+    def happens(kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
+        if len(events) == kill_at:
+            if ruin is not None:
+                ruin()
+            os.kill(os.getpid(), signal.SIGKILL)
+        events.append((kind, key))
+
+    _watch(config["cache"], happens, teacher_seconds)
+    from pipeline.config import PrecomputeConfig
+    from pipeline.precompute import precompute
+
+    try:
+        ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}
+    except BaseException as error:
+        ended = {"error": f"{type(error).__name__}: {error}"}
+    out.write_text(json.dumps({**ended, "events": events}))
+    sys.stdout.flush()
+    os._exit(0)  # no clean-up of what the fork server's process owns
+
+
+def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float) -> None:
+    import pipeline.encode
+    from pipeline.teacher import LiveTeacher
+    from storage.remote_files import RemoteFiles
+
+    sync, decode, images, texts = (
+        os.fsync,
+        pipeline.encode.decode_image,
+        LiveTeacher.encode_images,
+        LiveTeacher.encode_texts,
+    )
+    put, create = RemoteFiles.write, RemoteFiles.create
+    root = Path(cache).resolve()
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        inside = path.is_relative_to(root)
+        if inside and path.is_file():
+            key = path.relative_to(root).parent.as_posix()
+            # a kill within the write call leaves part of the bytes, one after it all of them, not yet synced
+            happens("half", key, lambda: os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2))
+            happens("written", key)
+        sync(descriptor)
+        if inside and path.is_dir():
+            happens("renamed", path.relative_to(root).as_posix())
+
+    def decode_image(data: bytes) -> Any:
+        happens("decode", "")
+        return decode(data)
+
+    def encode_images(self: LiveTeacher, pixels: Any) -> Any:
+        time.sleep(teacher_seconds)
+        encoded = images(self, pixels)
+        happens("teacher", "image")
+        return encoded
+
+    def encode_texts(self: LiveTeacher, tokens: Any) -> Any:
+        time.sleep(teacher_seconds)
+        encoded = texts(self, tokens)
+        happens("teacher", "text")
+        return encoded
+
+    def write(self: RemoteFiles, key: str, data: bytes) -> None:
+        happens("before put", key)
+        put(self, key, data)
+        happens("after put", key)
+
+    def create_object(self: RemoteFiles, key: str, data: bytes) -> bool:
+        made = create(self, key, data)
+        happens("after create", key)
+        return made
+
+    os.fsync = fsync
+    pipeline.encode.decode_image = decode_image
+    LiveTeacher.encode_images, LiveTeacher.encode_texts = encode_images, encode_texts  # type: ignore[method-assign]
+    RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]
