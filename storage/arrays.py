@@ -128,4 +128,4 @@ def decode_object(
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
 
-_REMEDY = "Run teacher-cache verify to list all damage, and precompute again to encode the damaged chunks anew."
+_REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

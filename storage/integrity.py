@@ -1,4 +1,8 @@
-"""Verifying a cache: every digest, every value, every count; each finding names the object it is about."""
+"""Verifying a cache: every digest, every value, every count; each finding names the object it is about.
+
+One damaged object never ends the work: what can still be proven is, and with a damaged manifest the rest is proven
+against its backup. An object that cannot be read is a finding of its own kind, since its bytes may be sound.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,17 @@ from pydantic import BaseModel, Field
 from storage.arrays import array_dtype, chunk_shape, decode_object
 from storage.claims import CLAIMS
 from storage.commits import COMMITS, ChunkCommit, ChunkRef, Tower, all_chunks, read_commit, read_commits
-from storage.errors import CacheCorruptError, CacheFormatError
+from storage.errors import (
+    CacheAccessError,
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheNotFoundError,
+    CacheUnreachableError,
+)
 from storage.files import CacheFiles, open_files
-from storage.journal import JOURNAL
+from storage.journal import JOURNAL, note_key, read_note
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
-from storage.root import read_backup, read_manifest
 from storage.rows import wrong_rows
 from storage.tables import (
     CAPTIONS,
@@ -30,13 +40,18 @@ from storage.tables import (
 )
 from storage.writer import incomplete_message
 
-__all__ = ["Finding", "IntegrityReport", "verify_cache"]
+__all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
+
+# what one object can do to its reader; a store that does not answer at all ends the work instead
+_FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
 
 
 class Finding(BaseModel, frozen=True):
     """One thing that is wrong."""
 
-    kind: str = Field(description="incomplete, missing, damaged, not-finite, not-unit-norm, counts or unknown-file.")
+    kind: str = Field(
+        description="incomplete, missing, damaged, unreadable, not-finite, not-unit-norm, counts or unknown-file."
+    )
     key: str = Field(description="The object concerned, relative to the cache.")
     message: str
 
@@ -61,65 +76,71 @@ class IntegrityReport(BaseModel, frozen=True):
 def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
     """Read all of a cache and prove it.
 
-    Checked: the manifest's own digest, tables and Zarr metadata, every commit record, every byte of every
+    Checked: the digests of manifest and backup, tables and Zarr metadata, every commit record, every byte of every
     chunk (sha256), finite values, unit norm, quarantined rows NaN and no others, row counts of the tables, the
-    seal, and that there is no object that nobody accounts for.
+    seal, the journal's notes, and that there is no object that nobody accounts for.
 
     Args:
         progress: called with (chunks checked, chunks in all).
 
     Raises:
-        CacheNotFoundError, CacheFormatError, CacheCorruptError: no manifest that could be checked against.
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: neither a manifest nor a backup of it that could
+            be checked against.
+        CacheUnreachableError: the store does not answer.
     """
     files = open_files(location)
-    manifest = read_manifest(files)
-    findings: list[Finding] = []
+    manifest, findings = sound_manifest(files)
     objects = nbytes = 0
 
     for key, wanted in manifest.files.items():
         try:
             nbytes += len(read_static(files, key, wanted))
             objects += 1
-        except CacheCorruptError as error:
-            findings.append(Finding(kind="damaged" if files.exists(key) else "missing", key=key, message=str(error)))
+        except _FAULTS as error:
+            findings.append(_fault(key, error))
+    damaged = {finding.key.partition("/")[0] for finding in findings}
     tables: dict[Tower, pa.Table] = {}
-    if not findings:
-        tables = {"image": read_table(files, manifest, SAMPLES), "text": read_table(files, manifest, CAPTIONS)}
-        findings += _check_tables(manifest, tables)
-    findings += _check_backup(files, manifest)
+    if SAMPLES not in damaged:
+        tables["image"] = read_table(files, manifest, SAMPLES)
+    if CAPTIONS not in damaged:
+        tables["text"] = read_table(files, manifest, CAPTIONS)
+    findings += _check_tables(manifest, tables)
 
     refs = all_chunks(manifest.layout)
-    sound = uncommitted = quarantined = 0
+    commits: dict[ChunkRef, ChunkCommit] = {}
+    sound = uncommitted = 0
     for number, ref in enumerate(refs):
         if progress is not None:
             progress(number + 1, len(refs))
         try:
             commit = read_commit(files, manifest, ref)
-        except CacheCorruptError as error:
-            findings.append(Finding(kind="damaged", key=ref.commit_key, message=str(error)))
+            as_written = commit is None or files.read(ref.commit_key) == commit.to_bytes()
+        except _FAULTS as error:
+            findings.append(_fault(ref.commit_key, error))
             continue
         if commit is None:
             uncommitted += 1
             if manifest.sealed:
-                findings.append(
-                    Finding(kind="missing", key=ref.commit_key, message=f"{ref.name}: commit record of a sealed cache")
-                )
+                message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
+                findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
             continue
+        commits[ref] = commit
         found, read = _check_chunk(files, manifest, ref, commit)
-        if tables and commit.rows_sha256 != chunk_rows_sha256(tables[ref.tower], ref.tower, ref.rows(manifest.layout)):
-            message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
-            found.append(Finding(kind="damaged", key=ref.commit_key, message=message))
+        found += _check_rows(manifest, ref, commit, tables.get(ref.tower))
+        if not as_written:
+            found.append(_other_bytes(ref.commit_key))
         findings += found
         objects += len(commit.objects)
         nbytes += read
         sound += not found
-        quarantined += len(commit.quarantined) if ref.view == 0 else 0
 
     if not manifest.sealed:
         message = incomplete_message(location, len(refs) - uncommitted, len(refs))
         findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
-    else:
-        findings += _check_seal(files, manifest, quarantined)
+    quarantined = sum(len(commit.quarantined) for ref, commit in commits.items() if ref.view == 0)
+    if manifest.sealed:
+        findings += _check_seal(files, manifest, commits, quarantined)
+    findings += _check_journal(files, refs)
     findings += _unknown_files(files, manifest, refs)
     return IntegrityReport(
         location=location,
@@ -137,6 +158,105 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     )
 
 
+def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
+    """The manifest that a cache is to be proven against, and what is wrong with ``manifest.json`` and its backup.
+
+    One of the two is enough. Where both can be read and differ, the one that the commit records were sealed with
+    counts, and else ``manifest.json``.
+
+    Raises:
+        CacheNotFoundError: neither is there.
+        CacheFormatError: both are of another format.
+        CacheCorruptError: neither can be used.
+    """
+    found: dict[str, CacheManifest] = {}
+    faults: dict[str, Exception] = {}
+    findings: list[Finding] = []
+    for key in (MANIFEST_KEY, BACKUP_KEY):
+        try:
+            data = files.read(key)
+            found[key] = CacheManifest.from_bytes(data, files.location, key)
+        except _FAULTS as error:
+            faults[key] = error
+            findings.append(_fault(key, error))
+            continue
+        if data != found[key].to_bytes():
+            findings.append(_other_bytes(key))
+    main, backup = found.get(MANIFEST_KEY), found.get(BACKUP_KEY)
+    if main is None and backup is None:
+        raise _rootless(files.location, faults)
+    if main is None or backup is None:
+        return next(iter(found.values())), findings
+    if main == backup:
+        return main, findings
+    if backup.sealed and backup.unsealed() == main:
+        done, total = _committed(files, backup), backup.layout.num_chunks
+        message = f"{incomplete_message(files.location, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
+        return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
+    newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
+    wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)
+    message = f"{wrong}: digest {found[wrong].digest[:12]}, {right} has {found[right].digest[:12]}"
+    return found[right], [*findings, Finding(kind="damaged", key=wrong, message=message)]
+
+
+def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
+    main, backup = faults[MANIFEST_KEY], faults[BACKUP_KEY]
+    if isinstance(main, (FileNotFoundError, NotADirectoryError)) and isinstance(backup, type(main)):
+        return CacheNotFoundError(
+            f"{location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
+            "teacher-cache precompute --cache."
+        )
+    gone = isinstance(backup, FileNotFoundError)
+    if isinstance(main, CacheFormatError) and (gone or isinstance(backup, CacheFormatError)):
+        return main
+    what = "; ".join(_fault(key, error).message for key, error in faults.items())
+    return CacheCorruptError(
+        f"{location}: neither {MANIFEST_KEY} nor {BACKUP_KEY} can be used: {what} Restore one of them from a copy of "
+        "the cache."
+    )
+
+
+def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
+    return sum(files.exists(ref.commit_key) for ref in all_chunks(manifest.layout))
+
+
+def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
+    seal = manifest.generations[-1].seal
+    try:
+        return seal is not None and read_commits(files, manifest)[1] == seal.commits_sha256
+    except _FAULTS:
+        return False
+
+
+def _fault(key: str, error: Exception) -> Finding:
+    """What reading an object came to, as a finding.
+
+    Raises:
+        CacheUnreachableError: that is not about this object.
+    """
+    if isinstance(error, CacheUnreachableError):
+        raise error
+    missing = (FileNotFoundError, NotADirectoryError)
+    if isinstance(error, missing) or isinstance(error.__cause__, missing):
+        return Finding(kind="missing", key=key, message=f"{key}: missing")
+    if isinstance(error, (CacheCorruptError, CacheFormatError)):
+        return Finding(kind="damaged", key=key, message=str(error))
+    what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return Finding(kind="unreadable", key=key, message=f"{key}: cannot be read: {what}")
+
+
+def _other_bytes(key: str) -> Finding:
+    message = f"{key}: the content has its digest, but these are not the bytes that were written"
+    return Finding(kind="damaged", key=key, message=message)
+
+
+def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, table: pa.Table | None) -> list[Finding]:
+    if table is None or commit.rows_sha256 == chunk_rows_sha256(table, ref.tower, ref.rows(manifest.layout)):
+        return []
+    message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
+    return [Finding(kind="damaged", key=ref.commit_key, message=message)]
+
+
 def _check_chunk(
     files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit
 ) -> tuple[list[Finding], int]:
@@ -146,8 +266,8 @@ def _check_chunk(
     for name, key in ref.object_keys().items():
         try:
             data = files.read(key)
-        except FileNotFoundError:
-            findings.append(Finding(kind="missing", key=key, message=f"{key}: committed, but not there"))
+        except _FAULTS as error:
+            findings.append(_fault(key, error))
             continue
         read += len(data)
         if hashlib.sha256(data).hexdigest() != commit.objects[name].sha256:
@@ -173,12 +293,13 @@ def _check_chunk(
 def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> list[Finding]:
     findings = []
     dataset = manifest.identity.dataset
-    checks: tuple[tuple[Tower, str, str, str], ...] = (
-        ("image", SAMPLES, samples_sha256(tables["image"]), dataset.samples_sha256),
-        ("text", CAPTIONS, captions_sha256(tables["text"]), dataset.captions_sha256),
-    )
-    for tower, name, found, recorded in checks:
-        rows, wanted = tables[tower]["row"].to_numpy(), manifest.layout.rows(tower)
+    checks: dict[Tower, tuple[str, Callable[[pa.Table], str], str]] = {
+        "image": (SAMPLES, samples_sha256, dataset.samples_sha256),
+        "text": (CAPTIONS, captions_sha256, dataset.captions_sha256),
+    }
+    for tower, table in tables.items():
+        name, digest, recorded = checks[tower]
+        rows, wanted, found = table["row"].to_numpy(), manifest.layout.rows(tower), digest(table)
         if not np.array_equal(rows, np.arange(wanted)):
             message = f"{name}: {len(rows)} rows in the table, rows 0 to {wanted - 1} wanted in order"
             findings.append(Finding(kind="counts", key=name, message=message))
@@ -188,35 +309,41 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
     return findings
 
 
-def _check_backup(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
-    try:
-        backup = read_backup(files)
-    except (CacheCorruptError, CacheFormatError) as error:
-        return [Finding(kind="damaged", key=BACKUP_KEY, message=str(error))]
-    if backup is None:
-        return [Finding(kind="missing", key=BACKUP_KEY, message=f"{BACKUP_KEY}: the manifest's backup is not there")]
-    if not manifest.sealed and backup.unsealed() == manifest:
-        return []  # sealed but for the manifest itself, which is written after it: incomplete, as is said anyway
-    if backup != manifest:
-        message = f"{BACKUP_KEY}: digest {backup.digest[:12]}, the manifest has {manifest.digest[:12]}"
-        return [Finding(kind="damaged", key=BACKUP_KEY, message=message)]
-    return []
-
-
-def _check_seal(files: CacheFiles, manifest: CacheManifest, quarantined: int) -> list[Finding]:
+def _check_seal(
+    files: CacheFiles, manifest: CacheManifest, commits: dict[ChunkRef, ChunkCommit], quarantined: int
+) -> list[Finding]:
     seal = manifest.generations[-1].seal
     assert seal is not None  # only called on a sealed manifest
-    findings = []
-    try:
-        as_sealed = read_commits(files, manifest)[1] == seal.commits_sha256
-    except CacheCorruptError:
-        as_sealed = False  # the record itself is named above
-    if not as_sealed:
-        message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
-        findings.append(Finding(kind="damaged", key=COMMITS, message=message))
-    if quarantined != seal.images_quarantined:
+    if _is_sealed_with(files, manifest):
+        if quarantined == seal.images_quarantined:
+            return []
         message = f"{quarantined} images quarantined in the commits, {seal.images_quarantined} in the seal"
-        findings.append(Finding(kind="counts", key=MANIFEST_KEY, message=message))
+        return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
+    message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
+    findings = [Finding(kind="damaged", key=COMMITS, message=message)]
+    # the seal is over all records; which one it is, if each is sound by itself, only the notes can say
+    for ref, commit in commits.items():
+        try:
+            note = read_note(files, ref.name)
+        except _FAULTS:
+            continue
+        if not note.is_of(commit):
+            message = f"{ref.commit_key}: not the record that the journal notes for {ref.name}; an older one, put back?"
+            findings.append(Finding(kind="damaged", key=ref.commit_key, message=message))
+    return findings
+
+
+def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
+    """Notes that are not as they were written. One that is missing costs nothing and is no finding."""
+    findings = []
+    there = set(files.list(JOURNAL))
+    for ref in refs:
+        key = note_key(ref.name)
+        if key in there:
+            try:
+                read_note(files, ref.name)
+            except _FAULTS as error:
+                findings.append(_fault(key, error))
     return findings
 
 
@@ -224,9 +351,9 @@ def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkR
     """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
     known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
     for ref in refs:
-        known.update((ref.commit_key, *ref.object_keys().values()))
+        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys().values()))
     return [
         Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
         for key in files.list()
-        if key not in known and not key.startswith((f"{JOURNAL}/", f"{CLAIMS}/"))
+        if key not in known and not key.startswith(f"{CLAIMS}/")
     ]

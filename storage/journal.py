@@ -1,21 +1,25 @@
 """The journal: when, where and how fast each chunk was made. Observation only; never read to decide anything.
 
 Kept apart from commits so that all the rest of a cache is the same, byte for byte, whoever made it and
-however often the work was interrupted.
+however often the work was interrupted. A note carries its own digest and that of the commit that it is about, which
+is how ``verify`` can name a chunk that was put back in an older state.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from storage.commits import ChunkRef
+from storage.commits import ChunkCommit, ChunkRef
+from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
+from storage.manifest import canonical_json, digest_of
 
-__all__ = ["JOURNAL", "ChunkCost", "read_journal", "write_cost"]
+__all__ = ["JOURNAL", "ChunkCost", "ChunkNote", "note_key", "read_journal", "read_note", "write_cost"]
 
 JOURNAL = "journal"
 
@@ -35,19 +39,75 @@ class ChunkCost(BaseModel):
     finished_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def write_cost(files: CacheFiles, ref: ChunkRef, cost: ChunkCost) -> None:
-    """Note what a chunk took; encoding it again replaces the note."""
-    files.write(f"{JOURNAL}/{ref.name}.json", cost.model_dump_json().encode() + b"\n")
+class ChunkNote(ChunkCost):
+    """A cost as it is kept: with the chunk and the commit that it is of."""
+
+    chunk: str = Field(description="ChunkRef.name.")
+    commit_sha256: str = Field(description="Of the commit record that was written just before.")
+
+    def is_of(self, commit: ChunkCommit) -> bool:
+        """Whether this very record was noted."""
+        return self.commit_sha256 == _commit_sha256(commit)
+
+
+def note_key(name: str) -> str:
+    """Where the note of a chunk lies, by ``ChunkRef.name``."""
+    return f"{JOURNAL}/{name}.json"
+
+
+def write_cost(files: CacheFiles, ref: ChunkRef, cost: ChunkCost, commit: ChunkCommit) -> None:
+    """Note what a chunk took, after its commit; encoding it again replaces the note."""
+    note = ChunkNote(**cost.model_dump(), chunk=ref.name, commit_sha256=_commit_sha256(commit))
+    files.write(note_key(ref.name), _note_bytes(note.model_dump(mode="json")))
+
+
+def read_note(files: CacheFiles, name: str) -> ChunkNote:
+    """The note of one chunk.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CacheCorruptError: it is not as it was written, or of another chunk.
+    """
+    where = f"{files.location}/{note_key(name)}"
+    data = files.read(note_key(name))
+    try:
+        fields = json.loads(data)
+        recorded = fields.pop("digest")
+        # bytes, not values: white space or another way to write a number is damage too
+        if recorded != digest_of(fields) or data != _note_bytes(fields):
+            raise CacheCorruptError(f"{where}: the note does not have the digest that it carries. {_REMEDY}")
+        note = ChunkNote.model_validate(fields)
+    except (
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # pydantic's is a ValueError
+        raise CacheCorruptError(f"{where}: not a journal note ({type(error).__name__}). {_REMEDY}") from error
+    if note.chunk != name:
+        raise CacheCorruptError(f"{where}: holds the note of {note.chunk}, not of {name}. {_REMEDY}")
+    return note
 
 
 def read_journal(files: CacheFiles) -> dict[str, ChunkCost]:
-    """Notes by chunk name. A damaged note is left out: nothing depends on it."""
-    costs = {}
+    """Notes by chunk name. A damaged or unreadable note is left out: nothing depends on it."""
+    costs: dict[str, ChunkCost] = {}
     for key in files.list(JOURNAL):
+        name = key.removeprefix(f"{JOURNAL}/").removesuffix(".json")
         try:
-            costs[key.removeprefix(f"{JOURNAL}/").removesuffix(".json")] = ChunkCost.model_validate(
-                json.loads(files.read(key))
-            )
-        except (ValueError, ValidationError):
+            costs[name] = read_note(files, name)
+        except (CacheCorruptError, FileNotFoundError, PermissionError, IsADirectoryError):
             continue
     return costs
+
+
+def _commit_sha256(commit: ChunkCommit) -> str:
+    return hashlib.sha256(commit.to_bytes()).hexdigest()
+
+
+def _note_bytes(fields: dict[str, object]) -> bytes:
+    return canonical_json({**fields, "digest": digest_of(fields)}) + b"\n"
+
+
+_REMEDY = "It decides nothing; teacher-cache repair CACHE drops it."

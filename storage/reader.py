@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from functools import cached_property
 from typing import Any
@@ -12,11 +14,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
-from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commits
-from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
+from storage.commits import COMMITS, ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commits
+from storage.errors import (
+    CacheAccessError,
+    CacheCorruptError,
+    CacheError,
+    CacheIncompleteError,
+    CacheNotFoundError,
+    CacheUnreachableError,
+    UsageError,
+)
 from storage.files import open_files
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY
 from storage.root import read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
+from storage.transient import is_transient
 from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
@@ -29,7 +41,8 @@ class EmbeddingReader:
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
     ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. A spawned worker gets
-    a reader of its own by pickling; a forked one may use its copy of a local cache.
+    a reader of its own by pickling; a forked one goes on with its copy, the chunks in memory included, whatever
+    other threads of the parent were doing.
     """
 
     def __init__(self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> None:
@@ -41,7 +54,17 @@ class EmbeddingReader:
         """
         self.location = location
         self.files = open_files(location)
-        self.manifest = read_manifest(self.files)
+        try:
+            self.manifest = read_manifest(self.files)
+        except CacheNotFoundError as error:
+            if not self.files.exists(BACKUP_KEY):
+                raise
+            raise CacheCorruptError(
+                f"{location}: manifest.json is missing, {BACKUP_KEY} is there. Run teacher-cache repair CACHE to "
+                "restore it, or the same precompute command again."
+            ) from error
+        except OSError as error:
+            raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed:
             refs = all_chunks(self.manifest.layout)
             done = sum(self.files.exists(ref.commit_key) for ref in refs)
@@ -50,7 +73,9 @@ class EmbeddingReader:
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
         self._lock = threading.Lock()
+        self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
         self.objects_read = 0
+        _READERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"location": self.location, "memory_bytes": self._memory_bytes}
@@ -66,17 +91,23 @@ class EmbeddingReader:
     @cached_property
     def samples(self) -> pa.Table:
         """One row per image: row, sample_id, uri, offset, length, content_sha256, split."""
-        return read_table(self.files, self.manifest, SAMPLES)
+        return self._table(SAMPLES)
 
     @cached_property
     def captions(self) -> pa.Table:
         """One row per caption, those of an image side by side: row, image_row, text."""
-        return read_table(self.files, self.manifest, CAPTIONS)
+        return self._table(CAPTIONS)
 
     @cached_property
     def problems(self) -> pa.Table:
         """What of the dataset got no row, and why: kind, where, detail, lost_image."""
-        return read_table(self.files, self.manifest, PROBLEMS)
+        return self._table(PROBLEMS)
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return read_table(self.files, self.manifest, name)
+        except OSError as error:
+            raise _read_error(f"{self.location}/{name}", error) from error
 
     @cached_property
     def caption_offsets(self) -> NDArray[np.int64]:
@@ -125,6 +156,7 @@ class EmbeddingReader:
             IndexError: a row that the cache does not have.
             CacheCorruptError: a chunk touched is damaged or missing, or a row was quarantined. Never another
                 row's data, never NaN.
+            CacheAccessError, CacheUnreachableError: it cannot be read.
         """
         layout = self.manifest.layout
         size, total = layout.chunk_rows(tower), layout.rows(tower)
@@ -143,18 +175,28 @@ class EmbeddingReader:
             raise CacheCorruptError(f"{self.location}: {tower} row {row} was quarantined and has no {array}")
         return out
 
-    @cached_property
+    @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:
-        """All commits, proven to be those that the cache was sealed with."""
-        commits, digest = read_commits(self.files, self.manifest)
+        """All commits, proven to be those that the cache was sealed with; read once."""
+        # no cached_property: before Python 3.12 that holds a lock, which a fork in mid-read would leave locked for good
+        if self._proven_commits is None:
+            self._proven_commits = self._read_commits()
+        return self._proven_commits
+
+    def _read_commits(self) -> dict[ChunkRef, ChunkCommit]:
+        try:
+            commits, digest = read_commits(self.files, self.manifest)
+        except CacheCorruptError as error:
+            raise CacheCorruptError(f"{error}. {_REMEDY}") from error
+        except OSError as error:
+            raise _read_error(f"{self.location}/{COMMITS}", error) from error
         missing = [ref.commit_key for ref in all_chunks(self.manifest.layout) if ref not in commits]
         if missing:
-            raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache")
+            raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
         seal = self.manifest.generations[-1].seal
         if seal is None or digest != seal.commits_sha256:
             raise CacheCorruptError(
-                f"{self.location}: the commit records are not those that the cache was sealed with. Run the same "
-                "precompute command again, or restore a copy."
+                f"{self.location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
             )
         return commits
 
@@ -170,9 +212,9 @@ class EmbeddingReader:
             try:
                 data = self.files.read(key)
             except FileNotFoundError as error:
-                raise CacheCorruptError(
-                    f"{where}: missing, though committed. Precompute again to encode it."
-                ) from error
+                raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
+            except OSError as error:
+                raise _read_error(where, error) from error
             shape = chunk_shape(self.manifest.layout, ref.tower, array)
             values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
             self.objects_read += 1
@@ -182,3 +224,35 @@ class EmbeddingReader:
                 _, dropped = self._held.popitem(last=False)
                 self._held_bytes -= dropped.nbytes
             return values
+
+    def _after_fork(self) -> None:
+        # a thread that is not in the child may have held the lock, and been between two of its lines
+        self._lock = threading.Lock()
+        self._held_bytes = sum(values.nbytes for values in self._held.values())
+
+
+_READERS: weakref.WeakSet[EmbeddingReader] = weakref.WeakSet()
+_REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to mend it."
+
+
+def _after_fork() -> None:
+    for reader in _READERS:
+        reader._after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _read_error(where: str, error: OSError) -> CacheError:
+    """An object that is there and cannot be read, by what the caller can do about it."""
+    if isinstance(error, CacheError):
+        return error
+    what = f"{error.filename or where}: cannot be read: {error.strerror or error}."
+    if isinstance(error, PermissionError):
+        return CacheAccessError(f"{what} Let this user read it.")
+    if is_transient(error):
+        return CacheUnreachableError(
+            f"{what} Try again; if it stays so, delete this object and run teacher-cache repair CACHE."
+        )
+    return CacheCorruptError(f"{what} Remove what is in its place and run teacher-cache repair CACHE.")

@@ -120,11 +120,13 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
     try:
         data = files.read(key)
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{files.location}/{key}: missing. Restore it from a copy of the cache.") from error
+        raise CacheCorruptError(f"{files.location}/{key}: missing. {_REMEDY}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != wanted.sha256:
         raise CacheCorruptError(
-            f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. "
-            "Restore it from a copy of the cache."
+            f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. {_REMEDY}"
         )
     return data
+
+
+_REMEDY = "Run teacher-cache repair CACHE, which makes it again from the dataset, or restore a copy."

@@ -231,6 +231,7 @@ class EmbeddingWriter:
                 self.files,
                 ref,
                 cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent}),
+                commit,
             )
         return commit
 
