@@ -42,8 +42,8 @@ class CacheFiles(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write the object only if there is none, atomically and durably; of all that race, exactly one wins.
 
-        Callers put something of their own into the bytes (a random name): where the answer to a put is lost, it
-        is by its bytes that a location recognises the caller's own object.
+        Put something of your own into the bytes (a random name): outside of folders and S3 it is by its bytes that
+        an object is recognised as the caller's own when the answer to its put was lost.
 
         Returns:
             True if this call made the object, False if another one was there; that one is left as it is.

@@ -5,6 +5,7 @@ This is the only layer that tries again: botocore and s3fs, which have one each,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -51,6 +52,7 @@ RETRY = RetryPolicy()
 # s3 and memory are tested here; of gcsfs (ifGenerationMatch=0) and adlfs (overwrite=False) the source was read
 _CREATES = {"s3", "s3a", "memory", "gs", "gcs", "abfs", "abfss", "az", "adl"}
 _memory_create = threading.Lock()
+_MARK = "created-by"  # metadata of an object that came by create()
 
 _CREDENTIAL_ADVICE = (
     "Give credentials by the standard chain: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, "
@@ -125,8 +127,8 @@ class RemoteFiles:
     def create(self, key: str, data: bytes) -> bool:
         """See :class:`storage.files.CacheFiles`. The server decides: a put with ``If-None-Match: *``.
 
-        Where an answer was lost and the next try finds an object, its bytes tell whose it is. The first call
-        proves with an object of its own that the server refuses a second put; some ignore the condition.
+        The first call proves with an object of its own that the server refuses a second put; some ignore the
+        condition.
         """
         if not self._creates_proven:
             self._prove_create(key)
@@ -134,30 +136,33 @@ class RemoteFiles:
         return self._create(key, data, key)
 
     def _create(self, key: str, data: bytes, named: str) -> bool:
+        # A put may be made, its answer lost, and the put sent again: by the loop in _try, but also, unseen, by
+        # aiohttp on a kept connection and by proxies, for which a PUT is idempotent. So an object that is there
+        # may be our own; on S3 a mark in its metadata tells, elsewhere its bytes do, after a failure
+        mark = secrets.token_hex(16)
+        marked = {"Metadata": {_MARK: mark}} if _is_s3(self.location) else {}
         unsure = False
 
         def attempt(fs: Any, path: str) -> bool:
             nonlocal unsure
             while True:
                 try:
-                    if "memory" in _protocols(fs):
-                        with _memory_create:  # it looks first, then writes
-                            fs.pipe_file(path, data, mode="create")
-                    else:
-                        fs.pipe_file(path, data, mode="create")
+                    # memory:// looks first, then writes
+                    with _memory_create if "memory" in _protocols(fs) else contextlib.nullcontext():
+                        fs.pipe_file(path, data, mode="create", **marked)
                     return True
                 except Exception as error:
                     if not _was_there(error):
                         unsure = True
                         raise
-                if not unsure:
-                    return False
                 try:
-                    return bool(fs.cat_file(path) == data)
+                    if marked and (found := fs.metadata(path, refresh=True).get(_MARK)):
+                        return bool(found == mark)
+                    return unsure and bool(fs.cat_file(path) == data)
                 except FileNotFoundError:
                     continue  # taken away between the two calls: free again
 
-        return bool(self._try("create", key, attempt, named))
+        return self._try("create", key, attempt, named)
 
     def _prove_create(self, named: str) -> None:
         if not _CREATES.intersection(_protocols(self._filesystem())):
@@ -245,7 +250,9 @@ class RemoteFiles:
                     raise FileNotFoundError(f"{self.location}: there is no object {key}") from None
                 reason: str | None = "the bucket does not exist. Make it, or correct the location"
             except Exception as error:
-                cause = redact(f"{type(error).__name__}: {error}")
+                # fsspec's own time-out says nothing; what it came from does
+                shown = error if str(error) or error.__cause__ is None else error.__cause__
+                cause = redact(f"{type(shown).__name__}: {shown}")
                 if is_transient(error):
                     reason = None
                 else:
@@ -319,6 +326,11 @@ def _refusal(error: BaseException) -> str | None:
     """What a person can do about it; None for an error that is no answer of a store, so a fault of ours."""
     status, code = s3_answer(error) or (0, "")
     cause = f"{type(error).__name__}: {error}"
+    if isinstance(error, RecursionError):  # botocore follows a redirect to the bucket's region by asking there again
+        return (
+            "the endpoint answers every request with a redirect. Check AWS_ENDPOINT_URL (http where https is wanted?) "
+            "and AWS_DEFAULT_REGION"
+        )
     if code in _REGION_CODES or status == 301:
         return f"the bucket is in another region ({cause}). Set AWS_DEFAULT_REGION to the bucket's region"
     if code in _CREDENTIAL_CODES:

@@ -69,6 +69,8 @@ def check_race(files: CacheFiles, results: list[list[bool]]) -> None:
 class FilesContract:
     """What any location promises."""
 
+    races = 10
+
     @pytest.fixture
     def files(self, tmp_path: Path) -> CacheFiles:
         raise NotImplementedError
@@ -85,13 +87,14 @@ class FilesContract:
     def test_create_leaves_what_is_there(self, files: CacheFiles) -> None:
         assert files.create("a/once.json", b"mine")
         assert not files.create("a/once.json", b"theirs, longer")
+        assert not files.create("a/once.json", b"mine")
         assert self.raw(files, "a/once.json") == b"mine"
         files.delete("a/once.json")
         assert files.create("a/once.json", b"theirs")
 
     def test_of_racing_threads_exactly_one_creates(self, files: CacheFiles) -> None:
-        """Eight at once, ten times over; the object is the winner's."""
-        for number in range(10):
+        """Eight at once, several times over; the object is the winner's."""
+        for number in range(self.races):
             key, start = f"race/{number}", threading.Barrier(8)
 
             def create(who: int, key: str = key, start: threading.Barrier = start) -> bool:
