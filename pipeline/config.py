@@ -46,6 +46,14 @@ class TrainConfig(_Config):
     out: str = Field(description="Folder of the run: run.json, log.jsonl and the checkpoint.")
     split: str = Field("train", description="Split to train on.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
+    expect: str | None = Field(
+        None,
+        description="A cache, a run, or a file of info --json: the cache must be of the same teacher, preprocessing, "
+        "tokenizer, views, targets and dataset.",
+    )
+    accept_mismatch: tuple[str, ...] = Field(
+        (), description="Field of the identity, or part of it, that may differ from the expected; recorded in the run."
+    )
     epochs: int = Field(10, gt=0, description="Passes over the split; one caption per image and pass.")
     batch_size: int = Field(256, gt=1, description="Pairs per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak, reached after warm-up; cosine to 0 from there.")
@@ -83,6 +91,9 @@ class EvaluateConfig(_Config):
     cache: str | None = Field(None, description="Finished cache; left out, the one that the run was trained from.")
     run: str | None = Field(None, description="Folder of a training run; left out, only the teacher is measured.")
     split: str = Field("test", description="Split to measure on.")
+    accept_mismatch: tuple[str, ...] = Field(
+        (), description="Field of the identity, or part of it, in which the run's cache may differ from this one."
+    )
     image_root: str | None = Field(None, description="Where the images are now, if not where the run found them.")
     batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass of the student.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N, for the student.")

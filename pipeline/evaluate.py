@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from pipeline.config import EvaluateConfig
 from pipeline.metrics import retention, retrieval_recall
 from pipeline.runs import RunFolder
-from storage.errors import CacheMismatchError, UsageError
+from storage.errors import UsageError
 from storage.reader import EmbeddingReader
 
 __all__ = ["EvaluateResult", "evaluate"]
@@ -30,6 +30,7 @@ class EvaluateResult(BaseModel, frozen=True):
     quarantined: int = Field(description="Images of the split left out because they have no embedding.")
     cache: str
     cache_manifest_digest: str
+    accepted_mismatches: tuple[str, ...] = Field(description="Between this cache and that of the run.")
     run: str | None
     teacher: Recalls
     student: Recalls | None
@@ -57,11 +58,13 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
             raise UsageError("nothing to evaluate: give --cache, --run or both")
         cache = record.config.cache
     reader = EmbeddingReader(cache)
-    if record is not None and record.cache_identity_digest != reader.manifest.identity_digest:
-        raise CacheMismatchError(
-            f"{cache}: identity {reader.manifest.identity_digest[:12]}, but {run} was trained on "
-            f"{record.cache_identity_digest[:12]} ({record.config.cache}). Evaluate on the cache of the run."
+    accepted: tuple[str, ...] = ()
+    if record is not None:
+        way_out = (
+            f"{run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
+            "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
         )
+        accepted = reader.manifest.identity.require(record.identity, cache, way_out, config.accept_mismatch)
     rows = reader.image_rows(split)
     if not len(rows):
         raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
@@ -77,7 +80,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
             reader,
             rows,
             caption_rows,
-            config.image_root or record.image_root,
+            # images of another dataset are where its own cache found them
+            config.image_root or (reader.manifest.source.image_root if accepted else record.image_root),
             config.device,
             config.batch_size,
             config.workers,
@@ -92,6 +96,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         quarantined=reader.manifest.identity.dataset.splits[split] - len(rows),
         cache=cache,
         cache_manifest_digest=reader.manifest.digest,
+        accepted_mismatches=accepted,
         run=run,
         teacher=teacher,
         student=student,

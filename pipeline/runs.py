@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.config import TrainConfig
 from storage.errors import UsageError
 from storage.files import LocalFiles
+from storage.manifest import CacheIdentity
 
 __all__ = ["EpochRecord", "RunFolder", "RunRecord"]
 
@@ -39,7 +40,10 @@ class RunRecord(BaseModel):
     student_config: dict[str, Any] = Field(description="open_clip model config.")
     student_parameters: int
     teacher: str
-    cache_identity_digest: str
+    identity: CacheIdentity = Field(description="Of the cache.")
+    accepted_mismatches: tuple[str, ...] = Field(
+        (), description="Differences from the expected identity that the user accepted: field and both values."
+    )
     cache_manifest_digest: str = Field(description="Of the very bytes that the student learned from.")
     view: str = Field(description="What the student saw of each image.")
     image_root: str

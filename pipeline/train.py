@@ -22,13 +22,18 @@ from pipeline.runs import EpochRecord, RunFolder, RunRecord
 from pipeline.samples import ImageSource
 from pipeline.student import Student, build_student, save_student, student_config, student_tokenizer
 from storage.errors import UsageError
+from storage.expected import expected_identity
 from storage.reader import EmbeddingReader
 
 __all__ = ["StepProgress", "TrainResult", "train"]
 
 
+_WAY_OUT = (
+    "Precompute a cache of what is asked for, leave --expect out, or accept a difference by --accept-mismatch FIELD, "
+    "which every checkpoint then records."
+)
 # what a checkpoint says of itself when it is copied out of its run
-_ORIGIN = {"teacher", "cache_identity_digest", "cache_manifest_digest", "view", "config"}
+_ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
     teacher did.
 
     Raises:
+        CacheMismatchError: the cache is not what ``config.expect`` names.
         UsageError: a setting cannot be used (unknown student, split or device, fewer images than a batch, a run
             in the folder already).
         CacheError: the cache is missing, unfinished or damaged.
@@ -68,6 +74,10 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         keep_freed_memory()
     reader = EmbeddingReader(config.cache)
     manifest = reader.manifest
+    accepted: tuple[str, ...] = ()
+    if config.expect is not None:
+        wanted = expected_identity(config.expect)
+        accepted = manifest.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
     rows = reader.image_rows(config.split)
     steps_per_epoch = len(rows) // config.batch_size
     if not steps_per_epoch:
@@ -93,7 +103,8 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         student_config=architecture,
         student_parameters=student.num_parameters,
         teacher=identity.teacher.name,
-        cache_identity_digest=manifest.identity_digest,
+        identity=identity,
+        accepted_mismatches=accepted,
         cache_manifest_digest=manifest.digest,
         view="evaluation crop (the cache has one view)",
         image_root=_absolute(source.root),

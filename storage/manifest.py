@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from typing import Any, Literal, Self
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
+from storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, UsageError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -21,6 +22,7 @@ __all__ = [
     "CacheManifest",
     "DatasetIdentity",
     "Generation",
+    "IdentityDifference",
     "Layout",
     "PreprocessIdentity",
     "Seal",
@@ -108,8 +110,8 @@ class ViewsIdentity(_Record):
 class TargetsIdentity(_Record):
     """What is stored of the teacher's output."""
 
-    dtype: Literal["float16"] = Field("float16", description="Of the stored embeddings.")
-    normalized: Literal[True] = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="Of the stored embeddings.")
+    normalized: bool = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
 
 
 class DatasetIdentity(_Record):
@@ -129,6 +131,9 @@ _NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind
 # two correct decoders and resizers differ by a level or two in single pixels, far less in a block's mean
 _PROBE_TOLERANCE = 2
 _PROBE = ("preprocess", "probe")
+
+
+_WAY_OUT = "Encode to a new path, or ask for what the cache holds (teacher-cache info shows it)."
 
 
 class CacheIdentity(_Record):
@@ -158,35 +163,63 @@ class CacheIdentity(_Record):
             fields[part].pop(name, None)
         return fields
 
-    def differences(self, wanted: CacheIdentity) -> list[str]:
-        """One line per field in which ``wanted`` differs: dotted name, value here, value wanted."""
+    def differences(self, wanted: CacheIdentity) -> list[IdentityDifference]:
+        """Every field in which ``wanted`` differs."""
         here, there = self.fields(), wanted.fields()
-        lines = []
+        found = []
         for part in here:
             for name in sorted({*here[part], *there[part]}):
-                found, asked = here[part].get(name), there[part].get(name)
+                mine, asked = here[part].get(name), there[part].get(name)
                 if (part, name) in _NAMES_ONLY:
                     continue
                 if (part, name) == _PROBE:
-                    if not _probes_agree(str(found), str(asked)):
-                        lines.append("preprocess.probe: the same probe images give other pixels")
-                elif found != asked:
-                    lines.append(f"{part}.{name}: {_short(found)} in the cache, {_short(asked)} asked for")
-        return lines
+                    if not _probes_agree(str(mine), str(asked)):
+                        found.append(IdentityDifference(f"{part}.{name}", "these pixels of the probe images", "others"))
+                elif mine != asked:
+                    found.append(IdentityDifference(f"{part}.{name}", _short(mine), _short(asked)))
+        return found
 
-    def require(self, wanted: CacheIdentity, location: str) -> None:
+    def require(
+        self, wanted: CacheIdentity, location: str, way_out: str = _WAY_OUT, accept: Collection[str] = ()
+    ) -> tuple[str, ...]:
         """Refuse to go on when this identity is not ``wanted``.
+
+        Args:
+            location: of the cache, for the message.
+            way_out: last sentence of the message.
+            accept: fields (``teacher.precision``), or parts (``dataset``) with all their fields, that may differ.
+
+        Returns:
+            A line for each difference that was accepted.
 
         Raises:
             CacheMismatchError: names the cache, each field that differs with both values, and the way out.
+            UsageError: ``accept`` names what is no field.
         """
-        lines = self.differences(wanted)
-        if lines:
+        parts = type(self).model_fields
+        known = {f"{part}.{name}" for part in parts for name in type(getattr(self, part)).model_fields}
+        unknown = sorted(set(accept) - known - set(parts))
+        if unknown:
+            raise UsageError(f"{', '.join(unknown)}: no field of an identity; there are {', '.join(sorted(known))}")
+        found = self.differences(wanted)
+        accepted = [each for each in found if {each.field, each.field.partition(".")[0]} & set(accept)]
+        refused = [str(each) for each in found if each not in accepted]
+        if refused:
             raise CacheMismatchError(
-                f"{location}: this cache is not the one asked for. "
-                + "; ".join(lines)
-                + ". Encode to a new path, or ask for what the cache holds (teacher-cache info shows it)."
+                f"{location}: this cache is not the one asked for. " + "; ".join(refused) + f". {way_out}"
             )
+        return tuple(str(each) for each in accepted)
+
+
+class IdentityDifference(NamedTuple):
+    """One field in which two identities differ."""
+
+    field: str
+    found: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.found} in the cache, {self.wanted} asked for"
 
 
 def _short(value: Any) -> str:
@@ -286,6 +319,14 @@ class CacheManifest(_Record):
         if self.identity.digest != self.identity_digest:
             raise ValueError(
                 f"identity_digest is {self.identity_digest}, but the identity beside it has {self.identity.digest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_of_this_format(self) -> Self:
+        if self.identity.targets != TargetsIdentity():
+            raise ValueError(
+                f"format {FORMAT_VERSION} holds normalised float16 rows, targets are {self.identity.targets}"
             )
         return self
 
