@@ -105,6 +105,8 @@ def train(
     out: Annotated[str | None, _setting(TrainConfig, "out")] = None,
     split: Annotated[str | None, _setting(TrainConfig, "split")] = None,
     image_root: Annotated[str | None, _setting(TrainConfig, "image_root")] = None,
+    expect: Annotated[str | None, _setting(TrainConfig, "expect")] = None,
+    accept_mismatch: Annotated[list[str] | None, _setting(TrainConfig, "accept_mismatch")] = None,
     epochs: Annotated[int | None, _setting(TrainConfig, "epochs")] = None,
     batch_size: Annotated[int | None, _setting(TrainConfig, "batch_size")] = None,
     learning_rate: Annotated[float | None, _setting(TrainConfig, "learning_rate")] = None,
@@ -121,6 +123,8 @@ def train(
         "out": out,
         "split": split,
         "image_root": image_root,
+        "expect": expect,
+        "accept_mismatch": accept_mismatch or None,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -164,11 +168,19 @@ def evaluate(
     run: Annotated[str | None, _setting(EvaluateConfig, "run")] = None,
     split: Annotated[str | None, _setting(EvaluateConfig, "split")] = None,
     image_root: Annotated[str | None, _setting(EvaluateConfig, "image_root")] = None,
+    accept_mismatch: Annotated[list[str] | None, _setting(EvaluateConfig, "accept_mismatch")] = None,
     device: Annotated[str | None, _setting(EvaluateConfig, "device")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Recall of the cached teacher on a split; with --run that of a student too, and what it retains."""
-    flags = {"cache": cache, "run": run, "split": split, "image_root": image_root, "device": device}
+    flags = {
+        "cache": cache,
+        "run": run,
+        "split": split,
+        "image_root": image_root,
+        "accept_mismatch": accept_mismatch or None,
+        "device": device,
+    }
     config = load_config(EvaluateConfig, "evaluate", run_file, flags)
     from pipeline.evaluate import evaluate as run_evaluate
 
