@@ -19,6 +19,7 @@ from types import TracebackType
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.commits import COMMITS, ChunkRef
+from storage.errors import UsageError
 from storage.files import CacheFiles
 from storage.processes import ProcessName, this_process
 
@@ -50,6 +51,7 @@ class Claims:
         self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
         self._held: list[str] = []
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._alone = False
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="claims", daemon=True)
 
@@ -72,7 +74,7 @@ class Claims:
         attempt = 0
         while True:
             key = f"{CLAIMS}/{name.replace('/', '-')}.{attempt}.json"
-            if key in self._held:
+            if self._alone or key in self._held:
                 return True
             if self._create(key):
                 return True
@@ -104,8 +106,13 @@ class Claims:
         if self._beating.ident is None:
             self._write_beat(0)
             self._beating.start()
-        if not self._files.create(key, self._claim.model_dump_json().encode()):
-            return False
+        try:
+            if not self._files.create(key, self._claim.model_dump_json().encode()):
+                return False
+        except UsageError:
+            # a store without exclusive creation: everybody works for himself, to the same bytes
+            self._alone = True
+            return True
         self._held.append(key)
         return True
 

@@ -7,15 +7,18 @@ import errno
 import os
 import re
 import secrets
-import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from storage.processes import ProcessName, this_process
+
 __all__ = ["PARTIAL", "LocalFiles"]
 
-PARTIAL = re.compile(r"^\.partial-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
 """Names of what is not finished; no location lists them."""
 
+_GIVEN_UP_SECONDS = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -70,7 +73,7 @@ class LocalFiles:
         for folder, _, names in os.walk(self._root):
             for name in names:
                 match = PARTIAL.match(name)
-                if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
+                if match and _left_behind(Path(folder) / name, match["process"]):
                     (Path(folder) / name).unlink(missing_ok=True)
                     removed += 1
         return removed
@@ -80,13 +83,16 @@ class LocalFiles:
 def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
     """A synced file beside the target; afterwards it is gone and the folder is synced."""
     _make_folder(target.parent)
-    partial = target.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = target.parent / f".partial-{this_process().tag}-{secrets.token_hex(4)}"
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield partial
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk does not say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
     # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
@@ -140,11 +146,12 @@ def _claim(partial: Path, target: Path) -> bool:
     return True
 
 
-def _alive(pid: int) -> bool:
+def _left_behind(partial: Path, process: str) -> bool:
+    """Whether whoever wrote it has ended; of another machine, or before a restart of this one, by its age."""
+    alive = ProcessName.of_tag(process).alive()
+    if alive is not None:
+        return not alive
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return time.time() - partial.stat().st_mtime > _GIVEN_UP_SECONDS
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        return True
-    return True

@@ -22,6 +22,21 @@ class ProcessName(BaseModel):
     pid: int = Field(gt=0)
     started: int = Field(description="Clock ticks from boot to its start; 0 where the system does not tell.")
 
+    @property
+    def tag(self) -> str:
+        """As part of a file's name; :meth:`of_tag` reads it."""
+        return f"{self.machine}-{self.pid}-{self.started}"
+
+    @classmethod
+    def of_tag(cls, tag: str) -> ProcessName:
+        """The process of a :attr:`tag`.
+
+        Raises:
+            ValueError: this is none.
+        """
+        machine, pid, started = tag.rsplit("-", 2)
+        return cls(machine=machine, pid=int(pid), started=int(started))
+
     def alive(self) -> bool | None:
         """Whether it runs now; None when it is of another machine, container or boot, which cannot be asked."""
         if self.machine != _machine():

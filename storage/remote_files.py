@@ -10,10 +10,9 @@ import logging
 import os
 import random
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ import fsspec
 
 from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
 from storage.local_files import PARTIAL
+from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
 
@@ -52,6 +52,20 @@ RETRY = RetryPolicy()
 # s3 and memory are tested here; of gcsfs (ifGenerationMatch=0) and adlfs (overwrite=False) the source was read
 _CREATES = {"s3", "s3a", "memory", "gs", "gcs", "abfs", "abfss", "az", "adl"}
 _memory_create = threading.Lock()
+
+_shared: dict[Hashable, Any] = {}
+_kept: list[Any] = []
+_shared_lock = threading.Lock()
+
+
+def _renew_locks() -> None:
+    global _shared_lock, _memory_create
+    _shared_lock, _memory_create = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held them
+    os.register_at_fork(after_in_child=_renew_locks)
+
 _MARK = "created-by"  # metadata of an object that came by create()
 
 _CREDENTIAL_ADVICE = (
@@ -89,7 +103,6 @@ class RemoteFiles:
         _check_location(location)
         self.location = location
         self._retry = retry
-        self._inherited: list[Any] = []
         self._creates_proven = False
         self._connect()
 
@@ -97,16 +110,11 @@ class RemoteFiles:
         return RemoteFiles, (self.location, self._retry)
 
     def _connect(self) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(self.location, **_options(self.location))
-        if _is_s3(self.location):
-            self._fs.retries = 1  # tries in all; for reads they would multiply with those inside of each
+        self._fs, self._root = _filesystem_of(self.location)
         self._pid = os.getpid()
 
     def _filesystem(self) -> Any:
-        if self._pid != os.getpid():
-            # a fork took the object but not the thread that does its work; the old one is kept, since to collect
-            # it would close connections that the parent still uses
-            self._inherited.append(self._fs)
+        if self._pid != os.getpid():  # a fork took the object but not the thread that does its work
             self._connect()
         return self._fs
 
@@ -170,7 +178,7 @@ class RemoteFiles:
                 f"{self.location}: this kind of store cannot promise that only one of several writers creates an "
                 "object. Use a local folder or s3://"
             )
-        probe = f".partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        probe = f".partial-{this_process().tag}-{secrets.token_hex(4)}"
         self._create(probe, b"first", named)
         try:
             if self._create(probe, b"second", named):
@@ -262,6 +270,8 @@ class RemoteFiles:
                     reason = redact(reason)
             # `from None` below: what caused it may show what redact() hides
             if reason is not None:
+                if _is_s3(self.location):
+                    _forget_filesystem()
                 raise CacheAccessError(f"{where}: {reason}") from None
             if failures < retry.tries:
                 pause = retry.pause_seconds(failures)
@@ -293,19 +303,46 @@ def _is_s3(location: str) -> bool:
     return location.partition("://")[0] in ("s3", "s3a")
 
 
-def _options(location: str) -> dict[str, Any]:
-    """How a filesystem is made that neither remembers listings, nor tries again, nor asks for sizes before it reads."""
-    # an instance of its own: fsspec hands out old ones, made before the environment changed
-    options: dict[str, Any] = {"skip_instance_cache": True}
-    if _is_s3(location):
-        configured = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}
-        options["use_listings_cache"] = False
-        options["max_concurrency"] = 1  # with more, each read starts with a HEAD
-        options["config_kwargs"] = {
-            **configured.get("config_kwargs", {}),
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-        }
-    return options
+def _filesystem_of(location: str) -> tuple[Any, str]:
+    """Filesystem and root path: one that neither remembers listings, nor tries again, nor asks for sizes first.
+
+    Those of S3 are shared by all locations of a process and never let go: when one is collected while another event
+    loop runs (zarr's), s3fs closes its connections in that loop, which fails. fsspec's own cache would also give the
+    old one after the environment has changed, to another endpoint or to new credentials.
+    """
+    if not _is_s3(location):
+        fs, root = fsspec.core.url_to_fs(location, skip_instance_cache=True)
+        return fs, root
+    configured = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}
+    with _shared_lock:
+        key = _shared_key()
+        if key not in _shared:
+            _shared[key], _ = fsspec.core.url_to_fs(
+                location,
+                skip_instance_cache=True,
+                use_listings_cache=False,
+                max_concurrency=1,  # with more, each read starts with a HEAD
+                config_kwargs={
+                    **configured.get("config_kwargs", {}),
+                    "retries": {"total_max_attempts": 1, "mode": "standard"},
+                },
+            )
+            _shared[key].retries = 1  # tries in all; for reads they would multiply with those inside of each
+        return _shared[key], _shared[key]._strip_protocol(location)
+
+
+def _shared_key() -> Hashable:
+    # fsspec.config may change too, but not by the environment: that is read once, at import
+    environment = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    return os.getpid(), environment, repr(fsspec.config.conf)
+
+
+def _forget_filesystem() -> None:
+    """Let the next location start anew: keys and tokens in files may have been renewed."""
+    with _shared_lock:
+        used = _shared.pop(_shared_key(), None)
+        if used is not None:
+            _kept.append(used)
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -117,21 +116,6 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     assert all(path.read_bytes() == data for path, data in before.items())
     assert cache_digest(tmp_path / "killed") == cache_digest(tmp_path / "whole")
     assert verify_cache(str(tmp_path / "killed")).ok
-
-
-def test_stopped_by_sigterm_it_says_how_to_go_on(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "precompute", "--dataset", f"flickr:{make_photos(300)}"]
-    command += ["--teacher", f"local-dir:{tiny_teacher}", "--cache", str(tmp_path / "c"), "--device", "cpu"]
-    command += ["--batch-size", "2", "--chunk-rows", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
-    while process.poll() is None and not list((tmp_path / "c" / "commits").rglob("*.json")):
-        time.sleep(0.01)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "of 225 chunks are committed. Run the same command again to go on." in said
-    assert "Traceback" not in said
-    assert not describe_cache(str(tmp_path / "c")).sealed
 
 
 def test_every_lost_image_is_named_and_counted(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 
 from storage.errors import UsageError
 from storage.files import CacheFiles, LocalFiles, RemoteFiles, open_files
+from storage.processes import this_process
 
 ODD_KEYS = ["a b", "a+b", "a%20b", "ü/é", "a#b", "a?b", "a&b=c", "a'b", "(a)[1]*", "~a", ".a", "a:b@c", "猫"]
 
@@ -171,14 +171,21 @@ class TestLocalFiles(FilesContract):
         files = LocalFiles(str(tmp_path))
         dead = subprocess.Popen([sys.executable, "-c", "pass"])
         dead.wait()
-        left = tmp_path / f".partial-{socket.gethostname()}-{dead.pid}-0123abcd"
-        live = tmp_path / f".partial-{socket.gethostname()}-{os.getpid()}-0123abcd"
-        left.write_bytes(b"half")
-        live.write_bytes(b"half")
-        assert files.list() == []  # a reader never sees either
-        assert files.remove_partials() == 1
-        assert live.exists()
-        assert not left.exists()
+        here = this_process()
+        names = {
+            "live": here,
+            "left": here.model_copy(update={"pid": dead.pid}),
+            "later process of that number": here.model_copy(update={"started": here.started - 1}),
+            "elsewhere, now": here.model_copy(update={"machine": "elsewhere"}),
+            "elsewhere, long ago": here.model_copy(update={"machine": "else-where"}),
+        }
+        paths = {name: tmp_path / f".partial-{process.tag}-0123abcd" for name, process in names.items()}
+        for path in paths.values():
+            path.write_bytes(b"half")
+        os.utime(paths["elsewhere, long ago"], (0, 0))
+        assert files.list() == []  # a reader never sees any
+        assert files.remove_partials() == 3
+        assert {name for name, path in paths.items() if path.exists()} == {"live", "elsewhere, now"}
 
     def test_a_failed_write_leaves_the_old_object_and_no_partial(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
