@@ -32,6 +32,7 @@ from storage.manifest import (
 )
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
+from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -90,15 +91,17 @@ def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
     return (values / np.linalg.norm(values)).astype(np.float16)
 
 
-def plan_known_cache(path: Path | str, images: int = 10, captions: int = 25, chunk_rows: int = 4) -> CacheManifest:
+def plan_known_cache(
+    path: Path | str, images: int = 10, captions: int = 25, chunk_rows: int = 4, name: str = "img"
+) -> CacheManifest:
     """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
     image_row = np.sort(np.arange(captions) % images)
     tables = {
         SAMPLES: pa.table(
             {
                 "row": np.arange(images),
-                "sample_id": [f"img-{i}" for i in range(images)],
-                "uri": [f"img-{i}.jpg" for i in range(images)],
+                "sample_id": [f"{name}-{i}" for i in range(images)],
+                "uri": [f"{name}-{i}.jpg" for i in range(images)],
                 "offset": [-1] * images,
                 "length": [-1] * images,
                 "content_sha256": ["e" * 64] * images,
@@ -106,7 +109,7 @@ def plan_known_cache(path: Path | str, images: int = 10, captions: int = 25, chu
             }
         ),
         CAPTIONS: pa.table(
-            {"row": np.arange(captions), "image_row": image_row, "text": [f"caption {i}" for i in range(captions)]}
+            {"row": np.arange(captions), "image_row": image_row, "text": [f"{name} {i}" for i in range(captions)]}
         ),
         PROBLEMS: pa.table(
             {
@@ -222,9 +225,34 @@ def write_photos(root: Path, images: int = 20) -> Path:
     return root
 
 
+def write_photos(root: Path, images: int = 20, first: int = 0) -> Path:
+    """A dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing.
+
+    Args:
+        first: number of the first photograph; other numbers are other photographs.
+    """
+    from PIL import Image
+
+    (root / "images").mkdir(parents=True)
+    lines, names = ["image,caption"], []
+    for number in range(first, first + images):
+        rng = np.random.default_rng(number)
+        height, width = (int(value) for value in rng.integers(40, 90, 2))
+        coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        file = f"{number:04d}.jpg"
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(root / "images" / file)
+        names.append(file)
+        lines += [f'{file},"picture {number}, of colours"', f"{file},number {number} again"]
+    (root / "captions.txt").write_text("\n".join(lines) + "\n")
+    cut = images - images // 5
+    (root / "train.txt").write_text("\n".join(names[:cut]) + "\n")
+    (root / "test.txt").write_text("\n".join(names[cut:]) + "\n")
+    return root
+
+
 @pytest.fixture
 def make_photos(tmp_path: Path) -> Callable[..., Path]:
-    """Makes datasets of photographs below the test's folder; see :func:`write_photos`."""
+    """Makes a dataset of photographs (``write_photos``) in a folder of this test."""
 
     def make(images: int = 20, name: str = "photos") -> Path:
         return write_photos(tmp_path / name, images)
@@ -253,6 +281,15 @@ def object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     return store
+
+
+@pytest.fixture
+def proxy(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A network in front of moto that fails on demand; the environment leads to it."""
+    with start_fault_proxy(moto) as proxy:
+        for name, value in proxy.front().environment.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
 
 
 @pytest.fixture
