@@ -167,11 +167,19 @@ def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        # a session that is killed runs no `finally`: then the pipe ends, and so does the server
+        watch = subprocess.Popen(
+            ["sh", "-c", 'read _; kill -9 "$1"', "sh", str(child.pid)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        assert watch.stdin is not None
         store = ObjectStore("seaweedfs", f"http://127.0.0.1:{s3_port}")
         try:
             _wait_until_it_writes(store, child, folder / "weed.log")
             yield store
         finally:
+            watch.kill()
+            watch.wait()
+            watch.stdin.close()
             child.kill()  # its own way of stopping takes 20 seconds, and nobody needs the files
             child.wait()
 
