@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,12 +18,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig, load_config
-from storage.cli import JsonFlag, app, print_json
+from pipeline.config import EvaluateConfig, PrecomputeConfig, ProofConfig, TrainConfig, load_config
+from storage.cli import CacheArgument, JsonFlag, app, print_findings, print_json, print_report
 from storage.console import StageProgress
 from storage.errors import CacheError, UsageError
+from storage.integrity import verify_cache
+
+if TYPE_CHECKING:
+    from pipeline.proof import ProofResult
 
 __all__ = ["app", "main"]
+
+_ROWS_SHOWN = 20
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
@@ -61,19 +67,16 @@ def precompute(
         "chunk_rows": chunk_rows,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
-    from pipeline.plan import count_done
     from pipeline.precompute import precompute as run_precompute
 
     try:
         with StageProgress() as progress:
             result = run_precompute(config, progress)
     except KeyboardInterrupt:
-        try:
-            done, total = count_done(config.cache)
-            state = f"{done} of {total} chunks are committed"
-        except CacheError:
-            state = "nothing is committed yet"
-        _say(f"stopped: {state}. Run the same command again to go on.")
+        _say(f"stopped: {_how_to_go_on(config.cache)}")
+        raise typer.Exit(1) from None
+    except OSError as error:  # a full disk, a missing right, a share that is away
+        _say(f"error: {error}. {_how_to_go_on(config.cache)}")
         raise typer.Exit(1) from None
     if json:
         print_json(result)
@@ -82,10 +85,7 @@ def precompute(
     for line in result.problem_details:
         _say(line)
     if result.replaced_manifest_digest:
-        _say(
-            f"repaired chunks differ from the sealed ones: the manifest is {result.manifest_digest[:12]} now, it was "
-            f"{result.replaced_manifest_digest[:12]}. Runs that name the old one learned from the old bytes."
-        )
+        _say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
     Console().print(
         f"{result.cache}: {result.images:,} images and {result.captions:,} captions by {result.teacher}\n"
@@ -95,6 +95,100 @@ def precompute(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def verify(
+    cache: CacheArgument,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample",
+            help="Also encode so many random images, and captions, with the live teacher and compare. To find a fault "
+            "in a fraction f of all rows with probability p: N = ln(1-p)/ln(1-f), 459 for 1 % at 99 %.",
+        ),
+    ] = None,
+    teacher: Annotated[str | None, _setting(ProofConfig, "teacher")] = None,
+    pretrained: Annotated[str | None, _setting(ProofConfig, "pretrained")] = None,
+    dataset: Annotated[str | None, _setting(ProofConfig, "dataset")] = None,
+    image_root: Annotated[str | None, _setting(ProofConfig, "image_root")] = None,
+    seed: Annotated[int | None, _setting(ProofConfig, "seed")] = None,
+    threshold: Annotated[float | None, _setting(ProofConfig, "threshold")] = None,
+    device: Annotated[str | None, _setting(ProofConfig, "device")] = None,
+    precision: Annotated[str | None, _setting(ProofConfig, "precision")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Read all of a cache and prove digests, counts, finite values and unit norms. Exit 1 if anything is wrong.
+
+    With --sample also prove random rows against the live teacher: digests do not show that the right rows were written.
+    """
+    flags = {
+        "teacher": teacher,
+        "pretrained": pretrained,
+        "dataset": dataset,
+        "image_root": image_root,
+        "seed": seed,
+        "threshold": threshold,
+        "device": device,
+        "precision": precision,
+    }
+    config = None
+    if sample is not None:
+        config = load_config(ProofConfig, "verify", None, {"cache": cache, "sample": sample, **flags})
+    elif given := [name for name, value in flags.items() if value is not None]:
+        raise UsageError(f"--{given[0].replace('_', '-')} needs --sample: plain verify loads no teacher")
+    proof = None
+    with StageProgress() as progress:
+        report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
+        if config is not None and report.ok:
+            from pipeline.proof import ProvenReport, prove_sample
+
+            proof = prove_sample(config, progress)
+            report = ProvenReport(**{**dict(report), "ok": proof.ok}, proof=proof)
+    if json:
+        print_json(report)
+    else:
+        print_report(report)
+        if proof is not None:
+            _print_proof(proof)
+        elif config is not None:
+            _say("no row was drawn: the cache is damaged or not complete. Run teacher-cache repair CACHE first.")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    cache: CacheArgument,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="KIND:PATH, where the dataset is now, if not where it was.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="As for precompute; needed for a local-dir teacher only.")
+    ] = None,
+    pretrained: Annotated[str | None, _setting(PrecomputeConfig, "pretrained")] = None,
+    device: Annotated[str, _setting(PrecomputeConfig, "device")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Mend what is damaged: manifest, tables and metadata are restored, bad chunks encoded again; then verify."""
+    from pipeline.repair import repair as run_repair
+
+    with StageProgress() as progress:
+        result = run_repair(cache, dataset, teacher, pretrained, device, progress)
+    if json:
+        print_json(result)
+    else:
+        console = Console(highlight=False)
+        for line in result.done:
+            console.print(line, markup=False, soft_wrap=True)
+        print_findings(result.findings)
+        verdict = "sound" if result.ok else f"{len(result.findings)} findings are left"
+        work = f"{len(result.done)} repairs" if result.done else "nothing to repair"
+        console.print(f"{result.cache}: {work}, {verdict}", markup=False, soft_wrap=True)
+    if result.replaced_manifest_digest:
+        _say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -211,6 +305,17 @@ def demo(
         Console().print(demo_table(result))
 
 
+def _how_to_go_on(cache: str) -> str:
+    from pipeline.plan import count_done
+
+    try:
+        done, total = count_done(cache)
+        state = f"{done} of {total} chunks are committed"
+    except (CacheError, OSError):
+        state = "nothing is committed yet"
+    return f"{state}. Run the same command again to go on."
+
+
 def recall_table(
     title: str,
     teacher: dict[str, dict[str, float]],
@@ -229,6 +334,31 @@ def recall_table(
             cells = [values[direction][name] for direction, recalls in teacher.items() for name in recalls]
             table.add_row(label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
     return table
+
+
+def _print_proof(proof: ProofResult) -> None:
+    console = Console(highlight=False)
+    for row in proof.wrong[:_ROWS_SHOWN]:
+        line = f"wrong: {row.tower} row {row.row} ({row.sample_id}): {row.what}"
+        console.print(line, markup=False, soft_wrap=True)
+    if len(proof.wrong) > _ROWS_SHOWN:
+        console.print(f"... and {len(proof.wrong) - _ROWS_SHOWN} more; --json lists all")
+    least = "" if proof.least_cosine is None else f", least cosine {proof.least_cosine:.5f} at {proof.least_cosine_row}"
+    verdict = "as the teacher makes them" if proof.ok else f"{len(proof.wrong)} rows are wrong"
+    console.print(
+        f"{proof.cache}: {verdict}: {proof.images_compared} images and {proof.captions_compared} captions against "
+        f"{proof.teacher} on {proof.device} in {proof.precision}, {proof.quarantined_checked} quarantined tried again, "
+        f"threshold {proof.threshold:g}{least}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _replaced(now: str, before: str) -> str:
+    return (
+        f"repaired chunks differ from the sealed ones: the manifest is {now[:12]} now, it was {before[:12]}. "
+        "Runs that name the old one learned from the old bytes."
+    )
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from storage.errors import UsageError
 
-__all__ = ["EvaluateConfig", "Precision", "PrecomputeConfig", "TrainConfig", "load_config"]
+__all__ = ["EvaluateConfig", "Precision", "PrecomputeConfig", "ProofConfig", "TrainConfig", "load_config"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -36,6 +36,23 @@ class PrecomputeConfig(_Config):
     )
     chunk_rows: int | None = Field(None, gt=0, description="Rows per chunk; chosen by the number of rows if left out.")
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
+
+
+class ProofConfig(_Config):
+    """Prove random rows of a cache against its live teacher."""
+
+    cache: str = Field(description="Folder or URL of a finished cache.")
+    sample: int = Field(gt=0, description="Rows to draw of the images, and as many of the captions.")
+    teacher: str | None = Field(None, description="As for precompute; left out, the one that the manifest names.")
+    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
+    dataset: str | None = Field(None, description="KIND:PATH, where the dataset is now, if it moved.")
+    image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
+    seed: int = Field(0, ge=0, description="Of the rows that are drawn.")
+    # float16 storage and another device cost less than 1e-5 of cosine, bf16 arithmetic against fp32 some 1e-4; a
+    # neighbour's row or a mirrored crop cost far more
+    threshold: float = Field(0.999, gt=0, le=1, description="Least cosine of cached and live row.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
+    precision: Precision | None = Field(None, description="Of the live teacher; left out, the cache's.")
 
 
 class TrainConfig(_Config):

@@ -29,7 +29,7 @@ from storage.root import planned_manifest, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
-__all__ = ["Progress", "chunk_spans", "count_done", "plan_precompute"]
+__all__ = ["Progress", "chunk_spans", "count_done", "dataset_identity", "dataset_tables", "plan_precompute"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,14 +49,14 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
 
     spec = DatasetSpec.parse(config.dataset)
     dataset, digests = load_samples(spec, count)
-    tables = _tables(dataset, digests)
+    tables = dataset_tables(dataset, digests)
     identity = CacheIdentity(
         teacher=teacher.identity(),
         preprocess=teacher.preprocess.identity(),
         tokenizer=teacher.tokenizer_identity(),
         views=ViewsIdentity(policy="evaluation", count=1),
         targets=TargetsIdentity(),
-        dataset=_dataset_identity(spec, tables),
+        dataset=dataset_identity(spec, tables),
     )
     layout = _layout(config, identity, teacher.device.type)
     source = Source(dataset=str(spec), image_root=dataset.root)
@@ -98,7 +98,8 @@ def count_done(cache: str) -> tuple[int, int]:
     return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
 
 
-def _tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
+def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
+    """Samples, captions and problems as a cache lists them; of one dataset always the same."""
     samples = dataset.samples
     counts = [len(sample.captions) for sample in samples]
     texts = [caption for sample in samples for caption in sample.captions]
@@ -128,7 +129,8 @@ def _tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
     }
 
 
-def _dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
+def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
+    """What a cache's identity says of its rows."""
     samples, captions = tables[SAMPLES], tables[CAPTIONS]
     return DatasetIdentity(
         kind=spec.kind,

@@ -1,8 +1,9 @@
-"""The commands that need storage alone: look at a cache, prove it. No torch."""
+"""The commands that need storage alone, and how findings are shown. No torch."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,11 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from storage.console import StageProgress
 from storage.inspect import CacheInfo, describe_cache
-from storage.integrity import IntegrityReport, verify_cache
+from storage.integrity import Finding, IntegrityReport
 
-__all__ = ["JsonFlag", "app", "print_json"]
+__all__ = ["CacheArgument", "JsonFlag", "app", "print_findings", "print_json", "print_report"]
 
 app = typer.Typer(
     name="teacher-cache",
@@ -44,19 +44,6 @@ def info(cache: CacheArgument, json: JsonFlag = False) -> None:
         print_json(found)
     else:
         Console().print(_info_table(found))
-
-
-@app.command()
-def verify(cache: CacheArgument, json: JsonFlag = False) -> None:
-    """Read all of a cache and prove digests, counts, finite values and unit norms. Exit 1 if anything is wrong."""
-    with StageProgress() as progress:
-        report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
-    if json:
-        print_json(report)
-    else:
-        _print_report(report)
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 def _info_table(found: CacheInfo) -> Table:
@@ -104,15 +91,22 @@ def _cost(found: CacheInfo) -> str:
     return f"{found.encode_seconds:,.1f} s ({', '.join(rates)})"
 
 
-def _print_report(report: IntegrityReport) -> None:
+def print_report(report: IntegrityReport) -> None:
+    """The first findings and the verdict."""
     console = Console()
-    for finding in report.findings[:_FINDINGS_SHOWN]:
-        console.print(f"{finding.kind}: {finding.message}", markup=False, soft_wrap=True)
-    if len(report.findings) > _FINDINGS_SHOWN:
-        console.print(f"... and {len(report.findings) - _FINDINGS_SHOWN} more; --json lists all")
+    print_findings(report.findings)
     counts = (
         f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
         f"({report.quarantined} quarantined), {report.captions:,} captions, {report.bytes_read / 1e6:,.1f} MB read"
     )
     verdict = "sound" if report.ok else f"{len(report.findings)} findings"
     console.print(f"{report.location}: {verdict}: {counts}", markup=False, soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """One line for each of the first findings."""
+    console = Console()
+    for finding in findings[:_FINDINGS_SHOWN]:
+        console.print(f"{finding.kind}: {finding.message}", markup=False, soft_wrap=True)
+    if len(findings) > _FINDINGS_SHOWN:
+        console.print(f"... and {len(findings) - _FINDINGS_SHOWN} more; --json lists all")

@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from storage.files import open_files
 from storage.manifest import (
     CacheIdentity,
     CacheManifest,
@@ -164,13 +166,18 @@ def known_cache(tmp_path: Path) -> Path:
     return path
 
 
-def cache_digest(path: Path) -> str:
+def cache_digest(location: Path | str) -> str:
     """sha256 over name and bytes of every file of a cache but its journal: what two equal caches share."""
     total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        key = file.relative_to(path).as_posix()
-        if file.is_file() and not key.startswith("journal/"):
-            total.update(key.encode() + b"\0" + file.read_bytes())
+    if "://" in str(location):
+        files = open_files(location)
+        contents = {key: partial(files.read, key) for key in files.list()}
+    else:  # past the code under test: files that it hides count too
+        root = Path(location)
+        contents = {path.relative_to(root).as_posix(): path.read_bytes for path in root.rglob("*") if path.is_file()}
+    for key in sorted(contents):
+        if not key.startswith("journal/"):
+            total.update(key.encode() + b"\0" + contents[key]())
     return total.hexdigest()
 
 
@@ -202,27 +209,6 @@ def make_model_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny open_clip teacher, embed_dim 16, 32 x 32 pixels."""
     return make_model_folder(tmp_path_factory.mktemp("teacher") / "tiny")
-
-
-def write_photos(root: Path, images: int = 20) -> Path:
-    """A dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing."""
-    from PIL import Image
-
-    (root / "images").mkdir(parents=True)
-    lines, names = ["image,caption"], []
-    for number in range(images):
-        rng = np.random.default_rng(number)
-        height, width = (int(value) for value in rng.integers(40, 90, 2))
-        coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-        file = f"{number:04d}.jpg"
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(root / "images" / file)
-        names.append(file)
-        lines += [f'{file},"picture {number}, of colours"', f"{file},number {number} again"]
-    (root / "captions.txt").write_text("\n".join(lines) + "\n")
-    cut = images - images // 5
-    (root / "train.txt").write_text("\n".join(names[:cut]) + "\n")
-    (root / "test.txt").write_text("\n".join(names[cut:]) + "\n")
-    return root
 
 
 def write_photos(root: Path, images: int = 20, first: int = 0) -> Path:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pipeline.cli import app
 from storage.arrays import encode_object
-from storage.cli import app
 from storage.commits import ChunkCommit, ChunkRef
 from storage.integrity import verify_cache
 from storage.writer import EmbeddingWriter

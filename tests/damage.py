@@ -1,0 +1,257 @@
+"""Ways to damage a cache, seeded: for tests that find it, refuse to read it, and mend it.
+
+Each takes the cache's folder and others to steal from, damages one thing, and says which objects verify has to name
+and which rows reading has to refuse.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from storage.commits import ChunkRef, all_chunks
+from storage.files import open_files
+from storage.integrity import sound_manifest
+from storage.journal import ChunkCost, note_key
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.reader import EmbeddingReader
+from storage.writer import EmbeddingWriter
+
+__all__ = ["FILES", "KINDS", "Damage", "Others", "damage", "make_older"]
+
+
+@dataclass(frozen=True)
+class Others:
+    """Caches to steal from, of the layout of the one to be damaged and by the same encoder.
+
+    Attributes:
+        foreign: of other images and captions.
+        older: the cache itself as it was once, each chunk with other last bits and commits that fit them.
+    """
+
+    foreign: Path
+    older: Path
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What was done.
+
+    Attributes:
+        named: objects that verify has to name.
+        refused: (chunk, array) that no reader may return; None for every chunk.
+    """
+
+    named: set[str]
+    refused: set[tuple[ChunkRef, str]] | None = field(default_factory=set)
+
+
+def make_older(cache: Path, older: Path) -> Path:
+    """A copy in which every chunk was made with norms one float32 away."""
+    shutil.copytree(cache, older)
+    writer, reader = EmbeddingWriter(str(older)), EmbeddingReader(str(cache))
+    lost = {row.row: row for row in reader.quarantined}
+    for ref in all_chunks(writer.manifest.layout):
+        rows = ref.rows(writer.manifest.layout)
+        here = [lost[row] for row in rows if row in lost and ref.tower == "image"]
+        arrays = {name: reader._chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
+        arrays["norm"] = np.nextafter(arrays["norm"], np.float32(np.inf))
+        writer.write(ref, arrays, here, cost=ChunkCost(rows=len(rows), seconds=1.0))
+    writer.seal()
+    return older
+
+
+# one file of a cache, changed in place -------------------------------------------------------------------------------
+
+
+def _flip(rng: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+_IN_PLACE: dict[str, Callable[[random.Random, bytes], bytes]] = {
+    "flipped-bit": _flip,
+    "truncated": lambda rng, data: data[: rng.randrange(1, len(data))],
+    "emptied": lambda rng, data: b"",
+    "appended-byte": lambda rng, data: data + bytes([rng.choice([10, 32, rng.randrange(256)])]),
+}
+
+FILES: dict[str, Callable[[str], bool]] = {
+    "image-embedding": lambda key: key.startswith("targets.zarr/image/embedding/c/"),
+    "image-norm": lambda key: key.startswith("targets.zarr/image/norm/c/"),
+    "image-view": lambda key: key.startswith("targets.zarr/image/view/c/"),
+    "text-embedding": lambda key: key.startswith("targets.zarr/text/embedding/c/"),
+    "text-norm": lambda key: key.startswith("targets.zarr/text/norm/c/"),
+    "commit": lambda key: key.startswith("commits/"),
+    "manifest": lambda key: key == MANIFEST_KEY,
+    "backup": lambda key: key == BACKUP_KEY,
+    "parquet": lambda key: key.endswith(".parquet"),
+    "zarr-json": lambda key: key.endswith("zarr.json"),
+    "note": lambda key: key.startswith("journal/"),
+}
+
+
+def _keys(cache: Path) -> list[str]:
+    return sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
+
+
+def _layout_refs(cache: Path) -> list[ChunkRef]:
+    return all_chunks(sound_manifest(open_files(cache))[0].layout)
+
+
+def _refused_by(refs: list[ChunkRef], key: str) -> set[tuple[ChunkRef, str]] | None:
+    """What cannot be read any more when this object is not as it was; None for all of the cache."""
+    if key.startswith("commits/") or key == MANIFEST_KEY:
+        return None
+    return {(ref, name) for ref in refs for name, other in ref.object_keys().items() if other == key}
+
+
+def _one_file(kind: str, files: str) -> Callable[[random.Random, Path, Others], Damage]:
+    def do(rng: random.Random, cache: Path, others: Others) -> Damage:
+        refs = _layout_refs(cache)
+        key = rng.choice([key for key in _keys(cache) if FILES[files](key)])
+        path = cache / key
+        if kind == "deleted":
+            path.unlink()
+        else:
+            data = path.read_bytes()
+            path.write_bytes(_IN_PLACE[kind](rng, data))
+            if key.endswith(".json") and path.read_bytes().strip() == data.strip():
+                return Damage({key})  # white space behind JSON: verify names it, readers read the same
+        return Damage({key}, _refused_by(refs, key))
+
+    return do
+
+
+# several objects -----------------------------------------------------------------------------------------------------
+
+
+def _swap(cache: Path, a: str, b: str) -> None:
+    first, second = (cache / a).read_bytes(), (cache / b).read_bytes()
+    assert first != second
+    (cache / a).write_bytes(second)
+    (cache / b).write_bytes(first)
+
+
+def _swapped_chunks(rng: random.Random, cache: Path, others: Others) -> Damage:
+    refs = _layout_refs(cache)
+    tower = rng.choice(["image", "text"])
+    name = rng.choice(["embedding", "norm"])
+    a, b = rng.sample([ref for ref in refs if ref.tower == tower], 2)
+    _swap(cache, a.object_keys()[name], b.object_keys()[name])
+    return Damage({a.object_keys()[name], b.object_keys()[name]}, {(a, name), (b, name)})
+
+
+def _swapped_towers(rng: random.Random, cache: Path, others: Others) -> Damage:
+    refs = _layout_refs(cache)
+    name = rng.choice(["embedding", "norm"])
+    a, b = (rng.choice([ref for ref in refs if ref.tower == tower]) for tower in ("image", "text"))
+    _swap(cache, a.object_keys()[name], b.object_keys()[name])
+    return Damage({a.object_keys()[name], b.object_keys()[name]}, {(a, name), (b, name)})
+
+
+def _swapped_commits(rng: random.Random, cache: Path, others: Others) -> Damage:
+    a, b = rng.sample(_layout_refs(cache), 2)
+    _swap(cache, a.commit_key, b.commit_key)
+    return Damage({a.commit_key, b.commit_key}, None)
+
+
+def _swapped_chunks_and_commits(rng: random.Random, cache: Path, others: Others) -> Damage:
+    """Two chunks of a tower changed places as a whole: objects, commits and notes."""
+    refs = _layout_refs(cache)
+    a, b = rng.sample([ref for ref in refs if ref.tower == "text"], 2)
+    for left, right in zip(a.object_keys().values(), b.object_keys().values(), strict=True):
+        _swap(cache, left, right)
+    _swap(cache, a.commit_key, b.commit_key)
+    return Damage({a.commit_key, b.commit_key}, None)
+
+
+def _copy(source: Path, cache: Path, keys: list[str]) -> None:
+    for key in keys:
+        data = (source / key).read_bytes()
+        (cache / key).write_bytes(data)
+
+
+def _foreign_chunk_and_commit(rng: random.Random, cache: Path, others: Others) -> Damage:
+    ref = rng.choice(_layout_refs(cache))
+    _copy(others.foreign, cache, [ref.commit_key, *ref.object_keys().values()])
+    return Damage({ref.commit_key}, None)
+
+
+def _foreign_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
+    ref = rng.choice(_layout_refs(cache))
+    _copy(others.foreign, cache, [ref.object_keys()["embedding"]])
+    return Damage({ref.object_keys()["embedding"]}, {(ref, "embedding")})
+
+
+def _rolled_back_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
+    """Old bytes with their old commit: sound by themselves, and not what was sealed."""
+    ref = rng.choice(_layout_refs(cache))
+    _copy(others.older, cache, [ref.commit_key, *ref.object_keys().values()])
+    return Damage({ref.commit_key}, None)
+
+
+def _rolled_back_object(rng: random.Random, cache: Path, others: Others) -> Damage:
+    ref = rng.choice(_layout_refs(cache))
+    _copy(others.older, cache, [ref.object_keys()["norm"]])
+    return Damage({ref.object_keys()["norm"]}, {(ref, "norm")})
+
+
+def _unsealed_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
+    """The manifest as it was before the seal, in one place or in both."""
+    manifest = CacheManifest.from_bytes((cache / MANIFEST_KEY).read_bytes(), str(cache))
+    for key in rng.choice([[MANIFEST_KEY], [MANIFEST_KEY, BACKUP_KEY]]):
+        (cache / key).write_bytes(manifest.unsealed().to_bytes())
+    return Damage({MANIFEST_KEY}, None)
+
+
+def _older_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
+    """A manifest that was sealed with other commits, in the place of either file."""
+    key = rng.choice([MANIFEST_KEY, BACKUP_KEY])
+    _copy(others.older, cache, [key])
+    return Damage({key}, None if key == MANIFEST_KEY else set())
+
+
+def _foreign_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
+    key = rng.choice([MANIFEST_KEY, BACKUP_KEY])
+    _copy(others.foreign, cache, [key])
+    return Damage({key}, None if key == MANIFEST_KEY else set())
+
+
+def _swapped_notes(rng: random.Random, cache: Path, others: Others) -> Damage:
+    a, b = rng.sample(_layout_refs(cache), 2)
+    _swap(cache, note_key(a.name), note_key(b.name))
+    return Damage({note_key(a.name), note_key(b.name)})
+
+
+KINDS: dict[str, Callable[[random.Random, Path, Others], Damage]] = {
+    **{
+        f"{kind}:{files}": _one_file(kind, files)
+        for kind in (*_IN_PLACE, "deleted")
+        for files in FILES
+        if (kind, files) != ("deleted", "note")  # observation only; a note that is not there costs nothing
+    },
+    "swapped-chunks": _swapped_chunks,
+    "swapped-towers": _swapped_towers,
+    "swapped-commits": _swapped_commits,
+    "swapped-chunks-and-commits": _swapped_chunks_and_commits,
+    "foreign-chunk-and-commit": _foreign_chunk_and_commit,
+    "foreign-chunk": _foreign_chunk,
+    "rolled-back-chunk-and-commit": _rolled_back_chunk,
+    "rolled-back-object": _rolled_back_object,
+    "unsealed-manifest": _unsealed_manifest,
+    "older-manifest": _older_manifest,
+    "foreign-manifest": _foreign_manifest,
+    "swapped-notes": _swapped_notes,
+}
+
+
+def damage(kind: str, seed: int, cache: Path, others: Others) -> Damage:
+    """Do one kind of damage at a seeded place."""
+    return KINDS[kind](random.Random(f"{kind} {seed}"), cache, others)
