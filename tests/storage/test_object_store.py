@@ -411,16 +411,16 @@ def test_no_credentials_at_all(moto: ObjectStore, monkeypatch: pytest.MonkeyPatc
         open_files(moto.location("x.cache")).read("a")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://me:s3cr3t@127.0.0.1:9"])
 def test_a_server_that_is_not_there(
-    moto: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    moto: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
 ) -> None:
-    """Each further try is a line in the log; neither it nor the message shows the password of the address."""
-    for name, value in {**moto.environment, "AWS_ENDPOINT_URL": "http://me:s3cr3t@127.0.0.1:9"}.items():
+    """Each further try is a line in the log; neither it nor the message shows a password of the address."""
+    for name, value in {**moto.environment, "AWS_ENDPOINT_URL": address}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CacheUnreachableError, match="cannot read a: 3 tries failed") as given_up:
         RemoteFiles(moto.location("x.cache"), QUICK).read("a")
     assert "s3cr3t" not in str(given_up.value)
-    assert "http://***@127.0.0.1:9/" in str(given_up.value)
     lines = [record.getMessage() for record in caplog.records if record.name == "storage.remote_files"]
     assert [line.rpartition("; ")[2][:10] for line in lines] == ["try 2 of 3", "try 3 of 3"]
     assert "s3cr3t" not in caplog.text
