@@ -9,8 +9,7 @@ What becomes of odd images, for the teacher and for students alike:
 - 16 bits of grey are the one thing done otherwise: open_clip clips them, which makes nearly every such image white.
   Here their upper 8 bits are taken, as Pillow does for 16 bits of colour.
 - 32-bit whole numbers and floats have no white that everybody agrees on: undecodable.
-- Truncated, damaged (a wrong checksum too), empty, and not an image: undecodable. A file that only lacks the end mark
-  has all its pixels and is an image.
+- Truncated (if only by a JPEG's end mark), damaged (a wrong checksum too), empty, and not an image: undecodable.
 - More than ``MAX_PIXELS``, by the header, before any is decoded: undecodable. One image takes at most 4 bytes a pixel
   and once more while it is converted, for each thread that decodes.
 - A strip so long that the resize alone would make more than ``MAX_PIXELS``: untransformable.
@@ -223,7 +222,9 @@ def decode_image(data: bytes) -> Image.Image:
     except (MemoryError, UndecodableImageError):
         raise  # no memory: the machine's fault, not the image's
     except UnidentifiedImageError:
-        raise UndecodableImageError(f"not an image, or none of {', '.join(FORMATS)}: {len(data):,} bytes") from None
+        raise UndecodableImageError(
+            f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
+        ) from None
     except Image.DecompressionBombError as error:
         # Pillow's own check comes first where its limit is the lower one, and its text has size and limit too
         found = str(error) or f"{_size(width, height)}, the most is {MAX_PIXELS:,}"

@@ -44,12 +44,13 @@ class DatasetSpec:
     options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        texts = (self.root, *(value for _, value in self.options))
+        texts = (self.root, *(text for option in self.options for text in option))
         if any("\0" in text or not _is_utf8(text) for text in texts):
             raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
         _refuse_credentials(f"{self.kind}:", self.root)
         for name, value in self.options:
             _refuse_credentials(f"dataset setting {name}=", value)
+        _refuse_credentials("", str(self))  # what a manifest would hold
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
@@ -135,10 +136,11 @@ class ImageSource:
         if "::" in target and "://" in target:
             # simplecache:: and its kin write copies to places of their own
             raise OSError(f"{target}: a chain of file systems is not followed; write the plain path or URL")
-        if "://" in target and not target.startswith("file://"):
+        scheme, mark, path = target.partition("://")
+        if mark and scheme not in ("file", "local"):
             data = _fetch(target, offset, length)
         else:
-            data = _read_file(target.removeprefix("file://"), offset, length)
+            data = _read_file(path if mark else target, offset, length)
         if length >= 0 and len(data) != length:
             raise OSError(f"{target}: {len(data)} bytes at offset {offset}, {length} wanted; the file is cut short")
         return data

@@ -168,6 +168,7 @@ def load_teacher(
         require_plain_settings(architecture, what)
         if source.startswith("local-dir:"):
             require_plain_files(Path(source.removeprefix("local-dir:")), what)
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses it a moment later
         # open_clip only warns when the activation is not the one that the weights were trained with
         warnings.filterwarnings("error", message="QuickGELU mismatch")
         model = open_clip.create_model(

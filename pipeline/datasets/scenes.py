@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipeline.datasets.base import Problem, Record, open_text, sample_or_problem, uri_below
+from pipeline.datasets.base import Problem, Record, open_text, printable, sample_or_problem, uri_below
 from storage.errors import UsageError
 
 __all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "SceneSettings", "describe_scene", "read", "render_scene"]
@@ -185,7 +185,9 @@ def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
     wanted = asdict(settings)
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if differing:
-        differences = ", ".join(f"{name} {found.get(name)} (asked for {wanted[name]})" for name in differing)
+        differences = ", ".join(
+            f"{name} {printable(str(found.get(name)))} (asked for {wanted[name]})" for name in differing
+        )
         raise UsageError(
             f"{path}: rendered with {differences}. Ask for the recorded settings, or render to another path."
         )

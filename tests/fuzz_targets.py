@@ -1,0 +1,303 @@
+"""What reads bytes of strangers, each as one function of bytes: for ``tests/test_fuzz.py`` and ``benchmarks/fuzz.py``.
+
+A target returns when the bytes were taken or refused as documented; it raises for everything else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline import samples
+from pipeline.config import PrecomputeConfig, TrainConfig, load_config
+from pipeline.preprocess import MAX_PIXELS, Preprocess, UndecodableImageError, decode_image
+from pipeline.samples import DatasetSpec, load_samples
+from storage.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
+from storage.errors import CacheError, UsageError
+from storage.manifest import CacheManifest, canonical_json
+from storage.redact import redact
+
+__all__ = ["TARGETS", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader: ``run(data, folder)`` with valid inputs to start from. ``folder`` is scratch space of its own."""
+
+    run: Callable[[bytes, Path], None]
+    seeds: Callable[[], list[bytes]]
+
+
+def _image_bytes(format: str, mode: str = "RGB", **how: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 17, 4), np.uint8)
+    image = Image.fromarray(pixels[:, :, :3]).convert(mode) if mode != "RGBA" else Image.fromarray(pixels)
+    sink = io.BytesIO()
+    image.save(sink, format, **how)
+    return sink.getvalue()
+
+
+def _image_seeds() -> list[bytes]:
+    gif = {"save_all": True, "append_images": [Image.new("P", (17, 12), 3)]}
+    return [
+        _image_bytes("JPEG"),
+        _image_bytes("JPEG", "CMYK"),
+        _image_bytes("JPEG", progressive=True),
+        _image_bytes("PNG"),
+        _image_bytes("PNG", "P", transparency=1),
+        _image_bytes("PNG", "1"),
+        _image_bytes("GIF", "P", **gif),
+        _image_bytes("WEBP"),
+        _image_bytes("WEBP", "RGBA", lossless=True),
+        _image_bytes("BMP"),
+        _image_bytes("TIFF", compression="tiff_lzw"),
+        _image_bytes("TIFF", "F"),
+        _image_bytes("PPM"),
+        b"P5 3 2 65535\n" + bytes(range(12)),
+    ]
+
+
+_TRANSFORM = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3).transform()
+
+
+def _decode(data: bytes, folder: Path) -> None:
+    try:
+        image = decode_image(data)
+    except UndecodableImageError as error:
+        if " at 0x" in str(error):
+            raise AssertionError("another text in each run") from error
+        return
+    assert 0 < image.width * image.height <= MAX_PIXELS
+    if image.width * image.height < 1_000_000:
+        try:
+            pixels = _TRANSFORM(image)
+        except ValueError:  # too long a strip, or one pixel wide where the longer side decides
+            return
+        assert pixels.shape == (3, 32, 32)
+
+
+_COCO = {
+    "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+    "annotations": [{"image_id": 1, "caption": "A."}, {"image_id": 2, "caption": "B \U0001f600."}],
+}
+_KARPATHY = {
+    "dataset": "x",
+    "images": [
+        {"filename": "a.png", "split": "train", "sentences": [{"raw": "A."}, {"raw": "AA."}]},
+        {"filename": "b.png", "filepath": "images", "split": "val", "sentences": [{"raw": "B."}]},
+    ],
+}
+
+
+def _json(value: object) -> list[bytes]:
+    return [json.dumps(value).encode()]
+
+
+def _tar(format: int = tarfile.PAX_FORMAT, **headers: str) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=format) as archive:
+        for name, data in (
+            ("a.png", _image_bytes("PNG")),
+            ("a.txt", b"A."),
+            ("long/" * 30 + "b.jpg", _image_bytes("JPEG")),
+            ("long/" * 30 + "b.json", b'{"caption": "B."}'),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.pax_headers = len(data), headers
+            archive.addfile(entry, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def _parquet(compression: str) -> bytes:
+    sink = io.BytesIO()
+    captions = pa.array([["A.", "AA."], None, ["B."]], pa.list_(pa.string()))
+    table = pa.table({"path": ["a.png", "b.png", "b.png"], "captions": captions, "split": ["x", None, "x"]})
+    pq.write_table(table, sink, compression=compression)
+    return sink.getvalue()
+
+
+def _dataset(kind: str, file: str, root: str = "") -> Callable[[bytes, Path], None]:
+    """Reads a dataset of two images in which one file holds the bytes."""
+
+    def run(data: bytes, folder: Path) -> None:
+        home = folder / "data"
+        if not home.exists():
+            for place in ("images", "val", "annotations", "wolf"):
+                (home / place).mkdir(parents=True)
+            for place in ("images", "val", "wolf", "."):
+                for name in ("a.png", "b.png"):
+                    (home / place / name).write_bytes(_image_bytes("PNG"))
+        (home / file).parent.mkdir(exist_ok=True)
+        (home / file).write_bytes(data)
+        before = _listing(folder)
+        option = f"?classes={home / file}" if kind == "imagefolder" else ""
+        # no address in fuzzed bytes is ever asked
+        real, samples._fetch = samples._fetch, _no_network
+        try:
+            found, digests = load_samples(DatasetSpec.parse(f"{kind}:{home / root}{option}"))
+        except UsageError as error:
+            _storable(str(error))
+            return
+        finally:
+            samples._fetch = real
+            assert _listing(folder) == before, "something was written beside the dataset"
+        assert len(found.samples) == len(digests)
+        assert len({sample.sample_id for sample in found.samples}) == len(digests)
+        for sample in found.samples:
+            _storable(sample.sample_id, sample.uri, sample.split, *sample.captions)
+            assert sample.captions
+            assert all(caption.strip() for caption in sample.captions)
+            if kind != "table":
+                assert not PurePosixPath(sample.uri).is_absolute()
+                assert not urlsplit(sample.uri).scheme or "://" not in sample.uri
+                assert (home / sample.uri).resolve().is_relative_to(home.resolve())
+        for problem in found.problems:
+            _storable(problem.where, problem.detail)
+            assert "\n" not in problem.where + problem.detail
+
+    return run
+
+
+def _no_network(url: str, offset: int, length: int) -> bytes:
+    raise OSError("not asked")
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)  # noqa: PTH118
+
+
+def _storable(*texts: str) -> None:
+    for text in texts:
+        text.encode()
+        canonical_json(text)
+
+
+def _manifest(data: bytes, folder: Path) -> None:
+    try:
+        manifest = CacheManifest.from_bytes(data, "here")
+    except CacheError as error:
+        _storable(str(error).encode(errors="backslashreplace").decode())
+        return
+    assert CacheManifest.from_bytes(manifest.to_bytes(), "here") == manifest
+
+
+def _manifest_seeds() -> list[bytes]:
+    golden = Path(__file__).parent / "golden"
+    files = sorted(golden.rglob("manifest.json"))
+    return [file.read_bytes() for file in files] or [_small_manifest()]
+
+
+def _small_manifest() -> bytes:
+    from storage.manifest import Generation, Layout, Source
+    from tests.conftest import make_identity
+
+    identity = make_identity()
+    layout = Layout(embed_dim=8, image_rows=10, text_rows=25, image_chunk_rows=4, text_chunk_rows=4, batch_rows=2)
+    manifest = CacheManifest(
+        identity_digest=identity.digest,
+        identity=identity,
+        layout=layout,
+        source=Source(dataset="flickr:/nowhere", image_root="/nowhere"),
+        files={},
+        generations=(Generation(number=0, image_rows=(0, 10), text_rows=(0, 25), lost_images=0, problems={}),),
+        made_with={"torch": "0"},
+    )
+    return manifest.to_bytes()
+
+
+def _commit(data: bytes, folder: Path) -> None:
+    try:
+        commit = ChunkCommit.from_bytes(data, "here")
+    except CacheError:
+        return
+    assert ChunkCommit.from_bytes(commit.to_bytes(), "here") == commit
+
+
+def _commit_seeds() -> list[bytes]:
+    ref = ChunkRef("text", 0, 1)
+    fields = {
+        "tower": ref.tower,
+        "view": ref.view,
+        "chunk": ref.chunk,
+        "rows": (4, 8),
+        "objects": {"norm": ObjectDigest(nbytes=20, crc32c=7, sha256="b" * 64)},
+        "quarantined": (QuarantinedRow(row=5, sample_id="x", reason="undecodable-image", detail="y"),),
+    }
+    digests = [name for name, field in ChunkCommit.model_fields.items() if field.is_required() and name not in fields]
+    fields.update(dict.fromkeys(digests, "c" * 64))
+    return [ChunkCommit.model_validate(fields).to_bytes()]
+
+
+def _spec(data: bytes, folder: Path) -> None:
+    text = data.decode("utf-8", errors="surrogateescape")
+    try:
+        spec = DatasetSpec.parse(text)
+    except UsageError:
+        return
+    assert DatasetSpec.parse(str(spec)) == spec
+    assert redact(str(spec)) == str(spec)
+    _storable(str(spec))
+
+
+def _config(data: bytes, folder: Path) -> None:
+    path = folder / "run.toml"
+    path.write_bytes(data)
+    for kind, section in ((PrecomputeConfig, "precompute"), (TrainConfig, "train")):
+        try:
+            load_config(kind, section, path, {})
+        except UsageError as error:
+            _storable(str(error).encode(errors="backslashreplace").decode())
+
+
+_TOML = b'cache = "c"\n[precompute]\ndataset = "flickr:/x"\nteacher = "t"\nbatch_size = 4\n[train]\nstudent = "s"\n'
+_SPECS = [
+    b"flickr:/data/flickr8k",
+    b"table:s3://b/p.csv?path=url&id=",
+    b"webdataset:{a,b}/{00..03}.tar?split=my%20own",
+    b"table:https://user:secret@host/p.csv",
+]
+_TABLE = b'path,caption,split\r\na.png,"A, ""quoted""\nover lines",train\r\nb.png,B.,\r\n/nowhere/c.png,C.,x\r\n'
+_FLICKR = b'image,caption\na.png,"A, B"\na.png,C\nb.png,"D ""x"""\n'
+_SCENES = {
+    "scenes": {"seed": 2024, "train": 1800, "dev": 200, "test": 400, "version": 1},
+    "images": [{"file": "images/a.png", "split": "train", "captions": ["A."]}],
+}
+
+TARGETS: dict[str, Target] = {
+    "decode_image": Target(_decode, _image_seeds),
+    "coco": Target(_dataset("coco", "annotations/captions_val.json"), lambda: _json(_COCO)),
+    "karpathy": Target(_dataset("karpathy", "dataset.json"), lambda: _json(_KARPATHY)),
+    "flickr": Target(
+        _dataset("flickr", "captions.txt"),
+        lambda: [_FLICKR, b"a.png#0\tA.\nb.png#0\tB.\n", b"image_name| comment_number| comment\na.png| 0| A.\n"],
+    ),
+    "flickr-list": Target(_dataset("flickr", "train.txt"), lambda: [b"a.png\nb.png\n"]),
+    "webdataset": Target(
+        _dataset("webdataset", "x.tar", "x.tar"),
+        lambda: [_tar(), _tar(tarfile.GNU_FORMAT), _tar(mtime="1.5", comment="c"), zlib.compress(_tar())],
+    ),
+    "table": Target(
+        _dataset("table", "t.csv", "t.csv"), lambda: [_TABLE, b"url\ttext\na.png\tA.\nhttps://u:p@h/b.png\tB.\n"]
+    ),
+    "parquet": Target(_dataset("table", "t.parquet", "t.parquet"), lambda: [_parquet("none"), _parquet("snappy")]),
+    "imagefolder": Target(
+        _dataset("imagefolder", "classes.json"),
+        lambda: _json({"images": "an image", "val": "a valley", "wolf": "a wolf", "annotations": "a note"}),
+    ),
+    "scenes": Target(_dataset("scenes", "captions.json"), lambda: _json(_SCENES)),
+    "manifest": Target(_manifest, _manifest_seeds),
+    "commit": Target(_commit, _commit_seeds),
+    "spec": Target(_spec, lambda: _SPECS),
+    "config": Target(_config, lambda: [_TOML]),
+}
