@@ -31,7 +31,13 @@ class LocalFiles:
 
     def read(self, key: str) -> bytes:
         """See :class:`storage.files.CacheFiles`."""
-        return (self._root / key).read_bytes()
+        path = self._root / key
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.filename is None:  # a disk's EIO comes from the read, which knows no name
+                error.filename = str(path)
+            raise
 
     def write(self, key: str, data: bytes) -> None:
         """See :class:`storage.files.CacheFiles`. A kill leaves the old object or the new one, or a ``.partial-*``."""

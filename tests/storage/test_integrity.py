@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,7 +17,10 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage.arrays import encode_object
 from storage.commits import ChunkCommit, ChunkRef
+from storage.errors import CacheAccessError
 from storage.integrity import verify_cache
+from storage.local_files import LocalFiles
+from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache
 
@@ -84,6 +89,61 @@ def test_wrong_values_under_right_digests_are_found(known_cache: Path, value: fl
     commit = ChunkCommit.from_bytes(path.read_bytes(), "here")
     path.write_bytes(commit.model_copy(update={"objects": {**commit.objects, "embedding": digest}}).to_bytes())
     assert kind in {finding.kind for finding in verify_cache(str(known_cache)).findings}
+
+
+UNREADABLE = [
+    "targets.zarr/text/embedding/c/1/0",
+    "commits/image/v0/000001.json",
+    "samples/000000.parquet",
+    "targets.zarr/zarr.json",
+    "manifest.json",
+    "manifest.backup.json",
+]
+
+
+@pytest.mark.parametrize("key", UNREADABLE)
+@pytest.mark.parametrize("how", ["folder", "input-output-error"])
+def test_an_object_that_cannot_be_read_is_a_finding_of_its_own(known_cache: Path, key: str, how: str) -> None:
+    """Something else in its place, and bytes that the disk does not give; the rest is verified all the same."""
+    path = known_cache / key
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+        what = "Is a directory"
+    else:
+        path.symlink_to("/proc/self/mem")  # opens, and answers the first read with EIO
+        what = "Input/output error"
+    other = known_cache / "targets.zarr/text/norm/c/4"
+    other.write_bytes(b"damaged")
+    findings = {finding.key: finding for finding in verify_cache(str(known_cache)).findings}
+    assert findings[key].kind == "unreadable"
+    assert what in findings[key].message
+    assert findings["targets.zarr/text/norm/c/4"].kind == "damaged"
+
+
+def test_without_the_right_to_read_one_object_verify_says_so(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "targets.zarr/text/norm/c/4"
+    (known_cache / key).chmod(0)
+    if os.access(known_cache / key, os.R_OK):  # root may read anything
+        deny(monkeypatch, key)
+    result = CliRunner().invoke(app, ["verify", str(known_cache)])
+    assert result.exit_code == 1
+    assert f"unreadable: {key}: cannot be read: Permission denied" in result.stdout
+    with pytest.raises(CacheAccessError, match=rf"{key}: cannot be read: Permission denied. Let this user read it"):
+        EmbeddingReader(str(known_cache)).take("text", np.arange(25), array="norm")
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    read = LocalFiles.read
+
+    def refuse(self: LocalFiles, wanted: str) -> bytes:
+        if wanted == key:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{self.location}/{key}")
+        return read(self, wanted)
+
+    monkeypatch.setattr(LocalFiles, "read", refuse)
 
 
 def test_an_unfinished_cache_is_not_ok(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from storage.commits import ChunkRef, QuarantinedRow
-from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
+from storage.transient import is_transient
 from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
 
@@ -154,3 +155,57 @@ def test_a_whole_cache_behind_a_url() -> None:
     writer.seal()
     assert verify_cache(url).ok
     np.testing.assert_array_equal(EmbeddingReader(url).take("image", np.array([7]))[0], known_row("image", 7))
+
+
+def read_captions(cache: Path) -> None:
+    reader = EmbeddingReader(str(cache))
+    reader.take("text", np.arange(len(reader.captions)))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "targets.zarr/text/embedding/c/1/0",
+        "commits/text/000001.json",
+        "captions/000000.parquet",
+        "manifest.json",
+    ],
+)
+def test_what_lies_in_an_objects_place_is_named(known_cache: Path, key: str) -> None:
+    (known_cache / key).unlink()
+    (known_cache / key).mkdir()
+    with pytest.raises(CacheCorruptError, match=f"{key}: cannot be read: Is a directory. Remove what is in its place"):
+        read_captions(known_cache)
+
+
+@pytest.mark.parametrize("key", ["targets.zarr/text/embedding/c/1/0", "commits/text/000001.json"])
+def test_an_input_output_error_names_the_object_and_may_pass(known_cache: Path, key: str) -> None:
+    (known_cache / key).unlink()
+    (known_cache / key).symlink_to("/proc/self/mem")  # opens, and answers the first read with EIO
+    with pytest.raises(CacheUnreachableError, match=r"cannot be read: Input/output error. Try again") as caught:
+        EmbeddingReader(str(known_cache)).take("text", np.arange(25))
+    assert key in str(caught.value)
+    assert is_transient(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_damaged_manifest_says_that_its_backup_helps(known_cache: Path, damage: str) -> None:
+    path = known_cache / "manifest.json"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().replace(b"flickr", b"flickR"))
+    with pytest.raises(CacheCorruptError, match=r"manifest.json.*[Rr]un teacher-cache repair"):
+        EmbeddingReader(str(known_cache))
+
+
+def test_the_remedy_of_a_damaged_chunk_commit_and_table_is_repair(known_cache: Path) -> None:
+    for key in ("targets.zarr/text/embedding/c/1/0", "commits/text/000001.json", "captions/000000.parquet"):
+        data = (known_cache / key).read_bytes()
+        for damaged in (None, b"damaged"):
+            (known_cache / key).unlink()
+            if damaged is not None:
+                (known_cache / key).write_bytes(damaged)
+            with pytest.raises(CacheCorruptError, match=f"{key}.*teacher-cache repair CACHE"):
+                read_captions(known_cache)
+            (known_cache / key).write_bytes(data)
