@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def foreign_model(what: str) -> Iterator[None]:
 def require_plain_settings(config: Any, what: str) -> None:
     """Refuse a model config that would have ``transformers`` run Python that comes with a model.
 
-    open_clip hands ``tokenizer_kwargs`` on as they are.
+    open_clip hands ``tokenizer_kwargs`` on as they are. Nor will ``transformers`` ask whether it may, from here on.
 
     Raises:
         UsageError: there is a ``trust_remote_code`` in it that is not false, at any depth.
@@ -64,6 +65,12 @@ def require_plain_settings(config: Any, what: str) -> None:
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)
+    text = config.get("text_cfg") if isinstance(config, dict) else None
+    if isinstance(text, dict) and text.get("hf_model_name"):
+        with suppress(ImportError):  # then open_clip says what is not installed
+            # open_clip cannot be told to refuse for a text tower, so transformers would ask on the terminal
+            remote_code: Any = import_module("transformers.dynamic_module_utils")
+            remote_code.TIME_OUT_REMOTE_CODE = 0
 
 
 def require_plain_files(folder: Path, what: str) -> None:

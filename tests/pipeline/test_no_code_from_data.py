@@ -197,6 +197,17 @@ def test_a_tokenizer_of_transformers_is_told_not_to_run_code(
     assert [how["trust_remote_code"] for how in asked] == [False, False]
 
 
+def test_nobody_is_asked_whether_code_may_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a limit of 0 seconds ``transformers`` refuses at once; otherwise it waits for a y on the terminal."""
+    fake: Any = types.ModuleType("transformers.dynamic_module_utils")
+    fake.TIME_OUT_REMOTE_CODE = 15
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    monkeypatch.setitem(sys.modules, "transformers.dynamic_module_utils", fake)
+    (tmp_path / "s.json").write_text(json.dumps({**TINY_MODEL, "text_cfg": {"hf_model_name": "x"}}))
+    student_config(str(tmp_path / "s.json"))
+    assert fake.TIME_OUT_REMOTE_CODE == 0
+
+
 def test_an_evil_projection_of_a_student(marker: Path, tmp_path: Path) -> None:
     student = build_student(dict(TINY_MODEL), {"mean": [0.5] * 3, "std": [0.5] * 3}, 24)
     save_student(student, dict(TINY_MODEL), tmp_path, {})
