@@ -344,11 +344,16 @@ def _print_proof(proof: ProofResult) -> None:
     if len(proof.wrong) > _ROWS_SHOWN:
         console.print(f"... and {len(proof.wrong) - _ROWS_SHOWN} more; --json lists all")
     least = "" if proof.least_cosine is None else f", least cosine {proof.least_cosine:.5f} at {proof.least_cosine_row}"
+    from pipeline.proof import fraction_shown
+
+    images = proof.images_compared + proof.quarantined_checked
+    shown = fraction_shown(min(images, proof.captions_compared))
     verdict = "as the teacher makes them" if proof.ok else f"{len(proof.wrong)} rows are wrong"
     console.print(
         f"{proof.cache}: {verdict}: {proof.images_compared} images and {proof.captions_compared} captions against "
         f"{proof.teacher} on {proof.device} in {proof.precision}, {proof.quarantined_checked} quarantined tried again, "
-        f"threshold {proof.threshold:g}{least}",
+        f"threshold {proof.threshold:g}{least}\n"
+        f"a fault in {shown:.2%} of all images, or captions, would have shown with 99 % probability",
         markup=False,
         soft_wrap=True,
     )

@@ -11,7 +11,6 @@ p = 0.99, 44 for one in ten, 7 for one in two.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from storage.errors import CacheMismatchError, UsageError
 from storage.integrity import IntegrityReport
 from storage.reader import EmbeddingReader
 
-__all__ = ["ProofResult", "ProvenReport", "WrongRow", "prove_sample", "rows_to_sample"]
+__all__ = ["ProofResult", "ProvenReport", "WrongRow", "fraction_shown", "prove_sample"]
 
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
 _BOX_TOLERANCE = 1e-3  # of the stored crop, in source pixels: float32 of numbers below 2^16
@@ -69,15 +68,9 @@ class ProofResult(BaseModel, frozen=True):
     seconds: float
 
 
-def rows_to_sample(fraction: float, probability: float) -> int:
-    """Rows to draw so that a fault in this fraction of all rows is met with at least this probability.
-
-    Raises:
-        ValueError: one of them is not above 0 and below 1.
-    """
-    if not (0 < fraction < 1 and 0 < probability < 1):
-        raise ValueError(f"fraction {fraction} and probability {probability} must be above 0 and below 1")
-    return math.ceil(math.log(1 - probability) / math.log(1 - fraction))
+def fraction_shown(rows: int, probability: float = 0.99) -> float:
+    """The least fraction of wrong rows that a sample of so many shows with this probability: 1 - (1 - p)^(1 / N)."""
+    return 1.0 if not rows else 1 - (1 - probability) ** (1 / rows)
 
 
 class ProvenReport(IntegrityReport):

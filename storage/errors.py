@@ -5,7 +5,7 @@ CacheError
    |- CacheIncompleteError   started, chunks missing; precompute again resumes
    |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
    |- CacheFormatError       written by a newer version, or not a cache manifest at all
-   |- CacheCorruptError      bytes disagree with their digest; encode those chunks again
+   |- CacheCorruptError      bytes disagree with their digest; teacher-cache repair mends it
    |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
    `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 

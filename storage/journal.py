@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.commits import ChunkCommit, ChunkRef
-from storage.errors import CacheCorruptError
+from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import CacheFiles
 from storage.manifest import canonical_json, digest_of
 
@@ -97,7 +97,9 @@ def read_journal(files: CacheFiles) -> dict[str, ChunkCost]:
         name = key.removeprefix(f"{JOURNAL}/").removesuffix(".json")
         try:
             costs[name] = read_note(files, name)
-        except (CacheCorruptError, FileNotFoundError, PermissionError, IsADirectoryError):
+        except ConnectionError:
+            raise  # the store, not this note
+        except (CacheCorruptError, CacheAccessError, OSError):
             continue
     return costs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pipeline.encode
 from pipeline.config import PrecomputeConfig, ProofConfig
 from pipeline.precompute import precompute
 from pipeline.preprocess import decode_image
-from pipeline.proof import ProofResult, prove_sample, rows_to_sample
+from pipeline.proof import ProofResult, fraction_shown, prove_sample
 from storage.commits import QuarantinedRow, all_chunks
 from storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from storage.integrity import verify_cache
@@ -176,14 +177,14 @@ def test_a_few_bad_rows_are_found_as_often_as_the_formula_says(home: Home, tmp_p
 
     cache = forge(home, tmp_path / "c", exchange)
     assert [row.row for row in prove(home, cache).wrong] == bad
-    assert rows_to_sample(0.1, 0.9) == 22
+    assert fraction_shown(22, 0.9) < 0.1 < fraction_shown(21, 0.9)
     assert sum(not prove(home, cache, sample=22, seed=seed).ok for seed in range(20)) >= 18
 
 
 @pytest.mark.parametrize(("fraction", "probability", "rows"), [(0.01, 0.99, 459), (0.1, 0.99, 44), (0.5, 0.99, 7)])
 def test_how_many_rows(fraction: float, probability: float, rows: int) -> None:
-    assert rows_to_sample(fraction, probability) == rows
-    assert 1 - (1 - fraction) ** rows >= probability > 1 - (1 - fraction) ** (rows - 1)
+    assert rows == math.ceil(math.log(1 - probability) / math.log(1 - fraction))
+    assert fraction_shown(rows, probability) <= fraction < fraction_shown(rows - 1, probability)
 
 
 def test_the_draw_is_seeded(home: Home) -> None:
@@ -257,6 +258,7 @@ def test_the_command(home: Home, tmp_path: Path) -> None:
     assert good.returncode == 0, good.stderr
     assert "as the teacher makes them: 8 images and 8 captions against local-dir:tiny on cpu in fp32" in good.stdout
     assert "threshold 0.999, least cosine 1.0" in good.stdout
+    assert "a fault in 43.77% of all images, or captions, would have shown with 99 % probability" in good.stdout
     assert bad.returncode == 1
     found = json.loads(bad.stdout)
     assert (found["ok"], found["findings"], found["chunks_sound"]) == (False, [], 3 + 5)

@@ -325,6 +325,29 @@ def test_a_repair_that_stopped_before_the_seal_goes_on(home: Home, counted: Coun
     assert result.replaced_manifest_digest is not None
 
 
+def test_a_repair_that_broke_off_is_finished_by_the_next(
+    home: Home, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = home.copy(tmp_path / "c")
+    hurt(cache, *ALL_KINDS, "commits/text/000003.json")
+    encode, calls = LiveTeacher.encode_texts, []
+
+    def break_off(self: LiveTeacher, tokens: object) -> Encoded:
+        calls.append(tokens)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(self, tokens)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveTeacher, "encode_texts", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            mend(home, cache)
+    assert not verify_cache(str(cache)).ok
+    result = mend(home, cache)
+    assert (result.ok, result.done, result.replaced_manifest_digest) == (True, ("text/000003: encoded again",), None)
+    assert cache_digest(cache) == home.digest
+
+
 def test_without_notes_an_older_chunk_costs_all_of_them(home: Home, counted: Counted, tmp_path: Path) -> None:
     cache = home.copy(tmp_path / "c")
     damage("rolled-back-chunk-and-commit", 0, cache, home.others)
@@ -430,5 +453,9 @@ def test_the_command_finds_scenes_and_their_teacher_by_itself(tmp_path: Path) ->
     assert done.stdout.endswith("c: 4 repairs, sound\n")
     assert cache_digest(tmp_path / "c") == digest
     (tmp_path / "c" / "stray").write_bytes(b"?")
-    done = subprocess.run([*command, "repair", str(tmp_path / "c")], capture_output=True, text=True, check=False)
-    assert (done.returncode, "stray: nothing in the cache accounts for this file" in done.stdout) == (1, True)
+    done = subprocess.run(
+        [*command, "repair", str(tmp_path / "c"), "--json"], capture_output=True, text=True, check=False
+    )
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"], found["done"]) == (1, False, [])
+    assert [finding["key"] for finding in found["findings"]] == ["stray"]

@@ -18,7 +18,9 @@ from pipeline.cli import app
 from storage.arrays import encode_object
 from storage.commits import ChunkCommit, ChunkRef
 from storage.errors import CacheAccessError
+from storage.inspect import describe_cache
 from storage.integrity import verify_cache
+from storage.journal import ChunkCost
 from storage.local_files import LocalFiles
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
@@ -165,6 +167,27 @@ def test_info_says_what_the_cache_is(known_cache: Path) -> None:
     # 3 chunks of 4 images (8 halves, a norm, 5 view numbers) and 7 of 4 captions, a checksum on each object
     assert found["target_bytes"] == 3 * (4 * (16 + 4 + 20) + 12) + 7 * (4 * (16 + 4) + 8)
     assert "10 of 10 chunks, complete" in CliRunner().invoke(app, ["info", str(known_cache)]).stdout
+
+
+def test_info_does_not_depend_on_the_journal(known_cache: Path) -> None:
+    """Damaged, foreign and unreadable notes are left out."""
+    writer = EmbeddingWriter(str(known_cache))
+    for number in range(4):
+        ref = ChunkRef("text", 0, number)
+        writer.write(ref, known_arrays(writer, ref), cost=ChunkCost(rows=4, seconds=2.0, teacher_seconds=2.0))
+    notes = [known_cache / f"journal/text/00000{number}.json" for number in range(4)]
+    notes[0].write_bytes(notes[0].read_bytes().replace(b"2.0", b"9.0"))
+    notes[1].write_bytes(notes[2].read_bytes())
+    notes[3].unlink()
+    notes[3].symlink_to("/proc/self/mem")
+    found = describe_cache(str(known_cache))
+    assert (found.encode_seconds, found.captions_per_second) == (2.0, 2.0)
+    kinds = {finding.key: finding.kind for finding in verify_cache(str(known_cache)).findings}
+    assert kinds == {
+        "journal/text/000000.json": "damaged",
+        "journal/text/000001.json": "damaged",
+        "journal/text/000003.json": "unreadable",
+    }
 
 
 def test_storage_needs_no_torch() -> None:
