@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.demo import _CACHE_NAMES
 from storage.integrity import verify_cache
 
 
@@ -31,3 +32,8 @@ def test_the_demo_measures_a_real_gap(tmp_path: Path) -> None:
     assert report.ok
     assert report.images >= 2000
     assert report.captions >= 8000
+
+
+def test_a_second_demo_may_replace_whatever_the_first_one_left(known_cache: Path) -> None:
+    (known_cache / "journal").mkdir()
+    assert {path.name for path in known_cache.iterdir()} == _CACHE_NAMES - {"claims"}
