@@ -151,7 +151,10 @@ def _swapped_chunks(rng: random.Random, cache: Path, others: Others) -> Damage:
 def _swapped_towers(rng: random.Random, cache: Path, others: Others) -> Damage:
     refs = _layout_refs(cache)
     name = rng.choice(["embedding", "norm"])
-    a, b = (rng.choice([ref for ref in refs if ref.tower == tower]) for tower in ("image", "text"))
+    images, texts = ([ref for ref in refs if ref.tower == tower] for tower in ("image", "text"))
+    a = rng.choice(images)
+    here = (cache / a.object_keys()[name]).read_bytes()
+    b = rng.choice([ref for ref in texts if (cache / ref.object_keys()[name]).read_bytes() != here])
     _swap(cache, a.object_keys()[name], b.object_keys()[name])
     return Damage({a.object_keys()[name], b.object_keys()[name]}, {(a, name), (b, name)})
 

@@ -35,5 +35,4 @@ def test_the_demo_measures_a_real_gap(tmp_path: Path) -> None:
 
 
 def test_a_second_demo_may_replace_whatever_the_first_one_left(known_cache: Path) -> None:
-    (known_cache / "journal").mkdir()
-    assert {path.name for path in known_cache.iterdir()} == _CACHE_NAMES - {"claims"}
+    assert {path.name for path in known_cache.iterdir()} | {"journal"} <= _CACHE_NAMES
