@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,15 @@ from pipeline.repair import RepairResult, repair
 from pipeline.teacher import Encoded, LiveTeacher, load_teacher
 from pipeline.train import train
 from storage.commits import ChunkRef, all_chunks
-from storage.errors import CacheAccessError, CacheCorruptError, CacheError, CacheMismatchError, UsageError
+from storage.errors import (
+    CacheAccessError,
+    CacheCorruptError,
+    CacheError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    UsageError,
+)
+from storage.files import open_files
 from storage.integrity import verify_cache
 from storage.journal import ChunkCost
 from storage.reader import EmbeddingReader
@@ -432,6 +441,22 @@ def test_readers_at_work_meanwhile_see_right_rows_or_an_error(home: Home, counte
         watcher.join()
     assert wrong == []
     np.testing.assert_array_equal(EmbeddingReader(str(cache)).take("text", np.arange(32)), right)
+
+
+def test_a_cache_behind_a_url_is_mended_too(home: Home, counted: Counted) -> None:
+    url = f"memory://{uuid.uuid4()}/a.cache"
+    files, sound = open_files(url), everything(home.cache)
+    for key, data in sound.items():
+        files.write(key, data)
+    for key in (*ALL_KINDS, "manifest.json"):
+        files.delete(key)
+    with pytest.raises(CacheNotFoundError, match="no cache here"):
+        repair(url, teacher=home.teacher, device="cpu")
+    files.write("manifest.backup.json", sound["manifest.backup.json"])
+    files.write(IMAGE_CHUNK, sound[TEXT_CHUNK])
+    result = repair(url, teacher=home.teacher, device="cpu")
+    assert (result.ok, result.chunks_encoded) == (True, 2)
+    assert all(files.read(key) == data for key, data in sound.items() if not key.startswith("journal/"))
 
 
 def test_the_command_finds_scenes_and_their_teacher_by_itself(tmp_path: Path) -> None:
