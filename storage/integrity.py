@@ -224,8 +224,10 @@ def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
     seal = manifest.generations[-1].seal
     try:
         return seal is not None and read_commits(files, manifest)[1] == seal.commits_sha256
+    except CacheUnreachableError:
+        raise
     except _FAULTS:
-        return False
+        return False  # which record it is, is found one by one
 
 
 def _fault(key: str, error: Exception) -> Finding:
@@ -325,6 +327,8 @@ def _check_seal(
     for ref, commit in commits.items():
         try:
             note = read_note(files, ref.name)
+        except CacheUnreachableError:
+            raise
         except _FAULTS:
             continue
         if not note.is_of(commit):

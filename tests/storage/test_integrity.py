@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage.arrays import encode_object
 from storage.commits import ChunkCommit, ChunkRef
-from storage.errors import CacheAccessError
+from storage.errors import CacheAccessError, CacheUnreachableError
 from storage.inspect import describe_cache
 from storage.integrity import verify_cache
 from storage.journal import ChunkCost
@@ -146,6 +146,24 @@ def deny(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
         return read(self, wanted)
 
     monkeypatch.setattr(LocalFiles, "read", refuse)
+
+
+def test_a_store_that_goes_away_is_not_taken_for_damage(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it happens: at each read in turn."""
+    read, reads, last = LocalFiles.read, [0], [1 << 30]
+
+    def go_away(self: LocalFiles, key: str) -> bytes:
+        reads[0] += 1
+        if reads[0] >= last[0]:
+            raise CacheUnreachableError(f"{self.location}/{key}: no answer")
+        return read(self, key)
+
+    monkeypatch.setattr(LocalFiles, "read", go_away)
+    assert verify_cache(str(known_cache)).ok
+    for number in range(1, reads[0] + 1):
+        reads[0], last[0] = 0, number
+        with pytest.raises(CacheUnreachableError, match="no answer"):
+            verify_cache(str(known_cache))
 
 
 def test_an_unfinished_cache_is_not_ok(tmp_path: Path) -> None:
