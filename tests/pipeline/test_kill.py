@@ -6,18 +6,12 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from storage.errors import CacheNotFoundError
 from storage.inspect import describe_cache
-from storage.integrity import verify_cache
-from tests.conftest import cache_digest, write_photos
-from tests.precompute_process import Event, finish, start
-
-MakePhotos = Callable[..., Path]
-CHUNKS = 6 + 12  # 24 images and 48 captions by 4
+from tests.conftest import write_photos
+from tests.pipeline.kill_work import Work
 
 # where a kill may fall, and how many of the seeded moments fall there; 50 in all
 MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
@@ -37,56 +31,10 @@ MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
 }
 
 
-class Work:
-    """A small dataset and what an unbroken run over it does and leaves."""
-
-    def __init__(self, photos: Path, teacher: Path, folder: Path) -> None:
-        self.folder = folder
-        self.config: dict[str, Any] = {
-            "dataset": f"flickr:{photos}",
-            "teacher": f"local-dir:{teacher}",
-            "device": "cpu",
-            "batch_size": 2,
-            "chunk_rows": 4,
-            "decode_threads": 2,
-        }
-        self.events: list[Event] = [(kind, key) for kind, key in self.run("whole")["events"]]
-        self.digest = cache_digest(folder / "whole")
-
-    def run(self, name: str) -> dict[str, Any]:
-        out = self.folder / f"{name}.json"
-        found = finish(start(self.config | {"cache": str(self.folder / name)}, out=out), out)
-        assert "error" not in found, found
-        return found
-
-    def killed(self, name: str, at: int) -> None:
-        process = start(self.config | {"cache": str(self.folder / name)}, out=self.folder / "never", kill_at=at)
-        process.join(120)
-        assert process.exitcode == -9, f"event {at} of {len(self.events)} never came"
-
-    def commits(self, name: str) -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in (self.folder / name / "commits").rglob("[0-9]*.json")}
-
-    def check_resumed(self, name: str) -> None:
-        """What is there after a kill is sound; going on encodes exactly what was not committed."""
-        before = self.commits(name)
-        try:
-            report = verify_cache(str(self.folder / name))
-        except CacheNotFoundError:
-            assert not before
-        else:
-            assert {finding.kind for finding in report.findings} <= {"incomplete"}, report.findings
-            assert report.chunks_sound == len(before)
-        assert self.run(name)["result"]["chunks_encoded"] == CHUNKS - len(before)
-        after = self.commits(name)
-        assert {path: after[path] for path in before} == before
-        assert cache_digest(self.folder / name) == self.digest
-
-
 @pytest.fixture(scope="module")
 def work(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("killed")
-    return Work(write_photos(folder / "photos", 24), tiny_teacher, folder)
+    return Work(write_photos(folder / "photos", 24), tiny_teacher, str(folder), folder)
 
 
 def test_there_are_fifty_moments() -> None:
@@ -106,9 +54,8 @@ def test_killed_at_a_seeded_moment_nothing_is_lost_or_done_twice(work: Work, mom
 def test_killed_from_outside_again_and_again(work: Work) -> None:
     """One cache, killed by its parent after random delays until a run gets through."""
     random_seconds, kills = random.Random(2026), 0
-    cache = work.folder / "outside"
     while kills < 8:
-        process = start(work.config | {"cache": str(cache)}, out=work.folder / "out", teacher_seconds=0.02)
+        process = work.start("outside", teacher_seconds=0.02)
         commits, until = len(work.commits("outside")), time.monotonic() + 60
         while len(work.commits("outside")) == commits and process.is_alive():
             assert time.monotonic() < until
@@ -121,4 +68,4 @@ def test_killed_from_outside_again_and_again(work: Work) -> None:
         kills += 1
     assert kills >= 3
     work.check_resumed("outside")
-    assert describe_cache(str(cache)).sealed
+    assert describe_cache(work.location("outside")).sealed
