@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import pipeline.cli_zero_shot  # noqa: F401  a command of its own
 from pipeline.config import EvaluateConfig, PrecomputeConfig, ProofConfig, TrainConfig, load_config
 from storage.cli import CacheArgument, JsonFlag, app, print_findings, print_json, print_report
 from storage.console import StageProgress

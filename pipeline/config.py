@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from storage.errors import UsageError
 
-__all__ = ["EvaluateConfig", "Precision", "PrecomputeConfig", "ProofConfig", "TrainConfig", "load_config"]
+__all__ = [
+    "EvaluateConfig",
+    "Precision",
+    "PrecomputeConfig",
+    "ProofConfig",
+    "TrainConfig",
+    "ZeroShotConfig",
+    "load_config",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -117,6 +125,19 @@ class EvaluateConfig(_Config):
     workers: int | None = Field(
         None, ge=0, description="Processes that decode; half the cores, at most 8, if left out."
     )
+
+
+class ZeroShotConfig(_Config):
+    """Classify the images of a dataset by the prompts of their classes."""
+
+    dataset: str = Field(
+        description="KIND:PATH whose captions are the prompts of each image's class: imagefolder:PATH?templates=openai."
+    )
+    run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    teacher: str | None = Field(None, description="open_clip model to measure, as for precompute.")
+    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
+    batch_size: int = Field(256, gt=0, description="Images per forward pass.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
 
 
 _C = TypeVar("_C", bound=_Config)
