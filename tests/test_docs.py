@@ -38,7 +38,7 @@ def code_in(path: Path) -> str:
 def test_every_command_and_flag_shown_exists(path: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     text = code_in(path)
-    for name, rest in re.findall(r"teacher-cache ([a-z]+)\b([^\n`]*)", text):
+    for name, rest in re.findall(r"teacher-cache ([a-z][a-z-]*)\b([^\n`]*)", text):
         assert name in commands, f"{path.name}: teacher-cache {name}"
         known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
         assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, f"{path.name}: teacher-cache {name}{rest}"
