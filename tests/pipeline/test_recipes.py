@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import TrainConfig, load_config
+from pipeline.config import PrecomputeConfig, TrainConfig, load_config
 from pipeline.losses import LOSSES
 from pipeline.recipes import LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from storage.errors import UsageError
+from tests.conftest import TINY_MODEL
 
 NEEDED = {"cache": "c", "student": "s", "out": "o"}
 NUMBERS: dict[str, tuple[dict[str, float], float, float, float, float, float]] = {
@@ -118,3 +121,33 @@ def test_a_recipe_is_a_flag() -> None:
     done = subprocess.run([*command, "--recipe", "gide"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there are default, guide, clip-kd, mobileclip" in " ".join(done.stderr.split())
+
+
+def test_every_recipe_trains_and_its_numbers_are_in_the_record(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A student of another width than its teacher, by the default of each recipe."""
+    from pipeline.precompute import precompute
+    from pipeline.train import train
+
+    cache, student = str(tmp_path / "photos.cache"), tmp_path / "narrow.json"
+    student.write_text(json.dumps({**TINY_MODEL, "embed_dim": 12}))
+    precompute(
+        PrecomputeConfig(
+            dataset=f"flickr:{make_photos(20)}", teacher=f"local-dir:{tiny_teacher}", cache=cache, device="cpu"
+        )
+    )
+    for name, recipe in RECIPES.items():
+        out = tmp_path / name
+        settings = {"epochs": 3, "batch_size": 8, "workers": 0, "device": "cpu"}
+        record = train(TrainConfig(cache=cache, student=str(student), out=str(out), recipe=name, **settings)).record
+        assert set(record.epochs[0].parts) == set(recipe.losses), name
+        written = json.loads((out / "run.json").read_text())["config"]
+        assert {setting: written[setting] for setting in RECIPE_SETTINGS} == {
+            setting: getattr(recipe, setting) for setting in RECIPE_SETTINGS
+        }
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        # six steps: the first is the whole of the warm-up where there is one, and cosine from 1 where there is none
+        assert log[0]["learning_rate"] == pytest.approx(recipe.learning_rate, rel=1e-9), name
+        total = sum(weight * log[0][part] for part, weight in recipe.losses.items())
+        assert log[0]["loss"] == pytest.approx(total, rel=1e-5), name
