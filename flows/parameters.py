@@ -7,7 +7,7 @@ changing one setting does not mean repeating all of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field
@@ -18,12 +18,20 @@ __all__ = ["parameters_of"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def parameters_of(config: type[BaseModel]) -> Callable[[_Function], _Function]:
+def parameters_of(config: type[BaseModel], filled_by_config: Collection[str] = ()) -> Callable[[_Function], _Function]:
     """Give a function ``f(*, own, **settings)`` one keyword parameter for each setting of ``config``.
 
     Names, types, limits, defaults and descriptions come from the model, so there is one place to change them.
     A parameter of the function's own stands in for the setting of the same name; the others come last. Their
     descriptions are read from ``Annotated[..., Field(description=...)]``.
+
+    A flow hands on all its parameters, so a setting left alone would arrive as if somebody had chosen its default.
+    For settings that the model works out of others that would be wrong: those of ``filled_by_config`` are None until
+    they are given, and the model takes None as not given.
+
+    Args:
+        config: the model of the stage.
+        filled_by_config: settings whose value the model finds itself when they are None.
 
     Prefect reads types and limits from the signature, descriptions only from ``Args:`` in the docstring, which
     is why both are made here.
@@ -36,7 +44,10 @@ def parameters_of(config: type[BaseModel]) -> Callable[[_Function], _Function]:
             for name, parameter in signature.parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        parameters = {name: own.get(name) or _parameter(name, field) for name, field in config.model_fields.items()}
+        parameters = {
+            name: own.get(name) or _parameter(name, field, name in filled_by_config)
+            for name, field in config.model_fields.items()
+        }
         parameters.update(own)
         described = "\n".join(f"    {name}: {_description(parameter)}" for name, parameter in parameters.items())
         function.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{described}\n"
@@ -46,9 +57,12 @@ def parameters_of(config: type[BaseModel]) -> Callable[[_Function], _Function]:
     return give
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, filled_by_config: bool) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
-    annotation = Annotated[field.annotation, *field.metadata, Field(description=field.description)]  # type: ignore[name-defined]
+    description = Field(description=field.description)
+    annotation: Any = Annotated[field.annotation, *field.metadata, description]
+    if filled_by_config:  # the limits are those of a value that is given
+        default, annotation = None, Annotated[annotation | None, description]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -19,6 +19,7 @@ from flows.parameters import parameters_of
 from flows.progress import LoggedProgress
 from flows.retries import TRIED_AGAIN
 from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.runs import RunFolder, RunRecord
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ ARTIFACT = "train-student"
 
 
 @flow(name="train-student", persist_result=False)
-@parameters_of(TrainConfig)
+@parameters_of(TrainConfig, filled_by_config=RECIPE_SETTINGS)
 def train_student(
     *,
     out: Annotated[

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from pipeline.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from storage.errors import UsageError
 
 __all__ = [
@@ -64,7 +66,11 @@ class ProofConfig(_Config):
 
 
 class TrainConfig(_Config):
-    """Train a student from a finished cache. No teacher is loaded."""
+    """Train a student from a finished cache. No teacher is loaded.
+
+    A recipe (``pipeline.recipes``) fills the settings of ``RECIPE_SETTINGS`` that are not given, or given as None.
+    A config therefore always holds the numbers themselves: given settings first, then the recipe's.
+    """
 
     cache: str = Field(description="Folder or URL of a finished cache.")
     student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
@@ -79,17 +85,46 @@ class TrainConfig(_Config):
     accept_mismatch: tuple[str, ...] = Field(
         (), description="Field of the identity, or part of it, that may differ from the expected; recorded in the run."
     )
+    recipe: str = Field(
+        "default",
+        description=f"Named set of losses and optimiser settings: {', '.join(RECIPES)}. A setting that is given "
+        "wins over the recipe's.",
+    )
     epochs: int = Field(10, gt=0, description="Passes over the split; one caption per image and pass.")
     batch_size: int = Field(256, gt=1, description="Pairs per step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak, reached after warm-up; cosine to 0 from there.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's; not on biases, norms and logit_scale.")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of all steps with a rising learning rate.")
+    learning_rate: float = Field(
+        DEFAULT.learning_rate,
+        gt=0,
+        description="Peak, reached after warm-up; cosine to 0 from there. The recipe's if left out.",
+    )
+    weight_decay: float = Field(
+        DEFAULT.weight_decay,
+        ge=0,
+        description="AdamW's; not on biases, norms and logit_scale. The recipe's if left out.",
+    )
+    warmup_fraction: float = Field(
+        DEFAULT.warmup_fraction,
+        ge=0,
+        lt=1,
+        description="Share of all steps with a rising learning rate. The recipe's if left out.",
+    )
     clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     losses: dict[str, float] = Field(
-        default={"contrastive": 1.0, "relational": 1.0, "feature": 2000.0},
-        description="Weight of each named loss; those left out count nothing.",
+        default=DEFAULT.losses,
+        description="Weight of each named loss; those left out count nothing. The recipe's if none is given.",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the contrastive loss.")
+    label_smoothing: float = Field(
+        DEFAULT.label_smoothing, ge=0, lt=1, description="Of the contrastive loss. The recipe's if left out."
+    )
+    temperature: float = Field(
+        DEFAULT.temperature, gt=0, description="Of both softmaxes in the relational_mse loss. The recipe's if left out."
+    )
+    queue_rows: int = Field(
+        0,
+        ge=0,
+        validate_default=True,
+        description="Cached teacher rows that the queue loss compares with, the last ones used; 0: no queue.",
+    )
     window_chunks: int = Field(16, gt=0, description="Chunks of the cache that are shuffled together.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order and choice of captions.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
@@ -98,16 +133,39 @@ class TrainConfig(_Config):
         None, ge=0, description="Processes that decode; half the cores, at most 8, if left out."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_fills_what_is_not_given(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        given = {name: value for name, value in settings.items() if name not in RECIPE_SETTINGS or value is not None}
+        name = given.get("recipe", "default")
+        # one that is not known fills nothing and is refused below, by its name
+        return {**asdict(RECIPES[name]), **given} if isinstance(name, str) and name in RECIPES else given
+
+    @field_validator("recipe")
+    @classmethod
+    def _recipe_is_known(cls, recipe: str) -> str:
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is not known; there are {', '.join(RECIPES)}")
+        return recipe
+
     @field_validator("losses")
     @classmethod
     def _losses_are_known(cls, losses: dict[str, float]) -> dict[str, float]:
-        known = ("contrastive", "feature", "relational")
-        unknown = sorted(set(losses) - set(known))
+        unknown = sorted(set(losses) - set(LOSS_NAMES))
         if unknown:
-            raise ValueError(f"losses {', '.join(unknown)} are not known; there are {', '.join(known)}")
+            raise ValueError(f"losses {', '.join(unknown)} are not known; there are {', '.join(LOSS_NAMES)}")
         if not any(weight > 0 for weight in losses.values()) or min(losses.values()) < 0:
             raise ValueError(f"weights must be >= 0 and one of them > 0, found {losses}")
         return losses
+
+    @field_validator("queue_rows")
+    @classmethod
+    def _a_queue_for_the_queue_loss(cls, queue_rows: int, info: ValidationInfo) -> int:
+        if not queue_rows and info.data.get("losses", {}).get("queue", 0) > 0:
+            raise ValueError("the queue loss has a weight and no queue; set queue_rows to some 10 batches, or more")
+        return queue_rows
 
 
 class EvaluateConfig(_Config):

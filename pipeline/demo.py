@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "weight_decay": 0.05,
     "clip_grad_norm": 5.0,
+    "losses": {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0},
 }
 
 

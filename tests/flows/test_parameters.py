@@ -21,6 +21,7 @@ from flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from flows.train_student import train_student
 from pipeline.config import PrecomputeConfig, TrainConfig
 from pipeline.plan import chunk_spans
+from pipeline.recipes import RECIPE_SETTINGS
 from storage.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -42,16 +43,54 @@ def test_the_form_shows_every_setting_with_its_default_limits_and_description(fl
         if name == "out":
             assert "runs/NAME-OF-THIS-FLOW-RUN" in shown["description"]
             continue
+        limits = shown
+        if config is TrainConfig and name in RECIPE_SETTINGS:  # left to the recipe, so nothing until somebody gives it
+            assert shown["default"] is None
+            limits = {**shown["anyOf"][0], "description": shown["description"]}
+            assert shown["anyOf"][1:] == [{"type": "null"}]
+        else:
+            assert shown.get("default") == field.get("default"), name
         for key in set(field) - {"title", "default", "additionalProperties"}:
-            assert shown[key] == field[key], name
-        assert shown.get("default") == field.get("default"), name
+            assert limits[key] == field[key], name
     assert all(shown["description"] for shown in schema["properties"].values())
     assert set(schema["required"]) == set(wanted["required"]) - {"out"}
+
+
+def started_with(**given):
+    """The config that a flow run makes of the parameters somebody gave, all others as the form has them."""
+    required = {"cache": "c", "student": "s", "out": "o"}
+    form = {
+        name: parameter.default
+        for name, parameter in inspect.signature(train_student.fn).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    parameters = train_student.validate_parameters({**form, **required, **given})
+    return TrainConfig(**{name: value for name, value in parameters.items() if name not in OWN})
+
+
+def test_a_flow_run_takes_from_the_recipe_what_nobody_gave():
+    guide = started_with(recipe="guide")
+    assert (guide.learning_rate, guide.weight_decay, guide.warmup_fraction) == (5e-4, 1e-4, 0)
+    assert guide.losses == {"feature": 1.0, "relational_mse": 0.1}
+    assert started_with() == TrainConfig(cache="c", student="s", out="o")
+    # also a value that happens to be the recipe default's
+    assert started_with(recipe="guide", learning_rate=1e-3).learning_rate == 1e-3
+
+
+def test_the_deployment_trains_with_the_losses_it_names():
+    parameters = next(d for d in deployments() if d["entrypoint"].endswith("train_student"))["parameters"]
+    given = {name: value for name, value in parameters.items() if name not in OWN}
+    found = started_with(**given)
+    assert found.losses == {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0}
+    assert (found.learning_rate, found.weight_decay, found.warmup_fraction) == (0.003, 0.05, 0.05)
+    assert started_with(**given | {"recipe": "clip-kd", "losses": None}).losses["interactive"] == 1.0
 
 
 def test_the_flow_tells_a_setting_that_is_out_of_range():
     with pytest.raises(ParameterTypeError, match="chunk_rows"):
         precompute_teacher.validate_parameters({"dataset": "a:b", "teacher": "t", "cache": "c", "chunk_rows": 0})
+    with pytest.raises(ParameterTypeError, match="learning_rate"):
+        train_student.validate_parameters({"cache": "c", "student": "s", "learning_rate": -1.0})
     with pytest.raises(ParameterTypeError, match="teacher"):
         precompute_teacher.validate_parameters({"dataset": "a:b", "cache": "c"})
 

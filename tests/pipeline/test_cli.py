@@ -148,7 +148,7 @@ def test_a_wrong_run_file_says_what_is_wrong(tmp_path: Path, text: str, message:
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ({"magic": 1.0}, "losses magic are not known; there are contrastive, feature, relational"),
+        ({"magic": 1.0}, "losses magic are not known; there are contrastive, cosine, feature, interactive, queue"),
         ({"feature": 0.0}, "one of them > 0"),
         ({"feature": -1.0, "relational": 1.0}, "weights must be >= 0"),
     ],

