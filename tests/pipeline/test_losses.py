@@ -350,7 +350,7 @@ def test_a_queue_goes_on_from_its_state() -> None:
     for queue in (straight, second):
         queue.push(*pairs(4, 3))
     assert all(torch.equal(a, b) for a, b in zip(straight.rows(), second.rows(), strict=True))
-    with pytest.raises(ValueError, match=r"holds 5 rows, this one keeps 4\\. Resume with the queue_rows"):
+    with pytest.raises(ValueError, match=r"holds 5 rows, this one keeps 4\. Resume with the queue_rows"):
         TeacherQueue(4, 3).load_state_dict(straight.state_dict())
 
 
