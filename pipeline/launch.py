@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
@@ -59,7 +60,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     with _relayed(receivers, progress, errors), _own_environment():
         try:
             fabric.launch(_rank, senders, device.type, config, work, args)
-        except torch.multiprocessing.ProcessException as error:
+        except (ProcessRaisedException, ProcessExitedException) as error:
             failed: BaseException | None = error
         except BaseException:  # Ctrl-C: nobody else would end them
             for child in set(multiprocessing.active_children()) - before:

@@ -89,7 +89,11 @@ def train(
     if resume:
         record = run.require_resumable(config)
         if record.finished:
+            with run.locked():  # killed at its very end, it may have more than it names
+                run.remove_unnamed(record)
             return TrainResult(str(run.path), record)
+    else:
+        run.require_free()
     launch(config, _train_rank, resume, progress=progress)
     return TrainResult(str(run.path), run.read())
 
@@ -132,8 +136,6 @@ def _train_rank(
         image_root=_absolute(source.root),
         train_images=len(rows),
     )
-    if not resume:
-        run.require_free()
     # rank 0 alone writes
     with run.locked() if fabric.global_rank == 0 else contextlib.nullcontext():
         if resume:
