@@ -1,7 +1,8 @@
 """Flow ``train-student``: train one student from a finished cache, and measure it if a split is given.
 
-Training is not retried: it starts from the first step, in a folder that must not hold a run, and its usual
-failures (a wrong setting, a damaged cache, a loss that is not finite) come back the same.
+Training is not retried at once, since its usual failures (a wrong setting, a damaged cache, a loss that is not
+finite) come back the same. A run whose worker died is gone on with by running the flow again with the same ``out``,
+or by retrying the flow run: it takes up the run folder where its last checkpoint left it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ ARTIFACT = "train-student"
 def train_student(
     *,
     out: Annotated[
-        str | None, Field(description="Folder of the run, with no run in it; runs/NAME-OF-THIS-FLOW-RUN if left out.")
+        str | None,
+        Field(
+            description="Folder of the run, with none in it or an unfinished one to go on with; "
+            "runs/NAME-OF-THIS-FLOW-RUN if left out."
+        ),
     ] = None,
     evaluate_split: Annotated[
         str | None, Field(description="Split to measure teacher and student on afterwards; none if left out.")
@@ -55,6 +60,7 @@ def train_student(
         "checkpoint": f"{config.out}/{record.checkpoint}",
         "student_parameters": record.student_parameters,
         "steps": record.steps,
+        "resumed_at": list(record.resumed_at),
         "loss": record.epochs[-1].loss,
         "cache_manifest_digest": record.cache_manifest_digest,
     }
@@ -64,14 +70,13 @@ def train_student(
 
 
 def default_out() -> str:
-    """``runs/`` and the name of the flow run; retrying the flow run itself gets a folder of its own."""
-    again = f"-{flow_run.run_count}" if (flow_run.run_count or 1) > 1 else ""
-    return f"runs/{flow_run.name}{again}"
+    """``runs/`` and the name of the flow run; retrying the flow run goes on in the same folder."""
+    return f"runs/{flow_run.name}"
 
 
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
 def train_run(config: TrainConfig) -> RunRecord:
-    """Train to the end of the last epoch; each epoch leaves a checkpoint."""
+    """Train to the end of the last epoch, from the first step or from where a run that died was saved."""
     # here, not above: prefect deploy imports this file too and needs no torch
     from pipeline.train import StepProgress, train
 
@@ -82,7 +87,13 @@ def train_run(config: TrainConfig) -> RunRecord:
         note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
         progress("step", at.step, at.total_steps, note)
 
-    record = train(config, report).record
+    folder = RunFolder(config.out)
+    # a flow run that is tried again after its training was done has its student already
+    again = (flow_run.run_count or 1) > 1 and folder.exists()
+    resume = again or folder.resumable()
+    if resume:
+        logger.info(f"{config.out}: goes on after step {folder.read().steps}")
+    record = train(config, report, resume=resume).record
     logger.info(f"{config.out}: {record.steps} steps in {record.seconds:,.1f} s, loss {record.epochs[-1].loss:.4f}")
     return record
 
@@ -117,6 +128,9 @@ def summary_table(record: RunRecord, measured: EvaluateResult | None) -> list[di
         "steps": record.steps,
         "seconds": round(record.seconds, 1),
     }
+    if record.best is not None:
+        rows["best checkpoint"] = f"{record.config.out}/{record.best.checkpoint}"
+        rows["best epoch"] = f"{record.best.epoch + 1}, chosen on {record.best.split}"
     for epoch in record.epochs:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.parts.items())
         rows[f"loss of epoch {epoch.epoch + 1}"] = f"{epoch.loss:.4f} ({parts})"

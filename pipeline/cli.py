@@ -19,7 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import pipeline.cli_zero_shot  # noqa: F401  a command of its own
-from pipeline.config import EvaluateConfig, PrecomputeConfig, ProofConfig, TrainConfig, load_config
+from pipeline.config import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    ProofConfig,
+    TrainConfig,
+    check_config,
+    given_settings,
+    load_config,
+)
 from storage.cli import CacheArgument, JsonFlag, app, print_findings, print_json, print_report
 from storage.console import StageProgress
 from storage.errors import CacheError, UsageError
@@ -205,14 +213,24 @@ def train(
     recipe: Annotated[str | None, _setting(TrainConfig, "recipe")] = None,
     epochs: Annotated[int | None, _setting(TrainConfig, "epochs")] = None,
     batch_size: Annotated[int | None, _setting(TrainConfig, "batch_size")] = None,
+    micro_batch: Annotated[int | None, _setting(TrainConfig, "micro_batch")] = None,
     learning_rate: Annotated[float | None, _setting(TrainConfig, "learning_rate")] = None,
+    ema_decay: Annotated[float | None, _setting(TrainConfig, "ema_decay")] = None,
     seed: Annotated[int | None, _setting(TrainConfig, "seed")] = None,
     device: Annotated[str | None, _setting(TrainConfig, "device")] = None,
+    devices: Annotated[int | None, _setting(TrainConfig, "devices")] = None,
     precision: Annotated[str | None, _setting(TrainConfig, "precision")] = None,
+    compile_: Annotated[bool | None, _setting(TrainConfig, "compile", "--compile")] = None,
     workers: Annotated[int | None, _setting(TrainConfig, "workers")] = None,
+    checkpoint_seconds: Annotated[float | None, _setting(TrainConfig, "checkpoint_seconds")] = None,
+    select_split: Annotated[str | None, _setting(TrainConfig, "select_split")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, whose settings count; it was stopped or killed."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train a student from a finished cache. No teacher is loaded."""
+    """Train a student from a finished cache. No teacher is loaded. Killed at any time, it goes on by --resume."""
     flags = {
         "cache": cache,
         "student": student,
@@ -224,34 +242,50 @@ def train(
         "recipe": recipe,
         "epochs": epochs,
         "batch_size": batch_size,
+        "micro_batch": micro_batch,
         "learning_rate": learning_rate,
+        "ema_decay": ema_decay,
         "seed": seed,
         "device": device,
+        "devices": devices,
         "precision": precision,
+        "compile": compile_,
         "workers": workers,
+        "checkpoint_seconds": checkpoint_seconds,
+        "select_split": select_split,
     }
-    config = load_config(TrainConfig, "train", run_file, flags)
+    config = _resumed_config(run_file, flags) if resume else load_config(TrainConfig, "train", run_file, flags)
     from pipeline.train import StepProgress
     from pipeline.train import train as run_train
 
-    with StageProgress() as progress:
+    try:
+        with StageProgress() as progress:
 
-        def report(at: StepProgress) -> None:
-            note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
-            progress("train", at.step, at.total_steps, note)
+            def report(at: StepProgress) -> None:
+                note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
+                progress("train", at.step, at.total_steps, note, at.eta_seconds)
 
-        result = run_train(config, report)
+            result = run_train(config, report, resume=resume)
+    except KeyboardInterrupt:
+        _say(f"stopped: {_how_to_train_on(config.out)}")
+        raise typer.Exit(1) from None
     if json:
         print_json(result.record)
         return
     record = result.record
     last = record.epochs[-1]
+    best = (
+        ""
+        if record.best is None
+        else f"\nbest: {result.run}/{record.best.checkpoint}, epoch {record.best.epoch + 1}, mean recall "
+        f"{record.best.mean_recall:.1f} %, chosen on {record.best.split}"
+    )
     Console().print(
         f"{result.run}: {record.student_parameters:,} parameters, {record.steps} steps over "
         f"{record.train_images:,} images in {record.seconds:,.1f} s\n"
         f"last epoch: loss {last.loss:.4f}, {last.samples_per_second:,.0f} samples/s, "
         f"{last.data_wait_share:.0%} of the time waiting for data\n"
-        f"checkpoint: {result.run}/{record.checkpoint}",
+        f"checkpoint: {result.run}/{record.checkpoint}{best}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -263,6 +297,7 @@ def evaluate(
     run_file: RunFile = None,
     cache: Annotated[str | None, _setting(EvaluateConfig, "cache")] = None,
     run: Annotated[str | None, _setting(EvaluateConfig, "run")] = None,
+    checkpoint: Annotated[str | None, _setting(EvaluateConfig, "checkpoint")] = None,
     split: Annotated[str | None, _setting(EvaluateConfig, "split")] = None,
     image_root: Annotated[str | None, _setting(EvaluateConfig, "image_root")] = None,
     accept_mismatch: Annotated[list[str] | None, _setting(EvaluateConfig, "accept_mismatch")] = None,
@@ -273,6 +308,7 @@ def evaluate(
     flags = {
         "cache": cache,
         "run": run,
+        "checkpoint": checkpoint,
         "split": split,
         "image_root": image_root,
         "accept_mismatch": accept_mismatch or None,
@@ -287,6 +323,8 @@ def evaluate(
         print_json(result)
     else:
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
+        if result.chosen_on is not None:
+            title += f"; checkpoint chosen on {result.chosen_on}"
         Console().print(recall_table(title, result.teacher, result.student, result.retention))
 
 
@@ -317,6 +355,32 @@ def _how_to_go_on(cache: str) -> str:
     except (CacheError, OSError):
         state = "nothing is committed yet"
     return f"{state}. Run the same command again to go on."
+
+
+def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in --out, with those given on top: training refuses the ones that differ."""
+    from pipeline.runs import RunFolder
+
+    given = given_settings("train", run_file, flags)
+    if "out" not in given:
+        raise UsageError("--resume goes on with the run in --out; name its folder")
+    recorded = RunFolder(given["out"]).read().config
+    settings = recorded.model_dump() | given
+    if "cache" in given and "://" not in given["cache"]:
+        settings["cache"] = str(Path(given["cache"]).resolve())
+    return check_config(TrainConfig, settings, "train --resume")
+
+
+def _how_to_train_on(out: str) -> str:
+    from pipeline.runs import RunFolder
+
+    folder = RunFolder(out)
+    try:
+        if not folder.resumable():
+            return "nothing is saved yet. Run the same command again to start anew."
+        return f"{folder.read().steps} steps are saved. Go on by: teacher-cache train --resume --out {out}"
+    except UsageError as error:
+        return str(error)
 
 
 def recall_table(

@@ -19,6 +19,8 @@ __all__ = [
     "ProofConfig",
     "TrainConfig",
     "ZeroShotConfig",
+    "check_config",
+    "given_settings",
     "load_config",
 ]
 
@@ -91,7 +93,13 @@ class TrainConfig(_Config):
         "wins over the recipe's.",
     )
     epochs: int = Field(10, gt=0, description="Passes over the split; one caption per image and pass.")
-    batch_size: int = Field(256, gt=1, description="Pairs per step.")
+    batch_size: int = Field(256, gt=1, description="Pairs per step, over all devices.")
+    micro_batch: int | None = Field(
+        None,
+        gt=0,
+        description="Pairs per forward pass and device, to fit a large batch into memory at a third more time; the "
+        "loss still compares the whole batch. All at once if left out.",
+    )
     learning_rate: float = Field(
         DEFAULT.learning_rate,
         gt=0,
@@ -109,6 +117,9 @@ class TrainConfig(_Config):
         description="Share of all steps with a rising learning rate. The recipe's if left out.",
     )
     clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Moving average of the weights, which is then what is measured and saved; 0: none."
+    )
     losses: dict[str, float] = Field(
         default=DEFAULT.losses,
         description="Weight of each named loss; those left out count nothing. The recipe's if none is given.",
@@ -128,10 +139,30 @@ class TrainConfig(_Config):
     window_chunks: int = Field(16, gt=0, description="Chunks of the cache that are shuffled together.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order and choice of captions.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
+    devices: int = Field(1, gt=0, description="Devices of this machine that share each batch, a process on each.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; losses stay in float32.")
+    compile: bool = Field(
+        False, description="Compile both towers: minutes at the start, faster steps on a GPU. For long runs."
+    )
     workers: int | None = Field(
         None, ge=0, description="Processes that decode; half the cores, at most 8, if left out."
     )
+    checkpoint_seconds: float = Field(
+        300.0, gt=0, description="A crash loses no more than this: time between points from which --resume goes on."
+    )
+    checkpoint_steps: int | None = Field(None, gt=0, description="Steps between such points, besides the time.")
+    select_split: str | None = Field(
+        None, description="Split on which each epoch's student is measured; the best one is kept as checkpoint best."
+    )
+    select_every: int = Field(1, gt=0, description="Epochs between these measurements; the last epoch has one.")
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> TrainConfig:
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
+        if self.select_split == self.split:
+            raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +204,9 @@ class EvaluateConfig(_Config):
 
     cache: str | None = Field(None, description="Finished cache; left out, the one that the run was trained from.")
     run: str | None = Field(None, description="Folder of a training run; left out, only the teacher is measured.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
     split: str = Field("test", description="Split to measure on.")
     accept_mismatch: tuple[str, ...] = Field(
         (), description="Field of the identity, or part of it, in which the run's cache may differ from this one."
@@ -214,6 +248,16 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
         UsageError: the file is not TOML, has an unknown table or setting, or a setting is missing or wrong; the
             message names the file and each setting.
     """
+    where = f"{path} [{section}]" if path else section
+    return check_config(kind, given_settings(section, path, overrides), where)
+
+
+def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage that a run file and flags name; see :func:`load_config`, without its checks of values.
+
+    Raises:
+        UsageError: the run file cannot be read, is not TOML or has an unknown table.
+    """
     settings: dict[str, Any] = {}
     if path is not None:
         try:
@@ -233,16 +277,26 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
                 f"{path}: unknown {', '.join(unknown)}; a run file has cache, [precompute], [train], [evaluate]"
             )
         settings = {**({"cache": tables["cache"]} if "cache" in tables else {}), **tables.get(section, {})}
-    settings.update({name: value for name, value in overrides.items() if value is not None})
+    return settings | {name: value for name, value in overrides.items() if value is not None}
+
+
+def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
+    """Settings by name as a checked object.
+
+    Args:
+        where: what names them in a message: a run file and its table.
+
+    Raises:
+        UsageError: a setting is missing, unknown or wrong.
+    """
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        where = f"{path} [{section}]" if path else section
         lines = []
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "missing":
                 lines.append(f"{name} is missing: give --{name.replace('_', '-')} or set it in a run file")
             else:
-                lines.append(f"{name}: {problem['msg']}")
+                lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))
         raise UsageError(f"{where}: " + "; ".join(lines)) from error

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.batches import StudentImages, load_items
-from pipeline.device import resolve_device
 from pipeline.samples import ImageSource
-from pipeline.student import load_student, student_tokenizer
+from pipeline.student import Student, student_tokenizer
 from storage.reader import EmbeddingReader
 
 __all__ = ["encode_rows"]
 
 
 def encode_rows(
-    checkpoint: Path,
+    student: Student,
+    config: dict[str, Any],
     reader: EmbeddingReader,
     image_rows: NDArray[np.int64],
     caption_rows: NDArray[np.int64],
     image_root: str,
-    device_name: str = "auto",
+    device: torch.device,
     batch_size: int = 256,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The student's normalised features of some images and captions, float32 (rows, embed_dim), in their order.
 
+    Args:
+        student: on ``device``; measured in evaluation mode and left in the mode that it came in.
+        config: its open_clip model config, which names its tokenizer.
+
     Raises:
-        ValueError: no checkpoint in this folder, or no such device.
         OSError: an image cannot be read where ``image_root`` says.
     """
-    device = resolve_device(device_name)
-    student, config = load_student(checkpoint)
-    student.to(device)
     tokenizer = student_tokenizer(config)
     texts = reader.captions["text"]
     loader = load_items(
@@ -54,6 +54,8 @@ def encode_rows(
         if progress is not None:
             progress(stage, done, total)
 
+    training = student.training
+    student.eval()
     with torch.inference_mode():
         done = 0
         for pixels in loader:
@@ -65,4 +67,5 @@ def encode_rows(
             features = student.encode_text(student.shorten(tokenizer(part)).to(device)).cpu().numpy()
             text[start : start + len(part)] = features
             report("captions", start + len(part), len(caption_rows))
+    student.train(training)
     return image, text

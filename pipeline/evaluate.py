@@ -32,6 +32,8 @@ class EvaluateResult(BaseModel, frozen=True):
     cache_manifest_digest: str
     accepted_mismatches: tuple[str, ...] = Field(description="Between this cache and that of the run.")
     run: str | None
+    checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
+    chosen_on: str | None = Field(None, description="Split that this checkpoint was chosen on, for one that was.")
     teacher: Recalls
     student: Recalls | None
     retention: dict[str, Any] | None
@@ -45,7 +47,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
     Without a run no model is built and no torch imported.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, or a run without checkpoint.
+        UsageError: neither cache nor run given, an unknown split, or a run without such a checkpoint.
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
@@ -70,19 +72,26 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
     caption_rows, text_image = reader.caption_rows(rows)
     teacher = retrieval_recall(_unit(reader.take("image", rows)), _unit(reader.take("text", caption_rows)), text_image)
-    student = kept = None
+    student = kept = checkpoint = None
     if folder is not None and record is not None:
         # torch only from here on: the teacher's recall needs none
+        from pipeline.device import resolve_device
         from pipeline.encode_student import encode_rows
+        from pipeline.student import load_student
 
+        device = resolve_device(config.device)
+        path = folder.checkpoint_path(config.checkpoint)
+        checkpoint = path.relative_to(folder.path).as_posix()
+        model, model_config = load_student(path)
         image, text = encode_rows(
-            folder.checkpoint_path(),
+            model.to(device),
+            model_config,
             reader,
             rows,
             caption_rows,
             # images of another dataset are where its own cache found them
             config.image_root or (reader.manifest.source.image_root if accepted else record.image_root),
-            config.device,
+            device,
             config.batch_size,
             config.workers,
             progress,
@@ -98,6 +107,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         cache_manifest_digest=reader.manifest.digest,
         accepted_mismatches=accepted,
         run=run,
+        checkpoint=checkpoint,
+        chosen_on=record.best.split if record and record.best and config.checkpoint == "best" else None,
         teacher=teacher,
         student=student,
         retention=kept,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["classification_accuracy", "recall_at_k", "retention", "retrieval_recall", "top_k"]
+__all__ = ["classification_accuracy", "mean_recall", "recall_at_k", "retention", "retrieval_recall", "top_k"]
 
 RECALL_KS = (1, 5, 10)
 
@@ -135,6 +135,11 @@ def retrieval_recall(
     }
 
 
+def mean_recall(recalls: dict[str, dict[str, float]]) -> float:
+    """Mean of all recalls of both directions, in percent: one number for a whole table."""
+    return float(np.mean([value for side in recalls.values() for value in side.values()]))
+
+
 def retention(student: dict[str, dict[str, float]], teacher: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Student as a share of teacher, in percent, per metric and of the mean recall (``mean``).
 
@@ -148,8 +153,7 @@ def retention(student: dict[str, dict[str, float]], teacher: dict[str, dict[str,
         direction: {name: share(student[direction][name], value) for name, value in recalls.items()}
         for direction, recalls in teacher.items()
     }
-    means = [[value for recalls in side.values() for value in recalls.values()] for side in (student, teacher)]
-    ratios["mean"] = share(float(np.mean(means[0])), float(np.mean(means[1])))
+    ratios["mean"] = share(mean_recall(student), mean_recall(teacher))
     return ratios
 
 

@@ -1,12 +1,23 @@
-"""The folder of a training run: its record, its step log and where its checkpoint lies. No torch."""
+"""The folder of a training run: its record, its step log and where its checkpoints lie. No torch.
+
+run.json                    replaced whole; names the checkpoints that are valid
+log.jsonl                   a line per step
+tensorboard/                the same and the timings, as TensorBoard reads them
+checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 in the middle of one
+checkpoints/best-epoch-0001/    the best one on the select split, if there is one
+.lock                       held by the process that trains
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,9 +26,22 @@ from storage.errors import UsageError
 from storage.files import LocalFiles
 from storage.manifest import CacheIdentity
 
-__all__ = ["EpochRecord", "RunFolder", "RunRecord"]
+__all__ = ["RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
 
-_RECORD, _LOG, _CHECKPOINTS = "run.json", "log.jsonl", "checkpoints"
+RESUME = "resume"
+"""Folder in a checkpoint with what a run needs to go on from it."""
+
+_RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
+# where things are and how often they are saved: a run that goes on may find these changed
+_MAY_DIFFER = {"cache", "out", "image_root", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
+
+
+class Selection(BaseModel, frozen=True):
+    """A student measured on the select split, in percent."""
+
+    split: str
+    mean_recall: float = Field(description="Mean of the six recalls; the best epoch is the one with the highest.")
+    recalls: dict[str, dict[str, float]]
 
 
 class EpochRecord(BaseModel, frozen=True):
@@ -29,6 +53,16 @@ class EpochRecord(BaseModel, frozen=True):
     seconds: float
     samples_per_second: float
     data_wait_share: float = Field(description="Share of the seconds in which the step waited for its batch.")
+    selection: Selection | None = Field(None, description="The student behind this epoch on the select split.")
+
+
+class BestRecord(BaseModel, frozen=True):
+    """The best epoch, and by what it was chosen."""
+
+    epoch: int
+    split: str = Field(description="The split it was chosen on: what it scores there is no test result.")
+    mean_recall: float
+    checkpoint: str = Field(description="Its folder, relative to the run.")
 
 
 class RunRecord(BaseModel):
@@ -48,18 +82,41 @@ class RunRecord(BaseModel):
     view: str = Field(description="What the student saw of each image.")
     image_root: str
     train_images: int
-    steps: int = 0
-    seconds: float = 0.0
-    epochs: tuple[EpochRecord, ...] = ()
+    steps: int = Field(0, description="Taken up to the newest checkpoint.")
+    seconds: float = Field(0.0, description="Of the finished epochs.")
+    epochs: tuple[EpochRecord, ...] = Field((), description="The finished ones.")
     checkpoint: str | None = Field(None, description="Folder of the newest checkpoint, relative to the run.")
+    best: BestRecord | None = Field(None, description="The best epoch on config.select_split.")
+    resumed_at: tuple[int, ...] = Field((), description="Steps after which another process went on.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return len(self.epochs) >= self.config.epochs
 
 
 class RunFolder:
-    """Reads and writes one run. The record is replaced atomically and names the checkpoint that goes with it."""
+    """Reads and writes one run. The record is replaced atomically and names the checkpoints that go with it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files = LocalFiles(str(path))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process trains in this folder while the block runs; a process that dies frees it.
+
+        Raises:
+            UsageError: one does already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("a") as file:
+            try:
+                # a record lock: forked decoders do not hold it on when their parent was killed
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
+            yield
 
     def start(self, record: RunRecord) -> None:
         """Begin a run in a folder that holds none, or one that never came to a checkpoint.
@@ -67,13 +124,65 @@ class RunFolder:
         Raises:
             UsageError: there is a run with a checkpoint; nothing is overwritten.
         """
-        if (self.path / _RECORD).exists():
-            if self.read().checkpoint is None:
-                (self.path / _LOG).unlink(missing_ok=True)
-                self.write(record)
-                return
-            raise UsageError(f"{self.path}: holds a run already. Choose another --out, or delete the folder.")
+        self.require_free()
+        for leftover in (_CHECKPOINTS, "tensorboard"):
+            shutil.rmtree(self.path / leftover, ignore_errors=True)
+        (self.path / _LOG).unlink(missing_ok=True)
         self.write(record)
+
+    def require_free(self) -> None:
+        """Refuse a folder with a run in it.
+
+        Raises:
+            UsageError: there is a run with a checkpoint.
+        """
+        if not self.exists():
+            return
+        found = self.read()
+        if found.checkpoint is not None:
+            way_out = "" if found.finished else "Go on with it by --resume, or choose another"
+            raise UsageError(
+                f"{self.path}: holds a run already. {way_out or 'Choose another'} --out, or delete the folder."
+            )
+
+    def require_resumable(self, config: TrainConfig) -> RunRecord:
+        """The record of a run that these settings may go on with, or have finished.
+
+        Raises:
+            UsageError: no run here, one with other settings, or one without a point to go on from.
+        """
+        record = self.read()
+        recorded, asked = record.config.model_dump(mode="json"), config.model_dump(mode="json")
+        differ = [
+            f"{name} is {asked[name]!r}, the run has {recorded[name]!r}"
+            for name in recorded
+            if name not in _MAY_DIFFER and asked[name] != recorded[name]
+        ]
+        if differ:
+            raise UsageError(
+                f"{self.path}: cannot go on with other settings: {'; '.join(differ)}. Leave them out, or train anew "
+                "with another --out."
+            )
+        if record.checkpoint is not None and not record.finished and not self._has_point(record):
+            raise UsageError(
+                f"{self.path}: its checkpoint {record.checkpoint} has no {RESUME} folder to go on from; an older "
+                "version wrote none. Train anew with another --out."
+            )
+        return record
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / _RECORD).exists()
+
+    def resumable(self) -> bool:
+        """Whether an unfinished run lies here that :meth:`require_resumable` would let go on."""
+        if not self.exists():
+            return False
+        record = self.read()
+        return not record.finished and self._has_point(record)
+
+    def _has_point(self, record: RunRecord) -> bool:
+        return record.checkpoint is not None and (self.path / record.checkpoint / RESUME).is_dir()
 
     def write(self, record: RunRecord) -> None:
         """Replace the record."""
@@ -97,28 +206,89 @@ class RunFolder:
         with (self.path / _LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def checkpoint(self, record: RunRecord, name: str, save: Callable[[Path], None]) -> RunRecord:
-        """Save a checkpoint, switch the record to it, then remove the one before.
+    def sync_log(self) -> None:
+        """Have all logged steps on disk."""
+        if (self.path / _LOG).exists():
+            _sync(self.path / _LOG)
 
-        A crash leaves the record with the checkpoint that it names; at most a folder more lies beside it.
+    def cut_log(self, steps: int) -> None:
+        """Drop the lines behind so many steps, and a torn last one, so that a run that goes on has each step once."""
+        if not (self.path / _LOG).exists():
+            return
+        lines = (self.path / _LOG).read_bytes().splitlines(keepends=True)
+        self._files.write(_LOG, b"".join(lines[:steps]))
+
+    def checkpoint(
+        self,
+        record: RunRecord,
+        name: str,
+        save: Callable[[Path], None],
+        best: tuple[BestRecord, Callable[[Path], None]] | None = None,
+    ) -> RunRecord:
+        """Save a checkpoint, switch the record to it, then remove those that it replaces.
+
+        A crash leaves the record with the checkpoints that it names; what more lies beside them goes with the next.
+
+        Args:
+            best: of this very moment, with what saves its model; switched to together with the other.
         """
-        folder = self.path / _CHECKPOINTS / name
+        changes: dict[str, Any] = {"checkpoint": self._save(f"{_CHECKPOINTS}/{name}", save)}
+        if best is not None:
+            changes["best"] = best[0]
+            self._save(best[0].checkpoint, best[1])
+        switched = record.model_copy(update=changes)
+        self.write(switched)
+        self.remove_unnamed(switched)
+        return switched
+
+    def _save(self, name: str, save: Callable[[Path], None]) -> str:
+        folder = self.path / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save(folder)
-        switched = record.model_copy(update={"checkpoint": f"{_CHECKPOINTS}/{name}"})
-        self.write(switched)
-        if record.checkpoint and record.checkpoint != switched.checkpoint:
-            shutil.rmtree(self.path / record.checkpoint, ignore_errors=True)
-        return switched
+        for path in [*folder.rglob("*"), folder]:
+            _sync(path)
+        return name
 
-    def checkpoint_path(self) -> Path:
-        """Folder of the newest checkpoint.
+    def remove_unnamed(self, record: RunRecord) -> None:
+        """Remove the checkpoints that the record does not name: replaced ones, and what a crash left half written.
+
+        A finished run has nothing to go on to: the optimizer's state goes too.
+        """
+        named = {record.checkpoint, record.best.checkpoint if record.best else None}
+        for folder in (self.path / _CHECKPOINTS).glob("*"):
+            if f"{_CHECKPOINTS}/{folder.name}" not in named:
+                shutil.rmtree(folder, ignore_errors=True)
+        if record.finished and record.checkpoint:
+            shutil.rmtree(self.path / record.checkpoint / RESUME, ignore_errors=True)
+
+    @staticmethod
+    def best_checkpoint(epoch: int) -> str:
+        """Where the model of the best epoch, counted from 0, lies in the run."""
+        return f"{_CHECKPOINTS}/best-epoch-{epoch + 1:04d}"
+
+    def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
+        """Folder of the newest or the best checkpoint.
 
         Raises:
             UsageError: the run has none yet.
         """
         record = self.read()
+        if which == "best":
+            if record.best is None:
+                raise UsageError(
+                    f"{self.path}: no best checkpoint; train with --select-split to have one, or use --checkpoint last"
+                )
+            return self.path / record.best.checkpoint
         if record.checkpoint is None:
             raise UsageError(f"{self.path}: no checkpoint yet; one is written at the end of each epoch")
         return self.path / record.checkpoint
+
+
+def _sync(path: Path) -> None:
+    """A file or folder on disk, not only in memory: the record that names it must not get there first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

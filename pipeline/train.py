@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
-from pipeline.batches import CachedTeacher, Pairs, TeacherSource, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, epoch_inputs, epoch_pairs
 from pipeline.config import TrainConfig
-from pipeline.device import keep_freed_memory, resolve_device
-from pipeline.losses import LossInputs, weighted_sum
-from pipeline.runs import EpochRecord, RunFolder, RunRecord
+from pipeline.ema import WeightAverage
+from pipeline.encode_student import encode_rows
+from pipeline.launch import launch
+from pipeline.metrics import mean_recall, retrieval_recall
+from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
+from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, save_student, student_config, student_tokenizer
-from storage.errors import UsageError
+from pipeline.train_log import StepLog
+from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
+from pipeline.train_step import TrainStep, image_memory_format
+from storage.errors import CacheMismatchError, UsageError
 from storage.expected import expected_identity
 from storage.reader import EmbeddingReader
 
@@ -38,7 +43,12 @@ _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest"
 
 @dataclass(frozen=True)
 class StepProgress:
-    """Where a run is, after each step."""
+    """Where a run is, after each step.
+
+    Attributes:
+        samples_per_second, data_wait_share: of this epoch, in this process.
+        eta_seconds: to the end of the last step at this speed; measurements on the select split not counted.
+    """
 
     step: int
     total_steps: int
@@ -46,6 +56,7 @@ class StepProgress:
     loss: float
     samples_per_second: float
     data_wait_share: float
+    eta_seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,22 +67,42 @@ class TrainResult:
     record: RunRecord
 
 
-def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, progress: Callable[[StepProgress], None] | None = None, *, resume: bool = False
+) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
-    Each epoch ends with a checkpoint. With one view in the cache the student sees the evaluation crop, as its
-    teacher did.
+    With one view in the cache the student sees the evaluation crop, as its teacher did. A run that was killed goes
+    on where its last checkpoint left it, with the losses of an unbroken run on the same kind of device.
+
+    Args:
+        resume: go on with the run in ``config.out``; a finished one is left as it is.
 
     Raises:
-        CacheMismatchError: the cache is not what ``config.expect`` names.
+        CacheMismatchError: the cache is not what ``config.expect`` names, or not the one that the run began with.
         UsageError: a setting cannot be used (unknown student, split or device, fewer images than a batch, a run
-            in the folder already).
+            in the folder already; for ``resume``: no run there, or one with other settings).
         CacheError: the cache is missing, unfinished or damaged.
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
     """
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    run = RunFolder(config.out)
+    if resume:
+        record = run.require_resumable(config)
+        if record.finished:
+            with run.locked():  # killed at its very end, it may have more than it names
+                run.remove_unnamed(record)
+            return TrainResult(str(run.path), record)
+    else:
+        run.require_free()
+    launch(config, _train_rank, resume, progress=progress)
+    return TrainResult(str(run.path), run.read())
+
+
+def _train_rank(
+    fabric: Fabric, config: TrainConfig, progress: Callable[[StepProgress], None] | None, resume: bool
+) -> None:
+    """The whole of a run, in the process of one device."""
+    run = RunFolder(config.out)
     reader = EmbeddingReader(config.cache)
     manifest = reader.manifest
     accepted: tuple[str, ...] = ()
@@ -79,24 +110,19 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         wanted = expected_identity(config.expect)
         accepted = manifest.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
     rows = reader.image_rows(config.split)
-    steps_per_epoch = len(rows) // config.batch_size
-    if not steps_per_epoch:
+    if len(rows) < config.batch_size:
         raise UsageError(
             f"{config.cache}: split {config.split!r} has {len(rows)} images, fewer than one batch of "
             f"{config.batch_size}. Lower --batch-size."
         )
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
-    )
+    if config.select_split is not None and not len(reader.image_rows(config.select_split)):
+        raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
     fabric.seed_everything(config.seed, verbose=False)
     architecture = student_config(config.student)
     identity = manifest.identity
     teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
     source = ImageSource(config.image_root or manifest.source.image_root)
-    run = RunFolder(config.out)
     record = RunRecord(
         # so that the run can be measured from any folder
         config=config.model_copy(update={"cache": _absolute(config.cache)}),
@@ -110,138 +136,233 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         image_root=_absolute(source.root),
         train_images=len(rows),
     )
-    run.start(record)
-    origin = record.model_dump(mode="json", include=_ORIGIN)
-    total_steps = steps_per_epoch * config.epochs
-    model, optimizer = fabric.setup(student, _optimizer(student, config))
-    loop = _Loop(config, fabric, model, student, optimizer, CachedTeacher(reader), run, total_steps, progress)
-    tokenizer = student_tokenizer(architecture)
-    for epoch in range(config.epochs):
-        pairs = list(epoch_pairs(reader, rows, config.batch_size, config.window_chunks, config.seed, epoch))
-        loader = epoch_inputs(reader, source, student.preprocess, tokenizer, pairs, config.workers, device)
-        finished = loop.epoch(epoch, pairs, loader)
-        record = record.model_copy(
-            update={
-                "steps": loop.step,
-                "seconds": record.seconds + finished.seconds,
-                "epochs": (*record.epochs, finished),
-            }
-        )
-        record = run.checkpoint(
-            record, f"epoch-{epoch + 1:04d}", lambda folder: save_student(student, architecture, folder, origin)
-        )
-    return TrainResult(str(run.path), record)
+    # rank 0 alone writes
+    with run.locked() if fabric.global_rank == 0 else contextlib.nullcontext():
+        if resume:
+            record = _recorded(run, record)
+        fabric.barrier()
+        if fabric.global_rank == 0 and record.checkpoint is None:
+            run.start(record)
+        _Trainer(config, fabric, reader, source, run, record, student, progress).train()
+        fabric.barrier()
 
 
-class _Loop:
-    """Steps through epochs and keeps what they share."""
+def _recorded(run: RunFolder, now: RunRecord) -> RunRecord:
+    """The record of the run to go on with, whose cache must be the one that is there now."""
+    before = run.read()
+    if before.cache_manifest_digest != now.cache_manifest_digest:
+        raise CacheMismatchError(
+            f"{now.config.cache}: its manifest is {now.cache_manifest_digest[:12]}, but {run.path} learned from "
+            f"{before.cache_manifest_digest[:12]} so far. Go on with that cache, or train anew with another --out."
+        )
+    if before.checkpoint is None:
+        return now
+    return before.model_copy(
+        update={"config": now.config, "image_root": now.image_root, "resumed_at": (*before.resumed_at, before.steps)}
+    )
+
+
+class _Trainer:
+    """One run in the process of one device: its epochs, its checkpoints, its logs."""
 
     def __init__(
         self,
         config: TrainConfig,
         fabric: Fabric,
-        model: Any,
-        student: Student,
-        optimizer: Any,
-        teacher: TeacherSource,
+        reader: EmbeddingReader,
+        source: ImageSource,
         run: RunFolder,
-        total_steps: int,
+        record: RunRecord,
+        student: Student,
         progress: Callable[[StepProgress], None] | None,
     ) -> None:
-        self._config, self._fabric, self._model, self._student = config, fabric, model, student
-        self._optimizer, self._teacher, self._run, self._progress = optimizer, teacher, run, progress
-        self._total_steps = total_steps
-        self.step = 0
+        self._config, self._fabric, self._reader, self._source = config, fabric, reader, source
+        self._run, self._record, self._student, self._progress = run, record, student, progress
+        self._rows = reader.image_rows(config.split)
+        self._steps_per_epoch = len(self._rows) // config.batch_size
+        self._total_steps = self._steps_per_epoch * config.epochs
+        self._teacher = CachedTeacher(reader)
+        self._tokenizer = student_tokenizer(record.student_config)
+        self._origin = record.model_dump(mode="json", include=_ORIGIN)
+        student.model.visual.to(memory_format=image_memory_format(student))
+        if config.compile:
+            _compile(student)
+        self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
+        self._optimizer: torch.optim.Optimizer = optimizer.optimizer
+        self._average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
+        self._point = ResumePoint(cache_manifest_digest=record.cache_manifest_digest)
+        if record.checkpoint is not None:
+            self._point = load_resume_point(run.path / record.checkpoint, student, self._optimizer, self._average)
+        self._step = TrainStep(
+            config, fabric, self._model, student, optimizer, self._teacher.logit_scale, self._total_steps
+        )
+        self._log: StepLog | None = None
+        self._saved_at = time.monotonic()
 
-    def epoch(self, epoch: int, pairs: list[Any], loader: Any) -> EpochRecord:
-        """Train on these pairs, with the inputs that the loader yields for them."""
+    def train(self) -> None:
+        """To the end of the last epoch."""
+        if self._fabric.global_rank == 0:
+            if self._record.checkpoint is not None:
+                self._run.cut_log(self._point.step)
+                self._run.remove_unnamed(self._record)
+                self._run.write(self._record)
+            self._log = StepLog(self._run, self._point.step)
+        try:
+            while self._point.epoch < self._config.epochs:
+                self._epoch()
+        finally:
+            if self._log is not None:
+                self._log.close()
+
+    def _epoch(self) -> None:
+        """From where the run stands to the end of this epoch, its measurement and its checkpoint."""
+        config, epoch, sums = self._config, self._point.epoch, self._point.sums
         self._model.train()
+        first = sums.steps
+        pairs = list(
+            epoch_pairs(self._reader, self._rows, config.batch_size, config.window_chunks, config.seed, epoch, first)
+        )
+        mine = [self._slice(pair) for pair in pairs]
+        preprocess, workers = self._student.preprocess, self._workers()
+        loader = epoch_inputs(
+            self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device
+        )
+        before = sums.model_copy()
         started = waiting = time.perf_counter()
-        waited = 0.0
-        sums: Counter[str] = Counter()
-        for pair, (pixels, tokens) in zip(pairs, loader, strict=True):
-            waited += time.perf_counter() - waiting
-            targets = self._teacher.targets(pair.image_rows, pair.caption_rows)
-            loss, parts, rate = self._train_step(pixels, tokens, targets, pair)
-            self.step += 1
-            sums.update({"loss": loss, **parts})
-            self._run.log({"step": self.step, "epoch": epoch, "loss": loss, **parts, "learning_rate": rate})
+        for pair, part, (pixels, tokens) in zip(pairs, mine, loader, strict=True):
+            sums.waited += time.perf_counter() - waiting
+            targets = self._teacher.targets(part.image_rows, part.caption_rows)
+            values = self._step(self._point.step, pixels, tokens, targets, pair)
+            if self._average is not None:
+                self._average.update()
+            self._point.step += 1
+            sums.steps += 1
+            for name, value in {"loss": values.loss, **values.parts}.items():
+                sums.values[name] = sums.values.get(name, 0.0) + value
             waiting = time.perf_counter()
+            spent = waiting - started
+            sums.seconds = before.seconds + spent
+            rate = (sums.steps - first) * config.batch_size / spent
+            wait_share = (sums.waited - before.waited) / spent
+            if self._log is not None:
+                self._log.step(self._point.step, epoch, values, rate, wait_share)
             if self._progress is not None:
-                spent = waiting - started
-                seen = (self.step - epoch * len(pairs)) * self._config.batch_size
-                self._progress(StepProgress(self.step, self._total_steps, epoch, loss, seen / spent, waited / spent))
-        seconds = time.perf_counter() - started
-        means = {name: total / len(pairs) for name, total in sums.items()}
-        return EpochRecord(
+                eta = (self._total_steps - self._point.step) * config.batch_size / rate
+                self._progress(
+                    StepProgress(self._point.step, self._total_steps, epoch, values.loss, rate, wait_share, eta)
+                )
+            if self._log is not None and sums.steps < self._steps_per_epoch and self._due():
+                self._checkpoint(f"step-{self._point.step:08d}")
+        self._finish_epoch(epoch, sums)
+
+    def _finish_epoch(self, epoch: int, sums: EpochSums) -> None:
+        self._point = self._point.model_copy(update={"epoch": epoch + 1, "sums": EpochSums()})
+        if self._log is None:
+            return
+        means = {name: total / sums.steps for name, total in sums.values.items()}
+        with self._measured_weights():
+            selection = self._select(epoch)
+        finished = EpochRecord(
             epoch=epoch,
             loss=means.pop("loss"),
             parts=means,
-            seconds=seconds,
-            samples_per_second=len(pairs) * self._config.batch_size / seconds,
-            data_wait_share=waited / seconds,
+            seconds=sums.seconds,
+            samples_per_second=sums.steps * self._config.batch_size / sums.seconds,
+            data_wait_share=sums.waited / sums.seconds,
+            selection=selection,
         )
+        self._log.epoch(self._point.step, finished)
+        self._record = self._record.model_copy(
+            update={"seconds": self._record.seconds + sums.seconds, "epochs": (*self._record.epochs, finished)}
+        )
+        best = self._record.best
+        if selection is not None and (best is None or selection.mean_recall > best.mean_recall):
+            best = BestRecord(
+                epoch=epoch,
+                split=selection.split,
+                mean_recall=selection.mean_recall,
+                checkpoint=self._run.best_checkpoint(epoch),
+            )
+            self._checkpoint(f"epoch-{epoch + 1:04d}", best)
+        else:
+            self._checkpoint(f"epoch-{epoch + 1:04d}")
 
-    def _train_step(self, pixels: Any, tokens: Any, targets: Any, pair: Any) -> tuple[float, dict[str, float], float]:
-        device = self._fabric.device
-        rate = self._config.learning_rate * _schedule(self.step, self._total_steps, self._config.warmup_fraction)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        output = self._model(
-            pixels.to(device, non_blocking=True), self._student.shorten(tokens).to(device, non_blocking=True)
+    def _select(self, epoch: int) -> Selection | None:
+        """The student of this moment on the select split, if this epoch is to be measured."""
+        config, split = self._config, self._config.select_split
+        if split is None or ((epoch + 1) % config.select_every and epoch + 1 < config.epochs):
+            return None
+        rows = self._reader.image_rows(split)
+        caption_rows, text_image = self._reader.caption_rows(rows)
+        image, text = encode_rows(
+            self._student,
+            self._record.student_config,
+            self._reader,
+            rows,
+            caption_rows,
+            self._source.root,
+            self._fabric.device,
+            workers=self._workers(),
         )
-        total, parts = weighted_sum(
-            LossInputs(
-                output.image,
-                output.text,
-                output.projected_image,
-                output.projected_text,
-                targets.image.to(device, non_blocking=True),
-                targets.text.to(device, non_blocking=True),
-                output.logit_scale,
-                self._teacher.logit_scale,
-                self._config.label_smoothing,
-            ),
-            self._config.losses,
-        )
-        loss = float(total.detach())
-        values = {name: float(value) for name, value in parts.items()}
-        if not math.isfinite(loss):
-            raise FloatingPointError(_not_finite(self.step + 1, f"loss is {loss} ({values})", pair, rate))
-        self._optimizer.zero_grad(set_to_none=True)
-        self._fabric.backward(total)
-        norm = self._fabric.clip_gradients(
-            self._model, self._optimizer, max_norm=self._config.clip_grad_norm, error_if_nonfinite=False
-        )
-        if norm is not None and not math.isfinite(float(norm)):
-            raise FloatingPointError(_not_finite(self.step + 1, f"the gradient's norm is {float(norm)}", pair, rate))
-        self._optimizer.step()
-        self._student.clamp_logit_scale()
-        return loss, values, rate
+        recalls = retrieval_recall(image, text, text_image)
+        return Selection(split=split, mean_recall=mean_recall(recalls), recalls=recalls)
+
+    def _checkpoint(self, name: str, best: BestRecord | None = None) -> None:
+        """Save the run as it stands; from now on it goes on from here."""
+        assert self._log is not None  # rank 0
+        self._log.flush()
+        if self._average is not None:
+            self._point.average_updates = self._average.updates
+        record = self._record.model_copy(update={"steps": self._point.step})
+
+        def model(folder: Path, **more: Any) -> None:
+            with self._measured_weights():
+                save_student(
+                    self._student, record.student_config, folder, {**self._origin, "step": record.steps, **more}
+                )
+
+        def whole(folder: Path) -> None:
+            model(folder)
+            save_resume_point(folder, self._point, self._student, self._optimizer, self._average)
+
+        chosen = None
+        if best is not None:
+            how = best.model_dump(mode="json", exclude={"checkpoint"})
+            chosen = (best, lambda folder: model(folder, chosen=how))
+        self._record = self._run.checkpoint(record, name, whole, chosen)
+        self._saved_at = time.monotonic()
+
+    def _due(self) -> bool:
+        every = self._config.checkpoint_steps
+        if every is not None and self._point.step % every == 0:
+            return True
+        return time.monotonic() - self._saved_at >= self._config.checkpoint_seconds
+
+    def _measured_weights(self) -> contextlib.AbstractContextManager[None]:
+        """The student as it is measured and shipped: averaged, if there is an average."""
+        return self._average.in_place() if self._average is not None else contextlib.nullcontext()
+
+    def _slice(self, pairs: Pairs) -> Pairs:
+        """This rank's part of a batch; the parts of all ranks in their order are the batch."""
+        size = self._config.batch_size // self._fabric.world_size
+        span = slice(self._fabric.global_rank * size, (self._fabric.global_rank + 1) * size)
+        values: dict[str, Any] = {field.name: getattr(pairs, field.name) for field in fields(pairs)}
+        return replace(pairs, **{name: value[span] for name, value in values.items() if value is not None})
+
+    def _workers(self) -> int | None:
+        """Decoding processes of this rank; left to the settings, all ranks together have those of one."""
+        if self._config.workers is not None or self._fabric.world_size == 1:
+            return self._config.workers
+        return max(1, min(8, (os.cpu_count() or 1) // 2) // self._fabric.world_size)
+
+
+def _compile(student: Student) -> None:
+    """Compile the towers in place: names of parameters stay what they are, and a checkpoint knows nothing of it."""
+    model: Any = student.model
+    model.visual.compile()
+    text = getattr(model, "text", None) or model.transformer
+    text.compile()
 
 
 def _absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).resolve())
-
-
-def _not_finite(step: int, what: str, pair: Pairs, rate: float) -> str:
-    return (
-        f"step {step}: {what}. Image rows {pair.image_rows.tolist()}, caption rows {pair.caption_rows.tolist()}. "
-        f"Lower the learning rate ({rate:.2g}), or use precision fp32."
-    )
-
-
-def _schedule(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine to 0."""
-    warmup = math.ceil(total_steps * warmup_fraction)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1)))
-
-
-def _optimizer(student: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip."""
-    decayed = [parameter for parameter in student.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in student.parameters() if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6)

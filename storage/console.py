@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -51,16 +52,24 @@ class StageProgress:
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "", eta_seconds: float | None = None) -> None:
         """Move a stage on.
 
         Args:
             note: shown behind the bar: a loss, a rate.
+            eta_seconds: until the stage is done, for a caller that knows; a terminal's bar finds its own.
         """
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
+            # what was done before this process began says nothing of its speed
+            self._tasks[stage] = self._progress.add_task(stage, total=total, completed=max(done - 1, 0), note=note)
             self._said[stage] = time.monotonic()
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
         if self._lines and (done >= total or time.monotonic() - self._said[stage] > _SECONDS_BETWEEN_LINES):
             self._said[stage] = time.monotonic()
-            print(f"{stage}: {done} of {total} {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+            left = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
+            print(f"{stage}: {done} of {total} {note}{left}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _clock(seconds: float) -> str:
+    """As in the bar: 0:01:30."""
+    return str(timedelta(seconds=round(seconds)))

@@ -292,7 +292,7 @@ def test_a_run_is_not_measured_on_another_cache(
             device="cpu",
         )
     )
-    with pytest.raises(CacheMismatchError, match=r"teacher.weights_sha256: .* was trained on .*photos.cache"):
+    with pytest.raises(CacheMismatchError, match=r"run was trained on .*photos.cache: evaluate on that"):
         evaluate(EvaluateConfig(cache=str(tmp_path / "o"), run=str(tmp_path / "run")))
     with pytest.raises(UsageError, match="nothing to evaluate: give --cache, --run or both"):
         evaluate(EvaluateConfig())

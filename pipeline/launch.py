@@ -1,0 +1,132 @@
+"""Run work on one device here, or on several in processes that Fabric launches."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from pipeline.config import TrainConfig
+from pipeline.device import keep_freed_memory, resolve_device
+from storage.errors import UsageError
+
+__all__ = ["launch"]
+
+Progress = Callable[[Any], None]
+
+
+def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress: Progress | None = None) -> None:
+    """Call ``work(fabric, config, report, *args)`` on every device that the settings ask for, and wait for all.
+
+    One device: in this process. Several: in new processes, which Fabric starts and joins into a group (NCCL on
+    CUDA, gloo on CPUs); ``work`` and ``args`` travel there by pickle, ``report`` of rank 0 comes back to
+    ``progress``. When one of them fails the others end and its error is raised here, of its own class.
+
+    Raises:
+        UsageError: a device is not there.
+    """
+    device = resolve_device(config.device)
+    precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
+    if config.devices == 1:
+        index: Any = [device.index or 0] if device.type == "cuda" else 1
+        fabric = Fabric(accelerator=device.type, devices=index, precision=precision)
+        _prepare(device)
+        work(fabric, config, progress, *args)
+        return
+    if device.index is not None:
+        raise UsageError(f"device {config.device!r} names one device, but devices is {config.devices}; use cuda or cpu")
+    if device.type == "cuda" and torch.cuda.device_count() < config.devices:
+        raise UsageError(
+            f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
+        )
+    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again.
+    # Unused parameters: towers of some open_clip models have some
+    strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True)
+    fabric = Fabric(accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision)
+    pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
+    receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
+    errors: list[BaseException] = []
+    before = set(multiprocessing.active_children())
+    with _relayed(receivers, progress, errors), _own_environment():
+        try:
+            fabric.launch(_rank, senders, device.type, config, work, args)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            failed: BaseException | None = error
+        except BaseException:  # Ctrl-C: nobody else would end them
+            for child in set(multiprocessing.active_children()) - before:
+                child.terminate()
+            raise
+        else:
+            failed = None
+    if failed is not None:
+        raise errors[0] if errors else failed
+
+
+def _rank(
+    fabric: Fabric, senders: list[Connection], device: str, config: TrainConfig, work: Callable[..., None], args: Any
+) -> None:
+    sender = senders[fabric.global_rank]
+    _prepare(torch.device(device))
+    report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
+    try:
+        work(fabric, config, report, *args)
+    except Exception as error:
+        with contextlib.suppress(Exception):  # one that cannot be pickled comes as torch's text of it
+            pickle.loads(pickle.dumps(error))
+            sender.send(("error", error))
+        raise
+
+
+def _prepare(device: torch.device) -> None:
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+@contextlib.contextmanager
+def _relayed(receivers: list[Connection], progress: Progress | None, errors: list[BaseException]) -> Iterator[None]:
+    """Read what the ranks say while the block runs, and what is left when it ends."""
+    over = threading.Event()
+
+    def read() -> None:
+        while True:
+            last = over.is_set()
+            ready: list[Any] = wait(receivers, timeout=0 if last else 0.1)
+            for receiver in ready:
+                kind, value = receiver.recv()
+                if kind == "error":
+                    errors.append(value)
+                elif progress is not None:
+                    progress(value)
+            if last and not ready:
+                return
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reader.join(timeout=10)  # a rank killed in mid-message leaves half of one
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Take back what Fabric sets for its processes: the next launch chooses a port of its own."""
+    kept = os.environ.copy()
+    try:
+        yield
+    finally:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+            if name in kept:
+                os.environ[name] = kept[name]

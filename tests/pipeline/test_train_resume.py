@@ -1,0 +1,220 @@
+"""Killed at any moment, a run goes on with the very next batch and ends as an unbroken one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.runs import RunFolder
+from pipeline.student import load_student
+from pipeline.train import train
+from storage.errors import CacheMismatchError, UsageError
+from tests import train_process
+from tests.pipeline.train_work import make_cache, make_student, trace, train_config
+
+MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
+    "behind a step": (3, lambda kind, key: kind == "step"),
+    "in the weights": (2, lambda kind, key: kind == "half tensors" and key == "weights.safetensors"),
+    "in the optimizer's state": (2, lambda kind, key: kind == "half tensors" and key == "optimizer.safetensors"),
+    "in the model": (2, lambda kind, key: kind == "half tensors" and key == "open_clip_model.safetensors"),
+    "before the checkpoint is synced": (2, lambda kind, key: kind == "sync" and key.startswith("checkpoints/")),
+    "in the record": (2, lambda kind, key: kind == "half record"),
+    "between record and rename": (2, lambda kind, key: kind == "sync" and key.startswith(".partial-")),
+    "behind the record": (1, lambda kind, key: kind == "sync" and key == "."),
+    "in the removal of what is replaced": (2, lambda kind, key: kind == "remove"),
+}
+# a student with dropout: which patches it sees is part of what has to come back
+SETTINGS: dict[str, Any] = {"ema_decay": 0.9, "checkpoint_steps": 3, "select_split": "test", "select_every": 1}
+
+
+class Work:
+    """A cache, a student, and what an unbroken run of it leaves."""
+
+    def __init__(self, folder: Path, teacher: Path) -> None:
+        self.folder = folder
+        self.cache = make_cache(folder, teacher)
+        self.student = make_student(folder / "student.json", patch_dropout=0.5)
+        process, self.events = self.finish("whole")
+        assert process["error"] is None
+        self.result = self.left("whole")
+
+    def config(self, name: str, **changes: Any) -> TrainConfig:
+        return train_config(self.cache, self.student, self.folder / name, **{**SETTINGS, **changes})
+
+    def finish(self, name: str, resume: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        out = self.folder / f"{name}.json"
+        process = train_process.start(self.config(name).model_dump(), out=out, resume=resume)
+        process.join(120)
+        found = json.loads(out.read_text())
+        return found, [(kind, key) for kind, key in found["events"]]
+
+    def killed(self, name: str, at: int) -> None:
+        process = train_process.start(self.config(name).model_dump(), out=self.folder / "never.json", kill_at=at)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"event {at} of {len(self.events)} never came"
+
+    def left(self, name: str) -> Any:
+        """The trace, and digests of every tensor file of the finished run."""
+        run = self.folder / name
+        files = sorted(run.rglob("*.safetensors"))
+        digests = {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return (run / "log.jsonl").read_text(), digests
+
+
+@pytest.fixture(scope="module")
+def work(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("resumed"), tiny_teacher)
+
+
+def test_the_unbroken_run_has_all_that_can_be_killed(work: Work) -> None:
+    log, digests = work.result
+    assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 9))
+    best = RunFolder(work.folder / "whole").read().best
+    assert best is not None
+    assert {name.rsplit("/", 1)[0] for name in digests} == {"checkpoints/epoch-0002", best.checkpoint}
+    for count, chosen in MOMENTS.values():
+        assert sum(chosen(*event) for event in work.events) >= count
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_seeded_moment_it_ends_as_an_unbroken_run(work: Work, moment: str) -> None:
+    count, chosen = MOMENTS[moment]
+    places = [number for number, event in enumerate(work.events) if chosen(*event)]
+    for number, at in enumerate(random.Random(f"2026 {moment}").sample(places, count)):
+        name = f"{moment}-{number}".replace(" ", "-").replace("'", "")
+        work.killed(name, at)
+        folder = RunFolder(work.folder / name)
+        if not folder.exists():  # killed in the very first record: there is no run yet
+            assert work.finish(name)[0]["error"] is None
+            continue
+        before = folder.read()
+        if before.checkpoint is not None:
+            load_student(folder.checkpoint_path())  # what the record names can be used as it is
+        found, events = work.finish(name, resume=True)
+        assert found["error"] is None
+        assert work.left(name) == work.result
+        if not before.finished:
+            steps = [int(key) for kind, key in events if kind == "step"]
+            assert steps == list(range(before.steps + 1, 9))
+        after = folder.read()
+        assert after.resumed_at == (() if before.finished or before.checkpoint is None else (before.steps,))
+        whole = RunFolder(work.folder / "whole").read()
+        assert [(epoch.loss, epoch.parts, epoch.selection) for epoch in after.epochs] == [
+            (epoch.loss, epoch.parts, epoch.selection) for epoch in whole.epochs
+        ]
+
+
+def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work) -> None:
+    """As a user does it: the command, kill -9, the command with --resume; with decoders in processes of their own."""
+    run = work.folder / "outside"
+    command = [sys.executable, "-m", "pipeline.cli", "train"]
+    settings = {**SETTINGS, "checkpoint_steps": 1}
+    toml = work.folder / "run.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 60, "batch_size": 8}.items()]
+    toml.write_text("[train]\n" + "\n".join(lines) + "\n")
+    flags = ["--cache", str(work.cache), "--student", str(work.student), "--device", "cpu", "--workers", "1"]
+    process = subprocess.Popen([*command, str(toml), *flags, "--out", str(run)], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 200
+    while not (run / "log.jsonl").exists() or len(trace(run)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = subprocess.run([*command, *flags, "--out", str(run)], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "Go on with it by --resume" in again.stderr
+    other = subprocess.run([*command, "--resume", "--out", str(run), "--epochs", "7"], capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "epochs is 7, the run has 60" in other.stderr
+    done = subprocess.run([*command, "--resume", "--out", str(run), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    (resumed,) = record["resumed_at"]
+    assert 1 <= resumed < 240
+    assert f"{240} of 240 loss" in done.stderr
+    assert "eta 0:00:00" in done.stderr
+    whole = train(work.config("long", epochs=60, checkpoint_steps=None)).record
+    assert (run / "log.jsonl").read_text() == (work.folder / "long" / "log.jsonl").read_text()
+    assert [epoch["loss"] for epoch in record["epochs"]] == [epoch.loss for epoch in whole.epochs]
+
+
+def test_what_cannot_be_gone_on_with(work: Work, tmp_path: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no run here \(run.json not found\)"):
+        train(work.config("nowhere"), resume=True)
+    work.killed("half", next(at for at, event in enumerate(work.events) if event == ("step", "5")))
+    with pytest.raises(UsageError, match=r"holds a run already. Go on with it by --resume, or choose another --out"):
+        train(work.config("half"))
+    wanted = "other settings: ema_decay is 0.5, the run has 0.9; seed is 4, the run has 0. Leave them out"
+    with pytest.raises(UsageError, match=wanted):
+        train(work.config("half", seed=4, ema_decay=0.5), resume=True)
+    other = make_cache(tmp_path, tiny_teacher, 45)
+    with pytest.raises(CacheMismatchError, match=r"its manifest is \w{12}, but .*half learned from \w{12} so far"):
+        train(work.config("half").model_copy(update={"cache": str(other)}), resume=True)
+    folder = RunFolder(work.folder / "half")
+    record = folder.read()
+    shutil.copytree(work.folder / "half", work.folder / "ruined")
+    point = work.folder / "ruined" / str(record.checkpoint) / "resume"
+    with (point / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UsageError, match=r"no point that this run could go on from: SafetensorError"):
+        train(work.config("ruined"), resume=True)
+    shutil.rmtree(point)
+    with pytest.raises(UsageError, match="has no resume folder to go on from; an older version wrote none"):
+        train(work.config("ruined"), resume=True)
+
+
+def test_one_process_trains_in_a_folder(work: Work, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pipeline.runs import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked(): print('mine', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "mine\n"
+        with pytest.raises(UsageError, match="another process trains here"):
+            train(work.config("x").model_copy(update={"out": str(tmp_path)}))
+    finally:
+        holder.kill()
+        holder.communicate()
+    with RunFolder(tmp_path).locked():  # a process that died holds nothing
+        pass
+
+
+def test_a_finished_run_stays_as_it_is(work: Work) -> None:
+    assert train(work.config("whole"), resume=True).record == RunFolder(work.folder / "whole").read()
+    assert work.left("whole") == work.result
+    with pytest.raises(UsageError, match=r"holds a run already. Choose another --out, or delete the folder"):
+        train(work.config("whole"))
+    # nothing to go on to: only models are left, and not a byte of pickle
+    kinds = {path.suffix for path in (work.folder / "whole").glob("checkpoints/**/*") if path.is_file()}
+    assert kinds == {".json", ".safetensors"}
+    assert not list((work.folder / "whole").rglob("resume"))
+
+
+def test_records_of_earlier_versions_are_read(work: Work, tmp_path: Path) -> None:
+    data = json.loads((work.folder / "whole" / "run.json").read_text())
+    new = {"micro_batch", "ema_decay", "devices", "compile", "checkpoint_seconds", "checkpoint_steps"}
+    new |= {"select_split", "select_every"}
+    data["config"] = {name: value for name, value in data["config"].items() if name not in new}
+    del data["best"], data["resumed_at"]
+    for epoch in data["epochs"]:
+        del epoch["selection"]
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    record = RunFolder(tmp_path).read()
+    assert (record.best, record.resumed_at, record.config.devices) == (None, (), 1)
+    assert record.finished
