@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipeline.batches import CachedTeacher, Pairs, TeacherSource, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_inputs, epoch_pairs
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.losses import LossInputs, weighted_sum
@@ -56,11 +56,18 @@ class TrainResult:
     record: RunRecord
 
 
-def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    progress: Callable[[StepProgress], None] | None = None,
+    teacher_source: Callable[[EmbeddingReader], TeacherSource] | None = None,
+) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
     Each epoch ends with a checkpoint. With one view in the cache the student sees the evaluation crop, as its
-    teacher did.
+    teacher did; with several it replays the stored crops, each image's by turns.
+
+    Args:
+        teacher_source: makes the source of the targets; the cache itself if left out.
 
     Raises:
         CacheMismatchError: the cache is not what ``config.expect`` names.
@@ -106,15 +113,16 @@ def train(config: TrainConfig, progress: Callable[[StepProgress], None] | None =
         identity=identity,
         accepted_mismatches=accepted,
         cache_manifest_digest=manifest.digest,
-        view="evaluation crop (the cache has one view)",
+        view=describe_views(reader),
         image_root=_absolute(source.root),
         train_images=len(rows),
     )
     run.start(record)
     origin = record.model_dump(mode="json", include=_ORIGIN)
     total_steps = steps_per_epoch * config.epochs
+    teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
     model, optimizer = fabric.setup(student, _optimizer(student, config))
-    loop = _Loop(config, fabric, model, student, optimizer, CachedTeacher(reader), run, total_steps, progress)
+    loop = _Loop(config, fabric, model, student, optimizer, teacher, run, total_steps, progress)
     tokenizer = student_tokenizer(architecture)
     for epoch in range(config.epochs):
         pairs = list(epoch_pairs(reader, rows, config.batch_size, config.window_chunks, config.seed, epoch))
@@ -161,7 +169,7 @@ class _Loop:
         sums: Counter[str] = Counter()
         for pair, (pixels, tokens) in zip(pairs, loader, strict=True):
             waited += time.perf_counter() - waiting
-            targets = self._teacher.targets(pair.image_rows, pair.caption_rows)
+            targets = self._teacher.targets(pair)
             loss, parts, rate = self._train_step(pixels, tokens, targets, pair)
             self.step += 1
             sums.update({"loss": loss, **parts})
