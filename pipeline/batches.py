@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.samples import ImageSource, require_content
-from storage.errors import CacheError
+from pipeline.views import Crop, replay
+from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
 from storage.transient import is_transient
@@ -27,14 +28,18 @@ __all__ = [
     "StudentImages",
     "TeacherSource",
     "TeacherTargets",
+    "describe_views",
     "epoch_inputs",
     "epoch_pairs",
     "load_items",
+    "stored_crops",
+    "views_used",
 ]
 
 Tokenizer = Callable[[list[str]], Tensor]
 
 _CAPTION_STREAM = 2**31  # a stream of random numbers that no window of the row order uses
+_VIEW_STREAM = 2**31 + 1
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class TeacherSource(Protocol):
 
     logit_scale: float
 
-    def targets(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> TeacherTargets:
-        """Targets of the pairs (image row, caption row), in this order."""
+    def targets(self, pairs: Pairs) -> TeacherTargets:
+        """Targets of a batch, in its order: of the view that each pair names, and of its caption."""
 
 
 class CachedTeacher:
@@ -65,19 +70,24 @@ class CachedTeacher:
         self._reader = reader
         self.logit_scale = reader.manifest.identity.teacher.logit_scale
 
-    def targets(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> TeacherTargets:
+    def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`TeacherSource`."""
-        image = self._reader.take("image", image_rows)
-        text = self._reader.take("text", caption_rows)
+        image = self._reader.take("image", pairs.image_rows, pairs.views)
+        text = self._reader.take("text", pairs.caption_rows)
         return TeacherTargets(torch.from_numpy(image).float(), torch.from_numpy(text).float())
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One batch as row numbers of the cache: image ``i`` with one of its captions."""
+    """One batch as row numbers of the cache: one view of image ``i`` with one of its captions.
+
+    Attributes:
+        image_rows, caption_rows, views: (batch,) int64; view 0 is the evaluation crop.
+    """
 
     image_rows: NDArray[np.int64]
     caption_rows: NDArray[np.int64]
+    views: NDArray[np.int64]
 
 
 def epoch_pairs(
@@ -88,26 +98,86 @@ def epoch_pairs(
     seed: int,
     epoch: int,
     start_step: int = 0,
+    views: int | None = None,
 ) -> Iterator[Pairs]:
     """The batches of one epoch, a pure function of the arguments; each image once, with one caption at random.
+
+    An image goes through all its views before one comes again: each starts at a view of its own, drawn by the seed,
+    and takes the next one in the next epoch. With one view that is always the evaluation crop.
 
     Args:
         image_rows: ascending rows that take part.
         start_step: leave out so many batches at the start, to go on where a run stopped.
+        views: the first so many take part; all if left out.
     """
+    views = views or reader.views
     offsets = reader.caption_offsets
     # one draw per row of the cache, so that a row's caption does not depend on who else takes part
     draws = epoch_rng(seed, epoch, _CAPTION_STREAM).random(reader.manifest.layout.image_rows)
+    # the same in each epoch, so that an image's views come by turns
+    first_views = (epoch_rng(seed, 0, _VIEW_STREAM).random(len(draws)) * views).astype(np.int64)
     chunk_rows = reader.manifest.layout.image_chunk_rows
     order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
     for step, rows in enumerate(batches(order, batch_size)):
         if step >= start_step:
             counts = offsets[rows + 1] - offsets[rows]
-            yield Pairs(rows, offsets[rows] + (draws[rows] * counts).astype(np.int64))
+            captions = offsets[rows] + (draws[rows] * counts).astype(np.int64)
+            yield Pairs(rows, captions, (first_views[rows] + epoch) % views)
+
+
+def views_used(reader: EmbeddingReader, asked: int | None) -> int:
+    """How many of a cache's views a run takes.
+
+    Args:
+        asked: the first so many; None for all.
+
+    Raises:
+        UsageError: the cache has not so many.
+    """
+    if asked is not None and asked > reader.views:
+        raise UsageError(
+            f"{reader.location}: {asked} views asked for, this cache has {reader.views}. Add some with "
+            f"teacher-cache precompute --views {asked}, or lower --views."
+        )
+    return asked or reader.views
+
+
+def describe_views(reader: EmbeddingReader, asked: int | None = None) -> str:
+    """What a student sees of each image when it learns from this cache, for the record of its run.
+
+    Args:
+        asked: as for :func:`views_used`.
+    """
+    used = views_used(reader, asked)
+    of = "the cache has one view" if reader.views == 1 else f"of {reader.views} views"
+    if used == 1:
+        return f"evaluation crop ({of})"
+    stored = f"the {used} stored crops" if used == reader.views else f"the first {used} of {reader.views} stored crops"
+    return f"{stored} by turns, the evaluation crop among them"
+
+
+def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[Crop | None]:
+    """What the teacher saw of some images, one view of each, as the cache has it; None for the evaluation crop.
+
+    Raises:
+        CacheCorruptError: the cache is damaged, or what it stores is no crop.
+    """
+    boxes = reader.take("image", rows, views, array="view")
+    crops: list[Crop | None] = []
+    for row, view, box in zip(rows.tolist(), views.tolist(), boxes, strict=True):
+        try:
+            crops.append(None if view == 0 else Crop.from_row(box))
+        except ValueError as error:
+            raise CacheCorruptError(
+                f"{reader.location}: image row {row}, view {view}: {error}. Run teacher-cache repair CACHE."
+            ) from error
+    return crops
 
 
 class StudentImages(Dataset[Tensor]):
-    """Row of the cache to the pixels that the student sees of this image: float32 (3, height, width).
+    """Row of the cache to the pixels that a model sees of this image: float32 (3, height, width).
+
+    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view.
 
     Raises on access:
         OSError: the image cannot be read where the source says.
@@ -119,9 +189,14 @@ class StudentImages(Dataset[Tensor]):
         self._ids, self._uris, self._digests = samples["sample_id"], samples["uri"], samples["content_sha256"]
         self._offsets, self._lengths = samples["offset"], samples["length"]
         self._source = source
+        self._preprocess = preprocess
         self._transform = preprocess.transform()
 
     def __getitem__(self, row: int) -> Tensor:
+        return self.see(row, None)
+
+    def see(self, row: int, crop: Crop | None) -> Tensor:
+        """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
         where = self._source.resolve(self._uris[row].as_py())
         named = f"row {row} ({self._ids[row].as_py()}): {where}"
         try:
@@ -134,21 +209,22 @@ class StudentImages(Dataset[Tensor]):
             ) from error
         require_content(data, self._digests[row].as_py(), named)
         try:
-            pixels: Tensor = self._transform(decode_image(data))
+            image = decode_image(data)
+            pixels: Tensor = self._transform(image) if crop is None else replay(image, crop, self._preprocess)
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
             raise OSError(f"{named} cannot be decoded here, though the teacher saw it: {error}") from error
         return pixels
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and token ids of one (image row, caption row)."""
+    """Pixels and token ids of one (image row, caption row, crop)."""
 
     def __init__(self, images: StudentImages, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
         self._images, self._texts, self._tokenizer = images, texts, tokenizer
 
-    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        image_row, caption_row = pair
-        return self._images[image_row], self._tokenizer([self._texts[caption_row].as_py()])[0]
+    def __getitem__(self, pair: tuple[int, int, Crop | None]) -> tuple[Tensor, Tensor]:
+        image_row, caption_row, crop = pair
+        return self._images.see(image_row, crop), self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -197,14 +273,18 @@ def _one_thread(worker: int) -> None:
 
 
 class _PairSampler:
-    """Hands the DataLoader batches of (image row, caption row), and remembers none of them."""
+    """Hands the DataLoader batches of (image row, caption row, crop), and remembers none of them.
 
-    def __init__(self, pairs: Sequence[Pairs]) -> None:
-        self._pairs = pairs
+    It runs in the main process, so that workers need no reader.
+    """
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __init__(self, reader: EmbeddingReader, pairs: Sequence[Pairs]) -> None:
+        self._reader, self._pairs = reader, pairs
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, Crop | None]]]:
         for pair in self._pairs:
-            yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), strict=True))
+            crops = stored_crops(self._reader, pair.image_rows, pair.views)
+            yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), crops, strict=True))
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -219,6 +299,9 @@ def epoch_inputs(
     workers: int | None,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`."""
+    """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`.
+
+    The pixels are of the very region that the teacher saw, at the student's resolution.
+    """
     inputs = _StudentInputs(StudentImages(reader, source, preprocess), reader.captions["text"], tokenizer)
-    return load_items(inputs, workers, device, batch_sampler=_PairSampler(pairs))
+    return load_items(inputs, workers, device, batch_sampler=_PairSampler(reader, pairs))

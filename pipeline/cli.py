@@ -62,6 +62,8 @@ def precompute(
     precision: Annotated[str | None, _setting(PrecomputeConfig, "precision")] = None,
     batch_size: Annotated[int | None, _setting(PrecomputeConfig, "batch_size")] = None,
     chunk_rows: Annotated[int | None, _setting(PrecomputeConfig, "chunk_rows")] = None,
+    views: Annotated[int | None, _setting(PrecomputeConfig, "views")] = None,
+    crop_scale: Annotated[tuple[float, float] | None, _setting(PrecomputeConfig, "crop_scale")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a teacher once over a dataset and keep its embeddings. Stop it at any time; run it again to go on."""
@@ -74,6 +76,8 @@ def precompute(
         "precision": precision,
         "batch_size": batch_size,
         "chunk_rows": chunk_rows,
+        "views": views,
+        "crop_scale": crop_scale,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
     from pipeline.precompute import precompute as run_precompute
@@ -90,6 +94,7 @@ def precompute(
     if json:
         print_json(result)
         return
+    seen = "" if result.views == 1 else f" in {result.views} views"
     rates = f"{result.images_per_second or 0:,.0f} images/s, {result.captions_per_second or 0:,.0f} captions/s"
     for line in result.problem_details:
         _say(line)
@@ -97,7 +102,7 @@ def precompute(
         _say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
     Console().print(
-        f"{result.cache}: {result.images:,} images and {result.captions:,} captions by {result.teacher}\n"
+        f"{result.cache}: {result.images:,} images{seen} and {result.captions:,} captions by {result.teacher}\n"
         f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({rates})\n"
         f"problems: {problems}; {result.lost_images} images without a row, {result.quarantined} quarantined",
         markup=False,
@@ -211,6 +216,7 @@ def train(
     expect: Annotated[str | None, _setting(TrainConfig, "expect")] = None,
     accept_mismatch: Annotated[list[str] | None, _setting(TrainConfig, "accept_mismatch")] = None,
     recipe: Annotated[str | None, _setting(TrainConfig, "recipe")] = None,
+    views: Annotated[int | None, _setting(TrainConfig, "views")] = None,
     epochs: Annotated[int | None, _setting(TrainConfig, "epochs")] = None,
     batch_size: Annotated[int | None, _setting(TrainConfig, "batch_size")] = None,
     micro_batch: Annotated[int | None, _setting(TrainConfig, "micro_batch")] = None,
@@ -240,6 +246,7 @@ def train(
         "expect": expect,
         "accept_mismatch": accept_mismatch or None,
         "recipe": recipe,
+        "views": views,
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch": micro_batch,
@@ -406,7 +413,8 @@ def recall_table(
 def _print_proof(proof: ProofResult) -> None:
     console = Console(highlight=False)
     for row in proof.wrong[:_ROWS_SHOWN]:
-        line = f"wrong: {row.tower} row {row.row} ({row.sample_id}): {row.what}"
+        view = f", view {row.view}" if row.view else ""
+        line = f"wrong: {row.tower} row {row.row}{view} ({row.sample_id}): {row.what}"
         console.print(line, markup=False, soft_wrap=True)
     if len(proof.wrong) > _ROWS_SHOWN:
         console.print(f"... and {len(proof.wrong) - _ROWS_SHOWN} more; --json lists all")

@@ -48,13 +48,37 @@ class PrecomputeConfig(_Config):
     )
     chunk_rows: int | None = Field(None, gt=0, description="Rows per chunk; chosen by the number of rows if left out.")
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
+    views: int | None = Field(
+        None,
+        gt=0,
+        description="Crops per image: the evaluation crop, and from 2 on random ones; added to a cache that has fewer. "
+        "Those of the cache, or 1, if left out.",
+    )
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="Least and greatest share of an image's area in a random crop; 0.3 1 if left out."
+    )
+    crop_ratio: tuple[float, float] | None = Field(
+        None, description="Least and greatest width / height of a random crop; 3/4 and 4/3 if left out."
+    )
+    crop_flip: float | None = Field(
+        None, ge=0, le=1, description="Probability that a random crop is mirrored; 0.5 if left out."
+    )
+    view_seed: int | None = Field(None, ge=0, lt=2**32, description="Of the random crops; 0 if left out.")
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ranges_are_ranges(cls, span: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        most = 1.0 if info.field_name == "crop_scale" else 100.0
+        if span is not None and not 0 < span[0] <= span[1] <= most:
+            raise ValueError(f"0 < least <= greatest <= {most:g} is wanted, found {span[0]:g} and {span[1]:g}")
+        return span
 
 
 class ProofConfig(_Config):
     """Prove random rows of a cache against its live teacher."""
 
     cache: str = Field(description="Folder or URL of a finished cache.")
-    sample: int = Field(gt=0, description="Rows to draw of the images, and as many of the captions.")
+    sample: int = Field(gt=0, description="Views of images to draw, and as many captions.")
     teacher: str | None = Field(None, description="As for precompute; left out, the one that the manifest names.")
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     dataset: str | None = Field(None, description="KIND:PATH, where the dataset is now, if it moved.")
@@ -91,6 +115,9 @@ class TrainConfig(_Config):
         "default",
         description=f"Named set of losses and optimiser settings: {', '.join(RECIPES)}. A setting that is given "
         "wins over the recipe's.",
+    )
+    views: int | None = Field(
+        None, gt=0, description="Use the first so many of the cache's views; all that it has if left out."
     )
     epochs: int = Field(10, gt=0, description="Passes over the split; one caption per image and pass.")
     batch_size: int = Field(256, gt=1, description="Pairs per step, over all devices.")

@@ -27,6 +27,7 @@ from pipeline.plan import Progress
 from pipeline.preprocess import UndecodableImageError, decode_image
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.teacher import LiveTeacher
+from pipeline.views import draw_crop, replay
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow
@@ -257,6 +258,7 @@ class _Jobs:
         # where this run found the images: the folder may have moved since the cache was planned
         self._source = ImageSource(image_root)
         self._layout = writer.manifest.layout
+        self._views = writer.manifest.identity.views
         self._samples, self._captions = writer.samples, writer.captions
 
     def batches(self, refs: Iterable[ChunkRef]) -> Iterator[_Batch]:
@@ -270,17 +272,17 @@ class _Jobs:
                 for name in ARRAYS[ref.tower]
             }
             chunk = _Chunk(ref, rows, arrays)
-            prepare = self._image_jobs if ref.tower == "image" else self._text_jobs
+            prepare = partial(self._image_jobs, ref.view) if ref.tower == "image" else self._text_jobs
             for start in range(rows.start, rows.stop, batch_size):
                 stop = min(start + batch_size, rows.stop)
                 yield _Batch(chunk, range(start, stop), stop == rows.stop, prepare)
 
-    def _image_jobs(self, rows: range) -> list[Callable[[], Any]]:
+    def _image_jobs(self, view: int, rows: range) -> list[Callable[[], Any]]:
         part = self._samples.slice(rows.start, len(rows)).to_pylist()
-        return [partial(self._decode, sample) for sample in part]
+        return [partial(self._decode, sample, view) for sample in part]
 
-    def _decode(self, sample: dict[str, Any]) -> _Decoded:
-        """Pixels and crop of one image, or why there are none.
+    def _decode(self, sample: dict[str, Any], view: int) -> _Decoded:
+        """Pixels and crop of one view of an image, or why there are none.
 
         Raises:
             OSError: the bytes cannot be read just now; another try may, so the row is not given up.
@@ -290,8 +292,12 @@ class _Jobs:
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         try:
             image = decode_image(data)
-            crop = self._preprocess.evaluation_crop(*image.size)
-            return _Decoded(self._transform(image), crop, sample_id=sample["sample_id"])
+            if view == 0:
+                evaluation_crop = self._preprocess.evaluation_crop(*image.size)
+                return _Decoded(self._transform(image), evaluation_crop, sample_id=sample["sample_id"])
+            self._preprocess.require_evaluable(*image.size)
+            crop = draw_crop(self._views, sample["content_sha256"], view, *image.size)
+            return _Decoded(replay(image, crop, self._preprocess), crop.as_row(), sample_id=sample["sample_id"])
         except MemoryError:
             raise  # the machine's fault, not the image's
         except UndecodableImageError as error:

@@ -6,6 +6,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
 from pipeline.teacher import LiveTeacher
 from storage.commits import ChunkRef, all_chunks
-from storage.errors import CacheMismatchError, CacheNotFoundError
+from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.manifest import (
     CacheIdentity,
@@ -33,15 +34,24 @@ __all__ = ["Progress", "chunk_spans", "count_done", "dataset_identity", "dataset
 
 Progress = Callable[[str, int, int], None]
 
+# milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
+_CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
 _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
 
 
 def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
-    """Write the cache's manifest and tables, or check them against what is there.
+    """Write the cache's manifest and tables, or check them against what is there; plan the views that it lacks.
+
+    A cache that has more views than are asked for is taken as it is.
 
     Returns:
         The chunks that are still to be encoded.
+
+    Raises:
+        UsageError: crop settings without random crops.
+        CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise.
     """
+    views = _views(config)
 
     def count(done: int, total: int) -> None:
         if progress is not None:
@@ -54,7 +64,7 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         teacher=teacher.identity(),
         preprocess=teacher.preprocess.identity(),
         tokenizer=teacher.tokenizer_identity(),
-        views=ViewsIdentity(policy="evaluation", count=1),
+        views=views,
         targets=TargetsIdentity(),
         dataset=dataset_identity(spec, tables),
     )
@@ -140,6 +150,31 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
         samples_sha256=samples_sha256(samples),
         captions_sha256=captions_sha256(captions),
     )
+
+
+def _views(config: PrecomputeConfig) -> ViewsIdentity:
+    """Number and settings as asked for, as the cache that is there has them, or by default."""
+    try:
+        have = planned_manifest(open_files(config.cache)).identity.views
+    except CacheNotFoundError:
+        have = ViewsIdentity(policy="evaluation")
+    count = config.views or have.count
+    asked = {
+        "scale": config.crop_scale,
+        "ratio": config.crop_ratio,
+        "flip": config.crop_flip,
+        "seed": config.view_seed,
+    }
+    if count == 1:
+        if any(value is not None for value in asked.values()):
+            raise UsageError(
+                "crop_scale, crop_ratio, crop_flip and view_seed are of random crops, and there are none in 1 view: "
+                "ask for --views 2 or more, or leave them out"
+            )
+        return ViewsIdentity(policy="evaluation")
+    recorded = have.fields()
+    drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in asked.items()}
+    return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
 
 
 def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:

@@ -34,10 +34,11 @@ class PrecomputeResult(BaseModel, frozen=True):
     teacher: str
     images: int = Field(description="Rows of the image tower, quarantined ones included.")
     captions: int
+    views: int = Field(description="Of each image; those that were there before are counted too.")
     splits: dict[str, int]
     chunks: int
     chunks_encoded: int = Field(description="By this run; the others were there.")
-    quarantined: int = Field(description="Images with a row that could not be decoded; they have no embedding.")
+    quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
     lost_images: int = Field(description="Images of the dataset that got no row.")
     problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
     problem_details: tuple[str, ...] = Field(description="The first 50, by name.")
@@ -91,21 +92,21 @@ def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResu
     for item in quarantined:
         problems[item.reason] += 1
         details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
-    generation = manifest.generations[-1]
     info = describe_cache(cache)
     return PrecomputeResult(
         cache=cache,
         manifest_digest=manifest.digest,
-        replaced_manifest_digest=before.digest if before.sealed and before.digest != manifest.digest else None,
+        replaced_manifest_digest=before.digest if manifest.replaces_seals_of(before) else None,
         identity_digest=manifest.identity_digest,
         teacher=manifest.identity.teacher.name,
         images=manifest.layout.image_rows,
         captions=manifest.layout.text_rows,
+        views=manifest.layout.views,
         splits=manifest.identity.dataset.splits,
         chunks=manifest.layout.num_chunks,
         chunks_encoded=chunks_encoded,
         quarantined=len(quarantined),
-        lost_images=generation.lost_images,
+        lost_images=manifest.lost_images,
         problems=dict(sorted(problems.items())),
         problem_details=tuple(details[:_PROBLEMS_SHOWN]),
         seconds=seconds,

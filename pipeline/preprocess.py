@@ -137,6 +137,19 @@ class Preprocess:
         left = _centre(resized_width, wanted_width) * width / resized_width
         return top, left, wanted_height * height / resized_height, wanted_width * width / resized_width, 0.0
 
+    def require_evaluable(self, width: int, height: int) -> None:
+        """Refuse an image whose evaluation crop cannot be made, so that its other views are not made either.
+
+        Raises:
+            ValueError: resized for that crop, it would be too large or nothing at all.
+        """
+        resized_height, resized_width = self.resized(width, height)
+        if not 0 < resized_height * resized_width <= MAX_PIXELS:
+            raise ValueError(
+                f"{_size(width, height)} would be resized to {_size(resized_width, resized_height)} for the "
+                "evaluation crop"
+            )
+
     def identity(self) -> PreprocessIdentity:
         """What a cache records of it."""
         from storage.manifest import PreprocessIdentity

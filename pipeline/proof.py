@@ -27,14 +27,16 @@ from pipeline.preprocess import UndecodableImageError, decode_image
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.teacher import LiveTeacher, load_teacher
+from pipeline.views import Crop, draw_crop, replay
 from storage.commits import QuarantinedRow, Tower
-from storage.errors import CacheMismatchError, UsageError
+from storage.errors import CacheError, CacheMismatchError
 from storage.integrity import IntegrityReport
 from storage.reader import EmbeddingReader
 
 __all__ = ["ProofResult", "ProvenReport", "WrongRow", "fraction_shown", "prove_sample"]
 
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
+_Place = tuple[int, int]  # row and view
 _BOX_TOLERANCE = 1e-3  # of the stored crop, in source pixels: float32 of numbers below 2^16
 
 
@@ -59,7 +61,7 @@ class ProofResult(BaseModel, frozen=True):
     precision: str = Field(description="Of the live teacher.")
     seed: int
     threshold: float
-    images_compared: int
+    images_compared: int = Field(description="Each one view of an image.")
     captions_compared: int
     quarantined_checked: int = Field(description="Drawn image rows without embedding, of which the reason was tried.")
     least_cosine: float | None = Field(description="Over all rows compared.")
@@ -80,11 +82,11 @@ class ProvenReport(IntegrityReport):
 
 
 def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] | None = None) -> ProofResult:
-    """Encode random image rows and as many captions with the live teacher and compare cosines.
+    """Encode random image rows, of random views, and as many captions with the live teacher and compare cosines.
 
-    Quarantined rows are drawn like all others: the teacher's preprocessing must fail on them today too. The crop
-    that is stored beside each embedding must be the one that the preprocessing takes. Of the teacher's identity only
-    the precision may differ.
+    Quarantined rows are drawn like all others: the teacher's preprocessing must fail on them today too. Of view 0 the
+    crop that is stored beside each embedding must be the one that the preprocessing takes; of other views the stored
+    crop is what is replayed. Of the teacher's identity only the precision may differ.
 
     Args:
         progress: called with (stage, done, total).
@@ -100,8 +102,6 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     reader = EmbeddingReader(cache)
     manifest = reader.manifest
     identity, layout = manifest.identity, manifest.layout
-    if layout.views > 1:
-        raise UsageError(f"{cache}: {layout.views} views; only the evaluation crop can be encoded again so far")
     root = config.image_root or manifest.source.image_root
     if config.dataset:
         root = data_folder(DatasetSpec.parse(config.dataset).root)
@@ -112,7 +112,8 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
 
     proof = _Proof(reader, live, ImageSource(root), config.threshold)
     for tower in get_args(Tower):
-        rows = _draw(tower, layout.rows(tower), config.sample, config.seed)
+        views = reader.views if tower == "image" else 1
+        rows = _draw(tower, layout.rows(tower) * views, config.sample, config.seed)
         for start in range(0, len(rows), layout.batch_rows):
             part = rows[start : start + layout.batch_rows]
             if tower == "image":
@@ -141,59 +142,68 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
 
 
 def _draw(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.int64]:
+    """Rows of a tower, counted on from view to view."""
     rng = np.random.default_rng([seed, _STREAMS[tower]])
     return np.sort(rng.choice(count, min(sample, count), replace=False)).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """One image as the preprocessing takes it today."""
+    """One view of an image as it is taken today."""
 
     row: int
+    view: int
     sample_id: str
     pixels: torch.Tensor | None
     crop: tuple[float, ...]
     failure: str = ""
+
+    @property
+    def place(self) -> _Place:
+        return self.row, self.view
 
 
 class _Proof:
     def __init__(self, reader: EmbeddingReader, teacher: LiveTeacher, source: ImageSource, threshold: float) -> None:
         self._reader, self._teacher, self._source, self._threshold = reader, teacher, source, threshold
         self._transform = teacher.preprocess.transform()
-        self._lost = {row.row: row for row in reader.quarantined}
+        self._lost = {
+            (row, view): record for view in range(reader.views) for row, record in reader.quarantined_in(view).items()
+        }
         self.compared: dict[Tower, int] = {"image": 0, "text": 0}
         self.quarantined_checked = 0
         self.cosines: list[tuple[float, str]] = []
         self.wrong: list[WrongRow] = []
 
-    def images(self, rows: NDArray[np.int64]) -> None:
-        seen = [self._see(int(row)) for row in rows]
+    def images(self, drawn: NDArray[np.int64]) -> None:
+        images = self._reader.manifest.layout.image_rows
+        seen = [self._see(int(row), int(view)) for view, row in zip(*np.divmod(drawn, images), strict=True)]
         usable = [item for item in seen if item.pixels is not None]
         for item in seen:
-            if item.pixels is None and item.row not in self._lost:
+            if item.pixels is None and item.place not in self._lost:
                 self._add("image", item, None, f"has an embedding, but its image is unusable here: {item.failure}")
-        live: dict[int, NDArray[Any]] = {}
+        live: dict[_Place, NDArray[Any]] = {}
         if usable:
             pixels = [item.pixels for item in usable if item.pixels is not None]
             encoded = self._teacher.encode_images(torch.stack(pixels)).embedding
-            live = {item.row: embedding for item, embedding in zip(usable, encoded, strict=True)}
+            live = {item.place: embedding for item, embedding in zip(usable, encoded, strict=True)}
         for item in seen:
-            if item.row in self._lost:
-                self._check_quarantined(item, self._lost[item.row], live.get(item.row))
-        self._compare("image", [item for item in usable if item.row not in self._lost], live)
+            if item.place in self._lost:
+                self._check_quarantined(item, self._lost[item.place], live.get(item.place))
+        self._compare("image", [item for item in usable if item.place not in self._lost], live)
 
     def captions(self, rows: NDArray[np.int64]) -> None:
         captions = self._reader.captions.take(rows).to_pylist()
         samples = self._reader.samples["sample_id"]
         seen = [
-            _Seen(int(row), samples[caption["image_row"]].as_py(), None, ())
+            _Seen(int(row), 0, samples[caption["image_row"]].as_py(), None, ())
             for row, caption in zip(rows, captions, strict=True)
         ]
         tokens = self._teacher.tokenizer([caption["text"] for caption in captions])
         encoded = self._teacher.encode_texts(tokens).embedding
-        self._compare("text", seen, {item.row: row for item, row in zip(seen, encoded, strict=True)})
+        self._compare("text", seen, {item.place: row for item, row in zip(seen, encoded, strict=True)})
 
-    def _see(self, row: int) -> _Seen:
+    def _see(self, row: int, view: int) -> _Seen:
         sample = self._reader.samples.slice(row, 1).to_pylist()[0]
         sample_id, where = sample["sample_id"], self._source.resolve(sample["uri"])
         named = f"image row {row} ({sample_id}): {where}"
@@ -206,13 +216,25 @@ class _Proof:
         require_content(data, sample["content_sha256"], named)
         try:
             image = decode_image(data)
-            return _Seen(row, sample_id, self._transform(image), self._teacher.preprocess.evaluation_crop(*image.size))
-        except MemoryError:
+            preprocess = self._teacher.preprocess
+            if view == 0:
+                evaluation_crop = preprocess.evaluation_crop(*image.size)
+                return _Seen(row, view, sample_id, self._transform(image), evaluation_crop)
+            preprocess.require_evaluable(*image.size)
+            crop = self._crop(row, view, sample["content_sha256"], image.size)
+            return _Seen(row, view, sample_id, replay(image, crop, preprocess), crop.as_row())
+        except (MemoryError, CacheError):
             raise
         except UndecodableImageError as error:
-            return _Seen(row, sample_id, None, (), str(error))
+            return _Seen(row, view, sample_id, None, (), str(error))
         except Exception as error:  # as precompute: a transform may fail on odd images in any way
-            return _Seen(row, sample_id, None, (), f"{type(error).__name__}: {error}")
+            return _Seen(row, view, sample_id, None, (), f"{type(error).__name__}: {error}")
+
+    def _crop(self, row: int, view: int, content_sha256: str, size: tuple[int, int]) -> Crop:
+        """The stored one, or the one that was drawn for a row that has none."""
+        if (row, view) in self._lost:
+            return draw_crop(self._reader.manifest.identity.views, content_sha256, view, *size)
+        return Crop.from_row(self._reader.take("image", np.array([row]), view, array="view")[0])
 
     def _check_quarantined(self, item: _Seen, recorded: QuarantinedRow, live: NDArray[Any] | None) -> None:
         self.quarantined_checked += 1
@@ -224,16 +246,18 @@ class _Proof:
             today = "it can be encoded here" if live is not None else f"here it fails otherwise: {item.failure}"
             self._add("image", item, None, f"quarantined as {recorded.reason} ({recorded.detail}), but {today}")
 
-    def _compare(self, tower: Tower, seen: Sequence[_Seen], live: dict[int, NDArray[Any]]) -> None:
+    def _compare(self, tower: Tower, seen: Sequence[_Seen], live: dict[_Place, NDArray[Any]]) -> None:
         if not seen:
             return
         rows = np.array([item.row for item in seen])
-        cached = self._reader.take(tower, rows).astype(np.float32)
-        crops = self._reader.take("image", rows, array="view") if tower == "image" else None
+        views = np.array([item.view for item in seen])
+        cached = self._reader.take(tower, rows, views).astype(np.float32)
+        crops = self._reader.take("image", rows, views, array="view") if tower == "image" else None
         for number, item in enumerate(seen):
-            cosine = _cosine(cached[number], live[item.row].astype(np.float32))
+            cosine = _cosine(cached[number], live[item.place].astype(np.float32))
             self.compared[tower] += 1
-            self.cosines.append((cosine, f"{tower} row {item.row} ({item.sample_id})"))
+            named = f"{tower} row {item.row}" + (f", view {item.view}" if item.view else "")
+            self.cosines.append((cosine, f"{named} ({item.sample_id})"))
             if not cosine >= self._threshold:  # NaN counts as wrong
                 self._add(tower, item, cosine, f"cosine {cosine:.4f} with the live teacher's row")
             elif crops is not None and not np.allclose(crops[number], item.crop, rtol=0, atol=_BOX_TOLERANCE):
@@ -241,7 +265,7 @@ class _Proof:
 
     def _add(self, tower: Tower, item: _Seen, cosine: float | None, what: str) -> None:
         self.wrong.append(
-            WrongRow(tower=tower, view=0, row=item.row, sample_id=item.sample_id, cosine=cosine, what=what)
+            WrongRow(tower=tower, view=item.view, row=item.row, sample_id=item.sample_id, cosine=cosine, what=what)
         )
 
 

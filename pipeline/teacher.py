@@ -80,10 +80,25 @@ class LiveTeacher:
 
     def encode_texts(self, tokens: torch.Tensor) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""
-        short = shorten(tokens) if self._shortens else tokens
-        return self._finish(partial(encode_text, self.model), short)
+        return self._finish(*self._text(tokens))
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As :meth:`encode_images`, (batch, embed_dim) float32 of unit norm on the CPU, nothing rounded to float16."""
+        return self._features(self.model.encode_image, pixels)[0].cpu()
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As :meth:`encode_texts`, (batch, embed_dim) float32 of unit norm on the CPU."""
+        return self._features(*self._text(tokens))[0].cpu()
+
+    def _text(self, tokens: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        return partial(encode_text, self.model), shorten(tokens) if self._shortens else tokens
 
     def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
+        features, norm = self._features(encode, batch)
+        return Encoded(features.half().cpu().numpy(), norm.squeeze(-1).cpu().numpy())
+
+    def _features(self, encode: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features and, (batch, 1), their norms before; float32."""
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.precision != "fp32":
             cast = torch.autocast(self.device.type, _DTYPES[self.precision])
@@ -91,8 +106,7 @@ class LiveTeacher:
             features = encode(batch.to(self.device, non_blocking=True))
         features = features.float()
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-        embedding = (features / norm).half()
-        return Encoded(embedding.cpu().numpy(), norm.squeeze(-1).cpu().numpy())
+        return features / norm, norm
 
     def identity(self) -> TeacherIdentity:
         """What a cache records of the teacher."""

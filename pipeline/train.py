@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from pipeline.batches import CachedTeacher, Pairs, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_inputs, epoch_pairs, views_used
 from pipeline.config import TrainConfig
 from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
@@ -68,15 +68,22 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, progress: Callable[[StepProgress], None] | None = None, *, resume: bool = False
+    config: TrainConfig,
+    progress: Callable[[StepProgress], None] | None = None,
+    *,
+    resume: bool = False,
+    teacher_source: Callable[[EmbeddingReader], TeacherSource] | None = None,
 ) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
-    With one view in the cache the student sees the evaluation crop, as its teacher did. A run that was killed goes
-    on where its last checkpoint left it, with the losses of an unbroken run on the same kind of device.
+    With one view in the cache the student sees the evaluation crop, as its teacher did; with several it replays the
+    stored crops, each image's by turns. A run that was killed goes on where its last checkpoint left it, with the
+    losses of an unbroken run on the same kind of device.
 
     Args:
         resume: go on with the run in ``config.out``; a finished one is left as it is.
+        teacher_source: makes the source of the targets; the cache itself if left out. With several devices it has
+            to be a function that can be pickled.
 
     Raises:
         CacheMismatchError: the cache is not what ``config.expect`` names, or not the one that the run began with.
@@ -94,12 +101,16 @@ def train(
             return TrainResult(str(run.path), record)
     else:
         run.require_free()
-    launch(config, _train_rank, resume, progress=progress)
+    launch(config, _train_rank, resume, teacher_source, progress=progress)
     return TrainResult(str(run.path), run.read())
 
 
 def _train_rank(
-    fabric: Fabric, config: TrainConfig, progress: Callable[[StepProgress], None] | None, resume: bool
+    fabric: Fabric,
+    config: TrainConfig,
+    progress: Callable[[StepProgress], None] | None,
+    resume: bool,
+    teacher_source: Callable[[EmbeddingReader], TeacherSource] | None,
 ) -> None:
     """The whole of a run, in the process of one device."""
     run = RunFolder(config.out)
@@ -132,7 +143,7 @@ def _train_rank(
         identity=identity,
         accepted_mismatches=accepted,
         cache_manifest_digest=manifest.digest,
-        view="evaluation crop (the cache has one view)",
+        view=describe_views(reader, config.views),
         image_root=_absolute(source.root),
         train_images=len(rows),
     )
@@ -143,7 +154,8 @@ def _train_rank(
         fabric.barrier()
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
-        _Trainer(config, fabric, reader, source, run, record, student, progress).train()
+        teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
+        _Trainer(config, fabric, reader, source, run, record, student, teacher, progress).train()
         fabric.barrier()
 
 
@@ -174,6 +186,7 @@ class _Trainer:
         run: RunFolder,
         record: RunRecord,
         student: Student,
+        teacher: TeacherSource,
         progress: Callable[[StepProgress], None] | None,
     ) -> None:
         self._config, self._fabric, self._reader, self._source = config, fabric, reader, source
@@ -181,7 +194,7 @@ class _Trainer:
         self._rows = reader.image_rows(config.split)
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
-        self._teacher = CachedTeacher(reader)
+        self._teacher = teacher
         self._tokenizer = student_tokenizer(record.student_config)
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student))
@@ -220,7 +233,16 @@ class _Trainer:
         self._model.train()
         first = sums.steps
         pairs = list(
-            epoch_pairs(self._reader, self._rows, config.batch_size, config.window_chunks, config.seed, epoch, first)
+            epoch_pairs(
+                self._reader,
+                self._rows,
+                config.batch_size,
+                config.window_chunks,
+                config.seed,
+                epoch,
+                first,
+                views_used(self._reader, config.views),
+            )
         )
         mine = [self._slice(pair) for pair in pairs]
         preprocess, workers = self._student.preprocess, self._workers()
@@ -231,7 +253,7 @@ class _Trainer:
         started = waiting = time.perf_counter()
         for pair, part, (pixels, tokens) in zip(pairs, mine, loader, strict=True):
             sums.waited += time.perf_counter() - waiting
-            targets = self._teacher.targets(part.image_rows, part.caption_rows)
+            targets = self._teacher.targets(part)
             values = self._step(self._point.step, pixels, tokens, targets, pair)
             if self._average is not None:
                 self._average.update()

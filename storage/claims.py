@@ -23,9 +23,10 @@ from storage.errors import UsageError
 from storage.files import CacheFiles
 from storage.processes import ProcessName, this_process
 
-__all__ = ["CLAIMS", "Claims", "clear_claims"]
+__all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims"]
 
 CLAIMS = "claims"
+PLAN = "plan"  # whoever has this one may write the manifest
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
@@ -153,6 +154,16 @@ class Claims:
 
 
 def clear_claims(files: CacheFiles) -> None:
-    """Remove every claim, those of dead processes too. For a cache that is complete: nobody needs them any more."""
+    """Remove the claims of a cache that is complete, those of dead processes too: nobody needs them any more.
+
+    The claim on the manifest stays while its process may live, who perhaps plans more views.
+    """
     for key in files.list(CLAIMS):
+        if key.startswith(f"{CLAIMS}/{PLAN}."):
+            try:
+                claim = _Claim.model_validate_json(files.read(key))
+                if claim.process.alive() is not False:
+                    continue
+            except (FileNotFoundError, ValidationError):
+                pass
         files.delete(key)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from storage.inspect import CacheInfo, describe_cache
 from storage.integrity import Finding, IntegrityReport
+from storage.manifest import ViewsIdentity
 
 __all__ = ["CacheArgument", "JsonFlag", "app", "print_findings", "print_json", "print_report"]
 
@@ -52,6 +53,8 @@ def _info_table(found: CacheInfo) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     state = "complete" if found.sealed else "not complete: run the same precompute command again to finish it"
+    if not found.sealed and found.views_sealed:
+        state += f"; {found.views_sealed} of {layout.views} views can be read"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
     teacher = identity.teacher
     rows = {
@@ -60,8 +63,8 @@ def _info_table(found: CacheInfo) -> Table:
         f"weights {teacher.weights_sha256[:12]}, logit scale {teacher.logit_scale:.2f}",
         "dataset": f"{found.dataset}",
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
-        "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}, {layout.views} view "
-        f"({identity.views.policy} crop)",
+        "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}",
+        "views": _views(identity.views),
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
         "size": f"{found.target_bytes / 1e6:,.1f} MB of targets",
         "quarantined": "known when complete"
@@ -78,6 +81,16 @@ def _info_table(found: CacheInfo) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _views(views: ViewsIdentity) -> str:
+    if views.scale is None or views.ratio is None:
+        return f"{views.count} (the evaluation crop)"
+    return (
+        f"{views.count}: the evaluation crop and {views.count - 1} random crops of {views.scale[0]:g} to "
+        f"{views.scale[1]:g} of the area, width / height {views.ratio[0]:.3g} to {views.ratio[1]:.3g}, mirrored with "
+        f"probability {views.flip:g}, seed {views.seed}"
+    )
 
 
 def _cost(found: CacheInfo) -> str:

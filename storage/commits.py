@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
-from storage.manifest import CacheManifest, Layout, canonical_json, digest_of
+from storage.manifest import CacheManifest, Generation, Layout, canonical_json, digest_of
 
 __all__ = [
     "ChunkCommit",
@@ -23,6 +24,8 @@ __all__ = [
     "QuarantinedRow",
     "Tower",
     "all_chunks",
+    "generation_chunks",
+    "quarantined_rows",
     "read_commit",
     "read_commits",
 ]
@@ -70,6 +73,17 @@ def all_chunks(layout: Layout) -> list[ChunkRef]:
     return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
 
 
+def generation_chunks(manifest: CacheManifest, generation: Generation) -> list[ChunkRef]:
+    """The chunks that a generation brought, in the order of :func:`all_chunks`: its views', and captions with rows."""
+    first, stop = manifest.views_of(generation)
+    has_captions = generation.views is None
+    return [
+        ref
+        for ref in all_chunks(manifest.layout)
+        if (first <= ref.view < stop if ref.tower == "image" else has_captions)
+    ]
+
+
 class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
     """What the bytes of one Zarr object are."""
 
@@ -96,7 +110,7 @@ class ChunkCommit(BaseModel):
     view: int = Field(ge=0)
     chunk: int = Field(ge=0)
     rows: tuple[int, int] = Field(description="First row and one past the last.")
-    generation: int = Field(0, ge=0)
+    generation: int = Field(0, ge=0, description="Of its rows; a view that was added later says what its rows say.")
     encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
     rows_sha256: str = Field(description="Of what its rows were made: storage.tables.chunk_rows_sha256.")
     objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view.")
@@ -155,17 +169,29 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
     return commit
 
 
-def read_commits(files: CacheFiles, manifest: CacheManifest) -> tuple[dict[ChunkRef, ChunkCommit], str]:
-    """All commits of a cache, and the sha256 over key and bytes of each in the order of ``all_chunks``.
+def read_commits(
+    files: CacheFiles, manifest: CacheManifest, generation: Generation
+) -> tuple[dict[ChunkRef, ChunkCommit], str]:
+    """All commits of one generation, and the sha256 over key and bytes of each in the order of ``all_chunks``.
 
     Raises:
         CacheCorruptError: a record is damaged or belongs elsewhere.
     """
     commits: dict[ChunkRef, ChunkCommit] = {}
     total = hashlib.sha256()
-    for ref in all_chunks(manifest.layout):
+    for ref in generation_chunks(manifest, generation):
         commit = read_commit(files, manifest, ref)
         if commit is not None:
             commits[ref] = commit
             total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
     return commits, total.hexdigest()
+
+
+def quarantined_rows(commits: Iterable[ChunkCommit], views: int) -> dict[int, QuarantinedRow]:
+    """Image rows without an embedding in one of the first ``views`` views, each once, with the first view's reason."""
+    found: dict[int, QuarantinedRow] = {}
+    for commit in sorted((commit for commit in commits if commit.view < views), key=lambda commit: commit.ref):
+        if commit.tower == "image":
+            for row in commit.quarantined:
+                found.setdefault(row.row, row)
+    return dict(sorted(found.items()))

@@ -28,8 +28,9 @@ class CacheInfo(BaseModel, frozen=True):
     image_root: str
     chunks: int
     chunks_committed: int
-    images_encoded: int | None = Field(description="Known once the cache is sealed.")
-    images_quarantined: int | None
+    views_sealed: int = Field(description="Views that can be read; fewer than the layout's while some are added.")
+    images_encoded: int | None = Field(description="With an embedding in each sealed view; known once one is sealed.")
+    images_quarantined: int | None = Field(description="Without one in some sealed view; counted once.")
     lost_images: int
     problems: dict[str, int] = Field(description="Of the dataset, met while it was read, by kind.")
     target_bytes: int = Field(description="Of all chunk objects when complete.")
@@ -59,8 +60,8 @@ def describe_cache(location: str) -> CacheInfo:
             # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
             seconds[tower] += cost.teacher_seconds + cost.decode_wait_seconds
             rows[tower] += cost.rows
-    generation = manifest.generations[-1]
-    seal = generation.seal
+    sealed = manifest.sealed_generations
+    seal = sealed[-1].seal if sealed else None
     return CacheInfo(
         location=location,
         format_version=manifest.format_version,
@@ -73,10 +74,11 @@ def describe_cache(location: str) -> CacheInfo:
         image_root=manifest.source.image_root,
         chunks=len(refs),
         chunks_committed=committed,
+        views_sealed=manifest.sealed_views,
         images_encoded=seal.images_encoded if seal else None,
         images_quarantined=seal.images_quarantined if seal else None,
-        lost_images=generation.lost_images,
-        problems=generation.problems,
+        lost_images=manifest.lost_images,
+        problems=manifest.problems,
         target_bytes=sum(_chunk_bytes(manifest.layout, ref) for ref in refs),
         encode_seconds=sum(seconds.values()),
         images_per_second=rows["image"] / seconds["image"] if seconds["image"] else None,

@@ -7,6 +7,7 @@ against its backup. An object that cannot be read is a finding of its own kind, 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,17 @@ from pydantic import BaseModel, Field
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
 from storage.claims import CLAIMS
-from storage.commits import COMMITS, ChunkCommit, ChunkRef, Tower, all_chunks, read_commit, read_commits
+from storage.commits import (
+    COMMITS,
+    ChunkCommit,
+    ChunkRef,
+    Tower,
+    all_chunks,
+    generation_chunks,
+    quarantined_rows,
+    read_commit,
+    read_commits,
+)
 from storage.errors import (
     CacheAccessError,
     CacheCorruptError,
@@ -97,7 +108,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             nbytes += len(read_static(files, key, wanted))
             objects += 1
         except _FAULTS as error:
-            findings.append(_fault(key, error))
+            findings.append(_before_views(files, manifest, key) or _fault(key, error))
     damaged = {finding.key.partition("/")[0] for finding in findings}
     tables: dict[Tower, pa.Table] = {}
     if SAMPLES not in damaged:
@@ -107,6 +118,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     findings += _check_tables(manifest, tables)
 
     refs = all_chunks(manifest.layout)
+    closed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
     commits: dict[ChunkRef, ChunkCommit] = {}
     sound = uncommitted = 0
     for number, ref in enumerate(refs):
@@ -120,7 +132,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             continue
         if commit is None:
             uncommitted += 1
-            if manifest.sealed:
+            if ref in closed:
                 message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
                 findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
             continue
@@ -137,9 +149,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     if not manifest.sealed:
         message = incomplete_message(location, len(refs) - uncommitted, len(refs))
         findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
-    quarantined = sum(len(commit.quarantined) for ref, commit in commits.items() if ref.view == 0)
-    if manifest.sealed:
-        findings += _check_seal(files, manifest, commits, quarantined)
+    if manifest.sealed_generations:
+        findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
     findings += _check_journal(files, refs)
     findings += _unknown_files(files, manifest, refs)
     return IntegrityReport(
@@ -148,8 +159,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         manifest_digest=manifest.digest,
         images=manifest.layout.image_rows,
         captions=manifest.layout.text_rows,
-        quarantined=quarantined,
-        lost_images=sum(generation.lost_images for generation in manifest.generations),
+        quarantined=len(quarantined_rows(commits.values(), manifest.layout.views)),
+        lost_images=manifest.lost_images,
         chunks=len(refs),
         chunks_sound=sound,
         objects_read=objects,
@@ -189,7 +200,13 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return next(iter(found.values())), findings
     if main == backup:
         return main, findings
-    if backup.sealed and backup.unsealed() == main:
+    if backup.adds_views_to(main):
+        message = (
+            f"{BACKUP_KEY}: plans views up to {backup.layout.views}, {MANIFEST_KEY} has {main.layout.views}. Run the "
+            "same precompute command again to add them; what is there can be read."
+        )
+        return main, [*findings, Finding(kind="incomplete", key=BACKUP_KEY, message=message)]
+    if backup.seals(main):
         done, total = _committed(files, backup), backup.layout.num_chunks
         message = f"{incomplete_message(files.location, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
         return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
@@ -221,9 +238,14 @@ def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
 
 
 def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
-    seal = manifest.generations[-1].seal
+    """Whether there is a seal, and each is that of the commit records."""
     try:
-        return seal is not None and read_commits(files, manifest)[1] == seal.commits_sha256
+        found = [
+            generation.seal is not None
+            and read_commits(files, manifest, generation)[1] == generation.seal.commits_sha256
+            for generation in manifest.sealed_generations
+        ]
+        return bool(found) and all(found)
     except CacheUnreachableError:
         raise
     except _FAULTS:
@@ -245,6 +267,19 @@ def _fault(key: str, error: Exception) -> Finding:
         return Finding(kind="damaged", key=key, message=str(error))
     what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return Finding(kind="unreadable", key=key, message=f"{key}: cannot be read: {what}")
+
+
+def _before_views(files: CacheFiles, manifest: CacheManifest, key: str) -> Finding | None:
+    """That an array's metadata still has the shape of before views were planned, if that is what is wrong with it."""
+    if not 0 < manifest.sealed_views < manifest.layout.views or not key.startswith("targets.zarr/image/"):
+        return None
+    try:
+        shape = json.loads(files.read(key))["shape"]
+        older = manifest.sealed_views <= shape[1] < manifest.layout.views
+    except (*_FAULTS, ValueError, LookupError, TypeError):
+        return None
+    message = f"{key}: has the shape {shape} of before views were added. Run the same precompute command again."
+    return Finding(kind="incomplete", key=key, message=message) if older else None
 
 
 def _other_bytes(key: str) -> Finding:
@@ -311,16 +346,20 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
     return findings
 
 
-def _check_seal(
-    files: CacheFiles, manifest: CacheManifest, commits: dict[ChunkRef, ChunkCommit], quarantined: int
-) -> list[Finding]:
-    seal = manifest.generations[-1].seal
-    assert seal is not None  # only called on a sealed manifest
+def _check_seals(files: CacheFiles, manifest: CacheManifest, commits: dict[ChunkRef, ChunkCommit]) -> list[Finding]:
+    """What is wrong with the seals, given the commits of all sealed generations."""
     if _is_sealed_with(files, manifest):
-        if quarantined == seal.images_quarantined:
-            return []
-        message = f"{quarantined} images quarantined in the commits, {seal.images_quarantined} in the seal"
-        return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
+        wrong = []
+        for generation in manifest.sealed_generations:
+            found = len(quarantined_rows(commits.values(), manifest.views_of(generation)[1]))
+            assert generation.seal is not None  # sealed generations only
+            if found != generation.seal.images_quarantined:
+                message = (
+                    f"{found} images quarantined in the commits, {generation.seal.images_quarantined} in the seal of "
+                    f"generation {generation.number}"
+                )
+                wrong.append(Finding(kind="counts", key=MANIFEST_KEY, message=message))
+        return wrong
     message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
     findings = [Finding(kind="damaged", key=COMMITS, message=message)]
     # the seal is over all records; which one it is, if each is sound by itself, only the notes can say

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, Self
 
@@ -105,6 +107,15 @@ class ViewsIdentity(_Record):
         description="evaluation: the one plain evaluation crop; else how the views after it were drawn."
     )
     count: int = Field(1, gt=0, description="Views per image; view 0 is the evaluation crop.")
+    scale: tuple[float, float] | None = Field(None, description="Least and greatest share of the image's area.")
+    ratio: tuple[float, float] | None = Field(None, description="Least and greatest width / height of a crop.")
+    flip: float | None = Field(None, ge=0, le=1, description="Probability that a crop is mirrored.")
+    seed: int | None = Field(None, ge=0, description="Of the draws; the boxes themselves are stored too.")
+
+    def holds(self, wanted: ViewsIdentity) -> bool:
+        """Whether each view that is wanted is among these, drawn in the same way."""
+        same_draws = wanted.model_copy(update={"count": self.count}) == self
+        return wanted.count <= self.count and (wanted.count == 1 or same_draws)
 
 
 class TargetsIdentity(_Record):
@@ -282,22 +293,31 @@ class StaticFile(_Record):
 
 
 class Seal(_Record):
-    """Written when every chunk of a generation is committed: from then on its bytes are fixed."""
+    """Written when every chunk of a generation is committed: from then on its bytes are fixed.
 
-    commits_sha256: str = Field(description="Over key and bytes of every commit record, in key order.")
-    images_encoded: int
-    images_quarantined: int
+    Counts are of the cache as this generation leaves it, those before it included.
+    """
+
+    commits_sha256: str = Field(description="Over key and bytes of the generation's commit records, in key order.")
+    images_encoded: int = Field(description="Images with an embedding in each view.")
+    images_quarantined: int = Field(description="Images without one in some view; counted once.")
     captions_encoded: int
 
 
 class Generation(_Record):
-    """Rows that were added together. A cache starts with generation 0."""
+    """What was added together: rows, or views of rows that are there. A cache starts with generation 0.
+
+    Generation 0 has all rows, with the views that were asked for then. One that adds views names them, and has
+    neither captions nor problems of its own.
+    """
 
     number: int = Field(ge=0)
     image_rows: tuple[int, int] = Field(description="First row and one past the last.")
     text_rows: tuple[int, int]
     lost_images: int = Field(ge=0, description="Images of the dataset that got no row (missing, unreadable, ...).")
     problems: dict[str, int] = Field(description="Problems met while reading the dataset, counted by kind.")
+    views: tuple[int, int] | None = Field(None, description="First view that it added and one past the last.")
+    made_with: dict[str, str] | None = Field(None, description="Versions of libraries, if others than the cache's.")
     seal: Seal | None = None
 
 
@@ -337,10 +357,103 @@ class CacheManifest(_Record):
                 raise ValueError(f"files names {key!r}, which is not below the cache")
         return self
 
+    @model_validator(mode="after")
+    def _views_are_accounted_for(self) -> Self:
+        views = self.identity.views
+        if views.count != self.layout.views:
+            raise ValueError(f"{views.count} views in the identity, {self.layout.views} in the layout")
+        settings = [value is not None for value in (views.scale, views.ratio, views.flip, views.seed)]
+        if settings != [views.policy != "evaluation"] * 4 or (views.count > 1) != all(settings):
+            raise ValueError(f"one view is the evaluation crop, more are drawn and say how; the identity says {views}")
+        spans = [generation.views for generation in self.generations if generation.views is not None]
+        edges = [stop for _, stop in spans]
+        starts = [*(start for start, _ in spans), self.layout.views]
+        if starts[0] < 1 or edges != starts[1:] or any(start >= stop for start, stop in spans):
+            raise ValueError(f"generations added views {spans}, which do not lead to the {self.layout.views} there are")
+        return self
+
     @property
     def sealed(self) -> bool:
         """Whether every generation is complete."""
         return all(generation.seal is not None for generation in self.generations)
+
+    @property
+    def sealed_generations(self) -> tuple[Generation, ...]:
+        """The complete generations before the first that is not: what can be read."""
+        return tuple(itertools.takewhile(lambda generation: generation.seal is not None, self.generations))
+
+    @property
+    def sealed_views(self) -> int:
+        """Views that can be read; 0 while the first rows are not complete."""
+        return max((self.views_of(generation)[1] for generation in self.sealed_generations), default=0)
+
+    def views_of(self, generation: Generation) -> tuple[int, int]:
+        """First view of a generation and one past the last."""
+        if generation.views is not None:
+            return generation.views
+        added = [other.views[0] for other in self.generations if other.views is not None]
+        return 0, min(added, default=self.layout.views)
+
+    @property
+    def lost_images(self) -> int:
+        """Images of the dataset that got no row."""
+        return sum(generation.lost_images for generation in self.generations)
+
+    @property
+    def problems(self) -> dict[str, int]:
+        """Problems of the dataset by kind, over all generations."""
+        total: Counter[str] = Counter()
+        for generation in self.generations:
+            total.update(generation.problems)
+        return dict(sorted(total.items()))
+
+    def with_views(
+        self, views: ViewsIdentity, files: dict[str, StaticFile], made_with: dict[str, str]
+    ) -> CacheManifest:
+        """The same cache once more views were planned, which are a generation of their own.
+
+        Args:
+            views: more of them than there are.
+            files: of Zarr's metadata, for the shapes that there will be.
+            made_with: versions of the libraries that make the new views.
+        """
+        identity = self.identity.model_copy(update={"views": views})
+        added = Generation(
+            number=len(self.generations),
+            image_rows=(0, self.layout.image_rows),
+            text_rows=(0, 0),
+            lost_images=0,
+            problems={},
+            views=(self.layout.views, views.count),
+            made_with=made_with if made_with != self.made_with else None,
+        )
+        fields = dict(self) | {
+            "identity": identity,
+            "identity_digest": identity.digest,
+            "layout": self.layout.model_copy(update={"views": views.count}),
+            "files": self.files | files,
+            "generations": (*self.generations, added),
+        }
+        return CacheManifest(**fields)
+
+    def seals(self, earlier: CacheManifest) -> bool:
+        """Whether this is ``earlier`` with the last of its seals."""
+        if earlier.sealed or not self.sealed or len(earlier.generations) != len(self.generations):
+            return False
+        reopened = tuple(
+            mine.model_copy(update={"seal": None}) if theirs.seal is None else mine
+            for mine, theirs in zip(self.generations, earlier.generations, strict=True)
+        )
+        return self.model_copy(update={"generations": reopened}) == earlier
+
+    def replaces_seals_of(self, earlier: CacheManifest) -> bool:
+        """Whether what was sealed in ``earlier`` has other bytes now."""
+        pairs = zip(earlier.generations, self.generations, strict=False)
+        return any(before.seal is not None and before.seal != now.seal for before, now in pairs)
+
+    def adds_views_to(self, earlier: CacheManifest) -> bool:
+        """Whether this is ``earlier`` with more views planned."""
+        return self.layout.views > earlier.layout.views and self.generations[:-1] == earlier.generations
 
     def unsealed(self) -> CacheManifest:
         """As it was before its last generation was sealed."""

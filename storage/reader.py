@@ -14,7 +14,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import array_dtype, chunk_shape, decode_object
-from storage.commits import COMMITS, ChunkCommit, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commits
+from storage.commits import (
+    COMMITS,
+    ChunkCommit,
+    ChunkRef,
+    QuarantinedRow,
+    Tower,
+    all_chunks,
+    generation_chunks,
+    quarantined_rows,
+    read_commits,
+)
 from storage.errors import (
     CacheAccessError,
     CacheCorruptError,
@@ -37,7 +47,7 @@ _DEFAULT_MEMORY_BYTES = 2 << 30
 
 
 class EmbeddingReader:
-    """A sealed cache, for training and evaluation.
+    """A sealed cache, for training and evaluation. Where views are still being added, the sealed ones can be read.
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
     ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. A spawned worker gets
@@ -50,7 +60,7 @@ class EmbeddingReader:
 
         Raises:
             CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``storage.errors``.
-            CacheIncompleteError: chunks are missing; the message says how many.
+            CacheIncompleteError: chunks of its first generation are missing; the message says how many.
         """
         self.location = location
         self.files = open_files(location)
@@ -65,7 +75,7 @@ class EmbeddingReader:
             ) from error
         except OSError as error:
             raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
-        if not self.manifest.sealed:
+        if not self.manifest.sealed_generations:
             refs = all_chunks(self.manifest.layout)
             done = sum(self.files.exists(ref.commit_key) for ref in refs)
             raise CacheIncompleteError(incomplete_message(location, done, len(refs)))
@@ -87,6 +97,11 @@ class EmbeddingReader:
     def embed_dim(self) -> int:
         """Width of the teacher's embeddings."""
         return self.manifest.layout.embed_dim
+
+    @property
+    def views(self) -> int:
+        """Views of each image that can be read; view 0 is the evaluation crop."""
+        return self.manifest.sealed_views
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -120,12 +135,16 @@ class EmbeddingReader:
 
     @cached_property
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
-        """Image rows that have no embedding, with reasons. Reads the image commits once."""
-        rows = {row.row: row for commit in self._commits.values() for row in commit.quarantined}
-        return tuple(rows[row] for row in sorted(rows))
+        """Image rows that have no embedding in some view, each once, with reasons. Reads the commits once."""
+        return tuple(quarantined_rows(self._commits.values(), self.views).values())
+
+    def quarantined_in(self, view: int) -> dict[int, QuarantinedRow]:
+        """Image rows that have no embedding in one view, by row."""
+        commits = [commit for ref, commit in self._commits.items() if ref.view == view]
+        return quarantined_rows(commits, view + 1)
 
     def image_rows(self, split: str | None = None) -> NDArray[np.int64]:
-        """Rows of the images that have an embedding, ascending; of one split, or of all.
+        """Rows of the images that have an embedding in every view, ascending; of one split, or of all.
 
         Raises:
             UsageError: no image is of this split; the message lists the splits.
@@ -149,11 +168,21 @@ class EmbeddingReader:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(starts, counts) + within, positions
 
-    def take(self, tower: Tower, rows: NDArray[np.int64], view: int = 0, array: str = "embedding") -> NDArray[Any]:
+    def take(
+        self,
+        tower: Tower,
+        rows: NDArray[np.int64],
+        view: int | NDArray[np.int64] = 0,
+        array: str = "embedding",
+    ) -> NDArray[Any]:
         """Rows of one array, in the order asked for, as a new array of the stored dtype.
 
+        Args:
+            view: of images: one for all rows, or (rows,) one for each. Each chunk touched is looked up once.
+
         Raises:
-            IndexError: a row that the cache does not have.
+            IndexError: a row or view that the cache does not have, or that is not sealed yet.
+            ValueError: as many views as rows are wanted.
             CacheCorruptError: a chunk touched is damaged or missing, or a row was quarantined. Never another
                 row's data, never NaN.
             CacheAccessError, CacheUnreachableError: it cannot be read.
@@ -164,40 +193,54 @@ class EmbeddingReader:
         outside = rows[(rows < 0) | (rows >= total)]
         if len(outside):
             raise IndexError(f"{self.location}: {tower} row {outside[0]} asked for, rows are 0 to {total - 1}")
+        views = np.asarray(view, np.int64)
+        if views.shape not in ((), rows.shape):
+            raise ValueError(
+                f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
+            )
+        there = self.views if tower == "image" else 1
+        outside = views[(views < 0) | (views >= there)].reshape(-1)
+        if len(outside):
+            raise IndexError(f"{self.location}: {tower} view {outside[0]} asked for, views are 0 to {there - 1}")
         shape = chunk_shape(layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
-        chunks = rows // size
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            out[here] = self._chunk(ChunkRef(tower, view, int(chunk)), array)[rows[here] - chunk * size]
+        # one stretch of the sorted rows per chunk
+        places = np.broadcast_to(views, rows.shape) * (total // size + 1) + rows // size
+        order = np.argsort(places, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1) if len(rows) else ():
+            view_here, chunk = divmod(int(places[here[0]]), total // size + 1)
+            out[here] = self._chunk(ChunkRef(tower, view_here, chunk), array)[rows[here] - chunk * size]
         if np.isnan(out).any():
-            row = rows[np.isnan(out).reshape(len(rows), -1).any(axis=1)][0]
-            raise CacheCorruptError(f"{self.location}: {tower} row {row} was quarantined and has no {array}")
+            at = int(np.flatnonzero(np.isnan(out).reshape(len(rows), -1).any(axis=1))[0])
+            named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
+            raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
         return out
 
     @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:
-        """All commits, proven to be those that the cache was sealed with; read once."""
+        """The commits of what can be read, proven to be those that it was sealed with; read once."""
         # no cached_property: before Python 3.12 that holds a lock, which a fork in mid-read would leave locked for good
         if self._proven_commits is None:
             self._proven_commits = self._read_commits()
         return self._proven_commits
 
     def _read_commits(self) -> dict[ChunkRef, ChunkCommit]:
-        try:
-            commits, digest = read_commits(self.files, self.manifest)
-        except CacheCorruptError as error:
-            raise CacheCorruptError(f"{error}. {_REMEDY}") from error
-        except OSError as error:
-            raise _read_error(f"{self.location}/{COMMITS}", error) from error
-        missing = [ref.commit_key for ref in all_chunks(self.manifest.layout) if ref not in commits]
-        if missing:
-            raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
-        seal = self.manifest.generations[-1].seal
-        if seal is None or digest != seal.commits_sha256:
-            raise CacheCorruptError(
-                f"{self.location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
-            )
+        commits: dict[ChunkRef, ChunkCommit] = {}
+        for generation in self.manifest.sealed_generations:
+            try:
+                found, digest = read_commits(self.files, self.manifest, generation)
+            except CacheCorruptError as error:
+                raise CacheCorruptError(f"{error}. {_REMEDY}") from error
+            except OSError as error:
+                raise _read_error(f"{self.location}/{COMMITS}", error) from error
+            missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in found]
+            if missing:
+                raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
+            if generation.seal is None or digest != generation.seal.commits_sha256:
+                raise CacheCorruptError(
+                    f"{self.location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
+                )
+            commits.update(found)
         return commits
 
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from storage.arrays import zarr_metadata
-from storage.commits import COMMITS, ChunkRef, all_chunks
+from storage.commits import COMMITS, ChunkRef, all_chunks, generation_chunks
 from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import open_files
 from storage.integrity import Finding, IntegrityReport, sound_manifest, verify_cache
@@ -36,6 +36,7 @@ class RepairPlan:
         notes: damaged notes of the journal, to be dropped.
         chunks: to be encoded again.
         seal: the manifest has to be sealed with the commit records that there will be.
+        unfinished: chunks of its last generations are missing, which ``precompute`` makes and seals.
         left: what a repair does not touch.
     """
 
@@ -47,6 +48,7 @@ class RepairPlan:
     notes: tuple[str, ...]
     chunks: tuple[ChunkRef, ...]
     seal: bool
+    unfinished: bool
     left: tuple[Finding, ...]
 
     @property
@@ -58,7 +60,7 @@ class RepairPlan:
 def plan_repair(location: str, progress: Callable[[int, int], None] | None = None) -> RepairPlan:
     """Verify a cache and say what mends it. Writes nothing.
 
-    The chunks of a cache that was never finished are left to ``precompute``, which encodes damaged ones too.
+    The chunks of a generation that was never finished are left to ``precompute``, which encodes damaged ones too.
 
     Args:
         progress: as ``verify_cache`` calls it.
@@ -77,10 +79,11 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
             f"{location}: {len(closed)} objects cannot be read, the first: {closed[0].message}. Their bytes may be "
             "sound. Let this user read them; or delete what is lost for good, and repair again."
         )
+    sealed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
     owner = {key: ref for ref in all_chunks(manifest.layout) for key in (ref.commit_key, *ref.object_keys().values())}
     root, static, notes, left = list[str](), list[str](), list[str](), list[Finding]()
     chunks = set[ChunkRef]()
-    unsealed = seal = False
+    unsealed = seal = broken = False
     for finding in report.findings:
         key = finding.key
         if finding.kind == "unknown-file":
@@ -92,7 +95,7 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
         elif key in manifest.files:
             static.append(key)
         elif key == COMMITS:
-            seal = True
+            seal = broken = True
         elif finding.kind == "incomplete" and not manifest.sealed:
             unsealed = True
         elif key in (MANIFEST_KEY, BACKUP_KEY) and finding.kind != "counts":
@@ -102,14 +105,17 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
     if unsealed and report.chunks == sum(files.exists(ref.commit_key) for ref in all_chunks(manifest.layout)):
         unsealed, seal = False, True
     if unsealed:
-        left += [finding for finding in report.findings if finding.kind == "incomplete" or finding.key in owner]
-        chunks.clear()
-    elif seal and manifest.sealed:
+        for finding in report.findings:
+            unfinished = finding.kind == "incomplete" and finding.key not in manifest.files
+            if unfinished or (finding.key in owner and owner[finding.key] not in sealed):
+                left.append(finding)
+        chunks &= sealed
+    if broken:
         # Records that are not those of the seal, though most are sound by themselves. A chunk whose note is damaged may
         # be an older one, put back; so may one without a note, if nothing else explains it. Where every note speaks
         # for its record, it is the seal that is behind: a repair was interrupted.
         there = set(files.list(JOURNAL)).difference(notes)
-        suspects = {ref for ref in owner.values() if note_key(ref.name) not in there}
+        suspects = {ref for ref in sealed if note_key(ref.name) not in there}
         chunks |= {ref for ref in suspects if not chunks or note_key(ref.name) in notes}
     return RepairPlan(
         report=report,
@@ -120,6 +126,7 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
         notes=tuple(notes),
         chunks=tuple(ref for ref in all_chunks(manifest.layout) if ref in chunks),
         seal=seal or bool(chunks),
+        unfinished=unsealed,
         left=tuple(left),
     )
 

@@ -12,8 +12,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.arrays import ARRAYS, array_dtype, chunk_shape, decode_object, encode_object, zarr_metadata
-from storage.claims import Claims, clear_claims
-from storage.commits import ChunkCommit, ChunkRef, QuarantinedRow, all_chunks, read_commit, read_commits
+from storage.claims import PLAN, Claims, clear_claims
+from storage.commits import (
+    ChunkCommit,
+    ChunkRef,
+    QuarantinedRow,
+    all_chunks,
+    generation_chunks,
+    quarantined_rows,
+    read_commit,
+    read_commits,
+)
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from storage.files import CacheFiles, open_files
 from storage.journal import ChunkCost, write_cost
@@ -27,6 +36,7 @@ from storage.manifest import (
     Seal,
     Source,
     StaticFile,
+    ViewsIdentity,
 )
 from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
@@ -45,10 +55,12 @@ def plan_cache(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    """Start a cache, or take up the one that is there if it is the same.
+    """Start a cache, or take up the one that is there if it is the same; with more views wanted, add them to its plan.
 
-    A second call with the same arguments changes nothing. Several processes may call at once: one plans, the
-    others wait for it and compare. A crash leaves a cache without manifest, which the next call writes anew.
+    A second call with the same arguments changes nothing, and a cache that has more views is taken as it is. Several
+    processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache without manifest,
+    which the next call writes anew; or one whose manifest has the new views and whose Zarr metadata has not, which the
+    next call writes again.
 
     Args:
         tables: samples, captions and problems (``storage.tables``).
@@ -62,26 +74,39 @@ def plan_cache(
     with Claims(files) as claims:
         while True:
             if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):
-                return _take_up(files, identity, layout, tables)
-            if claims.take("plan"):
+                manifest = _take_up(files, identity, layout, tables)
+                if manifest.identity.views.holds(identity.views):
+                    return manifest
+            if claims.take(PLAN):
                 break
             time.sleep(_PLAN_POLL_SECONDS)
-        if files.exists(MANIFEST_KEY):  # the one that held the claim has just given it back
-            return _take_up(files, identity, layout, tables)
+        if files.exists(MANIFEST_KEY):  # of the one that has just given the claim back, or to be given more views
+            manifest = _take_up(files, identity, layout, tables)
+            if manifest.identity.views.holds(identity.views):
+                return manifest
+            return _add_views(files, manifest, identity.views, made_with)
         return _start(files, identity, layout, source, tables, made_with)
 
 
 def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables: dict[str, pa.Table]) -> CacheManifest:
-    """The manifest that is there, if it is of the very cache that is asked for."""
+    """The manifest that is there, if it is of the very cache that is asked for, apart from the number of views."""
     manifest = planned_manifest(files)
+    have, views = manifest.layout, manifest.identity.views
+    if views.holds(identity.views) or views.count == 1:
+        # the one view there is has no settings that new ones could differ from
+        identity = identity.model_copy(update={"views": views})
+    else:
+        identity = identity.model_copy(update={"views": identity.views.model_copy(update={"count": views.count})})
+    layout = layout.model_copy(update={"views": have.views})
     manifest.identity.require(identity, files.location)
-    have = manifest.layout
     if have != layout:
         raise CacheMismatchError(
             f"{files.location}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in "
             f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
             f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
         )
+    if manifest.layout.views > manifest.sealed_views > 0:
+        _write_metadata(files, manifest)
     for key, wanted in manifest.files.items():
         read_static(files, key, wanted)
     places = ["uri", "offset", "length"]
@@ -91,6 +116,34 @@ def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables:
             "in the same form; its folder may have moved."
         )
     return manifest
+
+
+def _add_views(
+    files: CacheFiles, manifest: CacheManifest, views: ViewsIdentity, made_with: dict[str, str]
+) -> CacheManifest:
+    """Plan more views of a cache; what is there is not touched, but for the shapes in Zarr's metadata."""
+    grown = manifest.layout.model_copy(update={"views": views.count})
+    before, after = zarr_metadata(manifest.layout), zarr_metadata(grown)
+    changed = {key: StaticFile(sha256=_sha256(data)) for key, data in after.items() if data != before[key]}
+    planned = manifest.with_views(views, changed, made_with)
+    # manifest first: from then on it says what the metadata has to be, and any precompute can write that
+    write_manifest(files, planned)
+    _write_metadata(files, planned)
+    return planned
+
+
+def _write_metadata(files: CacheFiles, manifest: CacheManifest) -> None:
+    """Zarr's metadata where it is not that of the layout: of before views were planned. Only with the planned bytes."""
+    for key, data in zarr_metadata(manifest.layout).items():
+        if manifest.files[key].sha256 == _sha256(data):
+            try:
+                read_static(files, key, manifest.files[key])
+            except CacheCorruptError:
+                files.write(key, data)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
@@ -112,7 +165,7 @@ def _start(
     static: dict[str, StaticFile] = {}
     for key, (data, rows) in static_contents(layout, tables).items():
         files.write(key, data)
-        static[key] = StaticFile(sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+        static[key] = StaticFile(sha256=_sha256(data), rows=rows)
     problems = tables[PROBLEMS]
     counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
     generation = Generation(
@@ -252,28 +305,55 @@ class EmbeddingWriter:
         Raises:
             CacheIncompleteError: chunks without commit record.
         """
-        commits, digest = read_commits(self.files, self.manifest)
-        total = self.manifest.layout.num_chunks
-        if len(commits) < total:
-            raise CacheIncompleteError(incomplete_message(self.files.location, len(commits), total))
-        found = commits.values()
-        lost = sum(len(commit.quarantined) for commit in found if commit.tower == "image" and commit.view == 0)
-        layout = self.manifest.layout
-        seal = Seal(
-            commits_sha256=digest,
-            images_encoded=layout.image_rows - lost,
-            images_quarantined=lost,
-            captions_encoded=layout.text_rows,
-        )
-        last = self.manifest.generations[-1].model_copy(update={"seal": seal})
-        sealed = self.manifest.model_copy(update={"generations": (*self.manifest.generations[:-1], last)})
-        if sealed != self.manifest:
-            write_manifest(self.files, sealed)
-        self.manifest = sealed
+        self._seal(everything=True)
         # of those who were killed beside this process
         clear_claims(self.files)
         self.files.remove_partials()
-        return sealed
+        return self.manifest
+
+    def seal_again(self) -> CacheManifest:
+        """Bring the seals that there are up to the commits as they are after a repair; views in the making stay open.
+
+        Raises:
+            CacheIncompleteError: chunks of a sealed generation have no commit record.
+        """
+        self._seal(everything=False)
+        return self.manifest
+
+    def _seal(self, everything: bool) -> None:
+        if self._sealed(everything) == self.manifest:
+            return
+        with Claims(self.files) as claims:
+            # views that somebody plans at this moment must not be lost
+            while not claims.take(PLAN):
+                time.sleep(_PLAN_POLL_SECONDS)
+            self.manifest = read_manifest(self.files)
+            sealed = self._sealed(everything)
+            if sealed != self.manifest:
+                write_manifest(self.files, sealed)
+            self.manifest = sealed
+
+    def _sealed(self, everything: bool) -> CacheManifest:
+        """The manifest with the seals that its commits give now, of all generations or of those that have one."""
+        manifest, layout = self.manifest, self.manifest.layout
+        generations: list[Generation] = []
+        seen: list[ChunkCommit] = []
+        for generation in manifest.generations if everything else manifest.sealed_generations:
+            commits, digest = read_commits(self.files, manifest, generation)
+            if len(commits) < len(generation_chunks(manifest, generation)):
+                done = sum(self.is_committed(ref) for ref in all_chunks(layout))
+                raise CacheIncompleteError(incomplete_message(self.files.location, done, layout.num_chunks))
+            seen += commits.values()
+            lost = len(quarantined_rows(seen, manifest.views_of(generation)[1]))
+            seal = Seal(
+                commits_sha256=digest,
+                images_encoded=layout.image_rows - lost,
+                images_quarantined=lost,
+                captions_encoded=layout.text_rows,
+            )
+            generations.append(generation.model_copy(update={"seal": seal}))
+        generations += manifest.generations[len(generations) :]
+        return manifest.model_copy(update={"generations": tuple(generations)})
 
 
 def incomplete_message(location: str, done: int, wanted: int) -> str:

@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 
-from pipeline.batches import CachedTeacher, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.metrics import retrieval_recall
@@ -162,7 +162,7 @@ def test_cached_targets_are_what_the_teacher_says(cache: Path, tiny_teacher: Pat
     reader = EmbeddingReader(str(cache))
     teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     rows = np.array([31, 2, 17])
-    targets = CachedTeacher(reader).targets(rows, 2 * rows + 1)
+    targets = CachedTeacher(reader).targets(Pairs(rows, 2 * rows + 1, np.zeros(3, np.int64)))
     tokens = teacher.tokenizer([reader.captions["text"][int(row)].as_py() for row in 2 * rows + 1])
     live = teacher.encode_texts(tokens).embedding.astype(np.float32)
     assert np.abs(live - targets.text.numpy()).max() < 1e-3

@@ -1,0 +1,45 @@
+"""The teacher itself as the source of targets: what distillation costs without a cache, and what a cache must equal."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.batches import Pairs, StudentImages, TeacherTargets, stored_crops
+from pipeline.samples import ImageSource
+from pipeline.teacher import LiveTeacher
+from storage.reader import EmbeddingReader
+
+__all__ = ["LiveTeacherSource"]
+
+
+class LiveTeacherSource:
+    """Runs the teacher on the images and captions of each batch, through the crops that the cache stores.
+
+    The second implementation of :class:`pipeline.batches.TeacherSource`. Of the cache it takes which image, caption
+    and crop a row is, and never an embedding; targets are float32, where the cache rounded them to float16.
+    """
+
+    def __init__(self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource) -> None:
+        """Take a teacher in the place of a cache.
+
+        Raises:
+            CacheMismatchError: it is not the teacher that the cache is of.
+        """
+        teacher.require(reader.manifest.identity, reader.location)
+        self.logit_scale = teacher.logit_scale
+        self._teacher, self._reader = teacher, reader
+        self._images = StudentImages(reader, source, teacher.preprocess)
+        self._texts = reader.captions["text"]
+
+    def targets(self, pairs: Pairs) -> TeacherTargets:
+        """See :class:`pipeline.batches.TeacherSource`.
+
+        Raises:
+            OSError, CacheMismatchError: an image cannot be read or is another one.
+            CacheError: the cache is damaged.
+        """
+        crops = stored_crops(self._reader, pairs.image_rows, pairs.views)
+        rows = zip(pairs.image_rows.tolist(), crops, strict=True)
+        pixels = torch.stack([self._images.see(row, crop) for row, crop in rows])
+        tokens = self._teacher.tokenizer(self._texts.take(pairs.caption_rows).to_pylist())
+        return TeacherTargets(self._teacher.image_features(pixels), self._teacher.text_features(tokens))
