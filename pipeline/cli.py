@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config import EvaluateConfig, PrecomputeConfig, ProofConfig, TrainConfig, load_config
+from pipeline.config import EvaluateConfig, InheritConfig, PrecomputeConfig, ProofConfig, TrainConfig, load_config
 from storage.cli import CacheArgument, JsonFlag, app, print_findings, print_json, print_report
 from storage.console import StageProgress
 from storage.errors import CacheError, UsageError
@@ -189,6 +189,51 @@ def repair(
         _say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def inherit(
+    teacher: Annotated[str | None, _setting(InheritConfig, "teacher")] = None,
+    student: Annotated[str | None, _setting(InheritConfig, "student")] = None,
+    out: Annotated[str | None, _setting(InheritConfig, "out")] = None,
+    pretrained: Annotated[str | None, _setting(InheritConfig, "pretrained")] = None,
+    trunk_weights: Annotated[str | None, _setting(InheritConfig, "trunk_weights")] = None,
+    text_layers: Annotated[str | None, _setting(InheritConfig, "text_layers")] = None,
+    image_layers: Annotated[str | None, _setting(InheritConfig, "image_layers")] = None,
+    cache: Annotated[str | None, _setting(InheritConfig, "cache")] = None,
+    split: Annotated[str | None, _setting(InheritConfig, "split")] = None,
+    seed: Annotated[int | None, _setting(InheritConfig, "seed")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Write a student that begins with its teacher's weights, as far as they fit, for train --init."""
+    flags = {
+        "teacher": teacher,
+        "student": student,
+        "out": out,
+        "pretrained": pretrained,
+        "trunk_weights": trunk_weights,
+        "text_layers": text_layers,
+        "image_layers": image_layers,
+        "cache": cache,
+        "split": split,
+        "seed": seed,
+    }
+    config = load_config(InheritConfig, "inherit", None, flags)
+    from pipeline.inherit import inherit as run_inherit
+
+    with StageProgress() as progress:
+        result = run_inherit(config, progress)
+    if json:
+        print_json(result)
+        return
+    random = sum(part.parameters for part in result.parts if part.random)
+    lines = [f"{part.part:<18} {part.parameters:>12,}  {part.source}" for part in result.parts]
+    lines += [f"note: {note}" for note in result.notes]
+    summary = (
+        f"{result.out}: {result.parameters:,} parameters, {result.parameters / result.teacher_parameters:.1%} of "
+        f"{result.teacher}'s {result.teacher_parameters:,}; {random:,} of them random"
+    )
+    Console().print("\n".join([*lines, summary]), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

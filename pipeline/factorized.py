@@ -1,7 +1,8 @@
 """A token embedding as the product of two small matrices: (vocab, rank) times (rank, width).
 
-CLIP's vocabulary has 49,408 tokens, and in a small student their embedding is most of the model: 19 of the 24.5 million
-parameters of a text tower with width 384 and 3 layers. Its rows lie close to a space of far fewer dimensions (ALBERT, Lan et al. 2020, section 3.1).
+CLIP's vocabulary has 49,408 tokens, and in a small student their embedding is most of the model: 19.0 of 24.5 million
+parameters of a text tower with width 384 and 3 layers. Its rows lie close to a space of far fewer dimensions (ALBERT,
+Lan et al. 2020, section 3.1).
 
 The config of such a student has ``token_embedding_rank`` at its top level. open_clip does not know that key, so it
 never sees it: it builds the dense model, and only this one submodule is replaced.
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 
 from storage.errors import UsageError
 
-__all__ = ["RANK_KEY", "FactorizedEmbedding", "dense_state", "factorize", "factors_of", "principal_directions"]
+__all__ = [
+    "RANK_KEY",
+    "FactorizedEmbedding",
+    "dense_state",
+    "factorize",
+    "factors_of",
+    "principal_directions",
+    "text_tower",
+]
 
 RANK_KEY = "token_embedding_rank"
 _INIT_STD = 0.02  # of an element of open_clip's dense token embedding
@@ -60,7 +69,7 @@ def factorize(model: nn.Module, rank: Any, what: str) -> None:
     Raises:
         UsageError: the rank is no number from 1 to the text tower's width - 1, or the tower has no such embedding.
     """
-    tower = _text_tower(model)
+    tower = text_tower(model)
     embedding = getattr(tower, "token_embedding", None)
     if not isinstance(embedding, nn.Embedding):
         raise UsageError(
@@ -74,7 +83,7 @@ def factorize(model: nn.Module, rank: Any, what: str) -> None:
 
 def factors_of(model: nn.Module) -> FactorizedEmbedding | None:
     """The factorised token embedding of a model, if it has one."""
-    found = getattr(_text_tower(model), "token_embedding", None)
+    found = getattr(text_tower(model), "token_embedding", None)
     return found if isinstance(found, FactorizedEmbedding) else None
 
 
@@ -83,7 +92,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(model.state_dict())
     embedding = factors_of(model)
     if embedding is not None:
-        prefix = "" if _text_tower(model) is model else "text."
+        prefix = "" if text_tower(model) is model else "text."
         for name in embedding.state_dict():
             del state[f"{prefix}token_embedding.{name}"]
         state[f"{prefix}token_embedding.weight"] = embedding.dense()
@@ -113,6 +122,7 @@ def principal_directions(rows: Tensor, rank: int, weights: Tensor | None = None)
     return directions.to(rows.dtype)
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def text_tower(model: nn.Module) -> nn.Module:
+    """Where an open_clip model keeps its text tower: ``model.text``, or the model itself if it is a CLIP."""
     tower = getattr(model, "text", None)
     return tower if isinstance(tower, nn.Module) else model
