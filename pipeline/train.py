@@ -134,7 +134,7 @@ def _train_rank(
     identity = manifest.identity
     teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
-    if config.init is not None:
+    if config.init is not None and not (resume and run.read().checkpoint):
         load_initial(student, config.init)
     source = ImageSource(config.image_root or manifest.source.image_root)
     record = RunRecord(

@@ -36,8 +36,10 @@ MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
     "behind the record": (1, lambda kind, key: kind == "sync" and key == "."),
     "in the removal of what is replaced": (2, lambda kind, key: kind == "remove"),
 }
-# a student with dropout: which patches it sees is part of what has to come back
+# a student with dropout, and a queue of three batches: which patches it sees and which rows are queued has to come back
+LOSSES = {"relational": 1.0, "interactive": 0.3, "queue": 1.0}
 SETTINGS: dict[str, Any] = {"ema_decay": 0.9, "checkpoint_steps": 3, "select_split": "test", "select_every": 1}
+SETTINGS |= {"losses": LOSSES, "queue_rows": 24}
 
 
 class Work:
@@ -123,7 +125,9 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     command = [sys.executable, "-m", "pipeline.cli", "train"]
     settings = {**SETTINGS, "checkpoint_steps": 1}
     toml = work.folder / "run.toml"
-    lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 60, "batch_size": 8}.items()]
+    losses = settings.pop("losses")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 20, "batch_size": 8}.items()]
+    lines += ["[train.losses]", *(f"{name} = {weight}" for name, weight in losses.items())]
     toml.write_text("[train]\n" + "\n".join(lines) + "\n")
     flags = ["--cache", str(work.cache), "--student", str(work.student), "--device", "cpu", "--workers", "1"]
     process = subprocess.Popen([*command, str(toml), *flags, "--out", str(run)], stderr=subprocess.PIPE, text=True)
@@ -139,15 +143,15 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     assert "Go on with it by --resume" in again.stderr
     other = subprocess.run([*command, "--resume", "--out", str(run), "--epochs", "7"], capture_output=True, text=True)
     assert other.returncode == 2
-    assert "epochs is 7, the run has 60" in other.stderr
+    assert "epochs is 7, the run has 20" in other.stderr
     done = subprocess.run([*command, "--resume", "--out", str(run), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     (resumed,) = record["resumed_at"]
-    assert 1 <= resumed < 240
-    assert f"{240} of 240 loss" in done.stderr
+    assert 1 <= resumed < 80
+    assert "80 of 80 loss" in done.stderr
     assert "eta 0:00:00" in done.stderr
-    whole = train(work.config("long", epochs=60, checkpoint_steps=None)).record
+    whole = train(work.config("long", epochs=20, checkpoint_steps=None)).record
     assert (run / "log.jsonl").read_text() == (work.folder / "long" / "log.jsonl").read_text()
     assert [epoch["loss"] for epoch in record["epochs"]] == [epoch.loss for epoch in whole.epochs]
 

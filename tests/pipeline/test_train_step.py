@@ -55,7 +55,7 @@ class OneStep:
         self.student.model.visual.to(memory_format=image_memory_format(self.student))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, total_steps=1)
-        targets = teacher.targets(pairs.image_rows, pairs.caption_rows)
+        targets = teacher.targets(pairs)
         self.values: StepValues = step(0, self.pixels, self.tokens, targets, pairs)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -132,8 +132,9 @@ def test_batch_norm_moves_once_per_part(cache: Path, tmp_path: Path) -> None:
         # no loss looks at logit_scale, or none at the projections
         {"losses": {"feature": 100.0}, "epochs": 1},
         {"losses": {"contrastive": 1.0}, "epochs": 1, "ema_decay": 0.9, "select_split": "test"},
+        {"losses": {"queue": 1.0, "interactive": 1.0, "relational_mse": 1.0}, "queue_rows": 20, "temperature": 0.5},
     ],
-    ids=["whole", "in parts", "feature only", "contrastive only"],
+    ids=["whole", "in parts", "feature only", "contrastive only", "queue"],
 )
 def test_two_processes_train_as_one_does(cache: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     student = make_student(tmp_path / "student.json")
