@@ -77,8 +77,8 @@ def precompute(
     except KeyboardInterrupt:
         _say(f"stopped: {_how_to_go_on(config.cache)}")
         raise typer.Exit(1) from None
-    except CacheUnreachableError as error:  # asking it what is there would take as long again
-        _say(f"error: {str(error).rstrip('.')}. What is committed stays. Run the same command again to go on.")
+    except CacheUnreachableError as error:  # it says how to go on; asking what is there would take as long again
+        _say(f"error: {str(error).rstrip('.')}. What is committed stays.")
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a missing right, a share that is away
         _say(f"error: {error}. {_how_to_go_on(config.cache)}")
