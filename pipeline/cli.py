@@ -33,6 +33,9 @@ __all__ = ["app", "main"]
 _ROWS_SHOWN = 20
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
+# by repair: an unfinished cache is precompute's, and a file that nobody knows or can read is left to its owner
+_NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
+
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
 ]
@@ -157,7 +160,9 @@ def verify(
         if proof is not None:
             _print_proof(proof)
         elif config is not None:
-            _say("no row was drawn: the cache is damaged or not complete. Run teacher-cache repair CACHE first.")
+            _say("no row was drawn: the cache is damaged or not complete.")
+        if {finding.kind for finding in report.findings} - _NOT_MENDED:
+            _say(f"Readers refuse what is damaged. Run teacher-cache repair {cache} to mend it.")
     if not report.ok:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ from tests.precompute_process import Event, finish, passes_of, start
 
 CHUNKS = 6 + 12  # 24 images and 48 captions by 4
 PASSES = 2  # forward passes of a chunk
+PASSES_OF = {"image": 12, "text": 24}
 IN_FLIGHT = 3  # chunks at a time: two that are written or wait for it, and one with the teacher or behind these
 _CUT_OFF_IN_PLANNING = {("missing", "manifest.json"), ("incomplete", "manifest.json")}
 
