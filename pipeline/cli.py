@@ -29,9 +29,10 @@ from pipeline.config import (
     given_settings,
     load_config,
 )
-from storage.cli import CacheArgument, JsonFlag, app, print_findings, print_json, print_report
+from storage.cli import CacheArgument, JsonFlag, app, counted, print_findings, print_json, print_report
 from storage.console import StageProgress
-from storage.errors import CacheError, UsageError
+from storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError, UsageError
+from storage.inspect import count_committed
 from storage.integrity import verify_cache
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _ROWS_SHOWN = 20
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
+
+# by repair: an unfinished cache is precompute's, and a file that nobody knows or can read is left to its owner
+_NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
@@ -81,13 +86,16 @@ def precompute(
         "crop_scale": crop_scale,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
-    from pipeline.precompute import precompute as run_precompute
-
     try:
+        from pipeline.precompute import precompute as run_precompute  # takes seconds, in which it may be stopped
+
         with StageProgress() as progress:
             result = run_precompute(config, progress)
     except KeyboardInterrupt:
         _say(f"stopped: {_how_to_go_on(config.cache)}")
+        raise typer.Exit(1) from None
+    except CacheUnreachableError as error:  # it says how to go on; asking what is there would take as long again
+        _say(f"error: {str(error).rstrip('.')}. What is committed stays.")
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a missing right, a share that is away
         _say(f"error: {error}. {_how_to_go_on(config.cache)}")
@@ -167,7 +175,9 @@ def verify(
         if proof is not None:
             _print_proof(proof)
         elif config is not None:
-            _say("no row was drawn: the cache is damaged or not complete. Run teacher-cache repair CACHE first.")
+            _say("no row was drawn: the cache is damaged or not complete.")
+        if {finding.kind for finding in report.findings} - _NOT_MENDED:
+            _say(f"Readers refuse what is damaged. Run teacher-cache repair {cache} to mend it.")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -188,8 +198,12 @@ def repair(
     """Mend what is damaged: manifest, tables and metadata are restored, bad chunks encoded again; then verify."""
     from pipeline.repair import repair as run_repair
 
-    with StageProgress() as progress:
-        result = run_repair(cache, dataset, teacher, pretrained, device, progress)
+    try:
+        with StageProgress() as progress:
+            result = run_repair(cache, dataset, teacher, pretrained, device, progress)
+    except KeyboardInterrupt:
+        _say("stopped: what is mended stays. Run the same command again to go on.")
+        raise typer.Exit(1) from None
     if json:
         print_json(result)
     else:
@@ -197,8 +211,8 @@ def repair(
         for line in result.done:
             console.print(line, markup=False, soft_wrap=True)
         print_findings(result.findings)
-        verdict = "sound" if result.ok else f"{len(result.findings)} findings are left"
-        work = f"{len(result.done)} repairs" if result.done else "nothing to repair"
+        verdict = "sound" if result.ok else f"{counted(len(result.findings), 'finding')} left"
+        work = counted(len(result.done), "repair") if result.done else "nothing to repair"
         console.print(f"{result.cache}: {work}, {verdict}", markup=False, soft_wrap=True)
     if result.replaced_manifest_digest:
         _say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
@@ -402,13 +416,13 @@ def demo(
 
 
 def _how_to_go_on(cache: str) -> str:
-    from pipeline.plan import count_done
-
     try:
-        done, total = count_done(cache)
+        done, total = count_committed(cache)  # storage alone: torch may be half imported
         state = f"{done} of {total} chunks are committed"
-    except (CacheError, OSError):
+    except CacheNotFoundError:
         state = "nothing is committed yet"
+    except (CacheError, OSError):
+        state = "what is committed stays"
     return f"{state}. Run the same command again to go on."
 
 
@@ -502,15 +516,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        if ended.code != _INTERRUPTED:
+            raise
+        _say("stopped")
+        sys.exit(1)
     except UsageError as error:
         _say(f"error: {error}")
         sys.exit(2)
     # FloatingPointError: the loss left the numbers; OSError: a file or a disk; both name what they met
     except (CacheError, FloatingPointError, OSError) as error:
         _say(f"error: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("stopped")
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from PIL import __version__ as pillow_version
 from pipeline.config import PrecomputeConfig
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
 from pipeline.teacher import LiveTeacher
-from storage.commits import ChunkRef, all_chunks
+from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.manifest import (
@@ -26,11 +26,11 @@ from storage.manifest import (
     TargetsIdentity,
     ViewsIdentity,
 )
-from storage.root import planned_manifest, read_manifest
+from storage.root import planned_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
-__all__ = ["Progress", "chunk_spans", "count_done", "dataset_identity", "dataset_tables", "plan_precompute"]
+__all__ = ["Progress", "chunk_spans", "dataset_identity", "dataset_tables", "plan_precompute"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -99,13 +99,6 @@ def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[
         else:
             spans.append([ref])
     return spans
-
-
-def count_done(cache: str) -> tuple[int, int]:
-    """(committed chunks, all chunks) of a cache, by its commit records alone."""
-    files = open_files(cache)
-    refs = all_chunks(read_manifest(files).layout)
-    return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
 
 
 def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:

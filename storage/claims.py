@@ -19,7 +19,7 @@ from types import TracebackType
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.commits import COMMITS, ChunkRef
-from storage.errors import UsageError
+from storage.errors import CacheUnreachableError, UsageError
 from storage.files import CacheFiles
 from storage.processes import ProcessName, this_process
 
@@ -65,6 +65,8 @@ class Claims:
         self._over.set()
         if self._beating.ident is not None:
             self._beating.join()
+        if isinstance(error, CacheUnreachableError):
+            return  # a store that was just given up is not asked again: claims of an ended process are taken over
         for key in self._held:
             self._files.delete(key)
         if self._beating.ident is not None:

@@ -16,7 +16,7 @@ from storage.inspect import CacheInfo, describe_cache
 from storage.integrity import Finding, IntegrityReport
 from storage.manifest import ViewsIdentity
 
-__all__ = ["CacheArgument", "JsonFlag", "app", "print_findings", "print_json", "print_report"]
+__all__ = ["CacheArgument", "JsonFlag", "app", "counted", "print_findings", "print_json", "print_report"]
 
 app = typer.Typer(
     name="teacher-cache",
@@ -30,6 +30,11 @@ CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder or U
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 _FINDINGS_SHOWN = 20
+
+
+def counted(number: int, what: str) -> str:
+    """The number and the word, in the plural but for one."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def print_json(result: BaseModel) -> None:
@@ -67,9 +72,7 @@ def _info_table(found: CacheInfo) -> Table:
         "views": _views(identity.views),
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
         "size": f"{found.target_bytes / 1e6:,.1f} MB of targets",
-        "quarantined": "known when complete"
-        if found.images_quarantined is None
-        else f"{found.images_quarantined:,} images",
+        "images in": _accounts(found),
         "problems": ", ".join(f"{kind} {count:,}" for kind, count in found.problems.items()) or "none in the dataset",
         "cost": _cost(found),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
@@ -93,6 +96,15 @@ def _views(views: ViewsIdentity) -> str:
     )
 
 
+def _accounts(found: CacheInfo) -> str:
+    """What became of each image of the dataset; both sides add up."""
+    total = found.layout.image_rows + found.lost_images
+    rows = f"{found.layout.image_rows:,} with a row (encoded or quarantined: known when complete)"
+    if found.images_encoded is not None:
+        rows = f"{found.images_encoded:,} encoded + {found.images_quarantined:,} quarantined"
+    return f"{total:,} = {rows} + {found.lost_images:,} without a row"
+
+
 def _cost(found: CacheInfo) -> str:
     if not found.encode_seconds:
         return "nothing encoded yet"
@@ -112,7 +124,7 @@ def print_report(report: IntegrityReport) -> None:
         f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
         f"({report.quarantined} quarantined), {report.captions:,} captions, {report.bytes_read / 1e6:,.1f} MB read"
     )
-    verdict = "sound" if report.ok else f"{len(report.findings)} findings"
+    verdict = "sound" if report.ok else counted(len(report.findings), "finding")
     console.print(f"{report.location}: {verdict}: {counts}", markup=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from storage.journal import read_journal
 from storage.manifest import CacheIdentity, Layout
 from storage.root import read_manifest
 
-__all__ = ["CacheInfo", "describe_cache"]
+__all__ = ["CacheInfo", "count_committed", "describe_cache"]
 
 
 class CacheInfo(BaseModel, frozen=True):
@@ -85,6 +85,17 @@ def describe_cache(location: str) -> CacheInfo:
         captions_per_second=rows["text"] / seconds["text"] if seconds["text"] else None,
         made_with=manifest.made_with,
     )
+
+
+def count_committed(location: str) -> tuple[int, int]:
+    """(committed chunks, all chunks) of a cache, by its commit records alone.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``storage.errors``.
+    """
+    files = open_files(location)
+    refs = all_chunks(read_manifest(files).layout)
+    return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
 
 
 def _chunk_bytes(layout: Layout, ref: ChunkRef) -> int:

@@ -34,9 +34,9 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import open_files
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY
-from storage.root import read_manifest
+from storage.files import CacheFiles, open_files
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.root import read_backup, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
 from storage.writer import incomplete_message
@@ -65,14 +65,7 @@ class EmbeddingReader:
         self.location = location
         self.files = open_files(location)
         try:
-            self.manifest = read_manifest(self.files)
-        except CacheNotFoundError as error:
-            if not self.files.exists(BACKUP_KEY):
-                raise
-            raise CacheCorruptError(
-                f"{location}: manifest.json is missing, {BACKUP_KEY} is there. Run teacher-cache repair CACHE to "
-                "restore it, or the same precompute command again."
-            ) from error
+            self.manifest = _opened_manifest(self.files)
         except OSError as error:
             raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed_generations:
@@ -272,6 +265,25 @@ class EmbeddingReader:
         # a thread that is not in the child may have held the lock, and been between two of its lines
         self._lock = threading.Lock()
         self._held_bytes = sum(values.nbytes for values in self._held.values())
+
+
+def _opened_manifest(files: CacheFiles) -> CacheManifest:
+    """The manifest; its backup where the cache is just being planned, which writes the backup first."""
+    try:
+        return read_manifest(files)
+    except CacheNotFoundError:
+        backup = read_backup(files)
+        if backup is None:
+            raise
+    try:
+        return read_manifest(files)  # it may have come since
+    except CacheNotFoundError as error:
+        if not backup.sealed:
+            return backup
+        raise CacheCorruptError(
+            f"{files.location}: manifest.json is missing, {BACKUP_KEY} is there. Run teacher-cache repair CACHE to "
+            "restore it, or the same precompute command again."
+        ) from error
 
 
 _READERS: weakref.WeakSet[EmbeddingReader] = weakref.WeakSet()

@@ -79,7 +79,7 @@ def _run(
             os.kill(os.getpid(), signal.SIGKILL)
         events.append((kind, key))
 
-    _watch(config["cache"], happens, teacher_seconds)
+    _watch(config["cache"], happens, teacher_seconds, passes_of(out))
     from pipeline.config import PrecomputeConfig
     from pipeline.precompute import precompute
 
@@ -92,7 +92,12 @@ def _run(
     os._exit(0)  # no clean-up of what the fork server's process owns
 
 
-def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float) -> None:
+def passes_of(out: Path) -> Path:
+    """A file of one byte per forward pass that the process of this ``out`` has made, whatever became of it."""
+    return out.with_suffix(".passes")
+
+
+def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
     import pipeline.encode
     from pipeline.teacher import LiveTeacher
     from storage.remote_files import RemoteFiles
@@ -125,12 +130,16 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float) -> 
     def encode_images(self: LiveTeacher, pixels: Any) -> Any:
         time.sleep(teacher_seconds)
         encoded = images(self, pixels)
+        with passes.open("ab") as file:
+            file.write(b".")
         happens("teacher", "image")
         return encoded
 
     def encode_texts(self: LiveTeacher, tokens: Any) -> Any:
         time.sleep(teacher_seconds)
         encoded = texts(self, tokens)
+        with passes.open("ab") as file:
+            file.write(b".")
         happens("teacher", "text")
         return encoded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
         if name.endswith(".py") and not name.startswith(("tests/", "benchmarks/")) and not name.endswith("__init__.py")
     }
     assert modules <= named, f"not in the README: {sorted(modules - named)}"
+
+
+_TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+
+
+def _functions_in(path: Path) -> set[str]:
+    """Names of the tests in a file, without importing it."""
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    promised = text.partition("\n## Not promised\n")[0]
+    promises = re.findall(r"^- (.*?)(?=^- |^#|\Z)", promised, re.MULTILINE | re.DOTALL)
+    assert len(promises) > 40
+    for promise in promises:
+        assert _TEST.search(promise), f"no test is named: {promise}"
+    for path, name in _TEST.findall(text):
+        assert name in _functions_in(ROOT / path), f"{path} has no {name}"
+    # nothing that looks like a test and is written otherwise
+    assert len(re.findall("::", text)) == len(_TEST.findall(text))
 
 
 def test_adapters_and_presets_are_listed() -> None:

@@ -9,9 +9,12 @@ from storage.errors import CacheNotFoundError
 from storage.files import open_files
 from storage.integrity import verify_cache
 from tests.conftest import cache_digest
-from tests.precompute_process import Event, finish, start
+from tests.precompute_process import Event, finish, passes_of, start
 
 CHUNKS = 6 + 12  # 24 images and 48 captions by 4
+PASSES = 2  # forward passes of a chunk
+PASSES_OF = {"image": 12, "text": 24}
+IN_FLIGHT = 3  # chunks at a time: two that are written or wait for it, and one with the teacher or behind these
 _CUT_OFF_IN_PLANNING = {("missing", "manifest.json"), ("incomplete", "manifest.json")}
 
 
@@ -52,9 +55,14 @@ class Work:
         return found
 
     def killed(self, name: str, at: int) -> None:
-        process = self.start(name, kill_at=at)
+        """Kill a run at an event. Of the teacher's work, only that on the chunks in flight is lost."""
+        out = self.folder / f"{name}.killed"
+        process = self.start(name, out=out, kill_at=at)
         process.join(120)
         assert process.exitcode == -9, f"event {at} of {len(self.events)} never came"
+        made = passes_of(out).stat().st_size if passes_of(out).exists() else 0
+        committed = len(self.commits(name))
+        assert PASSES * committed <= made <= PASSES * (committed + IN_FLIGHT), f"{made} passes, {committed} commits"
 
     def commits(self, name: str) -> dict[str, bytes]:
         files = open_files(self.location(name))

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from pipeline import samples
+from pipeline.cli import app
+from pipeline.config import PrecomputeConfig
 from pipeline.datasets import webdataset
+from pipeline.precompute import precompute
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
 from storage.errors import UsageError
+from storage.reader import EmbeddingReader
 from tests.pipeline.dataset_files import save_image, told
 
 
@@ -411,3 +416,70 @@ def test_a_redirect_to_a_signed_address_does_not_show_the_signature(server: str,
     with pytest.raises(UsageError) as caught:
         load(f"table:{server}/t.csv")
     assert "SECRET" not in str(caught.value)
+
+
+# the sums
+
+
+def hostile_tar(home: Path, image: bytes) -> tuple[str, int]:
+    """A tar of good, climbing, linked, doubled, captionless and undecodable images; how many images those are."""
+    links = {"linkname": "/etc/passwd"}
+    write_tar(
+        home / "x.tar",
+        [
+            member("good.png", image),
+            member("good.txt", b"Good."),
+            member("../../climbs.png", image),
+            member("../../climbs.txt", b"Up."),
+            member("symbolic.jpg", kind=tarfile.SYMTYPE, **links),
+            member("hard.jpg", kind=tarfile.LNKTYPE, **links),
+            member("good.png", image),
+            member("mute.png", image),
+            member("broken.jpg", b"not an image"),
+            member("broken.txt", b"Broken."),
+            member("empty.jpg", b""),
+            member("empty.txt", b"Empty."),
+        ],
+    )
+    return f"webdataset:{home}/x.tar", 8
+
+
+def hostile_json(home: Path, image: bytes) -> tuple[str, int]:
+    """COCO with records that miss fields, climb, or name one image twice."""
+    (home / "val").mkdir()
+    for name in ("a.png", "b.png"):
+        (home / "val" / name).write_bytes(image)
+    (home / "val" / "c.png").write_bytes(image[:40])
+    images: list[Any] = [{"id": number, "file_name": f"{name}.png"} for number, name in enumerate("abc")]
+    images += [{"id": 7}, {"file_name": "a.png"}, {"id": 8, "file_name": "../a.png"}, {"id": 9, "file_name": "no.png"}]
+    numbers = [one["id"] for one in images if "id" in one]
+    annotations: list[Any] = [{"image_id": number, "caption": "A caption."} for number in numbers if number != 1]
+    (home / "annotations").mkdir()
+    text = json.dumps({"images": images, "annotations": [*annotations, {"caption": "?"}, {"image_id": 0}]})
+    (home / "annotations" / "captions_val.json").write_text(text)
+    return f"coco:{home}", len(images)
+
+
+@pytest.mark.parametrize("hostile", [hostile_tar, hostile_json], ids=["tar", "json"])
+def test_all_that_went_in_is_accounted_for_by_info(
+    hostile: Callable[[Path, bytes], tuple[str, int]], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    image = save_image(tmp_path / "scratch" / "a.png")
+    (tmp_path / "data").mkdir()
+    spec, images = hostile(tmp_path / "data", image)
+    before, cache = tree(tmp_path), str(tmp_path / "c")
+    precompute(PrecomputeConfig(dataset=spec, teacher=f"local-dir:{tiny_teacher}", cache=cache, device="cpu"))
+    assert [name for name in tree(tmp_path) if name.partition("/")[0] != "c"] == before
+    told = CliRunner().invoke(app, ["info", cache, "--json"])
+    found = json.loads(told.stdout)
+    parts = [found["images_encoded"], found["images_quarantined"], found["lost_images"]]
+    assert sum(parts) == images
+    assert min(parts) > 0
+    shown = CliRunner().invoke(app, ["info", cache], env={"COLUMNS": "200"}).stdout
+    encoded, quarantined, lost = parts
+    assert f"{images} = {encoded} encoded + {quarantined} quarantined + {lost} without a row" in shown
+    reader = EmbeddingReader(cache)
+    assert len(reader.image_rows()) == encoded
+    assert [bool(row.reason and row.detail) for row in reader.quarantined] == [True] * quarantined
+    assert sum(reader.problems["lost_image"].to_pylist()) == lost
+    assert all(reader.problems["detail"].to_pylist())

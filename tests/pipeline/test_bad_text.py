@@ -29,6 +29,7 @@ ANYWHERE: dict[str, tuple[bytes, str | None, str | None]] = {
     "half-pair": (b"\xed\xa0\xbd dog", "\ufffd\ufffd\ufffd dog", BROKEN),
     "nul": (b"a\0dog", "a\0dog", None),
     "emoji": ("😀🐕‍🦺".encode(), "😀🐕‍🦺", None),
+    "empty": (b"", None, "empty-caption"),
     "white": (" \t\u00a0\u3000 ".encode(), None, "empty-caption"),
     "right-to-left": ("כלב \u202e رכض e\u0301\u0323".encode(), "כלב \u202e رכض e\u0301\u0323", None),
     "markup": (b"<end_of_text> &lt;b&gt; &amp; <start_of_text>", "<end_of_text> &lt;b&gt; &amp; <start_of_text>", None),

@@ -98,7 +98,10 @@ def test_a_reader_sees_only_what_is_committed_and_whole(
         except CacheNotFoundError:
             continue
         except CacheIncompleteError:
-            writer = EmbeddingWriter(cache)
+            try:
+                writer = EmbeddingWriter(cache)
+            except CacheNotFoundError:
+                continue  # being planned: the reader knows it by the manifest's backup
             committed = [ref for ref in all_chunks(writer.manifest.layout) if writer.is_committed(ref)]
             assert all(writer.is_sound(ref) for ref in committed)
             seen.append(len(committed))

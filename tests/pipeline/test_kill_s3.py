@@ -15,7 +15,7 @@ from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
 from tests.object_store import ObjectStore
-from tests.pipeline.kill_work import CHUNKS, Work
+from tests.pipeline.kill_work import CHUNKS, PASSES_OF, Work
 from tests.precompute_process import finish
 
 pytestmark = pytest.mark.service
@@ -101,7 +101,10 @@ def test_processes_started_at_once_share_the_work(work: Work, processes: int) ->
     ended = [finish(process, out) for process, out in zip(started, outs, strict=True)]
     assert [end.get("error") for end in ended] == [None] * processes
     assert sum(end["result"]["chunks_encoded"] for end in ended) == CHUNKS
+    for tower, passes in PASSES_OF.items():  # none was made twice
+        assert sum(end["events"].count(["teacher", tower]) for end in ended) == passes
     assert seen == sorted(seen)
+    assert len(set(seen)) > 1, "it was never seen in the making"
     assert verify_cache(work.location(name)).ok
     assert cache_digest(work.location(name)) == work.digest
 

@@ -22,6 +22,7 @@ from storage.errors import CacheMismatchError, UsageError
 from storage.files import LocalFiles
 from storage.manifest import CacheIdentity
 from storage.root import read_manifest
+from storage.writer import plan_cache
 from tests.conftest import TINY_MODEL, cache_digest, make_model_folder, write_photos
 
 Change = Callable[[Path, Path], dict[str, Any] | None]
@@ -194,6 +195,29 @@ def test_appending_is_refused_and_nothing_written(made: Made, field: str, tmp_pa
     with pytest.raises(CacheMismatchError, match=re.escape(field)):
         train(made.training(tmp_path / "run", expect=str(tmp_path / "other")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ANY)
+def test_appending_is_refused_for_every_field(made: Made, field: str) -> None:
+    """Those too that no setting of today can change, such as antialias, the view policy, dtype and normalisation."""
+    manifest, before = read_manifest(LocalFiles(str(made.cache))), cache_digest(made.cache)
+    part, _, name = field.partition(".")
+    fields = made.identity.fields()
+    fields[part][name] = ANY[field]
+    wanted = CacheIdentity.model_validate(fields)
+    with pytest.raises(CacheMismatchError) as caught:
+        plan_cache(str(made.cache), wanted, manifest.layout, manifest.source, {}, {})
+    said = str(caught.value)
+    if field == "preprocess.probe":
+        assert "preprocess.probe: these pixels of the probe images in the cache, others asked for" in said
+    else:
+        found = value(made.identity, field)
+        shown = re.escape(found) if len(found) <= 120 else rf"{re.escape(found[:100])}\.\.\. \(sha256 [0-9a-f]{{8}}\)"
+        assert re.search(
+            rf"{re.escape(field)}: {shown} in the cache, {re.escape(value(wanted, field))} asked for", said
+        )
+    assert "Encode to a new path" in said
+    assert cache_digest(made.cache) == before
 
 
 def test_other_row_order_is_refused(made: Made, tmp_path: Path) -> None:

@@ -64,6 +64,58 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(
     assert_sound(tmp_path / "c")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, number: signal.Signals) -> None:
+    """The first seconds of each run; whatever is half imported then is not needed to answer."""
+    process = subprocess.Popen(command(tmp_path, tmp_path, tmp_path / "c"), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (
+        1,
+        "stopped: nothing is committed yet. Run the same command again to go on.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "said"),
+    [
+        (
+            ("repair",),
+            "pipeline.repair.repair",
+            "stopped: what is mended stays. Run the same command again to go on.\n",
+        ),
+        (("verify",), "pipeline.cli.verify_cache", "stopped\n"),
+        (("info",), "storage.cli.describe_cache", "stopped\n"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_command_ends_with_a_line_and_1(
+    arguments: tuple[str, ...],
+    where: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipeline import cli
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # the handler runs before
+
+    monkeypatch.setattr(where, stop)
+    monkeypatch.setattr(sys, "argv", ["teacher-cache", *arguments, "c"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(said)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """A real file system of so many KiB; asked again it gets that size."""

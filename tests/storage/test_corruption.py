@@ -62,6 +62,28 @@ def known(tower: Tower, array: str, rows: range) -> np.ndarray:
     return np.tile(np.array([0, 0, 32, 32, 0], np.float32), (len(rows), 1))
 
 
+TABLES = ("samples", "captions", "problems")
+
+
+def require_right_tables_or_errors(cache: Path, done: Damage, sound: Path) -> None:
+    """A damaged table is refused each time that it is asked for, and so is what is made of it."""
+    whole = EmbeddingReader(str(sound))
+    for name in TABLES:
+        damaged = any(key.startswith(f"{name}/") for key in done.named)
+        try:
+            opened = EmbeddingReader(str(cache))
+            found = getattr(opened, name)
+        except CacheError:
+            assert damaged or done.refused is None, f"{name} is refused"
+            for what in ("samples", "captions", "caption_offsets"):
+                if damaged and what.startswith(name.rstrip("s")):
+                    with pytest.raises(CacheError):
+                        getattr(EmbeddingReader(str(cache)), what)
+        else:
+            assert not damaged, f"{name} is returned"
+            assert found.equals(getattr(whole, name))
+
+
 def require_right_rows_or_errors(cache: Path, done: Damage) -> None:
     """Each array chunk by chunk and whole, each by a fresh reader and by one that goes on after errors."""
     totals: dict[Tower, int] = {"image": IMAGES, "text": CAPTIONS}
@@ -100,6 +122,7 @@ def test_every_damage_is_named_and_never_read(
     assert done.named <= {finding.key for finding in report.findings}, report.findings
     assert all(finding.message for finding in report.findings)
     require_right_rows_or_errors(cache, done)
+    require_right_tables_or_errors(cache, done, sound)
 
 
 def test_there_are_enough_of_them(sound: Path) -> None:
@@ -115,6 +138,7 @@ def test_the_command_exits_1_and_names_the_object(kind: str, sound: Path, others
     result = CliRunner().invoke(app, ["verify", str(cache)])
     assert result.exit_code == 1
     assert named in result.stdout
+    assert result.stderr.endswith(f"Run teacher-cache repair {cache} to mend it.\n")
 
 
 @pytest.mark.parametrize(

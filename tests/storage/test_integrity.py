@@ -174,6 +174,10 @@ def test_an_unfinished_cache_is_not_ok(tmp_path: Path) -> None:
     assert not report.ok
     assert [finding.kind for finding in report.findings] == ["incomplete"]
     assert "1 of 10 chunks are there" in report.findings[0].message
+    (tmp_path / "c" / "stray").write_bytes(b"?")
+    told = CliRunner().invoke(app, ["verify", str(tmp_path / "c")])
+    assert told.exit_code == 1
+    assert "repair" not in told.output  # which would change nothing
 
 
 def test_info_says_what_the_cache_is(known_cache: Path) -> None:

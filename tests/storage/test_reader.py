@@ -13,6 +13,7 @@ import pytest
 from storage.commits import ChunkRef, QuarantinedRow
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
 from storage.integrity import verify_cache
+from storage.local_files import LocalFiles
 from storage.reader import EmbeddingReader
 from storage.transient import is_transient
 from storage.writer import EmbeddingWriter
@@ -209,3 +210,29 @@ def test_the_remedy_of_a_damaged_chunk_commit_and_table_is_repair(known_cache: P
             with pytest.raises(CacheCorruptError, match=f"{key}.*teacher-cache repair CACHE"):
                 read_captions(known_cache)
             (known_cache / key).write_bytes(data)
+
+
+def test_a_cache_that_is_just_being_planned_is_incomplete_not_damaged(tmp_path: Path) -> None:
+    """The backup is written before the manifest, and a reader may come in between."""
+    plan_known_cache(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(CacheIncompleteError, match=r"0 of 10 chunks"):
+        EmbeddingReader(str(tmp_path / "c"))
+
+
+def test_a_whole_cache_that_came_while_it_was_opened_is_read(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = known_cache / "manifest.json"
+    data = manifest.read_bytes()
+    manifest.unlink()
+    read = LocalFiles.read
+
+    def slow(self: LocalFiles, key: str) -> bytes:
+        try:
+            return read(self, key)
+        finally:
+            manifest.write_bytes(data)
+
+    monkeypatch.setattr(LocalFiles, "read", slow)
+    assert len(EmbeddingReader(str(known_cache)).take("image", np.arange(10))) == 10

@@ -19,6 +19,7 @@ from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
+from tests.storage.test_workers import EXPECTED, Rows
 
 pytestmark = pytest.mark.service
 
@@ -89,6 +90,24 @@ def test_zarr_reads_the_same_rows(s3_cache: str, object_store: ObjectStore) -> N
     assert np.array_equal(images[:, 0], [known_row("image", row) for row in range(10)])
     assert np.array_equal(texts[:], [known_row("text", row) for row in range(25)])
     store.close()
+
+
+@pytest.mark.timeout(180)  # a deadlock ends as a failure
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("object_store", ["seaweedfs"], indirect=True)
+@pytest.mark.parametrize(("method", "touched"), [("fork", True), ("fork", False), ("spawn", True)])
+def test_workers_of_a_data_loader_get_the_same_rows(s3_cache: str, method: str, touched: bool) -> None:
+    """Over a reader that is open already, and whose connection the parent has used."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    reader = EmbeddingReader(s3_cache)
+    if touched:
+        reader.take("image", np.arange(10))
+        reader.take("text", np.arange(5))
+    loader = DataLoader(Rows(reader), batch_size=4, num_workers=2, multiprocessing_context=method)
+    for _ in range(2 if method == "fork" else 1):
+        np.testing.assert_array_equal(torch.cat(list(loader)).numpy(), EXPECTED.astype(np.float32))
 
 
 def flip(files: CacheFiles, key: str, other: str) -> None:
