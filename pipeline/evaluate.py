@@ -66,7 +66,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
             f"{run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
             "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
         )
-        accepted = reader.manifest.identity.require(record.identity, cache, way_out, config.accept_mismatch)
+        # only view 0 is looked at here, and that is the evaluation crop in every cache, whatever was added since
+        wanted = record.identity.model_copy(update={"views": reader.manifest.identity.views})
+        accepted = reader.manifest.identity.require(wanted, cache, way_out, config.accept_mismatch)
     rows = reader.image_rows(split)
     if not len(rows):
         raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
