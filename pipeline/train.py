@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from pipeline.batches import CachedTeacher, Pairs, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, TeacherSource, epoch_inputs, epoch_pairs
 from pipeline.config import TrainConfig
 from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
@@ -68,7 +68,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, progress: Callable[[StepProgress], None] | None = None, *, resume: bool = False
+    config: TrainConfig,
+    progress: Callable[[StepProgress], None] | None = None,
+    teacher_source: Callable[[EmbeddingReader], TeacherSource] | None = None,
+    *,
+    resume: bool = False,
 ) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
@@ -76,6 +80,8 @@ def train(
     on where its last checkpoint left it, with the losses of an unbroken run on the same kind of device.
 
     Args:
+        teacher_source: makes the source of the targets; the cache itself if left out. With several devices it
+            travels to their processes by pickle.
         resume: go on with the run in ``config.out``; a finished one is left as it is.
 
     Raises:
@@ -94,12 +100,16 @@ def train(
             return TrainResult(str(run.path), record)
     else:
         run.require_free()
-    launch(config, _train_rank, resume, progress=progress)
+    launch(config, _train_rank, teacher_source, resume, progress=progress)
     return TrainResult(str(run.path), run.read())
 
 
 def _train_rank(
-    fabric: Fabric, config: TrainConfig, progress: Callable[[StepProgress], None] | None, resume: bool
+    fabric: Fabric,
+    config: TrainConfig,
+    progress: Callable[[StepProgress], None] | None,
+    teacher_source: Callable[[EmbeddingReader], TeacherSource] | None,
+    resume: bool,
 ) -> None:
     """The whole of a run, in the process of one device."""
     run = RunFolder(config.out)
@@ -143,7 +153,8 @@ def _train_rank(
         fabric.barrier()
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
-        _Trainer(config, fabric, reader, source, run, record, student, progress).train()
+        teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
+        _Trainer(config, fabric, reader, source, teacher, run, record, student, progress).train()
         fabric.barrier()
 
 
@@ -171,6 +182,7 @@ class _Trainer:
         fabric: Fabric,
         reader: EmbeddingReader,
         source: ImageSource,
+        teacher: TeacherSource,
         run: RunFolder,
         record: RunRecord,
         student: Student,
@@ -181,10 +193,12 @@ class _Trainer:
         self._rows = reader.image_rows(config.split)
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
-        self._teacher = CachedTeacher(reader)
+        self._teacher = teacher
         self._tokenizer = student_tokenizer(record.student_config)
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student))
+        if fabric.world_size > 1:
+            _freeze_unused(student, self._tokenizer(["any"]))
         if config.compile:
             _compile(student)
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
@@ -354,6 +368,16 @@ class _Trainer:
         if self._config.workers is not None or self._fabric.world_size == 1:
             return self._config.workers
         return max(1, min(8, (os.cpu_count() or 1) // 2) // self._fabric.world_size)
+
+
+def _freeze_unused(student: Student, tokens: torch.Tensor) -> None:
+    """Freeze what no output depends on, as some towers have it: DDP would wait for its gradient in every step."""
+    size = student.preprocess.size
+    student.eval()
+    sum(value.sum() for value in student(torch.zeros(1, 3, *size), tokens)).backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def _compile(student: Student) -> None:
