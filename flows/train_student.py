@@ -74,6 +74,16 @@ def default_out() -> str:
     return f"runs/{flow_run.name}"
 
 
+def goes_on(out: str, run_count: int) -> bool:
+    """Whether to go on with what lies in a run folder.
+
+    An unfinished run with something saved is one whose worker died. A finished one is left to be refused, unless
+    this very flow run finished it and is tried again (``run_count`` above 1) for what came behind.
+    """
+    folder = RunFolder(out)
+    return folder.resumable() or (run_count > 1 and folder.exists())
+
+
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
 def train_run(config: TrainConfig) -> RunRecord:
     """Train to the end of the last epoch, from the first step or from where a run that died was saved."""
@@ -87,12 +97,9 @@ def train_run(config: TrainConfig) -> RunRecord:
         note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
         progress("step", at.step, at.total_steps, note)
 
-    folder = RunFolder(config.out)
-    # a flow run that is tried again after its training was done has its student already
-    again = (flow_run.run_count or 1) > 1 and folder.exists()
-    resume = again or folder.resumable()
+    resume = goes_on(config.out, flow_run.run_count or 1)
     if resume:
-        logger.info(f"{config.out}: goes on after step {folder.read().steps}")
+        logger.info(f"{config.out}: goes on after step {RunFolder(config.out).read().steps}")
     record = train(config, report, resume=resume).record
     logger.info(f"{config.out}: {record.steps} steps in {record.seconds:,.1f} s, loss {record.epochs[-1].loss:.4f}")
     return record

@@ -437,7 +437,9 @@ def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig
     settings = recorded.model_dump() | given
     if "cache" in given and "://" not in given["cache"]:
         settings["cache"] = str(Path(given["cache"]).resolve())
-    return check_config(TrainConfig, settings, "train --resume")
+    config = check_config(TrainConfig, settings, "train --resume")
+    _say(f"{config.out}: goes on after step {RunFolder(config.out).read().steps}")
+    return config
 
 
 def _how_to_train_on(out: str) -> str:

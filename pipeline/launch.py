@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,9 @@ from storage.errors import UsageError
 __all__ = ["launch"]
 
 Progress = Callable[[Any], None]
+
+# how many processes there are is said once, by who started them
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress: Progress | None = None) -> None:
@@ -49,9 +53,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         raise UsageError(
             f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
         )
-    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again.
-    # Unused parameters: towers of some open_clip models have some
-    strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True)
+    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again
+    strategy = DDPStrategy(start_method="spawn")
     fabric = Fabric(accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision)
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]

@@ -158,7 +158,7 @@ def _train_rank(
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
         teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
-        _Trainer(config, fabric, reader, source, run, record, student, teacher, progress).train()
+        _Trainer(config, fabric, reader, source, teacher, run, record, student, progress).train()
         fabric.barrier()
 
 
@@ -186,10 +186,10 @@ class _Trainer:
         fabric: Fabric,
         reader: EmbeddingReader,
         source: ImageSource,
+        teacher: TeacherSource,
         run: RunFolder,
         record: RunRecord,
         student: Student,
-        teacher: TeacherSource,
         progress: Callable[[StepProgress], None] | None,
     ) -> None:
         self._config, self._fabric, self._reader, self._source = config, fabric, reader, source
@@ -201,6 +201,8 @@ class _Trainer:
         self._tokenizer = student_tokenizer(record.student_config)
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student))
+        if fabric.world_size > 1:
+            _freeze_unused(student, self._tokenizer(["any"]))
         if config.compile:
             _compile(student)
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
@@ -384,6 +386,16 @@ class _Trainer:
         if self._config.workers is not None or self._fabric.world_size == 1:
             return self._config.workers
         return max(1, min(8, (os.cpu_count() or 1) // 2) // self._fabric.world_size)
+
+
+def _freeze_unused(student: Student, tokens: torch.Tensor) -> None:
+    """Freeze what no output depends on, as some towers have it: DDP would wait for its gradient in every step."""
+    size = student.preprocess.size
+    student.eval()
+    sum(value.sum() for value in student(torch.zeros(1, 3, *size), tokens)).backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def _compile(student: Student) -> None:

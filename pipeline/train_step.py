@@ -123,7 +123,7 @@ class TrainStep:
         output = self._forward(step, 0, pixels, tokens)
         total, parts = self._loss(gather_features(*output[:4]), output.logit_scale, teacher)
         if self._fabric.world_size > 1:
-            # DDP waits for a gradient of everything in the output, also of a projection that no loss looks at
+            # DDP waits for a gradient of everything in the output, also of what no loss looks at
             self._fabric.backward(total + 0.0 * sum(value.sum() for value in output))
         else:
             self._fabric.backward(total)
