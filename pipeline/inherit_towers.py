@@ -201,7 +201,7 @@ def _load_trunk(student: Student, weights: TrunkWeights) -> list[InheritedPart]:
             f"--trunk-weights {weights.file}: the student's image tower is {type(visual).__name__}, not a timm model"
         )
     loaded = load_trunk(visual.trunk, weights, student.preprocess.mean, student.preprocess.std)
-    parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.file}")]
+    parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.name}")]
     if rest := _parameters(visual) - loaded:
         parts.append(_random("image projection", rest, "the trunk was trained with another"))
     return parts
