@@ -95,7 +95,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
         parameters=student.num_parameters,
         teacher_parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
         parts=tuple(parts),
-        trunk_weights=None if trunk is None else {"file": Path(trunk.file).name, "sha256": trunk.sha256},
+        trunk_weights=None if trunk is None else {"name": trunk.name, "sha256": trunk.sha256},
         cache_manifest_digest=digest,
         seed=config.seed,
         notes=tuple(notes),

@@ -110,7 +110,7 @@ def inherit_text(
     parts.append(
         InheritedPart(part="token embedding", parameters=_parameters(wanted, "token_embedding"), source=tokens)
     )
-    source = f"teacher layers {', '.join(map(str, chosen))}{_cut(old, new)}"
+    source = f"teacher {_layers(chosen)}{_cut(old, new)}"
     parts.append(InheritedPart(part="text transformer", parameters=_parameters(body), source=source, layers=chosen))
     if "text_projection" in wanted and projection is not None and not directions.wider:
         smaller["text_projection"] = directions.project(projection[channels])
@@ -201,7 +201,7 @@ def _load_trunk(student: Student, weights: TrunkWeights) -> list[InheritedPart]:
             f"--trunk-weights {weights.file}: the student's image tower is {type(visual).__name__}, not a timm model"
         )
     loaded = load_trunk(visual.trunk, weights, student.preprocess.mean, student.preprocess.std)
-    parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.file}")]
+    parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.name}")]
     if rest := _parameters(visual) - loaded:
         parts.append(_random("image projection", rest, "the trunk was trained with another"))
     return parts
@@ -243,7 +243,7 @@ def _inherit_transformer(
     reason = _other_tensors(smaller, body)
     if reason is not None:
         return [_random("image tower", _parameters(mine), reason)]
-    source = f"teacher layers {', '.join(map(str, chosen))}{_cut(old, new)}{note}"
+    source = f"teacher {_layers(chosen)}{_cut(old, new)}{note}"
     parts = [InheritedPart(part="image transformer", parameters=_parameters(body), source=source, layers=chosen)]
     if directions.wider:
         parts.append(_random("image projection", wanted["proj"].numel(), "the teacher's embed_dim is smaller"))
@@ -324,6 +324,10 @@ def _parameters(part: nn.Module | dict[str, Tensor], prefix: str = "", exclude: 
         for name, value in named.items()
         if name.startswith(prefix) and not (exclude and name.startswith(exclude))
     )
+
+
+def _layers(chosen: tuple[int, ...]) -> str:
+    return f"layer{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
 
 
 def _cut(old: TowerShape, new: TowerShape) -> str:

