@@ -1,0 +1,190 @@
+"""The ``inherit`` and ``train`` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.cli_flags import RunFile, say, setting
+from pipeline.config import (
+    InheritConfig,
+    TrainConfig,
+    check_config,
+    given_settings,
+    load_config,
+)
+from storage.cli import JsonFlag, app, print_json
+from storage.console import StageProgress
+from storage.errors import UsageError
+
+
+@app.command()
+def inherit(
+    teacher: Annotated[str | None, setting(InheritConfig, "teacher")] = None,
+    student: Annotated[str | None, setting(InheritConfig, "student")] = None,
+    out: Annotated[str | None, setting(InheritConfig, "out")] = None,
+    pretrained: Annotated[str | None, setting(InheritConfig, "pretrained")] = None,
+    trunk_weights: Annotated[str | None, setting(InheritConfig, "trunk_weights")] = None,
+    text_layers: Annotated[str | None, setting(InheritConfig, "text_layers")] = None,
+    image_layers: Annotated[str | None, setting(InheritConfig, "image_layers")] = None,
+    cache: Annotated[str | None, setting(InheritConfig, "cache")] = None,
+    split: Annotated[str | None, setting(InheritConfig, "split")] = None,
+    seed: Annotated[int | None, setting(InheritConfig, "seed")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Write a student that begins with its teacher's weights, as far as they fit, for train --init."""
+    flags = {
+        "teacher": teacher,
+        "student": student,
+        "out": out,
+        "pretrained": pretrained,
+        "trunk_weights": trunk_weights,
+        "text_layers": text_layers,
+        "image_layers": image_layers,
+        "cache": cache,
+        "split": split,
+        "seed": seed,
+    }
+    config = load_config(InheritConfig, "inherit", None, flags)
+    from pipeline.inherit import inherit as run_inherit
+
+    with StageProgress() as progress:
+        result = run_inherit(config, progress)
+    if json:
+        print_json(result)
+        return
+    random = sum(part.parameters for part in result.parts if part.random)
+    lines = [f"{part.part:<18} {part.parameters:>12,}  {part.source}" for part in result.parts]
+    lines += [f"note: {note}" for note in result.notes]
+    summary = (
+        f"{result.out}: {result.parameters:,} parameters, {result.parameters / result.teacher_parameters:.1%} of "
+        f"{result.teacher}'s {result.teacher_parameters:,}; {random:,} of them random"
+    )
+    Console().print("\n".join([*lines, summary]), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    run_file: RunFile = None,
+    cache: Annotated[str | None, setting(TrainConfig, "cache")] = None,
+    student: Annotated[str | None, setting(TrainConfig, "student")] = None,
+    out: Annotated[str | None, setting(TrainConfig, "out")] = None,
+    split: Annotated[str | None, setting(TrainConfig, "split")] = None,
+    image_root: Annotated[str | None, setting(TrainConfig, "image_root")] = None,
+    expect: Annotated[str | None, setting(TrainConfig, "expect")] = None,
+    accept_mismatch: Annotated[list[str] | None, setting(TrainConfig, "accept_mismatch")] = None,
+    init: Annotated[str | None, setting(TrainConfig, "init")] = None,
+    recipe: Annotated[str | None, setting(TrainConfig, "recipe")] = None,
+    views: Annotated[int | None, setting(TrainConfig, "views")] = None,
+    epochs: Annotated[int | None, setting(TrainConfig, "epochs")] = None,
+    batch_size: Annotated[int | None, setting(TrainConfig, "batch_size")] = None,
+    micro_batch: Annotated[int | None, setting(TrainConfig, "micro_batch")] = None,
+    learning_rate: Annotated[float | None, setting(TrainConfig, "learning_rate")] = None,
+    ema_decay: Annotated[float | None, setting(TrainConfig, "ema_decay")] = None,
+    seed: Annotated[int | None, setting(TrainConfig, "seed")] = None,
+    device: Annotated[str | None, setting(TrainConfig, "device")] = None,
+    devices: Annotated[int | None, setting(TrainConfig, "devices")] = None,
+    precision: Annotated[str | None, setting(TrainConfig, "precision")] = None,
+    compile_: Annotated[bool | None, setting(TrainConfig, "compile", "--compile")] = None,
+    workers: Annotated[int | None, setting(TrainConfig, "workers")] = None,
+    checkpoint_seconds: Annotated[float | None, setting(TrainConfig, "checkpoint_seconds")] = None,
+    select_split: Annotated[str | None, setting(TrainConfig, "select_split")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, whose settings count; it was stopped or killed."),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train a student from a finished cache. No teacher is loaded. Killed at any time, it goes on by --resume."""
+    flags = {
+        "cache": cache,
+        "student": student,
+        "out": out,
+        "split": split,
+        "image_root": image_root,
+        "expect": expect,
+        "accept_mismatch": accept_mismatch or None,
+        "init": init,
+        "recipe": recipe,
+        "views": views,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "micro_batch": micro_batch,
+        "learning_rate": learning_rate,
+        "ema_decay": ema_decay,
+        "seed": seed,
+        "device": device,
+        "devices": devices,
+        "precision": precision,
+        "compile": compile_,
+        "workers": workers,
+        "checkpoint_seconds": checkpoint_seconds,
+        "select_split": select_split,
+    }
+    config = _resumed_config(run_file, flags) if resume else load_config(TrainConfig, "train", run_file, flags)
+    from pipeline.train import StepProgress
+    from pipeline.train import train as run_train
+
+    try:
+        with StageProgress() as progress:
+
+            def report(at: StepProgress) -> None:
+                note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
+                progress("train", at.step, at.total_steps, note, at.eta_seconds)
+
+            result = run_train(config, report, resume=resume)
+    except KeyboardInterrupt:
+        say(f"stopped: {_how_to_train_on(config.out)}")
+        raise typer.Exit(1) from None
+    if json:
+        print_json(result.record)
+        return
+    record = result.record
+    last = record.epochs[-1]
+    best = (
+        ""
+        if record.best is None
+        else f"\nbest: {result.run}/{record.best.checkpoint}, epoch {record.best.epoch + 1}, mean recall "
+        f"{record.best.mean_recall:.1f} %, chosen on {record.best.split}"
+    )
+    Console().print(
+        f"{result.run}: {record.student_parameters:,} parameters, {record.steps} steps over "
+        f"{record.train_images:,} images in {record.seconds:,.1f} s\n"
+        f"last epoch: loss {last.loss:.4f}, {last.samples_per_second:,.0f} samples/s, "
+        f"{last.data_wait_share:.0%} of the time waiting for data\n"
+        f"checkpoint: {result.run}/{record.checkpoint}{best}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in --out, with those given on top: training refuses the ones that differ."""
+    from pipeline.runs import RunFolder
+
+    given = given_settings("train", run_file, flags)
+    if "out" not in given:
+        raise UsageError("--resume goes on with the run in --out; name its folder")
+    recorded = RunFolder(given["out"]).read().config
+    settings = recorded.model_dump() | given
+    if "cache" in given and "://" not in given["cache"]:
+        settings["cache"] = str(Path(given["cache"]).resolve())
+    config = check_config(TrainConfig, settings, "train --resume")
+    say(f"{config.out}: goes on after step {RunFolder(config.out).read().steps}")
+    return config
+
+
+def _how_to_train_on(out: str) -> str:
+    from pipeline.runs import RunFolder
+
+    folder = RunFolder(out)
+    try:
+        if not folder.resumable():
+            return "nothing is saved yet. Run the same command again to start anew."
+        return f"{folder.read().steps} steps are saved. Go on by: teacher-cache train --resume --out {out}"
+    except UsageError as error:
+        return str(error)
