@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
+from pipeline.recipes import RECIPES
 from pipeline.runs import RunFolder
 from pipeline.train import train
 from storage.errors import UsageError
@@ -88,7 +89,7 @@ def test_tensorboard_has_every_step_and_every_measurement(run: Path) -> None:
 
     steps = list(range(1, 25))
     names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "logit_scale": "logit_scale"}
-    names |= {f"loss/{name}": name for name in ("contrastive", "relational", "feature")}
+    names |= {f"loss/{name}": name for name in RECIPES["default"].losses}
     for name, field in names.items():
         assert list(series(name)) == steps
         assert list(series(name).values()) == pytest.approx([line[field] for line in lines], rel=1e-6)
