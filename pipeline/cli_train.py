@@ -153,6 +153,7 @@ def train(
     Console().print(
         f"{result.run}: {record.student_parameters:,} parameters, {record.steps} steps over "
         f"{record.train_images:,} images in {record.seconds:,.1f} s\n"
+        f"seen of each image: {record.view}\n"
         f"last epoch: loss {last.loss:.4f}, {last.samples_per_second:,.0f} samples/s, "
         f"{last.data_wait_share:.0%} of the time waiting for data\n"
         f"checkpoint: {result.run}/{record.checkpoint}{best}",

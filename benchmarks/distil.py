@@ -1,0 +1,147 @@
+"""Train and measure students as a table of rows: retention with its spread over seeds, minutes, seconds saved.
+
+    python benchmarks/distil.py benchmarks/distil_flickr8k.toml [--only NAME ...] [--seeds 0 1 2] [--out runs/distil]
+
+Every row of the TOML file is one student trained from the cache alone, by the settings of ``teacher-cache train``. A
+row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. What is finished is kept in
+``--out`` and not done again, what was stopped goes on where it was, so that the table may be made in several sittings.
+The Markdown table goes to stdout; failed rows stay in it, with their reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config import EvaluateConfig, InheritConfig, TrainConfig
+from pipeline.evaluate import evaluate
+from pipeline.inherit import inherit
+from pipeline.metrics import mean_recall
+from pipeline.runs import RunFolder
+from pipeline.train import train
+
+# two-sided 95 % of Student's t with n - 1 degrees of freedom
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--only", nargs="*", help="names of rows; all if left out")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/distil"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--show", action="store_true", help="only print the table of what is finished")
+    options = parser.parse_args()
+    table = tomllib.loads(options.table.read_text())
+    rows = {name: row for name, row in table["rows"].items() if not options.only or name in options.only}
+    options.split, options.teacher = table["split"], table["teacher"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.show:
+        for name, row in rows.items():
+            for seed in options.seeds:
+                run_row(name, {**table.get("train", {}), **row}, seed, options)
+    print(markdown(options.out, rows, table["split"]))
+
+
+def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespace) -> None:
+    """Train and measure one row with one seed, unless that is done already."""
+    out = options.out / f"{name}-{seed}"
+    done = out.with_suffix(".json")
+    if done.exists():
+        return
+    settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
+    if row.get("inherit"):
+        settings["init"] = str(inherited(settings["student"], settings["cache"], options))
+    config = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
+    print(f"{name}, seed {seed}: {config.student}, {config.epochs} epochs", file=sys.stderr)
+    try:
+        record = train(config, show, resume=RunFolder(out).exists()).record
+        measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device))
+    except (FloatingPointError, RuntimeError) as error:
+        finished: dict[str, Any] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    else:
+        finished = {
+            "parameters": record.student_parameters,
+            "epochs": config.epochs,
+            "seconds": record.seconds,
+            "data_wait_share": float(np.mean([epoch.data_wait_share for epoch in record.epochs])),
+            "checkpoint": RunFolder(out).read().checkpoint,
+            "recall": measured.student,
+            "teacher": measured.teacher,
+            "retention": measured.retention["mean"] if measured.retention else None,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+            "date": date.today().isoformat(),
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
+            ).stdout.strip(),
+        }
+    done.write_text(json.dumps(finished, indent=2) + "\n")
+
+
+def inherited(student: str, cache: str, options: argparse.Namespace) -> Path:
+    """The folder that a student begins with; made once."""
+    folder: Path = options.out / f"start-{student}"
+    if not folder.exists():
+        trunk = "package:efficientnet-lite0" if "lite0" in student else None
+        made = inherit(
+            InheritConfig(teacher=options.teacher, student=student, out=str(folder), cache=cache, trunk_weights=trunk)
+        )
+        print(f"{folder}: {made.parameters:,} parameters", file=sys.stderr)
+    return folder
+
+
+def show(at: Any) -> None:
+    if at.step % 20 == 0 or at.step == at.total_steps:
+        rates = f"{at.samples_per_second:.0f} samples/s, data wait {at.data_wait_share:.0%}"
+        print(f"step {at.step} of {at.total_steps}: loss {at.loss:.3f}, {rates}", file=sys.stderr, flush=True)
+
+
+def processor() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def interval(values: list[float]) -> str:
+    """Mean and, from two seeds on, the half width of its 95 % t interval."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    half = _T95.get(len(values), 1.96) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{np.mean(values):.1f} ± {half:.1f}"
+
+
+def markdown(out: Path, rows: dict[str, Any], split: str) -> str:
+    lines = [
+        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | minutes | where |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        finished = [json.loads(path.read_text()) for path in sorted(out.glob(f"{name}-[0-9]*.json"))]
+        good = [each for each in finished if "failed" not in each]
+        lines += [f"| {name} | | | | | failed: {each['failed']} | | | |" for each in finished if "failed" in each]
+        if good:
+            minutes = np.mean([each["seconds"] for each in good]) / 60
+            where = f"{good[0]['device']}, {good[0]['date']}"
+            lines.append(
+                f"| {name} | {good[0]['parameters'] / 1e6:.1f}M | {row.get('views', 'all')} | {good[0]['epochs']} | "
+                f"{len(good)} | {interval([mean_recall(each['recall']) for each in good])} | "
+                f"{interval([each['retention'] for each in good])} | {minutes:.1f} | {where} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
