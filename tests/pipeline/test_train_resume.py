@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import TrainConfig
 from pipeline.runs import RunFolder
@@ -123,7 +124,7 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     command = [sys.executable, "-m", "pipeline.cli", "train"]
     settings = {**SETTINGS, "checkpoint_steps": 1}
     toml = work.folder / "run.toml"
-    lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 60, "batch_size": 8}.items()]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 20, "batch_size": 8}.items()]
     toml.write_text("[train]\n" + "\n".join(lines) + "\n")
     flags = ["--cache", str(work.cache), "--student", str(work.student), "--device", "cpu", "--workers", "1"]
     process = subprocess.Popen([*command, str(toml), *flags, "--out", str(run)], stderr=subprocess.PIPE, text=True)
@@ -139,15 +140,17 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     assert "Go on with it by --resume" in again.stderr
     other = subprocess.run([*command, "--resume", "--out", str(run), "--epochs", "7"], capture_output=True, text=True)
     assert other.returncode == 2
-    assert "epochs is 7, the run has 60" in other.stderr
+    assert "epochs is 7, the run has 20" in other.stderr
     done = subprocess.run([*command, "--resume", "--out", str(run), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     (resumed,) = record["resumed_at"]
-    assert 1 <= resumed < 240
-    assert f"{240} of 240 loss" in done.stderr
+    assert 1 <= resumed < 80
+    assert "80 of 80 loss" in done.stderr
     assert "eta 0:00:00" in done.stderr
-    whole = train(work.config("long", epochs=60, checkpoint_steps=None)).record
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 81))
+    whole = train(work.config("long", epochs=20, checkpoint_steps=None)).record
     assert (run / "log.jsonl").read_text() == (work.folder / "long" / "log.jsonl").read_text()
     assert [epoch["loss"] for epoch in record["epochs"]] == [epoch.loss for epoch in whole.epochs]
 
