@@ -170,12 +170,12 @@ def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig
     given = given_settings("train", run_file, flags)
     if "out" not in given:
         raise UsageError("--resume goes on with the run in --out; name its folder")
-    recorded = RunFolder(given["out"]).read().config
-    settings = recorded.model_dump() | given
+    record = RunFolder(given["out"]).read()
+    settings = record.config.model_dump() | given
     if "cache" in given and "://" not in given["cache"]:
         settings["cache"] = str(Path(given["cache"]).resolve())
     config = check_config(TrainConfig, settings, "train --resume")
-    say(f"{config.out}: goes on after step {RunFolder(config.out).read().steps}")
+    say(f"{config.out}: " + ("is finished" if record.finished else f"goes on after step {record.steps}"))
     return config
 
 

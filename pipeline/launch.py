@@ -60,7 +60,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
     errors: list[BaseException] = []
     before = set(multiprocessing.active_children())
-    with _relayed(receivers, progress, errors), _own_environment():
+    with _relayed(receivers, senders, progress, errors), _own_environment():
         try:
             fabric.launch(_rank, senders, device.type, config, work, args)
         except (ProcessRaisedException, ProcessExitedException) as error:
@@ -96,7 +96,9 @@ def _prepare(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _relayed(receivers: list[Connection], progress: Progress | None, errors: list[BaseException]) -> Iterator[None]:
+def _relayed(
+    receivers: list[Connection], senders: list[Connection], progress: Progress | None, errors: list[BaseException]
+) -> Iterator[None]:
     """Read what the ranks say while the block runs, and what is left when it ends."""
     over = threading.Event()
 
@@ -120,6 +122,8 @@ def _relayed(receivers: list[Connection], progress: Progress | None, errors: lis
     finally:
         over.set()
         reader.join(timeout=10)  # a rank killed in mid-message leaves half of one
+        for pipe in [*receivers, *senders] if not reader.is_alive() else []:
+            pipe.close()
 
 
 @contextlib.contextmanager

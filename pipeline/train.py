@@ -271,8 +271,7 @@ class _Trainer:
             sums.steps += 1
             for name, value in {"loss": values.loss, **values.parts}.items():
                 sums.values[name] = sums.values.get(name, 0.0) + value
-            waiting = time.perf_counter()
-            spent = waiting - started
+            spent = time.perf_counter() - started
             sums.seconds = before.seconds + spent
             rate = (sums.steps - first) * config.batch_size / spent
             wait_share = (sums.waited - before.waited) / spent
@@ -285,6 +284,8 @@ class _Trainer:
                 )
             if self._log is not None and sums.steps < self._steps_per_epoch and self._due():
                 self._checkpoint(f"step-{self._point.step:08d}")
+            # behind the logs and the checkpoint: writing is no wait for data
+            waiting = time.perf_counter()
         self._finish_epoch(epoch, sums)
 
     def _finish_epoch(self, epoch: int, sums: EpochSums) -> None:

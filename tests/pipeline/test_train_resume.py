@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import TrainConfig
 from pipeline.runs import RunFolder
@@ -151,6 +152,8 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     assert 1 <= resumed < 80
     assert "80 of 80 loss" in done.stderr
     assert "eta 0:00:00" in done.stderr
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 81))
     whole = train(work.config("long", epochs=20, checkpoint_steps=None)).record
     assert (run / "log.jsonl").read_text() == (work.folder / "long" / "log.jsonl").read_text()
     assert [epoch["loss"] for epoch in record["epochs"]] == [epoch.loss for epoch in whole.epochs]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +126,21 @@ def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(run: Path, tmp
     for name, value in model.items():
         assert torch.equal(value, average[f"model.{name}"]), name
     assert not torch.equal(raw["model.visual.proj"], average["model.visual.proj"])
+
+
+def test_writing_a_checkpoint_is_no_wait_for_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slow checkpoints in an epoch of four steps: its seconds hold them, its wait for data does not."""
+    import pipeline.train
+
+    save = pipeline.train.save_resume_point
+
+    def slowly(*args: Any) -> None:
+        time.sleep(2.0)
+        save(*args)
+
+    monkeypatch.setattr(pipeline.train, "save_resume_point", slowly)
+    made = RunFolder(run).read().config
+    settings = {"epochs": 1, "checkpoint_steps": 1}
+    record = train(train_config(Path(made.cache), made.student, tmp_path / "run", **settings)).record
+    assert record.epochs[0].seconds > 6
+    assert record.epochs[0].data_wait_share < 0.5
