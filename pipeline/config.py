@@ -193,6 +193,11 @@ class TrainConfig(_Config):
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        if 0 < self.queue_rows < self.batch_size and self.losses.get("queue", 0) > 0:
+            raise ValueError(
+                f"queue_rows {self.queue_rows} cannot hold one batch of {self.batch_size}, so pairs would have no "
+                "match among the queued rows; set it to some 10 batches"
+            )
         return self
 
     @model_validator(mode="before")
