@@ -299,6 +299,9 @@ class ZeroShotConfig(_Config):
         description="KIND:PATH whose captions are the prompts of each image's class: imagefolder:PATH?templates=openai."
     )
     run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
     teacher: str | None = Field(None, description="open_clip model to measure, as for precompute.")
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     batch_size: int = Field(256, gt=0, description="Images per forward pass.")
