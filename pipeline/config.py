@@ -308,6 +308,9 @@ class ZeroShotConfig(_Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
 
 
+# a run file's tables, one for each stage that can be set there
+_TABLES: dict[str, type[_Config]] = {"precompute": PrecomputeConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+
 _C = TypeVar("_C", bound=_Config)
 
 
@@ -347,7 +350,7 @@ def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -
         for name, table in tables.items():
             if name != "cache" and not isinstance(table, dict):
                 raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
-        unknown = sorted(set(tables) - {"cache", "precompute", "train", "evaluate"})
+        unknown = sorted(set(tables) - {"cache", *_TABLES})
         if unknown:
             raise UsageError(
                 f"{path}: unknown {', '.join(unknown)}; a run file has cache, [precompute], [train], [evaluate]"
@@ -372,7 +375,8 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "missing":
-                lines.append(f"{name} is missing: give --{name.replace('_', '-')} or set it in a run file")
+                or_file = " or set it in a run file" if kind in _TABLES.values() else ""
+                lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
             else:
                 lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))
         raise UsageError(f"{where}: " + "; ".join(lines)) from error

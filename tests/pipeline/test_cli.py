@@ -92,6 +92,7 @@ split = "test"
         (["info", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["verify", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["precompute", "--teacher", "ViT-B-32"], 2, "dataset is missing: give --dataset or set it in a run file"),
+        (["inherit", "--student", "vit-s-32", "--out", "o"], 2, "inherit: teacher is missing: give --teacher\n"),
         (["precompute", "--dataset", "x", "--teacher", "t", "--cache", "c"], 2, "error: "),
         (["precompute", "absent.toml"], 2, "absent.toml: no such run file"),
         (["train", "--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o"], 1, "no cache here"),
