@@ -75,7 +75,7 @@ class RunRecord(BaseModel):
     student_config: dict[str, Any] = Field(description="open_clip model config.")
     student_parameters: int
     teacher: str
-    identity: CacheIdentity = Field(description="Of the cache.")
+    identity: CacheIdentity = Field(description="Of the cache, with the views that could be read.")
     accepted_mismatches: tuple[str, ...] = Field(
         (), description="Differences from the expected identity that the user accepted: field and both values."
     )

@@ -123,7 +123,7 @@ def _train_rank(
     accepted: tuple[str, ...] = ()
     if config.expect is not None and begun is None:
         wanted = expected_identity(config.expect)
-        accepted = manifest.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
+        accepted = reader.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
     rows = reader.image_rows(config.split)
     if len(rows) < config.batch_size:
         raise UsageError(
@@ -134,7 +134,7 @@ def _train_rank(
         raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
     fabric.seed_everything(config.seed, verbose=False)
     architecture = student_config(config.student) if begun is None else begun.student_config
-    identity = manifest.identity
+    identity = reader.identity
     teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
     if config.init is not None and begun is None:
