@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.config import TrainConfig
 from storage.errors import UsageError
 from storage.files import LocalFiles
-from storage.manifest import CacheIdentity
+from storage.identity import CacheIdentity
 
 __all__ = ["RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
 

@@ -35,7 +35,8 @@ from storage.errors import (
     UsageError,
 )
 from storage.files import CacheFiles, open_files
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheIdentity, CacheManifest
+from storage.identity import CacheIdentity
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.root import read_backup, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient

@@ -25,7 +25,7 @@ from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.train import train
 from pipeline.views import Crop, draw_crop, replay
 from storage.errors import CacheMismatchError
-from storage.manifest import ViewsIdentity
+from storage.identity import ViewsIdentity
 from storage.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos
 
