@@ -7,7 +7,7 @@ or by retrying the flow run: it takes up the run folder where its last checkpoin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
@@ -22,6 +22,7 @@ from flows.retries import TRIED_AGAIN
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.runs import RunFolder, RunRecord
+from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateResult
@@ -45,6 +46,10 @@ def train_student(
     evaluate_split: Annotated[
         str | None, Field(description="Split to measure teacher and student on afterwards; none if left out.")
     ] = None,
+    evaluate_checkpoint: Annotated[
+        Literal["last", "best"],
+        Field(description="What of the run is measured then: the last checkpoint, or the best on select_split."),
+    ] = "last",
     timeout_seconds: Annotated[
         float | None, Field(gt=0, description="Give up training after this long; never if left out.")
     ] = None,
@@ -52,8 +57,10 @@ def train_student(
 ) -> dict[str, Any]:
     """Train a student from a finished cache. No teacher is loaded."""
     config = TrainConfig(out=out or default_out(), **settings)
+    if evaluate_split and evaluate_checkpoint == "best" and config.select_split is None:
+        raise UsageError("evaluate_checkpoint is 'best', but select_split, on which it is chosen, is not given")
     record = train_run.with_options(timeout_seconds=timeout_seconds)(config)
-    measured = evaluate_run(config, evaluate_split) if evaluate_split else None
+    measured = evaluate_run(config, evaluate_split, evaluate_checkpoint) if evaluate_split else None
     create_table_artifact(summary_table(record, measured), key=ARTIFACT, description=f"`{config.out}`")
     returned = {
         "run": config.out,
@@ -106,13 +113,14 @@ def train_run(config: TrainConfig) -> RunRecord:
 
 
 @task(name="evaluate", task_run_name="evaluate-{split}", **TRIED_AGAIN)
-def evaluate_run(config: TrainConfig, split: str) -> EvaluateResult:
+def evaluate_run(config: TrainConfig, split: str, checkpoint: Literal["last", "best"]) -> EvaluateResult:
     """Recall of the cached teacher and of the student that was just trained, on one split."""
     from pipeline.evaluate import evaluate
 
     wanted = EvaluateConfig(
         cache=config.cache,
         run=str(RunFolder(config.out).path),
+        checkpoint=checkpoint,
         split=split,
         image_root=config.image_root,
         batch_size=config.batch_size,
@@ -142,6 +150,7 @@ def summary_table(record: RunRecord, measured: EvaluateResult | None) -> list[di
         parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.parts.items())
         rows[f"loss of epoch {epoch.epoch + 1}"] = f"{epoch.loss:.4f} ({parts})"
     if measured is not None:
+        rows["measured checkpoint"] = measured.checkpoint
         rows[f"{measured.split} images"] = measured.images
         for label, recalls in (("teacher", measured.teacher), ("student", measured.student or {})):
             for direction, values in recalls.items():

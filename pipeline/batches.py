@@ -162,6 +162,8 @@ def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArra
     Raises:
         CacheCorruptError: the cache is damaged, or what it stores is no crop.
     """
+    if not views.any():  # a cache of one view would be asked for an object more per chunk, to learn nothing
+        return [None] * len(rows)
     boxes = reader.take("image", rows, views, array="view")
     crops: list[Crop | None] = []
     for row, view, box in zip(rows.tolist(), views.tolist(), boxes, strict=True):

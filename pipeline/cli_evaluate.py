@@ -16,7 +16,7 @@ from pipeline.config import (
     ZeroShotConfig,
     load_config,
 )
-from storage.cli import JsonFlag, app, print_json
+from storage.cli import JsonFlag, app, counted, print_json
 from storage.console import StageProgress
 
 __all__ = ["evaluate", "recall_table", "zero_shot"]
@@ -53,8 +53,7 @@ def evaluate(
         print_json(result)
     else:
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
-        if result.chosen_on is not None:
-            title += f"; checkpoint chosen on {result.chosen_on}"
+        title += _chosen(result.chosen_on)
         Console().print(recall_table(title, result.teacher, result.student, result.retention))
 
 
@@ -64,13 +63,21 @@ def zero_shot(
         str, typer.Argument(metavar="KIND:PATH", help=ZeroShotConfig.model_fields["dataset"].description)
     ],
     run: Annotated[str | None, setting(ZeroShotConfig, "run")] = None,
+    checkpoint: Annotated[str | None, setting(ZeroShotConfig, "checkpoint")] = None,
     teacher: Annotated[str | None, setting(ZeroShotConfig, "teacher")] = None,
     pretrained: Annotated[str | None, setting(ZeroShotConfig, "pretrained")] = None,
     device: Annotated[str | None, setting(ZeroShotConfig, "device")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Zero-shot accuracy of a student, a teacher or both: top-1, top-5 and the mean over classes."""
-    flags = {"dataset": dataset, "run": run, "teacher": teacher, "pretrained": pretrained, "device": device}
+    flags = {
+        "dataset": dataset,
+        "run": run,
+        "checkpoint": checkpoint,
+        "teacher": teacher,
+        "pretrained": pretrained,
+        "device": device,
+    }
     config = load_config(ZeroShotConfig, "zero-shot", None, flags)
     from pipeline.zero_shot import zero_shot as measure
 
@@ -84,7 +91,7 @@ def zero_shot(
     table = Table(
         title=escape(
             f"{result.dataset}: {result.images:,} images, {result.classes} classes, "
-            f"{len(result.prompts)} prompts a class"
+            f"{counted(len(result.prompts), 'prompt')} a class{_chosen(result.chosen_on)}"
         ),
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -96,6 +103,10 @@ def zero_shot(
     for label, values in found.items():
         table.add_row(label, *(f"{value:.1f}" for value in values.values()))
     Console().print(table)
+
+
+def _chosen(split: str | None) -> str:
+    return "" if split is None else f"; checkpoint chosen on {split}"
 
 
 def recall_table(

@@ -16,6 +16,7 @@ from pipeline.config import (
     given_settings,
     load_config,
 )
+from pipeline.recipes import RECIPE_SETTINGS
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 from storage.errors import UsageError
@@ -124,7 +125,14 @@ def train(
         "checkpoint_seconds": checkpoint_seconds,
         "select_split": select_split,
     }
-    config = _resumed_config(run_file, flags) if resume else load_config(TrainConfig, "train", run_file, flags)
+    if resume:
+        config = _resumed_config(run_file, flags)
+    else:
+        config = load_config(TrainConfig, "train", run_file, flags)
+        given = given_settings("train", run_file, flags)
+        # a run file with losses of its own is easily forgotten when recipes are compared
+        if "recipe" in given and (kept := sorted(RECIPE_SETTINGS & given.keys())):
+            say(f"recipe {config.recipe}, but for {', '.join(kept)}: as given")
     from pipeline.train import StepProgress
     from pipeline.train import train as run_train
 

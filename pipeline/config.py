@@ -193,6 +193,11 @@ class TrainConfig(_Config):
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        if 0 < self.queue_rows < self.batch_size and self.losses.get("queue", 0) > 0:
+            raise ValueError(
+                f"queue_rows {self.queue_rows} cannot hold one batch of {self.batch_size}, so pairs would have no "
+                "match among the queued rows; set it to some 10 batches"
+            )
         return self
 
     @model_validator(mode="before")
@@ -294,11 +299,17 @@ class ZeroShotConfig(_Config):
         description="KIND:PATH whose captions are the prompts of each image's class: imagefolder:PATH?templates=openai."
     )
     run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
     teacher: str | None = Field(None, description="open_clip model to measure, as for precompute.")
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     batch_size: int = Field(256, gt=0, description="Images per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
 
+
+# a run file's tables, one for each stage that can be set there
+_TABLES: dict[str, type[_Config]] = {"precompute": PrecomputeConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 
 _C = TypeVar("_C", bound=_Config)
 
@@ -339,7 +350,7 @@ def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -
         for name, table in tables.items():
             if name != "cache" and not isinstance(table, dict):
                 raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
-        unknown = sorted(set(tables) - {"cache", "precompute", "train", "evaluate"})
+        unknown = sorted(set(tables) - {"cache", *_TABLES})
         if unknown:
             raise UsageError(
                 f"{path}: unknown {', '.join(unknown)}; a run file has cache, [precompute], [train], [evaluate]"
@@ -364,7 +375,8 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "missing":
-                lines.append(f"{name} is missing: give --{name.replace('_', '-')} or set it in a run file")
+                or_file = " or set it in a run file" if kind in _TABLES.values() else ""
+                lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
             else:
                 lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))
         raise UsageError(f"{where}: " + "; ".join(lines)) from error

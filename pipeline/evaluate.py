@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         if record is None:
             raise UsageError("nothing to evaluate: give --cache, --run or both")
         cache = record.config.cache
+    path = folder.checkpoint_path(config.checkpoint) if folder else None
     reader = EmbeddingReader(cache)
     accepted: tuple[str, ...] = ()
     if record is not None:
@@ -74,16 +75,14 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
     caption_rows, text_image = reader.caption_rows(rows)
     teacher = retrieval_recall(_unit(reader.take("image", rows)), _unit(reader.take("text", caption_rows)), text_image)
-    student = kept = checkpoint = None
-    if folder is not None and record is not None:
+    student = kept = None
+    if path is not None and record is not None:
         # torch only from here on: the teacher's recall needs none
         from pipeline.device import resolve_device
         from pipeline.encode_student import encode_rows
         from pipeline.student import load_student
 
         device = resolve_device(config.device)
-        path = folder.checkpoint_path(config.checkpoint)
-        checkpoint = path.relative_to(folder.path).as_posix()
         model, model_config = load_student(path)
         image, text = encode_rows(
             model.to(device),
@@ -109,7 +108,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         cache_manifest_digest=reader.manifest.digest,
         accepted_mismatches=accepted,
         run=run,
-        checkpoint=checkpoint,
+        checkpoint=path.relative_to(folder.path).as_posix() if folder and path else None,
         chosen_on=record.best.split if record and record.best and config.checkpoint == "best" else None,
         teacher=teacher,
         student=student,

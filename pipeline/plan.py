@@ -18,14 +18,8 @@ from pipeline.teacher import LiveTeacher
 from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
-from storage.manifest import (
-    CacheIdentity,
-    DatasetIdentity,
-    Layout,
-    Source,
-    TargetsIdentity,
-    ViewsIdentity,
-)
+from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
+from storage.manifest import Layout, Source
 from storage.root import planned_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache

@@ -36,7 +36,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.datasets.base import printable
 
 if TYPE_CHECKING:
-    from storage.manifest import PreprocessIdentity
+    from storage.identity import PreprocessIdentity
 
 __all__ = ["FORMATS", "MAX_PIXELS", "Preprocess", "UndecodableImageError", "decode_image"]
 
@@ -152,7 +152,7 @@ class Preprocess:
 
     def identity(self) -> PreprocessIdentity:
         """What a cache records of it."""
-        from storage.manifest import PreprocessIdentity
+        from storage.identity import PreprocessIdentity
 
         return PreprocessIdentity(
             image_size=self.size,

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.config import TrainConfig
 from storage.errors import UsageError
 from storage.files import LocalFiles
-from storage.manifest import CacheIdentity
+from storage.identity import CacheIdentity
 
 __all__ = ["RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
 
@@ -32,6 +32,7 @@ RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
+_MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 # where things are and how often they are saved: a run that goes on may find these changed
 _MAY_DIFFER = {"cache", "out", "image_root", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
 
@@ -74,7 +75,7 @@ class RunRecord(BaseModel):
     student_config: dict[str, Any] = Field(description="open_clip model config.")
     student_parameters: int
     teacher: str
-    identity: CacheIdentity = Field(description="Of the cache.")
+    identity: CacheIdentity = Field(description="Of the cache, with the views that could be read.")
     accepted_mismatches: tuple[str, ...] = Field(
         (), description="Differences from the expected identity that the user accepted: field and both values."
     )
@@ -125,18 +126,25 @@ class RunFolder:
             UsageError: there is a run with a checkpoint; nothing is overwritten.
         """
         self.require_free()
-        for leftover in (_CHECKPOINTS, "tensorboard"):
+        for leftover in _MADE_BY_TRAINING:
             shutil.rmtree(self.path / leftover, ignore_errors=True)
         (self.path / _LOG).unlink(missing_ok=True)
         self.write(record)
 
     def require_free(self) -> None:
-        """Refuse a folder with a run in it.
+        """Refuse a folder with a run in it, or with something that a run would write over.
 
         Raises:
-            UsageError: there is a run with a checkpoint.
+            UsageError: there is a run with a checkpoint, or folders of another program's.
         """
         if not self.exists():
+            # other trainers name theirs so too, and these are not ours to remove
+            there = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
+            if there:
+                raise UsageError(
+                    f"{self.path}: holds {' and '.join(there)}, but no {_RECORD}, so it is no run of ours. Choose "
+                    "another --out; nothing was changed."
+                )
             return
         found = self.read()
         if found.checkpoint is not None:

@@ -24,7 +24,7 @@ from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain
 from pipeline.preprocess import Preprocess
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
-from storage.manifest import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
+from storage.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 
 __all__ = ["Encoded", "LiveTeacher", "cached_teacher", "load_teacher"]
 

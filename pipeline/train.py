@@ -115,12 +115,15 @@ def _train_rank(
 ) -> None:
     """The whole of a run, in the process of one device."""
     run = RunFolder(config.out)
+    before = run.read() if resume else None
+    # with a checkpoint it stands on what it recorded: files that it began with may have moved, or changed, since
+    begun = before if before is not None and before.checkpoint is not None else None
     reader = EmbeddingReader(config.cache)
     manifest = reader.manifest
     accepted: tuple[str, ...] = ()
-    if config.expect is not None:
+    if config.expect is not None and begun is None:
         wanted = expected_identity(config.expect)
-        accepted = manifest.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
+        accepted = reader.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
     rows = reader.image_rows(config.split)
     if len(rows) < config.batch_size:
         raise UsageError(
@@ -130,11 +133,11 @@ def _train_rank(
     if config.select_split is not None and not len(reader.image_rows(config.select_split)):
         raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
     fabric.seed_everything(config.seed, verbose=False)
-    architecture = student_config(config.student)
-    identity = manifest.identity
+    architecture = student_config(config.student) if begun is None else begun.student_config
+    identity = reader.identity
     teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
     student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
-    if config.init is not None and not (resume and run.read().checkpoint):
+    if config.init is not None and begun is None:
         load_initial(student, config.init)
     source = ImageSource(config.image_root or manifest.source.image_root)
     record = RunRecord(
@@ -165,13 +168,13 @@ def _train_rank(
 def _recorded(run: RunFolder, now: RunRecord) -> RunRecord:
     """The record of the run to go on with, whose cache must be the one that is there now."""
     before = run.read()
+    if before.checkpoint is None:  # nothing was learned yet
+        return now
     if before.cache_manifest_digest != now.cache_manifest_digest:
         raise CacheMismatchError(
             f"{now.config.cache}: its manifest is {now.cache_manifest_digest[:12]}, but {run.path} learned from "
             f"{before.cache_manifest_digest[:12]} so far. Go on with that cache, or train anew with another --out."
         )
-    if before.checkpoint is None:
-        return now
     return before.model_copy(
         update={"config": now.config, "image_root": now.image_root, "resumed_at": (*before.resumed_at, before.steps)}
     )

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from pipeline.preprocess import Preprocess
-from storage.manifest import ViewsIdentity
+from storage.identity import ViewsIdentity
 
 __all__ = ["Crop", "draw_crop", "replay"]
 

@@ -48,6 +48,8 @@ class ZeroShotResult(BaseModel, frozen=True):
     student: dict[str, float] | None
     teacher_name: str | None
     run: str | None
+    checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
+    chosen_on: str | None = Field(None, description="Split that this checkpoint was chosen on, for one that was.")
     seconds: float
 
 
@@ -63,16 +65,23 @@ class _Encoder:
 def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] | None = None) -> ZeroShotResult:
     """Classify the images of a dataset by the prompts of their classes, with a student, a teacher or both.
 
+    Both are measured on the same images: those that either cannot decode are left out for the two of them.
+
     Args:
         progress: called with (stage, images done, images in all).
 
     Raises:
-        UsageError: neither model named, a dataset of one class, or a setting that cannot be used.
+        UsageError: neither model named, a run without such a checkpoint, a dataset of one class, or a setting that
+            cannot be used.
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
     if config.run is None and config.teacher is None:
         raise UsageError("nothing to measure: give --run, --teacher or both")
+    # before the hours that a teacher may take
+    folder = RunFolder(config.run) if config.run is not None else None
+    checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
+    best = folder.read().best if folder is not None and config.checkpoint == "best" else None
     spec = DatasetSpec.parse(config.dataset)
     device = resolve_device(config.device)
     if device.type == "cpu":
@@ -85,8 +94,8 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     labels = np.array([number[sample.captions] for sample in samples.samples])
     source = ImageSource(samples.root)
     lost: dict[int, str] = {}
-    measured: dict[str, dict[str, float]] = {}
-    for name, encoder in _encoders(config, device):
+    scores: dict[str, NDArray[np.float32]] = {}
+    for name, encoder in _encoders(config, checkpoint, device):
 
         def report(done: int, name: str = name) -> None:
             if progress is not None:
@@ -95,10 +104,11 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
         weights = class_weights(encoder.texts, prompts)
         image, undecodable = _embed(encoder, source, samples.samples, config.batch_size, report)
         lost.update(undecodable)
-        kept = np.setdiff1d(np.arange(len(labels)), list(undecodable))
-        if not len(kept):
-            raise UsageError(f"{spec}: not one image can be decoded; the first: {next(iter(undecodable.values()))}")
-        measured[name] = classification_accuracy(image[kept] @ weights.T, labels[kept])
+        if len(lost) == len(labels):
+            raise UsageError(f"{spec}: not one image can be decoded; the first: {next(iter(lost.values()))}")
+        scores[name] = image @ weights.T
+    kept = np.setdiff1d(np.arange(len(labels)), list(lost))
+    measured = {name: classification_accuracy(found[kept], labels[kept]) for name, found in scores.items()}
     return ZeroShotResult(
         dataset=str(spec),
         images=len(labels) - len(lost),
@@ -110,6 +120,8 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
         student=measured.get("student"),
         teacher_name=config.teacher,
         run=config.run,
+        checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
+        chosen_on=best.split if best else None,
         seconds=time.perf_counter() - started,
     )
 
@@ -128,7 +140,7 @@ def class_weights(
     return weights
 
 
-def _encoders(config: ZeroShotConfig, device: torch.device) -> Iterator[tuple[str, _Encoder]]:
+def _encoders(config: ZeroShotConfig, checkpoint: Path | None, device: torch.device) -> Iterator[tuple[str, _Encoder]]:
     if config.teacher is not None:
         from pipeline.teacher import load_teacher
 
@@ -141,9 +153,8 @@ def _encoders(config: ZeroShotConfig, device: torch.device) -> Iterator[tuple[st
                 lambda texts: teacher.encode_texts(teacher.tokenizer(list(texts))).embedding.astype(np.float32),
             ),
         )
-    if config.run is not None:
-        folder: Path = RunFolder(config.run).checkpoint_path()
-        student, architecture = load_student(folder)
+    if checkpoint is not None:
+        student, architecture = load_student(checkpoint)
         student.to(device)
         tokenizer = student_tokenizer(architecture)
 

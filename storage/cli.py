@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from storage.identity import ViewsIdentity
 from storage.inspect import CacheInfo, describe_cache
 from storage.integrity import Finding, IntegrityReport
-from storage.manifest import ViewsIdentity
 
 __all__ = ["CacheArgument", "JsonFlag", "app", "counted", "print_findings", "print_json", "print_report"]
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
-from storage.manifest import CacheManifest, Generation, Layout, canonical_json, digest_of
+from storage.identity import canonical_json, digest_of
+from storage.manifest import CacheManifest, Generation, Layout
 
 __all__ = [
     "ChunkCommit",

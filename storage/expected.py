@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from storage.errors import CacheNotFoundError, UsageError
 from storage.files import open_files
-from storage.manifest import CacheIdentity
+from storage.identity import CacheIdentity
 from storage.root import read_manifest
 
 __all__ = ["expected_identity"]

@@ -7,8 +7,9 @@ from pydantic import BaseModel, Field
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.commits import COMMITS, ChunkRef, all_chunks
 from storage.files import open_files
+from storage.identity import CacheIdentity
 from storage.journal import read_journal
-from storage.manifest import CacheIdentity, Layout
+from storage.manifest import Layout
 from storage.root import read_manifest
 
 __all__ = ["CacheInfo", "count_committed", "describe_cache"]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.commits import ChunkCommit, ChunkRef
 from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import CacheFiles
-from storage.manifest import canonical_json, digest_of
+from storage.identity import canonical_json, digest_of
 
 __all__ = ["JOURNAL", "ChunkCost", "ChunkNote", "note_key", "read_journal", "read_note", "write_cost"]
 

@@ -35,6 +35,7 @@ from storage.errors import (
     UsageError,
 )
 from storage.files import CacheFiles, open_files
+from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.root import read_backup, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
@@ -95,6 +96,12 @@ class EmbeddingReader:
     def views(self) -> int:
         """Views of each image that can be read; view 0 is the evaluation crop."""
         return self.manifest.sealed_views
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """Of what can be read: while views are being added the manifest's names those that are only planned too."""
+        whole = self.manifest.identity
+        return whole.model_copy(update={"views": whole.views.first(self.views)})
 
     @cached_property
     def samples(self) -> pa.Table:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
-from storage.manifest import CacheManifest, StaticFile, canonical_json
+from storage.identity import canonical_json
+from storage.manifest import CacheManifest, StaticFile
 
 __all__ = [
     "CAPTIONS",

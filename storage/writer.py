@@ -25,19 +25,9 @@ from storage.commits import (
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from storage.files import CacheFiles, open_files
+from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
-from storage.manifest import (
-    BACKUP_KEY,
-    MANIFEST_KEY,
-    CacheIdentity,
-    CacheManifest,
-    Generation,
-    Layout,
-    Seal,
-    Source,
-    StaticFile,
-    ViewsIdentity,
-)
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
 from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_static, read_table, table_files

@@ -20,18 +20,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from storage.files import open_files
-from storage.manifest import (
+from storage.identity import (
     CacheIdentity,
-    CacheManifest,
     DatasetIdentity,
-    Layout,
     PreprocessIdentity,
-    Source,
     TargetsIdentity,
     TeacherIdentity,
     TokenizerIdentity,
     ViewsIdentity,
 )
+from storage.manifest import CacheManifest, Layout, Source
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 from tests.fault_proxy import FaultProxy, start_fault_proxy

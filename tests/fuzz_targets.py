@@ -26,7 +26,8 @@ from pipeline.preprocess import MAX_PIXELS, Preprocess, UndecodableImageError, d
 from pipeline.samples import DatasetSpec, load_samples
 from storage.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
 from storage.errors import CacheError, UsageError
-from storage.manifest import CacheManifest, canonical_json
+from storage.identity import canonical_json
+from storage.manifest import CacheManifest
 from storage.redact import redact
 
 __all__ = ["TARGETS", "Target"]

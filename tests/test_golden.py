@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage.commits import all_chunks
 from storage.errors import CacheFormatError
+from storage.identity import digest_of
 from storage.inspect import describe_cache
 from storage.integrity import verify_cache
-from storage.manifest import FORMAT_VERSION, digest_of
+from storage.manifest import FORMAT_VERSION
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest

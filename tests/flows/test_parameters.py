@@ -26,7 +26,7 @@ from storage.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = [(precompute_teacher, PrecomputeConfig), (train_student, TrainConfig)]
-OWN = {"chunks_per_span", "evaluate_split", "timeout_seconds"}
+OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "timeout_seconds"}
 
 
 def deployments():
@@ -133,7 +133,7 @@ def test_deploying_needs_no_torch():
 
 def test_own_parameters_come_with_those_of_the_stage():
     names = list(inspect.signature(train_student.fn).parameters)
-    assert names == [*TrainConfig.model_fields, "evaluate_split", "timeout_seconds"]
+    assert names == [*TrainConfig.model_fields, "evaluate_split", "evaluate_checkpoint", "timeout_seconds"]
 
 
 refs = st.builds(

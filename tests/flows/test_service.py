@@ -109,7 +109,9 @@ def test_a_student_is_trained_and_measured(served, precomputed):
         batch_size=8,
         device="cpu",
         workers=1,
+        select_split="test",
         evaluate_split="test",
+        evaluate_checkpoint="best",
     )
     assert code == 0, output + (served.folder / "home" / "worker.log").read_text()
     assert served.task_names(flow_run) == [f"train-{student}", "evaluate-test"]
@@ -119,6 +121,7 @@ def test_a_student_is_trained_and_measured(served, precomputed):
     assert {"loss of epoch 1", "loss of epoch 2", "student i2t R@1 %", "mean retention %"} <= set(table)
     assert (served.folder / "run" / "checkpoints" / "epoch-0002").is_dir()
     assert table["checkpoint"] == str(served.folder / "run" / "checkpoints" / "epoch-0002")
+    assert table["measured checkpoint"].startswith("checkpoints/best-epoch-")
 
 
 def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, pictures, tiny_teacher, tmp_path, monkeypatch):

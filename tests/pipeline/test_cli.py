@@ -86,12 +86,22 @@ split = "test"
     assert run("verify", "data.cache", cwd=tmp_path).returncode == 0
 
 
+def test_what_a_recipe_does_not_set_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[train]\nlearning_rate = 1e-3\n[train.losses]\nfeature = 1.0\n")
+    flags = ("--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o")
+    told = "recipe guide, but for learning_rate, losses: as given"
+    assert told in run("train", "run.toml", *flags, "--recipe", "guide", cwd=tmp_path).stderr
+    assert "as given" not in run("train", *flags, "--recipe", "guide", cwd=tmp_path).stderr
+    assert "as given" not in run("train", "run.toml", *flags, cwd=tmp_path).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["info", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["verify", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["precompute", "--teacher", "ViT-B-32"], 2, "dataset is missing: give --dataset or set it in a run file"),
+        (["inherit", "--student", "vit-s-32", "--out", "o"], 2, "inherit: teacher is missing: give --teacher\n"),
         (["precompute", "--dataset", "x", "--teacher", "t", "--cache", "c"], 2, "error: "),
         (["precompute", "absent.toml"], 2, "absent.toml: no such run file"),
         (["train", "--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o"], 1, "no cache here"),

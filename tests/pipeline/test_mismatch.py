@@ -20,7 +20,7 @@ from pipeline.teacher import load_teacher
 from pipeline.train import train
 from storage.errors import CacheMismatchError, UsageError
 from storage.files import LocalFiles
-from storage.manifest import CacheIdentity
+from storage.identity import CacheIdentity
 from storage.root import read_manifest
 from storage.writer import plan_cache
 from tests.conftest import TINY_MODEL, cache_digest, make_model_folder, write_photos

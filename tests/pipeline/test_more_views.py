@@ -25,6 +25,7 @@ from pipeline.precompute import PrecomputeResult, precompute
 from pipeline.proof import prove_sample
 from pipeline.repair import repair
 from pipeline.teacher import LiveTeacher, load_teacher
+from pipeline.train import train
 from storage.commits import ChunkRef, all_chunks
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
 from storage.inspect import describe_cache
@@ -34,6 +35,7 @@ from storage.manifest import BACKUP_KEY, MANIFEST_KEY
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos
+from tests.pipeline.train_work import make_student, train_config
 from tests.precompute_process import finish, start
 
 IMAGES, PER_VIEW, TEXT = 20, 3, 5  # 20 images and 40 captions in chunks of 8
@@ -253,6 +255,19 @@ def test_while_views_are_added_the_old_ones_can_be_read(home: Home, tmp_path: Pa
     assert prove_sample(ProofConfig(cache=str(cache), sample=100, teacher=home.teacher, device="cpu")).ok
     assert home.make(cache).chunks_encoded == 4  # the number of views left out
     assert verify_cache(str(cache)).ok
+
+
+def test_a_run_says_which_views_it_could_read(home: Home, tmp_path: Path) -> None:
+    """Two more are only planned: a run that asks for three is refused, and one that takes one says one."""
+    cache = home.begun(tmp_path / "c")
+    student = make_student(tmp_path / "student.json")
+    settings = {"split": "train", "epochs": 1, "batch_size": 4, "workers": 0}
+    with pytest.raises(CacheMismatchError, match=r"views.count: 1 in the cache, 3 asked for"):
+        train(train_config(cache, student, tmp_path / "run", **settings, expect=str(home.three)))
+    assert not (tmp_path / "run").exists()
+    record = train(train_config(cache, student, tmp_path / "run", **settings, expect=str(home.one))).record
+    assert record.identity == EmbeddingReader(str(home.one)).manifest.identity
+    assert record.view == "evaluation crop (the cache has one view)"
 
 
 def test_a_first_view_that_is_not_finished_cannot_be_read(home: Home, tmp_path: Path) -> None:

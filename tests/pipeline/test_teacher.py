@@ -15,7 +15,7 @@ from pipeline.device import resolve_device
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.teacher import load_teacher
 from storage.errors import UsageError
-from storage.manifest import PreprocessIdentity
+from storage.identity import PreprocessIdentity
 from tests.conftest import make_identity, make_model_folder
 
 CLIP = Preprocess((32, 32), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

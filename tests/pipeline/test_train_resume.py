@@ -23,6 +23,7 @@ from pipeline.runs import RunFolder
 from pipeline.student import load_student
 from pipeline.train import train
 from storage.errors import CacheMismatchError, UsageError
+from storage.inspect import describe_cache
 from tests import train_process
 from tests.pipeline.train_work import make_cache, make_student, trace, train_config
 
@@ -55,7 +56,8 @@ class Work:
         self.result = self.left("whole")
 
     def config(self, name: str, **changes: Any) -> TrainConfig:
-        return train_config(self.cache, self.student, self.folder / name, **{**SETTINGS, **changes})
+        student = changes.pop("student", self.student)
+        return train_config(self.cache, student, self.folder / name, **{**SETTINGS, **changes})
 
     def finish(self, name: str, resume: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         out = self.folder / f"{name}.json"
@@ -64,8 +66,9 @@ class Work:
         found = json.loads(out.read_text())
         return found, [(kind, key) for kind, key in found["events"]]
 
-    def killed(self, name: str, at: int) -> None:
-        process = train_process.start(self.config(name).model_dump(), out=self.folder / "never.json", kill_at=at)
+    def killed(self, name: str, at: int, **changes: Any) -> None:
+        config = self.config(name, **changes).model_dump()
+        process = train_process.start(config, out=self.folder / "never.json", kill_at=at)
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, f"event {at} of {len(self.events)} never came"
 
@@ -182,6 +185,28 @@ def test_what_cannot_be_gone_on_with(work: Work, tmp_path: Path, tiny_teacher: P
     shutil.rmtree(point)
     with pytest.raises(UsageError, match="has no resume folder to go on from; an older version wrote none"):
         train(work.config("ruined"), resume=True)
+
+
+def test_it_goes_on_without_the_files_that_it_began_with(work: Work) -> None:
+    student, expect = work.folder / "gone.json", work.folder / "expected.json"
+    shutil.copy(work.student, student)
+    expect.write_text(describe_cache(str(work.cache)).model_dump_json())
+    files = {"student": str(student), "expect": str(expect)}
+    work.killed("bereft", next(at for at, event in enumerate(work.events) if event == ("step", "5")), **files)
+    expect.unlink()
+    # another student of the same shapes: what the run has is what counts
+    student.write_text(json.dumps(json.loads(student.read_text()) | {"quick_gelu": True}))
+    train(work.config("bereft", **files), resume=True)
+    assert (work.folder / "bereft" / "log.jsonl").read_text() == work.result[0]
+
+
+def test_nothing_of_another_program_is_removed(work: Work, tmp_path: Path) -> None:
+    theirs = tmp_path / "checkpoints" / "epoch_1.pt"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"weeks of work")
+    with pytest.raises(UsageError, match=r"holds checkpoints, but no run.json, so it is no run of ours"):
+        train(work.config("x").model_copy(update={"out": str(tmp_path)}))
+    assert theirs.read_bytes() == b"weeks of work"
 
 
 def test_one_process_trains_in_a_folder(work: Work, tmp_path: Path) -> None:

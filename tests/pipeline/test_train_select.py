@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, ZeroShotConfig
 from pipeline.evaluate import evaluate
 from pipeline.recipes import RECIPES
 from pipeline.runs import RunFolder
 from pipeline.train import train
+from pipeline.zero_shot import zero_shot
 from storage.errors import UsageError
 from tests.pipeline.train_work import make_cache, make_student, trace, train_config
 
@@ -68,6 +70,24 @@ def test_the_table_says_what_a_checkpoint_was_chosen_on(run: Path) -> None:
     done = subprocess.run([*command, "--checkpoint", "best"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "checkpoint chosen on test" in " ".join(done.stdout.split())
+
+
+def test_zero_shot_measures_the_checkpoint_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 20), (200 * number, 90, 90)).save(tmp_path / name / "0.png")
+    command = [sys.executable, "-m", "pipeline.cli", "zero-shot", f"imagefolder:{tmp_path}", "--run", str(run)]
+    done = subprocess.run([*command, "--checkpoint", "best", "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint chosen on test" in " ".join(done.stdout.split())
+    last, best = (
+        zero_shot(ZeroShotConfig(dataset=f"imagefolder:{tmp_path}", run=str(run), checkpoint=which, device="cpu"))
+        for which in ("last", "best")
+    )
+    record = RunFolder(run).read()
+    assert record.best is not None
+    assert (last.checkpoint, last.chosen_on) == ("checkpoints/epoch-0006", None)
+    assert (best.checkpoint, best.chosen_on) == (record.best.checkpoint, "test")
 
 
 def test_what_cannot_be_selected(run: Path, tmp_path: Path) -> None:

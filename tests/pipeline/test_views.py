@@ -25,7 +25,7 @@ from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.train import train
 from pipeline.views import Crop, draw_crop, replay
 from storage.errors import CacheMismatchError
-from storage.manifest import ViewsIdentity
+from storage.identity import ViewsIdentity
 from storage.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos
 
@@ -237,7 +237,9 @@ def test_with_one_view_it_is_the_evaluation_crop_and_the_record_says_so(
     reader = EmbeddingReader(str(tmp_path / "c"))
     pairs = list(epoch_pairs(reader, reader.image_rows("train"), 8, 4, seed=0, epoch=3))
     assert not any(pair.views.any() for pair in pairs)
+    read = reader.objects_read
     assert stored_crops(reader, pairs[0].image_rows, pairs[0].views) == [None] * 8
+    assert reader.objects_read == read  # there is nothing to look up
 
 
 def test_live_and_cached_teacher_train_the_same(home: Path, teacher: LiveTeacher, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_an_undecodable_image_is_left_out_and_named(pictures: Path, tiny_teacher
 def test_what_cannot_be_measured(pictures: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to measure: give --run, --teacher or both"):
         zero_shot(ZeroShotConfig(dataset=f"imagefolder:{pictures}"))
+    seen: list[str] = []
+    both = ZeroShotConfig(
+        dataset=f"imagefolder:{pictures}", teacher=f"local-dir:{tiny_teacher}", run=str(tmp_path / "no"), device="cpu"
+    )
+    with pytest.raises(UsageError, match="no: no run here"):
+        zero_shot(both, lambda stage, done, total: seen.append(stage))
+    assert not seen  # before the teacher has worked for nothing
     (tmp_path / "one").mkdir()
     (pictures / "cat").rename(tmp_path / "one" / "cat")
     with pytest.raises(UsageError, match="there is one class"):
@@ -108,7 +115,13 @@ def test_the_command_measures_teacher_and_student(pictures: Path, tmp_path: Path
     precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=cache, device="cpu"))
     train(
         TrainConfig(
-            cache=cache, student=str(student), out=str(tmp_path / "run"), split="", epochs=1, batch_size=5, workers=0
+            cache=cache,
+            student=str(student),
+            out=str(tmp_path / "run"),
+            split="",
+            epochs=1,
+            batch_size=5,
+            workers=0,
         )
     )
     models = ("--teacher", f"local-dir:{teacher}", "--run", str(tmp_path / "run"))

@@ -10,7 +10,8 @@ import pytest
 
 from storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from storage.files import LocalFiles
-from storage.manifest import CacheManifest, digest_of
+from storage.identity import digest_of
+from storage.manifest import CacheManifest
 from storage.root import read_manifest
 from tests.conftest import make_identity
 

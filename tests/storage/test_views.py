@@ -13,7 +13,8 @@ from storage.claims import PLAN, Claims, clear_claims
 from storage.commits import generation_chunks
 from storage.errors import CacheFormatError
 from storage.files import LocalFiles
-from storage.manifest import CacheManifest, StaticFile, ViewsIdentity, digest_of
+from storage.identity import ViewsIdentity, digest_of
+from storage.manifest import CacheManifest, StaticFile
 from storage.root import read_manifest
 from storage.writer import EmbeddingWriter
 
