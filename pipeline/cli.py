@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import pipeline.cli_zero_shot  # noqa: F401  a command of its own
+import pipeline.cli_pixels
+import pipeline.cli_zero_shot  # noqa: F401  commands of their own
 from pipeline.config import (
     EvaluateConfig,
     InheritConfig,
@@ -273,6 +274,7 @@ def train(
     out: Annotated[str | None, _setting(TrainConfig, "out")] = None,
     split: Annotated[str | None, _setting(TrainConfig, "split")] = None,
     image_root: Annotated[str | None, _setting(TrainConfig, "image_root")] = None,
+    pixels: Annotated[str | None, _setting(TrainConfig, "pixels")] = None,
     expect: Annotated[str | None, _setting(TrainConfig, "expect")] = None,
     accept_mismatch: Annotated[list[str] | None, _setting(TrainConfig, "accept_mismatch")] = None,
     init: Annotated[str | None, _setting(TrainConfig, "init")] = None,
@@ -304,6 +306,7 @@ def train(
         "out": out,
         "split": split,
         "image_root": image_root,
+        "pixels": pixels,
         "expect": expect,
         "accept_mismatch": accept_mismatch or None,
         "init": init,
