@@ -141,7 +141,8 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     try:
         record = _continued(record, read_record(files), config.out)
     except CacheNotFoundError:
-        if Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
+        # what a killed call left unfinished is not listed, and no reason to refuse
+        if Path(config.out).is_file() or files.list():
             raise UsageError(f"{config.out}: is there and holds no ready pixels. Name a new folder by --out.") from None
     todo = tuple(
         (chunk, missing)
