@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
 from pipeline.samples import ImageSource, require_content
-from pipeline.views import Crop, replay
+from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
@@ -192,13 +194,17 @@ class StudentImages(Dataset[Tensor]):
         self._offsets, self._lengths = samples["offset"], samples["length"]
         self._source = source
         self._preprocess = preprocess
-        self._transform = preprocess.transform()
+        self._evaluation_crop = preprocess.shown()
 
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
 
     def see(self, row: int, crop: Crop | None) -> Tensor:
         """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
+        return self._preprocess.normalized(self.shown(row, [crop])[0])
+
+    def shown(self, row: int, crops: Sequence[Crop | None]) -> list[Image.Image]:
+        """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
         where = self._source.resolve(self._uris[row].as_py())
         named = f"row {row} ({self._ids[row].as_py()}): {where}"
         try:
@@ -212,21 +218,27 @@ class StudentImages(Dataset[Tensor]):
         require_content(data, self._digests[row].as_py(), named)
         try:
             image = decode_image(data)
-            pixels: Tensor = self._transform(image) if crop is None else replay(image, crop, self._preprocess)
+            return [
+                self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
+                for crop in crops
+            ]
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
             raise OSError(f"{named} cannot be decoded here, though the teacher saw it: {error}") from error
-        return pixels
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and token ids of one (image row, caption row, crop)."""
+    """Pixels and token ids of one (image row, caption row, what to see of the image).
 
-    def __init__(self, images: StudentImages, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
-        self._images, self._texts, self._tokenizer = images, texts, tokenizer
+    Args:
+        see: an image row, and what to see of it, to pixels.
+    """
 
-    def __getitem__(self, pair: tuple[int, int, Crop | None]) -> tuple[Tensor, Tensor]:
-        image_row, caption_row, crop = pair
-        return self._images.see(image_row, crop), self._tokenizer([self._texts[caption_row].as_py()])[0]
+    def __init__(self, see: Callable[[int, Any], Tensor], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._see, self._texts, self._tokenizer = see, texts, tokenizer
+
+    def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
+        image_row, caption_row, region = pair
+        return self._see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -275,18 +287,21 @@ def _one_thread(worker: int) -> None:
 
 
 class _PairSampler:
-    """Hands the DataLoader batches of (image row, caption row, crop), and remembers none of them.
+    """Hands the DataLoader batches of (image row, caption row, what to see of the image), and remembers none of them.
 
     It runs in the main process, so that workers need no reader.
+
+    Args:
+        regions: what to see of the images of some pairs.
     """
 
-    def __init__(self, reader: EmbeddingReader, pairs: Sequence[Pairs]) -> None:
-        self._reader, self._pairs = reader, pairs
+    def __init__(self, pairs: Sequence[Pairs], regions: Callable[[Pairs], Sequence[Any]]) -> None:
+        self._pairs, self._regions = pairs, regions
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, Crop | None]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, Any]]]:
         for pair in self._pairs:
-            crops = stored_crops(self._reader, pair.image_rows, pair.views)
-            yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), crops, strict=True))
+            regions = self._regions(pair)
+            yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), regions, strict=True))
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -300,10 +315,20 @@ def epoch_inputs(
     pairs: Sequence[Pairs],
     workers: int | None,
     device: torch.device,
+    pixels: ReadyPixels | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`.
 
     The pixels are of the very region that the teacher saw, at the student's resolution.
+
+    Args:
+        pixels: take them from here, where they were put earlier, and decode nothing.
     """
-    inputs = _StudentInputs(StudentImages(reader, source, preprocess), reader.captions["text"], tokenizer)
-    return load_items(inputs, workers, device, batch_sampler=_PairSampler(reader, pairs))
+    texts = reader.captions["text"]
+    if pixels is not None:
+        inputs = _StudentInputs(pixels.see, texts, tokenizer)
+        sampler = _PairSampler(pairs, lambda pair: pair.views.tolist())
+    else:
+        inputs = _StudentInputs(StudentImages(reader, source, preprocess).see, texts, tokenizer)
+        sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
+    return load_items(inputs, workers, device, batch_sampler=sampler)

@@ -18,6 +18,7 @@ from rich.console import Console
 # commands of their own
 import pipeline.cli_cache
 import pipeline.cli_evaluate
+import pipeline.cli_pixels
 import pipeline.cli_train  # noqa: F401
 from pipeline.cli_flags import say
 from storage.cli import JsonFlag, app, print_json

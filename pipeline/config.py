@@ -15,6 +15,7 @@ from storage.errors import UsageError
 __all__ = [
     "EvaluateConfig",
     "InheritConfig",
+    "PixelsConfig",
     "Precision",
     "PrecomputeConfig",
     "ProofConfig",
@@ -107,6 +108,9 @@ class TrainConfig(_Config):
     )
     split: str = Field("train", description="Split to train on.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
+    pixels: str | None = Field(
+        None, description="Folder of teacher-cache pixels to take the images from; decoded anew if left out, or empty."
+    )
     expect: str | None = Field(
         None,
         description="A cache, a run, or a file of info --json: the cache must be of the same teacher, preprocessing, "
@@ -210,6 +214,11 @@ class TrainConfig(_Config):
         # one that is not known fills nothing and is refused below, by its name
         return {**asdict(RECIPES[name]), **given} if isinstance(name, str) and name in RECIPES else given
 
+    @field_validator("pixels", mode="before")
+    @classmethod
+    def _empty_is_none(cls, pixels: Any) -> Any:
+        return pixels or None  # so that a run whose folder is gone can go on without it
+
     @field_validator("recipe")
     @classmethod
     def _recipe_is_known(cls, recipe: str) -> str:
@@ -233,6 +242,20 @@ class TrainConfig(_Config):
         if not queue_rows and info.data.get("losses", {}).get("queue", 0) > 0:
             raise ValueError("the queue loss has a weight and no queue; set queue_rows to some 10 batches, or more")
         return queue_rows
+
+
+class PixelsConfig(_Config):
+    """Decode the images of a split once, for all runs of students that see them at one size."""
+
+    cache: str = Field(description="Folder or URL of a finished cache.")
+    student: str = Field(description="As for train; only how it sees images counts.")
+    out: str = Field(description="Local folder to write, near the trainer; finished if it is there.")
+    split: str = Field("train", description="Split whose images are decoded.")
+    views: int | None = Field(
+        None, gt=0, description="The first so many of the cache's views; all that it has if left out."
+    )
+    image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
+    threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
 
 
 class InheritConfig(_Config):

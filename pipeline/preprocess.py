@@ -30,15 +30,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import functional as transforms
 
 from pipeline.datasets.base import printable
 
 if TYPE_CHECKING:
     from storage.identity import PreprocessIdentity
 
-__all__ = ["FORMATS", "MAX_PIXELS", "Preprocess", "UndecodableImageError", "decode_image"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Preprocess", "UndecodableImageError", "decode_image", "handed_on"]
 
 MAX_PIXELS = 178_956_970  # where Pillow itself, too, takes an image for a decompression bomb
 Image.init()  # all plugins; a name that none of them has would be a KeyError in Image.open
@@ -100,12 +103,31 @@ class Preprocess:
         }
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """open_clip's own transform, a PIL image to a float32 tensor (3, height, width).
+        """open_clip's own transform, a PIL image to a float32 tensor (3, height, width): ``shown``, then normalised.
 
         It raises a ValueError for an image that is too long a strip; see the module's rules.
         """
+        return _Transform(self._of_open_clip(), self)
+
+    def shown(self) -> Callable[[Image.Image], Image.Image]:
+        """The part of :meth:`transform` that moves pixels: to an RGB image of ``size``. It raises as that does."""
+        return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
+
+    def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
+        """The rest of :meth:`transform`, for the evaluation crop and any other region alike.
+
+        Args:
+            shown: RGB of ``size``; as an array uint8 (height, width, 3).
+
+        Returns:
+            float32 (3, height, width).
+        """
+        pixels: torch.Tensor = transforms.normalize(transforms.to_tensor(shown), list(self.mean), list(self.std))
+        return pixels
+
+    def _of_open_clip(self) -> Compose:
         config = PreprocessCfg(**{**self.to_config(), "size": self.size})
-        return _Transform(image_transform_v2(config, is_train=False), self)
+        return image_transform_v2(config, is_train=False)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) in pixels to which a source image is resized, before the crop or the padding."""
@@ -186,30 +208,51 @@ class Preprocess:
         return base64.b64encode(np.stack(pixels).tobytes()).decode()
 
 
+def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
+    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``: all but the size."""
+    return teacher.model_dump(exclude={"probe", "image_size", "antialias"})
+
+
 def _centre(have: int, want: int) -> int:
     """Where a centred crop starts, in resized pixels; negative where open_clip pads."""
     return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
 
 @dataclass(frozen=True)
-class _Transform:
-    """open_clip's transform, for images that it can resize in bounded memory; a class, so that workers can get it."""
+class _Shown:
+    """What a model sees, for images that can be resized in bounded memory; a class, so that workers can get it."""
 
     apply: Any
     preprocess: Preprocess
 
-    def __repr__(self) -> str:
-        return repr(self.apply)
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.preprocess.resized(*image.size)
         if height * width > MAX_PIXELS:
             raise ValueError(
                 f"{_size(*image.size)} would be resized to {_size(width, height)}, more than {MAX_PIXELS:,}"
             )
         _ignore_pillows_warnings()
-        pixels: torch.Tensor = self.apply(image)
-        return pixels
+        shown: Image.Image = self.apply(image)
+        return shown
+
+
+class _Transform:
+    """open_clip's transform in its two parts."""
+
+    def __init__(self, whole: Compose, preprocess: Preprocess) -> None:
+        self._whole, self._preprocess, self._shown = whole, preprocess, preprocess.shown()
+
+    def __repr__(self) -> str:
+        return repr(self._whole)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self._preprocess.normalized(self._shown(image))
+
+
+def _without_normalising(whole: Compose) -> list[Any]:
+    steps: list[Any] = whole.transforms
+    assert [isinstance(step, (ToTensor, Normalize)) for step in steps[-3:]] == [False, True, True], whole
+    return steps[:-2]
 
 
 def _size(width: int, height: int) -> str:

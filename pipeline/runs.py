@@ -34,7 +34,7 @@ RESUME = "resume"
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
 _MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 # where things are and how often they are saved: a run that goes on may find these changed
-_MAY_DIFFER = {"cache", "out", "image_root", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
+_MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
 
 
 class Selection(BaseModel, frozen=True):

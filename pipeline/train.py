@@ -19,6 +19,8 @@ from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
 from pipeline.launch import launch
 from pipeline.metrics import mean_recall, retrieval_recall
+from pipeline.pixels import ReadyPixels
+from pipeline.preprocess import handed_on
 from pipeline.queue_rows import TeacherQueue
 from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
@@ -135,14 +137,18 @@ def _train_rank(
     fabric.seed_everything(config.seed, verbose=False)
     architecture = student_config(config.student) if begun is None else begun.student_config
     identity = reader.identity
-    teacher_preprocess = identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
-    student = build_student(architecture, teacher_preprocess, manifest.layout.embed_dim)
+    student = build_student(architecture, handed_on(identity.preprocess), manifest.layout.embed_dim)
+    pixels = None
+    if config.pixels is not None:
+        pixels = ReadyPixels(config.pixels, reader, rows, views_used(reader, config.views), student.preprocess)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
     source = ImageSource(config.image_root or manifest.source.image_root)
     record = RunRecord(
         # so that the run can be measured from any folder
-        config=config.model_copy(update={"cache": _absolute(config.cache)}),
+        config=config.model_copy(
+            update={"cache": _absolute(config.cache), "pixels": config.pixels and _absolute(config.pixels)}
+        ),
         student_config=architecture,
         student_parameters=student.num_parameters,
         teacher=identity.teacher.name,
@@ -161,7 +167,7 @@ def _train_rank(
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
         teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
-        _Trainer(config, fabric, reader, source, teacher, run, record, student, progress).train()
+        _Trainer(config, fabric, reader, source, teacher, run, record, student, progress, pixels).train()
         fabric.barrier()
 
 
@@ -194,8 +200,10 @@ class _Trainer:
         record: RunRecord,
         student: Student,
         progress: Callable[[StepProgress], None] | None,
+        pixels: ReadyPixels | None,
     ) -> None:
         self._config, self._fabric, self._reader, self._source = config, fabric, reader, source
+        self._pixels = pixels
         self._run, self._record, self._student, self._progress = run, record, student, progress
         self._rows = reader.image_rows(config.split)
         self._steps_per_epoch = len(self._rows) // config.batch_size
@@ -260,7 +268,7 @@ class _Trainer:
         mine = [self._slice(pair) for pair in pairs]
         preprocess, workers = self._student.preprocess, self._workers()
         loader = epoch_inputs(
-            self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device
+            self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device, self._pixels
         )
         before = sums.model_copy()
         started = waiting = time.perf_counter()

@@ -24,7 +24,7 @@ from torchvision.transforms import functional as transforms
 from pipeline.preprocess import Preprocess
 from storage.identity import ViewsIdentity
 
-__all__ = ["Crop", "draw_crop", "replay"]
+__all__ = ["Crop", "crop_shown", "draw_crop", "replay"]
 
 _TRIES = 10
 _EXACT_BITS = 24  # of a whole number in float32, which is how boxes are stored
@@ -92,13 +92,25 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
 def replay(image: Image.Image, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
     """What a model sees of a crop, at its own resolution: teacher and students alike.
 
-    Crop, resize to the model's input, mirror, RGB, normalise; in the order of open_clip's training transform.
+    :func:`crop_shown`, then normalised; in the order of open_clip's training transform.
+
+    Returns:
+        float32 (3, height, width).
+
+    Raises:
+        ValueError: the crop is not within this image.
+    """
+    return preprocess.normalized(crop_shown(image, crop, preprocess))
+
+
+def crop_shown(image: Image.Image, crop: Crop, preprocess: Preprocess) -> Image.Image:
+    """The part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
 
     Args:
         image: as ``decode_image`` gives it: upright only if its pixels are, in the mode that it has.
 
     Returns:
-        float32 (3, height, width).
+        An RGB image of ``preprocess.size``.
 
     Raises:
         ValueError: the crop is not within this image.
@@ -114,10 +126,8 @@ def replay(image: Image.Image, crop: Crop, preprocess: Preprocess) -> torch.Tens
     )
     if crop.flip:
         seen = transforms.hflip(seen)
-    pixels: torch.Tensor = transforms.normalize(
-        transforms.to_tensor(seen.convert("RGB")), list(preprocess.mean), list(preprocess.std)
-    )
-    return pixels
+    shown: Image.Image = seen.convert("RGB")
+    return shown
 
 
 def _box(
