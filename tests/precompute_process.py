@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.kill_switch import KillSwitch
+
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "pipeline.precompute"])
-
-Event = tuple[str, str]
-"""What happened, and to which object: ("half", key), ("written", key), ("renamed", key), ("decode", ""), ..."""
 
 
 def start(
@@ -70,15 +68,7 @@ def _run(
     os.environ.update(environment)
     if setup is not None:
         setup()
-    events: list[Event] = []
-
-    def happens(kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
-        if len(events) == kill_at:
-            if ruin is not None:
-                ruin()
-            os.kill(os.getpid(), signal.SIGKILL)
-        events.append((kind, key))
-
+    happens = KillSwitch(kill_at)
     _watch(config["cache"], happens, teacher_seconds, passes_of(out))
     from pipeline.config import PrecomputeConfig
     from pipeline.precompute import precompute
@@ -87,7 +77,7 @@ def _run(
         ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}
     except BaseException as error:
         ended = {"error": f"{type(error).__name__}: {error}"}
-    out.write_text(json.dumps({**ended, "events": events}))
+    out.write_text(json.dumps({**ended, "events": happens.events}))
     sys.stdout.flush()
     os._exit(0)  # no clean-up of what the fork server's process owns
 

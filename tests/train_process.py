@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.precompute_process import FORK_SERVER, Event
+from tests.kill_switch import KillSwitch
+from tests.precompute_process import FORK_SERVER
 
 FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "pipeline.precompute", "pipeline.train"])
 
@@ -29,15 +29,7 @@ def start(config: dict[str, Any], *, out: Path, resume: bool = False, kill_at: i
 
 
 def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -> None:
-    events: list[Event] = []
-
-    def happens(kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
-        if len(events) == kill_at:
-            if ruin is not None:
-                ruin()
-            os.kill(os.getpid(), signal.SIGKILL)
-        events.append((kind, key))
-
+    happens = KillSwitch(kill_at)
     _watch(Path(config["out"]).resolve(), happens)
     from pipeline.config import TrainConfig
     from pipeline.train import train
@@ -47,7 +39,7 @@ def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -
         train(TrainConfig(**config), lambda at: happens("step", str(at.step)), resume=resume)
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
-    out.write_text(json.dumps({"error": error, "events": events}))
+    out.write_text(json.dumps({"error": error, "events": happens.events}))
     os._exit(0)  # no clean-up of what the fork server's process owns
 
 

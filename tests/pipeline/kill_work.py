@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from storage.errors import CacheNotFoundError
 from storage.files import open_files
 from storage.integrity import verify_cache
 from tests.conftest import cache_digest
-from tests.precompute_process import Event, finish, passes_of, start
+from tests.kill_switch import Event
+from tests.precompute_process import finish, passes_of, start
 
 CHUNKS = 6 + 12  # 24 images and 48 captions by 4
 PASSES = 2  # forward passes of a chunk
@@ -63,6 +66,14 @@ class Work:
         made = passes_of(out).stat().st_size if passes_of(out).exists() else 0
         committed = len(self.commits(name))
         assert PASSES * committed <= made <= PASSES * (committed + IN_FLIGHT), f"{made} passes, {committed} commits"
+
+    def check_killed(self, moment: str, count: int, chosen: Callable[[str, str], bool]) -> None:
+        """Kill a run of its own at each of so many seeded events of this kind, and let it go on."""
+        places = [number for number, event in enumerate(self.events) if chosen(*event)]
+        for number, at in enumerate(random.Random(f"2026 {moment}").sample(places, count)):
+            name = f"{moment}-{number}".replace(" ", "-")
+            self.killed(name, at)
+            self.check_resumed(name)
 
     def commits(self, name: str) -> dict[str, bytes]:
         files = open_files(self.location(name))

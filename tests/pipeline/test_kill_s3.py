@@ -50,12 +50,7 @@ def test_there_are_fifty_moments() -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_seeded_moment_nothing_is_lost_or_done_twice(work: Work, moment: str) -> None:
-    count, chosen = MOMENTS[moment]
-    places = [number for number, event in enumerate(work.events) if chosen(*event)]
-    for number, at in enumerate(random.Random(f"2026 {moment}").sample(places, count)):
-        name = f"{moment}-{number}".replace(" ", "-")
-        work.killed(name, at)
-        work.check_resumed(name)
+    work.check_killed(moment, *MOMENTS[moment])
 
 
 def test_killed_from_outside_within_its_requests(work: Work) -> None:
