@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.pixels import ReadyPixels
-from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
+from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource, require_content
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
+from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.device import keep_freed_memory
 from pipeline.plan import Progress
-from pipeline.preprocess import UndecodableImageError, decode_image
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.teacher import LiveTeacher
 from pipeline.views import draw_crop, replay

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import ProofConfig
 from pipeline.datasets.base import data_folder
-from pipeline.preprocess import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.teacher import LiveTeacher, load_teacher

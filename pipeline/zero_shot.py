@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import ZeroShotConfig
 from pipeline.datasets.base import Sample
+from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.metrics import classification_accuracy
-from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
+from pipeline.preprocess import Preprocess
 from pipeline.runs import RunFolder
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
 from pipeline.student import load_student, student_tokenizer

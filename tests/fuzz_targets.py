@@ -22,7 +22,8 @@ from PIL import Image
 
 from pipeline import samples
 from pipeline.config import PrecomputeConfig, TrainConfig, load_config
-from pipeline.preprocess import MAX_PIXELS, Preprocess, UndecodableImageError, decode_image
+from pipeline.decode import MAX_PIXELS, UndecodableImageError, decode_image
+from pipeline.preprocess import Preprocess
 from pipeline.samples import DatasetSpec, load_samples
 from storage.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
 from storage.errors import CacheError, UsageError

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import preprocess as module
+from pipeline import decode as module
 from pipeline import samples
 from pipeline.batches import StudentImages
+from pipeline.decode import FORMATS, MAX_PIXELS, UndecodableImageError, decode_image
 from pipeline.precompute import precompute
-from pipeline.preprocess import FORMATS, MAX_PIXELS, Preprocess, UndecodableImageError, decode_image
+from pipeline.preprocess import Preprocess
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
 from storage.files import open_files
 from storage.inspect import describe_cache
@@ -58,7 +59,7 @@ def test_each_has_its_defined_end(odd: OddImage, capfd: pytest.CaptureFixture[st
 
 
 def test_open_clip_alone_makes_16_bits_white() -> None:
-    """Why ours are treated otherwise; once this fails, the rule in pipeline/preprocess.py can go."""
+    """Why ours are treated otherwise; once this fails, the rule in pipeline/decode.py can go."""
     [odd] = [odd for odd in ODD_IMAGES if odd.name == "16-bit.png"]
     seen = open_clips(Image.open(io.BytesIO(odd.data)))
     assert len(seen.unique()) <= 3 * 2

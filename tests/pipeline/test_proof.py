@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 import pipeline.encode
 from pipeline.config import PrecomputeConfig, ProofConfig
+from pipeline.decode import decode_image
 from pipeline.precompute import precompute
-from pipeline.preprocess import decode_image
 from pipeline.proof import ProofResult, fraction_shown, prove_sample
 from storage.commits import QuarantinedRow, all_chunks
 from storage.errors import CacheCorruptError, CacheMismatchError, UsageError

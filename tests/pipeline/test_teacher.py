@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.device import resolve_device
-from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
+from pipeline.preprocess import Preprocess
 from pipeline.teacher import load_teacher
 from storage.errors import UsageError
 from storage.identity import PreprocessIdentity
