@@ -233,7 +233,8 @@ def _next(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
 
 def _lengths(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """(rows,) norms in float64; not finite where a value is not."""
-    return np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    return lengths
 
 
 def _blocks(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
