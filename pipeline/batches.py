@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pipeline.cached_images import CachedImages
 from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
-from pipeline.samples import ImageSource, require_content
+from pipeline.samples import ImageSource
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
 from storage.reader import EmbeddingReader
-from storage.transient import is_transient
 
 __all__ = [
     "CachedTeacher",
@@ -190,10 +190,7 @@ class StudentImages(Dataset[Tensor]):
     """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
-        samples = reader.samples
-        self._ids, self._uris, self._digests = samples["sample_id"], samples["uri"], samples["content_sha256"]
-        self._offsets, self._lengths = samples["offset"], samples["length"]
-        self._source = source
+        self._images = CachedImages(reader, source)
         self._preprocess = preprocess
         self._evaluation_crop = preprocess.shown()
 
@@ -206,17 +203,7 @@ class StudentImages(Dataset[Tensor]):
 
     def shown(self, row: int, crops: Sequence[Crop | None]) -> list[Image.Image]:
         """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
-        where = self._source.resolve(self._uris[row].as_py())
-        named = f"row {row} ({self._ids[row].as_py()}): {where}"
-        try:
-            data = self._source.read(where, self._offsets[row].as_py(), self._lengths[row].as_py())
-        except OSError as error:
-            # what another try can cure stays so
-            kind = ConnectionError if is_transient(error) else OSError
-            raise kind(
-                f"{named} cannot be read: {error}. Were the images moved? Name their folder with --image-root."
-            ) from error
-        require_content(data, self._digests[row].as_py(), named)
+        data = self._images.read(row)
         try:
             image = decode_image(data)
             return [
@@ -224,7 +211,9 @@ class StudentImages(Dataset[Tensor]):
                 for crop in crops
             ]
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
-            raise OSError(f"{named} cannot be decoded here, though the teacher saw it: {error}") from error
+            raise OSError(
+                f"{self._images.named(row)} cannot be decoded here, though the teacher saw it: {error}"
+            ) from error
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):

@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from pipeline.config import EvaluateConfig
-from pipeline.metrics import retention, retrieval_recall
+from pipeline.evaluation_split import open_split
+from pipeline.metrics import recall_of_ranks, retention
 from pipeline.runs import RunFolder
-from storage.errors import UsageError
-from storage.reader import EmbeddingReader
 
 __all__ = ["EvaluateResult", "evaluate"]
 
@@ -52,29 +49,12 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         CacheError: the cache is missing, unfinished or damaged.
     """
     started = time.perf_counter()
-    cache, run, split = config.cache, config.run, config.split
+    run = config.run
     folder = RunFolder(run) if run else None
     record = folder.read() if folder else None
-    if cache is None:
-        if record is None:
-            raise UsageError("nothing to evaluate: give --cache, --run or both")
-        cache = record.config.cache
     path = folder.checkpoint_path(config.checkpoint) if folder else None
-    reader = EmbeddingReader(cache)
-    accepted: tuple[str, ...] = ()
-    if record is not None:
-        way_out = (
-            f"{run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
-            "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
-        )
-        # only view 0 is looked at here, and that is the evaluation crop in every cache, whatever was added since
-        wanted = record.identity.model_copy(update={"views": reader.manifest.identity.views})
-        accepted = reader.manifest.identity.require(wanted, cache, way_out, config.accept_mismatch)
-    rows = reader.image_rows(split)
-    if not len(rows):
-        raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
-    caption_rows, text_image = reader.caption_rows(rows)
-    teacher = retrieval_recall(_unit(reader.take("image", rows)), _unit(reader.take("text", caption_rows)), text_image)
+    split = open_split(config)
+    teacher = recall_of_ranks(split.teacher_ranks())
     student = kept = None
     if path is not None and record is not None:
         # torch only from here on: the teacher's recall needs none
@@ -87,26 +67,25 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         image, text = encode_rows(
             model.to(device),
             model_config,
-            reader,
-            rows,
-            caption_rows,
-            # images of another dataset are where its own cache found them
-            config.image_root or (reader.manifest.source.image_root if accepted else record.image_root),
+            split.reader,
+            split.image_rows,
+            split.caption_rows,
+            split.image_root,
             device,
             config.batch_size,
             config.workers,
             progress,
         )
-        student = retrieval_recall(image, text, text_image)
+        student = recall_of_ranks(split.ranks(image, text))
         kept = retention(student, teacher)
     return EvaluateResult(
-        split=split,
-        images=len(rows),
-        captions=len(caption_rows),
-        quarantined=reader.manifest.identity.dataset.splits[split] - len(rows),
-        cache=cache,
-        cache_manifest_digest=reader.manifest.digest,
-        accepted_mismatches=accepted,
+        split=split.name,
+        images=len(split.image_rows),
+        captions=len(split.caption_rows),
+        quarantined=split.quarantined,
+        cache=split.cache,
+        cache_manifest_digest=split.reader.manifest.digest,
+        accepted_mismatches=split.accepted_mismatches,
         run=run,
         checkpoint=path.relative_to(folder.path).as_posix() if folder and path else None,
         chosen_on=record.best.split if record and record.best and config.checkpoint == "best" else None,
@@ -116,10 +95,3 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         student_parameters=record.student_parameters if record else None,
         seconds=time.perf_counter() - started,
     )
-
-
-def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
-    wide = rows.astype(np.float32)
-    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit

@@ -3,115 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["classification_accuracy", "mean_recall", "recall_at_k", "retention", "retrieval_recall", "top_k"]
+from pipeline.nearest import nearest_parts, top_k
+
+__all__ = [
+    "RECALL_KS",
+    "RetrievalRanks",
+    "classification_accuracy",
+    "first_positive_ranks",
+    "mean_recall",
+    "recall_of_ranks",
+    "retention",
+    "retrieval_recall",
+    "top_k",
+]
 
 RECALL_KS = (1, 5, 10)
 
-_QUERIES_AT_ONCE = 4096
-_RESCORE_BYTES = 256 << 20
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """Where each query found the first of its positives: 1 for the best place, 0 for none down to ``depth``.
+
+    Attributes:
+        i2t: (images,) int32; any caption of the image is a positive. An image without captions has none: 0.
+        t2i: (captions,) int32; the caption's image is the positive.
+        depth: how many places were looked at; all of a smaller gallery.
+    """
+
+    i2t: NDArray[np.int32]
+    t2i: NDArray[np.int32]
+    depth: int
 
 
-def top_k(queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The k nearest rows of the gallery by inner product, best first, equal scores by row number.
+def first_positive_ranks(
+    image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], depth: int
+) -> RetrievalRanks:
+    """Rank of the best positive of each image and of each caption, by inner product, equal scores by row number.
 
-    Exact: FAISS (``IndexFlatIP``, float32) proposes, and every query whose order is within float32's rounding error
-    of a tie is decided anew by scores in float64, over as many candidates as it takes to be sure.
+    Exact (``pipeline.nearest``), in bounded memory: some queries at a time, never all scores.
 
     Args:
-        queries: (n, dim) float32.
-        gallery: (m, dim) float32.
-        k: may exceed m.
-
-    Returns:
-        (n, min(k, m)) row numbers.
+        image: (images, dim) normalised.
+        text: (captions, dim) normalised.
+        text_image: (captions,) position of each caption's image in ``image``.
+        depth: places to look at, at least 1; may exceed the gallery.
 
     Raises:
-        ValueError: widths differ, or a value is not finite.
+        ValueError: no images or no captions, a position outside, depth below 1, other widths, or a value that is not
+            finite.
     """
-    import faiss
-
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must both be (rows, dim) of one dim")
-    if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
-        raise ValueError("queries and gallery must be finite")
-    k = min(k, len(gallery))
-    found = np.empty((len(queries), k), np.int64)
-    if not k or not len(queries):
-        return found
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(np.ascontiguousarray(gallery, np.float32))
-    longest = float(np.linalg.norm(gallery.astype(np.float64), axis=1).max())
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        part = np.ascontiguousarray(queries[start : start + _QUERIES_AT_ONCE], np.float32)
-        found[start : start + len(part)] = _exact(index, part, gallery, k, longest)
-    return found
+    if not len(image) or not len(text):
+        raise ValueError(f"recall of {len(image)} images and {len(text)} captions is not defined")
+    if text_image.shape != (len(text),) or text_image.min() < 0 or text_image.max() >= len(image):
+        raise ValueError(f"text_image must give each of {len(text)} captions a position in 0 ... {len(image) - 1}")
+    if depth < 1:
+        raise ValueError(f"depth is {depth}, at least 1 wanted")
+    images = np.arange(len(image))
+    return RetrievalRanks(
+        i2t=_first_positive(image, text, images, text_image, depth),
+        t2i=_first_positive(text, image, text_image, images, depth),
+        depth=depth,
+    )
 
 
-def _exact(
-    index: Any, queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int, longest: float
-) -> NDArray[np.int64]:
-    dim = gallery.shape[1]
-    # a float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7), twice for a pair
-    margin = 2 * dim * 2.0**-24 * np.linalg.norm(queries.astype(np.float64), axis=1) * longest
-    asked = min(k + 1, len(gallery))
-    scores, rows = index.search(queries, asked)
-    result: NDArray[np.int64] = rows[:, :k].copy()
-    close = (scores[:, :-1] - scores[:, 1:] <= margin[:, None]).any(axis=1)
-    open_queries = np.flatnonzero(close)
-    while len(open_queries):
-        asked = min(max(2 * asked, k + 32), len(gallery))
-        scores, rows = index.search(queries[open_queries], asked)
-        order, exact = _rescore(queries[open_queries], gallery, rows, k)
-        result[open_queries] = order
-        # sure when nothing beyond the candidates can reach the k-th score, or there is nothing beyond
-        sure = (scores[:, -1] + margin[open_queries] < exact) | (asked == len(gallery))
-        open_queries = open_queries[~sure]
-    return result
+def _first_positive(
+    queries: NDArray[np.float32],
+    gallery: NDArray[np.float32],
+    query_group: NDArray[np.int64],
+    gallery_group: NDArray[np.int64],
+    depth: int,
+) -> NDArray[np.int32]:
+    ranks = np.zeros(len(queries), np.int32)
+    for start, rows in nearest_parts(queries, gallery, depth):
+        here = slice(start, start + len(rows))
+        hits = gallery_group[rows] == query_group[here, None]
+        ranks[here] = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
+    return ranks
 
 
-def _rescore(
-    queries: NDArray[np.float32], gallery: NDArray[np.float32], rows: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The best k of the candidates by float64 score, then row; and the k-th score."""
-    best = np.empty((len(queries), k), np.int64)
-    kth = np.empty(len(queries))
-    step = max(1, _RESCORE_BYTES // (rows.shape[1] * gallery.shape[1] * 8))
-    for start in range(0, len(queries), step):
-        part, candidates = queries[start : start + step], rows[start : start + step]
-        # einsum adds in one order whatever the rows are, so that equal vectors get equal scores
-        scores = np.einsum("nd,ncd->nc", part.astype(np.float64), gallery[candidates].astype(np.float64))
-        order = np.lexsort((candidates, -scores), axis=1)[:, :k]
-        best[start : start + step] = np.take_along_axis(candidates, order, axis=1)
-        kth[start : start + step] = np.take_along_axis(scores, order[:, -1:], axis=1)[:, 0]
-    return best, kth
-
-
-def recall_at_k(
-    found: NDArray[np.int64], query_group: NDArray[np.int64], gallery_group: NDArray[np.int64], ks: Sequence[int]
-) -> dict[str, float]:
-    """Share of queries, in percent, with a positive among the first K found.
+def recall_of_ranks(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> dict[str, dict[str, float]]:
+    """Share of queries, in percent, with a positive among the first K.
 
     Args:
-        found: (queries, K) gallery rows, best first.
-        query_group: (queries,) which image a query belongs to.
-        gallery_group: (gallery,) which image a gallery row belongs to; any row of the same image is a positive.
-        ks: cut-offs; one beyond the gallery counts the whole gallery.
+        ks: cut-offs, none beyond ``ranks.depth``; one beyond the gallery counts the whole gallery.
 
     Returns:
-        ``{"R@1": ..., ...}`` in percent.
+        ``{"i2t": {"R@1", ...}, "t2i": {...}}``. An image without captions counts as one that found nothing.
 
     Raises:
-        ValueError: no queries.
+        ValueError: a cut-off below 1, or beyond what was looked at.
     """
-    if not len(found):
-        raise ValueError("recall of no queries is not defined")
-    hits = gallery_group[found] == query_group[:, None]
-    return {f"R@{k}": 100 * int(hits[:, :k].any(axis=1).sum()) / len(hits) for k in ks}
+    if min(ks) < 1 or max(ks) > ranks.depth:
+        raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
+    return {
+        direction: {f"R@{k}": 100 * int(((found > 0) & (found <= k)).sum()) / len(found) for k in ks}
+        for direction, found in (("i2t", ranks.i2t), ("t2i", ranks.t2i))
+    }
 
 
 def retrieval_recall(
@@ -126,13 +119,11 @@ def retrieval_recall(
 
     Returns:
         ``{"i2t": {"R@1", ...}, "t2i": {...}}`` in percent; i2t counts any caption of the image as found.
+
+    Raises:
+        ValueError: as :func:`first_positive_ranks`.
     """
-    images = np.arange(len(image))
-    most = max(ks)
-    return {
-        "i2t": recall_at_k(top_k(image, text, most), images, text_image, ks),
-        "t2i": recall_at_k(top_k(text, image, most), text_image, images, ks),
-    }
+    return recall_of_ranks(first_positive_ranks(image, text, text_image, max(ks)), ks)
 
 
 def mean_recall(recalls: dict[str, dict[str, float]]) -> float:

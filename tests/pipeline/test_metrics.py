@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import recall_at_k, retention, retrieval_recall, top_k
+from pipeline.metrics import first_positive_ranks, recall_of_ranks, retention, retrieval_recall, top_k
 
 
 def naive_top_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
@@ -51,15 +51,20 @@ def test_near_ties_below_float32_are_ordered_by_float64() -> None:
     np.testing.assert_array_equal(top_k(queries, rows, 10), naive_top_k(queries, rows, 10))
 
 
-def test_recall_counts_any_caption_of_the_image() -> None:
-    # image 0 has captions 0 and 2, image 1 has captions 1 and 3
-    found = np.array([[3, 2, 0, 1], [0, 2, 1, 3]])
+def test_any_caption_of_the_image_counts() -> None:
+    # image 0 has captions 0 and 2, image 1 has captions 1 and 3, image 2 has none
+    image = np.eye(3, 4, dtype=np.float32)
+    text = np.array([[0.1, 0.9, 0, 0], [0.3, 0.2, 0, 0], [0.2, 0.8, 0, 0], [0.4, 0.1, 0, 0]], np.float32)
     text_image = np.array([0, 1, 0, 1])
-    assert recall_at_k(found, np.array([0, 1]), text_image, (1, 2, 3, 50)) == {
-        "R@1": 0.0,
-        "R@2": 50.0,
-        "R@3": 100.0,
-        "R@50": 100.0,
+    ranks = first_positive_ranks(image, text, text_image, 4)
+    assert ranks.i2t.tolist() == [3, 3, 0]
+    assert ranks.t2i.tolist() == [2, 2, 2, 2]
+    assert (ranks.i2t.dtype, ranks.t2i.dtype) == (np.int32, np.int32)
+    assert first_positive_ranks(image, text, text_image, 2).i2t.tolist() == [0, 0, 0]
+    # the image without captions counts as one that found nothing
+    assert recall_of_ranks(ranks, (1, 2, 3)) == {
+        "i2t": {"R@1": 0.0, "R@2": 0.0, "R@3": 200 / 3},
+        "t2i": {"R@1": 0.0, "R@2": 100.0, "R@3": 100.0},
     }
 
 
@@ -93,8 +98,14 @@ def test_bad_values_are_refused() -> None:
         top_k(rows, np.full((2, 3), np.nan, np.float32), 1)
     with pytest.raises(ValueError, match=r"queries \(3, 3\) and gallery \(2, 4\)"):
         top_k(rows, np.zeros((2, 4), np.float32), 1)
-    with pytest.raises(ValueError, match="recall of no queries"):
-        recall_at_k(np.empty((0, 1), np.int64), np.empty(0, np.int64), np.arange(3), (1,))
+    with pytest.raises(ValueError, match="recall of 3 images and 0 captions"):
+        retrieval_recall(rows, rows[:0], np.arange(0))
+    with pytest.raises(ValueError, match=r"each of 3 captions a position in 0 ... 2"):
+        retrieval_recall(rows, rows, np.arange(3) + 1)
+    with pytest.raises(ValueError, match="depth is 0"):
+        first_positive_ranks(rows, rows, np.arange(3), 0)
+    with pytest.raises(ValueError, match=r"cut-offs \(1, 5\): ranks were looked for down to 3"):
+        recall_of_ranks(first_positive_ranks(rows, rows, np.arange(3), 3), (1, 5))
 
 
 def test_retention_is_a_share_of_the_teacher() -> None:
