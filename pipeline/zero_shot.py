@@ -1,39 +1,50 @@
 """Zero-shot classification: which class's prompts is an image nearest to.
 
 As CLIP does it (Radford et al. 2021, section 3.1.4): every prompt of a class is encoded and normalised, their mean is
-normalised again, and an image belongs to the class of the highest cosine. The classes and their prompts come from
-the dataset: images with the same captions are of one class, and those captions are its prompts. So
-``imagefolder:PATH?templates=openai`` measures with CLIP's 80 templates.
+normalised again, and an image belongs to the class of the highest cosine. What is measured is anything that embeds
+images and texts (:class:`ZeroShotEncoder`): a teacher, a student, its ONNX files.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, Field
 
 from pipeline.config import ZeroShotConfig
-from pipeline.datasets.base import Sample
-from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.device import keep_freed_memory, resolve_device
-from pipeline.metrics import classification_accuracy
-from pipeline.preprocess import Preprocess
+from pipeline.labelled import FileImages, LabelledImages, UnusableImageError
 from pipeline.runs import RunFolder
-from pipeline.samples import DatasetSpec, ImageSource, load_samples
-from pipeline.student import load_student, student_tokenizer
+from pipeline.samples import DatasetSpec, load_samples
+from pipeline.teacher import load_teacher
+from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
 from storage.errors import UsageError
 
-__all__ = ["ZeroShotResult", "class_weights", "zero_shot"]
+__all__ = [
+    "Classification",
+    "ZeroShotEncoder",
+    "ZeroShotResult",
+    "class_weights",
+    "classify_dataset",
+    "classify_rows",
+    "common_rows",
+    "zero_shot",
+]
 
+_DECODED_AT_ONCE = os.cpu_count() or 1
 _PROBLEMS_SHOWN = 20
+_BATCH_PIXELS = 1 << 26  # of decoded images that wait for the encoder: 256 MiB, whatever size the pictures are
 
 
 class ZeroShotResult(BaseModel, frozen=True):
@@ -54,13 +65,175 @@ class ZeroShotResult(BaseModel, frozen=True):
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """A model as this measurement needs it: both return normalised float32 rows."""
+class ZeroShotEncoder(Protocol):
+    """Anything that puts images and texts into one space. Both give unit rows, float32 (n, dim)."""
 
-    preprocess: Preprocess
-    images: Callable[[torch.Tensor], NDArray[np.float32]]
-    texts: Callable[[Sequence[str]], NDArray[np.float32]]
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Of images of any size, as decoded; a ValueError says that one of them cannot be brought into its size."""
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Of texts as they are."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Where each image's true class came in.
+
+    Attributes:
+        labels: (images,) int64, the number of each image's class.
+        place: (images,) int64, how many classes scored higher than the true one: 0 for the first place. Of equal
+            scores the lower class number comes first. -1 for an image that was not classified.
+        lost: images that were not classified, by number, with the reason.
+    """
+
+    labels: NDArray[np.int64]
+    place: NDArray[np.int64]
+    lost: dict[int, str]
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Numbers of the images that were classified, ascending."""
+        return np.flatnonzero(self.place >= 0).astype(np.int64)
+
+    def hits(self, rows: NDArray[np.int64] | None = None, k: int = 1) -> NDArray[np.bool_]:
+        """Whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
+
+        Args:
+            rows: those of :func:`common_rows`, to compare models on the same images; all classified ones if left out.
+        """
+        place = self.place[self.rows if rows is None else rows]
+        found: NDArray[np.bool_] = (place >= 0) & (place < k)
+        return found
+
+    def accuracies(self, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
+        """``top-1``, ``top-5`` and ``mean per class`` (of top-1, over the classes that have images), in percent.
+
+        Raises:
+            ValueError: no image was classified.
+        """
+        rows = self.rows if rows is None else rows
+        if not len(rows):
+            raise ValueError("the accuracy over no images is not defined")
+        first, labels = self.hits(rows), self.labels[rows]
+        per_class = [first[labels == label].mean() for label in np.unique(labels)]
+        return {
+            "top-1": 100 * float(first.mean()),
+            "top-5": 100 * float(self.hits(rows, 5).mean()),
+            "mean per class": 100 * float(np.mean(per_class)),
+        }
+
+
+def classify_dataset(
+    encoder: ZeroShotEncoder,
+    dataset: LabelledImages,
+    prompts: Sequence[Sequence[str]],
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Classification:
+    """Classify every image of a dataset.
+
+    Args:
+        dataset: its labels are positions in ``prompts``.
+        prompts: those of each class.
+        batch_size: images, or prompts, per call of the encoder; fewer where images are large.
+        progress: called with (images done, images in all).
+
+    Raises:
+        UsageError: not one image can be used.
+        ValueError: a label without prompts, or scores that are not finite.
+        OSError: an image cannot be read.
+    """
+    weights = class_weights(encoder.embed_texts, prompts, batch_size)
+    labels = np.asarray(dataset.labels, np.int64)
+    place = np.full(len(labels), -1, np.int64)
+    lost: dict[int, str] = {}
+    with ThreadPoolExecutor(_DECODED_AT_ONCE) as pool:
+        for batch in _batches(pool, dataset, batch_size, lost):
+            kept, rows = _embed(encoder, dataset, batch, lost)
+            if kept:
+                place[kept] = places(rows @ weights.T, labels[kept])
+            if progress is not None:
+                progress(batch[-1][0] + 1, len(labels))
+    if len(lost) == len(labels):
+        raise UsageError(f"{dataset.name}: not one image can be used; the first: {next(iter(lost.values()))}")
+    return Classification(labels, place, dict(sorted(lost.items())))
+
+
+def classify_rows(
+    image: NDArray[np.float32], weights: NDArray[np.float32], labels: NDArray[np.int64], lost: dict[int, str]
+) -> Classification:
+    """Classify images whose rows are there already.
+
+    Args:
+        image: (images, dim) unit rows; those in ``lost`` are not looked at.
+        weights: (classes, dim), of :func:`class_weights`.
+        lost: images without a row, with the reason.
+    """
+    place = np.full(len(labels), -1, np.int64)
+    kept = np.setdiff1d(np.arange(len(labels)), np.fromiter(lost, np.int64, len(lost)))
+    for start in range(0, len(kept), 4096):
+        part = kept[start : start + 4096]
+        place[part] = places(image[part] @ weights.T, labels[part])
+    return Classification(labels, place, dict(sorted(lost.items())))
+
+
+def common_rows(*found: Classification) -> NDArray[np.int64]:
+    """Numbers of the images that all of these classified, ascending.
+
+    Raises:
+        ValueError: they are not of one dataset.
+    """
+    if any(not np.array_equal(each.labels, found[0].labels) for each in found):
+        raise ValueError("classifications of different datasets cannot be compared")
+    return np.flatnonzero(np.all([each.place >= 0 for each in found], axis=0)).astype(np.int64)
+
+
+def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many classes come before the true one: (images,), 0 for the first place; equal scores by class number.
+
+    Raises:
+        ValueError: scores that are not finite, or a label without a column.
+    """
+    if len(labels) and (labels.min() < 0 or labels.max() >= scores.shape[1]):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, and {scores.shape[1]} classes have prompts")
+    if not np.isfinite(scores).all():
+        raise ValueError("scores of images are not finite: the model's features are NaN or infinite")
+    true = np.take_along_axis(scores, labels[:, None], axis=1)
+    before = (scores > true) | ((scores == true) & (np.arange(scores.shape[1]) < labels[:, None]))
+    return before.sum(axis=1).astype(np.int64)
+
+
+def class_weights(
+    encode: Callable[[Sequence[str]], NDArray[np.float32]], prompts: Sequence[Sequence[str]], batch_size: int = 256
+) -> NDArray[np.float32]:
+    """One normalised vector per class: float32 (classes, dim), the mean of its normalised prompts.
+
+    Args:
+        encode: texts to normalised rows, float32 (texts, dim).
+        prompts: those of each class.
+
+    Raises:
+        ValueError: a class without prompts.
+    """
+    counts = [len(texts) for texts in prompts]
+    if not counts or not min(counts):
+        raise ValueError(f"{len(counts)} classes, of which {counts.count(0)} have no prompt; each wants one")
+    every = [text for texts in prompts for text in texts]
+    rows = [encode(every[start : start + batch_size]) for start in range(0, len(every), batch_size)]
+    return mean_rows(np.concatenate(rows), counts)
+
+
+def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.float32]:
+    """The normalised mean of each class's prompts: float32 (classes, dim).
+
+    Args:
+        rows: (prompts, dim) unit, those of a class side by side.
+        counts: prompts of each class.
+    """
+    starts = np.cumsum(counts) - counts
+    sums = np.add.reduceat(rows.astype(np.float64), starts, axis=0)
+    weights: NDArray[np.float32] = (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
+    return weights
 
 
 def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] | None = None) -> ZeroShotResult:
@@ -93,23 +266,18 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
         raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")
     number = {captions: index for index, captions in enumerate(prompts)}
     labels = np.array([number[sample.captions] for sample in samples.samples])
-    source = ImageSource(samples.root)
-    lost: dict[int, str] = {}
-    scores: dict[str, NDArray[np.float32]] = {}
+    dataset = FileImages(str(spec), samples.samples, samples.root, labels)
+    found: dict[str, Classification] = {}
     for name, encoder in _encoders(config, checkpoint, device):
 
-        def report(done: int, name: str = name) -> None:
+        def report(done: int, total: int, name: str = name) -> None:
             if progress is not None:
-                progress(f"{name} images", done, len(samples.samples))
+                progress(f"{name} images", done, total)
 
-        weights = class_weights(encoder.texts, prompts)
-        image, undecodable = _embed(encoder, source, samples.samples, config.batch_size, report)
-        lost.update(undecodable)
-        if len(lost) == len(labels):
-            raise UsageError(f"{spec}: not one image can be decoded; the first: {next(iter(lost.values()))}")
-        scores[name] = image @ weights.T
-    kept = np.setdiff1d(np.arange(len(labels)), list(lost))
-    measured = {name: classification_accuracy(found[kept], labels[kept]) for name, found in scores.items()}
+        found[name] = classify_dataset(encoder, dataset, prompts, config.batch_size, report)
+    rows = common_rows(*found.values())
+    lost = {row: reason for each in found.values() for row, reason in each.lost.items()}
+    measured = {name: each.accuracies(rows) for name, each in found.items()}
     return ZeroShotResult(
         dataset=str(spec),
         images=len(labels) - len(lost),
@@ -127,77 +295,70 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     )
 
 
-def class_weights(
-    encode: Callable[[Sequence[str]], NDArray[np.float32]], prompts: Sequence[Sequence[str]]
-) -> NDArray[np.float32]:
-    """One normalised vector per class: float32 (classes, dim), the mean of its normalised prompts.
-
-    Args:
-        encode: texts to normalised rows, float32 (texts, dim).
-        prompts: those of each class.
-    """
-    means = np.stack([encode(texts).mean(axis=0) for texts in prompts])
-    weights: NDArray[np.float32] = means / np.linalg.norm(means, axis=1, keepdims=True)
-    return weights
-
-
-def _encoders(config: ZeroShotConfig, checkpoint: Path | None, device: torch.device) -> Iterator[tuple[str, _Encoder]]:
+def _encoders(
+    config: ZeroShotConfig, checkpoint: Path | None, device: torch.device
+) -> Iterator[tuple[str, ZeroShotEncoder]]:
     if config.teacher is not None:
-        from pipeline.teacher import load_teacher
-
-        teacher = load_teacher(config.teacher, config.pretrained, config.device)
-        yield (
-            "teacher",
-            _Encoder(
-                teacher.preprocess,
-                lambda pixels: teacher.encode_images(pixels).embedding.astype(np.float32),
-                lambda texts: teacher.encode_texts(teacher.tokenizer(list(texts))).embedding.astype(np.float32),
-            ),
-        )
+        yield "teacher", TeacherEncoder(load_teacher(config.teacher, config.pretrained, config.device))
     if checkpoint is not None:
-        student, architecture = load_student(checkpoint)
-        student.to(device)
-        tokenizer = student_tokenizer(architecture)
+        yield "student", StudentEncoder(checkpoint, device)
 
-        @torch.inference_mode()
-        def images(pixels: torch.Tensor) -> NDArray[np.float32]:
-            return np.asarray(student.encode_image(pixels.to(device)).cpu().numpy())
 
-        @torch.inference_mode()
-        def texts(part: Sequence[str]) -> NDArray[np.float32]:
-            return np.asarray(student.encode_text(student.shorten(tokenizer(list(part))).to(device)).cpu().numpy())
+_Batch = list[tuple[int, Image.Image]]
 
-        yield "student", _Encoder(student.preprocess, images, texts)
+
+def _batches(
+    pool: ThreadPoolExecutor, dataset: LabelledImages, batch_size: int, lost: dict[int, str]
+) -> Iterator[_Batch]:
+    """Decoded images with their numbers; what cannot be decoded goes into ``lost``."""
+
+    def decode(index: int) -> Image.Image | str:
+        try:
+            return dataset.image(index)
+        except UnusableImageError as error:
+            return f"{dataset.sample_id(index)}: {error}"
+
+    waiting = iter(range(len(dataset.labels)))
+    batch: _Batch = []
+    pixels = 0
+    while part := list(islice(waiting, min(_DECODED_AT_ONCE, batch_size - len(batch)))):
+        for index, found in zip(part, pool.map(decode, part), strict=True):
+            if isinstance(found, str):
+                lost[index] = found
+            else:
+                batch.append((index, found))
+                pixels += found.width * found.height
+        if len(batch) == batch_size or pixels > _BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
 
 def _embed(
-    encoder: _Encoder,
-    source: ImageSource,
-    samples: Sequence[Sample],
-    batch_size: int,
-    report: Callable[[int], None],
-) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """Rows of all images in order; and, by number, those that cannot be decoded, whose rows are NaN."""
-    transform = encoder.preprocess.transform()
+    encoder: ZeroShotEncoder, dataset: LabelledImages, batch: _Batch, lost: dict[int, str]
+) -> tuple[list[int], NDArray[np.float32]]:
+    """Numbers and rows of the images that the encoder takes; the others go into ``lost``.
 
-    def decode(sample: Sample) -> torch.Tensor | str:
-        data = source.read(sample.uri, sample.offset, sample.length)
-        try:
-            return transform(decode_image(data))
-        except (UndecodableImageError, ValueError) as error:
-            return f"{sample.sample_id}: {error}"
+    Raises:
+        ValueError: the encoder refuses the batch and none of its images.
+    """
+    try:
+        return [index for index, _ in batch], encoder.embed_images([image for _, image in batch])
+    except ValueError:
+        refused = {index: reason for index, image in batch if (reason := _refusal(encoder, image))}
+        if not refused:
+            raise
+    lost.update({index: f"{dataset.sample_id(index)}: {reason}" for index, reason in refused.items()})
+    kept = [(index, image) for index, image in batch if index not in refused]
+    if not kept:
+        return [], np.empty((0, 0), np.float32)
+    return [index for index, _ in kept], encoder.embed_images([image for _, image in kept])
 
-    rows: list[NDArray[Any]] = []
-    lost: dict[int, str] = {}
-    blank = torch.zeros(3, *encoder.preprocess.size)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(samples), batch_size):
-            decoded = list(pool.map(decode, samples[start : start + batch_size]))
-            found = encoder.images(torch.stack([blank if isinstance(each, str) else each for each in decoded]))
-            for index, each in enumerate(decoded):
-                if isinstance(each, str):
-                    lost[start + index] = each
-                    found[index] = np.nan
-            rows.append(found)
-            report(start + len(decoded))
-    return np.concatenate(rows), lost
+
+def _refusal(encoder: ZeroShotEncoder, image: Image.Image) -> str:
+    try:
+        encoder.embed_images([image])
+    except ValueError as error:
+        return str(error) or type(error).__name__
+    return ""
