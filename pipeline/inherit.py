@@ -11,8 +11,6 @@ What does not fit stays random, and the result says so and why.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from pipeline.config import InheritConfig
 from pipeline.inherit_towers import Directions, InheritedPart, inherit_image, inherit_scale, inherit_text
+from pipeline.new_folder import new_folder, require_free
 from pipeline.student import Student, build_student, save_student, student_config, student_tokenizer
 from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.trunk_weights import TrunkWeights, read_trunk_weights
@@ -60,8 +59,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
         CacheError: the cache whose tokens are to be counted is missing, unfinished or damaged.
     """
     out = Path(config.out)
-    if out.exists():
-        raise UsageError(f"{out}: is there already. Choose another --out, or delete it.")
+    require_free(out)
     architecture = student_config(config.student)
     trunk = read_trunk_weights(config.trunk_weights) if config.trunk_weights else None
     teacher = load_teacher(config.teacher, config.pretrained, device="cpu")
@@ -100,13 +98,8 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
         seed=config.seed,
         notes=tuple(notes),
     )
-    partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
-    partial.mkdir(parents=True)
-    try:
-        save_student(student, architecture, partial, {"inherited": result.model_dump(mode="json", exclude={"out"})})
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as folder:
+        save_student(student, architecture, folder, {"inherited": result.model_dump(mode="json", exclude={"out"})})
     return result
 
 

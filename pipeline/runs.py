@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import TrainConfig
+from pipeline.new_folder import sync
 from storage.errors import UsageError
 from storage.files import LocalFiles
 from storage.identity import CacheIdentity
@@ -217,7 +217,7 @@ class RunFolder:
     def sync_log(self) -> None:
         """Have all logged steps on disk."""
         if (self.path / _LOG).exists():
-            _sync(self.path / _LOG)
+            sync(self.path / _LOG)
 
     def cut_log(self, steps: int) -> None:
         """Drop the lines behind so many steps, and a torn last one, so that a run that goes on has each step once."""
@@ -255,7 +255,7 @@ class RunFolder:
         folder.mkdir(parents=True)
         save(folder)
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
+            sync(path)
         return name
 
     def remove_unnamed(self, record: RunRecord) -> None:
@@ -291,12 +291,3 @@ class RunFolder:
         if record.checkpoint is None:
             raise UsageError(f"{self.path}: no checkpoint yet; one is written at the end of each epoch")
         return self.path / record.checkpoint
-
-
-def _sync(path: Path) -> None:
-    """A file or folder on disk, not only in memory: the record that names it must not get there first."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""A folder that is written whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.errors import UsageError
+
+__all__ = ["new_folder", "require_free", "sync"]
+
+
+def require_free(out: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UsageError: there is.
+    """
+    if out.exists():
+        raise UsageError(f"{out}: is there already. Choose another --out, or delete it.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the name ``out`` once the block is through, synced; on an error it goes.
+
+    A killed process leaves ``.partial-PID-NAME`` beside it, which may be deleted.
+
+    Raises:
+        UsageError: ``out`` is there already, at the start or in the end.
+    """
+    require_free(out)
+    partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        require_free(out)
+        partial.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """A file or folder on disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
