@@ -13,6 +13,7 @@ from pipeline.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from storage.errors import UsageError
 
 __all__ = [
+    "DeployConfig",
     "EvaluateConfig",
     "InheritConfig",
     "PixelsConfig",
@@ -329,6 +330,34 @@ class ZeroShotConfig(_Config):
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     batch_size: int = Field(256, gt=0, description="Images per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
+
+
+class DeployConfig(_Config):
+    """Ship a run's student: ONNX, int8, open_clip weights, tokenizer, and one table of all that is measured."""
+
+    run: str = Field(description="Folder of the training run whose student is shipped.")
+    out: str = Field(description="Folder to write; must not be there yet.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
+    cache: str | None = Field(None, description="Finished cache to measure on; left out, the one of the run.")
+    split: str = Field("test", description="Split that recall is measured on, and int8 held to fp32.")
+    image_root: str | None = Field(None, description="Where the images are now, if not where the run found them.")
+    teacher: str | None = Field(
+        None, description="Where the teacher is, as for precompute; left out, the name that the cache has for it."
+    )
+    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
+    zero_shot: str | None = Field(None, description="Dataset to classify, as for zero-shot: imagefolder:PATH.")
+    prompts: str | None = Field(None, description="Named class names and templates for it, as for zero-shot.")
+    int8: bool = Field(True, description="Make int8 files too.")
+    calibration_images: int = Field(
+        512, gt=0, description="Images of the training split from which int8 learns the range of activations."
+    )
+    max_recall_loss: float = Field(
+        1.0, ge=0, description="Points of any R@K that int8 may lose against fp32; more, and nothing is shipped."
+    )
+    rounds: int = Field(15, gt=0, description="Measured calls of each model, in turns.")
+    threads: int | None = Field(None, gt=0, description="Of each model while it is measured; one a core if left out.")
 
 
 # a run file's tables, one for each stage that can be set there

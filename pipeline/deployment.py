@@ -103,6 +103,11 @@ class Deployment(BaseModel):
         """Write the record; the last thing to be written."""
         (folder / RECORD).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
+    def artefacts(self) -> tuple[Artefact, ...]:
+        """All files whose bytes the record proves."""
+        towers = (artefact for made in self.towers.values() for artefact in made.values())
+        return (*towers, self.tokenization.artefact, self.weights)
+
     def tower(self, folder: str | Path, tower: Literal["image", "text"], variant: Variant) -> bytes:
         """The ONNX file of one tower, proven.
 

@@ -1,0 +1,77 @@
+"""The README.md of a deployed student: what it is, how it was measured, how it is used. No torch."""
+
+from __future__ import annotations
+
+from pipeline.deployment import Deployment
+from pipeline.student_table import StudentTable, to_markdown
+
+__all__ = ["model_card"]
+
+
+def model_card(deployment: Deployment, table: StudentTable) -> str:
+    """Markdown, with the head that model hubs read.
+
+    Args:
+        table: goes in whole.
+    """
+    size = "x".join(str(edge) for edge in deployment.preprocess["size"])
+    files = [
+        f"- `{artefact.file}`: {tower} tower, {variant}, {artefact.bytes / 1e6:.1f} MB"
+        for variant, towers in deployment.towers.items()
+        for tower, artefact in towers.items()
+    ]
+    files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
+    gates = "\n".join(
+        f"| {gate.name} | {gate.found:.6g} | {gate.wanted} | {'passed' if gate.passed else 'FAILED'} |"
+        for gate in table.gates
+    )
+    most = max(deployment.towers, key=list(deployment.towers).index)
+    return f"""---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+tags: [clip, distillation, onnx, teacher-cache]
+---
+# {deployment.name}
+
+A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
+{deployment.teacher} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}). It sees {size} pixels and
+reads up to {deployment.tokenization.context_length} tokens.
+
+![Size, speed and recall of {deployment.name}, its teacher and its ONNX files](table.png)
+
+{to_markdown(table)}
+What each file had to pass:
+
+| | found | wanted | |
+|---|---:|---|---|
+{gates}
+
+## Files
+{chr(10).join(files)}
+- `model.safetensors`, `open_clip_config.json`: for open_clip
+- `tokenizer.json`: for Hugging Face's tokenizers; `deploy.json`: preprocessing, tokenization, sha256 of each file
+- `table.md`, `table.json`, `table.png`: the table above
+
+## Use
+Without torch, by `pip install 'teacher-cache[runtime]'`:
+```python
+from pipeline.runtime import StudentRuntime
+
+student = StudentRuntime("FOLDER", variant="{most}")
+print(student.classify(["photo.jpg"], ["a photo of a dog", "a photo of a cat"]))
+```
+```
+teacher-cache infer photo.jpg --text "a photo of a dog" --text "a photo of a cat" --student FOLDER
+```
+With open_clip:
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+```
+
+## Limits
+It learned from the images and captions of one dataset and knows little beside; what it keeps of its teacher elsewhere
+is in the table only as far as it was measured. The numbers hold for the machine and the split that are named.
+"""

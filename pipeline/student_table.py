@@ -1,0 +1,233 @@
+"""The table of a deployed student: teacher, student and ONNX files side by side, all numbers of one run. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, Field
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.intervals import Interval
+from pipeline.latency import Ratio
+
+__all__ = ["Cosine", "Gate", "Retained", "Speed", "StudentTable", "TableRow", "terminal_table", "to_markdown"]
+
+Recalls = dict[str, dict[str, float]]
+
+
+class Speed(BaseModel, frozen=True):
+    """One tower at one batch size; what decodes and tokenizes is not in it."""
+
+    batch: int
+    p50_ms: float
+    p95_ms: float
+    per_second: float
+    ratio: Ratio | None = Field(description="Of the teacher's rate, round by round; None for the teacher itself.")
+
+
+class Cosine(BaseModel, frozen=True):
+    """Rows of the split against the torch student's of the same inputs."""
+
+    mean: float
+    least: float
+
+
+class Retained(BaseModel, frozen=True):
+    """A share of the teacher's number, in percent, with its interval of 95 % over images."""
+
+    share: float | None = Field(description="None where the teacher's own number is 0.")
+    interval: Interval | None
+
+
+class TableRow(BaseModel, frozen=True):
+    """One of teacher fp32, student fp32, ONNX fp32, ONNX int8."""
+
+    name: str
+    engine: str
+    bytes: int = Field(description="Of the files with weights.")
+    parameters: int
+    int8_share: float | None = Field(None, description="Share of the parameters that are stored as int8, of int8 rows.")
+    images: tuple[Speed, ...]
+    texts: tuple[Speed, ...]
+    recalls: Recalls
+    mean_recall: float
+    cosine: dict[str, Cosine] | None = Field(None, description="By tower; None for teacher and torch student.")
+    retention: dict[str, Any] | None = Field(None, description="Of each recall, i2t and t2i, as Retained; and mean.")
+    zero_shot: dict[str, float] | None = None
+    zero_shot_retention: Retained | None = Field(None, description="Of top-1.")
+
+
+class Gate(BaseModel, frozen=True):
+    """One thing that a file has to pass before it is shipped."""
+
+    name: str
+    found: float
+    wanted: str
+    passed: bool
+
+
+class StudentTable(BaseModel, frozen=True):
+    """All rows, and what they were measured on."""
+
+    student: str
+    teacher: str
+    run: str
+    checkpoint: str
+    chosen_on: str | None = Field(description="Split that the checkpoint was chosen on, for one that was.")
+    cache_manifest_digest: str
+    split: str
+    images: int
+    captions: int
+    zero_shot_dataset: str | None
+    zero_shot_images: int | None
+    rounds: int
+    threads: int
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    rows: tuple[TableRow, ...]
+    gates: tuple[Gate, ...]
+
+
+def _size(row: TableRow) -> str:
+    return f"{row.bytes / 1e6:.1f}"
+
+
+def _latency(tower: str, batch: int) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        found = _speed(row, tower, batch)
+        return "-" if found is None else f"{found.p50_ms:.1f} / {found.p95_ms:.1f}"
+
+    return show
+
+
+def _rate(tower: str, batch: int) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        found = _speed(row, tower, batch)
+        return "-" if found is None else f"{found.per_second:,.0f}"
+
+    return show
+
+
+def _ratio(tower: str, batch: int) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        found = _speed(row, tower, batch)
+        if found is None or found.ratio is None:
+            return "-"
+        return f"{found.ratio.median:.2f}x ({found.ratio.low:.2f} to {found.ratio.high:.2f})"
+
+    return show
+
+
+def _speed(row: TableRow, tower: str, batch: int) -> Speed | None:
+    speeds = row.images if tower == "image" else row.texts
+    return next((speed for speed in speeds if speed.batch == batch), None)
+
+
+def _recall(direction: str, name: str) -> Callable[[TableRow], str]:
+    return lambda row: f"{row.recalls[direction][name]:.1f}"
+
+
+def _cosine(tower: str) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        if row.cosine is None:
+            return "-"
+        found = row.cosine[tower]
+        return f"{found.mean:.5f} (least {found.least:.5f})"
+
+    return show
+
+
+def _retained(found: Retained | None) -> str:
+    if found is None or found.share is None:
+        return "-"
+    between = "" if found.interval is None else f" ({found.interval.low:.1f} to {found.interval.high:.1f})"
+    return f"{found.share:.1f} %{between}"
+
+
+def _retention(row: TableRow) -> str:
+    return _retained(row.retention["mean"] if row.retention else None)
+
+
+def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
+    """Heading and cell of each column, in order."""
+    first = table.rows[0]
+    columns: list[tuple[str, Callable[[TableRow], str]]] = [
+        ("MB", _size),
+        ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
+        ("stored as int8", lambda row: "-" if row.int8_share is None else f"{row.int8_share:.0%}"),
+    ]
+    for tower, unit, speeds in (("image", "images", first.images), ("text", "captions", first.texts)):
+        for speed in speeds:
+            if speed.batch == 1:
+                columns.append((f"{tower}, ms (p50 / p95)", _latency(tower, 1)))
+            else:
+                columns.append((f"{unit}/s, batch {speed.batch}", _rate(tower, speed.batch)))
+                columns.append(("of the teacher's", _ratio(tower, speed.batch)))
+    columns += [
+        (f"{direction} {name}", _recall(direction, name))
+        for direction, recalls in first.recalls.items()
+        for name in recalls
+    ]
+    columns += [("mean recall", lambda row: f"{row.mean_recall:.1f}"), ("retention (95 %)", _retention)]
+    if table.zero_shot_dataset is not None:
+        columns += [
+            ("zero-shot top-1", lambda row: "-" if row.zero_shot is None else f"{row.zero_shot['top-1']:.1f}"),
+            ("top-1 retention (95 %)", lambda row: _retained(row.zero_shot_retention)),
+        ]
+    columns += [("cosine to fp32, image", _cosine("image")), ("cosine to fp32, text", _cosine("text"))]
+    return columns
+
+
+def to_markdown(table: StudentTable) -> str:
+    """The table in Markdown: a row a model; below it what it was measured on."""
+    columns = _columns(table)
+    lines = ["| | " + " | ".join(heading for heading, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    lines += [f"| {row.name} | " + " | ".join(cell(row) for _, cell in columns) + " |" for row in table.rows]
+    return "\n".join([*lines, "", describe(table)]) + "\n"
+
+
+def describe(table: StudentTable) -> str:
+    """What the numbers mean and where they come from, in sentences."""
+    chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
+    parts = [
+        f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
+        "of an image counts; the teacher's from its cached embeddings.",
+        "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
+        "resamples of images.",
+        f"Speed: {table.rounds} rounds in turns on {table.threads} threads, decoding and tokenizing left out; in "
+        "parentheses the 5th and 95th percentile of the rounds' ratios.",
+    ]
+    if table.zero_shot_dataset is not None:
+        parts.append(f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images.")
+    parts.append(
+        f"Checkpoint {table.checkpoint} of {table.run}{chosen}. Measured {table.date} on {table.hardware} with "
+        + ", ".join(f"{name} {version}" for name, version in table.versions.items())
+        + "."
+    )
+    return "\n".join(parts)
+
+
+def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
+    """Headings and, for each model, its cells; the first is its name."""
+    columns = _columns(table)
+    return ["", *(heading for heading, _ in columns)], [
+        [row.name, *(cell(row) for _, cell in columns)] for row in table.rows
+    ]
+
+
+def terminal_table(table: StudentTable) -> Table:
+    """The same, turned: a column a model, since a terminal has more lines than columns."""
+    headings, rows = cells(table)
+    title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
+    shown = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("")
+    for row in rows:
+        shown.add_column(row[0], justify="right")
+    for index, heading in enumerate(headings[1:], start=1):
+        shown.add_row(escape(heading), *(escape(row[index].replace(" (", "\n(")) for row in rows))
+    return shown
