@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,9 @@ from pipeline.config import (
 from storage.cli import JsonFlag, app, counted, print_json
 from storage.console import StageProgress
 
+if TYPE_CHECKING:
+    from pipeline.evaluate import EvaluateResult
+
 __all__ = ["evaluate", "recall_table", "zero_shot"]
 
 
@@ -31,6 +34,7 @@ def evaluate(
     split: Annotated[str | None, setting(EvaluateConfig, "split")] = None,
     image_root: Annotated[str | None, setting(EvaluateConfig, "image_root")] = None,
     accept_mismatch: Annotated[list[str] | None, setting(EvaluateConfig, "accept_mismatch")] = None,
+    ranks: Annotated[str | None, setting(EvaluateConfig, "ranks")] = None,
     device: Annotated[str | None, setting(EvaluateConfig, "device")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -42,6 +46,7 @@ def evaluate(
         "split": split,
         "image_root": image_root,
         "accept_mismatch": accept_mismatch or None,
+        "ranks": ranks,
         "device": device,
     }
     config = load_config(EvaluateConfig, "evaluate", run_file, flags)
@@ -54,7 +59,9 @@ def evaluate(
     else:
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
         title += _chosen(result.chosen_on)
-        Console().print(recall_table(title, result.teacher, result.student, result.retention))
+        Console().print(recall_table(title, result))
+    if result.ranks:
+        say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
 
 
 @app.command("zero-shot")
@@ -109,21 +116,30 @@ def _chosen(split: str | None) -> str:
     return "" if split is None else f"; checkpoint chosen on {split}"
 
 
-def recall_table(
-    title: str,
-    teacher: dict[str, dict[str, float]],
-    student: dict[str, dict[str, float]] | None,
-    retention: dict[str, Any] | None,
-) -> Table:
-    """Recalls of teacher and student side by side, in percent."""
+def recall_table(title: str, found: EvaluateResult) -> Table:
+    """Recalls of teacher and student side by side, what was retained and how far that may be off; in percent."""
+    from pipeline.metrics import mean_recall
+
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for direction, recalls in teacher.items():
-        for name in recalls:
-            table.add_column(f"{direction}\n{name}", justify="right", no_wrap=True)
-    rows = {"teacher": teacher, "student": student, "retention %": retention}
-    for label, values in rows.items():
-        if values is not None:
-            cells = [values[direction][name] for direction, recalls in teacher.items() for name in recalls]
-            table.add_row(label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
+    columns = [(direction, name) for direction, recalls in found.teacher.items() for name in recalls]
+    for direction, name in columns:
+        table.add_column(f"{direction}\n{name}", justify="right", no_wrap=True)
+    table.add_column("\nmean", justify="right", no_wrap=True)
+
+    def row(label: str, values: dict[str, Any], mean: float | None) -> None:
+        cells = [*(values[direction][name] for direction, name in columns), mean]
+        table.add_row(label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
+
+    row("teacher", found.teacher, mean_recall(found.teacher))
+    if found.student is not None and found.retention is not None and found.retention_intervals is not None:
+        row("student", found.student, mean_recall(found.student))
+        row("retention %", found.retention, found.retention["mean"])
+        spans = found.retention_intervals.model_dump()
+        for end, label in (("low", f"{100 * found.interval_level:.0f} % from"), ("high", "to")):
+            ends = {
+                direction: {name: span and span[end] for name, span in spans[direction].items()}
+                for direction in found.teacher
+            }
+            row(label, ends, spans["mean"] and spans["mean"][end])
     return table

@@ -309,6 +309,9 @@ class EvaluateConfig(_Config):
         (), description="Field of the identity, or part of it, in which the run's cache may differ from this one."
     )
     image_root: str | None = Field(None, description="Where the images are now, if not where the run found them.")
+    ranks: str | None = Field(
+        None, description="Parquet file to write with the rank of every query, by teacher and student."
+    )
     batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass of the student.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N, for the student.")
     workers: int | None = Field(

@@ -10,7 +10,9 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation_split import open_split
-from pipeline.metrics import recall_of_ranks, retention
+from pipeline.intervals import LEVEL, RESAMPLES, RecallIntervals, bootstrap_recalls, bootstrap_share
+from pipeline.metrics import RECALL_KS, recall_of_ranks, retention
+from pipeline.rank_table import RANK_DEPTH, rank_file, write_rank_table
 from pipeline.runs import RunFolder
 
 __all__ = ["EvaluateResult", "evaluate"]
@@ -36,6 +38,14 @@ class EvaluateResult(BaseModel, frozen=True):
     retention: dict[str, Any] | None
     student_parameters: int | None
     seconds: float
+    interval_level: float = Field(LEVEL, description="Share of the bootstrap's resamples within each interval.")
+    interval_resamples: int = Field(RESAMPLES, description="Resamples of the images, each with all its captions.")
+    teacher_intervals: RecallIntervals
+    student_intervals: RecallIntervals | None
+    retention_intervals: RecallIntervals | None = Field(
+        description="Student and teacher on the same resamples. None for a number that some resample does not have."
+    )
+    ranks: str | None = Field(None, description="File that the rank of every query was written to.")
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] | None = None) -> EvaluateResult:
@@ -44,7 +54,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
     Without a run no model is built and no torch imported.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, or a run without such a checkpoint.
+        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, or ranks that cannot
+            be written where they are wanted.
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
@@ -53,9 +64,12 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
     folder = RunFolder(run) if run else None
     record = folder.read() if folder else None
     path = folder.checkpoint_path(config.checkpoint) if folder else None
+    rank_path = rank_file(config.ranks) if config.ranks else None
     split = open_split(config)
-    teacher = recall_of_ranks(split.teacher_ranks())
-    student = kept = None
+    depth = RANK_DEPTH if rank_path else max(RECALL_KS)
+    teacher_ranks = split.teacher_ranks(depth)
+    teacher = recall_of_ranks(teacher_ranks)
+    student_ranks = student = kept = None
     if path is not None and record is not None:
         # torch only from here on: the teacher's recall needs none
         from pipeline.device import resolve_device
@@ -76,8 +90,13 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
             config.workers,
             progress,
         )
-        student = recall_of_ranks(split.ranks(image, text))
+        student_ranks = split.ranks(image, text, depth)
+        student = recall_of_ranks(student_ranks)
         kept = retention(student, teacher)
+    checkpoint = path.relative_to(folder.path).as_posix() if folder and path else None
+    if rank_path:
+        write_rank_table(rank_path, split, teacher_ranks, student_ranks, run, checkpoint)
+    text_image = split.text_image
     return EvaluateResult(
         split=split.name,
         images=len(split.image_rows),
@@ -87,11 +106,15 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         cache_manifest_digest=split.reader.manifest.digest,
         accepted_mismatches=split.accepted_mismatches,
         run=run,
-        checkpoint=path.relative_to(folder.path).as_posix() if folder and path else None,
+        checkpoint=checkpoint,
         chosen_on=record.best.split if record and record.best and config.checkpoint == "best" else None,
         teacher=teacher,
         student=student,
         retention=kept,
         student_parameters=record.student_parameters if record else None,
+        teacher_intervals=bootstrap_recalls(teacher_ranks, text_image),
+        student_intervals=bootstrap_recalls(student_ranks, text_image) if student_ranks else None,
+        retention_intervals=bootstrap_share(student_ranks, teacher_ranks, text_image) if student_ranks else None,
+        ranks=config.ranks,
         seconds=time.perf_counter() - started,
     )
