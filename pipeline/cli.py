@@ -19,7 +19,8 @@ from rich.console import Console
 import pipeline.cli_cache
 import pipeline.cli_evaluate
 import pipeline.cli_pixels
-import pipeline.cli_train  # noqa: F401
+import pipeline.cli_train
+import pipeline.cli_zero_shot  # noqa: F401
 from pipeline.cli_flags import say
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
