@@ -23,7 +23,8 @@ __all__ = ["app", "main"]
 commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
 commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")
-commands_in("pipeline.cli_evaluate", "evaluate", "zero-shot")
+commands_in("pipeline.cli_evaluate", "evaluate")
+commands_in("pipeline.cli_zero_shot", "zero-shot")
 commands_in("pipeline.cli_deploy", "deploy")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word

@@ -1,28 +1,23 @@
-"""The ``evaluate`` and ``zero-shot`` commands."""
+"""The ``evaluate`` command."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli_flags import RunFile, say, setting
-from pipeline.config import (
-    EvaluateConfig,
-    ZeroShotConfig,
-    load_config,
-)
-from storage.cli import JsonFlag, app, counted, print_json
+from pipeline.config import EvaluateConfig, load_config
+from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateResult
 
-__all__ = ["evaluate", "recall_table", "zero_shot"]
+__all__ = ["evaluate", "recall_table"]
 
 
 @app.command()
@@ -62,54 +57,6 @@ def evaluate(
         Console().print(recall_table(title, result))
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
-
-
-@app.command("zero-shot")
-def zero_shot(
-    dataset: Annotated[
-        str, typer.Argument(metavar="KIND:PATH", help=ZeroShotConfig.model_fields["dataset"].description)
-    ],
-    run: Annotated[str | None, setting(ZeroShotConfig, "run")] = None,
-    checkpoint: Annotated[str | None, setting(ZeroShotConfig, "checkpoint")] = None,
-    teacher: Annotated[str | None, setting(ZeroShotConfig, "teacher")] = None,
-    pretrained: Annotated[str | None, setting(ZeroShotConfig, "pretrained")] = None,
-    device: Annotated[str | None, setting(ZeroShotConfig, "device")] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Zero-shot accuracy of a student, a teacher or both: top-1, top-5 and the mean over classes."""
-    flags = {
-        "dataset": dataset,
-        "run": run,
-        "checkpoint": checkpoint,
-        "teacher": teacher,
-        "pretrained": pretrained,
-        "device": device,
-    }
-    config = load_config(ZeroShotConfig, "zero-shot", None, flags)
-    from pipeline.zero_shot import zero_shot as measure
-
-    with StageProgress() as progress:
-        result = measure(config, progress)
-    for line in result.undecodable:
-        say(f"left out: {line}")
-    if json:
-        print_json(result)
-        return
-    table = Table(
-        title=escape(
-            f"{result.dataset}: {result.images:,} images, {result.classes} classes, "
-            f"{counted(len(result.prompts), 'prompt')} a class{_chosen(result.chosen_on)}"
-        ),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    found = {label: values for label, values in (("teacher", result.teacher), ("student", result.student)) if values}
-    table.add_column("")
-    for name in next(iter(found.values())):
-        table.add_column(name, justify="right")
-    for label, values in found.items():
-        table.add_row(label, *(f"{value:.1f}" for value in values.values()))
-    Console().print(table)
 
 
 def _chosen(split: str | None) -> str:

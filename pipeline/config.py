@@ -323,7 +323,31 @@ class ZeroShotConfig(_Config):
     """Classify the images of a dataset by the prompts of their classes."""
 
     dataset: str = Field(
-        description="KIND:PATH whose captions are the prompts of each image's class: imagefolder:PATH?templates=openai."
+        description="Labelled images: imagefolder:PATH, webdataset:PATH (.cls beside each image) or "
+        "torchvision:NAME:PATH; or KIND:PATH whose captions are the prompts of each image's class."
+    )
+    prompts: str = Field(
+        "",
+        description="Prompt set with templates and class names: imagenet1k, cifar10, food101, ... (a wrong name "
+        "lists all).",
+    )
+    templates: str = Field(
+        "",
+        description="photo, simple or openai (3, 7 and 80 templates), a prompt set, or a file with a template per "
+        "line and {} for the class; those of --prompts, of the dataset, or photo, if left out.",
+    )
+    class_names: str = Field(
+        "",
+        description="JSON file {folder or label: name of the class}, or a list of names; those of --prompts, or of "
+        "the dataset, if left out.",
+    )
+    split: str = Field(
+        "", description="Published split to measure on, or all; needed where there are several. Of torchvision's: test."
+    )
+    cache: str | None = Field(
+        None,
+        description="Cache of the teacher's rows of these images and prompts; made by --teacher if it is not "
+        "there, and then no teacher is run again.",
     )
     run: str | None = Field(None, description="Folder of a training run, to measure its student.")
     checkpoint: Literal["last", "best"] = Field(

@@ -1,19 +1,32 @@
-"""Labelled images for zero-shot classification."""
+"""Labelled images for zero-shot classification, with the prompts of their classes.
+
+imagefolder:PATH          a folder per class, perhaps below a folder per split
+webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
+torchvision:NAME:PATH     a dataset of torchvision that lies at PATH; nothing is downloaded
+KIND:PATH                 any other adapter: images with the same captions are of one class, and these its prompts
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets.base import Sample
+from pipeline.config import ZeroShotConfig
+from pipeline.datasets.base import Sample, SampleSet
+from pipeline.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
 from pipeline.decode import UndecodableImageError, decode_image
-from pipeline.samples import ImageSource
+from pipeline.prompts import SAME_ORDER, Classes
+from pipeline.samples import DatasetSpec, ImageSource, load_samples
+from pipeline.torchvision_images import TorchvisionImages, open_torchvision
+from storage.errors import UsageError
 
-__all__ = ["FileImages", "LabelledImages", "UnusableImageError"]
+__all__ = ["FileImages", "LabelledDataset", "LabelledImages", "UnusableImageError", "open_labelled"]
 
 UnusableImageError = UndecodableImageError
 
@@ -58,3 +71,115 @@ class FileImages:
         """One image, decoded by the rules of ``pipeline.preprocess``."""
         sample = self._samples[index]
         return decode_image(self._source.read(sample.uri, sample.offset, sample.length))
+
+
+@dataclass(frozen=True)
+class LabelledDataset:
+    """What is classified, among which classes, by which prompts.
+
+    Attributes:
+        images: their labels are positions in ``found.prompts``.
+        problems: what of the dataset was left out, counted by kind.
+        lost_images: images of it that were left out, and why; those that cannot be decoded come to light later.
+        spec: the same as a dataset that can be cached; None where its images are in no files.
+        samples, digests: its files, as ``load_samples`` found them; None and empty without a spec.
+    """
+
+    images: LabelledImages
+    found: ClassPrompts
+    problems: dict[str, int]
+    lost_images: tuple[str, ...] = ()
+    spec: DatasetSpec | None = None
+    samples: SampleSet | None = None
+    digests: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Those of each class."""
+        return self.found.prompts
+
+
+def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
+    """Read a labelled dataset and match its classes.
+
+    Raises:
+        UsageError: a dataset or setting that cannot be used, or a class that cannot be matched for sure.
+    """
+    kind, _, rest = config.dataset.partition(":")
+    if kind == "torchvision":
+        return _torchvision(config, rest)
+    spec = DatasetSpec.parse(config.dataset)
+    if spec.kind in FORMS:
+        return _files(config, spec)
+    given = [name for name in ("prompts", "templates", "class_names", "split") if getattr(config, name)]
+    if given:
+        raise UsageError(
+            f"{spec}: the captions of this kind are its prompts, so {', '.join(given)} cannot be set; labelled images "
+            f"are {', '.join(f'{form}:PATH' for form in FORMS)} and torchvision:NAME:PATH"
+        )
+    return _by_captions(spec)
+
+
+def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
+    options = dict(spec.options)
+    # what imagefolder calls them when it is a dataset of captions
+    aliases = {"templates": "templates", "classes": "class_names", "split": "split"}
+    unknown = sorted(set(options) - set(aliases))
+    if unknown:
+        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(aliases)}")
+    settings = {name: getattr(config, name) for name in ("prompts", "templates", "class_names", "split")}
+    for name, value in options.items():
+        settings[aliases[name]] = settings[aliases[name]] or value
+    settings = {name: value for name, value in settings.items() if value}
+    cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
+    listing = list_images(spec.root, spec.kind, settings.get("split", ""))
+    if not listing.images:
+        first = f"; the first problem: {listing.problems[0].where}: {listing.problems[0].detail}"
+        raise UsageError(f"{spec}: no image of any class{first if listing.problems else ''}")
+    found = class_prompts(
+        listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")
+    )
+    key = dict(zip((image.sample_id for image in listing.images), listing.keys, strict=True))
+    samples, digests = load_samples(cached)
+    labels = np.array([found.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
+    return LabelledDataset(
+        FileImages(config.dataset, samples.samples, samples.root, labels),
+        found,
+        dict(Counter(problem.kind for problem in samples.problems)),
+        tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
+        cached,
+        samples,
+        tuple(digests),
+    )
+
+
+def _torchvision(config: ZeroShotConfig, rest: str) -> LabelledDataset:
+    dataset, numbers, listing = open_torchvision(rest, config.split)
+    same_order = bool(config.prompts) and SAME_ORDER.get(rest.partition(":")[0]) == config.prompts
+    if not listing.named and not same_order and not config.class_names:
+        raise UsageError(
+            f"{listing.where}: torchvision has no names of its {len(listing.own)} classes, and its numbers are not "
+            f"known to be in the order of {config.prompts or 'any prompts'}; name them by --class-names FILE.json, "
+            '{"0": "its name", ...}'
+        )
+    found = class_prompts(
+        replace(listing, named=True), config.prompts, config.templates, config.class_names, same_order=same_order
+    )
+    labels = np.array([found.classes.number[listing.keys[number]] for number in numbers], np.int64)
+    return LabelledDataset(TorchvisionImages(config.dataset, dataset, numbers, labels), found, {})
+
+
+def _by_captions(spec: DatasetSpec) -> LabelledDataset:
+    samples, _ = load_samples(spec)
+    prompts = tuple(dict.fromkeys(sample.captions for sample in samples.samples))
+    if len(prompts) < 2:
+        raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")
+    number = {captions: index for index, captions in enumerate(prompts)}
+    labels = np.array([number[sample.captions] for sample in samples.samples], np.int64)
+    classes = Classes(tuple(captions[0] for captions in prompts), {}, "captions")
+    return LabelledDataset(
+        FileImages(str(spec), samples.samples, samples.root, labels),
+        ClassPrompts(classes, prompts, ()),
+        dict(Counter(problem.kind for problem in samples.problems)),
+        tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
+    )

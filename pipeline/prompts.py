@@ -185,11 +185,16 @@ def read_templates(what: str) -> tuple[str, ...]:
     path = Path(what)
     if path.is_file():
         return templates_in(path)
-    if re.fullmatch(r"[a-z0-9_]+", what):
+    try:
+        known = prompt_sets()
+        sets = f"one of the prompt sets {', '.join(known)}"
+    except UsageError as error:
+        known, sets = (), f"a prompt set ({error})"
+    if what in known:
         return prompt_set(what).templates
     raise UsageError(
-        f"templates={printable(what)!r} is neither photo, simple nor openai, nor the name of a prompt set, nor a file "
-        "of templates that is there"
+        f"templates={printable(what)!r} is neither photo, simple nor openai, nor a file of templates that is there, "
+        f"nor {sets}"
     )
 
 

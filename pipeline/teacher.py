@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,17 +18,19 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pipeline.config import Precision
 from pipeline.datasets.base import printable
 from pipeline.device import resolve_device
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_files, require_plain_settings
-from pipeline.preprocess import Preprocess
+from pipeline.preprocess import Preprocess, handed_on
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 from storage.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 
-__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "load_teacher"]
+__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "is_surely", "load_teacher"]
 
 BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -210,10 +214,40 @@ def cached_teacher(name: str, pretrained: str | None, device: str, precision: Pr
     return load_teacher(name, pretrained, device, precision)
 
 
+def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:
+    """Whether a teacher is the one that a cache is of, as far as can be told without building it.
+
+    A model folder is proven by its weights and its config; a built-in name with its tag, and a model of a hub, are
+    taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows.
+    """
+    teacher, preprocess = identity.teacher, identity.preprocess
+    path = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
+    if teacher.precision != "fp32" or (pretrained and Path(pretrained).exists()):
+        return False
+    if path is None:
+        return (teacher.name, teacher.pretrained) == (name, pretrained)
+    try:
+        config = json.loads((path / "open_clip_config.json").read_bytes())
+        weights = load_file(path / "open_clip_model.safetensors")
+        seen = {"size": preprocess.image_size, "mode": "RGB", "fill_color": 0, **config["preprocess_cfg"]}
+        return (
+            pretrained is None
+            and config["model_cfg"] == teacher.architecture
+            and Preprocess.from_config(seen) == Preprocess.from_config({**handed_on(preprocess), "size": seen["size"]})
+            and _digest_tensors(weights) == teacher.weights_sha256
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+
+
 def _digest_weights(model: torch.nn.Module) -> str:
+    return _digest_tensors(model.state_dict())
+
+
+def _digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
     total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()
         total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         total.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())

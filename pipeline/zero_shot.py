@@ -13,21 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from pipeline.config import ZeroShotConfig
 from pipeline.device import keep_freed_memory, resolve_device
-from pipeline.labelled import FileImages, LabelledImages, UnusableImageError
+from pipeline.labelled import LabelledImages, UnusableImageError, open_labelled
 from pipeline.runs import RunFolder
-from pipeline.samples import DatasetSpec, load_samples
 from pipeline.teacher import load_teacher
+from pipeline.zero_shot_cache import TeacherRows, teacher_rows
 from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
 from storage.errors import UsageError
 
@@ -51,14 +49,23 @@ class ZeroShotResult(BaseModel, frozen=True):
     """Accuracies in percent."""
 
     dataset: str
+    split: str = Field("", description="As asked for; empty for all images, or for torchvision's test split.")
     images: int
     classes: int
+    prompt_set: str = Field("", description="Name of the set whose templates or class names were used.")
+    matched_by: str = Field(
+        "own names", description="How the dataset's classes found theirs in the list: name, number, WordNet id, ..."
+    )
     prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
+    lost_images: int = Field(0, description="Of the dataset, that are in no usable file; their reasons come first.")
     undecodable: tuple[str, ...] = Field(description="Images left out, with the reason; the first 20.")
     undecodable_images: int
     teacher: dict[str, float] | None
     student: dict[str, float] | None
     teacher_name: str | None
+    cache: str | None = Field(None, description="That the teacher's rows were read from.")
+    cache_manifest_digest: str | None = None
+    teacher_ran: bool = Field(True, description="False when all of its rows were in the cache.")
     run: str | None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
     chosen_on: str | None = Field(None, description="Split that this checkpoint was chosen on, for one that was.")
@@ -245,63 +252,73 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
         progress: called with (stage, images done, images in all).
 
     Raises:
-        UsageError: neither model named, a run without such a checkpoint, a dataset of one class, or a setting that
-            cannot be used.
+        UsageError: neither model named, a run without such a checkpoint, a dataset of one class, a class that cannot
+            be matched with its name for sure, or a setting that cannot be used.
+        CacheError: the cache is damaged, or of something else than is asked for.
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
-    if config.run is None and config.teacher is None:
-        raise UsageError("nothing to measure: give --run, --teacher or both")
+    if config.run is None and config.teacher is None and config.cache is None:
+        raise UsageError("nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of")
     # before the hours that a teacher may take
     folder = RunFolder(config.run) if config.run is not None else None
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
     best = folder.read().best if folder is not None and config.checkpoint == "best" else None
-    spec = DatasetSpec.parse(config.dataset)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    samples = load_samples(spec)[0]
-    prompts = list(dict.fromkeys(sample.captions for sample in samples.samples))
-    if len(prompts) < 2:
-        raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")
-    number = {captions: index for index, captions in enumerate(prompts)}
-    labels = np.array([number[sample.captions] for sample in samples.samples])
-    dataset = FileImages(str(spec), samples.samples, samples.root, labels)
+    dataset = open_labelled(config)
     found: dict[str, Classification] = {}
-    for name, encoder in _encoders(config, checkpoint, device):
+    rows: TeacherRows | None = None
 
-        def report(done: int, total: int, name: str = name) -> None:
-            if progress is not None:
-                progress(f"{name} images", done, total)
+    def stage(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(name, done, total) if progress is not None else None
 
-        found[name] = classify_dataset(encoder, dataset, prompts, config.batch_size, report)
-    rows = common_rows(*found.values())
+    if config.cache is not None:
+        rows = teacher_rows(config, dataset, progress)
+        weights = mean_rows(rows.prompts, [len(texts) for texts in dataset.prompts])
+        found["teacher"] = classify_rows(rows.image, weights, dataset.images.labels, rows.lost)
+    elif config.teacher is not None:
+        teacher = TeacherEncoder(load_teacher(config.teacher, config.pretrained, config.device))
+        found["teacher"] = classify_dataset(
+            teacher, dataset.images, dataset.prompts, config.batch_size, stage("teacher images")
+        )
+        del teacher
+    if checkpoint is not None:
+        found["student"] = classify_dataset(
+            StudentEncoder(checkpoint, device),
+            dataset.images,
+            dataset.prompts,
+            config.batch_size,
+            stage("student images"),
+        )
+    same = common_rows(*found.values())
+    if not len(same):
+        raise UsageError(f"{config.dataset}: not one image can be used by teacher and student both")
     lost = {row: reason for each in found.values() for row, reason in each.lost.items()}
-    measured = {name: each.accuracies(rows) for name, each in found.items()}
+    measured = {name: each.accuracies(same) for name, each in found.items()}
     return ZeroShotResult(
-        dataset=str(spec),
-        images=len(labels) - len(lost),
-        classes=len(prompts),
-        prompts=tuple(prompts[0]),
-        undecodable=tuple(lost[row] for row in sorted(lost)[:_PROBLEMS_SHOWN]),
+        dataset=config.dataset,
+        split=config.split,
+        images=len(same),
+        classes=len(dataset.prompts),
+        prompt_set=config.prompts,
+        matched_by=dataset.found.classes.matched_by,
+        prompts=dataset.prompts[0],
+        lost_images=len(dataset.lost_images),
+        undecodable=(*dataset.lost_images, *(lost[row] for row in sorted(lost)))[:_PROBLEMS_SHOWN],
         undecodable_images=len(lost),
         teacher=measured.get("teacher"),
         student=measured.get("student"),
-        teacher_name=config.teacher,
+        teacher_name=rows.teacher if rows is not None else config.teacher,
+        cache=config.cache,
+        cache_manifest_digest=rows.manifest_digest if rows is not None else None,
+        teacher_ran=rows.encoded if rows is not None else config.teacher is not None,
         run=config.run,
         checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
         chosen_on=best.split if best else None,
         seconds=time.perf_counter() - started,
     )
-
-
-def _encoders(
-    config: ZeroShotConfig, checkpoint: Path | None, device: torch.device
-) -> Iterator[tuple[str, ZeroShotEncoder]]:
-    if config.teacher is not None:
-        yield "teacher", TeacherEncoder(load_teacher(config.teacher, config.pretrained, config.device))
-    if checkpoint is not None:
-        yield "student", StudentEncoder(checkpoint, device)
 
 
 _Batch = list[tuple[int, Image.Image]]

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, str] = {
     "imagefolder": "pipeline.datasets.imagefolder",
     "table": "pipeline.datasets.table",
     "scenes": "pipeline.datasets.scenes",
+    "labelled": "pipeline.datasets.labelled",
 }
 
 

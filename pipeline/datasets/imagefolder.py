@@ -11,7 +11,7 @@ folders are left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.datasets.base import (
@@ -21,17 +21,14 @@ from pipeline.datasets.base import (
     Record,
     contents,
     local_folder,
-    open_text,
     printable,
     read_json_object,
     sample_or_problem,
 )
+from pipeline.prompts import DEFAULT_TEMPLATES, filled, read_templates
 from storage.errors import UsageError
 
-__all__ = ["DEFAULT_TEMPLATES", "read"]
-
-# three of CLIP's own: its 7 or 80 would give every image as many rows of captions
-DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
+__all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -42,30 +39,51 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
     Args:
         root: the folder.
         templates: ``photo`` for :data:`DEFAULT_TEMPLATES`; ``simple`` or ``openai`` for the 7 or 80 of CLIP's
-            that open_clip ships; else a text file with one template per line and ``{}`` for the class.
+            that open_clip ships; a prompt set (``pipeline.prompts``) for its templates; else a text file with one
+            template per line and ``{}`` for the class.
         classes: a JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of the
             1,000 folders of ImageNet.
 
     Raises:
         UsageError: no class folder with images, templates without ``{}``, or classes without a name.
     """
+    fill = read_templates(templates)
+    names = _class_names(root, class_folders(root), classes)
+    for found in read_classes(root):
+        if isinstance(found, Problem):
+            yield found
+        else:
+            relative, split, folder = found
+            yield from sample_or_problem(relative, relative, split, filled(fill, names[folder]))
+
+
+def class_folders(root: str) -> list[str]:
+    """Names of the class folders of all splits, sorted.
+
+    Raises:
+        UsageError: there are none.
+    """
     folder = local_folder("imagefolder", root)
-    fill = _templates(templates)
-    class_folders, stray = _class_folders(folder)
-    if not class_folders:
+    found = _class_folders(folder)[0]
+    if not found:
         raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}")
-    names = _class_names(root, sorted({path.name for _, path in class_folders}), classes)
+    return sorted({path.name for _, path in found})
+
+
+def read_classes(root: str) -> Iterator[tuple[str, str, str] | Problem]:
+    """Every image of the class folders: its path relative to the root, its split, the name of its class folder."""
+    folder = local_folder("imagefolder", root)
+    pairs, stray = _class_folders(folder)
     for path in stray:
         where = printable(path.relative_to(folder).as_posix())
         yield Problem("bad-record", where, "an image outside the class folders", lost_image=True)
-    for split, class_folder in class_folders:
-        captions = [template(names[class_folder.name]) for template in fill]
+    for split, class_folder in pairs:
         empty = True
         for path in _files_below(class_folder):
             relative = path.relative_to(folder).as_posix()
             if path.name.lower().endswith(IMAGE_ENDINGS):
                 empty = False
-                yield from sample_or_problem(relative, relative, split, captions)
+                yield relative, split, class_folder.name
             else:
                 detail = f"not an image by its ending; those are {', '.join(IMAGE_ENDINGS)}"
                 yield Problem("bad-record", printable(relative), detail, lost_image=False)
@@ -105,38 +123,6 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
         else:
             pairs.append(("", folder))
     return pairs, [path for path in beside if path.name.lower().endswith(IMAGE_ENDINGS)]
-
-
-def _templates(templates: str) -> list[Callable[[str], str]]:
-    if templates in ("simple", "openai"):
-        import open_clip  # two seconds that the other templates do without
-
-        shipped = {
-            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-        }
-        return list(shipped[templates])
-    if templates == "photo":
-        lines = list(DEFAULT_TEMPLATES)
-    else:
-        path = Path(templates)
-        if not path.is_file():
-            raise UsageError(
-                f"templates={templates!r} is neither photo, simple nor openai, nor a file of templates that is there"
-            )
-        with open_text(path) as file:
-            lines = [line.strip() for line in file if line.strip()]
-        for line in lines:
-            if "{}" not in line:
-                raise UsageError(f"{path}: the template {printable(line)!r} has no {{}} for the class")
-        if not lines:
-            raise UsageError(f"{path}: no template in it; write one per line, with {{}} for the class")
-
-    # not str.format: a template may hold other braces
-    def filled(line: str) -> Callable[[str], str]:
-        return lambda name: line.replace("{}", name)
-
-    return [filled(line) for line in lines]
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:

@@ -34,6 +34,7 @@ from pipeline.datasets.base import (
     SPLIT_NAMES,
     Problem,
     Record,
+    Sample,
     contents,
     data_folder,
     open_regular,
@@ -43,7 +44,7 @@ from pipeline.datasets.base import (
 from storage.errors import UsageError
 from storage.transient import is_transient
 
-__all__ = ["read"]
+__all__ = ["read", "read_labels"]
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -104,7 +105,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
         tar_split = split or _split_of(uri, folder)
         members: dict[str, _Member] = {}
-        yield from _read_tar(tar, uri, txt == "lines", members)
+        yield from _read_tar(tar, uri, members, lines=txt == "lines")
         for key, member in members.items():
             sample_id = f"{uri}/{key}" if ids == "tar" else key
             captions = next((member.captions[ending] for ending in ("txt", "json") if ending in member.captions), None)
@@ -113,6 +114,35 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
             elif captions is not None:
                 detail = f"{uri}: there is no image beside {', '.join(member.endings)}"
                 yield Problem("no-image", printable(sample_id), detail, lost_image=False)
+
+
+def read_labels(root: str, split: str = "") -> Iterator[tuple[Sample, str] | Problem]:
+    """Images with the ``.cls`` member beside them, as clip-benchmark and webdataset write classification sets.
+
+    Yields:
+        The sample and its label, which is its caption too: the number of its class, from 0 on, as text without
+        leading zeros. An image without one is a problem.
+    """
+    folder = data_folder(root)
+    for tar in _tars(root):
+        uri = tar.removeprefix(f"{folder.rstrip('/')}/")
+        members: dict[str, _Member] = {}
+        yield from _read_tar(tar, uri, members, text_endings=("cls",))
+        for key, member in members.items():
+            # exported tars of one dataset each count from s0000000 on
+            sample_id = f"{uri}/{key}"
+            label = " ".join(member.captions.get("cls", [])).strip()
+            if member.offset < 0:
+                continue
+            if not (label.isascii() and label.isdigit()):
+                found = f"the label {printable(label)!r}" if label else "no label"
+                detail = f"{found} in KEY.cls beside the image; the number of its class is wanted"
+                yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
+                continue
+            for record in sample_or_problem(
+                sample_id, uri, split or _split_of(uri, folder), [label], member.offset, member.length
+            ):
+                yield record if isinstance(record, Problem) else (record, str(int(label)))
 
 
 def _tars(root: str) -> list[str]:
@@ -167,11 +197,18 @@ def _split_of(uri: str, folder: str) -> str:
     return name if name in SPLIT_NAMES else ""
 
 
-def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> Iterator[Problem]:
+def _read_tar(
+    tar: str,
+    uri: str,
+    members: dict[str, _Member],
+    *,
+    lines: bool = False,
+    text_endings: tuple[str, ...] = ("txt", "json"),
+) -> Iterator[Problem]:
     """Fill ``members`` from one tar; what was read before a broken place stays."""
     try:
         with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
-            yield from _read_members(file, uri, lines, members)
+            yield from _read_members(file, uri, members, lines, text_endings)
     except FileNotFoundError:
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many kinds for bytes and servers they cannot read
@@ -184,7 +221,9 @@ def _read_tar(tar: str, uri: str, lines: bool, members: dict[str, _Member]) -> I
         yield Problem("bad-record", printable(uri), detail, lost_image=False)
 
 
-def _read_members(file: IO[bytes], uri: str, lines: bool, members: dict[str, _Member]) -> Iterator[Problem]:
+def _read_members(
+    file: IO[bytes], uri: str, members: dict[str, _Member], lines: bool, text_endings: tuple[str, ...]
+) -> Iterator[Problem]:
     # "r:" takes plain tars only: bytes inside a compressed one have no place to read them from
     how = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Entry}
     with tarfile.open(fileobj=file, mode="r:", **how) as archive:  # type: ignore[call-overload]
@@ -194,12 +233,7 @@ def _read_members(file: IO[bytes], uri: str, lines: bool, members: dict[str, _Me
                 raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
             place, dot, ending = PurePosixPath(entry.name).name.partition(".")
             ending = ending.lower()
-            if (
-                entry.isdir()
-                or not dot
-                or not place
-                or (ending not in _IMAGE_ENDINGS and ending not in ("txt", "json"))
-            ):
+            if entry.isdir() or not dot or not place or (ending not in _IMAGE_ENDINGS and ending not in text_endings):
                 continue  # class labels, masks, extended attributes: nothing of an image and its captions
             parent = entry.name.removeprefix("./").rpartition("/")[0]
             key = f"{parent}/{place}" if parent else place
@@ -225,7 +259,7 @@ def _read_members(file: IO[bytes], uri: str, lines: bool, members: dict[str, _Me
             content = archive.extractfile(entry)
             assert content is not None  # a regular member
             text = content.read().decode("utf-8-sig", errors="surrogateescape")
-            captions = text if ending == "txt" else _json_captions(text)
+            captions = _json_captions(text) if ending == "json" else text
             if captions is None:
                 detail = "not a JSON object with a text 'caption' or a list of texts 'captions'"
                 yield Problem("bad-record", where, detail, lost_image=False)

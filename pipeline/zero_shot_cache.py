@@ -1,0 +1,92 @@
+"""The teacher's rows of labelled images and of their classes' prompts, kept in a cache like any other's.
+
+Evaluating a teacher on a dataset a second time then runs no teacher: its images and prompts are proven by the cache's
+digests, and the teacher that is asked for by its files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import PrecomputeConfig, ZeroShotConfig
+from pipeline.labelled import LabelledDataset
+from pipeline.plan import Progress, dataset_identity, dataset_tables
+from pipeline.precompute import precompute
+from pipeline.teacher import is_surely, load_teacher
+from pipeline.zero_shot_models import unit
+from storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
+from storage.reader import EmbeddingReader
+
+__all__ = ["TeacherRows", "teacher_rows"]
+
+_WAY_OUT = "Name another --cache, or ask for what this one holds (teacher-cache info shows it)."
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher made of a labelled dataset.
+
+    Attributes:
+        image: (images, dim) float32 of unit norm; zeros for those in ``lost``.
+        prompts: (prompts of all classes, dim) float32 of unit norm, those of a class side by side.
+        lost: images without a row, by number, with the reason.
+        teacher: its name.
+        manifest_digest: of the cache.
+        encoded: whether the teacher ran just now.
+    """
+
+    image: NDArray[np.float32]
+    prompts: NDArray[np.float32]
+    lost: dict[int, str]
+    teacher: str
+    manifest_digest: str
+    encoded: bool
+
+
+def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
+    """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
+
+    Raises:
+        UsageError: the dataset's images are in no files, so that no cache can be of them.
+        CacheNotFoundError, CacheIncompleteError: no such cache, and no teacher to make it.
+        CacheMismatchError: it is of other images, prompts or another teacher; names what differs.
+    """
+    assert config.cache is not None
+    if dataset.spec is None or dataset.samples is None:
+        raise UsageError(
+            f"{config.dataset}: a cache is of images in files, which only imagefolder:PATH and webdataset:PATH have. "
+            "Leave --cache out, or export the dataset to a folder per class."
+        )
+    spec, encoded = dataset.spec, False
+    try:
+        reader = EmbeddingReader(config.cache)
+    except (CacheNotFoundError, CacheIncompleteError):
+        if config.teacher is None:
+            raise
+        made = PrecomputeConfig(
+            dataset=str(spec),
+            teacher=config.teacher,
+            pretrained=config.pretrained,
+            cache=config.cache,
+            device=config.device,
+        )
+        encoded = precompute(made, progress).chunks_encoded > 0
+        reader = EmbeddingReader(config.cache)
+    asked = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
+    reader.identity.require(reader.identity.model_copy(update={"dataset": asked}), config.cache, _WAY_OUT)
+    if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
+        load_teacher(config.teacher, config.pretrained, config.device).require(reader.identity, config.cache)
+    rows = reader.image_rows()
+    image = np.zeros((reader.manifest.layout.image_rows, reader.embed_dim), np.float32)
+    image[rows] = unit(reader.take("image", rows))
+    return TeacherRows(
+        image,
+        unit(reader.take("text", np.arange(reader.manifest.layout.text_rows))),
+        {item.row: f"{item.sample_id}: {item.detail}" for item in reader.quarantined},
+        reader.identity.teacher.name,
+        reader.manifest.digest,
+        encoded,
+    )
