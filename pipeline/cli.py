@@ -17,6 +17,7 @@ from rich.console import Console
 
 # commands of their own
 import pipeline.cli_cache
+import pipeline.cli_cost
 import pipeline.cli_evaluate
 import pipeline.cli_pixels
 import pipeline.cli_train  # noqa: F401
