@@ -25,6 +25,7 @@ commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")
 commands_in("pipeline.cli_evaluate", "evaluate")
 commands_in("pipeline.cli_zero_shot", "zero-shot")
+commands_in("pipeline.cli_cost", "cost")
 commands_in("pipeline.cli_deploy", "deploy")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word

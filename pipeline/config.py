@@ -13,6 +13,7 @@ from pipeline.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from storage.errors import UsageError
 
 __all__ = [
+    "CostConfig",
     "DeployConfig",
     "EvaluateConfig",
     "InheritConfig",
@@ -357,6 +358,37 @@ class ZeroShotConfig(_Config):
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     batch_size: int = Field(256, gt=0, description="Images per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
+
+
+class CostConfig(_Config):
+    """Measure what a student and its teacher cost to run."""
+
+    run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
+    teacher: str | None = Field(None, description="open_clip model to measure, as for precompute.")
+    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
+    batch: tuple[int, ...] = Field(
+        (1, 32), min_length=1, description="Images, and captions, per call, 1,32; memory is measured at the largest."
+    )
+    rounds: int = Field(
+        15, gt=0, description="Calls of each model at each batch, in turns; four times as many at batch 1."
+    )
+    threads: int | None = Field(None, gt=0, description="Threads of torch on a CPU; as torch chooses if left out.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _batches_are_a_list(cls, batch: Any) -> Any:
+        return batch.split(",") if isinstance(batch, str) else batch
+
+    @field_validator("batch")
+    @classmethod
+    def _batches_hold_something(cls, batch: tuple[int, ...]) -> tuple[int, ...]:
+        if min(batch) < 1:
+            raise ValueError(f"numbers from 1 are wanted, found {','.join(map(str, batch))}")
+        return tuple(sorted(set(batch)))
 
 
 class DeployConfig(_Config):

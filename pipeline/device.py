@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 
 import torch
+from torch import nn
 
 from storage.errors import UsageError
 
-__all__ = ["keep_freed_memory", "resolve_device"]
+__all__ = ["image_memory_format", "keep_freed_memory", "resolve_device"]
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -34,6 +35,18 @@ def resolve_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def image_memory_format(model: nn.Module) -> torch.memory_format:
+    """Channels last for a convolutional trunk, whose kernels want it on a CPU and on a GPU; else as it is.
+
+    A transformer has one convolution, over patches, and gains nothing.
+
+    Args:
+        model: of open_clip; its image tower, ``model.visual``, is what counts.
+    """
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())  # type: ignore[union-attr]
+    return torch.channels_last if convolutions > 1 else torch.preserve_format
 
 
 def keep_freed_memory() -> None:

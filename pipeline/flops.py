@@ -10,21 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pydantic import BaseModel, Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["TowerFlops", "count_flops"]
-
-
-class TowerFlops(BaseModel, frozen=True):
-    """Of one image and one caption."""
-
-    image: int = Field(description="One image at the model's own size.")
-    text: int = Field(description="One text at the full context, as published figures count.")
-    text_tokens: int = Field(description="Tokens of the full context.")
-    caption: int = Field(description="A caption of usual length as it is encoded here: shortened, where that is sound.")
-    caption_tokens: int = Field(description="Tokens that are encoded for it; rounded up as pipeline.short_text does.")
+__all__ = ["count_flops"]
 
 
 def count_flops(run: Callable[[], object]) -> int:

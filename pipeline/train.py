@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 
 from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_inputs, epoch_pairs, views_used
 from pipeline.config import TrainConfig
+from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
 from pipeline.launch import launch
@@ -28,7 +29,7 @@ from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
 from pipeline.train_log import StepLog
 from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
-from pipeline.train_step import TrainStep, image_memory_format
+from pipeline.train_step import TrainStep
 from storage.errors import CacheMismatchError, UsageError
 from storage.expected import expected_identity
 from storage.reader import EmbeddingReader
@@ -211,7 +212,7 @@ class _Trainer:
         self._teacher = teacher
         self._tokenizer = student_tokenizer(record.student_config)
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
-        student.model.visual.to(memory_format=image_memory_format(student))
+        student.model.visual.to(memory_format=image_memory_format(student.model))
         if fabric.world_size > 1:
             _freeze_unused(student, self._tokenizer(["any"]))
         if config.compile:

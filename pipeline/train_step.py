@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.batches import Pairs, TeacherTargets
 from pipeline.config import TrainConfig
+from pipeline.device import image_memory_format
 from pipeline.gather import gather_features
 from pipeline.losses import LossInputs, weighted_sum
 from pipeline.queue_rows import TeacherQueue
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, StudentOutput
 
-__all__ = ["StepValues", "TrainStep", "image_memory_format"]
+__all__ = ["StepValues", "TrainStep"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class TrainStep:
         queue: TeacherQueue | None = None,
     ) -> None:
         self._config, self._fabric, self._model, self._student = config, fabric, model, student
-        self._memory_format, self._queue = image_memory_format(student), queue
+        self._memory_format, self._queue = image_memory_format(student.model), queue
         self._optimizer, self._teacher_logit_scale, self._total_steps = optimizer, teacher_logit_scale, total_steps
 
     def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> StepValues:
@@ -189,15 +190,6 @@ class TrainStep:
         yield
         for buffer, value in zip(self._student.buffers(), saved, strict=True):
             buffer.copy_(value)
-
-
-def image_memory_format(student: Student) -> torch.memory_format:
-    """Channels last for a convolutional trunk, whose kernels want it on a CPU and on a GPU; else as it is.
-
-    A transformer has one convolution, over patches, and gains nothing.
-    """
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in student.model.visual.modules())  # type: ignore[union-attr]
-    return torch.channels_last if convolutions > 1 else torch.preserve_format
 
 
 def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:

@@ -15,12 +15,13 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from pipeline.batches import CachedTeacher, epoch_inputs, epoch_pairs
+from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.samples import ImageSource
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, build_student, load_student, student_config, student_tokenizer
 from pipeline.train import StepProgress, train
-from pipeline.train_step import StepValues, TrainStep, image_memory_format
+from pipeline.train_step import StepValues, TrainStep
 from storage.errors import UsageError
 from storage.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL
@@ -52,7 +53,7 @@ class OneStep:
         self.pixels, self.tokens = next(inputs)
         teacher = CachedTeacher(reader)
         fabric = Fabric(accelerator="cpu", devices=1)
-        self.student.model.visual.to(memory_format=image_memory_format(self.student))
+        self.student.model.visual.to(memory_format=image_memory_format(self.student.model))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, total_steps=1)
         targets = teacher.targets(pairs)

@@ -1,0 +1,169 @@
+"""Teachers and students as ``pipeline.cost`` measures them: both towers by the same code, on inputs that are ready.
+
+Decoding and tokenizing are no part of it: they are the same work for every model of one input size. Pixels are random,
+since no kernel here is faster for one picture than for another; captions are ``CAPTIONS``, since their lengths count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.cost import ModelFacts, TowerFlops
+from pipeline.device import image_memory_format, keep_freed_memory, resolve_device
+from pipeline.flops import count_flops
+from pipeline.short_text import can_shorten, encode_text, shorten
+from pipeline.student import load_student, student_tokenizer
+from pipeline.teacher import BUNDLED, load_teacher
+
+__all__ = ["CAPTIONS", "TorchModel", "captions", "load_student_model", "load_teacher_model"]
+
+CAPTIONS = (
+    "a brown dog runs through the tall grass with a ball .",
+    "two children play in the sand .",
+    "a man in a red jacket rides his bicycle down a steep road .",
+    "a woman sits on a bench and reads a newspaper .",
+    "people wait for the bus .",
+    "a football player in a white shirt kicks the ball past the goalkeeper while the crowd behind him cheers .",
+    "a girl with a yellow umbrella walks along a wet street .",
+    "three friends sit around a fire at night .",
+    "a black and white cat sleeps on a blue chair .",
+    "the boy jumps into the swimming pool from the side .",
+    "a climber hangs from a rock high above the sea .",
+    "a plate of fruit stands on a wooden table beside a glass of water .",
+    "an old man feeds the birds in the park .",
+    "a snowboarder jumps over a ramp .",
+    "a group of tourists takes pictures of a tall church on a sunny day .",
+    "a dog shakes off water on the beach .",
+    "the woman in the green dress laughs .",
+    "a worker with a yellow helmet climbs up a ladder beside a brick wall .",
+    "horses stand in a field behind a fence .",
+    "a baby holds a spoon and looks at the camera .",
+    "two men play chess at a small table in front of a cafe .",
+    "a surfer rides a big wave .",
+    "a street musician plays the violin while a little girl and her mother stop to listen .",
+    "a white boat lies in the harbour .",
+    "cars drive over a bridge in the evening .",
+    "a boy in a striped shirt throws a stick for his dog .",
+    "a skier goes down a hill covered in fresh snow .",
+    "a couple dances in a room full of people .",
+    "the red train stops at an empty station .",
+    "a man cooks fish on a grill in his garden .",
+    "a young woman ties her running shoes on the steps of a stadium .",
+    "a small bird sits on a branch .",
+)
+"""Captions of the lengths that those of Flickr8k have: 8 to 22 tokens, 13 on average and 14 the first one."""
+
+_WEIGHTS = "open_clip_model.safetensors"
+
+
+def captions(count: int) -> list[str]:
+    """The first so many of ``CAPTIONS``, from the start again if there are not enough."""
+    return [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
+
+
+class TorchModel:
+    """An open_clip model in float32: a ``pipeline.cost.CostModel``.
+
+    A convolutional image tower is laid out as its kernels want it, teacher and student alike: a third faster on a CPU.
+
+    Args:
+        model: in evaluation mode; moved to ``device``.
+        size: height and width in pixels.
+        tokenizer: texts to int64 (batch, context_length).
+        weights_file: its safetensors file, if it has one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: tuple[int, int],
+        tokenizer: Any,
+        device: torch.device,
+        weights_file: Path | None = None,
+    ) -> None:
+        self._model: Any = model.to(device).eval()
+        self._size, self._tokenizer, self._device, self._weights_file = size, tokenizer, device, weights_file
+        self._shortens = can_shorten(model)
+        self._format = image_memory_format(model)
+        self._model.visual.to(memory_format=self._format)
+
+    def images(self, batch: int) -> Callable[[], object]:
+        """A call that embeds the same random pixels, (batch, 3, height, width), into unit rows on the CPU."""
+        drawn = torch.randn(batch, 3, *self._size, generator=torch.Generator().manual_seed(0))
+        pixels = drawn.to(self._device).to(memory_format=self._format)
+        return lambda: self._finish(self._model.encode_image, pixels)
+
+    def texts(self, batch: int) -> Callable[[], object]:
+        """A call that embeds that many of ``CAPTIONS``; the longest of them sets the length, where it may."""
+        tokens = self._tokens(batch).to(self._device)
+        return lambda: self._finish(self._encode_text, tokens)
+
+    def facts(self) -> ModelFacts:
+        """What it weighs and computes."""
+        state = self._model.state_dict().values()
+        file = self._weights_file
+        return ModelFacts(
+            parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            weights_bytes=file.stat().st_size if file is not None and file.is_file() else None,
+            state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
+            flops=self._flops(),
+        )
+
+    def _flops(self) -> TowerFlops:
+        whole, short = self._tokenizer(captions(1)).to(self._device), self._tokens(1).to(self._device)
+        pixels = torch.zeros(1, 3, *self._size, device=self._device)
+        return TowerFlops(
+            image=count_flops(lambda: self._model.encode_image(pixels)),
+            text=count_flops(lambda: self._encode_text(whole)),
+            text_tokens=whole.shape[1],
+            caption=count_flops(lambda: self._encode_text(short)),
+            caption_tokens=short.shape[1],
+        )
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        return encode_text(self._model, tokens)
+
+    def _tokens(self, batch: int) -> Tensor:
+        tokens: Tensor = self._tokenizer(captions(batch))
+        return shorten(tokens) if self._shortens else tokens
+
+    def _finish(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            # on the CPU the call is over for a GPU too
+            return F.normalize(encode(inputs).float(), dim=-1).cpu()
+
+
+def load_teacher_model(name: str, pretrained: str | None = None, device: str = "auto") -> TorchModel:
+    """A teacher to measure; see :func:`pipeline.teacher.load_teacher`.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    _prepare(device)
+    teacher = load_teacher(name, pretrained, device)
+    folder = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
+    file = folder / _WEIGHTS if folder is not None else None
+    return TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, teacher.device, file)
+
+
+def load_student_model(folder: str, device: str = "auto") -> TorchModel:
+    """A student's checkpoint to measure.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    _prepare(device)
+    student, config = load_student(Path(folder))
+    file = Path(folder) / _WEIGHTS
+    return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), resolve_device(device), file)
+
+
+def _prepare(device: str) -> None:
+    if resolve_device(device).type == "cpu":
+        keep_freed_memory()  # as precompute and train do

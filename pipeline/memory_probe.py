@@ -1,0 +1,114 @@
+"""Peak memory of a model in a process of its own: ``python -m pipeline.memory_probe``, a request in, a reply out, JSON.
+
+In the process that compares models, one would stand on the memory of the others. No torch here: what a deployed student
+needs without it can be measured as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+__all__ = ["PeakMemory", "ProbeRequest", "measure_peak_memory"]
+
+
+class ProbeRequest(BaseModel, frozen=True):
+    """What to load and run."""
+
+    loader: str = Field(description="MODULE:FUNCTION that returns a pipeline.cost.CostModel.")
+    arguments: dict[str, Any] = Field({}, description="Its keyword arguments, as JSON has them.")
+    batch: int = Field(32, gt=0, description="Images, then captions, per call.")
+    calls: int = Field(2, gt=0, description="Of each tower: the second meets what the first one left.")
+    threads: int | None = Field(None, gt=0, description="Of torch, where the loader's module brings it.")
+
+
+class PeakMemory(BaseModel, frozen=True):
+    """Resident bytes of the process; libraries and files that it maps are among them."""
+
+    imported_bytes: int = Field(description="Before the model is loaded: Python and the libraries.")
+    loaded_bytes: int = Field(description="With the model loaded and nothing encoded.")
+    peak_bytes: int = Field(description="The most at any moment, loading and encoding included.")
+    above_imports_bytes: int = Field(description="The peak without what libraries alone hold: what the model costs.")
+    cuda_peak_bytes: int | None = Field(None, description="The most that torch allocated on the GPU, if it used it.")
+
+
+def measure_peak_memory(request: ProbeRequest) -> PeakMemory:
+    """Run a request in a fresh process.
+
+    Raises:
+        ChildProcessError: the process failed or was killed, perhaps for want of memory; its last words are quoted.
+    """
+    # as this process finds its modules
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.memory_probe"],
+        input=request.model_dump_json(),
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise ChildProcessError(
+            f"peak memory by {request.loader}: the process that measures it ended with {done.returncode}: {last[0]}. "
+            "-9 is the kernel's, for want of memory: measure smaller batches."
+        )
+    return PeakMemory.model_validate_json(done.stdout.splitlines()[-1])
+
+
+def probe(request: ProbeRequest) -> PeakMemory:
+    """Load and encode in this process, which should have done nothing else."""
+    module, _, function = request.loader.partition(":")
+    load = getattr(importlib.import_module(module), function)
+    torch = sys.modules.get("torch")
+    if torch is not None and request.threads is not None:
+        torch.set_num_threads(request.threads)
+    imported, _ = _resident_bytes()
+    model = load(**request.arguments)
+    loaded, _ = _resident_bytes()
+    for call in (model.images(request.batch), model.texts(request.batch)):
+        for _ in range(request.calls):
+            call()
+    _, peak = _resident_bytes()
+    return PeakMemory(
+        imported_bytes=imported,
+        loaded_bytes=loaded,
+        peak_bytes=peak,
+        above_imports_bytes=peak - imported,
+        cuda_peak_bytes=_cuda_peak(torch),
+    )
+
+
+def _resident_bytes() -> tuple[int, int]:
+    """Now, and the most so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        # not Linux; macOS counts bytes, and of now it tells nothing
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    # not ru_maxrss: Linux hands it on to a child, which then has its parent's peak if that was higher
+    kilobytes = {
+        name: int(rest.split()[0])
+        for name, _, rest in (line.partition(":") for line in status.splitlines())
+        if name in ("VmRSS", "VmHWM")
+    }
+    return 1024 * kilobytes["VmRSS"], 1024 * kilobytes["VmHWM"]
+
+
+def _cuda_peak(torch: Any) -> int | None:
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(probe(ProbeRequest.model_validate_json(sys.stdin.read())).model_dump_json() + "\n")
