@@ -21,7 +21,17 @@ from pipeline.memory_probe import PeakMemory, ProbeRequest, measure_peak_memory
 from pipeline.runs import RunFolder
 from storage.errors import UsageError
 
-__all__ = ["CostModel", "CostResult", "ModelCost", "ModelFacts", "SpeedRatios", "TowerFlops", "cost", "measure_cost"]
+__all__ = [
+    "CostModel",
+    "CostResult",
+    "ModelCost",
+    "ModelFacts",
+    "SpeedRatios",
+    "TowerFlops",
+    "cost",
+    "measure_cost",
+    "processor",
+]
 
 _TOWERS = ("images", "texts")
 _ROUNDS_OF_SINGLE = 4  # times as many: they are short, and their 95th percentile is what a user waits for
@@ -225,7 +235,7 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
             },
             batches=config.batch,
             rounds=config.rounds,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             threads=torch.get_num_threads() if device.type == "cpu" else None,
             progress=progress,
             made_with={"torch": torch.__version__},
@@ -237,7 +247,7 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
         torch.set_num_threads(threads)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name and its cores, as far as the system tells."""
     name = platform.processor() or platform.machine()
     try:

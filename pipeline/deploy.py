@@ -8,15 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config import DeployConfig, EvaluateConfig
+from pipeline.config import DeployConfig, EvaluateConfig, ZeroShotConfig
 from pipeline.deploy_files import calibration_batches, write_files
-from pipeline.deploy_measure import ZeroShotSet, measure
+from pipeline.deploy_measure import Subject, measure
 from pipeline.deployment import Deployment
 from pipeline.device import keep_freed_memory
 from pipeline.evaluation_split import EvaluationSplit, open_split
+from pipeline.labelled import open_labelled
 from pipeline.model_card import model_card
 from pipeline.new_folder import new_folder, require_free
 from pipeline.runs import RunFolder
@@ -60,8 +62,10 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     record = run.read()
     checkpoint = run.checkpoint_path(config.checkpoint)
     split = open_split(_as_evaluated(config))
-    zero_shot = _zero_shot_set(config)
-    teacher = _teacher(config, split)
+    zero_shot = None
+    if config.zero_shot is not None:
+        zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
+    teacher, teacher_probe = _teacher(config, split)
     keep_freed_memory()
     student, student_config = load_student(checkpoint)
     calibration = None
@@ -75,7 +79,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         )
         del student
         chosen_on = record.best.split if record.best and config.checkpoint == "best" else None
-        table = measure(config, folder, deployment, reports, split, checkpoint, chosen_on, teacher, zero_shot, report)
+        subject = Subject(folder, deployment, reports, checkpoint, chosen_on, split, teacher, teacher_probe, zero_shot)
+        table = measure(config, subject, report)
         (folder / "table.json").write_text(table.model_dump_json(indent=2) + "\n")
         (folder / "table.md").write_text(to_markdown(table))
         draw_table(table, folder / "table.png")
@@ -108,8 +113,8 @@ def _as_evaluated(config: DeployConfig) -> EvaluateConfig:
     )
 
 
-def _teacher(config: DeployConfig, split: EvaluationSplit) -> LiveTeacher:
-    """The teacher of the cache, on the CPU, to be timed beside its student.
+def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher, dict[str, Any]]:
+    """The teacher of the cache, on the CPU, to be timed beside its student; and how to load it again.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -129,10 +134,4 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> LiveTeacher:
     teacher.require(
         identity.model_copy(update={"teacher": recorded.model_copy(update={"precision": "fp32"})}), split.cache
     )
-    return teacher
-
-
-def _zero_shot_set(config: DeployConfig) -> ZeroShotSet | None:
-    if config.zero_shot is None:
-        return None
-    raise NotImplementedError
+    return teacher, {"name": name, "pretrained": pretrained, "device": "cpu"}

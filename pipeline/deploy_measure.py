@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,57 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import DeployConfig
-from pipeline.cost import hardware
+from pipeline.cost import CostModel, CostResult, ModelFacts, measure_cost, processor
 from pipeline.cost_models import TorchModel
+from pipeline.decode import decode_image
 from pipeline.deploy_files import versions
-from pipeline.deploy_models import Contender, Encoder, OnnxStudent, bytes_to_rows, towers_of
-from pipeline.deployment import Deployment, DeploymentError
+from pipeline.deploy_gates import require_features, require_recall, require_weights
+from pipeline.deployment import Deployment
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.intervals import bootstrap_accuracy_share, bootstrap_share
-from pipeline.latency import Timing, interleaved, speed_ratio
+from pipeline.labelled import LabelledDataset
+from pipeline.memory_probe import ProbeRequest
 from pipeline.metrics import RetrievalRanks, mean_recall, recall_of_ranks, retention
-from pipeline.parity import WANTED_COSINE, cosines, require_parity
+from pipeline.onnx_student import OnnxStudent, Tower, towers_of
+from pipeline.parity import row_cosines
 from pipeline.quantize import Int8Report
-from pipeline.student import Student, load_student
-from pipeline.student_table import Cosine, Gate, Retained, Speed, StudentTable, TableRow
+from pipeline.student import load_student, student_tokenizer
+from pipeline.student_table import Cosine, Gate, Retained, StudentTable, TableRow
 from pipeline.teacher import LiveTeacher
-from pipeline.zero_shot import Classification, LabelledImages, classify_dataset, common_rows
+from pipeline.zero_shot import Classification, ZeroShotEncoder, classify_dataset, common_rows
 from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
 
-__all__ = ["ZeroShotSet", "measure", "require_recall"]
+__all__ = ["Subject", "measure"]
 
 _BATCHES = (1, 32)
+_CPU = torch.device("cpu")
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class ZeroShotSet:
-    """What zero-shot accuracy is measured on."""
+class Subject:
+    """What is measured on what.
 
-    images: LabelledImages
-    prompts: list[tuple[str, ...]]
+    Attributes:
+        folder: of the deployment, its files written.
+        reports: what is int8 in which tower.
+        checkpoint: that the files were made from.
+        chosen_on: the split that it was chosen on, if it was.
+        teacher: on the CPU.
+        teacher_probe: how another process loads the teacher, to measure its memory.
+        zero_shot: labelled images, if accuracy is wanted.
+    """
+
+    folder: Path
+    deployment: Deployment
+    reports: Mapping[Tower, Int8Report]
+    checkpoint: Path
+    chosen_on: str | None
+    split: EvaluationSplit
+    teacher: LiveTeacher
+    teacher_probe: dict[str, Any]
+    zero_shot: LabelledDataset | None
 
 
 @dataclass
@@ -53,229 +75,166 @@ class _Model:
     engine: str
     bytes: int
     parameters: int
-    encoder: Encoder
-    contender: Contender
+    encoder: ZeroShotEncoder
+    timed: CostModel
+    probe: ProbeRequest
     ranks: RetrievalRanks
+    facts: ModelFacts | None = None
     int8_share: float | None = None
     cosine: dict[str, Cosine] | None = None
     places: Classification | None = None
-    speeds: dict[str, dict[int, Timing]] = field(default_factory=dict)
 
 
-def measure(
-    config: DeployConfig,
-    folder: Path,
-    deployment: Deployment,
-    reports: dict[Any, Int8Report],
-    split: EvaluationSplit,
-    checkpoint: Path,
-    chosen_on: str | None,
-    teacher: LiveTeacher,
-    zero_shot: ZeroShotSet | None,
-    progress: Progress,
-) -> StudentTable:
-    """Every number of the table, and the gates that the files have to pass.
+def measure(config: DeployConfig, subject: Subject, progress: Progress) -> StudentTable:
+    """Every number of the table, once the files have passed their gates.
 
-    All on the CPU, where ONNX Runtime is. Gates come before what takes long: a file that fails costs minutes.
-
-    Args:
-        folder: of the deployment, its files written.
-        reports: what is int8 in which tower.
-        checkpoint: that the files were made from.
+    All on the CPU, where ONNX Runtime is. Gates come before what takes long.
 
     Raises:
         DeploymentError: a file is not what it has to be; the message says by how much.
+        OSError: an image cannot be read.
     """
+    split, zero_shot = subject.split, subject.zero_shot
     threads = config.threads or os.cpu_count() or 1
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        models, gates = _recalls(config, folder, deployment, reports, split, checkpoint, teacher, threads, progress)
+        models, gates = _with_recalls(subject, threads, config.max_recall_loss, progress)
         common = _classify(models, zero_shot, progress)
-        _time(models, config.rounds, progress)
+        cost = measure_cost(
+            {model.name: model.timed for model in models},
+            {model.name: model.facts for model in models if model.facts is not None},
+            {model.name: model.probe for model in models},
+            batches=_BATCHES,
+            rounds=config.rounds,
+            threads=threads,
+            progress=progress,
+        )
     finally:
         torch.set_num_threads(before)
-    rows = tuple(_row(model, models[0], split, common) for model in models)
     return StudentTable(
-        student=deployment.name,
-        teacher=deployment.teacher,
+        student=subject.deployment.name,
+        teacher=subject.deployment.teacher,
         run=config.run,
-        checkpoint=checkpoint.name,
-        chosen_on=chosen_on,
+        checkpoint=subject.checkpoint.name,
+        chosen_on=subject.chosen_on,
         cache_manifest_digest=split.reader.manifest.digest,
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.captions),
         zero_shot_dataset=None if zero_shot is None else zero_shot.images.name,
         zero_shot_images=None if common is None else len(common),
-        rounds=config.rounds,
+        rounds=cost.rounds,
         threads=threads,
         date=datetime.date.today().isoformat(),
-        hardware=hardware(),
+        hardware=processor(),
         versions=versions(),
-        rows=rows,
+        rows=tuple(_row(model, models[0], cost, split, common) for model in models),
         gates=tuple(gates),
     )
 
 
-def _recalls(
-    config: DeployConfig,
-    folder: Path,
-    deployment: Deployment,
-    reports: dict[Any, Int8Report],
-    split: EvaluationSplit,
-    checkpoint: Path,
-    teacher: LiveTeacher,
-    threads: int,
-    progress: Progress,
+def _with_recalls(
+    subject: Subject, threads: int, max_recall_loss: float, progress: Progress
 ) -> tuple[list[_Model], list[Gate]]:
-    """The models with their ranks, and the gates that they passed."""
-    cpu = torch.device("cpu")
+    """The models with their ranks, and the gates that the files passed."""
+    split, deployment = subject.split, subject.deployment
 
-    def rows_of(name: str, encoder: Encoder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def embed(name: str, encoder: ZeroShotEncoder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return split.embed(
-            bytes_to_rows(encoder),
+            lambda images: encoder.embed_images([decode_image(data) for data in images]),
             encoder.embed_texts,
             progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
         )
 
-    teacher_state = teacher.model.state_dict().values()
-    models = [
-        _Model(
-            "teacher fp32",
-            "torch",
-            sum(tensor.numel() * tensor.element_size() for tensor in teacher_state),
-            sum(parameter.numel() for parameter in teacher.model.parameters()),
-            TeacherEncoder(teacher),
-            TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, cpu),
-            split.teacher_ranks(),
-        )
-    ]
-    student, student_config = load_student(checkpoint)
-    encoder = StudentEncoder(checkpoint, cpu)
-    reference = rows_of("student", encoder)
-    gates = [_weights_gate(folder, split, student, reference)]
-    models.append(
-        _Model(
-            "student fp32",
-            "torch",
-            deployment.weights.bytes,
-            deployment.parameters,
-            encoder,
-            _torch_student(student, student_config),
-            split.ranks(*reference),
-        )
-    )
+    models = [_teacher(subject, threads)]
+    student = StudentEncoder(subject.checkpoint, _CPU)
+    image, text = embed("student fp32", student)
+    models.append(_student(subject, student, split.ranks(image, text), threads))
+    gates = [require_weights(subject.folder, split, image, text)]
     for variant in deployment.towers:
         towers = towers_of(deployment, variant)
-        onnx = OnnxStudent(folder, towers, threads)
-        found = rows_of(f"ONNX {variant}", onnx)
-        model = _Model(
-            _name(towers),
-            "ONNX Runtime",
-            sum(deployment.towers[of][tower].bytes for tower, of in towers.items()),
-            deployment.parameters,
-            onnx,
-            onnx,
-            split.ranks(*found),
-            cosine={
-                tower: Cosine(mean=float(each.mean()), least=float(each.min()))
-                for tower, each in zip(("image", "text"), map(cosines, found, reference), strict=True)
-            },
-        )
+        onnx = OnnxStudent(subject.folder, towers, threads)
+        name = _name(towers)
+        found_image, found_text = embed(name, onnx)
+        ranks = split.ranks(found_image, found_text)
         if variant == "fp32":
-            gates += [_parity_gate(f"{tower}.onnx", cosine) for tower, cosine in (model.cosine or {}).items()]
+            gates += [
+                require_features("image.onnx", found_image, image),
+                require_features("text.onnx", found_text, text),
+            ]
         else:
-            model.int8_share = _int8_share(reports, deployment)
-            gates.append(require_recall(model.name, model.ranks, models[-1].ranks, config.max_recall_loss))
-        models.append(model)
+            gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
+        arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
+        int8 = sum(report.int8_parameters for report in subject.reports.values())
+        models.append(
+            _Model(
+                name=name,
+                engine="ONNX Runtime",
+                bytes=sum(deployment.towers[which][tower].bytes for tower, which in towers.items()),
+                parameters=deployment.parameters,
+                encoder=onnx,
+                timed=onnx,
+                probe=_probe("pipeline.onnx_student:load_onnx_student", arguments, threads),
+                ranks=ranks,
+                int8_share=None if variant == "fp32" else int8 / deployment.parameters,
+                cosine={"image": _cosine(found_image, image), "text": _cosine(found_text, text)},
+            )
+        )
     return models, gates
 
 
-def _name(towers: dict[Any, Any]) -> str:
+def _teacher(subject: Subject, threads: int) -> _Model:
+    """Recall from its cached rows; what it costs from the running model."""
+    teacher = subject.teacher
+    timed = TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, _CPU)
+    facts = timed.facts()
+    return _Model(
+        name="teacher fp32",
+        engine="torch",
+        bytes=facts.state_bytes or 0,
+        parameters=facts.parameters or 0,
+        encoder=TeacherEncoder(teacher),
+        timed=timed,
+        facts=facts,
+        probe=_probe("pipeline.cost_models:load_teacher_model", subject.teacher_probe, threads),
+        ranks=subject.split.teacher_ranks(),
+    )
+
+
+def _student(subject: Subject, encoder: StudentEncoder, ranks: RetrievalRanks, threads: int) -> _Model:
+    student, config = load_student(subject.checkpoint)
+    timed = TorchModel(student.model, student.preprocess.size, student_tokenizer(config), _CPU)
+    arguments = {"folder": str(subject.checkpoint.resolve()), "device": "cpu"}
+    return _Model(
+        name="student fp32",
+        engine="torch",
+        bytes=subject.deployment.weights.bytes,
+        parameters=subject.deployment.parameters,
+        encoder=encoder,
+        timed=timed,
+        facts=timed.facts(),
+        probe=_probe("pipeline.cost_models:load_student_model", arguments, threads),
+        ranks=ranks,
+    )
+
+
+def _probe(loader: str, arguments: dict[str, Any], threads: int) -> ProbeRequest:
+    return ProbeRequest(loader=loader, arguments=arguments, batch=max(_BATCHES), threads=threads)
+
+
+def _name(towers: Mapping[Tower, str]) -> str:
     if len(set(towers.values())) == 1:
         return f"ONNX {towers['image']}"
     return "ONNX " + ", ".join(f"{variant} {tower}" for tower, variant in towers.items())
 
 
-def _int8_share(reports: dict[Any, Int8Report], deployment: Deployment) -> float:
-    """Of the parameters of both towers, whether or not a tower has an int8 file."""
-    return sum(report.int8_parameters for report in reports.values()) / deployment.parameters
+def _cosine(found: NDArray[np.float32], reference: NDArray[np.float32]) -> Cosine:
+    cosines = row_cosines(found, reference)
+    return Cosine(mean=float(cosines.mean()), least=float(cosines.min()))
 
 
-def _torch_student(student: Student, config: dict[str, Any]) -> TorchModel:
-    from pipeline.student import student_tokenizer
-
-    return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), torch.device("cpu"))
-
-
-def _parity_gate(name: str, cosine: Cosine) -> Gate:
-    require_parity(name, cosine.least)
-    return Gate(name=f"{name}: least cosine to torch", found=cosine.least, wanted=f"> {WANTED_COSINE}", passed=True)
-
-
-def _weights_gate(
-    folder: Path, split: EvaluationSplit, student: Student, reference: tuple[NDArray[np.float32], NDArray[np.float32]]
-) -> Gate:
-    """``model.safetensors`` as anybody loads it, by open_clip alone, against the student that was trained."""
-    import open_clip
-    import torch.nn.functional as F
-
-    name = "model.safetensors"
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    count = min(32, len(split.image_rows))
-    images = split_images(split, count)
-    captions = split.captions[:32]
-    with torch.inference_mode():
-        image = F.normalize(model.eval().encode_image(torch.stack([preprocess(each) for each in images])), dim=-1)
-        text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
-    least = min(
-        float(cosines(image.numpy(), reference[0][:count]).min()),
-        float(cosines(text.numpy(), reference[1][: len(captions)]).min()),
-    )
-    require_parity(name, least)
-    return Gate(name=f"{name} in open_clip: least cosine", found=least, wanted=f"> {WANTED_COSINE}", passed=True)
-
-
-def split_images(split: EvaluationSplit, count: int) -> list[Any]:
-    """The first images of a split, decoded."""
-    from pipeline.decode import decode_image
-
-    return [decode_image(split.image_bytes(position)) for position in range(count)]
-
-
-def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most: float) -> Gate:
-    """Let quantised files pass, or say by how much they fail: no recall may be more than ``most`` points below fp32's.
-
-    Raises:
-        DeploymentError: one is; names it with both values.
-    """
-    ours, theirs = recall_of_ranks(found), recall_of_ranks(fp32)
-    losses = {
-        f"{direction} {metric}": theirs[direction][metric] - value
-        for direction, recalls in ours.items()
-        for metric, value in recalls.items()
-    }
-    worst = max(losses, key=lambda each: losses[each])
-    # not greater by rounding: recalls are shares of whole numbers
-    if losses[worst] > most + 1e-9:
-        direction, metric = worst.split()
-        raise DeploymentError(
-            f"{name}: {worst} is {ours[direction][metric]:.2f}, and {theirs[direction][metric]:.2f} in fp32: "
-            f"{losses[worst]:.2f} points lost, {most:g} at most are wanted, {losses[worst] - most:.2f} too many. Nothing "
-            "was deployed. Ship without int8 (--no-int8), calibrate on more images (--calibration-images), or "
-            "accept it (--max-recall-loss)."
-        )
-    return Gate(
-        name=f"{name}: points of recall lost to fp32, the most ({worst})",
-        found=losses[worst],
-        wanted=f"<= {most:g}",
-        passed=True,
-    )
-
-
-def _classify(models: list[_Model], zero_shot: ZeroShotSet | None, progress: Progress) -> NDArray[np.int64] | None:
+def _classify(models: list[_Model], zero_shot: LabelledDataset | None, progress: Progress) -> NDArray[np.int64] | None:
     """Zero-shot places of each model; returns the images that all of them classified."""
     if zero_shot is None:
         return None
@@ -288,28 +247,12 @@ def _classify(models: list[_Model], zero_shot: ZeroShotSet | None, progress: Pro
     return common_rows(*(model.places for model in models if model.places is not None))
 
 
-def _time(models: list[_Model], rounds: int, progress: Progress) -> None:
-    """All models in turns, a tower and a batch size at a time."""
-    total = rounds * len(_BATCHES) * 2
-    done = 0
-    for tower in ("images", "texts"):
-        for batch in _BATCHES:
-            work = {model.name: getattr(model.contender, tower)(batch) for model in models}
-
-            def report(finished: int, done: int = done) -> None:
-                progress("rounds", done + finished, total)
-
-            found = interleaved(work, rounds, warmup=2, batch=batch, progress=report)
-            for model in models:
-                model.speeds.setdefault(tower, {})[batch] = found[model.name]
-            done += rounds
-
-
-def _row(model: _Model, teacher: _Model, split: EvaluationSplit, common: NDArray[np.int64] | None) -> TableRow:
+def _row(
+    model: _Model, teacher: _Model, cost: CostResult, split: EvaluationSplit, common: NDArray[np.int64] | None
+) -> TableRow:
     recalls = recall_of_ranks(model.ranks)
-    is_teacher = model is teacher
     kept: dict[str, Any] | None = None
-    if not is_teacher:
+    if model is not teacher:
         shares = retention(recalls, recall_of_ranks(teacher.ranks))
         between = bootstrap_share(model.ranks, teacher.ranks, split.text_image)
         kept = {
@@ -320,38 +263,25 @@ def _row(model: _Model, teacher: _Model, split: EvaluationSplit, common: NDArray
             for direction in recalls
         }
         kept["mean"] = Retained(share=shares["mean"], interval=between.mean)
-    accuracy = retained = None
+    accuracy = kept_accuracy = None
     if common is not None and model.places is not None and teacher.places is not None:
         accuracy = model.places.accuracies(common)
-        if not is_teacher:
+        if model is not teacher:
             ours, theirs = model.places.hits(common), teacher.places.hits(common)
             share = 100 * float(ours.sum()) / float(theirs.sum()) if theirs.any() else None
-            retained = Retained(share=share, interval=bootstrap_accuracy_share(ours, theirs))
+            kept_accuracy = Retained(share=share, interval=bootstrap_accuracy_share(ours, theirs))
     return TableRow(
         name=model.name,
         engine=model.engine,
         bytes=model.bytes,
         parameters=model.parameters,
         int8_share=model.int8_share,
-        images=_speeds(model, teacher, "images"),
-        texts=_speeds(model, teacher, "texts"),
+        cost=cost.models[model.name],
+        speed=cost.speed.get(model.name),
         recalls=recalls,
         mean_recall=mean_recall(recalls),
         cosine=model.cosine,
         retention=kept,
         zero_shot=accuracy,
-        zero_shot_retention=retained,
-    )
-
-
-def _speeds(model: _Model, teacher: _Model, tower: str) -> tuple[Speed, ...]:
-    return tuple(
-        Speed(
-            batch=batch,
-            p50_ms=timing.p50_ms,
-            p95_ms=timing.p95_ms,
-            per_second=timing.per_second,
-            ratio=None if model is teacher else speed_ratio(timing, teacher.speeds[tower][batch]),
-        )
-        for batch, timing in model.speeds[tower].items()
+        zero_shot_retention=kept_accuracy,
     )

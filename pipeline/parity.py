@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.deployment import DeploymentError
 
-__all__ = ["WANTED_COSINE", "least_cosine", "require_parity"]
+__all__ = ["WANTED_COSINE", "least_cosine", "require_parity", "row_cosines"]
 
 WANTED_COSINE = 0.99999
 """What float32 artefacts are held to: rounding costs 1e-6 at most, a wrong operator or weight far more."""
@@ -26,13 +26,20 @@ def least_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     Raises:
         ValueError: other shapes, or no rows: nothing would have been compared.
     """
+    # min of numpy gives NaN if one is NaN
+    return float(row_cosines(a, b).min())
+
+
+def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(rows,) cosine of row i of ``a`` and row i of ``b``; see :func:`least_cosine`."""
     if a.shape != b.shape or a.ndim != 2 or not len(a):
         raise ValueError(f"rows of the same shape are wanted, at least one: found {a.shape} and {b.shape}")
     left, right = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = (left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))
-    # min of numpy gives NaN if one is NaN
-    return float(cosines.min())
+        cosines: NDArray[np.float64] = (left * right).sum(1) / (
+            np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        )
+    return cosines
 
 
 def require_parity(name: str, least: float, wanted: float = WANTED_COSINE) -> None:

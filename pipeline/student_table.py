@@ -10,22 +10,23 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.cost import ModelCost, SpeedRatios
 from pipeline.intervals import Interval
-from pipeline.latency import Ratio
+from pipeline.latency import Ratio, Timing
 
-__all__ = ["Cosine", "Gate", "Retained", "Speed", "StudentTable", "TableRow", "terminal_table", "to_markdown"]
+__all__ = [
+    "Cosine",
+    "Gate",
+    "Retained",
+    "StudentTable",
+    "TableRow",
+    "cells",
+    "describe",
+    "terminal_table",
+    "to_markdown",
+]
 
 Recalls = dict[str, dict[str, float]]
-
-
-class Speed(BaseModel, frozen=True):
-    """One tower at one batch size; what decodes and tokenizes is not in it."""
-
-    batch: int
-    p50_ms: float
-    p95_ms: float
-    per_second: float
-    ratio: Ratio | None = Field(description="Of the teacher's rate, round by round; None for the teacher itself.")
 
 
 class Cosine(BaseModel, frozen=True):
@@ -50,8 +51,8 @@ class TableRow(BaseModel, frozen=True):
     bytes: int = Field(description="Of the files with weights.")
     parameters: int
     int8_share: float | None = Field(None, description="Share of the parameters that are stored as int8, of int8 rows.")
-    images: tuple[Speed, ...]
-    texts: tuple[Speed, ...]
+    cost: ModelCost
+    speed: SpeedRatios | None = Field(description="Against the teacher, round by round; None for the teacher itself.")
     recalls: Recalls
     mean_recall: float
     cosine: dict[str, Cosine] | None = Field(None, description="By tower; None for teacher and torch student.")
@@ -61,12 +62,11 @@ class TableRow(BaseModel, frozen=True):
 
 
 class Gate(BaseModel, frozen=True):
-    """One thing that a file has to pass before it is shipped."""
+    """One thing that a file had to pass before it was shipped, and did."""
 
     name: str
     found: float
     wanted: str
-    passed: bool
 
 
 class StudentTable(BaseModel, frozen=True):
@@ -83,7 +83,7 @@ class StudentTable(BaseModel, frozen=True):
     captions: int
     zero_shot_dataset: str | None
     zero_shot_images: int | None
-    rounds: int
+    rounds: dict[int, int] = Field(description="By images, or captions, per call.")
     threads: int
     date: str
     hardware: str
@@ -98,33 +98,41 @@ def _size(row: TableRow) -> str:
 
 def _latency(tower: str, batch: int) -> Callable[[TableRow], str]:
     def show(row: TableRow) -> str:
-        found = _speed(row, tower, batch)
-        return "-" if found is None else f"{found.p50_ms:.1f} / {found.p95_ms:.1f}"
+        found = _timing(row, tower, batch)
+        return f"{found.p50_ms:.1f} / {found.p95_ms:.1f}"
 
     return show
 
 
 def _rate(tower: str, batch: int) -> Callable[[TableRow], str]:
-    def show(row: TableRow) -> str:
-        found = _speed(row, tower, batch)
-        return "-" if found is None else f"{found.per_second:,.0f}"
-
-    return show
+    return lambda row: f"{_timing(row, tower, batch).per_second:,.0f}"
 
 
 def _ratio(tower: str, batch: int) -> Callable[[TableRow], str]:
     def show(row: TableRow) -> str:
-        found = _speed(row, tower, batch)
-        if found is None or found.ratio is None:
+        if row.speed is None:
             return "-"
-        return f"{found.ratio.median:.2f}x ({found.ratio.low:.2f} to {found.ratio.high:.2f})"
+        found: Ratio = getattr(row.speed, tower)[batch]
+        return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
     return show
 
 
-def _speed(row: TableRow, tower: str, batch: int) -> Speed | None:
-    speeds = row.images if tower == "image" else row.texts
-    return next((speed for speed in speeds if speed.batch == batch), None)
+def _timing(row: TableRow, tower: str, batch: int) -> Timing:
+    found: Timing = getattr(row.cost, tower)[batch]
+    return found
+
+
+def _flops(part: str) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        flops = row.cost.facts.flops
+        return "-" if flops is None else f"{getattr(flops, part) / 1e9:.2f}"
+
+    return show
+
+
+def _memory(row: TableRow) -> str:
+    return "-" if row.cost.memory is None else f"{row.cost.memory.peak_bytes / 1e6:,.0f}"
 
 
 def _recall(direction: str, name: str) -> Callable[[TableRow], str]:
@@ -160,13 +168,20 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
         ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
         ("stored as int8", lambda row: "-" if row.int8_share is None else f"{row.int8_share:.0%}"),
     ]
-    for tower, unit, speeds in (("image", "images", first.images), ("text", "captions", first.texts)):
-        for speed in speeds:
-            if speed.batch == 1:
-                columns.append((f"{tower}, ms (p50 / p95)", _latency(tower, 1)))
+    flops = first.cost.facts.flops
+    if flops is not None:
+        columns += [
+            ("GFLOPs of an image", _flops("image")),
+            (f"GFLOPs of a caption, {flops.caption_tokens} tokens", _flops("caption")),
+        ]
+    for tower, single, many in (("images", "image", "images"), ("texts", "caption", "captions")):
+        for batch in getattr(first.cost, tower):
+            if batch == 1:
+                columns.append((f"{single}, ms (p50 / p95)", _latency(tower, 1)))
             else:
-                columns.append((f"{unit}/s, batch {speed.batch}", _rate(tower, speed.batch)))
-                columns.append(("of the teacher's", _ratio(tower, speed.batch)))
+                columns.append((f"{many}/s, batch {batch}", _rate(tower, batch)))
+            columns.append(("of the teacher's speed", _ratio(tower, batch)))
+    columns.append(("peak memory, MB", _memory))
     columns += [
         (f"{direction} {name}", _recall(direction, name))
         for direction, recalls in first.recalls.items()
@@ -194,13 +209,14 @@ def to_markdown(table: StudentTable) -> str:
 def describe(table: StudentTable) -> str:
     """What the numbers mean and where they come from, in sentences."""
     chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
+    rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [
         f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
         "of an image counts; the teacher's from its cached embeddings.",
         "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
         "resamples of images.",
-        f"Speed: {table.rounds} rounds in turns on {table.threads} threads, decoding and tokenizing left out; in "
-        "parentheses the 5th and 95th percentile of the rounds' ratios.",
+        f"Speed: {rounds} in turns on {table.threads} threads, decoding and tokenizing left out; in parentheses the "
+        "5th and 95th percentile of the rounds' ratios. Peak memory: of a process of its own, libraries and all.",
     ]
     if table.zero_shot_dataset is not None:
         parts.append(f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.student_table import Retained, Speed, StudentTable, TableRow, cells
+from pipeline.student_table import Retained, StudentTable, TableRow, cells
 from storage.errors import UsageError
 
 __all__ = ["draw_table"]
@@ -55,11 +55,11 @@ def draw_table(table: StudentTable, path: Path) -> None:
 
 
 def _panels(table: StudentTable) -> list[_Panel]:
-    batch = max(speed.batch for speed in table.rows[0].images)
+    batch = max(table.rows[0].cost.images)
     panels = [
         _Panel("size, MB", lambda row: row.bytes / 1e6, 1),
-        _Panel(f"images/s, batch {batch}", lambda row: _rate(row.images, batch)),
-        _Panel(f"captions/s, batch {batch}", lambda row: _rate(row.texts, batch)),
+        _Panel(f"images/s, batch {batch}", lambda row: row.cost.images[batch].per_second),
+        _Panel(f"captions/s, batch {batch}", lambda row: row.cost.texts[batch].per_second),
         _Panel("mean recall, % of the teacher's", lambda row: _share(_kept(row)), 1, lambda row: _ends(_kept(row))),
     ]
     if table.zero_shot_dataset is not None:
@@ -72,10 +72,6 @@ def _panels(table: StudentTable) -> list[_Panel]:
             )
         )
     return panels
-
-
-def _rate(speeds: tuple[Speed, ...], batch: int) -> float:
-    return next(speed.per_second for speed in speeds if speed.batch == batch)
 
 
 def _kept(row: TableRow) -> Retained | None:
