@@ -84,6 +84,77 @@ def test_retrieval_equals_naive_on_several_captions_per_image() -> None:
     assert 0 < expected["t2i"]["R@1"] < expected["t2i"]["R@10"] < 100
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    images=st.integers(1, 25),
+    captions=st.integers(1, 60),
+    distinct=st.integers(1, 60),
+    dim=st.integers(1, 12),
+    depth=st.integers(1, 80),
+)
+def test_ranks_equal_counting_who_comes_before(
+    seed: int, images: int, captions: int, distinct: int, dim: int, depth: int
+) -> None:
+    """Images with any number of captions or none, ties, and depths beyond the gallery; another way to the same rank."""
+    rng = np.random.default_rng(seed)
+    pool = unit(rng, distinct, dim)
+    image, text = pool[rng.integers(0, distinct, images)], pool[rng.integers(0, distinct, captions)]
+    text_image = rng.integers(0, images, captions)
+
+    def counted(queries: np.ndarray, gallery: np.ndarray, positive: np.ndarray) -> list[int]:
+        scores = np.einsum("nd,md->nm", queries.astype(np.float64), gallery.astype(np.float64))
+        found = []
+        for row, wanted in zip(scores, positive, strict=True):
+            if not wanted.any():
+                found.append(0)
+                continue
+            best = row[wanted].max()
+            first = np.flatnonzero(wanted & (row == best))[0]
+            rank = 1 + int((row > best).sum()) + int((row[:first] == best).sum())
+            found.append(rank if rank <= depth else 0)
+        return found
+
+    positive = text_image == np.arange(images)[:, None]
+    ranks = first_positive_ranks(image, text, text_image, depth)
+    assert ranks.i2t.tolist() == counted(image, text, positive)
+    assert ranks.t2i.tolist() == counted(text, image, positive.T)
+
+
+@pytest.mark.parametrize(("images", "captions", "noise"), [(100, 500, 3.0), (301, 1204, 2.5), (64, 64, 3.0)])
+def test_recall_equals_clip_benchmarks(images: int, captions: int, noise: float) -> None:
+    """A published implementation, the whole of its retrieval evaluation, gets the same numbers to the last query."""
+    torch = pytest.importorskip("torch")
+    published = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    rng = np.random.default_rng(images)
+    image = unit(rng, images, 32)
+    # at least one caption each, which it wants, and some images with many
+    text_image = np.sort(np.concatenate([np.arange(images), rng.integers(0, images, captions - images)]))
+    text = image[text_image] + noise * unit(rng, captions, 32)
+    text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
+
+    class Rows:
+        """A model that knows the row of each image and caption."""
+
+        encode_image = staticmethod(torch.from_numpy(image).__getitem__)
+        encode_text = staticmethod(torch.from_numpy(text).__getitem__)
+
+    texts = [[str(row) for row in np.flatnonzero(text_image == at)] for at in range(images)]
+    batches = [
+        (torch.arange(start, min(start + 30, images)), texts[start : start + 30]) for start in range(0, images, 30)
+    ]
+    wanted = published.evaluate(
+        Rows, batches, lambda rows: torch.tensor([int(row) for row in rows]), "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    found = retrieval_recall(image, text, text_image)
+    assert 0 < found["t2i"]["R@1"] < found["t2i"]["R@10"] < 100
+    for direction, name, queries in (("t2i", "image", captions), ("i2t", "text", images)):
+        for k in (1, 5, 10):
+            # its mean is in float32
+            hits = round(wanted[f"{name}_retrieval_recall@{k}"] * queries)
+            assert found[direction][f"R@{k}"] == 100 * hits / queries
+
+
 def test_k_beyond_the_gallery() -> None:
     image = np.eye(3, dtype=np.float32)
     assert retrieval_recall(image, image, np.arange(3)) == {
