@@ -73,6 +73,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
     rows = reader.image_rows(split)
     if not len(rows):
         raise UsageError(f"{cache}: no image of split {split!r} has an embedding")
+    reader.require_captions(rows)
     caption_rows, text_image = reader.caption_rows(rows)
     teacher = retrieval_recall(_unit(reader.take("image", rows)), _unit(reader.take("text", caption_rows)), text_image)
     student = kept = None
