@@ -181,6 +181,7 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
     rows = reader.image_rows(config.split)
     if not len(rows):
         raise UsageError(f"{cache}: no image of split {config.split!r} has an embedding")
+    reader.require_captions(rows)
     caption_rows, text_image = reader.caption_rows(rows)
     return EvaluationSplit(
         cache=cache,

@@ -128,6 +128,7 @@ def _train_rank(
         wanted = expected_identity(config.expect)
         accepted = reader.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
     rows = reader.image_rows(config.split)
+    reader.require_captions(rows)
     if len(rows) < config.batch_size:
         raise UsageError(
             f"{config.cache}: split {config.split!r} has {len(rows)} images, fewer than one batch of "

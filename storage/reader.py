@@ -168,6 +168,20 @@ class EmbeddingReader:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(starts, counts) + within, positions
 
+    def require_captions(self, image_rows: NDArray[np.int64]) -> None:
+        """Refuse images without a caption, which only a cache of labelled images has: they cannot be paired.
+
+        Raises:
+            UsageError: says how many, and what the cache is for.
+        """
+        bare = int((self.caption_offsets[image_rows + 1] == self.caption_offsets[image_rows]).sum())
+        if bare:
+            raise UsageError(
+                f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. This cache is of labelled "
+                "images and the prompts of their classes: measure it by teacher-cache zero-shot --cache, and name "
+                "another one here."
+            )
+
     def take(
         self,
         tower: Tower,
