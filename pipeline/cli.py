@@ -13,19 +13,17 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-# commands of their own
-import pipeline.cli_cache
-import pipeline.cli_evaluate
-import pipeline.cli_pixels
-import pipeline.cli_train  # noqa: F401
 from pipeline.cli_flags import say
-from storage.cli import JsonFlag, app, print_json
-from storage.console import StageProgress
+from storage.cli import JsonFlag, app, commands_in, print_json
 from storage.errors import CacheError, UsageError
 
 __all__ = ["app", "main"]
+
+commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
+commands_in("pipeline.cli_pixels", "pixels")
+commands_in("pipeline.cli_train", "inherit", "train")
+commands_in("pipeline.cli_evaluate", "evaluate", "zero-shot")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
@@ -38,7 +36,10 @@ def demo(
     json: JsonFlag = False,
 ) -> None:
     """Run the main job on rendered scenes and a small teacher that are shipped: precompute, train, evaluate."""
+    from rich.console import Console
+
     from pipeline.demo import demo_table, run_demo
+    from storage.console import StageProgress
 
     with StageProgress() as progress:
         result = run_demo(out, progress)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from pipeline.cli_flags import RunFile, say, setting
 from pipeline.config import PrecomputeConfig, ProofConfig, load_config
-from storage.cli import CacheArgument, JsonFlag, app, counted, print_findings, print_json, print_report
+from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
+from storage.cli_findings import print_findings, print_report
 from storage.console import StageProgress
 from storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError, UsageError
 from storage.inspect import count_committed

@@ -14,7 +14,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["can_shorten", "encode_text", "shorten"]
+__all__ = ["can_shorten", "encode_any_length", "encode_text", "shorten"]
 
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
 
@@ -37,15 +37,20 @@ def shorten(tokens: Tensor) -> Tensor:
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
-    length = tokens.shape[1]
-    if length == model.context_length:
+    if tokens.shape[1] == model.context_length:
         features: Tensor = model.encode_text(tokens)
-    else:
-        shorter = {
-            "model.positional_embedding": model.positional_embedding[:length],
-            "model.attn_mask": model.attn_mask[:length, :length],
-        }
-        features = functional_call(_EncodeText(model), shorter, (tokens,))
+        return features
+    return encode_any_length(model, tokens)
+
+
+def encode_any_length(model: Any, tokens: Tensor) -> Tensor:
+    """As :func:`encode_text`, by one path for all lengths; only for models that ``can_shorten``."""
+    length = tokens.shape[1]
+    shorter = {
+        "model.positional_embedding": model.positional_embedding[:length],
+        "model.attn_mask": model.attn_mask[:length, :length],
+    }
+    features: Tensor = functional_call(_EncodeText(model), shorter, (tokens,))
     return features
 
 

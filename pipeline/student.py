@@ -105,6 +105,11 @@ class Student(nn.Module):
             self.model.logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
 
     @property
+    def shortens(self) -> bool:
+        """Whether :meth:`shorten` leaves anything out, and so whether texts may be shorter than the context length."""
+        return self._shortens
+
+    @property
     def num_parameters(self) -> int:
         """Of the open_clip model: what is shipped, without the projections."""
         return sum(parameter.numel() for parameter in self.model.parameters())

@@ -12,9 +12,8 @@ from typing import Protocol
 from storage.errors import UsageError
 from storage.local_files import LocalFiles
 from storage.redact import redact
-from storage.remote_files import RemoteFiles
 
-__all__ = ["CacheFiles", "LocalFiles", "RemoteFiles", "open_files"]
+__all__ = ["CacheFiles", "LocalFiles", "open_files"]
 
 
 class CacheFiles(Protocol):
@@ -77,6 +76,8 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     if text.startswith("file://"):
         return LocalFiles(text.removeprefix("file://"))
     try:
+        from storage.remote_files import RemoteFiles  # with fsspec, which a local cache does without
+
         return RemoteFiles(text)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise error if isinstance(error, UsageError) else UsageError(redact(f"{text}: {error}")) from error

@@ -87,7 +87,7 @@ def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, numbe
             "stopped: what is mended stays. Run the same command again to go on.\n",
         ),
         (("verify",), "pipeline.cli_cache.verify_cache", "stopped\n"),
-        (("info",), "storage.cli.describe_cache", "stopped\n"),
+        (("info",), "storage.inspect.describe_cache", "stopped\n"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

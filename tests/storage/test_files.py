@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from storage.errors import UsageError
-from storage.files import CacheFiles, LocalFiles, RemoteFiles, open_files
+from storage.files import CacheFiles, LocalFiles, open_files
 from storage.processes import this_process
+from storage.remote_files import RemoteFiles
 
 ODD_KEYS = ["a b", "a+b", "a%20b", "ü/é", "a#b", "a?b", "a&b=c", "a'b", "(a)[1]*", "~a", ".a", "a:b@c", "猫"]
 

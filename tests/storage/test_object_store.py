@@ -16,8 +16,8 @@ import pytest
 
 from storage import remote_files
 from storage.errors import CacheAccessError, CacheError, CacheUnreachableError, UsageError
-from storage.files import CacheFiles, RemoteFiles, open_files
-from storage.remote_files import RetryPolicy
+from storage.files import CacheFiles, open_files
+from storage.remote_files import RemoteFiles, RetryPolicy
 from storage.transient import is_transient
 from tests.fault_proxy import Fault, FaultProxy, Request, refusal
 from tests.object_store import ObjectStore
