@@ -24,6 +24,7 @@ commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
 commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")
 commands_in("pipeline.cli_evaluate", "evaluate", "zero-shot")
+commands_in("pipeline.cli_infer", "infer")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 

@@ -23,10 +23,33 @@ from pipeline.deployment import Deployment, Variant
 from pipeline.model_input import ModelInput
 from storage.errors import UsageError
 
-__all__ = ["ImageLike", "StudentRuntime"]
+__all__ = ["ImageLike", "StudentRuntime", "probabilities"]
 
 ImageLike: TypeAlias = Image.Image | str | Path | bytes
 """An image of Pillow's, the path of a file, or the bytes of one."""
+
+
+def probabilities(
+    image_features: NDArray[np.float32], text_features: NDArray[np.float32], scale: float = 100.0
+) -> NDArray[np.float32]:
+    """softmax over texts of scale x cosine, as CLIP's paper classifies.
+
+    Args:
+        image_features: (images, dim), each of unit norm; ``text_features`` (texts, dim) alike.
+        scale: 100 is the paper's ceiling on the learned logit scale, which CLIP's own models reached.
+
+    Returns:
+        float32 (images, texts); rows sum to 1.
+
+    Raises:
+        ValueError: the scale is not a positive number.
+    """
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale: {scale} found, a positive number wanted")
+    cosines = image_features.astype(np.float64) @ text_features.astype(np.float64).T
+    # less each row's largest, so that exp cannot overflow
+    weights = np.exp(scale * (cosines - cosines.max(axis=1, keepdims=True)))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
 class StudentRuntime:
@@ -94,6 +117,9 @@ class StudentRuntime:
     def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
         """Features of images, in their order: float32 (images, dim), each of unit norm.
 
+        With int8 a feature depends a little on the other images of its run, since they share one scale;
+        ``batch_size=1`` makes it a function of the image alone. Texts alike.
+
         Raises:
             UndecodableImageError: one of them cannot be decoded; says which. To go on without it, call :meth:`pixels`
                 on each and then :meth:`embed_pixels`.
@@ -140,8 +166,7 @@ class StudentRuntime:
 
         Args:
             queries: whole texts, such as ``a photo of a cat``.
-            scale: 100 is CLIP's, from its paper's ceiling on the logit scale; ``deployment.logit_scale`` is the one
-                that the student learned.
+            scale: see :func:`probabilities`; ``deployment.logit_scale`` is the one that the student learned.
 
         Returns:
             float32 (images, queries); rows sum to 1.
@@ -151,12 +176,7 @@ class StudentRuntime:
         """
         if not queries:
             raise ValueError("classify needs one query or more")
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale: {scale} found, a positive number wanted")
-        cosines = self.embed_images(images).astype(np.float64) @ self.embed_texts(queries).T.astype(np.float64)
-        # less each row's largest, so that exp cannot overflow
-        weights = np.exp(scale * (cosines - cosines.max(axis=1, keepdims=True)))
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+        return probabilities(self.embed_images(images), self.embed_texts(queries), scale)
 
     def search(self, index: Any, text: str, k: int = 10) -> list[tuple[int, float]]:
         """The rows of an index that are nearest to a text.
@@ -167,7 +187,7 @@ class StudentRuntime:
             k: how many; fewer come back from an index with fewer rows.
 
         Returns:
-            (row, cosine), best first. Among equal scores of an array the smaller row comes first.
+            (row, cosine), best first.
 
         Raises:
             ValueError: the index has another width, or ``k`` is not positive.
