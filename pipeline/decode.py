@@ -23,6 +23,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -35,6 +37,7 @@ __all__ = [
     "UndecodableImageError",
     "decode_image",
     "ignore_pillows_warnings",
+    "load_image",
     "size_in_words",
 ]
 
@@ -56,25 +59,46 @@ def decode_image(data: bytes) -> Image.Image:
         UndecodableImageError: the module's rules say why.
     """
     ignore_pillows_warnings()
+    with _what_pillow_raises():
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise UndecodableImageError(
+                f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
+            ) from None
+        return _loaded(image)
+
+
+def load_image(image: Image.Image) -> Image.Image:
+    """The same of an image that a caller opened or made with Pillow.
+
+    Raises:
+        UndecodableImageError: as :func:`decode_image`.
+    """
+    ignore_pillows_warnings()
+    with _what_pillow_raises():
+        return _loaded(image)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UndecodableImageError(f"{size_in_words(width, height)}, the most is {MAX_PIXELS:,}")
+    if width * height == 0:
+        raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
+    image.load()
+    return _eight_bits(image)
+
+
+@contextmanager
+def _what_pillow_raises() -> Iterator[None]:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if width * height == 0:
-            raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
-        image.load()
-        return _eight_bits(image)
+        yield
     except (MemoryError, UndecodableImageError):
         raise  # no memory: the machine's fault, not the image's
-    except UnidentifiedImageError:
-        raise UndecodableImageError(
-            f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
-        ) from None
     except Image.DecompressionBombError as error:
         # Pillow's own check comes first where its limit is the lower one, and its text has size and limit too
-        found = str(error) or f"{size_in_words(width, height)}, the most is {MAX_PIXELS:,}"
-        raise UndecodableImageError(found) from error
+        raise UndecodableImageError(str(error)) from error
     # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on bytes they did not expect
     except Exception as error:
         raise UndecodableImageError(printable(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))) from error

@@ -209,6 +209,14 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_folder(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny deployed student; its model folder is ``student`` beside it."""
+    from tests.pipeline.deployed import deploy_tiny
+
+    return deploy_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 def write_photos(root: Path, images: int = 20, first: int = 0) -> Path:
     """A dataset in Flickr's form: JPEGs of many sizes, two captions each, the last fifth for testing.
 

@@ -1,0 +1,97 @@
+"""The examples run as a user would run them: as scripts, in a process of their own, without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.runtime import StudentRuntime
+from tests.conftest import write_photos
+
+ROOT = Path(__file__).parents[1]
+_WITHOUT_TORCH = (
+    "import runpy, sys\n"
+    "sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'open_clip', 'transformers')))\n"  # importing raises
+    "sys.argv = sys.argv[1:]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+)
+
+
+def search(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, str(ROOT / "examples/search_folder.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six photographs, two of them in a folder below."""
+    folder = write_photos(tmp_path / "p", 6) / "images"
+    (folder / "below").mkdir()
+    for name in ("0004.jpg", "0005.jpg"):
+        (folder / name).rename(folder / "below" / name)
+    return folder
+
+
+def wanted(folder: Path, student: StudentRuntime, text: str) -> list[str]:
+    """Lines that a search has to print, from a plain product."""
+    paths = sorted(folder.rglob("*.jpg"))
+    cosines = student.embed_images(paths) @ student.embed_texts([text])[0]
+    return [f"{cosines[row]:.3f}  {paths[row]}" for row in np.argsort(-cosines)]
+
+
+def test_search_folder_finds_keeps_and_follows_changes(pictures: Path, tiny_deployment: Path) -> None:
+    student = StudentRuntime(tiny_deployment)
+    first = search(pictures, "a cat", "--student", tiny_deployment, "-k", "3")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines() == wanted(pictures, student, "a cat")[:3]
+    assert "embedded 6 of 6 new pictures" in first.stderr
+
+    again = search(pictures, "a dog", "--student", tiny_deployment)
+    assert again.stdout.splitlines() == wanted(pictures, student, "a dog")[:5]
+    assert again.stderr == ""  # nothing was embedded
+
+    # one new, one changed, one gone
+    shutil.copy(pictures / "0000.jpg", pictures / "new.JPG")
+    (pictures / "0001.jpg").write_bytes((pictures / "0002.jpg").read_bytes())
+    (pictures / "below" / "0005.jpg").unlink()
+    third = search(pictures, "a cat", "--student", tiny_deployment, "-k", "9")
+    assert "embedded 2 of 2 new pictures" in third.stderr
+    (pictures / "new.JPG").rename(pictures / "new.jpg")
+    renamed = [line.replace("new.jpg", "new.JPG") for line in wanted(pictures, student, "a cat")]
+    assert sorted(third.stdout.splitlines()) == sorted(renamed)  # equal pictures, in either order
+
+
+def test_search_folder_starts_anew_for_another_student(pictures: Path, tiny_deployment: Path, tmp_path: Path) -> None:
+    assert search(pictures, "a cat", "--student", tiny_deployment).returncode == 0
+    other = shutil.copytree(tiny_deployment, tmp_path / "other")
+    record = (other / "deploy.json").read_text().replace('"name": "tiny"', '"name": "other"')
+    (other / "deploy.json").write_text(record)
+    assert "embedded 6 of 6" in search(pictures, "a cat", "--student", other).stderr
+
+
+def test_search_folder_names_what_it_cannot_decode_once(pictures: Path, tiny_deployment: Path) -> None:
+    (pictures / "bad.jpg").write_bytes(b"no image")
+    first = search(pictures, "a cat", "--student", tiny_deployment, "-k", "99")
+    assert f"left out: {pictures}/bad.jpg: not an image" in first.stderr
+    assert len(first.stdout.splitlines()) == 6
+    again = search(pictures, "a cat", "--student", tiny_deployment, "-k", "99")
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+
+
+def test_search_folder_of_nothing_and_of_no_student(pictures: Path, tiny_deployment: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = search(tmp_path / "empty", "a cat", "--student", tiny_deployment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = search(pictures, "a cat", "--student", tmp_path)
+    assert done.returncode == 2
+    assert "no deployed student here" in done.stderr
