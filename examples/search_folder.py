@@ -4,15 +4,16 @@
     python examples/search_folder.py ~/pictures "a dog in the snow" --student deployed/a
 
 The first search embeds all pictures and keeps their features in the folder, in ``.search.npz``; later ones embed only
-what is new or was changed since. Another student, or the same one with --variant int8, starts anew. A picture that cannot
-be decoded is named on stderr and left out; it is tried again once it has changed.
+what is new or was changed since. Another student, or the same one with --variant int8, starts anew. A picture that
+cannot be decoded is named on stderr and left out; it is tried again once it has changed.
 """
+
+# ruff: noqa: T201 - a script
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -61,14 +62,15 @@ def index_folder(folder: Path, student: StudentRuntime) -> tuple[faiss.IndexFlat
         if decoded:
             known.update(zip(decoded, student.embed_pixels(np.stack(pixels)), strict=True))
         print(f"embedded {min(start + BATCH, len(new))} of {len(new)} new pictures", file=sys.stderr)
-    features = np.array([known[stamp] for stamp in stamps], np.float32).reshape(len(stamps), -1)
+    dim = student.deployment.embed_dim
+    features = np.array([known[stamp] for stamp in stamps], np.float32).reshape(len(stamps), dim)
     if new or len(known) != len(stamps):
         names, sizes, mtimes = zip(*stamps, strict=True) if stamps else ((), (), ())
         partial = folder / f"{KEPT}.partial.npz"
         np.savez(partial, student=student_key, names=names, sizes=sizes, mtimes=mtimes, features=features)
-        os.replace(partial, folder / KEPT)  # whole or not at all  # noqa: PTH105
+        partial.replace(folder / KEPT)  # whole or not at all
     seen = [row for row in range(len(stamps)) if np.isfinite(features[row]).all()]
-    index = faiss.IndexFlatIP(student.deployment.embed_dim)  # inner product of unit vectors is their cosine
+    index = faiss.IndexFlatIP(dim)  # inner product of unit vectors is their cosine
     if seen:
         index.add(features[seen])
     return index, [stamps[row][0] for row in seen]
