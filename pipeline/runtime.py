@@ -150,14 +150,24 @@ class StudentRuntime:
         """
         _require_several("texts", texts)
         tokens = self._tokens or self._load_tokens()
-        # neighbours in length together: a short text does not pay for a long one's padding
         ids = tokens(texts)
+        # neighbours in length together: a short text does not pay for a long one's padding
         order = np.argsort(ids.argmax(axis=1), kind="stable")
         features = np.empty((len(texts), self.deployment.embed_dim), np.float32)
         for start in range(0, len(texts), self.batch_size):
             rows = order[start : start + self.batch_size]
             features[rows] = self._run("text", tokens.shortened(ids[rows]))
         return features
+
+    def tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Texts as the model takes them: int64 (texts, length), as short as the longest of them allows."""
+        _require_several("texts", texts)
+        tokens = self._tokens or self._load_tokens()
+        return tokens.shortened(tokens(texts))
+
+    def embed_tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of texts as :meth:`tokens` gives them: float32 (texts, dim), each of unit norm."""
+        return self._run("text", tokens)
 
     def classify(
         self, images: Sequence[ImageLike], queries: Sequence[str], scale: float = 100.0

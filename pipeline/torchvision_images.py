@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.datasets.base import contents, printable
 from pipeline.datasets.labelled import Listing
-from pipeline.preprocess import UndecodableImageError
+from pipeline.decode import UndecodableImageError
 from storage.errors import UsageError
 
 __all__ = ["TORCHVISION", "TorchvisionImages", "open_torchvision"]
