@@ -37,7 +37,6 @@ class EvaluateResult(BaseModel, frozen=True):
     student: Recalls | None
     retention: dict[str, Any] | None
     student_parameters: int | None
-    seconds: float
     interval_level: float = Field(LEVEL, description="Share of the bootstrap's resamples within each interval.")
     interval_resamples: int = Field(RESAMPLES, description="Resamples of the images, each with all its captions.")
     teacher_intervals: RecallIntervals
@@ -46,6 +45,7 @@ class EvaluateResult(BaseModel, frozen=True):
         description="Student and teacher on the same resamples. None for a number that some resample does not have."
     )
     ranks: str | None = Field(None, description="File that the rank of every query was written to.")
+    seconds: float
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] | None = None) -> EvaluateResult:

@@ -176,7 +176,7 @@ def _recalls(
     if text_image.shape != ranks.t2i.shape:
         raise ValueError(f"{len(text_image)} captions in text_image, {len(ranks.t2i)} in ranks")
     images = len(ranks.i2t)
-    columns = [(ranks.i2t > 0) & (ranks.i2t <= k) for k in ks]
+    columns: list[NDArray[Any]] = [(ranks.i2t > 0) & (ranks.i2t <= k) for k in ks]
     for k in ks:
         hits = (ranks.t2i > 0) & (ranks.t2i <= k)
         columns.append(np.bincount(text_image[hits], minlength=images))
