@@ -162,9 +162,9 @@ def _torchvision(config: ZeroShotConfig, rest: str) -> LabelledDataset:
             f"known to be in the order of {config.prompts or 'any prompts'}; name them by --class-names FILE.json, "
             '{"0": "its name", ...}'
         )
-    found = class_prompts(
-        replace(listing, named=True), config.prompts, config.templates, config.class_names, same_order=same_order
-    )
+    # numbers that are known to count as the list does need no image of each class
+    listing = replace(listing, named=listing.named or not same_order)
+    found = class_prompts(listing, config.prompts, config.templates, config.class_names, same_order=same_order)
     labels = np.array([found.classes.number[listing.keys[number]] for number in numbers], np.int64)
     return LabelledDataset(TorchvisionImages(config.dataset, dataset, numbers, labels), found, {})
 

@@ -287,9 +287,7 @@ def _numbers(
     """Position in the list of each class of the dataset, and how it was found."""
     if same_order:
         if len(own) != len(names):
-            raise UsageError(
-                f"{where}: {len(own)} classes, and {len(names)} class names in their order; {_remedy(own)}"
-            )
+            raise UsageError(f"{where}: {len(own)} classes and {len(names)} class names in order. {_remedy(own)}")
         return {key: number for number, key in enumerate(own)}, "place"
     plain = [_plain(name) for name in names]
     repeated = Counter(plain)
