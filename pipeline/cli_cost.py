@@ -103,8 +103,8 @@ def _quantities(result: CostResult) -> Iterator[tuple[str, dict[str, float | Non
     yield "parameters", of(lambda model: model.facts.parameters), 0
     yield "weights on disk, MB", of(lambda model: _scaled(model.facts.weights_bytes, 1e6)), 1
     yield "weights in memory, MB", of(lambda model: _scaled(model.facts.state_bytes, 1e6)), 1
-    yield f"peak memory, batch {result.memory_batch}, MB", memory("above_imports_bytes"), 0
-    yield "with all libraries, MB", memory("peak_bytes"), 0
+    yield f"memory for a batch of {result.memory_batch}, MB", memory("encoding_bytes"), 0
+    yield "peak of the process, MB", memory("peak_bytes"), 0
     yield "on the GPU, MB", memory("cuda_peak_bytes"), 0
     yield "GFLOPs of an image", flops("image"), 2
     known = next((model.facts.flops for model in result.models.values() if model.facts.flops), None)

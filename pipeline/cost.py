@@ -206,9 +206,11 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
     import torch  # takes seconds
 
     from pipeline.cost_models import TorchModel, load_student_model, load_teacher_model
-    from pipeline.device import resolve_device
+    from pipeline.device import keep_freed_memory, resolve_device
 
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as precompute and train do
     threads = torch.get_num_threads()
     models: dict[str, TorchModel] = {}
     loaders: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.cost import ModelFacts, TowerFlops
 from pipeline.cost_captions import captions
-from pipeline.device import image_memory_format, keep_freed_memory, resolve_device
+from pipeline.device import image_memory_format, resolve_device
 from pipeline.flops import count_flops
 from pipeline.short_text import can_shorten, encode_text, shorten
 from pipeline.student import load_student, student_tokenizer
@@ -106,7 +106,6 @@ def load_teacher_model(name: str, pretrained: str | None = None, device: str = "
     Raises:
         UsageError: it cannot be loaded.
     """
-    _prepare(device)
     teacher = load_teacher(name, pretrained, device)
     folder = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
     file = folder / _WEIGHTS if folder is not None else None
@@ -119,12 +118,6 @@ def load_student_model(folder: str, device: str = "auto") -> TorchModel:
     Raises:
         UsageError: it cannot be loaded.
     """
-    _prepare(device)
     student, config = load_student(Path(folder))
     file = Path(folder) / _WEIGHTS
     return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), resolve_device(device), file)
-
-
-def _prepare(device: str) -> None:
-    if resolve_device(device).type == "cpu":
-        keep_freed_memory()  # as precompute and train do
