@@ -71,9 +71,7 @@ def table_files(name: str, table: pa.Table) -> dict[str, tuple[bytes, int]]:
     return files
 
 
-def read_table(
-    files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None
-) -> pa.Table:
+def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A table of the cache, all rows of all columns or of some; each file proven by its digest.
 
     Raises:
@@ -96,7 +94,9 @@ def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArr
         return read_table(files, manifest, name).take(pa.array(rows))
     stops = np.cumsum([manifest.files[key].rows or 0 for key in keys])
     if len(rows) and (rows.min() < 0 or rows.max() >= stops[-1]):
-        raise IndexError(f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}")
+        raise IndexError(
+            f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}"
+        )
     place = np.searchsorted(stops, rows, side="right")
     needed = np.unique(place)
     parts = [_parse(read_static(files, keys[number], manifest.files[keys[number]])) for number in needed]

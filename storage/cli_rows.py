@@ -1,0 +1,128 @@
+"""The commands that look at embeddings: ``stats``, ``sample``, ``neighbours``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
+
+if TYPE_CHECKING:
+    from storage.stats import CacheStats, Distribution
+
+__all__ = ["stats"]
+
+_QUANTILES = ("1 %", "50 %", "99 %")
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@app.command()
+def stats(
+    cache: CacheArgument,
+    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
+    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
+    rows: Annotated[
+        int, typer.Option("--rows", min=2, help="Images to read at most, with their captions; of more, some are drawn.")
+    ] = 20_000,
+    near: Annotated[
+        float, typer.Option("--near", min=0, max=1, help="Cosine from which on two images are near-duplicates.")
+    ] = 0.99,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Sum up embeddings: norms, cosines of true and random pairs, duplicates, rank, the teacher's own recall."""
+    from storage.console import StageProgress
+    from storage.stats import cache_stats
+
+    with StageProgress() as progress:
+        found = cache_stats(cache, split, view, rows, near, seed, progress)
+    if json:
+        print_json(found)
+    else:
+        _print_stats(found)
+
+
+def _print_stats(found: CacheStats) -> None:
+    console = Console(highlight=False)
+    read = f"all {found.image.rows:,} images"
+    if found.sampled:
+        read = (
+            f"{found.image.rows_read:,} of {found.image.rows:,} images, drawn with seed {found.seed}; --rows reads more"
+        )
+    where = f", split {found.split}" if found.split is not None else ""
+    where += f", view {found.view}" if found.view else ""
+    console.print(f"{found.location}{where}: {read}", markup=False, soft_wrap=True)
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("mean", *_QUANTILES):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("least to greatest", no_wrap=True)
+    for name, values in (
+        ("norm of images", found.image.norm),
+        ("norm of captions", found.text.norm),
+        ("cosine of true pairs", found.true_pairs),
+        ("cosine of random pairs", found.random_pairs),
+        ("cosine of two images", found.image.cosine),
+        ("cosine of two captions", found.text.cosine),
+    ):
+        if values is not None:
+            table.add_row(name, *_numbers(values), _bars(values.histogram))
+    console.print(table)
+
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, text in _facts(found).items():
+        facts.add_row(name, escape(text))
+    console.print(facts)
+
+
+def _facts(found: CacheStats) -> dict[str, str]:
+    facts = {
+        "true above random": "" if found.separation is None else f"{100 * found.separation:.2f} % of pairs",
+        "effective rank": ", ".join(
+            f"{name} {tower.effective_rank:.1f}"
+            for name, tower in (("images", found.image), ("captions", found.text))
+            if tower.effective_rank is not None
+        ),
+        "dead dimensions": f"images {_dimensions(found.image.dead_dimensions)}, "
+        f"captions {_dimensions(found.text.dead_dimensions)}",
+        "quarantined": f"{counted(found.image.missing, 'image')}, {counted(found.text.missing, 'caption')}; "
+        f"zero: {counted(found.image.zero, 'image')}, {counted(found.text.zero, 'caption')}",
+        "equal embeddings": f"{counted(found.image.equal_rows, 'image')}, {counted(found.text.equal_rows, 'caption')}",
+        "near-duplicates": f"{counted(found.near_images, 'image')} in {counted(found.near_pairs, 'pair')} "
+        f"of cosine {found.near_cosine:g} or more",
+    }
+    for pair in found.nearest_pairs[:5]:
+        same = ", the same file" if pair.same_bytes else ""
+        facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"
+    if found.recall is not None:
+        recall = found.recall
+        for name, values in (("image to text", recall.i2t), ("text to image", recall.t2i)):
+            facts[name] = ", ".join(f"{k} {value:.1f} %" for k, value in values.items())
+        facts["recall among"] = (
+            f"{counted(recall.images, 'image')} and {counted(recall.captions, 'caption')}; "
+            f"chance R@1 of text to image is {100 / recall.images:.2f} %"
+        )
+    return {name: text for name, text in facts.items() if text}
+
+
+def _numbers(values: Distribution) -> tuple[str, ...]:
+    return tuple(f"{value:.3f}" for value in (values.mean, *(values.quantiles[name] for name in _QUANTILES)))
+
+
+def _bars(histogram: tuple[int, ...]) -> str:
+    most = max(histogram)
+    return "".join(_BLOCKS[-(-(len(_BLOCKS) - 1) * count // most)] for count in histogram)
+
+
+def _dimensions(dimensions: tuple[int, ...]) -> str:
+    if not dimensions:
+        return "none"
+    shown = ", ".join(str(dim) for dim in dimensions[:5])
+    return f"{len(dimensions)} ({shown}{', ...' if len(dimensions) > 5 else ''})"
