@@ -76,7 +76,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 commands_in("storage.cli_look", "ls", "info")
-commands_in("storage.cli_rows", "stats")
+commands_in("storage.cli_rows", "stats", "sample", "neighbours")
 
 
 @app.callback()

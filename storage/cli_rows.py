@@ -12,9 +12,10 @@ from rich.table import Table
 from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
 
 if TYPE_CHECKING:
+    from storage.browse import CaptionRow, ImageRow, Neighbours, RowSample
     from storage.stats import CacheStats, Distribution
 
-__all__ = ["stats"]
+__all__ = ["neighbours", "sample", "stats"]
 
 _QUANTILES = ("1 %", "50 %", "99 %")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -44,6 +45,95 @@ def stats(
         print_json(found)
     else:
         _print_stats(found)
+
+
+@app.command()
+def sample(
+    cache: CacheArgument,
+    count: Annotated[int, typer.Option("--count", min=1, help="Images to show.")] = 5,
+    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
+    nearest: Annotated[int, typer.Option("--nearest", min=1, help="Nearest captions of each.")] = 3,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Captions to compare with; of more, whole chunks are drawn.")
+    ] = 200_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Show random images: row, sample_id, file, captions with their cosines, and the nearest captions of all."""
+    from storage.browse import sample_images
+    from storage.console import StageProgress
+
+    with StageProgress() as progress:
+        found = sample_images(cache, count, split, nearest, rows, seed, progress)
+    if json:
+        print_json(found)
+    else:
+        _print_sample(found)
+
+
+@app.command()
+def neighbours(
+    cache: CacheArgument,
+    image: Annotated[
+        str | None,
+        typer.Argument(metavar="[ROW|SAMPLE_ID]", help="Image; write id: before a sample_id that is a number."),
+    ] = None,
+    text_row: Annotated[int | None, typer.Option("--text-row", help="Row of a caption, instead of an image.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Nearest images, and captions, to show.")] = 5,
+    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Images, and captions, to compare with; of more, chunks are drawn.")
+    ] = 1_000_000,
+    json: JsonFlag = False,
+) -> None:
+    """Show the images and captions that are nearest to an image, or to a caption."""
+    from storage.browse import find_neighbours
+    from storage.console import StageProgress
+
+    with StageProgress() as progress:
+        found = find_neighbours(cache, image, text_row, count, view, rows, progress=progress)
+    if json:
+        print_json(found)
+    else:
+        _print_neighbours(found)
+
+
+def _print_sample(found: RowSample) -> None:
+    for shown in found.images:
+        own = {caption.row for caption in shown.captions}
+        _say(*_image_lines(shown), "  nearest captions:")
+        for caption in shown.nearest_captions:
+            _say(f"{_caption_line(caption)}{'' if caption.row in own else f'  (of {caption.sample_id})'}")
+    _say(f"nearest among {counted(found.captions_compared, 'caption')}; drawn with seed {found.seed}")
+
+
+def _print_neighbours(found: Neighbours) -> None:
+    if found.image is not None:
+        _say(*_image_lines(found.image))
+    if found.caption is not None:
+        _say(f"caption {found.caption.row} of {found.caption.sample_id}: {found.caption.text}")
+    _say(f"nearest of {counted(found.images_compared, 'image')}:")
+    _say(*(f"  {image.cosine:.3f}  row {image.row}  {image.sample_id}  {image.uri}" for image in found.images))
+    _say(f"nearest of {counted(found.captions_compared, 'caption')}:")
+    _say(*(f"{_caption_line(caption)}  (of {caption.sample_id})" for caption in found.captions))
+
+
+def _image_lines(image: ImageRow) -> list[str]:
+    split = f", {image.split}" if image.split else ""
+    first = f"{image.sample_id}  row {image.row}{split}, norm {image.norm:.3f}, {image.uri}"
+    return [first, *(_caption_line(caption) for caption in image.captions)]
+
+
+def _caption_line(caption: CaptionRow) -> str:
+    return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}"
+
+
+def _say(*lines: str) -> None:
+    console = Console(highlight=False)
+    for line in lines:
+        # a caption may hold anything, a terminal's commands too
+        shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+        console.print(shown, markup=False, soft_wrap=True)
 
 
 def _print_stats(found: CacheStats) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ __all__ = [
     "SAMPLES",
     "captions_sha256",
     "chunk_rows_sha256",
+    "find_row",
     "read_rows",
     "read_static",
     "read_table",
@@ -103,6 +105,16 @@ def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArr
     starts = np.concatenate([[0], stops])[place]
     before = np.concatenate([[0], np.cumsum([part.num_rows for part in parts])])[np.searchsorted(needed, place)]
     return pa.concat_tables(parts).take(pa.array(before + rows - starts)) if parts else SCHEMAS[name].empty_table()
+
+
+def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:
+    """The first row of a table with this value in a column; None when there is none. One file at a time."""
+    for key in _keys(manifest, name):
+        table = _parse(read_static(files, key, manifest.files[key]), ["row", column])
+        at = pc.index(table[column], value).as_py()
+        if at >= 0:
+            return int(table["row"][at].as_py())
+    return None
 
 
 def _keys(manifest: CacheManifest, name: str) -> list[str]:
