@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from storage.cli import CacheArgument, JsonFlag, app, complete_location, counted, print_json
+from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json
 
 if TYPE_CHECKING:
     from storage.diff import CacheDiff, Drift
+    from storage.garbage import GarbageReport
 
-__all__ = ["diff"]
+__all__ = ["diff", "gc"]
 
 _SHOWN = 5
 
@@ -42,6 +43,34 @@ def diff(
         _say(*_diff_lines(found))
     if not found.same:
         raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    cache: CacheArgument,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what was found; without it nothing is touched.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """List what belongs to nothing: cut-off writes, claims of ended processes, unknown files. --delete removes it."""
+    from storage.garbage import collect_garbage
+
+    found = collect_garbage(cache, delete)
+    if json:
+        print_json(found)
+    else:
+        _say(*_garbage_lines(found))
+
+
+def _garbage_lines(found: GarbageReport) -> list[str]:
+    lines = [f"{each.kind}: {each.key} ({byte_size(each.nbytes)})" for each in found.found]
+    what = f"{counted(len(found.found), 'file')}, {byte_size(found.nbytes)}"
+    if not found.found:
+        return [f"{found.location}: nothing to collect"]
+    if found.deleted:
+        return [*lines, f"{found.location}: {what} deleted"]
+    return [*lines, f"{found.location}: {what}; nothing was touched, --delete removes them"]
 
 
 def _diff_lines(found: CacheDiff) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from storage.cli import CacheArgument, JsonFlag, app, complete_location, counted, print_json
+from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json
 
 if TYPE_CHECKING:
     from storage.identity import ViewsIdentity
@@ -83,15 +83,6 @@ def _listed(cache: ListedCache) -> tuple[str, ...]:
         byte_size(cache.committed_bytes or 0),
         "" if age is None else _age(age),
     )
-
-
-def byte_size(nbytes: float) -> str:
-    """Bytes for people: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:,.1f} TB"
 
 
 def _age(age: timedelta) -> str:
