@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,13 +24,14 @@ from storage.errors import CacheUnreachableError, UsageError
 from storage.files import CacheFiles
 from storage.processes import ProcessName, this_process
 
-__all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims"]
+__all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
 
 CLAIMS = "claims"
 PLAN = "plan"  # whoever has this one may write the manifest
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
+_GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
 
 
 class _Claim(BaseModel):
@@ -169,3 +171,40 @@ def clear_claims(files: CacheFiles) -> None:
             except (FileNotFoundError, ValidationError):
                 pass
         files.delete(key)
+
+
+def left_claims(files: CacheFiles) -> list[str]:
+    """Keys of claims and beats whose process has ended; of a process that cannot be asked, after a day of silence."""
+    left, ended, living = [], set[str](), set[str]()
+    keys = files.list(CLAIMS)
+    beats = [key for key in keys if key.startswith(f"{CLAIMS}/alive/")]
+    for key in sorted(set(keys) - set(beats)):
+        try:
+            claim = _Claim.model_validate_json(files.read(key))
+        except FileNotFoundError:
+            continue
+        except ValidationError:
+            if _old(files, key):
+                left.append(key)
+            continue
+        beat = f"{CLAIMS}/alive/{claim.owner}.json"
+        alive = claim.process.alive()
+        if alive is False or (alive is None and _old(files, beat if beat in beats else key)):
+            left.append(key)
+            ended.add(claim.owner)
+        else:
+            living.add(claim.owner)
+    for beat in beats:
+        owner = beat.removeprefix(f"{CLAIMS}/alive/").removesuffix(".json")
+        # one without any claim may be of a process that is about to make its first
+        if owner not in living and (owner in ended or _old(files, beat)):
+            left.append(beat)
+    return left
+
+
+def _old(files: CacheFiles, key: str) -> bool:
+    try:
+        modified = files.stat(key).modified
+    except FileNotFoundError:
+        return False
+    return modified is not None and (datetime.now(UTC) - modified).total_seconds() > _GIVEN_UP_SECONDS

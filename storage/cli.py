@@ -20,7 +20,7 @@ from typer.main import get_command_from_info
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["CacheArgument", "JsonFlag", "app", "commands_in", "complete_location", "counted", "print_json"]
+__all__ = ["CacheArgument", "JsonFlag", "app", "byte_size", "commands_in", "complete_location", "counted", "print_json"]
 
 _modules: dict[str, str] = {}
 _CACHE_MARK = "manifest.json"  # storage.manifest.MANIFEST_KEY, which takes pydantic's time to import
@@ -76,6 +76,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 commands_in("storage.cli_look", "ls", "info")
+commands_in("storage.cli_rows", "stats", "sample", "neighbours")
+commands_in("storage.cli_compare", "diff", "gc")
 
 
 @app.callback()
@@ -110,6 +112,15 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 def counted(number: int, what: str) -> str:
     """The number and the word, in the plural but for one."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def byte_size(nbytes: float) -> str:
+    """Bytes for people: 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.1f} TB"
 
 
 def print_json(result: BaseModel) -> None:

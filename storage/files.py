@@ -10,10 +10,10 @@ import os
 from typing import Protocol
 
 from storage.errors import UsageError
-from storage.local_files import LocalFiles
+from storage.local_files import LocalFiles, ObjectStat
 from storage.redact import redact
 
-__all__ = ["CacheFiles", "LocalFiles", "open_files"]
+__all__ = ["CacheFiles", "LocalFiles", "ObjectStat", "open_files"]
 
 
 class CacheFiles(Protocol):
@@ -57,8 +57,21 @@ class CacheFiles(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
 
+    def folders(self, prefix: str = "") -> list[str]:
+        """Names of the folders directly below the folder ``prefix``, sorted; what lies in them is not listed."""
+
+    def stat(self, key: str) -> ObjectStat:
+        """Size and age of the object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is not an error."""
+
+    def partials(self) -> list[str]:
+        """Keys of what writers that died on this host left unfinished; no listing shows them."""
 
     def remove_partials(self) -> int:
         """Remove what writers that died on this host left unfinished; returns how many. Safe beside live writers."""

@@ -1,18 +1,49 @@
-"""What a cache is and how far it is, from its manifest, commit names and journal; embeddings are never read."""
+"""What a cache is and how far it is, from its manifest, commit names and journal; embeddings are never read.
+
+Nor is more read of a large cache than of a small one: beyond :data:`NOTES_READ` notes and :data:`COMMITS_READ` records
+the cost is an estimate and the quarantined rows are not named, and both are said.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
-from storage.commits import COMMITS, ChunkRef, all_chunks
-from storage.files import open_files
+from storage.commits import COMMITS, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commit
+from storage.errors import CacheCorruptError
+from storage.files import CacheFiles, LocalFiles, open_files
 from storage.identity import CacheIdentity
-from storage.journal import read_journal
-from storage.manifest import Layout
+from storage.journal import JOURNAL, ChunkCost, read_cost
+from storage.manifest import CacheManifest, Generation, Layout
 from storage.root import read_manifest
 
-__all__ = ["CacheInfo", "count_committed", "describe_cache"]
+__all__ = ["COMMITS_READ", "NOTES_READ", "CacheInfo", "Coverage", "count_committed", "describe_cache", "target_bytes"]
+
+NOTES_READ = 1000
+"""Notes of the journal, per tower, that are read at most; more are estimated from so many evenly spaced ones."""
+
+COMMITS_READ = 1000
+"""Commit records of images that are read for the reasons of quarantine, at most."""
+
+_ROWS_NAMED = 20
+_READS_AT_ONCE = 16  # of a store, where a small read is all waiting
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+
+
+class Coverage(BaseModel, frozen=True):
+    """How far one view of the images, or the captions, are."""
+
+    tower: Literal["image", "text"]
+    view: int
+    chunks: int
+    chunks_committed: int
+    rows: int
+    rows_committed: int
 
 
 class CacheInfo(BaseModel, frozen=True):
@@ -25,19 +56,31 @@ class CacheInfo(BaseModel, frozen=True):
     identity_digest: str
     identity: CacheIdentity
     layout: Layout
+    generations: tuple[Generation, ...]
     dataset: str
     image_root: str
     chunks: int
     chunks_committed: int
+    coverage: tuple[Coverage, ...] = Field(description="Views of the images in order, then captions.")
     views_sealed: int = Field(description="Views that can be read; fewer than the layout's while some are added.")
     images_encoded: int | None = Field(description="With an embedding in each sealed view; known once one is sealed.")
     images_quarantined: int | None = Field(description="Without one in some sealed view; counted once.")
+    quarantine: dict[str, int] | None = Field(
+        description="Images without an embedding in some committed chunk, by reason; None where too many records "
+        "would have to be read."
+    )
+    quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="The first of them.")
     lost_images: int
     problems: dict[str, int] = Field(description="Of the dataset, met while it was read, by kind.")
     target_bytes: int = Field(description="Of all chunk objects when complete.")
     encode_seconds: float = Field(description="Sum over the committed chunks' journal notes.")
+    notes: int = Field(description="In the journal.")
+    notes_read: int = Field(description="Of those; where fewer, the seconds are scaled up from them.")
     images_per_second: float | None
     captions_per_second: float | None
+    remaining_seconds: float | None = Field(
+        description="For the rows that are left, at these rates and by one process; None when a rate is not known."
+    )
     made_with: dict[str, str]
 
 
@@ -50,19 +93,14 @@ def describe_cache(location: str) -> CacheInfo:
     files = open_files(location)
     manifest = read_manifest(files)
     refs = all_chunks(manifest.layout)
-    wanted = {ref.commit_key for ref in refs}
-    committed = sum(key in wanted for key in files.list(COMMITS))
-    costs = read_journal(files)
-    seconds = {"image": 0.0, "text": 0.0}
-    rows = {"image": 0, "text": 0}
-    for name, cost in costs.items():
-        tower = name.partition("/")[0]
-        if tower in seconds:
-            # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
-            seconds[tower] += cost.teacher_seconds + cost.decode_wait_seconds
-            rows[tower] += cost.rows
-    sealed = manifest.sealed_generations
-    seal = sealed[-1].seal if sealed else None
+    there = set(files.list(COMMITS))
+    committed = [ref for ref in refs if ref.commit_key in there]
+    coverage = _coverage(manifest.layout, refs, committed)
+    costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
+    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
+    # a sealed cache without quarantined rows says so in its manifest
+    none_lost = manifest.sealed and seal is not None and not seal.images_quarantined
+    rows = {} if none_lost else _quarantined(files, manifest, committed)
     return CacheInfo(
         location=location,
         format_version=manifest.format_version,
@@ -71,19 +109,26 @@ def describe_cache(location: str) -> CacheInfo:
         identity_digest=manifest.identity_digest,
         identity=manifest.identity,
         layout=manifest.layout,
+        generations=manifest.generations,
         dataset=manifest.source.dataset,
         image_root=manifest.source.image_root,
         chunks=len(refs),
-        chunks_committed=committed,
+        chunks_committed=len(committed),
+        coverage=coverage,
         views_sealed=manifest.sealed_views,
         images_encoded=seal.images_encoded if seal else None,
         images_quarantined=seal.images_quarantined if seal else None,
+        quarantine=None if rows is None else dict(sorted(Counter(row.reason for row in rows.values()).items())),
+        quarantined_rows=tuple((rows or {}).values())[:_ROWS_NAMED],
         lost_images=manifest.lost_images,
         problems=manifest.problems,
-        target_bytes=sum(_chunk_bytes(manifest.layout, ref) for ref in refs),
-        encode_seconds=sum(seconds.values()),
-        images_per_second=rows["image"] / seconds["image"] if seconds["image"] else None,
-        captions_per_second=rows["text"] / seconds["text"] if seconds["text"] else None,
+        target_bytes=target_bytes(manifest.layout, refs),
+        encode_seconds=sum(cost.seconds for cost in costs.values()),
+        notes=sum(cost.notes for cost in costs.values()),
+        notes_read=sum(cost.notes_read for cost in costs.values()),
+        images_per_second=costs["image"].rows_per_second,
+        captions_per_second=costs["text"].rows_per_second,
+        remaining_seconds=_remaining(coverage, {tower: cost.rows_per_second for tower, cost in costs.items()}),
         made_with=manifest.made_with,
     )
 
@@ -99,11 +144,103 @@ def count_committed(location: str) -> tuple[int, int]:
     return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
 
 
-def _chunk_bytes(layout: Layout, ref: ChunkRef) -> int:
+def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
+    """Bytes of the objects of some chunks; the last one of a tower is padded, so that all are of one size."""
+    counts = Counter(ref.tower for ref in refs)
+    return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
+
+
+def _chunk_bytes(layout: Layout, tower: Tower) -> int:
     total = 0
-    for name in ARRAYS[ref.tower]:
-        size = array_dtype(ref.tower, name).itemsize
-        for length in chunk_shape(layout, ref.tower, name):
+    for name in ARRAYS[tower]:
+        size = array_dtype(tower, name).itemsize
+        for length in chunk_shape(layout, tower, name):
             size *= length
         total += size + 4  # the checksum
     return total
+
+
+def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:
+    parts = dict.fromkeys((ref.tower, ref.view) for ref in refs)
+    chunks, done = Counter(ref[:2] for ref in refs), Counter(ref[:2] for ref in committed)
+    rows: Counter[tuple[Tower, int]] = Counter()
+    for ref in committed:
+        rows[ref.tower, ref.view] += len(ref.rows(layout))
+    return tuple(
+        Coverage(
+            tower=tower,
+            view=view,
+            chunks=chunks[tower, view],
+            chunks_committed=done[tower, view],
+            rows=layout.rows(tower),
+            rows_committed=rows[tower, view],
+        )
+        for tower, view in parts
+    )
+
+
+class _Cost(BaseModel, frozen=True):
+    seconds: float
+    rows_per_second: float | None
+    notes: int
+    notes_read: int
+
+
+def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
+    keys = files.list(f"{JOURNAL}/{tower}")
+    read = keys
+    if len(keys) > NOTES_READ:
+        read = [keys[number * len(keys) // NOTES_READ] for number in range(NOTES_READ)]
+
+    def cost_of(key: str) -> ChunkCost | None:
+        return read_cost(files, key.removeprefix(f"{JOURNAL}/").removesuffix(".json"))
+
+    costs = [cost for cost in _mapped(files, cost_of, read) if cost is not None]
+    # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
+    seconds = sum(cost.teacher_seconds + cost.decode_wait_seconds for cost in costs)
+    rows = sum(cost.rows for cost in costs)
+    return _Cost(
+        seconds=seconds * len(keys) / len(read) if read else 0.0,
+        rows_per_second=rows / seconds if seconds else None,
+        notes=len(keys),
+        notes_read=len(read),
+    )
+
+
+def _quarantined(
+    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
+) -> dict[int, QuarantinedRow] | None:
+    images = [ref for ref in committed if ref.tower == "image"]
+    if len(images) > COMMITS_READ:
+        return None
+
+    def commit_of(ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
+        try:
+            commit = read_commit(files, manifest, ref)
+        except (CacheCorruptError, FileNotFoundError):
+            return ()  # verify names it
+        return () if commit is None else commit.quarantined
+
+    found: dict[int, QuarantinedRow] = {}
+    for rows in _mapped(files, commit_of, images):
+        for row in rows:
+            found.setdefault(row.row, row)
+    return dict(sorted(found.items()))
+
+
+def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:
+    total = 0.0
+    for part in coverage:
+        left, rate = part.rows - part.rows_committed, rates[part.tower]
+        if left and rate is None:
+            return None
+        total += left / rate if rate else 0.0
+    return total
+
+
+def _mapped(files: CacheFiles, read: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """The results in order; of a store many at a time."""
+    if isinstance(files, LocalFiles) or len(items) < 2:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return list(pool.map(read, items))

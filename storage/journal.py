@@ -19,7 +19,7 @@ from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import CacheFiles
 from storage.identity import canonical_json, digest_of
 
-__all__ = ["JOURNAL", "ChunkCost", "ChunkNote", "note_key", "read_journal", "read_note", "write_cost"]
+__all__ = ["JOURNAL", "ChunkCost", "ChunkNote", "note_key", "read_cost", "read_note", "write_cost"]
 
 JOURNAL = "journal"
 
@@ -90,18 +90,14 @@ def read_note(files: CacheFiles, name: str) -> ChunkNote:
     return note
 
 
-def read_journal(files: CacheFiles) -> dict[str, ChunkCost]:
-    """Notes by chunk name. A damaged or unreadable note is left out: nothing depends on it."""
-    costs: dict[str, ChunkCost] = {}
-    for key in files.list(JOURNAL):
-        name = key.removeprefix(f"{JOURNAL}/").removesuffix(".json")
-        try:
-            costs[name] = read_note(files, name)
-        except ConnectionError:
-            raise  # the store, not this note
-        except (CacheCorruptError, CacheAccessError, OSError):
-            continue
-    return costs
+def read_cost(files: CacheFiles, name: str) -> ChunkCost | None:
+    """What one chunk took, by its note; None when that is damaged or cannot be read."""
+    try:
+        return read_note(files, name)
+    except ConnectionError:
+        raise  # the store, not this note
+    except (CacheCorruptError, CacheAccessError, OSError):
+        return None
 
 
 def _commit_sha256(commit: ChunkCommit) -> str:

@@ -9,17 +9,27 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from storage.processes import ProcessName, this_process
 
-__all__ = ["PARTIAL", "LocalFiles"]
+__all__ = ["PARTIAL", "LocalFiles", "ObjectStat"]
 
 PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
 """Names of what is not finished; no location lists them."""
 
 _GIVEN_UP_SECONDS = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class ObjectStat(NamedTuple):
+    """What a location knows of an object without reading it."""
+
+    nbytes: int
+    modified: datetime | None
+    """When it was last written, with its time zone; None where the store does not say."""
 
 
 class LocalFiles:
@@ -69,20 +79,39 @@ class LocalFiles:
             found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
         return sorted(found)
 
+    def folders(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty."""
+        try:
+            with os.scandir(self._root / prefix) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return []
+
+    def stat(self, key: str) -> ObjectStat:
+        """See :class:`storage.files.CacheFiles`."""
+        found = (self._root / key).stat()
+        return ObjectStat(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
     def delete(self, key: str) -> None:
         """See :class:`storage.files.CacheFiles`."""
         (self._root / key).unlink(missing_ok=True)
 
-    def remove_partials(self) -> int:
+    def partials(self) -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
-        removed = 0
+        found = []
         for folder, _, names in os.walk(self._root):
             for name in names:
                 match = PARTIAL.match(name)
                 if match and _left_behind(Path(folder) / name, match["process"]):
-                    (Path(folder) / name).unlink(missing_ok=True)
-                    removed += 1
-        return removed
+                    found.append((Path(folder) / name).relative_to(self._root).as_posix())
+        return sorted(found)
+
+    def remove_partials(self) -> int:
+        """See :class:`storage.files.CacheFiles`."""
+        found = self.partials()
+        for key in found:
+            self.delete(key)
+        return len(found)
 
 
 @contextlib.contextmanager

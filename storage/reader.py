@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -118,16 +119,20 @@ class EmbeddingReader:
         """What of the dataset got no row, and why: kind, where, detail, lost_image."""
         return self._table(PROBLEMS)
 
-    def _table(self, name: str) -> pa.Table:
+    def _table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
-            return read_table(self.files, self.manifest, name)
+            return read_table(self.files, self.manifest, name, columns)
         except OSError as error:
             raise _read_error(f"{self.location}/{name}", error) from error
+
+    def _column(self, table: str, name: str) -> pa.ChunkedArray:
+        """One column; of a table that is not in memory no other is decoded, and none stays there."""
+        return (self.__dict__[table] if table in self.__dict__ else self._table(table, [name]))[name]
 
     @cached_property
     def caption_offsets(self) -> NDArray[np.int64]:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
-        image_rows = self.captions["image_row"].to_numpy()
+        image_rows = self._column(CAPTIONS, "image_row").to_numpy()
         if len(image_rows) and (np.diff(image_rows) < 0).any():
             raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row")
         edges = np.arange(self.manifest.layout.image_rows + 1)
@@ -156,7 +161,7 @@ class EmbeddingReader:
             if split not in known:
                 names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
                 raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
-            keep = np.asarray(self.samples["split"].to_numpy(zero_copy_only=False) == split, bool).copy()
+            keep = np.asarray(self._column(SAMPLES, "split").to_numpy(zero_copy_only=False) == split, bool).copy()
         keep[[row.row for row in self.quarantined]] = False
         return np.flatnonzero(keep).astype(np.int64)
 
@@ -229,6 +234,17 @@ class EmbeddingReader:
             named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
             raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
         return out
+
+    def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
+        """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
+
+        Raises:
+            IndexError: no such chunk, or one that is not sealed yet.
+            CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
+        """
+        if ref not in self._commits:
+            raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
+        return self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))]
 
     @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:

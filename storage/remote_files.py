@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import fsspec
 
 from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
-from storage.local_files import PARTIAL
+from storage.local_files import PARTIAL, ObjectStat
 from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
@@ -225,12 +226,44 @@ class RemoteFiles:
             and not PARTIAL.match(key.rpartition("/")[2])
         )
 
+    def folders(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`. One level of the listing, however much lies below."""
+        folder = prefix.rstrip("/")
+
+        def look(fs: Any, path: str) -> list[str]:
+            fs.invalidate_cache()
+            try:
+                entries = fs.ls(path, detail=True)
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return []
+            return [str(entry["name"]) for entry in entries if entry["type"] == "directory"]
+
+        here = self._path(folder).rstrip("/")
+        names = [path.rstrip("/").rpartition("/")[2] for path in self._try("list", folder, look) if path != here]
+        return sorted({name for name in names if name})
+
+    def stat(self, key: str) -> ObjectStat:
+        """See :class:`storage.files.CacheFiles`."""
+        found = self._try("look at", key, lambda fs, path: fs.info(path))
+        if found["type"] != "file":
+            raise FileNotFoundError(f"{self.location}: there is no object {key}")
+        # by name of the protocol: s3, gcs and abfs, memory
+        times = (found.get(name) for name in ("LastModified", "updated", "last_modified", "created"))
+        modified = next((time for time in times if isinstance(time, datetime)), None)
+        return ObjectStat(int(found["size"] or 0), modified)
+
     def delete(self, key: str) -> None:
         """See :class:`storage.files.CacheFiles`."""
         try:
             self._try("delete", key, lambda fs, path: fs.rm_file(path))
         except FileNotFoundError:
             return
+
+    def partials(self) -> list[str]:
+        """None: an unfinished put leaves no object."""
+        return []
 
     def remove_partials(self) -> int:
         """Nothing to do: an unfinished put leaves no object."""

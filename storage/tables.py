@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles
@@ -20,6 +24,8 @@ __all__ = [
     "SAMPLES",
     "captions_sha256",
     "chunk_rows_sha256",
+    "find_row",
+    "read_rows",
     "read_static",
     "read_table",
     "samples_sha256",
@@ -67,14 +73,52 @@ def table_files(name: str, table: pa.Table) -> dict[str, tuple[bytes, int]]:
     return files
 
 
-def read_table(files: CacheFiles, manifest: CacheManifest, name: str) -> pa.Table:
-    """A whole table of the cache, each file proven by its digest.
+def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table of the cache, all rows of all columns or of some; each file proven by its digest.
 
     Raises:
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
-    keys = sorted(key for key in manifest.files if key.startswith(f"{name}/"))
-    return pa.concat_tables([_parse(read_static(files, key, manifest.files[key])) for key in keys]).combine_chunks()
+    parts = [_parse(read_static(files, key, manifest.files[key]), columns) for key in _keys(manifest, name)]
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArray[np.int64]) -> pa.Table:
+    """Some rows of a table, in the order asked for. Files of a large table that hold none of them are not read.
+
+    Raises:
+        IndexError: a row that the table does not have.
+        CacheCorruptError: as :func:`read_table`.
+    """
+    rows = np.asarray(rows, np.int64)
+    keys = _keys(manifest, name)
+    if len(keys) == 1:
+        return read_table(files, manifest, name).take(pa.array(rows))
+    stops = np.cumsum([manifest.files[key].rows or 0 for key in keys])
+    if len(rows) and (rows.min() < 0 or rows.max() >= stops[-1]):
+        raise IndexError(
+            f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}"
+        )
+    place = np.searchsorted(stops, rows, side="right")
+    needed = np.unique(place)
+    parts = [_parse(read_static(files, keys[number], manifest.files[keys[number]])) for number in needed]
+    starts = np.concatenate([[0], stops])[place]
+    before = np.concatenate([[0], np.cumsum([part.num_rows for part in parts])])[np.searchsorted(needed, place)]
+    return pa.concat_tables(parts).take(pa.array(before + rows - starts)) if parts else SCHEMAS[name].empty_table()
+
+
+def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:
+    """The first row of a table with this value in a column; None when there is none. One file at a time."""
+    for key in _keys(manifest, name):
+        table = _parse(read_static(files, key, manifest.files[key]), ["row", column])
+        at = pc.index(table[column], value).as_py()
+        if at >= 0:
+            return int(table["row"][at].as_py())
+    return None
+
+
+def _keys(manifest: CacheManifest, name: str) -> list[str]:
+    return sorted(key for key in manifest.files if key.startswith(f"{name}/"))
 
 
 def samples_sha256(samples: pa.Table) -> str:
@@ -106,10 +150,10 @@ def _digest_rows(table: pa.Table) -> str:
     return total.hexdigest()
 
 
-def _parse(data: bytes) -> pa.Table:
+def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
     # the process (exit -6) now and then
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
 
 
 def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:

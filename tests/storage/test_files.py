@@ -10,6 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -154,6 +155,23 @@ class FilesContract:
             files.read("no")
         files.delete("no")
 
+    def test_folders_are_those_of_one_level(self, files: CacheFiles) -> None:
+        for key in ("a/x", "b/c/y", "b.json", "b/d/e/z"):
+            files.write(key, b"x")
+        assert files.folders() == ["a", "b"]
+        assert files.folders("b") == ["c", "d"]
+        assert files.folders("a") == files.folders("nothing") == []
+
+    def test_size_and_age_of_an_object(self, files: CacheFiles) -> None:
+        files.write("a/b", b"four")
+        found = files.stat("a/b")
+        assert found.nbytes == 4
+        assert found.modified is not None
+        assert abs((datetime.now(UTC) - found.modified).total_seconds()) < 3600
+        for missing in ("a/c", "no"):
+            with pytest.raises(FileNotFoundError):
+                files.stat(missing)
+
     def test_delete(self, files: CacheFiles) -> None:
         files.write("a", b"x")
         files.delete("a")
@@ -185,6 +203,8 @@ class TestLocalFiles(FilesContract):
             path.write_bytes(b"half")
         os.utime(paths["elsewhere, long ago"], (0, 0))
         assert files.list() == []  # a reader never sees any
+        left = {"left", "later process of that number", "elsewhere, long ago"}
+        assert files.partials() == sorted(paths[name].name for name in left)
         assert files.remove_partials() == 3
         assert {name for name, path in paths.items() if path.exists()} == {"live", "elsewhere, now"}
 

@@ -1,0 +1,112 @@
+"""The commands about caches as a whole: ``diff``, ``gc``, ``export``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json
+
+if TYPE_CHECKING:
+    from storage.diff import CacheDiff, Drift
+    from storage.garbage import GarbageReport
+
+__all__ = ["diff", "gc"]
+
+_SHOWN = 5
+
+
+@app.command()
+def diff(
+    a: CacheArgument,
+    b: Annotated[
+        str, typer.Argument(metavar="OTHER", help="The cache to compare with.", autocompletion=complete_location)
+    ],
+    view: Annotated[int, typer.Option("--view", min=0, help="View of the images whose embeddings to compare.")] = 0,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="Images whose embeddings to compare at most; of more, some are drawn.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Compare two caches: identity, images added, removed, changed, drift of embeddings. Exit 1 if they differ."""
+    from storage.console import StageProgress
+    from storage.diff import diff_caches
+
+    with StageProgress() as progress:
+        found = diff_caches(a, b, view, rows, seed, progress)
+    if json:
+        print_json(found)
+    else:
+        _say(*_diff_lines(found))
+    if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    cache: CacheArgument,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what was found; without it nothing is touched.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """List what belongs to nothing: cut-off writes, claims of ended processes, unknown files. --delete removes it."""
+    from storage.garbage import collect_garbage
+
+    found = collect_garbage(cache, delete)
+    if json:
+        print_json(found)
+    else:
+        _say(*_garbage_lines(found))
+
+
+def _garbage_lines(found: GarbageReport) -> list[str]:
+    lines = [f"{each.kind}: {each.key} ({byte_size(each.nbytes)})" for each in found.found]
+    what = f"{counted(len(found.found), 'file')}, {byte_size(found.nbytes)}"
+    if not found.found:
+        return [f"{found.location}: nothing to collect"]
+    if found.deleted:
+        return [*lines, f"{found.location}: {what} deleted"]
+    return [*lines, f"{found.location}: {what}; nothing was touched, --delete removes them"]
+
+
+def _diff_lines(found: CacheDiff) -> list[str]:
+    lines = [f"{found.a}: manifest {found.manifest_a[:12]}", f"{found.b}: manifest {found.manifest_b[:12]}"]
+    for title, fields in (("identity", found.identity), ("layout", found.layout), ("only names", found.names)):
+        lines += [f"{title}: {each.field}: {each.a} -> {each.b}" for each in fields]
+    lines.append(
+        f"images: {found.images_added:,} added, {found.images_removed:,} removed, {found.images_changed:,} changed, "
+        f"{found.images_moved:,} in another row"
+    )
+    lines += [f"  + {sample_id}" for sample_id in found.added[:_SHOWN]]
+    lines += [f"  - {sample_id}" for sample_id in found.removed[:_SHOWN]]
+    lines += [f"  ~ {change.sample_id}: {', '.join(change.what)}" for change in found.changed[:_SHOWN]]
+    for name, drift in (("image", found.images), ("caption", found.captions)):
+        if drift is not None:
+            lines += _drift_lines(name, drift)
+    if found.sampled:
+        lines.append("some of the rows that both have were compared; --rows compares more")
+    if found.not_compared:
+        lines.append(f"embeddings not compared: {found.not_compared}")
+    return [*lines, "the same" if found.same else "they differ"]
+
+
+def _drift_lines(name: str, drift: Drift) -> list[str]:
+    line = f"embeddings of {counted(drift.compared, name)}: {drift.equal:,} equal bit for bit"
+    if drift.cosine is None or drift.equal == drift.compared:
+        return [line]
+    cosine = drift.cosine
+    worst = [f"  {row.cosine:.6f}  {row.sample_id}, rows {row.row_a} and {row.row_b}" for row in drift.worst[:_SHOWN]]
+    return [
+        f"{line}; cosine mean {cosine.mean:.6f}, 1 % {cosine.quantiles['1 %']:.6f}, least {cosine.least:.6f}",
+        *worst,
+    ]
+
+
+def _say(*lines: str) -> None:
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""Nearest rows and ranks by inner product, exact and in bounded memory, with numpy alone; for looking at a cache.
+
+Blocks of float32 scores propose; whatever lies within float32's rounding error of a tie is decided by float64 scores
+and then by the lower row, so that on the same rows the answers are those of ``pipeline.metrics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NO_POSITIVE", "first_positive_ranks", "near_pairs", "nearest", "recall_of_ranks", "unit_rows"]
+
+NO_POSITIVE = int(np.iinfo(np.int64).max)
+_BLOCK_BYTES = 64 << 20
+_Floats = NDArray[np.float32]
+_Rows = NDArray[np.int64]
+
+
+def unit_rows(rows: NDArray[Any]) -> _Floats:
+    """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
+    wide = rows.astype(np.float32)
+    unit: _Floats = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return unit
+
+
+def _margin(queries: _Floats, longest: float) -> NDArray[np.float64]:
+    # a float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7), twice for a pair
+    return 2 * queries.shape[1] * 2.0**-24 * np.linalg.norm(queries.astype(np.float64), axis=1) * longest
+
+
+def _exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:
+    """float64 inner products of pairs; equal vectors get equal scores, whatever their rows are."""
+    out = np.empty(len(query))
+    step = max(1, _BLOCK_BYTES // (16 * queries.shape[1]))
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
+        left, right = queries[query[part]].astype(np.float64), gallery[row[part]].astype(np.float64)
+        out[part] = np.einsum("pd,pd->p", left, right)
+    return out
+
+
+def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -> tuple[_Rows, NDArray[np.float64]]:
+    """The k nearest rows of a gallery that comes in blocks: best first, equal scores by row number.
+
+    Args:
+        queries: (n, dim).
+        blocks: row numbers (m,) and rows (m, dim), each row once, in any order; read once.
+        k: may exceed the gallery.
+
+    Returns:
+        (n, min(k, all rows)) row numbers, and their scores in float64.
+    """
+    rows = [np.empty(0, np.int64) for _ in queries]
+    kept = [np.empty((0, queries.shape[1]), np.float32) for _ in queries]
+    rough = [np.empty(0, np.float32) for _ in queries]
+    total, longest = 0, 0.0
+    for numbers, block in blocks:
+        total += len(numbers)
+        longest = max(longest, float(np.linalg.norm(block.astype(np.float64), axis=1).max(initial=0.0)))
+        margin = _margin(queries, longest)
+        scores = queries @ block.T
+        for at, here in enumerate(scores):
+            all_scores = np.concatenate([rough[at], here])
+            least = np.partition(all_scores, -k)[-k] if len(all_scores) > k else -np.inf
+            held, new = rough[at] >= least - margin[at], here >= least - margin[at]
+            rows[at] = np.concatenate([rows[at][held], numbers[new]])
+            kept[at] = np.concatenate([kept[at][held], block[new]])
+            rough[at] = np.concatenate([rough[at][held], here[new]])
+    found = np.empty((len(queries), min(k, total)), np.int64)
+    best = np.empty(found.shape)
+    for at in range(len(queries)):
+        size = len(rows[at])
+        exact = _exact_scores(queries, kept[at], np.full(size, at), np.arange(size))
+        order = np.lexsort((rows[at], -exact))[: found.shape[1]]
+        found[at], best[at] = rows[at][order], exact[order]
+    return found, best
+
+
+def first_positive_ranks(queries: _Floats, gallery: _Floats, query_group: _Rows, gallery_group: _Rows) -> _Rows:
+    """How many rows of the gallery come before a query's first positive; equal scores go by row number.
+
+    Args:
+        queries, gallery: (n, dim) and (m, dim).
+        query_group, gallery_group: (n,) and (m,): a row of the same group is a positive.
+
+    Returns:
+        (n,), 0 where a positive is the nearest; :data:`NO_POSITIVE` where there is none.
+    """
+    by_group = np.argsort(gallery_group, kind="stable")
+    starts = np.searchsorted(gallery_group[by_group], query_group, side="left")
+    counts = np.searchsorted(gallery_group[by_group], query_group, side="right") - starts
+    query = np.repeat(np.arange(len(queries)), counts)
+    within = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row = by_group[np.repeat(starts, counts) + within]
+    scores = _exact_scores(queries, gallery, query, row)
+    best = np.full(len(queries), -np.inf)
+    np.maximum.at(best, query, scores)
+    first = np.full(len(queries), len(gallery), np.int64)
+    top = scores == best[query]
+    np.minimum.at(first, query[top], row[top])
+
+    longest = float(np.linalg.norm(gallery.astype(np.float64), axis=1).max(initial=0.0))
+    margin = _margin(queries, longest)
+    ranks = np.zeros(len(queries), np.int64)
+    step = max(1, _BLOCK_BYTES // (4 * max(len(gallery), 1)))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        rough = queries[part] @ gallery.T
+        high, low = (best + margin)[part, None], (best - margin)[part, None]
+        ranks[part] = (rough > high).sum(axis=1)
+        close_query, close_row = np.nonzero((rough <= high) & (rough >= low))
+        close_query = close_query + start
+        exact = _exact_scores(queries, gallery, close_query, close_row)
+        ahead = (exact > best[close_query]) | ((exact == best[close_query]) & (close_row < first[close_query]))
+        np.add.at(ranks, close_query[ahead], 1)
+    ranks[counts == 0] = NO_POSITIVE
+    return ranks
+
+
+def recall_of_ranks(ranks: _Rows, ks: Sequence[int]) -> dict[str, float]:
+    """Share of queries, in percent, with a positive among the first K: ``{"R@1": ...}``.
+
+    Raises:
+        ValueError: no queries.
+    """
+    if not len(ranks):
+        raise ValueError("recall of no queries is not defined")
+    return {f"R@{k}": 100 * int((ranks < k).sum()) / len(ranks) for k in ks}
+
+
+def near_pairs(rows: _Floats, least: float, most: int) -> tuple[int, _Rows, _Rows, NDArray[np.float64]]:
+    """Pairs of different rows with a cosine of at least ``least``, each once.
+
+    Args:
+        rows: (n, dim) of unit norm.
+        most: pairs that are returned; the nearest ones.
+
+    Returns:
+        How many pairs there are; (n,) the number of near rows of each row; (p, 2) the returned pairs, nearest first;
+        (p,) their cosines.
+    """
+    partners = np.zeros(len(rows), np.int64)
+    found = np.empty((0, 2), np.int64)
+    cosines = np.empty(0)
+    pairs = 0
+    step = max(1, _BLOCK_BYTES // (4 * max(len(rows), 1)))
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
+        scores = rows[start:stop] @ rows[start:].T
+        left, right = np.nonzero(scores >= least)
+        keep = right > left
+        left, right = left[keep] + start, right[keep] + start
+        pairs += len(left)
+        np.add.at(partners, left, 1)
+        np.add.at(partners, right, 1)
+        found = np.concatenate([found, np.stack([left, right], axis=1)])
+        cosines = np.concatenate([cosines, np.minimum(scores[left - start, right - start], 1.0)])
+        order = np.lexsort((found[:, 1], found[:, 0], -cosines))[:most]
+        found, cosines = found[order], cosines[order]
+    return pairs, partners, found, cosines

@@ -1,0 +1,314 @@
+"""What the embeddings of a cache look like: norms, cosines, duplicates, rank, and the teacher's own recall.
+
+Above a stated number of rows a part of them is drawn, and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from storage.commits import Tower
+from storage.drawn_rows import draw_rows, stored_rows
+from storage.errors import UsageError
+from storage.nearest import first_positive_ranks, near_pairs, recall_of_ranks, unit_rows
+from storage.reader import EmbeddingReader
+from storage.tables import SAMPLES, read_rows
+
+__all__ = ["CacheStats", "Distribution", "NearPair", "RecallStats", "TowerStats", "cache_stats", "effective_rank"]
+
+_QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+_BINS = 20
+_RECALL_KS = (1, 5, 10)
+_RECALL_IMAGES = 5000
+_PAIRS_NAMED = 20
+_DEAD = 0.01  # of the median dimension's standard deviation
+
+Progress = Callable[[str, int, int], None]
+_Floats = NDArray[np.float32]
+
+
+class Distribution(BaseModel, frozen=True):
+    """Numbers, summed up."""
+
+    count: int
+    mean: float
+    std: float
+    least: float
+    greatest: float
+    quantiles: dict[str, float] = Field(description="Percentiles: 1 %, 5 %, 25 %, 50 %, 75 %, 95 % and 99 %.")
+    histogram: tuple[int, ...] = Field(description="Counts of 20 equal bins from the least to the greatest.")
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> Distribution | None:
+        """Of finite numbers; None of none."""
+        if not len(values):
+            return None
+        wide = values.astype(np.float64)
+        return cls(
+            count=len(wide),
+            mean=float(wide.mean()),
+            std=float(wide.std()),
+            least=float(wide.min()),
+            greatest=float(wide.max()),
+            quantiles={f"{q} %": float(np.percentile(wide, q)) for q in _QUANTILES},
+            histogram=tuple(int(count) for count in np.histogram(wide, bins=_BINS)[0]),
+        )
+
+
+class TowerStats(BaseModel, frozen=True):
+    """The rows of one tower that were read."""
+
+    rows: int = Field(description="In the cache, or in the split.")
+    rows_read: int
+    missing: int = Field(description="Of those read, NaN: quarantined.")
+    zero: int = Field(description="Of those read, without a direction. A writer refuses them.")
+    norm: Distribution | None = Field(description="Of the teacher's output before it was normalised.")
+    cosine: Distribution | None = Field(description="Of random pairs of rows of this tower.")
+    equal_rows: int = Field(description="Rows whose embedding another row has too, bit for bit.")
+    dead_dimensions: tuple[int, ...] = Field(
+        description="Dimensions whose standard deviation is below 1 % of the median dimension's."
+    )
+    effective_rank: float | None = Field(
+        description="exp of the entropy of the normalised singular values (Roy & Vetterli 2007); at most the width."
+    )
+
+
+class NearPair(BaseModel, frozen=True):
+    """Two images with nearly the same embedding."""
+
+    rows: tuple[int, int]
+    sample_ids: tuple[str, str]
+    cosine: float
+    same_bytes: bool = Field(description="Their files are equal.")
+
+
+class RecallStats(BaseModel, frozen=True):
+    """The teacher's own recall in percent, among the images that were read and their captions."""
+
+    images: int
+    captions: int
+    i2t: dict[str, float]
+    t2i: dict[str, float]
+
+
+class CacheStats(BaseModel, frozen=True):
+    """The answer of ``teacher-cache stats``."""
+
+    location: str
+    manifest_digest: str
+    split: str | None
+    view: int
+    seed: int
+    sampled: bool = Field(
+        description="Not all rows were read: rows of random chunks, and the captions of those images."
+    )
+    image: TowerStats
+    text: TowerStats
+    true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
+    random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")
+    separation: float | None = Field(
+        description="Probability that a true pair has a greater cosine than a random one (area under the ROC curve)."
+    )
+    near_cosine: float = Field(description="From which on two images count as near-duplicates.")
+    near_images: int = Field(description="Images with a near-duplicate among those read.")
+    near_pairs: int
+    nearest_pairs: tuple[NearPair, ...] = Field(description="The nearest of them.")
+    recall: RecallStats | None
+
+
+def cache_stats(
+    location: str,
+    split: str | None = None,
+    view: int = 0,
+    most: int = 20_000,
+    near: float = 0.99,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CacheStats:
+    """Read embeddings of a sealed cache and sum them up.
+
+    Args:
+        split: images of one split, or of all.
+        view: of the images.
+        most: images that are read; of more, so many are drawn. Their captions are read all.
+        near: cosine from which on two images are near-duplicates.
+        seed: of what is drawn.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: no such split or view.
+        CacheError: as ``EmbeddingReader`` raises it.
+    """
+    reader = EmbeddingReader(location)
+    if not 0 <= view < reader.views:
+        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
+    layout = reader.manifest.layout
+    usable = reader.image_rows(split)
+    # quarantined rows are among those that are looked at, so that they are counted
+    lost = np.array(sorted(reader.quarantined_in(view)), np.int64)
+    if split is not None and len(lost):
+        splits = read_rows(reader.files, reader.manifest, SAMPLES, lost)["split"].to_pylist()
+        lost = lost[[name == split for name in splits]]
+    every = np.union1d(usable, lost)
+    rows = draw_rows(every, layout.image_chunk_rows, most, seed)
+    image = stored_rows(reader, "image", rows, view, progress=_stage(progress, "read images"))
+    image_norm = stored_rows(reader, "image", rows, view, "norm")
+    caption_rows, position = reader.caption_rows(rows)
+    text = stored_rows(reader, "text", caption_rows, progress=_stage(progress, "read captions"))
+    text_norm = stored_rows(reader, "text", caption_rows, 0, "norm")
+
+    there = _usable(image)
+    have_image = there[position] & _usable(text)
+    images, texts = unit_rows(image[there]), unit_rows(text[have_image])
+    place = (np.cumsum(there) - 1)[position[have_image]]
+    random = np.random.default_rng([seed, 1])
+    true = random_cosines = np.empty(0, np.float32)
+    if len(texts):
+        true = _cosines(images, texts, place)
+        if len(images) > 1:
+            other = (place + random.integers(1, len(images), len(place))) % len(images)
+            random_cosines = _cosines(images, texts, other)
+    pairs, partners, nearest_pairs, cosines = near_pairs(images, near, _PAIRS_NAMED)
+    every_caption = int(np.diff(reader.caption_offsets)[every].sum())
+    return CacheStats(
+        location=location,
+        manifest_digest=reader.manifest.digest,
+        split=split,
+        view=view,
+        seed=seed,
+        sampled=len(rows) < len(every),
+        image=_tower("image", image, image_norm, len(every), random, progress),
+        text=_tower("text", text, text_norm, every_caption, random, progress),
+        true_pairs=Distribution.of(true),
+        random_pairs=Distribution.of(random_cosines),
+        separation=_separation(true, random_cosines),
+        near_cosine=near,
+        near_images=int((partners > 0).sum()),
+        near_pairs=pairs,
+        nearest_pairs=_named(reader, rows[there], nearest_pairs, cosines),
+        recall=_recall(images, texts, place, random, progress),
+    )
+
+
+def effective_rank(rows: NDArray[np.floating]) -> float | None:
+    """exp of the entropy of the singular values over their sum; None without rows.
+
+    Roy & Vetterli, The effective rank, EUSIPCO 2007. Between 1 (all rows on a line) and the width.
+
+    Args:
+        rows: (n, dim), taken as they are, not centred.
+    """
+    if not len(rows):
+        return None
+    wide = rows.astype(np.float64)
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(wide.T @ wide), 0, None))
+    share = singular / singular.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def _usable(rows: NDArray[np.floating]) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(rows).all(axis=1) & (rows != 0).any(axis=1))
+
+
+def _cosines(images: _Floats, texts: _Floats, place: NDArray[np.int64]) -> _Floats:
+    return np.concatenate(
+        [
+            np.einsum("nd,nd->n", texts[at : at + 8192], images[place[at : at + 8192]])
+            for at in range(0, len(texts), 8192)
+        ]
+    )
+
+
+def _tower(
+    tower: Tower,
+    stored: NDArray[np.floating],
+    norm: _Floats,
+    total: int,
+    random: np.random.Generator,
+    progress: Progress | None,
+) -> TowerStats:
+    usable = _usable(stored)
+    rows = unit_rows(stored[usable])
+    deviation = rows.std(axis=0) if len(rows) > 1 else np.empty(0)
+    cosine = np.empty(0, np.float32)
+    if len(rows) > 1:
+        left = random.integers(0, len(rows), min(4 * len(rows), 50_000))
+        right = (left + random.integers(1, len(rows), len(left))) % len(rows)
+        cosine = _cosines(rows, rows[left], right)
+    _, counts = np.unique(
+        np.ascontiguousarray(stored[usable]).view(f"V{stored.dtype.itemsize * stored.shape[1]}"), return_counts=True
+    )
+    if progress is not None:
+        progress("sum up", 1 if tower == "image" else 2, 2)
+    return TowerStats(
+        rows=total,
+        rows_read=len(stored),
+        missing=int(np.isnan(stored).any(axis=1).sum()),
+        zero=int((stored == 0).all(axis=1).sum()),
+        norm=Distribution.of(norm[usable]),
+        cosine=Distribution.of(cosine),
+        equal_rows=int(counts[counts > 1].sum()),
+        dead_dimensions=tuple(int(dim) for dim in np.flatnonzero(deviation < _DEAD * np.median(deviation))),
+        effective_rank=effective_rank(rows),
+    )
+
+
+def _separation(true: _Floats, random: _Floats) -> float | None:
+    """Mann and Whitney's U over the number of pairs: ties count half."""
+    if not len(true) or not len(random):
+        return None
+    order = np.sort(random)
+    below, up_to = np.searchsorted(order, true, side="left"), np.searchsorted(order, true, side="right")
+    return float((below + up_to).mean() / (2 * len(random)))
+
+
+def _named(
+    reader: EmbeddingReader, rows: NDArray[np.int64], pairs: NDArray[np.int64], cosines: NDArray[np.float64]
+) -> tuple[NearPair, ...]:
+    numbers = rows[pairs]
+    table = read_rows(reader.files, reader.manifest, SAMPLES, numbers.reshape(-1))
+    ids, digests = table["sample_id"].to_pylist(), table["content_sha256"].to_pylist()
+    return tuple(
+        NearPair(
+            rows=(int(numbers[at, 0]), int(numbers[at, 1])),
+            sample_ids=(ids[2 * at], ids[2 * at + 1]),
+            cosine=float(cosines[at]),
+            same_bytes=digests[2 * at] == digests[2 * at + 1],
+        )
+        for at in range(len(pairs))
+    )
+
+
+def _recall(
+    images: _Floats, texts: _Floats, place: NDArray[np.int64], random: np.random.Generator, progress: Progress | None
+) -> RecallStats | None:
+    if len(images) > _RECALL_IMAGES:
+        kept = np.sort(random.choice(len(images), _RECALL_IMAGES, replace=False))
+        number = np.full(len(images), -1)
+        number[kept] = np.arange(len(kept))
+        mine = number[place] >= 0
+        images, texts, place = images[kept], texts[mine], number[place[mine]]
+    if not len(texts):
+        return None
+    groups = np.arange(len(images))
+    i2t = first_positive_ranks(images, texts, groups, place)
+    if progress is not None:
+        progress("recall", 1, 2)
+    t2i = first_positive_ranks(texts, images, place, groups)
+    if progress is not None:
+        progress("recall", 2, 2)
+    return RecallStats(
+        images=len(images),
+        captions=len(texts),
+        i2t=recall_of_ranks(i2t, _RECALL_KS),
+        t2i=recall_of_ranks(t2i, _RECALL_KS),
+    )

@@ -1,0 +1,196 @@
+"""``diff``: what differs is named, what does not is not, and drift is the cosine of the two rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from storage.commits import QuarantinedRow
+from storage.diff import diff_caches
+from storage.manifest import Layout, Source
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS, captions_sha256, samples_sha256
+from storage.writer import EmbeddingWriter, plan_cache
+from tests.conftest import cache_digest, known_arrays, make_identity, plan_known_cache
+
+run = CliRunner()
+
+
+class Picture(NamedTuple):
+    """An image of a made cache; the embedding of anything is drawn from its content, or text, and the seed."""
+
+    sample_id: str
+    content: str
+    captions: tuple[str, ...]
+    split: str = "train"
+
+
+BASE = [Picture(f"p{number}", f"c{number}", (f"one {number}", f"two {number}")) for number in range(12)]
+
+
+def vector(content: str, tilt: float, dim: int) -> Any:
+    """A unit vector for a content; turned by ``tilt`` radians towards another one of its own."""
+    rng = np.random.default_rng(list(content.encode()))
+    first, second = rng.standard_normal((2, dim))
+    first /= np.linalg.norm(first)
+    second -= (second @ first) * first
+    return (np.cos(tilt) * first + np.sin(tilt) * second / np.linalg.norm(second)).astype(np.float16)
+
+
+def make(
+    path: Path, pictures: list[Picture], tilt: float = 0.0, dim: int = 8, lost: tuple[int, ...] = (), **teacher: Any
+) -> str:
+    texts = [text for picture in pictures for text in picture.captions]
+    owners = np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
+    tables = {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(len(pictures)),
+                "sample_id": [picture.sample_id for picture in pictures],
+                "uri": [f"{picture.sample_id}.jpg" for picture in pictures],
+                "offset": [-1] * len(pictures),
+                "length": [-1] * len(pictures),
+                "content_sha256": [picture.content for picture in pictures],
+                "split": [picture.split for picture in pictures],
+            }
+        ),
+        CAPTIONS: pa.table({"row": np.arange(len(texts)), "image_row": owners, "text": texts}),
+        PROBLEMS: SCHEMAS[PROBLEMS].empty_table(),
+    }
+    identity = make_identity(len(pictures), len(texts), embed_dim=dim, **teacher)
+    digests = {"samples_sha256": samples_sha256(tables[SAMPLES]), "captions_sha256": captions_sha256(tables[CAPTIONS])}
+    identity = identity.model_copy(update={"dataset": identity.dataset.model_copy(update=digests)})
+    layout = Layout(
+        embed_dim=dim,
+        image_rows=len(pictures),
+        text_rows=len(texts),
+        image_chunk_rows=4,
+        text_chunk_rows=4,
+        batch_rows=2,
+    )
+    plan_cache(str(path), identity, layout, Source(dataset="x:/y", image_root="/y"), tables, {"torch": "0"})
+    writer = EmbeddingWriter(str(path))
+    for ref in writer.pending():
+        rows = ref.rows(layout)
+        names = [pictures[row].content for row in rows] if ref.tower == "image" else [texts[row] for row in rows]
+        arrays = {
+            "embedding": np.stack([vector(name, tilt, dim) for name in names]),
+            "norm": np.ones(len(rows), np.float32),
+        }
+        gone = []
+        if ref.tower == "image":
+            arrays["view"] = np.tile(np.array([0, 0, 32, 32, 0], np.float32), (len(rows), 1))
+            for row in set(lost) & set(rows):
+                gone.append(QuarantinedRow(row=row, sample_id=pictures[row].sample_id, reason="r", detail="d"))
+                for values in arrays.values():
+                    values[row - rows.start] = np.nan
+        writer.write(ref, arrays, gone)
+    writer.seal()
+    return str(path)
+
+
+def test_a_cache_is_the_same_as_its_copy_in_another_place(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", BASE), make(tmp_path / "b", BASE)
+    assert cache_digest(a) == cache_digest(b)
+    found = diff_caches(a, b)
+    assert found.same
+    assert found.images is not None
+    assert found.captions is not None
+    assert (found.images.compared, found.images.equal, found.captions.compared) == (12, 12, 24)
+    done = run.invoke(app, ["diff", a, b])
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "the same")
+
+
+def test_images_are_matched_by_sample_id(tmp_path: Path) -> None:
+    """One removed, one added, one with other bytes, one in another split, one with another caption; all moved."""
+    changed = list(BASE)
+    changed[2] = BASE[2]._replace(content="other bytes")
+    changed[5] = BASE[5]._replace(split="test")
+    changed[7] = BASE[7]._replace(captions=("one 7", "two seven"))
+    changed[8] = BASE[8]._replace(captions=("one 8",))
+    changed = [Picture("new", "n", ("new",)), *changed[1:]]
+    changed = changed[::-1]
+    found = diff_caches(make(tmp_path / "a", BASE), make(tmp_path / "b", changed))
+    assert (found.images_added, found.images_removed, found.images_changed) == (1, 1, 4)
+    assert (found.added, found.removed, found.images_moved) == (("new",), ("p0",), 11)
+    assert {change.sample_id: change.what for change in found.changed} == {
+        "p2": ("content",),
+        "p5": ("split",),
+        "p7": ("captions",),
+        "p8": ("captions",),
+    }
+    assert [(change.row_a, change.row_b) for change in found.changed] == [(2, 9), (5, 6), (7, 4), (8, 3)]
+    assert found.images is not None
+    assert found.captions is not None
+    # 11 in both, of which one has other bytes; captions of the nine whose captions are the same
+    assert (found.images.compared, found.images.equal) == (10, 10)
+    assert (found.captions.compared, found.captions.equal) == (16, 16)
+    assert {each.field for each in found.identity} == {
+        "dataset.captions",
+        "dataset.captions_sha256",
+        "dataset.samples_sha256",
+    }
+    assert not found.same
+
+
+def test_drift_is_the_cosine_of_the_two_rows(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", BASE)
+    b = make(tmp_path / "b", BASE, tilt=0.1, weights_sha256="f" * 64, name="other")
+    done = run.invoke(app, ["diff", a, b, "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert [each["field"] for each in found["identity"]] == ["teacher.weights_sha256"]
+    assert [(each["field"], each["a"], each["b"]) for each in found["names"]] == [("teacher.name", '"tiny"', '"other"')]
+    assert found["images"]["cosine"]["mean"] == pytest.approx(np.cos(0.1), abs=2e-3)
+    worst = found["images"]["worst"][0]
+    by_hand = vector(f"c{worst['row_a']}", 0, 8).astype(float), vector(f"c{worst['row_a']}", 0.1, 8).astype(float)
+    cosine = by_hand[0] @ by_hand[1] / np.linalg.norm(by_hand[0]) / np.linalg.norm(by_hand[1])
+    assert worst["cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert worst["sample_id"] == f"p{worst['row_a']}"
+    assert found["images"]["worst"] == sorted(found["images"]["worst"], key=lambda row: row["cosine"])
+    shown = run.invoke(app, ["diff", a, b]).stdout
+    assert "identity: teacher.weights_sha256: " in shown
+    assert "embeddings of 12 images: 0 equal bit for bit; cosine mean 0.99" in shown
+
+
+def test_quarantined_rows_are_left_out_and_large_caches_drawn_from(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", BASE, lost=(3,)), make(tmp_path / "b", BASE, lost=(6,))
+    found = diff_caches(a, b)
+    assert found.images is not None
+    assert (found.images.compared, found.sampled) == (10, False)
+    some = diff_caches(a, b, most=4)
+    assert some.images is not None
+    assert some.captions is not None
+    assert (some.images.compared, some.captions.compared, some.sampled) == (4, 8, True)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", BASE)
+    wide = diff_caches(a, make(tmp_path / "wide", BASE, dim=16))
+    assert (wide.images, wide.not_compared) == (None, "the embeddings are 8 and 16 wide")
+    assert {each.field for each in wide.layout} == {"embed_dim"}
+    plan_known_cache(tmp_path / "part")
+    part = diff_caches(a, str(tmp_path / "part"))
+    assert part.not_compared is not None
+    assert "0 of 10 chunks are there. Run the same precompute command again" in part.not_compared
+    assert "no view 1 in both: 1 and 1 views" in str(diff_caches(a, a, view=1).not_compared)
+    # planned and made are not the same cache, though they are of the same
+    writer_path = tmp_path / "made"
+    plan_known_cache(writer_path)
+    writer = EmbeddingWriter(str(writer_path))
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    writer.seal()
+    assert not diff_caches(str(writer_path), str(tmp_path / "part")).same
+
+
+def test_a_cache_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = run.invoke(app, ["diff", make(tmp_path / "a", BASE), str(tmp_path / "b")])
+    assert done.exit_code == 1
+    assert "no cache here" in str(done.exception)

@@ -1,0 +1,153 @@
+"""``gc``: finds what belongs to nothing, touches nothing until it is told to, and never a file of the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from storage.claims import CLAIMS, Claims, left_claims
+from storage.errors import CacheCorruptError, CacheNotFoundError
+from storage.files import open_files
+from storage.garbage import collect_garbage
+from storage.identity import ViewsIdentity
+from storage.integrity import verify_cache
+from storage.local_files import LocalFiles
+from storage.processes import this_process
+from storage.root import read_manifest
+from tests.conftest import cache_digest, plan_known_cache
+from tests.object_store import ObjectStore
+from tests.storage.test_look import fill
+
+run = CliRunner()
+
+
+def ended() -> int:
+    """The number of a process that has just ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return process.pid
+
+
+def litter(path: Path) -> dict[str, str]:
+    """Leave one of each kind; kinds by key."""
+    process = this_process().model_copy(update={"pid": ended()})
+    partial = f"targets.zarr/image/embedding/c/0/0/.partial-{process.tag}-0123abcd"
+    (path / partial).write_bytes(b"half")
+    (path / "notes.txt").write_text("of a person")
+    (path / "targets.zarr/image/embedding/c/99").mkdir()
+    (path / "targets.zarr/image/embedding/c/99/0").write_bytes(b"x" * 10)
+    claims = path / CLAIMS / "alive"
+    claims.mkdir(parents=True, exist_ok=True)
+    claim = {"owner": "dead", "process": process.model_dump(mode="json"), "beat_seconds": 15}
+    (path / CLAIMS / "text-000000.0.json").write_text(json.dumps(claim))
+    (claims / "dead.json").write_text("3\n")
+    return {
+        partial: "partial",
+        "notes.txt": "unknown-file",
+        "targets.zarr/image/embedding/c/99/0": "unknown-file",
+        f"{CLAIMS}/text-000000.0.json": "claim",
+        f"{CLAIMS}/alive/dead.json": "claim",
+    }
+
+
+def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
+    clean = cache_digest(known_cache)
+    assert run.invoke(app, ["gc", str(known_cache)]).stdout == f"{known_cache}: nothing to collect\n"
+    left = litter(known_cache)
+    sizes = {key: (known_cache / key).stat().st_size for key in left}
+    littered = cache_digest(known_cache)
+
+    found = json.loads(run.invoke(app, ["gc", str(known_cache), "--json"]).stdout)
+    assert {each["key"]: each["kind"] for each in found["found"]} == left
+    assert {each["key"]: each["nbytes"] for each in found["found"]} == sizes
+    assert (found["deleted"], found["nbytes"]) == (False, sum(sizes.values()))
+    shown = run.invoke(app, ["gc", str(known_cache)]).stdout
+    assert "unknown-file: notes.txt (11 B)" in shown
+    assert "nothing was touched, --delete removes them" in shown
+    assert cache_digest(known_cache) == littered
+
+    done = run.invoke(app, ["gc", str(known_cache), "--delete"])
+    assert done.stdout.endswith(f"5 files, {sum(sizes.values())} B deleted\n")
+    assert cache_digest(known_cache) == clean
+    assert verify_cache(str(known_cache)).ok
+
+
+def test_living_processes_keep_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "busy.cache"
+    plan_known_cache(path)
+    fill(path, 4)
+    files = LocalFiles(str(path))
+    partial = path / f"samples/.partial-{this_process().tag}-0123abcd"
+    with Claims(files) as claims:
+        assert claims.take("image/v0/000001")
+        partial.write_bytes(b"half")
+        assert collect_garbage(str(path), delete=True).found == ()
+        assert len(files.list(CLAIMS)) == 2
+    assert partial.exists()
+
+
+def test_claims_of_other_machines_are_given_up_after_a_day(known_cache: Path) -> None:
+    files = LocalFiles(str(known_cache))
+    process = this_process().model_copy(update={"machine": "elsewhere"})
+    for owner in ("silent", "beating"):
+        claim = {"owner": owner, "process": process.model_dump(mode="json"), "beat_seconds": 15}
+        files.write(f"{CLAIMS}/{owner}.0.json", json.dumps(claim).encode())
+        files.write(f"{CLAIMS}/alive/{owner}.json", b"1\n")
+        os.utime(known_cache / CLAIMS / f"{owner}.0.json", (0, 0))
+    files.write(f"{CLAIMS}/alive/new.json", b"1\n")
+    files.write(f"{CLAIMS}/torn.0.json", b"{")
+    assert left_claims(files) == []
+    os.utime(known_cache / CLAIMS / "alive/silent.json", (0, 0))
+    os.utime(known_cache / CLAIMS / "torn.0.json", (0, 0))
+    assert left_claims(files) == [f"{CLAIMS}/silent.0.json", f"{CLAIMS}/torn.0.json", f"{CLAIMS}/alive/silent.json"]
+
+
+def test_chunks_in_the_making_and_views_that_are_planned_are_known(known_cache: Path) -> None:
+    """A process writes the backup first and then chunks that manifest.json does not name yet."""
+    files = open_files(str(known_cache))
+    manifest = read_manifest(files)
+    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
+    files.write("manifest.backup.json", manifest.with_views(views, {}, {}).to_bytes())
+    files.write("targets.zarr/image/embedding/c/1/1/0", b"of view 1")
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+    files.write("targets.zarr/image/embedding/c/1/2/0", b"of no view")
+    assert [each.key for each in collect_garbage(str(known_cache)).found] == ["targets.zarr/image/embedding/c/1/2/0"]
+
+
+def test_without_a_sound_root_nothing_is_garbage(known_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError):
+        collect_garbage(str(tmp_path), delete=True)
+    (known_cache / "manifest.backup.json").write_bytes(b"{}")
+    with pytest.raises(CacheCorruptError, match="Run teacher-cache repair CACHE first"):
+        collect_garbage(str(known_cache), delete=True)
+    (known_cache / "manifest.json").write_bytes(b"x")
+    with pytest.raises(CacheCorruptError):
+        collect_garbage(str(known_cache), delete=True)
+
+
+def test_damaged_files_of_the_cache_are_no_garbage(known_cache: Path) -> None:
+    chunk = known_cache / "targets.zarr/text/embedding/c/2/0"
+    chunk.write_bytes(b"short")
+    (known_cache / "commits/text/000001.json").unlink()
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+
+
+def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    location = moto.location(f"{uuid.uuid4()}/known.cache")
+    plan_known_cache(location)
+    fill(location)
+    before = cache_digest(location)
+    open_files(location).write("stray", b"12345")
+    assert [(each.key, each.nbytes) for each in collect_garbage(location).found] == [("stray", 5)]
+    collect_garbage(location, delete=True)
+    assert cache_digest(location) == before
