@@ -22,7 +22,8 @@ from pipeline.cli import app
 from pipeline.cli_cost import cost_table
 from pipeline.config import CostConfig, load_config
 from pipeline.cost import CostResult, ModelFacts, TowerFlops, cost, measure_cost
-from pipeline.cost_models import CAPTIONS, captions, load_student_model, load_teacher_model
+from pipeline.cost_captions import CAPTIONS, captions
+from pipeline.cost_models import load_student_model, load_teacher_model
 from pipeline.memory_probe import ProbeRequest, measure_peak_memory
 from pipeline.train import train
 from storage.errors import UsageError
