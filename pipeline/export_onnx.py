@@ -1,4 +1,4 @@
-"""A student's towers as ONNX files: normalised features, any batch, text of any length where the architecture allows it.
+"""A student's towers as ONNX: normalised features, any batch, text of any length where the architecture allows it.
 
 The graphs come from torch.export (``dynamo=True``): batch norms are folded into their convolutions, padding is
 computed once, GELU and LayerNorm stay single nodes. Everything in them that is about this machine or this run is taken

@@ -1,0 +1,233 @@
+"""int8 forms of exported towers, by ONNX Runtime: what was quantised, what was not, and why. No torch.
+
+Transformers are quantised dynamically: weights beforehand, activations by their range in each call. Convolutional
+towers get fixed ranges from calibration images (``pipeline.static_int8``), which is what makes convolutions faster.
+A file that would be int8 in name only is not written.
+
+Weights use 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8-bit values do not fit into the
+16 bits that they have (onnxruntime's ``reduce_range``), and the same file would give other features there.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from pydantic import BaseModel, Field
+
+from pipeline.deployment import DeploymentError
+from pipeline.static_int8 import quantize_static
+from storage.errors import UsageError
+
+__all__ = ["Int8Report", "NotQuantisable", "quantisation_of", "quantize_tower"]
+
+LEAST_SHARE = 0.5
+"""Below this share of int8 parameters a file is not called int8."""
+
+# operators of an optimised graph that multiply in int8, and those that do so in float
+_INT8 = {
+    "ConvInteger",
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+}
+_FLOAT = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
+
+_REASONS = {
+    "Add": "biases and position embeddings, added in float",
+    "Concat": "the class token, joined in float",
+    "Conv": "leading convolutions, kept in float for precision",
+    "LayerNormalization": "ONNX Runtime normalises in float",
+    "Slice": "position embeddings, added in float",
+    "Gather": "position embeddings, added in float",
+}
+
+
+class NotQuantisable(DeploymentError):
+    """A tower of which no file was written, since it would be int8 in name only."""
+
+
+class Int8Report(BaseModel, frozen=True):
+    """What a quantised tower really is, read from its file and from the graph that ONNX Runtime makes of it."""
+
+    method: Literal["static", "dynamic"]
+    parameters: int = Field(description="Of the float tower; batch norms are folded away.")
+    parameters_int8: int = Field(description="Of these, how many are stored as int8.")
+    share_int8: float = Field(description="parameters_int8 / parameters.")
+    bytes: int
+    float_bytes: int = Field(description="Of the float file.")
+    calibration_images: int = Field(description="0 if dynamic.")
+    int8_operators: dict[str, int] = Field(
+        description="By kind: operators that multiply in int8 as ONNX Runtime runs it."
+    )
+    float_operators: dict[str, int] = Field(
+        description="By kind: operators that multiply in float; those of two activations, as in attention, are among them."
+    )
+    kept_float: dict[str, str] = Field(description="By operator: how many parameters it keeps in float, and why.")
+
+
+def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
+    """How :func:`quantize_tower` would do it: static, with calibration, if there is more than a patch embedding's Conv."""
+    kinds = Counter(node.op_type for node in onnx.load(tower).graph.node)
+    return "static" if kinds["Conv"] > 1 else "dynamic"
+
+
+def quantize_tower(
+    source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None
+) -> Int8Report:
+    """Write the int8 form of an exported tower.
+
+    Which way is chosen from the graph, see :func:`quantisation_of`. The same source and calibration give the same
+    bytes. A dynamic tower takes the ranges of activations over the whole batch, so its features depend a little on
+    what else is in the batch. Whether the features are good enough is for the caller to measure.
+
+    Args:
+        source: as ``pipeline.export_onnx`` wrote it.
+        target: where to; written only if the tower was quantised.
+        calibration: batches of images as the student sees them, (batch, 3, height, width); gone through once, one at a
+            time. Needed for a static tower, not touched for a dynamic one. Some 128 images are enough; train images,
+            so that what is measured on others stays honest.
+
+    Raises:
+        NotQuantisable: less than half of the parameters became int8, or ONNX Runtime would multiply in float.
+        UsageError: the tower needs calibration and there are no images.
+    """
+    method = quantisation_of(source)
+    images = 0
+    with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
+        written = Path(folder) / "int8.onnx"
+        if method == "static":
+            model, images = quantize_static(source, calibration or ())
+            if model is None:
+                raise UsageError(f"{source}: calibration images are needed to quantise convolutions, none were given")
+        else:
+            with _quiet():
+                # by name, as all ways into it are tried: what no kernel can take stays float and is reported
+                quantize_dynamic(
+                    source, written, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8
+                )
+            model = onnx.load(written)
+        _strip(model)
+        onnx.checker.check_model(model)
+        data = model.SerializeToString(deterministic=True)
+        written.write_bytes(data)
+        report = _report(method, source, written, images)
+    require_int8(source, report)
+    target.write_bytes(data)
+    return report
+
+
+def require_int8(source: Path, report: Int8Report) -> None:
+    """Refuse what is int8 in name only.
+
+    Raises:
+        NotQuantisable: see :func:`quantize_tower`.
+    """
+    what = f"{source.name}: cannot be quantised: "
+    kept = "; ".join(f"{kind}: {reason}" for kind, reason in report.kept_float.items())
+    if report.share_int8 < LEAST_SHARE:
+        raise NotQuantisable(
+            f"{what}{report.parameters_int8:,} of {report.parameters:,} parameters became int8, at least "
+            f"{LEAST_SHARE:.0%} are wanted. Kept in float: {kept}. Use the float file."
+        )
+    if not report.int8_operators:
+        found = ", ".join(f"{count} {kind}" for kind, count in report.float_operators.items()) or "none"
+        raise NotQuantisable(
+            f"{what}its weights are stored as int8, but nothing is multiplied in int8 (operators: {found}). "
+            "Use the float file."
+        )
+
+
+def _report(method: Literal["static", "dynamic"], source: Path, target: Path, images: int) -> Int8Report:
+    before = _float_parameters(onnx.load(source))
+    model = onnx.load(target)
+    after = _float_parameters(model)
+    int8 = _int8_parameters(model)
+    parameters = sum(before.values())
+    kept: Counter[str] = Counter()
+    consumers = {name: node.op_type for node in reversed(model.graph.node) for name in node.input}
+    for name, size in after.items():
+        if name in before and name in consumers:
+            kept[consumers[name]] += size
+    running = _running_operators(target)
+    return Int8Report(
+        method=method,
+        parameters=parameters,
+        parameters_int8=int8,
+        share_int8=int8 / parameters if parameters else 0.0,
+        bytes=target.stat().st_size,
+        float_bytes=source.stat().st_size,
+        calibration_images=images,
+        int8_operators={kind: count for kind, count in sorted(running.items()) if kind in _INT8},
+        float_operators={kind: count for kind, count in sorted(running.items()) if kind in _FLOAT},
+        kept_float={
+            kind: f"{size:,} parameters: {_REASONS.get(kind, 'ONNX Runtime has no int8 form of these')}"
+            for kind, size in kept.most_common()
+        },
+    )
+
+
+def _float_parameters(model: onnx.ModelProto) -> dict[str, int]:
+    """Sizes of float tensors of one dimension or more; single numbers are constants of the computation."""
+    return {
+        tensor.name: int(np.prod(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims
+    }
+
+
+def _int8_parameters(model: onnx.ModelProto) -> int:
+    """How many numbers are stored as int8 and used as weights; not scales, not zero points."""
+    position = {"DequantizeLinear": 0, "Gather": 0, "MatMulInteger": 1, "ConvInteger": 1}
+    weights = {node.input[position[node.op_type]] for node in model.graph.node if node.op_type in position}
+    return sum(
+        int(np.prod(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.name in weights and tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    )
+
+
+def _running_operators(path: Path) -> Counter[str]:
+    """What ONNX Runtime makes of a graph, before layouts that depend on the processor."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    optimized = path.with_suffix(".optimized")
+    options.optimized_model_filepath = str(optimized)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("value_info")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice, which it gives through the root logger, and the handler that this would add."""
+    root = logging.getLogger()
+    silent, level = logging.NullHandler(), root.level
+    root.addHandler(silent)
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.removeHandler(silent)
+        root.setLevel(level)
