@@ -77,7 +77,7 @@ app = typer.Typer(
 )
 commands_in("storage.cli_look", "ls", "info")
 commands_in("storage.cli_rows", "stats", "sample", "neighbours")
-commands_in("storage.cli_compare", "diff", "gc")
+commands_in("storage.cli_compare", "diff", "gc", "export")
 
 
 @app.callback()

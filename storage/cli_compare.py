@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json
+from storage.errors import UsageError
 
 if TYPE_CHECKING:
     from storage.diff import CacheDiff, Drift
     from storage.garbage import GarbageReport
 
-__all__ = ["diff", "gc"]
+__all__ = ["diff", "export", "gc"]
 
 _SHOWN = 5
 
@@ -61,6 +62,37 @@ def gc(
         print_json(found)
     else:
         _say(*_garbage_lines(found))
+
+
+@app.command()
+def export(
+    cache: CacheArgument,
+    out: Annotated[str, typer.Option("--out", help="New local folder.")],
+    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
+    captions: Annotated[
+        str, typer.Option("--captions", help="first of each image, or all of them, the image repeated for each.")
+    ] = "first",
+    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
+    rows_per_file: Annotated[int, typer.Option("--rows-per-file", min=1, help="Rows of each npy file.")] = 1_000_000,
+    json: JsonFlag = False,
+) -> None:
+    """Write embeddings as npy and parquet, in the folders that clip-retrieval and autofaiss read."""
+    from storage.console import StageProgress
+    from storage.export_rows import export_rows
+
+    if captions not in ("first", "all"):
+        raise UsageError(f"--captions {captions}: first or all is wanted")
+    with StageProgress() as progress:
+        which: Literal["first", "all"] = "all" if captions == "all" else "first"
+        found = export_rows(cache, out, split, which, view, rows_per_file, progress)
+    if json:
+        print_json(found)
+        return
+    left_out = f"{found.quarantined:,} quarantined and {found.without_caption:,} without a caption left out"
+    _say(
+        f"{found.out}: {counted(found.rows, 'pair')} of {counted(found.images, 'image')}, {found.embed_dim} wide, "
+        f"{found.dtype}, in {counted(found.parts, 'part')}; {left_out}"
+    )
 
 
 def _garbage_lines(found: GarbageReport) -> list[str]:
