@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.clip_tokens import tokenization_of
+from pipeline.decode import decode_image
 from pipeline.deployment import Artefact, Deployment, Variant
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.export_onnx import export_towers
 from pipeline.model_input import ModelInput
-from pipeline.quantize import Int8Report, NotQuantisableError, quantize_tower
+from pipeline.quantize import Int8Report, NotQuantisable, quantize_tower
 from pipeline.runs import RunRecord
 from pipeline.student import Student, student_tokenizer
 
@@ -28,7 +29,6 @@ WEIGHTS, CONFIG = "model.safetensors", "open_clip_config.json"
 
 _Tower = Literal["image", "text"]
 _CALIBRATION_BATCH = 16
-_CALIBRATION_CAPTIONS = 512
 
 
 def write_files(
@@ -68,7 +68,7 @@ def write_files(
             out = path.with_name(f"{tower}.int8.onnx")
             try:
                 reports[tower] = quantize_tower(path, out, calibration() if tower == "image" else None)
-            except NotQuantisableError as error:
+            except NotQuantisable as error:
                 refused[tower] = str(error)
                 out.unlink(missing_ok=True)
             else:
@@ -115,8 +115,6 @@ def calibration_batches(
     seen = ModelInput.from_config(preprocess)
 
     def batches() -> Iterator[NDArray[np.float32]]:
-        from pipeline.decode import decode_image
-
         for start in range(0, len(taken), _CALIBRATION_BATCH):
             part = taken[start : start + _CALIBRATION_BATCH]
             yield np.stack([seen.pixels(decode_image(split.images.read(int(row)))) for row in part])

@@ -124,6 +124,8 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         captions=len(split.captions),
         zero_shot_dataset=None if zero_shot is None else zero_shot.images.name,
         zero_shot_images=None if common is None else len(common),
+        zero_shot_classes=None if zero_shot is None else len(zero_shot.prompts),
+        zero_shot_prompts=() if zero_shot is None else zero_shot.prompts[0],
         rounds=cost.rounds,
         threads=threads,
         date=datetime.date.today().isoformat(),
@@ -131,6 +133,7 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         versions=versions(),
         rows=tuple(_row(model, models[0], cost, split, common) for model in models),
         gates=tuple(gates),
+        int8=dict(subject.reports),
     )
 
 
@@ -166,7 +169,7 @@ def _with_recalls(
         else:
             gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
         arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
-        int8 = sum(report.int8_parameters for report in subject.reports.values())
+        int8 = sum(report.parameters_int8 for report in subject.reports.values())
         models.append(
             _Model(
                 name=name,

@@ -20,9 +20,14 @@ def model_card(deployment: Deployment, table: StudentTable) -> str:
         for variant, towers in deployment.towers.items()
         for tower, artefact in towers.items()
     ]
+    files += [
+        f"- int8 of the {tower} tower: {report.method}, {report.share_int8:.1%} of {report.parameters:,} parameters; "
+        f"kept in float: {'; '.join(f'{kind}, {why}' for kind, why in report.kept_float.items()) or 'none'}"
+        for tower, report in table.int8.items()
+    ]
     files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
-    most = max(deployment.towers, key=list(deployment.towers).index)
+    smallest = list(deployment.towers)[-1]
     return f"""---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
@@ -54,7 +59,7 @@ Without torch, by `pip install 'teacher-cache[runtime]'`:
 ```python
 from pipeline.runtime import StudentRuntime
 
-student = StudentRuntime("FOLDER", variant="{most}")
+student = StudentRuntime("FOLDER", variant="{smallest}")
 print(student.classify(["photo.jpg"], ["a photo of a dog", "a photo of a cat"]))
 ```
 ```

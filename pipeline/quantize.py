@@ -85,9 +85,7 @@ def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
     return "static" if kinds["Conv"] > 1 else "dynamic"
 
 
-def quantize_tower(
-    source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None
-) -> Int8Report:
+def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None) -> Int8Report:
     """Write the int8 form of an exported tower.
 
     Which way is chosen from the graph, see :func:`quantisation_of`. The same source and calibration give the same
@@ -116,9 +114,7 @@ def quantize_tower(
         else:
             with _quiet():
                 # by name, as all ways into it are tried: what no kernel can take stays float and is reported
-                quantize_dynamic(
-                    source, written, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8
-                )
+                quantize_dynamic(source, written, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
             model = onnx.load(written)
         _strip(model)
         onnx.checker.check_model(model)

@@ -44,9 +44,7 @@ class _Ranges:
     images: int
 
 
-def quantize_static(
-    source: Path, calibration: Iterable[NDArray[np.float32]]
-) -> tuple[onnx.ModelProto | None, int]:
+def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) -> tuple[onnx.ModelProto | None, int]:
     """A tower with int8 weights (per output channel, 7 bits) and uint8 activations, as QDQ nodes.
 
     Args:
@@ -126,9 +124,7 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
     return _Ranges(least, most, {name: value / max(images, 1) for name, value in total.items()}, images)
 
 
-def _behind_relu(
-    model: onnx.ModelProto, ranges: _Ranges
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _behind_relu(model: onnx.ModelProto, ranges: _Ranges) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Ranges by tensor; what goes into one ReLU and nowhere else has the range of what comes out."""
     consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:

@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.cost import ModelCost, SpeedRatios
 from pipeline.intervals import Interval
 from pipeline.latency import Ratio, Timing
+from pipeline.quantize import Int8Report
 
 __all__ = [
     "Cosine",
@@ -83,6 +84,8 @@ class StudentTable(BaseModel, frozen=True):
     captions: int
     zero_shot_dataset: str | None
     zero_shot_images: int | None
+    zero_shot_classes: int | None
+    zero_shot_prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
     rounds: dict[int, int] = Field(description="By images, or captions, per call.")
     threads: int
     date: str
@@ -90,6 +93,7 @@ class StudentTable(BaseModel, frozen=True):
     versions: dict[str, str]
     rows: tuple[TableRow, ...]
     gates: tuple[Gate, ...]
+    int8: dict[str, Int8Report] = Field(description="By tower that has an int8 file: what of it really is.")
 
 
 def _size(row: TableRow) -> str:
@@ -180,7 +184,7 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
                 columns.append((f"{single}, ms (p50 / p95)", _latency(tower, 1)))
             else:
                 columns.append((f"{many}/s, batch {batch}", _rate(tower, batch)))
-            columns.append(("of the teacher's speed", _ratio(tower, batch)))
+            columns.append(("times the teacher's", _ratio(tower, batch)))
     columns.append(("peak memory, MB", _memory))
     columns += [
         (f"{direction} {name}", _recall(direction, name))
@@ -219,7 +223,11 @@ def describe(table: StudentTable) -> str:
         "5th and 95th percentile of the rounds' ratios. Peak memory: of a process of its own, libraries and all.",
     ]
     if table.zero_shot_dataset is not None:
-        parts.append(f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images.")
+        count = len(table.zero_shot_prompts)
+        parts.append(
+            f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images of {table.zero_shot_classes} "
+            f"classes, {count} prompt{'' if count == 1 else 's'} a class, such as {table.zero_shot_prompts[0]!r}."
+        )
     parts.append(
         f"Checkpoint {table.checkpoint} of {table.run}{chosen}. Measured {table.date} on {table.hardware} with "
         + ", ".join(f"{name} {version}" for name, version in table.versions.items())

@@ -225,7 +225,7 @@ def test_what_cannot_be_int8_is_said_and_not_shipped(
     def images_only(fp32: Path, out: Path, *rest: Any) -> Any:
         if fp32.name == "text.onnx":
             out.write_bytes(b"half done")
-            raise deploy_files.NotQuantisableError("text.onnx: too little of it is int8")
+            raise deploy_files.NotQuantisable("text.onnx: too little of it is int8")
         return quantize(fp32, out, *rest)
 
     monkeypatch.setattr(deploy_files, "quantize_tower", images_only)
