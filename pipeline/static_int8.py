@@ -55,6 +55,8 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
         The model, or None if there was no image; and how many images there were.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"  # what stays float is excluded by name
     ranges = _calibrate(model, calibration)
     if not ranges.images:
         return None, 0
@@ -73,6 +75,7 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
         {"MatMulConstBOnly": True},
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     quantized: onnx.ModelProto = quantizer.model.model
     _correct_biases(plain, quantized, ranges.channel_mean)
     return quantized, ranges.images
