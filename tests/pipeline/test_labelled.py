@@ -78,8 +78,8 @@ def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
     assert len(opened(f"imagefolder:{folders}?templates=simple", templates="openai").prompts[0]) == 80
     with pytest.raises(UsageError, match="no option 'colour' here; there are templates, classes, split"):
         opened(f"imagefolder:{folders}?colour=red")
+    (folders.parent / "t.txt").write_text("a photo\n")
     with pytest.raises(UsageError, match=r"no \{\} for the class"):
-        (folders.parent / "t.txt").write_text("a photo\n")
         opened(f"imagefolder:{folders}", templates=str(folders.parent / "t.txt"))
 
 
