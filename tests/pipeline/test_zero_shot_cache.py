@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline import precompute as precompute_module
@@ -21,6 +22,7 @@ from storage.integrity import verify_cache
 from tests.conftest import make_model_folder
 from tests.pipeline.dataset_files import save_image
 from tests.pipeline.test_datasets_webdataset import write_tar
+from tests.pipeline.test_labelled import write_mnist
 
 Measure = Callable[..., ZeroShotResult]
 
@@ -189,10 +191,27 @@ def test_it_is_an_ordinary_cache_and_no_pairs(measure: Measure, tmp_path: Path) 
         train(TrainConfig(cache=str(tmp_path / "c"), student="scenes-small", out=str(tmp_path / "r"), split=""))
 
 
-def test_images_without_files_have_no_cache(measure: Measure, tmp_path: Path) -> None:
-    for number, name in enumerate(("cat", "dog")):
-        save_image(tmp_path / "eurosat" / "2750" / name / "0.png", 90 * number)
-    dataset = f"torchvision:EuroSAT:{tmp_path}"
-    assert measure(dataset=dataset, cache=None).images == 2
-    with pytest.raises(UsageError, match=r"a cache is of images in files, .* Leave --cache out"):
-        measure(dataset=dataset)
+def test_torchvisions_arrays_are_cached_too(measure: Measure, tmp_path: Path, no_teacher: Callable[[], None]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 28, 28)).astype(np.uint8)
+    root = write_mnist(tmp_path, pixels, [number % 10 for number in range(20)])
+    settings = {"dataset": f"torchvision:MNIST:{root}", "prompts": "mnist"}
+    live = measure(**settings, cache=None)
+    measure(**settings)
+    no_teacher()
+    again = measure(**settings)
+    assert numbers(again) == numbers(live)
+    assert (again.images, again.teacher_ran) == (20, False)
+    raw = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    data = bytearray(raw.read_bytes())
+    data[-1] ^= 1  # one pixel of one image
+    raw.write_bytes(bytes(data))
+    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.samples_sha256: "):
+        measure(**settings)
+
+
+def test_captions_of_other_kinds_have_no_cache(measure: Measure, tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("path,caption\npictures/cat/0.png,a cat\npictures/dog/0.png,a dog\n")
+    assert measure(dataset=f"table:{table}", cache=None).images == 2
+    with pytest.raises(UsageError, match=r"a cache is of labelled images, .* Leave --cache out"):
+        measure(dataset=f"table:{table}")
