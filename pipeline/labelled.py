@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,9 +21,8 @@ from pipeline.config import ZeroShotConfig
 from pipeline.datasets.base import Sample, SampleSet
 from pipeline.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
 from pipeline.decode import UndecodableImageError, decode_image
-from pipeline.prompts import SAME_ORDER, Classes
+from pipeline.prompts import Classes
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
-from pipeline.torchvision_images import TorchvisionImages, open_torchvision
 from storage.errors import UsageError
 
 __all__ = ["FileImages", "LabelledDataset", "LabelledImages", "UnusableImageError", "open_labelled"]
@@ -105,9 +104,9 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
     Raises:
         UsageError: a dataset or setting that cannot be used, or a class that cannot be matched for sure.
     """
-    kind, _, rest = config.dataset.partition(":")
-    if kind == "torchvision":
-        return _torchvision(config, rest)
+    if config.dataset.startswith("torchvision:"):
+        name, _, path = config.dataset.removeprefix("torchvision:").partition(":")
+        return _files(config, DatasetSpec("torchvision", path, (("name", name),)))
     spec = DatasetSpec.parse(config.dataset)
     if spec.kind in FORMS:
         return _files(config, spec)
@@ -115,7 +114,7 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
     if given:
         raise UsageError(
             f"{spec}: the captions of this kind are its prompts, so {', '.join(given)} cannot be set; labelled images "
-            f"are {', '.join(f'{form}:PATH' for form in FORMS)} and torchvision:NAME:PATH"
+            f"are imagefolder:PATH, webdataset:PATH and torchvision:NAME:PATH"
         )
     return _by_captions(spec)
 
@@ -124,15 +123,16 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     options = dict(spec.options)
     # what imagefolder calls them when it is a dataset of captions
     aliases = {"templates": "templates", "classes": "class_names", "split": "split"}
+    name = options.pop("name", "") if spec.kind == "torchvision" else ""
     unknown = sorted(set(options) - set(aliases))
     if unknown:
         raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(aliases)}")
-    settings = {name: getattr(config, name) for name in ("prompts", "templates", "class_names", "split")}
-    for name, value in options.items():
-        settings[aliases[name]] = settings[aliases[name]] or value
-    settings = {name: value for name, value in settings.items() if value}
+    settings = {option: getattr(config, option) for option in ("prompts", "templates", "class_names", "split")}
+    for option, value in options.items():
+        settings[aliases[option]] = settings[aliases[option]] or value
+    settings = {option: value for option, value in {"name": name, **settings}.items() if value}
+    listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
     cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
-    listing = list_images(spec.root, spec.kind, settings.get("split", ""))
     if not listing.images:
         first = f"; the first problem: {listing.problems[0].where}: {listing.problems[0].detail}"
         raise UsageError(f"{spec}: no image of any class{first if listing.problems else ''}")
@@ -151,22 +151,6 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
         samples,
         tuple(digests),
     )
-
-
-def _torchvision(config: ZeroShotConfig, rest: str) -> LabelledDataset:
-    dataset, numbers, listing = open_torchvision(rest, config.split)
-    same_order = bool(config.prompts) and SAME_ORDER.get(rest.partition(":")[0]) == config.prompts
-    if not listing.named and not same_order and not config.class_names:
-        raise UsageError(
-            f"{listing.where}: torchvision has no names of its {len(listing.own)} classes, and its numbers are not "
-            f"known to be in the order of {config.prompts or 'any prompts'}; name them by --class-names FILE.json, "
-            '{"0": "its name", ...}'
-        )
-    # numbers that are known to count as the list does need no image of each class
-    listing = replace(listing, named=listing.named or not same_order)
-    found = class_prompts(listing, config.prompts, config.templates, config.class_names, same_order=same_order)
-    labels = np.array([found.classes.number[listing.keys[number]] for number in numbers], np.int64)
-    return LabelledDataset(TorchvisionImages(config.dataset, dataset, numbers, labels), found, {})
 
 
 def _by_captions(spec: DatasetSpec) -> LabelledDataset:

@@ -81,7 +81,6 @@ CLIP_DATASETS: dict[str, str | None] = {
 # FER2013 is not here: it counts in another order than the folders that clip-benchmark's names are of
 SAME_ORDER = {
     "Country211": "country211",
-    "EuroSAT": "eurosat",
     "Flowers102": "flowers",
     "GTSRB": "gtsrb",
     "ImageNet": "imagenet1k",

@@ -32,6 +32,8 @@ __all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load
 _HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
 _HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
 _RETRY_SECONDS = (0.5, 2.0)
+# images that torchvision keeps in arrays; imported when the first of them is read
+fsspec.register_implementation("torchvision", "pipeline.torchvision_images.TorchvisionFiles")
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
 
 

@@ -1,20 +1,27 @@
-"""Labelled images of torchvision's datasets, as they lie on disk; nothing is ever downloaded."""
+"""Labelled images of torchvision's datasets, as they lie on disk; nothing is ever downloaded.
+
+Where torchvision keeps a file per image, that file is what is read. Of the others (CIFAR's batches, MNIST's arrays)
+each image has the address ``torchvision://NAME/SPLIT/NUMBER/ROOT``, and its bytes are a PPM or PGM of its pixels: the
+same with every version of every library, so that a cache can prove them.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torchvision
+from fsspec.spec import AbstractFileSystem
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.datasets.base import contents, printable
+from pipeline.datasets.base import Sample, contents, printable
 from pipeline.datasets.labelled import Listing
-from pipeline.decode import UndecodableImageError
+from pipeline.prompts import SAME_ORDER
 from storage.errors import UsageError
 
-__all__ = ["TORCHVISION", "TorchvisionImages", "open_torchvision"]
+__all__ = ["TORCHVISION", "TorchvisionFiles", "list_torchvision"]
 
 # dataset -> the split that is measured if none is named; "" where torchvision knows none
 TORCHVISION = {
@@ -48,82 +55,21 @@ TORCHVISION = {
 _BY_FLAG = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS")
 
 
-class TorchvisionImages:
-    """One split of a torchvision dataset.
+def list_torchvision(root: str, name: str, split: str = "") -> Listing:
+    """Images of one split with their classes.
 
-    Attributes:
-        labels: positions in the list of classes that they were matched with.
-    """
-
-    def __init__(self, name: str, dataset: Any, numbers: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
-        self.name = name
-        self.labels = labels
-        self._dataset = dataset
-        self._numbers = numbers  # torchvision's own
-
-    def sample_id(self, index: int) -> str:
-        """The number of the image in its split."""
-        return f"{self.name} image {index}"
-
-    def image(self, index: int) -> Image.Image:
-        """One image, as torchvision decodes it.
-
-        Raises:
-            UndecodableImageError: its bytes are no image.
-            OSError: its file cannot be read.
-        """
-        try:
-            image, number = self._dataset[index]
-        except OSError as error:
-            if error.errno is None:  # Pillow's own: unidentified, truncated
-                raise UndecodableImageError(printable(str(error))) from error
-            raise
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UndecodableImageError(printable(f"{type(error).__name__}: {error}")) from error
-        assert int(number) == self._numbers[index], f"{self.sample_id(index)}: labels and images are out of step"
-        return image
-
-
-def open_torchvision(rest: str, split: str = "") -> tuple[Any, NDArray[np.int64], Listing]:
-    """Open ``NAME:PATH``.
+    The keys of classes are torchvision's names for them, or numbers where it has none.
 
     Args:
+        root: as given to torchvision.
         split: as torchvision calls it; ``test``, or ``val`` of ImageNet and Imagenette, if left out.
 
-    Returns:
-        The dataset; (images,) its labels; its classes, whose keys are torchvision's names for them, or numbers where it
-        has none, and in ``keys`` the key of each label from 0 on.
-
     Raises:
-        UsageError: not a dataset that is known here, not there, or no such split.
+        UsageError: not a dataset that is known here, not there, no such split, or one without labels.
     """
-    import torchvision
-
-    name, colon, path = rest.partition(":")
-    if name not in TORCHVISION or not colon or not path:
-        raise UsageError(
-            f"torchvision:{printable(rest)}: write torchvision:NAME:PATH with one of {', '.join(TORCHVISION)}; other "
-            "datasets as imagefolder:PATH or webdataset:PATH"
-        )
-    where = f"torchvision:{name}:{path}"
-    if not Path(path).is_dir():
-        raise UsageError(f"{where}: no folder {path}; name the one that was given to torchvision as its root")
-    wanted = split or TORCHVISION[name]
-    settings: dict[str, Any] = {"split": wanted} if TORCHVISION[name] else {}
-    if name in _BY_FLAG:
-        if wanted not in ("train", "test"):
-            raise UsageError(f"{where}: no split {printable(wanted)!r}; there are 'train' and 'test'")
-        settings = {"train": wanted == "train"}
-    elif not TORCHVISION[name] and split not in ("", "all"):
-        raise UsageError(f"{where}: torchvision has no splits of it; leave split ({printable(split)!r}) out")
-    try:
-        # no download=: some do not take it, and False is the default of all that are listed here
-        dataset = getattr(torchvision.datasets, name)(path, **settings)
-    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
-        raise UsageError(
-            f"{where}: torchvision cannot open it ({printable(str(error))}); {path} holds {contents(Path(path))}. "
-            "Nothing is downloaded here."
-        ) from error
+    where = f"torchvision:{name}:{root}"
+    _opened.cache_clear()  # as it is now
+    dataset, split = _open(name, root, split)
     labels = _labels(where, dataset)
     classes = list(getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or [])
     names = [each[0] if isinstance(each, tuple) else str(each) for each in classes]
@@ -133,7 +79,90 @@ def open_torchvision(rest: str, split: str = "") -> tuple[Any, NDArray[np.int64]
         own = {each: each.replace("_", " ").replace("/", slash) for each in names}
     else:
         own = {str(number): str(number) for number in range(int(labels.max()) + 1)}
-    return dataset, labels, Listing(where, [], list(own), [], own, named)
+    keys = list(own)
+    base = Path(root).resolve()
+    files = _files(dataset)
+    images = []
+    for number in range(len(labels)):
+        if files is None:
+            uri = f"torchvision://{name}/{split or 'all'}/{number}/{base.as_posix().lstrip('/')}"
+        else:
+            path = Path(files[number]).resolve()
+            uri = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+        images.append(Sample(f"{number:06d}" if files is None else uri, uri, split, ()))
+    order = SAME_ORDER.get(name, "")
+    return Listing(where, images, [keys[label] for label in labels], [], own, named, order_of=order)
+
+
+class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
+    """Bytes of ``torchvision://NAME/SPLIT/NUMBER/ROOT`` for fsspec, which asks for them by ``cat_file``."""
+
+    protocol = "torchvision"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """The image as PPM, or PGM where it is grey; of one that torchvision cannot decode, why, which is no image.
+
+        Raises:
+            FileNotFoundError: the dataset is not there any more, or has fewer images.
+        """
+        name, split, number, root = self._strip_protocol(path).split("/", 3)
+        try:
+            dataset = _opened(name, f"/{root}", "" if split == "all" else split)
+            image = dataset[int(number)][0]
+        except (RuntimeError, IndexError) as error:  # not there, or not whole
+            raise FileNotFoundError(f"{path}: {error}") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            return f"torchvision cannot decode it: {error}".encode()  # Pillow's own: unidentified, cut short
+        pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        head = f"P{5 if pixels.mode == 'L' else 6} {pixels.width} {pixels.height} 255\n".encode()
+        data: bytes = head + pixels.tobytes()
+        return data[start:end]
+
+
+def _open(name: str, root: str, split: str) -> tuple[Any, str]:
+    """The dataset and the split that it is of."""
+    where = f"torchvision:{name}:{root}"
+    if name not in TORCHVISION:
+        raise UsageError(
+            f"{printable(where)}: write torchvision:NAME:PATH with one of {', '.join(TORCHVISION)}; other datasets as "
+            "imagefolder:PATH or webdataset:PATH"
+        )
+    if not Path(root).is_dir():
+        raise UsageError(f"{where}: no folder {root}; name the one that was given to torchvision as its root")
+    wanted = (split or TORCHVISION[name]) if TORCHVISION[name] else ""
+    if name in _BY_FLAG and wanted not in ("train", "test"):
+        raise UsageError(f"{where}: no split {printable(wanted)!r}; there are 'train' and 'test'")
+    if not TORCHVISION[name] and split not in ("", "all"):
+        raise UsageError(f"{where}: torchvision has no splits of it; leave split ({printable(split)!r}) out")
+    try:
+        return _opened(name, str(Path(root).resolve()), wanted), wanted
+    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+        raise UsageError(
+            f"{where}: torchvision cannot open it ({printable(str(error))}); {root} holds {contents(Path(root))}. "
+            "Nothing is downloaded here."
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _opened(name: str, root: str, split: str) -> Any:
+    settings: dict[str, Any] = {"split": split} if split else {}
+    if name in _BY_FLAG:
+        settings = {"train": split == "train"}
+    # no download=: some do not take it, and False is the default of all that are listed here
+    return getattr(torchvision.datasets, name)(root, **settings)
+
+
+def _files(dataset: Any) -> list[str | Path] | None:
+    """The file of each image, where torchvision keeps a list of them."""
+    for attribute in ("_image_files", "_images", "_samples", "samples"):
+        found = getattr(dataset, attribute, None)
+        if isinstance(found, list) and found and len(found) == len(dataset):
+            paths = [each[0] if isinstance(each, tuple) else each for each in found]
+            if all(isinstance(path, (str, Path)) for path in paths):
+                return paths
+    return None
 
 
 def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
@@ -151,7 +180,6 @@ def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: images without a label ({error}); name another split") from error
     if not len(labels) or labels.min() < 0:
-        raise UsageError(
-            f"{where}: {len(labels)} images, labels from {labels.min() if len(labels) else '-'}; none fits"
-        )
+        seen = f"a label {labels.min()}" if len(labels) else "no images"
+        raise UsageError(f"{where}: {seen}; labels from 0 on are wanted, name another split")
     return labels

@@ -207,7 +207,8 @@ def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np
         raise ValueError("scores of images are not finite: the model's features are NaN or infinite")
     true = np.take_along_axis(scores, labels[:, None], axis=1)
     before = (scores > true) | ((scores == true) & (np.arange(scores.shape[1]) < labels[:, None]))
-    return before.sum(axis=1).astype(np.int64)
+    found: NDArray[np.int64] = before.sum(axis=1).astype(np.int64)
+    return found
 
 
 def class_weights(
@@ -237,7 +238,7 @@ def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.fl
         rows: (prompts, dim) unit, those of a class side by side.
         counts: prompts of each class.
     """
-    starts = np.cumsum(counts) - counts
+    starts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
     sums = np.add.reduceat(rows.astype(np.float64), starts, axis=0)
     weights: NDArray[np.float32] = (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
     return weights

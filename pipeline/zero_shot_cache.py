@@ -50,15 +50,15 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
 
     Raises:
-        UsageError: the dataset's images are in no files, so that no cache can be of them.
+        UsageError: the dataset is one of captions.
         CacheNotFoundError, CacheIncompleteError: no such cache, and no teacher to make it.
         CacheMismatchError: it is of other images, prompts or another teacher; names what differs.
     """
     assert config.cache is not None
     if dataset.spec is None or dataset.samples is None:
         raise UsageError(
-            f"{config.dataset}: a cache is of images in files, which only imagefolder:PATH and webdataset:PATH have. "
-            "Leave --cache out, or export the dataset to a folder per class."
+            f"{config.dataset}: a cache is of labelled images, which are imagefolder:PATH, webdataset:PATH and "
+            "torchvision:NAME:PATH. Leave --cache out."
         )
     spec, encoded = dataset.spec, False
     try:

@@ -5,9 +5,10 @@ both can be kept in a cache.
     root/*.tar with KEY.cls beside KEY.jpg            form=webdataset, as clip-benchmark exports its datasets; if they
                                                       are there, classnames.txt and
                                                       zeroshot_classification_templates.txt too
+    root as torchvision knows it                      form=torchvision, name=CIFAR10
 
 The first image that can be read has the prompts of all classes as its captions, class by class; the others have none.
-The rest of the options says which prompts: see :func:`load_classes`.
+The rest of the options says which prompts: see :func:`class_prompts`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from storage.errors import UsageError
 
 __all__ = ["FORMS", "ClassPrompts", "Listing", "class_prompts", "list_images", "read"]
 
-FORMS = ("imagefolder", "webdataset")
+FORMS = ("imagefolder", "webdataset", "torchvision")
 ALL_SPLITS = "all"
 _NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
@@ -58,6 +59,8 @@ class Listing:
         own: the dataset's classes in its order, by key, with the names it has for them.
         named: whether these are names, and not mere numbers.
         templates: its own, if it has some.
+        order_of: the prompt set whose class names are known to be in its order, if there is one; ``any`` where it is
+            the order of whatever list comes with it.
     """
 
     where: str
@@ -67,6 +70,7 @@ class Listing:
     own: dict[str, str]
     named: bool
     templates: tuple[str, ...] = ()
+    order_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,14 @@ def read(
     root: str,
     *,
     form: str = "imagefolder",
+    name: str = "",
     prompts: str = "",
     templates: str = "",
     class_names: str = "",
     split: str = "",
 ) -> Iterator[Record]:
     """Samples of a labelled dataset; see the module and :func:`class_prompts`."""
-    listing = list_images(root, form, split)
+    listing = list_images(root, form, split, name)
     found = class_prompts(listing, prompts, templates, class_names)
     yield from listing.problems
     holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
@@ -104,10 +109,11 @@ def read(
         yield Sample(image.sample_id, image.uri, image.split, has, image.offset, image.length)
 
 
-def list_images(root: str, form: str = "imagefolder", split: str = "") -> Listing:
+def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "") -> Listing:
     """Images of one split with their classes.
 
     Args:
+        name: of the dataset in torchvision.
         split: a published split; all images if left out, where there is but one, or if ``all``.
 
     Raises:
@@ -115,6 +121,10 @@ def list_images(root: str, form: str = "imagefolder", split: str = "") -> Listin
     """
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
+    if form == "torchvision":
+        from pipeline.torchvision_images import list_torchvision  # torch, which the other forms do without
+
+        return list_torchvision(root, name, split)
     where = f"{form}:{root}"
     images: list[Sample] = []
     keys: list[str] = []
@@ -153,12 +163,11 @@ def list_images(root: str, form: str = "imagefolder", split: str = "") -> Listin
         own,
         bool(lines),
         templates_in(templates) if templates else (),
+        order_of="any",
     )
 
 
-def class_prompts(
-    listing: Listing, prompts: str = "", templates: str = "", class_names: str = "", *, same_order: bool = False
-) -> ClassPrompts:
+def class_prompts(listing: Listing, prompts: str = "", templates: str = "", class_names: str = "") -> ClassPrompts:
     """The classes of a dataset and their prompts.
 
     Args:
@@ -167,7 +176,6 @@ def class_prompts(
             over the dataset's own, and ``photo`` is what is left.
         class_names: a JSON file (:func:`pipeline.prompts.read_class_names`) or ``imagenet``; wins over the names of
             ``prompts``, these over the dataset's own.
-        same_order: whether the names of ``prompts`` are known to be in the dataset's order.
 
     Raises:
         UsageError: a class that cannot be matched for sure; names or templates that cannot be used; fewer than two
@@ -181,22 +189,7 @@ def class_prompts(
         names = read_class_names(class_names)
     elif known is not None and known.class_names is not None:
         names = list(known.class_names)
-    if names is None and not listing.named:
-        raise UsageError(
-            f"{listing.where}: its labels are numbers and nothing names its classes (no {_NAMES}); give --prompts NAME "
-            "of a set with class names, or --class-names FILE.json, a list in the order of the numbers"
-        )
-    own_numbers = not listing.named and isinstance(names, list)
-    if own_numbers:
-        assert isinstance(names, list)
-        most = max((int(key) for key in listing.own), default=0)
-        if most >= len(names):
-            raise UsageError(f"{listing.where}: label {most}, and {len(names)} class names, of 0 to {len(names) - 1}")
-        # a format that counts from 0 by definition, so that a class without images leaves no doubt
-        classes = Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
-    else:
-        order = same_order and not class_names
-        classes = match_classes(listing.where, listing.own, names, same_order=order, prompts=prompts)
+    classes = _matched(listing, prompts, names, class_names)
     if len(classes.names) < 2:
         raise UsageError(f"{listing.where}: there is one class, {classes.names[0]!r}; two are wanted to choose from")
     if templates:
@@ -212,6 +205,33 @@ def class_prompts(
             raise UsageError(f"{listing.where}: a prompt of class {printable(name)!r}: {problems[0].detail}")
         found.append(kept)
     return ClassPrompts(classes, tuple(found), fill)
+
+
+def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] | None, class_names: str) -> Classes:
+    """The classes, by whatever leaves no doubt.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    same_order = bool(prompts) and listing.order_of == prompts and not class_names
+    if listing.named or isinstance(names, dict):
+        return match_classes(listing.where, listing.own, names, same_order=same_order, prompts=prompts)
+    if names is None:
+        raise UsageError(
+            f"{listing.where}: its labels are numbers and nothing names its {len(listing.own)} classes"
+            f"{f' (no {_NAMES})' if listing.order_of == 'any' else ''}; give --prompts NAME of a set with class names, "
+            "or --class-names FILE.json, a list in the order of the numbers"
+        )
+    if not (same_order or class_names or listing.order_of == "any"):
+        raise UsageError(
+            f"{listing.where}: its labels are numbers, which are not known to be in the order of the class names of "
+            f'{prompts}; name the classes by --class-names FILE.json, {{"0": "its name", ...}}'
+        )
+    most = max((int(key) for key in listing.own), default=0)
+    if most >= len(names):
+        raise UsageError(f"{listing.where}: label {most}, and {len(names)} class names, of 0 to {len(names) - 1}")
+    # they count from 0, so that a class without images leaves no doubt
+    return Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
 
 
 def _listed(root: str, form: str, problems: list[Problem]) -> Iterator[tuple[Sample, str]]:
@@ -249,9 +269,9 @@ def _lines(path: Path) -> list[str]:
 
 def _is_there(root: str, image: Sample) -> bool:
     """Whether its file can be opened; a server is believed."""
-    path = Path(data_folder(root)) / image.uri
-    if "://" in root:
+    if "://" in root or "://" in image.uri:
         return True
+    path = Path(data_folder(root)) / image.uri
     try:
         open_regular(path).close()
     except OSError:

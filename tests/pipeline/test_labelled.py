@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import ZeroShotConfig
-from pipeline.labelled import LabelledDataset, UnusableImageError, open_labelled
+from pipeline.labelled import LabelledDataset, open_labelled
 from pipeline.torchvision_images import _BY_FLAG, TORCHVISION
 from storage.errors import UsageError
 from tests.pipeline.dataset_files import save_image
@@ -78,8 +81,8 @@ def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
     assert len(opened(f"imagefolder:{folders}?templates=simple", templates="openai").prompts[0]) == 80
     with pytest.raises(UsageError, match="no option 'colour' here; there are templates, classes, split"):
         opened(f"imagefolder:{folders}?colour=red")
+    (folders.parent / "t.txt").write_text("a photo\n")
     with pytest.raises(UsageError, match=r"no \{\} for the class"):
-        (folders.parent / "t.txt").write_text("a photo\n")
         opened(f"imagefolder:{folders}", templates=str(folders.parent / "t.txt"))
 
 
@@ -129,9 +132,9 @@ def test_tars_of_clip_benchmark(tars: Path) -> None:
 
 
 def test_tars_without_names_count_in_the_order_of_a_list(tars: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nothing names its classes \(no classnames.txt\); give --prompts NAME"):
+    with pytest.raises(UsageError, match=r"nothing names its 2 classes \(no classnames\.txt\); give --prompts"):
         opened(f"webdataset:{tars}")
-    with pytest.raises(UsageError, match="nothing names its classes"):
+    with pytest.raises(UsageError, match="nothing names its 2 classes"):
         opened(f"webdataset:{tars}", prompts="cifar10")  # a set without class names
     found = opened(f"webdataset:{tars}", prompts="mnist")
     assert found.found.classes.matched_by == "number"
@@ -183,11 +186,12 @@ def test_torchvision_folders(tmp_path: Path) -> None:
     names = list(truth(found).values())
     assert (names[0], names[2], names[9]) == ("annual crop land", "brushland or shrubland", "lake or sea")
     assert found.found.classes.matched_by == "place"
+    # its files are read as any other's
     image = found.images.image(3)
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(base / "Highway" / "0.png").convert("RGB")))
-    assert truth(opened(f"torchvision:EuroSAT:{tmp_path}", templates="simple"))[
-        f"torchvision:EuroSAT:{tmp_path} image 9"
-    ] == ("SeaLake")
+    assert found.images.sample_id(3) == "eurosat/2750/Highway/0.png"
+    own = opened(f"torchvision:EuroSAT:{tmp_path}", templates="simple")
+    assert truth(own)["eurosat/2750/SeaLake/0.png"] == "SeaLake"
     with pytest.raises(UsageError, match="torchvision has no splits of it"):
         opened(f"torchvision:EuroSAT:{tmp_path}", split="test")
 
@@ -208,25 +212,41 @@ def test_torchvision_without_names_or_a_known_order_wants_a_file(tmp_path: Path)
         "red and white circle 20 kph speed limit",
         "red and white circle 50 kph speed limit",
     ]
-    for prompts in ("", "mnist"):
-        with pytest.raises(UsageError, match="has no names of its 15 classes, and its numbers are not known to be in"):
-            opened(dataset, prompts=prompts)
+    with pytest.raises(UsageError, match="its labels are numbers and nothing names its 15 classes; give --prompts"):
+        opened(dataset)
+    with pytest.raises(UsageError, match="numbers, which are not known to be in the order of the class names of mnist"):
+        opened(dataset, prompts="mnist")
     file = tmp_path / "names.json"
     file.write_text(json.dumps({str(number): f"sign {number}" for number in range(15)}))
     assert list(truth(opened(dataset, class_names=str(file))).values()) == ["sign 14", "sign 0", "sign 2"]
 
 
-def test_a_torchvision_image_that_is_none_is_left_out(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        save_image(tmp_path / "eurosat" / "2750" / name / "0.png", 20)
-    found = opened(f"torchvision:EuroSAT:{tmp_path}")
-    (tmp_path / "eurosat" / "2750" / "dog" / "0.png").write_bytes(b"no picture")
-    assert found.images.image(0)
-    with pytest.raises(UnusableImageError, match="cannot identify image file"):
-        found.images.image(1)
-    (tmp_path / "eurosat" / "2750" / "dog" / "0.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        found.images.image(1)
+def write_mnist(root: Path, images: NDArray[np.uint8], labels: Sequence[int]) -> Path:
+    """As published: idx files, of which torchvision wants all four to be there."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("t10k", "train"):
+        header = struct.pack(">4i", 0x803, *images.shape)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(labels)) + bytes(labels))
+    return root
+
+
+def test_torchvision_arrays(tmp_path: Path) -> None:
+    """Images that lie in no files of their own come out to the last bit, each with its label."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
+    found = opened(f"torchvision:MNIST:{write_mnist(tmp_path, pixels, [7, 0, 9, 3, 1])}", prompts="mnist")
+    assert list(truth(found).values()) == ["7", "0", "9", "3", "1"]
+    assert len(found.prompts) == 10
+    for number in range(5):
+        image = found.images.image(number)
+        assert image.mode == "L"
+        assert np.array_equal(np.asarray(image), pixels[number])
+    # the names that torchvision has for its own numbers
+    own = opened(f"torchvision:MNIST:{tmp_path}", templates="mnist", split="train")
+    assert truth(own)["000000"] == "7 - seven"
+    with pytest.raises(UsageError, match="no split 'val'; there are 'train' and 'test'"):
+        opened(f"torchvision:MNIST:{tmp_path}", split="val")
 
 
 def test_torchvision_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -236,8 +256,6 @@ def test_torchvision_that_cannot_be_opened(tmp_path: Path) -> None:
         opened(f"torchvision:CIFAR10:{tmp_path / 'gone'}")
     with pytest.raises(UsageError, match=r"torchvision cannot open it \(Dataset not found.*Nothing is downloaded"):
         opened(f"torchvision:CIFAR10:{tmp_path}")
-    with pytest.raises(UsageError, match="no split 'val'; there are 'train' and 'test'"):
-        opened(f"torchvision:CIFAR10:{tmp_path}", split="val")
 
 
 def test_torchvisions_signatures_are_as_the_table_says() -> None:

@@ -1,0 +1,217 @@
+"""The teacher's rows of labelled images from a cache: the second time no teacher, the same numbers, nothing else's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import precompute as precompute_module
+from pipeline import zero_shot as zero_shot_module
+from pipeline import zero_shot_cache
+from pipeline.config import EvaluateConfig, TrainConfig, ZeroShotConfig
+from pipeline.evaluate import evaluate
+from pipeline.train import train
+from pipeline.zero_shot import ZeroShotResult, zero_shot
+from storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
+from storage.integrity import verify_cache
+from tests.conftest import make_model_folder
+from tests.pipeline.dataset_files import save_image
+from tests.pipeline.test_datasets_webdataset import write_tar
+from tests.pipeline.test_labelled import write_mnist
+
+Measure = Callable[..., ZeroShotResult]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes of 4, 3 and 2 pictures."""
+    root = tmp_path / "pictures"
+    for number, (name, count) in enumerate((("cat", 4), ("guinea_pig", 3), ("dog", 2))):
+        for index in range(count):
+            save_image(root / name / f"{index}.png", 70 * number + 9 * index)
+    return root
+
+
+@pytest.fixture
+def measure(pictures: Path, tiny_teacher: Path, tmp_path: Path) -> Measure:
+    """Zero-shot with the tiny teacher, of the pictures, from a cache; settings may say otherwise."""
+
+    def run(**settings: Any) -> ZeroShotResult:
+        config = {
+            "dataset": f"imagefolder:{pictures}",
+            "teacher": f"local-dir:{tiny_teacher}",
+            "cache": str(tmp_path / "c"),
+            "device": "cpu",
+            **settings,
+        }
+        return zero_shot(ZeroShotConfig(**config))
+
+    return run
+
+
+@pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes the building of a teacher an error from here on."""
+
+    def forbid() -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a teacher was loaded")
+
+        for module in (precompute_module, zero_shot_module, zero_shot_cache):
+            monkeypatch.setattr(module, "load_teacher", fail)
+        monkeypatch.setattr("open_clip.create_model", fail)
+
+    return forbid
+
+
+def numbers(result: ZeroShotResult) -> dict[str, Any]:
+    return result.model_dump(include={"teacher", "images", "classes", "prompts", "undecodable", "lost_images"})
+
+
+def test_the_second_time_no_teacher_and_the_same_numbers(measure: Measure, no_teacher: Callable[[], None]) -> None:
+    live = measure(cache=None, prompts="cifar10")
+    first = measure(prompts="cifar10")
+    assert (live.teacher_ran, first.teacher_ran) == (True, True)
+    no_teacher()
+    again = measure(prompts="cifar10")
+    assert not again.teacher_ran
+    assert numbers(live) == numbers(first) == numbers(again)
+    assert len(again.prompts) == 18
+    # without naming a teacher: the one that the cache is of
+    alone = measure(prompts="cifar10", teacher=None)
+    assert numbers(alone) == numbers(again)
+    assert alone.teacher_name == first.teacher_name == "local-dir:tiny"
+    with pytest.raises(AssertionError, match="a teacher was loaded"):
+        measure(prompts="cifar10", cache=None)  # so that the trap is known to work
+
+
+def test_another_teacher_is_refused_by_its_weights(
+    measure: Measure, tiny_teacher: Path, tmp_path: Path, pictures: Path
+) -> None:
+    same_name = tmp_path / "copy" / "tiny"
+    shutil.copytree(tiny_teacher, same_name)
+    measure(teacher=f"local-dir:{same_name}")
+    assert not measure().teacher_ran  # the same weights from another folder
+    other = make_model_folder(tmp_path / "other" / "tiny", seed=1)
+    with pytest.raises(CacheMismatchError, match=r"c: this cache is not the one asked for\. .*teacher\.weights_sha256"):
+        measure(teacher=f"local-dir:{other}")
+    shutil.copy(other / "open_clip_model.safetensors", same_name / "open_clip_model.safetensors")
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights_sha256"):
+        measure(teacher=f"local-dir:{same_name}")
+    config = (same_name / "open_clip_config.json").read_text()
+    shutil.copy(tiny_teacher / "open_clip_model.safetensors", same_name / "open_clip_model.safetensors")
+    (same_name / "open_clip_config.json").write_text(config.replace('"shortest"', '"squash"'))
+    with pytest.raises(CacheMismatchError, match=r"preprocess\.resize_mode: .shortest. in the cache, .squash. "):
+        measure(teacher=f"local-dir:{same_name}")
+
+
+def test_other_images_or_prompts_are_refused(measure: Measure, pictures: Path) -> None:
+    measure()
+    with pytest.raises(CacheMismatchError, match=r"dataset\.captions: 9 in the cache, 21 asked for.*Name another --ca"):
+        measure(templates="simple")
+    templates = pictures.parent / "t.txt"
+    templates.write_text("a photo of a {}.\na photo of the {}.\na bad photo of a {}.\n")
+    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.captions_sha256: [^;]*asked for\. N"):
+        measure(templates=str(templates))
+    save_image(pictures / "cat" / "0.png", 201)
+    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.samples_sha256: [^;]*asked for\. N"):
+        measure()
+
+
+def test_no_cache_and_no_teacher(measure: Measure) -> None:
+    with pytest.raises(CacheNotFoundError, match="no cache here"):
+        measure(teacher=None)
+    with pytest.raises(UsageError, match="nothing to measure"):
+        measure(teacher=None, cache=None)
+
+
+def test_a_cache_that_was_stopped_is_finished(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(cache=str(tmp_path / "whole"))
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "encode_shared", stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure()
+    with pytest.raises(CacheIncompleteError, match="0 of 2 chunks"):
+        measure(teacher=None)
+    assert numbers(measure()) == numbers(whole)
+
+
+def test_images_that_cannot_be_used_are_named_the_same_way(measure: Measure, pictures: Path) -> None:
+    # the first image of all, which the prompts are kept with, and a file that is not there
+    (pictures / "cat" / "00.png").symlink_to(pictures / "gone.png")
+    (pictures / "cat" / "000.png").write_bytes(b"no picture")
+    live = measure(cache=None)
+    first, again = measure(), measure()
+    assert numbers(live) == numbers(first) == numbers(again)
+    assert (again.images, again.undecodable_images, again.lost_images) == (9, 1, 1)
+    assert "cat/00.png" in again.undecodable[0]
+    assert again.undecodable[1].startswith("cat/000.png: not an image")
+
+
+def test_labels_are_the_datasets_not_the_caches(
+    measure: Measure, tmp_path: Path, pictures: Path, no_teacher: Callable[[], None]
+) -> None:
+    """A label that was mended in the tars counts at once; the images and prompts are as before."""
+    tar = tmp_path / "wds" / "0.tar"
+    (tmp_path / "wds").mkdir()
+    (tmp_path / "wds" / "classnames.txt").write_text("cat\ndog\n")
+    data = [path.read_bytes() for path in sorted(pictures.glob("*/*.png"))]
+
+    def write(labels: str) -> None:
+        members = [(f"{n}.cls", label) for n, label in enumerate(labels)]
+        write_tar(tar, [*members, *((f"{n}.png", each) for n, each in enumerate(data))])
+
+    write("010101010")
+    first = measure(dataset=f"webdataset:{tmp_path / 'wds'}")
+    no_teacher()
+    write("101010101")
+    swapped = measure(dataset=f"webdataset:{tmp_path / 'wds'}")
+    assert first.teacher is not None
+    assert swapped.teacher is not None
+    assert swapped.teacher["top-1"] == pytest.approx(100 - first.teacher["top-1"])
+
+
+def test_it_is_an_ordinary_cache_and_no_pairs(measure: Measure, tmp_path: Path) -> None:
+    measure()
+    assert verify_cache(str(tmp_path / "c")).ok
+    with pytest.raises(UsageError, match=r"8 of 9 images have no caption\. This cache is of labelled images"):
+        evaluate(EvaluateConfig(cache=str(tmp_path / "c"), split=""))
+    with pytest.raises(UsageError, match=r"8 of 9 images have no caption\. This cache is of labelled images"):
+        train(TrainConfig(cache=str(tmp_path / "c"), student="scenes-small", out=str(tmp_path / "r"), split=""))
+
+
+def test_torchvisions_arrays_are_cached_too(measure: Measure, tmp_path: Path, no_teacher: Callable[[], None]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 28, 28)).astype(np.uint8)
+    root = write_mnist(tmp_path, pixels, [number % 10 for number in range(20)])
+    settings = {"dataset": f"torchvision:MNIST:{root}", "prompts": "mnist"}
+    live = measure(**settings, cache=None)
+    measure(**settings)
+    no_teacher()
+    again = measure(**settings)
+    assert numbers(again) == numbers(live)
+    assert (again.images, again.teacher_ran) == (20, False)
+    raw = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    data = bytearray(raw.read_bytes())
+    data[-1] ^= 1  # one pixel of one image
+    raw.write_bytes(bytes(data))
+    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.samples_sha256: "):
+        measure(**settings)
+
+
+def test_captions_of_other_kinds_have_no_cache(measure: Measure, tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("path,caption\npictures/cat/0.png,a cat\npictures/dog/0.png,a dog\n")
+    assert measure(dataset=f"table:{table}", cache=None).images == 2
+    with pytest.raises(UsageError, match=r"a cache is of labelled images, .* Leave --cache out"):
+        measure(dataset=f"table:{table}")
