@@ -26,8 +26,7 @@ from pipeline.deployment import RECORD
 from pipeline.runtime import StudentRuntime
 from storage.errors import CacheError, UsageError
 
-KEPT = ".search.npz"
-BATCH = 64
+KEPT, BATCH = ".search.npz", 64
 
 
 def kept_features(path: Path, student_key: str) -> dict[tuple[str, int, int], np.ndarray]:
@@ -78,7 +77,7 @@ def index_folder(folder: Path, student: StudentRuntime) -> tuple[faiss.IndexFlat
 
 def main() -> int:
     """Exit 0: fine; 1: something is wrong with a file; 2: a setting cannot be used."""
-    parser = argparse.ArgumentParser(description="Search a folder of pictures by text.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("text")
     parser.add_argument("--student", type=Path, required=True, help="folder of a deployed student")

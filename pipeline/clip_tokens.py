@@ -33,6 +33,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 _Clean = Literal["lower", "whitespace", "canonicalize"]
 _END_OF_WORD = "</w>"
+_SPECIALS = ("<start_of_text>", "<end_of_text>")  # open_clip's
 _PROBE_TEXTS = (
     "",
     "a photo of a cat",
@@ -84,6 +85,10 @@ class ClipTokens:
         # some files bring their own cutting and padding; here both are the record's
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # steps on the way to a start or end token, which only files of _from_simple have
+        steps = (special[:length] for special in _SPECIALS for length in range(2, len(special)))
+        found = {self._tokenizer.token_to_id(step) for step in steps}
+        self._unfinished = {token for token in found if token is not None and token > tokenization.end_token}
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """int64 (texts, context_length): start token, the text cut to what fits, end token, zeros.
@@ -96,7 +101,7 @@ class ClipTokens:
         for row, text in enumerate(texts):
             # one by one: a batch would start threads, and warnings after each fork
             ids = self._tokenizer.encode(self._clean(text), add_special_tokens=False).ids[: settings.context_length - 2]
-            if ids and max(ids) > settings.end_token:
+            if not self._unfinished.isdisjoint(ids):
                 raise ValueError(f"text {row} ({text[:100]!r}) has a start or end token half in capitals; take it out")
             tokens[row, : len(ids) + 2] = [settings.start_token, *ids, settings.end_token]
         return tokens
@@ -178,10 +183,10 @@ def _prove(tokenizer: Any, written: ClipTokens, what: str) -> None:
 
 def _clean_of(tokenizer: Any, what: str) -> _Clean:
     name = getattr(tokenizer.clean_fn, "__name__", "").removeprefix("_clean_")
-    if name not in get_args(_Clean):
-        raise UsageError(f"tokenizer {what}: its cleaning {name!r} is none of {', '.join(get_args(_Clean))}")
-    clean: _Clean = name
-    return clean
+    known: dict[str, _Clean] = {clean: clean for clean in get_args(_Clean)}
+    if name not in known:
+        raise UsageError(f"tokenizer {what}: its cleaning {name!r} is none of {', '.join(known)}")
+    return known[name]
 
 
 def _from_transformers(tokenizer: Any, what: str) -> tuple[dict[str, Any], int, int]:
@@ -206,8 +211,11 @@ def _from_simple(tokenizer: Any) -> tuple[dict[str, Any], int, int]:
     if tokenizer.reduction_fn is not None:
         raise UsageError("tokenizer SimpleTokenizer with a reduction mask draws tokens at random; deploy one without")
     specials = [tokenizer.decoder[token] for token in tokenizer.all_special_ids]
-    if len(specials) != 2:
-        raise UsageError(f"tokenizer SimpleTokenizer has more special tokens than start and end: {', '.join(specials)}")
+    if tuple(specials) != _SPECIALS:
+        raise UsageError(
+            f"tokenizer SimpleTokenizer has the special tokens {', '.join(specials)}; those of CLIP, "
+            f"{' and '.join(_SPECIALS)}, and no others can be written"
+        )
     vocabulary = dict(tokenizer.encoder)
     merges = [list(pair) for pair, _ in sorted(tokenizer.bpe_ranks.items(), key=lambda item: item[1])]
     unused = len(vocabulary)

@@ -15,7 +15,9 @@ from PIL import Image, ImageOps
 
 from pipeline.decode import MAX_PIXELS, ignore_pillows_warnings, size_in_words
 
-__all__ = ["ModelInput"]
+__all__ = ["RESIZE_MODES", "ModelInput"]
+
+RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from PIL import Image
 from pipeline.clip_tokens import ClipTokens, runtime_package
 from pipeline.datasets.base import open_regular
 from pipeline.decode import UndecodableImageError, decode_image, load_image
-from pipeline.deployment import Deployment, Variant
-from pipeline.model_input import ModelInput
+from pipeline.deployment import RECORD, Deployment, Variant
+from pipeline.model_input import RESIZE_MODES, ModelInput
 from storage.errors import UsageError
 
 __all__ = ["ImageLike", "StudentRuntime", "probabilities"]
@@ -85,7 +85,7 @@ class StudentRuntime:
         self.threads = threads
         self.batch_size = batch_size
         self._onnxruntime = runtime_package("onnxruntime")
-        self._input = ModelInput.from_config(self.deployment.preprocess)
+        self._input = _model_input(self.deployment)
         self._sessions: dict[str, Any] = {}
         self._tokens: ClipTokens | None = None
 
@@ -249,6 +249,17 @@ class StudentRuntime:
         data = self.deployment.proven(self.folder, tokenization.artefact)
         self._tokens = ClipTokens(tokenization, data)
         return self._tokens
+
+
+def _model_input(deployment: Deployment) -> ModelInput:
+    try:
+        found = ModelInput.from_config(deployment.preprocess)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{RECORD}: its preprocess cannot be used ({error!r}). Copy it again.") from error
+    if found.resize_mode not in RESIZE_MODES:
+        modes = ", ".join(RESIZE_MODES)
+        raise UsageError(f"{RECORD}: resize_mode {found.resize_mode!r} is none of {modes}. Update teacher-cache.")
+    return found
 
 
 def _require_several(what: str, values: Any) -> None:

@@ -152,33 +152,37 @@ class _Wrapped(HFTokenizer):
         self.tokenizer_mode, self.strip_sep_token = "", False
 
 
-def _words(pad: int = 0) -> Any:
+def _words(names: str = "<pad> a photo of cat <unk> <s> </s>", pad: str = "<pad>") -> Any:
     """A fast tokenizer of transformers: words, with a start and an end token around them."""
     transformers = pytest.importorskip("transformers")
-    names = ["<pad>", "a", "photo", "of", "cat", "<unk>", "<s>", "</s>"]
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>")
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    places = {name: place for place, name in enumerate(names.split())}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(places, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 6), ("</s>", 7)]
+        single="<s> $A </s>", special_tokens=[("<s>", places["<s>"]), ("</s>", places["</s>"])]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=names[pad]
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad
     )
 
 
-def test_a_tokenizer_of_transformers_keeps_its_own_file(tmp_path: Path) -> None:
-    theirs = _Wrapped(_words(), open_clip.tokenizer._clean_whitespace)
+# as in CLIP's vocabulary and as in BERT's, whose end token has a low id
+@pytest.mark.parametrize("names", ["<pad> a photo of cat <unk> <s> </s>", "<pad> <s> </s> <unk> a photo of cat"])
+def test_a_tokenizer_of_transformers_keeps_its_own_file(tmp_path: Path, names: str) -> None:
+    theirs = _Wrapped(_words(names), open_clip.tokenizer._clean_whitespace)
     record = tokenization_of(theirs, tmp_path, shortens=False)
-    assert (record.clean, record.start_token, record.end_token) == ("whitespace", 6, 7)
+    places = names.split()
+    assert record.clean == "whitespace"
+    assert (record.start_token, record.end_token) == (places.index("<s>"), places.index("</s>"))
     texts = ["a photo of a cat", "", "photo " * 30, "an unknown cat"]
     ours = ClipTokens(record, (tmp_path / "tokenizer.json").read_bytes())
     assert ours(texts).tolist() == theirs(texts).tolist()
 
 
 def test_one_that_would_give_other_ids_is_refused_and_not_left(tmp_path: Path) -> None:
-    theirs = _Wrapped(_words(pad=5), open_clip.tokenizer._clean_whitespace)  # it pads with 5, the models are fed 0
+    theirs = _Wrapped(
+        _words(pad="<unk>"), open_clip.tokenizer._clean_whitespace
+    )  # it pads with 5, the models are fed 0
     with pytest.raises(UsageError, match=r"written as tokenizer\.json it gives '' other ids: \[6, 7, 0.*\[6, 7, 5"):
         tokenization_of(theirs, tmp_path, shortens=False)
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +192,10 @@ def test_one_that_would_give_other_ids_is_refused_and_not_left(tmp_path: Path) -
     ("tokenizer", "message"),
     [
         (SimpleTokenizer(reduction_mask="simple"), "draws tokens at random"),
-        (SimpleTokenizer(additional_special_tokens=["<mask>"]), "more special tokens than start and end.*<mask>"),
+        (
+            SimpleTokenizer(additional_special_tokens=["<mask>"]),
+            "has the special tokens .*<mask>; those of CLIP",
+        ),
         (object(), "tokenizer object has no tokenizer.json"),
     ],
 )

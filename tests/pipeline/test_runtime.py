@@ -186,6 +186,8 @@ def test_int8_is_used_where_there_is_some(tiny_deployment: Path, runtime: Studen
     found, wanted = int8.embed_images(photos), runtime.embed_images(photos)
     assert not np.array_equal(found, wanted)
     assert (found * wanted).sum(axis=1).min() > 0.99
+    alone = np.concatenate([int8.embed_images([photo]) for photo in photos])
+    assert np.array_equal(alone, found)  # batches of one: a function of the image alone
     with pytest.raises(UsageError, match=r"no int8 file of the text tower: its features lose too much\. Use fp32"):
         int8.embed_texts(["a cat"])
 
@@ -217,6 +219,20 @@ def test_a_file_that_onnxruntime_cannot_load_names_both_versions(tiny_deployment
     (folder / "deploy.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match=r"cannot load the image tower.*the deployment was made with onnxruntime 1\.0"):
         StudentRuntime(folder).embed_images([Image.new("RGB", (9, 9))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"mean": None}, "its preprocess cannot be used"), ({"resize_mode": "fit"}, "resize_mode 'fit' is none of short")],
+)
+def test_a_record_that_is_not_understood_is_refused(
+    tiny_deployment: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    record = json.loads((tiny_deployment / "deploy.json").read_text())
+    record["preprocess"].update(change)
+    (tmp_path / "deploy.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=rf"^deploy\.json: {message}"):
+        StudentRuntime(tmp_path)
 
 
 def test_each_tower_is_read_when_it_is_first_used(tiny_deployment: Path, tmp_path: Path, photos: list[Path]) -> None:
