@@ -20,6 +20,7 @@ from storage.errors import CacheError, UsageError
 
 __all__ = ["app", "main"]
 
+commands_in("pipeline.cli_plan", "plan")
 commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
 commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")

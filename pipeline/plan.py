@@ -24,7 +24,17 @@ from storage.root import planned_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
-__all__ = ["Progress", "chunk_spans", "dataset_identity", "dataset_tables", "plan_precompute"]
+__all__ = [
+    "Progress",
+    "asked_views",
+    "chunk_spans",
+    "dataset_identity",
+    "dataset_tables",
+    "default_batch_rows",
+    "default_chunk_rows",
+    "library_versions",
+    "plan_precompute",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +55,7 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         UsageError: crop settings without random crops.
         CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise.
     """
-    views = _views(config)
+    views = asked_views(config)
 
     def count(done: int, total: int) -> None:
         if progress is not None:
@@ -66,13 +76,13 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
-            plan_cache(config.cache, identity, layout, source, tables, made_with=_versions())
+            plan_cache(config.cache, identity, layout, source, tables, made_with=library_versions())
         except CacheMismatchError:
             planned = _layout(config, identity, teacher.device.type)
             if planned == layout:
                 raise
             # another process planned it meanwhile, by the defaults of its own device
-            plan_cache(config.cache, identity, planned, source, tables, made_with=_versions())
+            plan_cache(config.cache, identity, planned, source, tables, made_with=library_versions())
     except CacheMismatchError as error:
         lost = [problem for problem in dataset.problems if problem.lost_image]
         if not lost:
@@ -139,8 +149,12 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
     )
 
 
-def _views(config: PrecomputeConfig) -> ViewsIdentity:
-    """Number and settings as asked for, as the cache that is there has them, or by default."""
+def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
+    """Number and settings of views as asked for, as the cache that is there has them, or by default.
+
+    Raises:
+        UsageError: crop settings without random crops.
+    """
     try:
         have = planned_manifest(open_files(config.cache)).identity.views
     except CacheNotFoundError:
@@ -171,8 +185,7 @@ def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> L
         have = planned_manifest(open_files(config.cache)).layout
         default = (have.image_chunk_rows, have.text_chunk_rows, have.batch_rows)
     except CacheNotFoundError:
-        # on a CPU the activations of a few images still fit its caches; more only cost memory
-        default = (_chunk_rows(images), _chunk_rows(captions), 16 if device == "cpu" else 256)
+        default = (default_chunk_rows(images), default_chunk_rows(captions), default_batch_rows(device))
     return Layout(
         embed_dim=identity.teacher.embed_dim,
         views=identity.views.count,
@@ -184,7 +197,7 @@ def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> L
     )
 
 
-def _chunk_rows(rows: int) -> int:
+def default_chunk_rows(rows: int) -> int:
     """4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
     size = _CHUNK_ROWS
     while size > 64 and rows < 16 * size:
@@ -192,6 +205,13 @@ def _chunk_rows(rows: int) -> int:
     return size
 
 
-def _versions() -> dict[str, str]:
+def default_batch_rows(device: str) -> int:
+    """Rows per forward pass on a type of device, as torch names it."""
+    # on a CPU the activations of a few images still fit its caches; more only cost memory
+    return 16 if device == "cpu" else 256
+
+
+def library_versions() -> dict[str, str]:
+    """What made the pixels and the rows, for a manifest."""
     names = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
     return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

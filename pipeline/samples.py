@@ -27,7 +27,16 @@ from storage.errors import CacheMismatchError, UsageError
 from storage.redact import redact
 from storage.transient import is_transient
 
-__all__ = ["DatasetSpec", "ImageSource", "Problem", "Sample", "SampleSet", "load_samples", "require_content"]
+__all__ = [
+    "DatasetSpec",
+    "ImageSource",
+    "Problem",
+    "Sample",
+    "SampleSet",
+    "list_samples",
+    "load_samples",
+    "require_content",
+]
 
 _HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
 _HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
@@ -221,20 +230,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             for), its files cannot be read, or not one image of it can be used.
         ConnectionError: a server or a share is in trouble; another try may do.
     """
-    listed = SampleSet(spec.kind, spec.root)
-    seen: dict[str, Sample] = {}
-    for record in _records(spec):
-        if isinstance(record, Problem):
-            listed.problems.append(_shown(record))
-        elif record.sample_id in seen:
-            detail = f"{record.uri}: this sample_id is taken by an earlier sample"
-            first = seen[record.sample_id]
-            lost_image = (record.uri, record.offset) != (first.uri, first.offset)
-            listed.problems.append(_shown(Problem("duplicate-id", record.sample_id, detail, lost_image)))
-        else:
-            seen[record.sample_id] = record
-            listed.samples.append(record)
-
+    listed = list_samples(spec)
     source = ImageSource(data_folder(spec.root))
 
     def digest(sample: Sample) -> str | Problem:
@@ -269,6 +265,28 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
         raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
     return found, digests
+
+
+def list_samples(spec: DatasetSpec) -> SampleSet:
+    """What a dataset lists, without a look at its images: those that are missing or cannot be read are in it.
+
+    Raises:
+        UsageError, ConnectionError: see :func:`load_samples`.
+    """
+    listed = SampleSet(spec.kind, spec.root)
+    seen: dict[str, Sample] = {}
+    for record in _records(spec):
+        if isinstance(record, Problem):
+            listed.problems.append(_shown(record))
+        elif record.sample_id in seen:
+            detail = f"{record.uri}: this sample_id is taken by an earlier sample"
+            first = seen[record.sample_id]
+            lost_image = (record.uri, record.offset) != (first.uri, first.offset)
+            listed.problems.append(_shown(Problem("duplicate-id", record.sample_id, detail, lost_image)))
+        else:
+            seen[record.sample_id] = record
+            listed.samples.append(record)
+    return listed
 
 
 def _records(spec: DatasetSpec) -> Iterator[Record]:

@@ -141,7 +141,7 @@ def _new_folder(out: str) -> Path:
 
 def _of_split(reader: EmbeddingReader, split: str) -> int:
     rows = np.array([row.row for row in reader.quarantined], np.int64)
-    return read_rows(reader.files, reader.manifest, SAMPLES, rows)["split"].to_pylist().count(split)
+    return int(read_rows(reader.files, reader.manifest, SAMPLES, rows)["split"].to_pylist().count(split))
 
 
 def _write_npy(
@@ -154,7 +154,7 @@ def _write_npy(
 ) -> None:
     def write(unfinished: Path) -> None:
         shape = (len(rows), reader.embed_dim)
-        values = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
+        values = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
             values[start : start + len(part)] = reader.take(tower, part, view)

@@ -54,11 +54,14 @@ class CacheFiles(Protocol):
     def exists(self, key: str) -> bool:
         """Whether the object is there, whole."""
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
-
     def folders(self, prefix: str = "") -> list[str]:
         """Names of the folders directly below the folder ``prefix``, sorted; what lies in them is not listed."""
+
+    def partials(self) -> list[str]:
+        """Keys of what writers that died on this host left unfinished; no listing shows them."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
 
     def stat(self, key: str) -> ObjectStat:
         """Size and age of the object.
@@ -69,9 +72,6 @@ class CacheFiles(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is not an error."""
-
-    def partials(self) -> list[str]:
-        """Keys of what writers that died on this host left unfinished; no listing shows them."""
 
     def remove_partials(self) -> int:
         """Remove what writers that died on this host left unfinished; returns how many. Safe beside live writers."""

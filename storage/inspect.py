@@ -32,7 +32,8 @@ COMMITS_READ = 1000
 
 _ROWS_NAMED = 20
 _READS_AT_ONCE = 16  # of a store, where a small read is all waiting
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Coverage(BaseModel, frozen=True):

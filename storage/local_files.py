@@ -71,14 +71,6 @@ class LocalFiles:
         """See :class:`storage.files.CacheFiles`."""
         return (self._root / key).is_file()
 
-    def list(self, prefix: str = "") -> list[str]:
-        """See :class:`storage.files.CacheFiles`."""
-        found = []
-        for folder, _, names in os.walk(self._root / prefix):
-            base = Path(folder).relative_to(self._root)
-            found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
-        return sorted(found)
-
     def folders(self, prefix: str = "") -> list[str]:
         """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty."""
         try:
@@ -86,15 +78,6 @@ class LocalFiles:
                 return sorted(entry.name for entry in entries if entry.is_dir())
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
-
-    def stat(self, key: str) -> ObjectStat:
-        """See :class:`storage.files.CacheFiles`."""
-        found = (self._root / key).stat()
-        return ObjectStat(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
-
-    def delete(self, key: str) -> None:
-        """See :class:`storage.files.CacheFiles`."""
-        (self._root / key).unlink(missing_ok=True)
 
     def partials(self) -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
@@ -105,6 +88,23 @@ class LocalFiles:
                 if match and _left_behind(Path(folder) / name, match["process"]):
                     found.append((Path(folder) / name).relative_to(self._root).as_posix())
         return sorted(found)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`."""
+        found = []
+        for folder, _, names in os.walk(self._root / prefix):
+            base = Path(folder).relative_to(self._root)
+            found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
+        return sorted(found)
+
+    def stat(self, key: str) -> ObjectStat:
+        """See :class:`storage.files.CacheFiles`."""
+        found = (self._root / key).stat()
+        return ObjectStat(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def delete(self, key: str) -> None:
+        """See :class:`storage.files.CacheFiles`."""
+        (self._root / key).unlink(missing_ok=True)
 
     def remove_partials(self) -> int:
         """See :class:`storage.files.CacheFiles`."""

@@ -29,7 +29,8 @@ def unit_rows(rows: NDArray[Any]) -> _Floats:
 
 def _margin(queries: _Floats, longest: float) -> NDArray[np.float64]:
     # a float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7), twice for a pair
-    return 2 * queries.shape[1] * 2.0**-24 * np.linalg.norm(queries.astype(np.float64), axis=1) * longest
+    norms = np.linalg.norm(queries.astype(np.float64), axis=1)
+    return np.asarray(2 * queries.shape[1] * 2.0**-24 * longest * norms)
 
 
 def _exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:

@@ -199,6 +199,28 @@ class RemoteFiles:
             return False
         return bool(found["type"] == "file")
 
+    def folders(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`. One level of the listing, however much lies below."""
+        folder = prefix.rstrip("/")
+
+        def look(fs: Any, path: str) -> list[str]:
+            fs.invalidate_cache()
+            try:
+                entries = fs.ls(path, detail=True)
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return []
+            return [str(entry["name"]) for entry in entries if entry["type"] == "directory"]
+
+        here = self._path(folder).rstrip("/")
+        names = [path.rstrip("/").rpartition("/")[2] for path in self._try("list", folder, look) if path != here]
+        return sorted({name for name in names if name})
+
+    def partials(self) -> list[str]:
+        """None: an unfinished put leaves no object."""
+        return []
+
     def list(self, prefix: str = "") -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
         folder = prefix.rstrip("/")
@@ -226,24 +248,6 @@ class RemoteFiles:
             and not PARTIAL.match(key.rpartition("/")[2])
         )
 
-    def folders(self, prefix: str = "") -> list[str]:
-        """See :class:`storage.files.CacheFiles`. One level of the listing, however much lies below."""
-        folder = prefix.rstrip("/")
-
-        def look(fs: Any, path: str) -> list[str]:
-            fs.invalidate_cache()
-            try:
-                entries = fs.ls(path, detail=True)
-            except FileNotFoundError as error:
-                if _no_bucket(error):
-                    raise
-                return []
-            return [str(entry["name"]) for entry in entries if entry["type"] == "directory"]
-
-        here = self._path(folder).rstrip("/")
-        names = [path.rstrip("/").rpartition("/")[2] for path in self._try("list", folder, look) if path != here]
-        return sorted({name for name in names if name})
-
     def stat(self, key: str) -> ObjectStat:
         """See :class:`storage.files.CacheFiles`."""
         found = self._try("look at", key, lambda fs, path: fs.info(path))
@@ -260,10 +264,6 @@ class RemoteFiles:
             self._try("delete", key, lambda fs, path: fs.rm_file(path))
         except FileNotFoundError:
             return
-
-    def partials(self) -> list[str]:
-        """None: an unfinished put leaves no object."""
-        return []
 
     def remove_partials(self) -> int:
         """Nothing to do: an unfinished put leaves no object."""

@@ -75,6 +75,34 @@ def test_the_start_imports_no_more_than_the_command_needs(command: str, known_ca
     assert done.returncode == 0, done.stderr
 
 
+def test_looking_needs_the_dependencies_of_storage_alone(known_cache: Path, tmp_path: Path) -> None:
+    """On a laptop without torch, open_clip, FAISS, Pillow and Prefect."""
+    code = """
+import sys
+class Absent:
+    names = ("torch", "torchvision", "open_clip", "faiss", "PIL", "safetensors", "lightning_fabric", "tensorboard",
+             "prefect", "s3fs", "onnx", "onnxruntime", "timm", "matplotlib", "scipy", "pandas")
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from typer.testing import CliRunner
+from pipeline.cli import app
+cache, folder = sys.argv[1:]
+for arguments in (["ls", folder], ["info", cache], ["stats", cache], ["sample", cache], ["neighbours", cache, "3"],
+                  ["diff", cache, cache], ["gc", cache], ["export", cache, "--out", folder + "/e"], ["verify", cache]):
+    for more in ([], ["--json"]):
+        if arguments[0] == "export" and more:
+            arguments[-1] += "2"
+        done = CliRunner().invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, (arguments, done.output, done.exception)
+        assert done.stdout.startswith("{") == bool(more)
+"""
+    command = [sys.executable, "-c", code, str(known_cache), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_each_module_registers_the_commands_that_the_app_expects_of_it() -> None:
     code = (
         "import sys, importlib; from storage.cli import app, _modules; import pipeline.cli\n"

@@ -1,0 +1,278 @@
+"""What a precompute will take, before it is run: rows and bytes from the dataset's lists, hours from a short probe.
+
+The probe is ``precompute`` itself, on a few images in a temporary folder, so that reading, decoding, the teacher and
+writing overlap as they will. When the cache pays for itself follows from the teacher's own time in it: distilling
+without a cache runs the teacher on each image and one caption of it in every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from pipeline.config import PrecomputeConfig
+from pipeline.datasets.base import Sample, SampleSet, data_folder
+from pipeline.encode import encode_chunks
+from pipeline.plan import (
+    Progress,
+    asked_views,
+    dataset_identity,
+    dataset_tables,
+    default_batch_rows,
+    default_chunk_rows,
+    library_versions,
+)
+from pipeline.samples import DatasetSpec, ImageSource, list_samples
+from pipeline.teacher import LiveTeacher, load_teacher
+from storage.commits import Tower, all_chunks
+from storage.errors import CacheNotFoundError, UsageError
+from storage.files import open_files
+from storage.identity import CacheIdentity, TargetsIdentity, ViewsIdentity
+from storage.inspect import describe_cache, target_bytes
+from storage.journal import read_cost
+from storage.manifest import Layout, Source
+from storage.root import planned_manifest
+from storage.tables import table_files
+from storage.writer import EmbeddingWriter, plan_cache
+
+__all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
+
+_PROBE_BATCHES = 4  # per chunk of the probe; of its two chunks the first warms up
+_READ_THREADS = 8
+
+
+class ProbeRate(BaseModel, frozen=True):
+    """Of one tower, measured."""
+
+    rows: int = Field(description="That were timed.")
+    seconds_per_row: float = Field(description="Wall clock: reading, decoding, teacher and writing, as they overlap.")
+    teacher_seconds_per_row: float = Field(description="In the forward pass alone.")
+
+
+class Forecast(BaseModel, frozen=True):
+    """The answer of ``teacher-cache plan``."""
+
+    cache: str
+    dataset: str
+    teacher: str
+    device: str
+    precision: str
+    images: int = Field(description="Listed by the dataset; those that cannot be read will get no row.")
+    captions: int
+    views: int
+    chunks: int
+    image_chunk_rows: int
+    text_chunk_rows: int
+    target_bytes: int = Field(description="Of the embeddings.")
+    table_bytes: int = Field(description="Of samples and captions, about.")
+    free_bytes: int | None = Field(description="Where the cache will lie, if that is a local folder.")
+    committed_rows: int = Field(description="Image views and captions that a cache there has already.")
+    probe_images: int
+    probe_captions: int
+    probe_lost: int = Field(description="Images of the probe that could not be read.")
+    image: ProbeRate
+    text: ProbeRate
+    check_seconds: float = Field(description="Reading every file once for its digest, before the teacher begins.")
+    encode_seconds: float = Field(description="Of what is left to encode, by one process.")
+    online_epoch_seconds: float = Field(
+        description="What the teacher would take in each epoch of training without a cache: each image, one caption."
+    )
+    epochs_to_pay: int | None = Field(
+        description="Student epochs, over all students, from which on the cache is cheaper."
+    )
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it; True where that is not known."""
+        return self.free_bytes is None or self.target_bytes + self.table_bytes <= self.free_bytes
+
+
+def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progress | None = None) -> Forecast:
+    """Measure a little and say what ``precompute`` with the same settings will take. Writes nothing that stays.
+
+    Args:
+        probe: images to encode, and as many captions; by default eight batches.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: dataset, teacher, device or views cannot be used, or not one image of the probe can be read.
+    """
+    views = asked_views(config)
+    spec = DatasetSpec.parse(config.dataset)
+    listed = list_samples(spec)
+    if not listed.samples:
+        raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
+    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    batch = config.batch_size or default_batch_rows(teacher.device.type)
+    wanted = probe or 2 * _PROBE_BATCHES * batch
+    drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
+    source = ImageSource(data_folder(spec.root))
+    began = time.perf_counter()
+    samples, digests, lost = _read(source, [listed.samples[number] for number in np.sort(drawn)])
+    check = (time.perf_counter() - began) / len(drawn)
+    if progress is not None:
+        progress("probe: read", len(samples), len(drawn))
+    if not samples:
+        raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
+    part = SampleSet(spec.kind, source.root, samples=samples)
+    image, text, per_row = _probe(config, teacher, spec, part, digests, batch, progress)
+
+    layout = Layout(
+        embed_dim=teacher.identity().embed_dim,
+        views=views.count,
+        image_rows=len(listed.samples),
+        text_rows=listed.num_captions,
+        image_chunk_rows=config.chunk_rows or default_chunk_rows(len(listed.samples)),
+        text_chunk_rows=config.chunk_rows or default_chunk_rows(listed.num_captions),
+        batch_rows=batch,
+    )
+    layout, done = _there(config.cache, layout)
+    encode = max(layout.image_rows * layout.views - done["image"], 0) * image.seconds_per_row
+    encode += max(layout.text_rows - done["text"], 0) * text.seconds_per_row
+    check *= len(listed.samples)
+    online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
+    return Forecast(
+        cache=config.cache,
+        dataset=str(spec),
+        teacher=" ".join(filter(None, (teacher.name, teacher.pretrained))),
+        device=str(teacher.device),
+        precision=teacher.precision,
+        images=layout.image_rows,
+        captions=layout.text_rows,
+        views=layout.views,
+        chunks=layout.num_chunks,
+        image_chunk_rows=layout.image_chunk_rows,
+        text_chunk_rows=layout.text_chunk_rows,
+        target_bytes=target_bytes(layout, all_chunks(layout)),
+        table_bytes=round(per_row * layout.image_rows),
+        free_bytes=_free_bytes(config.cache),
+        committed_rows=sum(done.values()),
+        probe_images=len(samples),
+        probe_captions=text.rows,
+        probe_lost=len(drawn) - len(samples),
+        image=image,
+        text=text,
+        check_seconds=check,
+        encode_seconds=encode,
+        online_epoch_seconds=online,
+        epochs_to_pay=epochs_to_pay(check + encode, online),
+    )
+
+
+def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | None:
+    """The first number of epochs whose teacher would take longer than the cache; None without a teacher's time."""
+    return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
+
+
+def _read(source: ImageSource, samples: Sequence[Sample]) -> tuple[list[Sample], list[str], str]:
+    """Those that can be read, with their digests; and why the first of the others cannot."""
+
+    def digest(sample: Sample) -> str | OSError:
+        try:
+            return hashlib.sha256(source.read(sample.uri, sample.offset, sample.length)).hexdigest()
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        found = list(pool.map(digest, samples))
+    pairs = [(sample, each) for sample, each in zip(samples, found, strict=True) if isinstance(each, str)]
+    lost = next(
+        (f"{sample.uri}: {each}" for sample, each in zip(samples, found, strict=True) if not isinstance(each, str)), ""
+    )
+    return [sample for sample, _ in pairs], [each for _, each in pairs], lost
+
+
+def _probe(
+    config: PrecomputeConfig,
+    teacher: LiveTeacher,
+    spec: DatasetSpec,
+    part: SampleSet,
+    digests: list[str],
+    batch: int,
+    progress: Progress | None,
+) -> tuple[ProbeRate, ProbeRate, float]:
+    """Rates of images and captions, and bytes of the tables per image: precompute on some images."""
+    whole = dataset_tables(part, digests)
+    table_bytes = sum(len(data) for name in whole for data, _ in table_files(name, whole[name]).values())
+    # as many captions as images: those of a few say as much
+    few = replace(part, samples=[replace(sample, captions=sample.captions[:1]) for sample in part.samples])
+    tables = dataset_tables(few, digests)
+    identity = CacheIdentity(
+        teacher=teacher.identity(),
+        preprocess=teacher.preprocess.identity(),
+        tokenizer=teacher.tokenizer_identity(),
+        views=ViewsIdentity(policy="evaluation"),
+        targets=TargetsIdentity(),
+        dataset=dataset_identity(spec, tables),
+    )
+    images, captions = len(few.samples), few.num_captions
+    with tempfile.TemporaryDirectory(prefix="teacher-cache-probe-") as folder:
+        layout = Layout(
+            embed_dim=identity.teacher.embed_dim,
+            image_rows=images,
+            text_rows=captions,
+            image_chunk_rows=-(-images // 2),
+            text_chunk_rows=max(-(-captions // 2), 1),
+            batch_rows=batch,
+        )
+        cache = str(Path(folder) / "probe.cache")
+        source = Source(dataset=str(spec), image_root=part.root)
+        plan_cache(cache, identity, layout, source, tables, library_versions())
+        mine = config.model_copy(update={"cache": cache})
+        rates = {tower: _rate(mine, teacher, tower, progress) for tower in ("image", "text")}
+    return rates["image"], rates["text"], table_bytes / images
+
+
+def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress: Progress | None) -> ProbeRate:
+    writer = EmbeddingWriter(config.cache)
+    refs = [ref for ref in writer.pending() if ref.tower == tower]
+    if not refs:
+        return ProbeRate(rows=0, seconds_per_row=0.0, teacher_seconds_per_row=0.0)
+    if len(refs) > 1:
+        encode_chunks(config, teacher, refs[:1])  # the first pass allocates and chooses kernels
+    timed = refs[-1]
+    began = time.perf_counter()
+    encode_chunks(config, teacher, [timed])
+    seconds = time.perf_counter() - began
+    rows = len(timed.rows(writer.manifest.layout))
+    cost = read_cost(writer.files, timed.name)
+    if progress is not None:
+        progress(f"probe: {tower}s", rows, rows)
+    return ProbeRate(
+        rows=rows,
+        seconds_per_row=seconds / rows,
+        teacher_seconds_per_row=(cost.teacher_seconds if cost else seconds) / rows,
+    )
+
+
+def _there(cache: str, layout: Layout) -> tuple[Layout, dict[Tower, int]]:
+    """The layout of the cache that is there, if there is one, and how many rows it has by tower."""
+    done: dict[Tower, int] = {"image": 0, "text": 0}
+    try:
+        planned_manifest(open_files(cache))
+        info = describe_cache(cache)
+    except CacheNotFoundError:
+        return layout, done
+    for each in info.coverage:
+        done[each.tower] += each.rows_committed
+    views = max(layout.views, info.layout.views)
+    return info.layout.model_copy(update={"views": views}), done
+
+
+def _free_bytes(cache: str) -> int | None:
+    if "://" in cache:
+        return None
+    folder = Path(cache).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,133 @@
+"""``plan``: what it says a precompute will take, against the precompute; nothing is written that stays."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import forecast as forecast_module
+from pipeline.cli import app
+from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_chunks
+from pipeline.forecast import epochs_to_pay, forecast
+from pipeline.plan import plan_precompute
+from pipeline.precompute import precompute
+from pipeline.teacher import load_teacher
+from storage.errors import UsageError
+
+run = CliRunner()
+Config = Callable[..., PrecomputeConfig]
+
+
+@pytest.fixture
+def config(make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path) -> Config:
+    """Settings for thirty photographs and a tiny teacher on the CPU."""
+    photos = make_photos(30)
+
+    def make(**changes: Any) -> PrecomputeConfig:
+        fields = {
+            "dataset": f"flickr:{photos}",
+            "teacher": f"local-dir:{tiny_teacher}",
+            "cache": str(tmp_path / "p.cache"),
+            "device": "cpu",
+            "batch_size": 4,
+        }
+        return PrecomputeConfig(**{**fields, **changes})
+
+    return make
+
+
+def test_rows_and_bytes_are_those_that_precompute_then_writes(config: Config, tmp_path: Path) -> None:
+    settings = config(chunk_rows=8, views=2, crop_flip=0.25)
+    before = set(Path(tempfile.gettempdir()).glob("teacher-cache-probe-*"))
+    found = forecast(settings, probe=12)
+    assert set(Path(tempfile.gettempdir()).glob("teacher-cache-probe-*")) == before
+    assert not Path(settings.cache).exists()
+    assert (found.images, found.captions, found.views, found.chunks) == (30, 60, 2, 4 * 2 + 8)
+    assert (found.probe_images, found.probe_captions, found.image.rows, found.probe_lost) == (12, 6, 6, 0)
+    assert found.committed_rows == 0
+    assert found.image.seconds_per_row >= found.image.teacher_seconds_per_row > 0
+    expected = 60 * found.image.seconds_per_row + 60 * found.text.seconds_per_row
+    assert found.encode_seconds == pytest.approx(expected)
+    online = 30 * (found.image.teacher_seconds_per_row + found.text.teacher_seconds_per_row)
+    assert found.online_epoch_seconds == pytest.approx(online)
+    assert found.epochs_to_pay == epochs_to_pay(found.check_seconds + found.encode_seconds, online)
+
+    precompute(settings)
+    files = [path for path in (tmp_path / "p.cache/targets.zarr").rglob("*") if path.is_file()]
+    assert found.target_bytes == sum(path.stat().st_size for path in files if path.name != "zarr.json")
+    assert found.chunks == len(list((tmp_path / "p.cache/commits").rglob("*.json")))
+    after = forecast(settings, probe=8)
+    assert (after.committed_rows, after.encode_seconds) == (2 * 30 + 60, 0)
+
+
+def test_what_a_cache_has_already_is_not_counted_again(config: Config) -> None:
+    settings = config(chunk_rows=8)
+    teacher = load_teacher(settings.teacher, device="cpu")
+    refs = plan_precompute(settings, teacher)
+    encode_chunks(settings, teacher, refs[:2])
+    found = forecast(settings, probe=8)
+    assert found.committed_rows == 16
+    left = 14 * found.image.seconds_per_row + 60 * found.text.seconds_per_row
+    assert found.encode_seconds == pytest.approx(left)
+    # another view of all images is to come
+    more = forecast(config(chunk_rows=8, views=3), probe=8)
+    assert more.encode_seconds == pytest.approx((90 - 16) * more.image.seconds_per_row + 60 * more.text.seconds_per_row)
+
+
+@pytest.mark.parametrize(
+    ("cache", "epoch", "epochs"), [(0.0, 1.0, 1), (9.9, 5.0, 2), (10.0, 5.0, 3), (1.0, 5.0, 1), (1.0, 0.0, None)]
+)
+def test_a_cache_pays_from_the_first_epoch_at_which_the_teacher_took_longer(
+    cache: float, epoch: float, epochs: int | None
+) -> None:
+    assert epochs_to_pay(cache, epoch) == epochs
+    if epochs is not None:
+        assert epochs * epoch > cache
+        assert (epochs - 1) * epoch <= cache
+
+
+def test_images_that_cannot_be_read_are_counted_and_none_at_all_is_refused(config: Config) -> None:
+    settings = config()
+    images = sorted(Path(settings.dataset.removeprefix("flickr:")).glob("images/*"))
+    for path in images[:5]:
+        path.unlink()
+    found = forecast(settings, probe=30)
+    assert (found.images, found.probe_images, found.probe_lost) == (30, 25, 5)
+    for path in images[5:]:
+        path.unlink()
+    with pytest.raises(UsageError, match=r"not one of the 8 images of the probe can be read, the first: .*images/"):
+        forecast(settings, probe=8)
+
+
+def test_the_command_takes_the_settings_of_precompute(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config()
+    (tmp_path / "run.toml").write_text(
+        f'cache = "{settings.cache}"\n[precompute]\ndataset = "{settings.dataset}"\n'
+        f'teacher = "{settings.teacher}"\ndevice = "cpu"\nbatch_size = 4\n'
+    )
+    done = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8", "--views", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["images"], found["views"], found["cache"]) == (30, 2, settings.cache)
+    shown = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8"])
+    assert "rows       30 images and 60 captions in 2 chunks" in shown.stdout
+    assert " on, over all students" in shown.stdout
+
+    monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 1000)
+    full = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8"])
+    assert full.exit_code == 1
+    assert "1.0 kB free there. Make room, or name another --cache." in full.stderr
+
+
+def test_free_room_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
+    assert forecast_module._free_bytes(str(tmp_path / "not/yet/there.cache")) is not None
+    assert forecast_module._free_bytes("s3://bucket/x.cache") is None
