@@ -37,6 +37,9 @@ from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
 __all__ = ["Subject", "measure"]
 
 _BATCHES = (1, 32)
+_EMBEDDED_AT_ONCE = (
+    64  # torch keeps a layer's activations of a whole batch: 2 GB for 256 images of a convolutional tower
+)
 _CPU = torch.device("cpu")
 
 Progress = Callable[[str, int, int], None]
@@ -147,6 +150,7 @@ def _with_recalls(
         return split.embed(
             lambda images: encoder.embed_images([decode_image(data) for data in images]),
             encoder.embed_texts,
+            batch_size=_EMBEDDED_AT_ONCE,
             progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
         )
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from pipeline.metrics import RECALL_KS, RetrievalRanks, first_positive_ranks
 from pipeline.runs import RunFolder
 from pipeline.samples import ImageSource
 from storage.errors import UsageError
+from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 
 __all__ = ["EvaluationSplit", "open_split"]
@@ -70,11 +70,11 @@ class EvaluationSplit:
 
     def teacher_image(self) -> NDArray[np.float32]:
         """The teacher's rows of the images, float32 (images, dim), unit norm; view 0, the evaluation crop."""
-        return _unit(self.reader.take("image", self.image_rows))
+        return unit_rows(self.reader.take("image", self.image_rows))
 
     def teacher_text(self) -> NDArray[np.float32]:
         """The teacher's rows of the captions, float32 (captions, dim), unit norm."""
-        return _unit(self.reader.take("text", self.caption_rows))
+        return unit_rows(self.reader.take("text", self.caption_rows))
 
     def teacher_ranks(self, depth: int = max(RECALL_KS)) -> RetrievalRanks:
         """Ranks of the teacher, from its cached rows."""
@@ -194,10 +194,3 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
         accepted_mismatches=accepted,
         reader=reader,
     )
-
-
-def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
-    wide = rows.astype(np.float32)
-    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit

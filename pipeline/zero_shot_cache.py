@@ -16,8 +16,8 @@ from pipeline.labelled import LabelledDataset
 from pipeline.plan import Progress, dataset_identity, dataset_tables
 from pipeline.precompute import precompute
 from pipeline.teacher import is_surely, load_teacher
-from pipeline.zero_shot_models import unit
 from storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
+from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 
 __all__ = ["TeacherRows", "teacher_rows"]
@@ -81,10 +81,10 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
         load_teacher(config.teacher, config.pretrained, config.device).require(reader.identity, config.cache)
     rows = reader.image_rows()
     image = np.zeros((reader.manifest.layout.image_rows, reader.embed_dim), np.float32)
-    image[rows] = unit(reader.take("image", rows))
+    image[rows] = unit_rows(reader.take("image", rows))
     return TeacherRows(
         image,
-        unit(reader.take("text", np.arange(reader.manifest.layout.text_rows))),
+        unit_rows(reader.take("text", np.arange(reader.manifest.layout.text_rows))),
         {item.row: f"{item.sample_id}: {item.detail}" for item in reader.quarantined},
         reader.identity.teacher.name,
         reader.manifest.digest,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from PIL import Image
 from pipeline.preprocess import Preprocess
 from pipeline.student import load_student, student_tokenizer
 from pipeline.teacher import LiveTeacher
+from storage.nearest import unit_rows
 
-__all__ = ["StudentEncoder", "TeacherEncoder", "unit"]
+__all__ = ["StudentEncoder", "TeacherEncoder"]
 
 
 class TeacherEncoder:
@@ -32,11 +32,11 @@ class TeacherEncoder:
         Raises:
             ValueError: an image is too long a strip to be resized.
         """
-        return unit(self._teacher.encode_images(self._pixels(images)).embedding)
+        return unit_rows(self._teacher.encode_images(self._pixels(images)).embedding)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit rows, float32 (texts, dim)."""
-        return unit(self._teacher.encode_texts(self._teacher.tokenizer(list(texts))).embedding)
+        return unit_rows(self._teacher.encode_texts(self._teacher.tokenizer(list(texts))).embedding)
 
 
 class StudentEncoder:
@@ -69,13 +69,6 @@ class StudentEncoder:
         """Unit rows, float32 (texts, dim)."""
         tokens = self._student.shorten(self._tokenizer(list(texts)))
         return np.asarray(self._student.encode_text(tokens.to(self._device)).float().cpu().numpy())
-
-
-def unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
-    wide = rows.astype(np.float32)
-    found: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return found
 
 
 class _Pixels:
