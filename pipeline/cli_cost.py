@@ -60,7 +60,7 @@ def cost_table(result: CostResult) -> Table:
     """A column a model; behind each but the reference its share of the reference, or how many times as fast it is."""
     threads = "" if result.threads is None else f", {counted(result.threads, 'thread')}"
     table = Table(
-        title=escape(f"float32 on {result.device}{threads}; without decoding and tokenizing"),
+        title=escape(f"{result.device}{threads}; without decoding and tokenizing"),
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -100,17 +100,20 @@ def _quantities(result: CostResult) -> Iterator[tuple[str, dict[str, float | Non
     def flops(part: str) -> dict[str, float | None]:
         return of(lambda model: _scaled(getattr(model.facts.flops, part) if model.facts.flops else None, 1e9))
 
+    def tokens(part: str) -> str:
+        """One number if all models have the same."""
+        found = {name: getattr(model.facts.flops, part) for name, model in result.models.items() if model.facts.flops}
+        return " or ".join(str(count) for count in dict.fromkeys(found.values()))
+
     yield "parameters", of(lambda model: model.facts.parameters), 0
     yield "weights on disk, MB", of(lambda model: _scaled(model.facts.weights_bytes, 1e6)), 1
     yield "weights in memory, MB", of(lambda model: _scaled(model.facts.state_bytes, 1e6)), 1
     yield f"memory for a batch of {result.memory_batch}, MB", memory("encoding_bytes"), 0
     yield "peak of the process, MB", memory("peak_bytes"), 0
     yield "on the GPU, MB", memory("cuda_peak_bytes"), 0
-    yield "GFLOPs of an image", flops("image"), 2
-    known = next((model.facts.flops for model in result.models.values() if model.facts.flops), None)
-    if known is not None:
-        yield f"GFLOPs of {known.text_tokens} tokens", flops("text"), 2
-        yield f"GFLOPs of a caption, {known.caption_tokens} tokens", flops("caption"), 2
+    yield "GFLOPs of an image", flops("image"), 3
+    yield f"GFLOPs of a text, {tokens('text_tokens')} tokens", flops("text"), 3
+    yield f"GFLOPs of a caption, {tokens('caption_tokens')} tokens", flops("caption"), 3
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

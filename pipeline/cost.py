@@ -65,7 +65,10 @@ class ModelFacts(BaseModel, frozen=True):
     """What a model weighs and computes; None is not known, or not asked."""
 
     parameters: int | None = None
-    weights_bytes: int | None = Field(None, description="Of its weights on disk.")
+    weights_bytes: int | None = Field(
+        None,
+        description="Of its weights on disk, as stored: perhaps float16, a factorised embedding multiplied out.",
+    )
     state_bytes: int | None = Field(
         None, description="Of its parameters and buffers as they are computed with; a factorised embedding as factors."
     )
@@ -114,8 +117,8 @@ def measure_cost(
     rounds: int = 15,
     device: str = "cpu",
     threads: int | None = None,
+    made_with: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-    **labels: Any,
 ) -> CostResult:
     """Time models in turns: for each tower and batch, every round runs each model once.
 
@@ -128,9 +131,8 @@ def measure_cost(
         reference: the model that the others are compared with; the first one if left out.
         batches: images, and captions, per call.
         rounds: measured calls at each batch; four times as many at batch 1.
-        device, threads: what is recorded; they choose nothing here.
+        device, threads, made_with: what is recorded, versions of libraries by name; they choose nothing here.
         progress: called with (stage, done, in all).
-        labels: more fields of the result, such as ``run``.
 
     Raises:
         UsageError: no model, an unknown reference, or one of those named in ``facts`` or ``memory`` is not there.
@@ -185,9 +187,8 @@ def measure_cost(
         rounds=counts,
         device=device,
         threads=threads,
-        made_with={"python": platform.python_version()} | labels.pop("made_with", {}),
+        made_with={"python": platform.python_version(), **(made_with or {})},
         seconds=time.perf_counter() - started,
-        **labels,
     )
 
 
@@ -223,7 +224,7 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
         if checkpoint is not None:
             loaders["student"] = {"folder": str(checkpoint), "device": config.device}
             models["student"] = load_student_model(**loaders["student"])
-        return measure_cost(
+        result = measure_cost(
             models,
             {name: model.facts() for name, model in models.items()},
             {
@@ -239,14 +240,13 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
             rounds=config.rounds,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             threads=torch.get_num_threads() if device.type == "cpu" else None,
-            progress=progress,
             made_with={"torch": torch.__version__},
-            run=config.run,
-            checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
-            teacher_name=config.teacher,
+            progress=progress,
         )
     finally:
         torch.set_num_threads(threads)
+    where = checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None
+    return result.model_copy(update={"run": config.run, "checkpoint": where, "teacher_name": config.teacher})
 
 
 def processor() -> str:
