@@ -110,6 +110,8 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
     images = 0
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # other programs share the cores: wait asleep
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
         path = Path(folder) / "tapped.onnx"
         onnx.save(tapped, path)

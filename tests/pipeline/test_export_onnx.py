@@ -12,77 +12,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from pipeline.deployment import DeploymentError
 from pipeline.export_onnx import ExportedTowers, export_towers
 from pipeline.parity import least_cosine, require_parity
-from pipeline.student import Student, build_student
-from tests.conftest import TINY_MODEL
-
-PREPROCESS: dict[str, Any] = {
-    "mean": [0.48, 0.46, 0.41],
-    "std": [0.27, 0.26, 0.28],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
-TEXT: dict[str, Any] = {**TINY_MODEL["text_cfg"], "context_length": 77}
-KINDS: dict[str, dict[str, Any]] = {
-    # a factorised embedding and a projection to a teacher of another width
-    "vit": {**TINY_MODEL, "text_cfg": TEXT, "token_embedding_rank": 6},
-    "resnet": {
-        **TINY_MODEL,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
-        "text_cfg": {**TEXT, "layers": 1},
-    },
-    "lite0": {
-        **TINY_MODEL,
-        "vision_cfg": {
-            "timm_model_name": "tf_efficientnet_lite0",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": 64,
-        },
-        # each position sees all others: texts cannot be shortened
-        "text_cfg": {**TEXT, "layers": 1, "no_causal_mask": True},
-    },
-}
-
-
-def make_student(kind: str) -> Student:
-    """Random weights, and batch norms that would show if they were not folded."""
-    torch.manual_seed(7)
-    student = build_student(KINDS[kind], PREPROCESS, 24 if kind == "vit" else 16)
-    for module in student.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return student.eval()
-
-
-def make_tokens(batch: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    """Rows as the tokenizer makes them: start, words, end at another place in each row, padding."""
-    rng = np.random.default_rng(seed)
-    tokens = np.zeros((batch, length), np.int64)
-    for row, end in enumerate(rng.integers(1, length, batch)):
-        tokens[row, 0], tokens[row, 1:end], tokens[row, end] = 49406, rng.integers(1, 49406, end - 1), 49407
-    tokens[0, :] = rng.integers(1, 49406, length)  # a full row
-    tokens[0, -1] = 49407
-    return tokens
-
-
-def run_onnx(path: Path, values: NDArray[Any]) -> NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    (features,) = session.run(None, {given.name: values})
-    return np.asarray(features)
+from pipeline.student import Student
+from tests.pipeline.towers import KINDS, make_student, make_tokens, run_onnx
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -155,7 +93,7 @@ def test_the_student_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.pipeline.test_export_onnx import make_student; "
+        "import sys; from pathlib import Path; from tests.pipeline.towers import make_student; "
         "from pipeline.export_onnx import export_towers; export_towers(make_student('vit'), Path(sys.argv[1]))"
     )
     digests = []
