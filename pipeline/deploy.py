@@ -57,7 +57,6 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     report = progress or (lambda stage, done, total: None)
     out = Path(config.out)
     require_free(out)
-    _require_packages()
     run = RunFolder(config.run)
     record = run.read()
     checkpoint = run.checkpoint_path(config.checkpoint)
@@ -86,21 +85,6 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         draw_table(table, folder / "table.png")
         (folder / "README.md").write_text(model_card(deployment, table))
     return DeployResult(out=str(out), deployment=deployment, table=table, seconds=time.perf_counter() - started)
-
-
-def _require_packages() -> None:
-    """Before the minutes that the rest takes.
-
-    Raises:
-        UsageError: one is not installed.
-    """
-    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
-        try:
-            __import__(name)
-        except ImportError as error:
-            raise UsageError(
-                f"deploy needs {name}, which is not installed ({error}): pip install 'teacher-cache[deploy]'"
-            ) from error
 
 
 def _as_evaluated(config: DeployConfig) -> EvaluateConfig:

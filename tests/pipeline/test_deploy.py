@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline import deploy_files
+from pipeline import cli_deploy, deploy_files
 from pipeline.config import DeployConfig, EvaluateConfig
 from pipeline.deploy import DeployResult, deploy
 from pipeline.deployment import Deployment, DeploymentError
@@ -292,3 +292,11 @@ def test_the_command_says_all_of_it(trained: Path, tiny_teacher: Path, tmp_path:
     again = run("deploy", "--run", str(trained), "--out", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert "is there already" in again.stderr
+
+
+def test_a_missing_package_is_named_before_torch_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_deploy, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(UsageError, match=r"onnxscript.*teacher-cache\[deploy\]"):
+        cli_deploy.deploy(run=str(trained), out=str(tmp_path / "out"))
