@@ -48,7 +48,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
 
     Raises:
         UsageError: ``out`` is there, no such checkpoint or split, a teacher that cannot be loaded, an architecture that
-            cannot be exported, or a package of the extra ``deploy`` is not installed.
+            cannot be exported.
         CacheMismatchError: the teacher is not the cache's, or the cache not the run's.
         DeploymentError: a file failed its gate; the message says by how much. Nothing is written.
         OSError: an image cannot be read.
