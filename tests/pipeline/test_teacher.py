@@ -13,10 +13,10 @@ from PIL import Image
 
 from pipeline.device import resolve_device
 from pipeline.preprocess import Preprocess, UndecodableImageError, decode_image
-from pipeline.teacher import is_surely, load_teacher
+from pipeline.teacher import load_teacher
 from storage.errors import UsageError
 from storage.identity import PreprocessIdentity
-from tests.conftest import TINY_MODEL, make_identity, make_model_folder
+from tests.conftest import make_identity, make_model_folder
 
 CLIP = Preprocess((32, 32), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
@@ -197,35 +197,3 @@ def test_undecodable_bytes() -> None:
     for data in (b"", b"not an image", whole.getvalue()[:300]):
         with pytest.raises(UndecodableImageError):
             decode_image(data)
-
-
-def test_a_teacher_is_told_by_its_files_without_being_built(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {}
-    for name in ("bundled:scenes", f"local-dir:{tiny_teacher}"):  # the first one's file is float16
-        teacher = load_teacher(name, device="cpu")
-        mine = {
-            "teacher": teacher.identity(),
-            "preprocess": teacher.preprocess.identity(),
-            "tokenizer": teacher.tokenizer_identity(),
-        }
-        found[name] = make_identity().model_copy(update=mine)
-    other = make_model_folder(tmp_path / "tiny", text_cfg={**TINY_MODEL["text_cfg"], "context_length": 8})
-    monkeypatch.setattr(open_clip, "create_model", None)
-    for name, identity in found.items():
-        assert is_surely(name, None, identity)
-        assert not any(is_surely(other, None, identity) for other in found if other != name)
-        half = identity.teacher.model_copy(update={"precision": "bf16"})
-        assert not is_surely(name, None, identity.model_copy(update={"teacher": half}))
-    assert not is_surely(f"local-dir:{other}", None, identity)
-    assert not is_surely("local-dir:/nowhere", None, identity)
-    # a tag is a name for one file of weights; a file may be another one tomorrow
-    tagged = identity.teacher.model_copy(update={"name": "ViT-B-32", "pretrained": "openai"})
-    identity = identity.model_copy(update={"teacher": tagged})
-    assert is_surely("ViT-B-32", "openai", identity)
-    assert not is_surely("ViT-B-32", "laion2b_s34b_b79k", identity)
-    weights = tmp_path / "weights.pt"
-    weights.touch()
-    tagged = tagged.model_copy(update={"pretrained": str(weights)})
-    assert not is_surely("ViT-B-32", str(weights), identity.model_copy(update={"teacher": tagged}))
