@@ -134,12 +134,14 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
     cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
     if not listing.images:
-        first = f"; the first problem: {listing.problems[0].where}: {listing.problems[0].detail}"
-        raise UsageError(f"{spec}: no image of any class{first if listing.problems else ''}")
+        met = "".join(f"; the first problem: {each.where}: {each.detail}" for each in listing.problems[:1])
+        raise UsageError(f"{spec}: no image of any class{met}")
     found = class_prompts(
         listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")
     )
-    key = dict(zip((image.sample_id for image in listing.images), listing.keys, strict=True))
+    key: dict[str, str] = {}
+    for image, own in zip(listing.images, listing.keys, strict=True):
+        key.setdefault(image.sample_id, own)  # of two with one name the first one stays
     samples, digests = load_samples(cached)
     labels = np.array([found.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
     return LabelledDataset(

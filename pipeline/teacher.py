@@ -228,7 +228,9 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
         return (teacher.name, teacher.pretrained) == (name, pretrained)
     try:
         config = json.loads((path / "open_clip_config.json").read_bytes())
-        weights = load_file(path / "open_clip_model.safetensors")
+        stored = load_file(path / "open_clip_model.safetensors")
+        # a model is built in float32, whatever its file holds
+        weights = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         seen = {"size": preprocess.image_size, "mode": "RGB", "fill_color": 0, **config["preprocess_cfg"]}
         return (
             pretrained is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 
 from pipeline import precompute as precompute_module
@@ -15,11 +16,12 @@ from pipeline import zero_shot as zero_shot_module
 from pipeline import zero_shot_cache
 from pipeline.config import EvaluateConfig, TrainConfig, ZeroShotConfig
 from pipeline.evaluate import evaluate
+from pipeline.teacher import is_surely, load_teacher
 from pipeline.train import train
 from pipeline.zero_shot import ZeroShotResult, zero_shot
 from storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
 from storage.integrity import verify_cache
-from tests.conftest import make_model_folder
+from tests.conftest import TINY_MODEL, make_identity, make_model_folder
 from tests.pipeline.dataset_files import save_image
 from tests.pipeline.test_datasets_webdataset import write_tar
 from tests.pipeline.test_labelled import write_mnist
@@ -215,3 +217,35 @@ def test_captions_of_other_kinds_have_no_cache(measure: Measure, tmp_path: Path)
     assert measure(dataset=f"table:{table}", cache=None).images == 2
     with pytest.raises(UsageError, match=r"a cache is of labelled images, .* Leave --cache out"):
         measure(dataset=f"table:{table}")
+
+
+def test_a_teacher_is_told_by_its_files_without_being_built(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for name in ("bundled:scenes", f"local-dir:{tiny_teacher}"):  # the first one's file is float16
+        teacher = load_teacher(name, device="cpu")
+        mine = {
+            "teacher": teacher.identity(),
+            "preprocess": teacher.preprocess.identity(),
+            "tokenizer": teacher.tokenizer_identity(),
+        }
+        found[name] = make_identity().model_copy(update=mine)
+    other = make_model_folder(tmp_path / "tiny", text_cfg={**TINY_MODEL["text_cfg"], "context_length": 8})
+    monkeypatch.setattr(open_clip, "create_model", None)
+    for name, identity in found.items():
+        assert is_surely(name, None, identity)
+        assert not any(is_surely(other, None, identity) for other in found if other != name)
+        half = identity.teacher.model_copy(update={"precision": "bf16"})
+        assert not is_surely(name, None, identity.model_copy(update={"teacher": half}))
+    assert not is_surely(f"local-dir:{other}", None, identity)
+    assert not is_surely("local-dir:/nowhere", None, identity)
+    # a tag is a name for one file of weights; a file may be another one tomorrow
+    tagged = identity.teacher.model_copy(update={"name": "ViT-B-32", "pretrained": "openai"})
+    identity = identity.model_copy(update={"teacher": tagged})
+    assert is_surely("ViT-B-32", "openai", identity)
+    assert not is_surely("ViT-B-32", "laion2b_s34b_b79k", identity)
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    tagged = tagged.model_copy(update={"pretrained": str(weights)})
+    assert not is_surely("ViT-B-32", str(weights), identity.model_copy(update={"teacher": tagged}))
