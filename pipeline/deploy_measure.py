@@ -29,7 +29,7 @@ from pipeline.onnx_student import OnnxStudent, Tower, towers_of
 from pipeline.parity import row_cosines
 from pipeline.quantize import Int8Report
 from pipeline.student import load_student, student_tokenizer
-from pipeline.student_table import Cosine, Gate, Retained, StudentTable, TableRow
+from pipeline.student_table import Cosine, Gate, Retained, Retention, StudentTable, TableRow
 from pipeline.teacher import LiveTeacher
 from pipeline.zero_shot import Classification, ZeroShotEncoder, classify_dataset, common_rows
 from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
@@ -258,18 +258,20 @@ def _row(
     model: _Model, teacher: _Model, cost: CostResult, split: EvaluationSplit, common: NDArray[np.int64] | None
 ) -> TableRow:
     recalls = recall_of_ranks(model.ranks)
-    kept: dict[str, Any] | None = None
+    kept: Retention | None = None
     if model is not teacher:
         shares = retention(recalls, recall_of_ranks(teacher.ranks))
         between = bootstrap_share(model.ranks, teacher.ranks, split.text_image)
-        kept = {
-            direction: {
-                name: Retained(share=share, interval=getattr(between, direction)[name])
-                for name, share in shares[direction].items()
-            }
-            for direction in recalls
-        }
-        kept["mean"] = Retained(share=shares["mean"], interval=between.mean)
+        kept = Retention(
+            **{
+                direction: {
+                    name: Retained(share=share, interval=getattr(between, direction)[name])
+                    for name, share in shares[direction].items()
+                }
+                for direction in recalls
+            },
+            mean=Retained(share=shares["mean"], interval=between.mean),
+        )
     accuracy = kept_accuracy = None
     if common is not None and model.places is not None and teacher.places is not None:
         accuracy = model.places.accuracies(common)

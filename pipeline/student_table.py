@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 from pydantic import BaseModel, Field
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -19,6 +17,7 @@ __all__ = [
     "Cosine",
     "Gate",
     "Retained",
+    "Retention",
     "StudentTable",
     "TableRow",
     "cells",
@@ -44,6 +43,14 @@ class Retained(BaseModel, frozen=True):
     interval: Interval | None
 
 
+class Retention(BaseModel, frozen=True):
+    """Of each recall, and of the mean of all six."""
+
+    i2t: dict[str, Retained]
+    t2i: dict[str, Retained]
+    mean: Retained
+
+
 class TableRow(BaseModel, frozen=True):
     """One of teacher fp32, student fp32, ONNX fp32, ONNX int8."""
 
@@ -57,7 +64,7 @@ class TableRow(BaseModel, frozen=True):
     recalls: Recalls
     mean_recall: float
     cosine: dict[str, Cosine] | None = Field(None, description="By tower; None for teacher and torch student.")
-    retention: dict[str, Any] | None = Field(None, description="Of each recall, i2t and t2i, as Retained; and mean.")
+    retention: Retention | None = Field(None, description="None for the teacher itself.")
     zero_shot: dict[str, float] | None = None
     zero_shot_retention: Retained | None = Field(None, description="Of top-1.")
 
@@ -161,7 +168,7 @@ def _retained(found: Retained | None) -> str:
 
 
 def _retention(row: TableRow) -> str:
-    return _retained(row.retention["mean"] if row.retention else None)
+    return _retained(row.retention.mean if row.retention else None)
 
 
 def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
@@ -215,6 +222,7 @@ def describe(table: StudentTable) -> str:
     chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
     rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [
+        "MB: of the files with weights; the teacher's as float32.",
         f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
         "of an image counts; the teacher's from its cached embeddings.",
         "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "

@@ -75,7 +75,7 @@ def _panels(table: StudentTable) -> list[_Panel]:
 
 
 def _kept(row: TableRow) -> Retained | None:
-    return row.retention["mean"] if row.retention else None
+    return row.retention.mean if row.retention else None
 
 
 def _share(kept: Retained | None) -> float:
