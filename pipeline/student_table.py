@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from pydantic import BaseModel, Field
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape

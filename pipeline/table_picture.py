@@ -43,7 +43,8 @@ def draw_table(table: StudentTable, path: Path) -> None:
     # Figure and canvas by themselves: pyplot would pick a backend and keep global state
     figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    bars, numbers = figure.subfigures(2, 1, height_ratios=[1, 2.2])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2.2])
+    bars, numbers = halves
     bars.suptitle(f"{table.student}, distilled from {table.teacher}", fontsize=13, x=0.01, ha="left", weight="bold")
     panels = _panels(table)
     axes = bars.subplots(1, len(panels), sharey=True)
