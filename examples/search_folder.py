@@ -8,8 +8,6 @@ what is new or was changed since. Another student, or the same one with --varian
 cannot be decoded is named on stderr and left out; it is tried again once it has changed.
 """
 
-# ruff: noqa: T201 - a script
-
 from __future__ import annotations
 
 import argparse

@@ -117,8 +117,8 @@ class StudentRuntime:
     def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
         """Features of images, in their order: float32 (images, dim), each of unit norm.
 
-        With int8 a feature depends a little on the other images of its run, since they share one scale;
-        ``batch_size=1`` makes it a function of the image alone. Texts alike.
+        Where int8 scales are found in each run (towers of matrix products alone), a feature depends a little on the
+        other images of its run; ``batch_size=1`` makes it a function of the image alone. Texts alike.
 
         Raises:
             UndecodableImageError: one of them cannot be decoded; says which. To go on without it, call :meth:`pixels`
