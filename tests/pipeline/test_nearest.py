@@ -114,7 +114,7 @@ def kib(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 rng = np.random.default_rng(0)
-images, captions, dim = 10_000, 100_000, 32
+images, captions, dim = 10_000, 50_000, 32
 image = rng.standard_normal((images, dim), dtype=np.float32)
 owner = np.arange(captions) % images
 text = image[owner] + np.float32(0.9) * rng.standard_normal((captions, dim), dtype=np.float32)
@@ -130,7 +130,7 @@ print(1024 * (kib("VmHWM") - before), 4 * images * captions)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_the_matrix_of_scores_is_never_held() -> None:
-    """10,000 images x 100,000 captions are 4 GB of scores; a process of its own measures what both searches take.
+    """10,000 images x 50,000 captions are 2 GB of scores; a process of its own measures what both searches take.
 
     Its VmHWM, and not getrusage's ru_maxrss, which a process inherits from the one that started it.
     """
