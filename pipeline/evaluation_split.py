@@ -29,8 +29,6 @@ from storage.reader import EmbeddingReader
 
 __all__ = ["EvaluationSplit", "open_split"]
 
-_ROWS_AT_ONCE = 65_536
-
 
 @dataclass(frozen=True)
 class EvaluationSplit:
@@ -199,8 +197,6 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
 
 def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
     """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
-    unit = np.empty(rows.shape, np.float32)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        wide = rows[start : start + _ROWS_AT_ONCE].astype(np.float32)
-        unit[start : start + len(wide)] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    wide = rows.astype(np.float32)
+    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return unit
