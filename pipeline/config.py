@@ -356,7 +356,9 @@ class ZeroShotConfig(_Config):
     )
     teacher: str | None = Field(None, description="open_clip model to measure, as for precompute.")
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
-    batch_size: int = Field(256, gt=0, description="Images per forward pass.")
+    batch_size: int | None = Field(
+        None, gt=0, description="Images, or prompts, per forward pass; 16 on a CPU and 256 on a GPU, if left out."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
 
 

@@ -134,7 +134,7 @@ def classify_dataset(
     encoder: ZeroShotEncoder,
     dataset: LabelledImages,
     prompts: Sequence[Sequence[str]],
-    batch_size: int = 64,
+    batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Classification:
     """Classify every image of a dataset.
@@ -161,6 +161,8 @@ def classify_dataset(
                 place[kept] = places(rows @ weights.T, labels[kept])
             if progress is not None:
                 progress(batch[-1][0] + 1, len(labels))
+    if progress is not None:
+        progress(len(labels), len(labels))  # the last ones may have been lost
     if len(lost) == len(labels):
         raise UsageError(f"{dataset.name}: not one image can be used; the first: {next(iter(lost.values()))}")
     return Classification(labels, place, dict(sorted(lost.items())))
@@ -268,6 +270,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+    batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
     dataset = open_labelled(config)
     found: dict[str, Classification] = {}
     rows: TeacherRows | None = None
@@ -282,7 +285,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     elif config.teacher is not None:
         teacher = TeacherEncoder(load_teacher(config.teacher, config.pretrained, config.device))
         found["teacher"] = classify_dataset(
-            teacher, dataset.images, dataset.prompts, config.batch_size, stage("teacher images")
+            teacher, dataset.images, dataset.prompts, batch_size, stage("teacher images")
         )
         del teacher
     if checkpoint is not None:
@@ -290,7 +293,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
             StudentEncoder(checkpoint, device),
             dataset.images,
             dataset.prompts,
-            config.batch_size,
+            batch_size,
             stage("student images"),
         )
     same = common_rows(*found.values())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import prompts
@@ -116,6 +116,7 @@ def test_a_name_that_two_classes_share_matches_neither() -> None:
     assert len(match_classes("d", {"tench": "tench"}, open_clip.IMAGENET_CLASSNAMES).names) == 1000
 
 
+@settings(deadline=None)  # seconds of another process on a busy machine are no finding
 @given(st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=2, max_size=12, unique=True), st.randoms())
 def test_no_order_of_folders_moves_a_label(names: list[str], rng: random.Random) -> None:
     folders = list(names)

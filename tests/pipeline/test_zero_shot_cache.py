@@ -14,14 +14,16 @@ import pytest
 from pipeline import precompute as precompute_module
 from pipeline import zero_shot as zero_shot_module
 from pipeline import zero_shot_cache
-from pipeline.config import EvaluateConfig, TrainConfig, ZeroShotConfig
+from pipeline.config import EvaluateConfig, ProofConfig, TrainConfig, ZeroShotConfig
 from pipeline.evaluate import evaluate
+from pipeline.proof import prove_sample
+from pipeline.repair import repair
 from pipeline.teacher import is_surely, load_teacher
 from pipeline.train import train
 from pipeline.zero_shot import ZeroShotResult, zero_shot
 from storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
 from storage.integrity import verify_cache
-from tests.conftest import TINY_MODEL, make_identity, make_model_folder
+from tests.conftest import TINY_MODEL, cache_digest, make_identity, make_model_folder
 from tests.pipeline.dataset_files import save_image
 from tests.pipeline.test_datasets_webdataset import write_tar
 from tests.pipeline.test_labelled import write_mnist
@@ -184,9 +186,19 @@ def test_labels_are_the_datasets_not_the_caches(
     assert swapped.teacher["top-1"] == pytest.approx(100 - first.teacher["top-1"])
 
 
-def test_it_is_an_ordinary_cache_and_no_pairs(measure: Measure, tmp_path: Path) -> None:
-    measure()
-    assert verify_cache(str(tmp_path / "c")).ok
+def test_it_is_an_ordinary_cache_and_no_pairs(measure: Measure, tmp_path: Path, tiny_teacher: Path) -> None:
+    cache, teacher = str(tmp_path / "c"), f"local-dir:{tiny_teacher}"
+    before = measure()
+    assert verify_cache(cache).ok
+    proof = prove_sample(ProofConfig(cache=cache, sample=9, teacher=teacher, device="cpu"))
+    assert (proof.images_compared, proof.captions_compared, proof.ok) == (9, 9, True)
+    # its tables come back from the dataset, prompts and all, and its rows from the teacher
+    whole = cache_digest(cache)
+    for path in ("captions/000000.parquet", "samples/000000.parquet", "targets.zarr/text/embedding/c/0/0"):
+        (tmp_path / "c" / path).unlink()
+    repair(cache, teacher=teacher, device="cpu")
+    assert cache_digest(cache) == whole
+    assert numbers(measure()) == numbers(before)
     with pytest.raises(UsageError, match=r"8 of 9 images have no caption\. This cache is of labelled images"):
         evaluate(EvaluateConfig(cache=str(tmp_path / "c"), split=""))
     with pytest.raises(UsageError, match=r"8 of 9 images have no caption\. This cache is of labelled images"):
