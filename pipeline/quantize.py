@@ -76,20 +76,18 @@ class Int8Report(BaseModel, frozen=True):
         description="By kind: operators that multiply in int8 as ONNX Runtime runs it."
     )
     float_operators: dict[str, int] = Field(
-        description="By kind: operators that multiply in float; those of two activations, as in attention, are among them."
+        description="By kind: operators that multiply in float, those of two activations as in attention among them."
     )
     kept_float: dict[str, str] = Field(description="By operator: how many parameters it keeps in float, and why.")
 
 
 def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
-    """How :func:`quantize_tower` would do it: static, with calibration, if there is more than a patch embedding's Conv."""
+    """How :func:`quantize_tower` does it: static, with calibration, if more than a patch embedding is convolved."""
     kinds = Counter(node.op_type for node in onnx.load(tower).graph.node)
     return "static" if kinds["Conv"] > 1 else "dynamic"
 
 
-def quantize_tower(
-    source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None
-) -> Int8Report:
+def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None) -> Int8Report:
     """Write the int8 form of an exported tower.
 
     Which way is chosen from the graph, see :func:`quantisation_of`. The same source and calibration give the same

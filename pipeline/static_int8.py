@@ -5,8 +5,9 @@ Three things keep an EfficientNet-Lite close to its float self (docs/design/010-
 - The leading convolutions stay float. They hold a thousandth of the parameters and most of the error: their few
   weights round the pixels that everything else is computed from.
 - The range of a convolution is that of the ReLU behind it. The rounding to int8 then clips as the ReLU did.
-- Rounded weights shift the mean of each output channel. The shift is known: rounding error times mean input. It is
-  taken out of the bias (Nagel et al. 2019, Data-Free Quantization, section 4.2, with means from images).
+- Rounded weights shift the mean of each output channel. The shift is known: the convolution of the mean input with
+  the rounding errors. It is taken out of the bias (Nagel et al. 2019, Data-Free Quantization, section 4.2, with means
+  from images).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _KINDS = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "AveragePool")
 
 @dataclass
 class _Ranges:
-    """Of each tensor over all images: least, most; and the mean by channel of each convolution's input."""
+    """Of each tensor over all images: least, most; and the mean image of each convolution's input."""
 
     least: dict[str, float]
     most: dict[str, float]
-    channel_mean: dict[str, NDArray[np.float64]]
+    mean: dict[str, NDArray[np.float64]]
     images: int
 
 
@@ -77,7 +78,7 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized: onnx.ModelProto = quantizer.model.model
-    _correct_biases(plain, quantized, ranges.channel_mean)
+    _correct_biases(plain, quantized, ranges.mean)
     return quantized, ranges.images
 
 
@@ -95,12 +96,12 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
     inputs = {node.input[0]: None for node in graph.node if node.op_type == "Conv"}
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    tapped.graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 3]), "not_channels"))
+    tapped.graph.initializer.append(numpy_helper.from_array(np.array([0]), "batch_axis"))
     wanted: list[tuple[str, str]] = []
     for kind, names in (("ReduceMin", tensors), ("ReduceMax", tensors), ("ReduceMean", inputs)):
         for name in names:
             reduced = f"{kind}/{name}"
-            axes = ["not_channels"] if kind == "ReduceMean" else []
+            axes = ["batch_axis"] if kind == "ReduceMean" else []
             tapped.graph.node.append(helper.make_node(kind, [name, *axes], [reduced], keepdims=0))
             tapped.graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, None))
             wanted.append((kind, name))
@@ -108,14 +109,7 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
     most: dict[str, float] = defaultdict(lambda: -np.inf)
     total: dict[str, NDArray[np.float64]] = {}
     images = 0
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # other programs share the cores: wait asleep
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
-        path = Path(folder) / "tapped.onnx"
-        onnx.save(tapped, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = _session(tapped)
     for batch in calibration:
         values = session.run([f"{kind}/{name}" for kind, name in wanted], {graph.input[0].name: batch})
         for (kind, name), value in zip(wanted, values, strict=True):
@@ -160,30 +154,54 @@ def _left_float(model: onnx.ModelProto) -> list[str]:
     return names
 
 
-def _correct_biases(
-    plain: onnx.ModelProto, quantized: onnx.ModelProto, channel_mean: dict[str, NDArray[np.float64]]
-) -> None:
-    """Take the mean effect of rounded weights out of the int32 biases, in place; exact but at padded borders."""
+def _correct_biases(plain: onnx.ModelProto, quantized: onnx.ModelProto, mean: dict[str, NDArray[np.float64]]) -> None:
+    """Take the mean effect of rounded weights out of the int32 biases, in place."""
     weights = {tensor.name: tensor for tensor in plain.graph.initializer}
     stored = {tensor.name: tensor for tensor in quantized.graph.initializer}
     makers = {name: node for node in quantized.graph.node for name in node.output}
-    convolutions = {node.name: node for node in plain.graph.node if node.op_type == "Conv"}
+    before = {node.name: node for node in plain.graph.node if node.op_type == "Conv"}
+    nodes, constants, corrected = [], [numpy_helper.from_array(np.array([0, 2, 3]), "axes")], {}
     for node in quantized.graph.node:
         if node.op_type != "Conv" or len(node.input) < 3:
             continue
         weight_maker, bias_maker = makers.get(node.input[1]), makers.get(node.input[2])
         if weight_maker is None or bias_maker is None:
             continue  # left float
-        before = convolutions[node.name]
-        groups = next((attribute.i for attribute in before.attribute if attribute.name == "group"), 1)
-        exact = numpy_helper.to_array(weights[before.input[1]]).astype(np.float64)
-        scale = numpy_helper.to_array(stored[weight_maker.input[1]]).astype(np.float64)
+        exact = numpy_helper.to_array(weights[before[node.name].input[1]])
+        scale = numpy_helper.to_array(stored[weight_maker.input[1]])
         rounded = numpy_helper.to_array(stored[weight_maker.input[0]]) * scale.reshape(-1, 1, 1, 1)
-        error = (exact - rounded).sum((2, 3))  # (out, in / groups)
-        mean = channel_mean[before.input[0]].reshape(groups, 1, -1)
-        shift = (error.reshape(groups, len(error) // groups, -1) * mean).sum(2).reshape(-1)
-        bias = stored[bias_maker.input[0]]
-        steps = np.round(shift / numpy_helper.to_array(stored[bias_maker.input[1]]).astype(np.float64))
-        corrected = numpy_helper.to_array(bias) + steps.astype(np.int64)
+        own = node.name
+        # convolution is linear: that of the mean image is the mean of those of all images, padded borders included
+        for what, value in (("error", exact - rounded), ("mean", mean[before[node.name].input[0]][None])):
+            constants.append(numpy_helper.from_array(value.astype(np.float32), f"{own}/{what}"))
+        convolution = helper.make_node("Conv", [f"{own}/mean", f"{own}/error"], [f"{own}/out"])
+        convolution.attribute.extend(node.attribute)
+        nodes += [convolution, helper.make_node("ReduceMean", [f"{own}/out", "axes"], [f"{own}/shift"], keepdims=0)]
+        corrected[f"{own}/shift"] = bias_maker
+    if not corrected:
+        return
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in corrected]
+    shifts = _session(
+        helper.make_model(
+            helper.make_graph(nodes, "shifts", [], outputs, constants),
+            opset_imports=list(plain.opset_import),
+            ir_version=plain.ir_version,
+        )
+    ).run(list(corrected), {})
+    for shift, maker in zip(shifts, corrected.values(), strict=True):
+        bias = stored[maker.input[0]]
+        steps = np.round(shift.astype(np.float64) / numpy_helper.to_array(stored[maker.input[1]]))
         bounds = np.iinfo(np.int32)
-        bias.CopyFrom(numpy_helper.from_array(corrected.clip(bounds.min, bounds.max).astype(np.int32), bias.name))
+        values = (numpy_helper.to_array(bias) + steps).clip(bounds.min, bounds.max).astype(np.int32)
+        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # other programs share the cores: wait asleep
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.export_onnx import ExportedTowers, export_towers
 from pipeline.student import Student, build_student
 from tests.conftest import TINY_MODEL
 
@@ -54,6 +56,17 @@ def make_student(kind: str) -> Student:
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     return student.eval()
+
+
+_EXPORTED: dict[str, tuple[Student, ExportedTowers]] = {}
+
+
+def exported_once(kind: str, folders: pytest.TempPathFactory) -> tuple[Student, ExportedTowers]:
+    """A student and its towers, exported once in a session; to be left as they are."""
+    if kind not in _EXPORTED:
+        student = make_student(kind)
+        _EXPORTED[kind] = student, export_towers(student, folders.mktemp(kind))
+    return _EXPORTED[kind]
 
 
 def make_tokens(batch: int, length: int, seed: int = 0) -> NDArray[np.int64]:
