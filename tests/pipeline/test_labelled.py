@@ -75,6 +75,18 @@ def test_a_folder_that_matches_none_is_refused_or_named_by_a_file(folders: Path,
     assert opened(f"imagefolder:{folders}", templates="pets").prompts[2] == ("a photo of a mops, a type of pet.",)
 
 
+def test_folders_of_numbers_want_names(tmp_path: Path) -> None:
+    for number in range(10):
+        save_image(tmp_path / "digits" / f"{number}" / "a.png", 20 * number)
+    for prompts in ("", "cifar10"):  # "a photo of a 3." would be measured without a word
+        with pytest.raises(UsageError, match=r"the classes are called by numbers \(0 \.\.\.\), which make no prompts"):
+            opened(f"imagefolder:{tmp_path / 'digits'}", prompts=prompts)
+    assert truth(opened(f"imagefolder:{tmp_path / 'digits'}", prompts="mnist"))["7/a.png"] == "7"
+    found = opened(f"imagefolder:{tmp_path / 'digits'}", prompts="svhn")
+    assert truth(found)["7/a.png"] == "seven"
+    assert found.found.classes.matched_by == "number"
+
+
 def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
     # as it was written before there were flags
     assert len(opened(f"imagefolder:{folders}?templates=simple").prompts[0]) == 7
@@ -212,7 +224,7 @@ def test_torchvision_without_names_or_a_known_order_wants_a_file(tmp_path: Path)
         "red and white circle 20 kph speed limit",
         "red and white circle 50 kph speed limit",
     ]
-    with pytest.raises(UsageError, match="its labels are numbers and nothing names its 15 classes; give --prompts"):
+    with pytest.raises(UsageError, match=r"the classes are called by numbers \(0 \.\.\.\), which make no prompts"):
         opened(dataset)
     with pytest.raises(UsageError, match="numbers, which are not known to be in the order of the class names of mnist"):
         opened(dataset, prompts="mnist")
