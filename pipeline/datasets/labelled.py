@@ -214,13 +214,18 @@ def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] |
         UsageError: nothing does.
     """
     same_order = bool(prompts) and listing.order_of == prompts and not class_names
+    if names is None and listing.order_of != "any" and listing.own and all(key.isdigit() for key in listing.own):
+        raise UsageError(
+            f"{listing.where}: the classes are called by numbers ({next(iter(listing.own), '')} ...), which make no "
+            "prompts; give --prompts NAME of a set with class names, or --class-names FILE.json with their names"
+        )
     if listing.named or isinstance(names, dict):
         return match_classes(listing.where, listing.own, names, same_order=same_order, prompts=prompts)
     if names is None:
         raise UsageError(
-            f"{listing.where}: its labels are numbers and nothing names its {len(listing.own)} classes"
-            f"{f' (no {_NAMES})' if listing.order_of == 'any' else ''}; give --prompts NAME of a set with class names, "
-            "or --class-names FILE.json, a list in the order of the numbers"
+            f"{listing.where}: its labels are numbers and nothing names its {len(listing.own)} classes (no {_NAMES}); "
+            "give --prompts NAME of a set with class names, or --class-names FILE.json, a list in the order of the "
+            "numbers"
         )
     if not (same_order or class_names or listing.order_of == "any"):
         raise UsageError(

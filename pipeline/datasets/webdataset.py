@@ -129,7 +129,7 @@ def read_labels(root: str, split: str = "") -> Iterator[tuple[Sample, str] | Pro
         members: dict[str, _Member] = {}
         yield from _read_tar(tar, uri, members, text_endings=("cls",))
         for key, member in members.items():
-            # exported tars of one dataset each count from s0000000 on
+            # the tars of each split count from s0000000 on
             sample_id = f"{uri}/{key}"
             label = " ".join(member.captions.get("cls", [])).strip()
             if member.offset < 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,39 @@ def test_a_folder_that_matches_none_is_refused_or_named_by_a_file(folders: Path,
     assert opened(f"imagefolder:{folders}", templates="pets").prompts[2] == ("a photo of a mops, a type of pet.",)
 
 
+def test_folders_of_numbers_want_names(tmp_path: Path) -> None:
+    for number in range(10):
+        save_image(tmp_path / "digits" / f"{number}" / "a.png", 20 * number)
+    for prompts in ("", "cifar10"):  # "a photo of a 3." would be measured without a word
+        with pytest.raises(UsageError, match=r"the classes are called by numbers \(0 \.\.\.\), which make no prompts"):
+            opened(f"imagefolder:{tmp_path / 'digits'}", prompts=prompts)
+    assert truth(opened(f"imagefolder:{tmp_path / 'digits'}", prompts="mnist"))["7/a.png"] == "7"
+    found = opened(f"imagefolder:{tmp_path / 'digits'}", prompts="svhn")
+    assert truth(found)["7/a.png"] == "seven"
+    assert found.found.classes.matched_by == "number"
+
+
+def test_some_folders_of_imagenet_among_its_thousand_classes(tmp_path: Path) -> None:
+    for number, folder in enumerate(("n02102040", "n01440764", "n03888257")):
+        save_image(tmp_path / "some" / folder / "a.png", 50 * number)
+    dataset = f"imagefolder:{tmp_path / 'some'}"
+    names = {
+        "n01440764/a.png": "tench",
+        "n02102040/a.png": "English Springer Spaniel",
+        "n03888257/a.png": "parachute",
+    }
+    found = opened(dataset, prompts="imagenet1k")
+    assert (truth(found), len(found.prompts), len(found.prompts[0])) == (names, 1000, 80)
+    found = opened(f"{dataset}?classes=imagenet")  # as imagefolder calls it
+    assert (truth(found), len(found.prompts), len(found.prompts[0])) == (names, 1000, 3)
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({path.split("/")[0]: name for path, name in names.items()}))
+    found = opened(dataset, prompts="imagenet1k", class_names=str(file))  # these three alone
+    assert (truth(found), len(found.prompts), len(found.prompts[0])) == (names, 3, 80)
+    with pytest.raises(UsageError, match="give --prompts imagenet1k"):
+        opened(dataset, prompts="cifar10")
+
+
 def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
     # as it was written before there were flags
     assert len(opened(f"imagefolder:{folders}?templates=simple").prompts[0]) == 7
@@ -129,6 +164,37 @@ def test_tars_of_clip_benchmark(tars: Path) -> None:
     assert found.prompts == (("a cat.", "the cat."), ("a guinea pig.", "the guinea pig."), ("a dog.", "the dog."))
     assert opened(f"webdataset:{tars / 'test'}").prompts == found.prompts  # the folder of a split
     assert opened(f"webdataset:{tars}", prompts="cifar10").prompts[0][1] == "a blurry photo of a cat."
+
+
+_EXPORT = """
+import io, sys
+from PIL import Image
+from clip_benchmark.webdataset_builder import convert_dataset
+
+class Dataset(list):
+    classes = ["cat", "dog", "guinea pig"]
+    templates = ["a photo of a {c}.", "the {c}."]
+
+def picture(red):
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(data, "WEBP", lossless=True)
+    return data.getvalue()
+
+if __name__ == "__main__":
+    images = Dataset((picture(20 * number), number % 3) for number in range(7))
+    convert_dataset(images, "test", sys.argv[1], max_count=3, verbose=False)
+"""
+
+
+def test_what_clip_benchmark_itself_exports(tmp_path: Path) -> None:
+    root = tmp_path / "exported"
+    done = subprocess.run([sys.executable, "-c", _EXPORT, str(root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = opened(f"webdataset:{root}")
+    assert found.images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert [found.images.image(row).getpixel((0, 0)) for row in range(7)] == [(20 * n, 0, 0) for n in range(7)]
+    assert found.prompts[2] == ("a photo of a guinea pig.", "the guinea pig.")
+    assert found.problems == {}
 
 
 def test_tars_without_names_count_in_the_order_of_a_list(tars: Path, tmp_path: Path) -> None:
@@ -212,7 +278,7 @@ def test_torchvision_without_names_or_a_known_order_wants_a_file(tmp_path: Path)
         "red and white circle 20 kph speed limit",
         "red and white circle 50 kph speed limit",
     ]
-    with pytest.raises(UsageError, match="its labels are numbers and nothing names its 15 classes; give --prompts"):
+    with pytest.raises(UsageError, match=r"the classes are called by numbers \(0 \.\.\.\), which make no prompts"):
         opened(dataset)
     with pytest.raises(UsageError, match="numbers, which are not known to be in the order of the class names of mnist"):
         opened(dataset, prompts="mnist")
