@@ -25,6 +25,7 @@ _BINS = 20
 _RECALL_KS = (1, 5, 10)
 _RECALL_IMAGES = 5000
 _PAIRS_NAMED = 20
+_MEMORY_BYTES = 64 << 20  # each chunk is read once
 _DEAD = 0.01  # of the median dimension's standard deviation
 
 Progress = Callable[[str, int, int], None]
@@ -143,7 +144,7 @@ def cache_stats(
         UsageError: no such split or view.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    reader = EmbeddingReader(location)
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     if not 0 <= view < reader.views:
         raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
     layout = reader.manifest.layout
