@@ -109,6 +109,10 @@ class CacheStats(BaseModel, frozen=True):
     )
     image: TowerStats
     text: TowerStats
+    without_caption: int = Field(
+        description="Images of those read that no caption is of. Where there are any, the captions are prompts of "
+        "classes, and nothing is said of pairs."
+    )
     true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
     random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")
     separation: float | None = Field(
@@ -168,7 +172,8 @@ def cache_stats(
     place = (np.cumsum(there) - 1)[position[have_image]]
     random = np.random.default_rng([seed, 1])
     true = random_cosines = np.empty(0, np.float32)
-    if len(texts):
+    bare = int((np.diff(reader.caption_offsets)[rows] == 0).sum())
+    if len(texts) and not bare:
         true = _cosines(images, texts, place)
         if len(images) > 1:
             other = (place + random.integers(1, len(images), len(place))) % len(images)
@@ -184,6 +189,7 @@ def cache_stats(
         sampled=len(rows) < len(every),
         image=_tower("image", image, image_norm, len(every), random, progress),
         text=_tower("text", text, text_norm, every_caption, random, progress),
+        without_caption=bare,
         true_pairs=Distribution.of(true),
         random_pairs=Distribution.of(random_cosines),
         separation=_separation(true, random_cosines),
@@ -191,7 +197,7 @@ def cache_stats(
         near_images=int((partners > 0).sum()),
         near_pairs=pairs,
         nearest_pairs=_named(reader, rows[there], nearest_pairs, cosines),
-        recall=_recall(images, texts, place, random, progress),
+        recall=None if bare else _recall(images, texts, place, random, progress),
     )
 
 
