@@ -69,7 +69,8 @@ def test_the_start_imports_no_more_than_the_command_needs(command: str, known_ca
         f"import sys; sys.argv = ['teacher-cache', '{command}', sys.argv[1], '--json']; import pipeline.cli as c\n"
         "try: c.main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'zarr', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'pipeline.config', 'rich.progress'}\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'rich.progress', "
+        "'pipeline.config'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(known_cache)], capture_output=True, text=True, check=False)
