@@ -38,10 +38,11 @@ from storage.commits import Tower, all_chunks
 from storage.errors import CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, TargetsIdentity, ViewsIdentity
-from storage.inspect import describe_cache, target_bytes
+from storage.inspect import describe_cache
 from storage.journal import read_cost
 from storage.manifest import Layout, Source
 from storage.root import planned_manifest
+from storage.shapes import target_bytes
 from storage.tables import table_files
 from storage.writer import EmbeddingWriter, plan_cache
 

@@ -18,21 +18,16 @@ from numpy.typing import NDArray
 
 from storage.commits import ObjectDigest, Tower
 from storage.errors import CacheCorruptError
+from storage.shapes import ARRAYS, CRC_BYTES, VIEW_FIELDS, chunk_shape
 
 if TYPE_CHECKING:
     from storage.manifest import Layout
 
 __all__ = ["ARRAYS", "array_dtype", "chunk_shape", "decode_object", "encode_object", "zarr_metadata"]
 
-_CRC_BYTES = 4
 # crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
 _CRC_RESIDUE = 0x48674BC7
 
-# tower -> array -> dtype; shapes follow from the layout
-ARRAYS: dict[Tower, dict[str, str]] = {
-    "image": {"embedding": "<f2", "norm": "<f4", "view": "<f4"},
-    "text": {"embedding": "<f2", "norm": "<f4"},
-}
 _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("image", "embedding"): ("image", "view", "dim"),
     ("image", "norm"): ("image", "view"),
@@ -40,21 +35,11 @@ _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("text", "embedding"): ("caption", "dim"),
     ("text", "norm"): ("caption",),
 }
-VIEW_FIELDS = ("top", "left", "height", "width", "flip")
 
 
 def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
     """Stored dtype of an array."""
     return np.dtype(ARRAYS[tower][name])
-
-
-def _tail(layout: Layout, name: str) -> tuple[int, ...]:
-    return {"embedding": (layout.embed_dim,), "norm": (), "view": (len(VIEW_FIELDS),)}[name]
-
-
-def chunk_shape(layout: Layout, tower: Tower, name: str) -> tuple[int, ...]:
-    """Rows and columns of one chunk as readers and writers see it: the axis of the one view left out."""
-    return (layout.chunk_rows(tower), *_tail(layout, name))
 
 
 def zarr_metadata(layout: Layout) -> dict[str, bytes]:
@@ -104,7 +89,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
         values = padded
     body = np.ascontiguousarray(values).tobytes()
     crc = google_crc32c.value(body)
-    data = body + crc.to_bytes(_CRC_BYTES, "little")
+    data = body + crc.to_bytes(CRC_BYTES, "little")
     return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -117,7 +102,7 @@ def decode_object(
         CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's).
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if len(data) != wanted.nbytes or len(data) != size + _CRC_BYTES:
+    if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
     stored = int.from_bytes(data[size:], "little")
     if google_crc32c.value(data) != _CRC_RESIDUE or stored != wanted.crc32c:

@@ -17,6 +17,8 @@ from storage.tables import CAPTIONS, SAMPLES, find_row, read_rows
 
 __all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
 
+_MEMORY_BYTES = 64 << 20  # chunks are read once, in order
+
 Progress = Callable[[str, int, int], None]
 _Floats = NDArray[np.float32]
 
@@ -88,11 +90,12 @@ def sample_images(
         UsageError: no such split.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    reader = EmbeddingReader(location)
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     usable = reader.image_rows(split)
     rows = np.sort(np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False))
     embeddings = unit_rows(reader.take("image", rows))
-    found, compared = _nearest(reader, "text", embeddings, captions, most, seed, 0, progress)
+    own, _ = reader.caption_rows(rows)
+    found, compared = _nearest(reader, "text", embeddings, captions, most, seed, 0, progress, own)
     return RowSample(
         location=location,
         split=split,
@@ -130,7 +133,7 @@ def find_neighbours(
     """
     if (image is None) == (text_row is None):
         raise UsageError("neighbours of what? Give a row or sample_id of an image, or --text-row N, and not both")
-    reader = EmbeddingReader(location)
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     if not 0 <= view < reader.views:
         raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
     tower: Tower
@@ -197,16 +200,23 @@ def _nearest(
     seed: int,
     view: int,
     progress: Progress | None,
+    always: NDArray[np.int64] | None = None,
 ) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
-    """Rows and cosines for each query, and with how many rows it was compared."""
+    """Rows and cosines for each query, and with how many rows it was compared: those drawn, and ``always``."""
+    more = np.empty(0, np.int64) if always is None else always
     compared = 0
 
     def blocks() -> Iterator[tuple[NDArray[np.int64], _Floats]]:
         nonlocal compared
-        stage = None if progress is None else lambda done, total: progress(f"compare {tower}s", done, total)
+        name = "compare images" if tower == "image" else "compare captions"
+        stage = None if progress is None else lambda done, total: progress(name, done, total)
+        if len(more):
+            compared += len(more)
+            yield more, unit_rows(reader.take(tower, more))
         for rows, values in row_blocks(reader, tower, most, seed, view, stage):
-            compared += len(rows)
-            yield rows, unit_rows(values)
+            drawn = ~np.isin(rows, more)
+            compared += int(drawn.sum())
+            yield rows[drawn], unit_rows(values[drawn])
 
     rows, cosines = nearest(queries, blocks(), k)
     return list(zip(rows, cosines, strict=True)), compared

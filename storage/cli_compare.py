@@ -88,10 +88,9 @@ def export(
     if json:
         print_json(found)
         return
-    left_out = f"{found.quarantined:,} quarantined and {found.without_caption:,} without a caption left out"
     _say(
         f"{found.out}: {counted(found.rows, 'pair')} of {counted(found.images, 'image')}, {found.embed_dim} wide, "
-        f"{found.dtype}, in {counted(found.parts, 'part')}; {left_out}"
+        f"{found.dtype}, in {counted(found.parts, 'part')}; {found.quarantined:,} quarantined left out"
     )
 
 

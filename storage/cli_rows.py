@@ -188,6 +188,9 @@ def _facts(found: CacheStats) -> dict[str, str]:
         "near-duplicates": f"{counted(found.near_images, 'image')} in {counted(found.near_pairs, 'pair')} "
         f"of cosine {found.near_cosine:g} or more",
     }
+    if found.without_caption:
+        bare = counted(found.without_caption, "image")
+        facts["pairs"] = f"none: {bare} without a caption, so that the captions are prompts of classes"
     for pair in found.nearest_pairs[:5]:
         same = ", the same file" if pair.same_bytes else ""
         facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"

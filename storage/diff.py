@@ -26,6 +26,7 @@ from storage.tables import CAPTIONS, SAMPLES, read_table
 __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
 
 _NAMED = 20
+_MEMORY_BYTES = 64 << 20  # each chunk is read once
 _NAMES = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
 
 Progress = Callable[[str, int, int], None]
@@ -208,7 +209,7 @@ def _drifts(
     if widths[0] != widths[1]:
         return None, None, False, f"the embeddings are {widths[0]} and {widths[1]} wide"
     try:
-        reader_a, reader_b = EmbeddingReader(a.location), EmbeddingReader(b.location)
+        reader_a, reader_b = (EmbeddingReader(side.location, memory_bytes=_MEMORY_BYTES) for side in (a, b))
     except CacheIncompleteError as error:
         return None, None, False, str(error)
     if view >= min(reader_a.views, reader_b.views):

@@ -48,7 +48,6 @@ class ExportResult(BaseModel, frozen=True):
     dtype: str
     parts: int = Field(description="Files in each of the three folders.")
     quarantined: int = Field(description="Images left out: they have no embedding in some view.")
-    without_caption: int = Field(description="Images left out: there is no text to pair them with.")
 
 
 def export_rows(
@@ -69,7 +68,7 @@ def export_rows(
         progress: called with (``export``, rows done, rows in all).
 
     Raises:
-        UsageError: the folder holds something, is a URL, or there is no such split or view.
+        UsageError: the folder holds something, is a URL, there is no such split or view, or images without a caption.
         CacheError: as ``EmbeddingReader`` raises it.
     """
     folder = _new_folder(out)
@@ -79,17 +78,18 @@ def export_rows(
     images = reader.image_rows(split)
     offsets = reader.caption_offsets
     counts = offsets[images + 1] - offsets[images]
-    silent = int((counts == 0).sum())
-    images = images[counts > 0]
+    if bare := int((counts == 0).sum()):
+        raise UsageError(
+            f"{location}: {bare:,} of {len(images):,} images have no caption to be paired with. This cache is of "
+            "labelled images and the prompts of their classes; its arrays can be read with zarr as they are"
+        )
     if captions == "first":
         image_rows, text_rows = images, offsets[images]
     else:
         text_rows, position = reader.caption_rows(images)
         image_rows = images[position]
     if not len(image_rows):
-        raise UsageError(
-            f"{location}: no image with an embedding and a caption to export; teacher-cache info counts them"
-        )
+        raise UsageError(f"{location}: no image with an embedding to export; teacher-cache info counts them")
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     parts = -(-len(image_rows) // rows_per_file)
@@ -123,7 +123,6 @@ def export_rows(
         dtype="float16",
         parts=parts,
         quarantined=len(reader.quarantined) if split is None else _of_split(reader, split),
-        without_caption=silent,
     )
     text = json.dumps(result.model_dump(mode="json"), indent=2) + "\n"
     _put(folder / EXPORT_KEY, lambda path: path.write_text(text))

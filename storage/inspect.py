@@ -7,13 +7,12 @@ the cost is an estimate and the quarantined rows are not named, and both are sai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.commits import COMMITS, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commit
 from storage.errors import CacheCorruptError
 from storage.files import CacheFiles, LocalFiles, open_files
@@ -21,8 +20,9 @@ from storage.identity import CacheIdentity
 from storage.journal import JOURNAL, ChunkCost, read_cost
 from storage.manifest import CacheManifest, Generation, Layout
 from storage.root import read_manifest
+from storage.shapes import ARRAYS, target_bytes
 
-__all__ = ["COMMITS_READ", "NOTES_READ", "CacheInfo", "Coverage", "count_committed", "describe_cache", "target_bytes"]
+__all__ = ["COMMITS_READ", "NOTES_READ", "CacheInfo", "Coverage", "count_committed", "describe_cache"]
 
 NOTES_READ = 1000
 """Notes of the journal, per tower, that are read at most; more are estimated from so many evenly spaced ones."""
@@ -143,22 +143,6 @@ def count_committed(location: str) -> tuple[int, int]:
     files = open_files(location)
     refs = all_chunks(read_manifest(files).layout)
     return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
-
-
-def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
-    """Bytes of the objects of some chunks; the last one of a tower is padded, so that all are of one size."""
-    counts = Counter(ref.tower for ref in refs)
-    return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
-
-
-def _chunk_bytes(layout: Layout, tower: Tower) -> int:
-    total = 0
-    for name in ARRAYS[tower]:
-        size = array_dtype(tower, name).itemsize
-        for length in chunk_shape(layout, tower, name):
-            size *= length
-        total += size + 4  # the checksum
-    return total
 
 
 def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 from storage.commits import COMMITS, all_chunks
 from storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError
 from storage.files import CacheFiles, open_files
-from storage.inspect import target_bytes
 from storage.manifest import MANIFEST_KEY, CacheManifest
+from storage.shapes import target_bytes
 
 __all__ = ["CacheListing", "ListedCache", "list_caches"]
 

@@ -25,6 +25,7 @@ _BINS = 20
 _RECALL_KS = (1, 5, 10)
 _RECALL_IMAGES = 5000
 _PAIRS_NAMED = 20
+_MEMORY_BYTES = 64 << 20  # each chunk is read once
 _DEAD = 0.01  # of the median dimension's standard deviation
 
 Progress = Callable[[str, int, int], None]
@@ -108,6 +109,10 @@ class CacheStats(BaseModel, frozen=True):
     )
     image: TowerStats
     text: TowerStats
+    without_caption: int = Field(
+        description="Images of those read that no caption is of. Where there are any, the captions are prompts of "
+        "classes, and nothing is said of pairs."
+    )
     true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
     random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")
     separation: float | None = Field(
@@ -143,7 +148,7 @@ def cache_stats(
         UsageError: no such split or view.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    reader = EmbeddingReader(location)
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     if not 0 <= view < reader.views:
         raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
     layout = reader.manifest.layout
@@ -167,7 +172,8 @@ def cache_stats(
     place = (np.cumsum(there) - 1)[position[have_image]]
     random = np.random.default_rng([seed, 1])
     true = random_cosines = np.empty(0, np.float32)
-    if len(texts):
+    bare = int((np.diff(reader.caption_offsets)[rows] == 0).sum())
+    if len(texts) and not bare:
         true = _cosines(images, texts, place)
         if len(images) > 1:
             other = (place + random.integers(1, len(images), len(place))) % len(images)
@@ -183,6 +189,7 @@ def cache_stats(
         sampled=len(rows) < len(every),
         image=_tower("image", image, image_norm, len(every), random, progress),
         text=_tower("text", text, text_norm, every_caption, random, progress),
+        without_caption=bare,
         true_pairs=Distribution.of(true),
         random_pairs=Distribution.of(random_cosines),
         separation=_separation(true, random_cosines),
@@ -190,7 +197,7 @@ def cache_stats(
         near_images=int((partners > 0).sum()),
         near_pairs=pairs,
         nearest_pairs=_named(reader, rows[there], nearest_pairs, cosines),
-        recall=_recall(images, texts, place, random, progress),
+        recall=None if bare else _recall(images, texts, place, random, progress),
     )
 
 

@@ -80,8 +80,13 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
     fill(path)
     found = find_neighbours(str(path), image="3", most=20)
     assert (found.images_compared, found.captions_compared) == (20, 20)
-    done = run.invoke(app, ["sample", str(path), "--rows", "8", "--json"])
-    assert json.loads(done.stdout)["captions_compared"] == 8
+    done = run.invoke(app, ["sample", str(path), "--rows", "8", "--nearest", "20", "--json"])
+    sample = json.loads(done.stdout)
+    own = {caption["row"] for image in sample["images"] for caption in image["captions"]}
+    compared = {caption["row"] for image in sample["images"] for caption in image["nearest_captions"]}
+    assert own <= compared  # those of the shown images always are, whatever is drawn
+    assert len(compared) == sample["captions_compared"]
+    assert 8 <= sample["captions_compared"] <= 8 + len(own)
 
 
 @pytest.mark.parametrize(

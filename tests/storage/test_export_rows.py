@@ -60,17 +60,23 @@ def test_all_captions_in_several_files_keep_their_order(known_cache: Path, tmp_p
     assert [row["text_row"] for row in rows] == list(range(25))
 
 
-def test_images_that_cannot_be_paired_are_left_out_and_counted(tmp_path: Path) -> None:
-    pictures = [*BASE[:5], Picture("silent", "s", ()), BASE[5]._replace(split="test")]
-    cache = make(tmp_path / "c", pictures, lost=(2, 6))
+def test_quarantined_images_are_left_out_and_counted(tmp_path: Path) -> None:
+    cache = make(tmp_path / "c", [*BASE[:5], BASE[5]._replace(split="test")], lost=(2, 5))
     result = export_rows(cache, str(tmp_path / "e"))
-    assert (result.rows, result.quarantined, result.without_caption) == (4, 2, 1)
+    assert (result.rows, result.quarantined) == (4, 2)
     ids = pq.read_table(tmp_path / "e/metadata/metadata_0.parquet")["sample_id"].to_pylist()
     assert ids == ["p0", "p1", "p3", "p4"]
     train = export_rows(cache, str(tmp_path / "t"), split="train")
     assert (train.rows, train.quarantined) == (4, 1)
-    with pytest.raises(UsageError, match="no image with an embedding and a caption"):
+    with pytest.raises(UsageError, match="no image with an embedding to export"):
         export_rows(cache, str(tmp_path / "x"), split="test")
+
+
+def test_images_without_captions_cannot_be_paired(tmp_path: Path) -> None:
+    cache = make(tmp_path / "c", [*BASE[:3], Picture("silent", "s", ())])
+    with pytest.raises(UsageError, match="1 of 4 images have no caption to be paired with"):
+        export_rows(cache, str(tmp_path / "e"))
+    assert not (tmp_path / "e").exists()
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(known_cache: Path, tmp_path: Path) -> None:
@@ -87,7 +93,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(known_cache: Path,
     done = run.invoke(app, ["export", str(known_cache), "--out", str(tmp_path / "w"), "--captions", "some"])
     assert isinstance(done.exception, UsageError)
     shown = run.invoke(app, ["export", str(known_cache), "--out", str(tmp_path / "p")]).stdout
-    assert "10 pairs of 10 images, 8 wide, float16, in 1 part; 0 quarantined and 0 without a caption left out" in shown
+    assert "10 pairs of 10 images, 8 wide, float16, in 1 part; 0 quarantined left out" in shown
 
 
 def test_an_export_that_was_cut_off_has_no_half_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import uuid
@@ -68,7 +69,8 @@ def test_the_start_imports_no_more_than_the_command_needs(command: str, known_ca
         f"import sys; sys.argv = ['teacher-cache', '{command}', sys.argv[1], '--json']; import pipeline.cli as c\n"
         "try: c.main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'torch', 'zarr', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'pipeline.config', 'rich.progress'}\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'rich.progress', "
+        "'pipeline.config'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(known_cache)], capture_output=True, text=True, check=False)
@@ -133,6 +135,52 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
     monkeypatch.setenv("COMP_WORDS", "teacher-cache info known.c")
     monkeypatch.setenv("COMP_CWORD", "2")
     assert run.invoke(app, [], prog_name="teacher-cache").stdout.split() == ["known.cache"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ls", "nothing"], 1, "nothing: no such folder. Check the path"),
+        (["stats", "nothing"], 1, "start one with teacher-cache precompute"),
+        (["stats", "part.cache"], 1, "0 of 10 chunks are there. Run the same precompute command again"),
+        (["sample", "part.cache"], 1, "Run the same precompute command again"),
+        (["neighbours", "nothing", "3"], 1, "no cache here"),
+        (["neighbours", "nothing"], 2, "Give a row or sample_id of an image, or --text-row N"),
+        (["diff", "part.cache", "nothing"], 1, "nothing: no cache here"),
+        (["gc", "nothing", "--delete"], 1, "no cache here"),
+        (["export", "nothing", "--out", "o"], 1, "no cache here"),
+        (["export", "part.cache", "--out", "part.cache"], 2, "Give a new folder, or delete this one first"),
+        (["export", "part.cache", "--out", "o", "--captions", "some"], 2, "first or all is wanted"),
+        (["plan", "--dataset", "flickr:x", "--teacher", "t"], 2, "cache is missing: give --cache"),
+        (["info", "foo://x"], 2, "foo://x: Protocol not known"),
+    ],
+)
+def test_errors_are_one_line_that_ends_with_the_remedy(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipeline.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    plan_known_cache("part.cache")
+    monkeypatch.setattr(sys, "argv", ["teacher-cache", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    assert ended.value.code == code
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert not (tmp_path / "o").exists()
 
 
 # --- info

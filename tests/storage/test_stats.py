@@ -22,6 +22,7 @@ from storage.reader import EmbeddingReader
 from storage.stats import Distribution, cache_stats, effective_rank
 from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.storage.test_diff import BASE, make
 from tests.storage.test_look import fill
 
 run = CliRunner()
@@ -115,6 +116,7 @@ def test_stats_of_a_known_cache_equal_a_computation_by_hand(known_cache: Path) -
     assert (found.image.norm.least, found.image.norm.greatest) == (1, 10)
     recall = retrieval_recall(image, text, owner)
     assert found.recall is not None
+    assert found.without_caption == 0
     assert {"i2t": found.recall.i2t, "t2i": found.recall.t2i} == recall
     assert (found.sampled, found.image.rows_read, found.text.rows_read) == (False, 10, 25)
     assert (found.image.missing, found.image.equal_rows, found.near_images, found.image.dead_dimensions) == (
@@ -174,6 +176,18 @@ def test_stats_find_what_is_wrong_with_rows(tmp_path: Path) -> None:
     assert "1.0000  img-2  img-6, the same file" in shown
     in_split = cache_stats(str(path), split="train")
     assert (in_split.image.rows, in_split.image.missing) == (8, 1)
+
+
+def test_prompts_of_classes_are_no_pairs(tmp_path: Path) -> None:
+    """A cache of labelled images has its prompts as captions of one image; recall of those would say nothing."""
+    prompts = tuple(f"a photo of a {name}." for name in ("cat", "dog"))
+    pictures = [picture._replace(captions=prompts if number == 0 else ()) for number, picture in enumerate(BASE)]
+    cache = make(tmp_path / "labelled", pictures)
+    found = cache_stats(cache)
+    assert (found.without_caption, found.text.rows, found.image.rows) == (11, 2, 12)
+    assert (found.true_pairs, found.random_pairs, found.separation, found.recall) == (None, None, None, None)
+    assert found.image.cosine is not None
+    assert "11 images without a caption" in run.invoke(app, ["stats", cache]).stdout
 
 
 def test_a_large_cache_is_sampled_and_that_is_said(tmp_path: Path) -> None:
