@@ -22,8 +22,8 @@ _Rows = NDArray[np.int64]
 
 def unit_rows(rows: NDArray[Any]) -> _Floats:
     """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
-    wide = rows.astype(np.float32)
-    unit: _Floats = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: _Floats = rows.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     return unit
 
 
