@@ -86,12 +86,13 @@ def test_convolutions_get_fixed_ranges(kind: str, request: pytest.FixtureRequest
     assert report.int8_operators["QLinearConv"] > 15
     assert sum(report.float_operators.values()) < 6
     assert "leading convolutions" in report.kept_float["Conv"]
-    for batch in (1, 7):
-        (pixels,) = make_pixels(1, 64, batch, seed=9)
-        found, wanted = run_onnx(target, pixels), run_onnx(towers.image, pixels)
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-        # random weights carry rounding errors much further than trained ones: see the test with photographs below
-        assert mean_cosine(found, wanted) > 0.92
+    (pixels,) = make_pixels(1, 64, 39, seed=9)
+    found, wanted = run_onnx(target, pixels), run_onnx(towers.image, pixels)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    # random weights carry rounding errors much further than trained ones: see the test with photographs below
+    assert mean_cosine(found, wanted) > 0.92
+    # ranges are fixed: what else is in the batch changes nothing
+    np.testing.assert_allclose(run_onnx(target, pixels[:1]), found[:1], atol=1e-6)
 
 
 def test_weights_use_seven_bits_and_a_scale_by_channel(lite0: tuple[Student, ExportedTowers], tmp_path: Path) -> None:
