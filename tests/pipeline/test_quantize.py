@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import pipeline.static_int8
+from pipeline.datasets.scenes import render_scene
 from pipeline.export_onnx import ExportedTowers, export_towers
 from pipeline.quantize import Int8Report, NotQuantisable, quantisation_of, quantize_tower
 from pipeline.quantize import _patches_by_matmul as patches_by_matmul
@@ -313,6 +314,22 @@ def test_the_same_bytes_in_another_process_and_no_noise(
     for first, second in zip((towers.image, towers.text), again, strict=True):
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / first.name, second)]
         assert digests[0] == digests[1]
+
+
+def test_a_trained_resnet_stays_close(tmp_path: Path) -> None:
+    """The built-in teacher on scenes that it was not calibrated with."""
+    folder = Path(pipeline.static_int8.__file__).parent / "scenes_teacher"
+    student, _ = load_student(folder)
+    towers = export_towers(student, tmp_path)
+    transform = student.preprocess.transform()
+
+    def pixels(split: str, images: int) -> NDArray[np.float32]:
+        return torch.stack([transform(render_scene(0, split, index)[0]) for index in range(images)]).numpy()
+
+    report = quantize_tower(towers.image, tmp_path / "int8", np.split(pixels("train", 64), 4))
+    assert report.share_int8 > 0.99
+    test = pixels("test", 64)
+    assert mean_cosine(run_onnx(tmp_path / "int8", test), run_onnx(towers.image, test)) > 0.999
 
 
 @pytest.mark.real_data
