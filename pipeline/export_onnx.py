@@ -127,7 +127,8 @@ def _export(name: str, module: nn.Module, example: Tensor, dynamic: dict[int, An
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"{name} tower: torch cannot export this architecture: {reason}") from error
     assert program is not None
-    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    values = [value.const_value for value in program.model.graph.initializers.values()]
+    weights = sum(value.nbytes for value in values if value is not None)
     if weights > _MOST_BYTES:
         raise UsageError(
             f"{name} tower: {weights:,} bytes of weights, and one file of ONNX holds less than 2 GiB. Deploy a smaller "

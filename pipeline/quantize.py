@@ -110,7 +110,7 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
     with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
         written = Path(folder) / "int8.onnx"
         if method == "static":
-            model, images = quantize_static(source, calibration or ())
+            model, images = quantize_static(source, () if calibration is None else calibration)
             if model is None:
                 raise UsageError(f"{source}: calibration images are needed to quantise convolutions, none were given")
         else:
@@ -132,12 +132,12 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
         data = model.SerializeToString(deterministic=True)
         written.write_bytes(data)
         report = _report(method, source, written, images)
-    require_int8(source, report)
+    _require_int8(source, report)
     target.write_bytes(data)
     return report
 
 
-def require_int8(source: Path, report: Int8Report) -> None:
+def _require_int8(source: Path, report: Int8Report) -> None:
     """Refuse what is int8 in name only.
 
     Raises:

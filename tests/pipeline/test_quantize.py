@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import pipeline.static_int8
+from pipeline.datasets.scenes import render_scene
 from pipeline.export_onnx import ExportedTowers, export_towers
 from pipeline.quantize import Int8Report, NotQuantisable, quantisation_of, quantize_tower
 from pipeline.quantize import _patches_by_matmul as patches_by_matmul
@@ -86,12 +87,13 @@ def test_convolutions_get_fixed_ranges(kind: str, request: pytest.FixtureRequest
     assert report.int8_operators["QLinearConv"] > 15
     assert sum(report.float_operators.values()) < 6
     assert "leading convolutions" in report.kept_float["Conv"]
-    for batch in (1, 7):
-        (pixels,) = make_pixels(1, 64, batch, seed=9)
-        found, wanted = run_onnx(target, pixels), run_onnx(towers.image, pixels)
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-        # random weights carry rounding errors much further than trained ones: see the test with photographs below
-        assert mean_cosine(found, wanted) > 0.92
+    (pixels,) = make_pixels(1, 64, 39, seed=9)
+    found, wanted = run_onnx(target, pixels), run_onnx(towers.image, pixels)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    # random weights carry rounding errors much further than trained ones: see the test with photographs below
+    assert mean_cosine(found, wanted) > 0.92
+    # ranges are fixed: what else is in the batch changes nothing
+    np.testing.assert_allclose(run_onnx(target, pixels[:1]), found[:1], atol=1e-6)
 
 
 def test_weights_use_seven_bits_and_a_scale_by_channel(lite0: tuple[Student, ExportedTowers], tmp_path: Path) -> None:
@@ -312,6 +314,22 @@ def test_the_same_bytes_in_another_process_and_no_noise(
     for first, second in zip((towers.image, towers.text), again, strict=True):
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / first.name, second)]
         assert digests[0] == digests[1]
+
+
+def test_a_trained_resnet_stays_close(tmp_path: Path) -> None:
+    """The built-in teacher on scenes that it was not calibrated with."""
+    folder = Path(pipeline.static_int8.__file__).parent / "scenes_teacher"
+    student, _ = load_student(folder)
+    towers = export_towers(student, tmp_path)
+    transform = student.preprocess.transform()
+
+    def pixels(split: str, images: int) -> NDArray[np.float32]:
+        return torch.stack([transform(render_scene(0, split, index)[0]) for index in range(images)]).numpy()
+
+    report = quantize_tower(towers.image, tmp_path / "int8", np.split(pixels("train", 64), 4))
+    assert report.share_int8 > 0.99
+    test = pixels("test", 64)
+    assert mean_cosine(run_onnx(tmp_path / "int8", test), run_onnx(towers.image, test)) > 0.999
 
 
 @pytest.mark.real_data
