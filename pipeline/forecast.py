@@ -39,7 +39,7 @@ from storage.errors import CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, TargetsIdentity, ViewsIdentity
 from storage.inspect import describe_cache
-from storage.journal import read_cost
+from storage.journal import read_note
 from storage.manifest import Layout, Source
 from storage.root import planned_manifest
 from storage.shapes import target_bytes
@@ -242,17 +242,16 @@ def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress
     if len(refs) > 1:
         encode_chunks(config, teacher, refs[:1])  # the first pass allocates and chooses kernels
     timed = refs[-1]
-    began = time.perf_counter()
     encode_chunks(config, teacher, [timed])
-    seconds = time.perf_counter() - began
     rows = len(timed.rows(writer.manifest.layout))
-    cost = read_cost(writer.files, timed.name)
+    # by its note, from the first image asked for to the commit: opening a cache is paid once, not for each chunk
+    cost = read_note(writer.files, timed.name)
     if progress is not None:
         progress(f"probe: {tower}s", rows, rows)
     return ProbeRate(
         rows=rows,
-        seconds_per_row=seconds / rows,
-        teacher_seconds_per_row=(cost.teacher_seconds if cost else seconds) / rows,
+        seconds_per_row=cost.seconds / rows,
+        teacher_seconds_per_row=cost.teacher_seconds / rows,
     )
 
 

@@ -112,7 +112,8 @@ def _print_neighbours(found: Neighbours) -> None:
         _say(*_image_lines(found.image))
     if found.caption is not None:
         _say(f"caption {found.caption.row} of {found.caption.sample_id}: {found.caption.text}")
-    _say(f"nearest of {counted(found.images_compared, 'image')}:")
+    view = f", view {found.view}" if found.view else ""
+    _say(f"nearest of {counted(found.images_compared, 'image')}{view}:")
     _say(*(f"  {image.cosine:.3f}  row {image.row}  {image.sample_id}  {image.uri}" for image in found.images))
     _say(f"nearest of {counted(found.captions_compared, 'caption')}:")
     _say(*(f"{_caption_line(caption)}  (of {caption.sample_id})" for caption in found.captions))
