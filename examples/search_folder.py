@@ -41,6 +41,8 @@ def kept_features(path: Path, student_key: str) -> dict[tuple[str, int, int], np
 
 def index_folder(folder: Path, student: StudentRuntime) -> tuple[faiss.IndexFlatIP, list[str]]:
     """An index of all pictures below a folder, and their names by row."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of pictures")
     record = (student.folder / RECORD).read_bytes() + student.variant.encode()
     student_key = hashlib.sha256(record).hexdigest()
     known = kept_features(folder / KEPT, student_key)

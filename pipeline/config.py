@@ -417,8 +417,18 @@ class DeployConfig(_Config):
     max_recall_loss: float = Field(
         1.0, ge=0, description="Points of any R@K that int8 may lose against fp32; more, and nothing is shipped."
     )
-    rounds: int = Field(15, gt=0, description="Measured calls of each model, in turns.")
-    threads: int | None = Field(None, gt=0, description="Of each model while it is measured; one a core if left out.")
+    rounds: int = Field(
+        15, gt=0, description="Calls of each model at each batch, in turns; four times as many at batch 1."
+    )
+    threads: int | None = Field(
+        None, gt=0, description="Of each model while it is measured; as torch chooses if left out."
+    )
+
+    @model_validator(mode="after")
+    def _prompts_have_a_dataset(self) -> DeployConfig:
+        if self.prompts and not self.zero_shot:
+            raise ValueError("prompts are for a dataset to classify: set zero_shot, or leave prompts out")
+        return self
 
 
 # a run file's tables, one for each stage that can be set there

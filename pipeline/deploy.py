@@ -60,7 +60,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     run = RunFolder(config.run)
     record = run.read()
     checkpoint = run.checkpoint_path(config.checkpoint)
-    split = open_split(_as_evaluated(config))
+    split = open_split(_as_evaluated(config), f"{config.run} was trained on another cache: leave --cache out.")
     zero_shot = None
     if config.zero_shot is not None:
         zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
@@ -71,10 +71,11 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     if config.int8:
         rows = split.reader.image_rows(record.config.split)
         calibration = calibration_batches(split, rows, student.preprocess.to_config(), config.calibration_images)
-    name = f"{Path(record.config.student).stem}-{run.path.name}"
+    run_name = run.path.resolve().name
+    name = f"{Path(record.config.student).stem}-{run_name}"
     with new_folder(out) as folder:
         deployment, reports = write_files(
-            folder, student, student_config, checkpoint, record, name, config.run, calibration, report
+            folder, student, student_config, checkpoint, record, name, run_name, calibration, report
         )
         del student
         chosen_on = record.best.split if record.best and config.checkpoint == "best" else None
@@ -112,7 +113,7 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher,
             f"the table has the teacher beside its student, and {name} is not below {Path.cwd()}: say where it is by "
             "--teacher local-dir:PATH"
         )
-    pretrained = config.pretrained if config.teacher else recorded.pretrained
+    pretrained = config.pretrained or (None if config.teacher else recorded.pretrained)
     teacher = load_teacher(name, pretrained, device="cpu")
     # its arithmetic is fp32 here, whatever the cache was made in
     teacher.require(

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ def write_files(
     Args:
         student: as loaded from ``checkpoint``; its open_clip model config is ``config``.
         record: of the run.
+        name, run: what the student and its run are called; no paths, since the record goes to others.
         calibration: batches of pixels, (batch, 3, height, width), from the start at each call; None for no int8.
         progress: called with (stage, done, of how many).
 
@@ -124,5 +125,8 @@ def calibration_batches(
 
 def versions() -> dict[str, str]:
     """Of what made and measured a deployment."""
-    names = ("torch", "open_clip_torch", "onnx", "onnxruntime", "tokenizers", "pillow", "numpy", "teacher-cache")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    modules = {"torch": "torch", "open_clip_torch": "open_clip", "onnx": "onnx", "onnxruntime": "onnxruntime"}
+    modules |= {"tokenizers": "tokenizers", "pillow": "PIL", "numpy": "numpy"}
+    # of the modules: a distribution may have another name, such as onnxruntime-gpu or pillow-simd
+    found = {name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()}
+    return {"python": platform.python_version(), **found}

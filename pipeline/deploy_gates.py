@@ -17,7 +17,7 @@ from pipeline.metrics import RetrievalRanks, recall_of_ranks
 from pipeline.parity import WANTED_COSINE, least_cosine, require_parity
 from pipeline.student_table import Gate
 
-__all__ = ["require_features", "require_recall", "require_weights"]
+__all__ = ["require_features", "require_finite", "require_recall", "require_weights"]
 
 _WEIGHTS_ROWS = 32
 
@@ -56,10 +56,25 @@ def require_weights(
     with torch.inference_mode():
         found_image = F.normalize(model.encode_image(pixels), dim=-1).numpy()
         found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
-    least = min(least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)]))
+    # numpy's min: Python's lets NaN through
+    least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
     name = "model.safetensors in open_clip"
     require_parity(name, least)
     return Gate(name=f"{name}: least cosine, {images + len(captions)} rows", found=least, wanted=f"> {WANTED_COSINE}")
+
+
+def require_finite(name: str, *features: NDArray[np.float32]) -> None:
+    """Features of quantised files are numbers, so that recall is defined.
+
+    Raises:
+        DeploymentError: some are not.
+    """
+    wrong = sum(int((~np.isfinite(rows)).any(axis=1).sum()) for rows in features)
+    if wrong:
+        raise DeploymentError(
+            f"{name}: {wrong:,} of {sum(map(len, features)):,} rows are NaN or infinite. Nothing was deployed. Ship "
+            "without int8 (--no-int8)."
+        )
 
 
 def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most: float) -> Gate:

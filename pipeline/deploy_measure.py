@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pipeline.cost import CostModel, CostResult, ModelFacts, measure_cost, proce
 from pipeline.cost_models import TorchModel
 from pipeline.decode import decode_image
 from pipeline.deploy_files import versions
-from pipeline.deploy_gates import require_features, require_recall, require_weights
+from pipeline.deploy_gates import require_features, require_finite, require_recall, require_weights
 from pipeline.deployment import Deployment
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.intervals import bootstrap_accuracy_share, bootstrap_share
@@ -33,13 +32,12 @@ from pipeline.student_table import Cosine, Gate, Retained, Retention, StudentTab
 from pipeline.teacher import LiveTeacher
 from pipeline.zero_shot import Classification, ZeroShotEncoder, classify_dataset, common_rows
 from pipeline.zero_shot_models import StudentEncoder, TeacherEncoder
+from storage.errors import UsageError
 
 __all__ = ["Subject", "measure"]
 
 _BATCHES = (1, 32)
-_EMBEDDED_AT_ONCE = (
-    64  # torch keeps a layer's activations of a whole batch: 2 GB for 256 images of a convolutional tower
-)
+_EMBEDDED_AT_ONCE = 16  # decoded photographs, and a layer's activations, of so many are in memory at once
 _CPU = torch.device("cpu")
 
 Progress = Callable[[str, int, int], None]
@@ -98,8 +96,8 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         OSError: an image cannot be read.
     """
     split, zero_shot = subject.split, subject.zero_shot
-    threads = config.threads or os.cpu_count() or 1
     before = torch.get_num_threads()
+    threads = config.threads or before
     torch.set_num_threads(threads)
     try:
         models, gates = _with_recalls(subject, threads, config.max_recall_loss, progress)
@@ -118,14 +116,19 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
     return StudentTable(
         student=subject.deployment.name,
         teacher=subject.deployment.teacher,
-        run=config.run,
+        run=subject.deployment.run,
         checkpoint=subject.checkpoint.name,
         chosen_on=subject.chosen_on,
         cache_manifest_digest=split.reader.manifest.digest,
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.captions),
-        zero_shot_dataset=None if zero_shot is None else zero_shot.images.name,
+        teacher_precision=split.reader.manifest.identity.teacher.precision,
+        quarantined=split.quarantined,
+        zero_shot_dataset=None if zero_shot is None else without_folders(zero_shot.images.name),
+        zero_shot_lost=0
+        if zero_shot is None or common is None
+        else len(zero_shot.lost_images) + len(zero_shot.images.labels) - len(common),
         zero_shot_images=None if common is None else len(common),
         zero_shot_classes=None if zero_shot is None else len(zero_shot.prompts),
         zero_shot_prompts=() if zero_shot is None else zero_shot.prompts[0],
@@ -146,9 +149,11 @@ def _with_recalls(
     """The models with their ranks, and the gates that the files passed."""
     split, deployment = subject.split, subject.deployment
 
-    def embed(name: str, encoder: ZeroShotEncoder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def embed(
+        name: str, images: Callable[[list[bytes]], NDArray[np.float32]], encoder: ZeroShotEncoder
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return split.embed(
-            lambda images: encoder.embed_images([decode_image(data) for data in images]),
+            images,
             encoder.embed_texts,
             batch_size=_EMBEDDED_AT_ONCE,
             progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
@@ -156,21 +161,25 @@ def _with_recalls(
 
     models = [_teacher(subject, threads)]
     student = StudentEncoder(subject.checkpoint, _CPU)
-    image, text = embed("student fp32", student)
+    image, text = embed(
+        "student fp32", lambda images: student.embed_images([decode_image(data) for data in images]), student
+    )
     models.append(_student(subject, student, split.ranks(image, text), threads))
     gates = [require_weights(subject.folder, split, image, text)]
     for variant in deployment.towers:
         towers = towers_of(deployment, variant)
         onnx = OnnxStudent(subject.folder, towers, threads)
         name = _name(towers)
-        found_image, found_text = embed(name, onnx)
-        ranks = split.ranks(found_image, found_text)
+        found_image, found_text = embed(name, onnx.embed_images, onnx)
         if variant == "fp32":
             gates += [
                 require_features("image.onnx", found_image, image),
                 require_features("text.onnx", found_text, text),
             ]
+            ranks = split.ranks(found_image, found_text)
         else:
+            require_finite(name, found_image, found_text)
+            ranks = split.ranks(found_image, found_text)
             gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
         arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
         int8 = sum(report.parameters_int8 for report in subject.reports.values())
@@ -212,18 +221,27 @@ def _teacher(subject: Subject, threads: int) -> _Model:
 def _student(subject: Subject, encoder: StudentEncoder, ranks: RetrievalRanks, threads: int) -> _Model:
     student, config = load_student(subject.checkpoint)
     timed = TorchModel(student.model, student.preprocess.size, student_tokenizer(config), _CPU)
+    facts = timed.facts()
     arguments = {"folder": str(subject.checkpoint.resolve()), "device": "cpu"}
     return _Model(
         name="student fp32",
         engine="torch",
-        bytes=subject.deployment.weights.bytes,
+        bytes=facts.state_bytes or 0,
         parameters=subject.deployment.parameters,
         encoder=encoder,
         timed=timed,
-        facts=timed.facts(),
+        facts=facts,
         probe=_probe("pipeline.cost_models:load_student_model", arguments, threads),
         ranks=ranks,
     )
+
+
+def without_folders(dataset: str) -> str:
+    """``imagefolder:cifar10`` of ``imagefolder:/home/me/cifar10``: the table goes to others."""
+    kind, _, rest = dataset.partition(":")
+    if kind == "torchvision":
+        return f"{kind}:{rest.partition(':')[0]}"
+    return f"{kind}:{PurePosixPath(rest.partition('?')[0]).name}"
 
 
 def _probe(loader: str, arguments: dict[str, Any], threads: int) -> ProbeRequest:
@@ -251,7 +269,10 @@ def _classify(models: list[_Model], zero_shot: LabelledDataset | None, progress:
             progress(f"{name}: zero-shot images", done, total)
 
         model.places = classify_dataset(model.encoder, zero_shot.images, zero_shot.prompts, progress=report)
-    return common_rows(*(model.places for model in models if model.places is not None))
+    common = common_rows(*(model.places for model in models if model.places is not None))
+    if not len(common):
+        raise UsageError(f"{zero_shot.images.name}: not one image can be used by all models, so nothing is compared")
+    return common
 
 
 def _row(

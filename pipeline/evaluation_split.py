@@ -151,8 +151,11 @@ class EvaluationSplit:
         )
 
 
-def open_split(config: EvaluateConfig) -> EvaluationSplit:
+def open_split(config: EvaluateConfig, way_out: str | None = None) -> EvaluationSplit:
     """The split that ``evaluate`` measures with the same settings.
+
+    Args:
+        way_out: what to do where the cache is not the run's; ``evaluate``'s flags if left out.
 
     Raises:
         UsageError: neither cache nor run given, an unknown split, or one without an embedding.
@@ -169,7 +172,7 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
     accepted: tuple[str, ...] = ()
     root = reader.manifest.source.image_root
     if record is not None:
-        way_out = (
+        way_out = way_out or (
             f"{config.run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
             "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
         )

@@ -65,9 +65,10 @@ def measure_peak_memory(request: ProbeRequest) -> PeakMemory:
         ChildProcessError: the process failed or was killed, perhaps for want of memory; its last words are quoted.
     """
     # as this process finds its modules
-    paths = os.pathsep.join(path for path in sys.path if path)
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.memory_probe"],
+        # -P: a folder of the name pipeline, where the user happens to be, is not ours
+        [sys.executable, "-P", "-m", "pipeline.memory_probe"],
         input=request.model_dump_json(),
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,

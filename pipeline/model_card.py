@@ -27,7 +27,10 @@ def model_card(deployment: Deployment, table: StudentTable) -> str:
     ]
     files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
-    smallest = list(deployment.towers)[-1]
+    # the last of those that have both towers, since the runtime takes both of one variant
+    smallest = [variant for variant, made in deployment.towers.items() if len(made) == 2][-1]
+    dense = deployment.weights.bytes > 1.1 * 4 * deployment.parameters
+    multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""
     return f"""---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
@@ -50,12 +53,13 @@ What each file had to pass, and did:
 
 ## Files
 {chr(10).join(files)}
-- `model.safetensors`, `open_clip_config.json`: for open_clip
+- `model.safetensors`, `open_clip_config.json`: for open_clip, {deployment.weights.bytes / 1e6:.1f} MB{multiplied_out}
 - `tokenizer.json`: for Hugging Face's tokenizers; `deploy.json`: preprocessing, tokenization, sha256 of each file
 - `table.md`, `table.json`, `table.png`: the table above
 
 ## Use
-Without torch, by `pip install 'teacher-cache[runtime]'`:
+With onnxruntime; torch is not imported (where it shall not be installed either: `pip install --no-deps teacher-cache`
+beside onnxruntime, tokenizers, ftfy, pillow, numpy and pydantic, and typer and rich for the command):
 ```python
 from pipeline.runtime import StudentRuntime
 

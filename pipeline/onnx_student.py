@@ -9,13 +9,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.clip_tokens import runtime_package
 from pipeline.cost_captions import captions
+from pipeline.decode import UndecodableImageError
 from pipeline.deployment import Deployment, Variant
 from pipeline.runtime import ImageLike, StudentRuntime
 
 __all__ = ["OnnxStudent", "Tower", "load_onnx_student", "towers_of"]
 
 Tower = Literal["image", "text"]
+
+runtime_package("onnxruntime")  # now: a library's memory is not the model's
 
 
 class OnnxStudent:
@@ -32,7 +36,10 @@ class OnnxStudent:
 
     def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
         """See :meth:`StudentRuntime.embed_images`."""
-        return self._towers["image"].embed_images(images)
+        try:
+            return self._towers["image"].embed_images(images)
+        except UndecodableImageError as error:  # too long a strip: what ZeroShotEncoder has a ValueError for
+            raise ValueError(str(error)) from error
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :meth:`StudentRuntime.embed_texts`."""

@@ -231,6 +231,8 @@ class StudentRuntime:
         data = self.deployment.tower(self.folder, tower, self.variant)
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; its warnings are notes on its own optimiser
+        # its threads wait for work spinning: within a run, but not behind it, where other programs want the cores
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:

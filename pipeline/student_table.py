@@ -90,8 +90,11 @@ class StudentTable(BaseModel, frozen=True):
     split: str
     images: int
     captions: int
+    quarantined: int = Field(description="Images of the split left out because they have no embedding.")
+    teacher_precision: str = Field(description="Arithmetic that the teacher's cached embeddings were made in.")
     zero_shot_dataset: str | None
     zero_shot_images: int | None
+    zero_shot_lost: int = Field(description="Labelled images that some model could not use; left out for all.")
     zero_shot_classes: int | None
     zero_shot_prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
     rounds: dict[int, int] = Field(description="By images, or captions, per call.")
@@ -180,11 +183,11 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
         ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
         ("stored as int8", lambda row: "-" if row.int8_share is None else f"{row.int8_share:.0%}"),
     ]
-    flops = first.cost.facts.flops
-    if flops is not None:
+    tokens = [row.cost.facts.flops.caption_tokens for row in table.rows if row.cost.facts.flops is not None]
+    if tokens:
         columns += [
             ("GFLOPs of an image", _flops("image")),
-            (f"GFLOPs of a caption, {flops.caption_tokens} tokens", _flops("caption")),
+            (f"GFLOPs of a caption, {' or '.join(map(str, dict.fromkeys(tokens)))} tokens", _flops("caption")),
         ]
     for tower, single, many in (("images", "image", "images"), ("texts", "caption", "captions")):
         for batch in getattr(first.cost, tower):
@@ -223,20 +226,24 @@ def describe(table: StudentTable) -> str:
     chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
     rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [
-        "MB: of the files with weights; the teacher's as float32.",
+        "MB: of the weights; of torch models as they are in memory, in float32.",
         f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
-        "of an image counts; the teacher's from its cached embeddings.",
+        f"of an image counts; the teacher's from its cached embeddings, made in {table.teacher_precision}.",
         "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
         "resamples of images.",
         f"Speed: {rounds} in turns on {table.threads} threads, decoding and tokenizing left out; in parentheses the "
         "5th and 95th percentile of the rounds' ratios. Peak memory: of a process of its own, libraries and all.",
     ]
+    if table.quarantined:
+        parts.append(f"Left out: {table.quarantined:,} quarantined images of the split.")
     if table.zero_shot_dataset is not None:
         count = len(table.zero_shot_prompts)
         parts.append(
             f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images of {table.zero_shot_classes} "
             f"classes, {count} prompt{'' if count == 1 else 's'} a class, such as {table.zero_shot_prompts[0]!r}."
         )
+        if table.zero_shot_lost:
+            parts.append(f"Left out: {table.zero_shot_lost:,} of its images, which not all models could use.")
     parts.append(
         f"Checkpoint {table.checkpoint} of {table.run}{chosen}. Measured {table.date} on {table.hardware} with "
         + ", ".join(f"{name} {version}" for name, version in table.versions.items())

@@ -32,10 +32,12 @@ from tests.pipeline.train_work import make_cache, make_student, train_config
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """A run of two epochs, of another width than its teacher; its cache beside it."""
+    """A run of two epochs, of another width than its teacher, its token embedding factorised; its cache beside it."""
     folder = tmp_path_factory.mktemp("trained")
     cache = make_cache(folder, tiny_teacher)
-    train(train_config(cache, make_student(folder / "small.json"), folder / "run"))
+    student = make_student(folder / "small.json")
+    student.write_text(json.dumps({**json.loads(student.read_text()), "token_embedding_rank": 8}))
+    train(train_config(cache, student, folder / "run"))
     return folder / "run"
 
 
@@ -46,7 +48,7 @@ def settings(trained: Path, teacher: Path, out: Path, **changes: Any) -> DeployC
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of five pictures each."""
+    """Three classes of five pictures each, and a strip that no model can use."""
     root = tmp_path_factory.mktemp("pictures")
     for name, colour in (("red", (200, 30, 30)), ("green", (30, 200, 30)), ("blue", (30, 30, 200))):
         (root / name).mkdir()
@@ -54,6 +56,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rng = np.random.default_rng([number, *colour])
             pixels = rng.integers(0, 55, (40, 50, 3)) + np.array(colour)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    Image.new("RGB", (1, 200_000)).save(root / "red" / "strip.png")
     return root
 
 
@@ -131,11 +134,25 @@ def test_the_table_is_whole(deployed: tuple[Path, DeployResult]) -> None:
     assert int8.int8_share > 0.5
     assert int8.bytes < 0.5 * table.rows[2].bytes
     markdown = (out / "table.md").read_text()
+    assert (table.zero_shot_images, table.zero_shot_classes, table.zero_shot_lost) == (15, 3, 1)
+    assert "Left out: 1 of its images" in markdown
+    # open_clip's file has the product of the factors, the student and its towers the factors
+    assert table.rows[1].bytes < 0.5 * result.deployment.weights.bytes
+    assert table.rows[2].bytes == pytest.approx(table.rows[1].bytes, rel=0.1)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert markdown in (out / "README.md").read_text()
     with Image.open(out / "table.png") as picture:
         assert picture.width > 1000
+
+
+def test_it_says_nothing_of_where_it_was_made(
+    deployed: tuple[Path, DeployResult], trained: Path, pictures: Path
+) -> None:
+    out, _ = deployed
+    for path in out.iterdir():
+        for place in (out.parent, trained.parent, pictures):
+            assert str(place).encode() not in path.read_bytes(), path.name
 
 
 def test_memory_without_torch_is_less(deployed: tuple[Path, DeployResult]) -> None:
@@ -181,12 +198,19 @@ def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("weight", "least", "most"), [("visual.proj", 0.8, 1.2), ("text_projection", np.nan, np.nan)])
 def test_weights_that_are_not_the_student_ship_nothing(
-    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weight: str,
+    least: float,
+    most: float,
+    trained: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def another(source: Path, target: Path) -> None:
         state = load_file(source)
-        state["visual.proj"] = state["visual.proj"] * torch.linspace(0.8, 1.2, len(state["visual.proj"]))[:, None]
+        state[weight] = state[weight] * torch.linspace(least, most, len(state[weight]))[:, None]
         save_file(state, target)
 
     monkeypatch.setattr(deploy_files.shutil, "copyfile", another)
@@ -235,7 +259,9 @@ def test_what_cannot_be_int8_is_said_and_not_shipped(
     assert not (tmp_path / "out" / "text.int8.onnx").exists()
     assert result.deployment.not_quantised == {"text": "text.onnx: too little of it is int8"}
     assert result.table.rows[-1].name == "ONNX int8 image, fp32 text"
-    assert "too little of it is int8" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "too little of it is int8" in card
+    assert 'variant="fp32"' in card  # the one that has both towers
     with pytest.raises(UsageError, match="too little of it is int8"):
         StudentRuntime(tmp_path / "out", "int8").embed_texts(["a"])
 
