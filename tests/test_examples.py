@@ -92,6 +92,9 @@ def test_search_folder_of_nothing_and_of_no_student(pictures: Path, tiny_deploym
     (tmp_path / "empty").mkdir()
     done = search(tmp_path / "empty", "a cat", "--student", tiny_deployment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = search(tmp_path / "nowhere", "a cat", "--student", tiny_deployment)
+    assert done.returncode == 2
+    assert "nowhere: no such folder of pictures" in done.stderr
     done = search(pictures, "a cat", "--student", tmp_path)
     assert done.returncode == 2
     assert "no deployed student here" in done.stderr

@@ -196,6 +196,15 @@ def test_peak_memory_is_that_of_the_model_alone() -> None:
     assert found.cuda_peak_bytes is None
 
 
+def test_a_folder_called_pipeline_where_the_user_is_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise RuntimeError('somebody else')")
+    monkeypatch.chdir(tmp_path)
+    assert probe(kept_mb=1, image_mb=1, loading_mb=1).peak_bytes > 0
+
+
 def test_a_probe_that_fails_says_why() -> None:
     with pytest.raises(ChildProcessError, match=r"memory_models:refused: .* ended with 1: ValueError: nothing here"):
         measure_peak_memory(ProbeRequest(loader="tests.pipeline.memory_models:refused"))
