@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from storage.commits import QuarantinedRow
+from storage.commits import QuarantinedRow, Tower
 from storage.diff import diff_caches
 from storage.errors import UsageError
 from storage.manifest import Layout, Source
+from storage.reader import EmbeddingReader
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 from tests.conftest import cache_digest, known_arrays, make_identity, plan_known_cache
@@ -158,6 +159,22 @@ def test_drift_is_the_cosine_of_the_two_rows(tmp_path: Path) -> None:
     shown = run.invoke(app, ["diff", a, b]).stdout
     assert "identity: teacher.weights_sha256: " in shown
     assert "embeddings of 12 images: 0 equal bit for bit; cosine mean 0.99" in shown
+
+
+def test_drift_holds_a_block_of_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = make(tmp_path / "a", BASE), make(tmp_path / "b", [BASE[0], *BASE[:0:-1]], tilt=0.1)
+    whole = diff_caches(a, b)
+    asked: list[int] = []
+    take = EmbeddingReader.take
+
+    def noted(self: EmbeddingReader, tower: Tower, rows: Any, view: Any = 0, array: str = "embedding") -> Any:
+        asked.append(len(rows))
+        return take(self, tower, rows, view, array)
+
+    monkeypatch.setattr(EmbeddingReader, "take", noted)
+    monkeypatch.setattr("storage.diff._BLOCK_ROWS", 5)
+    assert diff_caches(a, b) == whole
+    assert asked == [5, 5, 5, 5, 2, 2, *[5] * 8, 4, 4]  # 12 images and 24 captions of both
 
 
 def test_quarantined_rows_are_left_out_and_large_caches_drawn_from(tmp_path: Path) -> None:
