@@ -72,10 +72,13 @@ class LocalFiles:
         return (self._root / key).is_file()
 
     def folders(self, prefix: str = "") -> list[str]:
-        """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty."""
+        """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty.
+
+        Links to folders count as folders; what cannot be looked at (a link to itself) is left out.
+        """
         try:
             with os.scandir(self._root / prefix) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+                return sorted(entry.name for entry in entries if _is_folder(entry))
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
 
@@ -112,6 +115,13 @@ class LocalFiles:
         for key in found:
             self.delete(key)
         return len(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
