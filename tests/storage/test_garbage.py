@@ -174,6 +174,13 @@ def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatc
     fill(location)
     before = cache_digest(location)
     open_files(location).write("stray", b"12345")
-    assert [(each.key, each.nbytes) for each in collect_garbage(location).found] == [("stray", 5)]
+    # of a process that was killed between the two puts by which it proves that the store can create exclusively
+    probe = f".partial-{this_process().model_copy(update={'pid': ended()}).tag}-0123abcd"
+    open_files(location).write(probe, b"first")
+    assert [(each.key, each.kind, each.nbytes) for each in collect_garbage(location).found] == [
+        (probe, "partial", 5),
+        ("stray", "unknown-file", 5),
+    ]
     collect_garbage(location, delete=True)
     assert cache_digest(location) == before
+    assert open_files(location).partials() == []
