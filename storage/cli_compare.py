@@ -32,7 +32,7 @@ def diff(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Compare two caches: identity, images added, removed, changed, drift of embeddings. Exit 1 if they differ."""
+    """Compare two caches: identity, images added, removed, changed, drift of embeddings. Exit 1 unless the same."""
     from storage.console import StageProgress
     from storage.diff import diff_caches
 
@@ -118,11 +118,15 @@ def _diff_lines(found: CacheDiff) -> list[str]:
     for name, drift in (("image", found.images), ("caption", found.captions)):
         if drift is not None:
             lines += _drift_lines(name, drift)
+    if found.images_in_one:
+        lines.append(f"{counted(found.images_in_one, 'image')} with an embedding in one of the two only")
     if found.sampled:
         lines.append("some of the rows that both have were compared; --rows compares more")
     if found.not_compared:
         lines.append(f"embeddings not compared: {found.not_compared}")
-    return [*lines, "the same" if found.same else "they differ"]
+    if found.same or found.differs:
+        return [*lines, "the same" if found.same else "they differ"]
+    return [*lines, "nothing that was compared differs"]
 
 
 def _drift_lines(name: str, drift: Drift) -> list[str]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from storage.commits import Tower
 from storage.drawn_rows import draw_rows
-from storage.errors import CacheIncompleteError
+from storage.errors import CacheIncompleteError, UsageError
 from storage.files import open_files
 from storage.manifest import CacheManifest
 from storage.nearest import unit_rows
@@ -26,7 +26,8 @@ from storage.tables import CAPTIONS, SAMPLES, read_table
 __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
 
 _NAMED = 20
-_MEMORY_BYTES = 64 << 20  # each chunk is read once
+_MEMORY_BYTES = 64 << 20  # of a block of rows each chunk is read once
+_BLOCK_ROWS = 8_192  # held in float64 of both caches: 0.2 GB at a width of 1,024
 _NAMES = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
 
 Progress = Callable[[str, int, int], None]
@@ -73,7 +74,8 @@ class CacheDiff(BaseModel, frozen=True):
 
     a: str
     b: str
-    same: bool = Field(description="Nothing that is listed here differs.")
+    same: bool = Field(description="Embeddings were compared, and neither they nor anything else here differs.")
+    differs: bool = Field(description="Something does. Neither this nor same: as far as it was compared, nothing does.")
     manifest_a: str
     manifest_b: str
     identity: tuple[FieldDifference, ...] = Field(description="Fields that make two caches different ones.")
@@ -83,6 +85,7 @@ class CacheDiff(BaseModel, frozen=True):
     images_removed: int = Field(description="In a only.")
     images_changed: int
     images_moved: int = Field(description="In both, as another row.")
+    images_in_one: int = Field(description="In both, but only one has an embedding of the view.")
     added: tuple[str, ...] = Field(description="The first sample_ids.")
     removed: tuple[str, ...]
     changed: tuple[RowChange, ...]
@@ -95,7 +98,7 @@ class CacheDiff(BaseModel, frozen=True):
 def diff_caches(
     a: str, b: str, view: int = 0, most: int = 20_000, seed: int = 0, progress: Progress | None = None
 ) -> CacheDiff:
-    """Compare two caches; embeddings only where both can be read and are of one width.
+    """Compare two caches; embeddings only where both can be read and are of one width. Without, they are not the same.
 
     Args:
         view: of the images whose embeddings are compared.
@@ -103,9 +106,13 @@ def diff_caches(
         progress: called with (stage, done, total).
 
     Raises:
+        UsageError: neither has such a view.
         CacheError: one of them cannot be read.
     """
     first, second = _Side(a), _Side(b)
+    views = max(side.manifest.layout.views for side in (first, second))
+    if not 0 <= view < views:
+        raise UsageError(f"neither {a} nor {b} has a view {view}; views 0 to {views - 1} can be compared")
     identity = tuple(
         FieldDifference(field=each.field, a=each.found, b=each.wanted)
         for each in first.manifest.identity.differences(second.manifest.identity)
@@ -117,14 +124,16 @@ def diff_caches(
     changes = _changes(first, second, common, row_b[common])
     changed = np.flatnonzero(np.any(list(changes.values()), axis=0))
     drift = _drifts(first, second, common, row_b[common], changes, view, most, seed, progress)
-    images, captions, sampled, reason = drift
+    images, captions, sampled, in_one, reason = drift
     layout = _fields(first.manifest.layout.fields(), second.manifest.layout.fields())
-    differs = [len(identity), len(layout), len(added), int((row_b < 0).sum()), len(changed)]
+    differs = [len(identity), len(layout), len(added), int((row_b < 0).sum()), len(changed), in_one]
     differs += [drift.compared - drift.equal for drift in (images, captions) if drift is not None]
+    other = any(differs) or first.manifest.sealed != second.manifest.sealed
     return CacheDiff(
         a=a,
         b=b,
-        same=not any(differs) and first.manifest.sealed == second.manifest.sealed,
+        same=not other and reason is None,
+        differs=other,
         manifest_a=first.manifest.digest,
         manifest_b=second.manifest.digest,
         identity=identity,
@@ -134,6 +143,7 @@ def diff_caches(
         images_removed=int((row_b < 0).sum()),
         images_changed=len(changed),
         images_moved=int((row_b[common] != common).sum()),
+        images_in_one=in_one,
         added=tuple(second.samples["sample_id"].take(added[:_NAMED]).to_pylist()),
         removed=tuple(ids.take(np.flatnonzero(row_b < 0)[:_NAMED]).to_pylist()),
         changed=tuple(
@@ -204,18 +214,22 @@ def _drifts(
     most: int,
     seed: int,
     progress: Progress | None,
-) -> tuple[Drift | None, Drift | None, bool, str | None]:
+) -> tuple[Drift | None, Drift | None, bool, int, str | None]:
     widths = a.manifest.layout.embed_dim, b.manifest.layout.embed_dim
     if widths[0] != widths[1]:
-        return None, None, False, f"the embeddings are {widths[0]} and {widths[1]} wide"
+        return None, None, False, 0, f"the embeddings are {widths[0]} and {widths[1]} wide"
     try:
         reader_a, reader_b = (EmbeddingReader(side.location, memory_bytes=_MEMORY_BYTES) for side in (a, b))
     except CacheIncompleteError as error:
-        return None, None, False, str(error)
+        return None, None, False, 0, str(error)
     if view >= min(reader_a.views, reader_b.views):
-        return None, None, False, f"there is no view {view} in both: {reader_a.views} and {reader_b.views} views"
+        return None, None, False, 0, f"there is no view {view} in both: {reader_a.views} and {reader_b.views} views"
     lost_a, lost_b = (np.array(list(reader.quarantined_in(view)), np.int64) for reader in (reader_a, reader_b))
-    usable = ~changes["content"] & ~np.isin(rows_a, lost_a) & ~np.isin(rows_b, lost_b)
+    there_a, there_b = ~np.isin(rows_a, lost_a), ~np.isin(rows_b, lost_b)
+    in_one = int((there_a != there_b).sum())
+    usable = ~changes["content"] & there_a & there_b
+    if not usable.any():
+        return None, None, False, in_one, f"no image of the same bytes has an embedding of view {view} in both"
     same_a = rows_a[usable]
     drawn = draw_rows(same_a, a.manifest.layout.image_chunk_rows, most, seed)
     number_b = np.full(a.manifest.layout.image_rows, -1, np.int64)
@@ -230,7 +244,7 @@ def _drifts(
     captions = _drift(reader_a, reader_b, "text", text_a, text_b, 0, ids, same_captions[place])
     if progress is not None:
         progress("compare", 2, 2)
-    return images, captions, len(drawn) < len(same_a), None
+    return images, captions, len(drawn) < len(same_a), in_one, None
 
 
 def _drift(
@@ -244,9 +258,12 @@ def _drift(
     owners: _Rows,
 ) -> Drift:
     """Of pairs of rows; ``owners`` are the rows of their images in ``a``, whose names ``ids`` has."""
-    left, right = a.take(tower, rows_a, view), b.take(tower, rows_b, view)
-    cosines = np.einsum("nd,nd->n", unit_rows(left).astype(np.float64), unit_rows(right).astype(np.float64))
-    equal = (left == right).all(axis=1)
+    cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
+    for start in range(0, len(rows_a), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        left, right = a.take(tower, rows_a[part], view), b.take(tower, rows_b[part], view)
+        cosines[part] = np.einsum("nd,nd->n", unit_rows(left).astype(np.float64), unit_rows(right).astype(np.float64))
+        equal[part] = (left == right).all(axis=1)
     cosines[equal] = 1.0
     worst = np.lexsort((rows_a, cosines))[:_NAMED]
     return Drift(

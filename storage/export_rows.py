@@ -152,13 +152,14 @@ def _write_npy(
     count: Callable[[int], None],
 ) -> None:
     def write(unfinished: Path) -> None:
-        shape = (len(rows), reader.embed_dim)
-        values = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            values[start : start + len(part)] = reader.take(tower, part, view)
-            count(len(part))
-        values.flush()
+        header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), reader.embed_dim)}
+        # not a memory map: on a full disk that ends the process by SIGBUS, and a write raises OSError
+        with unfinished.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = rows[start : start + _ROWS_AT_ONCE]
+                file.write(reader.take(tower, part, view).astype("<f2", copy=False).data)
+                count(len(part))
 
     _put(path, write)
 
@@ -190,5 +191,8 @@ def _put(path: Path, write: Callable[[Path], object]) -> None:
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         unfinished.unlink(missing_ok=True)

@@ -49,15 +49,19 @@ def collect_garbage(location: str, delete: bool = False) -> GarbageReport:
         CacheCorruptError, CacheFormatError: manifest or backup cannot be used, so that nobody knows what belongs here.
     """
     files = open_files(location)
-    known = known_keys(files)
+    # listed before the manifests are read: a writer names a key in them before it puts the object there
+    keys = files.list()
     found = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
     found += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
+    known = known_keys(files)
     found += [
         Garbage(key=key, kind="unknown-file", nbytes=_size(files, key))
-        for key in files.list()
+        for key in keys
         if key not in known and not key.startswith(f"{CLAIMS}/")
     ]
     if delete:
+        known = known_keys(files)  # views planned since then make known what was unknown
+        found = [each for each in found if each.key not in known]
         for each in found:
             files.delete(each.key)
     return GarbageReport(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from storage.commits import COMMITS, all_chunks
 from storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, LocalFiles, open_files
 from storage.manifest import MANIFEST_KEY, CacheManifest
 from storage.shapes import target_bytes
 
@@ -49,7 +49,8 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
     """Find caches at and below a location, and read what each says of itself; never an embedding.
 
     A folder with a ``manifest.json`` of ours is a cache, and is not entered. One manifest per cache is read, and the
-    names of the commits of those that are not complete.
+    names of the commits of those that are not complete. A folder that several links lead to is looked into once, and
+    one below the location that may not be entered counts as empty.
 
     Args:
         depth: levels of folders below the location that are looked into.
@@ -63,9 +64,15 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
         raise CacheNotFoundError(f"{location}: no such folder. Check the path; ls looks for caches in and below it.")
     found: list[ListedCache] = []
     queue: deque[tuple[str, int]] = deque([("", 0)])
+    seen: set[str] = set()
     entered = beyond = 0
     while queue:
         folder, level = queue.popleft()
+        if isinstance(files, LocalFiles):
+            real = os.path.realpath(Path(files.location, folder))
+            if real in seen:
+                continue
+            seen.add(real)
         cache = _cache_at(files, folder)
         if cache is not None:
             found.append(cache)
@@ -93,6 +100,8 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
     except OSError as error:
         if isinstance(error, CacheError):
             raise
+        if folder and isinstance(error, PermissionError) and not _may_enter(files, key):
+            return None
         return ListedCache(location=where, problem=f"{key}: cannot be read: {error.strerror or error}")
     if _of_another_tool(data):
         return None
@@ -119,6 +128,15 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
         committed_bytes=target_bytes(layout, committed),
         modified=files.stat(key).modified,
     )
+
+
+def _may_enter(files: CacheFiles, key: str) -> bool:
+    """Whether the folder of a file that may not be read tells at least that it is there."""
+    try:
+        files.stat(key)
+    except OSError:
+        return False
+    return True
 
 
 def _of_another_tool(data: bytes) -> bool:

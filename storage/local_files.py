@@ -7,15 +7,14 @@ import errno
 import os
 import re
 import secrets
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from storage.processes import ProcessName, this_process
 
-__all__ = ["PARTIAL", "LocalFiles", "ObjectStat"]
+__all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind"]
 
 PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
 """Names of what is not finished; no location lists them."""
@@ -72,10 +71,13 @@ class LocalFiles:
         return (self._root / key).is_file()
 
     def folders(self, prefix: str = "") -> list[str]:
-        """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty."""
+        """See :class:`storage.files.CacheFiles`. A folder that may not be read counts as empty.
+
+        Links to folders count as folders; what cannot be looked at (a link to itself) is left out.
+        """
         try:
             with os.scandir(self._root / prefix) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+                return sorted(entry.name for entry in entries if _is_folder(entry))
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
 
@@ -83,11 +85,9 @@ class LocalFiles:
         """See :class:`storage.files.CacheFiles`."""
         found = []
         for folder, _, names in os.walk(self._root):
-            for name in names:
-                match = PARTIAL.match(name)
-                if match and _left_behind(Path(folder) / name, match["process"]):
-                    found.append((Path(folder) / name).relative_to(self._root).as_posix())
-        return sorted(found)
+            base = Path(folder).relative_to(self._root)
+            found += [(base / name).as_posix() for name in names if PARTIAL.match(name)]
+        return sorted(key for key in found if left_behind(key, self.stat))
 
     def list(self, prefix: str = "") -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
@@ -112,6 +112,13 @@ class LocalFiles:
         for key in found:
             self.delete(key)
         return len(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -181,12 +188,16 @@ def _claim(partial: Path, target: Path) -> bool:
     return True
 
 
-def _left_behind(partial: Path, process: str) -> bool:
-    """Whether whoever wrote it has ended; of another machine, or before a restart of this one, by its age."""
-    alive = ProcessName.of_tag(process).alive()
+def left_behind(key: str, stat: Callable[[str], ObjectStat]) -> bool:
+    """Whether an object is unfinished and its writer has ended; of another machine, or before a restart, by its age."""
+    match = PARTIAL.match(key.rpartition("/")[2])
+    if match is None:
+        return False
+    alive = ProcessName.of_tag(match["process"]).alive()
     if alive is not None:
         return not alive
     try:
-        return time.time() - partial.stat().st_mtime > _GIVEN_UP_SECONDS
+        modified = stat(key).modified
     except FileNotFoundError:
         return False
+    return modified is not None and (datetime.now(UTC) - modified).total_seconds() > _GIVEN_UP_SECONDS

@@ -16,6 +16,7 @@ __all__ = ["NO_POSITIVE", "first_positive_ranks", "near_pairs", "nearest", "reca
 
 NO_POSITIVE = int(np.iinfo(np.int64).max)
 _BLOCK_BYTES = 64 << 20
+_KEPT_ROWS = 4_096
 _Floats = NDArray[np.float32]
 _Rows = NDArray[np.int64]
 
@@ -47,6 +48,8 @@ def _exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) 
 def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -> tuple[_Rows, NDArray[np.float64]]:
     """The k nearest rows of a gallery that comes in blocks: best first, equal scores by row number.
 
+    Holds at most max(8 k, 4,096) rows per query and a block, however many are tied.
+
     Args:
         queries: (n, dim).
         blocks: row numbers (m,) and rows (m, dim), each row once, in any order; read once.
@@ -71,14 +74,22 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
             rows[at] = np.concatenate([rows[at][held], numbers[new]])
             kept[at] = np.concatenate([kept[at][held], block[new]])
             rough[at] = np.concatenate([rough[at][held], here[new]])
+            if len(rows[at]) > max(8 * k, _KEPT_ROWS):  # near-ties, of a collapsed teacher say
+                order, _ = _best(queries, at, rows[at], kept[at], k)
+                rows[at], kept[at], rough[at] = rows[at][order], kept[at][order], rough[at][order]
     found = np.empty((len(queries), min(k, total)), np.int64)
     best = np.empty(found.shape)
     for at in range(len(queries)):
-        size = len(rows[at])
-        exact = _exact_scores(queries, kept[at], np.full(size, at), np.arange(size))
-        order = np.lexsort((rows[at], -exact))[: found.shape[1]]
-        found[at], best[at] = rows[at][order], exact[order]
+        order, best[at] = _best(queries, at, rows[at], kept[at], k)
+        found[at] = rows[at][order]
     return found, best
+
+
+def _best(queries: _Floats, at: int, rows: _Rows, kept: _Floats, k: int) -> tuple[_Rows, NDArray[np.float64]]:
+    """Places of the best k of one query's rows, by float64 score and then row, and their scores."""
+    exact = _exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
+    order = np.lexsort((rows, -exact))[:k]
+    return order, exact[order]
 
 
 def first_positive_ranks(queries: _Floats, gallery: _Floats, query_group: _Rows, gallery_group: _Rows) -> _Rows:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
-from storage.local_files import PARTIAL, ObjectStat
+from storage.local_files import PARTIAL, ObjectStat, left_behind
 from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
@@ -218,11 +218,11 @@ class RemoteFiles:
         return sorted({name for name in names if name})
 
     def partials(self) -> list[str]:
-        """None: an unfinished put leaves no object."""
-        return []
+        """See :class:`storage.files.CacheFiles`. Of :meth:`create` only: a put is whole or not at all."""
+        return [key for key in self._find() if left_behind(key, self.stat)]
 
-    def list(self, prefix: str = "") -> list[str]:
-        """See :class:`storage.files.CacheFiles`."""
+    def _find(self, prefix: str = "") -> list[str]:
+        """As :meth:`list`, with what is not finished."""
         folder = prefix.rstrip("/")
 
         def find(fs: Any, path: str) -> list[str]:
@@ -240,13 +240,12 @@ class RemoteFiles:
         # consoles leave empty objects with a slash at the end to show folders; an object of the folder's own name
         # is not below it
         return sorted(
-            key
-            for key in keys
-            if key.startswith(f"{folder}/" if folder else "")
-            and not key.endswith("/")
-            and key
-            and not PARTIAL.match(key.rpartition("/")[2])
+            key for key in keys if key.startswith(f"{folder}/" if folder else "") and not key.endswith("/") and key
         )
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See :class:`storage.files.CacheFiles`."""
+        return [key for key in self._find(prefix) if not PARTIAL.match(key.rpartition("/")[2])]
 
     def stat(self, key: str) -> ObjectStat:
         """See :class:`storage.files.CacheFiles`."""
@@ -266,7 +265,7 @@ class RemoteFiles:
             return
 
     def remove_partials(self) -> int:
-        """Nothing to do: an unfinished put leaves no object."""
+        """Does nothing: the few bytes that :meth:`partials` may find are not worth a listing of the whole cache."""
         return 0
 
     def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None) -> _Result:

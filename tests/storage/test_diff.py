@@ -12,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from storage.commits import QuarantinedRow
+from storage.commits import QuarantinedRow, Tower
 from storage.diff import diff_caches
+from storage.errors import UsageError
 from storage.manifest import Layout, Source
+from storage.reader import EmbeddingReader
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 from tests.conftest import cache_digest, known_arrays, make_identity, plan_known_cache
@@ -159,6 +161,22 @@ def test_drift_is_the_cosine_of_the_two_rows(tmp_path: Path) -> None:
     assert "embeddings of 12 images: 0 equal bit for bit; cosine mean 0.99" in shown
 
 
+def test_drift_holds_a_block_of_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = make(tmp_path / "a", BASE), make(tmp_path / "b", [BASE[0], *BASE[:0:-1]], tilt=0.1)
+    whole = diff_caches(a, b)
+    asked: list[int] = []
+    take = EmbeddingReader.take
+
+    def noted(self: EmbeddingReader, tower: Tower, rows: Any, view: Any = 0, array: str = "embedding") -> Any:
+        asked.append(len(rows))
+        return take(self, tower, rows, view, array)
+
+    monkeypatch.setattr(EmbeddingReader, "take", noted)
+    monkeypatch.setattr("storage.diff._BLOCK_ROWS", 5)
+    assert diff_caches(a, b) == whole
+    assert asked == [5, 5, 5, 5, 2, 2, *[5] * 8, 4, 4]  # 12 images and 24 captions of both
+
+
 def test_quarantined_rows_are_left_out_and_large_caches_drawn_from(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a", BASE, lost=(3,)), make(tmp_path / "b", BASE, lost=(6,))
     found = diff_caches(a, b)
@@ -179,7 +197,8 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     part = diff_caches(a, str(tmp_path / "part"))
     assert part.not_compared is not None
     assert "0 of 10 chunks are there. Run the same precompute command again" in part.not_compared
-    assert "no view 1 in both: 1 and 1 views" in str(diff_caches(a, a, view=1).not_compared)
+    empty = make(tmp_path / "empty", BASE, lost=tuple(range(12)))
+    assert diff_caches(empty, empty).not_compared == "no image of the same bytes has an embedding of view 0 in both"
     # planned and made are not the same cache, though they are of the same
     writer_path = tmp_path / "made"
     plan_known_cache(writer_path)
@@ -188,6 +207,35 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         writer.write(ref, known_arrays(writer, ref))
     writer.seal()
     assert not diff_caches(str(writer_path), str(tmp_path / "part")).same
+
+
+def test_an_embedding_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", BASE), make(tmp_path / "b", BASE, lost=(3,))
+    for pair in ((a, b), (b, a)):
+        found = diff_caches(*pair)
+        assert (found.same, found.differs, found.images_in_one, found.images_changed) == (False, True, 1, 0)
+    done = run.invoke(app, ["diff", a, b])
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[-2:] == ["1 image with an embedding in one of the two only", "they differ"]
+    both = diff_caches(b, make(tmp_path / "c", BASE, lost=(3,)))
+    assert (both.same, both.differs, both.images_in_one) == (True, False, 0)
+
+
+def test_caches_that_were_not_compared_are_not_the_same(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plan_known_cache(tmp_path / name)
+    done = run.invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert done.exit_code == 1
+    assert "embeddings not compared: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "nothing that was compared differs"
+    found = diff_caches(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (found.same, found.differs) == (False, False)
+
+
+def test_a_view_that_neither_has_is_refused(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", BASE)
+    with pytest.raises(UsageError, match="has a view 1; views 0 to 0 can be compared"):
+        diff_caches(a, a, view=1)
 
 
 def test_a_cache_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -107,3 +107,36 @@ def test_an_export_that_was_cut_off_has_no_half_files(
         export_rows(str(known_cache), str(tmp_path / "e"))
     left = {path.name for path in (tmp_path / "e").rglob("*") if path.is_file()}
     assert left == {"img_emb_0.npy", "text_emb_0.npy"}  # whole ones; export.json says when all is there
+
+
+def test_rows_are_written_one_part_after_the_other(
+    known_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of its whole size from the start has no room of its own, and a full disk then kills the process."""
+    monkeypatch.setattr("storage.export_rows._ROWS_AT_ONCE", 4)
+    sizes = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        sizes.extend(path.stat().st_size for path in (tmp_path / "e").rglob("*.partial"))
+
+    export_rows(str(known_cache), str(tmp_path / "e"), progress=look)
+    path = tmp_path / "e/img_emb/img_emb_0.npy"
+    assert len(sizes) == 6
+    assert max(sizes) < path.stat().st_size
+    np.save(tmp_path / "by_numpy.npy", np.stack([known_row("image", row) for row in range(10)]))
+    assert path.read_bytes() == (tmp_path / "by_numpy.npy").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file(
+    known_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "e/img_emb"
+
+    folder.mkdir(parents=True)
+    (folder / ".img_emb_0.npy.partial").symlink_to("/dev/full")
+    monkeypatch.setattr("storage.export_rows._new_folder", Path)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        export_rows(str(known_cache), str(tmp_path / "e"))
+    assert full.value.filename == str(folder / "img_emb_0.npy")
+    assert list(folder.iterdir()) == []

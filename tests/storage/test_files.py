@@ -269,6 +269,25 @@ class TestRemoteFiles(FilesContract):
         data: bytes = fsspec.filesystem("memory").cat_file(files.location.removeprefix("memory:/") + "/" + key)
         return data
 
+    def test_what_a_killed_proof_of_create_left_is_shown(
+        self, files: CacheFiles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dead = subprocess.Popen([sys.executable, "-c", "pass"])
+        dead.wait()
+        here = this_process()
+        names = {
+            "live": here,
+            "left": here.model_copy(update={"pid": dead.pid}),
+            "elsewhere": here.model_copy(update={"machine": "elsewhere"}),
+        }
+        keys = {name: f".partial-{process.tag}-0123abcd" for name, process in names.items()}
+        for key in (*keys.values(), "a/b"):
+            files.write(key, b"first")
+        assert files.list() == ["a/b"]
+        assert files.partials() == [keys["left"]]
+        monkeypatch.setattr("storage.local_files._GIVEN_UP_SECONDS", -1.0)
+        assert files.partials() == sorted([keys["left"], keys["elsewhere"]])
+
 
 def test_a_location_chooses_its_kind(tmp_path: Path) -> None:
     assert isinstance(open_files(tmp_path), LocalFiles)

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from storage.claims import CLAIMS, Claims, left_claims
 from storage.errors import CacheCorruptError, CacheNotFoundError
-from storage.files import open_files
-from storage.garbage import collect_garbage
+from storage.files import CacheFiles, open_files
+from storage.garbage import collect_garbage, known_keys
 from storage.identity import ViewsIdentity
 from storage.integrity import verify_cache
 from storage.local_files import LocalFiles
 from storage.processes import this_process
-from storage.root import read_manifest
+from storage.root import read_manifest, write_manifest
 from tests.conftest import cache_digest, plan_known_cache
 from tests.object_store import ObjectStore
 from tests.storage.test_look import fill
@@ -122,6 +122,32 @@ def test_chunks_in_the_making_and_views_that_are_planned_are_known(known_cache: 
     assert [each.key for each in collect_garbage(str(known_cache)).found] == ["targets.zarr/image/embedding/c/1/2/0"]
 
 
+@pytest.mark.parametrize("there_before", [False, True])
+def test_views_that_are_begun_meanwhile_are_kept(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    """A precompute plans views and writes its first chunk once gc has read the manifests."""
+    files = LocalFiles(str(known_cache))
+    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
+    chunk = "targets.zarr/image/embedding/c/1/1/0"
+    if there_before:
+        files.write(chunk, b"of an earlier try")
+    begun = False
+
+    def known_and_then_a_precompute(files: CacheFiles) -> set[str]:
+        nonlocal begun
+        known = known_keys(files)
+        if not begun:
+            begun = True
+            write_manifest(files, read_manifest(files).with_views(views, {}, {}))
+            files.write(chunk, b"of view 1")
+        return known
+
+    monkeypatch.setattr("storage.garbage.known_keys", known_and_then_a_precompute)
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+    assert files.read(chunk) == b"of view 1"
+
+
 def test_without_a_sound_root_nothing_is_garbage(known_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheNotFoundError):
         collect_garbage(str(tmp_path), delete=True)
@@ -148,6 +174,13 @@ def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatc
     fill(location)
     before = cache_digest(location)
     open_files(location).write("stray", b"12345")
-    assert [(each.key, each.nbytes) for each in collect_garbage(location).found] == [("stray", 5)]
+    # of a process that was killed between the two puts by which it proves that the store can create exclusively
+    probe = f".partial-{this_process().model_copy(update={'pid': ended()}).tag}-0123abcd"
+    open_files(location).write(probe, b"first")
+    assert [(each.key, each.kind, each.nbytes) for each in collect_garbage(location).found] == [
+        (probe, "partial", 5),
+        ("stray", "unknown-file", 5),
+    ]
     collect_garbage(location, delete=True)
     assert cache_digest(location) == before
+    assert open_files(location).partials() == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -322,6 +326,59 @@ def test_ls_as_people_see_it(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "1 folder deeper down not looked into; --depth 5 does" in run.invoke(app, ["ls"]).stdout
     assert run.invoke(app, ["ls", "web"]).stdout == "no cache in web (1 folder looked into)\n"
     assert answer("ls", "a/whole.cache")["caches"][0]["location"] == "a/whole.cache"
+
+
+def test_ls_follows_each_link_once(shelf: Path) -> None:
+    before = answer("ls", str(shelf), code=1)
+    (shelf / "loop").symlink_to("loop")
+    (shelf / "a/up").symlink_to("..")
+    (shelf / "a/b/here").symlink_to(".")
+    (shelf / "z").symlink_to("a/b")
+    assert answer("ls", str(shelf / "z"))["caches"][0]["location"] == str(shelf / "z/part.cache")
+    (shelf / "z").unlink()
+    assert answer("ls", str(shelf), code=1) == before
+
+
+def denied(*_: object) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_ls_passes_over_a_folder_that_may_not_be_entered(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = answer("ls", str(shelf / "a"))
+    (shelf / "a/lost+found").mkdir()
+    for name in ("read", "stat"):
+        call = getattr(LocalFiles, name)
+        monkeypatch.setattr(
+            LocalFiles,
+            name,
+            lambda files, key, call=call: denied() if key.startswith("lost+found/") else call(files, key),
+        )
+    found = answer("ls", str(shelf / "a"))
+    assert (found["caches"], found["folders"]) == (before["caches"], before["folders"] + 1)
+
+
+def test_ls_passes_over_an_entry_that_may_not_be_looked_at(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link into another user's folder, say."""
+    before = answer("ls", str(shelf), code=1)
+    (shelf / "closed").symlink_to("a")
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def closed(path: Any) -> Any:
+        with scandir(path) as entries:
+            yield [SimpleNamespace(name="closed", is_dir=denied) if each.name == "closed" else each for each in entries]
+
+    monkeypatch.setattr(os, "scandir", lambda path: (closed if path == shelf else scandir)(path))
+    assert answer("ls", str(shelf), code=1) == before
+
+
+def test_ls_shows_a_cache_whose_manifest_may_not_be_read(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalFiles, "read", lambda files, key: denied() if files.exists(key) else files.stat(key))
+    caches = {cache["location"]: cache["problem"] for cache in answer("ls", str(shelf / "a"), code=1)["caches"]}
+    assert caches == {
+        str(shelf / f"a/{name}"): f"{name}/manifest.json: cannot be read: Permission denied"
+        for name in ("b/part.cache", "whole.cache")
+    }
 
 
 def test_ls_of_nothing_says_what_to_check(tmp_path: Path) -> None:

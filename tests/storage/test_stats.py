@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.metrics import retrieval_recall, top_k
+from storage import nearest as nearest_module
 from storage.commits import QuarantinedRow
 from storage.drawn_rows import draw_rows
 from storage.errors import UsageError
@@ -56,6 +57,45 @@ def test_ranks_and_nearest_equal_those_of_the_metrics(seed: int, images: int, ca
         rows, scores = nearest(text, blocks, k)
         assert rows.tolist() == top_k(text, image, k).tolist()
         assert scores == pytest.approx(np.einsum("nd,nkd->nk", text.astype(float), image[rows].astype(float)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(1, 300),
+    k=st.integers(1, 6),
+    parts=st.integers(1, 12),
+    spread=st.sampled_from([0.0, 1e-8, 1e-7, 1e-5]),
+)
+def test_nearest_of_collapsed_rows_is_exact(seed: int, size: int, k: int, parts: int, spread: float) -> None:
+    """All rows equal or nearly so: more near-ties than are kept."""
+    rng = np.random.default_rng(seed)
+    gallery = (rng.standard_normal(8) + spread * rng.standard_normal((size, 8))).astype(np.float32)
+    queries = rng.standard_normal((3, 8)).astype(np.float32)
+    scores = (queries[:, None].astype(float) * gallery.astype(float)).sum(axis=2)
+    wanted = np.lexsort((np.broadcast_to(np.arange(size), scores.shape), -scores), axis=1)[:, :k]
+    blocks = [(part, gallery[part]) for part in np.array_split(rng.permutation(size), parts) if len(part)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storage.nearest._KEPT_ROWS", 4)
+        rows, exact = nearest(queries, blocks, k)
+    assert rows.tolist() == wanted.tolist()
+    assert exact == pytest.approx(np.take_along_axis(scores, wanted, axis=1), rel=1e-12)
+
+
+def test_nearest_keeps_no_more_of_collapsed_rows_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    exact_scores = nearest_module._exact_scores
+
+    def noted(queries: Any, gallery: Any, query: Any, row: Any) -> Any:
+        sizes.append(len(gallery))
+        return exact_scores(queries, gallery, query, row)
+
+    monkeypatch.setattr(nearest_module, "_exact_scores", noted)
+    gallery = np.ones((20_000, 4), np.float32)
+    blocks = ((part, gallery[part]) for part in np.array_split(np.arange(20_000)[::-1], 40))
+    rows, _ = nearest(gallery[:2], blocks, 3)
+    assert rows.tolist() == [[0, 1, 2]] * 2
+    assert max(sizes) <= 4_096 + 500
 
 
 def test_recall_of_nothing_is_refused() -> None:
