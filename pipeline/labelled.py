@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import ZeroShotConfig
-from pipeline.datasets.base import Sample, SampleSet
+from pipeline.datasets.base import Sample, SampleSet, printable
 from pipeline.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
 from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.prompts import Classes
@@ -156,7 +156,18 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
 
 
 def _by_captions(spec: DatasetSpec) -> LabelledDataset:
+    """Images whose captions are the prompts of their class.
+
+    Raises:
+        UsageError: an image without captions, or all with the same ones.
+    """
     samples, _ = load_samples(spec)
+    bare = next((sample.sample_id for sample in samples.samples if not sample.captions), None)
+    if bare is not None:
+        raise UsageError(
+            f"{spec}: the image {printable(bare)!r} has no caption, and captions are the prompts of its class; use "
+            "imagefolder:PATH, webdataset:PATH or torchvision:NAME:PATH, with --prompts and the like as flags"
+        )
     prompts = tuple(dict.fromkeys(sample.captions for sample in samples.samples))
     if len(prompts) < 2:
         raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")

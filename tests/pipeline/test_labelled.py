@@ -225,6 +225,13 @@ def test_names_of_tars_are_matched_with_those_of_a_set_by_name(tars: Path) -> No
         opened(f"webdataset:{tars}")
 
 
+def test_numbers_of_tars_with_names_of_their_own_are_not_taken_for_places(tars: Path) -> None:
+    # torchvision's order of FER2013, which is not that of the names in the set
+    (tars / "classnames.txt").write_text("anger\ndisgust\nfear\nhappiness\nsadness\nsurprise\nneutrality\n")
+    with pytest.raises(UsageError, match=r"no class name is surely that of"):
+        opened(f"webdataset:{tars}", prompts="fer2013")
+
+
 def test_an_image_without_a_label_is_counted(tars: Path, folders: Path) -> None:
     picture = (folders / "pug" / "0.png").read_bytes()
     write_tar(
@@ -345,3 +352,10 @@ def test_other_kinds_have_their_captions_as_prompts(folders: Path, tmp_path: Pat
     assert found.images.labels.tolist() == [0, 0, 1]
     with pytest.raises(UsageError, match="the captions of this kind are its prompts, so prompts cannot be set"):
         opened(f"table:{table}", prompts="pets")
+
+
+def test_images_without_captions_have_no_classes_by_captions(folders: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"the image 'British_Shorthair/1.png' has no caption, .* use imagefolder:PATH"
+    ):
+        opened(f"labelled:{folders}")
