@@ -247,6 +247,34 @@ def test_an_image_without_a_label_is_counted(tars: Path, folders: Path) -> None:
     assert truth(found)["test/2.tar/c"] == "1"
 
 
+def test_what_is_wrong_in_another_split_is_not_counted(tars: Path, folders: Path) -> None:
+    picture = (folders / "pug" / "0.png").read_bytes()
+    write_tar(tars / "train" / "0.tar", [("a.png", picture), ("b.png", picture), ("b.cls", "1"), ("b.cls", "2")])
+    write_tar(tars / "test" / "2.tar", [("a.png", picture)])
+    (tars / "train" / "1.tar").write_bytes(b"no tar")  # which images it had, nobody knows
+    found = opened(f"webdataset:{tars}", prompts="mnist", split="test")
+    assert found.lost_images == (
+        "test/2.tar/a: no label in KEY.cls beside the image; the number of its class is wanted",
+    )
+    assert found.samples is not None
+    assert [problem.where for problem in found.samples.problems] == ["test/2.tar/a", "train/1.tar"]
+    every = opened(f"webdataset:{tars}", prompts="mnist", split="all")
+    assert len(every.lost_images) == 2
+    assert every.samples is not None
+    assert len(every.samples.problems) == 4
+
+
+def test_what_lies_beside_the_classes_of_another_split_is_not_counted(folders: Path) -> None:
+    for split in ("train", "val"):
+        save_image(folders / split / "pug" / "9.png", 200)
+        save_image(folders / split / "stray.png", 90)
+        (folders / split / "pug" / "notes.txt").write_text("no image")
+    found = opened(f"imagefolder:{folders}", split="val")
+    assert found.lost_images == ("val/stray.png: an image outside the class folders",)
+    assert found.samples is not None
+    assert [problem.where for problem in found.samples.problems] == ["val/stray.png", "val/pug/notes.txt"]
+
+
 def test_torchvision_folders(tmp_path: Path) -> None:
     """EuroSAT's class folders, whose numbers clip-benchmark's names are known to follow."""
     base = tmp_path / "eurosat" / "2750"
