@@ -297,6 +297,15 @@ def test_torchvision_folders(tmp_path: Path) -> None:
         opened(f"torchvision:EuroSAT:{tmp_path}", split="test")
 
 
+def test_categories_of_caltech256_are_read_as_words(tmp_path: Path) -> None:
+    base = tmp_path / "caltech256" / "256_ObjectCategories"
+    for number, folder in enumerate(("001.ak47", "002.american-flag", "003.bonsai-101"), 1):
+        save_image(base / folder / f"{number:03d}_0001.jpg", 60 * number)
+    found = opened(f"torchvision:Caltech256:{tmp_path}")
+    assert list(truth(found).values()) == ["ak47", "american flag", "bonsai"]
+    assert found.prompts[1][0] == "a photo of a american flag."
+
+
 def test_torchvision_without_names_or_a_known_order_wants_a_file(tmp_path: Path) -> None:
     """GTSRB has numbers only. In the order of its own names they are known, in that of others nothing is."""
     images = tmp_path / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
