@@ -194,7 +194,8 @@ def test_what_clip_benchmark_itself_exports(tmp_path: Path) -> None:
     assert found.images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert [found.images.image(row).getpixel((0, 0)) for row in range(7)] == [(20 * n, 0, 0) for n in range(7)]
     assert found.prompts[2] == ("a photo of a guinea pig.", "the guinea pig.")
-    assert found.problems == {}
+    assert found.samples is not None
+    assert found.samples.problems == []
 
 
 def test_tars_without_names_count_in_the_order_of_a_list(tars: Path, tmp_path: Path) -> None:
@@ -239,7 +240,8 @@ def test_an_image_without_a_label_is_counted(tars: Path, folders: Path) -> None:
         [("a.png", picture), ("b.png", picture), ("b.cls", "-1"), ("c.png", picture), ("c.cls", "1"), ("d.cls", "1")],
     )
     found = opened(f"webdataset:{tars}", prompts="mnist")
-    assert found.problems == {"bad-record": 2}
+    assert found.samples is not None
+    assert [problem.kind for problem in found.samples.problems] == ["bad-record", "bad-record"]
     assert found.lost_images == (
         "test/2.tar/a: no label in KEY.cls beside the image; the number of its class is wanted",
         "test/2.tar/b: the label '-1' in KEY.cls beside the image; the number of its class is wanted",
