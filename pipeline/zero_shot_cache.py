@@ -20,7 +20,7 @@ from storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
-from storage.root import planned_manifest
+from storage.root import look_at_manifest
 
 __all__ = ["TeacherRows", "teacher_rows"]
 
@@ -100,7 +100,7 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
 def _planned(cache: str) -> bool:
     """Whether a cache was begun there, whose batches would be refused in another size."""
     try:
-        planned_manifest(open_files(cache))
+        look_at_manifest(open_files(cache))
     except CacheNotFoundError:
         return False
     return True
