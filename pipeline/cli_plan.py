@@ -39,7 +39,7 @@ def plan(
 ) -> None:
     """Say what precompute with the same flags will take: rows, bytes, hours, and from which epoch on it pays.
 
-    Encodes a few images in a temporary folder. Exit 1 if there is not enough room for the cache.
+    Encodes a few images in a temporary folder. Exit 1 if there is no room for the cache, or another one is there.
     """
     flags = {
         "dataset": dataset,
@@ -65,7 +65,7 @@ def plan(
         for line in _lines(found):
             Console(highlight=False).print(line, markup=False, soft_wrap=True)
     if not found.fits:
-        wanted, free = byte_size(found.target_bytes + found.table_bytes), byte_size(found.free_bytes or 0)
+        wanted, free = byte_size(found.needed_bytes), byte_size(found.free_bytes or 0)
         say(f"{found.cache}: {wanted} wanted, {free} free there. Make room, or name another --cache.")
         raise typer.Exit(1)
 

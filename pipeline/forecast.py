@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,15 @@ from pipeline.plan import (
 )
 from pipeline.samples import DatasetSpec, ImageSource, list_samples
 from pipeline.teacher import LiveTeacher, load_teacher
-from storage.commits import Tower, all_chunks
+from storage.commits import COMMITS, ChunkRef, Tower, all_chunks
 from storage.errors import CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, TargetsIdentity, ViewsIdentity
-from storage.inspect import describe_cache
 from storage.journal import read_note
-from storage.manifest import Layout, Source
-from storage.root import planned_manifest
+from storage.manifest import CacheManifest, Layout, Source
+from storage.root import look_at_manifest
 from storage.shapes import target_bytes
-from storage.tables import table_files
+from storage.tables import CAPTIONS, table_files
 from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
@@ -76,6 +76,7 @@ class Forecast(BaseModel, frozen=True):
     text_chunk_rows: int
     target_bytes: int = Field(description="Of the embeddings.")
     table_bytes: int = Field(description="Of samples and captions, about.")
+    there_bytes: int = Field(0, description="Of both, that a cache there has already.")
     free_bytes: int | None = Field(description="Where the cache will lie, if that is a local folder.")
     committed_rows: int = Field(description="Image views and captions that a cache there has already.")
     probe_images: int
@@ -93,9 +94,14 @@ class Forecast(BaseModel, frozen=True):
     )
 
     @property
+    def needed_bytes(self) -> int:
+        """What is still to be written."""
+        return max(self.target_bytes + self.table_bytes - self.there_bytes, 0)
+
+    @property
     def fits(self) -> bool:
         """Whether there is room for it; True where that is not known."""
-        return self.free_bytes is None or self.target_bytes + self.table_bytes <= self.free_bytes
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
 def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progress | None = None) -> Forecast:
@@ -107,6 +113,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
 
     Raises:
         UsageError: dataset, teacher, device or views cannot be used, or not one image of the probe can be read.
+        CacheMismatchError: a cache of another teacher or dataset is there, which precompute would refuse.
     """
     views = asked_views(config)
     spec = DatasetSpec.parse(config.dataset)
@@ -114,6 +121,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    there = _there(config.cache, teacher, spec, listed)
     batch = config.batch_size or default_batch_rows(teacher.device.type)
     wanted = probe or 2 * _PROBE_BATCHES * batch
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
@@ -126,7 +134,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if not samples:
         raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
     part = SampleSet(spec.kind, source.root, samples=samples)
-    image, text, per_row = _probe(config, teacher, spec, part, digests, batch, progress)
+    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, batch, progress)
 
     layout = Layout(
         embed_dim=teacher.identity().embed_dim,
@@ -137,9 +145,16 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         text_chunk_rows=config.chunk_rows or default_chunk_rows(listed.num_captions),
         batch_rows=batch,
     )
-    layout, done = _there(config.cache, layout)
-    encode = max(layout.image_rows * layout.views - done["image"], 0) * image.seconds_per_row
-    encode += max(layout.text_rows - done["text"], 0) * text.seconds_per_row
+    committed: list[ChunkRef] = []
+    if there is not None:
+        manifest, committed = there
+        layout = manifest.layout.model_copy(update={"views": max(layout.views, manifest.layout.views)})
+    tables = round(per_image * layout.image_rows + per_caption * layout.text_rows)
+    done: dict[Tower, int] = {"image": 0, "text": 0}
+    for ref in committed:
+        done[ref.tower] += len(ref.rows(layout))
+    encode = (layout.image_rows * layout.views - done["image"]) * image.seconds_per_row
+    encode += (layout.text_rows - done["text"]) * text.seconds_per_row
     check *= len(listed.samples)
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(
@@ -155,7 +170,9 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         image_chunk_rows=layout.image_chunk_rows,
         text_chunk_rows=layout.text_chunk_rows,
         target_bytes=target_bytes(layout, all_chunks(layout)),
-        table_bytes=round(per_row * layout.image_rows),
+        table_bytes=tables,
+        # a manifest is written after its tables
+        there_bytes=target_bytes(layout, committed) + (tables if there is not None else 0),
         free_bytes=_free_bytes(config.cache),
         committed_rows=sum(done.values()),
         probe_images=len(samples),
@@ -198,16 +215,25 @@ def _probe(
     teacher: LiveTeacher,
     spec: DatasetSpec,
     part: SampleSet,
+    listed: SampleSet,
     digests: list[str],
     batch: int,
     progress: Progress | None,
-) -> tuple[ProbeRate, ProbeRate, float]:
-    """Rates of images and captions, and bytes of the tables per image: precompute on some images."""
-    whole = dataset_tables(part, digests)
-    table_bytes = sum(len(data) for name in whole for data, _ in table_files(name, whole[name]).values())
+) -> tuple[ProbeRate, ProbeRate, float, float]:
+    """Rates of images and captions, and bytes of tables per image and per caption: precompute on some images."""
+    images = len(part.samples)
     # as many captions as images: those of a few say as much
-    few = replace(part, samples=[replace(sample, captions=sample.captions[:1]) for sample in part.samples])
+    texts = [sample.captions[0] for sample in part.samples if sample.captions]
+    if len(texts) < images:  # of labelled images one has all captions
+        texts = list(islice(chain.from_iterable(sample.captions for sample in listed.samples), images))
+    captions = len(texts)
+    spread = [replace(sample, captions=tuple(texts[at::images])) for at, sample in enumerate(part.samples)]
+    few = replace(part, samples=spread)
     tables = dataset_tables(few, digests)
+    # all captions of an image, which are more alike than those of several, where there are more of them
+    whole = dataset_tables(part, digests) if part.num_captions > captions else tables
+    sizes = {name: sum(len(data) for data, _ in table_files(name, table).values()) for name, table in whole.items()}
+    per_caption = sizes.pop(CAPTIONS) / max(whole[CAPTIONS].num_rows, 1)
     identity = CacheIdentity(
         teacher=teacher.identity(),
         preprocess=teacher.preprocess.identity(),
@@ -216,7 +242,6 @@ def _probe(
         targets=TargetsIdentity(),
         dataset=dataset_identity(spec, tables),
     )
-    images, captions = len(few.samples), few.num_captions
     with tempfile.TemporaryDirectory(prefix="teacher-cache-probe-") as folder:
         layout = Layout(
             embed_dim=identity.teacher.embed_dim,
@@ -231,7 +256,7 @@ def _probe(
         plan_cache(cache, identity, layout, source, tables, library_versions())
         mine = config.model_copy(update={"cache": cache})
         rates = {tower: _rate(mine, teacher, tower, progress) for tower in ("image", "text")}
-    return rates["image"], rates["text"], table_bytes / images
+    return rates["image"], rates["text"], sum(sizes.values()) / images, per_caption
 
 
 def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress: Progress | None) -> ProbeRate:
@@ -255,18 +280,32 @@ def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress
     )
 
 
-def _there(cache: str, layout: Layout) -> tuple[Layout, dict[Tower, int]]:
-    """The layout of the cache that is there, if there is one, and how many rows it has by tower."""
-    done: dict[Tower, int] = {"image": 0, "text": 0}
+def _there(
+    cache: str, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet
+) -> tuple[CacheManifest, list[ChunkRef]] | None:
+    """The cache that is there, if there is one, and its committed chunks.
+
+    Raises:
+        CacheMismatchError: it is of another teacher; of other captions or splits, or of more rows than the dataset
+            lists. Fewer may be all that could be read.
+    """
+    files = open_files(cache)
     try:
-        planned_manifest(open_files(cache))
-        info = describe_cache(cache)
+        manifest = look_at_manifest(files)
     except CacheNotFoundError:
-        return layout, done
-    for each in info.coverage:
-        done[each.tower] += each.rows_committed
-    views = max(layout.views, info.layout.views)
-    return info.layout.model_copy(update={"views": views}), done
+        return None
+    teacher.require(manifest.identity, cache)
+    have = manifest.identity.dataset
+    if have.images == len(listed.samples):
+        # all but the images' digests, for which every file would be read
+        asked = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
+        asked = asked.model_copy(update={"samples_sha256": have.samples_sha256})
+    else:
+        most = {"images": min(have.images, len(listed.samples)), "captions": min(have.captions, listed.num_captions)}
+        asked = have.model_copy(update=most)
+    manifest.identity.require(manifest.identity.model_copy(update={"dataset": asked}), cache)
+    names = set(files.list(COMMITS))
+    return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]
 
 
 def _free_bytes(cache: str) -> int | None:

@@ -8,7 +8,6 @@ KIND:PATH                 any other adapter: images with the same captions are o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import ZeroShotConfig
-from pipeline.datasets.base import Sample, SampleSet
+from pipeline.datasets.base import Sample, SampleSet, printable
 from pipeline.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
 from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.prompts import Classes
@@ -78,7 +77,6 @@ class LabelledDataset:
 
     Attributes:
         images: their labels are positions in ``found.prompts``.
-        problems: what of the dataset was left out, counted by kind.
         lost_images: images of it that were left out, and why; those that cannot be decoded come to light later.
         spec: the same as a dataset that can be cached; None where its images are in no files.
         samples, digests: its files, as ``load_samples`` found them; None and empty without a spec.
@@ -86,7 +84,6 @@ class LabelledDataset:
 
     images: LabelledImages
     found: ClassPrompts
-    problems: dict[str, int]
     lost_images: tuple[str, ...] = ()
     spec: DatasetSpec | None = None
     samples: SampleSet | None = None
@@ -147,7 +144,6 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     return LabelledDataset(
         FileImages(config.dataset, samples.samples, samples.root, labels),
         found,
-        dict(Counter(problem.kind for problem in samples.problems)),
         tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
         cached,
         samples,
@@ -156,7 +152,18 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
 
 
 def _by_captions(spec: DatasetSpec) -> LabelledDataset:
+    """Images whose captions are the prompts of their class.
+
+    Raises:
+        UsageError: an image without captions, or all with the same ones.
+    """
     samples, _ = load_samples(spec)
+    bare = next((sample.sample_id for sample in samples.samples if not sample.captions), None)
+    if bare is not None:
+        raise UsageError(
+            f"{spec}: the image {printable(bare)!r} has no caption, and captions are the prompts of its class; use "
+            "imagefolder:PATH, webdataset:PATH or torchvision:NAME:PATH, with --prompts and the like as flags"
+        )
     prompts = tuple(dict.fromkeys(sample.captions for sample in samples.samples))
     if len(prompts) < 2:
         raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")
@@ -166,6 +173,5 @@ def _by_captions(spec: DatasetSpec) -> LabelledDataset:
     return LabelledDataset(
         FileImages(str(spec), samples.samples, samples.root, labels),
         ClassPrompts(classes, prompts, ()),
-        dict(Counter(problem.kind for problem in samples.problems)),
         tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
     )

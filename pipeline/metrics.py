@@ -1,4 +1,4 @@
-"""Recall at K, exact with FAISS; accuracy of classification; retention. Pure functions of arrays; no torch."""
+"""Recall at K, exact with FAISS; retention. Pure functions of arrays; no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pipeline.nearest import nearest_parts, top_k
 __all__ = [
     "RECALL_KS",
     "RetrievalRanks",
-    "classification_accuracy",
     "first_positive_ranks",
     "mean_recall",
     "recall_of_ranks",
@@ -146,28 +145,3 @@ def retention(student: dict[str, dict[str, float]], teacher: dict[str, dict[str,
     }
     ratios["mean"] = share(mean_recall(student), mean_recall(teacher))
     return ratios
-
-
-def classification_accuracy(scores: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracies in percent: ``top-1``, ``top-5`` and ``mean per class``, the mean over classes of their top-1.
-
-    Args:
-        scores: (images, classes); the higher, the better. Equal scores are ranked by class number.
-        labels: (images,) the true class of each.
-
-    Raises:
-        ValueError: no images, scores that are not finite, or a label without a column.
-    """
-    if not len(scores) or len(scores) != len(labels):
-        raise ValueError(f"{len(scores)} rows of scores and {len(labels)} labels; as many of both wanted, and some")
-    if not np.isfinite(scores).all() or labels.min() < 0 or labels.max() >= scores.shape[1]:
-        raise ValueError(f"scores must be finite and labels in 0 ... {scores.shape[1] - 1}")
-    order = np.argsort(-scores, axis=1, kind="stable")
-    hits = order == labels[:, None]
-    first = hits[:, 0]
-    per_class = [first[labels == label].mean() for label in np.unique(labels)]
-    return {
-        "top-1": 100 * float(first.mean()),
-        "top-5": 100 * float(hits[:, :5].any(axis=1).mean()),
-        "mean per class": 100 * float(np.mean(per_class)),
-    }

@@ -20,7 +20,7 @@ from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from storage.manifest import Layout, Source
-from storage.root import planned_manifest
+from storage.root import look_at_manifest, planned_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
@@ -156,7 +156,7 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
         UsageError: crop settings without random crops.
     """
     try:
-        have = planned_manifest(open_files(config.cache)).identity.views
+        have = look_at_manifest(open_files(config.cache)).identity.views
     except CacheNotFoundError:
         have = ViewsIdentity(policy="evaluation")
     count = config.views or have.count

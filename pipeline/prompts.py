@@ -7,7 +7,8 @@ A label is never guessed. The classes of a dataset are matched with a list of na
 
 1. by name, where case, underscores, hyphens and other marks do not count;
 2. by WordNet id, in the order of ImageNet's 1,000 sorted ids, as open_clip's list of names is;
-3. by number, where the dataset's classes are numbers: class ``3`` is the fourth of the list;
+3. by number, where the dataset's classes are numbers and no name of theirs says otherwise: class ``3`` is the fourth
+   of the list;
 4. by place, for datasets whose order clip-benchmark itself relies on (``SAME_ORDER``),
 
 and where one is left over the user is asked for a file that says it.
@@ -302,7 +303,7 @@ def _numbers(
     published = _PUBLISHED_FOLDERS.get(prompts, "").split()
     if published and set(own) == set(published):
         return {key: published.index(key) for key in own}, "place"
-    if all(key.isascii() and key.isdigit() for key in own):
+    if all(_by_number(key, name, plain) for key, name in own.items()):
         # folders that count from 1 would be one off; only all of 0 ... n-1 leave no doubt
         if sorted(int(key) for key in own) != list(range(len(names))):
             raise UsageError(
@@ -317,6 +318,13 @@ def _numbers(
         f"{where}: no class name is surely that of {_some(unmatched)} ({len(unmatched)} of {len(own)} classes); the "
         f"{f'{prompts} ' if prompts else ''}names that no class has are {_some(left)}. {_remedy(own)}"
     )
+
+
+def _by_number(key: str, name: str, plain: list[str]) -> bool:
+    """Whether a class is a number and its own name no other than that number, or than the one at that place."""
+    if not (key.isascii() and key.isdigit()):
+        return False
+    return name.lstrip("0") == key.lstrip("0") or _plain(name) in plain[int(key) : int(key) + 1]
 
 
 def _remedy(own: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ same with every version of every library, so that a cache can prove them.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ TORCHVISION = {
 }
 # these take train=True or False in place of a split
 _BY_FLAG = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS")
+_CALTECH256_MARKS = re.compile(r"^\d{3}\.|-101$")
 
 
 def list_torchvision(root: str, name: str, split: str = "") -> Listing:
@@ -75,8 +77,7 @@ def list_torchvision(root: str, name: str, split: str = "") -> Listing:
     names = [each[0] if isinstance(each, tuple) else str(each) for each in classes]
     named = len(names) > int(labels.max()) and len(set(names)) == len(names)
     if named:
-        slash = " " if name == "SUN397" else "/"  # apartment_building/outdoor; but F-16A/B
-        own = {each: each.replace("_", " ").replace("/", slash) for each in names}
+        own = {each: _words(name, each) for each in names}
     else:
         own = {str(number): str(number) for number in range(int(labels.max()) + 1)}
     keys = list(own)
@@ -152,6 +153,14 @@ def _opened(name: str, root: str, split: str) -> Any:
         settings = {"train": split == "train"}
     # no download=: some do not take it, and False is the default of all that are listed here
     return getattr(torchvision.datasets, name)(root, **settings)
+
+
+def _words(name: str, category: str) -> str:
+    """What a category of a dataset is called in a prompt."""
+    if name == "Caltech256":  # 002.american-flag; -101 marks those that Caltech101 has too
+        return _CALTECH256_MARKS.sub("", category).replace("-", " ")
+    slash = " " if name == "SUN397" else "/"  # apartment_building/outdoor; but F-16A/B
+    return category.replace("_", " ").replace("/", slash)
 
 
 def _files(dataset: Any) -> list[str | Path] | None:

@@ -17,8 +17,10 @@ from pipeline.plan import Progress, dataset_identity, dataset_tables
 from pipeline.precompute import precompute
 from pipeline.teacher import is_surely, load_teacher
 from storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
+from storage.files import open_files
 from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
+from storage.root import look_at_manifest
 
 __all__ = ["TeacherRows", "teacher_rows"]
 
@@ -49,6 +51,8 @@ class TeacherRows:
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
     """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
 
+    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says.
+
     Raises:
         UsageError: the dataset is one of captions.
         CacheNotFoundError, CacheIncompleteError: no such cache, and no teacher to make it.
@@ -72,6 +76,7 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
             pretrained=config.pretrained,
             cache=config.cache,
             device=config.device,
+            batch_size=None if _planned(config.cache) else config.batch_size,
         )
         encoded = precompute(made, progress).chunks_encoded > 0
         reader = EmbeddingReader(config.cache)
@@ -90,3 +95,12 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
         reader.manifest.digest,
         encoded,
     )
+
+
+def _planned(cache: str) -> bool:
+    """Whether a cache was begun there, whose batches would be refused in another size."""
+    try:
+        look_at_manifest(open_files(cache))
+    except CacheNotFoundError:
+        return False
+    return True

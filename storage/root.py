@@ -10,7 +10,14 @@ from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundErr
 from storage.files import CacheFiles
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 
-__all__ = ["planned_manifest", "read_backup", "read_manifest", "restore_manifest", "write_manifest"]
+__all__ = [
+    "look_at_manifest",
+    "planned_manifest",
+    "read_backup",
+    "read_manifest",
+    "restore_manifest",
+    "write_manifest",
+]
 
 
 def read_manifest(files: CacheFiles) -> CacheManifest:
@@ -53,6 +60,22 @@ def planned_manifest(files: CacheFiles) -> CacheManifest:
     except CacheNotFoundError:
         restore_manifest(files)
         return read_manifest(files)
+
+
+def look_at_manifest(files: CacheFiles) -> CacheManifest:
+    """As :func:`planned_manifest`, for those who only look: of a missing manifest the backup is read, nothing written.
+
+    Raises:
+        CacheNotFoundError: neither is there.
+        CacheFormatError, CacheCorruptError: what is there cannot be used.
+    """
+    try:
+        return read_manifest(files)
+    except CacheNotFoundError:
+        backup = read_backup(files)
+        if backup is None:
+            raise
+        return backup
 
 
 def write_manifest(files: CacheFiles, manifest: CacheManifest) -> None:

@@ -49,12 +49,11 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
     """
     fill = read_templates(templates)
     names = _class_names(root, class_folders(root), classes)
-    for found in read_classes(root):
+    for found, split, folder in read_classes(root):
         if isinstance(found, Problem):
             yield found
         else:
-            relative, split, folder = found
-            yield from sample_or_problem(relative, relative, split, filled(fill, names[folder]))
+            yield from sample_or_problem(found, found, split, filled(fill, names[folder]))
 
 
 def class_folders(root: str) -> list[str]:
@@ -70,13 +69,16 @@ def class_folders(root: str) -> list[str]:
     return sorted({path.name for _, path in found})
 
 
-def read_classes(root: str) -> Iterator[tuple[str, str, str] | Problem]:
-    """Every image of the class folders: its path relative to the root, its split, the name of its class folder."""
+def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
+    """Every image of the class folders: its path relative to the root, its split, the name of its class folder.
+
+    A problem has a split too, and ``""`` for the class.
+    """
     folder = local_folder("imagefolder", root)
     pairs, stray = _class_folders(folder)
-    for path in stray:
+    for split, path in stray:
         where = printable(path.relative_to(folder).as_posix())
-        yield Problem("bad-record", where, "an image outside the class folders", lost_image=True)
+        yield Problem("bad-record", where, "an image outside the class folders", lost_image=True), split, ""
     for split, class_folder in pairs:
         empty = True
         for path in _files_below(class_folder):
@@ -86,10 +88,10 @@ def read_classes(root: str) -> Iterator[tuple[str, str, str] | Problem]:
                 yield relative, split, class_folder.name
             else:
                 detail = f"not an image by its ending; those are {', '.join(IMAGE_ENDINGS)}"
-                yield Problem("bad-record", printable(relative), detail, lost_image=False)
+                yield Problem("bad-record", printable(relative), detail, lost_image=False), split, ""
         if empty:
             where = printable(class_folder.relative_to(folder).as_posix())
-            yield Problem("bad-record", where, "a class folder without an image", lost_image=False)
+            yield Problem("bad-record", where, "a class folder without an image", lost_image=False), split, ""
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -109,20 +111,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
         waiting.extend(inner for inner in reversed(folders) if not inner.is_symlink())
 
 
-def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
-    """(split, class folder) pairs in order, and the images that lie beside class folders."""
+def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
+    """(split, class folder) pairs in order, and (split, path) of the images that lie beside class folders."""
     top, files = _entries(root)
     pairs: list[tuple[str, Path]] = []
-    beside = files
+    beside = [("", path) for path in files]
     for folder in top:
         inner, inner_files = _entries(folder)
         # a class that is called "test" holds images, a split holds folders
         if folder.name in SPLIT_NAMES and inner:
             pairs.extend((folder.name, class_folder) for class_folder in inner)
-            beside = beside + inner_files
+            beside.extend((folder.name, path) for path in inner_files)
         else:
             pairs.append(("", folder))
-    return pairs, [path for path in beside if path.name.lower().endswith(IMAGE_ENDINGS)]
+    return pairs, [(split, path) for split, path in beside if path.name.lower().endswith(IMAGE_ENDINGS)]
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:

@@ -55,6 +55,7 @@ class Listing:
 
     Attributes:
         images: without captions, in order.
+        problems: of the same split, and of whole tars.
         keys: the class of each image, by the dataset's own key: the name of a folder, or a number.
         own: the dataset's classes in its order, by key, with the names it has for them.
         named: whether these are names, and not mere numbers.
@@ -128,10 +129,13 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
     where = f"{form}:{root}"
     images: list[Sample] = []
     keys: list[str] = []
-    problems: list[Problem] = []
-    for image, key in _listed(root, form, problems):
-        images.append(image)
-        keys.append(key)
+    met: list[tuple[Problem, str | None]] = []
+    for record, its_split, key in _listed(root, form):
+        if isinstance(record, Problem):
+            met.append((record, its_split))
+        else:
+            images.append(record)
+            keys.append(key)
     splits = Counter(image.split for image in images)
     shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(splits.items()))
     if split not in ("", ALL_SPLITS):
@@ -142,6 +146,9 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
         raise UsageError(f"{where}: images of several splits, {shown}; name one by --split, or take {ALL_SPLITS}")
     else:
         keep = list(range(len(images)))
+    # what is wrong with images that are not measured would look like a loss of those that are
+    anywhere = split in ("", ALL_SPLITS)
+    problems = [problem for problem, its_split in met if anywhere or its_split in (split, None)]
     if form == "imagefolder":
         own = {folder: folder.replace("_", " ") for folder in imagefolder.class_folders(root)}
         return Listing(where, [images[at] for at in keep], [keys[at] for at in keep], problems, own, True)
@@ -239,24 +246,17 @@ def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] |
     return Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
 
 
-def _listed(root: str, form: str, problems: list[Problem]) -> Iterator[tuple[Sample, str]]:
+def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
+    """Images and problems with split and class; a problem that may be of any split has None."""
     if form == "webdataset":
-        for found in webdataset.read_labels(root):
-            if isinstance(found, Problem):
-                problems.append(found)
-            else:
-                yield found
+        yield from webdataset.read_labels(root)
         return
-    for each in imagefolder.read_classes(root):
+    for each, split, folder in imagefolder.read_classes(root):
         if isinstance(each, Problem):
-            problems.append(each)
+            yield each, split, ""
             continue
-        relative, split, folder = each
-        for record in sample_or_problem(relative, relative, split, [folder]):
-            if isinstance(record, Problem):
-                problems.append(record)
-            else:
-                yield record, folder
+        for record in sample_or_problem(each, each, split, [folder]):
+            yield record, split, folder
 
 
 def _beside(root: str, name: str) -> Path | None:

@@ -34,7 +34,6 @@ from pipeline.datasets.base import (
     SPLIT_NAMES,
     Problem,
     Record,
-    Sample,
     contents,
     data_folder,
     open_regular,
@@ -116,18 +115,21 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
                 yield Problem("no-image", printable(sample_id), detail, lost_image=False)
 
 
-def read_labels(root: str, split: str = "") -> Iterator[tuple[Sample, str] | Problem]:
+def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
     """Images with the ``.cls`` member beside them, as clip-benchmark and webdataset write classification sets.
 
     Yields:
-        The sample and its label, which is its caption too: the number of its class, from 0 on, as text without
-        leading zeros. An image without one is a problem.
+        (sample, split, label): the label is its caption too, the number of its class, from 0 on, as text without
+        leading zeros. An image without one is a problem: (problem, split of its tar, ``""``); of the problem of a whole
+        tar the split is None.
     """
     folder = data_folder(root)
     for tar in _tars(root):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
+        split = _split_of(uri, folder)
         members: dict[str, _Member] = {}
-        yield from _read_tar(tar, uri, members, text_endings=("cls",))
+        for problem in _read_tar(tar, uri, members, text_endings=("cls",)):
+            yield problem, None if problem.where == printable(uri) else split, ""
         for key, member in members.items():
             # the tars of each split count from s0000000 on
             sample_id = f"{uri}/{key}"
@@ -137,12 +139,10 @@ def read_labels(root: str, split: str = "") -> Iterator[tuple[Sample, str] | Pro
             if not (label.isascii() and label.isdigit()):
                 found = f"the label {printable(label)!r}" if label else "no label"
                 detail = f"{found} in KEY.cls beside the image; the number of its class is wanted"
-                yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
+                yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
                 continue
-            for record in sample_or_problem(
-                sample_id, uri, split or _split_of(uri, folder), [label], member.offset, member.length
-            ):
-                yield record if isinstance(record, Problem) else (record, str(int(label)))
+            for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
+                yield record, split, "" if isinstance(record, Problem) else str(int(label))
 
 
 def _tars(root: str) -> list[str]:

@@ -19,7 +19,9 @@ from pipeline.forecast import epochs_to_pay, forecast
 from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
 from pipeline.teacher import load_teacher
-from storage.errors import UsageError
+from storage.errors import CacheMismatchError, UsageError
+from tests.conftest import cache_digest, make_model_folder
+from tests.pipeline.dataset_files import save_image
 
 run = CliRunner()
 Config = Callable[..., PrecomputeConfig]
@@ -43,11 +45,14 @@ def config(make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path)
     return make
 
 
-def test_rows_and_bytes_are_those_that_precompute_then_writes(config: Config, tmp_path: Path) -> None:
+def test_rows_and_bytes_are_those_that_precompute_then_writes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(chunk_rows=8, views=2, crop_flip=0.25)
-    before = set(Path(tempfile.gettempdir()).glob("teacher-cache-probe-*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # of this test alone
     found = forecast(settings, probe=12)
-    assert set(Path(tempfile.gettempdir()).glob("teacher-cache-probe-*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
     assert not Path(settings.cache).exists()
     assert (found.images, found.captions, found.views, found.chunks) == (30, 60, 2, 4 * 2 + 8)
     assert (found.probe_images, found.probe_captions, found.image.rows, found.probe_lost) == (12, 6, 6, 0)
@@ -79,6 +84,69 @@ def test_what_a_cache_has_already_is_not_counted_again(config: Config) -> None:
     # another view of all images is to come
     more = forecast(config(chunk_rows=8, views=3), probe=8)
     assert more.encode_seconds == pytest.approx((90 - 16) * more.image.seconds_per_row + 60 * more.text.seconds_per_row)
+
+
+def test_room_is_wanted_for_what_is_not_there_yet(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(chunk_rows=8)
+    fresh = forecast(settings, probe=30)
+    assert fresh.needed_bytes == fresh.target_bytes + fresh.table_bytes
+    refs = plan_precompute(settings, load_teacher(settings.teacher, device="cpu"))
+    encode_chunks(settings, load_teacher(settings.teacher, device="cpu"), refs[:2])
+    half = forecast(settings, probe=30)
+    objects = [path for path in Path(settings.cache, "targets.zarr").rglob("c/**/*") if path.is_file()]
+    assert half.needed_bytes == half.target_bytes - sum(path.stat().st_size for path in objects) > 0
+    precompute(settings)
+    monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 0)
+    done = forecast(settings, probe=30)
+    assert (done.needed_bytes, done.fits) == (0, True)
+    more = forecast(config(chunk_rows=8, views=2), probe=30)
+    assert (more.needed_bytes, more.fits) == (more.target_bytes - done.target_bytes, False)
+
+
+def test_the_tables_of_all_images_are_of_the_forecast_size(config: Config) -> None:
+    settings = config()
+    found = forecast(settings, probe=30)
+    precompute(settings)
+    tables = [path for name in ("samples", "captions", "problems") for path in Path(settings.cache, name).iterdir()]
+    assert len(tables) == 3
+    assert found.table_bytes == sum(path.stat().st_size for path in tables)
+
+
+def test_prompts_of_labelled_images_are_measured_though_one_image_has_them_all(config: Config, tmp_path: Path) -> None:
+    for number in range(30):
+        save_image(tmp_path / "pictures" / "abcdef"[number // 5] / f"{number}.png", 8 * number)
+    found = forecast(config(dataset=f"labelled:{tmp_path / 'pictures'}?form=imagefolder"), probe=4)
+    assert (found.images, found.captions, found.probe_images, found.probe_captions) == (30, 18, 4, 2)
+    assert found.text.seconds_per_row > 0
+    expected = 30 * found.image.seconds_per_row + 18 * found.text.seconds_per_row
+    assert found.encode_seconds == pytest.approx(expected)
+
+
+def test_a_cache_of_something_else_is_not_taken_for_this_one(
+    config: Config, make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = config()
+    precompute(settings)
+    other = make_model_folder(tmp_path / "other" / "tiny", seed=1)
+    with pytest.raises(CacheMismatchError, match=r"p\.cache: this cache is not the one .*teacher\.weights_sha256"):
+        forecast(config(teacher=f"local-dir:{other}"), probe=4)
+    fewer = f"flickr:{make_photos(20, 'fewer')}"
+    with pytest.raises(CacheMismatchError, match=r"dataset\.images: 30 in the cache, 20 asked for"):
+        forecast(config(dataset=fewer), probe=4)
+    # as many images and captions
+    captions = Path(settings.dataset.removeprefix("flickr:"), "captions.txt")
+    captions.write_text(captions.read_text().replace("of colours", "of colors"))
+    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.captions_sha256: [^;]*asked for\. "):
+        forecast(settings, probe=4)
+
+
+def test_a_lost_manifest_is_read_from_its_backup_and_not_restored(config: Config) -> None:
+    settings = config()
+    precompute(settings)
+    Path(settings.cache, "manifest.json").unlink()
+    before = cache_digest(settings.cache)
+    assert forecast(settings, probe=4).committed_rows == 30 + 60
+    assert cache_digest(settings.cache) == before
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ def test_what_clip_benchmark_itself_exports(tmp_path: Path) -> None:
     assert found.images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert [found.images.image(row).getpixel((0, 0)) for row in range(7)] == [(20 * n, 0, 0) for n in range(7)]
     assert found.prompts[2] == ("a photo of a guinea pig.", "the guinea pig.")
-    assert found.problems == {}
+    assert found.samples is not None
+    assert found.samples.problems == []
 
 
 def test_tars_without_names_count_in_the_order_of_a_list(tars: Path, tmp_path: Path) -> None:
@@ -225,6 +226,13 @@ def test_names_of_tars_are_matched_with_those_of_a_set_by_name(tars: Path) -> No
         opened(f"webdataset:{tars}")
 
 
+def test_numbers_of_tars_with_names_of_their_own_are_not_taken_for_places(tars: Path) -> None:
+    # torchvision's order of FER2013, which is not that of the names in the set
+    (tars / "classnames.txt").write_text("anger\ndisgust\nfear\nhappiness\nsadness\nsurprise\nneutrality\n")
+    with pytest.raises(UsageError, match=r"no class name is surely that of"):
+        opened(f"webdataset:{tars}", prompts="fer2013")
+
+
 def test_an_image_without_a_label_is_counted(tars: Path, folders: Path) -> None:
     picture = (folders / "pug" / "0.png").read_bytes()
     write_tar(
@@ -232,12 +240,41 @@ def test_an_image_without_a_label_is_counted(tars: Path, folders: Path) -> None:
         [("a.png", picture), ("b.png", picture), ("b.cls", "-1"), ("c.png", picture), ("c.cls", "1"), ("d.cls", "1")],
     )
     found = opened(f"webdataset:{tars}", prompts="mnist")
-    assert found.problems == {"bad-record": 2}
+    assert found.samples is not None
+    assert [problem.kind for problem in found.samples.problems] == ["bad-record", "bad-record"]
     assert found.lost_images == (
         "test/2.tar/a: no label in KEY.cls beside the image; the number of its class is wanted",
         "test/2.tar/b: the label '-1' in KEY.cls beside the image; the number of its class is wanted",
     )
     assert truth(found)["test/2.tar/c"] == "1"
+
+
+def test_what_is_wrong_in_another_split_is_not_counted(tars: Path, folders: Path) -> None:
+    picture = (folders / "pug" / "0.png").read_bytes()
+    write_tar(tars / "train" / "0.tar", [("a.png", picture), ("b.png", picture), ("b.cls", "1"), ("b.cls", "2")])
+    write_tar(tars / "test" / "2.tar", [("a.png", picture)])
+    (tars / "train" / "1.tar").write_bytes(b"no tar")  # which images it had, nobody knows
+    found = opened(f"webdataset:{tars}", prompts="mnist", split="test")
+    assert found.lost_images == (
+        "test/2.tar/a: no label in KEY.cls beside the image; the number of its class is wanted",
+    )
+    assert found.samples is not None
+    assert [problem.where for problem in found.samples.problems] == ["test/2.tar/a", "train/1.tar"]
+    every = opened(f"webdataset:{tars}", prompts="mnist", split="all")
+    assert len(every.lost_images) == 2
+    assert every.samples is not None
+    assert len(every.samples.problems) == 4
+
+
+def test_what_lies_beside_the_classes_of_another_split_is_not_counted(folders: Path) -> None:
+    for split in ("train", "val"):
+        save_image(folders / split / "pug" / "9.png", 200)
+        save_image(folders / split / "stray.png", 90)
+        (folders / split / "pug" / "notes.txt").write_text("no image")
+    found = opened(f"imagefolder:{folders}", split="val")
+    assert found.lost_images == ("val/stray.png: an image outside the class folders",)
+    assert found.samples is not None
+    assert [problem.where for problem in found.samples.problems] == ["val/stray.png", "val/pug/notes.txt"]
 
 
 def test_torchvision_folders(tmp_path: Path) -> None:
@@ -260,6 +297,15 @@ def test_torchvision_folders(tmp_path: Path) -> None:
     assert truth(own)["eurosat/2750/SeaLake/0.png"] == "SeaLake"
     with pytest.raises(UsageError, match="torchvision has no splits of it"):
         opened(f"torchvision:EuroSAT:{tmp_path}", split="test")
+
+
+def test_categories_of_caltech256_are_read_as_words(tmp_path: Path) -> None:
+    base = tmp_path / "caltech256" / "256_ObjectCategories"
+    for number, folder in enumerate(("001.ak47", "002.american-flag", "003.bonsai-101"), 1):
+        save_image(base / folder / f"{number:03d}_0001.jpg", 60 * number)
+    found = opened(f"torchvision:Caltech256:{tmp_path}")
+    assert list(truth(found).values()) == ["ak47", "american flag", "bonsai"]
+    assert found.prompts[1][0] == "a photo of a american flag."
 
 
 def test_torchvision_without_names_or_a_known_order_wants_a_file(tmp_path: Path) -> None:
@@ -345,3 +391,10 @@ def test_other_kinds_have_their_captions_as_prompts(folders: Path, tmp_path: Pat
     assert found.images.labels.tolist() == [0, 0, 1]
     with pytest.raises(UsageError, match="the captions of this kind are its prompts, so prompts cannot be set"):
         opened(f"table:{table}", prompts="pets")
+
+
+def test_images_without_captions_have_no_classes_by_captions(folders: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"the image 'British_Shorthair/1.png' has no caption, .* use imagefolder:PATH"
+    ):
+        opened(f"labelled:{folders}")

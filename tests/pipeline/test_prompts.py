@@ -138,6 +138,27 @@ def test_numbers_are_positions_only_when_all_are_there() -> None:
     assert match_classes("d", {"3": "3", "10": "10"}, ["10", "3"]).number == {"3": 1, "10": 0}
 
 
+def test_a_number_is_no_match_where_the_class_has_another_name() -> None:
+    # torchvision's order; of the names that clip-benchmark has, the fifth is neutral
+    order = "anger disgust fear happiness sadness surprise neutrality"
+    own = {str(number): name for number, name in enumerate(order.split())}
+    names = list(prompt_set("fer2013").class_names or ())
+    with pytest.raises(UsageError, match=r"no class name is surely that of '0', .*'6' .*--class-names FILE\.json"):
+        match_classes("d", own, names, prompts="fer2013")
+    # another number is a name too, and here it says that the count begins at 1
+    with pytest.raises(UsageError, match="no class name is surely that of '0', '1'"):
+        match_classes("d", {"0": "1", "1": "2"}, ["cat", "dog"])
+
+
+def test_names_that_repeat_match_by_number_where_all_names_are_in_their_places() -> None:
+    names = list(open_clip.IMAGENET_CLASSNAMES)
+    own = {str(number): name.upper() for number, name in enumerate(names)}
+    found = match_classes("d", own, names)
+    assert (found.matched_by, found.number) == ("number", {str(number): number for number in range(1000)})
+    with pytest.raises(UsageError, match="no class name is surely that of"):
+        match_classes("d", {**own, "1": own["0"], "0": own["1"]}, names)
+
+
 def test_wordnet_ids_in_the_order_of_imagenet() -> None:
     names = list(open_clip.IMAGENET_CLASSNAMES)
     found = match_classes("d", {folder: folder for folder in IMAGENETTE.split()}, names, prompts="imagenet1k")

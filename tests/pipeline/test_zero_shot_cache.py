@@ -22,7 +22,9 @@ from pipeline.teacher import is_surely, load_teacher
 from pipeline.train import train
 from pipeline.zero_shot import ZeroShotResult, zero_shot
 from storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
+from storage.files import open_files
 from storage.integrity import verify_cache
+from storage.root import read_manifest
 from tests.conftest import TINY_MODEL, cache_digest, make_identity, make_model_folder
 from tests.pipeline.dataset_files import save_image
 from tests.pipeline.test_datasets_webdataset import write_tar
@@ -149,6 +151,19 @@ def test_a_cache_that_was_stopped_is_finished(
     with pytest.raises(CacheIncompleteError, match="0 of 2 chunks"):
         measure(teacher=None)
     assert numbers(measure()) == numbers(whole)
+
+
+def test_batches_of_the_asked_size_unless_the_cache_has_begun_with_another(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_module, "encode_shared", lambda *args: 0)
+        with pytest.raises(CacheIncompleteError):
+            measure(batch_size=3)
+    assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
+    assert measure(batch_size=5).teacher_ran
+    assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
+    assert not measure(batch_size=5).teacher_ran
 
 
 def test_images_that_cannot_be_used_are_named_the_same_way(measure: Measure, pictures: Path) -> None:
