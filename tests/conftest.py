@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,9 @@ import pytest
 # a test process never reaches for a hub, and never fights itself over two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell ignores SIGINT in what it starts in the background, and children inherit that: tests that send it would wait
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from storage.files import open_files
 from storage.identity import (
