@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import UsageError
+from storage.local_files import sync
 
-__all__ = ["new_folder", "require_free", "sync"]
+__all__ = ["new_folder", "require_free"]
 
 
 def require_free(out: Path) -> None:
@@ -44,12 +45,3 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """A file or folder on disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

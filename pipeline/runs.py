@@ -21,10 +21,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import TrainConfig
-from pipeline.new_folder import sync
 from storage.errors import UsageError
 from storage.files import LocalFiles
 from storage.identity import CacheIdentity
+from storage.local_files import sync
 
 __all__ = ["RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from storage.processes import ProcessName, this_process
 
-__all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind"]
+__all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind", "sync"]
 
 PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
 """Names of what is not finished; no location lists them."""
@@ -138,7 +138,7 @@ def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _make_folder(folder: Path) -> None:
@@ -149,11 +149,12 @@ def _make_folder(folder: Path) -> None:
         folder = folder.parent
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file or folder on disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

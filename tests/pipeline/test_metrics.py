@@ -8,18 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.metrics import first_positive_ranks, recall_of_ranks, retention, retrieval_recall, top_k
-
-
-def naive_top_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
-    """All scores in float64, best first, equal ones by row."""
-    scores = np.einsum("nd,md->nm", queries.astype(np.float64), gallery.astype(np.float64))
-    rows = np.broadcast_to(np.arange(len(gallery)), scores.shape)
-    return np.lexsort((rows, -scores), axis=1)[:, :k]
-
-
-def unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
-    values = rng.standard_normal((rows, dim)).astype(np.float32)
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+from tests.pipeline.test_nearest import naive_top_k, unit
 
 
 @settings(deadline=None)
