@@ -59,8 +59,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point of the ``teacher-cache`` command."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after."""
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
@@ -75,6 +75,8 @@ def main() -> None:
     except (CacheError, FloatingPointError, OSError) as error:
         say(f"error: {error}")
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

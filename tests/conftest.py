@@ -50,6 +50,15 @@ def shared(name: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_stay() -> Iterator[None]:
+    """No test leaves a handler behind: forked workers of later tests would inherit it and might not end by SIGTERM."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def make_identity(images: int = 10, captions: int = 25, **teacher: Any) -> CacheIdentity:
     """An identity with every field set; keyword arguments change the teacher's."""
     fields: dict[str, Any] = {
