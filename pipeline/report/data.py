@@ -1,0 +1,127 @@
+"""What a report shows, as plain data: collected once, drawn by ``pipeline.report.page``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from pipeline.evaluate import EvaluateResult
+from pipeline.runs import RunRecord
+from pipeline.student_table import StudentTable
+from storage.inspect import CacheInfo
+from storage.stats import CacheStats
+
+__all__ = [
+    "CoverageCell",
+    "CoverageMap",
+    "LostImage",
+    "MapPoint",
+    "ReportData",
+    "RetrievedPair",
+    "RowMap",
+    "RunReport",
+    "Step",
+]
+
+
+class CoverageCell(BaseModel, frozen=True):
+    """Some chunks that follow each other; one where there are few."""
+
+    first_chunk: int
+    chunks: int
+    committed: int
+    quarantined: int | None = Field(description="Rows without an embedding; None where the commits were not read.")
+
+
+class CoverageMap(BaseModel, frozen=True):
+    """One view of the images, or the captions."""
+
+    tower: Literal["image", "text"]
+    view: int
+    chunks: int
+    cells: tuple[CoverageCell, ...]
+
+
+class MapPoint(BaseModel, frozen=True):
+    """An image or a caption on the map."""
+
+    x: float
+    y: float
+    tower: Literal["image", "text"]
+    row: int
+    image_row: int = Field(description="Its own, or that of its image: the key of its picture.")
+    label: str = Field(description="The caption, or the sample_id.")
+    split: str
+
+
+class RowMap(BaseModel, frozen=True):
+    """Images and captions in two dimensions."""
+
+    points: tuple[MapPoint, ...]
+    method: str = Field(description="How, in a sentence, with the seed.")
+    images_of: int = Field(description="Images in the cache; more than there are points where some were drawn.")
+
+
+class RetrievedPair(BaseModel, frozen=True):
+    """A query, its own match, and what the teacher found first."""
+
+    direction: Literal["i2t", "t2i"]
+    image_row: int
+    caption_row: int
+    caption: str
+    rank: int = Field(description="Of the first own match, from 1.")
+    cosine: float = Field(description="Of image and caption.")
+    first_image_row: int | None = Field(description="For t2i: what came first, if that was another image.")
+    first_caption: str | None = Field(description="For i2t: what came first, if that was another's caption.")
+    first_cosine: float
+
+
+class LostImage(BaseModel, frozen=True):
+    """A quarantined image."""
+
+    row: int
+    sample_id: str
+    uri: str
+    reason: str
+
+
+class Step(BaseModel, frozen=True):
+    """A step of training; of long runs, some of them evenly spaced."""
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float | None
+    parts: dict[str, float] = Field({}, description="Each named loss before weighting.")
+
+
+class RunReport(BaseModel, frozen=True):
+    """One student."""
+
+    name: str = Field(description="Folder of the run, short.")
+    record: RunRecord
+    steps: tuple[Step, ...]
+    steps_of: int
+    evaluations: tuple[EvaluateResult, ...] = Field(description="As evaluate left them in the run; newest first.")
+    same_cache: bool = Field(description="Trained on the very bytes that this report is of.")
+
+
+class ReportData(BaseModel, frozen=True):
+    """One report. Pictures are named by the row of their image, and each is there once."""
+
+    location: str
+    made: str = Field(description="Date and time, UTC.")
+    version: str
+    info: CacheInfo
+    coverage: tuple[CoverageMap, ...]
+    stats: CacheStats | None = Field(description="None where the cache is not sealed.")
+    row_map: RowMap | None
+    hardest: tuple[RetrievedPair, ...]
+    best: tuple[RetrievedPair, ...]
+    pairs_of: int = Field(description="Queries that the pairs were chosen from, both directions.")
+    lost: tuple[LostImage, ...]
+    runs: tuple[RunReport, ...]
+    deployments: tuple[StudentTable, ...]
+    pictures: dict[int, str] = Field(description="Data URIs, by row of the image.")
+    notes: tuple[str, ...] = Field(description="What is drawn, left out or missing, and what to do about it.")
