@@ -84,13 +84,13 @@ def test_nearest_of_collapsed_rows_is_exact(seed: int, size: int, k: int, parts:
 
 def test_nearest_keeps_no_more_of_collapsed_rows_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    exact_scores = nearest_module._exact_scores
+    scores_of_pairs = nearest_module.exact_scores
 
     def noted(queries: Any, gallery: Any, query: Any, row: Any) -> Any:
         sizes.append(len(gallery))
-        return exact_scores(queries, gallery, query, row)
+        return scores_of_pairs(queries, gallery, query, row)
 
-    monkeypatch.setattr(nearest_module, "_exact_scores", noted)
+    monkeypatch.setattr(nearest_module, "exact_scores", noted)
     gallery = np.ones((20_000, 4), np.float32)
     blocks = ((part, gallery[part]) for part in np.array_split(np.arange(20_000)[::-1], 40))
     rows, _ = nearest(gallery[:2], blocks, 3)
