@@ -49,7 +49,7 @@ def report(
     most: Annotated[
         int, typer.Option("--most", min=2, help="Images to read at most, with their captions; of more, some are drawn.")
     ] = 20_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn, and of the map.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
     data: Annotated[
         str | None, typer.Option("--data", help="JSON file to write too: all that the page shows, pictures included.")
     ] = None,

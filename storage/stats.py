@@ -332,9 +332,11 @@ def _tower(
 ) -> TowerStats:
     usable = _usable(stored)
     rows = unit_rows(stored[usable])
-    deviation = rows.std(axis=0) if len(rows) > 1 else np.empty(0)
+    dead = np.empty(0, np.int64)
     cosine = np.empty(0, np.float32)
     if len(rows) > 1:
+        deviation = rows.std(axis=0)
+        dead = np.flatnonzero(deviation < _DEAD * np.median(deviation))
         left = random.integers(0, len(rows), min(4 * len(rows), 50_000))
         right = (left + random.integers(1, len(rows), len(left))) % len(rows)
         cosine = _cosines(rows, rows[left], right)
@@ -351,7 +353,7 @@ def _tower(
         norm=Distribution.of(norm[usable]),
         cosine=Distribution.of(cosine),
         equal_rows=int(counts[counts > 1].sum()),
-        dead_dimensions=tuple(int(dim) for dim in np.flatnonzero(deviation < _DEAD * np.median(deviation))),
+        dead_dimensions=tuple(int(dim) for dim in dead),
         effective_rank=effective_rank(rows),
     )
 

@@ -67,7 +67,7 @@ def collect_report(
         split: images of one split, or of all, for statistics, map and pairs.
         most: images that are read; of more, so many are drawn.
         map_images: images on the map, at most.
-        seed: of what is drawn, and of the map.
+        seed: of what is drawn.
         progress: called with (stage, done, total).
 
     Raises:

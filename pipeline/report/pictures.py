@@ -81,7 +81,7 @@ def collect_pictures(
             part = rows[start : start + _AT_ONCE]
             if unanswered >= _TRIES and not found:
                 failed += [ConnectionError("not tried")] * len(part)
-                continue
+                part = []
             for row, result in zip(part, pool.map(picture, part), strict=True):
                 if isinstance(result, str):
                     found[row] = result

@@ -26,7 +26,7 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
     Args:
         reader: of the cache that ``read`` is of.
         most: images; of more, so many are drawn.
-        seed: of what is drawn, and of t-SNE.
+        seed: of what is drawn.
         captions: False where they are prompts of classes and belong to no image.
     """
     total = len(read.images)
@@ -37,7 +37,7 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
     owners, first = np.unique(read.text_image, return_index=True)
     if not captions:
         owners, first = owners[:0], first[:0]
-    places, how = place_rows([part for part in (read.images, read.texts[first]) if len(part)], seed)
+    places, how = place_rows([part for part in (read.images, read.texts[first]) if len(part)])
     samples = read_rows(reader.files, reader.manifest, SAMPLES, read.image_rows)
     ids, splits = samples["sample_id"].to_pylist(), samples["split"].to_pylist()
     texts = read_rows(reader.files, reader.manifest, CAPTIONS, read.caption_rows[first])["text"].to_pylist()
@@ -66,8 +66,8 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
     return RowMap(points=tuple(points), method=f"{what[0].upper()}{what[1:]}: {drawn}{how}", images_of=total)
 
 
-def place_rows(towers: list[NDArray[np.float32]], seed: int) -> tuple[NDArray[np.float64], str]:
-    """Places in two dimensions, tower after tower, and how they were found, in words. The same for a seed.
+def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], str]:
+    """Places in two dimensions, tower after tower, and how they were found, in words. The same for the same rows.
 
     Images and captions of CLIP lie in two cones far from each other (Liang et al. 2022, "Mind the Gap"), which would
     be all that a map shows; so each tower is centred on its own mean first and brought back to unit norm. Then PCA,
@@ -97,11 +97,12 @@ def place_rows(towers: list[NDArray[np.float32]], seed: int) -> tuple[NDArray[np
     places = TSNE(
         n_components=2,
         perplexity=perplexity,
+        # from where the principal components are nothing is left to chance
         init=(1e-4 * start / start[:, 0].std()).astype(np.float32),  # as small as Kobak & Berens 2019 ask for
-        random_state=seed,
+        max_iter=500,  # twice as many take the map no further than the eye sees
         n_jobs=1,  # the same sums in the same order
     ).fit_transform(components.astype(np.float32))
-    how = f"{centred}, {components.shape[1]} principal components, then t-SNE, perplexity {perplexity:g}, seed {seed}."
+    how = f"{centred}, {components.shape[1]} principal components, then t-SNE, perplexity {perplexity:g}."
     return np.asarray(places, np.float64), f"{how} Near each other means alike; distances across the map mean little."
 
 

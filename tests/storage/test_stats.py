@@ -230,6 +230,14 @@ def test_prompts_of_classes_are_no_pairs(tmp_path: Path) -> None:
     assert "11 images without a caption" in run.invoke(app, ["stats", cache]).stdout
 
 
+def test_a_tower_without_rows_has_nothing_to_sum_up(tmp_path: Path) -> None:
+    bare = [picture._replace(captions=()) for picture in BASE]
+    found = cache_stats(make(tmp_path / "bare", bare, lost=tuple(range(12))))
+    for tower, missing in ((found.image, 12), (found.text, 0)):
+        assert (tower.missing, tower.norm, tower.cosine, tower.effective_rank) == (missing, None, None, None)
+        assert (tower.equal_rows, tower.dead_dimensions) == (0, ())
+
+
 def test_a_large_cache_is_sampled_and_that_is_said(tmp_path: Path) -> None:
     path = tmp_path / "large.cache"
     plan_known_cache(path, images=400, captions=400)
