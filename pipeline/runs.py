@@ -250,7 +250,7 @@ class RunFolder:
 
     def evaluation_files(self) -> list[Path]:
         """What :meth:`keep_evaluation` left, by name."""
-        return sorted((self.path / _EVALUATIONS).glob("[!.]*.json"))
+        return sorted((self.path / _EVALUATIONS).glob("*.json"))
 
     def sync_log(self) -> None:
         """Have all logged steps on disk."""
