@@ -61,6 +61,8 @@ def report(
 
     target = out_file("--out", out, "report.html")
     data_target = None if data is None else out_file("--data", data, "report.json")
+    if data_target == target:
+        raise UsageError(f"--out and --data both name {target}: the page and its data are two files")
     _require_packages()
     from pipeline.report.collect import collect_report
     from pipeline.report.page import render_report

@@ -22,8 +22,8 @@ __all__ = ["collect_pictures", "thumbnail"]
 _QUALITY = 72
 _WHITE = (255, 255, 255)
 _THREADS = 4
-_AT_ONCE = 64
-_TRIES = 8  # images of a store that does not answer, each after some seconds, before the others are given up
+_AT_ONCE = 16
+_TRIES = 8  # images in a row of a store that does not answer, each after some seconds, before the others are given up
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
@@ -79,15 +79,15 @@ def collect_pictures(
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start : start + _AT_ONCE]
-            if unanswered >= _TRIES and not found:
+            if unanswered >= _TRIES:
                 failed += [ConnectionError("not tried")] * len(part)
                 part = []
             for row, result in zip(part, pool.map(picture, part), strict=True):
+                unanswered = unanswered + 1 if isinstance(result, ConnectionError) else 0
                 if isinstance(result, str):
                     found[row] = result
                 elif result is not None:
                     failed.append(result)
-                    unanswered += isinstance(result, ConnectionError)
             if progress is not None:
                 progress(min(start + _AT_ONCE, len(rows)), len(rows))
     return found, _said(failed, len(rows))

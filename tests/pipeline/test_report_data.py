@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from pipeline.cached_images import CachedImages
+from pipeline.config import PrecomputeConfig
 from pipeline.decode import UndecodableImageError
+from pipeline.precompute import precompute
 from pipeline.report.collect import collect_report
 from pipeline.report.data import ReportData, RetrievedPair
 from pipeline.report.pairs import retrieved_pairs
@@ -33,7 +35,7 @@ from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 from storage.stats import cache_stats, stats_and_rows
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, plan_known_cache
+from tests.conftest import known_arrays, plan_known_cache, write_photos
 from tests.storage.test_diff import BASE, Picture, make
 from tests.storage.test_look import fill
 
@@ -41,18 +43,16 @@ from tests.storage.test_look import fill
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """A cache of 20 photographs, one of them broken; the photographs lie beside it."""
-    from pipeline.config import PrecomputeConfig
-    from pipeline.precompute import precompute
-    from tests.conftest import write_photos
-
     folder = tmp_path_factory.mktemp("report")
     images = write_photos(folder / "photos", 20) / "images"
     (images / "0003.jpg").write_bytes((images / "0003.jpg").read_bytes()[:200])
-    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu"}
-    cache = folder / "photos.cache"
-    dataset = f"flickr:{folder / 'photos'}"
-    precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{tiny_teacher}", cache=str(cache), **settings))
-    return cache
+    precompute(precompute_config(folder, tiny_teacher, folder / "photos.cache"))
+    return folder / "photos.cache"
+
+
+def precompute_config(folder: Path, teacher: Path, cache: Path, **more: Any) -> PrecomputeConfig:
+    dataset, settings = f"flickr:{folder / 'photos'}", {"batch_size": 8, "chunk_rows": 8, "device": "cpu", **more}
+    return PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=str(cache), **settings)
 
 
 def opened(uri: str) -> Image.Image:
@@ -185,6 +185,28 @@ def test_an_unfinished_cache_has_its_coverage_and_a_way_out(tmp_path: Path) -> N
     assert "2 of 10 chunks are there. Run the same precompute command again" in found.notes[0]
     with pytest.raises(CacheNotFoundError):
         collect_report(str(tmp_path / "nothing.cache"))
+
+
+def test_views_that_are_being_added_are_no_hindrance(photos: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int, **more: Any) -> None:
+        if stage == "images":
+            raise Stopped
+
+    cache = tmp_path / "more.cache"
+    shutil.copytree(photos, cache)
+    with pytest.raises(Stopped):
+        precompute(precompute_config(photos.parent, tiny_teacher, cache, views=3), stop)
+    found = collect_report(str(cache))
+    assert [(part.tower, part.view) for part in found.coverage] == [*(("image", n) for n in range(3)), ("text", 0)]
+    whole = [all(cell.committed == cell.chunks for cell in part.cells) for part in found.coverage]
+    assert whole == [True, False, False, True]
+    assert (found.info.sealed, found.info.views_sealed) == (False, 1)
+    assert found.notes[0].startswith("3 views are planned and 1 can be read: run the same precompute command again")
+    assert found.pairs_of == 19 * 3
+    assert len(found.pictures) == 19
 
 
 def test_cells_stand_for_many_chunks_of_a_large_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +444,7 @@ def test_large_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     original = JpegImagePlugin.JpegImageFile.load
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", noted)
     thumbnail(photograph((3200, 2400)), 80)
-    assert sizes[0] == (400, 300)  # an eighth; a tenth would be enough for 160 pixels twice over
+    assert sizes[0] == (400, 300)  # an eighth, the least that libjpeg has; both sides keep 160 pixels
 
 
 def test_pictures_are_as_large_as_they_are_looked_at(photos: Path) -> None:

@@ -282,6 +282,7 @@ def test_the_command_writes_a_page_and_says_what_is_in_it(
         (["CACHE", "--out", "."], 2, "--out .: this is a folder; name a file in it, for example report.html"),
         (["CACHE", "--out", "s3://bucket/r.html"], 2, "a local file is wanted, not a URL"),
         (["CACHE", "--data", "."], 2, "--data .: this is a folder"),
+        (["CACHE", "--data", "a", "--out", "./a"], 2, "--out and --data both name a: the page and its data are two"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(
