@@ -55,6 +55,8 @@ def evaluate(
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
         title += _chosen(result.chosen_on)
         Console().print(recall_table(title, result))
+    if result.not_kept:
+        say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
 

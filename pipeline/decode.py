@@ -39,6 +39,7 @@ __all__ = [
     "ignore_pillows_warnings",
     "load_image",
     "size_in_words",
+    "what_pillow_raises",
 ]
 
 MAX_PIXELS = 178_956_970  # where Pillow itself, too, takes an image for a decompression bomb
@@ -52,21 +53,25 @@ class UndecodableImageError(Exception):
     """These bytes are not an image that Pillow can decode whole."""
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
     """The image in these bytes, all its pixels decoded, in a mode that open_clip's transform takes.
+
+    Args:
+        shrink_to: for people to look at: a large JPEG is decoded at a half, a quarter or an eighth of its size, where
+            both sides keep so many pixels. No model was ever shown such pixels.
 
     Raises:
         UndecodableImageError: the module's rules say why.
     """
     ignore_pillows_warnings()
-    with _what_pillow_raises():
+    with what_pillow_raises():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise UndecodableImageError(
                 f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
             ) from None
-        return _loaded(image)
+        return _loaded(image, shrink_to)
 
 
 def load_image(image: Image.Image) -> Image.Image:
@@ -76,22 +81,25 @@ def load_image(image: Image.Image) -> Image.Image:
         UndecodableImageError: as :func:`decode_image`.
     """
     ignore_pillows_warnings()
-    with _what_pillow_raises():
+    with what_pillow_raises():
         return _loaded(image)
 
 
-def _loaded(image: Image.Image) -> Image.Image:
+def _loaded(image: Image.Image, shrink_to: int | None = None) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UndecodableImageError(f"{size_in_words(width, height)}, the most is {MAX_PIXELS:,}")
     if width * height == 0:
         raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
+    if shrink_to is not None:
+        image.draft(None, (shrink_to, shrink_to))
     image.load()
     return _eight_bits(image)
 
 
 @contextmanager
-def _what_pillow_raises() -> Iterator[None]:
+def what_pillow_raises() -> Iterator[None]:
+    """Whatever Pillow raises on an image in the block, but for a lack of memory, as an ``UndecodableImageError``."""
     try:
         yield
     except (MemoryError, UndecodableImageError):

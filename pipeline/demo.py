@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 # what a cache and a run hold, finished or not: only such folders are replaced
 _CACHE_NAMES = {"manifest.json", "manifest.backup.json", "samples", "captions", "problems", "targets.zarr"}
 _CACHE_NAMES |= {"commits", "claims", "journal"}
-_RUN_NAMES = {"run.json", "log.jsonl", "checkpoints", "tensorboard", ".lock"}
+_RUN_NAMES = {"run.json", "log.jsonl", "checkpoints", "tensorboard", "evaluations", ".lock"}
 
 
 class DemoResult(BaseModel, frozen=True):

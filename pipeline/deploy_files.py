@@ -18,8 +18,9 @@ from pipeline.decode import decode_image
 from pipeline.deployment import Artefact, Deployment, Variant
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.export_onnx import export_towers
+from pipeline.int8_report import Int8Report
 from pipeline.model_input import ModelInput
-from pipeline.quantize import Int8Report, NotQuantisable, quantize_tower
+from pipeline.quantize import NotQuantisable, quantize_tower
 from pipeline.runs import RunRecord
 from pipeline.student import Student, student_tokenizer
 

@@ -20,13 +20,13 @@ from pipeline.deploy_files import versions
 from pipeline.deploy_gates import require_features, require_finite, require_recall, require_weights
 from pipeline.deployment import Deployment
 from pipeline.evaluation_split import EvaluationSplit
+from pipeline.int8_report import Int8Report
 from pipeline.intervals import bootstrap_accuracy_share, bootstrap_share
 from pipeline.labelled import LabelledDataset
 from pipeline.memory_probe import ProbeRequest
 from pipeline.metrics import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from pipeline.onnx_student import OnnxStudent, Tower, towers_of
 from pipeline.parity import row_cosines
-from pipeline.quantize import Int8Report
 from pipeline.student import load_student, student_tokenizer
 from pipeline.student_table import Cosine, Gate, Retained, Retention, StudentTable, TableRow
 from pipeline.teacher import LiveTeacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluation_split import EvaluationSplit, open_split
 from pipeline.intervals import LEVEL, RESAMPLES, RecallIntervals, bootstrap_recalls, bootstrap_share
 from pipeline.metrics import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
-from pipeline.rank_table import RANK_DEPTH, rank_file, write_rank_table
+from pipeline.out_file import out_file
+from pipeline.rank_table import RANK_DEPTH, write_rank_table
 from pipeline.runs import RunFolder
 
 __all__ = ["EvaluateResult", "Measured", "evaluate", "measure", "student_ranks"]
@@ -49,6 +51,8 @@ class EvaluateResult(BaseModel, frozen=True):
     )
     ranks: str | None = Field(None, description="File that the rank of every query was written to.")
     seconds: float
+    date: str | None = Field(None, description="And time at which it was measured, UTC; older versions name none.")
+    not_kept: str | None = Field(None, description="Why it was not left in the run, where that failed.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Measured:
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
     """Recall of the cached teacher on a split, and of a run's student with what it retains.
 
-    Without a run no model is built and no torch imported.
+    Without a run no model is built and no torch imported. With one the result is left in its folder too
+    (``RunFolder.keep_evaluation``), where that can be written.
 
     Raises:
         UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, or ranks that cannot
@@ -119,7 +124,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     folder = RunFolder(run) if run else None
     record = folder.read() if folder else None
     path = folder.checkpoint_path(config.checkpoint) if folder else None
-    rank_path = rank_file(config.ranks) if config.ranks else None
+    rank_path = out_file("--ranks", config.ranks, "ranks.parquet") if config.ranks else None
     split = open_split(config)
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_ranks = split.teacher_ranks(depth)
@@ -153,5 +158,17 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
         retention_intervals=bootstrap_share(ranks, teacher_ranks, text_image) if ranks else None,
         ranks=config.ranks,
         seconds=time.perf_counter() - started,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    result = result if folder is None else _kept(folder, result)
     return Measured(result, split, teacher_ranks, ranks, depth)
+
+
+def _kept(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
+    """The result, left in the run; a folder that cannot be written costs the file, not what was measured."""
+    data = (result.model_dump_json(indent=2) + "\n").encode()
+    try:
+        folder.keep_evaluation(result.split, str(result.checkpoint), result.cache_manifest_digest, data)
+    except OSError as error:
+        return result.model_copy(update={"not_kept": f"{error.filename or folder.path}: {error.strerror or error}"})
+    return result

@@ -24,13 +24,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from pydantic import BaseModel, Field
 
 from pipeline.deployment import DeploymentError
+from pipeline.int8_report import Int8Report
 from pipeline.static_int8 import quantize_static
 from storage.errors import UsageError
 
-__all__ = ["Int8Report", "NotQuantisable", "quantisation_of", "quantize_tower"]
+__all__ = ["NotQuantisable", "quantisation_of", "quantize_tower"]
 
 LEAST_SHARE = 0.5
 """Below this share of int8 parameters a file is not called int8."""
@@ -60,25 +60,6 @@ _REASONS = {
 
 class NotQuantisable(DeploymentError):
     """A tower of which no file was written, since it would be int8 in name only."""
-
-
-class Int8Report(BaseModel, frozen=True):
-    """What a quantised tower really is, read from its file and from the graph that ONNX Runtime makes of it."""
-
-    method: Literal["static", "dynamic"]
-    parameters: int = Field(description="Of the float tower; batch norms are folded away.")
-    parameters_int8: int = Field(description="Of these, how many are stored as int8.")
-    share_int8: float = Field(description="parameters_int8 / parameters.")
-    bytes: int
-    float_bytes: int = Field(description="Of the float file.")
-    calibration_images: int = Field(description="0 if dynamic.")
-    int8_operators: dict[str, int] = Field(
-        description="By kind: operators that multiply in int8 as ONNX Runtime runs it."
-    )
-    float_operators: dict[str, int] = Field(
-        description="By kind: operators that multiply in float, those of two activations as in attention among them."
-    )
-    kept_float: dict[str, str] = Field(description="By operator: how many parameters it keeps in float, and why.")
 
 
 def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:

@@ -23,30 +23,12 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.metrics import RetrievalRanks
-from storage.errors import UsageError
 from storage.files import LocalFiles
 
-__all__ = ["RANK_DEPTH", "rank_file", "write_rank_table"]
+__all__ = ["RANK_DEPTH", "write_rank_table"]
 
 RANK_DEPTH = 100
 """How far down ranks are looked for where they are to be written."""
-
-
-def rank_file(path: str) -> Path:
-    """Where a rank table is to be written, found fit before anything is measured.
-
-    Raises:
-        UsageError: a URL, a folder, or below something that is no folder.
-    """
-    if "://" in path:
-        raise UsageError(f"--ranks {path}: a local file is wanted, not a URL")
-    target = Path(path)
-    if not target.name or target.is_dir():
-        raise UsageError(f"--ranks {path}: this is a folder; name a file in it, for example {target / 'ranks.parquet'}")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"--ranks {path}: {above} is no folder")
-    return target
 
 
 def write_rank_table(

@@ -5,6 +5,7 @@ log.jsonl                   a line per step
 tensorboard/                the same and the timings, as TensorBoard reads them
 checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 in the middle of one
 checkpoints/best-epoch-0001/    the best one on the select split, if there is one
+evaluations/test-epoch-0002.json    what evaluate measured: the newest of each split and checkpoint
 .lock                       held by the process that trains
 """
 
@@ -17,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,6 +34,7 @@ RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
+_EVALUATIONS = "evaluations"
 _MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 # where things are and how often they are saved: a run that goes on may find these changed
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
@@ -213,6 +216,41 @@ class RunFolder:
         """Append one step to ``log.jsonl``."""
         with (self.path / _LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of ``log.jsonl``, a step each; one that is not whole yet, or was torn, is left out."""
+        try:
+            lines = (self.path / _LOG).read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def keep_evaluation(self, split: str, checkpoint: str, cache_manifest_digest: str, data: bytes) -> Path:
+        """Leave what was measured in the run, whole or not at all, instead of an earlier one of the same.
+
+        Args:
+            checkpoint: its folder, relative to the run.
+            cache_manifest_digest: of the cache that it was measured on; of another than the run's it is in the name.
+
+        Returns:
+            Where it is: ``evaluations/SPLIT-CHECKPOINT.json``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
+        # a split may be called anything
+        name = f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
+        self._files.write(f"{_EVALUATIONS}/{name}", data)
+        return self.path / _EVALUATIONS / name
+
+    def evaluation_files(self) -> list[Path]:
+        """What :meth:`keep_evaluation` left, by name."""
+        return sorted((self.path / _EVALUATIONS).glob("*.json"))
 
     def sync_log(self) -> None:
         """Have all logged steps on disk."""

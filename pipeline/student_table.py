@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cost import ModelCost, SpeedRatios
+from pipeline.int8_report import Int8Report
 from pipeline.intervals import Interval
 from pipeline.latency import Ratio, Timing
-from pipeline.quantize import Int8Report
 
 __all__ = [
     "Cosine",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -22,7 +22,16 @@ from storage.manifest import CacheManifest, Generation, Layout
 from storage.root import read_manifest
 from storage.shapes import ARRAYS, target_bytes
 
-__all__ = ["COMMITS_READ", "NOTES_READ", "CacheInfo", "Coverage", "count_committed", "describe_cache"]
+__all__ = [
+    "COMMITS_READ",
+    "NOTES_READ",
+    "CacheInfo",
+    "ChunkState",
+    "Coverage",
+    "chunk_states",
+    "count_committed",
+    "describe_cache",
+]
 
 NOTES_READ = 1000
 """Notes of the journal, per tower, that are read at most; more are estimated from so many evenly spaced ones."""
@@ -45,6 +54,15 @@ class Coverage(BaseModel, frozen=True):
     chunks_committed: int
     rows: int
     rows_committed: int
+
+
+class ChunkState(NamedTuple):
+    """A chunk, and what its commit says."""
+
+    ref: ChunkRef
+    committed: bool
+    quarantined: tuple[QuarantinedRow, ...] | None
+    """None where too many records would have to be read."""
 
 
 class CacheInfo(BaseModel, frozen=True):
@@ -99,9 +117,7 @@ def describe_cache(location: str) -> CacheInfo:
     coverage = _coverage(manifest.layout, refs, committed)
     costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
     seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
-    # a sealed cache without quarantined rows says so in its manifest
-    none_lost = manifest.sealed and seal is not None and not seal.images_quarantined
-    rows = {} if none_lost else _quarantined(files, manifest, committed)
+    rows = _quarantined(files, manifest, committed)
     return CacheInfo(
         location=location,
         format_version=manifest.format_version,
@@ -143,6 +159,28 @@ def count_committed(location: str) -> tuple[int, int]:
     files = open_files(location)
     refs = all_chunks(read_manifest(files).layout)
     return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
+
+
+def chunk_states(location: str) -> tuple[ChunkState, ...]:
+    """What is committed and quarantined, chunk by chunk: images view by view, then captions, as ``all_chunks`` goes.
+
+    Reads what :func:`describe_cache` reads of the commits, and no embedding.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``storage.errors``.
+    """
+    files = open_files(location)
+    manifest = read_manifest(files)
+    refs = all_chunks(manifest.layout)
+    there = set(files.list(COMMITS))
+    lost = _quarantined_by_chunk(files, manifest, [ref for ref in refs if ref.commit_key in there])
+
+    def quarantined(ref: ChunkRef) -> tuple[QuarantinedRow, ...] | None:
+        if ref.tower == "text":
+            return ()
+        return None if lost is None else lost.get(ref, ())
+
+    return tuple(ChunkState(ref, ref.commit_key in there, quarantined(ref)) for ref in refs)
 
 
 def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:
@@ -195,7 +233,25 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
 def _quarantined(
     files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
 ) -> dict[int, QuarantinedRow] | None:
+    by_chunk = _quarantined_by_chunk(files, manifest, committed)
+    if by_chunk is None:
+        return None
+    found: dict[int, QuarantinedRow] = {}
+    for rows in by_chunk.values():
+        for row in rows:
+            found.setdefault(row.row, row)
+    return dict(sorted(found.items()))
+
+
+def _quarantined_by_chunk(
+    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
+) -> dict[ChunkRef, tuple[QuarantinedRow, ...]] | None:
+    """Of the committed chunks of images, view by view; None where too many records would have to be read."""
     images = [ref for ref in committed if ref.tower == "image"]
+    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
+    # a sealed cache without quarantined rows says so in its manifest
+    if manifest.sealed and seal is not None and not seal.images_quarantined:
+        return dict.fromkeys(images, ())
     if len(images) > COMMITS_READ:
         return None
 
@@ -206,11 +262,7 @@ def _quarantined(
             return ()  # verify names it
         return () if commit is None else commit.quarantined
 
-    found: dict[int, QuarantinedRow] = {}
-    for rows in _mapped(files, commit_of, images):
-        for row in rows:
-            found.setdefault(row.row, row)
-    return dict(sorted(found.items()))
+    return dict(zip(images, _mapped(files, commit_of, images), strict=True))
 
 
 def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:

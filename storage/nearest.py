@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NO_POSITIVE", "first_positive_ranks", "near_pairs", "nearest", "recall_of_ranks", "unit_rows"]
+__all__ = [
+    "NO_POSITIVE",
+    "exact_scores",
+    "first_positive_ranks",
+    "near_pairs",
+    "nearest",
+    "recall_of_ranks",
+    "unit_rows",
+]
 
 NO_POSITIVE = int(np.iinfo(np.int64).max)
 _BLOCK_BYTES = 64 << 20
@@ -34,8 +42,13 @@ def _margin(queries: _Floats, longest: float) -> NDArray[np.float64]:
     return np.asarray(2 * queries.shape[1] * 2.0**-24 * longest * norms)
 
 
-def _exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:
-    """float64 inner products of pairs; equal vectors get equal scores, whatever their rows are."""
+def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:
+    """float64 inner products of pairs; equal vectors get equal scores, whatever their rows are.
+
+    Args:
+        queries, gallery: (n, dim) and (m, dim).
+        query, row: (p,) and (p,): which of either.
+    """
     out = np.empty(len(query))
     step = max(1, _BLOCK_BYTES // (16 * queries.shape[1]))
     for start in range(0, len(query), step):
@@ -87,7 +100,7 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
 
 def _best(queries: _Floats, at: int, rows: _Rows, kept: _Floats, k: int) -> tuple[_Rows, NDArray[np.float64]]:
     """Places of the best k of one query's rows, by float64 score and then row, and their scores."""
-    exact = _exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
+    exact = exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
     order = np.lexsort((rows, -exact))[:k]
     return order, exact[order]
 
@@ -108,7 +121,7 @@ def first_positive_ranks(queries: _Floats, gallery: _Floats, query_group: _Rows,
     query = np.repeat(np.arange(len(queries)), counts)
     within = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
     row = by_group[np.repeat(starts, counts) + within]
-    scores = _exact_scores(queries, gallery, query, row)
+    scores = exact_scores(queries, gallery, query, row)
     best = np.full(len(queries), -np.inf)
     np.maximum.at(best, query, scores)
     first = np.full(len(queries), len(gallery), np.int64)
@@ -126,7 +139,7 @@ def first_positive_ranks(queries: _Floats, gallery: _Floats, query_group: _Rows,
         ranks[part] = (rough > high).sum(axis=1)
         close_query, close_row = np.nonzero((rough <= high) & (rough >= low))
         close_query = close_query + start
-        exact = _exact_scores(queries, gallery, close_query, close_row)
+        exact = exact_scores(queries, gallery, close_query, close_row)
         ahead = (exact > best[close_query]) | ((exact == best[close_query]) & (close_row < first[close_query]))
         np.add.at(ranks, close_query[ahead], 1)
     ranks[counts == 0] = NO_POSITIVE

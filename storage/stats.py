@@ -6,6 +6,7 @@ Above a stated number of rows a part of them is drawn, and the result says so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,18 @@ from storage.nearest import first_positive_ranks, near_pairs, recall_of_ranks, u
 from storage.reader import EmbeddingReader
 from storage.tables import SAMPLES, read_rows
 
-__all__ = ["CacheStats", "Distribution", "NearPair", "RecallStats", "TowerStats", "cache_stats", "effective_rank"]
+__all__ = [
+    "CacheStats",
+    "Distribution",
+    "NearPair",
+    "Ranks",
+    "ReadRows",
+    "RecallStats",
+    "TowerStats",
+    "cache_stats",
+    "effective_rank",
+    "stats_and_rows",
+]
 
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 20
@@ -125,6 +137,52 @@ class CacheStats(BaseModel, frozen=True):
     recall: RecallStats | None
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """Rows that statistics were made of, those without an embedding left out.
+
+    Attributes:
+        image_rows: (images,) rows of the cache, ascending.
+        caption_rows: (captions,) rows of the cache, those of an image side by side.
+        text_image: (captions,) position of each caption's image.
+        images, texts: (images, dim) and (captions, dim), float32 of unit norm.
+    """
+
+    image_rows: NDArray[np.int64]
+    caption_rows: NDArray[np.int64]
+    text_image: NDArray[np.int64]
+    images: _Floats
+    texts: _Floats
+
+    def of_images(self, kept: NDArray[np.int64]) -> ReadRows:
+        """Some of the images, by position and ascending, with their captions."""
+        number = np.full(len(self.images), -1)
+        number[kept] = np.arange(len(kept))
+        mine = number[self.text_image] >= 0
+        return ReadRows(
+            image_rows=self.image_rows[kept],
+            caption_rows=self.caption_rows[mine],
+            text_image=number[self.text_image[mine]],
+            images=self.images[kept],
+            texts=self.texts[mine],
+        )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many rows came before the first positive of each query; ``storage.nearest.NO_POSITIVE`` where it has none.
+
+    Attributes:
+        rows: what was compared, all with all.
+        i2t: (images,).
+        t2i: (captions,).
+    """
+
+    rows: ReadRows
+    i2t: NDArray[np.int64]
+    t2i: NDArray[np.int64]
+
+
 def cache_stats(
     location: str,
     split: str | None = None,
@@ -148,6 +206,23 @@ def cache_stats(
         UsageError: no such split or view.
         CacheError: as ``EmbeddingReader`` raises it.
     """
+    return stats_and_rows(location, split, view, most, near, seed, progress)[0]
+
+
+def stats_and_rows(
+    location: str,
+    split: str | None = None,
+    view: int = 0,
+    most: int = 20_000,
+    near: float = 0.99,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[CacheStats, ReadRows, Ranks | None]:
+    """:func:`cache_stats`, with the rows it read and the ranks behind its recall; None where there is no recall.
+
+    Raises:
+        UsageError, CacheError: as :func:`cache_stats`.
+    """
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     if not 0 <= view < reader.views:
         raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
@@ -168,8 +243,14 @@ def cache_stats(
 
     there = _usable(image)
     have_image = there[position] & _usable(text)
-    images, texts = unit_rows(image[there]), unit_rows(text[have_image])
-    place = (np.cumsum(there) - 1)[position[have_image]]
+    read = ReadRows(
+        image_rows=rows[there],
+        caption_rows=caption_rows[have_image],
+        text_image=(np.cumsum(there) - 1)[position[have_image]],
+        images=unit_rows(image[there]),
+        texts=unit_rows(text[have_image]),
+    )
+    images, texts, place = read.images, read.texts, read.text_image
     random = np.random.default_rng([seed, 1])
     true = random_cosines = np.empty(0, np.float32)
     bare = int((np.diff(reader.caption_offsets)[rows] == 0).sum())
@@ -180,15 +261,20 @@ def cache_stats(
             random_cosines = _cosines(images, texts, other)
     pairs, partners, nearest_pairs, cosines = near_pairs(images, near, _PAIRS_NAMED)
     every_caption = int(np.diff(reader.caption_offsets)[every].sum())
-    return CacheStats(
+    towers = {
+        "image": _tower("image", image, image_norm, len(every), random, progress),
+        "text": _tower("text", text, text_norm, every_caption, random, progress),
+    }
+    ranks = None if bare else _ranks(read, random, progress)
+    stats = CacheStats(
         location=location,
         manifest_digest=reader.manifest.digest,
         split=split,
         view=view,
         seed=seed,
         sampled=len(rows) < len(every),
-        image=_tower("image", image, image_norm, len(every), random, progress),
-        text=_tower("text", text, text_norm, every_caption, random, progress),
+        image=towers["image"],
+        text=towers["text"],
         without_caption=bare,
         true_pairs=Distribution.of(true),
         random_pairs=Distribution.of(random_cosines),
@@ -196,9 +282,10 @@ def cache_stats(
         near_cosine=near,
         near_images=int((partners > 0).sum()),
         near_pairs=pairs,
-        nearest_pairs=_named(reader, rows[there], nearest_pairs, cosines),
-        recall=None if bare else _recall(images, texts, place, random, progress),
+        nearest_pairs=_named(reader, read.image_rows, nearest_pairs, cosines),
+        recall=None if ranks is None else _recall(ranks),
     )
+    return stats, read, ranks
 
 
 def effective_rank(rows: NDArray[np.floating]) -> float | None:
@@ -245,9 +332,11 @@ def _tower(
 ) -> TowerStats:
     usable = _usable(stored)
     rows = unit_rows(stored[usable])
-    deviation = rows.std(axis=0) if len(rows) > 1 else np.empty(0)
+    dead = np.empty(0, np.int64)
     cosine = np.empty(0, np.float32)
     if len(rows) > 1:
+        deviation = rows.std(axis=0)
+        dead = np.flatnonzero(deviation < _DEAD * np.median(deviation))
         left = random.integers(0, len(rows), min(4 * len(rows), 50_000))
         right = (left + random.integers(1, len(rows), len(left))) % len(rows)
         cosine = _cosines(rows, rows[left], right)
@@ -264,7 +353,7 @@ def _tower(
         norm=Distribution.of(norm[usable]),
         cosine=Distribution.of(cosine),
         equal_rows=int(counts[counts > 1].sum()),
-        dead_dimensions=tuple(int(dim) for dim in np.flatnonzero(deviation < _DEAD * np.median(deviation))),
+        dead_dimensions=tuple(int(dim) for dim in dead),
         effective_rank=effective_rank(rows),
     )
 
@@ -295,27 +384,25 @@ def _named(
     )
 
 
-def _recall(
-    images: _Floats, texts: _Floats, place: NDArray[np.int64], random: np.random.Generator, progress: Progress | None
-) -> RecallStats | None:
-    if len(images) > _RECALL_IMAGES:
-        kept = np.sort(random.choice(len(images), _RECALL_IMAGES, replace=False))
-        number = np.full(len(images), -1)
-        number[kept] = np.arange(len(kept))
-        mine = number[place] >= 0
-        images, texts, place = images[kept], texts[mine], number[place[mine]]
-    if not len(texts):
+def _ranks(read: ReadRows, random: np.random.Generator, progress: Progress | None) -> Ranks | None:
+    if len(read.images) > _RECALL_IMAGES:
+        read = read.of_images(np.sort(random.choice(len(read.images), _RECALL_IMAGES, replace=False)))
+    if not len(read.texts):
         return None
-    groups = np.arange(len(images))
-    i2t = first_positive_ranks(images, texts, groups, place)
+    groups = np.arange(len(read.images))
+    i2t = first_positive_ranks(read.images, read.texts, groups, read.text_image)
     if progress is not None:
         progress("recall", 1, 2)
-    t2i = first_positive_ranks(texts, images, place, groups)
+    t2i = first_positive_ranks(read.texts, read.images, read.text_image, groups)
     if progress is not None:
         progress("recall", 2, 2)
+    return Ranks(read, i2t, t2i)
+
+
+def _recall(ranks: Ranks) -> RecallStats:
     return RecallStats(
-        images=len(images),
-        captions=len(texts),
-        i2t=recall_of_ranks(i2t, _RECALL_KS),
-        t2i=recall_of_ranks(t2i, _RECALL_KS),
+        images=len(ranks.i2t),
+        captions=len(ranks.t2i),
+        i2t=recall_of_ranks(ranks.i2t, _RECALL_KS),
+        t2i=recall_of_ranks(ranks.t2i, _RECALL_KS),
     )

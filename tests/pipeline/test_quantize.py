@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 import pipeline.static_int8
 from pipeline.datasets.scenes import render_scene
 from pipeline.export_onnx import ExportedTowers, export_towers
-from pipeline.quantize import Int8Report, NotQuantisable, quantisation_of, quantize_tower
+from pipeline.int8_report import Int8Report
+from pipeline.quantize import NotQuantisable, quantisation_of, quantize_tower
 from pipeline.quantize import _patches_by_matmul as patches_by_matmul
 from pipeline.student import Student, load_student
 from storage.errors import UsageError

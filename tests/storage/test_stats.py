@@ -84,13 +84,13 @@ def test_nearest_of_collapsed_rows_is_exact(seed: int, size: int, k: int, parts:
 
 def test_nearest_keeps_no_more_of_collapsed_rows_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    exact_scores = nearest_module._exact_scores
+    scores_of_pairs = nearest_module.exact_scores
 
     def noted(queries: Any, gallery: Any, query: Any, row: Any) -> Any:
         sizes.append(len(gallery))
-        return exact_scores(queries, gallery, query, row)
+        return scores_of_pairs(queries, gallery, query, row)
 
-    monkeypatch.setattr(nearest_module, "_exact_scores", noted)
+    monkeypatch.setattr(nearest_module, "exact_scores", noted)
     gallery = np.ones((20_000, 4), np.float32)
     blocks = ((part, gallery[part]) for part in np.array_split(np.arange(20_000)[::-1], 40))
     rows, _ = nearest(gallery[:2], blocks, 3)
@@ -228,6 +228,14 @@ def test_prompts_of_classes_are_no_pairs(tmp_path: Path) -> None:
     assert (found.true_pairs, found.random_pairs, found.separation, found.recall) == (None, None, None, None)
     assert found.image.cosine is not None
     assert "11 images without a caption" in run.invoke(app, ["stats", cache]).stdout
+
+
+def test_a_tower_without_rows_has_nothing_to_sum_up(tmp_path: Path) -> None:
+    bare = [picture._replace(captions=()) for picture in BASE]
+    found = cache_stats(make(tmp_path / "bare", bare, lost=tuple(range(12))))
+    for tower, missing in ((found.image, 12), (found.text, 0)):
+        assert (tower.missing, tower.norm, tower.cosine, tower.effective_rank) == (missing, None, None, None)
+        assert (tower.equal_rows, tower.dead_dimensions) == (0, ())
 
 
 def test_a_large_cache_is_sampled_and_that_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The queries that the teacher ranks worst and best, of those that the recall in the statistics counts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.report.data import RetrievedPair
+from storage.nearest import NO_POSITIVE, exact_scores, nearest
+from storage.reader import EmbeddingReader
+from storage.stats import Ranks
+from storage.tables import CAPTIONS, read_rows
+
+__all__ = ["retrieved_pairs"]
+
+_Rows = NDArray[np.int64]
+
+
+def retrieved_pairs(
+    reader: EmbeddingReader, ranks: Ranks, count: int
+) -> tuple[tuple[RetrievedPair, ...], tuple[RetrievedPair, ...], int]:
+    """The hardest queries, the best ones, and how many they were chosen from.
+
+    Hardest: the worst rank first, of equal ones the least cosine. Best: of those that found their own at once, the
+    greatest cosine first, one for each image. In both equal ones go by row; image to text comes before text to image.
+
+    Args:
+        reader: of the cache that was ranked.
+        count: of each direction, at most.
+    """
+    hardest: list[RetrievedPair] = []
+    best: list[RetrievedPair] = []
+    of = 0
+    for direction in ("i2t", "t2i"):
+        queries, own, cosine, rank = _own(ranks, direction)
+        of += len(queries)
+        worst = np.lexsort((queries, cosine, -rank))[:count]
+        right = np.flatnonzero(rank == 0)
+        right = right[np.lexsort((queries[right], -cosine[right]))]
+        image = queries if direction == "i2t" else own
+        once = np.sort(np.unique(image[right], return_index=True)[1])
+        for at, into in ((worst, hardest), (right[once[:count]], best)):
+            into.extend(_described(reader, ranks, direction, queries[at], own[at], cosine[at], rank[at]))
+    return tuple(hardest), tuple(best), of
+
+
+def _own(ranks: Ranks, direction: str) -> tuple[_Rows, _Rows, NDArray[np.float64], _Rows]:
+    """Queries that have a match, their best match, its cosine and its rank from 0; all by position."""
+    rows = ranks.rows
+    captions = np.arange(len(rows.texts))
+    cosines = exact_scores(rows.texts, rows.images, captions, rows.text_image)
+    if direction == "t2i":
+        return captions, rows.text_image, cosines, ranks.t2i
+    # of an image's captions the one of the greatest cosine, of equal ones the first: what its rank was counted for
+    order = np.lexsort((captions, -cosines, rows.text_image))
+    queries, first = np.unique(rows.text_image[order], return_index=True)
+    own = order[first]
+    rank = ranks.i2t[queries]
+    assert (rank != NO_POSITIVE).all()
+    return queries, own, cosines[own], rank
+
+
+def _described(
+    reader: EmbeddingReader,
+    ranks: Ranks,
+    direction: Literal["i2t", "t2i"],
+    queries: _Rows,
+    own: _Rows,
+    cosine: NDArray[np.float64],
+    rank: _Rows,
+) -> list[RetrievedPair]:
+    rows = ranks.rows
+    wanted, gallery = (rows.images, rows.texts) if direction == "i2t" else (rows.texts, rows.images)
+    found, scores = nearest(wanted[queries], [(np.arange(len(gallery)), gallery)], 1)
+    image, caption = (queries, own) if direction == "i2t" else (own, queries)
+    caption_rows = rows.caption_rows[caption]
+    texts = read_rows(reader.files, reader.manifest, CAPTIONS, caption_rows)["text"].to_pylist()
+    others: list[str | None] = [None] * len(queries)
+    if direction == "i2t":
+        firsts = rows.caption_rows[found[:, 0]]
+        others = read_rows(reader.files, reader.manifest, CAPTIONS, firsts)["text"].to_pylist()
+    return [
+        RetrievedPair(
+            direction=direction,
+            image_row=int(rows.image_rows[image[at]]),
+            caption_row=int(caption_rows[at]),
+            caption=texts[at],
+            rank=int(rank[at]) + 1,
+            cosine=float(cosine[at]),
+            first_image_row=int(rows.image_rows[found[at, 0]]) if direction == "t2i" and rank[at] else None,
+            first_caption=others[at] if rank[at] else None,
+            first_cosine=float(scores[at, 0]),
+        )
+        for at in range(len(queries))
+    ]

@@ -1,0 +1,112 @@
+"""Images and captions in two dimensions, for people to look at: neighbours stay neighbours, distances say little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.report.data import MapPoint, RowMap
+from storage.reader import EmbeddingReader
+from storage.stats import ReadRows
+from storage.tables import CAPTIONS, SAMPLES, read_rows
+
+__all__ = ["place_rows", "row_map"]
+
+_DIMENSIONS = 50
+_FEW, _MANY = 10, 6_000  # points: below, t-SNE has no neighbourhoods to keep; above, it takes minutes
+_PERPLEXITY = 30.0
+_DIGITS = 3
+
+
+def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, captions: bool = True) -> RowMap | None:
+    """A map of some images and the first caption of each; None without images.
+
+    Args:
+        reader: of the cache that ``read`` is of.
+        most: images; of more, so many are drawn.
+        seed: of what is drawn.
+        captions: False where they are prompts of classes and belong to no image.
+    """
+    total = len(read.images)
+    if not total:
+        return None
+    if total > most:
+        read = read.of_images(np.sort(np.random.default_rng([seed, 2]).choice(total, most, replace=False)))
+    owners, first = np.unique(read.text_image, return_index=True)
+    if not captions:
+        owners, first = owners[:0], first[:0]
+    places, how = place_rows([part for part in (read.images, read.texts[first]) if len(part)])
+    samples = read_rows(reader.files, reader.manifest, SAMPLES, read.image_rows)
+    ids, splits = samples["sample_id"].to_pylist(), samples["split"].to_pylist()
+    texts = read_rows(reader.files, reader.manifest, CAPTIONS, read.caption_rows[first])["text"].to_pylist()
+
+    def point(number: int, **fields: Any) -> MapPoint:
+        x, y = (round(float(value), _DIGITS) for value in places[number])
+        return MapPoint(x=x, y=y, **fields)
+
+    points = [
+        point(at, tower="image", row=int(row), image_row=int(row), label=ids[at], split=splits[at])
+        for at, row in enumerate(read.image_rows)
+    ]
+    points += [
+        point(
+            len(ids) + at,
+            tower="text",
+            row=int(read.caption_rows[first[at]]),
+            image_row=int(read.image_rows[owner]),
+            label=texts[at],
+            split=splits[owner],
+        )
+        for at, owner in enumerate(owners)
+    ]
+    what = "images and the first caption of each" if len(owners) else "images"
+    drawn = f"{len(ids):,} of {total:,} images drawn with seed {seed}; " if total > len(ids) else ""
+    return RowMap(points=tuple(points), method=f"{what[0].upper()}{what[1:]}: {drawn}{how}", images_of=total)
+
+
+def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], str]:
+    """Places in two dimensions, tower after tower, and how they were found, in words. The same for the same rows.
+
+    Images and captions of CLIP lie in two cones far from each other (Liang et al. 2022, "Mind the Gap"), which would
+    be all that a map shows; so each tower is centred on its own mean first and brought back to unit norm. Then PCA,
+    and t-SNE (van der Maaten & Hinton 2008) from its first two components.
+
+    Args:
+        towers: (rows, dim) each, of unit norm.
+    """
+    rows = np.concatenate([_centred(tower) for tower in towers])
+    rows -= rows.mean(axis=0)
+    _, singular, axes = np.linalg.svd(rows, full_matrices=False)
+    keep = int((singular > 1e-6 * max(float(singular[0]), 1e-30)).sum())
+    axes = axes[: min(_DIMENSIONS, keep)]
+    # the sign of an axis is the algorithm's whim
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+    components = rows @ axes.T
+    centred = "each tower centred on its own mean, since the gap between the two would hide all else"
+    if len(towers) < 2:
+        centred = "centred on their mean"
+    start = np.zeros((len(rows), 2))
+    start[:, : min(2, len(axes))] = components[:, :2]
+    if not _FEW <= len(rows) <= _MANY or len(axes) < 2:
+        return start, f"{centred}, then the first two principal components."
+    from sklearn.manifold import TSNE
+
+    perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)
+    places = TSNE(
+        n_components=2,
+        perplexity=perplexity,
+        # from where the principal components are nothing is left to chance
+        init=(1e-4 * start / start[:, 0].std()).astype(np.float32),  # as small as Kobak & Berens 2019 ask for
+        max_iter=500,  # twice as many take the map no further than the eye sees
+        n_jobs=1,  # the same sums in the same order
+    ).fit_transform(components.astype(np.float32))
+    how = f"{centred}, {components.shape[1]} principal components, then t-SNE, perplexity {perplexity:g}."
+    return np.asarray(places, np.float64), f"{how} Near each other means alike; distances across the map mean little."
+
+
+def _centred(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    moved = rows - rows.mean(axis=0, dtype=np.float64)
+    norms = np.linalg.norm(moved, axis=1, keepdims=True)
+    return np.asarray(np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 1e-6))
