@@ -30,6 +30,7 @@ commands_in("pipeline.cli_cost", "cost")
 commands_in("pipeline.cli_deploy", "deploy")
 commands_in("pipeline.cli_infer", "infer")
 commands_in("pipeline.cli_students", "promote", "students", "rollback")
+commands_in("pipeline.cli_retrain", "retrain")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 

@@ -435,10 +435,11 @@ class DeployConfig(StageConfig):
 
 
 # a run file's tables, one for each stage that can be set there
-_TABLES: dict[str, type[StageConfig]] = {
-    "precompute": PrecomputeConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
+_TABLES = {
+    "precompute": "PrecomputeConfig",
+    "train": "TrainConfig",
+    "evaluate": "EvaluateConfig",
+    "retrain": "RetrainConfig",
 }
 
 _C = TypeVar("_C", bound=StageConfig)
@@ -448,7 +449,7 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
     """One stage's settings from a run file and flags; a flag wins.
 
     The run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts
-    for all stages. Paths in it are relative to the working directory, as those of flags are.
+    for all stages but ``[retrain]``, which makes its own. Paths in it are relative to the working directory, as those of flags are.
 
     Args:
         overrides: settings by name; None means not given.
@@ -483,9 +484,10 @@ def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -
         unknown = sorted(set(tables) - {"cache", *_TABLES})
         if unknown:
             raise UsageError(
-                f"{path}: unknown {', '.join(unknown)}; a run file has cache, [precompute], [train], [evaluate]"
+                f"{path}: unknown {', '.join(unknown)}; a run file has cache, {', '.join(f'[{name}]' for name in _TABLES)}"
             )
-        settings = {**({"cache": tables["cache"]} if "cache" in tables else {}), **tables.get(section, {})}
+        shared = {"cache": tables["cache"]} if "cache" in tables and section != "retrain" else {}
+        settings = {**shared, **tables.get(section, {})}
     return settings | {name: value for name, value in overrides.items() if value is not None}
 
 
@@ -505,7 +507,7 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "missing":
-                or_file = " or set it in a run file" if kind in _TABLES.values() else ""
+                or_file = " or set it in a run file" if kind.__name__ in _TABLES.values() else ""
                 lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
             else:
                 lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))

@@ -24,12 +24,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
-from pipeline.config import DeployConfig, Precision, PrecomputeConfig, StageConfig, TrainConfig, check_config
+from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig, check_config
 from pipeline.deployment import RECORD, Deployment
 from pipeline.plan import dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
 from pipeline.promote import PromoteConfig, PromoteResult, promote
 from pipeline.registry import Candidate, StudentRegistry
+from pipeline.retrain_config import RetrainConfig
 from pipeline.runs import RunFolder, other_settings
 from pipeline.samples import DatasetSpec, load_samples
 from pipeline.teacher import recorded_name
@@ -41,45 +42,12 @@ from storage.manifest import CacheManifest
 from storage.root import planned_manifest
 from storage.tables import CAPTIONS, SAMPLES, read_table
 
-__all__ = ["Changes", "Look", "RetrainConfig", "RetrainResult", "Retraining", "retrain"]
+__all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _SET_HERE = ("cache", "student", "out", "init", "device")
 
 Progress = Callable[[str, int, int], None]
-
-
-class RetrainConfig(StageConfig):
-    """Look for new data; encode it, train, measure, ship and promote. Nothing new: nothing is done."""
-
-    dataset: str = Field(description="KIND:PATH, as for precompute; looked at anew each time.")
-    teacher: str = Field(description="open_clip model, as for precompute.")
-    home: str = Field(description="Folder of all that retraining makes: caches, runs, deployed, students.")
-    student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
-    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
-    precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
-    views: int | None = Field(None, gt=0, description="Crops per image; those of the cache before, or 1, if left out.")
-    caches: str | None = Field(None, description="Folder or URL of the caches instead, such as s3://bucket/caches.")
-    start: Literal["champion", "scratch"] = Field(
-        "champion", description="Begin with the champion's weights where it is the same student, or with none."
-    )
-    train: dict[str, Any] = Field(
-        {}, description="More settings of train by name: epochs, batch_size, losses, select_split, ..."
-    )
-    split: str = Field("test", description="Split that challenger and champion are measured on.")
-    margin: float = Field(3.0, ge=0, lt=100, description="Percent that the challenger may be worse; see promote.")
-    min_retention: float | None = Field(
-        None, gt=0, description="Percent of the teacher's mean recall that a challenger must reach, too."
-    )
-    max_removed: float = Field(
-        20.0,
-        ge=0,
-        le=100,
-        description="Percent of the cached images that may be gone from the dataset; more, and nothing is done: a share "
-        "may not be mounted.",
-    )
-    deploy: bool = Field(True, description="Ship a student that passed, before it is promoted.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
 
 class Changes(BaseModel, frozen=True):
@@ -241,8 +209,8 @@ class Retraining:
         images = before.manifest.layout.image_rows
         if 100 * changes.removed_images > self.config.max_removed * images:
             raise UsageError(
-                f"{self.config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are gone. "
-                "Is a share not mounted? If they are meant to be gone, allow more by max_removed"
+                f"{self.config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are "
+                "gone. Is a share not mounted? If they are meant to be gone, allow more by max_removed"
             )
 
     def _training(self, cache: str, out: str, init: str | None) -> TrainConfig:

@@ -12,10 +12,11 @@ import pytest
 import pipeline.promote
 import pipeline.retrain
 from pipeline.registry import StudentRegistry
-from pipeline.retrain import RetrainConfig, retrain
+from pipeline.retrain import retrain
+from pipeline.retrain_config import RetrainConfig
 from storage.errors import UsageError
 from storage.reader import EmbeddingReader
-from tests.conftest import TINY_MODEL, make_model_folder, write_photos
+from tests.conftest import TINY_MODEL, write_photos
 
 
 @pytest.fixture
