@@ -83,8 +83,8 @@ def look(config: RetrainConfig) -> Look:
     elif found.changes is not None:
         changes = found.changes
         logger.info(
-            f"{changes.new_images:,} new images, {changes.removed_images:,} gone, {changes.new_captions:,} new captions, "
-            f"{changes.removed_captions:,} gone, against the newest cache"
+            f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
+            f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
         )
     return found
 

@@ -449,7 +449,8 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
     """One stage's settings from a run file and flags; a flag wins.
 
     The run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts
-    for all stages but ``[retrain]``, which makes its own. Paths in it are relative to the working directory, as those of flags are.
+    for all stages but ``[retrain]``, which makes its own. Paths in it are relative to the working directory, as
+    those of flags are.
 
     Args:
         overrides: settings by name; None means not given.
@@ -483,9 +484,8 @@ def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -
                 raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
         unknown = sorted(set(tables) - {"cache", *_TABLES})
         if unknown:
-            raise UsageError(
-                f"{path}: unknown {', '.join(unknown)}; a run file has cache, {', '.join(f'[{name}]' for name in _TABLES)}"
-            )
+            known = ", ".join(f"[{name}]" for name in _TABLES)
+            raise UsageError(f"{path}: unknown {', '.join(unknown)}; a run file has cache, {known}")
         shared = {"cache": tables["cache"]} if "cache" in tables and section != "retrain" else {}
         settings = {**shared, **tables.get(section, {})}
     return settings | {name: value for name, value in overrides.items() if value is not None}
