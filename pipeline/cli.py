@@ -22,6 +22,7 @@ __all__ = ["app", "main"]
 
 commands_in("pipeline.cli_plan", "plan")
 commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
+commands_in("pipeline.cli_import", "import")
 commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")
 commands_in("pipeline.cli_evaluate", "evaluate")
