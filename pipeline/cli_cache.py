@@ -33,6 +33,7 @@ def precompute(
     teacher: Annotated[str | None, setting(PrecomputeConfig, "teacher")] = None,
     pretrained: Annotated[str | None, setting(PrecomputeConfig, "pretrained")] = None,
     cache: Annotated[str | None, setting(PrecomputeConfig, "cache")] = None,
+    reuse: Annotated[str | None, setting(PrecomputeConfig, "reuse")] = None,
     device: Annotated[str | None, setting(PrecomputeConfig, "device")] = None,
     precision: Annotated[str | None, setting(PrecomputeConfig, "precision")] = None,
     batch_size: Annotated[int | None, setting(PrecomputeConfig, "batch_size")] = None,
@@ -47,6 +48,7 @@ def precompute(
         "teacher": teacher,
         "pretrained": pretrained,
         "cache": cache,
+        "reuse": reuse,
         "device": device,
         "precision": precision,
         "batch_size": batch_size,
@@ -79,6 +81,10 @@ def precompute(
     if result.replaced_manifest_digest:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
+    reused = result.rows_reused
+    if any(reused.values()):
+        copied = f"{counted(reused['image'], 'image')} and {counted(reused['text'], 'caption')}"
+        say(f"copied: {copied}; the others were encoded")
     Console().print(
         f"{result.cache}: {result.images:,} images{seen} and {result.captions:,} captions by {result.teacher}\n"
         f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({rates})\n"

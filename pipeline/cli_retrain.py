@@ -32,15 +32,16 @@ def retrain(
     margin: Annotated[float | None, setting(RetrainConfig, "margin")] = None,
     min_retention: Annotated[float | None, setting(RetrainConfig, "min_retention")] = None,
     max_removed: Annotated[float | None, setting(RetrainConfig, "max_removed")] = None,
-    deploy: Annotated[
-        bool | None, typer.Option("--deploy/--no-deploy", help="Ship a student that passed, before it is promoted.")
+    ship: Annotated[
+        bool | None, typer.Option("--ship/--no-ship", help="Deploy a student that passed, before it is promoted; done.")
     ] = None,
     device: Annotated[str | None, setting(RetrainConfig, "device")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Retrain if the dataset has changed, and promote the student if it is not worse than the champion.
 
-    Settings of the training come from the table [retrain.train] of the run file. Exit 1 if the student is rejected.
+    More settings of train and deploy come from [retrain.train] and [retrain.deploy] of the run file. Exit 1 if the
+    student is rejected.
     """
     flags = {
         "dataset": dataset,
@@ -54,7 +55,7 @@ def retrain(
         "margin": margin,
         "min_retention": min_retention,
         "max_removed": max_removed,
-        "deploy": deploy,
+        "ship": ship,
         "device": device,
     }
     config = load_config(RetrainConfig, "retrain", run_file, flags)

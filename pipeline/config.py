@@ -54,6 +54,9 @@ class PrecomputeConfig(StageConfig):
         "256 on a GPU, if left out.",
     )
     chunk_rows: int | None = Field(None, gt=0, description="Rows per chunk; chosen by the number of rows if left out.")
+    reuse: str | None = Field(
+        None, description="Finished cache of this teacher to copy rows from: of images and captions that it has too."
+    )
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
     views: int | None = Field(
         None,

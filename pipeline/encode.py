@@ -4,8 +4,8 @@ Decoding (threads), the teacher (this thread) and writing (one thread) overlap, 
 a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
 and resumed run writes the very bytes of an unbroken one.
 
-Rows that are known already (``pipeline.foreign_rows``) are taken as they are: the teacher never sees them, and of their
-images only the size is looked at. The other rows of such a chunk share batches.
+Rows that are known already (``pipeline.known_rows``) are taken as they are: the teacher never sees them, and of their
+images at most the size is looked at. The other rows of such a chunk share batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
 from pipeline.decode import UndecodableImageError, decode_image, decoded_size
 from pipeline.device import keep_freed_memory
-from pipeline.foreign_rows import KnownRows
+from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.teacher import Encoded, LiveTeacher
@@ -70,13 +70,14 @@ def encode_shared(
     When it returns each chunk is committed, by whomever. Chunks of a process that died are taken over.
 
     Args:
-        known: rows of captions and of view 0 that are not encoded but written as they are.
+        known: rows that are not encoded but written as they are; those of ``config.reuse`` if left out.
 
     Returns:
         How many of them this process encoded.
     """
     writer = EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
+    known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
     tally = _Tally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
     damaged = {ref for ref in refs if writer.is_committed(ref)}
@@ -175,6 +176,7 @@ class _Chunk:
     rows: range
     arrays: dict[str, NDArray[Any]]
     quarantined: list[QuarantinedRow] = field(default_factory=list)
+    crops_known: bool = False
     started: float | None = None
     decode_wait_seconds: float = 0.0
     teacher_seconds: float = 0.0
@@ -299,24 +301,28 @@ class _Jobs:
             known = self._take_known(chunk)
             numbers = np.arange(rows.start, rows.stop)
             batches = [
-                _Batch(chunk, part[start : start + batch_size], False, self._prepare(ref, is_known), is_known)
+                _Batch(chunk, part[start : start + batch_size], False, self._prepare(chunk, is_known), is_known)
                 for part, is_known in ((numbers[known], True), (numbers[~known], False))
                 for start in range(0, len(part), batch_size)
             ]
             batches[-1].last = True
             yield from batches
 
-    def _prepare(self, ref: ChunkRef, known: bool) -> Callable[[NDArray[np.int64]], list[Callable[[], Any]]]:
-        if ref.tower == "text":
-            return (lambda _: []) if known else self._text_jobs
-        return partial(self._image_jobs, self._measure if known else partial(self._decode, view=ref.view))
+    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[NDArray[np.int64]], list[Callable[[], Any]]]:
+        if known and (chunk.ref.tower == "text" or chunk.crops_known):
+            return lambda _: []
+        if chunk.ref.tower == "text":
+            return self._text_jobs
+        return partial(self._image_jobs, self._measure if known else partial(self._decode, view=chunk.ref.view))
 
     def _take_known(self, chunk: _Chunk) -> NDArray[np.bool_]:
         """Put the known rows of a chunk into it; which they are."""
-        if self._known is None or chunk.ref.view > 0:
+        if self._known is None:
             return np.zeros(len(chunk.rows), np.bool_)
-        known, embedding, norm = self._known.take(chunk.ref.tower, np.arange(chunk.rows.start, chunk.rows.stop))
-        chunk.arrays["embedding"][known], chunk.arrays["norm"][known] = embedding, norm
+        known, arrays = self._known.take(chunk.ref, chunk.rows)
+        for name, values in arrays.items():
+            chunk.arrays[name][known] = values
+        chunk.crops_known = "view" in arrays
         return known
 
     def _measure(self, sample: dict[str, Any]) -> _Decoded:

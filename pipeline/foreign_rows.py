@@ -39,10 +39,10 @@ from pydantic import BaseModel, Field, field_validator
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import contents, printable
 from pipeline.samples import ImageSource
-from storage.commits import Tower
+from storage.commits import ChunkRef, Tower
 from storage.errors import CacheMismatchError, UsageError
 
-__all__ = ["ForeignFolder", "ImportConfig", "KnownRows", "MatchCounts", "match_rows", "path_tails"]
+__all__ = ["ForeignFolder", "ForeignRows", "ImportConfig", "MatchCounts", "match_rows", "path_tails"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -237,7 +237,7 @@ def _normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.flo
 
 
 @dataclass(frozen=True)
-class KnownRows:
+class ForeignRows:
     """Rows of a dataset that a folder has.
 
     Attributes:
@@ -250,7 +250,14 @@ class KnownRows:
     counts: MatchCounts
     sha256: str
 
-    def take(
+    def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
+        """As :class:`pipeline.known_rows.KnownRows`: embedding and norm of view 0, as :meth:`of`."""
+        if ref.view > 0:
+            return np.zeros(len(rows), np.bool_), {}
+        known, embedding, norm = self.of(ref.tower, np.arange(rows.start, rows.stop))
+        return known, {"embedding": embedding, "norm": norm}
+
+    def of(
         self, tower: Tower, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float16], NDArray[np.float32]]:
         """Which of the dataset's rows are known; embedding and norm of these, as :meth:`ForeignFolder.take`.
@@ -270,7 +277,7 @@ class KnownRows:
 
 def match_rows(
     folder: ForeignFolder, samples: pa.Table, captions: pa.Table, image_root: str, progress: Progress | None = None
-) -> KnownRows:
+) -> ForeignRows:
     """Find the folder's row of each image and caption of a dataset; the module says how.
 
     Reads the metadata, and every row that is matched, once; none is held.
@@ -301,7 +308,7 @@ def match_rows(
         ambiguous=ambiguous,
         unusable=unusable,
     )
-    return KnownRows(folder, sources, counts, sha256)
+    return ForeignRows(folder, sources, counts, sha256)
 
 
 def path_tails(path: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.decode import UndecodableImageError, decode_image
 from pipeline.encode import encode_shared
-from pipeline.foreign_rows import ForeignFolder, ImportConfig, KnownRows, MatchCounts, match_rows
+from pipeline.foreign_rows import ForeignFolder, ForeignRows, ImportConfig, MatchCounts, match_rows
 from pipeline.plan import PlannedDataset, Progress, default_batch_rows, library_versions, plan_dataset, read_dataset
 from pipeline.precompute import summarize
 from pipeline.proof import cosine, draw_rows
@@ -147,7 +147,7 @@ def _nothing_matched(folder: ForeignFolder, planned: PlannedDataset) -> str:
     )
 
 
-def _require_these_rows(cache: str, known: KnownRows) -> None:
+def _require_these_rows(cache: str, known: ForeignRows) -> None:
     """Refuse to go on with a cache that is not made of these rows.
 
     Raises:
@@ -189,7 +189,7 @@ class _Proof:
 
 
 def _prove(
-    config: ImportConfig, teacher: LiveTeacher, planned: PlannedDataset, known: KnownRows, progress: Progress | None
+    config: ImportConfig, teacher: LiveTeacher, planned: PlannedDataset, known: ForeignRows, progress: Progress | None
 ) -> _Proof:
     """Compare seeded random known rows with what the teacher makes of the same images and captions now.
 
@@ -259,11 +259,11 @@ def _compare(
     tower: Tower,
     rows: NDArray[np.int64],
     live: NDArray[Any],
-    known: KnownRows,
+    known: ForeignRows,
     see: _Eye,
     threshold: float,
 ) -> None:
-    given = known.take(tower, rows)[1]
+    given = known.of(tower, rows)[1]
     mine_and_theirs = zip(live.astype(np.float32), given.astype(np.float32), strict=True)
     others = np.roll(given, 1, axis=0).astype(np.float32)
     for row, (mine, theirs), other in zip(rows.tolist(), mine_and_theirs, others, strict=True):
@@ -280,7 +280,7 @@ def _compare(
         proof.wrong.append(_Wrong(tower, row, named, source, found, cosine(other, mine), shifted))
 
 
-def _refusal(config: ImportConfig, teacher: LiveTeacher, known: KnownRows, proof: _Proof) -> str:
+def _refusal(config: ImportConfig, teacher: LiveTeacher, known: ForeignRows, proof: _Proof) -> str:
     worst = sorted(proof.wrong, key=lambda wrong: wrong.cosine)[:_ROWS_NAMED]
     named = "; ".join(f"{wrong.named}, the folder's row {wrong.source}: {wrong.cosine:.4f}" for wrong in worst)
     counts = " and ".join(

@@ -14,6 +14,7 @@ import pyarrow as pa
 from PIL import __version__ as pillow_version
 
 from pipeline.config import PrecomputeConfig
+from pipeline.known_rows import require_reusable
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
 from pipeline.teacher import LiveTeacher
 from storage.commits import ChunkRef
@@ -21,7 +22,7 @@ from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from storage.manifest import IMPORTED, Layout, Source
-from storage.root import look_at_manifest, planned_manifest
+from storage.root import look_at_manifest, planned_manifest, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
@@ -72,10 +73,20 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
     """
     _refuse_to_mix(config.cache)
     planned = read_dataset(config, teacher, progress)
-    pending = plan_dataset(config, teacher, planned, library_versions())
+    pending = plan_dataset(config, teacher, planned, library_versions() | _by_way_of(config.reuse, planned.identity))
     if any(ref.view == 0 for ref in pending):
         _refuse_to_mix(config.cache, sealed=True)
     return pending
+
+
+def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
+    """What a cache says of rows that it copies from one that had imported them; proves first that it may copy."""
+    if reuse is None:
+        return {}
+    have = read_manifest(open_files(reuse))
+    require_reusable(have, reuse, identity)
+    imported = have.made_with.get(IMPORTED)
+    return {IMPORTED: f"{imported}; copied from cache {have.digest[:12]}"} if imported else {}
 
 
 def _refuse_to_mix(cache: str, sealed: bool = False) -> None:

@@ -45,7 +45,10 @@ from storage.tables import CAPTIONS, SAMPLES, read_table
 __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
-_SET_HERE = ("cache", "student", "out", "init", "device")
+_SET_HERE = {
+    "train": {"cache", "student", "out", "init", "device"},
+    "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
+}
 
 Progress = Callable[[str, int, int], None]
 
@@ -102,9 +105,12 @@ class Retraining:
         self.config = config
         self.caches = config.caches or f"{config.home}/caches"
         self.registry = StudentRegistry(f"{config.home}/students")
-        if taken := sorted(set(config.train) & set(_SET_HERE)):
-            raise UsageError(f"train: {', '.join(taken)}: set by retraining itself; leave it out")
-        self._training("cache", "out", None)  # a typing error should not cost the encoding
+        for stage, given in (("train", config.train), ("deploy", config.deploy)):
+            if taken := sorted(set(given) & _SET_HERE[stage]):
+                raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
+        # a typing error should not cost the encoding
+        self._training("cache", "out", None)
+        self._deployment("run", "out", "last")
 
     def look(self, progress: Progress | None = None) -> Look:
         """Read the dataset and what is there. Loads no teacher, writes nothing.
@@ -190,19 +196,18 @@ class Retraining:
             CacheError, UsageError: as ``promote`` and ``deploy`` raise them.
         """
         config = self.config
-        selected = RunFolder(look.run).read().config.select_split
         return promote(
             PromoteConfig(
                 run=look.run,
                 registry=self.registry.location,
-                checkpoint="last" if selected in (None, config.split) else "best",
+                checkpoint=self._checkpoint(look.run),
                 split=config.split,
                 margin=config.margin,
                 min_retention=config.min_retention,
                 device=config.device,
             ),
             progress,
-            (lambda: self._deploy(look.run, progress)) if config.deploy else None,
+            (lambda: self._deploy(look.run, progress)) if config.ship else None,
         )
 
     def _require_most(self, before: _Numbered, changes: Changes) -> None:
@@ -262,19 +267,18 @@ class Retraining:
         out = Path(config.home) / "deployed" / Path(run).name
         if (out / RECORD).exists() and Path(Deployment.read(out).run).name == Path(run).name:
             return str(out)  # killed behind it
-        record = RunFolder(run).read()
-        deploy(
-            DeployConfig(
-                run=run,
-                out=str(out),
-                checkpoint="last" if record.config.select_split in (None, config.split) else "best",
-                split=config.split,
-                teacher=config.teacher,
-                pretrained=config.pretrained,
-            ),
-            progress,
-        )
+        deploy(self._deployment(run, str(out), self._checkpoint(run)), progress)
         return str(out)
+
+    def _deployment(self, run: str, out: str, checkpoint: str) -> DeployConfig:
+        config = self.config
+        given = {"run": run, "out": out, "checkpoint": checkpoint, "split": config.split}
+        teacher = {"teacher": config.teacher, "pretrained": config.pretrained}
+        return check_config(DeployConfig, config.deploy | given | teacher, "deploy")
+
+    def _checkpoint(self, run: str) -> Literal["last", "best"]:
+        """The best one, unless it was chosen on the very split that challenger and champion are measured on."""
+        return "last" if RunFolder(run).read().config.select_split in (None, self.config.split) else "best"
 
 
 def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainResult:

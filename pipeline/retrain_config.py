@@ -40,5 +40,8 @@ class RetrainConfig(StageConfig):
         description="Percent of the cached images that may be gone from the dataset; more, and nothing is done: a "
         "share may not be mounted.",
     )
-    deploy: bool = Field(True, description="Ship a student that passed, before it is promoted.")
+    ship: bool = Field(True, description="Deploy a student that passed, before it is promoted.")
+    deploy: dict[str, Any] = Field(
+        {}, description="More settings of deploy by name: int8, max_recall_loss, zero_shot, ..."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")

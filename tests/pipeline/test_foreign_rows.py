@@ -130,7 +130,7 @@ def test_rows_that_are_no_numbers_count_as_not_there(tmp_path: Path) -> None:
         known = match(folder, samples(*(f"{row}.jpg" for row in range(6))))
         assert known.sources["image"].tolist() == [0, -1, -1, 3, -1, 5]
         assert (known.counts.images, known.counts.unusable) == (3, 3)
-        there, embedding, norm = known.take("image", np.arange(2, 6))
+        there, embedding, norm = known.of("image", np.arange(2, 6))
         assert there.tolist() == [False, True, False, True]
         np.testing.assert_array_equal(embedding, rows(6)[[3, 5]])
         np.testing.assert_allclose(norm, 1, atol=1e-3)

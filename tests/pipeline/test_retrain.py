@@ -36,7 +36,7 @@ def settings(home: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
             "train": {"epochs": 1, "batch_size": 16, "workers": 0},
             "split": "train",
             "margin": 99.0,
-            "deploy": False,
+            "ship": False,
             "device": "cpu",
             **more,
         }
@@ -134,19 +134,65 @@ def test_a_dataset_that_is_mostly_gone_is_no_new_data(home: Path, tiny_teacher: 
     with pytest.raises(UsageError, match=r"40 of 64 images .* are gone.*max_removed"):
         retrain(settings(home, tiny_teacher))
     assert [path.name for path in (home / "home" / "caches").iterdir()] == ["0001.cache"]
-    assert retrain(settings(home, tiny_teacher, max_removed=70.0)).outcome == "promoted"
+    small = {"epochs": 1, "batch_size": 4, "workers": 0}
+    assert retrain(settings(home, tiny_teacher, max_removed=70.0, train=small)).outcome == "promoted"
 
 
 def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None:
     with pytest.raises(UsageError, match="epochs"):
         retrain(settings(home, tiny_teacher, train={"epochs": 0}))
+    with pytest.raises(UsageError, match="rounds"):
+        retrain(settings(home, tiny_teacher, deploy={"rounds": 0}))
     with pytest.raises(UsageError, match="train: out: set by retraining itself"):
         retrain(settings(home, tiny_teacher, train={"out": "x"}))
     assert not (home / "home").exists()
 
 
 def test_what_passed_is_shipped_before_it_is_promoted(home: Path, tiny_teacher: Path) -> None:
-    done = retrain(settings(home, tiny_teacher, deploy=True))
+    done = retrain(settings(home, tiny_teacher, ship=True, deploy={"int8": False, "rounds": 1}))
     assert done.candidate is not None
     assert done.candidate.deployed == f"{home}/home/deployed/0001"
     assert (home / "home" / "deployed" / "0001" / "deploy.json").exists()
+
+
+def test_the_command_takes_a_run_file(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.cli import main
+
+    (home / "retrain.toml").write_text(
+        f"""
+        [retrain]
+        dataset = "flickr:{home}/photos"
+        teacher = "local-dir:{tiny_teacher}"
+        home = "{home}/home"
+        student = "{home}/student.json"
+        split = "train"
+        device = "cpu"
+        ship = false
+        [retrain.train]
+        epochs = 1
+        batch_size = 16
+        workers = 0
+        """
+    )
+
+    def run(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["teacher-cache", "retrain", f"{home}/retrain.toml", *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    code, said = run()
+    assert code == 0
+    assert "64 of 64 images and 128 of 128 captions encoded" in said
+    assert said.endswith("champion: student 1\n")
+    code, said = run("--json")
+    assert (code, json.loads(said)["outcome"]) == (0, "nothing-new")
+    add_photos(home, 900, 1)
+    code, said = run("--min-retention", "10000")
+    assert code == 1
+    assert "1 new image, 0 gone, 2 new captions, 0 gone" in said
+    assert "1 of 65 images and 2 of 130 captions encoded, the others copied" in said
+    assert "student 2" in said
+    assert said.endswith("champion: student 1\n")
