@@ -38,7 +38,6 @@ from pydantic import BaseModel, Field, field_validator
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import contents, printable
-from pipeline.samples import ImageSource
 from storage.commits import ChunkRef, Tower
 from storage.errors import CacheMismatchError, UsageError
 
@@ -212,14 +211,13 @@ def _numbered(root: Path, name: str, ending: str) -> dict[int, Path]:
 
 def _mapped(path: Path) -> NDArray[Any]:
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        values = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as npy: {printable(str(error))}") from error
     kind = np.dtype(values.dtype).newbyteorder("=")
     if values.ndim != 2 or kind not in (np.float16, np.float32):
         raise UsageError(f"{path}: {values.dtype} of shape {values.shape}; float16 or float32 (rows, dim) is wanted")
-    found: NDArray[Any] = values
-    return found
+    return values
 
 
 def _normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
@@ -326,9 +324,8 @@ class _Names:
     """The images of a dataset by what a folder may call them."""
 
     def __init__(self, samples: pa.Table, image_root: str) -> None:
-        source = ImageSource(image_root)
+        self._root = f"{image_root.rstrip('/')}/"
         self.ids: dict[str, int] = {}
-        self._whole: dict[str, int] = {}
         self._tails: dict[str, int] = {}
         columns = (samples[name].to_pylist() for name in ("sample_id", "uri", "offset"))
         for row, (sample_id, uri, offset) in enumerate(zip(*columns, strict=True)):
@@ -336,16 +333,15 @@ class _Names:
             # of a member of a tar the key counts; its uri is the tar
             name = uri if offset < 0 else sample_id.removeprefix(f"{uri}/")
             self._tails[name] = _AMBIGUOUS if name in self._tails else row
-            whole = source.resolve(uri) if offset < 0 else name
-            self._whole[whole] = _AMBIGUOUS if whole in self._whole else row
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def find(self, path: str) -> tuple[int, int] | None:
         """(row, or that it is ambiguous; how it was found), or None."""
-        if (row := self._whole.get(path, self._tails.get(path))) is not None and row >= 0:
-            return row, _BY_PATH
+        for whole in (path.removeprefix(self._root), path):
+            if self._tails.get(whole, _AMBIGUOUS) != _AMBIGUOUS:
+                return self._tails[whole], _BY_PATH
         hits = {row for tail in path_tails(path) if (row := self._tails.get(tail)) is not None}
         if not hits:
             return None

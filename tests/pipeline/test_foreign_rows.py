@@ -232,6 +232,8 @@ def other_columns(folder: Path) -> None:
         (save("img_emb_1.npy", rows(2).astype(np.int16)), r"int16 of shape \(2, 8\); float16 or float32 \(rows, dim"),
         (save("img_emb_1.npy", rows(2)[0]), r"float16 of shape \(8,\)"),
         (put("img_emb/img_emb_1.npy", b"no npy"), r"img_emb_1.npy: cannot be read as npy"),
+        (put("img_emb/img_emb_1.npy", b"PK\3\4 an archive of arrays"), r"img_emb_1.npy: cannot be read as npy"),
+        (put("img_emb/img_emb_1.npy", b"\x93NUMPY\1\0"), r"img_emb_1.npy: cannot be read as npy"),
         (put("metadata/metadata_1.parquet", b"PAR1"), r"metadata_1.parquet: cannot be read as parquet"),
         (other_columns, r"metadata_1.parquet: no column 'image_path', which says what .*; its columns are url"),
     ],
