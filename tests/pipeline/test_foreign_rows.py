@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pipeline.foreign_rows import ForeignFolder, KnownRows, _Names, _normalised, match_rows, path_tails
+from pipeline.foreign_rows import ForeignFolder, ForeignRows, _Names, _normalised, match_rows, path_tails
 from storage.errors import UsageError
 from storage.rows import wrong_rows
 from tests.conftest import known_row
@@ -43,7 +43,7 @@ def captions(*texts: str) -> pa.Table:
     return pa.table({"text": pa.array(texts, pa.string())})
 
 
-def match(folder: Path, images: pa.Table, texts: pa.Table | None = None, root: str = "/data") -> KnownRows:
+def match(folder: Path, images: pa.Table, texts: pa.Table | None = None, root: str = "/data") -> ForeignRows:
     return match_rows(ForeignFolder(str(folder)), images, captions() if texts is None else texts, root)
 
 
