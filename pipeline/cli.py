@@ -22,6 +22,7 @@ __all__ = ["app", "main"]
 
 commands_in("pipeline.cli_plan", "plan")
 commands_in("pipeline.cli_cache", "precompute", "verify", "repair")
+commands_in("pipeline.cli_import", "import")
 commands_in("pipeline.cli_pixels", "pixels")
 commands_in("pipeline.cli_train", "inherit", "train")
 commands_in("pipeline.cli_evaluate", "evaluate")
@@ -31,6 +32,7 @@ commands_in("pipeline.cli_deploy", "deploy")
 commands_in("pipeline.cli_infer", "infer")
 commands_in("pipeline.cli_students", "promote", "students", "rollback")
 commands_in("pipeline.cli_report", "report")
+commands_in("pipeline.cli_retrain", "retrain")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli_flags import RunFile, say, setting
+from pipeline.cli_flags import RunFile, how_to_go_on, say, setting
 from pipeline.config import PrecomputeConfig, ProofConfig, load_config
 from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
 from storage.cli_findings import print_findings, print_report
 from storage.console import StageProgress
-from storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError, UsageError
-from storage.inspect import count_committed
+from storage.errors import CacheUnreachableError, UsageError
 from storage.integrity import verify_cache
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ def precompute(
     teacher: Annotated[str | None, setting(PrecomputeConfig, "teacher")] = None,
     pretrained: Annotated[str | None, setting(PrecomputeConfig, "pretrained")] = None,
     cache: Annotated[str | None, setting(PrecomputeConfig, "cache")] = None,
+    reuse: Annotated[str | None, setting(PrecomputeConfig, "reuse")] = None,
     device: Annotated[str | None, setting(PrecomputeConfig, "device")] = None,
     precision: Annotated[str | None, setting(PrecomputeConfig, "precision")] = None,
     batch_size: Annotated[int | None, setting(PrecomputeConfig, "batch_size")] = None,
@@ -48,6 +48,7 @@ def precompute(
         "teacher": teacher,
         "pretrained": pretrained,
         "cache": cache,
+        "reuse": reuse,
         "device": device,
         "precision": precision,
         "batch_size": batch_size,
@@ -62,13 +63,13 @@ def precompute(
         with StageProgress() as progress:
             result = run_precompute(config, progress)
     except KeyboardInterrupt:
-        say(f"stopped: {_how_to_go_on(config.cache)}")
+        say(f"stopped: {how_to_go_on(config.cache)}")
         raise typer.Exit(1) from None
     except CacheUnreachableError as error:  # it says how to go on; asking what is there would take as long again
         say(f"error: {str(error).rstrip('.')}. What is committed stays.")
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a missing right, a share that is away
-        say(f"error: {error}. {_how_to_go_on(config.cache)}")
+        say(f"error: {error}. {how_to_go_on(config.cache)}")
         raise typer.Exit(1) from None
     if json:
         print_json(result)
@@ -80,6 +81,10 @@ def precompute(
     if result.replaced_manifest_digest:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
+    reused = result.rows_reused
+    if any(reused.values()):
+        copied = f"{counted(reused['image'], 'image')} and {counted(reused['text'], 'caption')}"
+        say(f"copied: {copied}; the others were encoded")
     Console().print(
         f"{result.cache}: {result.images:,} images{seen} and {result.captions:,} captions by {result.teacher}\n"
         f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({rates})\n"
@@ -184,21 +189,13 @@ def repair(
         verdict = "sound" if result.ok else f"{counted(len(result.findings), 'finding')} left"
         work = counted(len(result.done), "repair") if result.done else "nothing to repair"
         console.print(f"{result.cache}: {work}, {verdict}", markup=False, soft_wrap=True)
+    if result.left:
+        what = "imported rows, and the teacher would give other bytes. Run the same teacher-cache import command again"
+        say(f"left as they are: {', '.join(result.left)} of {what}: it mends them.")
     if result.replaced_manifest_digest:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     if not result.ok:
         raise typer.Exit(1)
-
-
-def _how_to_go_on(cache: str) -> str:
-    try:
-        done, total = count_committed(cache)  # storage alone: torch may be half imported
-        state = f"{done} of {total} chunks are committed"
-    except CacheNotFoundError:
-        state = "nothing is committed yet"
-    except (CacheError, OSError):
-        state = "what is committed stays"
-    return f"{state}. Run the same command again to go on."
 
 
 def _print_proof(proof: ProofResult) -> None:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["RunFile", "say", "setting"]
+from storage.errors import CacheError, CacheNotFoundError
+
+__all__ = ["RunFile", "how_to_go_on", "say", "setting"]
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
@@ -24,3 +26,17 @@ def setting(config: type[Any], name: str, option: str | None = None) -> Any:
 def say(line: str) -> None:
     """A line on stderr: results alone go to stdout."""
     print(line, file=sys.stderr)  # noqa: T201
+
+
+def how_to_go_on(cache: str) -> str:
+    """What is committed of a cache whose making was stopped, and what to do."""
+    from storage.inspect import count_committed  # storage alone: torch may be half imported
+
+    try:
+        done, total = count_committed(cache)
+        state = f"{done} of {total} chunks are committed"
+    except CacheNotFoundError:
+        state = "nothing is committed yet"
+    except (CacheError, OSError):
+        state = "what is committed stays"
+    return f"{state}. Run the same command again to go on."

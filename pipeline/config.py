@@ -54,6 +54,9 @@ class PrecomputeConfig(StageConfig):
         "256 on a GPU, if left out.",
     )
     chunk_rows: int | None = Field(None, gt=0, description="Rows per chunk; chosen by the number of rows if left out.")
+    reuse: str | None = Field(
+        None, description="Finished cache of this teacher to copy rows from: of images and captions that it has too."
+    )
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
     views: int | None = Field(
         None,
@@ -435,10 +438,11 @@ class DeployConfig(StageConfig):
 
 
 # a run file's tables, one for each stage that can be set there
-_TABLES: dict[str, type[StageConfig]] = {
-    "precompute": PrecomputeConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
+_TABLES = {
+    "precompute": "PrecomputeConfig",
+    "train": "TrainConfig",
+    "evaluate": "EvaluateConfig",
+    "retrain": "RetrainConfig",
 }
 
 _C = TypeVar("_C", bound=StageConfig)
@@ -448,7 +452,8 @@ def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict
     """One stage's settings from a run file and flags; a flag wins.
 
     The run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts
-    for all stages. Paths in it are relative to the working directory, as those of flags are.
+    for all stages but ``[retrain]``, which makes its own. Paths in it are relative to the working directory, as
+    those of flags are.
 
     Args:
         overrides: settings by name; None means not given.
@@ -482,10 +487,10 @@ def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -
                 raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
         unknown = sorted(set(tables) - {"cache", *_TABLES})
         if unknown:
-            raise UsageError(
-                f"{path}: unknown {', '.join(unknown)}; a run file has cache, [precompute], [train], [evaluate]"
-            )
-        settings = {**({"cache": tables["cache"]} if "cache" in tables else {}), **tables.get(section, {})}
+            known = ", ".join(f"[{name}]" for name in _TABLES)
+            raise UsageError(f"{path}: unknown {', '.join(unknown)}; a run file has cache, {known}")
+        shared = {"cache": tables["cache"]} if "cache" in tables and section != "retrain" else {}
+        settings = {**shared, **tables.get(section, {})}
     return settings | {name: value for name, value in overrides.items() if value is not None}
 
 
@@ -505,7 +510,7 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "missing":
-                or_file = " or set it in a run file" if kind in _TABLES.values() else ""
+                or_file = " or set it in a run file" if kind.__name__ in _TABLES.values() else ""
                 lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
             else:
                 lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))

@@ -36,6 +36,7 @@ __all__ = [
     "MAX_PIXELS",
     "UndecodableImageError",
     "decode_image",
+    "decoded_size",
     "ignore_pillows_warnings",
     "load_image",
     "size_in_words",
@@ -45,6 +46,7 @@ __all__ = [
 MAX_PIXELS = 178_956_970  # where Pillow itself, too, takes an image for a decompression bomb
 Image.init()  # all plugins; a name that none of them has would be a KeyError in Image.open
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+_END_BYTES = 4096  # in which an image that is not cut short has its end mark, whatever was put behind that
 _PILLOW = re.compile(r"PIL\.")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # another one in each run, and commits hold these texts
 
@@ -65,13 +67,39 @@ def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
     """
     ignore_pillows_warnings()
     with what_pillow_raises():
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise UndecodableImageError(
-                f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
-            ) from None
-        return _loaded(image, shrink_to)
+        return _loaded(_opened(data), shrink_to)
+
+
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of :func:`decode_image`'s image, without its pixels where header and end of the data are enough.
+
+    They are for JPEG, PNG and WebP that are not cut short; whatever else is odd is decoded. Damage between header and
+    end is not seen.
+
+    Raises:
+        UndecodableImageError: as :func:`decode_image`.
+    """
+    ignore_pillows_warnings()
+    with what_pillow_raises():
+        image = _opened(data)
+        whole = {
+            "JPEG": b"\xff\xd9" in data[-_END_BYTES:],
+            "PNG": b"IEND\xaeB`\x82" in data[-_END_BYTES:],
+            "WEBP": len(data) >= 8 + int.from_bytes(data[4:8], "little"),
+        }
+        if not whole.get(str(image.format)) or image.mode in ("I", "F"):
+            return _loaded(image).size
+        _require_pixels(*image.size)
+        return image.size
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UndecodableImageError(
+            f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
+        ) from None
 
 
 def load_image(image: Image.Image) -> Image.Image:
@@ -86,15 +114,18 @@ def load_image(image: Image.Image) -> Image.Image:
 
 
 def _loaded(image: Image.Image, shrink_to: int | None = None) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UndecodableImageError(f"{size_in_words(width, height)}, the most is {MAX_PIXELS:,}")
-    if width * height == 0:
-        raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
+    _require_pixels(*image.size)
     if shrink_to is not None:
         image.draft(None, (shrink_to, shrink_to))
     image.load()
     return _eight_bits(image)
+
+
+def _require_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UndecodableImageError(f"{size_in_words(width, height)}, the most is {MAX_PIXELS:,}")
+    if width * height == 0:
+        raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 Decoding (threads), the teacher (this thread) and writing (one thread) overlap, across chunk borders too. What
 a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
 and resumed run writes the very bytes of an unbroken one.
+
+Rows that are known already (``pipeline.known_rows``) are taken as they are: the teacher never sees them, and of their
+images at most the size is looked at. The other rows of such a chunk share batches.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError, decode_image, decoded_size
 from pipeline.device import keep_freed_memory
+from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
-from pipeline.teacher import LiveTeacher
+from pipeline.teacher import Encoded, LiveTeacher
 from pipeline.views import draw_crop, replay
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
@@ -54,17 +59,25 @@ def encode_chunks(
 
 
 def encode_shared(
-    config: PrecomputeConfig, teacher: LiveTeacher, refs: Sequence[ChunkRef], progress: Progress | None = None
+    config: PrecomputeConfig,
+    teacher: LiveTeacher,
+    refs: Sequence[ChunkRef],
+    progress: Progress | None = None,
+    known: KnownRows | None = None,
 ) -> int:
     """As :func:`encode_chunks`, together with every other process that does the same on this cache.
 
     When it returns each chunk is committed, by whomever. Chunks of a process that died are taken over.
+
+    Args:
+        known: rows that are not encoded but written as they are; those of ``config.reuse`` if left out.
 
     Returns:
         How many of them this process encoded.
     """
     writer = EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
+    known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
     tally = _Tally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
     damaged = {ref for ref in refs if writer.is_committed(ref)}
@@ -83,7 +96,7 @@ def encode_shared(
                     mine.append(ref)
                     yield ref
 
-            _encode(config, teacher, writer, take(), tally)
+            _encode(config, teacher, writer, take(), tally, known)
             encoded.update(mine)
             elsewhere = [ref for ref in left if ref not in encoded and done(ref)]
             tally.add(elsewhere)
@@ -95,12 +108,17 @@ def encode_shared(
 
 
 def _encode(
-    config: PrecomputeConfig, teacher: LiveTeacher, writer: EmbeddingWriter, refs: Iterable[ChunkRef], tally: _Tally
+    config: PrecomputeConfig,
+    teacher: LiveTeacher,
+    writer: EmbeddingWriter,
+    refs: Iterable[ChunkRef],
+    tally: _Tally,
+    known: KnownRows | None = None,
 ) -> None:
     if teacher.device.type == "cpu":
         keep_freed_memory()
     threads = config.decode_threads or os.cpu_count() or 1
-    jobs = _Jobs(teacher, writer, data_folder(DatasetSpec.parse(config.dataset).root))
+    jobs = _Jobs(teacher, writer, data_folder(DatasetSpec.parse(config.dataset).root), known)
     writing: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
         try:
@@ -158,6 +176,7 @@ class _Chunk:
     rows: range
     arrays: dict[str, NDArray[Any]]
     quarantined: list[QuarantinedRow] = field(default_factory=list)
+    crops_known: bool = False
     started: float | None = None
     decode_wait_seconds: float = 0.0
     teacher_seconds: float = 0.0
@@ -167,35 +186,40 @@ class _Chunk:
             self.started = at
 
     def run(self, teacher: LiveTeacher, batch: _Batch, inputs: list[Any]) -> None:
-        """Put the embeddings of one batch into their rows.
+        """Put the embeddings of one batch into their rows; those of known rows are there.
 
         Raises:
             FloatingPointError: the teacher gives nothing finite for a caption.
         """
-        at = slice(batch.rows.start - self.rows.start, batch.rows.stop - self.rows.start)
-        if self.ref.tower == "text":
-            encoded = teacher.encode_texts(torch.stack(inputs))
-            lost: list[tuple[str, str] | None] = [None] * len(inputs)
-        else:
-            blank = torch.zeros(3, *teacher.preprocess.size)
-            # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
-            pixels = [item.pixels if item.pixels is not None else blank for item in inputs]
-            encoded = teacher.encode_images(torch.stack(pixels))
+        if not inputs:
+            return
+        at = batch.rows - self.rows.start
+        lost: list[tuple[str, str] | None] = [None] * len(inputs)
+        if self.ref.tower == "image":
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
             lost = [item.lost for item in inputs]
-        self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
-        finite = np.isfinite(encoded.embedding).all(axis=1) & np.isfinite(encoded.norm)
+        if not batch.known:
+            encoded = self._encoded(teacher, inputs)
+            self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
+        finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
         decoded = np.array([reason is None for reason in lost])
         if self.ref.tower == "text" and not finite.all():
-            raise self._overflow(teacher, batch.rows[int(np.flatnonzero(~finite)[0])])
+            raise self._overflow(teacher, int(batch.rows[~finite][0]))
         for index in np.flatnonzero(~decoded | ~finite):
             reason, detail = lost[index] or ("not-finite", "the teacher's features are NaN, infinite or zero")
-            row = batch.rows[int(index)]
+            row = int(batch.rows[index])
             self.quarantined.append(
                 QuarantinedRow(row=row, sample_id=inputs[index].sample_id, reason=reason, detail=detail)
             )
             for values in self.arrays.values():
                 values[row - self.rows.start] = np.nan
+
+    def _encoded(self, teacher: LiveTeacher, inputs: list[Any]) -> Encoded:
+        if self.ref.tower == "text":
+            return teacher.encode_texts(torch.stack(inputs))
+        blank = torch.zeros(3, *teacher.preprocess.size)
+        # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
+        return teacher.encode_images(torch.stack([blank if item.pixels is None else item.pixels for item in inputs]))
 
     def _overflow(self, teacher: LiveTeacher, row: int) -> FloatingPointError:
         return FloatingPointError(
@@ -234,9 +258,10 @@ class _Decoded:
 @dataclass
 class _Batch:
     chunk: _Chunk
-    rows: range
+    rows: NDArray[np.int64]
     last: bool
-    prepare: Callable[[range], list[Callable[[], Any]]]
+    prepare: Callable[[NDArray[np.int64]], list[Callable[[], Any]]]
+    known: bool = False
     futures: list[Future[Any]] = field(default_factory=list)
     asked_at: float = 0.0
 
@@ -251,7 +276,8 @@ class _Batch:
 class _Jobs:
     """Turns chunks into batches whose inputs can be prepared by any thread."""
 
-    def __init__(self, teacher: LiveTeacher, writer: EmbeddingWriter, image_root: str) -> None:
+    def __init__(self, teacher: LiveTeacher, writer: EmbeddingWriter, image_root: str, known: KnownRows | None) -> None:
+        self._known = known
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
         self._transform = teacher.preprocess.transform()
@@ -272,14 +298,53 @@ class _Jobs:
                 for name in ARRAYS[ref.tower]
             }
             chunk = _Chunk(ref, rows, arrays)
-            prepare = partial(self._image_jobs, ref.view) if ref.tower == "image" else self._text_jobs
-            for start in range(rows.start, rows.stop, batch_size):
-                stop = min(start + batch_size, rows.stop)
-                yield _Batch(chunk, range(start, stop), stop == rows.stop, prepare)
+            known = self._take_known(chunk)
+            numbers = np.arange(rows.start, rows.stop)
+            batches = [
+                _Batch(chunk, part[start : start + batch_size], False, self._prepare(chunk, is_known), is_known)
+                for part, is_known in ((numbers[known], True), (numbers[~known], False))
+                for start in range(0, len(part), batch_size)
+            ]
+            batches[-1].last = True
+            yield from batches
 
-    def _image_jobs(self, view: int, rows: range) -> list[Callable[[], Any]]:
-        part = self._samples.slice(rows.start, len(rows)).to_pylist()
-        return [partial(self._decode, sample, view) for sample in part]
+    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[NDArray[np.int64]], list[Callable[[], Any]]]:
+        if known and (chunk.ref.tower == "text" or chunk.crops_known):
+            return lambda _: []
+        if chunk.ref.tower == "text":
+            return self._text_jobs
+        return partial(self._image_jobs, self._measure if known else partial(self._decode, view=chunk.ref.view))
+
+    def _take_known(self, chunk: _Chunk) -> NDArray[np.bool_]:
+        """Put the known rows of a chunk into it; which they are."""
+        if self._known is None:
+            return np.zeros(len(chunk.rows), np.bool_)
+        known, arrays = self._known.take(chunk.ref, chunk.rows)
+        for name, values in arrays.items():
+            chunk.arrays[name][known] = values
+        chunk.crops_known = "view" in arrays
+        return known
+
+    def _measure(self, sample: dict[str, Any]) -> _Decoded:
+        """The crop of an image whose embedding is known, or why it has none; raises as :meth:`_decode`."""
+        data = self._read(sample)
+        try:
+            size = decoded_size(data)
+            self._preprocess.require_evaluable(*size)
+            return _Decoded(None, self._preprocess.evaluation_crop(*size), sample_id=sample["sample_id"])
+        except UndecodableImageError as error:
+            lost = ("undecodable-image", str(error))
+        except ValueError as error:
+            lost = ("untransformable-image", f"{type(error).__name__}: {error}")
+        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
+
+    def _read(self, sample: dict[str, Any]) -> bytes:
+        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
+        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
+        return data
+
+    def _image_jobs(self, look: Callable[..., _Decoded], rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
+        return [partial(look, sample) for sample in _some(self._samples, rows).to_pylist()]
 
     def _decode(self, sample: dict[str, Any], view: int) -> _Decoded:
         """Pixels and crop of one view of an image, or why there are none.
@@ -288,8 +353,7 @@ class _Jobs:
             OSError: the bytes cannot be read just now; another try may, so the row is not given up.
             CacheMismatchError: they are not the bytes that the cache was planned with.
         """
-        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
-        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
+        data = self._read(sample)
         try:
             image = decode_image(data)
             if view == 0:
@@ -306,13 +370,18 @@ class _Jobs:
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
         return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
 
-    def _text_jobs(self, rows: range) -> list[Callable[[], Any]]:
-        texts = self._captions["text"].slice(rows.start, len(rows)).to_pylist()
+    def _text_jobs(self, rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
+        texts = _some(self._captions, rows)["text"].to_pylist()
         return [partial(self._tokenize, text) for text in texts]
 
     def _tokenize(self, text: str) -> torch.Tensor:
         tokens: torch.Tensor = self._tokenizer([text])[0]
         return tokens
+
+
+def _some(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    # the slice first: take would copy a table of several pieces as a whole
+    return table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
 
 
 def _ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:

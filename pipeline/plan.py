@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -13,18 +14,20 @@ import pyarrow as pa
 from PIL import __version__ as pillow_version
 
 from pipeline.config import PrecomputeConfig
+from pipeline.known_rows import require_reusable
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
 from pipeline.teacher import LiveTeacher
 from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
-from storage.manifest import Layout, Source
-from storage.root import look_at_manifest, planned_manifest
+from storage.manifest import IMPORTED, Layout, Source
+from storage.root import look_at_manifest, planned_manifest, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = [
+    "PlannedDataset",
     "Progress",
     "asked_views",
     "chunk_spans",
@@ -33,7 +36,9 @@ __all__ = [
     "default_batch_rows",
     "default_chunk_rows",
     "library_versions",
+    "plan_dataset",
     "plan_precompute",
+    "read_dataset",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -41,6 +46,16 @@ Progress = Callable[[str, int, int], None]
 # milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
 _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A dataset as a cache of it will be: its files read and digested, nothing written."""
+
+    spec: DatasetSpec
+    dataset: SampleSet
+    tables: dict[str, pa.Table]
+    identity: CacheIdentity
 
 
 def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
@@ -53,7 +68,45 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
 
     Raises:
         UsageError: crop settings without random crops.
-        CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise.
+        CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise; or rows are
+            missing that an import began, which the teacher would make with other bytes.
+    """
+    _refuse_to_mix(config.cache)
+    planned = read_dataset(config, teacher, progress)
+    pending = plan_dataset(config, teacher, planned, library_versions() | _by_way_of(config.reuse, planned.identity))
+    if any(ref.view == 0 for ref in pending):
+        _refuse_to_mix(config.cache, sealed=True)
+    return pending
+
+
+def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
+    """What a cache says of rows that it copies from one that had imported them; proves first that it may copy."""
+    if reuse is None:
+        return {}
+    have = read_manifest(open_files(reuse))
+    require_reusable(have, reuse, identity)
+    imported = have.made_with.get(IMPORTED)
+    return {IMPORTED: f"{imported}; copied from cache {have.digest[:12]}"} if imported else {}
+
+
+def _refuse_to_mix(cache: str, sealed: bool = False) -> None:
+    try:
+        manifest = look_at_manifest(open_files(cache))
+    except CacheNotFoundError:
+        return
+    if manifest.imported_sha256 and (sealed or not manifest.sealed_generations):
+        state = "are damaged" if sealed else "are not all there yet"
+        raise CacheMismatchError(
+            f"{cache}: its rows were imported ({manifest.made_with.get(IMPORTED)}) and {state}. Run the same "
+            "teacher-cache import command again; or encode to a new path."
+        )
+
+
+def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
+    """Read and digest a dataset's files, and say what a cache of it by this teacher is. Writes nothing.
+
+    Raises:
+        UsageError: crop settings without random crops; or as ``pipeline.samples.load_samples``.
     """
     views = asked_views(config)
 
@@ -72,17 +125,29 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         targets=TargetsIdentity(),
         dataset=dataset_identity(spec, tables),
     )
+    return PlannedDataset(spec, dataset, tables, identity)
+
+
+def plan_dataset(
+    config: PrecomputeConfig, teacher: LiveTeacher, planned: PlannedDataset, made_with: dict[str, str]
+) -> list[ChunkRef]:
+    """As :func:`plan_precompute`, of a dataset that was read.
+
+    Args:
+        made_with: what a manifest that is written now says; one that is there is left.
+    """
+    spec, dataset, tables, identity = planned.spec, planned.dataset, planned.tables, planned.identity
     layout = _layout(config, identity, teacher.device.type)
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
-            plan_cache(config.cache, identity, layout, source, tables, made_with=library_versions())
+            plan_cache(config.cache, identity, layout, source, tables, made_with)
         except CacheMismatchError:
-            planned = _layout(config, identity, teacher.device.type)
-            if planned == layout:
+            now = _layout(config, identity, teacher.device.type)
+            if now == layout:
                 raise
             # another process planned it meanwhile, by the defaults of its own device
-            plan_cache(config.cache, identity, planned, source, tables, made_with=library_versions())
+            plan_cache(config.cache, identity, now, source, tables, made_with)
     except CacheMismatchError as error:
         lost = [problem for problem in dataset.problems if problem.lost_image]
         if not lost:

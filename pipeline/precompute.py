@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import encode_shared
+from pipeline.known_rows import known_rows
 from pipeline.plan import Progress, plan_precompute
 from pipeline.samples import DatasetSpec
 from pipeline.teacher import load_teacher
@@ -38,6 +39,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     splits: dict[str, int]
     chunks: int
     chunks_encoded: int = Field(description="By this run; the others were there.")
+    rows_reused: dict[str, int] = Field(description="By tower, of the cache that was named to copy rows from.")
     quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
     lost_images: int = Field(description="Images of the dataset that got no row.")
     problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
@@ -68,14 +70,15 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
     pending = plan_precompute(config, teacher, progress)
     encoded = encode_shared(config, teacher, pending, progress)
-    return summarize(config.cache, encoded, time.perf_counter() - started)
+    return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
 
 
-def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
+def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
     """Seal a finished cache and say what is in it.
 
     Args:
         chunks_encoded, seconds: of the run that asks.
+        reuse: the cache that rows were copied from.
 
     Raises:
         CacheIncompleteError: chunks are missing.
@@ -92,6 +95,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResu
     for item in quarantined:
         problems[item.reason] += 1
         details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
+    reused = known_rows(reuse, manifest.identity, writer.samples, writer.captions)
     info = describe_cache(cache)
     return PrecomputeResult(
         cache=cache,
@@ -105,6 +109,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResu
         splits=manifest.identity.dataset.splits,
         chunks=manifest.layout.num_chunks,
         chunks_encoded=chunks_encoded,
+        rows_reused=reused.count() if reused else {"image": 0, "text": 0},
         quarantined=len(quarantined),
         lost_images=manifest.lost_images,
         problems=dict(sorted(problems.items())),

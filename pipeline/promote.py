@@ -70,10 +70,16 @@ class PromoteResult(BaseModel, frozen=True):
     promotion: Promotion | None = Field(description="None where it was rejected.")
 
 
-def promote(config: PromoteConfig, progress: Progress | None = None) -> PromoteResult:
+def promote(
+    config: PromoteConfig, progress: Progress | None = None, ship: Callable[[], str] | None = None
+) -> PromoteResult:
     """Measure a student, beside the champion if there is one; keep it in the registry; promote it if it passes.
 
     The champion is measured anew, on the images and captions of this cache: its old numbers may be of other ones.
+
+    Args:
+        ship: called once it has passed, before it is promoted; deploys it and returns the folder. What it raises leaves
+            the registry as it is.
 
     Raises:
         UsageError: the run has no such checkpoint, is the champion already, was chosen on this split, or the champion's
@@ -115,9 +121,10 @@ def promote(config: PromoteConfig, progress: Progress | None = None) -> PromoteR
         ranks = student_ranks(wanted, measured.split, champion_path, measured.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
     passed, reason = decide(measured.result, comparison, config.min_retention)
+    deployed = ship() if passed and ship is not None else config.deployed
     candidate = registry.add(
         _lineage(config, measured.result, measured.split, weights)
-        | {"comparison": comparison, "passed": passed, "reason": reason}
+        | {"deployed": deployed, "comparison": comparison, "passed": passed, "reason": reason}
     )
     promotion = registry.promote(candidate, champion, "gate") if passed else None
     return PromoteResult(registry=config.registry, candidate=candidate, promotion=promotion)
@@ -196,7 +203,6 @@ def _lineage(
         "run": config.run,
         "checkpoint": found.checkpoint,
         "weights_sha256": weights_sha256,
-        "deployed": config.deployed,
         "student": record.config.student,
         "student_parameters": record.student_parameters,
         "teacher": record.teacher,

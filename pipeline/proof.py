@@ -33,7 +33,7 @@ from storage.errors import CacheError, CacheMismatchError
 from storage.integrity import IntegrityReport
 from storage.reader import EmbeddingReader
 
-__all__ = ["ProofResult", "ProvenReport", "WrongRow", "fraction_shown", "prove_sample"]
+__all__ = ["ProofResult", "ProvenReport", "WrongRow", "cosine", "draw_rows", "fraction_shown", "prove_sample"]
 
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
 _Place = tuple[int, int]  # row and view
@@ -113,7 +113,7 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     proof = _Proof(reader, live, ImageSource(root), config.threshold)
     for tower in get_args(Tower):
         views = reader.views if tower == "image" else 1
-        rows = _draw(tower, layout.rows(tower) * views, config.sample, config.seed)
+        rows = draw_rows(tower, layout.rows(tower) * views, config.sample, config.seed)
         for start in range(0, len(rows), layout.batch_rows):
             part = rows[start : start + layout.batch_rows]
             if tower == "image":
@@ -141,8 +141,11 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     )
 
 
-def _draw(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.int64]:
-    """Rows of a tower, counted on from view to view."""
+def draw_rows(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.int64]:
+    """Seeded numbers below ``count`` in order, at most ``sample`` of them; each tower has its own stream.
+
+    Of images they are counted on from view to view.
+    """
     rng = np.random.default_rng([seed, _STREAMS[tower]])
     return np.sort(rng.choice(count, min(sample, count), replace=False)).astype(np.int64)
 
@@ -254,14 +257,14 @@ class _Proof:
         cached = self._reader.take(tower, rows, views).astype(np.float32)
         crops = self._reader.take("image", rows, views, array="view") if tower == "image" else None
         for number, item in enumerate(seen):
-            cosine = _cosine(cached[number], live[item.place].astype(np.float32))
+            found = cosine(cached[number], live[item.place].astype(np.float32))
             self.compared[tower] += 1
             named = f"{tower} row {item.row}" + (f", view {item.view}" if item.view else "")
-            self.cosines.append((cosine, f"{named} ({item.sample_id})"))
-            if not cosine >= self._threshold:  # NaN counts as wrong
-                self._add(tower, item, cosine, f"cosine {cosine:.4f} with the live teacher's row")
+            self.cosines.append((found, f"{named} ({item.sample_id})"))
+            if not found >= self._threshold:  # NaN counts as wrong
+                self._add(tower, item, found, f"cosine {found:.4f} with the live teacher's row")
             elif crops is not None and not np.allclose(crops[number], item.crop, rtol=0, atol=_BOX_TOLERANCE):
-                self._add(tower, item, cosine, f"crop {crops[number].tolist()} is stored, {list(item.crop)} is taken")
+                self._add(tower, item, found, f"crop {crops[number].tolist()} is stored, {list(item.crop)} is taken")
 
     def _add(self, tower: Tower, item: _Seen, cosine: float | None, what: str) -> None:
         self.wrong.append(
@@ -269,5 +272,6 @@ class _Proof:
         )
 
 
-def _cosine(cached: NDArray[np.float32], live: NDArray[np.float32]) -> float:
+def cosine(cached: NDArray[np.float32], live: NDArray[np.float32]) -> float:
+    """Of two rows (dim,); NaN where one of them is zero or not finite."""
     return float(cached @ live / (np.linalg.norm(cached) * np.linalg.norm(live)))

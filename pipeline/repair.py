@@ -1,7 +1,8 @@
 """Mend a damaged cache: what is wrong and nothing else, from its backup, its dataset and its teacher.
 
 On top of ``storage.repair``. torch and the teacher are loaded only if a chunk has to be encoded again. All that could
-refuse the work (another teacher, another dataset, a moved image) does so before anything is written.
+refuse the work (another teacher, another dataset, a moved image) does so before anything is written. Chunks of imported
+rows are left: the teacher would give other bytes, and an import brings back the very ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,7 @@ class RepairResult(BaseModel, frozen=True):
     replaced_manifest_digest: str | None = Field(
         description="Of the sealed cache that was there, when chunks came back with other bytes."
     )
+    left: tuple[str, ...] = Field((), description="Damaged chunks of imported rows, which an import makes again.")
     findings: tuple[Finding, ...] = Field(description="What is still wrong: unknown files, or an unfinished cache.")
     seconds: float
 
@@ -82,6 +85,12 @@ def repair(
             progress("verify chunks", done, total)
 
     plan = plan_repair(cache, checked)
+    left: list[str] = []
+    if plan.manifest.imported_sha256:
+        left = [ref.name for ref in plan.chunks if ref.view == 0]
+        chunks = tuple(ref for ref in plan.chunks if ref.view > 0)
+        # a seal over commits that are not there, or not right, could not be
+        plan = replace(plan, chunks=chunks, seal=plan.seal and not left)
     if plan.empty:
         return RepairResult(
             cache=cache,
@@ -90,6 +99,7 @@ def repair(
             chunks_encoded=0,
             manifest_digest=plan.manifest.digest,
             replaced_manifest_digest=None,
+            left=tuple(left),
             findings=plan.report.findings,
             seconds=time.perf_counter() - started,
         )
@@ -130,6 +140,7 @@ def repair(
         chunks_encoded=len(plan.chunks),
         manifest_digest=report.manifest_digest,
         replaced_manifest_digest=replaced,
+        left=tuple(left),
         findings=report.findings,
         seconds=time.perf_counter() - started,
     )

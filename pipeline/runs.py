@@ -99,6 +99,12 @@ class RunRecord(BaseModel):
         return len(self.epochs) >= self.config.epochs
 
 
+def other_settings(asked: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings by name that make another run of it, each as asked for and as recorded."""
+    left, right = asked.model_dump(mode="json"), recorded.model_dump(mode="json")
+    return {name: (left[name], right[name]) for name in right if name not in _MAY_DIFFER and left[name] != right[name]}
+
+
 class RunFolder:
     """Reads and writes one run. The record is replaced atomically and names the checkpoints that go with it."""
 
@@ -163,11 +169,9 @@ class RunFolder:
             UsageError: no run here, one with other settings, or one without a point to go on from.
         """
         record = self.read()
-        recorded, asked = record.config.model_dump(mode="json"), config.model_dump(mode="json")
         differ = [
-            f"{name} is {asked[name]!r}, the run has {recorded[name]!r}"
-            for name in recorded
-            if name not in _MAY_DIFFER and asked[name] != recorded[name]
+            f"{name} is {asked!r}, the run has {recorded!r}"
+            for name, (asked, recorded) in other_settings(config, record.config).items()
         ]
         if differ:
             raise UsageError(

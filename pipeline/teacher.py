@@ -30,7 +30,7 @@ from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 from storage.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 
-__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "is_surely", "load_teacher"]
+__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "is_surely", "load_teacher", "recorded_name"]
 
 BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,8 +204,13 @@ def load_teacher(
         raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
     if quick_gelu:
         architecture = {**architecture, "quick_gelu": True}
-    shown = f"local-dir:{Path(name.removeprefix('local-dir:')).name}" if schema == "local-dir" else name
-    return LiveTeacher(shown, pretrained, model, tokenizer, architecture, where, precision)
+    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision)
+
+
+def recorded_name(name: str) -> str:
+    """The name as a cache records it: of a local folder without the path to it."""
+    local = name.removeprefix("local-dir:")
+    return name if local == name else f"local-dir:{Path(local).name}"
 
 
 @lru_cache(maxsize=1)

@@ -106,11 +106,14 @@ def info(cache: CacheArgument, json: JsonFlag = False) -> None:
 
 
 def _info_table(found: CacheInfo) -> Table:
+    from storage.manifest import IMPORTED, IMPORTED_ROWS  # pydantic: not for ls and --help
+
     identity, layout = found.identity, found.layout
     table = Table(title=escape(found.location), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    state = "complete" if found.sealed else "not complete: run the same precompute command again to finish it"
+    verb = "import" if IMPORTED in found.made_with else "precompute"
+    state = "complete" if found.sealed else f"not complete: run the same {verb} command again to finish it"
     if not found.sealed and found.views_sealed:
         state += f"; {found.views_sealed} of {layout.views} views can be read"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
@@ -131,12 +134,15 @@ def _info_table(found: CacheInfo) -> Table:
         "images in": _accounts(found),
         "quarantine": _quarantine(found),
         "problems": ", ".join(f"{kind} {count:,}" for kind, count in found.problems.items()) or "none in the dataset",
+        "imported": found.made_with.get(IMPORTED, ""),
         "cost": _cost(found),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
         f"{identity.preprocess.interpolation}, {identity.preprocess.resize_mode}",
         "identity": found.identity_digest,
         "manifest": found.manifest_digest,
-        "made with": ", ".join(f"{name} {version}" for name, version in found.made_with.items()),
+        "made with": ", ".join(
+            f"{name} {version}" for name, version in found.made_with.items() if name not in (IMPORTED, IMPORTED_ROWS)
+        ),
     }
     for name, value in rows.items():
         if value:

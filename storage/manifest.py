@@ -30,6 +30,9 @@ FORMAT_VERSION = 1
 _RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 MANIFEST_KEY = "manifest.json"
 BACKUP_KEY = "manifest.backup.json"
+IMPORTED = "imported"
+"""Key of ``made_with``: what rows were imported, for people."""
+IMPORTED_ROWS = "imported_rows_sha256"
 
 
 class Layout(Record):
@@ -160,6 +163,11 @@ class CacheManifest(Record):
         if starts[0] < 1 or edges != starts[1:] or any(start >= stop for start, stop in spans):
             raise ValueError(f"generations added views {spans}, which do not lead to the {self.layout.views} there are")
         return self
+
+    @property
+    def imported_sha256(self) -> str | None:
+        """Of the rows that view 0 and the captions have from another tool's files; None if the teacher made all."""
+        return self.made_with.get(IMPORTED_ROWS)
 
     @property
     def sealed(self) -> bool:

@@ -1,0 +1,348 @@
+"""Retraining: look for new data, encode only that, train, measure beside the champion, ship and promote what passes.
+
+    home/
+      caches/0002.cache     one for each state of the dataset; rows that an earlier one has are copied from it
+      runs/0002             the student trained from it
+      deployed/0002         if it passed
+      students/             the registry: champion, challengers, why each passed or not
+
+Every step looks at what is there already, so that a retraining which was killed goes on when it is called again. One
+retraining at a time works in a home.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, Field
+
+from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig, check_config
+from pipeline.deployment import RECORD, Deployment
+from pipeline.plan import dataset_identity, dataset_tables
+from pipeline.precompute import PrecomputeResult, precompute
+from pipeline.promote import PromoteConfig, PromoteResult, promote
+from pipeline.registry import Candidate, StudentRegistry
+from pipeline.retrain_config import RetrainConfig
+from pipeline.runs import RunFolder, other_settings
+from pipeline.samples import DatasetSpec, load_samples
+from pipeline.teacher import recorded_name
+from storage.errors import CacheCorruptError, UsageError
+from storage.files import open_files
+from storage.identity import DatasetIdentity
+from storage.integrity import verify_cache
+from storage.manifest import CacheManifest
+from storage.root import planned_manifest
+from storage.tables import CAPTIONS, SAMPLES, read_table
+
+__all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
+
+_CACHE = re.compile(r"^(\d{4,})\.cache$")
+_SET_HERE = {
+    "train": {"cache", "student", "out", "init", "device"},
+    "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
+}
+
+Progress = Callable[[str, int, int], None]
+
+
+class Changes(BaseModel, frozen=True):
+    """The dataset against the newest finished cache."""
+
+    new_images: int = Field(description="Whose bytes that cache has no row of.")
+    removed_images: int = Field(description="Of that cache, which are gone or have other bytes.")
+    new_captions: int = Field(description="Texts that it has not; edited ones count here.")
+    removed_captions: int = Field(description="Texts that are gone.")
+
+
+class Look(BaseModel, frozen=True):
+    """What is there, and what a retraining has to do."""
+
+    images: int
+    captions: int
+    changes: Changes | None = Field(description="None where no cache is finished yet.")
+    cache: str = Field(description="Of the dataset as it is now; to be made where it is not finished.")
+    cache_finished: bool
+    reuse: str | None = Field(description="Cache that rows are copied from.")
+    run: str
+    judged: Candidate | None = Field(description="Of this cache and these settings: then nothing is to be done.")
+
+
+class RetrainResult(BaseModel, frozen=True):
+    """What a retraining did."""
+
+    outcome: Literal["nothing-new", "promoted", "rejected"]
+    look: Look
+    encoded: PrecomputeResult | None = Field(description="None where the cache was finished before.")
+    run: str | None
+    candidate: Candidate | None
+    champion: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    number: int
+    location: str
+    manifest: CacheManifest
+
+
+class Retraining:
+    """The steps of one retraining, in order; each may be called again after a crash.
+
+    Raises:
+        UsageError: a setting cannot be used.
+    """
+
+    def __init__(self, config: RetrainConfig) -> None:
+        self.config = config
+        self.caches = config.caches or f"{config.home}/caches"
+        self.registry = StudentRegistry(f"{config.home}/students")
+        for stage, given in (("train", config.train), ("deploy", config.deploy)):
+            if taken := sorted(set(given) & _SET_HERE[stage]):
+                raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
+        # a typing error should not cost the encoding
+        self._training("cache", "out", None)
+        self._deployment("run", "out", "last")
+
+    def look(self, progress: Progress | None = None) -> Look:
+        """Read the dataset and what is there. Loads no teacher, writes nothing.
+
+        Raises:
+            UsageError: the dataset cannot be used, or has lost more images than ``max_removed`` allows.
+            CacheError: a cache there cannot be.
+        """
+        spec = DatasetSpec.parse(self.config.dataset)
+        dataset, digests = load_samples(spec, _stage(progress, "look at the dataset"))
+        tables = dataset_tables(dataset, digests)
+        identity = dataset_identity(spec, tables)
+        there = _numbered(self.caches)
+        ready = [each for each in there if each.manifest.sealed]
+        newest = there[-1] if there else None
+        if newest is not None and self._is_of(newest.manifest, identity):
+            number, finished = newest.number, newest.manifest.sealed
+        else:
+            number, finished = newest.number + 1 if newest else 1, False
+        changes = _changes(ready[-1], tables) if ready else None
+        if changes is not None:
+            self._require_most(ready[-1], changes)
+        alike = [each for each in ready if each.number < number and self._is_by(each.manifest)]
+        run = self._run(number)
+        return Look(
+            images=identity.images,
+            captions=identity.captions,
+            changes=changes,
+            cache=f"{self.caches}/{number:04d}.cache",
+            cache_finished=finished,
+            reuse=alike[-1].location if alike else None,
+            run=run,
+            judged=self._judged(run) if finished else None,
+        )
+
+    def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult:
+        """Make the cache of the dataset as it is now, and read all of it once.
+
+        Raises:
+            CacheCorruptError: it does not verify.
+            CacheError, UsageError, OSError, FloatingPointError: as ``precompute`` raises them.
+        """
+        config = self.config
+        made = precompute(
+            PrecomputeConfig(
+                dataset=config.dataset,
+                teacher=config.teacher,
+                pretrained=config.pretrained,
+                precision=config.precision,
+                views=config.views or self._views_before(look),
+                cache=look.cache,
+                reuse=look.reuse,
+                device=config.device,
+            ),
+            progress,
+        )
+        report = verify_cache(look.cache, _stage(progress, "verify"))
+        if not report.ok:
+            raise CacheCorruptError(
+                f"{look.cache}: {report.findings[0].message} ({len(report.findings)} findings in all). Run "
+                "teacher-cache repair, then retrain again"
+            )
+        return made
+
+    def train(self, look: Look, progress: Callable[[Any], None] | None = None) -> str:
+        """Train the student, or go on with its training; its run.
+
+        Raises:
+            CacheError, UsageError, FloatingPointError: as ``train`` raises them.
+        """
+        # here, not above: who only looks needs no training loop
+        from pipeline.train import train
+
+        folder = RunFolder(look.run)
+        init = folder.read().config.init if folder.exists() else self._init()
+        train(self._training(look.cache, look.run, init), progress, resume=folder.exists())
+        return look.run
+
+    def promote(self, look: Look, progress: Progress | None = None) -> PromoteResult:
+        """Measure the student beside the champion; ship and promote it if it passes.
+
+        Raises:
+            CacheError, UsageError: as ``promote`` and ``deploy`` raise them.
+        """
+        config = self.config
+        return promote(
+            PromoteConfig(
+                run=look.run,
+                registry=self.registry.location,
+                checkpoint=self._checkpoint(look.run),
+                split=config.split,
+                margin=config.margin,
+                min_retention=config.min_retention,
+                device=config.device,
+            ),
+            progress,
+            (lambda: self._deploy(look.run, progress)) if config.ship else None,
+        )
+
+    def _require_most(self, before: _Numbered, changes: Changes) -> None:
+        images = before.manifest.layout.image_rows
+        if 100 * changes.removed_images > self.config.max_removed * images:
+            raise UsageError(
+                f"{self.config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are "
+                "gone. Is a share not mounted? If they are meant to be gone, allow more by max_removed"
+            )
+
+    def _training(self, cache: str, out: str, init: str | None) -> TrainConfig:
+        given = {"cache": cache, "student": self.config.student, "out": out, "device": self.config.device}
+        return check_config(TrainConfig, self.config.train | given | {"init": init}, "train")
+
+    def _init(self) -> str | None:
+        champion = self.registry.champion() if self.config.start == "champion" else None
+        if champion is None or champion.student != self.config.student:
+            return None
+        return f"{champion.run}/{champion.checkpoint}"
+
+    def _run(self, number: int) -> str:
+        """The run with these settings from the cache of this number; the next free name if there is none."""
+        for again in itertools.count(1):
+            name = f"{self.config.home}/runs/{number:04d}" + (f"-{again}" if again > 1 else "")
+            folder = RunFolder(name)
+            if not folder.exists():
+                return name
+            recorded = folder.read().config
+            # where it began from was decided when it began: the champion may be this very run by now
+            if not other_settings(self._training(recorded.cache, name, recorded.init), recorded):
+                return name
+        raise AssertionError  # count() does not end
+
+    def _judged(self, run: str) -> Candidate | None:
+        """The last verdict on a run. One that passed and was never promoted counts for none: it was killed there."""
+        promoted = {promotion.candidate for promotion in self.registry.promotions()}
+        judged = [each for each in self.registry.candidates() if Path(each.run) == Path(run)]
+        settled = [each for each in judged if not each.passed or each.number in promoted]
+        return settled[-1] if settled else None
+
+    def _is_by(self, manifest: CacheManifest) -> bool:
+        teacher = manifest.identity.teacher
+        wanted = (recorded_name(self.config.teacher), self.config.pretrained, self.config.precision)
+        return (teacher.name, teacher.pretrained, teacher.precision) == wanted
+
+    def _is_of(self, manifest: CacheManifest, dataset: DatasetIdentity) -> bool:
+        views = self.config.views in (None, manifest.layout.views)
+        return self._is_by(manifest) and views and manifest.identity.dataset == dataset
+
+    def _views_before(self, look: Look) -> int | None:
+        return planned_manifest(open_files(look.reuse)).layout.views if look.reuse else None
+
+    def _deploy(self, run: str, progress: Progress | None) -> str:
+        from pipeline.deploy import deploy
+
+        config = self.config
+        out = Path(config.home) / "deployed" / Path(run).name
+        if (out / RECORD).exists() and Path(Deployment.read(out).run).name == Path(run).name:
+            return str(out)  # killed behind it
+        deploy(self._deployment(run, str(out), self._checkpoint(run)), progress)
+        return str(out)
+
+    def _deployment(self, run: str, out: str, checkpoint: str) -> DeployConfig:
+        config = self.config
+        given = {"run": run, "out": out, "checkpoint": checkpoint, "split": config.split}
+        teacher = {"teacher": config.teacher, "pretrained": config.pretrained}
+        return check_config(DeployConfig, config.deploy | given | teacher, "deploy")
+
+    def _checkpoint(self, run: str) -> Literal["last", "best"]:
+        """The best one, unless it was chosen on the very split that challenger and champion are measured on."""
+        return "last" if RunFolder(run).read().config.select_split in (None, self.config.split) else "best"
+
+
+def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainResult:
+    """Bring cache, student and champion up to the dataset as it is now. Call it again after a crash.
+
+    Args:
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: a setting cannot be used; nothing is written then.
+        CacheError, OSError, FloatingPointError: as the steps raise them.
+    """
+    started = time.perf_counter()
+    steps = Retraining(config)
+    look = steps.look(progress)
+    encoded = verdict = None
+    if look.judged is None:
+        encoded = None if look.cache_finished else steps.encode(look, progress)
+        steps.train(look, None if progress is None else lambda at: progress("step", at.step, at.total_steps))
+        verdict = steps.promote(look, progress)
+    champion = steps.registry.champion()
+    outcome: Literal["nothing-new", "promoted", "rejected"] = "nothing-new"
+    if verdict is not None:
+        outcome = "promoted" if verdict.promotion else "rejected"
+    return RetrainResult(
+        outcome=outcome,
+        look=look,
+        encoded=encoded,
+        run=look.run if verdict else None,
+        candidate=verdict.candidate if verdict else look.judged,
+        champion=champion.number if champion else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _numbered(caches: str) -> list[_Numbered]:
+    """All caches below a folder or URL, by number."""
+    found = []
+    for name in open_files(caches).folders():
+        if matched := _CACHE.match(name):
+            location = f"{caches}/{name}"
+            found.append(_Numbered(int(matched[1]), location, planned_manifest(open_files(location))))
+    return sorted(found, key=lambda each: each.number)
+
+
+def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
+    files = open_files(before.location)
+    counts = {}
+    for name, column in ((SAMPLES, "content_sha256"), (CAPTIONS, "text")):
+        old = read_table(files, before.manifest, name, [column])[column].combine_chunks()
+        new = tables[name][column].combine_chunks()
+        counts[name] = _missing(new, old), _missing(old, new)
+    return Changes(
+        new_images=counts[SAMPLES][0],
+        removed_images=counts[SAMPLES][1],
+        new_captions=counts[CAPTIONS][0],
+        removed_captions=counts[CAPTIONS][1],
+    )
+
+
+def _missing(values: pa.Array, among: pa.Array) -> int:
+    """How many of ``values`` are not among others."""
+    return len(values) - int(pc.sum(pc.is_in(values, value_set=among)).as_py() or 0)
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)

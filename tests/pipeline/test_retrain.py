@@ -1,0 +1,198 @@
+"""Retraining from end to end on a dataset that changes: what is done, what is not done, and what a crash costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline.promote
+import pipeline.retrain
+from pipeline.registry import StudentRegistry
+from pipeline.retrain import retrain
+from pipeline.retrain_config import RetrainConfig
+from storage.errors import UsageError
+from storage.reader import EmbeddingReader
+from tests.conftest import TINY_MODEL, write_photos
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_teacher: Path) -> Path:
+    write_photos(tmp_path / "photos", 64)
+    (tmp_path / "student.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 12}))
+    return tmp_path
+
+
+def settings(home: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
+    return RetrainConfig(
+        **{
+            "dataset": f"flickr:{home / 'photos'}",
+            "teacher": f"local-dir:{tiny_teacher}",
+            "home": str(home / "home"),
+            "student": str(home / "student.json"),
+            "train": {"epochs": 1, "batch_size": 16, "workers": 0},
+            "split": "train",
+            "margin": 99.0,
+            "ship": False,
+            "device": "cpu",
+            **more,
+        }
+    )
+
+
+def add_photos(home: Path, first: int, count: int) -> None:
+    more = write_photos(home / f"more-{first}", count, first=first)
+    with (home / "photos" / "captions.txt").open("a") as captions, (home / "photos" / "train.txt").open("a") as train:
+        captions.writelines(line + "\n" for line in (more / "captions.txt").read_text().splitlines()[1:])
+        for image in sorted((more / "images").iterdir()):
+            shutil.copy(image, home / "photos" / "images" / image.name)
+            train.write(image.name + "\n")
+
+
+def test_new_data_is_learned_and_nothing_new_is_nothing_done(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = retrain(settings(home, tiny_teacher))
+    assert (first.outcome, first.champion, first.look.changes) == ("promoted", 1, None)
+    assert first.encoded is not None
+    assert first.encoded.rows_reused == {"image": 0, "text": 0}
+
+    before = {path: path.stat().st_mtime_ns for path in (home / "home").rglob("*")}
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.retrain, "precompute", None)  # would be called in vain
+        patched.setattr(pipeline.retrain, "promote", None)
+        again = retrain(settings(home, tiny_teacher))
+    assert (again.outcome, again.encoded, again.run, again.champion) == ("nothing-new", None, None, 1)
+    assert again.candidate == first.candidate
+    assert {path: path.stat().st_mtime_ns for path in (home / "home").rglob("*")} == before
+
+    add_photos(home, 900, 5)
+    second = retrain(settings(home, tiny_teacher))
+    assert second.look.changes is not None
+    assert second.look.changes.model_dump() == {
+        "new_images": 5,
+        "removed_images": 0,
+        "new_captions": 10,
+        "removed_captions": 0,
+    }
+    assert second.encoded is not None
+    assert second.encoded.rows_reused == {"image": 64, "text": 128}
+    assert second.candidate is not None
+    assert second.candidate.comparison is not None
+    assert second.candidate.comparison.champion == 1
+    assert second.candidate.settings["init"] == f"{home}/home/runs/0001/checkpoints/epoch-0001"
+    assert EmbeddingReader(f"{home}/home/caches/0001.cache").samples.num_rows == 64
+    assert retrain(settings(home, tiny_teacher)).outcome == "nothing-new"
+
+
+def test_a_rejected_challenger_is_not_tried_again(home: Path, tiny_teacher: Path) -> None:
+    retrain(settings(home, tiny_teacher))
+    add_photos(home, 900, 2)
+    rejected = retrain(settings(home, tiny_teacher, min_retention=10_000.0))
+    assert (rejected.outcome, rejected.champion) == ("rejected", 1)
+    assert rejected.candidate is not None
+    assert "10000 % wanted" in rejected.candidate.reason
+    again = retrain(settings(home, tiny_teacher))
+    assert (again.outcome, again.candidate) == ("nothing-new", rejected.candidate)
+    # other settings are another student
+    other = retrain(settings(home, tiny_teacher, train={"epochs": 2, "batch_size": 16, "workers": 0}))
+    assert (other.outcome, other.encoded, other.run) == ("promoted", None, f"{home}/home/runs/0002-2")
+
+
+@pytest.mark.parametrize("step", ["train", "measure", "promote"])
+def test_broken_off_anywhere_it_goes_on(
+    home: Path, tiny_teacher: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patched:
+        if step == "train":
+            patched.setattr("pipeline.train.train", fail)
+        elif step == "measure":
+            patched.setattr(pipeline.promote, "measure", fail)
+        else:  # between the candidate's record and the pointer
+            patched.setattr(StudentRegistry, "promote", fail)
+        with pytest.raises(ConnectionError):
+            retrain(settings(home, tiny_teacher))
+    done = retrain(settings(home, tiny_teacher))
+    assert done.outcome == "promoted"
+    assert done.encoded is None
+    assert done.run == f"{home}/home/runs/0001"
+    assert StudentRegistry(f"{home}/home/students").champion() == done.candidate
+    assert [path.name for path in (home / "home" / "caches").iterdir()] == ["0001.cache"]
+
+
+def test_a_dataset_that_is_mostly_gone_is_no_new_data(home: Path, tiny_teacher: Path) -> None:
+    """A share that is not mounted must not become a champion."""
+    retrain(settings(home, tiny_teacher))
+    for image in sorted((home / "photos" / "images").iterdir())[:40]:
+        image.unlink()
+    with pytest.raises(UsageError, match=r"40 of 64 images .* are gone.*max_removed"):
+        retrain(settings(home, tiny_teacher))
+    assert [path.name for path in (home / "home" / "caches").iterdir()] == ["0001.cache"]
+    small = {"epochs": 1, "batch_size": 4, "workers": 0}
+    assert retrain(settings(home, tiny_teacher, max_removed=70.0, train=small)).outcome == "promoted"
+
+
+def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(UsageError, match="epochs"):
+        retrain(settings(home, tiny_teacher, train={"epochs": 0}))
+    with pytest.raises(UsageError, match="rounds"):
+        retrain(settings(home, tiny_teacher, deploy={"rounds": 0}))
+    with pytest.raises(UsageError, match="train: out: set by retraining itself"):
+        retrain(settings(home, tiny_teacher, train={"out": "x"}))
+    assert not (home / "home").exists()
+
+
+def test_what_passed_is_shipped_before_it_is_promoted(home: Path, tiny_teacher: Path) -> None:
+    done = retrain(settings(home, tiny_teacher, ship=True, deploy={"int8": False, "rounds": 1}))
+    assert done.candidate is not None
+    assert done.candidate.deployed == f"{home}/home/deployed/0001"
+    assert (home / "home" / "deployed" / "0001" / "deploy.json").exists()
+
+
+def test_the_command_takes_a_run_file(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.cli import main
+
+    (home / "retrain.toml").write_text(
+        f"""
+        [retrain]
+        dataset = "flickr:{home}/photos"
+        teacher = "local-dir:{tiny_teacher}"
+        home = "{home}/home"
+        student = "{home}/student.json"
+        split = "train"
+        device = "cpu"
+        ship = false
+        [retrain.train]
+        epochs = 1
+        batch_size = 16
+        workers = 0
+        """
+    )
+
+    def run(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["teacher-cache", "retrain", f"{home}/retrain.toml", *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    code, said = run()
+    assert code == 0
+    assert "64 of 64 images and 128 of 128 captions encoded" in said
+    assert said.endswith("champion: student 1\n")
+    code, said = run("--json")
+    assert (code, json.loads(said)["outcome"]) == (0, "nothing-new")
+    add_photos(home, 900, 1)
+    code, said = run("--min-retention", "10000")
+    assert code == 1
+    assert "1 new image, 0 gone, 2 new captions, 0 gone" in said
+    assert "1 of 65 images and 2 of 130 captions encoded, the others copied" in said
+    assert "student 2" in said
+    assert said.endswith("champion: student 1\n")

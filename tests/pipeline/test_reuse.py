@@ -1,0 +1,193 @@
+"""A dataset that grew, shrank and was edited: only what is new meets the teacher, the rest is copied bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipeline.encode
+from pipeline.config import PrecomputeConfig
+from pipeline.precompute import precompute
+from pipeline.teacher import LiveTeacher
+from storage.errors import CacheMismatchError
+from storage.integrity import verify_cache
+from storage.reader import EmbeddingReader
+from storage.writer import EmbeddingWriter
+from tests.conftest import make_model_folder, write_photos
+
+IMAGES = 48
+ADDED = 7
+REMOVED = (3, 20)
+EDITED = 11
+BROKEN = 30
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset and its cache, and the dataset as it was later."""
+    home = tmp_path_factory.mktemp("reuse")
+    make_model_folder(home / "teacher")
+    write_photos(home / "before", IMAGES)
+    image = home / "before" / "images" / f"{BROKEN:04d}.jpg"
+    image.write_bytes(image.read_bytes()[:200])
+    precompute(settings(home, "before", "before.cache"))
+    shutil.copytree(home / "before", home / "after")
+    write_photos(home / "more", ADDED, first=500)
+    for added in (home / "more" / "images").iterdir():
+        # before, between and behind those that are there, so that every row moves
+        name = f"{int(added.stem) % 3 * 24:04d}-{added.name}"
+        shutil.copy(added, home / "after" / "images" / name)
+    table = home / "after" / "captions.txt"
+    lines = table.read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(tuple(f"{number:04d}.jpg" for number in REMOVED))]
+    lines = [line.replace(f"number {EDITED} again", "another text") for line in lines]
+    names = sorted(path.name for path in (home / "after" / "images").iterdir() if "-" in path.name)
+    lines += [f"{name},{name} is new" for name in names]
+    table.write_text("\n".join(lines) + "\n")
+    train = home / "after" / "train.txt"
+    kept = [name for name in train.read_text().split() if name not in {f"{number:04d}.jpg" for number in REMOVED}]
+    train.write_text("\n".join([*kept, *names]) + "\n")
+    for number in REMOVED:
+        (home / "after" / "images" / f"{number:04d}.jpg").unlink()
+    return home
+
+
+def settings(home: Path, dataset: str, cache: str, **more: Any) -> PrecomputeConfig:
+    return PrecomputeConfig(
+        **{
+            "dataset": f"flickr:{home / dataset}",
+            "teacher": f"local-dir:{home / 'teacher'}",
+            "cache": str(home / cache),
+            "batch_size": 8,
+            "device": "cpu",
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def taught(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Rows that the teacher was given, by tower."""
+    rows: Counter[str] = Counter()
+    images, texts = LiveTeacher.encode_images, LiveTeacher.encode_texts
+
+    def count_images(self: LiveTeacher, batch: Any) -> Any:
+        rows["image"] += len(batch)
+        return images(self, batch)
+
+    def count_texts(self: LiveTeacher, batch: Any) -> Any:
+        rows["text"] += len(batch)
+        return texts(self, batch)
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", count_images)
+    monkeypatch.setattr(LiveTeacher, "encode_texts", count_texts)
+    return rows
+
+
+def rows_by_content(cache: Path, views: int = 1) -> dict[str, tuple[bytes, ...]]:
+    """Every stored number of each image and caption that has an embedding, by digest or text."""
+    reader = EmbeddingReader(str(cache))
+    found = {}
+    digests = reader.samples["content_sha256"].to_pylist()
+    for row in reader.image_rows():
+        at = np.array([row])
+        found[digests[row]] = tuple(
+            reader.take("image", at, view, name).tobytes()
+            for view in range(views)
+            for name in ("embedding", "norm", "view")
+        )
+    for row, text in enumerate(reader.captions["text"].to_pylist()):
+        found[text] = tuple(reader.take("text", np.array([row]), 0, name).tobytes() for name in ("embedding", "norm"))
+    return found
+
+
+def test_only_what_is_new_meets_the_teacher(home: Path, tmp_path: Path, taught: Counter[str]) -> None:
+    old = EmbeddingReader(str(home / "before.cache"))
+    digest, first = old.manifest.digest, old.take("image", np.array([0]))
+    made = precompute(settings(home, "after", str(tmp_path / "c"), reuse=str(home / "before.cache")))
+    # the broken one is not copied: it is looked at again, as a row of a batch
+    assert taught == {"image": ADDED + 1, "text": ADDED + 1}
+    assert made.images == IMAGES + ADDED - len(REMOVED)
+    assert (made.quarantined, made.rows_reused) == (1, {"image": IMAGES - 1 - len(REMOVED), "text": 2 * IMAGES - 5})
+    assert verify_cache(str(tmp_path / "c")).ok
+
+    before, after = rows_by_content(home / "before.cache"), rows_by_content(tmp_path / "c")
+    shared = before.keys() & after.keys()
+    assert len(shared) == IMAGES - 1 - len(REMOVED) + 2 * IMAGES - 5
+    assert all(before[name] == after[name] for name in shared)
+    assert len(after.keys() - shared) == 2 * ADDED + 1
+
+    # whoever reads the earlier state goes on reading it
+    assert EmbeddingReader(str(home / "before.cache")).manifest.digest == digest
+    assert np.array_equal(old.take("image", np.array([0])), first)
+
+
+def test_it_is_the_cache_that_encoding_all_of_it_gives(home: Path, tmp_path: Path) -> None:
+    """Identity and tables are equal, each row to the rounding of another batch."""
+    precompute(settings(home, "after", str(tmp_path / "grown"), reuse=str(home / "before.cache")))
+    precompute(settings(home, "after", str(tmp_path / "fresh")))
+    grown, fresh = EmbeddingReader(str(tmp_path / "grown")), EmbeddingReader(str(tmp_path / "fresh"))
+    assert grown.manifest.identity_digest == fresh.manifest.identity_digest
+    assert grown.samples == fresh.samples
+    assert grown.captions == fresh.captions
+    rows = grown.image_rows()
+    assert np.array_equal(rows, fresh.image_rows())
+    for tower, wanted in (("image", rows), ("text", np.arange(fresh.captions.num_rows))):
+        left, right = (each.take(tower, wanted).astype(np.float64) for each in (grown, fresh))  # type: ignore[arg-type]
+        assert np.abs(left - right).max() <= 2**-10  # float16 of numbers up to 1, twice rounded
+    assert np.array_equal(grown.take("image", rows, 0, "view"), fresh.take("image", rows, 0, "view"))
+
+
+def test_views_are_copied_where_they_were_drawn_alike(home: Path, tmp_path: Path, taught: Counter[str]) -> None:
+    precompute(settings(home, "before", str(tmp_path / "old"), views=2))
+    taught.clear()
+    precompute(settings(home, "after", str(tmp_path / "new"), views=3, reuse=str(tmp_path / "old")))
+    everything = IMAGES + ADDED - len(REMOVED)
+    assert taught["image"] == 2 * (ADDED + 1) + everything  # the third view is new for all
+    before, after = rows_by_content(tmp_path / "old", 2), rows_by_content(tmp_path / "new", 2)
+    assert all(before[name] == after[name] for name in before.keys() & after.keys())
+    taught.clear()
+    precompute(settings(home, "after", str(tmp_path / "other"), views=2, view_seed=9, reuse=str(tmp_path / "old")))
+    assert taught["image"] == ADDED + 1 + everything
+
+
+def test_rows_of_another_teacher_are_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "teacher", seed=1)
+    asked = settings(
+        home,
+        "after",
+        str(tmp_path / "c"),
+        teacher=f"local-dir:{tmp_path / 'teacher'}",
+        reuse=str(home / "before.cache"),
+    )
+    with pytest.raises(CacheMismatchError, match=r"before\.cache.*teacher\.weights_sha256.*leave --reuse out"):
+        precompute(asked)
+    assert not (tmp_path / "c").exists()
+
+
+def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reuse = str(home / "before.cache")
+    whole = precompute(settings(home, "after", str(tmp_path / "whole"), reuse=reuse, chunk_rows=8))
+    write = EmbeddingWriter.write
+    written = 0
+
+    def stop_at_the_fifth(self: EmbeddingWriter, *arguments: Any, **named: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 5:
+            raise OSError("no space left")
+        return write(self, *arguments, **named)
+
+    asked = settings(home, "after", str(tmp_path / "broken"), reuse=reuse, chunk_rows=8)
+    monkeypatch.setattr(pipeline.encode.EmbeddingWriter, "write", stop_at_the_fifth)
+    with pytest.raises(OSError, match="no space left"):
+        precompute(asked)
+    monkeypatch.undo()
+    again = precompute(asked)
+    assert 0 < again.chunks_encoded < again.chunks
+    assert again.manifest_digest == whole.manifest_digest
