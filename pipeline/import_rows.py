@@ -193,7 +193,7 @@ def _prove(
 ) -> _Proof:
     """Compare seeded random known rows with what the teacher makes of the same images and captions now.
 
-    An image that cannot be decoded is passed over.
+    An image that cannot be decoded is passed over: what becomes of it is decided when its chunk is written.
 
     Raises:
         CacheMismatchError: not one image that was drawn can be decoded, or one changed since it was digested.
@@ -241,7 +241,7 @@ class _Eye:
         try:
             return self._transform(decode_image(data))
         except (UndecodableImageError, ValueError):
-            return None  # it gets no row
+            return None
 
     def texts(self, rows: NDArray[np.int64]) -> torch.Tensor:
         tokens: torch.Tensor = self._tokenizer([self._captions["text"][int(row)].as_py() for row in rows])
@@ -273,7 +273,7 @@ def _compare(
         if found >= threshold:  # NaN counts as wrong
             continue
         source = int(known.sources[tower][row])
-        beside = np.array([number for number in (source - 1, source + 1) if 0 <= number < known.folder.rows])
+        beside = np.array([number for number in (source - 1, source + 1) if 0 <= number < known.folder.rows], np.int64)
         values, _, usable = known.folder.take(tower, beside)
         shifted = any(cosine(value.astype(np.float32), mine) >= threshold for value in values[usable])
         named = see.named(tower, row)
@@ -304,8 +304,8 @@ def _likely(wrong: Sequence[_Wrong]) -> str:
     said = f"Their median is {middle:.3f}, that of rows of something else {strange:.3f}"
     if middle - strange >= _NEARLY * (1 - strange):
         return (
-            f"{said}: likely the same weights with another activation (QuickGELU or "
-            "GELU), precision, crop or resize, mirrored images, or images that changed since."
+            f"{said}: likely the same weights with another activation (QuickGELU or GELU), precision, crop or resize, "
+            "mirrored images, or images that changed since."
         )
     return (
         f"{said}: likely another teacher (or other weights of it), or rows of other images and captions than the "

@@ -90,12 +90,17 @@ def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
 
 
 def _refuse_to_mix(cache: str, sealed: bool = False) -> None:
+    """Leave imported rows that are missing, or in a sealed cache damaged, to the import that has them.
+
+    Raises:
+        CacheMismatchError: the remedy is in the message.
+    """
     try:
         manifest = look_at_manifest(open_files(cache))
     except CacheNotFoundError:
         return
     if manifest.imported_sha256 and (sealed or not manifest.sealed_generations):
-        state = "are damaged" if sealed else "are not all there yet"
+        state = "are damaged" if manifest.sealed_generations else "are not all there yet"
         raise CacheMismatchError(
             f"{cache}: its rows were imported ({manifest.made_with.get(IMPORTED)}) and {state}. Run the same "
             "teacher-cache import command again; or encode to a new path."
