@@ -134,12 +134,7 @@ def vega_config(theme: Theme) -> dict[str, Any]:
 
 def spec_of(name: str, **parts: Any) -> dict[str, Any]:
     """A spec of the width that there is, on the rows of that name."""
-    return {
-        "data": {"name": name},
-        "width": "container",
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        **parts,
-    }
+    return {"data": {"name": name}, "width": "container", **parts}
 
 
 def finite(value: float | None) -> float | None:
@@ -216,7 +211,9 @@ def dots(name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption:
             },
         },
     ]
-    spec = spec_of(name, height={"step": 15, "for": "offset"}, layer=layers)
+    lines = len({row[0] for row in rows})
+    # a number, not a step: Vega-Lite warns of steps where the width is the container's
+    spec = spec_of(name, height=lines * (14 * len(series) + 10), layer=layers)
     return Chart(name, caption, alt, spec, columns, tuple(rows))
 
 
@@ -251,7 +248,7 @@ def histogram(
             # each has bins of its own width: counts of two would not compare, density does
             "y": quantity("density", "density", stack=None, axis={"labels": False, "ticks": False}),
             "color": colour,
-            "stroke": {**colour, "legend": None},
+            "stroke": colour,
             "tooltip": tips(columns[:4], {"from": ".3f", "to": ".3f", "count": ",d"}),
         },
     )

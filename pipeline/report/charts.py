@@ -96,7 +96,7 @@ def _alone(chart: Chart) -> dict[str, Any]:
             return [light(inner) for inner in value]
         return PALETTES["light"][value[1:]] if isinstance(value, str) and value.startswith("$") else value
 
-    spec = {key: value for key, value in chart.spec.items() if key not in ("autosize", "width")}
+    spec = {key: value for key, value in chart.spec.items() if key != "width"}
     title = {"text": chart.alt, "subtitle": [], "offset": 12}
     # rows are not spoken to: a caption that begins with a dollar sign is no colour
     return {"title": title, "width": _PNG_WIDTH, **light(spec), "data": {"values": chart.records()}}
@@ -235,8 +235,7 @@ def _map(data: ReportData) -> Chart | None:
         "color": {"field": "tower", "type": "nominal", "scale": {"domain": names, "range": ["$image", "$text"]}},
         "shape": {"field": "tower", "type": "nominal", "scale": {"domain": names, "range": ["circle", "triangle-up"]}},
     }
-    bare = {"title": None, "axis": None, "scale": {"zero": False}}
-    place = {"x": {**quantity("x", None), **bare}, "y": {**quantity("y", None), **bare}}
+    place = {axis: quantity(axis, None, axis=None, scale=_whole([getattr(p, axis) for p in points])) for axis in "xy"}
     small = 26 if len(points) > 1500 else 48
     # with and without something searched for: hits stand out, the rest steps back
     found = "query != '' && indexof(lower(datum.label), query) >= 0"
@@ -278,6 +277,13 @@ def _map(data: ReportData) -> Chart | None:
     of = "" if images == data.row_map.images_of else f" of {data.row_map.images_of:,}"
     caption = f"{images:,}{of} images and {len(points) - images:,} captions. {data.row_map.method}"
     return Chart("map", caption, "Map of images and captions", spec, columns, rows, canvas=True)
+
+
+def _whole(values: list[float]) -> dict[str, Any]:
+    """A scale on which all values have some room: the same whatever is filtered."""
+    least, greatest = min(values), max(values)
+    room = 0.04 * (greatest - least) or 1.0
+    return {"domain": [least - room, greatest + room], "nice": False, "zero": False}
 
 
 def _losses(data: ReportData) -> Chart | None:
@@ -375,50 +381,58 @@ def _selection(data: ReportData) -> Chart | None:
 
 
 def _shipped(data: ReportData) -> Chart | None:
-    rows = tuple(
-        (
-            f"{table.student}: {row.name}" if len(data.deployments) > 1 else row.name,
-            row.bytes / 1e6,
-            row.mean_recall,
-            row.cost.images[max(row.cost.images)].per_second,
-            row.name.split()[-1],
-        )
-        for table in data.deployments
-        for row in table.rows
-    )
-    if not rows:
-        return None
     columns = (
         ("name", "model"),
-        ("megabytes", "MB"),
-        ("recall", "mean recall, %"),
         ("rate", "images/s"),
-        ("kind", "numbers"),
+        ("kept", "% of the teacher's mean recall"),
+        ("low", "95 % from"),
+        ("high", "95 % to"),
+        ("megabytes", "MB"),
     )
-    place = {
-        "x": quantity("megabytes", "MB of weights", scale={"type": "log", "nice": True}),
-        "y": quantity("recall", "mean recall, %", scale={"zero": False, "padding": 24}),
-    }
-    label = {"type": "text", "align": "center", "dy": -14, "fontSize": 11, "color": "$ink", "limit": 130}
+    rows: list[tuple[Any, ...]] = []
+    for table in data.deployments:
+        for row in table.rows:
+            name = f"{table.student}: {row.name}" if len(data.deployments) > 1 else row.name
+            kept = row.retention.mean if row.retention else None
+            share = kept.share if kept else 100.0  # the teacher keeps all of itself
+            between = kept.interval if kept else None
+            ends = (between.low, between.high) if between else (None, None)
+            rate = row.cost.images[max(row.cost.images)].per_second
+            rows.append((name, rate, share, *ends, row.bytes / 1e6))
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row[0] for row in rows))[:MOST_SERIES]
+    shown = tuple(row for row in rows if row[0] in names)
+    look = coloured(names, "name")
+    x = {"x": quantity("rate", "images/s, largest batch", scale={"zero": True})}
+    y = {"title": "% of the teacher's mean recall", "scale": {"zero": False}}
     spec = spec_of(
         "shipped",
-        height=240,
+        height=250,
         layer=[
             {
-                "mark": {"type": "point", "filled": True, "opacity": 0.85, "color": "$image"},
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.75},
+                "encoding": {**x, "y": {**quantity("low", None), **y}, "y2": {"field": "high"}, "color": look["color"]},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "opacity": 1},
                 "encoding": {
-                    **place,
-                    "size": quantity(
-                        "rate", "images/s", scale={"range": [40, 500]}, legend={"title": "images/s", "tickCount": 3}
+                    **x,
+                    "y": {**quantity("kept", None), **y},
+                    **look,
+                    "size": quantity("megabytes", "MB", scale={"range": [50, 420]}, legend=None),
+                    "tooltip": tips(
+                        columns, {"rate": ",.0f", "kept": ".1f", "low": ".1f", "high": ".1f", "megabytes": ".1f"}
                     ),
-                    "tooltip": tips(columns[:4], {"megabytes": ".1f", "recall": ".1f", "rate": ",.0f"}),
                 },
             },
-            {"mark": label, "encoding": {**place, "text": {"field": "name", "type": "nominal"}}},
         ],
     )
-    caption = "Up and to the left is better; larger dots are faster. Size is on a logarithmic scale."
-    return Chart("shipped", caption, "Size, recall and speed of each model", spec, columns, rows)
+    caption = "Up and to the right is better, with 95 % intervals; larger marks are larger files."
+    if len(shown) < len(rows):
+        caption += f" {len(shown)} of {len(rows)} models."
+    return Chart("shipped", caption, "Recall, speed and size of each model", spec, columns, shown)
 
 
 def _progress(data: ReportData) -> Chart:
@@ -432,7 +446,7 @@ def _progress(data: ReportData) -> Chart:
     )
     spec = spec_of(
         "progress",
-        height={"step": 26},
+        height=26 * len(rows),
         mark={"type": "bar", "color": "$image"},
         encoding={
             "y": {"field": "part", "type": "nominal", "sort": None, "title": None},
