@@ -41,7 +41,7 @@ PALETTES: dict[Theme, dict[str, str]] = {
         "muted": "#565f6b",
         "line": "#d5dae1",
         "accent": "#0b5cad",
-        "good": "#1a7f4b",
+        "good": "#16703f",
         "warn": "#8a5a00",
         "bad": "#b3261e",
         "image": "#0072b2",
@@ -111,12 +111,13 @@ class Chart:
 def vega_config(theme: Theme) -> dict[str, Any]:
     """Vega-Lite's config of a theme: colours of text and lines, the system's font, nothing around the plot."""
     colour = PALETTES[theme]
-    text = {"labelColor": colour["muted"], "titleColor": colour["ink"], "titleFontWeight": 600}
+    # without roles of their own: the figure around it has the name, and thousands of nameless marks help nobody
+    text = {"labelColor": colour["muted"], "titleColor": colour["ink"], "titleFontWeight": 600, "aria": False}
     return {
-        "aria": False,  # the figure around it has the name; thousands of marks with one each help nobody
         "background": "transparent",
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
+        "mark": {"aria": False},
         "axis": {
             **text,
             "gridColor": colour["line"],
@@ -127,7 +128,7 @@ def vega_config(theme: Theme) -> dict[str, Any]:
             "labelLimit": 160,
         },
         "legend": {**text, "orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 240, "columns": 2},
-        "title": {"color": colour["ink"], "anchor": "start", "fontSize": 14},
+        "title": {"color": colour["ink"], "anchor": "start", "frame": "group", "fontSize": 14, "aria": False},
         "range": {"category": [colour[name[1:]] for name in _SERIES]},
     }
 
@@ -189,7 +190,7 @@ def dots(name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption:
     }
     place = {"y": metric, "yOffset": {"field": "series", "type": "nominal", "sort": series}}
     look = coloured(series)
-    x = {"title": heading, "scale": {"zero": False, "nice": True}}
+    x = {"title": heading, "scale": {"zero": False, "nice": True}, "axis": {"tickCount": 8}}
     layers: list[dict[str, Any]] = []
     if at_100:
         line = {"type": "rule", "color": "$ink", "strokeDash": [4, 3], "strokeWidth": 1.2}
@@ -224,7 +225,7 @@ def histogram(
     there = [(series, colour, each) for series, colour, each in found if each is not None and each.count]
     if not there:
         return None
-    columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("density", "density"))
+    columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("share", "share"))
     rows: list[tuple[Any, ...]] = []
     for series, _, each in there:
         width = (each.greatest - each.least) / len(each.histogram)
@@ -232,7 +233,7 @@ def histogram(
             width = max(abs(each.least), 1.0) * 1e-3
         for number, count in enumerate(each.histogram):
             start = each.least + number * width
-            rows.append((series, start, start + width, count, count / (each.count * width)))
+            rows.append((series, start, start + width, count, count / each.count))
     colour = {
         "field": "series",
         "type": "nominal",
@@ -245,11 +246,11 @@ def histogram(
         encoding={
             "x": quantity("from", title, bin={"binned": True}, scale={"zero": False}),
             "x2": {"field": "to"},
-            # each has bins of its own width: counts of two would not compare, density does
-            "y": quantity("density", "density", stack=None, axis={"labels": False, "ticks": False}),
+            # of so many images and many more captions: counts would not compare
+            "y": quantity("share", "share in a bin", stack=None, axis={"format": "%", "tickCount": 4}),
             "color": colour,
             "stroke": colour,
-            "tooltip": tips(columns[:4], {"from": ".3f", "to": ".3f", "count": ",d"}),
+            "tooltip": tips(columns, {"from": ".3f", "to": ".3f", "count": ",d", "share": ".1%"}),
         },
     )
     return Chart(name, caption, alt, spec, columns, tuple(rows))

@@ -180,7 +180,7 @@ def _pair_cosines(data: ReportData) -> Chart | None:
         "pairs",
         "cosine of image and caption",
         [("true pairs", "$image", stats.true_pairs), ("random pairs", "$text", stats.random_pairs)],
-        f"Cosines of captions with their own image and with a random other one.{apart}",
+        f"Cosines of captions with their own image and with a random other one, in 20 bins each.{apart}",
         "Cosines of true and random pairs",
     )
 

@@ -101,7 +101,7 @@
     const name = element.dataset.chart;
     const chart = data.charts[name];
     const spec = coloured(chart.spec, data.themes[now].colours);
-    if (name === "losses" && $("loss-log").checked) spec.encoding.y.scale.type = "log";
+    if (name === "losses" && $("loss-log").checked) spec.encoding.y.scale = { type: "log" };
     const { config } = data.themes[now];
     // a finger that drags the map would no longer scroll the page
     if (name === "map" && matchMedia("(pointer: coarse)").matches) delete spec.layer[0].params;
@@ -213,15 +213,28 @@
     const { split, tower } = wanted();
     return records(data.charts.map).filter((p) => (!split || p.split === split) && (!tower || p.tower === tower));
   };
-  const placeOf = (point) => {
+  const placeIn = () => {
     const box = map.element.querySelector("canvas").getBoundingClientRect();
     const [left, top] = map.view.origin();
-    return [box.left + left + map.view.scale("x")(point.x), box.top + top + map.view.scale("y")(point.y)];
+    const [x, y] = [map.view.scale("x"), map.view.scale("y")];
+    return (point) => [box.left + left + x(point.x), box.top + top + y(point.y)];
+  };
+  const pointAt = (event) => {
+    // the nearest within reach: a dot is too small for a finger
+    let least = event.pointerType === "touch" ? 24 : 9;
+    let found = null;
+    const placeOf = placeIn();
+    for (const point of shownPoints()) {
+      const [x, y] = placeOf(point);
+      const away = Math.hypot(x - event.clientX, y - event.clientY);
+      if (away < least) { least = away; found = point; }
+    }
+    return found;
   };
   const choose = (point) => {
     map.chosen = point;
     map.view.signal("chosen", point ? point.index : -1).runAsync();
-    if (point) showThumb(point, ...placeOf(point)); else hideThumb();
+    if (point) showThumb(point, ...placeIn()(point)); else hideThumb();
   };
   const applyMap = () => {
     const { query, split, tower } = wanted();
@@ -261,15 +274,15 @@
   };
   const startMap = (element, view) => {
     Object.assign(map, { view, element });
-    const pointed = (event, item) => {
-      const point = item?.datum?.label === undefined ? null : item.datum;
-      if (point) showThumb(point, event.clientX ?? 0, event.clientY ?? 0); else hideThumb();
-    };
-    view.addEventListener("pointermove", pointed);
-    view.addEventListener("click", pointed);
-    element.addEventListener("pointerleave", hideThumb);
     applyMap();
     if (element.tabIndex === 0) return; // drawn before, in another theme
+    const pointed = (event) => {
+      const point = event.type === "pointermove" && event.buttons ? null : pointAt(event); // not while it is dragged
+      if (point) showThumb(point, event.clientX, event.clientY); else hideThumb();
+    };
+    for (const kind of ["pointermove", "pointerdown"]) element.addEventListener(kind, pointed);
+    // a finger that was lifted has not gone elsewhere
+    element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hideThumb(); });
     element.tabIndex = 0;
     element.setAttribute("role", "application");
     element.setAttribute("aria-describedby", "map-help");

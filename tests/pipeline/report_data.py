@@ -49,7 +49,7 @@ def report_data(**changes: Any) -> ReportData:
     """40 images and 120 captions, two students, one deployed; image 3 is quarantined."""
     report = ReportData(
         location="/data/caches/made up & <odd>.cache",
-        made="2026-11-24 10:00",
+        made="2026-11-24 10:00 UTC",
         version="0.1.0",
         info=_info(),
         coverage=(

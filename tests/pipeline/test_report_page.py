@@ -1,0 +1,524 @@
+"""The report page: what is in the file, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.report.chart import PALETTES
+from pipeline.report.charts import all_charts, main_chart, main_chart_png
+from pipeline.report.data import CoverageCell, CoverageMap
+from pipeline.report.page import render_report
+from tests.pipeline.report_data import HOSTILE, RTL, report_data, unfinished_report
+
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
+pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
+
+TABS = ["overview", "coverage", "distributions", "map", "retrieval", "students", "deployment", "problems"]
+
+
+class _Parts(HTMLParser):
+    """Scripts and attributes of a page, as an HTML parser sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = attributes, text + data
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(report_data())
+
+
+@pytest.fixture(scope="module")
+def block(page: str) -> dict[str, Any]:
+    """The JSON block."""
+    found = [text for attributes, text in _Parts(page).scripts if attributes.get("type") == "application/json"]
+    assert len(found) == 1
+    parsed: dict[str, Any] = json.loads(found[0])
+    return parsed
+
+
+def test_each_picture_is_in_the_page_once(page: str, block: dict[str, Any]) -> None:
+    pictures = report_data().pictures
+    assert block["pictures"] == {str(row): uri for row, uri in pictures.items()}
+    assert len(pictures) == 39
+    for uri in pictures.values():
+        assert page.count(uri) == 1
+
+
+def test_the_rows_of_each_chart_are_in_the_block_once_and_the_specs_only_name_them(block: dict[str, Any]) -> None:
+    charts = all_charts(report_data())
+    names = ["retention", "teacher", "pairs", "cosines", "norms", "map", "losses", "selection", "shipped"]
+    assert list(charts) == list(block["charts"]) == names
+    for name, chart in charts.items():
+        assert block["charts"][name]["spec"]["data"] == {"name": name}
+        assert block["charts"][name]["rows"] == [list(row) for row in chart.rows]
+        assert len(chart.rows) > 0
+    assert next(row[5] for row in block["charts"]["map"]["rows"] if row[3] == "caption") == HOSTILE
+    # a loss that is no number is null, never NaN, which is no JSON
+    assert [row[4] for row in block["charts"]["losses"]["rows"] if row[2] == 17 and row[1] == "total"] == [None, None]
+
+
+def test_no_caption_becomes_markup(page: str) -> None:
+    parts = _Parts(page)
+    assert HOSTILE not in page
+    assert "onerror" not in {name for _, attributes in parts.attributes for name in attributes}
+    assert [attributes for tag, attributes in parts.attributes if tag == "b"] == []  # of a uri
+    raw = page[page.index('id="report-data">') :].partition("</script>")[0]
+    assert not set("&\u2028\u2029") & set(raw)
+    assert "<" not in raw.partition(">")[2]
+    # and what was escaped is there for people
+    shown = html.unescape(page)
+    assert page.count(html.escape(HOSTILE, quote=False).replace('"', "&#34;").replace("'", "&#39;")) >= 3
+    assert RTL in shown
+
+
+def test_the_policy_allows_the_pages_own_scripts_by_hash_and_loads_nothing(page: str) -> None:
+    parts = _Parts(page)
+    policies = [a["content"] for tag, a in parts.attributes if tag == "meta" and "http-equiv" in a]
+    assert len(policies) == 1
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policies[0]).split(";"))
+    hashes = {
+        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+        for attributes, text in parts.scripts
+        if "type" not in attributes
+    }
+    assert len(hashes) == 2
+    assert rules == {
+        "default-src": "'none'",
+        "script-src": rules["script-src"],
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert set(rules["script-src"].split()) == hashes
+    # nothing that names another place: no source, no link but to a part of the page
+    for _, attributes in parts.attributes:
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_the_licences_of_the_libraries_are_in_the_page(page: str) -> None:
+    libraries = [text for attributes, text in _Parts(page).scripts if "vegaEmbed=" in text]
+    assert len(libraries) == 1
+    for words in ("University of Washington Interactive Data Lab", "Redistributions in binary form", "Mike Bostock"):
+        assert words in libraries[0][:4000]
+
+
+def test_what_is_sampled_says_of_how_many(page: str) -> None:
+    assert "39 of 40 images and 39 captions." in page
+    assert "80 of 800 steps" in page
+    lost = [report_data().lost[0].model_copy(update={"row": row}) for row in range(3)]
+    info = report_data().info.model_copy(update={"images_quarantined": 7})
+    assert "3 of 7 are shown." in render_report(report_data(lost=tuple(lost), info=info))
+
+
+def test_a_checkpoint_chosen_on_the_split_it_is_measured_on_says_so(page: str) -> None:
+    assert page.count("best-epoch-0003, chosen on dev: no test result") == 2
+    # and is not the number that the summary shows, though it is higher
+    best = re.search(r"Best student keeps</span><strong>([\d.]+) %</strong><span class=\"small\">([^<]*)", page)
+    assert best is not None
+    assert best.groups() == ("94.0", "small on test (90.0 to 98.0)")
+
+
+def test_cells_of_coverage_say_what_they_are() -> None:
+    cells = (
+        CoverageCell(first_chunk=0, chunks=4, committed=4, quarantined=0),
+        CoverageCell(first_chunk=4, chunks=4, committed=4, quarantined=2),
+        CoverageCell(first_chunk=8, chunks=4, committed=1, quarantined=0),
+        CoverageCell(first_chunk=12, chunks=1, committed=0, quarantined=0),
+    )
+    part = CoverageMap(tower="text", view=0, chunks=13, cells=cells)
+    page = render_report(unfinished_report().model_copy(update={"coverage": (part,)}))
+    assert re.findall(r'<i class="cell (\w+)" title="([^"]+)">', page) == [
+        ("committed", "chunks 0 to 3: committed"),
+        ("quarantined", "chunks 4 to 7: committed, 2 rows quarantined"),
+        ("partly", "chunks 8 to 11: partly, 1 of 4"),
+        ("pending", "chunk 12: pending"),
+    ]
+    assert "9 of 13 chunks committed, 2 rows quarantined; a cell is up to 4 chunks" in page
+
+
+def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
+    page = render_report(unfinished_report())
+    assert "not sealed" in page
+    assert "6 of 35 chunks" in page
+    for command in ("precompute", "train", "evaluate", "deploy"):
+        assert f"teacher-cache {command} " in page
+    assert "--cache &#39;/data/caches/made up &amp; &lt;odd&gt;.cache&#39;" in page  # quoted for a shell
+    assert "vegaEmbed=" not in page  # no chart, no library
+
+
+def test_specs_are_valid_vega_lite() -> None:
+    altair = pytest.importorskip("altair", reason="its schema of Vega-Lite; pip install 'teacher-cache[report]'")
+    for chart in all_charts(report_data()).values():
+        kind = altair.LayerChart if "layer" in chart.spec else altair.Chart
+        kind.from_dict({**chart.spec, "data": {"values": chart.records()}})
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (report_data(), {"metric", "series", "value", "low", "high"}),
+        (report_data(runs=()), {"metric", "series", "value", "low", "high"}),
+        (unfinished_report(), {"part", "done"}),
+    ],
+    ids=["students", "teacher", "unfinished"],
+)
+def test_the_main_chart_holds_its_data_and_becomes_a_picture(data: Any, shown: set[str]) -> None:
+    spec = main_chart(data)
+    first = spec.get("vconcat", [spec])[0]
+    assert set(first["data"]["values"][0]) == shown
+    assert '"$' not in json.dumps({**spec, "$schema": ""}).replace('"$schema"', "")  # no colour without a value
+    assert main_chart_png(data)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pages_are_made_without_torch() -> None:
+    code = (
+        "import sys; from tests.pipeline.report_data import unfinished_report\n"
+        "from pipeline.report.page import render_report; render_report(unfinished_report())\n"
+        "bad = {'torch', 'open_clip', 'faiss', 'prefect'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2.1's contrast of two colours, 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", PALETTES)
+def test_colours_can_be_told_from_their_ground(theme: Any) -> None:
+    palette = PALETTES[theme]
+    for name in ("ink", "muted", "accent", "good", "warn", "bad"):
+        for ground in ("ground", "surface", "sunken"):
+            assert _contrast(palette[name], palette[ground]) >= 4.5, (name, ground)
+    for name in ("image", "text", *(f"series{number}" for number in range(1, 7))):
+        assert _contrast(palette[name], palette["surface"]) >= 3, name
+
+
+# --- in a browser
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+class Opened:
+    """A page in a browser, and everything that it complained of or asked for."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def tab(self, name: str) -> None:
+        """Open a tab and wait for its charts."""
+        self.page.click(f"#tab-{name}")
+        self.drawn(name)
+
+    def drawn(self, name: str) -> None:
+        self.page.wait_for_function(
+            "name => [...document.querySelectorAll(`#${name} .plot`)].every(p => p.querySelector('svg, canvas'))",
+            arg=name,
+        )
+
+    def require_quiet(self, path: Path) -> None:
+        assert self.complaints == []
+        assert [url for url in self.requests if not url.startswith("data:image/")] == [path.as_uri()]
+
+
+@pytest.fixture(scope="module")
+def report_file(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium; nothing is downloaded, and playwright's event loop ends with the module."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'teacher-cache[dev]'")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_report(browser: Any, report_file: Path) -> Iterator[Callable[..., Opened]]:
+    """Opens the report in a context of its own; settings are playwright's, ``fragment`` is the tab in the address."""
+    contexts = []
+
+    def opened(fragment: str = "", **settings: Any) -> Opened:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **settings})
+        contexts.append(context)
+        found = Opened(context.new_page())
+        found.page.goto(report_file.as_uri() + fragment)
+        return found
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def _browser_test(function: Any) -> Any:
+    missing = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
+    return pytest.mark.browser(missing(function))
+
+
+@_browser_test
+def test_every_tab_draws_without_a_complaint_or_a_request(
+    open_report: Callable[..., Opened], report_file: Path
+) -> None:
+    report = open_report()
+    for name in TABS:
+        report.tab(name)
+        assert report.page.is_visible(f"#{name} h2")
+        assert report.page.locator("main > section:visible").count() == 1
+        assert report.page.evaluate("location.hash") == f"#{name}"
+    assert report.page.locator(".plot svg, .plot canvas").count() == 10  # retention is shown twice
+    # no caption ran as a script, and their pictures are really there
+    assert report.page.title() == "made up & <odd>.cache – teacher cache report"
+    pictures = report.page.evaluate("[...document.querySelectorAll('img[data-picture]')].map(i => i.naturalWidth)")
+    assert len(pictures) == 18
+    assert set(pictures) == {96}
+    report.require_quiet(report_file)
+
+
+@_browser_test
+def test_tabs_follow_the_keyboard_and_the_address(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#students")
+    page = report.page
+    selected = "document.querySelector('[role=tab][aria-selected=true]').id"
+    assert page.evaluate(selected) == "tab-students"
+    page.focus("#tab-students")
+    for key, wanted in [
+        ("ArrowRight", "deployment"),
+        ("ArrowLeft", "students"),
+        ("Home", "overview"),
+        ("ArrowLeft", "problems"),
+        ("ArrowRight", "overview"),
+        ("End", "problems"),
+    ]:
+        page.keyboard.press(key)
+        assert page.evaluate(selected) == f"tab-{wanted}"
+        assert page.evaluate("document.activeElement.id") == f"tab-{wanted}"
+        assert page.is_visible(f"#{wanted}")
+    # one stop of the Tab key: the next one is in the panel, or behind it
+    assert page.locator("[role=tab][tabindex='0']").count() == 1
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('[role=tablist]')") is None
+
+
+def _at_point(page: Any, row: int) -> tuple[float, float]:
+    """Where the image of that row is on the screen, by the view's own scales."""
+    found: list[float] = page.evaluate(
+        """row => {
+            const data = JSON.parse(document.getElementById('report-data').textContent);
+            const spec = data.charts.map, at = spec.rows.find(r => r[3] === 'image' && r[4] === row);
+            const box = document.querySelector('#map canvas').getBoundingClientRect();
+            const [x, y] = ['x', 'y'].map((axis, i) => {
+                const [low, high] = spec.spec.layer[0].encoding[axis].scale.domain;
+                return (at[1 + i] - low) / (high - low);
+            });
+            return [box.left, box.bottom, box.width, box.height, x, y];
+        }""",
+        row,
+    )
+    left, bottom, width, _, x, y = found
+    return left + 5 + x * (width - 10), bottom - 5 - y * 460
+
+
+@_browser_test
+def test_pointing_at_the_map_shows_the_picture_and_caption(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#map")
+    page = report.page
+    report.drawn("map")
+    page.locator("#map canvas").scroll_into_view_if_needed()
+    page.mouse.move(*_at_point(page, 17))
+    page.wait_for_selector("#thumb:visible")
+    assert page.inner_text("#thumb p") == "img-17 (image 17, train)"
+    page.wait_for_function("document.querySelector('#thumb img').naturalWidth === 96")
+    assert page.get_attribute("#thumb img", "src") == report_data().pictures[17]
+    assert page.get_attribute("#thumb img", "alt") == "img-17"
+    page.mouse.move(5, 5)
+    page.wait_for_selector("#thumb", state="hidden")
+    assert report.complaints == []
+
+
+@_browser_test
+def test_the_map_is_reached_by_keys_and_searched(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#map")
+    page = report.page
+    report.drawn("map")
+    page.focus("#map .plot")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#thumb")
+    first = page.inner_text("#map-said")
+    assert first == "img-0 (image 0, train)"
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#map-said") != first
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#thumb")
+
+    page.fill("#map-query", "IMG-3")  # img-3 is quarantined: 30 to 39 are left
+    assert page.inner_text("#map-said") == "10 of 78 points contain it:"
+    page.select_option("#map-split", "test")
+    assert page.inner_text("#map-said") == "8 of 16 points contain it:"
+    page.focus("#map-hits button >> nth=1")
+    assert page.inner_text("#thumb p") == "img-33 (image 33, test)"
+    page.select_option("#map-tower", "caption")
+    assert page.inner_text("#map-said") == "0 of 8 points contain it."
+    page.fill("#map-query", "<script>")
+    page.select_option("#map-split", "")
+    assert page.locator("#map-hits button").count() == 1
+    assert page.title() == "made up & <odd>.cache – teacher cache report"
+    assert report.complaints == []
+
+
+@_browser_test
+def test_charts_are_tables_for_who_asks(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#students")
+    report.page.click("[data-table=losses] summary")
+    cells = report.page.locator("#students [data-table=losses] tbody tr").all_inner_texts()
+    assert len(cells) == 2 * 3 * 40
+    assert cells[17 * 3].split("\t") == ["small", "total", "17", "1", "–"]
+
+
+@_browser_test
+def test_losses_are_chosen_and_shown_on_a_logarithmic_axis(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#students")
+    page = report.page
+    report.drawn("students")
+    plot = "document.querySelector('[data-chart=losses] svg').textContent"
+    before = page.evaluate(plot)
+    page.select_option("#loss-part", "relational")
+    page.wait_for_function(f"{plot} !== {json.dumps(before)}")
+    linear = page.evaluate(plot)
+    page.check("#loss-log")
+    page.wait_for_function(f"{plot} !== {json.dumps(linear)}")
+    assert report.complaints == []
+
+
+@_browser_test
+def test_the_theme_is_the_systems_until_the_button_is_pressed(open_report: Callable[..., Opened]) -> None:
+    report = open_report(color_scheme="dark")
+    page = report.page
+    ground = "getComputedStyle(document.body).backgroundColor"
+    ink = "document.querySelector('#overview svg .role-axis-label text').getAttribute('fill')"
+    report.drawn("overview")
+
+    def colours() -> tuple[str, str]:
+        red, green, blue = (int(part) for part in re.findall(r"\d+", page.evaluate(ground)))
+        return f"#{red:02x}{green:02x}{blue:02x}", page.evaluate(ink)
+
+    assert colours() == (PALETTES["dark"]["ground"], PALETTES["dark"]["muted"])
+    page.click("#theme")
+    page.wait_for_function(f"{ink} === '{PALETTES['light']['muted']}'")
+    assert colours() == (PALETTES["light"]["ground"], PALETTES["light"]["muted"])
+    page.reload()
+    report.drawn("overview")
+    assert colours()[0] == PALETTES["light"]["ground"]  # remembered
+    page.click("#theme")
+    page.wait_for_function(f"{ink} === '{PALETTES['dark']['muted']}'")
+    assert report.complaints == []
+
+
+@_browser_test
+def test_a_phone_never_scrolls_sideways(open_report: Callable[..., Opened]) -> None:
+    report = open_report(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    for name in TABS:
+        report.tab(name)
+        assert report.page.evaluate("document.documentElement.scrollWidth") == 360, name
+    report.tab("map")
+    report.page.locator("#map canvas").scroll_into_view_if_needed()
+    report.page.touchscreen.tap(*_at_point(report.page, 17))
+    report.page.wait_for_selector("#thumb:visible")
+    assert report.complaints == []
+
+
+@_browser_test
+def test_without_javascript_the_text_is_there(open_report: Callable[..., Opened], report_file: Path) -> None:
+    report = open_report(java_script_enabled=False)
+    assert report.page.locator("main > section:visible").count() == len(TABS)
+    text = report.page.inner_text("body")
+    assert "Without JavaScript" in text
+    assert "best-epoch-0003, chosen on dev: no test result" in text
+    assert HOSTILE.replace("\u2028", " ")[:40] in text
+    report.require_quiet(report_file)
+
+
+@_browser_test
+def test_printing_shows_every_part(open_report: Callable[..., Opened]) -> None:
+    report = open_report(color_scheme="dark")
+    page = report.page
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    for name in TABS:
+        report.drawn(name)
+    assert page.locator("main > section:visible").count() == len(TABS)
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("main > section:visible").count() == 1
+    assert report.complaints == []
+
+
+@_browser_test
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_mend(open_report: Callable[..., Opened], scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    # axe is a script of the test's: it may run where the page's policy forbids it
+    report = open_report(bypass_csp=True, color_scheme=scheme)
+    report.drawn("overview")
+    report.page.click("#overview [data-table=retention] summary")
+    found = axe.Axe().run(report.page)
+    assert found.violations_count == 0, found.generate_report()
+    report.page.evaluate("dispatchEvent(new Event('beforeprint'))")  # all parts at once: one run, not eight
+    for name in TABS:
+        report.drawn(name)
+    found = axe.Axe().run(report.page)
+    assert found.violations_count == 0, found.generate_report()
