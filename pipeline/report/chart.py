@@ -171,8 +171,17 @@ def coloured(names: Sequence[str], field: str = "series", legend: bool | None = 
     }
 
 
-def dots(name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption: str, alt: str, at_100: bool) -> Chart:
-    """Numbers with their intervals, a line per metric; rows are (metric, series, value, low, high)."""
+def dots(
+    name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption: str, alt: str, at_100: bool
+) -> Chart | None:
+    """Numbers with their intervals, a line per metric; rows are (metric, series, value, low, high).
+
+    None where no number is known.
+    """
+    known = [value for row in rows for value in row[2:] if value is not None]
+    if not known:
+        return None
+    ends = [min(known), max(known), *([100.0] if at_100 else [])]
     columns = (
         ("metric", "metric"),
         ("series", of),
@@ -181,40 +190,43 @@ def dots(name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption:
         ("high", "95 % to"),
     )
     series = list(dict.fromkeys(row[1] for row in rows))
+    metrics = list(dict.fromkeys(row[0] for row in rows))
     metric = {
         "field": "metric",
         "type": "nominal",
-        "sort": None,
+        "sort": metrics,
         "title": None,
         "axis": {"ticks": False, "domain": False},
     }
     place = {"y": metric, "yOffset": {"field": "series", "type": "nominal", "sort": series}}
     look = coloured(series)
-    x = {"title": heading, "scale": {"zero": False, "nice": True}, "axis": {"tickCount": 8}}
+    # a domain by itself: a layer may have no rows, and Vega warns of what has no extent
+    x = {"scale": {"domain": [min(ends), max(ends)], "nice": True, "zero": False}, "axis": {"tickCount": 8}}
     layers: list[dict[str, Any]] = []
     if at_100:
         line = {"type": "rule", "color": "$ink", "strokeDash": [4, 3], "strokeWidth": 1.2}
-        layers.append({"data": {"values": [{"at": 100}]}, "mark": line, "encoding": {"x": quantity("at", heading)}})
+        layers.append(
+            {"data": {"values": [{"at": 100}]}, "mark": line, "encoding": {"x": quantity("at", heading, **x)}}
+        )
     layers += [
         {
             "transform": [{"filter": "isValid(datum.low) && isValid(datum.high)"}],
             "mark": {"type": "rule", "strokeWidth": 2.5, "opacity": 0.75},
-            "encoding": {**place, "x": quantity("low", heading), "x2": {"field": "high"}, "color": look["color"]},
+            "encoding": {**place, "x": quantity("low", heading, **x), "x2": {"field": "high"}, "color": look["color"]},
         },
         {
             "transform": [{"filter": "isValid(datum.value)"}],
             "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
             "encoding": {
                 **place,
-                "x": {**quantity("value", heading), **x},
+                "x": quantity("value", heading, **x),
                 **look,
                 "tooltip": tips(columns, {"value": ".1f", "low": ".1f", "high": ".1f"}),
             },
         },
     ]
-    lines = len({row[0] for row in rows})
     # a number, not a step: Vega-Lite warns of steps where the width is the container's
-    spec = spec_of(name, height=lines * (14 * len(series) + 10), layer=layers)
+    spec = spec_of(name, height=len(metrics) * (14 * len(series) + 10), layer=layers)
     return Chart(name, caption, alt, spec, columns, tuple(rows))
 
 

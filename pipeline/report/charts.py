@@ -291,8 +291,11 @@ def _losses(data: ReportData) -> Chart | None:
     runs = [run for run in data.runs if run.steps]
     for run in runs[:MOST_SERIES]:
         for step in run.steps:
-            parts = {"total": step.loss, **step.parts}
-            rows += [(run.name, part, step.step, step.epoch, finite(value)) for part, value in parts.items()]
+            values = {"total": step.loss, **step.parts}
+            rows += [(run.name, part, step.step, step.epoch, finite(value)) for part, value in values.items()]
+    # a part that is never finite has no axis
+    parts = list(dict.fromkeys(row[1] for row in rows if row[-1] is not None))
+    rows = [row for row in rows if row[1] in parts]
     if not rows:
         return None
     columns = (("run", "student"), ("part", "loss"), ("step", "step"), ("epoch", "epoch"), ("value", "value"))
@@ -307,7 +310,7 @@ def _losses(data: ReportData) -> Chart | None:
     spec = spec_of(
         "losses",
         height=220,
-        params=[{"name": "part", "value": "total"}, {"name": "above0", "value": False}],
+        params=[{"name": "part", "value": parts[0]}, {"name": "above0", "value": False}],
         transform=[{"filter": "datum.part == part && (!above0 || datum.value > 0)"}],
         mark={"type": "line", "strokeWidth": 1.6},
         encoding={

@@ -10,7 +10,8 @@
 
   // --- theme: the system's, until the button says otherwise
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const theme = () => root.dataset.theme || (dark.matches ? "dark" : "light");
+  let onPaper = false;
+  const theme = () => (onPaper ? "light" : root.dataset.theme || (dark.matches ? "dark" : "light"));
   const remembered = (value) => {
     try { // a page from a file, or in a sandbox, may have no storage
       if (value === undefined) return localStorage.getItem("teacher-cache-theme");
@@ -322,8 +323,12 @@
   start();
   document.addEventListener("DOMContentLoaded", drawShown);
   addEventListener("beforeprint", () => {
+    onPaper = true;
     for (const panel of tabs.map(panelOf)) panel.hidden = false;
     drawShown();
   });
-  addEventListener("afterprint", () => select(tabs.find((tab) => tab.tabIndex === 0), false));
+  addEventListener("afterprint", () => {
+    onPaper = false;
+    select(tabs.find((tab) => tab.tabIndex === 0), false);
+  });
 })();

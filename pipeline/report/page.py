@@ -72,7 +72,7 @@ def render_report(data: ReportData) -> str:
         identity=_identity(data),
         coverage=[_covered(part) for part in data.coverage],
         evaluations=_evaluations(data),
-        losses=_loss_names(data),
+        losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
         splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
         reasons=Counter(lost.reason.partition(":")[0] for lost in data.lost).most_common(),
         deployments=[_turned(*cells(table)) for table in data.deployments],
@@ -314,10 +314,6 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
             checkpoint = (each.checkpoint or "–").rpartition("/")[2] + chosen
             rows.append([run.name, on, checkpoint, *values(each.student, each.student_intervals), kept])
     return headings, rows
-
-
-def _loss_names(data: ReportData) -> list[str]:
-    return ["total", *dict.fromkeys(name for run in data.runs for step in run.steps for name in step.parts)]
 
 
 def _turned(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -34,7 +34,7 @@ from storage.manifest import Generation, Layout, Seal
 from storage.stats import CacheStats, Distribution, NearPair, RecallStats, TowerStats
 from tests.conftest import make_identity
 
-__all__ = ["HOSTILE", "RTL", "report_data", "unfinished_report"]
+__all__ = ["HOSTILE", "RTL", "odd_report", "report_data", "unfinished_report"]
 
 HOSTILE = (
     '<script>document.title="broken"</script><img src=x onerror=alert(1)> & "quotes" \'single\' </script>\u2028end'
@@ -454,4 +454,50 @@ def _table() -> StudentTable:
         ),
         gates=(Gate(name="int8 R@1, points below float32", found=0.4, wanted="at most 1"),),
         int8={},
+    )
+
+
+def odd_report() -> ReportData:
+    """What may be missing or equal: one point, norms that are one number, nothing kept of nothing, no picture."""
+    full = report_data()
+    assert full.stats is not None
+    assert full.row_map is not None
+    one = Distribution.of(np.ones(3))
+    bare = full.stats.image.model_copy(update={"norm": one, "cosine": None, "effective_rank": None})
+    stats = full.stats.model_copy(
+        update={
+            "image": bare,
+            "text": bare,
+            "true_pairs": None,
+            "random_pairs": None,
+            "separation": None,
+            "recall": None,
+            "nearest_pairs": (),
+        }
+    )
+    run, other = full.runs
+    none = {"R@1": None, "R@5": None, "R@10": None}
+    zero: Recalls = {direction: dict.fromkeys(_KS, 0.0) for direction in ("i2t", "t2i")}
+    evaluation = run.evaluations[0].model_copy(
+        update={
+            "teacher": zero,
+            "student": zero,
+            "retention": {"i2t": none, "t2i": none, "mean": None},
+            "retention_intervals": RecallIntervals(i2t=none, t2i=none, mean=None),
+        }
+    )
+    begun = other.record.model_copy(update={"epochs": (), "best": None, "checkpoint": None, "steps": 0})
+    runs = (
+        run.model_copy(update={"evaluations": (evaluation,), "steps": run.steps[17:18], "steps_of": 1}),
+        other.model_copy(update={"record": begun, "steps": (), "steps_of": 0, "evaluations": ()}),
+    )
+    return full.model_copy(
+        update={
+            "stats": stats,
+            "row_map": full.row_map.model_copy(update={"points": full.row_map.points[:1]}),
+            "runs": runs,
+            "deployments": full.deployments * 2,
+            "pictures": {},
+            "notes": (),
+        }
     )

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.report.chart import PALETTES
+from pipeline.report.data import ReportData
 from pipeline.report.page import render_report
-from tests.pipeline.report_data import HOSTILE, report_data
+from tests.pipeline.report_data import HOSTILE, odd_report, report_data, unfinished_report
 
 pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
 pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
@@ -76,11 +77,11 @@ def open_report(browser: Any, report_file: Path) -> Iterator[Callable[..., Opene
     """Opens the report in a context of its own; settings are playwright's, ``fragment`` is the tab in the address."""
     contexts = []
 
-    def opened(fragment: str = "", **settings: Any) -> Opened:
+    def opened(fragment: str = "", file: Path = report_file, **settings: Any) -> Opened:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **settings})
         contexts.append(context)
         found = Opened(context.new_page())
-        found.page.goto(report_file.as_uri() + fragment)
+        found.page.goto(file.as_uri() + fragment)
         return found
 
     yield opened
@@ -110,6 +111,20 @@ def test_every_tab_draws_without_a_complaint_or_a_request(
     assert len(pictures) == 18
     assert set(pictures) == {96}
     report.require_quiet(report_file)
+
+
+@_browser_test
+@pytest.mark.parametrize("data", [odd_report(), unfinished_report()], ids=["odd", "unfinished"])
+def test_what_is_missing_or_equal_is_no_complaint(
+    open_report: Callable[..., Opened], tmp_path: Path, data: ReportData
+) -> None:
+    path = tmp_path / "other.html"
+    path.write_text(render_report(data), encoding="utf-8")
+    report = open_report(file=path)
+    for name in TABS:
+        report.tab(name)
+        assert report.page.is_visible(f"#{name} h2")
+    report.require_quiet(path)
 
 
 @_browser_test
@@ -284,6 +299,9 @@ def test_printing_shows_every_part(open_report: Callable[..., Opened]) -> None:
     for name in TABS:
         report.drawn(name)
     assert page.locator("main > section:visible").count() == len(TABS)
+    # on paper, which is white
+    inks = "[...document.querySelectorAll('svg .role-axis-label text')].map(text => text.getAttribute('fill'))"
+    assert set(page.evaluate(inks)) == {PALETTES["light"]["muted"]}
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("main > section:visible").count() == 1
