@@ -240,11 +240,12 @@ def histogram(
     columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("share", "share"))
     rows: list[tuple[Any, ...]] = []
     for series, _, each in there:
-        width = (each.greatest - each.least) / len(each.histogram)
-        if width <= 0:  # all equal: one bar of a width that can be seen
-            width = max(abs(each.least), 1.0) * 1e-3
+        least, greatest = each.least, each.greatest
+        if least == greatest:  # numpy's bins of equal numbers
+            least, greatest = least - 0.5, greatest + 0.5
+        width = (greatest - least) / len(each.histogram)
         for number, count in enumerate(each.histogram):
-            start = each.least + number * width
+            start = least + number * width
             rows.append((series, start, start + width, count, count / each.count))
     colour = {
         "field": "series",

@@ -94,7 +94,9 @@ def _alone(chart: Chart) -> dict[str, Any]:
             return {name: light(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return [light(inner) for inner in value]
-        return PALETTES["light"][value[1:]] if isinstance(value, str) and value.startswith("$") else value
+        if isinstance(value, str) and value.startswith("$"):
+            return PALETTES["light"].get(value[1:], value)  # the name of a run may begin so, too
+        return value
 
     spec = {key: value for key, value in chart.spec.items() if key != "width"}
     title = {"text": chart.alt, "subtitle": [], "offset": 12}

@@ -92,7 +92,7 @@
   };
   const coloured = (spec, colours) =>
     JSON.parse(JSON.stringify(spec), (_, value) =>
-      typeof value === "string" && value[0] === "$" ? colours[value.slice(1)] : value);
+      typeof value === "string" && value[0] === "$" ? colours[value.slice(1)] ?? value : value);
   const draw = async (element) => {
     const now = theme();
     const before = views.get(element);

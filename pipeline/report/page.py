@@ -51,10 +51,8 @@ def render_report(data: ReportData) -> str:
     environment.filters.update(
         count=lambda value: "–" if value is None else f"{value:,}",
         decimal=lambda value, digits=1: "–" if value is None else f"{value:,.{digits}f}",
-        size=byte_size,
         counted=counted,
         quoted=shlex.quote,
-        short=lambda digest: digest[:12],
     )
     return environment.get_template("page.html").render(
         data=data,

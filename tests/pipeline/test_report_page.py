@@ -19,7 +19,7 @@ from pipeline.report.chart import PALETTES
 from pipeline.report.charts import all_charts, main_chart, main_chart_png
 from pipeline.report.data import CoverageCell, CoverageMap
 from pipeline.report.page import render_report
-from tests.pipeline.report_data import HOSTILE, RTL, report_data, unfinished_report
+from tests.pipeline.report_data import HOSTILE, RTL, odd_report, report_data, unfinished_report
 
 pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
 pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
@@ -176,9 +176,15 @@ def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
     assert "vegaEmbed=" not in page  # no chart, no library
 
 
+def test_equal_numbers_are_one_bar_where_they_are() -> None:
+    rows = all_charts(odd_report())["norms"].records()
+    filled = [(row["series"], row["from"], row["to"], row["count"], row["share"]) for row in rows if row["count"]]
+    assert filled == [(series, 1.0, pytest.approx(1.05), 3, 1.0) for series in ("images", "captions")]
+
+
 def test_specs_are_valid_vega_lite() -> None:
     altair = pytest.importorskip("altair", reason="its schema of Vega-Lite; pip install 'teacher-cache[report]'")
-    for chart in all_charts(report_data()).values():
+    for chart in (*all_charts(report_data()).values(), *all_charts(odd_report()).values()):
         kind = altair.LayerChart if "layer" in chart.spec else altair.Chart
         kind.from_dict({**chart.spec, "data": {"values": chart.records()}})
 
