@@ -1,0 +1,321 @@
+"""A report as one HTML page that needs nothing else: no network, no server. No torch.
+
+What the page says lies in it once: text in the HTML, and one JSON block with the rows of the charts, their specs and
+the pictures, which the page's script hands out by name. Its Content-Security-Policy lets the scripts run that are in
+it, by their hashes, and lets nothing be loaded: what a caption or a path says can do no harm.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.chart import PALETTES, Chart, vega_config
+from pipeline.report.charts import all_charts, newest_evaluations
+from pipeline.report.data import CoverageCell, CoverageMap, ReportData
+from pipeline.student_table import cells, describe
+from storage.cli import byte_size, counted
+from storage.errors import UsageError
+
+__all__ = ["render_report"]
+
+_HERE = Path(__file__).parent
+_RANGES_NAMED = 200
+_TABS = ("Overview", "Coverage", "Distributions", "Map", "Retrieval", "Students", "Deployment", "Problems")
+
+
+def render_report(data: ReportData) -> str:
+    """The whole page, to be written as UTF-8.
+
+    Raises:
+        UsageError: jinja2 or vl-convert-python is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise UsageError("a report needs jinja2: pip install 'teacher-cache[report]'") from error
+    charts = all_charts(data)
+    scripts = [(_HERE / "page.js").read_text(encoding="utf-8")]
+    if charts:
+        scripts.append(_libraries())
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        count=lambda value: "–" if value is None else f"{value:,}",
+        decimal=lambda value, digits=1: "–" if value is None else f"{value:,.{digits}f}",
+        counted=counted,
+        quoted=shlex.quote,
+    )
+    return environment.get_template("page.html").render(
+        data=data,
+        info=data.info,
+        stats=data.stats,
+        title=_name(data.location),
+        policy=_policy(scripts),
+        style=Markup(_variables() + (_HERE / "page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        block=Markup(_block(data, charts)),
+        charts=charts,
+        tabs=[(name.lower(), name) for name in _TABS],
+        problem_count=sum(data.info.problems.values()) + (data.info.images_quarantined or len(data.lost)),
+        facts=_facts(data),
+        identity=_identity(data),
+        coverage=[_covered(part) for part in data.coverage],
+        evaluations=_evaluations(data),
+        losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
+        splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
+        reasons=Counter(lost.reason.partition(":")[0] for lost in data.lost).most_common(),
+        deployments=[_turned(*cells(table)) for table in data.deployments],
+        sentences=[describe(table).splitlines() for table in data.deployments],
+    )
+
+
+@functools.cache
+def _libraries() -> str:
+    """Vega, Vega-Lite and Vega-Embed with its interpreter of expressions, as one script, with their licences."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise UsageError("a report's charts need vl-convert-python: pip install 'teacher-cache[report]'") from error
+    script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    # either would end the script early, or change the bytes that are hashed
+    if "</script" in script.lower() or "<!--" in script or "\r" in script:
+        raise RuntimeError("the bundle of this vl-convert-python cannot be put into a page as it is")
+    return f"/*\n{(_HERE / 'licences.txt').read_text(encoding='utf-8')}*/\n{script}"
+
+
+def _policy(scripts: list[str]) -> str:
+    """Content-Security-Policy: these scripts, inline styles and pictures in the page; nothing is loaded or sent."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{each}'" for each in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _variables() -> str:
+    """The palettes as CSS variables: by the system's setting, or by the page's own switch."""
+    light, dark = ("".join(f"--{name}:{value};" for name, value in PALETTES[theme].items()) for theme in PALETTES)
+    return (
+        f":root{{color-scheme:light;{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
+        f"@media screen{{:root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n"
+    )
+
+
+def _block(data: ReportData, charts: dict[str, Chart]) -> str:
+    """The JSON block: specs, rows by name of their chart, pictures by row, themes."""
+    content = {
+        "charts": {
+            name: {
+                "spec": chart.spec,
+                "alt": chart.alt,
+                "canvas": chart.canvas,
+                "fields": [field for field, _ in chart.columns],
+                "headings": [heading for _, heading in chart.columns],
+                "rows": chart.rows,
+            }
+            for name, chart in charts.items()
+        },
+        "pictures": data.pictures,
+        "themes": {theme: {"colours": PALETTES[theme], "config": vega_config(theme)} for theme in PALETTES},
+    }
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # JSON that is no HTML: nothing in it can end the block or begin a tag
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _name(location: str) -> str:
+    return location.rstrip("/").rpartition("/")[2] or location
+
+
+def _facts(data: ReportData) -> list[tuple[str, str, str]]:
+    """What is looked for first: (what, the number, what it is of)."""
+    info, found = data.info, []
+    images = info.identity.dataset.images
+    if info.images_encoded is None:
+        done = 100 * info.chunks_committed / info.chunks if info.chunks else 100.0
+        found.append(("Committed", f"{done:.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
+        found.append(("Images", f"{images:,}", "in the dataset"))
+    else:
+        found.append(("Images", f"{info.images_encoded:,}", f"of {images:,} have an embedding"))
+    found.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
+    found.append(("Targets", byte_size(info.target_bytes), counted(info.layout.views, "view") + " an image"))
+    recall = data.stats.recall if data.stats else None
+    if recall is not None:
+        both = f"{recall.i2t['R@1']:.1f} / {recall.t2i['R@1']:.1f} %"
+        found.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))
+    kept = [
+        (run, each, each.retention["mean"])
+        for run in data.runs
+        for each in newest_evaluations(run)
+        if each.retention and each.retention["mean"] is not None
+    ]
+    # a number from the split that the checkpoint was chosen on only where there is no other
+    kept = [one for one in kept if one[1].chosen_on != one[1].split] or kept
+    if kept:
+        run, each, share = max(kept, key=lambda one: one[2])
+        between = each.retention_intervals.mean if each.retention_intervals else None
+        interval = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
+        chosen = ", chosen on it" if each.chosen_on == each.split else ""
+        found.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {each.split}{chosen}{interval}"))
+    lost, so_far = info.images_quarantined, ""
+    if lost is None:
+        lost, so_far = None if info.quarantine is None else sum(info.quarantine.values()), " so far"
+    words = "every image is there" if lost == 0 and not so_far else f"images without an embedding{so_far}"
+    found.append(("Quarantined", "–" if lost is None else f"{lost:,}", words))
+    return found
+
+
+def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The identity card: groups of (name, value)."""
+    info, made = data.info, data.info.identity
+    teacher, pixels, views, rows = made.teacher, made.preprocess, made.views, made.dataset
+    size = " x ".join(str(side) for side in pixels.image_size)
+    scale = f"{teacher.logit_scale:.4g}" + ("" if teacher.logit_bias is None else f", bias {teacher.logit_bias:.4g}")
+    drawn = "" if views.scale is None else f", scale {views.scale[0]:g} to {views.scale[1]:g}, seed {views.seed}"
+    crops = f"{views.count}, {views.policy}{drawn}"
+    cost = [("encoding took", f"{info.encode_seconds:,.0f} s")]
+    if info.images_per_second is not None:
+        cost.append(("images", f"{info.images_per_second:,.1f} /s"))
+    if info.captions_per_second is not None:
+        cost.append(("captions", f"{info.captions_per_second:,.1f} /s"))
+    if not info.sealed and info.remaining_seconds is not None:
+        cost.append(("left, by one process", f"{info.remaining_seconds:,.0f} s"))
+    return [
+        (
+            "Teacher",
+            [
+                ("name", teacher.name),
+                *([("pretrained", teacher.pretrained)] if teacher.pretrained else []),
+                ("weights", teacher.weights_sha256),
+                ("activation", teacher.activation),
+                ("width", f"{teacher.embed_dim}"),
+                ("precision", teacher.precision),
+                ("logit scale", scale),
+            ],
+        ),
+        (
+            "What it is given",
+            [
+                ("pixels", f"{size}, {pixels.interpolation}, {pixels.resize_mode}"),
+                ("tokenizer", f"{made.tokenizer.name}, {made.tokenizer.context_length} tokens"),
+                ("views", crops),
+                ("stored as", f"{made.targets.dtype}, {'unit norm' if made.targets.normalized else 'as they come'}"),
+            ],
+        ),
+        (
+            "Dataset",
+            [
+                ("from", info.dataset),
+                ("images", f"{rows.images:,}"),
+                ("captions", f"{rows.captions:,}"),
+                *((f"split {name}", f"{count:,}") for name, count in rows.splits.items()),
+                ("samples", rows.samples_sha256),
+            ],
+        ),
+        (
+            "Cache",
+            [
+                ("location", data.location),
+                ("identity", info.identity_digest),
+                ("manifest", info.manifest_digest),
+                ("format", f"{info.format_version}"),
+                ("generations", f"{len(info.generations)}"),
+                *cost,
+                ("made with", ", ".join(f"{name} {version}" for name, version in info.made_with.items())),
+            ],
+        ),
+    ]
+
+
+def _state(cell: CoverageCell) -> str:
+    if cell.committed < cell.chunks:
+        return "partly" if cell.committed else "pending"
+    return "quarantined" if cell.quarantined else "committed"
+
+
+def _covered(part: CoverageMap) -> dict[str, Any]:
+    """The cells of one grid, with what is said of each, and the ranges of equal ones as a table."""
+    name = f"Images, view {part.view}" if part.tower == "image" else "Captions"
+    shown: list[tuple[str, str]] = []
+    ranges: list[list[Any]] = []  # state, first and last chunk, committed, quarantined rows
+    for cell in part.cells:
+        state = _state(cell)
+        last = cell.first_chunk + cell.chunks - 1
+        where = f"chunk {cell.first_chunk}" if cell.chunks == 1 else f"chunks {cell.first_chunk} to {last}"
+        title = f"{where}: {state if state != 'quarantined' else 'committed'}"
+        if state == "partly":
+            title += f", {cell.committed} of {cell.chunks}"
+        if cell.quarantined:
+            title += f", {counted(cell.quarantined, 'row')} quarantined"
+        shown.append((state, title))
+        if ranges and ranges[-1][0] == state:
+            ranges[-1][2:] = [last, ranges[-1][3] + cell.committed, ranges[-1][4] + (cell.quarantined or 0)]
+        else:
+            ranges.append([state, cell.first_chunk, last, cell.committed, cell.quarantined or 0])
+    return {
+        "name": name,
+        "chunks": part.chunks,
+        "committed": sum(cell.committed for cell in part.cells),
+        "quarantined": None
+        if any(cell.quarantined is None for cell in part.cells)
+        else sum(cell.quarantined or 0 for cell in part.cells),
+        "per_cell": max((cell.chunks for cell in part.cells), default=1),
+        "cells": shown,
+        "ranges": ranges[:_RANGES_NAMED],
+        "ranges_of": len(ranges),
+    }
+
+
+def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of all evaluations, the teacher's line above the students' of its split."""
+    metrics = [(direction, name) for direction in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10")]
+    headings = ["student", "split", "checkpoint", *(f"{d} {n}" for d, n in metrics), "keeps of the mean (95 %)"]
+
+    def values(recalls: Any, intervals: Any) -> list[str]:
+        found = []
+        for direction, name in metrics:
+            between = getattr(intervals, direction)[name] if intervals else None
+            ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
+            found.append(f"{recalls[direction][name]:.1f}{ends}")
+        return found
+
+    rows: list[list[str]] = []
+    teachers: set[tuple[str, str]] = set()
+    for run in data.runs:
+        for each in run.evaluations:
+            on = f"{each.split}: {each.images:,} images, {each.captions:,} captions"
+            if (each.split, each.cache_manifest_digest) not in teachers:
+                teachers.add((each.split, each.cache_manifest_digest))
+                rows.append(["teacher", on, "–", *values(each.teacher, each.teacher_intervals), "–"])
+            if each.student is None or each.retention is None:
+                continue
+            chosen = f", chosen on {each.chosen_on}" if each.chosen_on else ""
+            if each.chosen_on == each.split:
+                chosen += ": no test result"
+            between = each.retention_intervals.mean if each.retention_intervals else None
+            share = each.retention["mean"]
+            kept = "–" if share is None else f"{share:.1f} %"
+            kept += f" ({between.low:.1f} to {between.high:.1f})" if between else ""
+            checkpoint = (each.checkpoint or "–").rpartition("/")[2] + chosen
+            rows.append([run.name, on, checkpoint, *values(each.student, each.student_intervals), kept])
+    return headings, rows
+
+
+def _turned(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A column a model: a page has more lines than columns."""
+    return [row[0] for row in rows], [
+        [heading, *(row[at] for row in rows)] for at, heading in enumerate(headings) if at
+    ]
