@@ -68,7 +68,7 @@ def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
 
 
 def test_what_serve_says_to_type_is_right(served):
-    export, run, _ = served.command()
+    export, run, *_ = served.command()
     assert export == f"export PREFECT_API_URL={served.api}"
     assert run.endswith("prefect deployment run precompute-teacher/default --watch")
     deployment = served.ask("deployments/name/precompute-teacher/default")
