@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
-MOST_BYTES = 200_000
-"""Of an image as it is sent to the server, which keeps all of them in its database."""
-
+_MOST_BYTES = 200_000  # of an image as it is sent to the server, which keeps all of them in its database
 _COLOURS = 64
 _RECALL_IMAGES = 5000
 _Made = TypeVar("_Made")
@@ -107,15 +105,15 @@ def image_uri(png: bytes) -> str:
         ValueError: it is larger than 200 kB even so.
     """
     found = _as_uri(png)
-    if len(found) > MOST_BYTES:
+    if len(found) > _MOST_BYTES:
         from PIL import Image
 
         reduced = io.BytesIO()
         with Image.open(io.BytesIO(png)) as image:
             image.convert("RGB").quantize(_COLOURS).save(reduced, "PNG", optimize=True)
         found = _as_uri(reduced.getvalue())
-    if len(found) > MOST_BYTES:
-        raise ValueError(f"a picture of {len(found):,} bytes, {MOST_BYTES:,} at most are left in Prefect's database")
+    if len(found) > _MOST_BYTES:
+        raise ValueError(f"a picture of {len(found):,} bytes, {_MOST_BYTES:,} at most are left in Prefect's database")
     return found
 
 
