@@ -126,7 +126,7 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     """Ctrl-C in a run leaves no process, and no slot that the next run waits for. Then the worker dies."""
     serve = Serve(tmp_path)
     cache = tmp_path / "slow.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1)
+    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
     commits = cache / "commits"
     try:
         serve.start()

@@ -136,7 +136,8 @@ def test_a_file_that_fails_its_gate_fails_the_flow_and_is_not_tried_again(served
     tensors["visual.proj"] = tensors["visual.proj"] * np.nan
     save_file(tensors, weights)
     out = tmp_path / "deployed"
-    code, output, flow_run = served.run("deploy-student/default", **deploy_parameters(broken, out, tiny_teacher))
+    parameters = deploy_parameters(broken, out, tiny_teacher) | {"int8": False}
+    code, output, flow_run = served.run("deploy-student/default", **parameters)
     assert code == 1, output
     state = served.ask(f"flow_runs/{flow_run}")["state"]
     assert state["type"] == "FAILED"
