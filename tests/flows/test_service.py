@@ -183,6 +183,9 @@ def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishe
 
     done = len(list(commits.rglob("*.json")))
     assert 3 <= done < IMAGES + CAPTIONS
+    progress = served.artifact(flow_run, "precompute-teacher-progress")
+    assert 0 < progress["data"] < 100
+    assert progress["description"].startswith(f"`{cache}`: images: ")
     report = verify_cache(str(cache))
     assert report.chunks_sound == done
     assert {finding.kind for finding in report.findings} == {"incomplete"}
