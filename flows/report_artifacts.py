@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
-_MOST_BYTES = 200_000  # of an image as it is sent to the server, which keeps all of them in its database
+# of an image as it is sent to the server, which keeps all of them in its database
+_MOST_BYTES = 200_000
+_REDUCED_FROM = 50_000
 _COLOURS = 64
 _RECALL_IMAGES = 5000
 _Made = TypeVar("_Made")
@@ -105,7 +107,7 @@ def image_uri(png: bytes) -> str:
         ValueError: it is larger than 200 kB even so.
     """
     found = _as_uri(png)
-    if len(found) > _MOST_BYTES:
+    if len(found) > _REDUCED_FROM:
         from PIL import Image
 
         reduced = io.BytesIO()
