@@ -8,15 +8,17 @@ limits them, and the teacher is loaded once.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any, cast
-from uuid import UUID
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import Field
 
+from flows.devices import device_slots
+from flows.markdown import cache_text
 from flows.parameters import parameters_of
-from flows.progress import LoggedProgress
+from flows.progress import LoggedProgress, Share, start_progress
+from flows.report_artifacts import leave_report, page_beside, teacher_recall
 from flows.retries import TRIED_AGAIN
 from flows.spans import Span, default_chunks_per_span
 from pipeline.config import PrecomputeConfig
@@ -37,38 +39,43 @@ def precompute_teacher(
     chunks_per_span: Annotated[
         int | None, Field(gt=0, description="Chunks that one task run encodes; for about 16 task runs if left out.")
     ] = None,
+    report: Annotated[
+        bool, Field(description="Write the report page beside the cache, and leave its main chart as an artifact.")
+    ] = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run a teacher once over a dataset and keep its embeddings. Run it again to go on where it stopped."""
     started = time.perf_counter()
     config = PrecomputeConfig(**settings)
-    spans = plan(config, chunks_per_span)
-    # a coroutine only where the caller is one
-    progress = cast(
-        UUID,
-        create_progress_artifact(
-            0.0 if spans else 100.0, key=f"{ARTIFACT}-progress", description=f"{config.cache}: {len(spans)} spans"
-        ),
-    )
+    progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
-    for number, span in enumerate(spans, start=1):
-        encoded += encode_span(config, span)
-        update_progress_artifact(progress, progress=100 * number / len(spans))
+    with device_slots(config.device):
+        spans = plan(config, chunks_per_span, progress.part(0, 0))
+        chunks, done = sum(len(span.chunks) for span in spans), 0
+        for span in spans:
+            before, done = done, done + len(span.chunks)
+            encoded += encode_span(config, span, progress.part(before / chunks, done / chunks))
     result = seal(config.cache, encoded, time.perf_counter() - started)
+    LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
+    describe(config.cache, report)
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
 
 
 @task(name="plan", task_run_name="plan", **TRIED_AGAIN)
-def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
-    """Write the cache's manifest and tables, or check them, and say what is still to be encoded."""
+def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) -> list[Span]:
+    """Write the cache's manifest and tables, or check them, and say what is still to be encoded.
+
+    Args:
+        share: of the flow's progress: none of its way, since nobody knows how long that is, but what is being done.
+    """
     # here, not above: prefect deploy imports this file too and needs no torch
     from pipeline.plan import chunk_spans, plan_precompute
     from pipeline.samples import DatasetSpec
 
     logger = get_run_logger()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
-    pending = plan_precompute(config, _teacher(config), LoggedProgress(logger))
+    pending = plan_precompute(config, _teacher(config), LoggedProgress(logger, share))
     size = chunks_per_span or default_chunks_per_span(pending)
     spans = [Span.of(refs) for refs in chunk_spans(pending, size)]
     logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans of at most {size}")
@@ -76,14 +83,18 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
 
 
 @task(name="encode", task_run_name="encode-{span.name}", **TRIED_AGAIN)
-def encode_span(config: PrecomputeConfig, span: Span) -> int:
-    """Encode the chunks of one span; when it returns, each of them is committed. Returns how many this run encoded."""
+def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
+    """Encode the chunks of one span; when it returns, each of them is committed. Returns how many this run encoded.
+
+    Args:
+        share: of the flow's progress, that is this span's.
+    """
     from pipeline.encode import encode_shared
 
     logger = get_run_logger()
     started = time.perf_counter()
     # what an earlier try committed, or another run at this moment, is not encoded again
-    encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger))
+    encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger, share))
     logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
     return encoded
 
@@ -96,6 +107,17 @@ def seal(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
     result = summarize(cache, chunks_encoded, seconds)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
     return result
+
+
+@task(name="report", task_run_name="report", **TRIED_AGAIN)
+def describe(cache: str, report: bool) -> None:
+    """Leave what the finished cache is, in Markdown, and with ``report`` its page and chart."""
+    from storage.inspect import describe_cache
+
+    left = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
+    recall = left.recall if left and left.collected else teacher_recall(cache)
+    text = cache_text(describe_cache(cache), recall) + (left.line() if left else "")
+    create_markdown_artifact(text, key=f"{ARTIFACT}-report")
 
 
 def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:

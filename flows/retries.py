@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
+from prefect.task_engine import TaskRunTimeoutError
 
 from storage.transient import is_transient
 
@@ -19,7 +20,13 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 
 
 def retry_transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Prefect's ``retry_condition_fn``: the state of a failed try holds its exception."""
+    """Prefect's ``retry_condition_fn``: the state of a failed try holds its exception.
+
+    A ``timeout_seconds`` that ran out is final, though its error is a TimeoutError as a slow network's is: the same
+    work would take as long again.
+    """
+    if isinstance(state.data, TaskRunTimeoutError):
+        return False
     return isinstance(state.data, BaseException) and is_transient(state.data)
 
 

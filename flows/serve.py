@@ -279,7 +279,9 @@ def _what_to_type(home: Path, api: str) -> str:
         "In another terminal:\n\n"
         f"  export PREFECT_API_URL={api}\n"
         f"  {prefect} deployment run precompute-teacher/default --watch\n"
-        f"  {prefect} deployment run train-student/default --watch\n\n"
+        f"  {prefect} deployment run train-student/default --watch\n"
+        f"  {prefect} deployment run evaluate-student/default -p run=runs/NAME --watch\n"
+        f"  {prefect} deployment run deploy-student/default -p run=runs/NAME --watch\n\n"
         "Settings are parameters, for example: -p dataset=flickr:/data/flickr8k -p cache=caches/flickr8k.cache"
     )
 

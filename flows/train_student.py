@@ -10,14 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import Field
 
 import flows.forks  # noqa: F401  training decodes in forked processes
+from flows.devices import device_slots
+from flows.evaluate_student import evaluate_run
+from flows.markdown import run_text
 from flows.parameters import parameters_of
-from flows.progress import LoggedProgress
+from flows.progress import LoggedProgress, Share, start_progress
+from flows.report_artifacts import leave_report
 from flows.retries import TRIED_AGAIN
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
@@ -50,6 +54,9 @@ def train_student(
         Literal["last", "best"],
         Field(description="What of the run is measured then: the last checkpoint, or the best on select_split."),
     ] = "last",
+    report: Annotated[
+        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+    ] = True,
     timeout_seconds: Annotated[
         float | None, Field(gt=0, description="Give up training after this long; never if left out.")
     ] = None,
@@ -59,9 +66,14 @@ def train_student(
     config = TrainConfig(out=out or default_out(), **settings)
     if evaluate_split and evaluate_checkpoint == "best" and config.select_split is None:
         raise UsageError("evaluate_checkpoint is 'best', but select_split, on which it is chosen, is not given")
-    record = train_run.with_options(timeout_seconds=timeout_seconds)(config)
-    measured = evaluate_run(config, evaluate_split, evaluate_checkpoint) if evaluate_split else None
+    progress = start_progress(ARTIFACT, config.out)
+    measured = None
+    with device_slots(config.device, config.devices):
+        record = train_run.with_options(timeout_seconds=timeout_seconds)(config, progress)
+        if evaluate_split:
+            measured = evaluate_run(evaluate_config(config, evaluate_split, evaluate_checkpoint))
     create_table_artifact(summary_table(record, measured), key=ARTIFACT, description=f"`{config.out}`")
+    describe(record, measured, report)
     returned = {
         "run": config.out,
         "checkpoint": f"{config.out}/{record.checkpoint}",
@@ -92,13 +104,17 @@ def goes_on(out: str, run_count: int) -> bool:
 
 
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
-def train_run(config: TrainConfig) -> RunRecord:
-    """Train to the end of the last epoch, from the first step or from where a run that died was saved."""
+def train_run(config: TrainConfig, share: Share) -> RunRecord:
+    """Train to the end of the last epoch, from the first step or from where a run that died was saved.
+
+    Args:
+        share: the flow's progress, which moves with the steps.
+    """
     # here, not above: prefect deploy imports this file too and needs no torch
     from pipeline.train import StepProgress, train
 
     logger = get_run_logger()
-    progress = LoggedProgress(logger)
+    progress = LoggedProgress(logger, share)
 
     def report(at: StepProgress) -> None:
         note = f"loss {at.loss:.3f}  {at.samples_per_second:,.0f} samples/s  data wait {at.data_wait_share:.0%}"
@@ -108,16 +124,14 @@ def train_run(config: TrainConfig) -> RunRecord:
     if resume:
         logger.info(f"{config.out}: goes on after step {RunFolder(config.out).read().steps}")
     record = train(config, report, resume=resume).record
+    progress.end(f"all {record.steps:,} steps, loss {record.epochs[-1].loss:.4f}")
     logger.info(f"{config.out}: {record.steps} steps in {record.seconds:,.1f} s, loss {record.epochs[-1].loss:.4f}")
     return record
 
 
-@task(name="evaluate", task_run_name="evaluate-{split}", **TRIED_AGAIN)
-def evaluate_run(config: TrainConfig, split: str, checkpoint: Literal["last", "best"]) -> EvaluateResult:
-    """Recall of the cached teacher and of the student that was just trained, on one split."""
-    from pipeline.evaluate import evaluate
-
-    wanted = EvaluateConfig(
+def evaluate_config(config: TrainConfig, split: str, checkpoint: Literal["last", "best"]) -> EvaluateConfig:
+    """How the student that was just trained is measured beside the cached teacher, on one split."""
+    return EvaluateConfig(
         cache=config.cache,
         run=str(RunFolder(config.out).path),
         checkpoint=checkpoint,
@@ -127,7 +141,16 @@ def evaluate_run(config: TrainConfig, split: str, checkpoint: Literal["last", "b
         device=config.device,
         workers=config.workers,
     )
-    return evaluate(wanted, LoggedProgress(get_run_logger()))
+
+
+@task(name="report", task_run_name="report", **TRIED_AGAIN)
+def describe(record: RunRecord, measured: EvaluateResult | None, report: bool) -> None:
+    """Leave the run in Markdown, and with ``report`` the page and its chart."""
+    config, text = record.config, run_text(record, measured)
+    if report:
+        page = RunFolder(config.out).path / "report.html"
+        text += leave_report(ARTIFACT, config.cache, page, [config.out], config.image_root).line()
+    create_markdown_artifact(text, key=f"{ARTIFACT}-report")
 
 
 def summary_table(record: RunRecord, measured: EvaluateResult | None) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -10,9 +9,9 @@ from rich.console import Console
 
 from pipeline.cli_flags import say, setting
 from pipeline.config import DeployConfig, load_config
+from pipeline.deployment import require_packages
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
-from storage.errors import UsageError
 
 __all__ = ["deploy"]
 
@@ -55,7 +54,7 @@ def deploy(
         "threads": threads,
     }
     config = load_config(DeployConfig, "deploy", None, flags)
-    _require_packages()
+    require_packages()
     from pipeline.deploy import deploy as run_deploy
     from pipeline.student_table import describe, terminal_table
 
@@ -70,14 +69,3 @@ def deploy(
     for tower, why in result.deployment.not_quantised.items():
         say(f"no int8 file of the {tower} tower: {why}")
     console.print(f"{result.out}: {len(result.deployment.artefacts())} proven files", markup=False, soft_wrap=True)
-
-
-def _require_packages() -> None:
-    """Before torch is imported, and before the minutes that the rest takes.
-
-    Raises:
-        UsageError: one is not installed.
-    """
-    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
-        if find_spec(name) is None:
-            raise UsageError(f"deploy needs {name}, which is not installed: pip install 'teacher-cache[deploy]'")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheError, UsageError
 
-__all__ = ["RECORD", "Artefact", "Deployment", "DeploymentError", "Tokenization", "Variant"]
+__all__ = ["RECORD", "Artefact", "Deployment", "DeploymentError", "Tokenization", "Variant", "require_packages"]
 
 RECORD = "deploy.json"
 
@@ -138,3 +139,14 @@ class Deployment(BaseModel):
                 f"{artefact.bytes:,} wanted). Copy it again, or deploy the run anew."
             )
         return data
+
+
+def require_packages() -> None:
+    """Refuse to deploy without what it takes: before torch is imported, and before the minutes that the rest takes.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
+        if find_spec(name) is None:
+            raise UsageError(f"deploy needs {name}, which is not installed: pip install 'teacher-cache[deploy]'")

@@ -16,10 +16,12 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.conftest import TINY_MODEL
 
 # importing prefect makes its home folder; not in that of whoever runs the tests
 if "PREFECT_HOME" not in os.environ:
@@ -28,6 +30,7 @@ if "PREFECT_HOME" not in os.environ:
 
 PROJECT = Path(__file__).resolve().parents[2]
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+IMAGES, CAPTIONS = 28, 84  # of ``pictures``
 QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -106,6 +109,28 @@ class Serve:
         assert newest["type"] == "table"
         return {row["what"]: row["value"] for row in json.loads(newest["data"])}
 
+    def artifact(self, flow_run: str, key: str) -> dict[str, Any]:
+        """The artifact of this key that a flow run left, with its type, data and description."""
+        wanted = {"flow_runs": {"id": {"any_": [flow_run]}}, "artifacts": {"key": {"any_": [key]}}}
+        (found,) = self.ask("artifacts/filter", wanted)
+        return dict(found)
+
+    def logs(self, flow_run: str) -> str:
+        """What a flow run and its task runs have logged. Prefect sends lines in batches: see ``until_logged``."""
+        wanted = {"logs": {"flow_run_id": {"any_": [flow_run]}}, "sort": "TIMESTAMP_ASC"}
+        return "\n".join(line["message"] for line in self.ask("logs/filter", wanted))
+
+    def until_logged(self, flow_run: str, text: str) -> str:
+        """All that was logged, once a text is in it."""
+        until = time.monotonic() + 30
+        while text not in (logs := self.logs(flow_run)):
+            assert time.monotonic() < until, logs
+            time.sleep(0.2)
+        return logs
+
+    def worker_log(self) -> str:
+        return (self.folder / "home" / "worker.log").read_text()
+
     def descendants(self) -> set[int]:
         """Every process that this serve started, directly or not, and that still runs."""
         assert self.process is not None
@@ -140,7 +165,7 @@ def running(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     serve = Serve(tmp_path_factory.mktemp("served"))
     try:
@@ -169,3 +194,56 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
     (root / "train" / "cat" / "3.jpg").write_bytes(b"not an image")
     return root
+
+
+def precompute_settings(pictures: Path, teacher: Path, cache: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "dataset": f"imagefolder:{pictures}",
+        "teacher": f"local-dir:{teacher}",
+        "cache": str(cache),
+        "device": "cpu",
+        **more,
+    }
+
+
+class FlowRun(NamedTuple):
+    """What a flow run made, and its id."""
+
+    path: Path
+    id: str
+
+
+@pytest.fixture(scope="session")
+def precomputed(served: Serve, pictures: Path, tiny_teacher: Path) -> FlowRun:
+    """A cache made by a run of precompute-teacher."""
+    cache = served.folder / "pictures.cache"
+    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=8, chunks_per_span=2)
+    code, output, flow_run = served.run("precompute-teacher/default", **parameters)
+    assert code == 0, output + served.worker_log()
+    return FlowRun(cache, flow_run)
+
+
+@pytest.fixture(scope="session")
+def trained(served: Serve, precomputed: FlowRun) -> FlowRun:
+    """A student trained and measured by a run of train-student.
+
+    With a decoding process: those that a Prefect flow forks used to end with code 1.
+    """
+    student = served.folder / "tiny.json"
+    student.write_text(json.dumps(TINY_MODEL))
+    out = served.folder / "run"
+    code, output, flow_run = served.run(
+        "train-student/default",
+        cache=str(precomputed.path),
+        student=str(student),
+        out=str(out),
+        epochs=2,
+        batch_size=8,
+        device="cpu",
+        workers=1,
+        select_split="test",
+        evaluate_split="test",
+        evaluate_checkpoint="best",
+    )
+    assert code == 0, output + served.worker_log()
+    return FlowRun(out, flow_run)

@@ -16,17 +16,30 @@ from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
+from flows.deploy_student import deploy_student
+from flows.evaluate_student import evaluate_student
 from flows.precompute_teacher import precompute_teacher
 from flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from flows.train_student import train_student
-from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.config import DeployConfig, EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.plan import chunk_spans
 from pipeline.recipes import RECIPE_SETTINGS
 from storage.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
-STAGES = [(precompute_teacher, PrecomputeConfig), (train_student, TrainConfig)]
-OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "timeout_seconds"}
+STAGES = [
+    (precompute_teacher, PrecomputeConfig),
+    (train_student, TrainConfig),
+    (evaluate_student, EvaluateConfig),
+    (deploy_student, DeployConfig),
+]
+OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"}
+# what a flow asks of its user otherwise than the stage does: a folder is named by the flow run, a student is a must
+STAND_INS = {
+    ("train-student", "out"): "runs/NAME-OF-THIS-FLOW-RUN",
+    ("deploy-student", "out"): "deployed/NAME-OF-THIS-FLOW-RUN",
+    ("evaluate-student", "run"): "whose student is measured",
+}
 
 
 def deployments():
@@ -40,8 +53,8 @@ def test_the_form_shows_every_setting_with_its_default_limits_and_description(fl
     assert set(schema["properties"]) - OWN == set(wanted["properties"])
     for name, field in wanted["properties"].items():
         shown = schema["properties"][name]
-        if name == "out":
-            assert "runs/NAME-OF-THIS-FLOW-RUN" in shown["description"]
+        if (flow.name, name) in STAND_INS:
+            assert STAND_INS[flow.name, name] in shown["description"]
             continue
         limits = shown
         if config is TrainConfig and name in RECIPE_SETTINGS:  # left to the recipe, so nothing until somebody gives it
@@ -53,7 +66,8 @@ def test_the_form_shows_every_setting_with_its_default_limits_and_description(fl
         for key in set(field) - {"title", "default", "additionalProperties"}:
             assert limits[key] == field[key], name
     assert all(shown["description"] for shown in schema["properties"].values())
-    assert set(schema["required"]) == set(wanted["required"]) - {"out"}
+    required = {precompute_teacher: {"dataset", "teacher", "cache"}, train_student: {"cache", "student"}}
+    assert set(schema["required"]) == required.get(flow, {"run"})
 
 
 def started_with(**given):
@@ -105,27 +119,30 @@ def test_each_deployment_loads_and_its_parameters_are_good(deployment, monkeypat
     monkeypatch.chdir(PROJECT)
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    flow.validate_parameters(deployment["parameters"])
+    # measuring and shipping are of a run that somebody names
+    named = {"run": "runs/x"} if flow.name in ("evaluate-student", "deploy-student") else {}
+    flow.validate_parameters({**deployment["parameters"], **named})
     assert deployment["work_pool"] == {"name": "local"}
     assert deployment["concurrency_limit"] == 1
     config = {flow.name: config for flow, config in STAGES}[flow.name]
     settings = {name: value for name, value in deployment["parameters"].items() if name not in OWN}
-    if config is TrainConfig:
+    if "out" in config.model_fields:
         settings["out"] = "runs/x"
-    config.model_validate(settings)
+    config.model_validate({**settings, **named})
 
 
-def test_both_flows_have_a_default_deployment_and_the_student_learns_from_the_cache_of_the_teacher():
+def test_each_flow_has_a_default_deployment_and_the_student_learns_from_the_cache_of_the_teacher():
     names = {deployment["entrypoint"].rpartition(":")[2]: deployment for deployment in deployments()}
-    assert set(names) == {"precompute_teacher", "train_student"}
+    assert set(names) == {flow.fn.__name__ for flow, _ in STAGES}
     assert {deployment["name"] for deployment in names.values()} == {"default"}
-    caches = {deployment["parameters"]["cache"] for deployment in names.values()}
+    caches = {names[name]["parameters"]["cache"] for name in ("precompute_teacher", "train_student")}
     assert len(caches) == 1
 
 
 def test_deploying_needs_no_torch():
     """``prefect deploy`` imports each flow; seconds of torch would be for nothing."""
-    code = "import sys, flows.precompute_teacher, flows.train_student; print({'torch', 'zarr'} & set(sys.modules))"
+    modules = ", ".join(deployment["entrypoint"].partition(".py")[0].replace("/", ".") for deployment in deployments())
+    code = f"import sys, {modules}; print({{'torch', 'zarr', 'numpy'}} & set(sys.modules))"
     environment = {**os.environ, "DO_NOT_TRACK": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
@@ -133,7 +150,7 @@ def test_deploying_needs_no_torch():
 
 def test_own_parameters_come_with_those_of_the_stage():
     names = list(inspect.signature(train_student.fn).parameters)
-    assert names == [*TrainConfig.model_fields, "evaluate_split", "evaluate_checkpoint", "timeout_seconds"]
+    assert names == [*TrainConfig.model_fields, "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"]
 
 
 refs = st.builds(

@@ -8,10 +8,15 @@ from types import SimpleNamespace
 import aiohttp
 import fsspec.exceptions
 import pytest
+from prefect.task_engine import TaskRunTimeoutError
 
+from flows import evaluate_student, precompute_teacher, train_student
+from flows.deploy_student import deploy_run
+from flows.evaluate_student import evaluate_run
 from flows.precompute_teacher import encode_span, plan, seal
 from flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
-from flows.train_student import evaluate_run, train_run
+from flows.train_student import train_run
+from pipeline.deployment import DeploymentError
 from storage import errors
 
 
@@ -19,6 +24,7 @@ def http_error(status):
     return aiohttp.ClientResponseError(SimpleNamespace(real_url="http://x"), (), status=status)
 
 
+REPORTS = [module.describe for module in (precompute_teacher, train_student, evaluate_student)]
 TRANSIENT = [
     ConnectionResetError("reset"),
     ConnectionRefusedError("refused"),
@@ -47,6 +53,7 @@ PERMANENT = [
     errors.CacheError("x"),
     errors.CacheMismatchError("another teacher"),
     errors.CacheCorruptError("bad bytes"),
+    DeploymentError("int8: i2t R@1 is 1.00, and 9.00 in fp32"),
     ValueError("wrong"),
     FloatingPointError("loss is nan"),
     MemoryError(),
@@ -59,6 +66,12 @@ PERMANENT = [
 def test_another_try_may_help(error):
     assert is_transient(error)
     assert retry_transient(None, None, SimpleNamespace(data=error))
+
+
+def test_time_that_ran_out_is_final():
+    """Prefect's timeout_seconds raises a TimeoutError, as a slow network does."""
+    assert is_transient(TaskRunTimeoutError())
+    assert not retry_transient(None, None, SimpleNamespace(data=TaskRunTimeoutError()))
 
 
 @pytest.mark.parametrize("error", PERMANENT, ids=repr)
@@ -81,7 +94,7 @@ def test_a_state_without_exception_is_not_retried():
 def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
     assert len(RETRY_DELAYS) == RETRIES
     assert sorted(RETRY_DELAYS) == RETRY_DELAYS
-    for task in (plan, encode_span, seal, evaluate_run):
+    for task in (plan, encode_span, seal, evaluate_run, deploy_run, *REPORTS):
         assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
         assert task.retry_condition_fn is retry_transient
     assert train_run.retries == 0
@@ -89,6 +102,6 @@ def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
 
 def test_no_task_keeps_results_or_is_cached():
     """The store says what is done."""
-    for task in (plan, encode_span, seal, train_run, evaluate_run):
+    for task in (plan, encode_span, seal, train_run, evaluate_run, deploy_run, *REPORTS):
         assert task.persist_result is False
         assert task.cache_policy.compute_key(None, {}, {}) is None

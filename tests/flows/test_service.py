@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,47 +15,24 @@ import pytest
 
 from flows import precompute_teacher as flow_module
 from storage.integrity import verify_cache
-from tests.conftest import TINY_MODEL
-from tests.flows.conftest import Serve, running
+from tests.flows.conftest import CAPTIONS, IMAGES, Serve, precompute_settings, running
 
 pytestmark = pytest.mark.service
 
-IMAGES, CAPTIONS = 28, 84
-
-
-def settings(pictures, teacher, cache, **more):
-    return {
-        "dataset": f"imagefolder:{pictures}",
-        "teacher": f"local-dir:{teacher}",
-        "cache": str(cache),
-        "device": "cpu",
-        **more,
-    }
-
-
-@pytest.fixture(scope="module")
-def precomputed(served, pictures, tiny_teacher):
-    """A cache made by a run of the deployment: its path, the output of the command and the flow run."""
-    cache = served.folder / "pictures.cache"
-    parameters = settings(pictures, tiny_teacher, cache, chunk_rows=8, chunks_per_span=2)
-    code, output, flow_run = served.run("precompute-teacher/default", **parameters)
-    assert code == 0, output + (served.folder / "home" / "worker.log").read_text()
-    return cache, output, flow_run
-
 
 def test_a_deployment_run_makes_a_whole_cache_one_task_run_per_span(served, precomputed):
-    cache, _, flow_run = precomputed
+    cache, flow_run = precomputed
     report = verify_cache(str(cache))
     assert report.ok, report.findings
     assert (report.images, report.captions, report.quarantined) == (IMAGES, CAPTIONS, 1)
     # 4 chunks of 8 images, 11 of 8 captions, two to a span, no span across towers
     texts = [f"encode-text-{first:06d}-{min(first + 1, 10):06d}" for first in range(0, 11, 2)]
     images = ["encode-image-v0-000000-000001", "encode-image-v0-000002-000003"]
-    assert served.task_names(flow_run) == ["plan", *images, *texts, "seal"]
+    assert served.task_names(flow_run) == ["plan", *images, *texts, "seal", "report"]
 
 
 def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
-    cache, _, _ = precomputed
+    cache, _ = precomputed
     table = served.table("precompute-teacher")
     assert table["cache"] == str(cache)
     assert (table["images"], table["captions"], table["chunks"]) == (IMAGES, CAPTIONS, 15)
@@ -68,7 +45,7 @@ def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
 
 
 def test_what_serve_says_to_type_is_right(served):
-    export, run, _ = served.command()
+    export, run, *_ = served.command()
     assert export == f"export PREFECT_API_URL={served.api}"
     assert run.endswith("prefect deployment run precompute-teacher/default --watch")
     deployment = served.ask("deployments/name/precompute-teacher/default")
@@ -85,7 +62,7 @@ def test_parameters_out_of_range_are_refused_before_a_run_is_made(served):
 
 def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, tiny_teacher):
     cache = served.folder / "never.cache"
-    parameters = settings("/nowhere", tiny_teacher, cache) | {"dataset": "flicker:/data"}
+    parameters = precompute_settings("/nowhere", tiny_teacher, cache) | {"dataset": "flicker:/data"}
     code, output, flow_run = served.run("precompute-teacher/default", **parameters)
     assert code == 1, output
     state = served.ask(f"flow_runs/{flow_run}")["state"]
@@ -96,31 +73,15 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     assert not cache.exists()
 
 
-def test_a_student_is_trained_and_measured(served, precomputed):
-    """With a decoding process: those that a Prefect flow forks used to end with code 1."""
-    student = served.folder / "tiny.json"
-    student.write_text(json.dumps(TINY_MODEL))
-    code, output, flow_run = served.run(
-        "train-student/default",
-        cache=str(precomputed[0]),
-        student=str(student),
-        out=str(served.folder / "run"),
-        epochs=2,
-        batch_size=8,
-        device="cpu",
-        workers=1,
-        select_split="test",
-        evaluate_split="test",
-        evaluate_checkpoint="best",
-    )
-    assert code == 0, output + (served.folder / "home" / "worker.log").read_text()
-    assert served.task_names(flow_run) == [f"train-{student}", "evaluate-test"]
+def test_a_student_is_trained_and_measured(served, trained):
+    out, flow_run = trained
+    assert served.task_names(flow_run) == [f"train-{served.folder / 'tiny.json'}", "evaluate-test", "report"]
     table = served.table("train-student")
     assert table["train images"] == 19  # 20, one of them not an image
     assert table["steps"] == 4
     assert {"loss of epoch 1", "loss of epoch 2", "student i2t R@1 %", "mean retention %"} <= set(table)
-    assert (served.folder / "run" / "checkpoints" / "epoch-0002").is_dir()
-    assert table["checkpoint"] == str(served.folder / "run" / "checkpoints" / "epoch-0002")
+    assert (out / "checkpoints" / "epoch-0002").is_dir()
+    assert table["checkpoint"] == str(out / "checkpoints" / "epoch-0002")
     assert table["measured checkpoint"].startswith("checkpoints/best-epoch-")
 
 
@@ -144,7 +105,7 @@ def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, picture
     monkeypatch.setattr(pipeline.encode, "encode_shared", encode)
     monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
     home = {PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}
-    parameters = settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
+    parameters = precompute_settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
     with temporary_settings(home), pytest.raises(CacheCorruptError, match="a bad chunk"):
         flow_module.precompute_teacher(**parameters)
     # 4 chunks of images, the try after the failure skips the one that was committed; captions are tried once
@@ -166,7 +127,7 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     """Ctrl-C in a run leaves no process, and no slot that the next run waits for. Then the worker dies."""
     serve = Serve(tmp_path)
     cache = tmp_path / "slow.cache"
-    parameters = settings(pictures, tiny_teacher, cache, chunk_rows=1)
+    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
     commits = cache / "commits"
     try:
         serve.start()
@@ -196,3 +157,41 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     finally:
         if serve.process is not None:
             serve.stop()
+
+
+def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishes(served, pictures, tiny_teacher):
+    cache = served.folder / "cancelled.cache"
+    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
+    commits = cache / "commits"
+    before = served.descendants()
+    code, output, flow_run = served.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
+    assert code == 0, output
+    until = time.monotonic() + 120
+    while len(list(commits.rglob("*.json"))) < 3:
+        assert time.monotonic() < until, served.worker_log()
+        time.sleep(0.05)
+    started = served.descendants() - before
+    assert any(b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started)
+    # as `prefect flow-run cancel` and the UI do it
+    served.ask(f"flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    until = time.monotonic() + 60
+    while any(running(pid) for pid in started):
+        assert time.monotonic() < until, served.worker_log()
+        time.sleep(0.1)
+    while (state := served.ask(f"flow_runs/{flow_run}")["state"]["type"]) != "CANCELLED":
+        assert time.monotonic() < until, f"{state}\n{served.worker_log()}"
+        time.sleep(0.1)
+
+    done = len(list(commits.rglob("*.json")))
+    assert 3 <= done < IMAGES + CAPTIONS
+    progress = served.artifact(flow_run, "precompute-teacher-progress")
+    assert 0 < progress["data"] < 100
+    assert re.fullmatch(r"`.*cancelled\.cache`: (images|captions): [01] of 1", progress["description"])
+    report = verify_cache(str(cache))
+    assert report.chunks_sound == done
+    assert {finding.kind for finding in report.findings} == {"incomplete"}
+
+    code, output, _ = served.run("precompute-teacher/default", **parameters)
+    assert code == 0, output + served.worker_log()
+    assert served.table("precompute-teacher")["chunks encoded by this run"] == IMAGES + CAPTIONS - done
+    assert verify_cache(str(cache)).ok

@@ -325,6 +325,6 @@ def test_the_command_says_all_of_it(trained: Path, tiny_teacher: Path, tmp_path:
 def test_a_missing_package_is_named_before_torch_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_deploy, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr("pipeline.deployment.find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UsageError, match=r"onnxscript.*teacher-cache\[deploy\]"):
         cli_deploy.deploy(run=str(trained), out=str(tmp_path / "out"))

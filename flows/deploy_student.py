@@ -1,0 +1,80 @@
+"""Flow ``deploy-student``: export a run's student, prove each file, measure all of them, and ship one folder.
+
+A file that fails its gate fails the flow with the reason, and nothing is shipped; that is not tried again, since the
+same weights fail the same gate. All of it runs on the CPU, where teacher and student are timed in turns: runs beside
+it on the same machine cost it precision, which is one reason why ``flows.serve`` runs one at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from pydantic import Field
+
+import flows.forks  # noqa: F401  memory is measured in processes of their own
+from flows.markdown import deployment_text
+from flows.parameters import parameters_of
+from flows.progress import LoggedProgress
+from flows.report_artifacts import leave_image
+from flows.retries import TRIED_AGAIN
+from pipeline.config import DeployConfig
+
+if TYPE_CHECKING:
+    from pipeline.deploy import DeployResult
+
+__all__ = ["ARTIFACT", "deploy_run", "deploy_student"]
+
+ARTIFACT = "deploy-student"
+
+
+@flow(name="deploy-student", persist_result=False)
+@parameters_of(DeployConfig)
+def deploy_student(
+    *,
+    out: Annotated[
+        str | None,
+        Field(description="Folder to write; must not be there yet. deployed/NAME-OF-THIS-FLOW-RUN if left out."),
+    ] = None,
+    timeout_seconds: Annotated[
+        float | None, Field(gt=0, description="Give up after this long, with nothing shipped; never if left out.")
+    ] = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Ship a run's student as ONNX, int8 and open_clip weights, each file proven, with a table of its worth."""
+    config = DeployConfig(out=out or f"deployed/{flow_run.name}", **settings)
+    result = deploy_run.with_options(timeout_seconds=timeout_seconds)(config)
+    describe(result)
+    deployment = result.deployment
+    return {
+        "out": result.out,
+        "run": deployment.run,
+        "checkpoint": deployment.checkpoint,
+        "cache_manifest_digest": deployment.cache_manifest_digest,
+        "parameters": deployment.parameters,
+        "files": {artefact.file: artefact.sha256 for artefact in deployment.artefacts()},
+        "not_quantised": deployment.not_quantised,
+        "mean_recall": {row.name: row.mean_recall for row in result.table.rows},
+    }
+
+
+@task(name="deploy", task_run_name="deploy-{config.out}", **TRIED_AGAIN)
+def deploy_run(config: DeployConfig) -> DeployResult:
+    """Export, prove, measure and write; or raise and leave nothing behind."""
+    from pipeline.deployment import require_packages
+
+    require_packages()
+    # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.deploy import deploy
+
+    return deploy(config, LoggedProgress(get_run_logger()))
+
+
+@task(name="report", task_run_name="report", **TRIED_AGAIN)
+def describe(result: DeployResult) -> None:
+    """Leave the table in Markdown and as a picture."""
+    leave_image(ARTIFACT, (Path(result.out) / "table.png").read_bytes, result.out)
+    create_markdown_artifact(deployment_text(result), key=ARTIFACT)

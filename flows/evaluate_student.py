@@ -1,0 +1,78 @@
+"""Flow ``evaluate-student``: recall of a run's student beside its teacher's, and what it keeps of it.
+
+The student runs on the images of the split; the teacher's rows come from its cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
+
+import flows.forks  # noqa: F401  evaluation decodes in forked processes
+from flows.devices import device_slots
+from flows.markdown import code, recall_text
+from flows.parameters import parameters_of
+from flows.progress import LoggedProgress
+from flows.report_artifacts import leave_report
+from flows.retries import TRIED_AGAIN
+from pipeline.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import EvaluateResult
+
+__all__ = ["ARTIFACT", "evaluate_run", "evaluate_student"]
+
+ARTIFACT = "evaluate-student"
+
+
+@flow(name="evaluate-student", persist_result=False)
+@parameters_of(EvaluateConfig)
+def evaluate_student(
+    *,
+    run: Annotated[str, Field(description="Folder of the training run whose student is measured.")],
+    timeout_seconds: Annotated[
+        float | None, Field(gt=0, description="Give up measuring after this long; never if left out.")
+    ] = None,
+    report: Annotated[
+        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+    ] = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a run's student on a split beside the teacher it learned from. No teacher is loaded."""
+    config = EvaluateConfig(run=run, **settings)
+    with device_slots(config.device):
+        measured = evaluate_run.with_options(timeout_seconds=timeout_seconds)(config)
+    describe(measured, run, config.image_root, report)
+    return {
+        "run": run,
+        "checkpoint": measured.checkpoint,
+        "split": measured.split,
+        "images": measured.images,
+        "captions": measured.captions,
+        "cache_manifest_digest": measured.cache_manifest_digest,
+        "teacher": measured.teacher,
+        "student": measured.student,
+        "retention": measured.retention,
+    }
+
+
+@task(name="evaluate", task_run_name="evaluate-{config.split}", **TRIED_AGAIN)
+def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
+    """Recall of the cached teacher and of a run's student, on one split."""
+    # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.evaluate import evaluate
+
+    return evaluate(config, LoggedProgress(get_run_logger()))
+
+
+@task(name="report", task_run_name="report", **TRIED_AGAIN)
+def describe(measured: EvaluateResult, run: str, image_root: str | None, report: bool) -> None:
+    """Leave the numbers in Markdown, and with ``report`` the page and its chart."""
+    text = f"# {code(run)}\n\n{recall_text(measured)}"
+    if report:
+        text += leave_report(ARTIFACT, measured.cache, Path(run) / "report.html", [run], image_root).line()
+    create_markdown_artifact(text, key=ARTIFACT)

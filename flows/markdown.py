@@ -1,0 +1,146 @@
+"""What a flow run leaves for people to read, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.deploy import DeployResult
+    from pipeline.evaluate import EvaluateResult
+    from pipeline.runs import RunRecord
+    from storage.identity import CacheIdentity
+    from storage.inspect import CacheInfo
+    from storage.stats import RecallStats
+
+__all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "run_text"]
+
+
+def code(value: Any) -> str:
+    """A value as it is, also in a cell of a table: names of files and splits may hold anything."""
+    return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
+
+
+def cache_text(info: CacheInfo, recall: RecallStats | None) -> str:
+    """What a finished cache is of, and how well its teacher finds its own pairs.
+
+    Args:
+        recall: of the teacher; None where its captions are prompts of classes.
+    """
+    lines = [f"# {code(info.location)}", "", *identity_table(info.identity), ""]
+    if recall is not None:
+        of = f"{recall.images:,} images, {recall.captions:,} captions"
+        columns = list(recall.i2t)
+        lines += [f"The teacher's own recall, {of}, in percent:", ""]
+        lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+        for name, values in (("image to text", recall.i2t), ("text to image", recall.t2i)):
+            lines.append(f"| {name} | " + " | ".join(f"{values[column]:.1f}" for column in columns) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"Identity {code(info.identity_digest)}, manifest {code(info.manifest_digest)}."])
+
+
+def identity_table(identity: CacheIdentity) -> list[str]:
+    """A cache's identity in brief: what made its rows."""
+    teacher, preprocess, views, dataset = identity.teacher, identity.preprocess, identity.views, identity.dataset
+    size = " x ".join(map(str, preprocess.image_size))
+    splits = ", ".join(f"{code(name)} {images:,}" for name, images in dataset.splits.items())
+    name = teacher.name if teacher.pretrained is None else f"{teacher.name} {teacher.pretrained}"
+    rows = {
+        "teacher": f"{code(name)}, weights {code(teacher.weights_sha256[:16])}",
+        "architecture": f"width {teacher.embed_dim}, {teacher.activation}, {teacher.precision}, "
+        f"logit scale {teacher.logit_scale:.4g}",
+        "pixels": f"{size}, {preprocess.interpolation}, {preprocess.resize_mode}",
+        "tokenizer": f"{code(identity.tokenizer.name)}, {identity.tokenizer.context_length} tokens",
+        "views": f"{views.count}, {views.policy}",
+        "targets": identity.targets.dtype,
+        "dataset": f"{dataset.kind}, {dataset.images:,} images, {dataset.captions:,} captions",
+        "splits": splits,
+    }
+    return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
+
+
+def run_text(record: RunRecord, measured: EvaluateResult | None) -> str:
+    """A finished training run: what was trained, the loss of each epoch, and what the student keeps of its teacher."""
+    out = record.config.out
+    lines = [
+        f"# {code(out)}",
+        "",
+        f"{code(record.config.student)}, {record.student_parameters:,} parameters, from {code(record.config.cache)} "
+        f"(teacher {code(record.teacher)}, manifest {code(record.cache_manifest_digest[:16])}): {record.steps:,} steps "
+        f"on {record.train_images:,} images. Checkpoint {code(f'{out}/{record.checkpoint}')}.",
+        "",
+    ]
+    if measured is not None:
+        lines += [recall_text(measured), ""]
+    selected = any(epoch.selection for epoch in record.epochs)
+    names = list(dict.fromkeys(name for epoch in record.epochs for name in epoch.parts))
+    headings = ["epoch", "loss", *names, *(["mean recall on " + code(record.config.select_split)] if selected else [])]
+    lines += _table(headings, _epochs(record, names, selected))
+    return "\n".join(lines)
+
+
+def _epochs(record: RunRecord, names: list[str], selected: bool) -> Iterable[list[str]]:
+    for epoch in record.epochs:
+        row = [f"{epoch.epoch + 1}", f"{epoch.loss:.4f}", *(f"{epoch.parts.get(name, 0.0):.4g}" for name in names)]
+        if selected:
+            row.append("-" if epoch.selection is None else f"{epoch.selection.mean_recall:.1f}")
+        if record.best is not None and record.best.epoch == epoch.epoch:
+            row[0] = f"{row[0]} (best)"
+        yield row
+
+
+def recall_text(measured: EvaluateResult) -> str:
+    """Recall of teacher and student side by side, and what was retained with its interval; in percent."""
+    of = f"{measured.images:,} images, {measured.captions:,} captions"
+    if measured.quarantined:
+        of += f", {measured.quarantined:,} quarantined ones left out"
+    lines = [f"Recall on {code(measured.split)}: {of}."]
+    if measured.checkpoint is not None:
+        chosen = f", which was chosen on {code(measured.chosen_on)}" if measured.chosen_on else ""
+        lines[0] += f" Student: {code(measured.checkpoint)}{chosen}."
+    lines.append("")
+    level = f"{100 * measured.interval_level:.0f} %"
+    return "\n".join([*lines, *_table(["metric", "teacher", "student", f"retention [{level}]"], _recalls(measured))])
+
+
+def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
+    # here, not above: it brings numpy and FAISS, and deploying a flow needs neither
+    from pipeline.metrics import mean_recall
+
+    student, kept = measured.student, measured.retention
+    spans = measured.retention_intervals.model_dump() if measured.retention_intervals else None
+
+    def retained(share: float | None, span: dict[str, float] | None) -> str:
+        if share is None:
+            return "-"
+        return f"{share:.1f} %" + ("" if span is None else f" [{span['low']:.1f}, {span['high']:.1f}]")
+
+    for direction, recalls in measured.teacher.items():
+        for name, value in recalls.items():
+            row = [f"{direction} {name}", f"{value:.1f}", "-", "-"]
+            if student is not None and kept is not None:
+                row[2] = f"{student[direction][name]:.1f}"
+                row[3] = retained(kept[direction][name], spans and spans[direction][name])
+            yield row
+    means = [f"{mean_recall(found):.1f}" if found else "-" for found in (measured.teacher, student)]
+    yield ["mean", *means, retained(kept["mean"], spans and spans["mean"]) if kept else "-"]
+
+
+def deployment_text(result: DeployResult) -> str:
+    """A deployed student: its table, what each file had to pass, and what has no int8 file."""
+    from pipeline.student_table import to_markdown
+
+    table = result.table
+    lines = [f"# {code(result.out)}", "", to_markdown(table)]
+    gates = ([gate.name, f"{gate.found:.6g}", gate.wanted.replace("<", "&lt;")] for gate in table.gates)
+    lines += _table(["gate", "found", "wanted"], gates)
+    lines += [
+        "",
+        *(f"- no int8 file of the {tower} tower: {why}" for tower, why in result.deployment.not_quantised.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
