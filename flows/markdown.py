@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.deploy import DeployResult
     from pipeline.evaluate import EvaluateResult
+    from pipeline.precompute import PrecomputeResult
+    from pipeline.registry import Candidate
+    from pipeline.retrain import Changes, Look
     from pipeline.runs import RunRecord
     from storage.identity import CacheIdentity
     from storage.inspect import CacheInfo
     from storage.stats import RecallStats
 
-__all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "run_text"]
+__all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "retraining_text", "run_text"]
 
 
 def code(value: Any) -> str:
@@ -139,6 +142,32 @@ def deployment_text(result: DeployResult) -> str:
         *(f"- no int8 file of the {tower} tower: {why}" for tower, why in result.deployment.not_quantised.items()),
     ]
     return "\n".join(lines)
+
+
+def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None, candidate: Candidate | None) -> str:
+    """What a retraining found and did, and why the student was promoted or not."""
+    lines = [f"# {outcome}", "", f"{code(found.cache)}: {found.images:,} images, {found.captions:,} captions."]
+    if found.changes is not None:
+        lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
+    if encoded is not None:
+        copied = " and ".join(f"{rows:,} rows of {tower}" for tower, rows in encoded.rows_reused.items())
+        lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others." if found.reuse else ""]
+    if candidate is not None:
+        lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
+        lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))
+    return "\n".join(lines)
+
+
+def _changes(changes: Changes) -> Iterable[list[str]]:
+    yield ["images", f"{changes.new_images:,}", f"{changes.removed_images:,}"]
+    yield ["captions", f"{changes.new_captions:,}", f"{changes.removed_captions:,}"]
+
+
+def _compared(candidate: Candidate) -> Iterable[list[str]]:
+    before = candidate.comparison.champion_recalls if candidate.comparison else None
+    for direction, recalls in candidate.recalls.items():
+        for name, value in recalls.items():
+            yield [f"{direction} {name}", f"{value:.1f}", "-" if before is None else f"{before[direction][name]:.1f}"]
 
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:

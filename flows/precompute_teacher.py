@@ -55,7 +55,7 @@ def precompute_teacher(
         for span in spans:
             before, done = done, done + len(span.chunks)
             encoded += encode_span(config, span, progress.part(before / chunks, done / chunks))
-    result = seal(config.cache, encoded, time.perf_counter() - started)
+    result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
     LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
     describe(config.cache, report)
@@ -100,11 +100,11 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
-def seal(cache: str, chunks_encoded: int, seconds: float) -> PrecomputeResult:
+def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
     """Seal the finished cache and say what is in it."""
     from pipeline.precompute import summarize
 
-    result = summarize(cache, chunks_encoded, seconds)
+    result = summarize(cache, chunks_encoded, seconds, reuse)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
     return result
 
@@ -130,6 +130,7 @@ def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
         **{f"split {name}": images for name, images in result.splits.items()},
         "chunks": result.chunks,
         "chunks encoded by this run": result.chunks_encoded,
+        "rows copied": ", ".join(f"{tower} {rows:,}" for tower, rows in result.rows_reused.items()),
         "quarantined": result.quarantined,
         "lost images": result.lost_images,
         **{f"problem {kind}": count for kind, count in result.problems.items()},

@@ -19,11 +19,13 @@ from prefect.utilities.callables import parameter_schema
 from flows.deploy_student import deploy_student
 from flows.evaluate_student import evaluate_student
 from flows.precompute_teacher import precompute_teacher
+from flows.retrain_student import retrain_student
 from flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from flows.train_student import train_student
 from pipeline.config import DeployConfig, EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.plan import chunk_spans
 from pipeline.recipes import RECIPE_SETTINGS
+from pipeline.retrain_config import RetrainConfig
 from storage.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,7 @@ STAGES = [
     (train_student, TrainConfig),
     (evaluate_student, EvaluateConfig),
     (deploy_student, DeployConfig),
+    (retrain_student, RetrainConfig),
 ]
 OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"}
 # what a flow asks of its user otherwise than the stage does: a folder is named by the flow run, a student is a must

@@ -27,10 +27,12 @@ from flows.train_student import train_student
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
 from pipeline.parity import require_parity
+from pipeline.registry import StudentRegistry
 from pipeline.runs import RunFolder
 from pipeline.student_table import StudentTable, to_markdown
 from storage.errors import UsageError
 from storage.inspect import describe_cache
+from tests.conftest import TINY_MODEL, write_photos
 
 pytestmark = pytest.mark.service
 
@@ -124,6 +126,41 @@ def test_a_student_is_shipped_with_its_table(served, trained, tiny_teacher):
         assert f"| {gate.name} | {gate.found:.6g} | " in text
     with Image.open(out / "table.png") as picture:
         assert png(served.artifact(flow_run, "deploy-student-chart")) == picture.size
+
+
+def test_retraining_learns_what_is_new_and_does_nothing_where_nothing_is(served, tiny_teacher, tmp_path):
+    write_photos(tmp_path / "photos", 32)
+    (tmp_path / "student.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 12}))
+    home = tmp_path / "home"
+    settings = {
+        "dataset": f"flickr:{tmp_path}/photos",
+        "teacher": f"local-dir:{tiny_teacher}",
+        "home": str(home),
+        "student": str(tmp_path / "student.json"),
+        "train": {"epochs": 1, "batch_size": 8, "workers": 0},
+        "split": "train",
+        "ship": False,
+        "device": "cpu",
+    }
+    code, output, flow_run = served.run("retrain-student/default", **settings)
+    assert code == 0, output + served.worker_log()
+    assert sorted(served.task_names(flow_run)) == sorted(
+        ["look", "encode", f"train-{tmp_path}/student.json", "promote", "report"]
+    )
+    champion = StudentRegistry(f"{home}/students").champion()
+    assert champion is not None
+    text = served.artifact(flow_run, "retrain-student")["data"]
+    assert text.startswith("# promoted")
+    assert f"Student 1, `{home}/runs/0001`: the first" in text
+    for direction, recalls in champion.recalls.items():
+        for name, value in recalls.items():
+            assert f"| {direction} {name} | {value:.1f} | - |" in text
+
+    code, output, flow_run = served.run("retrain-student/default", **settings)
+    assert code == 0, output + served.worker_log()
+    assert sorted(served.task_names(flow_run)) == ["look", "report"]
+    assert served.artifact(flow_run, "retrain-student")["data"].startswith("# nothing-new")
+    assert [path.name for path in (home / "caches").iterdir()] == ["0001.cache"]
 
 
 def test_a_file_that_fails_its_gate_fails_the_flow_and_is_not_tried_again(

@@ -1,0 +1,132 @@
+"""Flow ``retrain-student``: look for new data; encode it, train, measure beside the champion, ship and promote.
+
+Meant for a schedule: nothing new means nothing done, in seconds. The folders say what is done, not Prefect, so that a
+run after a crashed one goes on where that stopped. Training is not tried again at once, as in ``train-student``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+import flows.forks  # noqa: F401  training decodes in forked processes
+from flows.devices import device_slots
+from flows.markdown import retraining_text
+from flows.parameters import parameters_of
+from flows.progress import LoggedProgress
+from flows.report_artifacts import leave_report
+from flows.retries import TRIED_AGAIN
+from pipeline.retrain_config import RetrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.precompute import PrecomputeResult
+    from pipeline.promote import PromoteResult
+    from pipeline.retrain import Look
+    from pipeline.train import StepProgress
+
+__all__ = ["ARTIFACT", "retrain_student"]
+
+ARTIFACT = "retrain-student"
+
+
+@flow(name="retrain-student", persist_result=False)
+@parameters_of(RetrainConfig)
+def retrain_student(
+    *,
+    timeout_seconds: Annotated[
+        float | None, Field(gt=0, description="Give up training after this long; never if left out.")
+    ] = None,
+    report: Annotated[
+        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+    ] = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Retrain if the dataset has changed, and promote the student if it is not worse than the champion."""
+    config = RetrainConfig(**settings)
+    found = look(config)
+    encoded = verdict = None
+    if found.judged is None:
+        with device_slots(config.device):
+            if not found.cache_finished:
+                encoded = encode(config, found)
+            train.with_options(timeout_seconds=timeout_seconds)(config, found)
+            verdict = promote(config, found)
+    outcome = "nothing-new" if verdict is None else "promoted" if verdict.promotion else "rejected"
+    describe(outcome, found, encoded, verdict, report)
+    candidate = verdict.candidate if verdict else found.judged
+    return {
+        "outcome": outcome,
+        "cache": found.cache,
+        "changes": found.changes and found.changes.model_dump(),
+        "rows_reused": encoded and encoded.rows_reused,
+        "run": found.run,
+        "student": candidate and candidate.number,
+        "reason": candidate and candidate.reason,
+    }
+
+
+@task(name="look", task_run_name="look", **TRIED_AGAIN)
+def look(config: RetrainConfig) -> Look:
+    """Read the dataset and what was made before."""
+    # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.retrain import Retraining
+
+    logger = get_run_logger()
+    found = Retraining(config).look(LoggedProgress(logger))
+    if found.judged is not None:
+        logger.info(f"nothing new: student {found.judged.number} was trained from {found.cache}, which is up to date")
+    elif found.changes is not None:
+        changes = found.changes
+        logger.info(
+            f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
+            f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
+        )
+    return found
+
+
+@task(name="encode", task_run_name="encode", **TRIED_AGAIN)
+def encode(config: RetrainConfig, found: Look) -> PrecomputeResult:
+    """Make the cache of the dataset as it is now; rows that an earlier one has are copied."""
+    from pipeline.retrain import Retraining
+
+    return Retraining(config).encode(found, LoggedProgress(get_run_logger()))
+
+
+@task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
+def train(config: RetrainConfig, found: Look) -> str:
+    """Train the student, or go on with a run that died."""
+    from pipeline.retrain import Retraining
+
+    progress = LoggedProgress(get_run_logger())
+
+    def say(at: StepProgress) -> None:
+        progress("step", at.step, at.total_steps, f"loss {at.loss:.3f}")
+
+    return Retraining(config).train(found, say)
+
+
+@task(name="promote", task_run_name="promote", **TRIED_AGAIN)
+def promote(config: RetrainConfig, found: Look) -> PromoteResult:
+    """Measure the student beside the champion; ship and promote it if it passes."""
+    from pipeline.retrain import Retraining
+
+    result = Retraining(config).promote(found, LoggedProgress(get_run_logger()))
+    verdict = "promoted" if result.promotion else "rejected"
+    get_run_logger().info(f"student {result.candidate.number} {verdict}: {result.candidate.reason}")
+    return result
+
+
+@task(name="report", task_run_name="report", **TRIED_AGAIN)
+def describe(
+    outcome: str, found: Look, encoded: PrecomputeResult | None, verdict: PromoteResult | None, report: bool
+) -> None:
+    """Leave what was done in Markdown, and with ``report`` the page and its chart."""
+    text = retraining_text(outcome, found, encoded, verdict.candidate if verdict else found.judged)
+    if report and verdict is not None:
+        text += leave_report(ARTIFACT, found.cache, Path(found.run) / "report.html", [found.run]).line()
+    create_markdown_artifact(text, key=ARTIFACT)
