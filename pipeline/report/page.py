@@ -282,7 +282,7 @@ def _covered(part: CoverageMap) -> dict[str, Any]:
 def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of all evaluations, the teacher's line above the students' of its split."""
     metrics = [(direction, name) for direction in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10")]
-    headings = ["student", "split", "checkpoint", *(f"{d} {n}" for d, n in metrics), "keeps of the mean (95 %)"]
+    headings = ["student", "split", "checkpoint", "keeps of the mean", *(f"{d} {n}" for d, n in metrics)]
 
     def values(recalls: Any, intervals: Any) -> list[str]:
         found = []
@@ -299,7 +299,7 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
             on = f"{each.split}: {each.images:,} images, {each.captions:,} captions"
             if (each.split, each.cache_manifest_digest) not in teachers:
                 teachers.add((each.split, each.cache_manifest_digest))
-                rows.append(["teacher", on, "–", *values(each.teacher, each.teacher_intervals), "–"])
+                rows.append(["teacher", on, "–", "–", *values(each.teacher, each.teacher_intervals)])
             if each.student is None or each.retention is None:
                 continue
             chosen = f", chosen on {each.chosen_on}" if each.chosen_on else ""
@@ -310,7 +310,7 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
             kept = "–" if share is None else f"{share:.1f} %"
             kept += f" ({between.low:.1f} to {between.high:.1f})" if between else ""
             checkpoint = (each.checkpoint or "–").rpartition("/")[2] + chosen
-            rows.append([run.name, on, checkpoint, *values(each.student, each.student_intervals), kept])
+            rows.append([run.name, on, checkpoint, kept, *values(each.student, each.student_intervals)])
     return headings, rows
 
 
