@@ -7,6 +7,7 @@ site a link to a file that is a page leads to that page; one to any other file o
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -24,9 +25,9 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s#]+)(
 
 def make_pages() -> None:
     """Bring the pages up to date; one that is as it was keeps its time, so that it is not built again."""
-    wanted = {
-        COPIES / path.relative_to(PROJECT): path.read_bytes() for name in COPIED for path in PROJECT.glob(name)
-    } | {COPIES / "api" / f"{module}.md": _module_page(module).encode() for module in modules()}
+    wanted = {COPIES / path.relative_to(PROJECT): path.read_bytes() for name in COPIED for path in PROJECT.glob(name)}
+    wanted |= {COPIES / "api" / f"{module}.md": _module_page(module).encode() for module in modules()}
+    wanted[COPIES / "modules.md"] = _list_of_modules().encode()
     for page in COPIES.rglob("*"):
         if page.is_file() and page not in wanted:
             page.unlink()
@@ -48,7 +49,18 @@ def modules() -> list[str]:
 
 
 def _module_page(module: str) -> str:
-    return f"# {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+    # no entry in the sidebar: a hundred of them would be in every page
+    return f"---\norphan: true\n---\n\n# {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+
+
+def _list_of_modules() -> str:
+    lines = []
+    for module in modules():
+        path = PROJECT / module.replace(".", "/")
+        code = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        said = (ast.get_docstring(ast.parse(code.read_text())) or "").partition("\n\n")[0]
+        lines.append(f"- {{py:mod}}`{module}`: {' '.join(said.split()).replace('``', '`').rstrip('.:')}")
+    return "# All modules\n\n" + "\n".join(lines) + "\n"
 
 
 def lead_links(app: Sphinx, docname: str, source: list[str]) -> None:
