@@ -30,6 +30,9 @@ myst_heading_anchors = 4
 # fences without a language hold trees, tables of a terminal and commands alike
 highlight_language = "text"
 
+# --flags and quotes are to be copied as they are typed
+smartquotes = False
+
 html_theme = "furo"
 html_title = "teacher-cache"
 html_static_path = ["_static"]

@@ -18,12 +18,19 @@ def describe_fields(app: Sphinx, what: str, name: str, found: Any, options: Any,
     if described:
         lines += ["", ".. rubric:: Fields", ""]
     for key, field in described.items():
-        kind = stringify_annotation(field.annotation, "smart").replace("~", "")
+        kind = stringify_annotation(field.annotation, "smart").replace("~", "").replace("typing.", "")
         default = "required"
         if not field.is_required():
             default = f"``{field.get_default(call_default_factory=True)!r}`` if left out"
         text = " ".join(str(field.description).split()).replace("*", r"\*").replace("|", r"\|").replace("`", r"\`")
         lines += [f"``{key}`` (``{kind}``, {default})", f"    {text}", ""]
+
+
+def leave_signature_out(app: Sphinx, what: str, name: str, found: Any, *rest: Any) -> tuple[str, None] | None:
+    """No signature for a model whose fields are told one by one below it."""
+    if inspect.isclass(found) and issubclass(found, BaseModel):
+        return ("", None) if any(field.description for field in found.model_fields.values()) else None
+    return None
 
 
 def keep_trees(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
@@ -44,4 +51,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", keep_trees, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", describe_fields)
+    app.connect("autodoc-process-signature", leave_signature_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
