@@ -36,6 +36,7 @@ smartquotes = False
 html_theme = "furo"
 html_title = "teacher-cache"
 html_static_path = ["_static"]
+html_favicon = "_static/mark.svg"  # without one a browser asks for one and is told 404
 html_css_files = ["site.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0b5c8f", "color-brand-content": "#0b5c8f"},
