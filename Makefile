@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format serve clean
+.PHONY: help install demo test lint format docs serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -39,8 +39,12 @@ format: install  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install  ## the documentation site, from docs/ and the docstrings, into site/; nothing is fetched
+	$(BIN)/python -m sphinx -n -W --keep-going -q -d build/doctrees docs site
+	@echo "site/index.html"
+
 serve: install  ## a local Prefect server and worker with the deployments of prefect.yaml
 	$(BIN)/python -m flows.serve
 
-clean:  ## remove .venv and what the tools keep; caches and runs stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean:  ## remove .venv, the site and what the tools keep; caches and runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project

@@ -18,9 +18,19 @@ RunFile = Annotated[
 
 
 def setting(config: type[Any], name: str, option: str | None = None) -> Any:
-    """A flag that says what the setting of the same name says."""
+    """A flag that says what the setting of the same name says, and its default.
+
+    The flag itself has none, so that a run file is not overruled by what nobody typed. A description that says what
+    happens when the setting is left out says it all.
+    """
+    field = config.model_fields[name]
+    default: str | bool = False
+    if not (field.is_required() or field.default in (None, ()) or "left out" in str(field.description)):
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    if isinstance(field.default, bool):  # a switch, off until it is typed
+        default = False
     flag = option or "--" + name.replace("_", "-")
-    return typer.Option(flag, help=config.model_fields[name].description, show_default=False)
+    return typer.Option(flag, help=field.description, show_default=default)
 
 
 def say(line: str) -> None:

@@ -1,9 +1,11 @@
 """Labelled images for zero-shot classification, with the prompts of their classes.
 
-imagefolder:PATH          a folder per class, perhaps below a folder per split
-webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
-torchvision:NAME:PATH     a dataset of torchvision that lies at PATH; nothing is downloaded
-KIND:PATH                 any other adapter: images with the same captions are of one class, and these its prompts
+What a dataset is called:
+
+    imagefolder:PATH          a folder per class, perhaps below a folder per split
+    webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
+    torchvision:NAME:PATH     a dataset of torchvision that lies at PATH; nothing is downloaded
+    KIND:PATH                 any other adapter: images with the same captions are of one class, and these its prompts
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The rank of every query as a parquet file: which queries a student lost, and which it won, against its teacher.
 
-direction       ``i2t`` (the query is an image) or ``t2i`` (it is a caption); all of i2t first
-query           position of the image, or of the caption, in the split
-sample_id       of the image
-caption         the text, for t2i; null for i2t
-teacher_rank    of the first positive, from 1; null where there is none down to ``depth``
-student_rank    likewise; the column is left out where no student was measured
+    direction       ``i2t`` (the query is an image) or ``t2i`` (it is a caption); all of i2t first
+    query           position of the image, or of the caption, in the split
+    sample_id       of the image
+    caption         the text, for t2i; null for i2t
+    teacher_rank    of the first positive, from 1; null where there is none down to ``depth``
+    student_rank    likewise; the column is left out where no student was measured
 
 The file's metadata has ``depth``, ``split``, ``cache``, ``cache_manifest_digest``, ``run`` and ``checkpoint``. Lost at
 R@1 is ``teacher_rank = 1 AND (student_rank IS NULL OR student_rank > 1)`` in whatever reads parquet.

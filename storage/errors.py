@@ -1,13 +1,13 @@
 """What can be wrong with a cache, grouped by what the reader would do next.
 
-CacheError
-   |- CacheNotFoundError     no cache was ever started at this path
-   |- CacheIncompleteError   started, chunks missing; precompute again resumes
-   |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
-   |- CacheFormatError       written by a newer version, or not a cache manifest at all
-   |- CacheCorruptError      bytes disagree with their digest; teacher-cache repair mends it
-   |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
-   `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
+    CacheError
+       |- CacheNotFoundError     no cache was ever started at this path
+       |- CacheIncompleteError   started, chunks missing; precompute again resumes
+       |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
+       |- CacheFormatError       written by a newer version, or not a cache manifest at all
+       |- CacheCorruptError      bytes disagree with their digest; teacher-cache repair mends it
+       |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
+       `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 
 UsageError is apart: a setting, name or path that the caller has to change.
 """

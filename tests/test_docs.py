@@ -5,17 +5,22 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from pipeline.cli import app
 from pipeline.datasets import ADAPTERS
 from pipeline.student import presets
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROJECT_PAGES = ROOT / "docs" / "project"  # copies that the site is built from; not in git
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md"]
+DOCUMENTS += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not path.is_relative_to(PROJECT_PAGES)]
 DOCUMENTS += [*sorted((ROOT / "benchmarks").glob("*.md")), *sorted((ROOT / "configs").glob("*.toml"))]
 
 
@@ -30,7 +35,8 @@ def code_in(path: Path) -> str:
     text = path.read_text().replace("\\\n", " ")
     if path.suffix != ".md":
         return text
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fences = re.findall(r"^```([^\n`]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for kind, block in fences if not kind.startswith("{")]  # {toctree} and its like show nothing typed
     inline = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     return "\n".join([*blocks, *(code.replace("\n", " ") for code in inline)])
 
@@ -44,9 +50,28 @@ def test_every_command_and_flag_shown_exists(path: Path) -> None:
         known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
         assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, f"{path.name}: teacher-cache {name}{rest}"
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for target in re.findall(r"\bmake ([a-z]+)(?: |$|`|:)", text):
-        if f"make {target}" in text and target in {"install", "demo", "test", "lint", "serve", "bench", "docs"}:
-            assert target in targets, f"{path.name}: make {target}"
+    for target in re.findall(r"(?:^|[;&|] )\s*make ([a-z-]+)\b", text, re.MULTILINE):
+        assert target in targets, f"{path.name}: make {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_deployment_and_parameter_shown_exists(path: Path) -> None:
+    known = {f"{found.name}/{name}": found for name, found in _deployments()}
+    for name, rest in re.findall(r"prefect deployment (?:run|inspect|schedule [a-z]+) (\S+)([^\n`]*)", code_in(path)):
+        assert name in known, f"{path.name}: prefect deployment ... {name}"
+        given = re.findall(r"(?:-p|--param) '?([a-z_]+)=", rest)
+        assert set(given) <= set(known[name].parameters.properties), f"{path.name}: {name}{rest}"
+
+
+def _deployments() -> list[tuple[str, Any]]:
+    """Name of each deployment in ``prefect.yaml`` with its flow."""
+    listed = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    found = []
+    for entry in listed:
+        file, function = entry["entrypoint"].split(":")
+        module = import_module(file.removesuffix(".py").replace("/", "."))
+        found.append((entry["name"], getattr(module, function)))
+    return found
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.name)

@@ -1,0 +1,55 @@
+"""What autodoc does not see: fields of pydantic models with their descriptions, and trees in module docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pydantic import BaseModel
+from sphinx.application import Sphinx
+from sphinx.util.typing import stringify_annotation
+
+
+def describe_fields(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Append a model's described fields to its docstring; those without a description are left to the docstring."""
+    if not (inspect.isclass(found) and issubclass(found, BaseModel)):
+        return
+    described = {key: field for key, field in found.model_fields.items() if field.description}
+    if described:
+        lines += ["", ".. rubric:: Fields", ""]
+    for key, field in described.items():
+        kind = stringify_annotation(field.annotation, "smart").replace("~", "").replace("typing.", "")
+        default = "required"
+        if not field.is_required():
+            default = f"``{field.get_default(call_default_factory=True)!r}`` if left out"
+        text = " ".join(str(field.description).split()).replace("*", r"\*").replace("|", r"\|").replace("`", r"\`")
+        lines += [f"``{key}`` (``{kind}``, {default})", f"    {text}", ""]
+
+
+def leave_signature_out(app: Sphinx, what: str, name: str, found: Any, *rest: Any) -> tuple[str, None] | None:
+    """No signature for a model whose fields are told one by one below it."""
+    if inspect.isclass(found) and issubclass(found, BaseModel):
+        return ("", None) if any(field.description for field in found.model_fields.values()) else None
+    return None
+
+
+def keep_trees(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Show the indented blocks of a module's docstring, trees of files and the like, as they are typed."""
+    if what != "module":
+        return
+    inside, out = False, []
+    for number, line in enumerate(lines):
+        indented = line.startswith("    ")
+        if indented and not inside and number and not lines[number - 1].strip():
+            out += ["::", ""]
+        inside = indented or (inside and not line.strip())
+        out.append(line)
+    lines[:] = out
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_trees, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", describe_fields)
+    app.connect("autodoc-process-signature", leave_signature_out)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

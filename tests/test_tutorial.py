@@ -1,0 +1,81 @@
+"""The tutorial's commands, read from its text and run one after another on COCO's layout with a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from tests.coco_files import captions_of, write_coco
+from tests.conftest import write_photos
+
+TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
+
+# what differs from the text: a teacher and a student that are here, and sizes for 20 images
+_SMALLER = {"--epochs": "1", "--batch-size": "4", "--sample": "4"}
+_ADDED = {
+    "train": ["--workers", "0"],
+    "cost": ["--rounds", "1", "--batch", "1"],
+    "deploy": ["--rounds", "1", "--no-int8"],
+}
+
+
+def commands() -> list[list[str]]:
+    """Words of each teacher-cache command in the tutorial, in order."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert {line[0] for line in words} <= {"make", "source", "pip", "mkdir", "curl", "unzip", "teacher-cache"}
+    return [line[1:] for line in words if line[0] == "teacher-cache"]
+
+
+def here(words: list[str], model: Path) -> list[str]:
+    """The command as it can be run here; every flag but those of :data:`_SMALLER` and the models stays as it is."""
+    line = shlex.join(words)
+    line = line.replace("--teacher ViT-B-32 --pretrained openai", f"--teacher local-dir:{model}")
+    line = line.replace("--student effnet-lite0-t3", f"--student {model / 'open_clip_config.json'}")
+    line = line.replace(" --trunk-weights package:efficientnet-lite0", "")
+    for flag, value in _SMALLER.items():
+        line = re.sub(rf"{flag} \S+", f"{flag} {value}", line)
+    return shlex.split(line) + ([] if "--resume" in words else _ADDED.get(words[0], []))
+
+
+def test_its_commands_do_what_it_says(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = write_photos(tmp_path / "photos", 20)
+    names = [f"{number:04d}.jpg" for number in range(20)]
+    monkeypatch.chdir(tmp_path)
+    write_coco(
+        tmp_path / "data" / "coco",
+        {"train2017": captions_of(photos, names[:12]), "val2017": captions_of(photos, names[12:])},
+    )
+    told = {}
+    for words in commands():
+        done = CliRunner().invoke(app, here(words, tiny_teacher), catch_exceptions=False)
+        assert done.exit_code == 0, f"{shlex.join(words)}: {done.output}"
+        told[words[0]] = done.stdout
+    assert set(told) >= {
+        "plan",
+        "precompute",
+        "info",
+        "verify",
+        "stats",
+        "inherit",
+        "train",
+        "evaluate",
+        "cost",
+        "deploy",
+    }
+    # what the text says that each of them leaves
+    assert "20 images in 2 views and 40 captions" in told["precompute"]
+    assert "as the teacher makes them: 4 images and 4 captions" in told["verify"]
+    assert "retention" in told["evaluate"]
+    assert pq.read_table("ranks.parquet").num_rows == 8 + 16  # of val2017, each image and each caption
+    assert len(json.loads(Path("runs/coco/run.json").read_text())["epochs"]) == 1
+    assert Path("deployed/coco/README.md").is_file()
+    assert told["infer"].count(".jpg") == 8
