@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Is the service of this container well? ``healthcheck [server|worker]``: exit 0, or 1 with the reason.
 
-Without a word it looks at what the container runs. Any other command is well as long as it runs: it ends when it is done.
+Without a word it looks at what the container runs. Any command but these two is well as long as it runs: it ends when
+it is done.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import urllib.request
@@ -23,7 +25,7 @@ def url(role: str) -> str:
 def role_of(command: list[str]) -> str | None:
     """``server`` or ``worker`` if a command starts one of Prefect's, else None."""
     for role in ("server", "worker"):
-        if any(pair == (role, "start") for pair in zip(command, command[1:], strict=False)):
+        if any(pair == (role, "start") for pair in itertools.pairwise(command)):
             return role
     return None
 
