@@ -152,6 +152,7 @@ def stack() -> Iterator[Stack]:
             (r"\b4200\b", str(server_port)),
             (r"\b8333\b", str(s3_port)),
             (r"=/data$", f"={root / 's3'}"),
+            (r"^/var/lib/prefect$", str(root / "home" / "server")),
             (r"/setup/bucket\.py", str(DOCKER / "bucket.py")),
         ],
         environment={

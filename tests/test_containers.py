@@ -220,7 +220,7 @@ def test_every_volume_is_declared_and_lands_in_a_folder_that_the_user_owns() -> 
     assert {each for each in used if not each.startswith(".")} == set(whole["volumes"])
     owned = re.search(r"install -d -o teacher -g teacher (.*?)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     assert owned is not None
-    targets = {each.split(":")[1] for each in services()["worker"]["volumes"]}
+    targets = {each.split(":")[1] for name in ("server", "worker") for each in services()[name]["volumes"]}
     assert targets <= set(owned[1].split())
 
 

@@ -16,7 +16,11 @@ from pipeline.student import presets
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DOCUMENTS += [*sorted((ROOT / "benchmarks").glob("*.md")), *sorted((ROOT / "configs").glob("*.toml"))]
+DOCUMENTS += [
+    ROOT / "docker" / "README.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "configs").glob("*.toml")),
+]
 
 
 def tracked() -> list[str]:
