@@ -110,6 +110,7 @@ class Started:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    watch: subprocess.Popen[bytes]
 
     @classmethod
     def start(cls, name: str, command: list[str], log: Path, **options: Any) -> Started:
@@ -123,7 +124,11 @@ class Started:
                 start_new_session=True,
                 **options,
             )
-        return cls(name, process, log)
+        # a session that is killed runs no `finally`: then the pipe ends, and the service is asked to stop
+        watch = subprocess.Popen(
+            ["sh", "-c", 'read _; kill "$1"', "sh", str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        return cls(name, process, log, watch)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Return once it is ready. AssertionError with its log: it ended, or took too long."""
@@ -134,7 +139,11 @@ class Started:
             time.sleep(0.3)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to stop; kill it if it does not. Returns its exit code."""
+        """Ask it to stop; kill it if it does not. Returns its exit code, also the second time."""
+        if self.watch.stdin is not None and not self.watch.stdin.closed:
+            self.watch.kill()
+            self.watch.wait()
+            self.watch.stdin.close()
         if self.process.poll() is None:
             self.process.send_signal(number)
             try:

@@ -138,7 +138,7 @@ def stack() -> Iterator[Stack]:
     for name in ("caches", "runs", "home", "programs"):  # the first two as the Dockerfile makes them
         (work / name if name in ("caches", "runs") else root / name).mkdir(parents=True)
     shutil.copy(PROJECT / "prefect.yaml", work)
-    shutil.copytree(PROJECT / "flows", work / "flows")
+    shutil.copytree(PROJECT / "flows", work / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "programs" / "healthcheck").symlink_to(DOCKER / "healthcheck.py")
     place = Place(
         work=work,
@@ -236,6 +236,13 @@ def test_what_happened_is_in_postgresql(stack: Stack, precomputed: str) -> None:
     named = re.findall(r"entrypoint: flows/(\w+)\.py", (PROJECT / "prefect.yaml").read_text())
     assert {name.partition("/")[0] for name in deployed} == {name.replace("_", "-") for name in named}
     assert not list((stack.place.work.parent / "home").rglob("prefect.db")), "SQLite was used"
+
+
+def test_nothing_is_written_to_work_beside_its_volumes(stack: Stack, precomputed: str) -> None:
+    """The root of the containers is read-only, and here it is not: setup, server, worker and a run leave it as it was."""
+    below = {path.relative_to(stack.place.work) for path in stack.place.work.rglob("*") if path.is_file()}
+    flows = {path.relative_to(PROJECT) for path in (PROJECT / "flows").glob("*.py")}
+    assert {path for path in below if path.parts[0] not in ("caches", "runs")} == {Path("prefect.yaml"), *flows}
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
