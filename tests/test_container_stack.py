@@ -239,7 +239,7 @@ def test_what_happened_is_in_postgresql(stack: Stack, precomputed: str) -> None:
 
 
 def test_nothing_is_written_to_work_beside_its_volumes(stack: Stack, precomputed: str) -> None:
-    """The root of the containers is read-only, and here it is not: setup, server, worker and a run leave it as it was."""
+    """The root of the containers is read-only, and here it is not: setup, server, worker and runs leave it alone."""
     below = {path.relative_to(stack.place.work) for path in stack.place.work.rglob("*") if path.is_file()}
     flows = {path.relative_to(PROJECT) for path in (PROJECT / "flows").glob("*.py")}
     assert {path for path in below if path.parts[0] not in ("caches", "runs")} == {Path("prefect.yaml"), *flows}
