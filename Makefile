@@ -28,12 +28,13 @@ demo: install  ## precompute, train and evaluate on shipped scenes: one table in
 test: install  ## run all tests
 	$(BIN)/python -m pytest
 
-lint: install  ## ruff, mypy, the import rule, Dockerfiles
+lint: install  ## ruff, mypy, the import rule, Dockerfile, compose files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.gpu.yaml
 
 format: install  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,7 @@ from pipeline.student import presets
 
 ROOT = Path(__file__).parents[1]
 PROJECT_PAGES = ROOT / "docs" / "project"  # copies that the site is built from; not in git
-DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "docker" / "README.md"]
 DOCUMENTS += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not path.is_relative_to(PROJECT_PAGES)]
 DOCUMENTS += [*sorted((ROOT / "benchmarks").glob("*.md")), *sorted((ROOT / "configs").glob("*.toml"))]
 
