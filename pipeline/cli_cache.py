@@ -40,6 +40,8 @@ def precompute(
     chunk_rows: Annotated[int | None, setting(PrecomputeConfig, "chunk_rows")] = None,
     views: Annotated[int | None, setting(PrecomputeConfig, "views")] = None,
     crop_scale: Annotated[tuple[float, float] | None, setting(PrecomputeConfig, "crop_scale")] = None,
+    executor: Annotated[str | None, setting(PrecomputeConfig, "executor")] = None,
+    workers: Annotated[int | None, setting(PrecomputeConfig, "workers")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a teacher once over a dataset and keep its embeddings. Stop it at any time; run it again to go on."""
@@ -54,6 +56,8 @@ def precompute(
         "chunk_rows": chunk_rows,
         "views": views,
         "crop_scale": crop_scale,
+        "executor": executor,
+        "workers": workers,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
     try:

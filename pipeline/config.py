@@ -68,6 +68,12 @@ class PrecomputeConfig(_Config):
         None, ge=0, le=1, description="Probability that a random crop is mirrored; 0.5 if left out."
     )
     view_seed: int | None = Field(None, ge=0, lt=2**32, description="Of the random crops; 0 if left out.")
+    executor: str = Field(
+        "local", description="Who encodes: local, this process; ray, a cluster or all of this machine; ray://HOST:PORT."
+    )
+    workers: int | None = Field(
+        None, gt=0, description="Most workers of the executor at a time; as many as there is room for if left out."
+    )
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

@@ -43,10 +43,15 @@ _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 
 _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
 
 
-def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
+def plan_precompute(
+    config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None, encode_on: str | None = None
+) -> list[ChunkRef]:
     """Write the cache's manifest and tables, or check them against what is there; plan the views that it lacks.
 
     A cache that has more views than are asked for is taken as it is.
+
+    Args:
+        encode_on: type of device, as torch names it, that is going to encode, if it is not this teacher's.
 
     Returns:
         The chunks that are still to be encoded.
@@ -56,6 +61,7 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise.
     """
     views = asked_views(config)
+    device = encode_on or teacher.device.type
 
     def count(done: int, total: int) -> None:
         if progress is not None:
@@ -72,13 +78,13 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
         targets=TargetsIdentity(),
         dataset=dataset_identity(spec, tables),
     )
-    layout = _layout(config, identity, teacher.device.type)
+    layout = _layout(config, identity, device)
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
             plan_cache(config.cache, identity, layout, source, tables, made_with=library_versions())
         except CacheMismatchError:
-            planned = _layout(config, identity, teacher.device.type)
+            planned = _layout(config, identity, device)
             if planned == layout:
                 raise
             # another process planned it meanwhile, by the defaults of its own device
