@@ -2,7 +2,7 @@
 
 The store says what is done, not Prefect: nothing is cached or persisted here, and a run after a stopped one
 finds in the cache which chunks are left. Spans run one after another in one process: the device is what
-limits them, and the teacher is loaded once.
+limits them, and the teacher is loaded once. With the executor ``ray`` one task hands all chunks to a cluster.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def precompute_teacher(
         ),
     )
     encoded = 0
+    if spans and config.executor != "local":
+        encoded, spans = fan_out(config, spans), []
     for number, span in enumerate(spans, start=1):
         encoded += encode_span(config, span)
         update_progress_artifact(progress, progress=100 * number / len(spans))
@@ -63,12 +65,17 @@ def precompute_teacher(
 def plan(config: PrecomputeConfig, chunks_per_span: int | None) -> list[Span]:
     """Write the cache's manifest and tables, or check them, and say what is still to be encoded."""
     # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.executors import open_executor
     from pipeline.plan import chunk_spans, plan_precompute
     from pipeline.samples import DatasetSpec
 
     logger = get_run_logger()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
-    pending = plan_precompute(config, _teacher(config), LoggedProgress(logger))
+    if config.executor == "local":
+        pending = plan_precompute(config, _teacher(config), LoggedProgress(logger))
+    else:
+        with open_executor(config) as executor:
+            pending = executor.plan(config, LoggedProgress(logger))
     size = chunks_per_span or default_chunks_per_span(pending)
     spans = [Span.of(refs) for refs in chunk_spans(pending, size)]
     logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans of at most {size}")
@@ -86,6 +93,16 @@ def encode_span(config: PrecomputeConfig, span: Span) -> int:
     encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger))
     logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
     return encoded
+
+
+@task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
+def fan_out(config: PrecomputeConfig, spans: list[Span]) -> int:
+    """Encode the chunks of all spans by the workers of the executor. Returns how many chunks they encoded."""
+    from pipeline.executors import open_executor
+
+    refs = [ref for span in spans for ref in span.refs()]
+    with open_executor(config) as executor:
+        return executor.encode(config, refs, LoggedProgress(get_run_logger()))
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)

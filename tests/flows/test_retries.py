@@ -9,7 +9,7 @@ import aiohttp
 import fsspec.exceptions
 import pytest
 
-from flows.precompute_teacher import encode_span, plan, seal
+from flows.precompute_teacher import encode_span, fan_out, plan, seal
 from flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
 from flows.train_student import evaluate_run, train_run
 from storage import errors
@@ -81,7 +81,7 @@ def test_a_state_without_exception_is_not_retried():
 def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
     assert len(RETRY_DELAYS) == RETRIES
     assert sorted(RETRY_DELAYS) == RETRY_DELAYS
-    for task in (plan, encode_span, seal, evaluate_run):
+    for task in (plan, encode_span, fan_out, seal, evaluate_run):
         assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
         assert task.retry_condition_fn is retry_transient
     assert train_run.retries == 0
@@ -89,6 +89,6 @@ def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
 
 def test_no_task_keeps_results_or_is_cached():
     """The store says what is done."""
-    for task in (plan, encode_span, seal, train_run, evaluate_run):
+    for task in (plan, encode_span, fan_out, seal, train_run, evaluate_run):
         assert task.persist_result is False
         assert task.cache_policy.compute_key(None, {}, {}) is None

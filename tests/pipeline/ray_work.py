@@ -53,6 +53,7 @@ class WatchedWorker(EncodeWorker):
             def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
                 def call(batch: Any) -> Any:
                     time.sleep(0.05)
+                    until(lambda: not hold().exists())
                     encoded = encode(batch)
                     noted("pass")
                     return encoded
@@ -82,6 +83,11 @@ class PoisonedWorker(WatchedWorker):
 def log_folder() -> Path:
     """Where the actors of the present run write; named in a file, since actors keep the environment of their node."""
     return Path(Path(os.environ["RAY_WORK_LOG"]).read_text())
+
+
+def hold() -> Path:
+    """While this file is there, nobody's forward pass goes on."""
+    return log_folder().with_suffix(".hold")
 
 
 def logged() -> dict[int, list[str]]:
@@ -137,7 +143,7 @@ class Runs:
         """As the command does it, in a folder."""
         location = f"{self.spec['folder']}/plain"
         seen: list[tuple[str, int, int]] = []
-        config = self.config(location, executor="ray")
+        config = self.config(location, executor="ray", workers=1)
         before = signal.getsignal(signal.SIGTERM)
         result = precompute(config, lambda *stage: seen.append(stage))
         return {
@@ -164,17 +170,18 @@ class Runs:
         def lose() -> dict[str, Any]:
             until(lambda: len(commits()) >= CHUNKS // 4 and len(logged()) == 2)
             before = set(logged())
+            hold().touch()  # or the other worker would have done all before the new node is up
             self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
             self.nodes.append(self.add_node())
-            # waits in vain if the new node gets no actor, or only after the work is done
             until(lambda: len(set(logged()) - before) == 1)
-            return {"before": sorted(before), "left": CHUNKS - len(commits())}
+            hold().unlink()
+            return {"before": sorted(before)}
 
         return self.watched("node-lost", WatchedWorker, lose)
 
     def poisoned(self) -> dict[str, Any]:
         """A chunk that ends every actor."""
-        return self.watched("poisoned", PoisonedWorker, dict)
+        return self.watched("poisoned", PoisonedWorker, dict, workers=1)
 
     def refused(self) -> dict[str, Any]:
         """An error that would come again, at the actors alone: a photograph that changed after planning."""
@@ -183,7 +190,7 @@ class Runs:
             photo = Path(self.spec["photos"]) / "images" / "0007.jpg"
             photo.write_bytes(photo.read_bytes() + b"\0")
 
-        return self.watched("refused", WatchedWorker, dict, planned=change)
+        return self.watched("refused", WatchedWorker, dict, planned=change, workers=1)
 
     def watched(
         self,
@@ -191,6 +198,7 @@ class Runs:
         worker: type[EncodeWorker],
         meanwhile: Callable[[], dict[str, Any]],
         planned: Callable[[], None] = lambda: None,
+        workers: int | None = None,
     ) -> dict[str, Any]:
         """A run in the object store while something else happens; what either came to."""
         from pipeline.ray_executor import RayExecutor
@@ -200,7 +208,7 @@ class Runs:
         Path(os.environ["RAY_WORK_LOG"]).write_text(str(log))
         config = self.config(f"{self.spec['root']}/{name}")
         found: dict[str, Any] = {}
-        executor: Executor = RayExecutor(worker=worker)
+        executor: Executor = RayExecutor(workers=workers, worker=worker)
         begun = threading.Event()
 
         def run() -> dict[str, Any]:
