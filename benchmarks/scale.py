@@ -79,7 +79,7 @@ def measure_requests(out: Path) -> None:
     """Requests by what was done, of a run whose worker is in this process."""
     teacher = make_model_folder(out / "teacher") if not (out / "teacher").exists() else out / "teacher"
     photos = out / "photos" if (out / "photos").exists() else write_photos(out / "photos", 64)
-    with start_seaweedfs(out / "weed") as store, start_fault_proxy(store) as proxy:
+    with start_seaweedfs(out / f"weed-{time.time_ns()}") as store, start_fault_proxy(store) as proxy:
         os.environ.update(proxy.front().environment)
         config = PrecomputeConfig(
             dataset=f"flickr:{photos}",
@@ -254,7 +254,7 @@ def measure_growth(out: Path) -> None:
 
 def measure_store(out: Path) -> None:
     """Latencies of loopback: of a far store they are 10 to 100 times as long, the number of requests is the same."""
-    with start_seaweedfs(out / "weed") as store, start_fault_proxy(store) as proxy:
+    with start_seaweedfs(out / f"weed-{time.time_ns()}") as store, start_fault_proxy(store) as proxy:
         os.environ.update(proxy.front().environment)
         for chunks in (200, 1000):
             cache = store.location(f"growth-{chunks}-{time.time_ns()}")

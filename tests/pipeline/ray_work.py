@@ -295,7 +295,7 @@ def run(photos: Path, teacher: Path, folder: Path, store: ObjectStore, runs: Seq
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=2 * _SECONDS,
+            timeout=4 * _SECONDS,
         )
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads(ended.stdout)

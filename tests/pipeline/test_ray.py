@@ -52,6 +52,7 @@ def check_whole(found: dict[str, Any], location: str) -> None:
 
 @needs_ray
 @pytest.mark.service
+@pytest.mark.timeout(1200)  # for a machine under load: of the first test, which starts a cluster and a dozen processes
 class TestOnACluster:
     def test_the_local_run_did_not_import_ray(self, found: dict[str, Any]) -> None:
         assert found["local"]["ray"] is False
