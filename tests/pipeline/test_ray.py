@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from storage.files import open_files
 from storage.integrity import verify_cache
 from tests.conftest import cache_digest, write_photos
 from tests.object_store import ObjectStore
+from tests.pipeline.ray_work import BATCH, CHUNK, CHUNKS, IMAGES, IN_FLIGHT, PASSES, POISON, run
 
 needs_ray = pytest.mark.skipif(
     find_spec("ray") is None, reason="ray is not installed: pip install 'teacher-cache[ray]'"
@@ -32,8 +33,6 @@ def found(
     seaweedfs: ObjectStore, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
     """What all runs on one cluster came to; a cluster takes long to start."""
-    from tests.pipeline.ray_work import IMAGES, run
-
     folder = tmp_path_factory.mktemp("ray")
     photos = write_photos(folder / "photos", IMAGES)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,65 +49,71 @@ def check_whole(found: dict[str, Any], location: str) -> None:
     assert open_files(location).list(CLAIMS) == []
 
 
-@needs_ray
-@pytest.mark.service
-@pytest.mark.timeout(1200)  # for a machine under load: of the first test, which starts a cluster and a dozen processes
-class TestOnACluster:
-    def test_the_local_run_did_not_import_ray(self, found: dict[str, Any]) -> None:
-        assert found["local"]["ray"] is False
+def on_a_cluster(test: Callable[..., None]) -> Callable[..., None]:
+    # the time is of the first one, for a machine under load: it starts a cluster and a dozen processes
+    return needs_ray(pytest.mark.service(pytest.mark.timeout(1200)(test)))
 
-    def test_the_cache_is_that_of_a_local_run(self, found: dict[str, Any]) -> None:
-        from tests.pipeline.ray_work import CHUNKS, IMAGES
 
-        plain = found["plain"]
-        assert plain["digest"] == found["local"]["digest"]
-        assert plain["encoded"] == CHUNKS
-        assert plain["images"][-1] == IMAGES
-        assert plain["images"] == sorted(plain["images"])
-        assert plain["handler_kept"]
+@on_a_cluster
+def test_the_local_run_did_not_import_ray(found: dict[str, Any]) -> None:
+    assert found["local"]["ray"] is False
 
-    def test_a_killed_workers_chunks_are_done_by_others_and_no_committed_one_twice(self, found: dict[str, Any]) -> None:
-        from tests.pipeline.ray_work import BATCH, CHUNK, CHUNKS, IN_FLIGHT, PASSES
 
-        killed = found["killed"]
-        assert "error" not in killed, killed
-        assert str(killed["victim"]) in killed["commits"]
-        done = [name for names in killed["commits"].values() for name in names]
-        assert len(done) == len(set(done))
-        assert CHUNKS - IN_FLIGHT <= len(done) <= CHUNKS  # the victim may have died before it wrote down a commit
-        assert PASSES <= killed["passes"] <= PASSES + IN_FLIGHT * CHUNK // BATCH
-        assert killed["encoded"] == killed["chunks"] == CHUNKS
-        check_whole(found, f"{found['root']}/killed")
+@on_a_cluster
+def test_the_cache_is_that_of_a_local_run(found: dict[str, Any]) -> None:
+    plain = found["plain"]
+    assert plain["digest"] == found["local"]["digest"]
+    assert plain["encoded"] == CHUNKS
+    assert plain["images"][-1] == IMAGES
+    assert plain["images"] == sorted(plain["images"])
+    assert plain["handler_kept"]
 
-    def test_a_lost_node_is_made_up_for_and_a_new_one_joins_in(self, found: dict[str, Any]) -> None:
-        from tests.pipeline.ray_work import CHUNKS
 
-        lost = found["node_lost"]
-        assert "error" not in lost, lost
-        assert len(lost["before"]) == 2
-        late = [pid for pid in lost["commits"] if int(pid) not in lost["before"]]
-        assert len(late) == 1
-        assert lost["commits"][late[0]], "the new node's worker did nothing"
-        assert lost["encoded"] == lost["chunks"] == CHUNKS
-        check_whole(found, f"{found['root']}/node-lost")
+@on_a_cluster
+def test_a_killed_workers_chunks_are_done_by_others_and_no_committed_one_twice(found: dict[str, Any]) -> None:
+    killed = found["killed"]
+    assert "error" not in killed, killed
+    assert str(killed["victim"]) in killed["commits"]
+    done = [name for names in killed["commits"].values() for name in names]
+    assert len(done) == len(set(done))
+    assert CHUNKS - IN_FLIGHT <= len(done) <= CHUNKS  # the victim may have died before it wrote down a commit
+    assert PASSES <= killed["passes"] <= PASSES + IN_FLIGHT * CHUNK // BATCH
+    assert killed["encoded"] == killed["chunks"] == CHUNKS
+    check_whole(found, f"{found['root']}/killed")
 
-    def test_a_chunk_that_ends_worker_after_worker_is_named_and_stops_the_run(self, found: dict[str, Any]) -> None:
-        from tests.pipeline.ray_work import CHUNKS, POISON
 
-        poisoned = found["poisoned"]
-        assert poisoned["error"].startswith(f"ChildProcessError: chunk {POISON} ended 3 workers one after another")
-        done = [name for names in poisoned["commits"].values() for name in names]
-        assert len(done) == len(set(done)) == CHUNKS - 1
-        assert POISON not in done
+@on_a_cluster
+def test_a_lost_node_is_made_up_for_and_a_new_one_joins_in(found: dict[str, Any]) -> None:
+    lost = found["node_lost"]
+    assert "error" not in lost, lost
+    assert len(lost["before"]) == 2
+    late = [pid for pid in lost["commits"] if int(pid) not in lost["before"]]
+    assert len(late) == 1
+    assert lost["commits"][late[0]], "the new node's worker did nothing"
+    assert lost["encoded"] == lost["chunks"] == CHUNKS
+    check_whole(found, f"{found['root']}/node-lost")
 
-    def test_an_error_that_would_come_again_stops_the_run_as_it_is(self, found: dict[str, Any]) -> None:
-        refused = found["refused"]
-        assert refused["error"].startswith("CacheMismatchError: ")
-        assert "0007.jpg: not the image that the cache was made of" in refused["error"]
-        assert "(a worker on " in refused["error"]
 
-    def test_no_credential_is_in_what_the_driver_says(self, found: dict[str, Any], seaweedfs: ObjectStore) -> None:
-        assert seaweedfs.environment["AWS_SECRET_ACCESS_KEY"] not in found["stderr"]
+@on_a_cluster
+def test_a_chunk_that_ends_worker_after_worker_is_named_and_stops_the_run(found: dict[str, Any]) -> None:
+    poisoned = found["poisoned"]
+    assert poisoned["error"].startswith(f"ChildProcessError: chunk {POISON} ended 3 workers one after another")
+    done = [name for names in poisoned["commits"].values() for name in names]
+    assert len(done) == len(set(done)) == CHUNKS - 1
+    assert POISON not in done
+
+
+@on_a_cluster
+def test_an_error_that_would_come_again_stops_the_run_as_it_is(found: dict[str, Any]) -> None:
+    refused = found["refused"]
+    assert refused["error"].startswith("CacheMismatchError: ")
+    assert "0007.jpg: not the image that the cache was made of" in refused["error"]
+    assert "(a worker on " in refused["error"]
+
+
+@on_a_cluster
+def test_no_credential_is_in_what_the_driver_says(found: dict[str, Any], seaweedfs: ObjectStore) -> None:
+    assert seaweedfs.environment["AWS_SECRET_ACCESS_KEY"] not in found["stderr"]
 
 
 def test_local_is_the_default() -> None:
