@@ -29,6 +29,7 @@ commands_in("pipeline.cli_zero_shot", "zero-shot")
 commands_in("pipeline.cli_cost", "cost")
 commands_in("pipeline.cli_deploy", "deploy")
 commands_in("pipeline.cli_infer", "infer")
+commands_in("pipeline.cli_students", "promote", "students", "rollback")
 
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 

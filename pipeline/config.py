@@ -21,6 +21,7 @@ __all__ = [
     "Precision",
     "PrecomputeConfig",
     "ProofConfig",
+    "StageConfig",
     "TrainConfig",
     "ZeroShotConfig",
     "check_config",
@@ -31,11 +32,13 @@ __all__ = [
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-class _Config(BaseModel):
+class StageConfig(BaseModel):
+    """Settings of a stage: fixed once made, an unknown one refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PrecomputeConfig(_Config):
+class PrecomputeConfig(StageConfig):
     """Run a teacher once over a dataset."""
 
     dataset: str = Field(description="KIND:PATH, for example flickr:/data/flickr8k; kinds are listed in the README.")
@@ -84,7 +87,7 @@ class PrecomputeConfig(_Config):
         return span
 
 
-class ProofConfig(_Config):
+class ProofConfig(StageConfig):
     """Prove random rows of a cache against its live teacher."""
 
     cache: str = Field(description="Folder or URL of a finished cache.")
@@ -101,7 +104,7 @@ class ProofConfig(_Config):
     precision: Precision | None = Field(None, description="Of the live teacher; left out, the cache's.")
 
 
-class TrainConfig(_Config):
+class TrainConfig(StageConfig):
     """Train a student from a finished cache. No teacher is loaded.
 
     A recipe (``pipeline.recipes``) fills the settings of ``RECIPE_SETTINGS`` that are not given, or given as None.
@@ -252,7 +255,7 @@ class TrainConfig(_Config):
         return queue_rows
 
 
-class PixelsConfig(_Config):
+class PixelsConfig(StageConfig):
     """Decode the images of a split once, for all runs of students that see them at one size."""
 
     cache: str = Field(description="Folder or URL of a finished cache.")
@@ -266,7 +269,7 @@ class PixelsConfig(_Config):
     threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
 
 
-class InheritConfig(_Config):
+class InheritConfig(StageConfig):
     """Write a student that begins with its teacher's weights."""
 
     teacher: str = Field(description="open_clip model: ViT-B-32, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes.")
@@ -303,7 +306,7 @@ class InheritConfig(_Config):
         return layers
 
 
-class EvaluateConfig(_Config):
+class EvaluateConfig(StageConfig):
     """Measure the cached teacher, and a student if a run is named, on one split."""
 
     cache: str | None = Field(None, description="Finished cache; left out, the one that the run was trained from.")
@@ -326,7 +329,7 @@ class EvaluateConfig(_Config):
     )
 
 
-class ZeroShotConfig(_Config):
+class ZeroShotConfig(StageConfig):
     """Classify the images of a dataset by the prompts of their classes."""
 
     dataset: str = Field(
@@ -368,7 +371,7 @@ class ZeroShotConfig(_Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
 
 
-class CostConfig(_Config):
+class CostConfig(StageConfig):
     """Measure what a student and its teacher cost to run."""
 
     run: str | None = Field(None, description="Folder of a training run, to measure its student.")
@@ -399,7 +402,7 @@ class CostConfig(_Config):
         return tuple(sorted(set(batch)))
 
 
-class DeployConfig(_Config):
+class DeployConfig(StageConfig):
     """Ship a run's student: ONNX, int8, open_clip weights, tokenizer, and one table of all that is measured."""
 
     run: str = Field(description="Folder of the training run whose student is shipped.")
@@ -438,9 +441,13 @@ class DeployConfig(_Config):
 
 
 # a run file's tables, one for each stage that can be set there
-_TABLES: dict[str, type[_Config]] = {"precompute": PrecomputeConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+_TABLES: dict[str, type[StageConfig]] = {
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
 
-_C = TypeVar("_C", bound=_Config)
+_C = TypeVar("_C", bound=StageConfig)
 
 
 def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict[str, Any]) -> _C:

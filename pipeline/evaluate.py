@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from pipeline.config import EvaluateConfig
-from pipeline.evaluation_split import open_split
+from pipeline.evaluation_split import EvaluationSplit, open_split
 from pipeline.intervals import LEVEL, RESAMPLES, RecallIntervals, bootstrap_recalls, bootstrap_share
-from pipeline.metrics import RECALL_KS, recall_of_ranks, retention
+from pipeline.metrics import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
 from pipeline.rank_table import RANK_DEPTH, rank_file, write_rank_table
 from pipeline.runs import RunFolder
 
-__all__ = ["EvaluateResult", "evaluate"]
+__all__ = ["EvaluateResult", "Measured", "evaluate", "measure", "student_ranks"]
 
+Progress = Callable[[str, int, int], None]
 Recalls = dict[str, dict[str, float]]
 
 
@@ -48,7 +51,23 @@ class EvaluateResult(BaseModel, frozen=True):
     seconds: float
 
 
-def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] | None = None) -> EvaluateResult:
+@dataclass(frozen=True)
+class Measured:
+    """A result with what it was worked out of.
+
+    Attributes:
+        student_ranks: None without a run.
+        depth: how far down ranks were looked for.
+    """
+
+    result: EvaluateResult
+    split: EvaluationSplit
+    teacher_ranks: RetrievalRanks
+    student_ranks: RetrievalRanks | None
+    depth: int
+
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
     """Recall of the cached teacher on a split, and of a run's student with what it retains.
 
     Without a run no model is built and no torch imported.
@@ -59,6 +78,42 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
+    return measure(config, progress).result
+
+
+def student_ranks(
+    config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, depth: int, progress: Progress | None = None
+) -> RetrievalRanks:
+    """Ranks of the student of a checkpoint's folder on the images and captions of a split.
+
+    Args:
+        config: batch size, device and workers are taken from it.
+        depth: how far down to look.
+    """
+    # torch only from here on: the teacher's recall needs none
+    from pipeline.device import resolve_device
+    from pipeline.encode_student import encode_rows
+    from pipeline.student import load_student
+
+    device = resolve_device(config.device)
+    model, model_config = load_student(checkpoint)
+    image, text = encode_rows(
+        model.to(device),
+        model_config,
+        split.reader,
+        split.image_rows,
+        split.caption_rows,
+        split.image_root,
+        device,
+        config.batch_size,
+        config.workers,
+        progress,
+    )
+    return split.ranks(image, text, depth)
+
+
+def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
+    """As :func:`evaluate`, with the ranks of all queries."""
     started = time.perf_counter()
     run = config.run
     folder = RunFolder(run) if run else None
@@ -69,35 +124,16 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_ranks = split.teacher_ranks(depth)
     teacher = recall_of_ranks(teacher_ranks)
-    student_ranks = student = kept = None
+    ranks = student = kept = None
     if path is not None and record is not None:
-        # torch only from here on: the teacher's recall needs none
-        from pipeline.device import resolve_device
-        from pipeline.encode_student import encode_rows
-        from pipeline.student import load_student
-
-        device = resolve_device(config.device)
-        model, model_config = load_student(path)
-        image, text = encode_rows(
-            model.to(device),
-            model_config,
-            split.reader,
-            split.image_rows,
-            split.caption_rows,
-            split.image_root,
-            device,
-            config.batch_size,
-            config.workers,
-            progress,
-        )
-        student_ranks = split.ranks(image, text, depth)
-        student = recall_of_ranks(student_ranks)
+        ranks = student_ranks(config, split, path, depth, progress)
+        student = recall_of_ranks(ranks)
         kept = retention(student, teacher)
     checkpoint = path.relative_to(folder.path).as_posix() if folder and path else None
     if rank_path:
-        write_rank_table(rank_path, split, teacher_ranks, student_ranks, run, checkpoint)
+        write_rank_table(rank_path, split, teacher_ranks, ranks, run, checkpoint)
     text_image = split.text_image
-    return EvaluateResult(
+    result = EvaluateResult(
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.caption_rows),
@@ -113,8 +149,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str, int, int], None] |
         retention=kept,
         student_parameters=record.student_parameters if record else None,
         teacher_intervals=bootstrap_recalls(teacher_ranks, text_image),
-        student_intervals=bootstrap_recalls(student_ranks, text_image) if student_ranks else None,
-        retention_intervals=bootstrap_share(student_ranks, teacher_ranks, text_image) if student_ranks else None,
+        student_intervals=bootstrap_recalls(ranks, text_image) if ranks else None,
+        retention_intervals=bootstrap_share(ranks, teacher_ranks, text_image) if ranks else None,
         ranks=config.ranks,
         seconds=time.perf_counter() - started,
     )
+    return Measured(result, split, teacher_ranks, ranks, depth)
