@@ -2,11 +2,12 @@
 
 The store says what is done, not Prefect: nothing is cached or persisted here, and a run after a stopped one
 finds in the cache which chunks are left. Spans run one after another in one process: the device is what
-limits them, and the teacher is loaded once.
+limits them, and the teacher is loaded once. With the executor ``ray`` one task hands all chunks to a cluster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +50,11 @@ def precompute_teacher(
     config = PrecomputeConfig(**settings)
     progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
-    with device_slots(config.device):
+    fans_out = config.executor != "local"  # then the devices are the workers', and no slot of this machine is held
+    with contextlib.nullcontext() if fans_out else device_slots(config.device):
         spans = plan(config, chunks_per_span, progress.part(0, 0))
+        if spans and fans_out:
+            encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
         chunks, done = sum(len(span.chunks) for span in spans), 0
         for span in spans:
             before, done = done, done + len(span.chunks)
@@ -70,12 +74,17 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
         share: of the flow's progress: none of its way, since nobody knows how long that is, but what is being done.
     """
     # here, not above: prefect deploy imports this file too and needs no torch
+    from pipeline.executors import open_executor
     from pipeline.plan import chunk_spans, plan_precompute
     from pipeline.samples import DatasetSpec
 
     logger = get_run_logger()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
-    pending = plan_precompute(config, _teacher(config), LoggedProgress(logger, share))
+    if config.executor == "local":
+        pending = plan_precompute(config, _teacher(config), LoggedProgress(logger, share))
+    else:
+        with open_executor(config) as executor:
+            pending = executor.plan(config, LoggedProgress(logger, share))
     size = chunks_per_span or default_chunks_per_span(pending)
     spans = [Span.of(refs) for refs in chunk_spans(pending, size)]
     logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans of at most {size}")
@@ -97,6 +106,16 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
     encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger, share))
     logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
     return encoded
+
+
+@task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
+def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
+    """Encode the chunks of all spans by the workers of the executor. Returns how many chunks they encoded."""
+    from pipeline.executors import open_executor
+
+    refs = [ref for span in spans for ref in span.refs()]
+    with open_executor(config) as executor:
+        return executor.encode(config, refs, LoggedProgress(get_run_logger(), share))
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)

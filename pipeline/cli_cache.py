@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import RunFile, how_to_go_on, say, setting
-from pipeline.config import PrecomputeConfig, ProofConfig, load_config
+from pipeline.config import PrecomputeConfig, ProofConfig
+from pipeline.run_file import load_config
 from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
 from storage.cli_findings import print_findings, print_report
 from storage.console import StageProgress
@@ -40,6 +41,8 @@ def precompute(
     chunk_rows: Annotated[int | None, setting(PrecomputeConfig, "chunk_rows")] = None,
     views: Annotated[int | None, setting(PrecomputeConfig, "views")] = None,
     crop_scale: Annotated[tuple[float, float] | None, setting(PrecomputeConfig, "crop_scale")] = None,
+    executor: Annotated[str | None, setting(PrecomputeConfig, "executor")] = None,
+    workers: Annotated[int | None, setting(PrecomputeConfig, "workers")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a teacher once over a dataset and keep its embeddings. Stop it at any time; run it again to go on."""
@@ -55,6 +58,8 @@ def precompute(
         "chunk_rows": chunk_rows,
         "views": views,
         "crop_scale": crop_scale,
+        "executor": executor,
+        "workers": workers,
     }
     config = load_config(PrecomputeConfig, "precompute", run_file, flags)
     try:

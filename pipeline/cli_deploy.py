@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import say, setting
-from pipeline.config import DeployConfig, load_config
+from pipeline.config import DeployConfig
 from pipeline.deployment import require_packages
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 

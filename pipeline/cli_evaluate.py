@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli_flags import RunFile, say, setting
-from pipeline.config import EvaluateConfig, load_config
+from pipeline.config import EvaluateConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 

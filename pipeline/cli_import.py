@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import how_to_go_on, say, setting
-from pipeline.config import load_config
 from pipeline.foreign_rows import ImportConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, counted, print_json
 from storage.console import StageProgress
 

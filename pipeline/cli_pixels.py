@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import say, setting
-from pipeline.config import PixelsConfig, load_config
+from pipeline.config import PixelsConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 

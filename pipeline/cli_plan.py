@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import RunFile, say, setting
-from pipeline.config import PrecomputeConfig, load_config
+from pipeline.config import PrecomputeConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, byte_size, counted, print_json
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli_flags import RunFile, setting
-from pipeline.config import load_config
 from pipeline.retrain_config import RetrainConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, counted, print_json
 from storage.console import StageProgress
 

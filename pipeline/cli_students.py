@@ -52,8 +52,8 @@ def promote(
         "deployed": deployed,
         "device": device,
     }
-    from pipeline.config import load_config
     from pipeline.promote import promote as run_promote
+    from pipeline.run_file import load_config
     from storage.console import StageProgress
 
     config = load_config(PromoteConfig, "promote", None, flags)

@@ -9,14 +9,9 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import RunFile, say, setting
-from pipeline.config import (
-    InheritConfig,
-    TrainConfig,
-    check_config,
-    given_settings,
-    load_config,
-)
+from pipeline.config import InheritConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
+from pipeline.run_file import check_config, given_settings, load_config
 from storage.cli import JsonFlag, app, print_json
 from storage.console import StageProgress
 from storage.errors import UsageError

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli_flags import say, setting
-from pipeline.config import ZeroShotConfig, load_config
+from pipeline.config import ZeroShotConfig
+from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, counted, print_json
 from storage.console import StageProgress
 

@@ -40,7 +40,7 @@ from storage.journal import ChunkCost
 from storage.manifest import Layout
 from storage.writer import EmbeddingWriter
 
-__all__ = ["encode_chunks", "encode_shared"]
+__all__ = ["RowTally", "encode_chunks", "encode_shared"]
 
 _BATCHES_AHEAD = 4
 _OTHERS_POLL_SECONDS = 0.5
@@ -55,7 +55,7 @@ def encode_chunks(
     """
     writer = EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
-    _encode(config, teacher, writer, refs, _Tally(writer.manifest.layout, refs, progress))
+    _encode(config, teacher, writer, refs, RowTally(writer.manifest.layout, refs, progress))
 
 
 def encode_shared(
@@ -64,6 +64,7 @@ def encode_shared(
     refs: Sequence[ChunkRef],
     progress: Progress | None = None,
     known: KnownRows | None = None,
+    writer: EmbeddingWriter | None = None,
 ) -> int:
     """As :func:`encode_chunks`, together with every other process that does the same on this cache.
 
@@ -71,14 +72,15 @@ def encode_shared(
 
     Args:
         known: rows that are not encoded but written as they are; those of ``config.reuse`` if left out.
+        writer: of this cache, for who calls again and again: it has read the tables once.
 
     Returns:
         How many of them this process encoded.
     """
-    writer = EmbeddingWriter(config.cache)
+    writer = writer or EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
     known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
-    tally = _Tally(writer.manifest.layout, refs, progress)
+    tally = RowTally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
     damaged = {ref for ref in refs if writer.is_committed(ref)}
     encoded: set[ChunkRef] = set()
@@ -112,7 +114,7 @@ def _encode(
     teacher: LiveTeacher,
     writer: EmbeddingWriter,
     refs: Iterable[ChunkRef],
-    tally: _Tally,
+    tally: RowTally,
     known: KnownRows | None = None,
 ) -> None:
     if teacher.device.type == "cpu":
@@ -146,8 +148,8 @@ def _encode(
             raise
 
 
-class _Tally:
-    """Rows done, by this process and by others, out of those of some chunks."""
+class RowTally:
+    """Rows done, by this process and by others, out of those of some chunks; hands them to a progress."""
 
     def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
         self._layout = layout
@@ -158,12 +160,14 @@ class _Tally:
             self._total[ref.tower] += len(ref.rows(layout))
 
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
+        """Count rows of a chunk."""
         self._done[ref.tower] += rows
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
 
     def add(self, refs: Iterable[ChunkRef]) -> None:
+        """Count all rows of chunks."""
         for ref in refs:
             self.add_rows(ref, len(ref.rows(self._layout)))
 

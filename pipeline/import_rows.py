@@ -105,7 +105,9 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
-    pending = plan_dataset(config, teacher, planned, library_versions() | {IMPORTED: said, IMPORTED_ROWS: known.sha256})
+    pending = plan_dataset(
+        config, teacher.device.type, planned, library_versions() | {IMPORTED: said, IMPORTED_ROWS: known.sha256}
+    )
     _require_these_rows(config.cache, known)  # another process may have planned it meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
     made = summarize(config.cache, written, time.perf_counter() - started)

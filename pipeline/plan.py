@@ -58,10 +58,15 @@ class PlannedDataset:
     identity: CacheIdentity
 
 
-def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> list[ChunkRef]:
+def plan_precompute(
+    config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None, encode_on: str | None = None
+) -> list[ChunkRef]:
     """Write the cache's manifest and tables, or check them against what is there; plan the views that it lacks.
 
     A cache that has more views than are asked for is taken as it is.
+
+    Args:
+        encode_on: type of device, as torch names it, that is going to encode, if it is not this teacher's.
 
     Returns:
         The chunks that are still to be encoded.
@@ -73,7 +78,8 @@ def plan_precompute(config: PrecomputeConfig, teacher: LiveTeacher, progress: Pr
     """
     _refuse_to_mix(config.cache)
     planned = read_dataset(config, teacher, progress)
-    pending = plan_dataset(config, teacher, planned, library_versions() | _by_way_of(config.reuse, planned.identity))
+    made_with = library_versions() | _by_way_of(config.reuse, planned.identity)
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
     if any(ref.view == 0 for ref in pending):
         _refuse_to_mix(config.cache, sealed=True)
     return pending
@@ -134,21 +140,22 @@ def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progr
 
 
 def plan_dataset(
-    config: PrecomputeConfig, teacher: LiveTeacher, planned: PlannedDataset, made_with: dict[str, str]
+    config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
 ) -> list[ChunkRef]:
     """As :func:`plan_precompute`, of a dataset that was read.
 
     Args:
+        device: type of the one that will encode, as torch names it.
         made_with: what a manifest that is written now says; one that is there is left.
     """
     spec, dataset, tables, identity = planned.spec, planned.dataset, planned.tables, planned.identity
-    layout = _layout(config, identity, teacher.device.type)
+    layout = _layout(config, identity, device)
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
             plan_cache(config.cache, identity, layout, source, tables, made_with)
         except CacheMismatchError:
-            now = _layout(config, identity, teacher.device.type)
+            now = _layout(config, identity, device)
             if now == layout:
                 raise
             # another process planned it meanwhile, by the defaults of its own device

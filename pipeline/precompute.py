@@ -8,11 +8,10 @@ from collections import Counter
 from pydantic import BaseModel, Field
 
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import encode_shared
+from pipeline.executors import open_executor
 from pipeline.known_rows import known_rows
-from pipeline.plan import Progress, plan_precompute
+from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec
-from pipeline.teacher import load_teacher
 from storage.inspect import describe_cache
 from storage.reader import EmbeddingReader
 from storage.tables import PROBLEMS, read_table
@@ -64,12 +63,13 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
             while the run worked.
         OSError: an image could not be read, or a chunk not written; what is committed stays.
         FloatingPointError: the teacher overflows in this precision.
+        ChildProcessError: the executor's workers ended again and again, or there is no place for one.
     """
     started = time.perf_counter()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
-    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
-    pending = plan_precompute(config, teacher, progress)
-    encoded = encode_shared(config, teacher, pending, progress)
+    with open_executor(config) as executor:
+        pending = executor.plan(config, progress)
+        encoded = executor.encode(config, pending, progress)
     return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
 
 

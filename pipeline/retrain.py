@@ -24,13 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
-from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig, check_config
+from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig
 from pipeline.deployment import RECORD, Deployment
 from pipeline.plan import dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
 from pipeline.promote import PromoteConfig, PromoteResult, promote
 from pipeline.registry import Candidate, StudentRegistry
 from pipeline.retrain_config import RetrainConfig
+from pipeline.run_file import check_config
 from pipeline.runs import RunFolder, other_settings
 from pipeline.samples import DatasetSpec, load_samples
 from pipeline.teacher import recorded_name

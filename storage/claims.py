@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -31,6 +31,7 @@ PLAN = "plan"  # whoever has this one may write the manifest
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
+_FEW_CHUNKS = 16  # a listing is a request per 1,000 commits of the whole cache: not for these
 _GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
 
 
@@ -90,12 +91,15 @@ class Claims:
     def share(self, refs: Iterable[ChunkRef], done: Callable[[ChunkRef], bool]) -> Iterator[ChunkRef]:
         """The chunks among ``refs`` that this process is to encode, each claimed just before it is given out.
 
-        Those that are done, or in the hands of another process, are passed over; call again for those.
+        Those that are done, or in the hands of another process, are passed over; call again for those. Which are done
+        a listing of all commits says, now and then; where ``refs`` is a short sequence, a look at each chunk that was
+        claimed, and nothing is listed.
         """
+        few = isinstance(refs, Sequence) and len(refs) <= _FEW_CHUNKS
         listed, taken = -float("inf"), set[str]()
         pause = _LIST_SECONDS
         for ref in refs:
-            if time.monotonic() - listed > pause:
+            if not few and time.monotonic() - listed > pause:
                 began = time.monotonic()
                 taken = {key.removesuffix(".json") for key in self._files.list(COMMITS)}
                 listed = time.monotonic()

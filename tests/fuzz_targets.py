@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import samples
-from pipeline.config import PrecomputeConfig, TrainConfig, load_config
+from pipeline.config import PrecomputeConfig, TrainConfig
 from pipeline.decode import MAX_PIXELS, UndecodableImageError, decode_image
 from pipeline.preprocess import Preprocess
+from pipeline.run_file import load_config
 from pipeline.samples import DatasetSpec, load_samples
 from storage.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
 from storage.errors import CacheError, UsageError

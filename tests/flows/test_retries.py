@@ -13,7 +13,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from flows import evaluate_student, precompute_teacher, train_student
 from flows.deploy_student import deploy_run
 from flows.evaluate_student import evaluate_run
-from flows.precompute_teacher import encode_span, plan, seal
+from flows.precompute_teacher import encode_span, fan_out, plan, seal
 from flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
 from flows.train_student import train_run
 from pipeline.deployment import DeploymentError
@@ -94,7 +94,7 @@ def test_a_state_without_exception_is_not_retried():
 def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
     assert len(RETRY_DELAYS) == RETRIES
     assert sorted(RETRY_DELAYS) == RETRY_DELAYS
-    for task in (plan, encode_span, seal, evaluate_run, deploy_run, *REPORTS):
+    for task in (plan, encode_span, fan_out, seal, evaluate_run, deploy_run, *REPORTS):
         assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
         assert task.retry_condition_fn is retry_transient
     assert train_run.retries == 0
@@ -102,6 +102,6 @@ def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
 
 def test_no_task_keeps_results_or_is_cached():
     """The store says what is done."""
-    for task in (plan, encode_span, seal, train_run, evaluate_run, deploy_run, *REPORTS):
+    for task in (plan, encode_span, fan_out, seal, train_run, evaluate_run, deploy_run, *REPORTS):
         assert task.persist_result is False
         assert task.cache_policy.compute_key(None, {}, {}) is None

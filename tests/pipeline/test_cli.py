@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import PrecomputeConfig, TrainConfig, load_config
+from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.run_file import load_config
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL
 

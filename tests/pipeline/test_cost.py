@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.cli_cost import cost_table
-from pipeline.config import CostConfig, load_config
+from pipeline.config import CostConfig
 from pipeline.cost import CostResult, ModelFacts, TowerFlops, cost, measure_cost
 from pipeline.cost_captions import CAPTIONS, captions
 from pipeline.cost_models import load_student_model, load_teacher_model
 from pipeline.memory_probe import ProbeRequest, measure_peak_memory
+from pipeline.run_file import load_config
 from pipeline.train import train
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder

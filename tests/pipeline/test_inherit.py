@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.config import InheritConfig, PrecomputeConfig, load_config
+from pipeline.config import InheritConfig, PrecomputeConfig
 from pipeline.factorized import factors_of
 from pipeline.inherit import InheritResult, inherit, inherit_weights, token_counts
 from pipeline.precompute import precompute
+from pipeline.run_file import load_config
 from pipeline.shrink import choose_layers, most_important, residual_importance
 from pipeline.student import Student, build_student, load_initial, load_student, student_config, student_tokenizer
 from pipeline.teacher import LiveTeacher, load_teacher

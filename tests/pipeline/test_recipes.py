@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import PrecomputeConfig, TrainConfig, load_config
+from pipeline.config import PrecomputeConfig, TrainConfig
 from pipeline.losses import LOSSES
 from pipeline.recipes import LOSS_NAMES, RECIPE_SETTINGS, RECIPES
+from pipeline.run_file import load_config
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL
 

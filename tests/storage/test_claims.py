@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from storage.claims import CLAIMS, Claims, clear_claims
-from storage.commits import ChunkRef, all_chunks
+from storage.commits import COMMITS, ChunkRef, all_chunks
 from storage.files import LocalFiles
 from storage.processes import ProcessName, this_process
 from storage.writer import EmbeddingWriter
@@ -148,7 +149,8 @@ def test_it_beats_while_it_holds_something(tmp_path: Path) -> None:
     assert threading.active_count() == 1 or not any(t.name == "claims" for t in threading.enumerate())
 
 
-def test_shared_chunks_are_given_out_once_and_done_ones_never(tmp_path: Path) -> None:
+@pytest.mark.parametrize("many", [list, iter], ids=["a few, each looked at", "by a listing"])
+def test_shared_chunks_are_given_out_once_and_done_ones_never(tmp_path: Path, many: Callable[..., Any]) -> None:
     manifest = plan_known_cache(tmp_path / "c", images=16, captions=16)
     writer = EmbeddingWriter(str(tmp_path / "c"))
     refs = all_chunks(manifest.layout)
@@ -158,12 +160,22 @@ def test_shared_chunks_are_given_out_once_and_done_ones_never(tmp_path: Path) ->
         return writer.is_committed(ref)
 
     with Claims(writer.files) as mine, Claims(writer.files) as others:
-        first, second = mine.share(refs, done), others.share(refs, done)
+        first, second = mine.share(many(refs), done), others.share(many(refs), done)
         given = [next(first), next(second), next(first), next(second)]
         assert given == refs[1:5]
         writer.write(refs[5], known_arrays(writer, refs[5]))  # by a third one, that gave its claim back
         assert list(first) == refs[6:]
         assert list(second) == []
+
+
+def test_a_few_chunks_cost_no_listing_of_all_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, listed = LocalFiles(str(tmp_path)), []
+    monkeypatch.setattr(LocalFiles, "list", lambda self, prefix="": listed.append(prefix) or [])
+    for count, listings in ((16, 0), (17, 1)):
+        with Claims(files) as claims:
+            refs = [ChunkRef("text", 0, number) for number in range(count)]
+            assert list(claims.share(refs, lambda ref: False)) == refs
+        assert listed == [COMMITS] * listings
 
 
 def test_a_process_of_another_boot_cannot_be_asked() -> None:

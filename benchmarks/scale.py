@@ -1,0 +1,368 @@
+"""What a precompute over many machines costs: measured per chunk here, worked out for larger ones, and simulated.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scale.py measure --out /tmp/scale
+    PYTHONPATH=. python benchmarks/scale.py simulate
+
+``measure`` counts every request of a small run against SeaweedFS, weighs real chunks of 4,096 rows, times tables,
+listings and seals of growing caches, and the driver's loop over Ray with workers that do nothing. All on loopback.
+``benchmarks/scale.md`` says what came out and what follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scale_simulation import Fleet, simulate
+
+from pipeline.config import PrecomputeConfig
+from pipeline.encode_worker import EncodeWorker, Outcome
+from pipeline.plan import default_chunk_rows, plan_precompute
+from pipeline.samples import DatasetSpec, load_samples
+from pipeline.teacher import load_teacher
+from storage.commits import ChunkRef, all_chunks
+from storage.files import open_files
+from storage.integrity import verify_cache
+from storage.journal import ChunkCost, note_key
+from storage.manifest import Layout, Source
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from storage.writer import EmbeddingWriter, plan_cache
+from tests.conftest import make_identity, make_model_folder, plan_known_cache, write_photos
+from tests.fault_proxy import FaultProxy, start_fault_proxy
+from tests.object_store import start_seaweedfs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    measure = steps.add_parser("measure")
+    measure.add_argument("--out", type=Path, required=True)
+    measure.add_argument("--only", nargs="*", choices=sorted(MEASURED), default=sorted(MEASURED))
+    steps.add_parser("tables").add_argument("rows", type=int)
+    steps.add_parser("simulate")
+    given = parser.parse_args()
+    if given.step == "tables":
+        measure_tables(given.rows)
+    elif given.step == "simulate":
+        show_simulations()
+    else:
+        given.out.mkdir(parents=True, exist_ok=True)
+        for name in given.only:
+            print(f"\n## {name}", flush=True)
+            MEASURED[name](given.out)
+
+
+@contextmanager
+def seconds(what: str, count: int = 1) -> Iterator[None]:
+    began, cpu = time.perf_counter(), time.process_time()
+    yield
+    wall, spent = time.perf_counter() - began, time.process_time() - cpu
+    each = f", {1000 * wall / count:.3f} ms each ({1000 * spent / count:.3f} of processor)" if count > 1 else ""
+    print(f"{what}: {wall:.2f} s, {spent:.2f} s of processor{each}", flush=True)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def measure_requests(out: Path) -> None:
+    """Requests by what was done, of a run whose worker is in this process."""
+    teacher = make_model_folder(out / "teacher") if not (out / "teacher").exists() else out / "teacher"
+    photos = out / "photos" if (out / "photos").exists() else write_photos(out / "photos", 64)
+    with start_seaweedfs(out / f"weed-{time.time_ns()}") as store, start_fault_proxy(store) as proxy:
+        os.environ.update(proxy.front().environment)
+        config = PrecomputeConfig(
+            dataset=f"flickr:{photos}",
+            teacher=f"local-dir:{teacher}",
+            cache=store.location(f"requests-{time.time_ns()}"),
+            device="cpu",
+            chunk_rows=4,
+        )
+        live = load_teacher(config.teacher, device="cpu")
+        pending = count(proxy, "plan a cache of 48 chunks", lambda: plan_precompute(config, live))
+        worker = EncodeWorker()
+        count(proxy, "start a worker", lambda: worker.start(config, str(out)))
+        for tower in ("image", "text"):
+            mine = [ref for ref in pending if ref.tower == tower]
+            count(proxy, f"a span of 8 {tower} chunks", lambda mine=mine: worker.encode(mine[:8]))
+            count(proxy, f"a span of 1 {tower} chunk", lambda mine=mine: worker.encode(mine[8:9]))
+        done = count(proxy, "plan again, 18 chunks done", lambda: plan_precompute(config, live))
+        for first in range(0, len(done), 8):
+            worker.encode(done[first : first + 8])
+        proxy.requests.clear()
+        count(proxy, "seal 48 chunks", lambda: EmbeddingWriter(config.cache).seal())
+        count(proxy, "verify 48 chunks", lambda: verify_cache(config.cache))
+
+
+def count(proxy: FaultProxy, what: str, call: Callable[[], Any]) -> Any:
+    proxy.requests.clear()
+    made = call()
+    if isinstance(made, Outcome) and made.error is not None:
+        raise made.error
+    kinds: Counter[str] = Counter()
+    for request in proxy.requests:
+        key = request.key.partition("/")[2]
+        kinds[f"{request.method} {key.partition('/')[0] if key else 'LIST'}"] += 1
+    by_method = Counter(kind.partition(" ")[0] for kind in kinds.elements())
+    print(f"{what}: {dict(sorted(by_method.items()))} = {dict(sorted(kinds.items()))}", flush=True)
+    return made
+
+
+# ---------------------------------------------------------------- bytes and local seconds of a chunk of 4,096 rows
+
+
+def tables(images: int) -> dict[str, pa.Table]:
+    """One caption an image, names as a web crawl has them: 40 characters in a tar."""
+    rng = np.random.default_rng(0)
+    digests = [f"{a:016x}{b:016x}{c:016x}{d:016x}" for a, b, c, d in rng.integers(0, 2**63, (images, 4)).tolist()]
+    return {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(images),
+                "sample_id": [f"{number // 10_000:05d}/{number:012d}" for number in range(images)],
+                "uri": [f"shards/{number // 10_000:08d}.tar" for number in range(images)],
+                "offset": np.arange(images) * 51_200,
+                "length": rng.integers(20_000, 80_000, images),
+                "content_sha256": digests,
+                "split": ["train"] * images,
+            }
+        ),
+        CAPTIONS: pa.table(
+            {
+                "row": np.arange(images),
+                "image_row": np.arange(images),
+                "text": [f"picture {digest[:40]} of a kind, as somebody wrote" for digest in digests],
+            }
+        ),
+        PROBLEMS: pa.table(
+            {
+                "kind": pa.array([], pa.string()),
+                "where": pa.array([], pa.string()),
+                "detail": pa.array([], pa.string()),
+                "lost_image": pa.array([], pa.bool_()),
+            }
+        ),
+    }
+
+
+def plan_web_cache(cache: str, images: int, made: dict[str, pa.Table]) -> None:
+    identity = make_identity(images, images)
+    dataset = identity.dataset.model_copy(
+        update={"samples_sha256": samples_sha256(made[SAMPLES]), "captions_sha256": captions_sha256(made[CAPTIONS])}
+    )
+    teacher = identity.teacher.model_copy(update={"embed_dim": 512})
+    identity = identity.model_copy(update={"dataset": dataset, "teacher": teacher})
+    layout = Layout(
+        embed_dim=512,
+        image_rows=images,
+        text_rows=images,
+        image_chunk_rows=4096,
+        text_chunk_rows=4096,
+        batch_rows=256,
+    )
+    plan_cache(cache, identity, layout, Source(dataset="webdataset:/d", image_root="/d"), made, {"torch": "0"})
+
+
+def unit_rows(ref: ChunkRef, layout: Layout) -> dict[str, Any]:
+    rows = len(ref.rows(layout))
+    values = np.random.default_rng(ref.chunk).standard_normal((rows, layout.embed_dim), np.float32)
+    norm = np.linalg.norm(values, axis=1)
+    arrays = {"embedding": (values / norm[:, None]).astype(np.float16), "norm": norm.astype(np.float32)}
+    if ref.tower == "image":
+        arrays["view"] = np.tile(np.array([0, 0, 224, 224, 0], np.float32), (rows, 1))
+    return arrays
+
+
+def measure_chunks(out: Path) -> None:
+    cache = str(out / f"chunks-{time.time_ns()}")
+    plan_web_cache(cache, 4096 * 16, tables(4096 * 16))
+    writer = EmbeddingWriter(cache)
+    layout = writer.manifest.layout
+    cost = ChunkCost(rows=4096, seconds=1.0, device="cuda:0")
+    refs = all_chunks(layout)
+    rows = {ref: unit_rows(ref, layout) for ref in refs}
+    writer.write(refs[0], rows[refs[0]], (), cost)  # opens the tables
+    with seconds("write and commit a chunk of 4,096 x 512", len(refs)):
+        for ref in refs:
+            writer.write(ref, rows[ref], (), cost)
+    for ref in (refs[0], refs[-1]):
+        sizes = {name: writer.files.stat(key).nbytes for name, key in ref.object_keys().items()}
+        commit, note = (writer.files.stat(key).nbytes for key in (ref.commit_key, note_key(ref.name)))
+        total = sum(sizes.values()) + commit + note
+        print(f"{ref.tower}: objects {sizes}, commit {commit}, note {note}; {total} bytes in {len(sizes) + 2} objects")
+    with seconds("pending: every chunk proven", len(refs)):
+        assert not writer.pending()
+    with seconds("seal", len(refs)):
+        writer.seal()
+    with seconds("verify", len(refs)):
+        assert verify_cache(cache).ok
+
+
+def measure_files(out: Path) -> None:
+    photos = out / "many" if (out / "many").exists() else write_photos(out / "many", 2000)
+    spec = DatasetSpec.parse(f"flickr:{photos}")
+    load_samples(spec)  # into the page cache
+    with seconds("plan: read and digest an image's file", 2000):
+        load_samples(spec)
+
+
+# ---------------------------------------------------------------- tables by rows
+
+
+def measure_tables(rows: int) -> None:
+    """In a process of its own, whose memory is its alone."""
+
+    def memory() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    folder = Path(os.environ["SCALE_OUT"]) / f"tables-{rows}"
+    if not folder.exists():
+        with seconds(f"{rows:,} images: make, digest and write tables", rows):
+            plan_web_cache(str(folder), rows, tables(rows))
+        sizes = {name: sum(p.stat().st_size for p in (folder / name).iterdir()) for name in ("samples", "captions")}
+        parquet = sum(sizes.values()) / rows
+        print(f"{rows:,} images: {sizes} bytes of parquet, {parquet:.0f} an image; peak {memory():.0f} MiB")
+        return
+    before = memory()
+    writer = EmbeddingWriter(str(folder))
+    with seconds(f"{rows:,} images: a worker reads and proves both tables", rows):
+        held = writer.samples.nbytes + writer.captions.nbytes
+    print(
+        f"{rows:,} images: {held / rows:.0f} bytes an image held, peak {memory() - before:.0f} MiB above {before:.0f}"
+    )
+
+
+def measure_growth(out: Path) -> None:
+    environment = {**os.environ, "SCALE_OUT": str(out)}
+    for rows in (100_000, 1_000_000):
+        for _ in ("write", "read"):
+            subprocess.run([sys.executable, __file__, "tables", str(rows)], env=environment, check=True)
+
+
+# ---------------------------------------------------------------- listings, claims and seals by commits
+
+
+def measure_store(out: Path) -> None:
+    """Latencies of loopback: of a far store they are 10 to 100 times as long, the number of requests is the same."""
+    with start_seaweedfs(out / f"weed-{time.time_ns()}") as store, start_fault_proxy(store) as proxy:
+        os.environ.update(proxy.front().environment)
+        for chunks in (200,):
+            cache = store.location(f"growth-{chunks}-{time.time_ns()}")
+            plan_known_cache(cache, images=chunks * 4 // 2, captions=chunks * 4 // 2, chunk_rows=4)
+            writer = EmbeddingWriter(cache)
+            from tests.conftest import known_arrays
+
+            refs = all_chunks(writer.manifest.layout)
+            with seconds(f"{chunks} chunks: write and commit", chunks):
+                for ref in refs:
+                    writer.write(ref, known_arrays(writer, ref), (), ChunkCost(rows=4, seconds=1.0))
+            proxy.requests.clear()
+            with seconds(f"{chunks} chunks: list commits"):
+                open_files(cache).list("commits")
+            print(f"  {len(proxy.requests)} requests")
+            proxy.requests.clear()
+            with seconds(f"{chunks} chunks: seal", chunks):
+                writer.seal()
+            print(f"  {len(proxy.requests)} requests: {dict(Counter(request.method for request in proxy.requests))}")
+            proxy.requests.clear()
+            with seconds(f"{chunks} chunks: pending", chunks):
+                writer.pending()
+            print(f"  {len(proxy.requests)} requests: {dict(Counter(request.method for request in proxy.requests))}")
+
+
+# ---------------------------------------------------------------- the driver
+
+
+class IdleWorker(EncodeWorker):
+    """Does nothing: what is left is the driver's loop and Ray."""
+
+    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
+        return Outcome()
+
+    def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
+        return Outcome(len(refs))
+
+
+def measure_driver(out: Path) -> None:
+    import ray
+
+    from pipeline.ray_executor import RayExecutor
+
+    for workers in (1, 2):
+        cache = str(out / f"driver-{workers}-{time.time_ns()}")
+        plan_known_cache(cache, images=80_000, captions=80_000, chunk_rows=4)
+        refs = all_chunks(EmbeddingWriter(cache).manifest.layout)
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+        config = PrecomputeConfig(dataset="flickr:/d", teacher="bundled:scenes", cache=cache, device="cpu")
+        try:
+            executor = RayExecutor(worker=IdleWorker)
+            executor.encode(config, refs[:64])  # processes are there now, though each run has actors of its own
+            with seconds(f"{workers} actors: hand out {len(refs):,} chunks"):
+                executor.encode(config, refs)
+        finally:
+            ray.shutdown()
+
+
+# ---------------------------------------------------------------- worked out
+
+# assumptions, as are the images/s of one GPU below: a small teacher and a large one. Captions go four times as fast
+SPAN_SECONDS = 0.5  # the first batch is decoded, the last chunk is written: nothing overlaps
+LOADS_SECONDS = 60.0  # from a new machine's start to its first batch
+DRIVER_SECONDS = 0.0006  # measured: processor time of the driver for a span
+
+
+def show_simulations() -> None:
+    print("images        workers  images/s  lost after    hours   ideal   busy   losses  again  driver   chunks/s")
+    for images, workers, rate, lost_hours in (
+        (10_000_000, 10, 2_000.0, 720.0),
+        (10_000_000, 1_000, 2_000.0, 720.0),
+        (1_000_000_000, 10, 2_000.0, 720.0),
+        (1_000_000_000, 1_000, 2_000.0, 720.0),
+        (1_000_000_000, 10, 200.0, 720.0),
+        (1_000_000_000, 1_000, 200.0, 720.0),
+        (1_000_000_000, 1_000, 200.0, 24.0),
+        (1_000_000_000, 1_000, 200.0, 1.0),
+        (1_000_000_000, 10_000, 200.0, 720.0),
+    ):
+        rows = default_chunk_rows(images)
+        chunks = -(-images // rows)
+        fleet = Fleet(
+            workers=workers,
+            image_seconds=rows / rate,
+            text_seconds=rows / rate / 4,
+            span_seconds=SPAN_SECONDS,
+            driver_seconds=DRIVER_SECONDS,
+            lost_after_seconds=3600 * lost_hours,
+            new_after_seconds=LOADS_SECONDS,
+        )
+        ideal = chunks * (fleet.image_seconds + fleet.text_seconds) / workers / 3600
+        came = simulate(fleet, chunks, chunks)
+        print(
+            f"{images:>13,}  {workers:>6,}  {rate:8,.0f}  {lost_hours:>8,.0f} h  {came.hours:7.2f} {ideal:7.2f} "
+            f"{100 * came.busy:5.1f} %  {came.losses:>6,} {came.again:>6,}  {100 * came.driver:4.1f} %  "
+            f"{2 * chunks / came.hours / 3600:9.1f}",
+            flush=True,
+        )
+
+
+MEASURED: dict[str, Callable[[Path], None]] = {
+    "chunks": measure_chunks,
+    "driver": measure_driver,
+    "files": measure_files,
+    "requests": measure_requests,
+    "store": measure_store,
+    "tables": measure_growth,
+}
+
+if __name__ == "__main__":
+    main()

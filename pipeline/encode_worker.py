@@ -1,0 +1,88 @@
+"""A worker of a fan-out: a process that holds one teacher on one device and encodes the spans it is given.
+
+No engine is imported here; whatever starts it calls :meth:`EncodeWorker.start` once, then :meth:`EncodeWorker.encode`.
+Nothing is raised across the process border: an error comes back as a value, with what this side knows about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_shared
+from pipeline.known_rows import known_rows
+from pipeline.teacher import LiveTeacher, load_teacher
+from storage.commits import ChunkRef
+from storage.transient import is_transient
+from storage.writer import EmbeddingWriter
+
+__all__ = ["EncodeWorker", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        encoded: chunks that this worker encoded.
+        error: what stopped it, or None.
+        transient: whether another try, here or elsewhere, may succeed.
+    """
+
+    encoded: int = 0
+    error: Exception | None = None
+    transient: bool = False
+
+
+class EncodeWorker:
+    """One teacher on one device. For one call at a time."""
+
+    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
+        """Load the teacher and open the planned cache, which has to be the teacher's.
+
+        Args:
+            folder: where the run was started: relative paths are relative to it, on machines that have it.
+        """
+
+        def begin() -> int:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+            self._config = config
+            self._teacher: LiveTeacher = load_teacher(
+                config.teacher, config.pretrained, config.device, config.precision
+            )
+            self._writer = EmbeddingWriter(config.cache)
+            identity = self._writer.manifest.identity
+            self._teacher.require(identity, config.cache)
+            self._known = known_rows(config.reuse, identity, self._writer.samples, self._writer.captions)
+            return 0
+
+        return _outcome(begin)
+
+    def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
+        """Encode these chunks, unless others have them or they are there; each is committed then."""
+        return _outcome(lambda: encode_shared(self._config, self._teacher, refs, None, self._known, self._writer))
+
+
+def _outcome(call: Callable[[], int]) -> Outcome:
+    try:
+        return Outcome(call())
+    except Exception as error:
+        return Outcome(error=_portable(error), transient=is_transient(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it survives the way to another process: its cause does not, and some libraries' not at all."""
+    where = f"(a worker on {socket.gethostname()})"
+    with contextlib.suppress(Exception):
+        copy: Exception = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            if copy.args == (str(error),):
+                copy.args = (f"{error} {where}",)
+            return copy
+    return OSError(f"{type(error).__name__}: {error} {where}")
