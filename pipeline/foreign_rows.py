@@ -176,10 +176,9 @@ class ForeignFolder:
         """Rows as a cache holds them.
 
         Returns:
-            embedding: (rows, dim) float16 of unit norm. Float16 rows that are so already keep their bits; others are
-                normalised in float32.
-            norm: (rows,) float32, of the folder's row; 1 where it was normalised.
-            usable: (rows,), False where a row is not finite or zero; the other two mean nothing there.
+            Embedding, (rows, dim) float16 of unit norm: float16 rows that are so already keep their bits, others are
+            normalised in float32. Norm, (rows,) float32, of the folder's row: 1 where it was normalised. And (rows,)
+            bool, False where a row is not finite or zero: the other two mean nothing there.
         """
         embedding = np.empty((len(rows), self.dim), np.float16)
         norm, usable = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
