@@ -32,7 +32,7 @@ def test_a_deployment_run_makes_a_whole_cache_one_task_run_per_span(served, prec
 
 
 def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
-    cache, _ = precomputed
+    cache, flow_run = precomputed
     table = served.table("precompute-teacher")
     assert table["cache"] == str(cache)
     assert (table["images"], table["captions"], table["chunks"]) == (IMAGES, CAPTIONS, 15)
@@ -41,7 +41,7 @@ def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
     assert table["manifest digest"] == verify_cache(str(cache)).manifest_digest
     listed = served.prefect("artifact", "inspect", "precompute-teacher").stdout
     assert "undecodable-image: train/cat/3.jpg" in listed
-    assert served.ask("artifacts/precompute-teacher-progress/latest")["data"] == 100.0
+    assert served.artifact(flow_run, "precompute-teacher-progress")["data"] == 100.0
 
 
 def test_what_serve_says_to_type_is_right(served):
