@@ -110,6 +110,8 @@ def collect_report(
     if reader is not None:
         sides = dict.fromkeys(_rows_of_pairs(hardest + best), _PAIR_SIDE)
         sides |= {image.row: _PAIR_SIDE for image in lost}
+        for alike in stats.nearest_pairs if stats is not None else ():
+            sides |= dict.fromkeys(alike.rows, _PAIR_SIDE)
         for point in on_map.points if on_map is not None else ():
             sides.setdefault(point.image_row, _MAP_SIDE)
         images = CachedImages(reader, ImageSource(image_root or reader.manifest.source.image_root))
