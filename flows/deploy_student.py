@@ -37,7 +37,7 @@ def deploy_student(
     *,
     out: Annotated[
         str | None,
-        Field(description="Folder to write; must not be there yet. deployed/NAME-OF-THIS-FLOW-RUN if left out."),
+        Field(description="Folder to write; must not be there yet. runs/deployed/NAME-OF-THIS-FLOW-RUN if left out."),
     ] = None,
     timeout_seconds: Annotated[
         float | None, Field(gt=0, description="Give up after this long, with nothing shipped; never if left out.")
@@ -45,7 +45,7 @@ def deploy_student(
     **settings: Any,
 ) -> dict[str, Any]:
     """Ship a run's student as ONNX, int8 and open_clip weights, each file proven, with a table of its worth."""
-    config = DeployConfig(out=out or f"deployed/{flow_run.name}", **settings)
+    config = DeployConfig(out=out or f"runs/deployed/{flow_run.name}", **settings)
     result = deploy_run.with_options(timeout_seconds=timeout_seconds)(config)
     describe(result)
     deployment = result.deployment

@@ -22,7 +22,8 @@ import pytest
 from tests.container_files import DOCKER, PROJECT, Place, Started, compose
 from tests.object_store import free_ports
 
-pytestmark = pytest.mark.service
+# building the stack counts as part of its first test
+pytestmark = [pytest.mark.service, pytest.mark.timeout(1800)]
 
 # with characters that a URL would have to escape
 SECRETS = {"POSTGRES_PASSWORD": "p@ss/w:rd", "AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret"}

@@ -40,7 +40,7 @@ OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "report", "ti
 # what a flow asks of its user otherwise than the stage does: a folder is named by the flow run, a student is a must
 STAND_INS = {
     ("train-student", "out"): "runs/NAME-OF-THIS-FLOW-RUN",
-    ("deploy-student", "out"): "deployed/NAME-OF-THIS-FLOW-RUN",
+    ("deploy-student", "out"): "runs/deployed/NAME-OF-THIS-FLOW-RUN",
     ("evaluate-student", "run"): "whose student is measured",
 }
 
