@@ -51,9 +51,8 @@ def retrain_student(
     found = look(config)
     encoded = verdict = None
     if found.judged is None:
-        with device_slots(config.device):
-            if not found.cache_finished:
-                encoded = encode(config, found)
+        with device_slots(config.device, config.train.get("devices", 1)):
+            encoded = encode(config, found)
             train.with_options(timeout_seconds=timeout_seconds)(config, found)
             verdict = promote(config, found)
     outcome = "nothing-new" if verdict is None else "promoted" if verdict.promotion else "rejected"
@@ -90,8 +89,8 @@ def look(config: RetrainConfig) -> Look:
 
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
-def encode(config: RetrainConfig, found: Look) -> PrecomputeResult:
-    """Make the cache of the dataset as it is now; rows that an earlier one has are copied."""
+def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
+    """Make the cache of the dataset as it is now, unless it is there, and verify it; old rows are copied."""
     from pipeline.retrain import Retraining
 
     return Retraining(config).encode(found, LoggedProgress(get_run_logger()))

@@ -33,7 +33,8 @@ def retrain(
     min_retention: Annotated[float | None, setting(RetrainConfig, "min_retention")] = None,
     max_removed: Annotated[float | None, setting(RetrainConfig, "max_removed")] = None,
     ship: Annotated[
-        bool | None, typer.Option("--ship/--no-ship", help="Deploy a student that passed, before it is promoted; done.")
+        bool | None,
+        typer.Option("--ship/--no-ship", help="Deploy a student that passed, then promote it; shipped if left out."),
     ] = None,
     device: Annotated[str | None, setting(RetrainConfig, "device")] = None,
     json: JsonFlag = False,

@@ -17,14 +17,19 @@ from numpy.typing import NDArray
 from storage.arrays import ARRAYS
 from storage.commits import ChunkRef
 from storage.drawn_rows import stored_rows
+from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
 from storage.manifest import CacheManifest
 from storage.reader import EmbeddingReader
 
-__all__ = ["CachedRows", "KnownRows", "known_rows", "require_reusable"]
+__all__ = ["CachedRows", "KnownRows", "NotReusableError", "known_rows", "require_reusable"]
 
 _MEMORY_BYTES = 256 << 20
 _NOWHERE = -1
+
+
+class NotReusableError(CacheMismatchError):
+    """A cache whose rows this teacher would not make."""
 
 
 class KnownRows(Protocol):
@@ -48,7 +53,7 @@ class CachedRows:
         samples, captions: its tables.
 
     Raises:
-        CacheMismatchError: its rows are another teacher's, or made otherwise.
+        NotReusableError: its rows are another teacher's, or made otherwise.
         CacheError: it cannot be read.
     """
 
@@ -107,14 +112,14 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
         identity: of the cache to fill.
 
     Raises:
-        CacheMismatchError: teacher, preprocessing, tokenizer or what is stored differ.
+        NotReusableError: teacher, preprocessing, tokenizer or what is stored differ.
     """
     mine = have.identity
-    mine.require(
-        identity.model_copy(update={"dataset": mine.dataset, "views": mine.views}),
-        location,
-        "Its rows cannot be reused: leave --reuse out, and the teacher encodes all rows.",
-    )
+    like = identity.model_copy(update={"dataset": mine.dataset, "views": mine.views})
+    try:
+        mine.require(like, location, "Its rows cannot be reused: leave --reuse out, and the teacher encodes all rows.")
+    except CacheMismatchError as error:
+        raise NotReusableError(str(error)) from None
 
 
 def _places(wanted: pa.ChunkedArray, there: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -78,8 +78,13 @@ def plan_precompute(
     """
     _refuse_to_mix(config.cache)
     planned = read_dataset(config, teacher, progress)
-    made_with = library_versions() | _by_way_of(config.reuse, planned.identity)
-    pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
+    origin = _by_way_of(config.reuse, planned.identity)
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions() | origin)
+    if origin and pending and IMPORTED not in planned_manifest(open_files(config.cache)).made_with:
+        raise CacheMismatchError(
+            f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
+            "say so. Leave --reuse out, or encode to a new path."
+        )
     if any(ref.view == 0 for ref in pending):
         _refuse_to_mix(config.cache, sealed=True)
     return pending
@@ -92,7 +97,10 @@ def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
     have = read_manifest(open_files(reuse))
     require_reusable(have, reuse, identity)
     imported = have.made_with.get(IMPORTED)
-    return {IMPORTED: f"{imported}; copied from cache {have.digest[:12]}"} if imported else {}
+    if not imported:
+        return {}
+    by_way_of = "; copied from cache"
+    return {IMPORTED: imported if by_way_of in imported else f"{imported}{by_way_of} {have.digest[:12]}"}
 
 
 def _refuse_to_mix(cache: str, sealed: bool = False) -> None:

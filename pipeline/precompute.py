@@ -38,7 +38,10 @@ class PrecomputeResult(BaseModel, frozen=True):
     splits: dict[str, int]
     chunks: int
     chunks_encoded: int = Field(description="By this run; the others were there.")
-    rows_reused: dict[str, int] = Field(description="By tower, of the cache that was named to copy rows from.")
+    rows_reused: dict[str, int] = Field(
+        description="By tower, copied from the cache that was named, by all runs that made this one; 0 where this run "
+        "encoded nothing."
+    )
     quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
     lost_images: int = Field(description="Images of the dataset that got no row.")
     problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
@@ -95,7 +98,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
     for item in quarantined:
         problems[item.reason] += 1
         details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
-    reused = known_rows(reuse, manifest.identity, writer.samples, writer.captions)
+    reused = known_rows(reuse, manifest.identity, writer.samples, writer.captions) if chunks_encoded else None
     info = describe_cache(cache)
     return PrecomputeResult(
         cache=cache,

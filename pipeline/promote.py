@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from pipeline.config import EvaluateConfig, StageConfig
-from pipeline.deployment import Deployment
+from pipeline.deployment import Deployment, DeploymentError
 from pipeline.evaluate import EvaluateResult, measure, student_ranks
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.intervals import LEVEL, bootstrap_share
@@ -21,7 +21,7 @@ from pipeline.registry import Candidate, Comparison, Promotion, StudentRegistry
 from pipeline.runs import RunFolder
 from storage.errors import UsageError
 
-__all__ = ["PromoteConfig", "PromoteResult", "compare", "decide", "promote", "roll_back"]
+__all__ = ["PromoteConfig", "PromoteResult", "checkpoint_of", "compare", "decide", "promote", "roll_back"]
 
 _WEIGHTS = "open_clip_model.safetensors"
 
@@ -71,15 +71,19 @@ class PromoteResult(BaseModel, frozen=True):
 
 
 def promote(
-    config: PromoteConfig, progress: Progress | None = None, ship: Callable[[], str] | None = None
+    config: PromoteConfig,
+    progress: Progress | None = None,
+    ship: Callable[[], str] | None = None,
+    keep_unchanged: bool = False,
 ) -> PromoteResult:
     """Measure a student, beside the champion if there is one; keep it in the registry; promote it if it passes.
 
     The champion is measured anew, on the images and captions of this cache: its old numbers may be of other ones.
 
     Args:
-        ship: called once it has passed, before it is promoted; deploys it and returns the folder. What it raises leaves
-            the registry as it is.
+        ship: called once it has passed, before it is promoted; deploys it and returns the folder. A gate that it fails
+            (``DeploymentError``) rejects the student; anything else that it raises leaves the registry as it is.
+        keep_unchanged: keep a student with the champion's own weights as rejected, rather than refuse it.
 
     Raises:
         UsageError: the run has no such checkpoint, is the champion already, was chosen on this split, or the champion's
@@ -92,7 +96,8 @@ def promote(
     path = folder.checkpoint_path(config.checkpoint)
     weights = _weights(path)
     champion = registry.champion()
-    if champion is not None and champion.weights_sha256 == weights:
+    unchanged = champion is not None and champion.weights_sha256 == weights
+    if champion is not None and unchanged and not keep_unchanged:
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
     if config.checkpoint == "best" and record.best is not None and record.best.split == config.split:
         raise UsageError(
@@ -101,7 +106,7 @@ def promote(
         )
     if config.deployed is not None:
         _require_deployed(config.deployed, config.run, path.relative_to(folder.path).as_posix())
-    champion_path = _weights_path(champion) if champion else None
+    champion_path = checkpoint_of(champion) if champion else None
 
     wanted = EvaluateConfig(
         cache=config.cache,
@@ -121,7 +126,14 @@ def promote(
         ranks = student_ranks(wanted, measured.split, champion_path, measured.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
     passed, reason = decide(measured.result, comparison, config.min_retention)
-    deployed = ship() if passed and ship is not None else config.deployed
+    if champion is not None and unchanged:
+        passed, reason = False, f"the very weights of champion {champion.number}"
+    deployed = None if config.deployed is None else str(Path(config.deployed).absolute())
+    if passed and ship is not None:
+        try:
+            deployed = ship()
+        except DeploymentError as error:
+            passed, reason = False, f"could not be shipped: {error}"
     candidate = registry.add(
         _lineage(config, measured.result, measured.split, weights)
         | {"deployed": deployed, "comparison": comparison, "passed": passed, "reason": reason}
@@ -190,7 +202,7 @@ def roll_back(location: str, to: int | None = None) -> tuple[Candidate, Promotio
     """
     registry = StudentRegistry(location)
     now, earlier = registry.champion(), registry.earlier_champion(to)
-    _weights_path(earlier)
+    checkpoint_of(earlier)
     return earlier, registry.promote(earlier, now, "rollback")
 
 
@@ -200,7 +212,8 @@ def _lineage(
     record = RunFolder(config.run).read()
     assert found.student is not None  # a run was measured
     return {
-        "run": config.run,
+        # of the whole way: a registry is read from any folder
+        "run": str(Path(config.run).absolute()),
         "checkpoint": found.checkpoint,
         "weights_sha256": weights_sha256,
         "student": record.config.student,
@@ -220,18 +233,23 @@ def _lineage(
     }
 
 
-def _weights_path(student: Candidate) -> Path:
-    """Folder of a student's checkpoint, proven to hold its weights."""
+def checkpoint_of(student: Candidate) -> Path:
+    """Folder of a student's checkpoint, proven to hold its weights.
+
+    Raises:
+        UsageError: it is gone, or holds others.
+    """
     path = Path(student.run) / student.checkpoint
     if not (path / _WEIGHTS).exists():
         raise UsageError(
-            f"{path}: student {student.number} of the registry was there, and is gone. Bring the run back, or name "
-            "another champion by teacher-cache rollback --to"
+            f"{path}: student {student.number} of the registry was there, and is gone. Bring the run back, name "
+            "another champion by teacher-cache rollback --to, or begin a new registry"
         )
     if _weights(path) != student.weights_sha256:
         raise UsageError(
             f"{path}: these are not the weights of student {student.number} (sha256 {student.weights_sha256[:12]}). "
-            "Was it trained anew in the same folder? Name another champion by teacher-cache rollback --to"
+            "Was it trained anew in the same folder? Name another champion by teacher-cache rollback --to, or begin a "
+            "new registry"
         )
     return path
 

@@ -45,7 +45,7 @@ class Candidate(BaseModel, frozen=True):
 
     number: int = Field(ge=1)
     date: str = Field(description="UTC.")
-    run: str
+    run: str = Field(description="Folder of the training run, whole.")
     checkpoint: str = Field(description="Its folder, relative to the run.")
     weights_sha256: str = Field(description="Of the checkpoint's weights.")
     deployed: str | None = Field(description="Folder that deploy made of it.")

@@ -7,7 +7,7 @@
       students/             the registry: champion, challengers, why each passed or not
 
 Every step looks at what is there already, so that a retraining which was killed goes on when it is called again. One
-retraining at a time works in a home.
+retraining at a time works in a home. The teacher is known by its name and precision: changed weights need another name.
 """
 
 from __future__ import annotations
@@ -26,26 +26,29 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig
 from pipeline.deployment import RECORD, Deployment
+from pipeline.known_rows import NotReusableError
 from pipeline.plan import dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
-from pipeline.promote import PromoteConfig, PromoteResult, promote
+from pipeline.promote import PromoteConfig, PromoteResult, checkpoint_of, promote
 from pipeline.registry import Candidate, StudentRegistry
 from pipeline.retrain_config import RetrainConfig
 from pipeline.run_file import check_config
 from pipeline.runs import RunFolder, other_settings
 from pipeline.samples import DatasetSpec, load_samples
+from pipeline.student import student_config
 from pipeline.teacher import recorded_name
-from storage.errors import CacheCorruptError, UsageError
+from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import DatasetIdentity
 from storage.integrity import verify_cache
 from storage.manifest import CacheManifest
-from storage.root import planned_manifest
+from storage.root import look_at_manifest, planned_manifest
 from storage.tables import CAPTIONS, SAMPLES, read_table
 
 __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
+_RUN = re.compile(r"^(\d{4,})(-\d+)?$")
 _SET_HERE = {
     "train": {"cache", "student", "out", "init", "device"},
     "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
@@ -92,7 +95,10 @@ class RetrainResult(BaseModel, frozen=True):
 class _Numbered:
     number: int
     location: str
-    manifest: CacheManifest
+    manifest: CacheManifest | None
+    """None where none can be read."""
+    free: bool = False
+    """There is none, not even a damaged one: whoever planned it was stopped before, and it may be planned anew."""
 
 
 class Retraining:
@@ -104,38 +110,47 @@ class Retraining:
 
     def __init__(self, config: RetrainConfig) -> None:
         self.config = config
-        self.caches = config.caches or f"{config.home}/caches"
-        self.registry = StudentRegistry(f"{config.home}/students")
+        if "://" in config.home:
+            raise UsageError(f"home {config.home}: runs are written to a local folder; give URLs as caches alone")
+        # whole: candidates and runs are found again from any folder
+        self.home = str(Path(config.home).absolute())
+        self.caches = (config.caches or f"{self.home}/caches").rstrip("/")
+        self.registry = StudentRegistry(f"{self.home}/students")
         for stage, given in (("train", config.train), ("deploy", config.deploy)):
             if taken := sorted(set(given) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
         # a typing error should not cost the encoding
         self._training("cache", "out", None)
         self._deployment("run", "out", "last")
+        self._student = student_config(config.student)
 
     def look(self, progress: Progress | None = None) -> Look:
         """Read the dataset and what is there. Loads no teacher, writes nothing.
 
         Raises:
-            UsageError: the dataset cannot be used, or has lost more images than ``max_removed`` allows.
-            CacheError: a cache there cannot be.
+            UsageError: the dataset cannot be used, has no such split, or has lost more images than ``max_removed``
+                allows; or the champion's weights are gone.
+            CacheUnreachableError, CacheAccessError: of the store of the caches.
         """
         spec = DatasetSpec.parse(self.config.dataset)
         dataset, digests = load_samples(spec, _stage(progress, "look at the dataset"))
         tables = dataset_tables(dataset, digests)
         identity = dataset_identity(spec, tables)
+        self._require_splits(identity)
         there = _numbered(self.caches)
-        ready = [each for each in there if each.manifest.sealed]
-        newest = there[-1] if there else None
-        if newest is not None and self._is_of(newest.manifest, identity):
-            number, finished = newest.number, newest.manifest.sealed
-        else:
-            number, finished = newest.number + 1 if newest else 1, False
+        ready = [each for each in there if each.manifest is not None and each.manifest.sealed]
+        mine = [each for each in there if each.manifest is not None and self._is_of(each.manifest, identity)]
+        number, manifest = (mine[-1].number, mine[-1].manifest) if mine else (self._next(there), None)
+        finished = manifest is not None and manifest.sealed
         changes = _changes(ready[-1], tables) if ready else None
-        if changes is not None:
+        if changes is not None and not mine:
             self._require_most(ready[-1], changes)
-        alike = [each for each in ready if each.number < number and self._is_by(each.manifest)]
-        run = self._run(number)
+        alike = [each for each in ready if each.number != number and each.manifest and self._is_by(each.manifest)]
+        run = self._run(number, manifest.digest if finished and manifest else None)
+        judged = self._judged(run)
+        champion = self.registry.champion()
+        if judged is None and champion is not None:
+            checkpoint_of(champion)  # it will be measured, after hours
         return Look(
             images=identity.images,
             captions=identity.captions,
@@ -144,30 +159,28 @@ class Retraining:
             cache_finished=finished,
             reuse=alike[-1].location if alike else None,
             run=run,
-            judged=self._judged(run) if finished else None,
+            judged=judged,
         )
 
-    def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult:
-        """Make the cache of the dataset as it is now, and read all of it once.
+    def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult | None:
+        """Make the cache of the dataset as it is now, unless it is there, and read all of it once.
+
+        Where preprocessing or weights are others than those of the cache to copy from, all of it is encoded.
+
+        Returns:
+            None where it was finished before.
 
         Raises:
             CacheCorruptError: it does not verify.
             CacheError, UsageError, OSError, FloatingPointError: as ``precompute`` raises them.
         """
-        config = self.config
-        made = precompute(
-            PrecomputeConfig(
-                dataset=config.dataset,
-                teacher=config.teacher,
-                pretrained=config.pretrained,
-                precision=config.precision,
-                views=config.views or self._views_before(look),
-                cache=look.cache,
-                reuse=look.reuse,
-                device=config.device,
-            ),
-            progress,
-        )
+        made = None
+        if not look.cache_finished:
+            config = self._precompute(look)
+            try:
+                made = precompute(config, progress)
+            except NotReusableError:
+                made = precompute(config.model_copy(update={"reuse": None}), progress)
         report = verify_cache(look.cache, _stage(progress, "verify"))
         if not report.ok:
             raise CacheCorruptError(
@@ -186,15 +199,16 @@ class Retraining:
         from pipeline.train import train
 
         folder = RunFolder(look.run)
-        init = folder.read().config.init if folder.exists() else self._init()
-        train(self._training(look.cache, look.run, init), progress, resume=folder.exists())
+        begun = folder.exists() and folder.read().checkpoint is not None
+        init = folder.read().config.init if begun else self._init()
+        train(self._training(look.cache, look.run, init), progress, resume=begun)
         return look.run
 
     def promote(self, look: Look, progress: Progress | None = None) -> PromoteResult:
-        """Measure the student beside the champion; ship and promote it if it passes.
+        """Measure the student beside the champion; ship and promote it if it passes. One that fails a gate is rejected.
 
         Raises:
-            CacheError, UsageError: as ``promote`` and ``deploy`` raise them.
+            CacheError, UsageError: as ``promote`` raises them.
         """
         config = self.config
         return promote(
@@ -209,15 +223,46 @@ class Retraining:
             ),
             progress,
             (lambda: self._deploy(look.run, progress)) if config.ship else None,
+            keep_unchanged=True,
         )
 
+    def _precompute(self, look: Look) -> PrecomputeConfig:
+        config = self.config
+        before = planned_manifest(open_files(look.reuse)).layout.views if look.reuse else None
+        return PrecomputeConfig(
+            dataset=config.dataset,
+            teacher=config.teacher,
+            pretrained=config.pretrained,
+            precision=config.precision,
+            views=config.views or before,
+            cache=look.cache,
+            reuse=look.reuse,
+            device=config.device,
+        )
+
+    def _require_splits(self, dataset: DatasetIdentity) -> None:
+        training = self._training("cache", "out", None)
+        for setting, split in (
+            ("split", self.config.split),
+            ("train.split", training.split),
+            ("train.select_split", training.select_split),
+        ):
+            if split is not None and split not in dataset.splits:
+                known = ", ".join(dataset.splits) or "none"
+                raise UsageError(f"{self.config.dataset}: no split {split!r} ({setting}); there are {known}")
+
     def _require_most(self, before: _Numbered, changes: Changes) -> None:
-        images = before.manifest.layout.image_rows
+        images = before.manifest.layout.image_rows if before.manifest else 0
         if 100 * changes.removed_images > self.config.max_removed * images:
             raise UsageError(
                 f"{self.config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are "
                 "gone. Is a share not mounted? If they are meant to be gone, allow more by max_removed"
             )
+
+    def _next(self, there: list[_Numbered]) -> int:
+        """A number that neither a cache nor a run has; that of a cache whose planning was stopped is free."""
+        runs = [int(found[1]) for path in Path(f"{self.home}/runs").glob("*") if (found := _RUN.match(path.name))]
+        return max([0, *(each.number for each in there if not each.free), *runs]) + 1
 
     def _training(self, cache: str, out: str, init: str | None) -> TrainConfig:
         given = {"cache": cache, "student": self.config.student, "out": out, "device": self.config.device}
@@ -225,27 +270,36 @@ class Retraining:
 
     def _init(self) -> str | None:
         champion = self.registry.champion() if self.config.start == "champion" else None
-        if champion is None or champion.student != self.config.student:
+        if champion is None or RunFolder(champion.run).read().student_config != self._student:
             return None
         return f"{champion.run}/{champion.checkpoint}"
 
-    def _run(self, number: int) -> str:
-        """The run with these settings from the cache of this number; the next free name if there is none."""
+    def _run(self, number: int, digest: str | None) -> str:
+        """The run with these settings from the cache of this number and digest; the next free name if there is none."""
         for again in itertools.count(1):
-            name = f"{self.config.home}/runs/{number:04d}" + (f"-{again}" if again > 1 else "")
+            name = f"{self.home}/runs/{number:04d}" + (f"-{again}" if again > 1 else "")
             folder = RunFolder(name)
             if not folder.exists():
                 return name
-            recorded = folder.read().config
+            record = folder.read()
             # where it began from was decided when it began: the champion may be this very run by now
-            if not other_settings(self._training(recorded.cache, name, recorded.init), recorded):
+            asked = self._training(record.config.cache, name, record.config.init)
+            same = record.student_config == self._student and not other_settings(asked, record.config)
+            if same and record.cache_manifest_digest == digest:
                 return name
         raise AssertionError  # count() does not end
 
     def _judged(self, run: str) -> Candidate | None:
         """The last verdict on a run. One that passed and was never promoted counts for none: it was killed there."""
+        if not RunFolder(run).exists():
+            return None
+        digest = RunFolder(run).read().cache_manifest_digest
         promoted = {promotion.candidate for promotion in self.registry.promotions()}
-        judged = [each for each in self.registry.candidates() if Path(each.run) == Path(run)]
+        judged = [
+            each
+            for each in self.registry.candidates()
+            if Path(each.run) == Path(run) and each.cache_manifest_digest == digest
+        ]
         settled = [each for each in judged if not each.passed or each.number in promoted]
         return settled[-1] if settled else None
 
@@ -258,18 +312,21 @@ class Retraining:
         views = self.config.views in (None, manifest.layout.views)
         return self._is_by(manifest) and views and manifest.identity.dataset == dataset
 
-    def _views_before(self, look: Look) -> int | None:
-        return planned_manifest(open_files(look.reuse)).layout.views if look.reuse else None
-
     def _deploy(self, run: str, progress: Progress | None) -> str:
         from pipeline.deploy import deploy
 
-        config = self.config
-        out = Path(config.home) / "deployed" / Path(run).name
-        if (out / RECORD).exists() and Path(Deployment.read(out).run).name == Path(run).name:
-            return str(out)  # killed behind it
-        deploy(self._deployment(run, str(out), self._checkpoint(run)), progress)
-        return str(out)
+        record, checkpoint = RunFolder(run).read(), RunFolder(run).checkpoint_path(self._checkpoint(run))
+        wanted = (checkpoint.relative_to(run).as_posix(), record.cache_manifest_digest)
+        for again in itertools.count(1):
+            out = Path(self.home) / "deployed" / (Path(run).name + (f"-{again}" if again > 1 else ""))
+            if not out.exists():
+                deploy(self._deployment(run, str(out), self._checkpoint(run)), progress)
+                return str(out)
+            if (out / RECORD).exists():
+                made = Deployment.read(out)
+                if (made.checkpoint, made.cache_manifest_digest) == wanted:
+                    return str(out)  # shipped, and killed before it was promoted
+        raise AssertionError  # count() does not end
 
     def _deployment(self, run: str, out: str, checkpoint: str) -> DeployConfig:
         config = self.config
@@ -289,7 +346,7 @@ def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainR
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: a setting cannot be used; nothing is written then.
+        UsageError: a setting cannot be used, and nothing is written then; or another process retrains here.
         CacheError, OSError, FloatingPointError: as the steps raise them.
     """
     started = time.perf_counter()
@@ -297,9 +354,10 @@ def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainR
     look = steps.look(progress)
     encoded = verdict = None
     if look.judged is None:
-        encoded = None if look.cache_finished else steps.encode(look, progress)
-        steps.train(look, None if progress is None else lambda at: progress("step", at.step, at.total_steps))
-        verdict = steps.promote(look, progress)
+        with RunFolder(steps.home).locked():
+            encoded = steps.encode(look, progress)
+            steps.train(look, None if progress is None else lambda at: progress("step", at.step, at.total_steps))
+            verdict = steps.promote(look, progress)
     champion = steps.registry.champion()
     outcome: Literal["nothing-new", "promoted", "rejected"] = "nothing-new"
     if verdict is not None:
@@ -321,11 +379,19 @@ def _numbered(caches: str) -> list[_Numbered]:
     for name in open_files(caches).folders():
         if matched := _CACHE.match(name):
             location = f"{caches}/{name}"
-            found.append(_Numbered(int(matched[1]), location, planned_manifest(open_files(location))))
+            manifest, free = None, False
+            try:
+                manifest = look_at_manifest(open_files(location))
+            except CacheNotFoundError:
+                free = True
+            except (CacheCorruptError, CacheFormatError):
+                pass  # of an earlier state: repair is for who needs it
+            found.append(_Numbered(int(matched[1]), location, manifest, free))
     return sorted(found, key=lambda each: each.number)
 
 
 def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
+    assert before.manifest is not None  # it is finished
     files = open_files(before.location)
     counts = {}
     for name, column in ((SAMPLES, "content_sha256"), (CAPTIONS, "text")):
@@ -342,6 +408,8 @@ def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
 
 def _missing(values: pa.Array, among: pa.Array) -> int:
     """How many of ``values`` are not among others."""
+    both = (each.cast(pa.string()) for each in (values, among))  # an empty column may have no type
+    values, among = both
     return len(values) - int(pc.sum(pc.is_in(values, value_set=among)).as_py() or 0)
 
 

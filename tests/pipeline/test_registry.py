@@ -272,11 +272,11 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     lines = shown.stdout.splitlines()
     assert any("2" in line and "rejected" in line and "keeps" in line for line in lines), shown.stdout
     assert "1000 % wanted" in shown.stdout
-    assert any("1" in line and "champion" in line and " a " in line for line in lines), shown.stdout
+    assert any("1" in line and "champion" in line for line in lines), shown.stdout
     listed = json.loads(command(home, "students", str(tmp_path / "r"), "--json").stdout)
     assert listed["champion"] == 1
     assert [each["passed"] for each in listed["students"]] == [True, False]
-    assert command(home, "students", str(tmp_path / "r"), "--champion").stdout == "a/checkpoints/epoch-0002\n"
+    assert command(home, "students", str(tmp_path / "r"), "--champion").stdout == f"{home}/a/checkpoints/epoch-0002\n"
     back = command(home, "rollback", str(tmp_path / "r"))
     assert (back.returncode, back.stdout) == (2, "")
     assert "student 1 has no champion before it" in back.stderr

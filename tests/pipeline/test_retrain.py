@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import pytest
 
 import pipeline.promote
 import pipeline.retrain
+from pipeline.config import PrecomputeConfig
+from pipeline.deployment import DeploymentError
 from pipeline.registry import StudentRegistry
 from pipeline.retrain import retrain
 from pipeline.retrain_config import RetrainConfig
-from storage.errors import UsageError
+from storage.errors import CacheCorruptError, UsageError
 from storage.reader import EmbeddingReader
-from tests.conftest import TINY_MODEL, write_photos
+from tests.conftest import TINY_MODEL, make_model_folder, write_photos
 
 
 @pytest.fixture
@@ -26,13 +30,13 @@ def home(tmp_path: Path, tiny_teacher: Path) -> Path:
     return tmp_path
 
 
-def settings(home: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
+def settings(place: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
     return RetrainConfig(
         **{
-            "dataset": f"flickr:{home / 'photos'}",
+            "dataset": f"flickr:{place / 'photos'}",
             "teacher": f"local-dir:{tiny_teacher}",
-            "home": str(home / "home"),
-            "student": str(home / "student.json"),
+            "home": str(place / "home"),
+            "student": str(place / "student.json"),
             "train": {"epochs": 1, "batch_size": 16, "workers": 0},
             "split": "train",
             "margin": 99.0,
@@ -102,7 +106,7 @@ def test_a_rejected_challenger_is_not_tried_again(home: Path, tiny_teacher: Path
     assert (other.outcome, other.encoded, other.run) == ("promoted", None, f"{home}/home/runs/0002-2")
 
 
-@pytest.mark.parametrize("step", ["train", "measure", "promote"])
+@pytest.mark.parametrize("step", ["plan", "encode", "verify", "train", "measure", "promote"])
 def test_broken_off_anywhere_it_goes_on(
     home: Path, tiny_teacher: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +114,13 @@ def test_broken_off_anywhere_it_goes_on(
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patched:
-        if step == "train":
+        if step == "plan":  # the manifest is what a plan writes last
+            patched.setattr("storage.writer.write_manifest", fail)
+        elif step == "encode":
+            patched.setattr("storage.writer.EmbeddingWriter.seal", fail)
+        elif step == "verify":
+            patched.setattr(pipeline.retrain, "verify_cache", fail)
+        elif step == "train":
             patched.setattr("pipeline.train.train", fail)
         elif step == "measure":
             patched.setattr(pipeline.promote, "measure", fail)
@@ -120,7 +130,7 @@ def test_broken_off_anywhere_it_goes_on(
             retrain(settings(home, tiny_teacher))
     done = retrain(settings(home, tiny_teacher))
     assert done.outcome == "promoted"
-    assert done.encoded is None
+    assert (done.encoded is None) == (step not in ("plan", "encode"))
     assert done.run == f"{home}/home/runs/0001"
     assert StudentRegistry(f"{home}/home/students").champion() == done.candidate
     assert [path.name for path in (home / "home" / "caches").iterdir()] == ["0001.cache"]
@@ -141,6 +151,13 @@ def test_a_dataset_that_is_mostly_gone_is_no_new_data(home: Path, tiny_teacher: 
 def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None:
     with pytest.raises(UsageError, match="epochs"):
         retrain(settings(home, tiny_teacher, train={"epochs": 0}))
+    for wrong, said in (
+        ({"student": "no-such-student"}, "no-such-student"),
+        ({"split": "tset"}, r"no split 'tset' \(split\); there are train, test"),
+        ({"home": "s3://bucket/home"}, "local folder"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            retrain(settings(home, tiny_teacher, **wrong))
     with pytest.raises(UsageError, match="rounds"):
         retrain(settings(home, tiny_teacher, deploy={"rounds": 0}))
     with pytest.raises(UsageError, match="train: out: set by retraining itself"):
@@ -196,3 +213,114 @@ def test_the_command_takes_a_run_file(
     assert "1 of 65 images and 2 of 130 captions encoded, the others copied" in said
     assert "student 2" in said
     assert said.endswith("champion: student 1\n")
+
+
+def test_a_cache_that_does_not_verify_teaches_nobody(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = pipeline.retrain.precompute
+
+    def damaged(config: PrecomputeConfig, progress: Any) -> Any:
+        made = encode(config, progress)
+        chunk = next(
+            path for path in Path(config.cache).rglob("targets.zarr/image/embedding/c/*/*/*") if path.is_file()
+        )
+        data = bytearray(chunk.read_bytes())
+        data[5] ^= 1
+        chunk.write_bytes(data)
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.retrain, "precompute", damaged)
+        with pytest.raises(CacheCorruptError, match="teacher-cache repair"):
+            retrain(settings(home, tiny_teacher))
+    with pytest.raises(CacheCorruptError, match="teacher-cache repair"):
+        retrain(settings(home, tiny_teacher))
+    assert StudentRegistry(f"{home}/home/students").candidates() == ()
+
+
+def test_caches_that_moved_do_not_pass_an_old_run_off_as_new(home: Path, tiny_teacher: Path) -> None:
+    retrain(settings(home, tiny_teacher))
+    add_photos(home, 900, 3)
+    moved = retrain(settings(home, tiny_teacher, caches=f"{home}/elsewhere/"))
+    assert moved.outcome in ("promoted", "rejected")
+    assert moved.run == f"{home}/home/runs/0002"
+    assert moved.candidate is not None
+    assert moved.candidate.cache == f"{home}/elsewhere/0002.cache"
+    assert moved.candidate.cache_manifest_digest == EmbeddingReader(f"{home}/elsewhere/0002.cache").manifest.digest
+    assert retrain(settings(home, tiny_teacher, caches=f"{home}/elsewhere")).outcome == "nothing-new"
+
+
+def test_a_student_with_the_champions_weights_is_kept_as_rejected(home: Path, tiny_teacher: Path) -> None:
+    retrain(settings(home, tiny_teacher, start="scratch"))
+    more = write_photos(home / "more", 2, first=900)
+    with (home / "photos" / "captions.txt").open("a") as captions, (home / "photos" / "test.txt").open("a") as test:
+        captions.writelines(line + "\n" for line in (more / "captions.txt").read_text().splitlines()[1:])
+        for image in sorted((more / "images").iterdir()):
+            # behind all others, so that the rows of the training split stay where they are
+            shutil.copy(image, home / "photos" / "images" / image.name)
+            test.write(image.name + "\n")
+    done = retrain(settings(home, tiny_teacher, start="scratch"))
+    assert (done.outcome, done.champion) == ("rejected", 1)
+    assert done.candidate is not None
+    assert done.candidate.reason == "the very weights of champion 1"
+    assert retrain(settings(home, tiny_teacher, start="scratch")).outcome == "nothing-new"
+
+
+def test_a_home_is_the_same_from_any_folder(home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    assert retrain(settings(home, tiny_teacher, home="home")).outcome == "promoted"
+    monkeypatch.chdir("/")
+    assert retrain(settings(home, tiny_teacher)).outcome == "nothing-new"
+    add_photos(home, 900, 1)
+    assert retrain(settings(home, tiny_teacher)).outcome in ("promoted", "rejected")
+
+
+def test_weights_that_changed_cost_the_encoding_of_everything(home: Path, tmp_path: Path) -> None:
+    teacher = make_model_folder(tmp_path / "teacher")
+    retrain(settings(home, teacher))
+    shutil.rmtree(teacher)
+    make_model_folder(teacher, seed=1)
+    add_photos(home, 900, 1)
+    done = retrain(settings(home, teacher))
+    assert done.encoded is not None
+    assert done.encoded.rows_reused == {"image": 0, "text": 0}
+
+
+def test_a_student_that_fails_its_gate_is_kept_as_rejected(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DeploymentError("image.int8.onnx: 2 points lost, 1 at most are wanted")
+
+    monkeypatch.setattr("pipeline.deploy.deploy", refuse)
+    done = retrain(settings(home, tiny_teacher, ship=True))
+    assert (done.outcome, done.champion) == ("rejected", None)
+    assert done.candidate is not None
+    assert done.candidate.reason == "could not be shipped: image.int8.onnx: 2 points lost, 1 at most are wanted"
+    assert retrain(settings(home, tiny_teacher, ship=True)).outcome == "nothing-new"
+
+
+def test_what_was_deployed_of_another_student_is_not_promoted(home: Path, tiny_teacher: Path) -> None:
+    ship = {"ship": True, "deploy": {"int8": False, "rounds": 1}}
+    retrain(settings(home, tiny_teacher, **ship))
+    for name in ("caches", "runs", "students"):
+        shutil.rmtree(home / "home" / name)
+    add_photos(home, 900, 1)
+    done = retrain(settings(home, tiny_teacher, **ship))
+    assert done.candidate is not None
+    assert done.candidate.deployed == f"{home}/home/deployed/0001-2"
+
+
+def test_one_at_a_time(home: Path, tiny_teacher: Path) -> None:
+    ready = "import sys; from pipeline.runs import RunFolder\n"
+    ready += "with RunFolder(sys.argv[1]).locked(): print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", ready, f"{home}/home"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UsageError, match="another process"):
+            retrain(settings(home, tiny_teacher))
+        other.communicate("\n")
+    assert not (home / "home" / "caches").exists()
