@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.cached_images import CachedImages
@@ -48,14 +49,8 @@ def test_names_for_others_hold_no_folder_of_this_machine(tmp_path: Path) -> None
     assert images.named(2) == f"row 2 (p2): /home/somebody/client/{uri}"
     assert images.named_within(2) == f"row 2 (p2, {uri})"
     for elsewhere in ("/home/somebody/a.jpg", "s3://client/a.jpg"):
-        images._uris = [elsewhere_scalar(elsewhere)]  # type: ignore[assignment]
+        images._uris = pa.chunked_array([[elsewhere]])
         assert images.named_within(2) == "row 2 (p2)"
-
-
-def elsewhere_scalar(uri: str) -> Any:
-    import pyarrow as pa
-
-    return pa.scalar(uri)
 
 
 def test_a_report_never_holds_the_whole_table_of_samples(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
