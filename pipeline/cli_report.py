@@ -55,7 +55,10 @@ def report(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Write one HTML page of a cache and its students: coverage, statistics, a map, pairs, quarantine, training."""
+    """Write one HTML page of a cache and its students: coverage, statistics, a map, pairs, quarantine, training.
+
+    The page says where the cache lies and the dataset's name, with its path: mind that before you mail it.
+    """
     started = time.perf_counter()
     from pipeline.out_file import out_file
 
@@ -65,6 +68,7 @@ def report(
         raise UsageError(f"--out and --data both name {target}: the page and its data are two files")
     _require_packages()
     from pipeline.report.collect import collect_report
+    from pipeline.report.data import as_utf8
     from pipeline.report.page import render_report
 
     with StageProgress() as progress:
@@ -85,8 +89,8 @@ def report(
     if data_target is not None:
         _write(data_target, found.model_dump_json().encode())
     result = ReportResult(
-        location=cache,
-        out=str(target),
+        location=as_utf8(cache),
+        out=as_utf8(str(target)),
         bytes=len(page),
         pictures=len(found.pictures),
         seconds=time.perf_counter() - started,

@@ -100,11 +100,17 @@ def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArr
             f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}"
         )
     place = np.searchsorted(stops, rows, side="right")
-    needed = np.unique(place)
-    parts = [_parse(read_static(files, keys[number], manifest.files[keys[number]])) for number in needed]
-    starts = np.concatenate([[0], stops])[place]
-    before = np.concatenate([[0], np.cumsum([part.num_rows for part in parts])])[np.searchsorted(needed, place)]
-    return pa.concat_tables(parts).take(pa.array(before + rows - starts)) if parts else SCHEMAS[name].empty_table()
+    starts = np.concatenate([[0], stops])
+    parts = []
+    for number in np.unique(place):
+        # one file in memory at a time: a few rows of each file are not the whole table
+        part = _parse(read_static(files, keys[number], manifest.files[keys[number]]))
+        parts.append(part.take(pa.array(rows[place == number] - starts[number])))
+    if not parts:
+        return SCHEMAS[name].empty_table()
+    taken = np.empty(len(rows), np.int64)
+    taken[np.argsort(place, kind="stable")] = np.arange(len(rows))
+    return pa.concat_tables(parts).take(pa.array(taken))
 
 
 def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:

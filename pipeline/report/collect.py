@@ -20,6 +20,7 @@ from pipeline.report.data import (
     ReportData,
     RetrievedPair,
     RowMap,
+    as_utf8,
 )
 from pipeline.report.pairs import retrieved_pairs
 from pipeline.report.pictures import collect_pictures
@@ -114,7 +115,7 @@ def collect_report(
             sides |= dict.fromkeys(alike.rows, _PAIR_SIDE)
         for point in on_map.points if on_map is not None else ():
             sides.setdefault(point.image_row, _MAP_SIDE)
-        images = CachedImages(reader, ImageSource(image_root or reader.manifest.source.image_root))
+        images = CachedImages(reader, ImageSource(image_root or reader.manifest.source.image_root), sides)
         stage = None if progress is None else lambda done, total: progress("pictures", done, total)
         pictures, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
         notes += [missing] if missing else []
@@ -122,9 +123,9 @@ def collect_report(
         location=location,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("teacher-cache"),
-        info=info,
+        info=info.model_copy(update={"location": as_utf8(location)}),
         coverage=_coverage(states),
-        stats=stats,
+        stats=stats and stats.model_copy(update={"location": as_utf8(location)}),
         row_map=on_map,
         hardest=hardest,
         best=best,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from pipeline.evaluate import EvaluateResult
 from pipeline.runs import RunRecord
@@ -21,8 +21,19 @@ __all__ = [
     "RetrievedPair",
     "RowMap",
     "RunReport",
+    "Shown",
     "Step",
+    "as_utf8",
 ]
+
+
+def as_utf8(text: str) -> str:
+    """Text that can be written: of a path whose bytes are no UTF-8 each of those is a question mark."""
+    return text.encode(errors="replace").decode()
+
+
+Shown = Annotated[str, AfterValidator(as_utf8)]
+"""Text that may name a path."""
 
 
 class CoverageCell(BaseModel, frozen=True):
@@ -99,7 +110,7 @@ class Step(BaseModel, frozen=True):
 class RunReport(BaseModel, frozen=True):
     """One student."""
 
-    name: str = Field(description="Folder of the run, short.")
+    name: Shown = Field(description="Folder of the run, short.")
     record: RunRecord
     steps: tuple[Step, ...]
     steps_of: int
@@ -110,7 +121,7 @@ class RunReport(BaseModel, frozen=True):
 class ReportData(BaseModel, frozen=True):
     """One report. Pictures are named by the row of their image, and each is there once."""
 
-    location: str
+    location: Shown
     made: str = Field(description="Date and time, UTC.")
     version: str
     info: CacheInfo
@@ -124,4 +135,4 @@ class ReportData(BaseModel, frozen=True):
     runs: tuple[RunReport, ...]
     deployments: tuple[StudentTable, ...]
     pictures: dict[int, str] = Field(description="Data URIs, by row of the image.")
-    notes: tuple[str, ...] = Field(description="What is drawn, left out or missing, and what to do about it.")
+    notes: tuple[Shown, ...] = Field(description="What is drawn, left out or missing, and what to do about it.")

@@ -18,10 +18,11 @@ from typing import Any
 
 from pipeline.report.chart import PALETTES, Chart, vega_config
 from pipeline.report.charts import all_charts, newest_evaluations
-from pipeline.report.data import CoverageCell, CoverageMap, ReportData
+from pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8
 from pipeline.student_table import cells, describe
 from storage.cli import byte_size, counted
 from storage.errors import UsageError
+from storage.inspect import CacheInfo
 
 __all__ = ["render_report"]
 
@@ -54,7 +55,7 @@ def render_report(data: ReportData) -> str:
         counted=counted,
         quoted=shlex.quote,
     )
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         data=data,
         info=data.info,
         stats=data.stats,
@@ -65,17 +66,20 @@ def render_report(data: ReportData) -> str:
         block=Markup(_block(data, charts)),
         charts=charts,
         tabs=[(name.lower(), name) for name in _TABS],
-        problem_count=sum(data.info.problems.values()) + (data.info.images_quarantined or len(data.lost)),
+        badge=_badge(data.info),
+        quarantined=_quarantined(data.info),
+        unread=_unread(data.info),
         facts=_facts(data),
         identity=_identity(data),
         coverage=[_covered(part) for part in data.coverage],
         evaluations=_evaluations(data),
         losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
         splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
-        reasons=Counter(lost.reason.partition(":")[0] for lost in data.lost).most_common(),
+        reasons=_reasons(data).most_common(),
         deployments=[_turned(*cells(table)) for table in data.deployments],
         sentences=[describe(table).splitlines() for table in data.deployments],
     )
+    return as_utf8(page)
 
 
 @functools.cache
@@ -140,6 +144,34 @@ def _name(location: str) -> str:
     return location.rstrip("/").rpartition("/")[2] or location
 
 
+def _quarantined(info: CacheInfo) -> int | None:
+    """Images without an embedding, in all that is committed where its records were read, else in what is sealed."""
+    if info.quarantine is None:
+        return info.images_quarantined
+    # a record that is damaged names none: then the seal knows more
+    return max(sum(info.quarantine.values()), info.images_quarantined or 0)
+
+
+def _unread(info: CacheInfo) -> bool:
+    """Some images may be quarantined that nobody has counted: too many commit records, and no seal over all."""
+    return info.quarantine is None and not info.sealed
+
+
+def _badge(info: CacheInfo) -> str:
+    """Problems of the dataset and quarantined images, as the tab shows them; empty where there are none."""
+    known = sum(info.problems.values()) + (_quarantined(info) or 0)
+    if _unread(info):
+        return f"{known:,}+" if known else "?"
+    return f"{known:,}" if known else ""
+
+
+def _reasons(data: ReportData) -> Counter[str]:
+    """How often which: of all quarantined images, or of those shown where no more is known."""
+    if data.info.quarantine is not None:
+        return Counter(data.info.quarantine)
+    return Counter(lost.reason.partition(":")[0] for lost in data.lost)
+
+
 def _facts(data: ReportData) -> list[tuple[str, str, str]]:
     """What is looked for first: (what, the number, what it is of)."""
     info, found = data.info, []
@@ -170,10 +202,13 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         interval = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
         chosen = ", chosen on it" if each.chosen_on == each.split else ""
         found.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {each.split}{chosen}{interval}"))
-    lost, so_far = info.images_quarantined, ""
-    if lost is None:
-        lost, so_far = None if info.quarantine is None else sum(info.quarantine.values()), " so far"
-    words = "every image is there" if lost == 0 and not so_far else f"images without an embedding{so_far}"
+    lost = _quarantined(info)
+    if _unread(info):
+        words = "images, of those that are sealed" if lost is not None else "the commit records were not read"
+    elif info.sealed:
+        words = "images without an embedding" if lost else "every image is there"
+    else:
+        words = "images without an embedding so far"
     found.append(("Quarantined", "–" if lost is None else f"{lost:,}", words))
     return found
 
@@ -262,9 +297,10 @@ def _covered(part: CoverageMap) -> dict[str, Any]:
             title += f", {counted(cell.quarantined, 'row')} quarantined"
         shown.append((state, title))
         if ranges and ranges[-1][0] == state:
-            ranges[-1][2:] = [last, ranges[-1][3] + cell.committed, ranges[-1][4] + (cell.quarantined or 0)]
+            lost = None if None in (ranges[-1][4], cell.quarantined) else ranges[-1][4] + cell.quarantined
+            ranges[-1][2:] = [last, ranges[-1][3] + cell.committed, lost]
         else:
-            ranges.append([state, cell.first_chunk, last, cell.committed, cell.quarantined or 0])
+            ranges.append([state, cell.first_chunk, last, cell.committed, cell.quarantined])
     return {
         "name": name,
         "chunks": part.chunks,
@@ -274,7 +310,7 @@ def _covered(part: CoverageMap) -> dict[str, Any]:
         else sum(cell.quarantined or 0 for cell in part.cells),
         "per_cell": max((cell.chunks for cell in part.cells), default=1),
         "cells": shown,
-        "ranges": ranges[:_RANGES_NAMED],
+        "ranges": [[*row[:4], "–" if row[4] is None else row[4]] for row in ranges[:_RANGES_NAMED]],
         "ranges_of": len(ranges),
     }
 

@@ -83,6 +83,8 @@ def unfinished_report() -> ReportData:
             "coverage": coverage,
             "images_encoded": None,
             "images_quarantined": None,
+            "quarantine": None,
+            "quarantined_rows": (),
             "remaining_seconds": 125.0,
         }
     )

@@ -110,6 +110,11 @@ def test_every_tab_draws_without_a_complaint_or_a_request(
     pictures = report.page.evaluate("[...document.querySelectorAll('img[data-picture]')].map(i => i.naturalWidth)")
     assert len(pictures) == 18
     assert set(pictures) == {96}
+    # whole ones: what was cut off might be what its caption is about
+    fits = report.page.evaluate(
+        "[...document.querySelectorAll('.pictures img')].map(i => getComputedStyle(i).objectFit)"
+    )
+    assert fits == ["contain"] * 18
     report.require_quiet(report_file)
 
 

@@ -455,10 +455,14 @@ def test_pictures_are_as_large_as_they_are_looked_at(photos: Path) -> None:
         with Image.open(photos.parent / "photos" / "images" / f"{row:04d}.jpg") as image:
             originals[row] = max(image.size)
     in_pairs = {row for pair in found.hardest + found.best for row in (pair.image_row, pair.first_image_row)}
+    assert found.stats is not None
+    in_pairs |= {row for alike in found.stats.nearest_pairs for row in alike.rows}
     assert all(sides[row] == (originals[row] if row in in_pairs else min(80, originals[row])) for row in sides)
 
 
-def test_images_that_are_gone_or_changed_are_named_once(photos: Path, tmp_path: Path) -> None:
+def test_images_that_are_gone_or_changed_are_named_once(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     there = photos.parent / "photos"
     moved = tmp_path / "moved"
     shutil.copytree(there, moved)
@@ -467,12 +471,17 @@ def test_images_that_are_gone_or_changed_are_named_once(photos: Path, tmp_path: 
     found = collect_report(str(photos), image_root=str(moved))
     assert sorted(found.pictures) == [row for row in range(20) if row not in (3, 7, 12)]
     (note,) = found.notes
-    assert note.startswith("2 of 20 pictures are missing. The first one: row ")
-    assert "--image-root" in note
+    gone = "row 7 (0007.jpg, images/0007.jpg) cannot be read: No such file or directory"
+    changed = "row 12 (0012.jpg, images/0012.jpg) is not the image that the cache was made of"
+    way_out = "Were the images moved? Name the folder that has them with --image-root."
+    first = "2 of 20 pictures are missing. The first one: "
+    assert note in (f"{first}{gone}. {way_out}", f"{first}{changed}. {way_out}")
     none = collect_report(str(photos), image_root="/nowhere/at/all")
     assert none.pictures == {}
     assert none.notes[0].startswith("20 of 20 pictures are missing. The first one: row ")
-    assert "/nowhere/at/all/images/" in none.notes[0]
+    # a page is mailed; where it was looked for is for who made it
+    assert "/nowhere" not in none.notes[0]
+    assert "/nowhere/at/all/images/" in caplog.records[-1].getMessage()
 
 
 def test_a_store_that_does_not_answer_is_not_asked_for_every_image(
@@ -492,6 +501,6 @@ def test_a_store_that_does_not_answer_is_not_asked_for_every_image(
     found, note = collect_pictures(images, dict.fromkeys(range(10), 80), progress=lambda *step: steps.append(step))
     assert (found, len(asked)) == ({}, 4)
     assert note is not None
-    assert note.startswith("10 of 10 pictures are missing. The first one: row 0 (img-0): /nowhere/img-0.jpg cannot")
+    assert note.startswith("10 of 10 pictures are missing. The first one: row 0 (img-0, img-0.jpg) cannot be read: Con")
     assert steps[-1] == (10, 10)
     assert all(before < after for (before, _), (after, _) in pairwise(steps))

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import pytest
 
 from pipeline.report.chart import PALETTES
 from pipeline.report.charts import all_charts, main_chart, main_chart_png
-from pipeline.report.data import CoverageCell, CoverageMap
+from pipeline.report.collect import collect_report
+from pipeline.report.data import CoverageCell, CoverageMap, ReportData
 from pipeline.report.page import render_report
+from tests.conftest import plan_known_cache
 from tests.pipeline.report_data import HOSTILE, RTL, odd_report, report_data, unfinished_report
+from tests.storage.test_look import fill
 
 pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
 pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
@@ -135,9 +139,71 @@ def test_the_licences_of_the_libraries_are_in_the_page(page: str) -> None:
 def test_what_is_sampled_says_of_how_many(page: str) -> None:
     assert "39 of 40 images and 39 captions." in page
     assert "80 of 800 steps" in page
-    lost = [report_data().lost[0].model_copy(update={"row": row}) for row in range(3)]
-    info = report_data().info.model_copy(update={"images_quarantined": 7})
-    assert "3 of 7 are shown." in render_report(report_data(lost=tuple(lost), info=info))
+
+
+def _problems(page: str) -> tuple[str, str]:
+    """The badge of the tab, and the words of its part."""
+    badge = re.search(r'class="badge">([^<]*)', page)
+    part = page[page.index('<section id="problems">') :].partition("</section>")[0]
+    return badge[1] if badge else "", " ".join(html.unescape(re.sub(r"<[^>]*>", " ", part)).split())
+
+
+def test_reasons_of_quarantine_are_counted_over_all_images_or_say_that_they_are_not() -> None:
+    data = report_data()
+    lost = tuple(data.lost[0].model_copy(update={"row": row}) for row in range(3))
+
+    def said(shown: Any = lost, **info: Any) -> tuple[str, str]:
+        return _problems(render_report(report_data(lost=shown, info=data.info.model_copy(update=info))))
+
+    counted = {"truncated": 1_000, "undecodable": 4_000}
+    badge, words = said(quarantine=counted, images_quarantined=5_000)
+    assert badge == "5,002"  # two images of the dataset got no row
+    assert "no reader returns them. 3 of 5,000 are shown. By reason: undecodable, 4,000; truncated, 1,000." in words
+    # more have a place in what is committed than in what is sealed
+    assert said(quarantine=counted, images_quarantined=7, sealed=False) == (badge, words)
+    badge, words = said(quarantine=None, images_quarantined=5_000)
+    assert badge == "5,002"
+    assert "3 of 5,000 are shown. By reason (of those shown): truncated, 3." in words
+    badge, words = said(quarantine=None, images_quarantined=3)
+    assert "no reader returns them. By reason: truncated, 3." in words
+    badge, words = said((), quarantine=counted, images_quarantined=None, sealed=False)
+    assert "5,000 images without an embedding; none is shown here. By reason: undecodable, 4,000; " in words
+    assert said((), quarantine={}, images_quarantined=0, problems={}) == (
+        "",
+        "Problems No image is quarantined, and the dataset was read without a problem.",
+    )
+
+
+def test_commit_records_that_were_not_read_are_no_proof_that_nothing_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "part.cache"
+    plan_known_cache(path)
+    fill(path, chunks=2)
+    whole = _problems(render_report(collect_report(str(path))))
+    assert whole == ("", "Problems No image is quarantined so far, and the dataset was read without a problem.")
+    monkeypatch.setattr("storage.inspect.COMMITS_READ", 1)
+    page = render_report(collect_report(str(path)))
+    badge, words = _problems(page)
+    assert badge == "?"
+    assert words.startswith("Problems Whether images are quarantined is not known: ")
+    assert f"teacher-cache verify {path} This counts them" in words
+    assert "No image" not in words
+    assert '<strong>–</strong><span class="small">the commit records were not read' in page
+    # nor is it in the coverage's table
+    assert re.search(r"<th scope=\"row\">committed</th>.*<td>2</td><td>–</td></tr>", page)
+
+
+def test_a_path_that_is_no_utf8_does_not_break_the_page(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.cache")
+    plan_known_cache(path)
+    data = collect_report(str(path))
+    page = render_report(data)
+    assert b"caf?.cache</bdi>" in page.encode()
+    assert ReportData.model_validate_json(data.model_dump_json()) == data
+    # and what was put together by hand
+    info = data.info.model_copy(update={"dataset": "flickr:/caf\udce9"})
+    assert b"flickr:/caf?" in render_report(data.model_copy(update={"info": info})).encode()
 
 
 def test_a_checkpoint_chosen_on_the_split_it_is_measured_on_says_so(page: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -270,6 +272,24 @@ def test_the_command_writes_a_page_and_says_what_is_in_it(
         "note: Statistics are of 5 of 8 images and their captions, drawn with seed 2; --most reads more." in done.stdout
     )
     assert "note: 5 of 5 pictures are missing." in done.stdout
+
+
+def test_a_cache_whose_path_is_no_utf8_is_reported(
+    known_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
+    pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
+    monkeypatch.chdir(tmp_path)
+    folder = Path(os.fsdecode(b"caf\xe9"))
+    shutil.copytree(known_cache, folder / "a.cache")
+    given = [str(folder / "a.cache"), "--out", str(folder / "r.html"), "--data", str(folder / "r.json"), "--json"]
+    done = run_cli.invoke(app, ["report", *given])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["location"] == "caf?/a.cache"
+    assert b"<dd>caf?/a.cache</dd>" in (folder / "r.html").read_bytes()
+    data = ReportData.model_validate_json((folder / "r.json").read_bytes())
+    assert data.stats is not None
+    assert data.location == data.info.location == data.stats.location == "caf?/a.cache"
 
 
 @pytest.mark.parametrize(
