@@ -1,8 +1,11 @@
 """One flow run at a time on a GPU, whichever deployments, workers and hosts share the server.
 
-A GPU is a global concurrency limit of Prefect with one slot, ``gpu:0@HOST``, made when it is first wanted; give it
-more slots in the UI to let runs share it. A run holds its slots from loading the first model to the last forward
-pass. They are leased: those of a run that was killed are free after two minutes. On a CPU there is no limit.
+A GPU is a global concurrency limit of Prefect with one slot, ``gpu:UUID``, made when it is first wanted; give it more
+slots in the UI to let runs share it. The UUID is the card's own, the same in every container that sees the card; where
+torch tells none the limit is ``gpu:0@HOST``, and containers, each a host of its own, take no turns.
+
+A run holds its slots from loading the first model to the last forward pass. They are leased: those of a run that was
+killed are free after two minutes. On a CPU there is no limit.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _LEASE_SECONDS = 120.0  # renewed all the while; how long a killed run still hol
 
 
 def gpu_limits(device: str, devices: int = 1) -> list[str]:
-    """Names of the limits of the GPUs that a stage will use, none for a CPU.
+    """Names of the limits of the GPUs that a stage will use, none for a CPU: ``gpu:UUID``, else ``gpu:N@HOST``.
 
     Args:
         device: as in the settings: auto, cpu, cuda or cuda:N.
@@ -36,7 +39,7 @@ def gpu_limits(device: str, devices: int = 1) -> list[str]:
     if device == "cpu":
         return []
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.device import resolve_device
+    from pipeline.device import device_uuid, resolve_device
 
     found = resolve_device(device)
     if found.type != "cuda":
@@ -44,8 +47,13 @@ def gpu_limits(device: str, devices: int = 1) -> list[str]:
     first = found.index or 0
     # CUDA counts what it may see: two workers that each see one card both call theirs cuda:0
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    indices = range(first, first + devices)
-    return [f"gpu:{visible[index] if index < len(visible) else index}@{socket.gethostname()}" for index in indices]
+
+    def name(index: int) -> str:
+        if uuid := device_uuid(index):
+            return f"gpu:{uuid}"
+        return f"gpu:{visible[index] if index < len(visible) else index}@{socket.gethostname()}"
+
+    return [name(index) for index in range(first, first + devices)]
 
 
 @contextlib.contextmanager

@@ -1,19 +1,31 @@
-"""Progress of a stage: lines in the log of its task run, and a progress artifact that moves with it."""
+"""Progress of a stage: lines in the log of its task run, and a progress artifact that moves with it.
+
+The work never waits for the server: Prefect's client tries a request again and again, and one to a server that accepts
+and does not answer lasts minutes. So a thread sends it, and of what came meanwhile only the newest.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import os
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, cast
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from pydantic import BaseModel, Field
 
 __all__ = ["LoggedProgress", "Share", "start_progress"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_MOVES = 2.0  # each is a request to the server, which every run shares
-_SECONDS_AFTER_A_FAILURE = 60.0
+_SECONDS_AFTER_A_FAILURE, _MOST_SECONDS_AFTER = 60.0, 960.0  # doubled with each failure in a row
+_SECONDS_FOR_THE_LAST = 5.0
 
 
 class _Logger(Protocol):
@@ -30,9 +42,9 @@ class Share(BaseModel, frozen=True):
     last: float = Field(100.0, description="Per cent when it ends.")
 
     def move(self, done: int, total: int, note: str) -> None:
-        """Say how far the stage is; a server that is away raises what Prefect's client raises."""
+        """Say how far the stage is; a server that is away raises what Prefect's client raises, after minutes."""
         percent = self.first + (self.last - self.first) * (done / total if total else 1.0)
-        update_progress_artifact(self.artifact, progress=percent, description=f"`{self.what}`: {note}")
+        _update(self.artifact, percent, f"`{self.what}`: {note}")
 
     def part(self, first: float, last: float) -> Share:
         """A stage within this one, between two shares of it from 0 to 1."""
@@ -47,11 +59,89 @@ def start_progress(key: str, what: str) -> Share:
     return Share(artifact=artifact, what=what)
 
 
+def _update(artifact: UUID, percent: float, description: str) -> None:
+    # settings of its own make a client of its own: without, get_client gives out the one with which the engine, in
+    # another thread, reports the run's states, and which is closed when the run ends
+    with get_client(httpx_settings={}, sync_client=True) as client:
+        client.update_artifact(artifact, ArtifactUpdate(data=percent, description=description))
+
+
+@dataclass(frozen=True)
+class _Move:
+    send: Callable[[], None]
+    failed: Callable[[Exception], None]
+    last: bool  # of its stage: still sent after a failure, since no newer one will come
+
+
+class _Mover:
+    """Sends the newest move of each artifact, one at a time, in a thread that is there only while one is to be sent.
+
+    One for the process, so that a late move of one stage cannot overtake the first of the next.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: dict[UUID, _Move] = {}
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self.rests_until = float("-inf")
+
+    def put(self, artifact: UUID, move: _Move) -> None:
+        """Have a move sent, in place of one of the same artifact that still waits. Returns at once."""
+        with self._changed:
+            self._waiting[artifact] = move
+            if self._thread is None:
+                # a daemon: a process that is done does not wait for a server
+                self._thread = threading.Thread(target=self._send, name="progress-artifact", daemon=True)
+                self._thread.start()
+
+    def settled(self, seconds: float) -> bool:
+        """Wait, so long at most, until all is sent or has failed; False if it is not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._thread is None, seconds)
+
+    def _send(self) -> None:
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                move = self._waiting.pop(next(iter(self._waiting)))
+            try:
+                move.send()
+            except Exception as error:
+                self._rest()
+                move.failed(error)
+            else:
+                self._failures, self.rests_until = 0, float("-inf")
+
+    def _rest(self) -> None:
+        seconds = min(_SECONDS_AFTER_A_FAILURE * 2**self._failures, _MOST_SECONDS_AFTER)
+        with self._changed:
+            self._failures += 1
+            self.rests_until = time.monotonic() + seconds
+            self._waiting = {artifact: move for artifact, move in self._waiting.items() if move.last}
+
+
+_mover = _Mover()
+
+
+def _new_mover() -> None:
+    global _mover
+    _mover = _Mover()
+
+
+if hasattr(os, "register_at_fork"):
+    # a forked process has the lock as it was at that moment, and no thread
+    os.register_at_fork(after_in_child=_new_mover)
+
+
 class LoggedProgress:
-    """Call it with (stage, done, total) as often as you like.
+    """Call it with (stage, done, total) as often as you like; it never waits for the server.
 
     It writes a line every 30 seconds and moves the artifact every 2. An artifact that cannot be moved is no reason to
-    end hours of work: the log says so, once, and it is tried again a minute later.
+    end hours of work: the log says so, once, and it is tried again a minute later, then after two minutes, and so on.
 
     Args:
         share: what to move; None for lines alone.
@@ -74,20 +164,31 @@ class LoggedProgress:
         if now - self._said > _SECONDS_BETWEEN_LINES:
             self._said = now
             self._logger.info(text)
-        if self._share is not None and now >= self._next_move:
+        if self._share is not None and now >= max(self._next_move, _mover.rests_until):
             self._next_move = now + _SECONDS_BETWEEN_MOVES
             self._move(self._share, done, total, text)
 
     def end(self, note: str) -> None:
-        """Move the artifact to where the stage ends."""
-        if self._share is not None:
-            self._move(self._share, 1, 1, note)
+        """Move the artifact to where the stage ends; wait for that, but only for seconds."""
+        if self._share is None:
+            return
+        self._move(self._share, 1, 1, note, last=True)
+        if not _mover.settled(_SECONDS_FOR_THE_LAST):
+            self._cannot("the server does not answer")
 
-    def _move(self, share: Share, done: int, total: int, text: str) -> None:
-        try:
-            share.move(done, total, text)
-        except Exception as error:
-            self._next_move = time.monotonic() + _SECONDS_AFTER_A_FAILURE
-            if not self._failed:
-                self._logger.warning(f"the progress artifact cannot be moved: {type(error).__name__}: {error}")
+    def _move(self, share: Share, done: int, total: int, text: str, last: bool = False) -> None:
+        # the run's context goes with it: Prefect's events name the run that moved an artifact
+        context = contextvars.copy_context()
+        _mover.put(
+            share.artifact,
+            _Move(
+                send=lambda: context.run(share.move, done, total, text),
+                failed=lambda error: self._cannot(f"{type(error).__name__}: {error}"),
+                last=last,
+            ),
+        )
+
+    def _cannot(self, why: str) -> None:
+        if not self._failed:
             self._failed = True
+            self._logger.warning(f"the progress artifact cannot be moved: {why}")

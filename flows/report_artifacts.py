@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact
@@ -65,11 +65,11 @@ def leave_report(
     """Write the page of a cache and leave its main chart as an image artifact ``key-chart``.
 
     Args:
-        page: where to write it; None: only the chart.
+        page: where to write it; None: only the chart, and no picture is read and no map made.
         runs: training runs that are shown.
     """
     logger = get_run_logger()
-    data = _attempt("report", lambda: _collected(location, runs, image_root))
+    data = _attempt("report", lambda: _collected(location, page is not None, runs, image_root))
     if data is None:
         return ReportLeft()
     written = None
@@ -123,11 +123,14 @@ def _as_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _collected(location: str, runs: Sequence[str], image_root: str | None) -> ReportData:
+def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str | None) -> ReportData:
     # here, not above: the extra may be missing, and prefect deploy imports this file too
     from pipeline.report.collect import collect_report
 
-    return collect_report(location, runs=runs, image_root=image_root, progress=LoggedProgress(get_run_logger()))
+    # a chart shows neither map nor pictures, and those of a cache at a URL are thousands of requests
+    less: dict[str, Any] = {} if whole else {"map_images": 0, "pictures": False}
+    progress = LoggedProgress(get_run_logger())
+    return collect_report(location, runs=runs, image_root=image_root, progress=progress, **less)
 
 
 def _write_page(data: ReportData, page: Path) -> str:

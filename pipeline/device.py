@@ -10,7 +10,7 @@ from torch import nn
 
 from storage.errors import UsageError
 
-__all__ = ["image_memory_format", "keep_freed_memory", "resolve_device"]
+__all__ = ["device_uuid", "image_memory_format", "keep_freed_memory", "resolve_device"]
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -35,6 +35,18 @@ def resolve_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def device_uuid(index: int) -> str | None:
+    """The UUID of a CUDA device, as ``nvidia-smi -L`` shows it behind ``GPU-``; None where torch tells none.
+
+    Args:
+        index: as torch counts, among the devices that it may see.
+    """
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return None if uuid is None else str(uuid)
 
 
 def image_memory_format(model: nn.Module) -> torch.memory_format:

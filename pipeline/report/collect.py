@@ -55,6 +55,7 @@ def collect_report(
     split: str | None = None,
     most: int = 20_000,
     map_images: int = 2_000,
+    pictures: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ReportData:
@@ -67,7 +68,8 @@ def collect_report(
         image_root: where the images are now, if not where the cache found them.
         split: images of one split, or of all, for statistics, map and pairs.
         most: images that are read; of more, so many are drawn.
-        map_images: images on the map, at most.
+        map_images: images on the map, at most; 0: no map.
+        pictures: whether to read those of the images that are shown.
         seed: of what is drawn.
         progress: called with (stage, done, total).
 
@@ -98,17 +100,18 @@ def collect_report(
         stats, read, ranks = stats_and_rows(location, split, most=most, seed=seed, progress=progress)
         if ranks is not None:
             hardest, best, pairs_of = retrieved_pairs(reader, ranks, _PAIRS)
-        if progress is not None:
-            progress("map", 0, 1)
-        on_map = row_map(reader, read, map_images, seed, captions=not stats.without_caption)
-        if progress is not None:
-            progress("map", 1, 1)
+        if map_images:
+            if progress is not None:
+                progress("map", 0, 1)
+            on_map = row_map(reader, read, map_images, seed, captions=not stats.without_caption)
+            if progress is not None:
+                progress("map", 1, 1)
         notes += _notes(info, stats, None if ranks is None else len(ranks.rows.images), on_map)
     lost, lost_of = _lost(location, states, reader)
     if lost_of > len(lost):
         notes.append(f"The first {len(lost):,} of {lost_of:,} quarantined images are named; commits/image has all.")
-    pictures: dict[int, str] = {}
-    if reader is not None:
+    shown: dict[int, str] = {}
+    if reader is not None and pictures:
         sides = dict.fromkeys(_rows_of_pairs(hardest + best), _PAIR_SIDE)
         sides |= {image.row: _PAIR_SIDE for image in lost}
         for alike in stats.nearest_pairs if stats is not None else ():
@@ -117,7 +120,7 @@ def collect_report(
             sides.setdefault(point.image_row, _MAP_SIDE)
         images = CachedImages(reader, ImageSource(image_root or reader.manifest.source.image_root), sides)
         stage = None if progress is None else lambda done, total: progress("pictures", done, total)
-        pictures, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
+        shown, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
         notes += [missing] if missing else []
     return ReportData(
         location=location,
@@ -133,7 +136,7 @@ def collect_report(
         lost=lost,
         runs=run_reports,
         deployments=tables,
-        pictures=pictures,
+        pictures=shown,
         notes=tuple(notes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from types import SimpleNamespace
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -172,14 +173,16 @@ def test_the_page_of_a_cache_lies_beside_it_and_never_in_it():
     assert page_beside("s3://bucket/f8k.cache") is None
 
 
-def test_gpus_are_named_by_host_and_by_what_cuda_may_see(monkeypatch):
+def test_gpus_are_named_by_their_uuid_else_by_host_and_by_what_cuda_may_see(monkeypatch):
     from flows.devices import gpu_limits
 
     def found(name):
         kind, _, index = name.partition(":")
         return SimpleNamespace(type="cuda" if kind == "auto" else kind, index=int(index) if index else None)
 
+    uuids = {}
     monkeypatch.setattr("pipeline.device.resolve_device", found)
+    monkeypatch.setattr("pipeline.device.device_uuid", uuids.get)
     monkeypatch.setattr("socket.gethostname", lambda: "box")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_limits("cpu") == []
@@ -188,3 +191,23 @@ def test_gpus_are_named_by_host_and_by_what_cuda_may_see(monkeypatch):
     assert gpu_limits("cuda", 2) == ["gpu:0@box", "gpu:1@box"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8f")
     assert gpu_limits("cuda", 2) == ["gpu:3@box", "gpu:GPU-8f@box"]
+    uuids[1] = "8f0d5c1e-0000-4000-8000-000000000001"
+    assert gpu_limits("cuda:1") == ["gpu:8f0d5c1e-0000-4000-8000-000000000001"]
+    assert gpu_limits("cuda", 2) == ["gpu:3@box", "gpu:8f0d5c1e-0000-4000-8000-000000000001"]
+
+
+def test_the_uuid_of_a_gpu_is_torchs_own_and_none_where_it_tells_none(monkeypatch):
+    import torch
+
+    from pipeline.device import device_uuid
+
+    properties = SimpleNamespace(name="a card")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert device_uuid(0) is None
+    properties.uuid = UUID(int=5)  # torch's own type has no constructor; it too is text by str
+    assert device_uuid(0) == "00000000-0000-0000-0000-000000000005"
+    assert device_uuid(1) is None  # not there: whoever wants it says so better
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_uuid(0) is None

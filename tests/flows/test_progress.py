@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+import flows.progress
 from flows.progress import LoggedProgress, Share
 
 
@@ -20,20 +28,40 @@ class Log:
         self.lines.append(f"warning: {message}")
 
 
+def settled():
+    return flows.progress._mover.settled(60)
+
+
 @pytest.fixture
-def server(monkeypatch):
-    """What the server was told and, in ``away``, whether it answers; ``now`` is the time in seconds."""
+def mover(monkeypatch):
+    """A new one, at rest again when the test ends."""
+    monkeypatch.setattr("flows.progress._mover", flows.progress._Mover())
+    yield flows.progress._mover
+    assert settled()
+
+
+@pytest.fixture
+def server(monkeypatch, mover):
+    """What the server was told and, in ``away``, whether it is there; ``now`` is the time in seconds.
+
+    While ``answers`` is not set it keeps who asks waiting, in ``asked`` how many.
+    """
 
     class Server:
         now, away = 100.0, False
         told: list[tuple[float, str]] = []  # noqa: RUF012
+        asked = threading.Semaphore(0)
+        answers = threading.Event()
 
     def update(artifact, progress, description):
+        Server.asked.release()
+        assert Server.answers.wait(60)
         if Server.away:
             raise ConnectionRefusedError("refused")
         Server.told.append((progress, description))
 
-    monkeypatch.setattr("flows.progress.update_progress_artifact", update)
+    Server.answers.set()
+    monkeypatch.setattr("flows.progress._update", update)
     monkeypatch.setattr("flows.progress.time.monotonic", lambda: Server.now)
     return Server
 
@@ -45,6 +73,7 @@ def test_it_moves_within_its_share_at_most_every_two_seconds(server):
     for second in range(5):
         server.now = 100.0 + second
         progress("images", second, 4)
+        assert settled()
     progress.end("all of it")
     assert server.told == [
         (25.0, "`c.cache`: images: 0 of 4"),
@@ -77,15 +106,114 @@ def test_a_server_that_is_away_ends_no_work_and_is_said_once(server):
     log = Log()
     progress = LoggedProgress(log, Share(artifact=uuid4(), what="runs/a"))
     server.away = True
-    for second in (0, 10, 20, 61, 122):
+    asked = []
+    for second in range(0, 500, 10):
         server.now = 100.0 + second
-        progress("step", second, 200)
+        progress("step", second, 1000)
+        assert settled()
+        if server.asked.acquire(blocking=False):
+            asked.append(second)
+    assert asked == [0, 60, 180, 420]  # a minute of rest, then two, then four
     warnings = [line for line in log.lines if line.startswith("warning")]
     assert warnings == ["warning: the progress artifact cannot be moved: ConnectionRefusedError: refused"]
     server.away = False
-    server.now = 150.0 + 122  # within a minute of the last failure it is left alone
-    progress("step", 172, 200)
+    server.now = 100.0 + 890  # within eight minutes of the last failure it is left alone
+    progress("step", 890, 1000)
+    assert settled()
     assert server.told == []
-    server.now = 160.0 + 122
-    progress("step", 190, 200)
-    assert server.told == [(95.0, "`runs/a`: step: 190 of 200")]
+    server.now = 100.0 + 900
+    progress("step", 900, 1000)
+    assert settled()
+    server.now = 100.0 + 902  # it answered: every two seconds again
+    progress("step", 902, 1000)
+    assert settled()
+    assert server.told == [(90.0, "`runs/a`: step: 900 of 1,000"), (90.2, "`runs/a`: step: 902 of 1,000")]
+
+
+def test_the_end_is_sent_while_it_rests(server):
+    progress = LoggedProgress(Log(), Share(artifact=uuid4(), what="runs/a"))
+    server.away = True
+    progress("step", 1, 10)
+    assert settled()
+    server.away = False
+    progress.end("all of it")
+    assert server.told == [(100.0, "`runs/a`: all of it")]
+
+
+def moved_while_it_waits(server, count, end=False):
+    """A first move that waits for its answer, then so many more."""
+    progress = LoggedProgress(Log(), Share(artifact=uuid4(), what="w"))
+    server.answers.clear()
+    for number in range(count + 1):
+        server.now += 10
+        progress("step", number, count)
+        if number == 0:
+            assert server.asked.acquire(timeout=60)
+    if end:
+        progress.end("all of it")
+    server.answers.set()
+    assert settled()
+
+
+def test_of_what_came_during_a_request_the_newest_is_sent(server):
+    moved_while_it_waits(server, 4)
+    assert server.told == [(0.0, "`w`: step: 0 of 4"), (100.0, "`w`: step: 4 of 4")]
+
+
+def test_a_request_that_fails_at_last_is_not_followed_by_another_but_for_the_end(server, monkeypatch):
+    monkeypatch.setattr("flows.progress._SECONDS_FOR_THE_LAST", 0.0)
+    server.away = True
+    moved_while_it_waits(server, 4)
+    assert not server.asked.acquire(blocking=False)
+    server.now += 60
+    moved_while_it_waits(server, 4, end=True)
+    assert server.asked.acquire(blocking=False)
+    assert not server.asked.acquire(blocking=False)
+
+
+def test_the_work_goes_on_while_a_server_accepts_and_never_answers(mover, monkeypatch):
+    monkeypatch.setattr("flows.progress._SECONDS_BETWEEN_MOVES", 0.0)
+    monkeypatch.setattr("flows.progress._SECONDS_FOR_THE_LAST", 0.1)
+    log = Log()
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listening.settimeout(60)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        stack.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}))
+        progress = LoggedProgress(log, Share(artifact=uuid4(), what="w"))
+        progress("step", 0, 1000)
+        asking = stack.enter_context(listening.accept()[0])
+        assert asking.recv(4).decode() in ("GET ", "PATC")
+        for step in range(1, 1001):
+            progress("step", step, 1000)
+        progress.end("done")
+        assert log.lines == ["warning: the progress artifact cannot be moved: the server does not answer"]
+        assert not mover.settled(0)  # still the first request
+    assert settled()
+    assert len(log.lines) == 1
+
+
+def test_a_process_ends_and_forks_while_a_request_lasts():
+    code = """
+import os, threading
+from uuid import uuid4
+import flows.progress as progress
+from tests.flows.test_progress import Log
+
+share = progress.Share(artifact=uuid4(), what="w")
+asked = threading.Event()
+progress._update = lambda *_: (asked.set(), threading.Event().wait())
+progress.LoggedProgress(Log(), share)("step", 1, 2)
+assert asked.wait(60)
+child = os.fork()
+if not child:
+    told = []
+    progress._update = lambda *move: told.append(move[1])
+    progress.LoggedProgress(Log(), share).end("done")
+    os._exit(0 if told == [100.0] else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("the end")
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

@@ -206,8 +206,8 @@ class Report:
         for name, content in modules.items():
             monkeypatch.setitem(sys.modules, f"pipeline.report.{name}", SimpleNamespace(**content))
 
-    def collect(self, location, runs, image_root, progress):
-        self.asked.append((location, list(runs), image_root))
+    def collect(self, location, runs, image_root, progress, **less):
+        self.asked.append((location, list(runs), image_root, less))
         return SimpleNamespace(name="the page", stats=SimpleNamespace(recall="recall"))
 
     def draw(self, data):
@@ -236,7 +236,7 @@ def test_the_report_is_written_and_its_chart_kept_by_the_server(here, tmp_path, 
     report = Report(monkeypatch)
     page = tmp_path / "run" / "report.html"
     left, flow_run = only_a_report(page)
-    assert report.asked == [("a.cache", ["runs/a"], "/images")]
+    assert report.asked == [("a.cache", ["runs/a"], "/images", {})]
     assert page.read_text() == "<!doctype html>the page"
     assert (left.collected, left.page, left.recall) == (True, str(page), "recall")
     kept = here.artifact(flow_run, "only-chart")
@@ -255,6 +255,7 @@ def test_what_cannot_be_drawn_is_said_and_fails_nothing(here, tmp_path, monkeypa
     report.chart = base64.b64decode(SMALL)
     left, flow_run = only_a_report(None)
     assert left.page is None
+    assert report.asked[-1][-1] == {"map_images": 0, "pictures": False}  # whose place is the page
     assert here.artifact(flow_run, "only-chart")
     here.until_logged(flow_run, "no page is written")
 

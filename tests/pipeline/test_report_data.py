@@ -156,6 +156,24 @@ def test_what_is_drawn_is_said_and_is_the_same_again(photos: Path, monkeypatch: 
     assert other.row_map != found.row_map
 
 
+def test_without_map_and_pictures_no_image_is_read_and_all_else_is_the_same(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = collect_report(str(photos))
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr("pipeline.report.collect.collect_pictures", never)
+    monkeypatch.setattr("pipeline.report.collect.row_map", never)
+    stages: list[str] = []
+    found = collect_report(
+        str(photos), map_images=0, pictures=False, progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert found == whole.model_copy(update={"made": found.made, "row_map": None, "pictures": {}})
+    assert not {"map", "pictures"} & set(stages)
+
+
 # --- caches that are not whole, or not of pairs
 
 
