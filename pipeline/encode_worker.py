@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import socket
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from pipeline.config import PrecomputeConfig
@@ -80,9 +80,9 @@ def _portable(error: Exception) -> Exception:
     """The error as it survives the way to another process: its cause does not, and some libraries' not at all."""
     where = f"(a worker on {socket.gethostname()})"
     with contextlib.suppress(Exception):
-        copy: Exception = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error) and str(copy) == str(error):
-            if copy.args == (str(error),):
-                copy.args = (f"{error} {where}",)
-            return copy
+        made = deepcopy(error)  # made anew in the way that the other process makes it
+        if type(made) is type(error) and str(made) == str(error):
+            if made.args == (str(error),):
+                made.args = (f"{error} {where}",)
+            return made
     return OSError(f"{type(error).__name__}: {error} {where}")

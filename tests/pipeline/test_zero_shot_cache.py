@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from pipeline import precompute as precompute_module
+from pipeline import executors as executors_module
 from pipeline import zero_shot as zero_shot_module
 from pipeline import zero_shot_cache
 from pipeline.config import EvaluateConfig, ProofConfig, TrainConfig, ZeroShotConfig
@@ -68,7 +68,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise AssertionError("a teacher was loaded")
 
-        for module in (precompute_module, zero_shot_module, zero_shot_cache):
+        for module in (executors_module, zero_shot_module, zero_shot_cache):
             monkeypatch.setattr(module, "load_teacher", fail)
         monkeypatch.setattr("open_clip.create_model", fail)
 
@@ -145,7 +145,7 @@ def test_a_cache_that_was_stopped_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "encode_shared", stop)
+        patch.setattr(executors_module, "encode_shared", stop)
         with pytest.raises(KeyboardInterrupt):
             measure()
     with pytest.raises(CacheIncompleteError, match="0 of 2 chunks"):
@@ -157,7 +157,7 @@ def test_batches_of_the_asked_size_unless_the_cache_has_begun_with_another(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "encode_shared", lambda *args: 0)
+        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
         with pytest.raises(CacheIncompleteError):
             measure(batch_size=3)
     assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
