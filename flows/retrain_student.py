@@ -55,7 +55,7 @@ def retrain_student(
             encoded = encode(config, found)
             train.with_options(timeout_seconds=timeout_seconds)(config, found)
             verdict = promote(config, found)
-    outcome = "nothing-new" if verdict is None else "promoted" if verdict.promotion else "rejected"
+    outcome = verdict.outcome if verdict else "nothing-new"
     describe(outcome, found, encoded, verdict, report)
     candidate = verdict.candidate if verdict else found.judged
     return {
@@ -115,8 +115,7 @@ def promote(config: RetrainConfig, found: Look) -> PromoteResult:
     from pipeline.retrain import Retraining
 
     result = Retraining(config).promote(found, LoggedProgress(get_run_logger()))
-    verdict = "promoted" if result.promotion else "rejected"
-    get_run_logger().info(f"student {result.candidate.number} {verdict}: {result.candidate.reason}")
+    get_run_logger().info(f"student {result.candidate.number} {result.outcome}: {result.candidate.reason}")
     return result
 
 

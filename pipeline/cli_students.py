@@ -62,9 +62,8 @@ def promote(
     if json:
         print_json(result)
     else:
-        verdict = "promoted" if result.promotion else "rejected"
         Console().print(
-            f"student {result.candidate.number} of {result.registry}: {verdict}: {result.candidate.reason}",
+            f"student {result.candidate.number} of {result.registry}: {result.outcome}: {result.candidate.reason}",
             markup=False,
             soft_wrap=True,
         )

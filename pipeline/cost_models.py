@@ -19,13 +19,12 @@ from pipeline.cost import ModelFacts, TowerFlops
 from pipeline.cost_captions import captions
 from pipeline.device import image_memory_format, resolve_device
 from pipeline.flops import count_flops
+from pipeline.runs import CHECKPOINT_WEIGHTS
 from pipeline.short_text import can_shorten, encode_text, shorten
 from pipeline.student import load_student, student_tokenizer
 from pipeline.teacher import BUNDLED, load_teacher
 
 __all__ = ["TorchModel", "load_student_model", "load_teacher_model"]
-
-_WEIGHTS = "open_clip_model.safetensors"
 
 
 class TorchModel:
@@ -108,7 +107,7 @@ def load_teacher_model(name: str, pretrained: str | None = None, device: str = "
     """
     teacher = load_teacher(name, pretrained, device)
     folder = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
-    file = folder / _WEIGHTS if folder is not None else None
+    file = folder / CHECKPOINT_WEIGHTS if folder is not None else None
     return TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, teacher.device, file)
 
 
@@ -119,5 +118,5 @@ def load_student_model(folder: str, device: str = "auto") -> TorchModel:
         UsageError: it cannot be loaded.
     """
     student, config = load_student(Path(folder))
-    file = Path(folder) / _WEIGHTS
+    file = Path(folder) / CHECKPOINT_WEIGHTS
     return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), resolve_device(device), file)

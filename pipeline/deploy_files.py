@@ -21,7 +21,7 @@ from pipeline.export_onnx import export_towers
 from pipeline.int8_report import Int8Report
 from pipeline.model_input import ModelInput
 from pipeline.quantize import NotQuantisable, quantize_tower
-from pipeline.runs import RunRecord
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunRecord
 from pipeline.student import Student, student_tokenizer
 
 __all__ = ["WEIGHTS", "calibration_batches", "write_files"]
@@ -78,7 +78,7 @@ def write_files(
             progress("export", 1 + done, 4)
     tokenization = tokenization_of(student_tokenizer(config), folder, towers.shortens)
     # the checkpoint's own bytes: what was measured during training is what is shipped
-    shutil.copyfile(checkpoint / "open_clip_model.safetensors", folder / WEIGHTS)
+    shutil.copyfile(checkpoint / CHECKPOINT_WEIGHTS, folder / WEIGHTS)
     settings = json.loads((checkpoint / CONFIG).read_text())
     plain = {key: settings[key] for key in ("model_cfg", "preprocess_cfg")}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")

@@ -14,16 +14,13 @@ from pydantic import BaseModel, Field
 from pipeline.config import EvaluateConfig, StageConfig
 from pipeline.deployment import Deployment, DeploymentError
 from pipeline.evaluate import EvaluateResult, measure, student_ranks
-from pipeline.evaluation_split import EvaluationSplit
 from pipeline.intervals import LEVEL, bootstrap_share
 from pipeline.metrics import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from pipeline.registry import Candidate, Comparison, Promotion, StudentRegistry
-from pipeline.runs import RunFolder
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder, RunRecord
 from storage.errors import UsageError
 
 __all__ = ["PromoteConfig", "PromoteResult", "checkpoint_of", "compare", "decide", "promote", "roll_back"]
-
-_WEIGHTS = "open_clip_model.safetensors"
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,6 +65,11 @@ class PromoteResult(BaseModel, frozen=True):
     registry: str
     candidate: Candidate
     promotion: Promotion | None = Field(description="None where it was rejected.")
+
+    @property
+    def outcome(self) -> Literal["promoted", "rejected"]:
+        """In a word."""
+        return "promoted" if self.promotion else "rejected"
 
 
 def promote(
@@ -135,8 +137,15 @@ def promote(
         except DeploymentError as error:
             passed, reason = False, f"could not be shipped: {error}"
     candidate = registry.add(
-        _lineage(config, measured.result, measured.split, weights)
-        | {"deployed": deployed, "comparison": comparison, "passed": passed, "reason": reason}
+        _lineage(record, measured.result, weights)
+        | {
+            # of the whole way: a registry is read from any folder
+            "run": str(Path(config.run).absolute()),
+            "deployed": deployed,
+            "comparison": comparison,
+            "passed": passed,
+            "reason": reason,
+        }
     )
     promotion = registry.promote(candidate, champion, "gate") if passed else None
     return PromoteResult(registry=config.registry, candidate=candidate, promotion=promotion)
@@ -206,14 +215,9 @@ def roll_back(location: str, to: int | None = None) -> tuple[Candidate, Promotio
     return earlier, registry.promote(earlier, now, "rollback")
 
 
-def _lineage(
-    config: PromoteConfig, found: EvaluateResult, split: EvaluationSplit, weights_sha256: str
-) -> dict[str, Any]:
-    record = RunFolder(config.run).read()
+def _lineage(record: RunRecord, found: EvaluateResult, weights_sha256: str) -> dict[str, Any]:
     assert found.student is not None  # a run was measured
     return {
-        # of the whole way: a registry is read from any folder
-        "run": str(Path(config.run).absolute()),
         "checkpoint": found.checkpoint,
         "weights_sha256": weights_sha256,
         "student": record.config.student,
@@ -222,7 +226,7 @@ def _lineage(
         "cache": record.config.cache,
         "cache_manifest_digest": record.cache_manifest_digest,
         "settings": record.config.model_dump(mode="json"),
-        "split": split.name,
+        "split": found.split,
         "measured_on": found.cache_manifest_digest,
         "images": found.images,
         "captions": found.captions,
@@ -240,7 +244,7 @@ def checkpoint_of(student: Candidate) -> Path:
         UsageError: it is gone, or holds others.
     """
     path = Path(student.run) / student.checkpoint
-    if not (path / _WEIGHTS).exists():
+    if not (path / CHECKPOINT_WEIGHTS).exists():
         raise UsageError(
             f"{path}: student {student.number} of the registry was there, and is gone. Bring the run back, name "
             "another champion by teacher-cache rollback --to, or begin a new registry"
@@ -255,7 +259,7 @@ def checkpoint_of(student: Candidate) -> Path:
 
 
 def _weights(checkpoint: Path) -> str:
-    with (checkpoint / _WEIGHTS).open("rb") as file:
+    with (checkpoint / CHECKPOINT_WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -42,7 +42,7 @@ from storage.files import open_files
 from storage.identity import DatasetIdentity
 from storage.integrity import verify_cache
 from storage.manifest import CacheManifest
-from storage.root import look_at_manifest, planned_manifest
+from storage.root import look_at_manifest
 from storage.tables import CAPTIONS, SAMPLES, read_table
 
 __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
@@ -228,7 +228,7 @@ class Retraining:
 
     def _precompute(self, look: Look) -> PrecomputeConfig:
         config = self.config
-        before = planned_manifest(open_files(look.reuse)).layout.views if look.reuse else None
+        before = look_at_manifest(open_files(look.reuse)).layout.views if look.reuse else None
         return PrecomputeConfig(
             dataset=config.dataset,
             teacher=config.teacher,
@@ -359,11 +359,8 @@ def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainR
             steps.train(look, None if progress is None else lambda at: progress("step", at.step, at.total_steps))
             verdict = steps.promote(look, progress)
     champion = steps.registry.champion()
-    outcome: Literal["nothing-new", "promoted", "rejected"] = "nothing-new"
-    if verdict is not None:
-        outcome = "promoted" if verdict.promotion else "rejected"
     return RetrainResult(
-        outcome=outcome,
+        outcome=verdict.outcome if verdict else "nothing-new",
         look=look,
         encoded=encoded,
         run=look.run if verdict else None,
@@ -408,9 +405,9 @@ def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
 
 def _missing(values: pa.Array, among: pa.Array) -> int:
     """How many of ``values`` are not among others."""
-    both = (each.cast(pa.string()) for each in (values, among))  # an empty column may have no type
-    values, among = both
-    return len(values) - int(pc.sum(pc.is_in(values, value_set=among)).as_py() or 0)
+    # cast, since an empty column may have no type
+    there = pc.is_in(values.cast(pa.string()), value_set=among.cast(pa.string()))
+    return len(values) - int(pc.sum(there).as_py() or 0)
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

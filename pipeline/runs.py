@@ -28,8 +28,10 @@ from storage.files import LocalFiles
 from storage.identity import CacheIdentity
 from storage.local_files import sync
 
-__all__ = ["RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
+__all__ = ["CHECKPOINT_WEIGHTS", "RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
 
+CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
+"""A student's, in a checkpoint, by the name that open_clip gives them."""
 RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.factorized import RANK_KEY, dense_state, factorize, factors_of
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_settings
 from pipeline.preprocess import Preprocess
+from pipeline.runs import CHECKPOINT_WEIGHTS
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 
@@ -37,7 +38,7 @@ __all__ = [
 # 4.6052 = ln(100), CLIP's ceiling on logit_scale
 MAX_LOG_LOGIT_SCALE = math.log(100)
 
-_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_CONFIG = "open_clip_config.json"
 _PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
 _FACTORS = "token_embedding.safetensors"
 # settings of the model config that only say where weights once came from
@@ -198,7 +199,7 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
         save_file(_contiguous(factors.state_dict()), folder / _FACTORS)
     (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-    save_file(_contiguous(dense_state(student.model)), folder / _WEIGHTS)
+    save_file(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
     projections = {
         f"{name}.weight": module.weight.detach().contiguous()
         for name, module in (("image", student.image_projection), ("text", student.text_projection))
@@ -215,8 +216,8 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
         UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
             missing or their product is not the embedding among the weights.
     """
-    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
-        raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {_WEIGHTS} wanted)")
+    if not (folder / _CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
+        raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
     with foreign_model(f"student {folder}"):
         config = _checkpoint_config(json.loads((folder / _CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")
@@ -310,8 +311,8 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
     # a matrix product may round in another order on another machine; a changed embedding is off by far more
     if not torch.allclose(product, dense[name].to(product), rtol=1e-3, atol=1e-3 * float(product.abs().max())):
         raise UsageError(
-            f"{what}: the factors in {_FACTORS} do not make up {name} in {_WEIGHTS}: one of the two was changed alone. "
-            f"Restore it, or remove {RANK_KEY} from {_CONFIG} to use the dense model."
+            f"{what}: the factors in {_FACTORS} do not make up {name} in {CHECKPOINT_WEIGHTS}: one of the two was "
+            f"changed alone. Restore it, or remove {RANK_KEY} from {_CONFIG} to use the dense model."
         )
 
 
