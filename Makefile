@@ -6,10 +6,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs serve clean
+.PHONY: help install demo test lint format docs bench bench-gpu serve clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make .venv and install the project with all that it needs
 
@@ -39,6 +39,14 @@ lint: install  ## ruff, mypy, the import rule, Dockerfile, compose files
 format: install  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; hours
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.bench
+
+bench-gpu: install  ## the sections that need a CUDA device
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.bench --device cuda
 
 docs: install  ## the documentation site, from docs/ and the docstrings, into site/; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -d build/doctrees docs site
