@@ -64,7 +64,9 @@ def stream_rows(
     most_in_memory = max(1, reader._memory_bytes // chunks.nbytes)
     coming = _groups(reader, chunks, tower, batches)
     seen: deque[_Group] = deque()
-    with ReadAhead(chunks.load, threads or (_LOCAL_THREADS if local else _REMOTE_THREADS)) as ahead:
+    with ReadAhead(
+        chunks.load, chunks.region.release, threads or (_LOCAL_THREADS if local else _REMOTE_THREADS)
+    ) as ahead:
         while True:
             while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
                 group = next(coming, None)
@@ -92,8 +94,7 @@ def stream_rows(
                 for rows, views in now.batches:
                     yield chunks.gather(rows, views)
             seen.popleft()
-            for number in ahead.drop(keep={number for group in seen for number in group.numbers}):
-                chunks.region.release(number)
+            ahead.drop(keep={number for group in seen for number in group.numbers})
 
 
 class _Chunks:
@@ -128,10 +129,12 @@ class _Chunks:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
         except OSError:
             return False
-        if self._prove == "every" or (ref, self.array) not in self._reader._proven:
+        proven = (ref, self.array) in self._reader._proven
+        if self._prove == "every" or not proven:
             values = self.region.chunk(number)
-            prove_body(values, stored, wanted, f"{files.location}/{key}")
-            self._reader._require_values(ref, self.array, values)
+            some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            if not proven:
+                self._reader._note_proven(ref, self.array, values, some_nan)
         self._reader._count(wanted.nbytes)
         return True
 
