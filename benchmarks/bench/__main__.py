@@ -23,6 +23,9 @@ HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
     "rivals": ("cpu",),
+    "startup": ("cpu",),
+    "memory": ("cpu",),
+    "shuffle": ("cpu",),
 }
 
 

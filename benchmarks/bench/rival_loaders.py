@@ -4,10 +4,10 @@
 
 writes ``NAME``'s files below ``FOLDER`` unless they are there, says ``ready``, and for each line on stdin streams
 batches until the epoch or the seconds are over; it answers with rows, seconds and :func:`weighed` of all rows, as JSON:
-that is made where the line is ``prove``, which is not for timing.
+that sum is made where the line is ``prove``, which is not for timing.
 
-Every loader yields (1,024, 512) float16, embedding-reader float32, shuffles a window of 65,536 rows or as its own shuffle would, and runs in this
-one process. A module of a peer is imported by its loader.
+Every loader yields (1,024, 512) float16, embedding-reader float32, shuffles a window of 65,536 rows or as its own
+shuffle would, and runs in this one process. A module of a peer is imported by its loader.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["BATCH", "CHUNK", "FEW", "LOADERS", "WIDTH", "WINDOW_CHUNKS", "source
 
 BATCH, CHUNK, WIDTH = 1024, 4096, 512
 WINDOW_CHUNKS = 16  # as TrainConfig has it
-FEW = 65_536  # rows of the peers that need minutes for a million
+FEW = 65_536  # rows, at most, of the peers that need minutes for a million
 Batches = Iterator[NDArray[np.float16]]
 
 
@@ -134,7 +134,7 @@ def tensorstore(folder: Path) -> Callable[[int], Batches]:
 
 
 def embedding_reader(folder: Path) -> Callable[[int], Batches]:
-    """The reader of clip-retrieval's output: npy and parquet side by side. It reads in order: a window, then shuffled."""
+    """The reader of clip-retrieval's output, npy beside parquet. It reads in order: a window at a time, then shuffled."""
     from embedding_reader import EmbeddingReader
 
     reader = EmbeddingReader(
@@ -249,10 +249,10 @@ def webdataset(folder: Path) -> Callable[[int], Batches]:
     import webdataset as wds
 
     at = folder / "tars"
-    shards = FEW // CHUNK
+    rows = source(folder)[:FEW]
+    shards = len(rows) // CHUNK
     if not at.exists():
         at.mkdir()
-        rows = source(folder)[:FEW]
         for shard in range(shards):
             with tarfile.open(at / f"{shard:06d}.tar", "w") as tar:
                 for row in range(shard * CHUNK, (shard + 1) * CHUNK):
@@ -282,7 +282,7 @@ def hf_datasets(folder: Path) -> Callable[[int], Batches]:
         flat = pa.array(np.asarray(source(folder)[:FEW]).reshape(-1))
         Dataset(pa.table({"e": pa.FixedSizeListArray.from_arrays(flat, WIDTH)})).save_to_disk(str(at))
     dataset = Dataset.load_from_disk(str(at)).with_format("numpy")
-    stream = dataset.to_iterable_dataset(num_shards=FEW // CHUNK).shuffle(seed=0, buffer_size=5000)
+    stream = dataset.to_iterable_dataset(num_shards=len(dataset) // CHUNK).shuffle(seed=0, buffer_size=5000)
 
     def epoch(number: int) -> Batches:
         stream.set_epoch(number)
