@@ -134,7 +134,7 @@ def tensorstore(folder: Path) -> Callable[[int], Batches]:
 
 
 def embedding_reader(folder: Path) -> Callable[[int], Batches]:
-    """The reader of clip-retrieval's output, npy beside parquet. It reads in order: a window at a time, then shuffled."""
+    """The reader of clip-retrieval's output, npy beside parquet. It reads in order: windows, then shuffled."""
     from embedding_reader import EmbeddingReader
 
     reader = EmbeddingReader(

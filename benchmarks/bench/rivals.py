@@ -114,7 +114,7 @@ def write_source(folder: Path, rows: int) -> None:
     for ref in all_chunks(reader.manifest.layout):
         if ref.tower == "image":
             span = ref.rows(reader.manifest.layout)
-            out[span.start : span.stop] = reader.chunk(ref)[:, 0] if reader.chunk(ref).ndim == 3 else reader.chunk(ref)
+            out[span.start : span.stop] = reader.chunk(ref).reshape(len(span), WIDTH)
     out.flush()
     names = pa.table({"image_path": [f"{row}.jpg" for row in range(rows)]})
     pq.write_table(names, folder / "npy" / "metadata" / "metadata_0.parquet")

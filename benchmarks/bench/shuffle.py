@@ -2,9 +2,9 @@
 
 The first rows count, for batches of a million rows, how many of a row's batch mates were its chunk mates. The others
 train: a two-layer perceptron on 16 x 16 thumbnails of Flickr8k learns the image features of its teacher, by feature
-and contrastive terms, in batches drawn by ``storage/order.py``; measured is how often, of the dev images, its own
-teacher row is the nearest one. It is no CLIP student, and only differences between orders mean anything. Once in the order
-of the files, once with the images sorted by content, which is what a dataset sorted by class does to chunks.
+and contrastive terms, in batches drawn by ``storage/order.py``. Measured is how often, among images held out, the
+teacher's own row is the nearest one. It is no CLIP student, and only differences between orders mean anything. Once in
+the order of the files, once with the images sorted by content, which is what a dataset sorted by class does to chunks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _recall(
 
 
 def _training(settings: Settings) -> list[Row]:
-    images, held_out, epochs = (320, 64, 1) if settings.quick else (5096, 1000, 12)
+    images, held_out, epochs = (192, 64, 1) if settings.quick else (5096, 1000, 12)
     pixels, targets = _features(settings, images)
     train = len(pixels) - held_out
     centred = targets[:train] - targets[:train].mean(0)
