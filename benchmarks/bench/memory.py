@@ -9,6 +9,7 @@ ten million fit a disk: what is counted for each row does not depend on the widt
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -63,12 +64,11 @@ def stream_epoch(location: str) -> int:
     from storage.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
-    batches = 0
-    for pairs in epoch_pairs(reader, reader.image_rows(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0):
-        reader.take("image", pairs.image_rows, pairs.views)
-        reader.take("text", pairs.caption_rows)
-        batches += 1
-    return batches
+    drawn = epoch_pairs(reader, reader.image_rows(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    for_images, for_captions = itertools.tee(drawn)
+    images = reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
+    captions = reader.stream("text", (pairs.caption_rows for pairs in for_captions))
+    return sum(1 for _ in zip(images, captions, strict=True))
 
 
 def encode_tables(location: str) -> int:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,16 @@ def _cache(folder: Path) -> str:
 
 
 def ours(folder: Path) -> Callable[[int], Batches]:
+    """A stream in the order that training uses; each chunk's checksum is proven when this reader first reads it."""
+    return _ours(folder, "first")
+
+
+def ours_proving(folder: Path) -> Callable[[int], Batches]:
+    """The same, each checksum proven in every epoch."""
+    return _ours(folder, "every")
+
+
+def _ours(folder: Path, prove: Literal["first", "every"]) -> Callable[[int], Batches]:
     from storage.order import batches, window_order
     from storage.reader import EmbeddingReader
 
@@ -83,8 +93,8 @@ def ours(folder: Path) -> Callable[[int], Batches]:
     rows = reader.image_rows()
 
     def epoch(number: int) -> Batches:
-        for batch in batches(window_order(rows, CHUNK, WINDOW_CHUNKS, 0, number), BATCH):
-            yield reader.take("image", batch)
+        order = batches(window_order(rows, CHUNK, WINDOW_CHUNKS, 0, number), BATCH)
+        return reader.stream("image", order, prove=prove)
 
     return epoch
 
@@ -295,6 +305,7 @@ LOADERS: dict[str, Callable[[Path], Callable[[int], Batches]]] = {
     loader.__name__: loader
     for loader in (
         ours,
+        ours_proving,
         npy_memmap,
         embedding_reader,
         zarr_rows,
