@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image, decoded_size
+from pipeline.decode import UndecodableImageError, decoded_size
 from pipeline.device import keep_freed_memory
 from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
@@ -359,7 +359,7 @@ class _Jobs:
         """
         data = self._read(sample)
         try:
-            image = decode_image(data)
+            image = self._preprocess.opened(data)
             if view == 0:
                 evaluation_crop = self._preprocess.evaluation_crop(*image.size)
                 return _Decoded(self._transform(image), evaluation_crop, sample_id=sample["sample_id"])
