@@ -20,6 +20,7 @@ from pipeline.decode import UndecodableImageError
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
@@ -208,7 +209,7 @@ class StudentImages(Dataset[Tensor]):
         """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
         data = self._images.read(row)
         try:
-            image = self._preprocess.opened(data)
+            image = open_image(data, self._preprocess.decoder)
             return [
                 self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
                 for crop in crops

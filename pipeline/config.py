@@ -54,8 +54,8 @@ class PrecomputeConfig(StageConfig):
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
     decoder: Literal["pillow", "jpeg-scaled"] = Field(
         "pillow",
-        description="Who decodes and resizes: pillow, as open_clip does; or jpeg-scaled, faster, JPEG at the scale that "
-        "the teacher needs, other pixels by a little. Part of the identity.",
+        description="Who decodes and resizes: pillow, as open_clip does; or jpeg-scaled, faster: JPEG at the scale "
+        "that the teacher needs, to slightly other pixels. Part of the identity.",
     )
     views: int | None = Field(
         None,

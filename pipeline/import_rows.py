@@ -27,6 +27,7 @@ from pipeline.plan import PlannedDataset, Progress, default_batch_rows, library_
 from pipeline.precompute import summarize
 from pipeline.proof import cosine, draw_rows
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import LiveTeacher, load_teacher
 from storage.commits import Tower
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
@@ -245,7 +246,7 @@ class _Eye:
         data = self._source.read(sample["uri"], sample["offset"], sample["length"])
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         try:
-            return self._transform(self._preprocess.opened(data))
+            return self._transform(open_image(data, self._preprocess.decoder))
         except (UndecodableImageError, ValueError):
             return None
 

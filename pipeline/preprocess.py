@@ -21,7 +21,7 @@ from torchvision.transforms import functional as transforms
 
 from pipeline.decode import ignore_pillows_warnings
 from pipeline.model_input import ModelInput
-from pipeline.scaled_jpeg import PILLOW, ScaledJpeg, open_image, require_decoder
+from pipeline.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 
 if TYPE_CHECKING:
     from storage.identity import PreprocessIdentity
@@ -34,7 +34,7 @@ class Preprocess(ModelInput):
     """The evaluation transform of one model, by open_clip itself; a probe of it identifies it in a cache.
 
     Attributes:
-        decoder: of the images, by the name that a cache's identity has for it.
+        decoder: of the images, for :func:`pipeline.scaled_jpeg.open_image`.
     """
 
     decoder: str = PILLOW
@@ -56,14 +56,6 @@ class Preprocess(ModelInput):
         """
         require_decoder(decoder or PILLOW)
         return replace(self, decoder=decoder or PILLOW)
-
-    def opened(self, data: bytes) -> Image.Image | ScaledJpeg:
-        """The image in these bytes as the decoder has it, for :meth:`transform` and :func:`pipeline.views.replay`.
-
-        Raises:
-            UndecodableImageError: as :func:`pipeline.scaled_jpeg.open_image`.
-        """
-        return open_image(data, self.decoder)
 
     def transform(self) -> Callable[[Image.Image | ScaledJpeg], torch.Tensor]:
         """open_clip's own transform, an image to a float32 tensor (3, height, width): ``shown``, then normalised.
@@ -130,7 +122,10 @@ class Preprocess(ModelInput):
 
 
 def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
-    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``: all but size and decoder."""
+    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``.
+
+    All but the size, which is the student's own, and the decoder, which is that of the images of each cache.
+    """
     return teacher.model_dump(exclude={"probe", "image_size", "antialias", "decoder"})
 
 

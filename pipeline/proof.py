@@ -26,6 +26,7 @@ from pipeline.datasets.base import data_folder
 from pipeline.decode import UndecodableImageError
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.views import Crop, draw_crop, replay
 from storage.commits import QuarantinedRow, Tower
@@ -220,7 +221,7 @@ class _Proof:
         require_content(data, sample["content_sha256"], named)
         try:
             preprocess = self._teacher.preprocess
-            image = preprocess.opened(data)
+            image = open_image(data, preprocess.decoder)
             if view == 0:
                 evaluation_crop = preprocess.evaluation_crop(*image.size)
                 return _Seen(row, view, sample_id, self._transform(image), evaluation_crop)

@@ -6,9 +6,9 @@ slower than none). What is decoded is then resized as Pillow resizes: the same f
 kernel on uint8, which differs from Pillow by one level here and there.
 
 - The scale is the smallest that leaves :data:`MARGIN` pixels of the region for each pixel of the model's input.
-- An image goes this way by its bytes alone: a JPEG of three components with YCbCr colour or RGB. Grey, CMYK, several
-  pictures in one file, and every other format are Pillow's, and so is a JPEG of which libjpeg says that something in
-  it is wrong. So the same images are undecodable, for the same reasons, and :mod:`pipeline.decode`'s rules hold for all.
+- An image goes this way by its bytes alone: a JPEG in colour, progressive or not. Grey, CMYK, several pictures in one
+  file, and every other format are Pillow's, and so is a JPEG of which libjpeg says that something in it is wrong. So
+  the same images are undecodable, for the same reasons, and :mod:`pipeline.decode`'s rules hold for all.
 - Sizes, rounding and crops are those of the other decoder: they are of the source image, whose size is in its header.
 
 These pixels are not Pillow's, so that a cache says in its identity that it is of them. Whoever changes what this module
@@ -17,7 +17,7 @@ makes of an image has to give that another name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ __all__ = ["DECODERS", "JPEG_SCALED", "MARGIN", "PILLOW", "ScaledJpeg", "open_im
 
 PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
 DECODERS = (PILLOW, JPEG_SCALED)
-MARGIN = 1.5
+MARGIN = 3.0
 _EIGHTHS = (1, 2, 4, 8)
 _RESIZE = {
     Image.Resampling.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa,
