@@ -178,4 +178,4 @@ def _rounded(rate: float | None) -> float | str:
 def _teacher(config: PrecomputeConfig) -> LiveTeacher:
     from pipeline.teacher import cached_teacher
 
-    return cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    return cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)

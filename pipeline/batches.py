@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.cached_images import CachedImages
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
@@ -182,7 +183,10 @@ def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArra
 class StudentImages(Dataset[Tensor]):
     """Row of the cache to the pixels that a model sees of this image: float32 (3, height, width).
 
-    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view.
+    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view. Decoded as the cache says.
+
+    Raises:
+        UsageError: the decoder needs a package that is not installed.
 
     Raises on access:
         OSError: the image cannot be read where the source says.
@@ -191,8 +195,8 @@ class StudentImages(Dataset[Tensor]):
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         self._images = CachedImages(reader, source)
-        self._preprocess = preprocess
-        self._evaluation_crop = preprocess.shown()
+        self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
+        self._evaluation_crop = self._preprocess.shown()
 
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
@@ -205,7 +209,7 @@ class StudentImages(Dataset[Tensor]):
         """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
         data = self._images.read(row)
         try:
-            image = decode_image(data)
+            image = open_image(data, self._preprocess.decoder)
             return [
                 self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
                 for crop in crops

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image, decoded_size
+from pipeline.decode import UndecodableImageError, decoded_size
 from pipeline.device import keep_freed_memory
 from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import Encoded, LiveTeacher
 from pipeline.views import draw_crop, replay
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
@@ -359,7 +360,7 @@ class _Jobs:
         """
         data = self._read(sample)
         try:
-            image = decode_image(data)
+            image = open_image(data, self._preprocess.decoder)
             if view == 0:
                 evaluation_crop = self._preprocess.evaluation_crop(*image.size)
                 return _Decoded(self._transform(image), evaluation_crop, sample_id=sample["sample_id"])

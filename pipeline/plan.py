@@ -16,6 +16,7 @@ from PIL import __version__ as pillow_version
 from pipeline.config import PrecomputeConfig
 from pipeline.known_rows import require_reusable
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
+from pipeline.scaled_jpeg import JPEG_SCALED, PILLOW
 from pipeline.teacher import LiveTeacher
 from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
@@ -79,7 +80,7 @@ def plan_precompute(
     _refuse_to_mix(config.cache)
     planned = read_dataset(config, teacher, progress)
     origin = _by_way_of(config.reuse, planned.identity)
-    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions() | origin)
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions(config.decoder) | origin)
     if origin and pending and IMPORTED not in planned_manifest(open_files(config.cache)).made_with:
         raise CacheMismatchError(
             f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
@@ -296,7 +297,13 @@ def default_batch_rows(device: str) -> int:
     return 16 if device == "cpu" else 256
 
 
-def library_versions() -> dict[str, str]:
-    """What made the pixels and the rows, for a manifest."""
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
+def library_versions(decoder: str = PILLOW) -> dict[str, str]:
+    """What made the pixels and the rows, for a manifest.
+
+    Args:
+        decoder: of the images.
+    """
+    names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
+    if decoder == JPEG_SCALED:
+        names = (*names, "simplejpeg")
     return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

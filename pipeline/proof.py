@@ -23,9 +23,10 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import ProofConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.views import Crop, draw_crop, replay
 from storage.commits import QuarantinedRow, Tower
@@ -106,7 +107,8 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     if config.dataset:
         root = data_folder(DatasetSpec.parse(config.dataset).root)
     name, tag = teacher_of(manifest, cache, config.teacher, config.pretrained)
-    live = load_teacher(name, tag, config.device, config.precision or identity.teacher.precision)
+    precision = config.precision or identity.teacher.precision
+    live = load_teacher(name, tag, config.device, precision, identity.preprocess.decoder)
     same = identity.teacher.model_copy(update={"precision": live.precision})
     live.require(identity.model_copy(update={"teacher": same}), cache)
 
@@ -218,8 +220,8 @@ class _Proof:
             ) from error
         require_content(data, sample["content_sha256"], named)
         try:
-            image = decode_image(data)
             preprocess = self._teacher.preprocess
+            image = open_image(data, preprocess.decoder)
             if view == 0:
                 evaluation_crop = preprocess.evaluation_crop(*image.size)
                 return _Seen(row, view, sample_id, self._transform(image), evaluation_crop)

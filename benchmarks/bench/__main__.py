@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "startup": ("cpu",),
     "memory": ("cpu",),
     "shuffle": ("cpu",),
+    "decode": ("cpu",),
 }
 
 
