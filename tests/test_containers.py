@@ -180,13 +180,13 @@ def test_every_secret_must_be_set_and_none_is_in_the_file() -> None:
     assert ignored.returncode in (0, 128)  # 128: not a clone
 
 
-@pytest.mark.parametrize("name", ["postgres", "server", "s3", "setup", "worker"])
+@pytest.mark.parametrize("name", sorted(services()))
 def test_a_service_is_pinned_watched_and_confined(name: str) -> None:
     service = services()[name]
     tag = service["image"].partition(":")[2]
     assert tag
     assert "latest" not in tag
-    assert "build" in service or re.match(r"\d+\.\d+", tag), "an image of others without its version"
+    assert "build" in service or re.match(r"v?\d+\.\d+", tag), "an image of others without its version"
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     # the one that ends is waited for by its exit code
@@ -211,6 +211,8 @@ def test_services_wait_for_what_they_need() -> None:
         "server": {"postgres": "service_healthy"},
         "setup": {"server": "service_healthy", "s3": "service_healthy"},
         "worker": {"setup": "service_completed_successfully", "server": "service_healthy"},
+        "prometheus": {},
+        "grafana": {"prometheus": "service_healthy"},
     }
 
 
