@@ -19,7 +19,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.container_files import DOCKER, PROJECT, compose, image_environment, kubernetes_objects
+from tests.container_files import (
+    DOCKER,
+    PROJECT,
+    compose,
+    image_environment,
+    job_of_the_pool,
+    kubernetes_objects,
+)
 
 SECRETS = {"POSTGRES_PASSWORD": "p@ss/word", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 OURS = {"server", "setup", "worker"}
@@ -257,13 +264,8 @@ def deployment() -> dict[str, Any]:
 
 
 def pod_of_a_job(**variables: Any) -> dict[str, Any]:
-    """The pod that the kubernetes pool makes for a flow run, its template filled in as a worker does."""
-    from prefect.utilities.templating import apply_values
-
-    template = json.loads((DOCKER / "pools" / "kubernetes.json").read_text())
-    defaults = {k: v["default"] for k, v in template["variables"]["properties"].items() if "default" in v}
-    values = {**defaults, "command": ["prefect", "flow-run", "execute"], "name": "run", **variables}
-    return apply_values(template["job_configuration"], values)["job_manifest"]["spec"]["template"]["spec"]
+    """The pod that the kubernetes pool makes for a flow run."""
+    return job_of_the_pool(**variables)["spec"]["template"]["spec"]
 
 
 def test_the_deployment_runs_what_compose_runs() -> None:
