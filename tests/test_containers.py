@@ -75,7 +75,7 @@ def test_every_image_ends_as_user_1000_with_an_init_and_a_health_check() -> None
     # a base with its full version, and everything that pip installs under constraints or exactly pinned
     assert re.search(r"^ARG BASE=python:\d+\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
     for line in re.findall(r"^(?!#).*pip install.*(?:\\\n.*)*", text, re.MULTILINE):
-        assert "-c constraints.txt" in line or "--no-deps" in line, line
+        assert re.search("-c constraints.txt|--no-deps|--require-hashes", line), line
 
 
 def test_the_light_image_holds_what_storage_and_prefect_need_and_no_torch() -> None:
