@@ -17,6 +17,7 @@ import typer
 from pipeline.cli_flags import say
 from storage.cli import JsonFlag, app, commands_in, print_json
 from storage.errors import CacheError, UsageError
+from storage.logs import start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
 
@@ -65,6 +66,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after."""
     before = signal.signal(signal.SIGTERM, _stop)
+    start_json_logs_if_asked()
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
@@ -80,6 +82,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(1)
     finally:
+        stop_json_logs()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -10,6 +10,7 @@ images at most the size is looked at. The other rows of such a chunk share batch
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -33,16 +34,19 @@ from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import Encoded, LiveTeacher
+from pipeline.telemetry import telemetry
 from pipeline.views import draw_crop, replay
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow
 from storage.journal import ChunkCost
+from storage.logs import event, logger
 from storage.manifest import Layout
 from storage.writer import EmbeddingWriter
 
 __all__ = ["RowTally", "encode_chunks", "encode_shared"]
 
+_LOG = logger("precompute")
 _BATCHES_AHEAD = 4
 _OTHERS_POLL_SECONDS = 0.5
 
@@ -135,14 +139,17 @@ def _encode(
                 ended = time.perf_counter()
                 chunk.decode_wait_seconds += began - waited
                 chunk.teacher_seconds += ended - began
+                telemetry().encoded(chunk.ref.tower, len(batch.rows), began - waited, ended - began)
                 tally.add_rows(chunk.ref, len(batch.rows))
                 if batch.last:
                     # two chunks may wait for the disk before the teacher has to
                     while len(writing) >= 2:
                         writing.popleft().result()
                     writing.append(writers.submit(chunk.write, writer, teacher))
+                    telemetry().writing(len(writing))
             while writing:
                 writing.popleft().result()
+                telemetry().writing(len(writing))
         except BaseException:
             # stop decoding ahead; whole chunks on their way to the disk are still written
             decoders.shutdown(wait=False, cancel_futures=True)
@@ -163,6 +170,7 @@ class RowTally:
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk."""
         self._done[ref.tower] += rows
+        telemetry().progress(ref.tower, self._done[ref.tower], self._total[ref.tower])
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
@@ -249,7 +257,19 @@ class _Chunk:
             teacher_seconds=self.teacher_seconds,
             device=str(teacher.device),
         )
+        began = time.perf_counter()
         writer.write(self.ref, self.arrays, self.quarantined, cost)
+        self._tell(cost, time.perf_counter() - began)
+
+    def _tell(self, cost: ChunkCost, write_seconds: float) -> None:
+        telemetry().written(self.ref.tower, write_seconds)
+        telemetry().bad_samples(Counter(row.reason for row in self.quarantined))
+        where = {"chunk": self.ref.name, "rows": [self.rows.start, self.rows.stop]}
+        for lost in self.quarantined:
+            event(_LOG, logging.WARNING, "row quarantined", chunk=self.ref.name, **lost.model_dump())
+        seconds = cost.model_dump(include={"seconds", "decode_wait_seconds", "teacher_seconds"})
+        counted = {"quarantined": len(self.quarantined), "write_seconds": write_seconds}
+        event(_LOG, logging.INFO, "chunk committed", **where, **seconds, **counted)
 
 
 @dataclass(frozen=True)
@@ -272,7 +292,8 @@ class _Batch:
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
         self.asked_at = time.perf_counter()
-        self.futures = [pool.submit(job) for job in self.prepare(self.rows)]
+        prepared = telemetry().prepared
+        self.futures = [pool.submit(prepared(self.chunk.ref.tower, job)) for job in self.prepare(self.rows)]
 
     def inputs(self) -> list[Any]:
         return [future.result() for future in self.futures]

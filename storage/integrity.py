@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from storage.errors import (
 )
 from storage.files import CacheFiles, open_files
 from storage.journal import JOURNAL, note_key, read_note
+from storage.logs import event, logger
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.rows import wrong_rows
 from storage.tables import (
@@ -52,6 +54,8 @@ from storage.tables import (
 from storage.writer import incomplete_message
 
 __all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
+
+_LOG = logger("verify")
 
 # what one object can do to its reader; a store that does not answer at all ends the work instead
 _FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
@@ -121,6 +125,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     closed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
     commits: dict[ChunkRef, ChunkCommit] = {}
     sound = uncommitted = 0
+    told: list[Finding] = []
     for number, ref in enumerate(refs):
         if progress is not None:
             progress(number + 1, len(refs))
@@ -141,6 +146,12 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         found += _check_rows(manifest, ref, commit, tables.get(ref.tower))
         if not as_written:
             found.append(_other_bytes(ref.commit_key))
+        rows = ref.rows(manifest.layout)
+        where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
+        _tell(location, found, **where)
+        if not found:
+            event(_LOG, logging.INFO, "chunk sound", cache=location, **where)
+        told += found
         findings += found
         objects += len(commit.objects)
         nbytes += read
@@ -153,6 +164,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
     findings += _check_journal(files, refs)
     findings += _unknown_files(files, manifest, refs)
+    _tell(location, [finding for finding in findings if finding not in told])
+    event(_LOG, logging.INFO, "cache verified", cache=location, chunks=len(refs), sound=sound, findings=len(findings))
     return IntegrityReport(
         location=location,
         ok=not findings,
@@ -167,6 +180,12 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         bytes_read=nbytes,
         findings=tuple(findings),
     )
+
+
+def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
+    for finding in found:
+        about = finding.model_dump(exclude={"message"})
+        event(_LOG, logging.ERROR, finding.message, cache=location, **where, **about)
 
 
 def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
