@@ -69,8 +69,6 @@ if hasattr(os, "register_at_fork"):  # another thread of the parent may have hel
     os.register_at_fork(after_in_child=_renew_locks)
 
 _CONNECTIONS = 4 * REQUESTS_AT_ONCE  # of a process: chunks, commits and images; left out, botocore keeps to 10
-    4 * REQUESTS_AT_ONCE
-)  # of a process: chunks ahead, commits and images at once; botocore's own limit is 10
 _MARK = "created-by"  # metadata of an object that came by create()
 
 _CREDENTIAL_ADVICE = (
