@@ -26,7 +26,7 @@ from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
 
-__all__ = ["RETRY", "RemoteFiles", "RetryPolicy"]
+__all__ = ["RETRY", "RemoteFiles", "RetryPolicy", "filesystem_of"]
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class RemoteFiles:
         return RemoteFiles, (self.location, self._retry)
 
     def _connect(self) -> None:
-        self._fs, self._root = _filesystem_of(self.location)
+        self._fs, self._root = filesystem_of(self.location)
         self._pid = os.getpid()
 
     def _filesystem(self) -> Any:
@@ -347,8 +347,8 @@ def _is_s3(location: str) -> bool:
     return location.partition("://")[0] in ("s3", "s3a")
 
 
-def _filesystem_of(location: str) -> tuple[Any, str]:
-    """Filesystem and root path: one that neither remembers listings, nor tries again, nor asks for sizes first.
+def filesystem_of(location: str) -> tuple[Any, str]:
+    """Filesystem and path of a URL: one that neither remembers listings, nor tries again, nor asks for sizes first.
 
     Those of S3 are shared by all locations of a process and never let go: when one is collected while another event
     loop runs (zarr's), s3fs closes its connections in that loop, which fails. fsspec's own cache would also give the

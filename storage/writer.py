@@ -154,10 +154,10 @@ def _start(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    static: dict[str, StaticFile] = {}
-    for key, (data, rows) in static_contents(layout, tables).items():
-        files.write(key, data)
-        static[key] = StaticFile(sha256=_sha256(data), rows=rows)
+    contents = static_contents(layout, tables)
+    for _ in in_parallel(files, lambda key: files.write(key, contents[key][0]), list(contents)):
+        pass
+    static = {key: StaticFile(sha256=_sha256(data), rows=rows) for key, (data, rows) in contents.items()}
     problems = tables[PROBLEMS]
     counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
     generation = Generation(
