@@ -6,9 +6,10 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ from storage.files import CacheFiles, open_files
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.root import read_backup, read_manifest
+from storage.rows import has_nan
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
 from storage.writer import incomplete_message
@@ -52,9 +54,12 @@ class EmbeddingReader:
     """A sealed cache, for training and evaluation. Where views are still being added, the sealed ones can be read.
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
-    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. A spawned worker gets
-    a reader of its own by pickling; a forked one goes on with its copy, the chunks in memory included, whatever
-    other threads of the parent were doing.
+    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader: they load different
+    chunks at the same time, and each chunk once. A spawned worker gets a reader of its own by pickling; a forked one
+    goes on with its copy, the chunks in memory included, whatever other threads of the parent were doing.
+
+    Attributes:
+        objects_read, bytes_read: chunk objects that were read so far, and their bytes.
     """
 
     def __init__(self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> None:
@@ -77,9 +82,13 @@ class EmbeddingReader:
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
+        self._loading: dict[tuple[ChunkRef, str], Future[NDArray[Any]]] = {}
         self._lock = threading.Lock()
+        self._commits_lock = threading.Lock()
         self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
+        self._free_of_nan: set[tuple[ChunkRef, str]] = set()
         self.objects_read = 0
+        self.bytes_read = 0
         _READERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,17 +232,44 @@ class EmbeddingReader:
             raise IndexError(f"{self.location}: {tower} view {outside[0]} asked for, views are 0 to {there - 1}")
         shape = chunk_shape(layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
-        # one stretch of the sorted rows per chunk
-        places = np.broadcast_to(views, rows.shape) * (total // size + 1) + rows // size
-        order = np.argsort(places, kind="stable")
-        for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1) if len(rows) else ():
-            view_here, chunk = divmod(int(places[here[0]]), total // size + 1)
-            out[here] = self._chunk(ChunkRef(tower, view_here, chunk), array)[rows[here] - chunk * size]
-        if np.isnan(out).any():
-            at = int(np.flatnonzero(np.isnan(out).reshape(len(rows), -1).any(axis=1))[0])
-            named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
-            raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
+        lost: list[int] = []
+        for view_here, chunk, here in self._by_chunk(tower, rows, views):
+            ref, within = ChunkRef(tower, view_here, chunk), rows[here] - chunk * size
+            out[here] = self._chunk(ref, array)[within]
+            lost += here[np.isin(within, self._lost(ref))].tolist()
+        if lost:
+            self._refuse_lost(tower, rows, views, min(lost), array)
         return out
+
+    def _by_chunk(
+        self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
+        """View and number of each chunk that rows lie in, each once, and the positions of those rows."""
+        size, number = self.manifest.layout.chunk_rows(tower), self._num_chunks(tower)
+        places = np.broadcast_to(views * number, rows.shape) + rows // size
+        if not len(rows):
+            return
+        if places.max() < 2**16:  # numpy sorts these by counting
+            places = places.astype(np.uint16)
+        # one stretch of the sorted rows per chunk
+        order = np.argsort(places, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+            yield *divmod(int(places[here[0]]), number), here
+
+    def _num_chunks(self, tower: Tower) -> int:
+        layout = self.manifest.layout
+        return layout.image_chunks if tower == "image" else layout.text_chunks
+
+    def _lost(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """Rows of a chunk that were quarantined, counted from its first."""
+        commit = self._commits[ref]
+        return np.array([row.row - commit.rows[0] for row in commit.quarantined], np.int64)
+
+    def _refuse_lost(
+        self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], at: int, array: str
+    ) -> NoReturn:
+        named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
+        raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
         """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
@@ -251,7 +287,9 @@ class EmbeddingReader:
         """The commits of what can be read, proven to be those that it was sealed with; read once."""
         # no cached_property: before Python 3.12 that holds a lock, which a fork in mid-read would leave locked for good
         if self._proven_commits is None:
-            self._proven_commits = self._read_commits()
+            with self._commits_lock:
+                if self._proven_commits is None:
+                    self._proven_commits = self._read_commits()
         return self._proven_commits
 
     def _read_commits(self) -> dict[ChunkRef, ChunkCommit]:
@@ -279,28 +317,71 @@ class EmbeddingReader:
             if held is not None:
                 self._held.move_to_end((ref, array))
                 return held
-            commit = self._commits[ref]
-            key = ref.object_keys()[array]
-            where = f"{self.location}/{key}"
-            try:
-                data = self.files.read(key)
-            except FileNotFoundError as error:
-                raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
-            except OSError as error:
-                raise _read_error(where, error) from error
-            shape = chunk_shape(self.manifest.layout, ref.tower, array)
-            values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
-            self.objects_read += 1
+            loading = self._loading.get((ref, array))
+            if loading is None:
+                mine = self._loading[ref, array] = Future()
+        if loading is not None:
+            return loading.result()
+        # not under the lock: chunks of several threads are read and proven side by side
+        try:
+            values = self._load(ref, array)
+        except BaseException as error:
+            with self._lock:
+                del self._loading[ref, array]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[ref, array]
             self._held[ref, array] = values
             self._held_bytes += values.nbytes
             while self._held_bytes > self._memory_bytes and len(self._held) > 1:
                 _, dropped = self._held.popitem(last=False)
                 self._held_bytes -= dropped.nbytes
-            return values
+        mine.set_result(values)
+        return values
+
+    def _load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
+        """A chunk from its object, proven; padding included."""
+        commit = self._commits[ref]
+        key = ref.object_keys()[array]
+        where = f"{self.location}/{key}"
+        try:
+            data = self.files.read(key)
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
+        except OSError as error:
+            raise _read_error(where, error) from error
+        shape = chunk_shape(self.manifest.layout, ref.tower, array)
+        values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
+        self._count(len(data))
+        self._require_values(ref, array, values)
+        return values
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.objects_read += 1
+            self.bytes_read += nbytes
+
+    def _require_values(self, ref: ChunkRef, array: str, values: NDArray[Any]) -> None:
+        """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
+        if (ref, array) in self._free_of_nan:
+            return
+        rows, lost = ref.rows(self.manifest.layout), self._lost(ref)
+        values = values[: len(rows)]
+        if has_nan(values):
+            table = values.reshape(len(rows), -1)
+            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), lost)
+            if len(wrong):
+                raise CacheCorruptError(
+                    f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "
+                    f"quarantined. {_REMEDY}"
+                )
+        self._free_of_nan.add((ref, array))
 
     def _after_fork(self) -> None:
         # a thread that is not in the child may have held the lock, and been between two of its lines
-        self._lock = threading.Lock()
+        self._lock, self._commits_lock = threading.Lock(), threading.Lock()
+        self._loading = {}
         self._held_bytes = sum(values.nbytes for values in self._held.values())
 
 
