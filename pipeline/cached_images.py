@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -65,18 +65,15 @@ class CachedImages:
         ahead = self._ahead.pop(row, None)
         return self._read(row) if ahead is None else ahead.result()
 
-    @contextlib.contextmanager
+    @contextmanager
     def ahead(self, rows: Sequence[int]) -> Iterator[None]:
         """Within it :meth:`read` of these rows waits less: where each read is a request, many of them are under way.
 
         Their bytes are in memory until they are read. Of files on this machine nothing is read ahead.
         """
-        fetches = self._source.fetches(self._uris[self._place(rows[0])].as_py()) if rows else 0
-        if not fetches:
-            yield
-            return
-        with ThreadPoolExecutor(fetches, thread_name_prefix="images") as pool:
-            self._ahead.update((row, pool.submit(self._read, row)) for row in dict.fromkeys(rows))
+        with self._source.threads(self._uris[self._place(rows[0])].as_py()) if rows else nullcontext() as pool:
+            if pool is not None:
+                self._ahead.update((row, pool.submit(self._read, row)) for row in dict.fromkeys(rows))
             try:
                 yield
             finally:

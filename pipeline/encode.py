@@ -130,7 +130,7 @@ def _encode(
         # of a store both chunks that may be on their way are, and the next one is claimed meanwhile
         ThreadPoolExecutor(_WRITES_AHEAD if remote else 1) as writers,
         ThreadPoolExecutor(1) as claimer,
-        source.reading() as fetchers,
+        source.threads(writer.samples["uri"][0].as_py()) as fetchers,
     ):
         jobs = _Jobs(teacher, writer, source, known, fetchers)
         try:

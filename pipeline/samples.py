@@ -146,9 +146,9 @@ class ImageSource:
         return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[ThreadPoolExecutor | None]:
-        """Threads for requests of relative uris; None where these are files of this machine."""
-        fetches = self.fetches("")
+    def threads(self, uri: str) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads of their own for images like this one; None where it is a file of this machine."""
+        fetches = self.fetches(uri)
         if not fetches:
             yield None
             return
