@@ -6,10 +6,10 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,7 @@ from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.root import read_backup, read_manifest
 from storage.rows import has_nan
+from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
 from storage.writer import incomplete_message
@@ -89,7 +90,7 @@ class EmbeddingReader:
         self._lock = threading.Lock()
         self._commits_lock = threading.Lock()
         self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
-        self._free_of_nan: set[tuple[ChunkRef, str]] = set()
+        self._proven: set[tuple[ChunkRef, str]] = set()
         self.objects_read = 0
         self.bytes_read = 0
         _READERS.add(self)
@@ -218,33 +219,65 @@ class EmbeddingReader:
                 row's data, never NaN.
             CacheAccessError, CacheUnreachableError: it cannot be read.
         """
-        layout = self.manifest.layout
-        size, total = layout.chunk_rows(tower), layout.rows(tower)
-        rows = np.asarray(rows, np.int64)
-        outside = rows[(rows < 0) | (rows >= total)]
-        if len(outside):
-            raise IndexError(f"{self.location}: {tower} row {outside[0]} asked for, rows are 0 to {total - 1}")
-        views = np.asarray(view, np.int64)
+        rows, views = self._checked(tower, rows, view)
+        size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
+        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
+        damaged = False
+        places = list(self._by_chunk(tower, rows, views))
+        refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
+        for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
+            out[here] = values[rows[here] - chunk * size]
+            damaged = damaged or bool(self._commits[ref].quarantined)
+        if damaged:
+            self._require_encoded(tower, rows, views, array)
+        return out
+
+    def stream(
+        self,
+        tower: Tower,
+        batches: Iterable[Batch],
+        array: str = "embedding",
+        prove: Prove = "first",
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        threads: int | None = None,
+    ) -> Iterator[NDArray[Any]]:
+        """What :meth:`take` gives for each of ``batches``, in their order, at the speed of a bare memory map.
+
+        Batches are looked at ahead: threads load what they need while earlier ones are used, and each chunk is read
+        once per stretch of batches that need it: once per epoch in the order of ``storage.order``. Memory is that of
+        the chunks of such a stretch and of ``read_ahead_bytes``, however many rows there are. A local cache's files
+        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short; objects
+        of a store are kept as :meth:`take` keeps them.
+
+        Args:
+            batches: rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
+            prove: a mapped chunk by its checksum at its ``"first"`` read by this reader, or at ``"every"`` one.
+            read_ahead_bytes: of chunks that are loaded before a batch needs them.
+            threads: loads at the same time; left out a few, more for an object store.
+
+        Yields:
+            Arrays of their own, as :meth:`take` returns them.
+
+        Raises:
+            As :meth:`take`, a few batches before the one that is concerned.
+        """
+        return stream_rows(self, tower, batches, array, prove, read_ahead_bytes, threads)
+
+    def _checked(
+        self, tower: Tower, rows: NDArray[np.int64], view: int | NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows, and one view or one for each, that there are."""
+        rows, views, total = np.asarray(rows, np.int64), np.asarray(view, np.int64), self.manifest.layout.rows(tower)
         if views.shape not in ((), rows.shape):
             raise ValueError(
                 f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
             )
         there = self.views if tower == "image" else 1
-        outside = views[(views < 0) | (views >= there)].reshape(-1)
-        if len(outside):
-            raise IndexError(f"{self.location}: {tower} view {outside[0]} asked for, views are 0 to {there - 1}")
-        shape = chunk_shape(layout, tower, array)
-        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
-        lost: list[int] = []
-        places = list(self._by_chunk(tower, rows, views))
-        refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
-        for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
-            within = rows[here] - chunk * size
-            out[here] = values[within]
-            lost += here[np.isin(within, self._lost(ref))].tolist()
-        if lost:
-            self._refuse_lost(tower, rows, views, min(lost), array)
-        return out
+        for what, values, stop in (("row", rows, total), ("view", views, there)):
+            if values.size and not 0 <= values.min() <= values.max() < stop:
+                outside = values[(values < 0) | (values >= stop)].reshape(-1)[0]
+                raise IndexError(f"{self.location}: {tower} {what} {outside} asked for, {what}s are 0 to {stop - 1}")
+        return rows, views
 
     def _by_chunk(
         self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]
@@ -270,11 +303,15 @@ class EmbeddingReader:
         commit = self._commits[ref]
         return np.array([row.row - commit.rows[0] for row in commit.quarantined], np.int64)
 
-    def _refuse_lost(
-        self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], at: int, array: str
-    ) -> NoReturn:
-        named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
-        raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
+    def _require_encoded(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], array: str) -> None:
+        """Refuse rows that were quarantined."""
+        size, found = self.manifest.layout.chunk_rows(tower), []
+        for view, chunk, here in self._by_chunk(tower, rows, views):
+            found += here[np.isin(rows[here] - chunk * size, self._lost(ChunkRef(tower, view, chunk)))].tolist()
+        if found:
+            at = min(found)
+            named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
+            raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
         """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
@@ -376,7 +413,7 @@ class EmbeddingReader:
 
     def _require_values(self, ref: ChunkRef, array: str, values: NDArray[Any]) -> None:
         """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
-        if (ref, array) in self._free_of_nan:
+        if (ref, array) in self._proven:
             return
         rows, lost = ref.rows(self.manifest.layout), self._lost(ref)
         values = values[: len(rows)]
@@ -388,7 +425,7 @@ class EmbeddingReader:
                     f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "
                     f"quarantined. {_REMEDY}"
                 )
-        self._free_of_nan.add((ref, array))
+        self._proven.add((ref, array))
 
     def _after_fork(self) -> None:
         # a thread that is not in the child may have held the lock, and been between two of its lines
