@@ -1,0 +1,171 @@
+"""A large cache without a teacher: unit rows of noise, put in place by the writer that precompute uses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from storage.commits import ChunkRef, all_chunks
+from storage.identity import (
+    CacheIdentity,
+    DatasetIdentity,
+    PreprocessIdentity,
+    TargetsIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+    ViewsIdentity,
+)
+from storage.manifest import Layout, Source
+from storage.shapes import ARRAYS
+from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS
+from storage.writer import EmbeddingWriter, plan_cache
+
+__all__ = ["big_cache", "big_rows"]
+
+_THREADS = 2
+
+
+def big_cache(
+    folder: Path | str, rows: int, width: int = 512, chunk_rows: int = 4096, captions: int | None = None
+) -> str:
+    """A sealed cache of ``rows`` images of one view, below ``folder``; one that is there already is taken.
+
+    Written, committed and sealed as precompute does it; only the digest of the dataset in the identity, which takes a
+    minute for ten million rows and which no reader looks at, is that of these arguments instead of the rows.
+
+    Args:
+        folder: a folder, or a URL.
+        width: of the embeddings, float16.
+        captions: of the text tower, spread evenly over the images; one for each image if left out.
+
+    Returns:
+        Where the cache is.
+    """
+    captions = rows if captions is None else captions
+    location = f"{folder}/big-{rows}x{width}-{chunk_rows}-{captions}.cache"
+    identity = _identity(rows, captions, width)
+    layout = Layout(
+        embed_dim=width,
+        image_rows=rows,
+        text_rows=captions,
+        image_chunk_rows=chunk_rows,
+        text_chunk_rows=chunk_rows,
+        batch_rows=256,
+    )
+    source = Source(dataset="noise:/nowhere", image_root="/nowhere")
+    manifest = plan_cache(location, identity, layout, source, _tables(rows, captions), {"torch": "0"})
+    if not manifest.sealed:
+        _write(location)
+    return location
+
+
+def big_rows(ref: ChunkRef, layout: Layout) -> NDArray[np.float16]:
+    """The rows of one chunk as :func:`big_cache` writes them: (rows, width), each of unit norm; no two chunks agree."""
+    return next(_embeddings([ref], layout))
+
+
+def _embeddings(refs: list[ChunkRef], layout: Layout) -> Iterator[NDArray[np.float16]]:
+    # noise is the slow part: one block of it serves all chunks, its columns in another order for each
+    size, width = max(layout.image_chunk_rows, layout.text_chunk_rows), layout.embed_dim
+    values = np.random.default_rng(width).standard_normal((size, width), np.float32)
+    block = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    for ref in refs:
+        columns = np.random.default_rng([ref.tower == "text", ref.view, ref.chunk]).permutation(width)
+        yield np.ascontiguousarray(block[: len(ref.rows(layout)), columns])
+
+
+def _write(location: str) -> None:
+    writer = EmbeddingWriter(location)
+    layout = writer.manifest.layout
+    _ = writer.samples, writer.captions  # read before the threads ask for them
+    refs = [ref for ref in all_chunks(layout) if not writer.is_committed(ref)]
+
+    def write(ref: ChunkRef, embedding: NDArray[np.float16]) -> None:
+        arrays: dict[str, NDArray[Any]] = {"embedding": embedding, "norm": np.full(len(embedding), 10, np.float32)}
+        if "view" in ARRAYS[ref.tower]:
+            arrays["view"] = np.tile(np.array([0, 0, 224, 224, 0], np.float32), (len(embedding), 1))
+        writer.write(ref, arrays)
+
+    embeddings = _embeddings(refs, layout)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(refs), 2 * _THREADS):  # so few chunks are in memory at a time
+            some = refs[start : start + 2 * _THREADS]
+            for _ in pool.map(write, some, [next(embeddings) for _ in some]):
+                pass
+    writer.seal()
+
+
+def _tables(rows: int, captions: int) -> dict[str, pa.Table]:
+    """Made by arrow alone: ten million Python strings would need more memory than the embeddings."""
+    row, caption = pa.array(np.arange(rows)), pa.array(np.arange(captions))
+    image_row = pa.array(np.arange(captions) * rows // max(captions, 1))
+    name, none = row.cast(pa.string()), pa.scalar("")
+    return {
+        SAMPLES: pa.table(
+            {
+                "row": row,
+                "sample_id": name,
+                "uri": pc.binary_join_element_wise(name, pa.scalar(".jpg"), none),
+                "offset": pa.array(np.full(rows, -1)),
+                "length": pa.array(np.full(rows, -1)),
+                "content_sha256": pc.utf8_lpad(name, 64, "0"),
+                "split": pa.repeat(pa.scalar("train"), rows),
+            },
+            schema=SCHEMAS[SAMPLES],
+        ),
+        CAPTIONS: pa.table(
+            {
+                "row": caption,
+                "image_row": image_row,
+                "text": pc.binary_join_element_wise(pa.scalar("picture"), caption.cast(pa.string()), pa.scalar(" ")),
+            },
+            schema=SCHEMAS[CAPTIONS],
+        ),
+        PROBLEMS: SCHEMAS[PROBLEMS].empty_table(),
+    }
+
+
+def _identity(rows: int, captions: int, width: int) -> CacheIdentity:
+    digest = hashlib.sha256(f"{rows} {captions}".encode()).hexdigest()
+    return CacheIdentity(
+        teacher=TeacherIdentity(
+            name="noise",
+            pretrained=None,
+            weights_sha256="0" * 64,
+            architecture={"embed_dim": width},
+            activation="GELU",
+            embed_dim=width,
+            precision="fp32",
+            logit_scale=100.0,
+            logit_bias=None,
+        ),
+        preprocess=PreprocessIdentity(
+            image_size=(224, 224),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            interpolation="bicubic",
+            resize_mode="shortest",
+            fill_color=0,
+            antialias=True,
+            probe="AAECAw==",
+        ),
+        tokenizer=TokenizerIdentity(name="SimpleTokenizer", context_length=77, probe_sha256="0" * 64),
+        views=ViewsIdentity(policy="evaluation", count=1),
+        targets=TargetsIdentity(),
+        dataset=DatasetIdentity(
+            kind="noise",
+            images=rows,
+            captions=captions,
+            splits={"train": rows},
+            samples_sha256=digest,
+            captions_sha256=digest,
+        ),
+    )
