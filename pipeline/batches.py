@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -217,18 +218,19 @@ class StudentImages(Dataset[Tensor]):
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and token ids of one (image row, caption row, what to see of the image).
+    """What is shown, uint8 (height, width, 3), and token ids of one (image row, caption row, what to see of the image).
 
     Args:
-        see: an image row, and what to see of it, to pixels.
+        shown: an image row, and what to see of it, to an RGB image or the bytes of one.
     """
 
-    def __init__(self, see: Callable[[int, Any], Tensor], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
-        self._see, self._texts, self._tokenizer = see, texts, tokenizer
+    def __init__(self, shown: Callable[[int, Any], Any], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._shown, self._texts, self._tokenizer = shown, texts, tokenizer
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        return self._see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
+        shown = np.require(self._shown(image_row, region), np.uint8, "W")  # torch wants it writable
+        return torch.from_numpy(shown), self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -309,16 +311,23 @@ def epoch_inputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`.
 
-    The pixels are of the very region that the teacher saw, at the student's resolution.
+    The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers as
+    bytes and are normalised on ``device``, where they stay; the tokens are on the CPU.
 
     Args:
         pixels: take them from here, where they were put earlier, and decode nothing.
     """
     texts = reader.captions["text"]
     if pixels is not None:
-        inputs = _StudentInputs(pixels.see, texts, tokenizer)
+        inputs = _StudentInputs(pixels.shown, texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: pair.views.tolist())
     else:
-        inputs = _StudentInputs(StudentImages(reader, source, preprocess).see, texts, tokenizer)
+        images = StudentImages(reader, source, preprocess)
+        inputs = _StudentInputs(partial(_shown, images), texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
-    return load_items(inputs, workers, device, batch_sampler=sampler)
+    for shown, tokens in load_items(inputs, workers, device, batch_sampler=sampler):
+        yield preprocess.normalized_batch(shown.to(device, non_blocking=True)), tokens
+
+
+def _shown(images: StudentImages, row: int, crop: Crop | None) -> Image.Image:
+    return images.shown(row, [crop])[0]

@@ -22,6 +22,9 @@ from benchmarks.bench.harness import Settings, keep
 HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
+    "precompute": ("cpu", "cuda"),
+    "training": ("cpu", "cuda"),
+    "input": ("cpu",),
 }
 
 

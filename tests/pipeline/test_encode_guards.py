@@ -163,11 +163,17 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(
     assert counts["passes"] == 12
 
 
-def test_a_teacher_is_asked_for_its_width_once(tiny_teacher: Path) -> None:
-    """Its identity is compared before each span of chunks; the image that shows its width goes through it once."""
-    teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
+def test_a_teacher_is_probed_once(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the cache before each span of chunks, but found out what it is only before the first."""
+    settings, teacher, refs = planned
     passes: list[int] = []
     model: Any = teacher.model
     model.visual.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
-    assert {teacher.identity().embed_dim for _ in range(3)} == {16}
-    assert passes == [1]
+    probe, probed = Preprocess._probe, []
+    monkeypatch.setattr(Preprocess, "_probe", lambda self: probed.append(1) or probe(self))
+    for ref in refs[:3]:
+        encode_chunks(settings, teacher, [ref])
+    assert passes == [4, 4, 4, 4, 4, 1]  # rows of chunks alone: the width was asked for when the cache was planned
+    assert len(probed) == 1
