@@ -227,10 +227,10 @@ class StudentImages(Dataset[Tensor]):
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and token ids of one (image row, caption row, what to see of the image).
+    """What is shown, uint8 (height, width, 3), and token ids of one (image row, caption row, what to see of the image).
 
     Args:
-        images: give the pixels of an image row, and what to see of it.
+        images: give what is shown of an image row, and what to see of it.
     """
 
     def __init__(self, images: StudentImages | ReadyPixels, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
@@ -244,7 +244,12 @@ class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        return self._images.see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
+        if isinstance(self._images, StudentImages):
+            shown: Any = self._images.shown(image_row, [region])[0]
+        else:
+            shown = self._images.shown(image_row, region)
+        pixels = torch.from_numpy(np.require(shown, np.uint8, "W"))  # torch wants it writable
+        return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -330,7 +335,8 @@ def epoch_inputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`.
 
-    The pixels are of the very region that the teacher saw, at the student's resolution.
+    The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers as
+    bytes and are normalised on ``device``, where they stay; the tokens are on the CPU.
 
     Args:
         pixels: take them from here, where they were put earlier, and decode nothing.
@@ -342,4 +348,5 @@ def epoch_inputs(
     else:
         inputs = _StudentInputs(StudentImages(reader, source, preprocess), texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
-    return load_items(inputs, workers, device, batch_sampler=sampler)
+    for shown, tokens in load_items(inputs, workers, device, batch_sampler=sampler):
+        yield preprocess.normalized_batch(shown.to(device, non_blocking=True)), tokens

@@ -35,7 +35,7 @@ from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import Encoded, LiveTeacher
 from pipeline.telemetry import telemetry
-from pipeline.views import draw_crop, replay
+from pipeline.views import crop_shown, draw_crop
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow
@@ -224,7 +224,7 @@ class _Chunk:
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
             lost = [item.lost for item in inputs]
         if not batch.known:
-            encoded = self._encoded(teacher, inputs)
+            encoded = self._encoded(teacher, inputs, batch.shown)
             self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
         decoded = np.array([reason is None for reason in lost])
@@ -239,12 +239,11 @@ class _Chunk:
             for values in self.arrays.values():
                 values[row - self.rows.start] = np.nan
 
-    def _encoded(self, teacher: LiveTeacher, inputs: list[Any]) -> Encoded:
+    def _encoded(self, teacher: LiveTeacher, inputs: list[Any], shown: torch.Tensor | None) -> Encoded:
         if self.ref.tower == "text":
             return teacher.encode_texts(torch.stack(inputs))
-        blank = torch.zeros(3, *teacher.preprocess.size)
-        # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
-        return teacher.encode_images(torch.stack([blank if item.pixels is None else item.pixels for item in inputs]))
+        assert shown is not None
+        return teacher.encode_shown(shown)
 
     def _overflow(self, teacher: LiveTeacher, row: int) -> FloatingPointError:
         return FloatingPointError(
@@ -286,7 +285,6 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Decoded:
-    pixels: torch.Tensor | None
     crop: tuple[float, ...]
     lost: tuple[str, str] | None = None  # reason and detail
     sample_id: str = ""
@@ -297,15 +295,16 @@ class _Batch:
     chunk: _Chunk
     rows: NDArray[np.int64]
     last: bool
-    prepare: Callable[[NDArray[np.int64]], list[Callable[[], Any]]]
+    prepare: Callable[[_Batch], list[Callable[[], Any]]]
     known: bool = False
     futures: list[Future[Any]] = field(default_factory=list)
     asked_at: float = 0.0
+    shown: torch.Tensor | None = None
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
         self.asked_at = time.perf_counter()
         prepared = telemetry().prepared
-        self.futures = [pool.submit(prepared(self.chunk.ref.tower, job)) for job in self.prepare(self.rows)]
+        self.futures = [pool.submit(prepared(self.chunk.ref.tower, job)) for job in self.prepare(self)]
 
     def inputs(self) -> list[Any]:
         return [future.result() for future in self.futures]
@@ -326,7 +325,8 @@ class _Jobs:
         self._fetchers = fetchers
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
-        self._transform = teacher.preprocess.transform()
+        self._evaluation_crop = teacher.preprocess.shown()
+        self._pinned = teacher.device.type == "cuda"
         # where this run found the images: the folder may have moved since the cache was planned
         self._source = source
         self._layout = writer.manifest.layout
@@ -354,12 +354,12 @@ class _Jobs:
             batches[-1].last = True
             yield from batches
 
-    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[NDArray[np.int64]], list[Callable[[], Any]]]:
+    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[_Batch], list[Callable[[], Any]]]:
         if known and (chunk.ref.tower == "text" or chunk.crops_known):
             return lambda _: []
         if chunk.ref.tower == "text":
             return self._text_jobs
-        return partial(self._image_jobs, self._measure if known else partial(self._decode, view=chunk.ref.view))
+        return self._measure_jobs if known else self._decode_jobs
 
     def _take_known(self, chunk: _Chunk) -> NDArray[np.bool_]:
         """Put the known rows of a chunk into it; which they are."""
@@ -377,12 +377,12 @@ class _Jobs:
         try:
             size = decoded_size(data)
             self._preprocess.require_evaluable(*size)
-            return _Decoded(None, self._preprocess.evaluation_crop(*size), sample_id=sample["sample_id"])
+            return _Decoded(self._preprocess.evaluation_crop(*size), sample_id=sample["sample_id"])
         except UndecodableImageError as error:
             lost = ("undecodable-image", str(error))
         except ValueError as error:
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
-        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
+        return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
 
     def _samples_of(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """The samples of some rows, their images on the way where each is a request."""
@@ -400,11 +400,20 @@ class _Jobs:
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         return data
 
-    def _image_jobs(self, look: Callable[..., _Decoded], rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
-        return [partial(look, sample) for sample in self._samples_of(rows)]
+    def _measure_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        return [partial(self._measure, sample) for sample in self._samples_of(batch.rows)]
 
-    def _decode(self, sample: dict[str, Any], view: int) -> _Decoded:
-        """Pixels and crop of one view of an image, or why there are none.
+    def _decode_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        """Each writes its image to its place in the batch: one copy, by the threads that decode."""
+        samples = self._samples_of(batch.rows)
+        # an undecodable image keeps its place, black, so that its neighbours' batch is the same with and without it
+        batch.shown = torch.zeros(len(samples), *self._preprocess.size, 3, dtype=torch.uint8, pin_memory=self._pinned)
+        places = batch.shown.numpy()
+        view = batch.chunk.ref.view
+        return [partial(self._decode, sample, view, place) for sample, place in zip(samples, places, strict=True)]
+
+    def _decode(self, sample: dict[str, Any], view: int, place: NDArray[np.uint8]) -> _Decoded:
+        """One view of an image as the teacher sees it into its place, and its crop; or why there is none.
 
         Raises:
             OSError: the bytes cannot be read just now; another try may, so the row is not given up.
@@ -415,20 +424,22 @@ class _Jobs:
             image = open_image(data, self._preprocess.decoder)
             if view == 0:
                 evaluation_crop = self._preprocess.evaluation_crop(*image.size)
-                return _Decoded(self._transform(image), evaluation_crop, sample_id=sample["sample_id"])
+                place[:] = np.asarray(self._evaluation_crop(image))
+                return _Decoded(evaluation_crop, sample_id=sample["sample_id"])
             self._preprocess.require_evaluable(*image.size)
             crop = draw_crop(self._views, sample["content_sha256"], view, *image.size)
-            return _Decoded(replay(image, crop, self._preprocess), crop.as_row(), sample_id=sample["sample_id"])
+            place[:] = np.asarray(crop_shown(image, crop, self._preprocess))
+            return _Decoded(crop.as_row(), sample_id=sample["sample_id"])
         except MemoryError:
             raise  # the machine's fault, not the image's
         except UndecodableImageError as error:
             lost = ("undecodable-image", str(error))
         except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
-        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
+        return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
 
-    def _text_jobs(self, rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
-        texts = _some(self._captions, rows)["text"].to_pylist()
+    def _text_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        texts = _some(self._captions, batch.rows)["text"].to_pylist()
         return [partial(self._tokenize, text) for text in texts]
 
     def _tokenize(self, text: str) -> torch.Tensor:

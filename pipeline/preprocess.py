@@ -80,6 +80,23 @@ class Preprocess(ModelInput):
         pixels: torch.Tensor = transforms.normalize(transforms.to_tensor(shown), list(self.mean), list(self.std))
         return pixels
 
+    def normalized_batch(self, shown: torch.Tensor) -> torch.Tensor:
+        """:meth:`normalized` of a batch, on the device that it lies on; on a CPU to the last bit.
+
+        Args:
+            shown: uint8 (batch, height, width, 3), RGB of ``size``.
+
+        Returns:
+            float32 (batch, 3, height, width).
+        """
+        # tensors of the device, not numbers: CUDA would multiply by the reciprocal of a number
+        mean, std, levels = (
+            torch.tensor(values, dtype=torch.float32, device=shown.device).reshape(-1, 1, 1)
+            for values in (self.mean, self.std, (255.0,))
+        )
+        # moved while it is bytes, a quarter of the floats
+        return shown.permute(0, 3, 1, 2).contiguous().float().div_(levels).sub_(mean).div_(std)
+
     def _of_open_clip(self) -> Compose:
         config = PreprocessCfg(**{**self.to_config(), "size": self.size})
         return image_transform_v2(config, is_train=False)

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class LiveTeacher:
         """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
         return self._finish(self.model.encode_image, pixels)
 
+    def encode_shown(self, shown: torch.Tensor) -> Encoded:
+        """As :meth:`encode_images`, of (batch, height, width, 3) uint8 before normalising, which the device does."""
+        return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
+
     def encode_texts(self, tokens: torch.Tensor) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""
         return self._finish(*self._text(tokens))
@@ -114,11 +118,14 @@ class LiveTeacher:
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         return features / norm, norm
 
-    def identity(self) -> TeacherIdentity:
-        """What a cache records of the teacher."""
+    @cached_property
+    def _embed_dim(self) -> int:
         with torch.inference_mode():
             probe = torch.zeros(1, 3, *self.preprocess.size, device=self.device)
-            embed_dim = int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+            return int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+
+    def identity(self) -> TeacherIdentity:
+        """What a cache records of the teacher."""
         bias = getattr(self.model, "logit_bias", None)
         return TeacherIdentity(
             name=self.name,
@@ -126,7 +133,7 @@ class LiveTeacher:
             weights_sha256=self.weights_sha256,
             architecture=self.architecture,
             activation=_activations(self.model),
-            embed_dim=embed_dim,
+            embed_dim=self._embed_dim,
             precision=self.precision,
             logit_scale=self.logit_scale,
             logit_bias=None if bias is None else float(bias.item()),
@@ -138,12 +145,16 @@ class LiveTeacher:
         Raises:
             CacheMismatchError: names each field that differs, with both values.
         """
-        mine = {
+        identity.require(identity.model_copy(update=self._parts_of_identity), cache)
+
+    @cached_property
+    def _parts_of_identity(self) -> dict[str, Any]:
+        """Found out once: the probes take a tenth of a second, and every span of chunks begins with the comparison."""
+        return {
             "teacher": self.identity(),
             "preprocess": self.preprocess.identity(),
             "tokenizer": self.tokenizer_identity(),
         }
-        identity.require(identity.model_copy(update=mine), cache)
 
     def tokenizer_identity(self) -> TokenizerIdentity:
         """What a cache records of the tokenizer."""

@@ -27,6 +27,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "memory": ("cpu",),
     "shuffle": ("cpu",),
     "decode": ("cpu",),
+    "precompute": ("cpu", "cuda"),
+    "training": ("cpu", "cuda"),
+    "input": ("cpu",),
 }
 
 
