@@ -6,6 +6,7 @@ Results go to stdout, progress to stderr. Exit 0: fine; 1: something is wrong wi
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after."""
+    # none is ours, and to look for some reads the metadata of every package that is installed
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, _stop)
     start_json_logs_if_asked()
     try:
