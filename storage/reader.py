@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.arrays import array_dtype, chunk_shape, decode_object
+from storage.arrays import chunk_shape, decode_object, given_dtype, stored_dtype
 from storage.commits import (
     COMMITS,
     ChunkCommit,
@@ -38,7 +38,9 @@ from storage.errors import (
 from storage.files import CacheFiles, open_files
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.quantized import unit_dequantized
 from storage.root import read_backup, read_manifest
+from storage.shapes import SCALE
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
 from storage.writer import incomplete_message
@@ -194,7 +196,7 @@ class EmbeddingReader:
         view: int | NDArray[np.int64] = 0,
         array: str = "embedding",
     ) -> NDArray[Any]:
-        """Rows of one array, in the order asked for, as a new array of the stored dtype.
+        """Rows of one array, in the order asked for, as a new array of the stored dtype; int8 as float32 of unit norm.
 
         Args:
             view: of images: one for all rows, or (rows,) one for each. Each chunk touched is looked up once.
@@ -222,13 +224,13 @@ class EmbeddingReader:
         if len(outside):
             raise IndexError(f"{self.location}: {tower} view {outside[0]} asked for, views are 0 to {there - 1}")
         shape = chunk_shape(layout, tower, array)
-        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
+        out = np.empty((len(rows), *shape[1:]), given_dtype(layout, tower, array))
         # one stretch of the sorted rows per chunk
         places = np.broadcast_to(views, rows.shape) * (total // size + 1) + rows // size
         order = np.argsort(places, kind="stable")
         for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1) if len(rows) else ():
             view_here, chunk = divmod(int(places[here[0]]), total // size + 1)
-            out[here] = self._chunk(ChunkRef(tower, view_here, chunk), array)[rows[here] - chunk * size]
+            out[here] = self._rows(ChunkRef(tower, view_here, chunk), array, rows[here] - chunk * size)
         if np.isnan(out).any():
             at = int(np.flatnonzero(np.isnan(out).reshape(len(rows), -1).any(axis=1))[0])
             named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
@@ -236,7 +238,7 @@ class EmbeddingReader:
         return out
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
-        """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
+        """All rows of one chunk, the quarantined ones NaN, of the dtype that :meth:`take` gives: proven, read-only.
 
         Raises:
             IndexError: no such chunk, or one that is not sealed yet.
@@ -244,7 +246,27 @@ class EmbeddingReader:
         """
         if ref not in self._commits:
             raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
-        return self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))]
+        return self._rows(ref, array, slice(len(ref.rows(self.manifest.layout))))
+
+    def stored_chunk(self, ref: ChunkRef) -> dict[str, NDArray[Any]]:
+        """The arrays of one chunk by name as they are on disk, padding cut off: what a writer takes bit for bit.
+
+        Raises:
+            IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`chunk`.
+        """
+        if ref not in self._commits:
+            raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
+        rows = len(ref.rows(self.manifest.layout))
+        return {name: self._chunk(ref, name)[:rows] for name in ref.object_keys(self.manifest.layout)}
+
+    def _rows(self, ref: ChunkRef, array: str, within: NDArray[np.int64] | slice) -> NDArray[Any]:
+        """Some rows of a chunk as they are given out; in memory int8 stays int8."""
+        stored = self._chunk(ref, array)[within]
+        return stored if stored.dtype != np.int8 else unit_dequantized(stored, self._chunk(ref, SCALE))
+
+    def commits(self) -> dict[ChunkRef, ChunkCommit]:
+        """The commit records of what can be read. Reads them once; raises as :meth:`take`."""
+        return dict(self._commits)
 
     @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:
@@ -280,7 +302,7 @@ class EmbeddingReader:
                 self._held.move_to_end((ref, array))
                 return held
             commit = self._commits[ref]
-            key = ref.object_keys()[array]
+            key = ref.object_keys(self.manifest.layout)[array]
             where = f"{self.location}/{key}"
             try:
                 data = self.files.read(key)
@@ -288,8 +310,9 @@ class EmbeddingReader:
                 raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
             except OSError as error:
                 raise _read_error(where, error) from error
-            shape = chunk_shape(self.manifest.layout, ref.tower, array)
-            values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
+            layout = self.manifest.layout
+            shape, dtype = chunk_shape(layout, ref.tower, array), stored_dtype(layout, ref.tower, array)
+            values = decode_object(data, commit.objects[array], shape, dtype, where)
             self.objects_read += 1
             self._held[ref, array] = values
             self._held_bytes += values.nbytes

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.quantized import dequantize, norm_slack
+from storage.shapes import SCALE
+
 __all__ = ["UNIT_NORM_TOLERANCE", "wrong_rows"]
 
 # float16 rows of unit vectors: rounding moves the norm by at most 2^-11
@@ -19,13 +22,24 @@ def wrong_rows(
 ) -> Iterator[tuple[str, str, str]]:
     """Every rule that the rows of a chunk break: (array, kind of finding, one sentence with the first row).
 
-    Encoded rows are finite in every array and of unit norm; quarantined rows are NaN in every array.
+    Encoded rows are finite in every array and of unit norm, of int8 as far as rounding allows; quarantined rows are
+    NaN, of int8 -128, in every array.
 
     Args:
         rows: of the chunk.
-        arrays: by name, one entry per row of the chunk, padding cut off.
+        arrays: by name, one entry per row of the chunk, padding cut off; of int8 embeddings with their ``scale``.
         quarantined: rows that have no embedding.
     """
+    tolerance = UNIT_NORM_TOLERANCE
+    if SCALE in arrays:
+        scale = arrays[SCALE]
+        wrong = ~(np.isfinite(scale) & (scale >= 0)).reshape(-1)
+        if wrong.any():
+            yield SCALE, "not-finite", f"column {np.flatnonzero(wrong)[0]} holds {scale.reshape(-1)[wrong][0]}"
+            return
+        tolerance += norm_slack(scale)
+        arrays = {name: values for name, values in arrays.items() if name != SCALE}
+        arrays["embedding"] = dequantize(arrays["embedding"], scale)
     numbers = np.arange(rows.start, rows.stop)
     lost = np.isin(numbers, list(quarantined))
     for name, values in arrays.items():
@@ -37,7 +51,7 @@ def wrong_rows(
             if wrong.any():
                 yield name, "not-finite", f"row {numbers[wrong][0]} holds {what} ({int(wrong.sum())} such rows)"
     norms = np.linalg.norm(arrays["embedding"].astype(np.float32), axis=1)
-    far = ~lost & (np.abs(norms - 1) > UNIT_NORM_TOLERANCE)
+    far = ~lost & (np.abs(norms - 1) > tolerance)
     if far.any():
         row, norm = numbers[far][0], norms[far][0]
         yield "embedding", "not-unit-norm", f"row {row} has norm {norm:.4f}, 1 wanted ({int(far.sum())} such rows)"
