@@ -25,6 +25,7 @@ from pipeline.teacher import LiveTeacher, load_teacher
 from storage.diff import diff_caches
 from storage.errors import CacheMismatchError
 from storage.export_rows import export_rows
+from storage.inspect import describe_cache
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
 from storage.stats import cache_stats
@@ -77,17 +78,18 @@ def test_it_is_sound_proven_and_says_what_it_is(home: Path) -> None:
     assert "16 wide, int8" in CliRunner().invoke(app, ["info", cache]).stdout
     plan = ["plan", *(f"--{name}={settings(home, cache)[name]}" for name in ("dataset", "teacher", "cache"))]
     forecast = json.loads(CliRunner().invoke(app, [*plan, "--probe", "4", "--device", "cpu", "--json"]).stdout)
-    assert forecast["needed_bytes"] == 0
+    assert forecast["target_bytes"] == describe_cache(cache).target_bytes
     assert CliRunner().invoke(app, [*plan, "--probe", "4", "--dtype", "float16"]).exit_code == 2
 
 
 def test_its_rows_are_the_teachers_up_to_rounding(home: Path) -> None:
     found = diff_caches(str(home / "float16.cache"), str(home / "int8.cache"))
     assert [each.field for each in found.identity] == ["targets.dtype"]
-    assert found.images is not None and found.captions is not None
     for drift, compared in ((found.images, IMAGES - 1), (found.captions, 2 * IMAGES - 2)):
+        assert drift is not None
         assert (drift.compared, drift.equal) == (compared, 0)
-        assert drift.cosine is not None and drift.cosine.least > 0.9999
+        assert drift.cosine is not None
+        assert drift.cosine.least > 0.9999
     whole, half = (cache_stats(str(home / name)) for name in ("float16.cache", "int8.cache"))
     assert (half.image.missing, half.image.norm) == (1, whole.image.norm)
 
