@@ -21,7 +21,7 @@ from benchmarks.bench.harness import Row, Settings
 from pipeline.config import EvaluateConfig, InheritConfig, PrecomputeConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.inherit import inherit
-from pipeline.plan import dataset_tables, default_chunk_rows
+from pipeline.plan import default_chunk_rows
 from pipeline.precompute import precompute
 from pipeline.train import train
 from storage.commits import ChunkRef, QuarantinedRow
@@ -227,7 +227,7 @@ def _retention(settings: Settings, caches: dict[str, Path], teacher: str) -> lis
     moved = abs(kept["int8"] - kept["float16"])
     note = (
         f"a short training, not a finished student: {STUDENT} with its teacher's weights as far as they fit, 2 epochs "
-        "of 600 images from either cache, one seed, measured on 1,000 images; of the mean recall (R@1, 5, 10, both ways)"
+        "of 600 images from either cache, one seed, measured on 1,000 images; of mean recall (R@1, 5, 10, both ways)"
     )
     what, against = "retention, learned from int8", "from float16"
     return [Row(what, against, kept["int8"], kept["float16"], "%", moved, moved, moved, 0.3, True, note)]

@@ -79,7 +79,8 @@ def test_it_is_sound_proven_and_says_what_it_is(home: Path) -> None:
     plan = ["plan", *(f"--{name}={settings(home, cache)[name]}" for name in ("dataset", "teacher", "cache"))]
     forecast = json.loads(CliRunner().invoke(app, [*plan, "--probe", "4", "--device", "cpu", "--json"]).stdout)
     assert forecast["target_bytes"] == describe_cache(cache).target_bytes
-    assert CliRunner().invoke(app, [*plan, "--probe", "4", "--dtype", "float16"]).exit_code == 2
+    refused = CliRunner().invoke(app, [*plan, "--probe", "4", "--dtype", "float16"])
+    assert isinstance(refused.exception, CacheMismatchError)
 
 
 def test_its_rows_are_the_teachers_up_to_rounding(home: Path) -> None:
