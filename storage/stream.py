@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import array_dtype, chunk_shape, prove_body
+from storage.arrays import chunk_shape, prove_body, stored_dtype
 from storage.chunk_region import ChunkRegion
 from storage.commits import ChunkRef, Tower
 from storage.files import requests_at_once
 from storage.local_files import LocalFiles
+from storage.quantized import unit_dequantized
 from storage.read_ahead import ReadAhead
+from storage.shapes import SCALE
 
 if TYPE_CHECKING:
     from storage.reader import EmbeddingReader
@@ -104,11 +106,15 @@ class _Chunks:
             raise ValueError(f"prove is {prove!r}, 'first' or 'every' wanted")
         layout = reader.manifest.layout
         self._reader, self._tower, self.array, self._prove = reader, tower, array, prove
-        self._shape, self._dtype = chunk_shape(layout, tower, array), array_dtype(tower, array)
+        self._shape, self._dtype = chunk_shape(layout, tower, array), stored_dtype(layout, tower, array)
         self.size, self.number = layout.chunk_rows(tower), reader._num_chunks(tower)
         self.nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self.views = reader.views if tower == "image" else 1
         self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
+        # of int8, by chunk: what one step of each column is
+        self._steps = np.empty(
+            (self.views * self.number, layout.embed_dim if self._dtype == np.int8 else 0), np.float32
+        )
 
     def ref(self, number: int) -> ChunkRef:
         return ChunkRef(self._tower, *divmod(number, self.number))
@@ -116,13 +122,15 @@ class _Chunks:
     def load(self, number: int) -> None:
         """Bring a chunk into memory; in a thread."""
         ref, reader = self.ref(number), self._reader
+        if self._dtype == np.int8:
+            self._steps[number] = reader._chunk(ref, SCALE)[0]
         if self.region.maps_files and isinstance(reader.files, LocalFiles) and self._map(reader.files, number, ref):
             return
         self.region.fill(number, reader._chunk(ref, self.array))
 
     def _map(self, files: LocalFiles, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
-        key = ref.object_keys()[self.array]
+        key = ref.object_keys(self._reader.manifest.layout)[self.array]
         wanted = self._reader._commits[ref].objects[self.array]
         try:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
@@ -142,7 +150,8 @@ class _Chunks:
         at = views * (self.number * self.size) + rows if views.any() else rows
         out = np.empty((len(rows), *self._shape[1:]), self._dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
-        return np.take(self.region.rows, at, axis=0, out=out, mode="clip")
+        np.take(self.region.rows, at, axis=0, out=out, mode="clip")
+        return unit_dequantized(out, self._steps[at // self.size]) if self._dtype == np.int8 else out
 
 
 def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:

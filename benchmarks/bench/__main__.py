@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "precompute": ("cpu", "cuda"),
     "training": ("cpu", "cuda"),
     "input": ("cpu",),
+    "storage": ("cpu",),
 }
 
 
