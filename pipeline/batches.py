@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.cached_images import CachedImages
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
@@ -183,7 +185,10 @@ def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArra
 class StudentImages(Dataset[Tensor]):
     """Row of the cache to the pixels that a model sees of this image: float32 (3, height, width).
 
-    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view.
+    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view. Decoded as the cache says.
+
+    Raises:
+        UsageError: the decoder needs a package that is not installed.
 
     Raises on access:
         OSError: the image cannot be read where the source says.
@@ -192,11 +197,15 @@ class StudentImages(Dataset[Tensor]):
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         self._images = CachedImages(reader, source)
-        self._preprocess = preprocess
-        self._evaluation_crop = preprocess.shown()
+        self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
+        self._evaluation_crop = self._preprocess.shown()
 
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
+
+    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        return self._images.ahead(rows)
 
     def see(self, row: int, crop: Crop | None) -> Tensor:
         """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
@@ -206,7 +215,7 @@ class StudentImages(Dataset[Tensor]):
         """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
         data = self._images.read(row)
         try:
-            image = decode_image(data)
+            image = open_image(data, self._preprocess.decoder)
             return [
                 self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
                 for crop in crops
@@ -221,16 +230,26 @@ class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
     """What is shown, uint8 (height, width, 3), and token ids of one (image row, caption row, what to see of the image).
 
     Args:
-        shown: an image row, and what to see of it, to an RGB image or the bytes of one.
+        images: give what is shown of an image row, and what to see of it.
     """
 
-    def __init__(self, shown: Callable[[int, Any], Any], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
-        self._shown, self._texts, self._tokenizer = shown, texts, tokenizer
+    def __init__(self, images: StudentImages | ReadyPixels, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._images, self._texts, self._tokenizer = images, texts, tokenizer
+
+    def ahead(self, pairs: Sequence[tuple[int, int, Any]]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`; of ready pixels, which are local, nothing."""
+        if isinstance(self._images, StudentImages):
+            return self._images.ahead([image_row for image_row, _, _ in pairs])
+        return contextlib.nullcontext()
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        shown = np.require(self._shown(image_row, region), np.uint8, "W")  # torch wants it writable
-        return torch.from_numpy(shown), self._tokenizer([self._texts[caption_row].as_py()])[0]
+        if isinstance(self._images, StudentImages):
+            shown: Any = self._images.shown(image_row, [region])[0]
+        else:
+            shown = self._images.shown(image_row, region)
+        pixels = torch.from_numpy(np.require(shown, np.uint8, "W"))  # torch wants it writable
+        return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -244,6 +263,11 @@ class _Items(Dataset[Any]):
             return self._dataset[index]
         except (OSError, CacheError) as error:
             return error
+
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        # what DataLoader calls for a batch: pictures behind a URL come together
+        with self._dataset.ahead(indices) if hasattr(self._dataset, "ahead") else contextlib.nullcontext():
+            return [self[index] for index in indices]
 
 
 def _collate(items: list[Any]) -> Any:
@@ -319,15 +343,10 @@ def epoch_inputs(
     """
     texts = reader.captions["text"]
     if pixels is not None:
-        inputs = _StudentInputs(pixels.shown, texts, tokenizer)
+        inputs = _StudentInputs(pixels, texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: pair.views.tolist())
     else:
-        images = StudentImages(reader, source, preprocess)
-        inputs = _StudentInputs(partial(_shown, images), texts, tokenizer)
+        inputs = _StudentInputs(StudentImages(reader, source, preprocess), texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
     for shown, tokens in load_items(inputs, workers, device, batch_sampler=sampler):
         yield preprocess.normalized_batch(shown.to(device, non_blocking=True)), tokens
-
-
-def _shown(images: StudentImages, row: int, crop: Crop | None) -> Image.Image:
-    return images.shown(row, [crop])[0]

@@ -6,6 +6,7 @@ Results go to stdout, progress to stderr. Exit 0: fine; 1: something is wrong wi
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from pipeline.cli_flags import say
 from storage.cli import JsonFlag, app, commands_in, print_json
 from storage.errors import CacheError, UsageError
+from storage.logs import start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
 
@@ -64,7 +66,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after."""
+    # none is ours, and to look for some reads the metadata of every package that is installed
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, _stop)
+    start_json_logs_if_asked()
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
@@ -80,6 +85,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(1)
     finally:
+        stop_json_logs()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from storage.commits import ObjectDigest, Tower
 from storage.errors import CacheCorruptError
+from storage.rows import has_nan
 from storage.shapes import ARRAYS, CRC_BYTES, VIEW_FIELDS, chunk_shape
 
 if TYPE_CHECKING:
     from storage.manifest import Layout
 
-__all__ = ["ARRAYS", "array_dtype", "chunk_shape", "decode_object", "encode_object", "zarr_metadata"]
+__all__ = ["ARRAYS", "array_dtype", "chunk_shape", "decode_object", "encode_object", "prove_body", "zarr_metadata"]
 
 # crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
 _CRC_RESIDUE = 0x48674BC7
@@ -104,13 +105,37 @@ def decode_object(
     size = int(np.prod(shape)) * dtype.itemsize
     if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
-    stored = int.from_bytes(data[size:], "little")
-    if google_crc32c.value(data) != _CRC_RESIDUE or stored != wanted.crc32c:
-        found = google_crc32c.value(data[:size])
-        raise CacheCorruptError(
-            f"{where}: checksum {found:08x}, {stored:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
-        )
+    if google_crc32c.value(data) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
+        prove_body(np.frombuffer(data, np.uint8, count=size), data[size:], wanted, where)
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
 
+def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str, look_for_nan: bool = False) -> bool:
+    """Prove the array's bytes of a chunk object, and the checksum that lies behind them, against the commit.
+
+    Args:
+        body: contiguous, of any shape; not copied.
+        stored: the object's last four bytes.
+
+    Returns:
+        Whether some value is NaN, if that is looked for; the padding of a short chunk is.
+
+    Raises:
+        CacheCorruptError: these are not the bytes that were committed.
+    """
+    values, found, has = body.reshape(-1), 0, False
+    step = _PROVEN_AT_ONCE // body.dtype.itemsize
+    for start in range(0, len(values), step):
+        block = values[start : start + step]
+        found = google_crc32c.extend(found, block.view(np.uint8))
+        has = has or (look_for_nan and has_nan(block))
+    beside = int.from_bytes(stored, "little")
+    if len(stored) != CRC_BYTES or not found == beside == wanted.crc32c:
+        raise CacheCorruptError(
+            f"{where}: checksum {found:08x}, {beside:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
+        )
+    return has
+
+
+_PROVEN_AT_ONCE = 1 << 18  # bytes that stay in a core's own cache while they are looked at more than once
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

@@ -38,6 +38,10 @@ class LocalFiles:
         self.location = location
         self._root = Path(location)
 
+    def path(self, key: str) -> str:
+        """Where the object lies."""
+        return f"{self.location}/{key}"
+
     def read(self, key: str) -> bytes:
         """See :class:`storage.files.CacheFiles`."""
         path = self._root / key

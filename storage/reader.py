@@ -6,8 +6,9 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from storage.commits import (
     QuarantinedRow,
     Tower,
     all_chunks,
+    committed_chunks,
     generation_chunks,
     quarantined_rows,
     read_commits,
@@ -35,15 +37,20 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.resident import ResidentRows, load_resident
 from storage.root import read_backup, read_manifest
+from storage.rows import has_nan
+from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
 from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
+
+_CHUNKS_AT_ONCE = 8  # of a store, beside those in memory
 
 _DEFAULT_MEMORY_BYTES = 2 << 30
 
@@ -52,9 +59,12 @@ class EmbeddingReader:
     """A sealed cache, for training and evaluation. Where views are still being added, the sealed ones can be read.
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
-    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader. A spawned worker gets
-    a reader of its own by pickling; a forked one goes on with its copy, the chunks in memory included, whatever
-    other threads of the parent were doing.
+    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader: they load different
+    chunks at the same time, and each chunk once. A spawned worker gets a reader of its own by pickling; a forked one
+    goes on with its copy, the chunks in memory included, whatever other threads of the parent were doing.
+
+    Attributes:
+        objects_read, bytes_read: chunk objects that were read so far, and their bytes.
     """
 
     def __init__(self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> None:
@@ -72,14 +82,18 @@ class EmbeddingReader:
             raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed_generations:
             refs = all_chunks(self.manifest.layout)
-            done = sum(self.files.exists(ref.commit_key) for ref in refs)
+            done = len(committed_chunks(self.files, refs))
             raise CacheIncompleteError(incomplete_message(location, done, len(refs)))
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
+        self._loading: dict[tuple[ChunkRef, str], Future[NDArray[Any]]] = {}
         self._lock = threading.Lock()
+        self._commits_lock = threading.Lock()
         self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
+        self._proven: set[tuple[ChunkRef, str]] = set()
         self.objects_read = 0
+        self.bytes_read = 0
         _READERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,34 +220,114 @@ class EmbeddingReader:
                 row's data, never NaN.
             CacheAccessError, CacheUnreachableError: it cannot be read.
         """
-        layout = self.manifest.layout
-        size, total = layout.chunk_rows(tower), layout.rows(tower)
-        rows = np.asarray(rows, np.int64)
-        outside = rows[(rows < 0) | (rows >= total)]
-        if len(outside):
-            raise IndexError(f"{self.location}: {tower} row {outside[0]} asked for, rows are 0 to {total - 1}")
-        views = np.asarray(view, np.int64)
+        rows, views = self._checked(tower, rows, view)
+        size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
+        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
+        damaged = False
+        places = list(self._by_chunk(tower, rows, views))
+        refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
+        for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
+            out[here] = values[rows[here] - chunk * size]
+            damaged = damaged or bool(self._commits[ref].quarantined)
+        if damaged:
+            self._require_encoded(tower, rows, views, array)
+        return out
+
+    def stream(
+        self,
+        tower: Tower,
+        batches: Iterable[Batch],
+        array: str = "embedding",
+        prove: Prove = "first",
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        threads: int | None = None,
+    ) -> Iterator[NDArray[Any]]:
+        """What :meth:`take` gives for each of ``batches``, in their order, at the speed of a bare memory map.
+
+        Batches are looked at ahead: threads load what they need while earlier ones are used, and each chunk is read
+        once per stretch of batches that need it: once per epoch in the order of ``storage.order``. Memory is that of
+        the chunks of such a stretch and of ``read_ahead_bytes``, however many rows there are. A local cache's files
+        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short; objects
+        of a store are kept as :meth:`take` keeps them.
+
+        Args:
+            batches: rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
+            prove: a mapped chunk by its checksum at its ``"first"`` read by this reader, or at ``"every"`` one.
+            read_ahead_bytes: of chunks that are loaded before a batch needs them.
+            threads: loads at the same time; left out a few, more for an object store.
+
+        Yields:
+            Arrays of their own, as :meth:`take` returns them.
+
+        Raises:
+            As :meth:`take`, a few batches before the one that is concerned.
+        """
+        return stream_rows(self, tower, batches, array, prove, read_ahead_bytes, threads)
+
+    def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
+        """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
+
+        One copy, however many processes use it; it does not count against ``memory_bytes``. A row is there twice at
+        no time, but for the few chunks that are being loaded.
+
+        Args:
+            threads: chunks that are read and proven at the same time.
+
+        Raises:
+            CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
+            OSError: there is not so much memory, or not so much of it to share.
+        """
+        return load_resident(self, tower, array, threads)
+
+    def _checked(
+        self, tower: Tower, rows: NDArray[np.int64], view: int | NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows, and one view or one for each, that there are."""
+        rows, views, total = np.asarray(rows, np.int64), np.asarray(view, np.int64), self.manifest.layout.rows(tower)
         if views.shape not in ((), rows.shape):
             raise ValueError(
                 f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
             )
         there = self.views if tower == "image" else 1
-        outside = views[(views < 0) | (views >= there)].reshape(-1)
-        if len(outside):
-            raise IndexError(f"{self.location}: {tower} view {outside[0]} asked for, views are 0 to {there - 1}")
-        shape = chunk_shape(layout, tower, array)
-        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
+        for what, values, stop in (("row", rows, total), ("view", views, there)):
+            if values.size and not 0 <= values.min() <= values.max() < stop:
+                outside = values[(values < 0) | (values >= stop)].reshape(-1)[0]
+                raise IndexError(f"{self.location}: {tower} {what} {outside} asked for, {what}s are 0 to {stop - 1}")
+        return rows, views
+
+    def _by_chunk(
+        self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
+        """View and number of each chunk that rows lie in, each once, and the positions of those rows."""
+        size, number = self.manifest.layout.chunk_rows(tower), self._num_chunks(tower)
+        places = np.broadcast_to(views * number, rows.shape) + rows // size
+        if not len(rows):
+            return
+        if places.max() < 2**16:  # numpy sorts these by counting
+            places = places.astype(np.uint16)
         # one stretch of the sorted rows per chunk
-        places = np.broadcast_to(views, rows.shape) * (total // size + 1) + rows // size
         order = np.argsort(places, kind="stable")
-        for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1) if len(rows) else ():
-            view_here, chunk = divmod(int(places[here[0]]), total // size + 1)
-            out[here] = self._chunk(ChunkRef(tower, view_here, chunk), array)[rows[here] - chunk * size]
-        if np.isnan(out).any():
-            at = int(np.flatnonzero(np.isnan(out).reshape(len(rows), -1).any(axis=1))[0])
+        for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+            yield *divmod(int(places[here[0]]), number), here
+
+    def _num_chunks(self, tower: Tower) -> int:
+        layout = self.manifest.layout
+        return layout.image_chunks if tower == "image" else layout.text_chunks
+
+    def _lost(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """Rows of a chunk that were quarantined, counted from its first."""
+        commit = self._commits[ref]
+        return np.array([row.row - commit.rows[0] for row in commit.quarantined], np.int64)
+
+    def _require_encoded(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], array: str) -> None:
+        """Refuse rows that were quarantined."""
+        size, found = self.manifest.layout.chunk_rows(tower), []
+        for view, chunk, here in self._by_chunk(tower, rows, views):
+            found += here[np.isin(rows[here] - chunk * size, self._lost(ChunkRef(tower, view, chunk)))].tolist()
+        if found:
+            at = min(found)
             named = f"row {rows[at]}" + (f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else "")
             raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
-        return out
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
         """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
@@ -251,7 +345,9 @@ class EmbeddingReader:
         """The commits of what can be read, proven to be those that it was sealed with; read once."""
         # no cached_property: before Python 3.12 that holds a lock, which a fork in mid-read would leave locked for good
         if self._proven_commits is None:
-            self._proven_commits = self._read_commits()
+            with self._commits_lock:
+                if self._proven_commits is None:
+                    self._proven_commits = self._read_commits()
         return self._proven_commits
 
     def _read_commits(self) -> dict[ChunkRef, ChunkCommit]:
@@ -273,34 +369,82 @@ class EmbeddingReader:
             commits.update(found)
         return commits
 
+    def _chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
+        """These chunks, one after the other; of a store several are on their way at once, unless all are in memory."""
+        load = partial(self._chunk, array=array)
+        if all((ref, array) in self._held for ref in refs):
+            return map(load, refs)
+        return in_parallel(self.files, load, refs, _CHUNKS_AT_ONCE)
+
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         with self._lock:
             held = self._held.get((ref, array))
             if held is not None:
                 self._held.move_to_end((ref, array))
                 return held
-            commit = self._commits[ref]
-            key = ref.object_keys()[array]
-            where = f"{self.location}/{key}"
-            try:
-                data = self.files.read(key)
-            except FileNotFoundError as error:
-                raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
-            except OSError as error:
-                raise _read_error(where, error) from error
-            shape = chunk_shape(self.manifest.layout, ref.tower, array)
-            values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
-            self.objects_read += 1
+            loading = self._loading.get((ref, array))
+            if loading is None:
+                mine = self._loading[ref, array] = Future()
+        if loading is not None:
+            return loading.result()
+        # not under the lock: chunks of several threads are read and proven side by side
+        try:
+            values = self._load(ref, array)
+        except BaseException as error:
+            with self._lock:
+                del self._loading[ref, array]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[ref, array]
             self._held[ref, array] = values
             self._held_bytes += values.nbytes
             while self._held_bytes > self._memory_bytes and len(self._held) > 1:
                 _, dropped = self._held.popitem(last=False)
                 self._held_bytes -= dropped.nbytes
-            return values
+        mine.set_result(values)
+        return values
+
+    def _load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
+        """A chunk from its object, proven; padding included."""
+        commit = self._commits[ref]
+        key = ref.object_keys()[array]
+        where = f"{self.location}/{key}"
+        try:
+            data = self.files.read(key)
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
+        except OSError as error:
+            raise _read_error(where, error) from error
+        shape = chunk_shape(self.manifest.layout, ref.tower, array)
+        values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
+        self._count(len(data))
+        if (ref, array) not in self._proven:
+            self._note_proven(ref, array, values, has_nan(values))
+        return values
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.objects_read += 1
+            self.bytes_read += nbytes
+
+    def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], some_nan: bool) -> None:
+        """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
+        if some_nan:
+            rows = ref.rows(self.manifest.layout)
+            table = values[: len(rows)].reshape(len(rows), -1)
+            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), self._lost(ref))
+            if len(wrong):
+                raise CacheCorruptError(
+                    f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "
+                    f"quarantined. {_REMEDY}"
+                )
+        self._proven.add((ref, array))
 
     def _after_fork(self) -> None:
         # a thread that is not in the child may have held the lock, and been between two of its lines
-        self._lock = threading.Lock()
+        self._lock, self._commits_lock = threading.Lock(), threading.Lock()
+        self._loading = {}
         self._held_bytes = sum(values.nbytes for values in self._held.values())
 
 

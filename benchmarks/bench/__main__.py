@@ -22,6 +22,11 @@ from benchmarks.bench.harness import Settings, keep
 HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
+    "rivals": ("cpu",),
+    "startup": ("cpu",),
+    "memory": ("cpu",),
+    "shuffle": ("cpu",),
+    "decode": ("cpu",),
     "precompute": ("cpu", "cuda"),
     "training": ("cpu", "cuda"),
     "input": ("cpu",),

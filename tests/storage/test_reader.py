@@ -236,3 +236,19 @@ def test_a_whole_cache_that_came_while_it_was_opened_is_read(
 
     monkeypatch.setattr(LocalFiles, "read", slow)
     assert len(EmbeddingReader(str(known_cache)).take("image", np.arange(10))) == 10
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0xFE00, 0x7C01, 0xFC01])
+def test_nan_that_nobody_quarantined_is_damage(tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a writer that did not look: every digest fits."""
+    monkeypatch.setattr(EmbeddingWriter, "_check", lambda *_: None)
+    plan_known_cache(tmp_path / "c")
+    writer = EmbeddingWriter(str(tmp_path / "c"))
+    for ref in writer.pending():
+        arrays = known_arrays(writer, ref)
+        if ref == ChunkRef("text", 0, 1):
+            arrays["embedding"].view(np.uint16)[2, 3] = bits
+        writer.write(ref, arrays)
+    writer.seal()
+    with pytest.raises(CacheCorruptError, match="text/embedding/c/1/0: row 6 is NaN and was not quarantined"):
+        EmbeddingReader(str(tmp_path / "c")).take("text", np.array([4]))

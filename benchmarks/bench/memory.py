@@ -1,0 +1,140 @@
+"""How memory grows with a cache: an epoch of training targets, and what an encoding process knows of its dataset.
+
+Each size in a process of its own. Counted are anonymous and shared pages, sampled every few milliseconds, over what the
+process had when its modules were imported: mapped files are the page cache's. Rows of 32 float16, so that
+ten million fit a disk: what is counted for each row does not depend on the width, and the shuffle's window is 4 MB.
+
+    python -m benchmarks.bench.memory WORK CACHE    # what each of those processes runs
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench.big_cache import big_cache
+from benchmarks.bench.harness import Row, Settings
+
+__all__ = ["measure"]
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTH, BATCH, WINDOW_CHUNKS = 32, 1024, 16
+_BUDGET = 32 << 20  # of the reader, for chunks
+
+
+class PeakMemory:
+    """The most anonymous and shared memory of this process while it is entered, over what it had then."""
+
+    def __init__(self, every_seconds: float = 0.004) -> None:
+        self._every = every_seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.bytes = 0
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in status if line.startswith(("RssAnon", "RssShmem")))
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._every):
+            self.bytes = max(self.bytes, self._now() - self._before)
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, self._now() - self._before)
+
+
+def stream_epoch(location: str) -> int:
+    """An epoch of pairs as training draws them, and the targets of each; batches."""
+    from pipeline.batches import epoch_pairs
+    from storage.reader import EmbeddingReader
+
+    reader = EmbeddingReader(location, memory_bytes=_BUDGET)
+    drawn = epoch_pairs(reader, reader.image_rows(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    for_images, for_captions = itertools.tee(drawn)
+    images = reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
+    captions = reader.stream("text", (pairs.caption_rows for pairs in for_captions))
+    return sum(1 for _ in zip(images, captions, strict=True))
+
+
+def encode_tables(location: str) -> int:
+    """What an encoding process holds of the dataset while it goes through its chunks; chunks looked at."""
+    from storage.commits import all_chunks
+    from storage.tables import chunk_rows_sha256
+    from storage.writer import EmbeddingWriter
+
+    writer = EmbeddingWriter(location)
+    refs = all_chunks(writer.manifest.layout)
+    some = refs[:: max(len(refs) // 16, 1)]
+    for ref in some:
+        table = writer.samples if ref.tower == "image" else writer.captions
+        chunk_rows_sha256(table, ref.tower, ref.rows(writer.manifest.layout))
+    return len(some)
+
+
+WORK: dict[str, tuple[Callable[[str], int], tuple[str, ...]]] = {
+    "stream": (stream_epoch, ("pipeline.batches", "storage.reader")),
+    "tables": (encode_tables, ("storage.tables", "storage.writer")),
+}
+
+
+def _peak(work: str, location: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.bench.memory", work, location]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return int(json.loads(done.splitlines()[-1])["bytes"])
+
+
+def measure(settings: Settings) -> list[Row]:
+    sizes = (8_192, 16_384, 32_768) if settings.quick else (100_000, 1_000_000, 10_000_000)
+    peaks: dict[str, list[int]] = {work: [] for work in WORK}
+    for rows in sizes:
+        location = big_cache(settings.scratch, rows, WIDTH)
+        for work, found in peaks.items():
+            found.append(_peak(work, location))
+    titles = {
+        "stream": "an epoch of targets, both towers, window of 16 chunks",
+        "tables": "an encoding process's tables of samples and captions",
+    }
+    notes = {
+        "stream": "",
+        "tables": "",
+    }
+    made = []
+    for work, title in titles.items():
+        for rows, peak in zip(sizes, peaks[work], strict=True):
+            mebibytes = peak / 2**20
+            made.append(Row(f"{title}: {rows:,} rows", "", mebibytes, None, "MiB", mebibytes, mebibytes, mebibytes))
+        each = (peaks[work][-1] - peaks[work][-2]) / (sizes[-1] - sizes[-2])
+        made.append(
+            Row(f"{title}: each further row", "flat", each, None, "B", each, each, each, 1.0, True, notes[work])
+        )
+    return made
+
+
+def main() -> None:
+    work, location = sys.argv[1:]
+    run, modules = WORK[work]
+    for module in modules:
+        __import__(module)
+    np.random.default_rng(0).permutation(10)  # what the first use of a generator takes is not the cache's
+    with PeakMemory() as peak:
+        done = run(location)
+    print(json.dumps({"bytes": peak.bytes, "done": done}))
+
+
+if __name__ == "__main__":
+    main()

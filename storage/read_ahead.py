@@ -1,0 +1,84 @@
+"""Loads in the background, by threads: what is asked for early is there when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+__all__ = ["ReadAhead"]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class ReadAhead(Generic[Key, Value]):
+    """Values by key, loaded by ``threads`` threads in the order in which they were asked for; a context manager.
+
+    Whoever asks decides how much: what was asked for stays until it is dropped. For one consumer.
+
+    Args:
+        load: makes the value of a key; called in several threads at once. Its error is raised by :meth:`get`.
+        release: takes apart what ``load`` made of a key, once it is dropped; in one of these threads too, and
+            before the same key is loaded again. Not called where ``load`` failed.
+        threads: loads at the same time, at most.
+    """
+
+    def __init__(self, load: Callable[[Key], Value], release: Callable[[Key], None], threads: int) -> None:
+        self._load, self._release = load, release
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
+        self._asked: dict[Key, Future[Value]] = {}
+        self._leaving: dict[Key, Future[None]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Forget all: what is being loaded at this moment is waited for, what has not begun is not loaded."""
+        for future in self._asked.values():
+            future.cancel()
+        self.drop(keep=[])
+        self._pool.shutdown(wait=True)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._asked
+
+    def __len__(self) -> int:
+        """How many were asked for and not dropped."""
+        return len(self._asked)
+
+    def ask(self, keys: Iterable[Key]) -> None:
+        """Load these too; nothing happens for a key that was asked for already."""
+        for key in keys:
+            if key not in self._asked:
+                self._asked[key] = self._pool.submit(self._load_after, self._leaving.pop(key, None), key)
+
+    def _load_after(self, leaving: Future[None] | None, key: Key) -> Value:
+        if leaving is not None:  # begun before this one: the pool takes them in their order
+            leaving.result()
+        return self._load(key)
+
+    def get(self, key: Key) -> Value:
+        """The value of a key, once it is loaded.
+
+        Raises:
+            What ``load`` raised.
+        """
+        self.ask([key])
+        return self._asked[key].result()
+
+    def drop(self, keep: Iterable[Key]) -> None:
+        """Forget all keys but these; those whose load has not begun are never loaded."""
+        kept = set(keep)
+        self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
+        for key in [key for key in self._asked if key not in kept]:
+            loaded = self._asked.pop(key)
+            if not loaded.cancel():
+                self._leaving[key] = self._pool.submit(self._release_after, loaded, key)
+
+    def _release_after(self, loaded: Future[Value], key: Key) -> None:
+        if loaded.exception() is None:
+            self._release(key)

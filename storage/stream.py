@@ -1,0 +1,174 @@
+"""Rows in an order that is known beforehand, batch by batch: each chunk read once, while earlier batches are used.
+
+The other half of ``storage.reader``. Batches are looked at ahead of their use. Threads load the chunks that they need,
+within a budget of bytes; a chunk leaves once no batch that is in sight needs it. All rows of a batch are gathered by
+one call, of one copy a row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arrays import array_dtype, chunk_shape, prove_body
+from storage.chunk_region import ChunkRegion
+from storage.commits import ChunkRef, Tower
+from storage.files import requests_at_once
+from storage.local_files import LocalFiles
+from storage.read_ahead import ReadAhead
+
+if TYPE_CHECKING:
+    from storage.reader import EmbeddingReader
+
+__all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "stream_rows"]
+
+READ_AHEAD_BYTES = 64 << 20
+"""Of chunks that no batch has needed yet."""
+
+Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Rows, or rows and one view for each."""
+
+Prove = Literal["first", "every"]
+
+_GROUP_ROWS = 8192  # batches are looked at in groups of so many rows
+_LOCAL_THREADS = 2
+
+
+class _Group(NamedTuple):
+    """Some batches, in their order."""
+
+    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    rows: int
+    numbers: list[int]
+    """The chunks that they need: view x chunks of a view + chunk."""
+
+
+def stream_rows(
+    reader: EmbeddingReader,
+    tower: Tower,
+    batches: Iterable[Batch],
+    array: str,
+    prove: Prove,
+    read_ahead_bytes: int,
+    threads: int | None,
+) -> Iterator[NDArray[Any]]:
+    """See :meth:`storage.reader.EmbeddingReader.stream`."""
+    chunks = _Chunks(reader, tower, array, prove)
+    row_bytes = max(1, chunks.nbytes // chunks.size)
+    most_in_memory = max(1, reader._memory_bytes // chunks.nbytes)
+    coming = _groups(reader, chunks, tower, batches)
+    seen: deque[_Group] = deque()
+    # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
+    loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
+    with ReadAhead(chunks.load, chunks.region.release, threads or loads) as ahead:
+        while True:
+            while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
+                group = next(coming, None)
+                if group is None:
+                    break
+                seen.append(group)
+            if not seen:
+                return
+            now = seen[0]
+            if len(now.numbers) > most_in_memory and not chunks.region.maps_files:
+                # an order that wants more chunks at once than there may be in memory: one after the other
+                for rows, views in now.batches:
+                    yield reader.take(tower, rows, views, array)
+            else:
+                ahead.ask(now.numbers)
+                room = read_ahead_bytes // chunks.nbytes
+                for group in islice(seen, 1, None):
+                    more = [number for number in group.numbers if number not in ahead]
+                    ahead.ask(more[:room])
+                    room -= len(more)
+                    if room <= 0:
+                        break
+                for number in now.numbers:
+                    ahead.get(number)
+                for rows, views in now.batches:
+                    yield chunks.gather(rows, views)
+            seen.popleft()
+            ahead.drop(keep={number for group in seen for number in group.numbers})
+
+
+class _Chunks:
+    """The chunks of one array, those in use in memory, proven."""
+
+    def __init__(self, reader: EmbeddingReader, tower: Tower, array: str, prove: Prove) -> None:
+        if prove not in ("first", "every"):
+            raise ValueError(f"prove is {prove!r}, 'first' or 'every' wanted")
+        layout = reader.manifest.layout
+        self._reader, self._tower, self.array, self._prove = reader, tower, array, prove
+        self._shape, self._dtype = chunk_shape(layout, tower, array), array_dtype(tower, array)
+        self.size, self.number = layout.chunk_rows(tower), reader._num_chunks(tower)
+        self.nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
+        self.views = reader.views if tower == "image" else 1
+        self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
+
+    def ref(self, number: int) -> ChunkRef:
+        return ChunkRef(self._tower, *divmod(number, self.number))
+
+    def load(self, number: int) -> None:
+        """Bring a chunk into memory; in a thread."""
+        ref, reader = self.ref(number), self._reader
+        if self.region.maps_files and isinstance(reader.files, LocalFiles) and self._map(reader.files, number, ref):
+            return
+        self.region.fill(number, reader._chunk(ref, self.array))
+
+    def _map(self, files: LocalFiles, number: int, ref: ChunkRef) -> bool:
+        """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
+        key = ref.object_keys()[self.array]
+        wanted = self._reader._commits[ref].objects[self.array]
+        try:
+            stored = self.region.map(number, files.path(key), wanted.nbytes)
+        except OSError:
+            return False
+        proven = (ref, self.array) in self._reader._proven
+        if self._prove == "every" or not proven:
+            values = self.region.chunk(number)
+            some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            if not proven:
+                self._reader._note_proven(ref, self.array, values, some_nan)
+        self._reader._count(wanted.nbytes)
+        return True
+
+    def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of chunks that are in memory, as a new array."""
+        at = views * (self.number * self.size) + rows if views.any() else rows
+        out = np.empty((len(rows), *self._shape[1:]), self._dtype)
+        # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
+        return np.take(self.region.rows, at, axis=0, out=out, mode="clip")
+
+
+def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:
+    """The batches in groups; each row, view and quarantine is looked at here."""
+    some: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    for batch in batches:
+        rows, views = batch if isinstance(batch, tuple) else (batch, np.zeros((), np.int64))
+        some.append(reader._checked(tower, rows, views))
+        if sum(len(rows) for rows, _ in some) >= _GROUP_ROWS:
+            yield _group(reader, chunks, tower, some)
+            some = []
+    if some:
+        yield _group(reader, chunks, tower, some)
+
+
+def _group(
+    reader: EmbeddingReader,
+    chunks: _Chunks,
+    tower: Tower,
+    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> _Group:
+    needed = np.zeros(chunks.views * chunks.number, bool)
+    for rows, views in batches:
+        needed[views * chunks.number + rows // chunks.size] = True
+    numbers = np.flatnonzero(needed).tolist()
+    if any(len(reader._lost(chunks.ref(number))) for number in numbers):
+        for rows, views in batches:
+            reader._require_encoded(tower, rows, views, chunks.array)
+    return _Group(batches, sum(len(rows) for rows, _ in batches), numbers)
