@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -217,6 +219,10 @@ class StudentImages(Dataset[Tensor]):
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
 
+    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        return self._images.ahead(rows)
+
     def see(self, row: int, crop: Crop | None) -> Tensor:
         """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
         return self._preprocess.normalized(self.shown(row, [crop])[0])
@@ -240,15 +246,21 @@ class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
     """Pixels and token ids of one (image row, caption row, what to see of the image).
 
     Args:
-        see: an image row, and what to see of it, to pixels.
+        images: give the pixels of an image row, and what to see of it.
     """
 
-    def __init__(self, see: Callable[[int, Any], Tensor], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
-        self._see, self._texts, self._tokenizer = see, texts, tokenizer
+    def __init__(self, images: StudentImages | ReadyPixels, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._images, self._texts, self._tokenizer = images, texts, tokenizer
+
+    def ahead(self, pairs: Sequence[tuple[int, int, Any]]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`; of ready pixels, which are local, nothing."""
+        if isinstance(self._images, StudentImages):
+            return self._images.ahead([image_row for image_row, _, _ in pairs])
+        return contextlib.nullcontext()
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        return self._see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
+        return self._images.see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -262,6 +274,11 @@ class _Items(Dataset[Any]):
             return self._dataset[index]
         except (OSError, CacheError) as error:
             return error
+
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        # what DataLoader calls for a batch: pictures behind a URL come together
+        with self._dataset.ahead(indices) if hasattr(self._dataset, "ahead") else contextlib.nullcontext():
+            return [self[index] for index in indices]
 
 
 def _collate(items: list[Any]) -> Any:
@@ -336,9 +353,9 @@ def epoch_inputs(
     """
     texts = reader.captions["text"]
     if pixels is not None:
-        inputs = _StudentInputs(pixels.see, texts, tokenizer)
+        inputs = _StudentInputs(pixels, texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: pair.views.tolist())
     else:
-        inputs = _StudentInputs(StudentImages(reader, source, preprocess).see, texts, tokenizer)
+        inputs = _StudentInputs(StudentImages(reader, source, preprocess), texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
     return load_items(inputs, workers, device, batch_sampler=sampler)

@@ -36,6 +36,7 @@ from pipeline.views import draw_crop, replay
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow
+from storage.files import requests_at_once
 from storage.journal import ChunkCost
 from storage.manifest import Layout
 from storage.writer import EmbeddingWriter
@@ -43,6 +44,7 @@ from storage.writer import EmbeddingWriter
 __all__ = ["RowTally", "encode_chunks", "encode_shared"]
 
 _BATCHES_AHEAD = 4
+_WRITES_AHEAD = 2
 _OTHERS_POLL_SECONDS = 0.5
 
 
@@ -82,7 +84,7 @@ def encode_shared(
     known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
     tally = RowTally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
-    damaged = {ref for ref in refs if writer.is_committed(ref)}
+    damaged = writer.committed(refs)
     encoded: set[ChunkRef] = set()
 
     def done(ref: ChunkRef) -> bool:
@@ -120,11 +122,19 @@ def _encode(
     if teacher.device.type == "cpu":
         keep_freed_memory()
     threads = config.decode_threads or os.cpu_count() or 1
-    jobs = _Jobs(teacher, writer, data_folder(DatasetSpec.parse(config.dataset).root), known)
+    source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
     writing: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
+    remote = requests_at_once(writer.files) > 1
+    with (
+        ThreadPoolExecutor(threads) as decoders,
+        # of a store both chunks that may be on their way are, and the next one is claimed meanwhile
+        ThreadPoolExecutor(_WRITES_AHEAD if remote else 1) as writers,
+        ThreadPoolExecutor(1) as claimer,
+        source.threads(writer.samples["uri"][0].as_py()) as fetchers,
+    ):
+        jobs = _Jobs(teacher, writer, source, known, fetchers)
         try:
-            for batch in _ahead(decoders, jobs.batches(refs)):
+            for batch in _ahead(decoders, jobs.batches(_one_ahead(claimer, refs) if remote else refs)):
                 chunk = batch.chunk
                 chunk.start(batch.asked_at)
                 waited = time.perf_counter()
@@ -136,8 +146,8 @@ def _encode(
                 chunk.teacher_seconds += ended - began
                 tally.add_rows(chunk.ref, len(batch.rows))
                 if batch.last:
-                    # two chunks may wait for the disk before the teacher has to
-                    while len(writing) >= 2:
+                    # so many chunks may wait for the disk before the teacher has to
+                    while len(writing) >= _WRITES_AHEAD:
                         writing.popleft().result()
                     writing.append(writers.submit(chunk.write, writer, teacher))
             while writing:
@@ -145,6 +155,8 @@ def _encode(
         except BaseException:
             # stop decoding ahead; whole chunks on their way to the disk are still written
             decoders.shutdown(wait=False, cancel_futures=True)
+            if fetchers is not None:
+                fetchers.shutdown(wait=False, cancel_futures=True)
             raise
 
 
@@ -280,13 +292,21 @@ class _Batch:
 class _Jobs:
     """Turns chunks into batches whose inputs can be prepared by any thread."""
 
-    def __init__(self, teacher: LiveTeacher, writer: EmbeddingWriter, image_root: str, known: KnownRows | None) -> None:
+    def __init__(
+        self,
+        teacher: LiveTeacher,
+        writer: EmbeddingWriter,
+        source: ImageSource,
+        known: KnownRows | None,
+        fetchers: ThreadPoolExecutor | None,
+    ) -> None:
         self._known = known
+        self._fetchers = fetchers
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
         self._transform = teacher.preprocess.transform()
         # where this run found the images: the folder may have moved since the cache was planned
-        self._source = ImageSource(image_root)
+        self._source = source
         self._layout = writer.manifest.layout
         self._views = writer.manifest.identity.views
         self._samples, self._captions = writer.samples, writer.captions
@@ -342,13 +362,24 @@ class _Jobs:
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
         return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
 
+    def _samples_of(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The samples of some rows, their images on the way where each is a request."""
+        samples: list[dict[str, Any]] = _some(self._samples, rows).to_pylist()
+        if self._fetchers is not None:
+            for sample in samples:
+                sample["content"] = self._fetchers.submit(self._fetch, sample)
+        return samples
+
     def _read(self, sample: dict[str, Any]) -> bytes:
+        return self._fetch(sample) if self._fetchers is None else sample["content"].result()
+
+    def _fetch(self, sample: dict[str, Any]) -> bytes:
         data = self._source.read(sample["uri"], sample["offset"], sample["length"])
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         return data
 
     def _image_jobs(self, look: Callable[..., _Decoded], rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
-        return [partial(look, sample) for sample in _some(self._samples, rows).to_pylist()]
+        return [partial(look, sample) for sample in self._samples_of(rows)]
 
     def _decode(self, sample: dict[str, Any], view: int) -> _Decoded:
         """Pixels and crop of one view of an image, or why there are none.
@@ -386,6 +417,15 @@ class _Jobs:
 def _some(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     # the slice first: take would copy a table of several pieces as a whole
     return table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
+
+
+def _one_ahead(pool: ThreadPoolExecutor, refs: Iterable[ChunkRef]) -> Iterator[ChunkRef]:
+    """The same chunks, the next one already being asked for: in a store a claim is several requests."""
+    left = iter(refs)
+    coming = pool.submit(next, left, None)
+    while (ref := coming.result()) is not None:
+        coming = pool.submit(next, left, None)
+        yield ref
 
 
 def _ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:

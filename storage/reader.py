@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from storage.commits import (
     QuarantinedRow,
     Tower,
     all_chunks,
+    committed_chunks,
     generation_chunks,
     quarantined_rows,
     read_commits,
@@ -36,7 +37,7 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.resident import ResidentRows, load_resident
@@ -48,6 +49,8 @@ from storage.transient import is_transient
 from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
+
+_CHUNKS_AT_ONCE = 8  # of a store, beside those in memory
 
 _DEFAULT_MEMORY_BYTES = 2 << 30
 
@@ -79,7 +82,7 @@ class EmbeddingReader:
             raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed_generations:
             refs = all_chunks(self.manifest.layout)
-            done = sum(self.files.exists(ref.commit_key) for ref in refs)
+            done = len(committed_chunks(self.files, refs))
             raise CacheIncompleteError(incomplete_message(location, done, len(refs)))
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
@@ -221,9 +224,10 @@ class EmbeddingReader:
         size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
         damaged = False
-        for view_here, chunk, here in self._by_chunk(tower, rows, views):
-            ref = ChunkRef(tower, view_here, chunk)
-            out[here] = self._chunk(ref, array)[rows[here] - chunk * size]
+        places = list(self._by_chunk(tower, rows, views))
+        refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
+        for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
+            out[here] = values[rows[here] - chunk * size]
             damaged = damaged or bool(self._commits[ref].quarantined)
         if damaged:
             self._require_encoded(tower, rows, views, array)
@@ -364,6 +368,13 @@ class EmbeddingReader:
                 )
             commits.update(found)
         return commits
+
+    def _chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
+        """These chunks, one after the other; of a store several are on their way at once, unless all are in memory."""
+        load = partial(self._chunk, array=array)
+        if all((ref, array) in self._held for ref in refs):
+            return map(load, refs)
+        return in_parallel(self.files, load, refs, _CHUNKS_AT_ONCE)
 
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         with self._lock:
