@@ -110,8 +110,8 @@ def measure(settings: Settings) -> list[Row]:
         "tables": "an encoding process's tables of samples and captions",
     }
     notes = {
-        "stream": "Not flat: row numbers, where captions begin, the draw of a caption and the first view are 8 bytes each, "
-        "and as much again while they are made. Chunks and the shuffle are flat.",
+        "stream": "Not flat: row numbers, where captions begin, the draw of a caption and the first view are 8 bytes "
+        "each, and as much again while they are made. Chunks and the shuffle are flat.",
         "tables": "Not flat: sample ids, paths, digests and texts of the whole dataset, which each chunk's record is "
         "made of; docs/design/014-scale.md says what that means for a billion images.",
     }
