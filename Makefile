@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench bench-gpu serve clean
+.PHONY: help install demo test lint format lock licences docs bench bench-gpu serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -35,10 +35,24 @@ lint: install  ## ruff, mypy, the import rule, Dockerfile, compose files
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.gpu.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.renovate renovate.json
 
 format: install  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: install  ## what the light image installs, by version and digest, for every platform; after a change of dependencies
+	@for image in light inventory; do \
+		$(BIN)/python docker/requirements.py $$image > docker/requirements-$$image.in && \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+			--custom-compile-command "make lock" -c constraints.txt -o docker/requirements-$$image.txt docker/requirements-$$image.in; \
+		status=$$?; rm -f docker/requirements-$$image.in; test $$status = 0 || exit $$status; \
+	done
+
+licences: install  ## docs/licences.md, from what is installed; after a change of dependencies
+	@mkdir -p build
+	$(BIN)/python docs/make_licences.py > build/licences.md
+	mv build/licences.md docs/licences.md
 
 bench: install  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; hours
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'

@@ -1,6 +1,6 @@
 """Where a student's images come from: decoding photographs against ready pixels, alone and under real steps.
 
-    python benchmarks/student_input.py ../shared/flickr8k
+    python -m benchmarks.student_input ../shared/flickr8k
 
 Two sets: 1,000 photographs as they are (224 x 224), and 200 of them enlarged to 1600 x 1200, as cameras make them. Both
 in three views, by the bundled teacher, whose targets play no part. Variants take turns; medians, ranges and ratios
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from benchmarks.bench.material import photographs
 from pipeline.batches import epoch_inputs, epoch_pairs
 from pipeline.config import PixelsConfig, PrecomputeConfig, TrainConfig
 from pipeline.device import keep_freed_memory
@@ -32,21 +32,6 @@ from storage.reader import EmbeddingReader
 
 STUDENT, VIEWS, BATCH = "vit-ti-32", 3, 50
 SETS = {"224 x 224": (1000, None), "1600 x 1200": (200, (1600, 1200))}
-
-
-def photographs(source: Path, folder: Path, count: int, size: tuple[int, int] | None) -> None:
-    """A data set in Flickr's form of so many photographs, perhaps enlarged."""
-    (folder / "images").mkdir(parents=True)
-    names = (source / "train.txt").read_text().split()[:count]
-    for name in names:
-        target = folder / "images" / name
-        if size is None:
-            target.symlink_to((source / "images" / name).resolve())
-        else:
-            with Image.open(source / "images" / name) as image:
-                image.resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
-    (folder / "captions.txt").write_text("image,caption\n" + "".join(f"{name},a photograph\n" for name in names))
-    (folder / "train.txt").write_text("\n".join(names) + "\n")
 
 
 def prepare(source: Path, home: Path, count: int, size: tuple[int, int] | None) -> None:

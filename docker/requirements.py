@@ -1,4 +1,4 @@
-"""Print what an image installs, one requirement a line: ``requirements.py light|cpu|gpu``, beside pyproject.toml.
+"""Print what an image installs, one requirement a line: ``requirements.py light|cpu|gpu|inventory``.
 
 From pyproject.toml without the sources of the project, so that the layer of dependencies (gigabytes, with torch)
 is built again only when they change, and not with each line of code.
@@ -16,14 +16,18 @@ EXTRAS = {
     "cpu": ["cpu", "s3", "deploy", "report", "zeroshot"],
     "gpu": ["gpu", "s3", "deploy", "report", "zeroshot"],
 }
+# goes into no image: lists what is in them while they are built
+INVENTORY = "cyclonedx-bom"
 # what pipeline needs beyond storage; the light image serves, deploys and inspects, and encodes nothing
 PIPELINE = {"torch", "torchvision", "open_clip_torch", "pillow", "safetensors", "lightning-fabric", "tensorboard"}
 
 
 def requirements(image: str, pyproject: Path) -> list[str]:
-    """The requirements of one image, in the order of pyproject.toml. KeyError: no such image."""
-    extras = EXTRAS[image]
+    """The requirements of one image, or of the inventory, in the order of pyproject.toml. KeyError: no such image."""
     project = tomllib.loads(pyproject.read_text())["project"]
+    if image == "inventory":
+        return [each for each in project["optional-dependencies"]["dev"] if each.startswith(INVENTORY)]
+    extras = EXTRAS[image]
     wanted: list[str] = project["dependencies"]
     if image == "light":
         wanted = [each for each in wanted if re.split(r"[^\w-]", each)[0] not in PIPELINE]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.devices import device_slots
@@ -23,6 +24,7 @@ from flows.report_artifacts import leave_report, page_beside, teacher_recall
 from flows.retries import TRIED_AGAIN
 from flows.spans import Span, default_chunks_per_span
 from pipeline.config import PrecomputeConfig
+from pipeline.telemetry import observed
 
 if TYPE_CHECKING:
     from pipeline.precompute import PrecomputeResult
@@ -51,7 +53,8 @@ def precompute_teacher(
     progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
     fans_out = config.executor != "local"  # then the devices are the workers', and no slot of this machine is held
-    with contextlib.nullcontext() if fans_out else device_slots(config.device):
+    slots = contextlib.nullcontext() if fans_out else device_slots(config.device)
+    with slots, observed(run=flow_run.name, cache=config.cache):
         spans = plan(config, chunks_per_span, progress.part(0, 0))
         if spans and fans_out:
             encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
@@ -178,4 +181,4 @@ def _rounded(rate: float | None) -> float | str:
 def _teacher(config: PrecomputeConfig) -> LiveTeacher:
     from pipeline.teacher import cached_teacher
 
-    return cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    return cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)

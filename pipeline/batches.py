@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.cached_images import CachedImages
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheCorruptError, CacheError, UsageError
 from storage.order import batches, epoch_rng, window_order
@@ -182,7 +185,10 @@ def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArra
 class StudentImages(Dataset[Tensor]):
     """Row of the cache to the pixels that a model sees of this image: float32 (3, height, width).
 
-    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view.
+    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view. Decoded as the cache says.
+
+    Raises:
+        UsageError: the decoder needs a package that is not installed.
 
     Raises on access:
         OSError: the image cannot be read where the source says.
@@ -191,11 +197,15 @@ class StudentImages(Dataset[Tensor]):
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         self._images = CachedImages(reader, source)
-        self._preprocess = preprocess
-        self._evaluation_crop = preprocess.shown()
+        self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
+        self._evaluation_crop = self._preprocess.shown()
 
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
+
+    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        return self._images.ahead(rows)
 
     def see(self, row: int, crop: Crop | None) -> Tensor:
         """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
@@ -205,7 +215,7 @@ class StudentImages(Dataset[Tensor]):
         """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
         data = self._images.read(row)
         try:
-            image = decode_image(data)
+            image = open_image(data, self._preprocess.decoder)
             return [
                 self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
                 for crop in crops
@@ -217,18 +227,29 @@ class StudentImages(Dataset[Tensor]):
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
-    """Pixels and token ids of one (image row, caption row, what to see of the image).
+    """What is shown, uint8 (height, width, 3), and token ids of one (image row, caption row, what to see of the image).
 
     Args:
-        see: an image row, and what to see of it, to pixels.
+        images: give what is shown of an image row, and what to see of it.
     """
 
-    def __init__(self, see: Callable[[int, Any], Tensor], texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
-        self._see, self._texts, self._tokenizer = see, texts, tokenizer
+    def __init__(self, images: StudentImages | ReadyPixels, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+        self._images, self._texts, self._tokenizer = images, texts, tokenizer
+
+    def ahead(self, pairs: Sequence[tuple[int, int, Any]]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`; of ready pixels, which are local, nothing."""
+        if isinstance(self._images, StudentImages):
+            return self._images.ahead([image_row for image_row, _, _ in pairs])
+        return contextlib.nullcontext()
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        return self._see(image_row, region), self._tokenizer([self._texts[caption_row].as_py()])[0]
+        if isinstance(self._images, StudentImages):
+            shown: Any = self._images.shown(image_row, [region])[0]
+        else:
+            shown = self._images.shown(image_row, region)
+        pixels = torch.from_numpy(np.require(shown, np.uint8, "W"))  # torch wants it writable
+        return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
@@ -242,6 +263,11 @@ class _Items(Dataset[Any]):
             return self._dataset[index]
         except (OSError, CacheError) as error:
             return error
+
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        # what DataLoader calls for a batch: pictures behind a URL come together
+        with self._dataset.ahead(indices) if hasattr(self._dataset, "ahead") else contextlib.nullcontext():
+            return [self[index] for index in indices]
 
 
 def _collate(items: list[Any]) -> Any:
@@ -309,16 +335,18 @@ def epoch_inputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels, tokens) for each of ``pairs``, in their order; see :func:`load_items`.
 
-    The pixels are of the very region that the teacher saw, at the student's resolution.
+    The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers as
+    bytes and are normalised on ``device``, where they stay; the tokens are on the CPU.
 
     Args:
         pixels: take them from here, where they were put earlier, and decode nothing.
     """
     texts = reader.captions["text"]
     if pixels is not None:
-        inputs = _StudentInputs(pixels.see, texts, tokenizer)
+        inputs = _StudentInputs(pixels, texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: pair.views.tolist())
     else:
-        inputs = _StudentInputs(StudentImages(reader, source, preprocess).see, texts, tokenizer)
+        inputs = _StudentInputs(StudentImages(reader, source, preprocess), texts, tokenizer)
         sampler = _PairSampler(pairs, lambda pair: stored_crops(reader, pair.image_rows, pair.views))
-    return load_items(inputs, workers, device, batch_sampler=sampler)
+    for shown, tokens in load_items(inputs, workers, device, batch_sampler=sampler):
+        yield preprocess.normalized_batch(shown.to(device, non_blocking=True)), tokens

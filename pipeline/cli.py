@@ -18,6 +18,7 @@ import typer
 from pipeline.cli_flags import say
 from storage.cli import JsonFlag, app, commands_in, print_json
 from storage.errors import CacheError, UsageError
+from storage.logs import start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
 
@@ -68,6 +69,7 @@ def main() -> None:
     # none is ours, and to look for some reads the metadata of every package that is installed
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, _stop)
+    start_json_logs_if_asked()
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
@@ -83,6 +85,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(1)
     finally:
+        stop_json_logs()
         signal.signal(signal.SIGTERM, before)
 
 

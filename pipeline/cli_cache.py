@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli_flags import RunFile, how_to_go_on, say, setting
+from pipeline.cli_flags import LogFlag, LogFormat, MetricsFlag, RunFile, how_to_go_on, say, setting
 from pipeline.config import PrecomputeConfig, ProofConfig
 from pipeline.run_file import load_config
 from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
@@ -39,10 +39,13 @@ def precompute(
     precision: Annotated[str | None, setting(PrecomputeConfig, "precision")] = None,
     batch_size: Annotated[int | None, setting(PrecomputeConfig, "batch_size")] = None,
     chunk_rows: Annotated[int | None, setting(PrecomputeConfig, "chunk_rows")] = None,
+    decoder: Annotated[str | None, setting(PrecomputeConfig, "decoder")] = None,
     views: Annotated[int | None, setting(PrecomputeConfig, "views")] = None,
     crop_scale: Annotated[tuple[float, float] | None, setting(PrecomputeConfig, "crop_scale")] = None,
     executor: Annotated[str | None, setting(PrecomputeConfig, "executor")] = None,
     workers: Annotated[int | None, setting(PrecomputeConfig, "workers")] = None,
+    metrics_port: MetricsFlag = None,
+    log_format: LogFlag = LogFormat.text,
     json: JsonFlag = False,
 ) -> None:
     """Run a teacher once over a dataset and keep its embeddings. Stop it at any time; run it again to go on."""
@@ -56,6 +59,7 @@ def precompute(
         "precision": precision,
         "batch_size": batch_size,
         "chunk_rows": chunk_rows,
+        "decoder": decoder,
         "views": views,
         "crop_scale": crop_scale,
         "executor": executor,
@@ -119,6 +123,7 @@ def verify(
     threshold: Annotated[float | None, setting(ProofConfig, "threshold")] = None,
     device: Annotated[str | None, setting(ProofConfig, "device")] = None,
     precision: Annotated[str | None, setting(ProofConfig, "precision")] = None,
+    log_format: LogFlag = LogFormat.text,
     json: JsonFlag = False,
 ) -> None:
     """Read all of a cache and prove digests, counts, finite values and unit norms. Exit 1 if anything is wrong.

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
-import sys
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pipeline.telemetry import METRICS_PORT
 from storage.errors import CacheError, CacheNotFoundError
+from storage.logs import LOG_FORMAT, say, start_json_logs
 
-__all__ = ["RunFile", "how_to_go_on", "say", "setting"]
+__all__ = ["LogFlag", "MetricsFlag", "RunFile", "how_to_go_on", "say", "setting"]
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
+]
+
+
+class LogFormat(StrEnum):
+    """How a command says on stderr what it does."""
+
+    text = "text"
+    json = "json"
+
+
+def _choose_log_format(chosen: LogFormat) -> LogFormat:
+    if chosen is LogFormat.json:
+        start_json_logs()
+    return chosen
+
+
+def _choose_metrics_port(port: int | None) -> int | None:
+    if port is not None:  # read where the work begins, which may be another process
+        os.environ[METRICS_PORT] = str(port)
+    return port
+
+
+LogFlag = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        envvar=LOG_FORMAT,
+        is_eager=True,
+        callback=_choose_log_format,
+        help="Of stderr: lines for people, or one JSON object a line, with run, chunk and row.",
+    ),
+]
+MetricsFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        envvar=METRICS_PORT,
+        min=0,
+        max=65_535,
+        callback=_choose_metrics_port,
+        help="Port on which Prometheus can ask for metrics while it works; 0: a free one. None if left out.",
+    ),
 ]
 
 
@@ -31,11 +76,6 @@ def setting(config: type[Any], name: str, option: str | None = None) -> Any:
         default = False
     flag = option or "--" + name.replace("_", "-")
     return typer.Option(flag, help=field.description, show_default=default)
-
-
-def say(line: str) -> None:
-    """A line on stderr: results alone go to stdout."""
-    print(line, file=sys.stderr)  # noqa: T201
 
 
 def how_to_go_on(cache: str) -> str:

@@ -31,6 +31,7 @@ def plan(
     precision: Annotated[str | None, setting(PrecomputeConfig, "precision")] = None,
     batch_size: Annotated[int | None, setting(PrecomputeConfig, "batch_size")] = None,
     chunk_rows: Annotated[int | None, setting(PrecomputeConfig, "chunk_rows")] = None,
+    decoder: Annotated[str | None, setting(PrecomputeConfig, "decoder")] = None,
     views: Annotated[int | None, setting(PrecomputeConfig, "views")] = None,
     crop_scale: Annotated[tuple[float, float] | None, setting(PrecomputeConfig, "crop_scale")] = None,
     probe: Annotated[
@@ -51,6 +52,7 @@ def plan(
         "precision": precision,
         "batch_size": batch_size,
         "chunk_rows": chunk_rows,
+        "decoder": decoder,
         "views": views,
         "crop_scale": crop_scale,
     }

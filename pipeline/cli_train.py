@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.cli_flags import RunFile, say, setting
+from pipeline.cli_flags import LogFlag, LogFormat, MetricsFlag, RunFile, say, setting
 from pipeline.config import InheritConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.run_file import check_config, given_settings, load_config
@@ -93,6 +93,8 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run in --out, whose settings count; it was stopped or killed."),
     ] = False,
+    metrics_port: MetricsFlag = None,
+    log_format: LogFlag = LogFormat.text,
     json: JsonFlag = False,
 ) -> None:
     """Train a student from a finished cache. No teacher is loaded. Killed at any time, it goes on by --resume."""

@@ -52,6 +52,11 @@ class PrecomputeConfig(StageConfig):
         None, description="Finished cache of this teacher to copy rows from: of images and captions that it has too."
     )
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
+    decoder: Literal["pillow", "jpeg-scaled"] = Field(
+        "pillow",
+        description="Who decodes and resizes: pillow, as open_clip does; or jpeg-scaled, faster: JPEG at the scale "
+        "that the teacher needs, to slightly other pixels. Part of the identity.",
+    )
     views: int | None = Field(
         None,
         gt=0,

@@ -37,6 +37,7 @@ __all__ = [
     "UndecodableImageError",
     "decode_image",
     "decoded_size",
+    "identified_image",
     "ignore_pillows_warnings",
     "load_image",
     "size_in_words",
@@ -91,6 +92,19 @@ def decoded_size(data: bytes) -> tuple[int, int]:
             return _loaded(image).size
         _require_pixels(*image.size)
         return image.size
+
+
+def identified_image(data: bytes) -> Image.Image:
+    """The image in these bytes by its header, no pixels decoded yet; :func:`load_image` decodes them.
+
+    Raises:
+        UndecodableImageError: by the header alone, as :func:`decode_image`.
+    """
+    ignore_pillows_warnings()
+    with what_pillow_raises():
+        image = _opened(data)
+        _require_pixels(*image.size)
+        return image
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from pipeline.config import DeployConfig, EvaluateConfig, ZeroShotConfig
 from pipeline.deploy_files import calibration_batches, write_files
+from pipeline.deploy_gates import require_finite_weights
 from pipeline.deploy_measure import Subject, measure
 from pipeline.deployment import Deployment
 from pipeline.device import keep_freed_memory
@@ -50,7 +51,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         UsageError: ``out`` is there, no such checkpoint or split, a teacher that cannot be loaded, an architecture that
             cannot be exported.
         CacheMismatchError: the teacher is not the cache's, or the cache not the run's.
-        DeploymentError: a file failed its gate; the message says by how much. Nothing is written.
+        DeploymentError: weights that are no numbers; or a file failed its gate, the message says by how much. Nothing
+            is written.
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
@@ -67,6 +69,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     teacher, teacher_probe = _teacher(config, split)
     keep_freed_memory()
     student, student_config = load_student(checkpoint)
+    require_finite_weights(checkpoint, student)
     calibration = None
     if config.int8:
         rows = split.reader.image_rows(record.config.split)

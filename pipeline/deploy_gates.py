@@ -15,11 +15,26 @@ from pipeline.deployment import DeploymentError
 from pipeline.evaluation_split import EvaluationSplit
 from pipeline.metrics import RetrievalRanks, recall_of_ranks
 from pipeline.parity import WANTED_COSINE, least_cosine, require_parity
+from pipeline.student import Student
 from pipeline.student_table import Gate
 
-__all__ = ["require_features", "require_finite", "require_recall", "require_weights"]
+__all__ = ["require_features", "require_finite", "require_finite_weights", "require_recall", "require_weights"]
 
 _WEIGHTS_ROWS = 32
+
+
+def require_finite_weights(checkpoint: Path, student: Student) -> None:
+    """The weights of a checkpoint are numbers: before a file is made of them.
+
+    Raises:
+        DeploymentError: names the first tensor that has others.
+    """
+    wrong = [name for name, tensor in student.model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise DeploymentError(
+            f"{checkpoint}: {len(wrong)} tensors have NaN or infinite weights, {wrong[0]} the first. Nothing was "
+            "deployed. Deploy the run's other checkpoint (--checkpoint best or last), or train anew."
+        )
 
 
 def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[np.float32]) -> Gate:

@@ -10,6 +10,7 @@ images at most the size is looked at. The other rows of such a chunk share batch
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -26,23 +27,29 @@ from numpy.typing import NDArray
 
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image, decoded_size
+from pipeline.decode import UndecodableImageError, decoded_size
 from pipeline.device import keep_freed_memory
 from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import Encoded, LiveTeacher
-from pipeline.views import draw_crop, replay
+from pipeline.telemetry import telemetry
+from pipeline.views import crop_shown, draw_crop
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow
+from storage.files import requests_at_once
 from storage.journal import ChunkCost
+from storage.logs import event, logger
 from storage.manifest import Layout
 from storage.writer import EmbeddingWriter
 
 __all__ = ["RowTally", "encode_chunks", "encode_shared"]
 
+_LOG = logger("precompute")
 _BATCHES_AHEAD = 4
+_WRITES_AHEAD = 2
 _OTHERS_POLL_SECONDS = 0.5
 
 
@@ -82,7 +89,7 @@ def encode_shared(
     known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
     tally = RowTally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
-    damaged = {ref for ref in refs if writer.is_committed(ref)}
+    damaged = writer.committed(refs)
     encoded: set[ChunkRef] = set()
 
     def done(ref: ChunkRef) -> bool:
@@ -120,11 +127,19 @@ def _encode(
     if teacher.device.type == "cpu":
         keep_freed_memory()
     threads = config.decode_threads or os.cpu_count() or 1
-    jobs = _Jobs(teacher, writer, data_folder(DatasetSpec.parse(config.dataset).root), known)
+    source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
     writing: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writers:
+    remote = requests_at_once(writer.files) > 1
+    with (
+        ThreadPoolExecutor(threads) as decoders,
+        # of a store both chunks that may be on their way are, and the next one is claimed meanwhile
+        ThreadPoolExecutor(_WRITES_AHEAD if remote else 1) as writers,
+        ThreadPoolExecutor(1) as claimer,
+        source.threads(writer.samples["uri"][0].as_py()) as fetchers,
+    ):
+        jobs = _Jobs(teacher, writer, source, known, fetchers)
         try:
-            for batch in _ahead(decoders, jobs.batches(refs)):
+            for batch in _ahead(decoders, jobs.batches(_one_ahead(claimer, refs) if remote else refs)):
                 chunk = batch.chunk
                 chunk.start(batch.asked_at)
                 waited = time.perf_counter()
@@ -134,17 +149,22 @@ def _encode(
                 ended = time.perf_counter()
                 chunk.decode_wait_seconds += began - waited
                 chunk.teacher_seconds += ended - began
+                telemetry().encoded(chunk.ref.tower, len(batch.rows), began - waited, ended - began)
                 tally.add_rows(chunk.ref, len(batch.rows))
                 if batch.last:
-                    # two chunks may wait for the disk before the teacher has to
-                    while len(writing) >= 2:
+                    # so many chunks may wait for the disk before the teacher has to
+                    while len(writing) >= _WRITES_AHEAD:
                         writing.popleft().result()
                     writing.append(writers.submit(chunk.write, writer, teacher))
+                    telemetry().writing(len(writing))
             while writing:
                 writing.popleft().result()
+                telemetry().writing(len(writing))
         except BaseException:
             # stop decoding ahead; whole chunks on their way to the disk are still written
             decoders.shutdown(wait=False, cancel_futures=True)
+            if fetchers is not None:
+                fetchers.shutdown(wait=False, cancel_futures=True)
             raise
 
 
@@ -162,6 +182,7 @@ class RowTally:
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk."""
         self._done[ref.tower] += rows
+        telemetry().progress(ref.tower, self._done[ref.tower], self._total[ref.tower])
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
@@ -203,7 +224,7 @@ class _Chunk:
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
             lost = [item.lost for item in inputs]
         if not batch.known:
-            encoded = self._encoded(teacher, inputs)
+            encoded = self._encoded(teacher, inputs, batch.shown)
             self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
         decoded = np.array([reason is None for reason in lost])
@@ -218,12 +239,11 @@ class _Chunk:
             for values in self.arrays.values():
                 values[row - self.rows.start] = np.nan
 
-    def _encoded(self, teacher: LiveTeacher, inputs: list[Any]) -> Encoded:
+    def _encoded(self, teacher: LiveTeacher, inputs: list[Any], shown: torch.Tensor | None) -> Encoded:
         if self.ref.tower == "text":
             return teacher.encode_texts(torch.stack(inputs))
-        blank = torch.zeros(3, *teacher.preprocess.size)
-        # an undecodable image keeps its place, so that its neighbours' batch is the same with and without it
-        return teacher.encode_images(torch.stack([blank if item.pixels is None else item.pixels for item in inputs]))
+        assert shown is not None
+        return teacher.encode_shown(shown)
 
     def _overflow(self, teacher: LiveTeacher, row: int) -> FloatingPointError:
         return FloatingPointError(
@@ -248,12 +268,23 @@ class _Chunk:
             teacher_seconds=self.teacher_seconds,
             device=str(teacher.device),
         )
+        began = time.perf_counter()
         writer.write(self.ref, self.arrays, self.quarantined, cost)
+        self._tell(cost, time.perf_counter() - began)
+
+    def _tell(self, cost: ChunkCost, write_seconds: float) -> None:
+        telemetry().written(self.ref.tower, write_seconds)
+        telemetry().bad_samples(Counter(row.reason for row in self.quarantined))
+        where = {"chunk": self.ref.name, "rows": [self.rows.start, self.rows.stop]}
+        for lost in self.quarantined:
+            event(_LOG, logging.WARNING, "row quarantined", chunk=self.ref.name, **lost.model_dump())
+        seconds = cost.model_dump(include={"seconds", "decode_wait_seconds", "teacher_seconds"})
+        counted = {"quarantined": len(self.quarantined), "write_seconds": write_seconds}
+        event(_LOG, logging.INFO, "chunk committed", **where, **seconds, **counted)
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    pixels: torch.Tensor | None
     crop: tuple[float, ...]
     lost: tuple[str, str] | None = None  # reason and detail
     sample_id: str = ""
@@ -264,14 +295,16 @@ class _Batch:
     chunk: _Chunk
     rows: NDArray[np.int64]
     last: bool
-    prepare: Callable[[NDArray[np.int64]], list[Callable[[], Any]]]
+    prepare: Callable[[_Batch], list[Callable[[], Any]]]
     known: bool = False
     futures: list[Future[Any]] = field(default_factory=list)
     asked_at: float = 0.0
+    shown: torch.Tensor | None = None
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
         self.asked_at = time.perf_counter()
-        self.futures = [pool.submit(job) for job in self.prepare(self.rows)]
+        prepared = telemetry().prepared
+        self.futures = [pool.submit(prepared(self.chunk.ref.tower, job)) for job in self.prepare(self)]
 
     def inputs(self) -> list[Any]:
         return [future.result() for future in self.futures]
@@ -280,13 +313,22 @@ class _Batch:
 class _Jobs:
     """Turns chunks into batches whose inputs can be prepared by any thread."""
 
-    def __init__(self, teacher: LiveTeacher, writer: EmbeddingWriter, image_root: str, known: KnownRows | None) -> None:
+    def __init__(
+        self,
+        teacher: LiveTeacher,
+        writer: EmbeddingWriter,
+        source: ImageSource,
+        known: KnownRows | None,
+        fetchers: ThreadPoolExecutor | None,
+    ) -> None:
         self._known = known
+        self._fetchers = fetchers
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
-        self._transform = teacher.preprocess.transform()
+        self._evaluation_crop = teacher.preprocess.shown()
+        self._pinned = teacher.device.type == "cuda"
         # where this run found the images: the folder may have moved since the cache was planned
-        self._source = ImageSource(image_root)
+        self._source = source
         self._layout = writer.manifest.layout
         self._views = writer.manifest.identity.views
         self._samples, self._captions = writer.samples, writer.captions
@@ -312,12 +354,12 @@ class _Jobs:
             batches[-1].last = True
             yield from batches
 
-    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[NDArray[np.int64]], list[Callable[[], Any]]]:
+    def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[_Batch], list[Callable[[], Any]]]:
         if known and (chunk.ref.tower == "text" or chunk.crops_known):
             return lambda _: []
         if chunk.ref.tower == "text":
             return self._text_jobs
-        return partial(self._image_jobs, self._measure if known else partial(self._decode, view=chunk.ref.view))
+        return self._measure_jobs if known else self._decode_jobs
 
     def _take_known(self, chunk: _Chunk) -> NDArray[np.bool_]:
         """Put the known rows of a chunk into it; which they are."""
@@ -335,23 +377,43 @@ class _Jobs:
         try:
             size = decoded_size(data)
             self._preprocess.require_evaluable(*size)
-            return _Decoded(None, self._preprocess.evaluation_crop(*size), sample_id=sample["sample_id"])
+            return _Decoded(self._preprocess.evaluation_crop(*size), sample_id=sample["sample_id"])
         except UndecodableImageError as error:
             lost = ("undecodable-image", str(error))
         except ValueError as error:
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
-        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
+        return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
+
+    def _samples_of(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The samples of some rows, their images on the way where each is a request."""
+        samples: list[dict[str, Any]] = _some(self._samples, rows).to_pylist()
+        if self._fetchers is not None:
+            for sample in samples:
+                sample["content"] = self._fetchers.submit(self._fetch, sample)
+        return samples
 
     def _read(self, sample: dict[str, Any]) -> bytes:
+        return self._fetch(sample) if self._fetchers is None else sample["content"].result()
+
+    def _fetch(self, sample: dict[str, Any]) -> bytes:
         data = self._source.read(sample["uri"], sample["offset"], sample["length"])
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         return data
 
-    def _image_jobs(self, look: Callable[..., _Decoded], rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
-        return [partial(look, sample) for sample in _some(self._samples, rows).to_pylist()]
+    def _measure_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        return [partial(self._measure, sample) for sample in self._samples_of(batch.rows)]
 
-    def _decode(self, sample: dict[str, Any], view: int) -> _Decoded:
-        """Pixels and crop of one view of an image, or why there are none.
+    def _decode_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        """Each writes its image to its place in the batch: one copy, by the threads that decode."""
+        samples = self._samples_of(batch.rows)
+        # an undecodable image keeps its place, black, so that its neighbours' batch is the same with and without it
+        batch.shown = torch.zeros(len(samples), *self._preprocess.size, 3, dtype=torch.uint8, pin_memory=self._pinned)
+        places = batch.shown.numpy()
+        view = batch.chunk.ref.view
+        return [partial(self._decode, sample, view, place) for sample, place in zip(samples, places, strict=True)]
+
+    def _decode(self, sample: dict[str, Any], view: int, place: NDArray[np.uint8]) -> _Decoded:
+        """One view of an image as the teacher sees it into its place, and its crop; or why there is none.
 
         Raises:
             OSError: the bytes cannot be read just now; another try may, so the row is not given up.
@@ -359,23 +421,25 @@ class _Jobs:
         """
         data = self._read(sample)
         try:
-            image = decode_image(data)
+            image = open_image(data, self._preprocess.decoder)
             if view == 0:
                 evaluation_crop = self._preprocess.evaluation_crop(*image.size)
-                return _Decoded(self._transform(image), evaluation_crop, sample_id=sample["sample_id"])
+                place[:] = np.asarray(self._evaluation_crop(image))
+                return _Decoded(evaluation_crop, sample_id=sample["sample_id"])
             self._preprocess.require_evaluable(*image.size)
             crop = draw_crop(self._views, sample["content_sha256"], view, *image.size)
-            return _Decoded(replay(image, crop, self._preprocess), crop.as_row(), sample_id=sample["sample_id"])
+            place[:] = np.asarray(crop_shown(image, crop, self._preprocess))
+            return _Decoded(crop.as_row(), sample_id=sample["sample_id"])
         except MemoryError:
             raise  # the machine's fault, not the image's
         except UndecodableImageError as error:
             lost = ("undecodable-image", str(error))
         except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
-        return _Decoded(None, (np.nan,) * 5, lost, sample["sample_id"])
+        return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
 
-    def _text_jobs(self, rows: NDArray[np.int64]) -> list[Callable[[], Any]]:
-        texts = _some(self._captions, rows)["text"].to_pylist()
+    def _text_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
+        texts = _some(self._captions, batch.rows)["text"].to_pylist()
         return [partial(self._tokenize, text) for text in texts]
 
     def _tokenize(self, text: str) -> torch.Tensor:
@@ -386,6 +450,15 @@ class _Jobs:
 def _some(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     # the slice first: take would copy a table of several pieces as a whole
     return table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
+
+
+def _one_ahead(pool: ThreadPoolExecutor, refs: Iterable[ChunkRef]) -> Iterator[ChunkRef]:
+    """The same chunks, the next one already being asked for: in a store a claim is several requests."""
+    left = iter(refs)
+    coming = pool.submit(next, left, None)
+    while (ref := coming.result()) is not None:
+        coming = pool.submit(next, left, None)
+        yield ref
 
 
 def _ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:

@@ -54,7 +54,7 @@ class EncodeWorker:
                 os.chdir(folder)
             self._config = config
             self._teacher: LiveTeacher = load_teacher(
-                config.teacher, config.pretrained, config.device, config.precision
+                config.teacher, config.pretrained, config.device, config.precision, config.decoder
             )
             self._writer = EmbeddingWriter(config.cache)
             identity = self._writer.manifest.identity

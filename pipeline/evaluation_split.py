@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,17 +79,19 @@ class EvaluationSplit:
 
     def teacher_ranks(self, depth: int = max(RECALL_KS)) -> RetrievalRanks:
         """Ranks of the teacher, from its cached rows."""
-        return self.ranks(self.teacher_image(), self.teacher_text(), depth)
+        image, text = self.reader.take("image", self.image_rows), self.reader.take("text", self.caption_rows)
+        return self.ranks(image, text, depth, cosine=True)
 
     def ranks(
-        self, image: NDArray[np.float32], text: NDArray[np.float32], depth: int = max(RECALL_KS)
+        self, image: NDArray[Any], text: NDArray[Any], depth: int = max(RECALL_KS), cosine: bool = False
     ) -> RetrievalRanks:
         """Ranks of anybody's embeddings of these images and captions.
 
         Args:
             image: (images, dim) unit norm, in the order of ``image_rows``; dim need not be the teacher's.
             text: (captions, dim) unit norm, in the order of ``caption_rows``.
-            depth: how far down to look; see ``pipeline.metrics.first_positive_ranks``.
+            depth, cosine: how far down to look, and whether to normalise first; see
+                ``pipeline.metrics.first_positive_ranks``.
 
         Raises:
             ValueError: another number of rows, other widths, or a value that is not finite.
@@ -98,7 +101,7 @@ class EvaluationSplit:
                 f"{len(image)} rows of images and {len(text)} of captions: {self.cache} has {len(self.image_rows)} "
                 f"and {len(self.caption_rows)} in split {self.name!r}"
             )
-        return first_positive_ranks(image, text, self.text_image, depth)
+        return first_positive_ranks(image, text, self.text_image, depth, cosine)
 
     @cached_property
     def images(self) -> CachedImages:

@@ -69,7 +69,9 @@ class LocalExecutor:
 
     def _load(self, config: PrecomputeConfig) -> LiveTeacher:
         if self._teacher is None:
-            self._teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+            self._teacher = load_teacher(
+                config.teacher, config.pretrained, config.device, config.precision, config.decoder
+            )
         return self._teacher
 
 

@@ -120,7 +120,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     listed = list_samples(spec)
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
-    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     there = _there(config.cache, teacher, spec, listed)
     batch = config.batch_size or default_batch_rows(teacher.device.type)
     wanted = probe or 2 * _PROBE_BATCHES * batch

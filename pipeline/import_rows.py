@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.encode import encode_shared
 from pipeline.foreign_rows import ForeignFolder, ForeignRows, ImportConfig, MatchCounts, match_rows
 from pipeline.plan import PlannedDataset, Progress, default_batch_rows, library_versions, plan_dataset, read_dataset
 from pipeline.precompute import summarize
 from pipeline.proof import cosine, draw_rows
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import LiveTeacher, load_teacher
 from storage.commits import Tower
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
@@ -85,7 +86,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     started = time.perf_counter()
     DatasetSpec.parse(config.dataset)
     folder = ForeignFolder(config.folder)
-    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     planned = read_dataset(config, teacher, progress)
     if folder.dim != planned.identity.teacher.embed_dim:
         raise CacheMismatchError(
@@ -106,7 +107,10 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
     pending = plan_dataset(
-        config, teacher.device.type, planned, library_versions() | {IMPORTED: said, IMPORTED_ROWS: known.sha256}
+        config,
+        teacher.device.type,
+        planned,
+        library_versions(config.decoder) | {IMPORTED: said, IMPORTED_ROWS: known.sha256},
     )
     _require_these_rows(config.cache, known)  # another process may have planned it meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
@@ -234,14 +238,15 @@ class _Eye:
     def __init__(self, teacher: LiveTeacher, planned: PlannedDataset) -> None:
         self._samples, self._captions = planned.tables[SAMPLES], planned.tables[CAPTIONS]
         self._source = ImageSource(planned.dataset.root)
-        self._transform, self._tokenizer = teacher.preprocess.transform(), teacher.tokenizer
+        self._preprocess, self._tokenizer = teacher.preprocess, teacher.tokenizer
+        self._transform = teacher.preprocess.transform()
 
     def image(self, row: int) -> torch.Tensor | None:
         sample = self._samples.slice(row, 1).to_pylist()[0]
         data = self._source.read(sample["uri"], sample["offset"], sample["length"])
         require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
         try:
-            return self._transform(decode_image(data))
+            return self._transform(open_image(data, self._preprocess.decoder))
         except (UndecodableImageError, ValueError):
             return None
 

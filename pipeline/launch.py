@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from pipeline.config import TrainConfig
 from pipeline.device import keep_freed_memory, resolve_device
+from pipeline.telemetry import observed
 from storage.errors import CacheError, UsageError
 
 __all__ = ["launch"]
@@ -39,8 +40,10 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     ``progress``. When one of them fails the others end and its error is raised here: of its own class where that is
     one of ``_ERRORS``, else as torch's text of it.
 
+    Metrics are served by each process, if asked: on the port, and the ones after it (``pipeline.telemetry``).
+
     Raises:
-        UsageError: a device is not there.
+        UsageError: a device is not there, or the port of metrics is taken.
     """
     device = resolve_device(config.device)
     precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
@@ -48,7 +51,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=index, precision=precision)
         _prepare(device)
-        work(fabric, config, progress, *args)
+        with observed():
+            work(fabric, config, progress, *args)
         return
     if device.index is not None:
         raise UsageError(f"device {config.device!r} names one device, but devices is {config.devices}; use cuda or cpu")
@@ -85,7 +89,8 @@ def _rank(
     _prepare(torch.device(device))
     report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
     try:
-        work(fabric, config, report, *args)
+        with observed(fabric.local_rank, rank=fabric.global_rank):
+            work(fabric, config, report, *args)
     except Exception as error:
         if isinstance(error, _ERRORS):
             sender.send(("error", (type(error), str(error))))

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     student = build_student(
         student_config(config.student), handed_on(manifest.identity.preprocess), manifest.layout.embed_dim
     )
-    preprocess = student.preprocess
+    decoded_by = manifest.identity.preprocess.decoder
+    preprocess = student.preprocess.decoded_by(decoded_by)
     record = PixelsRecord(
         cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),
         split=config.split,
@@ -136,7 +138,8 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         rows_sha256=hashlib.sha256(rows_bytes(rows)).hexdigest(),
         images_sha256=images_sha256(reader, rows),
         crops_sha256=region_digests(reader, rows, views),
-        decoder=f"Pillow {__version__}, libjpeg {features.version('jpg')}",
+        decoder=_versions(decoded_by),
+        decoded_by=decoded_by,
     )
     try:
         record = _continued(record, read_record(files), config.out)
@@ -214,6 +217,13 @@ def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | No
         chunks=total,
         chunks_made=plan.chunks_to_make,
     )
+
+
+def _versions(decoder: str | None) -> str:
+    pillow = f"Pillow {__version__}, libjpeg {features.version('jpg')}"
+    if decoder is None:
+        return pillow
+    return f"simplejpeg {version('simplejpeg')}, torch {version('torch')}, {pillow}"
 
 
 _Work = tuple[int, tuple[int, ...], list[Future[list[bytes]]]]

@@ -1,4 +1,4 @@
-"""Recall at K, exact with FAISS; retention. Pure functions of arrays; no torch."""
+"""Recall at K, exact; retention. Pure functions of arrays; no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.nearest import nearest_parts, top_k
+from pipeline.nearest import nearest_parts, searches_on_gpu, top_k
+from storage.nearest import unit_rows
+from storage.ranks import first_positive_ranks as rows_before
 
 __all__ = [
     "RECALL_KS",
@@ -41,17 +43,19 @@ class RetrievalRanks:
 
 
 def first_positive_ranks(
-    image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], depth: int
+    image: NDArray[Any], text: NDArray[Any], text_image: NDArray[np.int64], depth: int, cosine: bool = False
 ) -> RetrievalRanks:
     """Rank of the best positive of each image and of each caption, by inner product, equal scores by row number.
 
-    Exact (``pipeline.nearest``), in bounded memory: some queries at a time, never all scores.
+    Exact and in bounded memory, never all scores: counted (``storage.ranks``), or searched for (``pipeline.nearest``)
+    where faiss-gpu finds a GPU. Both ways give the same ranks.
 
     Args:
-        image: (images, dim) normalised.
-        text: (captions, dim) normalised.
+        image: (images, dim) of any float type, normalised.
+        text: (captions, dim) likewise.
         text_image: (captions,) position of each caption's image in ``image``.
         depth: places to look at, at least 1; may exceed the gallery.
+        cosine: the rows need not be of unit norm; made so some at a time (``storage.nearest.unit_rows``).
 
     Raises:
         ValueError: no images or no captions, a position outside, depth below 1, other widths, or a value that is not
@@ -63,12 +67,20 @@ def first_positive_ranks(
         raise ValueError(f"text_image must give each of {len(text)} captions a position in 0 ... {len(image) - 1}")
     if depth < 1:
         raise ValueError(f"depth is {depth}, at least 1 wanted")
+    if not searches_on_gpu():
+        i2t, t2i = rows_before(image, text, text_image, depth, cosine)
+        return RetrievalRanks(_from_one(i2t, depth), _from_one(t2i, depth), depth)
+    image, text = (unit_rows(rows) if cosine else np.asarray(rows, np.float32) for rows in (image, text))
     images = np.arange(len(image))
     return RetrievalRanks(
         i2t=_first_positive(image, text, images, text_image, depth),
         t2i=_first_positive(text, image, text_image, images, depth),
         depth=depth,
     )
+
+
+def _from_one(before: NDArray[np.int64], depth: int) -> NDArray[np.int32]:
+    return np.where(before < depth, before + 1, 0).astype(np.int32)
 
 
 def _first_positive(

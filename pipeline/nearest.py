@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["nearest_parts", "top_k"]
+__all__ = ["nearest_parts", "searches_on_gpu", "top_k"]
 
 _QUERIES_AT_ONCE = 4096
 _WORK_BYTES = 128 << 20
@@ -40,6 +40,15 @@ def top_k(queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int) ->
     for start, rows in nearest_parts(queries, gallery, k):
         found[start : start + len(rows)] = rows
     return found
+
+
+def searches_on_gpu() -> bool:
+    """Whether FAISS is there, is built for GPUs, and finds one."""
+    try:
+        import faiss
+    except ImportError:
+        return False
+    return _gpus(faiss) > 0
 
 
 def nearest_parts(
@@ -188,8 +197,7 @@ class _Search:
 
     def _gpu_index(self) -> Any:
         faiss = self._faiss
-        # the build for CPUs may lack the names, and a build for GPUs may run where there is none
-        if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        if not _gpus(faiss):
             return None
         try:
             config = faiss.GpuIndexFlatConfig()
@@ -222,6 +230,11 @@ class _Search:
     def _leave_gpu(self, why: str) -> None:
         self._gpu = self._resources = None
         warnings.warn(f"faiss-gpu: {why}. Going on with the CPU, to the same result.", RuntimeWarning, stacklevel=2)
+
+
+def _gpus(faiss: Any) -> int:
+    # the build for CPUs may lack the names, and a build for GPUs may run where there is none
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def _next(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from pipeline.preprocess import Preprocess
+from pipeline.scaled_jpeg import PILLOW
 from storage.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -59,8 +60,8 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """JSON with its own digest."""
-        fields = self.model_dump(mode="json")
+        """JSON with its own digest; a field that is None is left out, so that one added later changes no record."""
+        fields = self.model_dump(mode="json", exclude_none=True)
         return json.dumps({**fields, "digest": digest_of(fields)}, indent=1).encode() + b"\n"
 
     @classmethod
@@ -95,6 +96,7 @@ class PixelsRecord(_Record):
     images_sha256: str = Field(description="Over the digests of the images' files, in the order of the rows.")
     crops_sha256: tuple[str, ...] = Field(description="Per view from 1 on: over the stored boxes, in the same order.")
     decoder: str = Field(description="Versions of what decoded and resized; another one may differ by one level.")
+    decoded_by: str | None = Field(None, description="As the cache's identity says; left out for Pillow.")
 
     @property
     def row_bytes(self) -> int:
@@ -122,7 +124,7 @@ class PixelsRecord(_Record):
 
     def made_of(self, view: int) -> str:
         """Digest of all that the bytes of one view depend on; views that come later leave it as it is."""
-        fields = self.model_dump(mode="json", exclude={"cache", "split", "views", "crops_sha256"})
+        fields = self.model_dump(mode="json", exclude={"cache", "split", "views", "crops_sha256"}, exclude_none=True)
         return digest_of({**fields, "crops": self.crops_sha256[view - 1] if view else None})
 
 
@@ -285,6 +287,8 @@ class ReadyPixels:
         there = self._rows < reader.manifest.layout.image_rows
         wanted: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
         found = record.seen_by()
+        found["decoder"] = record.decoded_by or PILLOW
+        wanted["decoder"] = reader.manifest.identity.preprocess.decoder or PILLOW
         found["images_sha256"] = record.images_sha256
         wanted["images_sha256"] = images_sha256(reader, self._rows[there])
         for view, digest in enumerate(region_digests(reader, self._rows[there], views), start=1):

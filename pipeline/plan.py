@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -16,11 +17,14 @@ from PIL import __version__ as pillow_version
 from pipeline.config import PrecomputeConfig
 from pipeline.known_rows import require_reusable
 from pipeline.samples import DatasetSpec, SampleSet, load_samples
+from pipeline.scaled_jpeg import JPEG_SCALED, PILLOW
 from pipeline.teacher import LiveTeacher
+from pipeline.telemetry import telemetry
 from storage.commits import ChunkRef
 from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
+from storage.logs import event, logger
 from storage.manifest import IMPORTED, Layout, Source
 from storage.root import look_at_manifest, planned_manifest, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
+
+_LOG = logger("precompute")
 
 # milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
@@ -78,8 +84,9 @@ def plan_precompute(
     """
     _refuse_to_mix(config.cache)
     planned = read_dataset(config, teacher, progress)
+    _tell_problems(planned.dataset)
     origin = _by_way_of(config.reuse, planned.identity)
-    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions() | origin)
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions(config.decoder) | origin)
     if origin and pending and IMPORTED not in planned_manifest(open_files(config.cache)).made_with:
         raise CacheMismatchError(
             f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
@@ -88,6 +95,12 @@ def plan_precompute(
     if any(ref.view == 0 for ref in pending):
         _refuse_to_mix(config.cache, sealed=True)
     return pending
+
+
+def _tell_problems(dataset: SampleSet) -> None:
+    telemetry().bad_samples(Counter(problem.kind for problem in dataset.problems))
+    for problem in dataset.problems:
+        event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
 
 
 def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
@@ -296,7 +309,13 @@ def default_batch_rows(device: str) -> int:
     return 16 if device == "cpu" else 256
 
 
-def library_versions() -> dict[str, str]:
-    """What made the pixels and the rows, for a manifest."""
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
+def library_versions(decoder: str = PILLOW) -> dict[str, str]:
+    """What made the pixels and the rows, for a manifest.
+
+    Args:
+        decoder: of the images.
+    """
+    names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
+    if decoder == JPEG_SCALED:
+        names = (*names, "simplejpeg")
     return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

@@ -12,6 +12,7 @@ from pipeline.executors import open_executor
 from pipeline.known_rows import known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec
+from pipeline.telemetry import observed
 from storage.inspect import describe_cache
 from storage.reader import EmbeddingReader
 from storage.tables import PROBLEMS, read_table
@@ -61,7 +62,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
 
     Raises:
-        UsageError: dataset, teacher or device cannot be used; nothing is written then.
+        UsageError: dataset, teacher, device or the port of metrics cannot be used; nothing is written then.
         CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing; or an image changed
             while the run worked.
         OSError: an image could not be read, or a chunk not written; what is committed stays.
@@ -70,10 +71,11 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
     """
     started = time.perf_counter()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
-    with open_executor(config) as executor:
-        pending = executor.plan(config, progress)
-        encoded = executor.encode(config, pending, progress)
-    return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
+    with observed(cache=config.cache):
+        with open_executor(config) as executor:
+            pending = executor.plan(config, progress)
+            encoded = executor.encode(config, pending, progress)
+        return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
 
 
 def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:

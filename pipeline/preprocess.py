@@ -1,13 +1,14 @@
-"""Decoded images to model input, by open_clip's own evaluation transform, with a probe of it.
+"""Images to model input, by open_clip's own evaluation transform, with a probe of it.
 
-Decoding is in :mod:`pipeline.decode`; geometry, and the same transform without torch, in :mod:`pipeline.model_input`.
+Decoding is in :mod:`pipeline.decode`, and the faster one in :mod:`pipeline.scaled_jpeg`; geometry, and the same
+transform without torch, in :mod:`pipeline.model_input`.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.transforms import functional as transforms
 
 from pipeline.decode import ignore_pillows_warnings
 from pipeline.model_input import ModelInput
+from pipeline.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 
 if TYPE_CHECKING:
     from storage.identity import PreprocessIdentity
@@ -29,7 +31,13 @@ __all__ = ["Preprocess", "handed_on"]
 
 @dataclass(frozen=True)
 class Preprocess(ModelInput):
-    """The evaluation transform of one model, by open_clip itself; a probe of it identifies it in a cache."""
+    """The evaluation transform of one model, by open_clip itself; a probe of it identifies it in a cache.
+
+    Attributes:
+        decoder: of the images, for :func:`pipeline.scaled_jpeg.open_image`.
+    """
+
+    decoder: str = PILLOW
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> Preprocess:
@@ -37,14 +45,26 @@ class Preprocess(ModelInput):
         config: dict[str, Any] = model.visual.preprocess_cfg  # type: ignore[assignment,union-attr]
         return cls.from_config(config)
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """open_clip's own transform, a PIL image to a float32 tensor (3, height, width): ``shown``, then normalised.
+    def decoded_by(self, decoder: str | None) -> Preprocess:
+        """The same with the decoder of a cache.
+
+        Args:
+            decoder: as :class:`storage.identity.PreprocessIdentity` has it: None is Pillow.
+
+        Raises:
+            UsageError: it is not known, or needs a package that is not installed.
+        """
+        require_decoder(decoder or PILLOW)
+        return replace(self, decoder=decoder or PILLOW)
+
+    def transform(self) -> Callable[[Image.Image | ScaledJpeg], torch.Tensor]:
+        """open_clip's own transform, an image to a float32 tensor (3, height, width): ``shown``, then normalised.
 
         It raises a ValueError for an image that is too long a strip; see :mod:`pipeline.decode`'s rules.
         """
         return _Transform(self._of_open_clip(), self)
 
-    def shown(self) -> Callable[[Image.Image], Image.Image]:
+    def shown(self) -> Callable[[Image.Image | ScaledJpeg], Image.Image]:
         """The part of :meth:`transform` that moves pixels: to an RGB image of ``size``. It raises as that does."""
         return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
 
@@ -59,6 +79,23 @@ class Preprocess(ModelInput):
         """
         pixels: torch.Tensor = transforms.normalize(transforms.to_tensor(shown), list(self.mean), list(self.std))
         return pixels
+
+    def normalized_batch(self, shown: torch.Tensor) -> torch.Tensor:
+        """:meth:`normalized` of a batch, on the device that it lies on; on a CPU to the last bit.
+
+        Args:
+            shown: uint8 (batch, height, width, 3), RGB of ``size``.
+
+        Returns:
+            float32 (batch, 3, height, width).
+        """
+        # tensors of the device, not numbers: CUDA would multiply by the reciprocal of a number
+        mean, std, levels = (
+            torch.tensor(values, dtype=torch.float32, device=shown.device).reshape(-1, 1, 1)
+            for values in (self.mean, self.std, (255.0,))
+        )
+        # moved while it is bytes, a quarter of the floats
+        return shown.permute(0, 3, 1, 2).contiguous().float().div_(levels).sub_(mean).div_(std)
 
     def _of_open_clip(self) -> Compose:
         config = PreprocessCfg(**{**self.to_config(), "size": self.size})
@@ -77,6 +114,7 @@ class Preprocess(ModelInput):
             fill_color=self.fill_color,
             antialias=True,  # open_clip's transform works on PIL images, whose resize always low-passes
             probe=self._probe(),
+            decoder=None if self.decoder == PILLOW else self.decoder,
         )
 
     def _probe(self) -> str:
@@ -101,8 +139,11 @@ class Preprocess(ModelInput):
 
 
 def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
-    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``: all but the size."""
-    return teacher.model_dump(exclude={"probe", "image_size", "antialias"})
+    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``.
+
+    All but the size, which is the student's own, and the decoder, which is that of the images of each cache.
+    """
+    return teacher.model_dump(exclude={"probe", "image_size", "antialias", "decoder"})
 
 
 @dataclass(frozen=True)
@@ -112,7 +153,9 @@ class _Shown:
     apply: Any
     preprocess: Preprocess
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image | ScaledJpeg) -> Image.Image:
+        if isinstance(image, ScaledJpeg):
+            return self.preprocess.picture(image)
         self.preprocess.require_resizable(*image.size)
         ignore_pillows_warnings()
         shown: Image.Image = self.apply(image)
@@ -128,7 +171,7 @@ class _Transform:
     def __repr__(self) -> str:
         return repr(self._whole)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
         return self._preprocess.normalized(self._shown(image))
 
 

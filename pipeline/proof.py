@@ -11,6 +11,7 @@ p = 0.99, 44 for one in ten, 7 for one in two.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,18 +24,21 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import ProofConfig
 from pipeline.datasets.base import data_folder
-from pipeline.decode import UndecodableImageError, decode_image
+from pipeline.decode import UndecodableImageError
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
+from pipeline.scaled_jpeg import open_image
 from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.views import Crop, draw_crop, replay
-from storage.commits import QuarantinedRow, Tower
+from storage.commits import ChunkRef, QuarantinedRow, Tower
 from storage.errors import CacheError, CacheMismatchError
 from storage.integrity import IntegrityReport
+from storage.logs import event, logger
 from storage.reader import EmbeddingReader
 
 __all__ = ["ProofResult", "ProvenReport", "WrongRow", "cosine", "draw_rows", "fraction_shown", "prove_sample"]
 
+_LOG = logger("verify")
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
 _Place = tuple[int, int]  # row and view
 _BOX_TOLERANCE = 1e-3  # of the stored crop, in source pixels: float32 of numbers below 2^16
@@ -106,7 +110,8 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     if config.dataset:
         root = data_folder(DatasetSpec.parse(config.dataset).root)
     name, tag = teacher_of(manifest, cache, config.teacher, config.pretrained)
-    live = load_teacher(name, tag, config.device, config.precision or identity.teacher.precision)
+    precision = config.precision or identity.teacher.precision
+    live = load_teacher(name, tag, config.device, precision, identity.preprocess.decoder)
     same = identity.teacher.model_copy(update={"precision": live.precision})
     live.require(identity.model_copy(update={"teacher": same}), cache)
 
@@ -218,8 +223,8 @@ class _Proof:
             ) from error
         require_content(data, sample["content_sha256"], named)
         try:
-            image = decode_image(data)
             preprocess = self._teacher.preprocess
+            image = open_image(data, preprocess.decoder)
             if view == 0:
                 evaluation_crop = preprocess.evaluation_crop(*image.size)
                 return _Seen(row, view, sample_id, self._transform(image), evaluation_crop)
@@ -267,9 +272,10 @@ class _Proof:
                 self._add(tower, item, found, f"crop {crops[number].tolist()} is stored, {list(item.crop)} is taken")
 
     def _add(self, tower: Tower, item: _Seen, cosine: float | None, what: str) -> None:
-        self.wrong.append(
-            WrongRow(tower=tower, view=item.view, row=item.row, sample_id=item.sample_id, cosine=cosine, what=what)
-        )
+        wrong = WrongRow(tower=tower, view=item.view, row=item.row, sample_id=item.sample_id, cosine=cosine, what=what)
+        self.wrong.append(wrong)
+        chunk = ChunkRef(tower, item.view, item.row // self._reader.manifest.layout.chunk_rows(tower)).name
+        event(_LOG, logging.ERROR, "row is not the teacher's", chunk=chunk, **wrong.model_dump())
 
 
 def cosine(cached: NDArray[np.float32], live: NDArray[np.float32]) -> float:

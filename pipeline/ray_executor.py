@@ -131,7 +131,7 @@ class RayExecutor:
     def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
         """See :class:`pipeline.executors.Executor`. Planned by this process, which needs no GPU."""
         device = "cuda" if self._slot(config).gpus else "cpu"
-        teacher = load_teacher(config.teacher, config.pretrained, "cpu", config.precision)
+        teacher = load_teacher(config.teacher, config.pretrained, "cpu", config.precision, config.decoder)
         return plan_precompute(config, teacher, progress, encode_on=device)
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:

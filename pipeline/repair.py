@@ -217,7 +217,7 @@ def _teacher(plan: RepairPlan, teacher: str | None, pretrained: str | None, devi
     name, tag = teacher_of(plan.manifest, cache, teacher, pretrained)
     from pipeline.teacher import load_teacher
 
-    live = load_teacher(name, tag, device, identity.teacher.precision)
+    live = load_teacher(name, tag, device, identity.teacher.precision, identity.preprocess.decoder)
     live.require(identity, cache)
     return live
 

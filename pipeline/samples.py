@@ -10,20 +10,24 @@ problem's text is made printable (:func:`pipeline.datasets.base.printable`) befo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, quote
 
 import fsspec
 
 from pipeline.datasets import Problem, Record, Sample, SampleSet, adapter
 from pipeline.datasets.base import data_folder, open_regular, printable
+from storage import remote_files
 from storage.errors import CacheMismatchError, UsageError
+from storage.files import REQUESTS_AT_ONCE
 from storage.redact import redact
 from storage.transient import is_transient
 
@@ -39,8 +43,11 @@ __all__ = [
 ]
 
 _HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
+_FETCHES = REQUESTS_AT_ONCE  # of images behind a URL, by one process; most of each is waiting
 _HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
 _RETRY_SECONDS = (0.5, 2.0)
+_LOCAL_FILES = ("file", "local")
+_ON_THIS_MACHINE = (*_LOCAL_FILES, "torchvision", "memory")
 # images that torchvision keeps in arrays; imported when the first of them is read
 fsspec.register_implementation("torchvision", "pipeline.torchvision_images.TorchvisionFiles")
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
@@ -133,6 +140,21 @@ class ImageSource:
             return uri
         return f"{self.root.rstrip('/')}/{uri}"
 
+    def fetches(self, uri: str) -> int:
+        """How many such images are worth reading at once by threads of their own: 0 where a file answers at once."""
+        scheme, mark, _ = self.resolve(uri).partition("://")
+        return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
+
+    @contextlib.contextmanager
+    def threads(self, uri: str) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads of their own for images like this one; None where it is a file of this machine."""
+        fetches = self.fetches(uri)
+        if not fetches:
+            yield None
+            return
+        with ThreadPoolExecutor(fetches, thread_name_prefix="images") as pool:
+            yield pool
+
     def read(self, uri: str, offset: int = -1, length: int = -1) -> bytes:
         """The image's bytes as stored, not decoded.
 
@@ -148,7 +170,7 @@ class ImageSource:
             # simplecache:: and its kin write copies to places of their own
             raise OSError(f"{target}: a chain of file systems is not followed; write the plain path or URL")
         scheme, mark, path = target.partition("://")
-        if mark and scheme not in ("file", "local"):
+        if mark and scheme not in _LOCAL_FILES:
             data = _fetch(target, offset, length)
         else:
             data = _read_file(path if mark else target, offset, length)
@@ -177,14 +199,14 @@ def _fetch(url: str, offset: int, length: int) -> bytes:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ConnectionError: the server did not answer well, three times.
+        ConnectionError: the server did not answer well, three times; S3 as often as caches are tried.
         OSError: it answered, and will not give these bytes; or the URL cannot be used.
     """
     start = offset if offset > 0 else None
     end = max(offset, 0) + length if length >= 0 else None
-    for pause in (*_RETRY_SECONDS, None):
+    for pause in (*_pauses(url), None):
         try:
-            filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem, path = _filesystem_of(url)
             data: bytes = filesystem.cat_file(path, start=start, end=end)
             return data
         except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -199,6 +221,21 @@ def _fetch(url: str, offset: int, length: int) -> bytes:
                 raise ConnectionError(f"{url}: {type(error).__name__}: {redact(str(error))}") from error
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def _filesystem_of(url: str) -> tuple[Any, str]:
+    # S3 by the connections of the caches: by default s3fs asks for the size first and keeps to ten at once
+    return remote_files.filesystem_of(url) if _is_s3(url) else fsspec.core.url_to_fs(url)
+
+
+def _pauses(url: str) -> Sequence[float]:
+    # those connections try once, where others try again by themselves
+    retry = remote_files.RETRY
+    return [retry.pause_seconds(number) for number in range(1, retry.tries)] if _is_s3(url) else _RETRY_SECONDS
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
 
 
 def require_content(data: bytes, sha256: str, where: str) -> None:
@@ -247,7 +284,8 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
 
     found = SampleSet(spec.kind, source.root, problems=listed.problems)
     digests: list[str] = []
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+    fetches = max((source.fetches(sample.uri) for sample in listed.samples[:1]), default=0)
+    with ThreadPoolExecutor(fetches or _HASH_THREADS) as pool:
         results = (
             result
             for first in range(0, len(listed.samples), _HASH_WINDOW)

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.datasets.base import printable
 from pipeline.device import resolve_device
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_files, require_plain_settings
 from pipeline.preprocess import Preprocess, handed_on
+from pipeline.scaled_jpeg import PILLOW, require_decoder
 from pipeline.short_text import can_shorten, encode_text, shorten
 from storage.errors import UsageError
 from storage.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
@@ -62,12 +63,13 @@ class LiveTeacher:
         architecture: dict[str, Any],
         device: torch.device,
         precision: Precision,
+        decoder: str | None = None,
     ) -> None:
         self.name = name
         self.pretrained = pretrained
         self.device = device
         self.precision = precision
-        self.preprocess = Preprocess.of_model(model)
+        self.preprocess = Preprocess.of_model(model).decoded_by(decoder)
         self.tokenizer = tokenizer
         self.architecture = architecture
         self.weights_sha256 = _digest_weights(model)
@@ -81,6 +83,10 @@ class LiveTeacher:
     def encode_images(self, pixels: torch.Tensor) -> Encoded:
         """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
         return self._finish(self.model.encode_image, pixels)
+
+    def encode_shown(self, shown: torch.Tensor) -> Encoded:
+        """As :meth:`encode_images`, of (batch, height, width, 3) uint8 before normalising, which the device does."""
+        return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
 
     def encode_texts(self, tokens: torch.Tensor) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""
@@ -112,11 +118,14 @@ class LiveTeacher:
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         return features / norm, norm
 
-    def identity(self) -> TeacherIdentity:
-        """What a cache records of the teacher."""
+    @cached_property
+    def _embed_dim(self) -> int:
         with torch.inference_mode():
             probe = torch.zeros(1, 3, *self.preprocess.size, device=self.device)
-            embed_dim = int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+            return int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+
+    def identity(self) -> TeacherIdentity:
+        """What a cache records of the teacher."""
         bias = getattr(self.model, "logit_bias", None)
         return TeacherIdentity(
             name=self.name,
@@ -124,7 +133,7 @@ class LiveTeacher:
             weights_sha256=self.weights_sha256,
             architecture=self.architecture,
             activation=_activations(self.model),
-            embed_dim=embed_dim,
+            embed_dim=self._embed_dim,
             precision=self.precision,
             logit_scale=self.logit_scale,
             logit_bias=None if bias is None else float(bias.item()),
@@ -136,12 +145,16 @@ class LiveTeacher:
         Raises:
             CacheMismatchError: names each field that differs, with both values.
         """
-        mine = {
+        identity.require(identity.model_copy(update=self._parts_of_identity), cache)
+
+    @cached_property
+    def _parts_of_identity(self) -> dict[str, Any]:
+        """Found out once: the probes take a tenth of a second, and every span of chunks begins with the comparison."""
+        return {
             "teacher": self.identity(),
             "preprocess": self.preprocess.identity(),
             "tokenizer": self.tokenizer_identity(),
         }
-        identity.require(identity.model_copy(update=mine), cache)
 
     def tokenizer_identity(self) -> TokenizerIdentity:
         """What a cache records of the tokenizer."""
@@ -153,19 +166,25 @@ class LiveTeacher:
 
 
 def load_teacher(
-    name: str, pretrained: str | None = None, device: str = "auto", precision: Precision = "fp32"
+    name: str,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    decoder: str | None = None,
 ) -> LiveTeacher:
     """Build an open_clip model with its trained weights.
 
     Args:
         name: a built-in name with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH`` or ``bundled:scenes``.
         pretrained: open_clip's tag or a weights file; for a built-in name only.
+        decoder: of its images, by the name that a cache's identity has for it; Pillow if left out.
 
     Raises:
         UsageError: unknown name or tag, no weights (a random teacher is never used), weights that hold more than
-            tensors, a config that asks for a model's own code, or no such device.
+            tensors, a config that asks for a model's own code, no such device or decoder, or a package is missing.
     """
     where = resolve_device(device)
+    require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     path = BUNDLED.get(name)
     if path is None and name.startswith("bundled:"):
@@ -204,7 +223,7 @@ def load_teacher(
         raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
     if quick_gelu:
         architecture = {**architecture, "quick_gelu": True}
-    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision)
+    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, decoder)
 
 
 def recorded_name(name: str) -> str:
@@ -214,9 +233,11 @@ def recorded_name(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def cached_teacher(name: str, pretrained: str | None, device: str, precision: Precision) -> LiveTeacher:
+def cached_teacher(
+    name: str, pretrained: str | None, device: str, precision: Precision, decoder: str | None = None
+) -> LiveTeacher:
     """The same as :func:`load_teacher`, loaded once per process: for callers that encode part by part."""
-    return load_teacher(name, pretrained, device, precision)
+    return load_teacher(name, pretrained, device, precision, decoder)
 
 
 def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:

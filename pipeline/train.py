@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -27,15 +28,18 @@ from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selecti
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
+from pipeline.telemetry import telemetry
 from pipeline.train_log import StepLog
 from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
 from pipeline.train_step import TrainStep
 from storage.errors import CacheMismatchError, UsageError
 from storage.expected import expected_identity
+from storage.logs import event, log_fields, logger
 from storage.reader import EmbeddingReader
 
 __all__ = ["StepProgress", "TrainResult", "train"]
 
+_LOG = logger("train")
 
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave --expect out, or accept a difference by --accept-mismatch FIELD, "
@@ -162,7 +166,8 @@ def _train_rank(
         train_images=len(rows),
     )
     # rank 0 alone writes
-    with run.locked() if fabric.global_rank == 0 else contextlib.nullcontext():
+    lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
+    with lock, log_fields(run=str(run.path), cache=config.cache):
         if resume:
             record = _recorded(run, record)
         fabric.barrier()
@@ -275,7 +280,8 @@ class _Trainer:
         before = sums.model_copy()
         started = waiting = time.perf_counter()
         for pair, part, (pixels, tokens) in zip(pairs, mine, loader, strict=True):
-            sums.waited += time.perf_counter() - waiting
+            arrived = time.perf_counter()
+            sums.waited += arrived - waiting
             targets = self._teacher.targets(part)
             values = self._step(self._point.step, pixels, tokens, targets, pair)
             if self._average is not None:
@@ -284,7 +290,9 @@ class _Trainer:
             sums.steps += 1
             for name, value in {"loss": values.loss, **values.parts}.items():
                 sums.values[name] = sums.values.get(name, 0.0) + value
-            spent = time.perf_counter() - started
+            ended = time.perf_counter()
+            spent = ended - started
+            telemetry().step(len(part.image_rows), values.loss, arrived - waiting, ended - arrived)
             sums.seconds = before.seconds + spent
             rate = (sums.steps - first) * config.batch_size / spent
             wait_share = (sums.waited - before.waited) / spent
@@ -318,6 +326,8 @@ class _Trainer:
             selection=selection,
         )
         self._log.epoch(self._point.step, finished)
+        measured = finished.model_dump(exclude={"parts"})
+        event(_LOG, logging.INFO, "epoch finished", step=self._point.step, rows=len(self._rows), **measured)
         self._record = self._record.model_copy(
             update={"seconds": self._record.seconds + sums.seconds, "epochs": (*self._record.epochs, finished)}
         )
@@ -377,6 +387,7 @@ class _Trainer:
             chosen = (best, lambda folder: model(folder, chosen=how))
         self._record = self._run.checkpoint(record, name, whole, chosen)
         self._saved_at = time.monotonic()
+        event(_LOG, logging.INFO, "checkpoint saved", step=record.steps, checkpoint=self._record.checkpoint)
 
     def _due(self) -> bool:
         every = self._config.checkpoint_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ from pipeline.losses import LossInputs, weighted_sum
 from pipeline.queue_rows import TeacherQueue
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, StudentOutput
+from storage.logs import event, logger
 
 __all__ = ["StepValues", "TrainStep"]
+
+_LOG = logger("train")
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ class TrainStep:
 
 
 def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:
+    rows = {"rows": pairs.image_rows.tolist(), "caption_rows": pairs.caption_rows.tolist()}
+    event(_LOG, logging.ERROR, "not finite", step=step, detail=what, learning_rate=rate, **rows)
     return (
         f"step {step}: {what}. Image rows {pairs.image_rows.tolist()}, caption rows {pairs.caption_rows.tolist()}. "
         f"Lower the learning rate ({rate:.2g}), or use precision fp32."

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from pipeline.preprocess import Preprocess
+from pipeline.scaled_jpeg import ScaledJpeg
 from storage.identity import ViewsIdentity
 
 __all__ = ["Crop", "crop_shown", "draw_crop", "replay"]
@@ -89,7 +90,7 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
     return Crop(top, left, box_height, box_width, flip)
 
 
-def replay(image: Image.Image, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
+def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
     """What a model sees of a crop, at its own resolution: teacher and students alike.
 
     :func:`crop_shown`, then normalised; in the order of open_clip's training transform.
@@ -103,11 +104,11 @@ def replay(image: Image.Image, crop: Crop, preprocess: Preprocess) -> torch.Tens
     return preprocess.normalized(crop_shown(image, crop, preprocess))
 
 
-def crop_shown(image: Image.Image, crop: Crop, preprocess: Preprocess) -> Image.Image:
+def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> Image.Image:
     """The part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
 
     Args:
-        image: as ``decode_image`` gives it: upright only if its pixels are, in the mode that it has.
+        image: as the decoder gives it: upright only if its pixels are, in the mode that it has.
 
     Returns:
         An RGB image of ``preprocess.size``.
@@ -120,7 +121,13 @@ def crop_shown(image: Image.Image, crop: Crop, preprocess: Preprocess) -> Image.
             f"stored crop {crop.as_row()} reaches beyond the {image.width} x {image.height} pixels there are"
         )
     # "random" means bicubic where nothing is random, as in open_clip
-    mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
+    bilinear = preprocess.interpolation == "bilinear"
+    if isinstance(image, ScaledJpeg):
+        height, width = preprocess.size
+        box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
+        found = image.resize((width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC, box)
+        return ImageOps.mirror(found) if crop.flip else found
+    mode = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
     seen = transforms.resized_crop(
         image, crop.top, crop.left, crop.height, crop.width, list(preprocess.size), interpolation=mode
     )

@@ -83,7 +83,10 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     asked = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
     reader.identity.require(reader.identity.model_copy(update={"dataset": asked}), config.cache, _WAY_OUT)
     if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
-        load_teacher(config.teacher, config.pretrained, config.device).require(reader.identity, config.cache)
+        decoder = reader.identity.preprocess.decoder
+        load_teacher(config.teacher, config.pretrained, config.device, decoder=decoder).require(
+            reader.identity, config.cache
+        )
     rows = reader.image_rows()
     image = np.zeros((reader.manifest.layout.image_rows, reader.embed_dim), np.float32)
     image[rows] = unit_rows(reader.take("image", rows))

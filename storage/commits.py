@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles
+from storage.files import CacheFiles, in_parallel
 from storage.identity import canonical_json, digest_of
 from storage.manifest import CacheManifest, Generation, Layout
 
@@ -25,7 +26,9 @@ __all__ = [
     "QuarantinedRow",
     "Tower",
     "all_chunks",
+    "committed_chunks",
     "generation_chunks",
+    "proven_commit",
     "quarantined_rows",
     "read_commit",
     "read_commits",
@@ -33,6 +36,7 @@ __all__ = [
 
 Tower = Literal["image", "text"]
 COMMITS = "commits"
+_FEW_CHUNKS = 16  # so many are looked at one by one; a listing is a request per 1,000 commits of the whole cache
 
 
 class ChunkRef(NamedTuple):
@@ -150,11 +154,20 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
     Raises:
         CacheCorruptError: there is a record, and it is damaged or belongs elsewhere.
     """
-    where = f"{files.location}/{ref.commit_key}"
     try:
         data = files.read(ref.commit_key)
     except FileNotFoundError:
         return None
+    return proven_commit(data, files.location, manifest, ref)
+
+
+def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit:
+    """The record that these bytes are, proven to be of this chunk and this cache.
+
+    Raises:
+        CacheCorruptError: they are damaged or belong elsewhere.
+    """
+    where = f"{location}/{ref.commit_key}"
     commit = ChunkCommit.from_bytes(data, where)
     rows = ref.rows(manifest.layout)
     if commit.ref != ref or commit.rows != (rows.start, rows.stop):
@@ -175,17 +188,28 @@ def read_commits(
 ) -> tuple[dict[ChunkRef, ChunkCommit], str]:
     """All commits of one generation, and the sha256 over key and bytes of each in the order of ``all_chunks``.
 
+    One request for each; of an object store many at once (``storage.files.in_parallel``).
+
     Raises:
         CacheCorruptError: a record is damaged or belongs elsewhere.
     """
     commits: dict[ChunkRef, ChunkCommit] = {}
     total = hashlib.sha256()
-    for ref in generation_chunks(manifest, generation):
-        commit = read_commit(files, manifest, ref)
+    refs = generation_chunks(manifest, generation)
+    for ref, commit in zip(refs, in_parallel(files, partial(read_commit, files, manifest), refs), strict=True):
         if commit is not None:
             commits[ref] = commit
             total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
     return commits, total.hexdigest()
+
+
+def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
+    """Those that have a commit record, in whatever state: by a listing, or where they are few by a look at each."""
+    if len(refs) <= _FEW_CHUNKS:
+        there = in_parallel(files, lambda ref: files.exists(ref.commit_key), refs)
+        return {ref for ref, found in zip(refs, there, strict=True) if found}
+    listed = set(files.list(COMMITS))
+    return {ref for ref in refs if ref.commit_key in listed}
 
 
 def quarantined_rows(commits: Iterable[ChunkCommit], views: int) -> dict[int, QuarantinedRow]:

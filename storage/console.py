@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from datetime import timedelta
@@ -19,13 +20,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from storage.logs import event, json_logs, logger
+
 __all__ = ["StageProgress"]
+
+_LOG = logger("progress")
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StageProgress:
-    """One bar per stage. Use as a context manager; call it with (stage, done, total) as often as you like."""
+    """One bar per stage, or events where logs are JSON.
+
+    Use as a context manager; call it with (stage, done, total) as often as you like.
+    """
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -37,9 +45,9 @@ class StageProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=json_logs() or not console.is_terminal,
         )
-        self._lines = not console.is_terminal
+        self._lines = json_logs() or not console.is_terminal
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, float] = {}
 
@@ -66,6 +74,9 @@ class StageProgress:
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
         if self._lines and (done >= total or time.monotonic() - self._said[stage] > _SECONDS_BETWEEN_LINES):
             self._said[stage] = time.monotonic()
+            if json_logs():
+                event(_LOG, logging.INFO, stage, done=done, total=total, note=note, eta_seconds=eta_seconds)
+                return
             left = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
             print(f"{stage}: {done} of {total} {note}{left}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
 

@@ -7,13 +7,30 @@ same promises: a local folder, and any fsspec URL whose puts are atomic (``s3://
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 from storage.errors import UsageError
 from storage.local_files import LocalFiles, ObjectStat
 from storage.redact import redact
 
-__all__ = ["CacheFiles", "LocalFiles", "ObjectStat", "open_files"]
+__all__ = [
+    "REQUESTS_AT_ONCE",
+    "CacheFiles",
+    "LocalFiles",
+    "ObjectStat",
+    "in_parallel",
+    "open_files",
+    "requests_at_once",
+]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+REQUESTS_AT_ONCE = 32
+"""Requests that one process has under way at an object store; beyond this a store answers with 503 SlowDown sooner."""
 
 
 class CacheFiles(Protocol):
@@ -94,3 +111,40 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
         return RemoteFiles(text)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise error if isinstance(error, UsageError) else UsageError(redact(f"{text}: {error}")) from error
+
+
+def requests_at_once(files: CacheFiles) -> int:
+    """How many requests to this location are worth having under way together: 1 in a folder, which answers at once."""
+    return 1 if isinstance(files, LocalFiles) else REQUESTS_AT_ONCE
+
+
+def in_parallel(
+    files: CacheFiles, call: Callable[[_Item], _Result], items: Iterable[_Item], most: int = REQUESTS_AT_ONCE
+) -> Iterator[_Result]:
+    """``call(item)`` of each item, in their order: one by one in a folder, many under way at once in a store.
+
+    Threads live for this iteration only, so that a fork in between finds none of them.
+
+    Args:
+        call: what asks ``files``; from several threads.
+        most: under way at once, where what each holds in memory matters.
+
+    Raises:
+        Whatever a call raises, when it is its turn; what is not under way then is not begun.
+    """
+    threads = min(most, requests_at_once(files))
+    if threads < 2:
+        yield from map(call, items)
+        return
+    waiting: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="requests") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

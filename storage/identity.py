@@ -75,6 +75,7 @@ class PreprocessIdentity(Record):
         description="Block means of the probe images' pixels, base64; compared with a tolerance, so that "
         "Pillow and pillow-simd, one level apart here and there, count as the same."
     )
+    decoder: str | None = Field(None, description="What made the pixels, if not Pillow: jpeg-scaled.")
 
 
 class TokenizerIdentity(Record):

@@ -7,15 +7,14 @@ the cost is an estimate and the quarantined rows are not named, and both are sai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from storage.commits import COMMITS, ChunkRef, QuarantinedRow, Tower, all_chunks, read_commit
+from storage.commits import COMMITS, ChunkRef, QuarantinedRow, Tower, all_chunks, committed_chunks, read_commit
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles, LocalFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity
 from storage.journal import JOURNAL, ChunkCost, read_cost
 from storage.manifest import CacheManifest, Generation, Layout
@@ -40,9 +39,6 @@ COMMITS_READ = 1000
 """Commit records of images that are read for the reasons of quarantine, at most."""
 
 _ROWS_NAMED = 20
-_READS_AT_ONCE = 16  # of a store, where a small read is all waiting
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Coverage(BaseModel, frozen=True):
@@ -158,7 +154,7 @@ def count_committed(location: str) -> tuple[int, int]:
     """
     files = open_files(location)
     refs = all_chunks(read_manifest(files).layout)
-    return sum(files.exists(ref.commit_key) for ref in refs), len(refs)
+    return len(committed_chunks(files, refs)), len(refs)
 
 
 def chunk_states(location: str) -> tuple[ChunkState, ...]:
@@ -218,7 +214,7 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
     def cost_of(key: str) -> ChunkCost | None:
         return read_cost(files, key.removeprefix(f"{JOURNAL}/").removesuffix(".json"))
 
-    costs = [cost for cost in _mapped(files, cost_of, read) if cost is not None]
+    costs = [cost for cost in in_parallel(files, cost_of, read) if cost is not None]
     # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
     seconds = sum(cost.teacher_seconds + cost.decode_wait_seconds for cost in costs)
     rows = sum(cost.rows for cost in costs)
@@ -262,7 +258,7 @@ def _quarantined_by_chunk(
             return ()  # verify names it
         return () if commit is None else commit.quarantined
 
-    return dict(zip(images, _mapped(files, commit_of, images), strict=True))
+    return dict(zip(images, in_parallel(files, commit_of, images), strict=True))
 
 
 def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:
@@ -273,11 +269,3 @@ def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -
             return None
         total += left / rate if rate else 0.0
     return total
-
-
-def _mapped(files: CacheFiles, read: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """The results in order; of a store many at a time."""
-    if isinstance(files, LocalFiles) or len(items) < 2:
-        return [read(item) for item in items]
-    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-        return list(pool.map(read, items))

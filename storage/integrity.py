@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,10 @@ from storage.commits import (
     ChunkRef,
     Tower,
     all_chunks,
+    committed_chunks,
     generation_chunks,
+    proven_commit,
     quarantined_rows,
-    read_commit,
     read_commits,
 )
 from storage.errors import (
@@ -36,8 +38,9 @@ from storage.errors import (
     CacheNotFoundError,
     CacheUnreachableError,
 )
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.journal import JOURNAL, note_key, read_note
+from storage.logs import event, logger
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.rows import wrong_rows
 from storage.tables import (
@@ -53,6 +56,9 @@ from storage.writer import incomplete_message
 
 __all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
 
+_LOG = logger("verify")
+
+_CHUNKS_AT_ONCE = 8  # of a store; each is in memory while it is proven
 # what one object can do to its reader; a store that does not answer at all ends the work instead
 _FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
 
@@ -121,30 +127,29 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     closed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
     commits: dict[ChunkRef, ChunkCommit] = {}
     sound = uncommitted = 0
-    for number, ref in enumerate(refs):
+    told: list[Finding] = []
+    seen = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, _CHUNKS_AT_ONCE)
+    for number, (ref, proof) in enumerate(zip(refs, seen, strict=True)):
         if progress is not None:
             progress(number + 1, len(refs))
-        try:
-            commit = read_commit(files, manifest, ref)
-            as_written = commit is None or files.read(ref.commit_key) == commit.to_bytes()
-        except _FAULTS as error:
-            findings.append(_fault(ref.commit_key, error))
-            continue
-        if commit is None:
+        findings += proof.findings
+        if proof.commit is not None:
+            commits[ref] = proof.commit
+            objects += len(proof.commit.objects)
+            nbytes += proof.nbytes
+            sound += not proof.findings
+        elif not proof.findings:
             uncommitted += 1
             if ref in closed:
                 message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
                 findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
             continue
-        commits[ref] = commit
-        found, read = _check_chunk(files, manifest, ref, commit)
-        found += _check_rows(manifest, ref, commit, tables.get(ref.tower))
-        if not as_written:
-            found.append(_other_bytes(ref.commit_key))
-        findings += found
-        objects += len(commit.objects)
-        nbytes += read
-        sound += not found
+        rows = ref.rows(manifest.layout)
+        where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
+        _tell(location, proof.findings, **where)
+        told += proof.findings
+        if not proof.findings:
+            event(_LOG, logging.INFO, "chunk sound", cache=location, **where)
 
     if not manifest.sealed:
         message = incomplete_message(location, len(refs) - uncommitted, len(refs))
@@ -153,6 +158,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
     findings += _check_journal(files, refs)
     findings += _unknown_files(files, manifest, refs)
+    _tell(location, [finding for finding in findings if finding not in told])
+    event(_LOG, logging.INFO, "cache verified", cache=location, chunks=len(refs), sound=sound, findings=len(findings))
     return IntegrityReport(
         location=location,
         ok=not findings,
@@ -167,6 +174,12 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         bytes_read=nbytes,
         findings=tuple(findings),
     )
+
+
+def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
+    for finding in found:
+        about = finding.model_dump(exclude={"message"})
+        event(_LOG, logging.ERROR, finding.message, cache=location, **where, **about)
 
 
 def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
@@ -234,7 +247,7 @@ def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
 
 
 def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
-    return sum(files.exists(ref.commit_key) for ref in all_chunks(manifest.layout))
+    return len(committed_chunks(files, all_chunks(manifest.layout)))
 
 
 def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
@@ -292,6 +305,29 @@ def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, tab
         return []
     message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
     return [Finding(kind="damaged", key=ref.commit_key, message=message)]
+
+
+class _Proof(NamedTuple):
+    """What was seen of one chunk: without a commit and without findings there is no record."""
+
+    commit: ChunkCommit | None
+    findings: list[Finding]
+    nbytes: int = 0
+
+
+def _prove(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, table: pa.Table | None) -> _Proof:
+    try:
+        data = files.read(ref.commit_key)
+        commit = proven_commit(data, files.location, manifest, ref)
+    except FileNotFoundError:
+        return _Proof(None, [])
+    except _FAULTS as error:
+        return _Proof(None, [_fault(ref.commit_key, error)])
+    findings, nbytes = _check_chunk(files, manifest, ref, commit)
+    findings += _check_rows(manifest, ref, commit, table)
+    if data != commit.to_bytes():
+        findings.append(_other_bytes(ref.commit_key))
+    return _Proof(commit, findings, nbytes)
 
 
 def _check_chunk(
@@ -378,16 +414,17 @@ def _check_seals(files: CacheFiles, manifest: CacheManifest, commits: dict[Chunk
 
 def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
     """Notes that are not as they were written. One that is missing costs nothing and is no finding."""
-    findings = []
     there = set(files.list(JOURNAL))
-    for ref in refs:
-        key = note_key(ref.name)
-        if key in there:
-            try:
-                read_note(files, ref.name)
-            except _FAULTS as error:
-                findings.append(_fault(key, error))
-    return findings
+
+    def fault_of(ref: ChunkRef) -> Finding | None:
+        try:
+            read_note(files, ref.name)
+        except _FAULTS as error:
+            return _fault(note_key(ref.name), error)
+        return None
+
+    found = in_parallel(files, fault_of, [ref for ref in refs if note_key(ref.name) in there])
+    return [finding for finding in found if finding is not None]
 
 
 def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Nearest rows and ranks by inner product, exact and in bounded memory, with numpy alone; for looking at a cache.
+"""Nearest rows by inner product, exact and in bounded memory, with numpy alone; for looking at a cache.
 
 Blocks of float32 scores propose; whatever lies within float32's rounding error of a tie is decided by float64 scores
 and then by the lower row, so that on the same rows the answers are those of ``pipeline.metrics``.
@@ -6,23 +6,20 @@ and then by the lower row, so that on the same rows the answers are those of ``p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "NO_POSITIVE",
     "exact_scores",
-    "first_positive_ranks",
     "near_pairs",
     "nearest",
-    "recall_of_ranks",
+    "paired_scores",
     "unit_rows",
 ]
 
-NO_POSITIVE = int(np.iinfo(np.int64).max)
 _BLOCK_BYTES = 64 << 20
 _KEPT_ROWS = 4_096
 _Floats = NDArray[np.float32]
@@ -42,8 +39,18 @@ def _margin(queries: _Floats, longest: float) -> NDArray[np.float64]:
     return np.asarray(2 * queries.shape[1] * 2.0**-24 * longest * norms)
 
 
+def paired_scores(left: _Floats, right: _Floats) -> NDArray[np.float64]:
+    """(p,) float64 inner products of rows side by side; equal vectors get equal scores, whatever their rows are.
+
+    Args:
+        left, right: (p, dim) each.
+    """
+    # einsum adds in one order, where BLAS adds in others at the edges of its blocks
+    return np.asarray(np.einsum("pd,pd->p", left.astype(np.float64), right.astype(np.float64)))
+
+
 def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:
-    """float64 inner products of pairs; equal vectors get equal scores, whatever their rows are.
+    """:func:`paired_scores` of some queries and rows, in blocks.
 
     Args:
         queries, gallery: (n, dim) and (m, dim).
@@ -53,8 +60,7 @@ def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -
     step = max(1, _BLOCK_BYTES // (16 * queries.shape[1]))
     for start in range(0, len(query), step):
         part = slice(start, start + step)
-        left, right = queries[query[part]].astype(np.float64), gallery[row[part]].astype(np.float64)
-        out[part] = np.einsum("pd,pd->p", left, right)
+        out[part] = paired_scores(queries[query[part]], gallery[row[part]])
     return out
 
 
@@ -103,58 +109,6 @@ def _best(queries: _Floats, at: int, rows: _Rows, kept: _Floats, k: int) -> tupl
     exact = exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
     order = np.lexsort((rows, -exact))[:k]
     return order, exact[order]
-
-
-def first_positive_ranks(queries: _Floats, gallery: _Floats, query_group: _Rows, gallery_group: _Rows) -> _Rows:
-    """How many rows of the gallery come before a query's first positive; equal scores go by row number.
-
-    Args:
-        queries, gallery: (n, dim) and (m, dim).
-        query_group, gallery_group: (n,) and (m,): a row of the same group is a positive.
-
-    Returns:
-        (n,), 0 where a positive is the nearest; :data:`NO_POSITIVE` where there is none.
-    """
-    by_group = np.argsort(gallery_group, kind="stable")
-    starts = np.searchsorted(gallery_group[by_group], query_group, side="left")
-    counts = np.searchsorted(gallery_group[by_group], query_group, side="right") - starts
-    query = np.repeat(np.arange(len(queries)), counts)
-    within = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
-    row = by_group[np.repeat(starts, counts) + within]
-    scores = exact_scores(queries, gallery, query, row)
-    best = np.full(len(queries), -np.inf)
-    np.maximum.at(best, query, scores)
-    first = np.full(len(queries), len(gallery), np.int64)
-    top = scores == best[query]
-    np.minimum.at(first, query[top], row[top])
-
-    longest = float(np.linalg.norm(gallery.astype(np.float64), axis=1).max(initial=0.0))
-    margin = _margin(queries, longest)
-    ranks = np.zeros(len(queries), np.int64)
-    step = max(1, _BLOCK_BYTES // (4 * max(len(gallery), 1)))
-    for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        rough = queries[part] @ gallery.T
-        high, low = (best + margin)[part, None], (best - margin)[part, None]
-        ranks[part] = (rough > high).sum(axis=1)
-        close_query, close_row = np.nonzero((rough <= high) & (rough >= low))
-        close_query = close_query + start
-        exact = exact_scores(queries, gallery, close_query, close_row)
-        ahead = (exact > best[close_query]) | ((exact == best[close_query]) & (close_row < first[close_query]))
-        np.add.at(ranks, close_query[ahead], 1)
-    ranks[counts == 0] = NO_POSITIVE
-    return ranks
-
-
-def recall_of_ranks(ranks: _Rows, ks: Sequence[int]) -> dict[str, float]:
-    """Share of queries, in percent, with a positive among the first K: ``{"R@1": ...}``.
-
-    Raises:
-        ValueError: no queries.
-    """
-    if not len(ranks):
-        raise ValueError("recall of no queries is not defined")
-    return {f"R@{k}": 100 * int((ranks < k).sum()) / len(ranks) for k in ks}
 
 
 def near_pairs(rows: _Floats, least: float, most: int) -> tuple[int, _Rows, _Rows, NDArray[np.float64]]:

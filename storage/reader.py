@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from storage.commits import (
     QuarantinedRow,
     Tower,
     all_chunks,
+    committed_chunks,
     generation_chunks,
     quarantined_rows,
     read_commits,
@@ -36,9 +37,10 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.resident import ResidentRows, load_resident
 from storage.root import read_backup, read_manifest
 from storage.rows import has_nan
 from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
@@ -47,6 +49,8 @@ from storage.transient import is_transient
 from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
+
+_CHUNKS_AT_ONCE = 8  # of a store, beside those in memory
 
 _DEFAULT_MEMORY_BYTES = 2 << 30
 
@@ -78,7 +82,7 @@ class EmbeddingReader:
             raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed_generations:
             refs = all_chunks(self.manifest.layout)
-            done = sum(self.files.exists(ref.commit_key) for ref in refs)
+            done = len(committed_chunks(self.files, refs))
             raise CacheIncompleteError(incomplete_message(location, done, len(refs)))
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
@@ -220,9 +224,10 @@ class EmbeddingReader:
         size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
         damaged = False
-        for view_here, chunk, here in self._by_chunk(tower, rows, views):
-            ref = ChunkRef(tower, view_here, chunk)
-            out[here] = self._chunk(ref, array)[rows[here] - chunk * size]
+        places = list(self._by_chunk(tower, rows, views))
+        refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
+        for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
+            out[here] = values[rows[here] - chunk * size]
             damaged = damaged or bool(self._commits[ref].quarantined)
         if damaged:
             self._require_encoded(tower, rows, views, array)
@@ -258,6 +263,21 @@ class EmbeddingReader:
             As :meth:`take`, a few batches before the one that is concerned.
         """
         return stream_rows(self, tower, batches, array, prove, read_ahead_bytes, threads)
+
+    def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
+        """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
+
+        One copy, however many processes use it; it does not count against ``memory_bytes``. A row is there twice at
+        no time, but for the few chunks that are being loaded.
+
+        Args:
+            threads: chunks that are read and proven at the same time.
+
+        Raises:
+            CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
+            OSError: there is not so much memory, or not so much of it to share.
+        """
+        return load_resident(self, tower, array, threads)
 
     def _checked(
         self, tower: Tower, rows: NDArray[np.int64], view: int | NDArray[np.int64]
@@ -349,6 +369,13 @@ class EmbeddingReader:
             commits.update(found)
         return commits
 
+    def _chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
+        """These chunks, one after the other; of a store several are on their way at once, unless all are in memory."""
+        load = partial(self._chunk, array=array)
+        if all((ref, array) in self._held for ref in refs):
+            return map(load, refs)
+        return in_parallel(self.files, load, refs, _CHUNKS_AT_ONCE)
+
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         with self._lock:
             held = self._held.get((ref, array))
@@ -392,7 +419,8 @@ class EmbeddingReader:
         shape = chunk_shape(self.manifest.layout, ref.tower, array)
         values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
         self._count(len(data))
-        self._require_values(ref, array, values)
+        if (ref, array) not in self._proven:
+            self._note_proven(ref, array, values, has_nan(values))
         return values
 
     def _count(self, nbytes: int) -> None:
@@ -400,15 +428,12 @@ class EmbeddingReader:
             self.objects_read += 1
             self.bytes_read += nbytes
 
-    def _require_values(self, ref: ChunkRef, array: str, values: NDArray[Any]) -> None:
+    def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], some_nan: bool) -> None:
         """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
-        if (ref, array) in self._proven:
-            return
-        rows, lost = ref.rows(self.manifest.layout), self._lost(ref)
-        values = values[: len(rows)]
-        if has_nan(values):
-            table = values.reshape(len(rows), -1)
-            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), lost)
+        if some_nan:
+            rows = ref.rows(self.manifest.layout)
+            table = values[: len(rows)].reshape(len(rows), -1)
+            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), self._lost(ref))
             if len(wrong):
                 raise CacheCorruptError(
                     f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "

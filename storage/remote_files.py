@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 import fsspec
 
 from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
+from storage.files import REQUESTS_AT_ONCE
 from storage.local_files import PARTIAL, ObjectStat, left_behind
 from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
 
-__all__ = ["RETRY", "RemoteFiles", "RetryPolicy"]
+__all__ = ["RETRY", "RemoteFiles", "RetryPolicy", "filesystem_of"]
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def _renew_locks() -> None:
 if hasattr(os, "register_at_fork"):  # another thread of the parent may have held them
     os.register_at_fork(after_in_child=_renew_locks)
 
+_CONNECTIONS = 4 * REQUESTS_AT_ONCE  # of a process: chunks, commits and images; left out, botocore keeps to 10
 _MARK = "created-by"  # metadata of an object that came by create()
 
 _CREDENTIAL_ADVICE = (
@@ -105,13 +107,14 @@ class RemoteFiles:
         self.location = location
         self._retry = retry
         self._creates_proven = False
+        self._bucket_found = False
         self._connect()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFiles, (self.location, self._retry)
 
     def _connect(self) -> None:
-        self._fs, self._root = _filesystem_of(self.location)
+        self._fs, self._root = filesystem_of(self.location)
         self._pid = os.getpid()
 
     def _filesystem(self) -> Any:
@@ -191,13 +194,20 @@ class RemoteFiles:
             self.delete(probe)
 
     def exists(self, key: str) -> bool:
-        """See :class:`storage.files.CacheFiles`."""
-        try:
+        """See :class:`storage.files.CacheFiles`. One request; one more until it is known that there is the bucket."""
+
+        def look(fs: Any, path: str) -> bool:
+            if self._bucket_found and _is_s3(self.location):
+                fs.metadata(path, refresh=True)  # a HEAD, which does not tell a missing bucket from a missing object
+                return True
             # not isfile(): that says False to any error, a busy server's too
-            found = self._try("look at", key, lambda fs, path: fs.info(path))
+            return bool(fs.info(path)["type"] == "file")
+
+        try:
+            return self._try("look at", key, look)
         except FileNotFoundError:
+            self._bucket_found = True
             return False
-        return bool(found["type"] == "file")
 
     def folders(self, prefix: str = "") -> list[str]:
         """See :class:`storage.files.CacheFiles`. One level of the listing, however much lies below."""
@@ -284,7 +294,9 @@ class RemoteFiles:
         where = f"{self.location}: cannot {verb} {named or key or 'the cache'}"
         for failures in range(1, retry.tries + 1):
             try:
-                return call(self._filesystem(), self._path(key))
+                result = call(self._filesystem(), self._path(key))
+                self._bucket_found = True
+                return result
             except FileNotFoundError as error:
                 if not _no_bucket(error):
                     raise FileNotFoundError(f"{self.location}: there is no object {key}") from None
@@ -335,8 +347,8 @@ def _is_s3(location: str) -> bool:
     return location.partition("://")[0] in ("s3", "s3a")
 
 
-def _filesystem_of(location: str) -> tuple[Any, str]:
-    """Filesystem and root path: one that neither remembers listings, nor tries again, nor asks for sizes first.
+def filesystem_of(location: str) -> tuple[Any, str]:
+    """Filesystem and path of a URL: one that neither remembers listings, nor tries again, nor asks for sizes first.
 
     Those of S3 are shared by all locations of a process and never let go: when one is collected while another event
     loop runs (zarr's), s3fs closes its connections in that loop, which fails. fsspec's own cache would also give the
@@ -355,6 +367,7 @@ def _filesystem_of(location: str) -> tuple[Any, str]:
                 use_listings_cache=False,
                 max_concurrency=1,  # with more, each read starts with a HEAD
                 config_kwargs={
+                    "max_pool_connections": _CONNECTIONS,
                     **configured.get("config_kwargs", {}),
                     "retries": {"total_max_attempts": 1, "mode": "standard"},
                 },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from storage.arrays import zarr_metadata
-from storage.commits import COMMITS, ChunkRef, all_chunks, generation_chunks
+from storage.commits import COMMITS, ChunkRef, all_chunks, committed_chunks, generation_chunks
 from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import open_files
 from storage.integrity import Finding, IntegrityReport, sound_manifest, verify_cache
@@ -102,7 +102,7 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
             root.append(key)
         else:
             left.append(finding)
-    if unsealed and report.chunks == sum(files.exists(ref.commit_key) for ref in all_chunks(manifest.layout)):
+    if unsealed and report.chunks == len(committed_chunks(files, all_chunks(manifest.layout))):
         unsealed, seal = False, True
     if unsealed:
         for finding in report.findings:

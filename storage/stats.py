@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field
 from storage.commits import Tower
 from storage.drawn_rows import draw_rows, stored_rows
 from storage.errors import UsageError
-from storage.nearest import first_positive_ranks, near_pairs, recall_of_ranks, unit_rows
+from storage.nearest import near_pairs, unit_rows
+from storage.ranks import first_positive_ranks, recall_of_ranks
 from storage.reader import EmbeddingReader
 from storage.tables import SAMPLES, read_rows
 
@@ -170,7 +171,7 @@ class ReadRows:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many rows came before the first positive of each query; ``storage.nearest.NO_POSITIVE`` where it has none.
+    """How many rows came before the first positive of each query; ``storage.ranks.NO_POSITIVE`` where it has none.
 
     Attributes:
         rows: what was compared, all with all.
@@ -389,14 +390,8 @@ def _ranks(read: ReadRows, random: np.random.Generator, progress: Progress | Non
         read = read.of_images(np.sort(random.choice(len(read.images), _RECALL_IMAGES, replace=False)))
     if not len(read.texts):
         return None
-    groups = np.arange(len(read.images))
-    i2t = first_positive_ranks(read.images, read.texts, groups, read.text_image)
-    if progress is not None:
-        progress("recall", 1, 2)
-    t2i = first_positive_ranks(read.texts, read.images, read.text_image, groups)
-    if progress is not None:
-        progress("recall", 2, 2)
-    return Ranks(read, i2t, t2i)
+    ranks = first_positive_ranks(read.images, read.texts, read.text_image, progress=_stage(progress, "recall"))
+    return Ranks(read, *ranks)
 
 
 def _recall(ranks: Ranks) -> RecallStats:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from storage.arrays import array_dtype, chunk_shape, prove_body
 from storage.chunk_region import ChunkRegion
 from storage.commits import ChunkRef, Tower
+from storage.files import requests_at_once
 from storage.local_files import LocalFiles
 from storage.read_ahead import ReadAhead
 
@@ -36,7 +37,6 @@ Prove = Literal["first", "every"]
 
 _GROUP_ROWS = 8192  # batches are looked at in groups of so many rows
 _LOCAL_THREADS = 2
-_REMOTE_THREADS = 8  # waiting for answers, most of the time
 
 
 class _Group(NamedTuple):
@@ -59,12 +59,13 @@ def stream_rows(
 ) -> Iterator[NDArray[Any]]:
     """See :meth:`storage.reader.EmbeddingReader.stream`."""
     chunks = _Chunks(reader, tower, array, prove)
-    local = isinstance(reader.files, LocalFiles)
     row_bytes = max(1, chunks.nbytes // chunks.size)
     most_in_memory = max(1, reader._memory_bytes // chunks.nbytes)
     coming = _groups(reader, chunks, tower, batches)
     seen: deque[_Group] = deque()
-    with ReadAhead(chunks.load, threads or (_LOCAL_THREADS if local else _REMOTE_THREADS)) as ahead:
+    # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
+    loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
+    with ReadAhead(chunks.load, chunks.region.release, threads or loads) as ahead:
         while True:
             while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
                 group = next(coming, None)
@@ -92,8 +93,7 @@ def stream_rows(
                 for rows, views in now.batches:
                     yield chunks.gather(rows, views)
             seen.popleft()
-            for number in ahead.drop(keep={number for group in seen for number in group.numbers}):
-                chunks.region.release(number)
+            ahead.drop(keep={number for group in seen for number in group.numbers})
 
 
 class _Chunks:
@@ -128,10 +128,12 @@ class _Chunks:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
         except OSError:
             return False
-        if self._prove == "every" or (ref, self.array) not in self._reader._proven:
+        proven = (ref, self.array) in self._reader._proven
+        if self._prove == "every" or not proven:
             values = self.region.chunk(number)
-            prove_body(values, stored, wanted, f"{files.location}/{key}")
-            self._reader._require_values(ref, self.array, values)
+            some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            if not proven:
+                self._reader._note_proven(ref, self.array, values, some_nan)
         self._reader._count(wanted.nbytes)
         return True
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles
+from storage.files import CacheFiles, in_parallel
 from storage.identity import canonical_json
 from storage.manifest import CacheManifest, StaticFile
 
@@ -79,7 +79,8 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
     Raises:
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
-    parts = [_parse(read_static(files, key, manifest.files[key]), columns) for key in _keys(manifest, name)]
+    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), _keys(manifest, name), most=4)
+    parts = [_parse(data, columns) for data in read]
     return pa.concat_tables(parts).combine_chunks()
 
 

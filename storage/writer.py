@@ -18,13 +18,14 @@ from storage.commits import (
     ChunkRef,
     QuarantinedRow,
     all_chunks,
+    committed_chunks,
     generation_chunks,
     quarantined_rows,
     read_commit,
     read_commits,
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
-from storage.files import CacheFiles, open_files
+from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
@@ -35,6 +36,7 @@ from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_
 __all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "static_contents"]
 
 _PLAN_POLL_SECONDS = 0.2
+_CHUNKS_AT_ONCE = 8  # of a store, each of them in memory while it is proven
 
 
 def plan_cache(
@@ -152,10 +154,10 @@ def _start(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    static: dict[str, StaticFile] = {}
-    for key, (data, rows) in static_contents(layout, tables).items():
-        files.write(key, data)
-        static[key] = StaticFile(sha256=_sha256(data), rows=rows)
+    contents = static_contents(layout, tables)
+    for _ in in_parallel(files, lambda key: files.write(key, contents[key][0]), list(contents)):
+        pass
+    static = {key: StaticFile(sha256=_sha256(data), rows=rows) for key, (data, rows) in contents.items()}
     problems = tables[PROBLEMS]
     counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
     generation = Generation(
@@ -205,7 +207,14 @@ class EmbeddingWriter:
 
         Reads all committed chunks once; a damaged one counts as pending, so running again repairs it.
         """
-        return [ref for ref in all_chunks(self.manifest.layout) if not self.is_sound(ref)]
+        refs = all_chunks(self.manifest.layout)
+        committed = self.committed(refs)
+        sound = in_parallel(self.files, self.is_sound, [ref for ref in refs if ref in committed], _CHUNKS_AT_ONCE)
+        return [ref for ref in refs if ref not in committed or not next(sound)]
+
+    def committed(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
+        """Those of some chunks that have a commit record, in whatever state."""
+        return committed_chunks(self.files, refs)
 
     def is_committed(self, ref: ChunkRef) -> bool:
         """Whether the chunk has a commit record, in whatever state."""
@@ -254,8 +263,10 @@ class EmbeddingWriter:
             for name in ARRAYS[ref.tower]
         }
         started = time.perf_counter()
-        for name, key in ref.object_keys().items():
-            self.files.write(key, encoded[name][0])
+        # all of them before the commit, in whatever order
+        keys = ref.object_keys()
+        for _ in in_parallel(self.files, lambda name: self.files.write(keys[name], encoded[name][0]), list(keys)):
+            pass
         commit = ChunkCommit(
             tower=ref.tower,
             view=ref.view,
@@ -331,7 +342,7 @@ class EmbeddingWriter:
         for generation in manifest.generations if everything else manifest.sealed_generations:
             commits, digest = read_commits(self.files, manifest, generation)
             if len(commits) < len(generation_chunks(manifest, generation)):
-                done = sum(self.is_committed(ref) for ref in all_chunks(layout))
+                done = len(self.committed(all_chunks(layout)))
                 raise CacheIncompleteError(incomplete_message(self.files.location, done, layout.num_chunks))
             seen += commits.values()
             lost = len(quarantined_rows(seen, manifest.views_of(generation)[1]))

@@ -6,6 +6,7 @@ network and folders give is put in by this machine: names of services become 127
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,7 +20,16 @@ from typing import Any
 
 import yaml
 
-__all__ = ["DOCKER", "PROJECT", "Place", "Started", "compose", "image_environment", "kubernetes_objects"]
+__all__ = [
+    "DOCKER",
+    "PROJECT",
+    "Place",
+    "Started",
+    "compose",
+    "image_environment",
+    "job_of_the_pool",
+    "kubernetes_objects",
+]
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCKER = PROJECT / "docker"
@@ -67,6 +77,17 @@ def image_environment() -> dict[str, str]:
 def kubernetes_objects(name: str) -> list[dict[str, Any]]:
     """The objects of a manifest below ``docker/kubernetes``."""
     return list(yaml.safe_load_all((DOCKER / "kubernetes" / name).read_text()))
+
+
+def job_of_the_pool(**variables: Any) -> dict[str, Any]:
+    """The job that the kubernetes pool makes for a flow run, its template filled in as a worker does."""
+    from prefect.utilities.templating import apply_values
+
+    template = json.loads((DOCKER / "pools" / "kubernetes.json").read_text())
+    defaults = {k: v["default"] for k, v in template["variables"]["properties"].items() if "default" in v}
+    values = {**defaults, "command": ["prefect", "flow-run", "execute"], "name": "run", **variables}
+    job: dict[str, Any] = apply_values(template["job_configuration"], values)["job_manifest"]
+    return job
 
 
 @dataclass

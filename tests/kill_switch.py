@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 Event = tuple[str, str]
@@ -16,6 +17,7 @@ class KillSwitch:
     def __init__(self, kill_at: int | None) -> None:
         self.events: list[Event] = []
         self._kill_at = kill_at
+        self._lock = threading.Lock()
 
     def __call__(self, kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
         """Note an event.
@@ -23,8 +25,9 @@ class KillSwitch:
         Args:
             ruin: called before the kill: what a kill in the middle of it leaves.
         """
-        if len(self.events) == self._kill_at:
-            if ruin is not None:
-                ruin()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.events.append((kind, key))
+        with self._lock:  # events come from several threads
+            if len(self.events) == self._kill_at:
+                if ruin is not None:
+                    ruin()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.events.append((kind, key))

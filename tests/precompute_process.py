@@ -94,7 +94,7 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
 
     sync, decode, images, texts = (
         os.fsync,
-        pipeline.encode.decode_image,
+        pipeline.encode.open_image,
         LiveTeacher.encode_images,
         LiveTeacher.encode_texts,
     )
@@ -113,9 +113,9 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         if inside and path.is_dir():
             happens("renamed", path.relative_to(root).as_posix())
 
-    def decode_image(data: bytes) -> Any:
+    def open_image(data: bytes, decoder: str) -> Any:
         happens("decode", "")
-        return decode(data)
+        return decode(data, decoder)
 
     def encode_images(self: LiveTeacher, pixels: Any) -> Any:
         time.sleep(teacher_seconds)
@@ -144,6 +144,6 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         return made
 
     os.fsync = fsync
-    pipeline.encode.decode_image = decode_image
+    pipeline.encode.open_image = open_image
     LiveTeacher.encode_images, LiveTeacher.encode_texts = encode_images, encode_texts  # type: ignore[method-assign]
     RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]

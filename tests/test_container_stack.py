@@ -134,7 +134,7 @@ def stack() -> Iterator[Stack]:
     # not below pytest's folder, which the user of PostgreSQL may not enter
     root = Path(tempfile.mkdtemp(prefix="stack-"))
     root.chmod(0o755)
-    postgres_port, server_port, s3_port, health_port = free_ports(4)
+    postgres_port, server_port, s3_port, health_port, metrics_port = free_ports(5)
     work = root / "work"
     for name in ("caches", "runs", "home", "programs"):  # the first two as the Dockerfile makes them
         (work / name if name in ("caches", "runs") else root / name).mkdir(parents=True)
@@ -149,6 +149,7 @@ def stack() -> Iterator[Stack]:
             (r"\bs3:8333\b", f"127.0.0.1:{s3_port}"),
             (r"^postgres$", "127.0.0.1"),
             (r"^5432$", str(postgres_port)),
+            (r"^9464$", str(metrics_port)),
             (r"0\.0\.0\.0", "127.0.0.1"),
             (r"\b4200\b", str(server_port)),
             (r"\b8333\b", str(s3_port)),

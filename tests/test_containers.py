@@ -19,7 +19,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.container_files import DOCKER, PROJECT, compose, image_environment, kubernetes_objects
+from tests.container_files import (
+    DOCKER,
+    PROJECT,
+    compose,
+    image_environment,
+    job_of_the_pool,
+    kubernetes_objects,
+)
 
 SECRETS = {"POSTGRES_PASSWORD": "p@ss/word", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 OURS = {"server", "setup", "worker"}
@@ -68,7 +75,7 @@ def test_every_image_ends_as_user_1000_with_an_init_and_a_health_check() -> None
     # a base with its full version, and everything that pip installs under constraints or exactly pinned
     assert re.search(r"^ARG BASE=python:\d+\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
     for line in re.findall(r"^(?!#).*pip install.*(?:\\\n.*)*", text, re.MULTILINE):
-        assert "-c constraints.txt" in line or "--no-deps" in line, line
+        assert re.search("-c constraints.txt|--no-deps|--require-hashes", line), line
 
 
 def test_the_light_image_holds_what_storage_and_prefect_need_and_no_torch() -> None:
@@ -180,13 +187,13 @@ def test_every_secret_must_be_set_and_none_is_in_the_file() -> None:
     assert ignored.returncode in (0, 128)  # 128: not a clone
 
 
-@pytest.mark.parametrize("name", ["postgres", "server", "s3", "setup", "worker"])
+@pytest.mark.parametrize("name", sorted(services()))
 def test_a_service_is_pinned_watched_and_confined(name: str) -> None:
     service = services()[name]
     tag = service["image"].partition(":")[2]
     assert tag
     assert "latest" not in tag
-    assert "build" in service or re.match(r"\d+\.\d+", tag), "an image of others without its version"
+    assert "build" in service or re.match(r"v?\d+\.\d+", tag), "an image of others without its version"
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     # the one that ends is waited for by its exit code
@@ -211,6 +218,8 @@ def test_services_wait_for_what_they_need() -> None:
         "server": {"postgres": "service_healthy"},
         "setup": {"server": "service_healthy", "s3": "service_healthy"},
         "worker": {"setup": "service_completed_successfully", "server": "service_healthy"},
+        "prometheus": {},
+        "grafana": {"prometheus": "service_healthy"},
     }
 
 
@@ -255,13 +264,8 @@ def deployment() -> dict[str, Any]:
 
 
 def pod_of_a_job(**variables: Any) -> dict[str, Any]:
-    """The pod that the kubernetes pool makes for a flow run, its template filled in as a worker does."""
-    from prefect.utilities.templating import apply_values
-
-    template = json.loads((DOCKER / "pools" / "kubernetes.json").read_text())
-    defaults = {k: v["default"] for k, v in template["variables"]["properties"].items() if "default" in v}
-    values = {**defaults, "command": ["prefect", "flow-run", "execute"], "name": "run", **variables}
-    return apply_values(template["job_configuration"], values)["job_manifest"]["spec"]["template"]["spec"]
+    """The pod that the kubernetes pool makes for a flow run."""
+    return job_of_the_pool(**variables)["spec"]["template"]["spec"]
 
 
 def test_the_deployment_runs_what_compose_runs() -> None:

@@ -26,6 +26,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "startup": ("cpu",),
     "memory": ("cpu",),
     "shuffle": ("cpu",),
+    "decode": ("cpu",),
+    "precompute": ("cpu", "cuda"),
+    "training": ("cpu", "cuda"),
+    "input": ("cpu",),
 }
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.report.data import RetrievedPair
-from storage.nearest import NO_POSITIVE, exact_scores, nearest
+from storage.nearest import exact_scores, nearest
+from storage.ranks import NO_POSITIVE
 from storage.reader import EmbeddingReader
 from storage.stats import Ranks
 from storage.tables import CAPTIONS, read_rows

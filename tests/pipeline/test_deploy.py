@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.config import DeployConfig, EvaluateConfig
 from pipeline.deploy import DeployResult, deploy
 from pipeline.deployment import Deployment, DeploymentError
 from pipeline.evaluate import evaluate
-from pipeline.runs import RunFolder
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder
 from pipeline.runtime import StudentRuntime
 from pipeline.student_table import StudentTable
 from pipeline.train import train
@@ -217,6 +218,21 @@ def test_weights_that_are_not_the_student_ship_nothing(
     with pytest.raises(DeploymentError, match=r"model\.safetensors in open_clip"):
         deploy(settings(trained, tiny_teacher, tmp_path / "out", int8=False))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_numbers_are_named_and_ship_nothing(
+    trained: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(trained, broken)
+    weights = RunFolder(str(broken)).checkpoint_path("last") / CHECKPOINT_WEIGHTS
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, weights)
+    with pytest.raises(DeploymentError, match=f"NaN or infinite weights, .*{re.escape(name.split('.')[-1])}"):
+        deploy(settings(broken, tiny_teacher, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_int8_that_loses_too_much_is_refused_by_how_much(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 import pipeline.encode
 from pipeline.config import PrecomputeConfig, ProofConfig
@@ -115,7 +115,7 @@ class Passes:
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """Rows that the teacher is given, and images that are decoded for chunks."""
     counts = Passes()
-    images, texts, decode = LiveTeacher.encode_images, LiveTeacher.encode_texts, pipeline.encode.decode_image
+    images, texts, decode = LiveTeacher.encode_images, LiveTeacher.encode_texts, pipeline.encode.open_image
 
     def encode_images(self: LiveTeacher, pixels: Any) -> Any:
         counts.image += len(pixels)
@@ -125,13 +125,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
         counts.text += len(tokens)
         return texts(self, tokens)
 
-    def decoding(data: bytes) -> Image.Image:
+    def decoding(data: bytes, decoder: str) -> Any:
         counts.decoded += 1
-        return decode(data)
+        return decode(data, decoder)
 
     monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
     monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
-    monkeypatch.setattr(pipeline.encode, "decode_image", decoding)
+    monkeypatch.setattr(pipeline.encode, "open_image", decoding)
     return counts
 
 
@@ -248,7 +248,7 @@ def test_another_teachers_rows_are_refused(home: Home, tmp_path: Path) -> None:
 
 def test_rows_of_mirrored_images_are_refused(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.encode, "decode_image", lambda data: ImageOps.mirror(decode_image(data)))
+        patched.setattr(pipeline.encode, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
         home.precompute(tmp_path / "mirrored")
     folder = home.like_clip_retrieval(tmp_path / "f", image=home.rows("image", tmp_path / "mirrored"))
     with pytest.raises(CacheMismatchError, match=r"20 of 20 image rows and 0 of 20 caption rows") as refused:

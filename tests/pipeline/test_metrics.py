@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.metrics import first_positive_ranks, recall_of_ranks, retention, retrieval_recall, top_k
-from tests.pipeline.test_nearest import naive_top_k, unit
+from tests.pipeline.test_nearest import FakeGpu, cpu_searches, naive_top_k, unit
 
 
 @settings(deadline=None)
@@ -108,6 +108,24 @@ def test_ranks_equal_counting_who_comes_before(
     ranks = first_positive_ranks(image, text, text_image, depth)
     assert ranks.i2t.tolist() == counted(image, text, positive)
     assert ranks.t2i.tolist() == counted(text, image, positive.T)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_gpu_finds_the_ranks_that_are_counted_without(monkeypatch: pytest.MonkeyPatch, cosine: bool) -> None:
+    rng = np.random.default_rng(7)
+    image, text = (unit(rng, rows, 16).astype(np.float16) for rows in (50, 180))
+    text[::3] = text[0]
+    text_image = rng.integers(0, 50, 180)
+    on_cpu = cpu_searches(monkeypatch)
+    counted = first_positive_ranks(image, text, text_image, 20, cosine)
+    assert on_cpu == []
+    fake = FakeGpu()
+    fake.install(monkeypatch)
+    found = first_positive_ranks(image, text, text_image, 20, cosine)
+    assert [queries for queries, _ in fake.searches] == [50, 180]
+    assert found.i2t.tolist() == counted.i2t.tolist()
+    assert found.t2i.tolist() == counted.t2i.tolist()
+    assert {0, 1} < set(found.i2t.tolist())
 
 
 @pytest.mark.parametrize(("images", "captions", "noise"), [(100, 500, 3.0), (301, 1204, 2.5), (64, 64, 3.0)])

@@ -111,6 +111,7 @@ ANY: dict[str, Any] = {
     "preprocess.fill_color": 7,
     "preprocess.antialias": False,
     "preprocess.probe": "AAAA",
+    "preprocess.decoder": "jpeg-scaled",
     "tokenizer.name": "HFTokenizer",
     "tokenizer.context_length": 64,
     "tokenizer.probe_sha256": "e" * 64,

@@ -138,7 +138,7 @@ def test_another_teachers_rows_under_this_identity_are_found(home: Home, tmp_pat
 
 def test_mirrored_crops_are_found(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.encode, "decode_image", lambda data: ImageOps.mirror(decode_image(data)))
+        patched.setattr(pipeline.encode, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
         mirrored = rows_of(encode(home.photos, home.teacher, tmp_path / "mirrored"))["image"]
     proof = prove(home, forge(home, tmp_path / "c", lambda rows: rows.update(image=mirrored)))
     assert {row.tower for row in proof.wrong} == {"image"}

@@ -1,0 +1,234 @@
+"""Precompute against its own teacher's bare forward pass, and against clip-retrieval's whole job.
+
+Ours goes from JPEG files to committed chunks; the bare pass is the same model on a batch that lies ready on its device,
+in the same process, by the same batch size, threads and kept memory. On a CPU decoding and the model share the cores,
+so that no encoder gets beyond forward / (forward + decoding), both in seconds of a core; a row gives that limit, and
+one what is left when no photograph has to be decoded. With ``--device cuda`` ViT-B/32 and ViT-L/14 run in bf16 and
+fp16; that part has never run, for want of a GPU.
+
+clip-retrieval has an environment of its own (:mod:`benchmarks.bench.peers`). Both start as a process, read the same
+tars of photographs with one caption each, run the same weights and batch size, and write float16 to the disk; ours
+digests, checks and commits besides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+
+from benchmarks.bench.harness import Row, Settings, interleave, speed
+from benchmarks.bench.material import photographs, random_weights
+from benchmarks.bench.peers import ROOT, python_of
+from pipeline.config import PrecomputeConfig
+from pipeline.decode import decode_image
+from pipeline.device import keep_freed_memory
+from pipeline.encode import encode_chunks
+from pipeline.plan import plan_precompute
+from pipeline.short_text import encode_text, shorten
+from pipeline.teacher import LiveTeacher, load_teacher
+from storage.writer import EmbeddingWriter
+
+__all__ = ["measure"]
+
+_SHARED_TEACHER = "teacher-flickr8k"
+
+
+def measure(settings: Settings) -> list[Row]:
+    """See the module; on a CPU a ViT-B/32 with random weights and, where it is, the Flickr8k teacher."""
+    rows: list[Row] = []
+    if settings.device == "cuda":
+        for name, images in (("ViT-B-32", 6000), ("ViT-L-14", 3000)):
+            weights = random_weights(name, settings.scratch)
+            for precision in ("bf16", "fp16"):
+                rows += _against_forward(settings, name, str(weights), precision, 512 if settings.quick else images)
+        return rows
+    keep_freed_memory()
+    small = "ViT-S-32-alt" if settings.quick else "ViT-B-32"
+    weights = random_weights(small, settings.scratch)
+    rows += _against_forward(settings, small, str(weights), "fp32", 16 if settings.quick else 96)
+    trained = settings.shared / _SHARED_TEACHER
+    if trained.exists():
+        rows += _against_forward(settings, f"local-dir:{trained}", None, "fp32", 16 if settings.quick else 384)
+    rows.append(_against_clip_retrieval(settings, small, weights))
+    return rows
+
+
+def _against_forward(settings: Settings, name: str, pretrained: str | None, precision: Any, images: int) -> list[Row]:
+    label = f"{name.rpartition('/')[2]} {precision}"
+    home = settings.scratch / label
+    photographs(settings.shared / "flickr8k", home / "photos", images)
+    config = PrecomputeConfig(
+        dataset=f"flickr:{home / 'photos'}",
+        teacher=name,
+        pretrained=pretrained,
+        cache=str(home / "cache"),
+        device=settings.device,
+        precision=precision,
+    )
+    teacher = load_teacher(name, pretrained, settings.device, precision)
+    refs = plan_precompute(config, teacher)
+    writer = EmbeddingWriter(config.cache)
+    batch = writer.manifest.layout.batch_rows
+    of_images = [ref for ref in refs if ref.tower == "image"]
+    of_texts = [ref for ref in refs if ref.tower == "text"][: 1 if settings.quick else 2]
+    texts = sum(len(ref.rows(writer.manifest.layout)) for ref in of_texts)
+    pixels = torch.randn(batch, 3, *teacher.preprocess.size, device=teacher.device)
+    captions = writer.captions["text"].to_pylist()[:texts]
+    tokens = [_ready_tokens(teacher, captions[at : at + batch]) for at in range(0, texts, batch)]
+
+    def bare_images() -> None:
+        for at in range(0, images, batch):
+            _forward(teacher, teacher.model.encode_image, pixels[: images - at])  # type: ignore[operator]
+
+    def bare_texts() -> None:
+        for part in tokens:
+            _forward(teacher, lambda part: encode_text(teacher.model, part), part)
+
+    shown = Image.new("RGB", (teacher.preprocess.size[1], teacher.preprocess.size[0]), "grey")
+
+    def without_decoding() -> None:
+        with patch("pipeline.encode.decode_image", lambda data: shown):
+            encode_chunks(config, teacher, of_images)
+
+    seconds = interleave(
+        {
+            "bare images": bare_images,
+            "images": lambda: encode_chunks(config, teacher, of_images),
+            "not decoded": without_decoding,
+            "bare texts": bare_texts,
+            "texts": lambda: encode_chunks(config, teacher, of_texts),
+        },
+        1 if settings.quick else settings.rounds,
+        not settings.quick,
+    )
+    encode, forward = f"precompute, {label}, images", "forward over ready tensors"
+    decoding = _cpu_seconds(lambda: _decode_all(home / "photos", teacher))
+    # of all cores, as the model takes them
+    cores = (os.cpu_count() or 1) * statistics.median(seconds["bare images"])
+    limit = cores / (cores + decoding)
+    profile = f"decoding costs {1000 * decoding / images:.2f} ms of a core per image, the forward pass " + (
+        f"{1000 * cores / images:.2f}; so the most on this CPU is {limit:.3f}"
+        if settings.device == "cpu"
+        else f"{1000 * statistics.median(seconds['bare images']) / images:.3f} ms of the GPU"
+    )
+    return [
+        speed(encode, forward, seconds["images"], seconds["bare images"], images, "images/s", 0.95, profile),
+        speed(
+            f"{encode}, none decoded",
+            forward,
+            seconds["not decoded"],
+            seconds["bare images"],
+            images,
+            "images/s",
+            0.95,
+            "each JPEG is read and proven, and a ready image taken in its place",
+        ),
+        speed(
+            f"precompute, {label}, captions",
+            "forward over ready tokens, as short",
+            seconds["texts"],
+            seconds["bare texts"],
+            texts,
+            "captions/s",
+            0.95,
+        ),
+    ]
+
+
+def _ready_tokens(teacher: LiveTeacher, texts: list[str]) -> torch.Tensor:
+    tokens: torch.Tensor = teacher.tokenizer(texts)
+    return shorten(tokens).to(teacher.device)
+
+
+def _forward(teacher: LiveTeacher, encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> None:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(teacher.precision)
+    cast: contextlib.AbstractContextManager[Any] = (
+        torch.autocast(teacher.device.type, half) if half else contextlib.nullcontext()
+    )
+    with torch.inference_mode(), cast:
+        encode(batch)
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _decode_all(photos: Path, teacher: LiveTeacher) -> None:
+    crop = teacher.preprocess.shown()
+    for path in (photos / "images").iterdir():
+        crop(decode_image(path.read_bytes()))
+
+
+def _cpu_seconds(work: Callable[[], None]) -> float:
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    work()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _against_clip_retrieval(settings: Settings, model: str, weights: Path) -> Row:
+    images, batch = (8, 8) if settings.quick else (192, 16)
+    home = settings.scratch / "whole"
+    captions = photographs(settings.shared / "flickr8k", home / "photos", images, captions=1)
+    tars = _tars(home / "tars", home / "photos" / "images", captions)
+    python = python_of("clipret")
+    made = iter(range(10**6))
+
+    def ours() -> None:
+        command = [sys.executable, "-m", "pipeline.cli", "precompute", "--dataset", f"webdataset:{home / 'tars'}"]
+        command += ["--teacher", model, "--pretrained", str(weights), "--device", "cpu", "--batch-size", str(batch)]
+        _process([*command, "--cache", str(home / f"cache-{next(made)}")])
+
+    def theirs() -> None:
+        command = [str(python), "-W", "ignore", "-m", "clip_retrieval.clip_inference.main", f"--input_dataset={tars}"]
+        command += ["--input_format=webdataset", f"--batch_size={batch}", f"--num_prepro_workers={os.cpu_count()}"]
+        command += [f"--clip_model=open_clip:{model}/{weights}", "--output_partition_count=1", "--enable_wandb=False"]
+        out = home / f"theirs-{next(made)}"
+        _process([*command, f"--output_folder={out}"])
+        assert list(out.glob("img_emb/*.npy")), "clip-retrieval wrote no embeddings"
+
+    # the first round of each pays for what the disk has to bring
+    seconds = interleave({"ours": ours, "theirs": theirs}, 1 if settings.quick else min(settings.rounds, 3), False)
+    return speed(
+        f"whole job, {model}, {images} pairs",
+        "clip-retrieval inference",
+        seconds["ours"],
+        seconds["theirs"],
+        images,
+        "pairs/s",
+        2.0,
+        "processes from start to end, the loading of torch and weights included",
+    )
+
+
+def _tars(folder: Path, images: Path, captions: dict[str, str]) -> str:
+    """As many tars as clip-retrieval has workers, each of which reads its own; the pattern that names them."""
+    folder.mkdir()
+    count = os.cpu_count() or 1
+    for number in range(count):
+        with tarfile.open(folder / f"train-{number:03d}.tar", "w") as tar:
+            for name, caption in list(captions.items())[number::count]:
+                tar.add((images / name).resolve(), f"{Path(name).stem}.jpg")
+                text = caption.encode()
+                member = tarfile.TarInfo(f"{Path(name).stem}.txt")
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text))
+    return f"{folder}/train-{{000..{count - 1:03d}}}.tar"
+
+
+def _process(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} ended with {done.returncode}: {done.stderr[-2000:]}")

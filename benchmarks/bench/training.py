@@ -1,0 +1,211 @@
+"""A training step from the cache against none with a teacher, and an epoch against open_clip's online distillation.
+
+- The step: ours with its default losses and the targets read from the cache in each step, against a plain one of the
+  same student: both towers, CLIP's contrastive loss, backward, clipped gradient, AdamW. Once with inputs that lie ready
+  in memory, once with both fed by the same loader.
+- The epoch: ours against open_clip's recipe, whose teacher runs in each step (``DistillClipLoss``), the same student,
+  optimizer, photographs and loader. What a cache can save is the bare steps' ratio, teacher and student on tensors that
+  lie ready; the epoch should keep it. Teachers are ViT-B/32 and ViT-L/14 with random weights: their knowledge plays no
+  part here. With ``--device cuda`` the same runs with larger batches; that has never run, for want of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import open_clip
+import torch
+from lightning_fabric import Fabric
+from open_clip.loss import ClipLoss, DistillClipLoss
+from torch import Tensor
+
+from benchmarks.bench.harness import Row, Settings, interleave, speed
+from benchmarks.bench.material import at_most, photographs, random_weights
+from pipeline.batches import CachedTeacher, Pairs, epoch_inputs, epoch_pairs
+from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.device import image_memory_format, keep_freed_memory
+from pipeline.precompute import precompute
+from pipeline.preprocess import handed_on
+from pipeline.samples import ImageSource
+from pipeline.schedule import adamw
+from pipeline.student import Student, build_student, student_config, student_tokenizer
+from pipeline.train_step import TrainStep
+from storage.reader import EmbeddingReader
+
+__all__ = ["measure"]
+
+_STUDENT = "vit-s-32"
+
+
+def measure(settings: Settings) -> list[Row]:
+    """See the module."""
+    cuda, quick = settings.device == "cuda", settings.quick
+    if not cuda:
+        keep_freed_memory()
+    images, batch = (16, 8) if quick else (4096, 256) if cuda else (192, 32)
+    photographs(settings.shared / "flickr8k", settings.scratch / "photos", images)
+    cache = str(settings.scratch / "cache")
+    dataset = f"flickr:{settings.scratch / 'photos'}"
+    precompute(PrecomputeConfig(dataset=dataset, teacher="bundled:scenes", cache=cache, device=settings.device))
+    bench = _Bench(settings, cache, batch)
+    rows = _no_teacher(bench, settings)
+    for name, size, steps in _teachers(settings):
+        rows += _online(bench, settings, name, size, steps)
+    return rows
+
+
+def _teachers(settings: Settings) -> list[tuple[str, int, int]]:
+    """Name, batch and steps of an epoch: a ViT-L/14 takes seconds for each photograph on a CPU."""
+    if settings.quick:
+        return [("ViT-S-32-alt", 8, 1)]
+    if settings.device == "cuda":
+        return [("ViT-B-32", 256, 16), ("ViT-L-14", 256, 16)]
+    return [("ViT-B-32", 32, 2), ("ViT-L-14", 8, 1)]
+
+
+class _Bench:
+    """One cache and one student of it, trained in our way, without a teacher, or with one that runs."""
+
+    def __init__(self, settings: Settings, cache: str, batch: int) -> None:
+        self.settings, self.batch = settings, batch
+        self.reader = EmbeddingReader(cache)
+        self.rows = self.reader.image_rows("train")
+        self.source = ImageSource(self.reader.manifest.source.image_root)
+        self.config = TrainConfig(cache=cache, student=_STUDENT, out="unused", batch_size=batch, device=settings.device)
+        architecture = student_config(_STUDENT)
+        torch.manual_seed(0)
+        self.student = self._made(architecture)
+        self.tokenizer = student_tokenizer(architecture)
+        self.fabric = Fabric(accelerator=settings.device, devices=1)
+        model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1))
+        model.train()
+        self.teacher = CachedTeacher(self.reader)
+        self._step = TrainStep(
+            self.config, self.fabric, model, self.student, optimizer, self.teacher.logit_scale, 10**6
+        )
+        self._taken = 0
+        # the peer's own, so that neither moves the other's weights or moments
+        self.plain = self._made(architecture).to(self.fabric.device).train()
+        self._plain_optimizer = adamw(self.plain, 1e-5, 0.1)
+        self._contrastive, self._distill = ClipLoss(), DistillClipLoss()
+
+    def _made(self, architecture: dict[str, Any]) -> Student:
+        preprocess = handed_on(self.reader.manifest.identity.preprocess)
+        student = build_student(architecture, preprocess, self.reader.embed_dim)
+        student.model.visual.to(memory_format=image_memory_format(student.model))
+        return student
+
+    def pairs(self, steps: int, batch: int | None = None) -> list[Pairs]:
+        """The first batches of an epoch, again and again if the data set is too small."""
+        found = list(epoch_pairs(self.reader, self.rows, batch or self.batch, 16, seed=0, epoch=0))
+        return (found * -(-steps // len(found)))[:steps]
+
+    def inputs(self, pairs: list[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and tokens by a loader, which both sides share."""
+        device, preprocess = self.fabric.device, self.student.preprocess
+        return epoch_inputs(self.reader, self.source, preprocess, self.tokenizer, pairs, None, device)
+
+    def ours(self, pair: Pairs, pixels: Tensor, tokens: Tensor) -> None:
+        """Targets from the cache, and the step of ``train``."""
+        self._step(self._taken, pixels, tokens, self.teacher.targets(pair), pair)
+        self._taken += 1
+
+    def no_teacher(self, pixels: Tensor, tokens: Tensor) -> None:
+        """The student's towers as short as ours, and no teacher's targets, losses or projections."""
+        image, text, scale = self._features(pixels, self.plain.shorten(tokens))
+        self._finish(self._contrastive(image, text, scale))
+
+    def online(self, teacher: Any, pixels: Tensor, tokens: Tensor) -> None:
+        """As open_clip's ``train_one_epoch`` with a model to distil: it runs in the step, and all at full length."""
+        device = self.fabric.device
+        pixels, tokens = pixels.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+        image, text, scale = self._features(pixels, tokens)
+        with torch.no_grad():
+            teacher_image, teacher_text, teacher_scale = teacher(pixels, tokens)
+        self._finish(sum(self._distill(image, text, scale, teacher_image, teacher_text, teacher_scale)))
+
+    def _features(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        device, student = self.fabric.device, self.plain
+        image = student.encode_image(
+            pixels.to(device, non_blocking=True, memory_format=image_memory_format(student.model))
+        )
+        text = student.encode_text(tokens.to(device, non_blocking=True))
+        scale: Tensor = student.model.logit_scale.exp()  # type: ignore[operator]
+        return image, text, scale
+
+    def _finish(self, loss: Any) -> None:
+        self._plain_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.config.clip_grad_norm)
+        self._plain_optimizer.step()
+        self.plain.clamp_logit_scale()
+        loss.item()  # a log line needs it, in ours too
+
+
+def _no_teacher(bench: _Bench, settings: Settings) -> list[Row]:
+    steps = 1 if settings.quick else 4 if settings.device == "cpu" else 16
+    pairs = bench.pairs(steps)
+    ready = list(bench.inputs(pairs))
+
+    def each(step: Callable[..., None], *, with_pairs: bool, inputs: Any) -> None:
+        for pair, batch in zip(pairs, inputs, strict=True):
+            step(pair, *batch) if with_pairs else step(*batch)
+
+    seconds = interleave(
+        {
+            "ours": lambda: each(bench.ours, with_pairs=True, inputs=ready),
+            "none": lambda: each(bench.no_teacher, with_pairs=False, inputs=ready),
+            "ours, loaded": lambda: each(bench.ours, with_pairs=True, inputs=bench.inputs(pairs)),
+            "none, loaded": lambda: each(bench.no_teacher, with_pairs=False, inputs=bench.inputs(pairs)),
+        },
+        1 if settings.quick else settings.rounds,
+        not settings.quick,
+    )
+    what = f"training step from the cache, {_STUDENT}, batch {bench.batch}"
+    against = "step without a teacher (contrastive loss)"
+    return [
+        at_most(f"{what}, inputs in memory", against, seconds["ours"], seconds["none"], 1.02, steps),
+        at_most(f"{what}, by the loader", against, seconds["ours, loaded"], seconds["none, loaded"], 1.02, steps),
+    ]
+
+
+def _online(bench: _Bench, settings: Settings, name: str, batch: int, steps: int) -> list[Row]:
+    weights = random_weights(name, settings.scratch)
+    teacher: Any = open_clip.create_model(name, pretrained=str(weights)).to(bench.fabric.device).eval()
+    pairs = bench.pairs(steps, batch)
+    ready = list(bench.inputs(pairs))
+
+    def cached(inputs: Any) -> None:
+        for pair, (pixels, tokens) in zip(pairs, inputs, strict=True):
+            bench.ours(pair, pixels, tokens)
+
+    def online(inputs: Any) -> None:
+        for pixels, tokens in inputs:
+            bench.online(teacher, pixels, tokens)
+
+    seconds = interleave(
+        {
+            "bare cached": lambda: cached(ready),
+            "bare online": lambda: online(ready),
+            "cached": lambda: cached(bench.inputs(pairs)),
+            "online": lambda: online(bench.inputs(pairs)),
+        },
+        1 if settings.quick else min(settings.rounds, 3),
+        not settings.quick,
+    )
+    what, against = f"{_STUDENT} of {name}, batch {batch}", "open_clip's online distillation"
+    work = steps * batch
+    bare = speed(f"bare step, {what}", against, seconds["bare cached"], seconds["bare online"], work, "pairs/s")
+    epoch = speed(
+        f"epoch by the loader, {what}",
+        against,
+        seconds["cached"],
+        seconds["online"],
+        work,
+        "pairs/s",
+        # to two digits: what the bare steps have is measured too
+        round(0.98 * bare.ratio, 2),
+        f"an epoch of {steps} steps; wanted is the ratio of the bare steps, less 2 % for the noise of that one",
+    )
+    return [bare, epoch]

@@ -1,0 +1,179 @@
+"""What encoding may cost, by counting: each row through the teacher once, each image decoded once, no batch copied."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pipeline.encode
+from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_chunks
+from pipeline.plan import plan_precompute
+from pipeline.preprocess import Preprocess
+from pipeline.samples import ImageSource
+from pipeline.teacher import Encoded, LiveTeacher, load_teacher
+from storage.commits import ChunkRef
+from storage.writer import EmbeddingWriter
+
+MakePhotos = Callable[..., Path]
+IMAGES, BATCH, CHUNK = 21, 4, 8
+
+
+@pytest.fixture
+def planned(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]]:
+    """A cache of 21 images and 42 captions in chunks of 8 that is planned, and its teacher."""
+    settings = PrecomputeConfig(
+        dataset=f"flickr:{make_photos(IMAGES)}",
+        teacher=f"local-dir:{tiny_teacher}",
+        cache=str(tmp_path / "c"),
+        device="cpu",
+        batch_size=BATCH,
+        chunk_rows=CHUNK,
+        views=2,
+    )
+    teacher = load_teacher(settings.teacher, device="cpu")
+    return settings, teacher, plan_precompute(settings, teacher)
+
+
+def test_each_row_is_read_decoded_and_encoded_once(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the model itself: not a probe, not a padded row, not a second pass."""
+    settings, teacher, refs = planned
+    counts: Counter[str] = Counter()
+    decode, read = pipeline.encode.decode_image, ImageSource.read
+
+    def decoding(data: bytes) -> Image.Image:
+        counts["decoded"] += 1
+        return decode(data)
+
+    def reading(self: ImageSource, *where: Any) -> bytes:
+        counts["read"] += 1
+        return read(self, *where)
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
+
+    monkeypatch.setattr(pipeline.encode, "decode_image", decoding)
+    monkeypatch.setattr(ImageSource, "read", reading)
+    model: Any = teacher.model
+    model.visual.register_forward_hook(count("images"))
+    model.ln_final.register_forward_hook(count("captions"))
+    encode_chunks(settings, teacher, refs)
+    assert counts == {
+        "read": 2 * IMAGES,  # a pass over the images for each of the two views
+        "decoded": 2 * IMAGES,
+        "images": 2 * IMAGES,
+        "captions": 2 * IMAGES,
+        "images batches": 2 * (2 + 2 + 2),  # chunks of 8, 8 and 5
+        "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2
+    }
+
+
+def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One buffer a batch, of bytes: a quarter of the floats to move, and nothing is stacked behind the decoders."""
+    settings, teacher, refs = planned
+    made: list[int] = []
+    seen: list[int] = []
+    zeros, encode = torch.zeros, LiveTeacher.encode_shown
+
+    def buffers(*size: Any, **how: Any) -> torch.Tensor:
+        tensor = zeros(*size, **how)
+        made.append(tensor.data_ptr())
+        return tensor
+
+    def encode_shown(self: LiveTeacher, shown: torch.Tensor) -> Encoded:
+        assert (shown.dtype, shown.shape[1:], shown.is_contiguous()) == (torch.uint8, (32, 32, 3), True)
+        seen.append(shown.data_ptr())
+        return encode(self, shown)
+
+    images = [ref for ref in refs if ref.tower == "image"]
+    monkeypatch.setattr(LiveTeacher, "encode_shown", encode_shown)
+    # as pipeline.encode sees torch; a stack of images would be a copy
+    monkeypatch.setattr(pipeline.encode, "torch", _Torch(zeros=buffers))
+    encode_chunks(settings, teacher, images)
+    assert seen == made
+    assert len(seen) == 12
+
+
+class _Torch:
+    """What of torch may be used to make a batch of images."""
+
+    Tensor, uint8 = torch.Tensor, torch.uint8
+
+    def __init__(self, zeros: Callable[..., torch.Tensor]) -> None:
+        self.zeros = zeros
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_batch_is_normalised_as_its_images_are(size: tuple[int, int]) -> None:
+    """To the last bit, for every level of every channel, whatever lies beside it."""
+    preprocess = Preprocess(size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    rng = np.random.default_rng(0)
+    shown = rng.integers(0, 256, (5, *size, 3)).astype(np.uint8)
+    shown[0].reshape(-1, 3)[:256] = np.arange(256)[:, None]
+    batch = preprocess.normalized_batch(torch.from_numpy(shown))
+    assert (batch.dtype, batch.shape, batch.is_contiguous()) == (torch.float32, (5, 3, *size), True)
+    for image, wanted in zip(shown, batch, strict=True):
+        assert torch.equal(preprocess.normalized(image), wanted)
+        assert torch.equal(preprocess.transform()(Image.fromarray(image)), wanted)
+
+
+def test_the_teacher_goes_on_while_a_chunk_is_written(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store that hangs: two more chunks are encoded meanwhile, and no third, which would fill the memory."""
+    settings, teacher, refs = planned
+    images = [ref for ref in refs if ref.tower == "image"]
+    passes, during = threading.Semaphore(0), []
+    counts: Counter[str] = Counter()
+    write, encode = EmbeddingWriter.write, LiveTeacher.encode_images
+
+    def encode_images(self: LiveTeacher, pixels: torch.Tensor) -> Encoded:
+        encoded = encode(self, pixels)
+        counts["passes"] += 1
+        passes.release()
+        return encoded
+
+    def hanging_write(self: EmbeddingWriter, ref: ChunkRef, *what: Any) -> Any:
+        if not during:
+            assert all(passes.acquire(timeout=60) for _ in range(6)), "the teacher waits for the first write"
+            time.sleep(0.2)  # room for one pass too many
+            during.append(counts["passes"])
+        assert threading.current_thread() is not threading.main_thread()
+        return write(self, ref, *what)
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
+    monkeypatch.setattr(EmbeddingWriter, "write", hanging_write)
+    encode_chunks(settings, teacher, images)
+    assert during == [6]  # the chunk that is written, and two behind it, of two batches each
+    assert counts["passes"] == 12
+
+
+def test_a_teacher_is_probed_once(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the cache before each span of chunks, but found out what it is only before the first."""
+    settings, teacher, refs = planned
+    passes: list[int] = []
+    model: Any = teacher.model
+    model.visual.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    probe, probed = Preprocess._probe, []
+    monkeypatch.setattr(Preprocess, "_probe", lambda self: probed.append(1) or probe(self))
+    for ref in refs[:3]:
+        encode_chunks(settings, teacher, [ref])
+    assert passes == [4, 4, 4, 4, 4, 1]  # rows of chunks alone: the width was asked for when the cache was planned
+    assert len(probed) == 1

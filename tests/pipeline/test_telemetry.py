@@ -1,0 +1,252 @@
+"""Metrics over real HTTP while a real run works; nothing at all when nobody asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import telemetry as module
+from pipeline.config import PrecomputeConfig
+from pipeline.precompute import precompute
+from pipeline.telemetry import METRICS_HOST, METRICS_PORT, PrometheusTelemetry, Telemetry, observed, telemetry
+from pipeline.train import StepProgress, train
+from storage.errors import UsageError
+from storage.logs import RUN
+from tests.pipeline.train_work import make_cache, make_student, train_config
+
+PROJECT = Path(__file__).resolve().parents[2]
+IMAGES, CHUNK, BAD = 20, 8, "0003.jpg"
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parsed(text: str) -> Samples:
+    """Value by name and labels, as Prometheus reads it."""
+    families = text_string_to_metric_families(text)
+    return {(each.name, tuple(sorted(each.labels.items()))): each.value for part in families for each in part.samples}
+
+
+def scrape(url: str) -> Samples:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as answer:
+        return parsed(answer.read().decode())
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    return found[f"teacher_cache_{name}", tuple(sorted(labels.items()))]
+
+
+def served_at(capsys: pytest.CaptureFixture[str]) -> str:
+    """Where the run that has just begun says its metrics are."""
+    found = re.search(r"^metrics: (http://127\.0\.0\.1:\d+/metrics)$", capsys.readouterr().err, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def any_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(METRICS_PORT, "0")
+    monkeypatch.delenv(METRICS_HOST, raising=False)
+
+
+def settings(photos: Path, teacher: Path, cache: Path) -> dict[str, Any]:
+    (photos / "images" / BAD).write_bytes(b"no image")
+    return {
+        "dataset": f"flickr:{photos}",
+        "teacher": f"local-dir:{teacher}",
+        "cache": str(cache),
+        "chunk_rows": CHUNK,
+        "device": "cpu",
+    }
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_precompute_can_be_asked_while_it_works(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked at each step of its progress: counters only rise, and end at what the cache says of itself."""
+    seen: list[Samples] = []
+    url = ""
+
+    def ask(stage: str, done: int, total: int) -> None:
+        nonlocal url
+        url = url or served_at(capsys)
+        seen.append(scrape(url))
+
+    made = precompute(PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c")), ask)
+    last = seen[-1]  # with the last batch; the last chunks may not be on the disk yet
+    assert value(last, "rows_total", tower="image") == IMAGES
+    assert value(last, "progress_rows", tower="image") == value(last, "wanted_rows", tower="image") == IMAGES
+    assert value(last, "decode_seconds_count", tower="image") == IMAGES
+    assert value(last, "decode_seconds_sum", tower="image") > 0
+    assert 1 <= value(last, "write_seconds_count", tower="image") <= -(-IMAGES // CHUNK)
+    assert value(last, "teacher_seconds_sum", tower="image") > 0
+    assert value(last, "bad_samples_total", kind="undecodable-image") == made.quarantined == 1
+    assert value(last, "queue_depth", queue="decode") == 0
+    rows = [each.get(("teacher_cache_rows_total", (("tower", "image"),)), 0.0) for each in seen]
+    assert rows == sorted(rows)
+    assert len(set(rows)) > 2
+    assert telemetry().__class__ is Telemetry
+    with pytest.raises(OSError, match="refused"):
+        scrape(url)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_training_counts_pairs_steps_and_waits(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(METRICS_PORT, "")
+    cache = make_cache(tmp_path, tiny_teacher)
+    monkeypatch.setenv(METRICS_PORT, "0")
+    seen: list[tuple[StepProgress, Samples]] = []
+    url = ""
+
+    def ask(at: StepProgress) -> None:
+        nonlocal url
+        url = url or served_at(capsys)
+        seen.append((at, scrape(url)))
+
+    record = train(train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run"), ask).record
+    assert len(seen) == record.steps
+    for at, found in seen:
+        assert value(found, "train_samples_total") == 8 * at.step
+        assert value(found, "train_step_seconds_count") == at.step
+        assert value(found, "train_loss") == pytest.approx(at.loss)
+    assert value(seen[-1][1], "train_data_wait_seconds_total") > 0
+    assert value(seen[-1][1], "train_step_seconds_sum") < record.seconds
+
+
+def test_each_process_of_a_run_has_a_port_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        port = first.getsockname()[1]
+        first.listen()
+        monkeypatch.setenv(METRICS_PORT, str(port))
+        taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
+        with pytest.raises(UsageError, match=taken), observed():
+            pass
+        with observed(process=1):
+            assert served_at(capsys).endswith(f":{port + 1}/metrics")
+    monkeypatch.setenv(METRICS_PORT, "http")
+    with pytest.raises(UsageError, match="METRICS_PORT is 'http': a port from 0"), observed():
+        pass
+
+
+def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is handed on as it is, and prometheus-client is not imported."""
+    monkeypatch.delenv(METRICS_PORT, raising=False)
+
+    def job() -> None: ...
+
+    with observed():
+        assert telemetry().prepared("image", job) is job
+    code = "import sys, pipeline.precompute, pipeline.train; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_a_job_that_fails_leaves_the_queue_and_is_timed() -> None:
+    counting = PrometheusTelemetry()
+
+    def fails() -> None:
+        raise OSError("gone")
+
+    job = counting.prepared("image", fails)
+    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 1
+    with pytest.raises(OSError, match="gone"):
+        job()
+    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 0
+    assert counting.registry.get_sample_value("teacher_cache_decode_seconds_count", {"tower": "image"}) == 1
+
+
+def test_gpus_are_told_of_once_torch_has_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(index: int) -> int:
+        if index:
+            raise ModuleNotFoundError("pynvml")
+        return 62
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: started,
+        device_count=lambda: 2,
+        memory_allocated=lambda index: 100 + index,
+        memory_reserved=lambda index: 200 + index,
+        get_device_properties=lambda index: SimpleNamespace(total_memory=1000),
+        utilization=unknown,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    counting = PrometheusTelemetry()
+    started = False
+    memory = {"device": "1", "kind": "reserved"}
+    assert counting.registry.get_sample_value("teacher_cache_gpu_memory_bytes", memory) is None
+    started = True
+    assert counting.registry.get_sample_value("teacher_cache_gpu_memory_bytes", memory) == 201
+    assert counting.registry.get_sample_value("teacher_cache_gpu_utilization_ratio", {"device": "0"}) == 0.62
+    assert counting.registry.get_sample_value("teacher_cache_gpu_utilization_ratio", {"device": "1"}) is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_use_is_told_of() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kept = torch.zeros(1_000_000, device="cuda")
+    found = PrometheusTelemetry().registry.get_sample_value(
+        "teacher_cache_gpu_memory_bytes", {"device": "0", "kind": "allocated"}
+    )
+    assert found is not None
+    assert found >= kept.nbytes
+
+
+def test_the_commands_log_json_alone_with_run_chunk_and_row(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """``precompute`` and ``train`` as commands: each line of stderr parses, and bad rows are named."""
+    environment = {**os.environ, RUN: "night-3", "OMP_NUM_THREADS": "1"}
+    environment.pop(METRICS_PORT, None)
+
+    def run(*words: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "pipeline.cli", *words, "--device", "cpu", "--log-format", "json"]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stderr.splitlines()]
+
+    cache = tmp_path / "c"
+    chosen = settings(make_photos(IMAGES), tiny_teacher, cache)
+    del chosen["device"]
+    flags = [word for name, each in chosen.items() for word in (f"--{name.replace('_', '-')}", str(each))]
+    said = run("precompute", *flags, "--metrics-port", "0")
+    assert {line["run"] for line in said} == {"night-3"}
+    committed = [line for line in said if line["message"] == "chunk committed"]
+    assert Counter(line["chunk"].split("/")[0] for line in committed) == {"image": 3, "text": 5}
+    images = [line["rows"] for line in committed if line["chunk"].startswith("image")]
+    assert sorted(images) == [[0, 8], [8, 16], [16, 20]]
+    (lost,) = [line for line in said if line["message"] == "row quarantined"]
+    assert (lost["chunk"], lost["row"], lost["sample_id"]) == ("image/v0/000000", 3, BAD)
+    assert (lost["level"], lost["cache"]) == ("warning", str(cache))
+    (served,) = [line for line in said if line["message"] == "metrics are served"]
+    assert served["url"].startswith("http://127.0.0.1:")
+
+    student, out = str(make_student(tmp_path / "s.json")), str(tmp_path / "run")
+    flags = ["--cache", str(cache), "--student", student, "--out", out, "--epochs", "1", "--batch-size", "5"]
+    said = run("train", *flags)
+    finished = [line for line in said if line["message"] == "epoch finished"]
+    assert [(line["run"], line["step"], line["rows"]) for line in finished] == [(out, 3, 15)]
+    assert [line["checkpoint"] for line in said if line["message"] == "checkpoint saved"] == ["checkpoints/epoch-0001"]
+    assert module.telemetry().__class__ is Telemetry
