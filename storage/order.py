@@ -33,9 +33,10 @@ def window_order(
     Yields:
         One array of rows per window; together a permutation of ``rows``.
     """
-    chunks = rows // chunk_rows
-    edges = np.flatnonzero(np.diff(chunks, prepend=-1, append=-1))
-    groups = [rows[start:stop] for start, stop in itertools.pairwise(edges)]
+    # where chunks begin is looked up: a quotient for each row is more memory than the rows
+    firsts = np.arange(rows[0] // chunk_rows, rows[-1] // chunk_rows + 2) * chunk_rows if len(rows) else rows
+    edges = np.searchsorted(rows, firsts)
+    groups = [rows[start:stop] for start, stop in itertools.pairwise(edges) if start < stop]
     picked = epoch_rng(seed, epoch, 0).permutation(len(groups))
     for number, start in enumerate(range(0, len(groups), window_chunks)):
         window = np.concatenate([groups[index] for index in picked[start : start + window_chunks]])

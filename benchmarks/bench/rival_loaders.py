@@ -12,6 +12,7 @@ shuffle would, and runs in this one process. A module of a peer is imported by i
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import sys
@@ -178,22 +179,27 @@ def npy_memmap(folder: Path) -> Callable[[int], Batches]:
 
 def _lance(folder: Path) -> Any:
     import lance
-    import pyarrow as pa
 
     at = folder / "rows.lance"
-    if not at.exists():
-        rows = source(folder)
-
-        def tables() -> Iterator[Any]:
-            for start in range(0, len(rows), CHUNK):
-                flat = pa.array(np.asarray(rows[start : start + CHUNK]).reshape(-1))
-                yield pa.record_batch([pa.FixedSizeListArray.from_arrays(flat, WIDTH)], ["e"])
-
-        schema = pa.schema([("e", pa.list_(pa.float16(), WIDTH))])
-        lance.write_dataset(
-            pa.RecordBatchReader.from_batches(schema, tables()), str(at), max_rows_per_file=WINDOW_CHUNKS * CHUNK
-        )
+    with (folder / "rows.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two loaders read it
+        if not at.exists():
+            _write_lance(at, source(folder))
     return lance.dataset(str(at))
+
+
+def _write_lance(at: Path, rows: NDArray[np.float16]) -> None:
+    import lance
+    import pyarrow as pa
+
+    def tables() -> Iterator[Any]:
+        for start in range(0, len(rows), CHUNK):
+            flat = pa.array(np.asarray(rows[start : start + CHUNK]).reshape(-1))
+            yield pa.record_batch([pa.FixedSizeListArray.from_arrays(flat, WIDTH)], ["e"])
+
+    schema = pa.schema([("e", pa.list_(pa.float16(), WIDTH))])
+    batches = pa.RecordBatchReader.from_batches(schema, tables())
+    lance.write_dataset(batches, str(at), max_rows_per_file=WINDOW_CHUNKS * CHUNK)
 
 
 def _of_list(column: Any) -> NDArray[np.float16]:

@@ -3,8 +3,9 @@
 The first rows count, for batches of a million rows, how many of a row's batch mates were its chunk mates. The others
 train: a two-layer perceptron on 16 x 16 thumbnails of Flickr8k learns the image features of its teacher, by feature
 and contrastive terms, in batches drawn by ``storage/order.py``. Measured is how often, among images held out, the
-teacher's own row is the nearest one. It is no CLIP student, and only differences between orders mean anything. Once in
-the order of the files, once with the images sorted by content, which is what a dataset sorted by class does to chunks.
+teacher's own row is one of the ten nearest. It is no CLIP student, and only differences between orders mean anything.
+Once in the order of the files, once with the images sorted by content, which is what a dataset sorted by class does to
+chunks.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _recall(
     seed: int,
     epochs: int,
 ) -> float:
-    """R@1 of the last ``held_out`` rows after training on the others; ``seed`` is of weights and order."""
+    """R@10 of the last ``held_out`` rows after training on the others; ``seed`` is of weights and order."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -100,7 +101,8 @@ def _recall(
             optimizer.step()
     with torch.no_grad():
         scores = functional.normalize(student(x[-held_out:]), dim=-1) @ y[-held_out:].T
-    return float((scores.argmax(1) == torch.arange(held_out)).float().mean())
+    above = (scores > scores.diagonal()[:, None]).sum(1)
+    return float((above < 10).float().mean())
 
 
 def _training(settings: Settings) -> list[Row]:
@@ -121,7 +123,7 @@ def _training(settings: Settings) -> list[Row]:
             ratios = [ours / max(theirs, 1 / held_out) for ours, theirs in zip(found, uniform, strict=True)]
             made.append(
                 Row(
-                    f"R@1 of a perceptron, window of {window} of {chunks} chunks, images {order}",
+                    f"R@10 of a perceptron, window of {window} of {chunks} chunks, images {order}",
                     "uniform shuffle, same seeds",
                     100 * statistics.median(found),
                     100 * statistics.median(uniform),

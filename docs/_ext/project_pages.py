@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
 COPIES = DOCS / "project"
-COPIED = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/*.png", "benchmarks/results/*.md")
+COPIED = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "benchmarks/**/*.md", "benchmarks/*.png")
 
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
 

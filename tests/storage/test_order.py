@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.order import batches, window_order
+from storage.order import batches, epoch_rng, window_order
 
 
 @given(
@@ -24,6 +26,37 @@ def test_an_epoch_is_a_permutation_and_repeats(
     again = np.concatenate(list(window_order(wanted, chunk_rows, window_chunks, seed, epoch)))
     assert sorted(first.tolist()) == wanted.tolist()
     assert first.tolist() == again.tolist()
+
+
+@given(
+    rows=st.sets(st.integers(0, 400)),
+    chunk_rows=st.integers(1, 50),
+    window_chunks=st.integers(1, 10),
+    seed=st.integers(0, 2**32),
+)
+def test_the_order_is_that_of_its_definition(rows: set[int], chunk_rows: int, window_chunks: int, seed: int) -> None:
+    """Runs go on in the order that they began with: no change of the code may change it."""
+    chunks: dict[int, list[int]] = {}
+    for row in sorted(rows):
+        chunks.setdefault(row // chunk_rows, []).append(row)
+    groups = list(chunks.values())
+    picked = epoch_rng(seed, 1, 0).permutation(len(groups)).tolist()
+    wanted = []
+    for number, start in enumerate(range(0, len(groups), window_chunks)):
+        window = np.array([row for at in picked[start : start + window_chunks] for row in groups[at]])
+        wanted.append(epoch_rng(seed, 1, number + 1).permutation(window).tolist())
+    found = window_order(np.array(sorted(rows), np.int64), chunk_rows, window_chunks, seed, 1)
+    assert [window.tolist() for window in found] == wanted
+
+
+def test_an_order_takes_no_memory_for_each_row() -> None:
+    rows = np.arange(1_000_000)
+    tracemalloc.start()
+    try:
+        next(window_order(rows, 4096, 2, 0, 0))
+        assert tracemalloc.get_traced_memory()[1] < len(rows)  # bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_epochs_and_seeds_differ() -> None:
