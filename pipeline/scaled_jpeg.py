@@ -5,7 +5,7 @@ pixels, which is an exact low-pass and saves most of the work (libjpeg's ``scale
 slower than none). What is decoded is then resized as Pillow resizes: the same filter over the same region, by torch's
 kernel on uint8, which differs from Pillow by one level here and there.
 
-- The scale is the smallest that leaves :data:`MARGIN` pixels of the region for each pixel of the model's input.
+- The scale is the smallest that leaves ``MARGIN`` pixels of the region for each pixel of the model's input.
 - An image goes this way by its bytes alone: a JPEG in colour, progressive or not. Grey, CMYK, several pictures in one
   file, and every other format are Pillow's, and so is a JPEG of which libjpeg says that something in it is wrong. So
   the same images are undecodable, for the same reasons, and :mod:`pipeline.decode`'s rules hold for all.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.decode import decode_image, identified_image, load_image, what_pillow_raises
+from pipeline.decode import decode_image, identified_image, load_image
 from storage.errors import UsageError
 
 __all__ = ["DECODERS", "JPEG_SCALED", "MARGIN", "PILLOW", "ScaledJpeg", "open_image", "require_decoder"]
@@ -113,15 +113,17 @@ class ScaledJpeg:
 
         Raises:
             UndecodableImageError: the data is damaged, as :func:`pipeline.decode.decode_image`.
+            ValueError: a size of nothing.
         """
+        if min(size) < 1:
+            raise ValueError("height and width must be > 0")  # Pillow's words: a cache keeps them
         region = Box(*(box or (0, 0, *self.size)))
         eighths = _eighths(region, size)
         try:
             pixels = self._at(eighths)
         except ValueError:  # something is wrong with it, or odd: Pillow decides whether that is too much
             image = decode_image(self._data)
-            with what_pillow_raises():
-                return _tensor((image.crop(box) if box else image).resize(size, resample))
+            return _tensor((image.crop(box) if box else image).resize(size, resample))
         return _resized(pixels, Box(*(edge * eighths / 8 for edge in region)), size, resample)
 
     def _at(self, eighths: int) -> NDArray[np.uint8]:
@@ -140,7 +142,7 @@ class ScaledJpeg:
 
 
 def _eighths(region: Box, size: tuple[int, int]) -> int:
-    """The scale, in eighths, at which a region has :data:`MARGIN` times the pixels, along both edges, that it gets."""
+    """The scale, in eighths, at which a region has ``MARGIN`` times the pixels, along both edges, that it gets."""
     width, height = region.right - region.left, region.bottom - region.top
     for eighths in _EIGHTHS:
         if width * eighths >= 8 * MARGIN * size[0] and height * eighths >= 8 * MARGIN * size[1]:
