@@ -268,6 +268,8 @@ class _Trainer:
             )
         )
         mine = [self._slice(pair) for pair in pairs]
+        if isinstance(self._teacher, CachedTeacher):
+            self._teacher.follow(mine)
         preprocess, workers = self._student.preprocess, self._workers()
         loader = epoch_inputs(
             self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device, self._pixels

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from storage.commits import ObjectDigest, Tower
 from storage.errors import CacheCorruptError
+from storage.rows import has_nan
 from storage.shapes import ARRAYS, CRC_BYTES, VIEW_FIELDS, chunk_shape
 
 if TYPE_CHECKING:
@@ -110,21 +111,32 @@ def decode_object(
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
 
-def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str) -> None:
+def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str, look_for_nan: bool = False) -> bool:
     """Prove the array's bytes of a chunk object, and the checksum that lies behind them, against the commit.
 
     Args:
-        body: contiguous, of any shape and dtype; not copied.
+        body: contiguous, of any shape; not copied.
         stored: the object's last four bytes.
+
+    Returns:
+        Whether some value is NaN, if that is looked for; the padding of a short chunk is.
 
     Raises:
         CacheCorruptError: these are not the bytes that were committed.
     """
-    found, beside = google_crc32c.value(body.view(np.uint8).reshape(-1)), int.from_bytes(stored, "little")
+    values, found, has = body.reshape(-1), 0, False
+    step = _PROVEN_AT_ONCE // body.dtype.itemsize
+    for start in range(0, len(values), step):
+        block = values[start : start + step]
+        found = google_crc32c.extend(found, block.view(np.uint8))
+        has = has or (look_for_nan and has_nan(block))
+    beside = int.from_bytes(stored, "little")
     if len(stored) != CRC_BYTES or not found == beside == wanted.crc32c:
         raise CacheCorruptError(
             f"{where}: checksum {found:08x}, {beside:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
         )
+    return has
 
 
+_PROVEN_AT_ONCE = 1 << 18  # bytes that stay in a core's own cache while they are looked at more than once
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

@@ -20,13 +20,16 @@ class ReadAhead(Generic[Key, Value]):
 
     Args:
         load: makes the value of a key; called in several threads at once. Its error is raised by :meth:`get`.
+        release: takes apart what ``load`` made of a key, once it is dropped; in one of these threads too, and
+            before the same key is loaded again. Not called where ``load`` failed.
         threads: loads at the same time, at most.
     """
 
-    def __init__(self, load: Callable[[Key], Value], threads: int) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[Key], Value], release: Callable[[Key], None], threads: int) -> None:
+        self._load, self._release = load, release
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
         self._asked: dict[Key, Future[Value]] = {}
+        self._leaving: dict[Key, Future[None]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -34,9 +37,11 @@ class ReadAhead(Generic[Key, Value]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Forget all; what is being loaded at this moment is waited for, what has not begun is not loaded."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._asked.clear()
+        """Forget all: what is being loaded at this moment is waited for, what has not begun is not loaded."""
+        for future in self._asked.values():
+            future.cancel()
+        self.drop(keep=[])
+        self._pool.shutdown(wait=True)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._asked
@@ -49,7 +54,12 @@ class ReadAhead(Generic[Key, Value]):
         """Load these too; nothing happens for a key that was asked for already."""
         for key in keys:
             if key not in self._asked:
-                self._asked[key] = self._pool.submit(self._load, key)
+                self._asked[key] = self._pool.submit(self._load_after, self._leaving.pop(key, None), key)
+
+    def _load_after(self, leaving: Future[None] | None, key: Key) -> Value:
+        if leaving is not None:  # begun before this one: the pool takes them in their order
+            leaving.result()
+        return self._load(key)
 
     def get(self, key: Key) -> Value:
         """The value of a key, once it is loaded.
@@ -60,16 +70,15 @@ class ReadAhead(Generic[Key, Value]):
         self.ask([key])
         return self._asked[key].result()
 
-    def drop(self, keep: Iterable[Key]) -> list[Key]:
-        """Forget all keys but these; those whose load has not begun are never loaded.
-
-        Returns:
-            The keys that were forgotten after their load had ended well: what it made may be taken apart.
-        """
+    def drop(self, keep: Iterable[Key]) -> None:
+        """Forget all keys but these; those whose load has not begun are never loaded."""
         kept = set(keep)
-        ended = []
+        self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
         for key in [key for key in self._asked if key not in kept]:
-            future = self._asked.pop(key)
-            if not future.cancel() and future.exception() is None:
-                ended.append(key)
-        return ended
+            loaded = self._asked.pop(key)
+            if not loaded.cancel():
+                self._leaving[key] = self._pool.submit(self._release_after, loaded, key)
+
+    def _release_after(self, loaded: Future[Value], key: Key) -> None:
+        if loaded.exception() is None:
+            self._release(key)

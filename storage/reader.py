@@ -40,6 +40,7 @@ from storage.errors import (
 from storage.files import CacheFiles, in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.resident import ResidentRows, load_resident
 from storage.root import read_backup, read_manifest
 from storage.rows import has_nan
 from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
@@ -263,6 +264,21 @@ class EmbeddingReader:
         """
         return stream_rows(self, tower, batches, array, prove, read_ahead_bytes, threads)
 
+    def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
+        """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
+
+        One copy, however many processes use it; it does not count against ``memory_bytes``. A row is there twice at
+        no time, but for the few chunks that are being loaded.
+
+        Args:
+            threads: chunks that are read and proven at the same time.
+
+        Raises:
+            CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
+            OSError: there is not so much memory, or not so much of it to share.
+        """
+        return load_resident(self, tower, array, threads)
+
     def _checked(
         self, tower: Tower, rows: NDArray[np.int64], view: int | NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -403,7 +419,8 @@ class EmbeddingReader:
         shape = chunk_shape(self.manifest.layout, ref.tower, array)
         values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
         self._count(len(data))
-        self._require_values(ref, array, values)
+        if (ref, array) not in self._proven:
+            self._note_proven(ref, array, values, has_nan(values))
         return values
 
     def _count(self, nbytes: int) -> None:
@@ -411,15 +428,12 @@ class EmbeddingReader:
             self.objects_read += 1
             self.bytes_read += nbytes
 
-    def _require_values(self, ref: ChunkRef, array: str, values: NDArray[Any]) -> None:
+    def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], some_nan: bool) -> None:
         """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
-        if (ref, array) in self._proven:
-            return
-        rows, lost = ref.rows(self.manifest.layout), self._lost(ref)
-        values = values[: len(rows)]
-        if has_nan(values):
-            table = values.reshape(len(rows), -1)
-            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), lost)
+        if some_nan:
+            rows = ref.rows(self.manifest.layout)
+            table = values[: len(rows)].reshape(len(rows), -1)
+            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), self._lost(ref))
             if len(wrong):
                 raise CacheCorruptError(
                     f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "

@@ -65,7 +65,7 @@ def stream_rows(
     seen: deque[_Group] = deque()
     # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
     loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
-    with ReadAhead(chunks.load, threads or loads) as ahead:
+    with ReadAhead(chunks.load, chunks.region.release, threads or loads) as ahead:
         while True:
             while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
                 group = next(coming, None)
@@ -93,8 +93,7 @@ def stream_rows(
                 for rows, views in now.batches:
                     yield chunks.gather(rows, views)
             seen.popleft()
-            for number in ahead.drop(keep={number for group in seen for number in group.numbers}):
-                chunks.region.release(number)
+            ahead.drop(keep={number for group in seen for number in group.numbers})
 
 
 class _Chunks:
@@ -129,10 +128,12 @@ class _Chunks:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
         except OSError:
             return False
-        if self._prove == "every" or (ref, self.array) not in self._reader._proven:
+        proven = (ref, self.array) in self._reader._proven
+        if self._prove == "every" or not proven:
             values = self.region.chunk(number)
-            prove_body(values, stored, wanted, f"{files.location}/{key}")
-            self._reader._require_values(ref, self.array, values)
+            some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            if not proven:
+                self._reader._note_proven(ref, self.array, values, some_nan)
         self._reader._count(wanted.nbytes)
         return True
 
