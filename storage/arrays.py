@@ -128,7 +128,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
 
 
 def decode_object(
-    data: bytes, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
+    data: bytes | memoryview, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
 ) -> NDArray[Any]:
     """The rows of a chunk object, padding included; a read-only view of ``data``, no copy.
 
@@ -138,8 +138,9 @@ def decode_object(
     size = int(np.prod(shape)) * dtype.itemsize
     if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
-    if google_crc32c.value(data) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
-        prove_body(np.frombuffer(data, np.uint8, count=size), data[size:], wanted, where)
+    octets = np.frombuffer(data, np.uint8)  # the checksum takes this, and no memoryview
+    if google_crc32c.value(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
+        prove_body(octets[:size], bytes(data[size:]), wanted, where)
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
 

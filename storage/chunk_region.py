@@ -75,10 +75,14 @@ class ChunkRegion:
         finally:
             os.close(descriptor)
 
-    def fill(self, number: int, values: NDArray[Any]) -> None:
-        """Copy a chunk to its place."""
+    def fill(self, number: int, values: NDArray[Any], again: bool = False) -> None:
+        """Copy a chunk to its place.
+
+        Args:
+            again: the place was filled before and not released since, so that its memory is used again.
+        """
         start = number * self._chunk_bytes
-        if self.maps_files:
+        if self.maps_files and not again:
             self._replace(start, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         source = np.ascontiguousarray(values, self._dtype)
         if source.shape != self._shape:

@@ -37,7 +37,7 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import CacheFiles, in_parallel, open_files
+from storage.files import CacheFiles, in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from storage.quantized import unit_dequantized
@@ -433,7 +433,7 @@ class EmbeddingReader:
         key = ref.object_keys(layout)[array]
         where = f"{self.location}/{key}"
         try:
-            data = self.files.read(key)
+            data = read_buffer(self.files, key)
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:

@@ -67,7 +67,7 @@ def stream_rows(
     seen: deque[_Group] = deque()
     # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
     loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
-    with ReadAhead(chunks.load, chunks.region.release, threads or loads) as ahead:
+    with ReadAhead(chunks.load, chunks.release, threads or loads) as ahead:
         while True:
             while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
                 group = next(coming, None)
@@ -112,9 +112,13 @@ class _Chunks:
         self.views = reader.views if tower == "image" else 1
         self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
         # of int8, by chunk: what one step of each column is
-        self._steps = np.empty(
-            (self.views * self.number, layout.embed_dim if self._dtype == np.int8 else 0), np.float32
-        )
+        columns = layout.embed_dim if self._dtype == np.int8 else 0
+        self._steps = np.empty((self.views * self.number, columns), np.float32)
+        # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
+        self._places = np.arange(self.views * self.number)
+        self._free = list(reversed(range(self.views * self.number)))
+        self._used: set[int] = set()
+        self._copied: set[int] = set()
 
     def ref(self, number: int) -> ChunkRef:
         return ChunkRef(self._tower, *divmod(number, self.number))
@@ -126,7 +130,23 @@ class _Chunks:
             self._steps[number] = reader._chunk(ref, SCALE)[0]
         if self.region.maps_files and isinstance(reader.files, LocalFiles) and self._map(reader.files, number, ref):
             return
-        self.region.fill(number, reader._chunk(ref, self.array))
+        values = reader._chunk(ref, self.array)
+        if isinstance(reader.files, LocalFiles):
+            self.region.fill(number, values)
+            return
+        place = self._free.pop()
+        self.region.fill(place, values, again=place in self._used)
+        self._used.add(place)
+        self._copied.add(number)
+        self._places[number] = place
+
+    def release(self, number: int) -> None:
+        """Let go of a chunk; where others will be copied to its place, that stays as it is."""
+        if number in self._copied:
+            self._copied.remove(number)
+            self._free.append(int(self._places[number]))
+        else:
+            self.region.release(number)
 
     def _map(self, files: LocalFiles, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
@@ -147,11 +167,17 @@ class _Chunks:
 
     def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of chunks that are in memory, as a new array."""
-        at = views * (self.number * self.size) + rows if views.any() else rows
+        if isinstance(self._reader.files, LocalFiles):
+            at = views * (self.number * self.size) + rows if views.any() else rows
+        else:
+            chunk, within = np.divmod(rows, self.size)
+            at = self._places[views * self.number + chunk] * self.size + within
         out = np.empty((len(rows), *self._shape[1:]), self._dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
         np.take(self.region.rows, at, axis=0, out=out, mode="clip")
-        return unit_dequantized(out, self._steps[at // self.size]) if self._dtype == np.int8 else out
+        if self._dtype != np.int8:
+            return out
+        return unit_dequantized(out, self._steps[views * self.number + rows // self.size])
 
 
 def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:

@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "training": ("cpu", "cuda"),
     "input": ("cpu",),
     "storage": ("cpu",),
+    "s3": ("cpu",),
 }
 
 
