@@ -22,6 +22,8 @@ from benchmarks.bench.harness import Settings, keep
 HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
+    "streaming": ("cpu",),
+    "resident": ("cpu",),
 }
 
 
