@@ -32,6 +32,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "input": ("cpu",),
     "storage": ("cpu",),
     "s3": ("cpu",),
+    "streaming": ("cpu",),
+    "resident": ("cpu",),
 }
 
 
