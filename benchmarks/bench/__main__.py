@@ -22,6 +22,7 @@ from benchmarks.bench.harness import Settings, keep
 HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
+    "recall": ("cpu",),
 }
 
 
