@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "s3": ("cpu",),
     "streaming": ("cpu",),
     "resident": ("cpu",),
+    "recall": ("cpu",),
 }
 
 
