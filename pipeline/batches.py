@@ -75,11 +75,31 @@ class CachedTeacher:
     def __init__(self, reader: EmbeddingReader) -> None:
         self._reader = reader
         self.logit_scale = reader.manifest.identity.teacher.logit_scale
+        self._coming: Sequence[Pairs] = ()
+        self._passed = 0
+        self._streams: tuple[Iterator[NDArray[Any]], ...] = ()
+
+    def follow(self, pairs: Sequence[Pairs]) -> None:
+        """Be told the batches that :meth:`targets` will be asked for next: their rows are then read ahead.
+
+        Asked for another batch than these in their order, it reads that one by itself and goes on where it was.
+        """
+        self._coming, self._passed = pairs, 0
+        self._streams = (
+            self._reader.stream("image", ((pair.image_rows, pair.views) for pair in pairs)),
+            self._reader.stream("text", (pair.caption_rows for pair in pairs)),
+        )
 
     def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`TeacherSource`."""
-        image = self._reader.take("image", pairs.image_rows, pairs.views)
-        text = self._reader.take("text", pairs.caption_rows)
+        if self._passed < len(self._coming) and pairs is self._coming[self._passed]:
+            image, text = (next(stream) for stream in self._streams)
+            self._passed += 1
+            if self._passed == len(self._coming):
+                self._streams = ()  # which ends their threads
+        else:
+            image = self._reader.take("image", pairs.image_rows, pairs.views)
+            text = self._reader.take("text", pairs.caption_rows)
         return TeacherTargets(torch.from_numpy(image).float(), torch.from_numpy(text).float())
 
 

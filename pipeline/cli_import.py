@@ -31,6 +31,7 @@ def import_folder(
     threshold: Annotated[float | None, setting(ImportConfig, "threshold")] = None,
     device: Annotated[str | None, setting(ImportConfig, "device")] = None,
     precision: Annotated[str | None, setting(ImportConfig, "precision")] = None,
+    dtype: Annotated[str | None, setting(ImportConfig, "dtype")] = None,
     batch_size: Annotated[int | None, setting(ImportConfig, "batch_size")] = None,
     chunk_rows: Annotated[int | None, setting(ImportConfig, "chunk_rows")] = None,
     json: JsonFlag = False,
@@ -50,6 +51,7 @@ def import_folder(
         "threshold": threshold,
         "device": device,
         "precision": precision,
+        "dtype": dtype,
         "batch_size": batch_size,
         "chunk_rows": chunk_rows,
     }

@@ -132,6 +132,7 @@ def train(
         # a run file with losses of its own is easily forgotten when recipes are compared
         if "recipe" in given and (kept := sorted(RECIPE_SETTINGS & given.keys())):
             say(f"recipe {config.recipe}, but for {', '.join(kept)}: as given")
+    from pipeline.launch import launched_rank
     from pipeline.train import StepProgress
     from pipeline.train import train as run_train
 
@@ -146,6 +147,8 @@ def train(
     except KeyboardInterrupt:
         say(f"stopped: {_how_to_train_on(config.out)}")
         raise typer.Exit(1) from None
+    if launched_rank():
+        return  # rank 0 tells of the run
     if json:
         print_json(result.record)
         return

@@ -41,6 +41,11 @@ class PrecomputeConfig(StageConfig):
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
     precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
+    dtype: Literal["float16", "int8"] | None = Field(
+        None,
+        description="Of the stored embeddings: float16, or int8 in half the bytes; part of the identity. That of the "
+        "cache, or float16, if left out.",
+    )
     batch_size: int | None = Field(
         None,
         gt=0,
@@ -99,7 +104,7 @@ class ProofConfig(StageConfig):
     dataset: str | None = Field(None, description="KIND:PATH, where the dataset is now, if it moved.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
     seed: int = Field(0, ge=0, description="Of the rows that are drawn.")
-    # float16 storage and another device cost less than 1e-5 of cosine, bf16 arithmetic against fp32 some 1e-4; a
+    # float16 storage and another device cost less than 1e-5 of cosine, int8 and bf16 arithmetic some 1e-4 each; a
     # neighbour's row or a mirrored crop cost far more
     threshold: float = Field(0.999, gt=0, le=1, description="Least cosine of cached and live row.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")

@@ -43,6 +43,7 @@ from storage.files import requests_at_once
 from storage.journal import ChunkCost
 from storage.logs import event, logger
 from storage.manifest import Layout
+from storage.shapes import SCALE
 from storage.writer import EmbeddingWriter
 
 __all__ = ["RowTally", "encode_chunks", "encode_shared"]
@@ -86,7 +87,7 @@ def encode_shared(
     """
     writer = writer or EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
-    known = known or known_rows(config.reuse, writer.manifest.identity, writer.samples, writer.captions)
+    known = known or known_rows(config.reuse, writer)
     tally = RowTally(writer.manifest.layout, refs, progress)
     # found damaged, so that a commit record says nothing about these
     damaged = writer.committed(refs)
@@ -366,8 +367,11 @@ class _Jobs:
         if self._known is None:
             return np.zeros(len(chunk.rows), np.bool_)
         known, arrays = self._known.take(chunk.ref, chunk.rows)
-        for name, values in arrays.items():
-            chunk.arrays[name][known] = values
+        if SCALE in arrays:
+            chunk.arrays = arrays  # rounded already, and with another scale they would be so again
+        else:
+            for name, values in arrays.items():
+                chunk.arrays[name][known] = values
         chunk.crops_known = "view" in arrays
         return known
 

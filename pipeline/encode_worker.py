@@ -57,9 +57,8 @@ class EncodeWorker:
                 config.teacher, config.pretrained, config.device, config.precision, config.decoder
             )
             self._writer = EmbeddingWriter(config.cache)
-            identity = self._writer.manifest.identity
-            self._teacher.require(identity, config.cache)
-            self._known = known_rows(config.reuse, identity, self._writer.samples, self._writer.captions)
+            self._teacher.require(self._writer.manifest.identity, config.cache)
+            self._known = known_rows(config.reuse, self._writer)
             return 0
 
         return _outcome(begin)

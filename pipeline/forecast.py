@@ -26,6 +26,7 @@ from pipeline.datasets.base import Sample, SampleSet, data_folder
 from pipeline.encode import encode_chunks
 from pipeline.plan import (
     Progress,
+    asked_targets,
     asked_views,
     dataset_identity,
     dataset_tables,
@@ -38,7 +39,7 @@ from pipeline.teacher import LiveTeacher, load_teacher
 from storage.commits import COMMITS, ChunkRef, Tower, all_chunks
 from storage.errors import CacheNotFoundError, UsageError
 from storage.files import open_files
-from storage.identity import CacheIdentity, TargetsIdentity, ViewsIdentity
+from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import read_note
 from storage.manifest import CacheManifest, Layout, Source
 from storage.root import look_at_manifest
@@ -121,7 +122,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    there = _there(config.cache, teacher, spec, listed)
+    there = _there(config, teacher, spec, listed)
     batch = config.batch_size or default_batch_rows(teacher.device.type)
     wanted = probe or 2 * _PROBE_BATCHES * batch
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
@@ -144,6 +145,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         image_chunk_rows=config.chunk_rows or default_chunk_rows(len(listed.samples)),
         text_chunk_rows=config.chunk_rows or default_chunk_rows(listed.num_captions),
         batch_rows=batch,
+        embedding_dtype=asked_targets(config).layout_dtype,
     )
     committed: list[ChunkRef] = []
     if there is not None:
@@ -234,12 +236,13 @@ def _probe(
     whole = dataset_tables(part, digests) if part.num_captions > captions else tables
     sizes = {name: sum(len(data) for data, _ in table_files(name, table).values()) for name, table in whole.items()}
     per_caption = sizes.pop(CAPTIONS) / max(whole[CAPTIONS].num_rows, 1)
+    targets = asked_targets(config)
     identity = CacheIdentity(
         teacher=teacher.identity(),
         preprocess=teacher.preprocess.identity(),
         tokenizer=teacher.tokenizer_identity(),
         views=ViewsIdentity(policy="evaluation"),
-        targets=TargetsIdentity(),
+        targets=targets,
         dataset=dataset_identity(spec, tables),
     )
     with tempfile.TemporaryDirectory(prefix="teacher-cache-probe-") as folder:
@@ -250,6 +253,7 @@ def _probe(
             image_chunk_rows=-(-images // 2),
             text_chunk_rows=max(-(-captions // 2), 1),
             batch_rows=batch,
+            embedding_dtype=targets.layout_dtype,
         )
         cache = str(Path(folder) / "probe.cache")
         source = Source(dataset=str(spec), image_root=part.root)
@@ -281,14 +285,15 @@ def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress
 
 
 def _there(
-    cache: str, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet
+    config: PrecomputeConfig, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet
 ) -> tuple[CacheManifest, list[ChunkRef]] | None:
     """The cache that is there, if there is one, and its committed chunks.
 
     Raises:
-        CacheMismatchError: it is of another teacher; of other captions or splits, or of more rows than the dataset
-            lists. Fewer may be all that could be read.
+        CacheMismatchError: it is of another teacher or dtype; of other captions or splits, or of more rows than the
+            dataset lists. Fewer may be all that could be read.
     """
+    cache = config.cache
     files = open_files(cache)
     try:
         manifest = look_at_manifest(files)
@@ -303,7 +308,8 @@ def _there(
     else:
         most = {"images": min(have.images, len(listed.samples)), "captions": min(have.captions, listed.num_captions)}
         asked = have.model_copy(update=most)
-    manifest.identity.require(manifest.identity.model_copy(update={"dataset": asked}), cache)
+    wanted = {"dataset": asked, "targets": asked_targets(config)}
+    manifest.identity.require(manifest.identity.model_copy(update=wanted), cache)
     names = set(files.list(COMMITS))
     return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]
 

@@ -3,10 +3,15 @@
 They are copied bit for bit. An image's row depends on its bytes, a caption's on its text, and both on the teacher with
 its preprocessing, tokenizer and arithmetic. So they are found by content, wherever their rows are now: images that were
 added move those behind them.
+
+Rows of int8 share their scales with the others of their chunk, and in another one would be rounded a second time. Of
+such a cache whole chunks are copied, of the same images or captions in the same order, and no others: what is added
+behind the rest costs the teacher what is new and the last chunk before it, what is put between costs all that moves.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +20,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.arrays import ARRAYS
-from storage.commits import ChunkRef
+from storage.commits import ChunkRef, Tower, all_chunks
 from storage.drawn_rows import stored_rows
 from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
-from storage.manifest import CacheManifest
+from storage.manifest import CacheManifest, Layout
 from storage.reader import EmbeddingReader
+from storage.tables import chunk_rows_sha256
+from storage.writer import EmbeddingWriter
 
-__all__ = ["CachedRows", "KnownRows", "NotReusableError", "known_rows", "require_reusable"]
+__all__ = ["CachedChunks", "CachedRows", "KnownRows", "NotReusableError", "known_rows", "require_reusable"]
 
 _MEMORY_BYTES = 256 << 20
 _NOWHERE = -1
@@ -40,7 +47,8 @@ class KnownRows(Protocol):
 
         Returns:
             (rows,) bool; and by array name the known rows in order: ``embedding`` and ``norm``, for images ``view`` too
-            where the crop is known. A row that would be quarantined is not known.
+            where the crop is known. A row that would be quarantined is not known. With ``scale`` all rows are known,
+            their embeddings int8, and all arrays there.
         """
 
 
@@ -60,10 +68,7 @@ class CachedRows:
     def __init__(self, location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
         require_reusable(self._reader.manifest, location, identity)
-        alike = {"count": 0}
-        views = self._reader.manifest.identity.views.model_copy(update=alike)
-        # crops are drawn from the settings and the bytes of an image; the evaluation crop is view 0 of all
-        self._views = self._reader.views if views == identity.views.model_copy(update=alike) else 1
+        self._views = _views_alike(self._reader, identity)
         self._old = {
             "image": _places(samples["content_sha256"], self._reader.samples["content_sha256"]),
             "text": _places(captions["text"], self._reader.captions["text"]),
@@ -99,9 +104,67 @@ class CachedRows:
         }
 
 
-def known_rows(reuse: str | None, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> CachedRows | None:
-    """The rows of the cache ``reuse``, if one is named; see :class:`CachedRows`."""
-    return CachedRows(reuse, identity, samples, captions) if reuse else None
+class CachedChunks:
+    """Whole chunks of a finished cache of int8 by the chunks of another one.
+
+    Args:
+        location: of the finished cache.
+        identity, layout: of the cache to fill.
+        samples, captions: its tables.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+
+    def __init__(
+        self, location: str, identity: CacheIdentity, layout: Layout, samples: pa.Table, captions: pa.Table
+    ) -> None:
+        self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+        require_reusable(self._reader.manifest, location, identity)
+        self._views = _views_alike(self._reader, identity)
+        self._layout = layout
+        self._tables: dict[Tower, pa.Table] = {"image": samples, "text": captions}
+        # one that has quarantined rows is looked at again
+        self._old = {
+            (ref.tower, ref.view, commit.rows_sha256): ref
+            for ref, commit in self._reader.commits().items()
+            if not commit.quarantined
+        }
+
+    def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
+        """As :class:`KnownRows`: all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
+        old = self._find(ref)
+        if old is None:
+            return np.zeros(len(rows), np.bool_), {}
+        return np.ones(len(rows), np.bool_), self._reader.stored_chunk(old)
+
+    def count(self) -> dict[str, int]:
+        """Rows by tower that are copied, in view 0."""
+        found = Counter({"image": 0, "text": 0})
+        for ref in all_chunks(self._layout):
+            if ref.view == 0 and self._find(ref) is not None:
+                found[ref.tower] += len(ref.rows(self._layout))
+        return dict(found)
+
+    def _find(self, ref: ChunkRef) -> ChunkRef | None:
+        if ref.view >= self._views:
+            return None
+        made_of = chunk_rows_sha256(self._tables[ref.tower], ref.tower, ref.rows(self._layout))
+        return self._old.get((ref.tower, ref.view, made_of))
+
+
+def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:
+    """The rows of the cache ``reuse``, if one is named, for the cache of ``writer``; see :class:`CachedRows`.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+    if not reuse:
+        return None
+    identity, samples, captions = writer.manifest.identity, writer.samples, writer.captions
+    if identity.targets.dtype == "int8":
+        return CachedChunks(reuse, identity, writer.manifest.layout, samples, captions)
+    return CachedRows(reuse, identity, samples, captions)
 
 
 def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
@@ -120,6 +183,14 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
         mine.require(like, location, "Its rows cannot be reused: leave --reuse out, and the teacher encodes all rows.")
     except CacheMismatchError as error:
         raise NotReusableError(str(error)) from None
+
+
+def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
+    """How many views of a cache another one draws in the same way."""
+    alike = {"count": 0}
+    views = have.manifest.identity.views.model_copy(update=alike)
+    # crops are drawn from the settings and the bytes of an image; the evaluation crop is view 0 of all
+    return have.views if views == identity.views.model_copy(update=alike) else 1
 
 
 def _places(wanted: pa.ChunkedArray, there: pa.ChunkedArray) -> NDArray[np.int64]:

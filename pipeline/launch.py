@@ -1,4 +1,4 @@
-"""Run work on one device here, or on several in processes that Fabric launches."""
+"""Run work on one device here, on several in processes that Fabric launches, or as one of those that torchrun did."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -21,15 +22,25 @@ from pipeline.device import keep_freed_memory, resolve_device
 from pipeline.telemetry import observed
 from storage.errors import CacheError, UsageError
 
-__all__ = ["launch"]
+__all__ = ["launch", "launched_rank"]
 
 Progress = Callable[[Any], None]
+
+# what torchrun tells each process that it starts, on one machine or on many
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # what the command line, or a flow, tells apart; each of them is made of its text alone
 _ERRORS = (CacheError, UsageError, OSError, FloatingPointError)
 
 # how many processes there are is said once, by who started them
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+
+def launched_rank() -> int | None:
+    """The rank of this process among those that torchrun started for one run; None if nobody did."""
+    if all(os.environ.get(name) for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
+        return int(os.environ["RANK"])
+    return None
 
 
 def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress: Progress | None = None) -> None:
@@ -40,13 +51,18 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     ``progress``. When one of them fails the others end and its error is raised here: of its own class where that is
     one of ``_ERRORS``, else as torch's text of it.
 
+    Started by torchrun, this process is one of the group and calls ``work`` for its device; rank 0 tells the progress.
+
     Metrics are served by each process, if asked: on the port, and the ones after it (``pipeline.telemetry``).
 
     Raises:
-        UsageError: a device is not there, or the port of metrics is taken.
+        UsageError: a device is not there, the port of metrics is taken, or torchrun's processes cannot share a batch.
     """
     device = resolve_device(config.device)
     precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
+    if launched_rank() is not None:
+        _launched(config, device, precision, work, args, progress)
+        return
     if config.devices == 1:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=index, precision=precision)
@@ -80,6 +96,37 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
             failed = None
     if failed is not None:
         raise errors[0] if errors else failed
+
+
+def _launched(
+    config: TrainConfig,
+    device: torch.device,
+    precision: Any,
+    work: Callable[..., None],
+    args: Any,
+    progress: Progress | None,
+) -> None:
+    processes = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is not None or config.devices != 1:
+        raise UsageError("torchrun starts a process for each device: leave --devices out, and choose cards by torchrun")
+    if config.batch_size % processes:
+        raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=here,
+        num_nodes=processes // here,
+        strategy=DDPStrategy(),
+        precision=precision,
+        plugins=[TorchElasticEnvironment()],
+    )
+    _prepare(device)
+    fabric.launch()
+    try:
+        with observed(fabric.local_rank, rank=fabric.global_rank):
+            work(fabric, config, progress if fabric.global_rank == 0 else None, *args)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _rank(

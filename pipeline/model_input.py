@@ -7,7 +7,7 @@ then the same float32 arithmetic. :class:`pipeline.preprocess.Preprocess` is ope
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +15,9 @@ from PIL import Image, ImageOps
 
 from pipeline.decode import MAX_PIXELS, ignore_pillows_warnings, size_in_words
 
-__all__ = ["RESIZE_MODES", "ModelInput", "Resizable"]
+__all__ = ["RESIZE_MODES", "ModelInput"]
 
 RESIZE_MODES = ("shortest", "longest", "squash")
-
-
-class Resizable(Protocol):
-    """An image of Pillow's, or what resizes like one."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        ...
-
-    def resize(self, size: tuple[int, int], resample: Image.Resampling, /) -> Image.Image:
-        """To (width, height), antialiased."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class ModelInput:
             "fill_color": self.fill_color,
         }
 
-    def picture(self, image: Resizable) -> Image.Image:
+    def picture(self, image: Image.Image) -> Image.Image:
         """The part of the transform that moves pixels: to an RGB image of ``size``.
 
         Args:

@@ -33,6 +33,7 @@ from storage.writer import EmbeddingWriter, plan_cache
 __all__ = [
     "PlannedDataset",
     "Progress",
+    "asked_targets",
     "asked_views",
     "chunk_spans",
     "dataset_identity",
@@ -154,7 +155,7 @@ def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progr
         preprocess=teacher.preprocess.identity(),
         tokenizer=teacher.tokenizer_identity(),
         views=views,
-        targets=TargetsIdentity(),
+        targets=asked_targets(config),
         dataset=dataset_identity(spec, tables),
     )
     return PlannedDataset(spec, dataset, tables, identity)
@@ -247,6 +248,16 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
     )
 
 
+def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
+    """What is stored of the teacher's output: as asked for, as the cache that is there has it, or by default."""
+    if config.dtype is not None:
+        return TargetsIdentity(dtype=config.dtype)
+    try:
+        return look_at_manifest(open_files(config.cache)).identity.targets
+    except CacheNotFoundError:
+        return TargetsIdentity()
+
+
 def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
     """Number and settings of views as asked for, as the cache that is there has them, or by default.
 
@@ -292,6 +303,7 @@ def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> L
         image_chunk_rows=config.chunk_rows or default[0],
         text_chunk_rows=config.chunk_rows or default[1],
         batch_rows=config.batch_size or default[2],
+        embedding_dtype=identity.targets.layout_dtype,
     )
 
 

@@ -100,7 +100,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
     for item in quarantined:
         problems[item.reason] += 1
         details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
-    reused = known_rows(reuse, manifest.identity, writer.samples, writer.captions) if chunks_encoded else None
+    reused = known_rows(reuse, writer) if chunks_encoded else None
     info = describe_cache(cache)
     return PrecomputeResult(
         cache=cache,

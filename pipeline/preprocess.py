@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg, center_crop_or_pad, image_transform_v2
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as transforms
@@ -26,7 +26,7 @@ from pipeline.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 if TYPE_CHECKING:
     from storage.identity import PreprocessIdentity
 
-__all__ = ["Preprocess", "handed_on"]
+__all__ = ["Preprocess", "as_picture", "handed_on"]
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,30 @@ class Preprocess(ModelInput):
         """The part of :meth:`transform` that moves pixels: to an RGB image of ``size``. It raises as that does."""
         return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
 
-    def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
+    def scaled(self, image: ScaledJpeg) -> torch.Tensor:
+        """As :meth:`shown` of a JPEG that is decoded as it is resized: RGB uint8 (3, height, width)."""
+        self.require_resizable(*image.size)
+        height, width = self.resized(*image.size)
+        seen = image.resized((width, height), self._resampling())
+        if (height, width) != self.size:
+            fill = self.fill_color if self.resize_mode == "longest" else 0
+            seen = center_crop_or_pad(seen, list(self.size), fill=fill)
+        return seen
+
+    def normalized(self, shown: Image.Image | NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
         """The rest of :meth:`transform`, for the evaluation crop and any other region alike.
 
         Args:
-            shown: RGB of ``size``; as an array uint8 (height, width, 3).
+            shown: RGB of ``size``; as an array uint8 (height, width, 3), as a tensor uint8 (3, height, width).
 
         Returns:
             float32 (3, height, width).
         """
-        pixels: torch.Tensor = transforms.normalize(transforms.to_tensor(shown), list(self.mean), list(self.std))
+        if isinstance(shown, torch.Tensor):
+            scaled = shown.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        else:
+            scaled = transforms.to_tensor(shown)
+        pixels: torch.Tensor = transforms.normalize(scaled, list(self.mean), list(self.std), inplace=True)
         return pixels
 
     def normalized_batch(self, shown: torch.Tensor) -> torch.Tensor:
@@ -155,7 +169,7 @@ class _Shown:
 
     def __call__(self, image: Image.Image | ScaledJpeg) -> Image.Image:
         if isinstance(image, ScaledJpeg):
-            return self.preprocess.picture(image)
+            return as_picture(self.preprocess.scaled(image))
         self.preprocess.require_resizable(*image.size)
         ignore_pillows_warnings()
         shown: Image.Image = self.apply(image)
@@ -172,7 +186,14 @@ class _Transform:
         return repr(self._whole)
 
     def __call__(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
+        if isinstance(image, ScaledJpeg):
+            return self._preprocess.normalized(self._preprocess.scaled(image))
         return self._preprocess.normalized(self._shown(image))
+
+
+def as_picture(shown: torch.Tensor) -> Image.Image:
+    """An RGB image of uint8 (3, height, width)."""
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
 
 
 def _without_normalising(whole: Compose) -> list[Any]:

@@ -90,6 +90,9 @@ class PrometheusTelemetry(Telemetry):
             ["queue"],
             **mine,
         )
+        # looked up once: the two that are counted for each image
+        self._decode_queue = self._queue.labels("decode")
+        self._decode_by_tower = {tower: self._decode.labels(tower) for tower in ("image", "text")}
         self._bad = Counter("bad_samples", "Samples that could not be used, by kind.", ["kind"], **mine)
         self._done = Gauge("progress_rows", "Rows of this run that are done, by whomever.", ["tower"], **mine)
         self._wanted = Gauge("wanted_rows", "Rows that this run began with as its work.", ["tower"], **mine)
@@ -105,7 +108,7 @@ class PrometheusTelemetry(Telemetry):
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
         """See :class:`Telemetry`."""
-        waiting, seconds = self._queue.labels("decode"), self._decode.labels(tower)
+        waiting, seconds = self._decode_queue, self._decode_by_tower[tower]
         waiting.inc()
 
         def timed() -> Any:

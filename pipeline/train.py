@@ -19,7 +19,7 @@ from pipeline.config import TrainConfig
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
-from pipeline.launch import launch
+from pipeline.launch import launch, launched_rank
 from pipeline.metrics import mean_recall, retrieval_recall
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import handed_on
@@ -107,7 +107,7 @@ def train(
             with run.locked():  # killed at its very end, it may have more than it names
                 run.remove_unnamed(record)
             return TrainResult(str(run.path), record)
-    else:
+    elif not launched_rank():  # rank 0 of torchrun's processes may have begun it already
         run.require_free()
     launch(config, _train_rank, resume, teacher_source, progress=progress)
     return TrainResult(str(run.path), run.read())
@@ -273,6 +273,8 @@ class _Trainer:
             )
         )
         mine = [self._slice(pair) for pair in pairs]
+        if isinstance(self._teacher, CachedTeacher):
+            self._teacher.follow(mine)
         preprocess, workers = self._student.preprocess, self._workers()
         loader = epoch_inputs(
             self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device, self._pixels

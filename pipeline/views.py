@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from pipeline.preprocess import Preprocess
+from pipeline.preprocess import Preprocess, as_picture
 from pipeline.scaled_jpeg import ScaledJpeg
 from storage.identity import ViewsIdentity
 
@@ -101,6 +101,8 @@ def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) 
     Raises:
         ValueError: the crop is not within this image.
     """
+    if isinstance(image, ScaledJpeg):
+        return preprocess.normalized(_scaled(image, crop, preprocess))
     return preprocess.normalized(crop_shown(image, crop, preprocess))
 
 
@@ -116,18 +118,11 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
     Raises:
         ValueError: the crop is not within this image.
     """
-    if not crop.fits(*image.size):
-        raise ValueError(
-            f"stored crop {crop.as_row()} reaches beyond the {image.width} x {image.height} pixels there are"
-        )
-    # "random" means bicubic where nothing is random, as in open_clip
-    bilinear = preprocess.interpolation == "bilinear"
     if isinstance(image, ScaledJpeg):
-        height, width = preprocess.size
-        box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
-        found = image.resize((width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC, box)
-        return ImageOps.mirror(found) if crop.flip else found
-    mode = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+        return as_picture(_scaled(image, crop, preprocess))
+    _require_within(image.size, crop)
+    # "random" means bicubic where nothing is random, as in open_clip
+    mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
     seen = transforms.resized_crop(
         image, crop.top, crop.left, crop.height, crop.width, list(preprocess.size), interpolation=mode
     )
@@ -135,6 +130,21 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
         seen = transforms.hflip(seen)
     shown: Image.Image = seen.convert("RGB")
     return shown
+
+
+def _scaled(image: ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
+    """As :func:`crop_shown`: RGB uint8 (3, height, width)."""
+    _require_within(image.size, crop)
+    height, width = preprocess.size
+    resample = Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
+    seen = image.resized((width, height), resample, box)
+    return seen.flip(-1) if crop.flip else seen
+
+
+def _require_within(size: tuple[int, int], crop: Crop) -> None:
+    if not crop.fits(*size):
+        raise ValueError(f"stored crop {crop.as_row()} reaches beyond the {size[0]} x {size[1]} pixels there are")
 
 
 def _box(

@@ -18,13 +18,25 @@ from numpy.typing import NDArray
 
 from storage.commits import ObjectDigest, Tower
 from storage.errors import CacheCorruptError
+from storage.quantized import NO_EMBEDDING
 from storage.rows import has_nan
-from storage.shapes import ARRAYS, CRC_BYTES, VIEW_FIELDS, chunk_shape
+from storage.shapes import ARRAYS, CRC_BYTES, SCALE, VIEW_FIELDS, chunk_shape, stored_arrays
 
 if TYPE_CHECKING:
     from storage.manifest import Layout
 
-__all__ = ["ARRAYS", "array_dtype", "chunk_shape", "decode_object", "encode_object", "prove_body", "zarr_metadata"]
+__all__ = [
+    "ARRAYS",
+    "array_dtype",
+    "chunk_shape",
+    "decode_object",
+    "encode_object",
+    "given_dtype",
+    "prove_body",
+    "stored_arrays",
+    "stored_dtype",
+    "zarr_metadata",
+]
 
 # crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
 _CRC_RESIDUE = 0x48674BC7
@@ -33,14 +45,32 @@ _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("image", "embedding"): ("image", "view", "dim"),
     ("image", "norm"): ("image", "view"),
     ("image", "view"): ("image", "view", "crop"),
+    ("image", SCALE): ("chunk", "view", "dim"),
     ("text", "embedding"): ("caption", "dim"),
     ("text", "norm"): ("caption",),
+    ("text", SCALE): ("chunk", "dim"),
 }
 
 
 def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
-    """Stored dtype of an array."""
+    """Dtype of an array as encoders make it."""
     return np.dtype(ARRAYS[tower][name])
+
+
+def given_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
+    """Dtype of an array as readers give it: as it is stored, embeddings of int8 as float32."""
+    stored = stored_dtype(layout, tower, name)
+    return np.dtype("<f4") if stored == np.int8 else stored
+
+
+def stored_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
+    """Dtype of an array on disk."""
+    return np.dtype(stored_arrays(layout, tower)[name])
+
+
+def _fill(dtype: np.dtype[Any]) -> float | int:
+    """What stands where nothing was written: never a number that could be read as a value."""
+    return NO_EMBEDDING if dtype.kind == "i" else np.nan
 
 
 def zarr_metadata(layout: Layout) -> dict[str, bytes]:
@@ -51,17 +81,19 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
 
     written: dict[str, Any] = {}
     root = zarr.create_group(MemoryStore(written), zarr_format=3)
-    for tower, arrays in ARRAYS.items():
+    towers: tuple[Tower, ...] = ("image", "text")
+    for tower in towers:
         group = root.create_group(tower)
-        for name, dtype in arrays.items():
+        for name, dtype in stored_arrays(layout, tower).items():
             chunk = chunk_shape(layout, tower, name)
             views = (layout.views,) if tower == "image" else ()
+            rows = -(-layout.rows(tower) // layout.chunk_rows(tower)) if name == SCALE else layout.rows(tower)
             group.create_array(
                 name,
-                shape=(layout.rows(tower), *views, *chunk[1:]),
+                shape=(rows, *views, *chunk[1:]),
                 chunks=(chunk[0], *(1,) * len(views), *chunk[1:]),
                 dtype=dtype,
-                fill_value=np.nan,  # zarr returns it for rows never written, and 0 would train quietly
+                fill_value=_fill(np.dtype(dtype)),  # zarr returns it for rows never written; 0 would train quietly
                 serializer=BytesCodec(endian="little"),
                 compressors=[Crc32cCodec()],
                 dimension_names=_DIMENSIONS[tower, name],
@@ -75,7 +107,8 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
     """One chunk object and its digests.
 
     Args:
-        values: rows of the chunk, at most ``shape[0]`` of them; a short chunk is padded with NaN as zarr does.
+        values: rows of the chunk, at most ``shape[0]`` of them; a short chunk is padded with what zarr
+            fills up with, NaN or -128.
         shape: of the whole chunk.
         dtype: stored dtype.
 
@@ -85,7 +118,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
     if values.dtype != dtype or values.shape[1:] != shape[1:] or len(values) > shape[0]:
         raise ValueError(f"chunk is {values.shape} {values.dtype}, at most {shape} {dtype} wanted")
     if len(values) < shape[0]:
-        padded = np.full(shape, np.nan, dtype)
+        padded = np.full(shape, _fill(dtype), dtype)
         padded[: len(values)] = values
         values = padded
     body = np.ascontiguousarray(values).tobytes()
@@ -95,7 +128,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
 
 
 def decode_object(
-    data: bytes, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
+    data: bytes | memoryview, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
 ) -> NDArray[Any]:
     """The rows of a chunk object, padding included; a read-only view of ``data``, no copy.
 
@@ -105,8 +138,9 @@ def decode_object(
     size = int(np.prod(shape)) * dtype.itemsize
     if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
-    if google_crc32c.value(data) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
-        prove_body(np.frombuffer(data, np.uint8, count=size), data[size:], wanted, where)
+    octets = np.frombuffer(data, np.uint8)  # the checksum takes this, and no memoryview
+    if google_crc32c.value(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
+        prove_body(octets[:size], bytes(data[size:]), wanted, where)
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
 
@@ -118,7 +152,7 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
         stored: the object's last four bytes.
 
     Returns:
-        Whether some value is NaN, if that is looked for; the padding of a short chunk is.
+        Whether some value is NaN, of int8 -128, if that is looked for; the padding of a short chunk is.
 
     Raises:
         CacheCorruptError: these are not the bytes that were committed.

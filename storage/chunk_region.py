@@ -44,7 +44,8 @@ class ChunkRegion:
         self._region, self.maps_files = _reserve(chunks * self._chunk_bytes, self._chunk_bytes)
         self._bytes = np.frombuffer(self._region, np.uint8)
         self._shape, self._dtype = shape, dtype
-        self.rows: NDArray[Any] = self._bytes.view(dtype).reshape(chunks * shape[0], *shape[1:])
+        used = self._bytes[: chunks * self._chunk_bytes]
+        self.rows: NDArray[Any] = used.view(dtype).reshape(chunks * shape[0], *shape[1:])
 
     def chunk(self, number: int) -> NDArray[Any]:
         """The rows of one chunk."""
@@ -75,10 +76,14 @@ class ChunkRegion:
         finally:
             os.close(descriptor)
 
-    def fill(self, number: int, values: NDArray[Any]) -> None:
-        """Copy a chunk to its place."""
+    def fill(self, number: int, values: NDArray[Any], again: bool = False) -> None:
+        """Copy a chunk to its place.
+
+        Args:
+            again: the place was filled before and not released since, so that its memory is used again.
+        """
         start = number * self._chunk_bytes
-        if self.maps_files:
+        if self.maps_files and not again:
             self._replace(start, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         source = np.ascontiguousarray(values, self._dtype)
         if source.shape != self._shape:

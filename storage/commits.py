@@ -18,6 +18,7 @@ from storage.errors import CacheCorruptError
 from storage.files import CacheFiles, in_parallel
 from storage.identity import canonical_json, digest_of
 from storage.manifest import CacheManifest, Generation, Layout
+from storage.shapes import SCALE, stored_arrays
 
 __all__ = [
     "ChunkCommit",
@@ -62,13 +63,19 @@ class ChunkRef(NamedTuple):
         size, total = layout.chunk_rows(self.tower), layout.rows(self.tower)
         return range(self.chunk * size, min((self.chunk + 1) * size, total))
 
-    def object_keys(self) -> dict[str, str]:
-        """Array name to object key of each Zarr object of this chunk."""
+    def object_keys(self, layout: Layout | None = None) -> dict[str, str]:
+        """Array name to object key of each Zarr object of this chunk.
+
+        Args:
+            layout: of the cache; left out, the objects that a chunk has in every cache.
+        """
         if self.tower == "image":
             parts = {"embedding": f"{self.chunk}/{self.view}/0", "norm": f"{self.chunk}/{self.view}"}
             parts["view"] = f"{self.chunk}/{self.view}/0"
         else:
             parts = {"embedding": f"{self.chunk}/0", "norm": f"{self.chunk}"}
+        if layout is not None and SCALE in stored_arrays(layout, self.tower):
+            parts[SCALE] = parts["embedding"]
         return {name: f"targets.zarr/{self.tower}/{name}/c/{place}" for name, place in parts.items()}
 
 
@@ -118,7 +125,7 @@ class ChunkCommit(BaseModel):
     generation: int = Field(0, ge=0, description="Of its rows; a view that was added later says what its rows say.")
     encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
     rows_sha256: str = Field(description="Of what its rows were made: storage.tables.chunk_rows_sha256.")
-    objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view.")
+    objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view, scale.")
     quarantined: tuple[QuarantinedRow, ...] = ()
 
     @property
@@ -178,8 +185,9 @@ def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: Chun
             f"{where}: made by encoder {commit.encoder_digest[:12]} (teacher, preprocessing, tokenizer and dtype), "
             f"this cache is of {encoder[:12]}"
         )
-    if set(commit.objects) != set(ref.object_keys()):
-        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(ref.object_keys())} wanted")
+    wanted = set(ref.object_keys(manifest.layout))
+    if set(commit.objects) != wanted:
+        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(wanted)} wanted")
     return commit
 
 

@@ -59,7 +59,7 @@ def export_rows(
     rows_per_file: int = 1_000_000,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write the rows of a sealed cache as npy and parquet, float16 as they are stored.
+    """Write the rows of a sealed cache as npy and parquet: float16 as they are stored, or made of int8.
 
     Args:
         out: a folder that is not there yet, or empty. Complete once it holds ``export.json``.

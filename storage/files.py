@@ -23,6 +23,7 @@ __all__ = [
     "ObjectStat",
     "in_parallel",
     "open_files",
+    "read_buffer",
     "requests_at_once",
 ]
 
@@ -111,6 +112,16 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
         return RemoteFiles(text)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise error if isinstance(error, UsageError) else UsageError(redact(f"{text}: {error}")) from error
+
+
+def read_buffer(files: CacheFiles, key: str) -> bytes | memoryview:
+    """As ``files.read``, for large objects of which only a view is taken: of a store without a copy, where it can.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    without_copy: Callable[[str], bytes | memoryview] = getattr(files, "read_buffer", files.read)
+    return without_copy(key)
 
 
 def requests_at_once(files: CacheFiles) -> int:

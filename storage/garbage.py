@@ -87,7 +87,7 @@ def known_keys(files: CacheFiles) -> set[str]:
     for each in (manifest, backup or manifest):
         known.update(each.files)
         for ref in all_chunks(each.layout):
-            known.update((ref.commit_key, note_key(ref.name), *ref.object_keys().values()))
+            known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(each.layout).values()))
     return known
 
 

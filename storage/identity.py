@@ -111,8 +111,15 @@ class ViewsIdentity(Record):
 class TargetsIdentity(Record):
     """What is stored of the teacher's output."""
 
-    dtype: Literal["float16", "float32"] = Field("float16", description="Of the stored embeddings.")
+    dtype: Literal["float16", "int8"] = Field(
+        "float16", description="Of the stored embeddings; int8 has a scale for each column of each chunk."
+    )
     normalized: bool = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
+
+    @property
+    def layout_dtype(self) -> Literal["int8"] | None:
+        """As ``storage.manifest.Layout`` has it: None of float16."""
+        return None if self.dtype == "float16" else self.dtype
 
 
 class DatasetIdentity(Record):

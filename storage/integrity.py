@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from storage.arrays import array_dtype, chunk_shape, decode_object
+from storage.arrays import chunk_shape, decode_object, stored_dtype
 from storage.claims import CLAIMS
 from storage.commits import (
     COMMITS,
@@ -94,8 +94,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     """Read all of a cache and prove it.
 
     Checked: the digests of manifest and backup, tables and Zarr metadata, every commit record, every byte of every
-    chunk (sha256), finite values, unit norm, quarantined rows NaN and no others, row counts of the tables, the
-    seal, the journal's notes, and that there is no object that nobody accounts for.
+    chunk (sha256), finite values, unit norm, quarantined rows NaN (of int8 -128) and no others, row counts of the
+    tables, the seal, the journal's notes, and that there is no object that nobody accounts for.
 
     Args:
         progress: called with (chunks checked, chunks in all).
@@ -336,7 +336,7 @@ def _check_chunk(
     findings: list[Finding] = []
     arrays: dict[str, Any] = {}
     read = 0
-    for name, key in ref.object_keys().items():
+    for name, key in ref.object_keys(manifest.layout).items():
         try:
             data = files.read(key)
         except _FAULTS as error:
@@ -347,7 +347,7 @@ def _check_chunk(
             message = f"{key}: sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
             findings.append(Finding(kind="damaged", key=key, message=message))
             continue
-        shape, dtype = chunk_shape(manifest.layout, ref.tower, name), array_dtype(ref.tower, name)
+        shape, dtype = chunk_shape(manifest.layout, ref.tower, name), stored_dtype(manifest.layout, ref.tower, name)
         try:
             arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
         except CacheCorruptError as error:
@@ -358,7 +358,7 @@ def _check_chunk(
     rows = ref.rows(manifest.layout)
     held = {name: values[: len(rows)] for name, values in arrays.items()}
     for name, kind, what in wrong_rows(rows, held, {row.row for row in commit.quarantined}):
-        key = ref.object_keys()[name]
+        key = ref.object_keys(manifest.layout)[name]
         findings.append(Finding(kind=kind, key=key, message=f"{key}: {what}"))
     return findings, read
 
@@ -431,7 +431,7 @@ def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkR
     """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
     known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
     for ref in refs:
-        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys().values()))
+        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))
     return [
         Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
         for key in files.list()

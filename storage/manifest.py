@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from storage.errors import CacheCorruptError, CacheFormatError
-from storage.identity import CacheIdentity, Record, TargetsIdentity, ViewsIdentity, digest_of
+from storage.identity import CacheIdentity, Record, ViewsIdentity, digest_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -26,7 +26,9 @@ __all__ = [
     "StaticFile",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is known here. A cache is written in the oldest one that can hold it: float16 in 1, int8 in 2."""
+_OLDEST_VERSION = {"float16": 1, "int8": 2}
 _RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 MANIFEST_KEY = "manifest.json"
 BACKUP_KEY = "manifest.backup.json"
@@ -45,6 +47,9 @@ class Layout(Record):
     image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
     text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
     batch_rows: int = Field(gt=0, description="Rows per forward pass: another number rounds otherwise.")
+    embedding_dtype: Literal["int8"] | None = Field(
+        None, description="How embeddings are stored, if not in float16; then each chunk has an object of scales too."
+    )
 
     def rows(self, tower: Literal["image", "text"]) -> int:
         """All rows of a tower."""
@@ -117,7 +122,7 @@ class CacheManifest(Record):
     """The whole of ``manifest.json`` but its own digest, which is added and checked as text."""
 
     format: Literal["teacher-cache"] = "teacher-cache"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     identity_digest: str
     identity: CacheIdentity
     layout: Layout
@@ -134,11 +139,22 @@ class CacheManifest(Record):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _oldest_format_that_can(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "format_version" not in fields and "layout" in fields:
+            layout = Layout.model_validate(fields["layout"])
+            return {**fields, "format_version": _OLDEST_VERSION[layout.embedding_dtype or "float16"]}
+        return fields
+
     @model_validator(mode="after")
     def _targets_are_of_this_format(self) -> Self:
-        if self.identity.targets != TargetsIdentity():
+        targets, stored = self.identity.targets, self.layout.embedding_dtype or "float16"
+        if not targets.normalized or targets.dtype != stored:
+            raise ValueError(f"the layout holds normalised {stored} rows, targets are {targets}")
+        if self.format_version != _OLDEST_VERSION[targets.dtype]:
             raise ValueError(
-                f"format {FORMAT_VERSION} holds normalised float16 rows, targets are {self.identity.targets}"
+                f"{targets.dtype} rows are of format {_OLDEST_VERSION[targets.dtype]}, this is {self.format_version}"
             )
         return self
 
@@ -289,9 +305,9 @@ class CacheManifest(Record):
                 f"{where}: format is {found!r}, 'teacher-cache' wanted. Is this another tool's folder?"
             )
         version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _OLDEST_VERSION.values() or isinstance(version, bool):
             raise CacheFormatError(
-                f"{where}: format version {version!r}, this teacher-cache reads {FORMAT_VERSION}. "
+                f"{where}: format version {version!r}, this teacher-cache reads 1 to {FORMAT_VERSION}. "
                 "Install a newer teacher-cache."
             )
         recorded = fields.pop("digest", None)

@@ -59,7 +59,7 @@ def first_positive_ranks(
         text_image: (captions,) position of each caption's image in ``image``; any caption of an image is its positive.
         depth: count no further than this; all if left out. Queries that are beyond it cost no second look.
         cosine: compare rows of unit norm, made by ``storage.nearest.unit_rows``, rather than the rows as they are.
-        progress: called with images done and of how many.
+        progress: called with images done and of how many; first with 0, when the positives have their scores.
 
     Returns:
         int64 (images,) and (captions,): 0 where a positive is the nearest, at most ``depth``; :data:`NO_POSITIVE` of an
@@ -81,6 +81,8 @@ def first_positive_ranks(
     # a thread multiplies and counts by itself: if BLAS split each product among the cores, one would count alone
     alone = threadpool_limits(1, "blas") if threads > 1 else nullcontext()
     with alone, ThreadPoolExecutor(max(1, threads)) as pool:
+        if progress is not None:
+            progress(0, len(image))
         for start in range(0, len(image), _IMAGES_AT_ONCE):
             images = slice(start, min(start + _IMAGES_AT_ONCE, len(image)))
             rows = count.rows_of(images)

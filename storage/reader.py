@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.arrays import array_dtype, chunk_shape, decode_object
+from storage.arrays import chunk_shape, decode_object, given_dtype, stored_dtype
 from storage.commits import (
     COMMITS,
     ChunkCommit,
@@ -37,12 +37,14 @@ from storage.errors import (
     CacheUnreachableError,
     UsageError,
 )
-from storage.files import CacheFiles, in_parallel, open_files
+from storage.files import CacheFiles, in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.quantized import unit_dequantized
 from storage.resident import ResidentRows, load_resident
 from storage.root import read_backup, read_manifest
-from storage.rows import has_nan
+from storage.rows import has_nan, is_nan
+from storage.shapes import SCALE
 from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import is_transient
@@ -208,7 +210,7 @@ class EmbeddingReader:
         view: int | NDArray[np.int64] = 0,
         array: str = "embedding",
     ) -> NDArray[Any]:
-        """Rows of one array, in the order asked for, as a new array of the stored dtype.
+        """Rows of one array, in the order asked for, as a new array of the stored dtype; int8 as float32 of unit norm.
 
         Args:
             view: of images: one for all rows, or (rows,) one for each. Each chunk touched is looked up once.
@@ -222,12 +224,12 @@ class EmbeddingReader:
         """
         rows, views = self._checked(tower, rows, view)
         size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
-        out = np.empty((len(rows), *shape[1:]), array_dtype(tower, array))
+        out = np.empty((len(rows), *shape[1:]), given_dtype(self.manifest.layout, tower, array))
         damaged = False
         places = list(self._by_chunk(tower, rows, views))
         refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
         for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
-            out[here] = values[rows[here] - chunk * size]
+            out[here] = self._given(ref, values[rows[here] - chunk * size])
             damaged = damaged or bool(self._commits[ref].quarantined)
         if damaged:
             self._require_encoded(tower, rows, views, array)
@@ -267,8 +269,8 @@ class EmbeddingReader:
     def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
         """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
 
-        One copy, however many processes use it; it does not count against ``memory_bytes``. A row is there twice at
-        no time, but for the few chunks that are being loaded.
+        One copy, however many processes use it; it does not count against ``memory_bytes``, and no chunk is kept
+        beside it.
 
         Args:
             threads: chunks that are read and proven at the same time.
@@ -330,7 +332,7 @@ class EmbeddingReader:
             raise CacheCorruptError(f"{self.location}: {tower} {named} was quarantined and has no {array}")
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
-        """All rows of one chunk, the quarantined ones NaN: read-only, of the stored dtype, proven.
+        """All rows of one chunk, the quarantined ones NaN, of the dtype that :meth:`take` gives: proven, read-only.
 
         Raises:
             IndexError: no such chunk, or one that is not sealed yet.
@@ -338,7 +340,26 @@ class EmbeddingReader:
         """
         if ref not in self._commits:
             raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
-        return self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))]
+        return self._given(ref, self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))])
+
+    def stored_chunk(self, ref: ChunkRef) -> dict[str, NDArray[Any]]:
+        """The arrays of one chunk by name as they are on disk, padding cut off: what a writer takes bit for bit.
+
+        Raises:
+            IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`chunk`.
+        """
+        if ref not in self._commits:
+            raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
+        rows = len(ref.rows(self.manifest.layout))
+        return {name: self._chunk(ref, name)[:rows] for name in ref.object_keys(self.manifest.layout)}
+
+    def _given(self, ref: ChunkRef, stored: NDArray[Any]) -> NDArray[Any]:
+        """Rows of a chunk as they are given out; in memory int8 stays int8."""
+        return stored if stored.dtype != np.int8 else unit_dequantized(stored, self._chunk(ref, SCALE))
+
+    def commits(self) -> dict[ChunkRef, ChunkCommit]:
+        """The commit records of what can be read. Reads them once; raises as :meth:`take`."""
+        return dict(self._commits)
 
     @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:
@@ -408,16 +429,17 @@ class EmbeddingReader:
     def _load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         """A chunk from its object, proven; padding included."""
         commit = self._commits[ref]
-        key = ref.object_keys()[array]
+        layout = self.manifest.layout
+        key = ref.object_keys(layout)[array]
         where = f"{self.location}/{key}"
         try:
-            data = self.files.read(key)
+            data = read_buffer(self.files, key)
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:
             raise _read_error(where, error) from error
-        shape = chunk_shape(self.manifest.layout, ref.tower, array)
-        values = decode_object(data, commit.objects[array], shape, array_dtype(ref.tower, array), where)
+        shape, dtype = chunk_shape(layout, ref.tower, array), stored_dtype(layout, ref.tower, array)
+        values = decode_object(data, commit.objects[array], shape, dtype, where)
         self._count(len(data))
         if (ref, array) not in self._proven:
             self._note_proven(ref, array, values, has_nan(values))
@@ -431,13 +453,15 @@ class EmbeddingReader:
     def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], some_nan: bool) -> None:
         """Refuse NaN where nothing was quarantined; looked at once, for afterwards the checksum says it."""
         if some_nan:
+            key = ref.object_keys(self.manifest.layout)[array]
+            if array == SCALE:
+                raise CacheCorruptError(f"{self.location}/{key}: holds NaN. {_REMEDY}")
             rows = ref.rows(self.manifest.layout)
             table = values[: len(rows)].reshape(len(rows), -1)
-            wrong = np.setdiff1d(np.flatnonzero(np.isnan(table).any(axis=1)), self._lost(ref))
+            wrong = np.setdiff1d(np.flatnonzero(is_nan(table).any(axis=1)), self._lost(ref))
             if len(wrong):
                 raise CacheCorruptError(
-                    f"{self.location}/{ref.object_keys()[array]}: row {rows[int(wrong[0])]} is NaN and was not "
-                    f"quarantined. {_REMEDY}"
+                    f"{self.location}/{key}: row {rows[int(wrong[0])]} is NaN and was not quarantined. {_REMEDY}"
                 )
         self._proven.add((ref, array))
 

@@ -22,6 +22,7 @@ import fsspec
 from storage.errors import CacheAccessError, CacheUnreachableError, UsageError
 from storage.files import REQUESTS_AT_ONCE
 from storage.local_files import PARTIAL, ObjectStat, left_behind
+from storage.object_reads import object_reads
 from storage.processes import this_process
 from storage.redact import redact
 from storage.transient import is_transient, s3_answer
@@ -131,6 +132,16 @@ class RemoteFiles:
         """See :class:`storage.files.CacheFiles`. One request."""
         data: bytes = self._try("read", key, lambda fs, path: fs.cat_file(path))
         return data
+
+    def read_buffer(self, key: str) -> bytes | memoryview:
+        """As :meth:`read`, of large objects; where obstore can be used by it, whose bytes are not copied again."""
+        if _is_s3(self.location):
+            bucket, _, path = self._path(key).partition("/")
+            fast = object_reads(bucket, _shared_key())
+            data = fast.get(path) if fast is not None else None
+            if data is not None:
+                return data
+        return self.read(key)
 
     def write(self, key: str, data: bytes) -> None:
         """See :class:`storage.files.CacheFiles`."""

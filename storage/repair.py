@@ -80,7 +80,11 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
             "sound. Let this user read them; or delete what is lost for good, and repair again."
         )
     sealed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
-    owner = {key: ref for ref in all_chunks(manifest.layout) for key in (ref.commit_key, *ref.object_keys().values())}
+    owner = {
+        key: ref
+        for ref in all_chunks(manifest.layout)
+        for key in (ref.commit_key, *ref.object_keys(manifest.layout).values())
+    }
     root, static, notes, left = list[str](), list[str](), list[str](), list[Finding]()
     chunks = set[ChunkRef]()
     unsealed = seal = broken = False

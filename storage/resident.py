@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import array_dtype, chunk_shape
+from storage.arrays import chunk_shape, stored_dtype
 from storage.commits import ChunkRef, Tower
+from storage.quantized import unit_dequantized
 from storage.read_ahead import ReadAhead
+from storage.shapes import SCALE
 
 if TYPE_CHECKING:
     from storage.reader import EmbeddingReader
@@ -33,14 +35,22 @@ class ResidentRows:
 
     Attributes:
         rows: (rows, ...) read-only, of the stored dtype; of more than one view (views x rows, ...), view after view.
-            Quarantined rows are NaN there, :meth:`take` refuses them.
+            Quarantined rows are NaN there, of int8 -128; :meth:`take` refuses them.
     """
 
     def __init__(
-        self, descriptor: int, shape: tuple[int, ...], dtype: str, per_view: int, lost: NDArray[np.int64], named: str
+        self,
+        descriptor: int,
+        shape: tuple[int, ...],
+        dtype: str,
+        per_view: int,
+        lost: NDArray[np.int64],
+        steps: tuple[int, NDArray[np.float32]] | None,
+        named: str,
     ) -> None:
         self._descriptor = descriptor
-        self._shape, self._dtype, self._per_view, self._lost, self._named = shape, dtype, per_view, lost, named
+        self._shape, self._dtype, self._per_view, self._lost = shape, dtype, per_view, lost
+        self._steps, self._named = steps, named
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self._memory = mmap.mmap(descriptor, max(size, 1), prot=mmap.PROT_READ)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -54,7 +64,7 @@ class ResidentRows:
             os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        how = (self._shape, self._dtype, self._per_view, self._lost, self._named)
+        how = (self._shape, self._dtype, self._per_view, self._lost, self._steps, self._named)
         return _attach, (reduction.DupFd(self._descriptor), *how)
 
     @property
@@ -63,7 +73,7 @@ class ResidentRows:
         return self.rows.nbytes
 
     def take(self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0) -> NDArray[Any]:
-        """Rows in the order asked for, as a new array of the stored dtype; as :meth:`EmbeddingReader.take`.
+        """Rows in the order asked for, as a new array, as :meth:`EmbeddingReader.take` gives them.
 
         Raises:
             IndexError: a row or view that is not here.
@@ -84,20 +94,25 @@ class ResidentRows:
             )
         out = np.empty((len(rows), *self._shape[1:]), self._dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
-        return np.take(self.rows, at, axis=0, out=out, mode="clip")
+        np.take(self.rows, at, axis=0, out=out, mode="clip")
+        if self._steps is None:
+            return out
+        size, steps = self._steps
+        return unit_dequantized(out, steps[view * (len(steps) // number) + rows // size] if len(rows) else steps[:0])
 
 
 def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: int) -> ResidentRows:
     """See :meth:`storage.reader.EmbeddingReader.resident`."""
     layout = reader.manifest.layout
     views, number, size = (reader.views if tower == "image" else 1), reader._num_chunks(tower), layout.chunk_rows(tower)
-    dtype, total = array_dtype(tower, array), layout.rows(tower)
+    dtype, total = stored_dtype(layout, tower, array), layout.rows(tower)
     shape = (views * total, *chunk_shape(layout, tower, array)[1:])
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     descriptor = _unnamed()
     try:
         os.ftruncate(descriptor, max(1, shape[0] * row_bytes))
-        lost = []
+        lost: list[int] = []
+        steps: list[NDArray[np.float32]] = []
         refs = [ChunkRef(tower, view, chunk) for view in range(views) for chunk in range(number)]
 
         def load(ref: ChunkRef) -> NDArray[Any]:
@@ -108,10 +123,13 @@ def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: in
                 ahead.ask(refs[at : at + 1 + _AHEAD])
                 rows = ref.rows(layout)
                 _write(descriptor, ahead.get(ref)[: len(rows)], (ref.view * total + ref.chunk * size) * row_bytes)
+                if dtype == np.int8:
+                    steps.append(reader._chunk(ref, SCALE)[0])
                 lost += (reader._lost(ref) + ref.view * total + rows.start).tolist()
                 ahead.drop(keep=refs[at + 1 : at + 1 + _AHEAD])
         named = f"{reader.location}: {tower} {array}"
-        return ResidentRows(descriptor, shape, dtype.str, total, np.array(lost, np.int64), named)
+        columns = (size, np.stack(steps)) if steps else None
+        return ResidentRows(descriptor, shape, dtype.str, total, np.array(lost, np.int64), columns, named)
     except BaseException:
         os.close(descriptor)
         raise

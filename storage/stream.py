@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import array_dtype, chunk_shape, prove_body
+from storage.arrays import chunk_shape, prove_body, stored_dtype
 from storage.chunk_region import ChunkRegion
 from storage.commits import ChunkRef, Tower
 from storage.files import requests_at_once
 from storage.local_files import LocalFiles
+from storage.quantized import unit_dequantized
 from storage.read_ahead import ReadAhead
+from storage.shapes import SCALE
 
 if TYPE_CHECKING:
     from storage.reader import EmbeddingReader
@@ -42,7 +44,8 @@ _LOCAL_THREADS = 2
 class _Group(NamedTuple):
     """Some batches, in their order."""
 
-    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    batches: list[NDArray[np.int64]]
+    """Their rows as places in the region: view x rows of a view, the last chunk's padding included, + row."""
     rows: int
     numbers: list[int]
     """The chunks that they need: view x chunks of a view + chunk."""
@@ -65,7 +68,7 @@ def stream_rows(
     seen: deque[_Group] = deque()
     # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
     loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
-    with ReadAhead(chunks.load, chunks.region.release, threads or loads) as ahead:
+    with ReadAhead(chunks.load, chunks.release, threads or loads) as ahead:
         while True:
             while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
                 group = next(coming, None)
@@ -77,7 +80,8 @@ def stream_rows(
             now = seen[0]
             if len(now.numbers) > most_in_memory and not chunks.region.maps_files:
                 # an order that wants more chunks at once than there may be in memory: one after the other
-                for rows, views in now.batches:
+                for at in now.batches:
+                    views, rows = np.divmod(at, chunks.number * chunks.size)
                     yield reader.take(tower, rows, views, array)
             else:
                 ahead.ask(now.numbers)
@@ -90,8 +94,8 @@ def stream_rows(
                         break
                 for number in now.numbers:
                     ahead.get(number)
-                for rows, views in now.batches:
-                    yield chunks.gather(rows, views)
+                for at in now.batches:
+                    yield chunks.gather(at)
             seen.popleft()
             ahead.drop(keep={number for group in seen for number in group.numbers})
 
@@ -104,11 +108,19 @@ class _Chunks:
             raise ValueError(f"prove is {prove!r}, 'first' or 'every' wanted")
         layout = reader.manifest.layout
         self._reader, self._tower, self.array, self._prove = reader, tower, array, prove
-        self._shape, self._dtype = chunk_shape(layout, tower, array), array_dtype(tower, array)
+        self._shape, self._dtype = chunk_shape(layout, tower, array), stored_dtype(layout, tower, array)
         self.size, self.number = layout.chunk_rows(tower), reader._num_chunks(tower)
         self.nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self.views = reader.views if tower == "image" else 1
         self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
+        # of int8, by chunk: what one step of each column is
+        columns = layout.embed_dim if self._dtype == np.int8 else 0
+        self._steps = np.empty((self.views * self.number, columns), np.float32)
+        # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
+        self._places = np.arange(self.views * self.number)
+        self._free = list(reversed(range(self.views * self.number)))
+        self._used: set[int] = set()
+        self._copied: set[int] = set()
 
     def ref(self, number: int) -> ChunkRef:
         return ChunkRef(self._tower, *divmod(number, self.number))
@@ -116,13 +128,31 @@ class _Chunks:
     def load(self, number: int) -> None:
         """Bring a chunk into memory; in a thread."""
         ref, reader = self.ref(number), self._reader
+        if self._dtype == np.int8:
+            self._steps[number] = reader._chunk(ref, SCALE)[0]
         if self.region.maps_files and isinstance(reader.files, LocalFiles) and self._map(reader.files, number, ref):
             return
-        self.region.fill(number, reader._chunk(ref, self.array))
+        values = reader._chunk(ref, self.array)
+        if isinstance(reader.files, LocalFiles):
+            self.region.fill(number, values)
+            return
+        place = self._free.pop()
+        self.region.fill(place, values, again=place in self._used)
+        self._used.add(place)
+        self._copied.add(number)
+        self._places[number] = place
+
+    def release(self, number: int) -> None:
+        """Let go of a chunk; where others will be copied to its place, that stays as it is."""
+        if number in self._copied:
+            self._copied.remove(number)
+            self._free.append(int(self._places[number]))
+        else:
+            self.region.release(number)
 
     def _map(self, files: LocalFiles, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
-        key = ref.object_keys()[self.array]
+        key = ref.object_keys(self._reader.manifest.layout)[self.array]
         wanted = self._reader._commits[ref].objects[self.array]
         try:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
@@ -137,38 +167,46 @@ class _Chunks:
         self._reader._count(wanted.nbytes)
         return True
 
-    def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of chunks that are in memory, as a new array."""
-        at = views * (self.number * self.size) + rows if views.any() else rows
-        out = np.empty((len(rows), *self._shape[1:]), self._dtype)
+    def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of chunks that are in memory, counted over all chunks, as a new array."""
+        place = at
+        if not isinstance(self._reader.files, LocalFiles):
+            chunk, within = np.divmod(at, self.size)
+            place = self._places[chunk] * self.size + within
+        out = np.empty((len(at), *self._shape[1:]), self._dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
-        return np.take(self.region.rows, at, axis=0, out=out, mode="clip")
+        np.take(self.region.rows, place, axis=0, out=out, mode="clip")
+        return unit_dequantized(out, self._steps[at // self.size]) if self._dtype == np.int8 else out
 
 
 def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:
-    """The batches in groups; each row, view and quarantine is looked at here."""
-    some: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    """The batches in groups; each row, view and quarantine is looked at here, for many batches at once."""
+    some: list[Batch] = []
+    count = 0
     for batch in batches:
-        rows, views = batch if isinstance(batch, tuple) else (batch, np.zeros((), np.int64))
-        some.append(reader._checked(tower, rows, views))
-        if sum(len(rows) for rows, _ in some) >= _GROUP_ROWS:
+        some.append(batch)
+        count += len(batch[0] if isinstance(batch, tuple) else batch)
+        if count >= _GROUP_ROWS:
             yield _group(reader, chunks, tower, some)
-            some = []
+            some, count = [], 0
     if some:
         yield _group(reader, chunks, tower, some)
 
 
-def _group(
-    reader: EmbeddingReader,
-    chunks: _Chunks,
-    tower: Tower,
-    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
-) -> _Group:
+def _group(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: list[Batch]) -> _Group:
+    views: NDArray[np.int64] = np.zeros((), np.int64)
+    if any(isinstance(batch, tuple) for batch in batches):
+        pairs = [reader._checked(tower, *(batch if isinstance(batch, tuple) else (batch, 0))) for batch in batches]
+        parts = [rows for rows, _ in pairs]
+        views = np.concatenate([np.broadcast_to(some, rows.shape) for rows, some in pairs])
+    else:
+        parts = [np.asarray(batch, np.int64) for batch in batches]
+    rows, views = reader._checked(tower, np.concatenate(parts), views)
     needed = np.zeros(chunks.views * chunks.number, bool)
-    for rows, views in batches:
-        needed[views * chunks.number + rows // chunks.size] = True
+    needed[views * chunks.number + rows // chunks.size] = True
     numbers = np.flatnonzero(needed).tolist()
-    if any(len(reader._lost(chunks.ref(number))) for number in numbers):
-        for rows, views in batches:
-            reader._require_encoded(tower, rows, views, chunks.array)
-    return _Group(batches, sum(len(rows) for rows, _ in batches), numbers)
+    if any(reader._commits[chunks.ref(number)].quarantined for number in numbers):
+        reader._require_encoded(tower, rows, views, chunks.array)
+    at = views * (chunks.number * chunks.size) + rows
+    stops = np.cumsum([len(part) for part in parts]).tolist()
+    return _Group([at[start:stop] for start, stop in pairwise([0, *stops])], len(rows), numbers)

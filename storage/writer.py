@@ -8,10 +8,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.arrays import ARRAYS, array_dtype, chunk_shape, decode_object, encode_object, zarr_metadata
+from storage.arrays import (
+    ARRAYS,
+    chunk_shape,
+    decode_object,
+    encode_object,
+    stored_arrays,
+    stored_dtype,
+    zarr_metadata,
+)
 from storage.claims import PLAN, Claims, clear_claims
 from storage.commits import (
     ChunkCommit,
@@ -29,8 +38,10 @@ from storage.files import CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
+from storage.quantized import quantize
 from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
+from storage.shapes import SCALE
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_static, read_table, table_files
 
 __all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "static_contents"]
@@ -227,8 +238,8 @@ class EmbeddingWriter:
             commit = read_commit(self.files, self.manifest, ref)
             if commit is None or commit.rows_sha256 != self._rows_sha256(ref):
                 return False
-            for name, key in ref.object_keys().items():
-                shape, dtype = chunk_shape(layout, ref.tower, name), array_dtype(ref.tower, name)
+            for name, key in ref.object_keys(layout).items():
+                shape, dtype = chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
                 decode_object(self.files.read(key), commit.objects[name], shape, dtype, key)
         except (CacheCorruptError, FileNotFoundError):
             return False
@@ -247,7 +258,9 @@ class EmbeddingWriter:
 
         Args:
             arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
-                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order.
+                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order. A cache of
+                int8 rounds the embeddings here; it takes them rounded too, of another cache, bit for bit:
+                ``embedding`` (rows, dim) int8 with ``scale`` (1, dim) float32.
             quarantined: rows without embedding; theirs must be NaN, all others must not be.
             cost: noted in the journal.
 
@@ -258,13 +271,19 @@ class EmbeddingWriter:
         layout = self.manifest.layout
         rows = ref.rows(layout)
         self._check(ref, rows, arrays, {row.row for row in quarantined})
+        stored = stored_arrays(layout, ref.tower)
+        if SCALE in stored and SCALE not in arrays:
+            embedding, scale = quantize(arrays["embedding"])
+            arrays = {**arrays, "embedding": embedding, SCALE: scale}
         encoded = {
-            name: encode_object(arrays[name], chunk_shape(layout, ref.tower, name), array_dtype(ref.tower, name))
-            for name in ARRAYS[ref.tower]
+            name: encode_object(
+                arrays[name], chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
+            )
+            for name in stored
         }
         started = time.perf_counter()
         # all of them before the commit, in whatever order
-        keys = ref.object_keys()
+        keys = ref.object_keys(layout)
         for _ in in_parallel(self.files, lambda name: self.files.write(keys[name], encoded[name][0]), list(keys)):
             pass
         commit = ChunkCommit(
@@ -290,10 +309,13 @@ class EmbeddingWriter:
         return commit
 
     def _check(self, ref: ChunkRef, rows: range, arrays: dict[str, NDArray[Any]], quarantined: set[int]) -> None:
-        if set(arrays) != set(ARRAYS[ref.tower]):
+        stored = set(stored_arrays(self.manifest.layout, ref.tower))
+        if set(arrays) not in (set(ARRAYS[ref.tower]), stored):
             raise ValueError(f"{ref.name}: arrays {sorted(arrays)}, {sorted(ARRAYS[ref.tower])} wanted")
+        if SCALE in stored and SCALE not in arrays and arrays["embedding"].dtype != np.float16:
+            raise ValueError(f"{ref.name}/embedding: {arrays['embedding'].dtype}, float16 wanted")
         for name, values in arrays.items():
-            if len(values) != len(rows):
+            if name != SCALE and len(values) != len(rows):
                 raise ValueError(f"{ref.name}/{name}: {len(values)} rows, {len(rows)} wanted")
         if not quarantined <= set(rows):
             raise ValueError(f"{ref.name}: quarantined rows {sorted(quarantined - set(rows))} are not of this chunk")

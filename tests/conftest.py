@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +105,12 @@ def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
 
 
 def plan_known_cache(
-    path: Path | str, images: int = 10, captions: int = 25, chunk_rows: int = 4, name: str = "img"
+    path: Path | str,
+    images: int = 10,
+    captions: int = 25,
+    chunk_rows: int = 4,
+    name: str = "img",
+    dtype: Literal["float16", "int8"] = "float16",
 ) -> CacheManifest:
     """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
     image_row = np.sort(np.arange(captions) % images)
@@ -140,7 +145,8 @@ def plan_known_cache(
             "captions_sha256": captions_sha256(tables[CAPTIONS]),
         }
     )
-    identity = identity.model_copy(update={"dataset": dataset})
+    targets = TargetsIdentity(dtype=dtype)
+    identity = identity.model_copy(update={"dataset": dataset, "targets": targets})
     layout = Layout(
         embed_dim=8,
         image_rows=images,
@@ -148,6 +154,7 @@ def plan_known_cache(
         image_chunk_rows=chunk_rows,
         text_chunk_rows=chunk_rows,
         batch_rows=2,
+        embedding_dtype=targets.layout_dtype,
     )
     source = Source(dataset="flickr:/nowhere", image_root="/nowhere")
     return plan_cache(str(path), identity, layout, source, tables, {"torch": "0"})

@@ -18,11 +18,11 @@ from storage.commits import ChunkRef, all_chunks
 from storage.files import open_files
 from storage.integrity import sound_manifest
 from storage.journal import ChunkCost, note_key
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Layout
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
 
-__all__ = ["FILES", "KINDS", "Damage", "Others", "damage", "make_older"]
+__all__ = ["FILES", "KINDS", "SCALE_KINDS", "Damage", "Others", "damage", "make_older"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_older(cache: Path, older: Path) -> Path:
     for ref in all_chunks(writer.manifest.layout):
         rows = ref.rows(writer.manifest.layout)
         here = [lost[row] for row in rows if row in lost and ref.tower == "image"]
-        arrays = {name: reader._chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
+        arrays = reader.stored_chunk(ref)
         arrays["norm"] = np.nextafter(arrays["norm"], np.float32(np.inf))
         writer.write(ref, arrays, here, cost=ChunkCost(rows=len(rows), seconds=1.0))
     writer.seal()
@@ -82,6 +82,12 @@ _IN_PLACE: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "appended-byte": lambda rng, data: data + bytes([rng.choice([10, 32, rng.randrange(256)])]),
 }
 
+SCALES: dict[str, Callable[[str], bool]] = {
+    "image-scale": lambda key: key.startswith("targets.zarr/image/scale/c/"),
+    "text-scale": lambda key: key.startswith("targets.zarr/text/scale/c/"),
+}
+"""Only in a cache of int8."""
+
 FILES: dict[str, Callable[[str], bool]] = {
     "image-embedding": lambda key: key.startswith("targets.zarr/image/embedding/c/"),
     "image-norm": lambda key: key.startswith("targets.zarr/image/norm/c/"),
@@ -101,21 +107,27 @@ def _keys(cache: Path) -> list[str]:
     return sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
 
 
+def _layout_of(cache: Path) -> Layout:
+    return sound_manifest(open_files(cache))[0].layout
+
+
 def _layout_refs(cache: Path) -> list[ChunkRef]:
-    return all_chunks(sound_manifest(open_files(cache))[0].layout)
+    return all_chunks(_layout_of(cache))
 
 
-def _refused_by(refs: list[ChunkRef], key: str) -> set[tuple[ChunkRef, str]] | None:
+def _refused_by(layout: Layout, key: str) -> set[tuple[ChunkRef, str]] | None:
     """What cannot be read any more when this object is not as it was; None for all of the cache."""
     if key.startswith("commits/") or key == MANIFEST_KEY:
         return None
-    return {(ref, name) for ref in refs for name, other in ref.object_keys().items() if other == key}
+    objects = [(ref, *item) for ref in all_chunks(layout) for item in ref.object_keys(layout).items()]
+    # embeddings are nothing without their scales
+    return {(ref, "embedding" if name == "scale" else name) for ref, name, other in objects if other == key}
 
 
 def _one_file(kind: str, files: str) -> Callable[[random.Random, Path, Others], Damage]:
     def do(rng: random.Random, cache: Path, others: Others) -> Damage:
-        refs = _layout_refs(cache)
-        key = rng.choice([key for key in _keys(cache) if FILES[files](key)])
+        layout = _layout_of(cache)
+        key = rng.choice([key for key in _keys(cache) if {**FILES, **SCALES}[files](key)])
         path = cache / key
         if kind == "deleted":
             path.unlink()
@@ -124,7 +136,7 @@ def _one_file(kind: str, files: str) -> Callable[[random.Random, Path, Others], 
             path.write_bytes(_IN_PLACE[kind](rng, data))
             if key.endswith(".json") and path.read_bytes().strip() == data.strip():
                 return Damage({key})  # white space behind JSON: verify names it, readers read the same
-        return Damage({key}, _refused_by(refs, key))
+        return Damage({key}, _refused_by(layout, key))
 
     return do
 
@@ -169,7 +181,8 @@ def _swapped_chunks_and_commits(rng: random.Random, cache: Path, others: Others)
     """Two chunks of a tower changed places as a whole: objects, commits and notes."""
     refs = _layout_refs(cache)
     a, b = rng.sample([ref for ref in refs if ref.tower == "text"], 2)
-    for left, right in zip(a.object_keys().values(), b.object_keys().values(), strict=True):
+    layout = _layout_of(cache)
+    for left, right in zip(a.object_keys(layout).values(), b.object_keys(layout).values(), strict=True):
         _swap(cache, left, right)
     _swap(cache, a.commit_key, b.commit_key)
     return Damage({a.commit_key, b.commit_key}, None)
@@ -183,7 +196,7 @@ def _copy(source: Path, cache: Path, keys: list[str]) -> None:
 
 def _foreign_chunk_and_commit(rng: random.Random, cache: Path, others: Others) -> Damage:
     ref = rng.choice(_layout_refs(cache))
-    _copy(others.foreign, cache, [ref.commit_key, *ref.object_keys().values()])
+    _copy(others.foreign, cache, [ref.commit_key, *ref.object_keys(_layout_of(cache)).values()])
     return Damage({ref.commit_key}, None)
 
 
@@ -196,7 +209,7 @@ def _foreign_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
 def _rolled_back_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
     """Old bytes with their old commit: sound by themselves, and not what was sealed."""
     ref = rng.choice(_layout_refs(cache))
-    _copy(others.older, cache, [ref.commit_key, *ref.object_keys().values()])
+    _copy(others.older, cache, [ref.commit_key, *ref.object_keys(_layout_of(cache)).values()])
     return Damage({ref.commit_key}, None)
 
 
@@ -255,6 +268,31 @@ KINDS: dict[str, Callable[[random.Random, Path, Others], Damage]] = {
 }
 
 
+def _swapped_scales(rng: random.Random, cache: Path, others: Others) -> Damage:
+    """Two chunks that read each other's scales: both sound by their own checksums."""
+    tower, layout = rng.choice(["image", "text"]), _layout_of(cache)
+    a, b = rng.sample([ref for ref in all_chunks(layout) if ref.tower == tower], 2)
+    left, right = a.object_keys(layout)["scale"], b.object_keys(layout)["scale"]
+    _swap(cache, left, right)
+    return Damage({left, right}, {(a, "embedding"), (b, "embedding")})
+
+
+def _foreign_scale(rng: random.Random, cache: Path, others: Others) -> Damage:
+    layout = _layout_of(cache)
+    ref = rng.choice(all_chunks(layout))
+    key = ref.object_keys(layout)["scale"]
+    _copy(others.foreign, cache, [key])
+    return Damage({key}, {(ref, "embedding")})
+
+
+SCALE_KINDS: dict[str, Callable[[random.Random, Path, Others], Damage]] = {
+    **{f"{kind}:{files}": _one_file(kind, files) for kind in (*_IN_PLACE, "deleted") for files in SCALES},
+    "swapped-scales": _swapped_scales,
+    "foreign-scale": _foreign_scale,
+}
+"""What can befall a cache of int8 besides."""
+
+
 def damage(kind: str, seed: int, cache: Path, others: Others) -> Damage:
     """Do one kind of damage at a seeded place."""
-    return KINDS[kind](random.Random(f"{kind} {seed}"), cache, others)
+    return {**KINDS, **SCALE_KINDS}[kind](random.Random(f"{kind} {seed}"), cache, others)

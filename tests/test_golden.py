@@ -21,7 +21,7 @@ from storage.integrity import verify_cache
 from storage.manifest import FORMAT_VERSION
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
-from tests.conftest import cache_digest
+from tests.conftest import cache_digest, plan_known_cache
 from tests.golden.make import HERE, LOST
 
 VERSIONS = sorted(path.name for path in HERE.glob("v*"))
@@ -64,6 +64,12 @@ def test_it_reads_as_on_the_day_it_was_made(golden: Path) -> None:
 def test_zarr_reads_it(golden: Path) -> None:
     known, group = expected(golden), zarr.open_group(str(golden / "sealed" / "targets.zarr"), mode="r")
     image = np.asarray(group["image/embedding"])[:, 0]
+    if known.get("dtype") == "int8":
+        scaled = image[known["images"]] * np.asarray(group["image/scale"])[np.array(known["images"]) // 4, 0]
+        unit = scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
+        np.testing.assert_allclose(unit, known["image_embedding"], atol=1e-6)
+        assert (image[LOST] == -128).all()
+        return
     np.testing.assert_array_equal(image[known["images"]], np.array(known["image_embedding"], np.float16))
     assert np.isnan(image[LOST]).all()
     np.testing.assert_array_equal(np.asarray(group["text/embedding"]), np.array(known["text_embedding"], np.float16))
@@ -84,16 +90,29 @@ def test_it_is_sound_and_reading_changes_nothing(golden: Path) -> None:
 def test_one_that_was_stopped_is_finished_to_the_bytes_of_the_whole(golden: Path) -> None:
     known, writer = expected(golden), EmbeddingWriter(str(golden / "stopped"))
     pending = writer.pending()
+    written = known.get("text_written", known["text_embedding"])
     assert pending == all_chunks(writer.manifest.layout)[5:]
     for ref in pending:  # captions only
         rows = ref.rows(writer.manifest.layout)
         arrays = {
-            "embedding": np.array(known["text_embedding"][rows.start : rows.stop], np.float16),
+            "embedding": np.array(written[rows.start : rows.stop], np.float16),
             "norm": np.array(known["text_norm"][rows.start : rows.stop], np.float32),
         }
         writer.write(ref, arrays)
     writer.seal()
     assert cache_digest(golden / "stopped") == cache_digest(golden / "sealed")
+
+
+def test_a_cache_of_float16_is_planned_as_on_that_day(tmp_path: Path) -> None:
+    """What came later, int8 among it, changes no byte of it; parquet files have pyarrow's version in them."""
+    plan_known_cache(tmp_path / "c")
+    assert FORMAT_VERSION > 1
+    for name in ("manifest.json", "manifest.backup.json"):
+        now, then = (json.loads((folder / name).read_text()) for folder in (tmp_path / "c", HERE / "v1" / "stopped"))
+        for fields in (now, then):
+            fields.pop("digest")
+            fields["files"] = {key: None if key.endswith(".parquet") else each for key, each in fields["files"].items()}
+        assert now == then
 
 
 def test_a_newer_format_is_refused_by_name(golden: Path) -> None:
@@ -102,7 +121,7 @@ def test_a_newer_format_is_refused_by_name(golden: Path) -> None:
         fields = json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1, "something_new": 1}
         fields["digest"] = digest_of({name: value for name, value in fields.items() if name != "digest"})
         path.write_text(json.dumps(fields))
-    wanted = rf"format version {FORMAT_VERSION + 1}, this teacher-cache reads {FORMAT_VERSION}\. Install a newer"
+    wanted = rf"format version {FORMAT_VERSION + 1}, this teacher-cache reads 1 to {FORMAT_VERSION}\. Install a newer"
     for open_it in (EmbeddingReader, EmbeddingWriter, describe_cache, verify_cache):
         with pytest.raises(CacheFormatError, match=wanted):
             open_it(str(golden / "sealed"))

@@ -30,6 +30,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "precompute": ("cpu", "cuda"),
     "training": ("cpu", "cuda"),
     "input": ("cpu",),
+    "storage": ("cpu",),
+    "s3": ("cpu",),
+    "streaming": ("cpu",),
+    "resident": ("cpu",),
+    "recall": ("cpu",),
 }
 
 

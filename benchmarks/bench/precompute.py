@@ -100,7 +100,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     shown = Image.new("RGB", (teacher.preprocess.size[1], teacher.preprocess.size[0]), "grey")
 
     def without_decoding() -> None:
-        with patch("pipeline.encode.decode_image", lambda data: shown):
+        with patch("pipeline.encode.open_image", lambda data, decoder: shown):
             encode_chunks(config, teacher, of_images)
 
     seconds = interleave(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,17 +17,17 @@ from storage.commits import QuarantinedRow, all_chunks
 from storage.journal import ChunkCost
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, plan_known_cache
+from tests.conftest import known_arrays, known_row, plan_known_cache
 
 HERE = Path(__file__).parent
 LOST = 6
 COST = {"host": "golden", "finished_at": "2026-11-24T00:00:00+00:00", "device": "cpu"}
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, dtype: Literal["float16", "int8"]) -> None:
     """A sealed cache, and one that was stopped after five chunks, below ``folder``."""
     for name, stop in (("sealed", None), ("stopped", 5)):
-        plan_known_cache(folder / name)
+        plan_known_cache(folder / name, dtype=dtype)
         writer = EmbeddingWriter(str(folder / name))
         for ref in all_chunks(writer.manifest.layout)[:stop]:
             arrays, lost = known_arrays(writer, ref), []
@@ -40,6 +41,8 @@ def make(folder: Path) -> None:
     reader = EmbeddingReader(str(folder / "sealed"))
     images, captions = reader.image_rows(), np.arange(reader.manifest.layout.text_rows)
     rows = {
+        "dtype": dtype,
+        "text_written": [known_row("text", row).tolist() for row in captions],
         "manifest_digest": reader.manifest.digest,
         "identity_digest": reader.manifest.identity_digest,
         "images": images.tolist(),
@@ -59,4 +62,4 @@ if __name__ == "__main__":
     target = HERE / f"v{int(sys.argv[1])}"
     if target.exists():
         sys.exit(f"{target} is there: a golden cache is made once")
-    make(target)
+    make(target, "float16" if target.name == "v1" else "int8")

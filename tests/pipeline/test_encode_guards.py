@@ -52,11 +52,11 @@ def test_each_row_is_read_decoded_and_encoded_once(
     """Counted in the model itself: not a probe, not a padded row, not a second pass."""
     settings, teacher, refs = planned
     counts: Counter[str] = Counter()
-    decode, read = pipeline.encode.decode_image, ImageSource.read
+    decode, read = pipeline.encode.open_image, ImageSource.read
 
-    def decoding(data: bytes) -> Image.Image:
+    def decoding(data: bytes, decoder: str) -> Any:
         counts["decoded"] += 1
-        return decode(data)
+        return decode(data, decoder)
 
     def reading(self: ImageSource, *where: Any) -> bytes:
         counts["read"] += 1
@@ -65,7 +65,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     def count(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
 
-    monkeypatch.setattr(pipeline.encode, "decode_image", decoding)
+    monkeypatch.setattr(pipeline.encode, "open_image", decoding)
     monkeypatch.setattr(ImageSource, "read", reading)
     model: Any = teacher.model
     model.visual.register_forward_hook(count("images"))

@@ -151,6 +151,14 @@ def test_odd_images_have_pillows_end(odd: OddImage) -> None:
         assert torch.equal(found, wanted)
 
 
+def test_a_strip_that_shrinks_to_nothing_has_pillows_end() -> None:
+    data = jpeg(ramp(1000, 1))
+    for each in (PILLOW, SCALED):
+        long = Preprocess((32, 32), PILLOW.mean, PILLOW.std, resize_mode="longest", decoder=each.decoder)
+        with pytest.raises(ValueError, match=r"^height and width must be > 0$"):
+            long.transform()(open_image(data, each.decoder))
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_cut_or_damaged_jpeg_is_decided_by_pillow(progressive: bool) -> None:
     """Cut anywhere, or with bytes changed anywhere: the same words, or the same pixels."""

@@ -39,8 +39,8 @@ def test_an_edited_manifest_is_refused(known_cache: Path) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(known_cache: Path) -> None:
-    with pytest.raises(CacheFormatError, match=r"format version 2, this teacher-cache reads 1. Install a newer"):
-        CacheManifest.from_bytes(edit(known_cache, format_version=2), "here")
+    with pytest.raises(CacheFormatError, match=r"format version 3, this teacher-cache reads 1 to 2. Install a newer"):
+        CacheManifest.from_bytes(edit(known_cache, format_version=3), "here")
 
 
 def test_another_tools_file_is_refused() -> None:

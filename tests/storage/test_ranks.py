@@ -168,7 +168,7 @@ def test_progress_counts_images_and_blas_gets_its_threads_back(monkeypatch: pyte
 
     rows = unit_rows(np.random.default_rng(5).standard_normal((10, 4)))
     first_positive_ranks(rows, np.repeat(rows, 2, axis=0), np.repeat(np.arange(10), 2), progress=progress)
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert set(during) == {1}
     assert blas() == threads
 
