@@ -70,4 +70,4 @@ serve: install  ## a local Prefect server and worker with the deployments of pre
 	$(BIN)/python -m flows.serve
 
 clean:  ## remove .venv, the site and what the tools keep; caches and runs stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project
