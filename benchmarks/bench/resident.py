@@ -83,13 +83,13 @@ def _touch(resident: ResidentRows, together: Any, found: Any) -> None:
 
 
 def proportional_bytes(resident: ResidentRows) -> int:
-    """What the rows' own stretch of memory takes in this process, what n processes share counted as an n-th: PSS."""
-    inside, address = False, resident.rows.ctypes.data
+    """What the rows' own memory takes in this process, what n processes share counted as an n-th: PSS."""
+    inside, total, address = False, 0, resident.rows.ctypes.data
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name = line.split()[0]
         if "-" in name:
             first, stop = (int(part, 16) for part in name.split("-"))
-            inside = first <= address < stop
+            inside = first < address + resident.nbytes and stop > address  # advice splits a mapping
         elif inside and name == "Pss:":
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the rows are in none of this process's mappings")
+            total += int(line.split()[1]) * 1024
+    return total
