@@ -42,7 +42,7 @@ class ResidentRows:
     def __init__(
         self, rows: NDArray[Any], per_view: int, lost: NDArray[np.int64], named: str, descriptor: int = -1
     ) -> None:
-        """For :meth:`EmbeddingReader.resident`.
+        """For :meth:`storage.reader.EmbeddingReader.resident`.
 
         Args:
             rows: kept, and read-only from now on.
@@ -82,7 +82,7 @@ class ResidentRows:
         return self.rows.nbytes
 
     def take(self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0) -> NDArray[Any]:
-        """Rows in the order asked for, as a new array of the stored dtype; as :meth:`EmbeddingReader.take`.
+        """Rows in the order asked for, as a new array of the stored dtype; as :meth:`storage.reader.EmbeddingReader.take`.
 
         Raises:
             IndexError: a row or view that is not here.
