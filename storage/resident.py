@@ -82,7 +82,7 @@ class ResidentRows:
         return self.rows.nbytes
 
     def take(self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0) -> NDArray[Any]:
-        """Rows in the order asked for, as a new array of the stored dtype; as :meth:`storage.reader.EmbeddingReader.take`.
+        """Rows in the order asked for, as a new array of the stored dtype.
 
         Raises:
             IndexError: a row or view that is not here.
