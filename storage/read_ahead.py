@@ -9,11 +9,11 @@ from typing import Generic, Self, TypeVar
 
 __all__ = ["ReadAhead"]
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
-class ReadAhead(Generic[Key, Value]):
+class ReadAhead(Generic[_Key, _Value]):
     """Values by key, loaded by ``threads`` threads in the order in which they were asked for; a context manager.
 
     Whoever asks decides how much: what was asked for stays until it is dropped. For one consumer.
@@ -25,11 +25,11 @@ class ReadAhead(Generic[Key, Value]):
         threads: loads at the same time, at most.
     """
 
-    def __init__(self, load: Callable[[Key], Value], release: Callable[[Key], None], threads: int) -> None:
+    def __init__(self, load: Callable[[_Key], _Value], release: Callable[[_Key], None], threads: int) -> None:
         self._load, self._release = load, release
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-        self._asked: dict[Key, Future[Value]] = {}
-        self._leaving: dict[Key, Future[None]] = {}
+        self._asked: dict[_Key, Future[_Value]] = {}
+        self._leaving: dict[_Key, Future[None]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -43,25 +43,25 @@ class ReadAhead(Generic[Key, Value]):
         self.drop(keep=[])
         self._pool.shutdown(wait=True)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: _Key) -> bool:
         return key in self._asked
 
     def __len__(self) -> int:
         """How many were asked for and not dropped."""
         return len(self._asked)
 
-    def ask(self, keys: Iterable[Key]) -> None:
+    def ask(self, keys: Iterable[_Key]) -> None:
         """Load these too; nothing happens for a key that was asked for already."""
         for key in keys:
             if key not in self._asked:
                 self._asked[key] = self._pool.submit(self._load_after, self._leaving.pop(key, None), key)
 
-    def _load_after(self, leaving: Future[None] | None, key: Key) -> Value:
+    def _load_after(self, leaving: Future[None] | None, key: _Key) -> _Value:
         if leaving is not None:  # begun before this one: the pool takes them in their order
             leaving.result()
         return self._load(key)
 
-    def get(self, key: Key) -> Value:
+    def get(self, key: _Key) -> _Value:
         """The value of a key, once it is loaded.
 
         Raises:
@@ -70,7 +70,7 @@ class ReadAhead(Generic[Key, Value]):
         self.ask([key])
         return self._asked[key].result()
 
-    def drop(self, keep: Iterable[Key]) -> None:
+    def drop(self, keep: Iterable[_Key]) -> None:
         """Forget all keys but these; those whose load has not begun are never loaded."""
         kept = set(keep)
         self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
@@ -79,6 +79,6 @@ class ReadAhead(Generic[Key, Value]):
             if not loaded.cancel():
                 self._leaving[key] = self._pool.submit(self._release_after, loaded, key)
 
-    def _release_after(self, loaded: Future[Value], key: Key) -> None:
+    def _release_after(self, loaded: Future[_Value], key: _Key) -> None:
         if loaded.exception() is None:
             self._release(key)

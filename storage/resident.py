@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["ResidentRows"]
 
 _AHEAD = 4  # chunks beyond the one that is copied
+_WRITTEN_AT_ONCE = 1 << 28  # bytes
 
 
 class ResidentRows:
     """One array of a cache in memory that processes share, proven when it was loaded.
 
-    Made by :meth:`storage.reader.EmbeddingReader.resident`. A forked worker uses the memory of its parent; so does one
-    that is spawned and gets this object among its arguments, or by a queue. The memory has no name: it ends with the
-    last process that uses it, however that ends. Nobody writes to it; threads and processes may read at once.
+    Made by :meth:`storage.reader.EmbeddingReader.resident`. The rows are private memory, in huge pages where the system
+    has them, which forked workers share with their parent, for nobody writes to it. Once this object is given to a
+    spawned worker, among its arguments or by a queue, they move to memory that has a descriptor; while they move they
+    are there twice. That memory has no name: it ends with the last process that uses it, however that ends. Threads
+    and processes may read at once.
 
     Attributes:
         rows: (rows, ...) read-only, of the stored dtype; of more than one view (views x rows, ...), view after view.
@@ -40,23 +43,26 @@ class ResidentRows:
 
     def __init__(
         self,
-        descriptor: int,
-        shape: tuple[int, ...],
-        dtype: str,
+        rows: NDArray[Any],
         per_view: int,
         lost: NDArray[np.int64],
         steps: tuple[int, NDArray[np.float32]] | None,
         named: str,
+        descriptor: int = -1,
     ) -> None:
+        """For :meth:`storage.reader.EmbeddingReader.resident`.
+
+        Args:
+            rows: kept, and read-only from now on.
+            per_view: rows of one view.
+            lost: which of ``rows`` were quarantined.
+            steps: of int8: rows per chunk, and by chunk, view after view, what one step of each column is.
+            named: for messages.
+            descriptor: of the memory that the rows lie in, if it has one; closed with this object.
+        """
+        rows.flags.writeable = False
+        self.rows, self._per_view, self._lost, self._steps, self._named = rows, per_view, lost, steps, named
         self._descriptor = descriptor
-        self._shape, self._dtype, self._per_view, self._lost = shape, dtype, per_view, lost
-        self._steps, self._named = steps, named
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._memory = mmap.mmap(descriptor, max(size, 1), prot=mmap.PROT_READ)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # where the system does not have them for shared memory
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self.rows: NDArray[Any] = np.frombuffer(self._memory, dtype, count=int(np.prod(shape))).reshape(shape)
 
     def __del__(self) -> None:
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
@@ -64,8 +70,20 @@ class ResidentRows:
             os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        how = (self._shape, self._dtype, self._per_view, self._lost, self._steps, self._named)
+        if self._descriptor < 0:
+            self._move()
+        how = (self.rows.shape, self.rows.dtype.str, self._per_view, self._lost, self._steps, self._named)
         return _attach, (reduction.DupFd(self._descriptor), *how)
+
+    def _move(self) -> None:
+        descriptor = _unnamed()
+        try:
+            _write(descriptor, self.rows)
+            rows = _mapped(descriptor, self.rows.shape, self.rows.dtype.str)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.rows, self._descriptor = rows, descriptor
 
     @property
     def nbytes(self) -> int:
@@ -79,60 +97,58 @@ class ResidentRows:
             IndexError: a row or view that is not here.
             ValueError: a row that was quarantined and has no embedding.
         """
-        rows = np.asarray(rows, np.int64)
-        number = len(self.rows) // self._per_view if self._per_view else 0
-        for what, values, stop in (("row", rows, self._per_view), ("view", np.asarray(view, np.int64), number)):
-            if values.size and not 0 <= values.min() <= values.max() < stop:
-                wrong = values[(values < 0) | (values >= stop)].reshape(-1)[0]
-                raise IndexError(f"{self._named}: {what} {wrong} asked for, {what}s are 0 to {stop - 1}")
-        at = rows if isinstance(view, int) and view == 0 else view * self._per_view + rows
+        rows, at = np.asarray(rows, np.int64), np.asarray(rows, np.int64)
+        self._require("row", rows, self._per_view)
+        if not isinstance(view, int) or view:
+            views = np.asarray(view, np.int64)
+            self._require("view", views, len(self.rows) // max(1, self._per_view))
+            at = views * self._per_view + rows
         if len(self._lost) and np.isin(at, self._lost).any():
             first = int(np.flatnonzero(np.isin(at, self._lost))[0])
             raise ValueError(
                 f"{self._named}: row {rows[first]} was quarantined and has no embedding. Leave it out: "
                 "EmbeddingReader.image_rows names those that have one."
             )
-        out = np.empty((len(rows), *self._shape[1:]), self._dtype)
+        out = np.empty((len(rows), *self.rows.shape[1:]), self.rows.dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
-        np.take(self.rows, at, axis=0, out=out, mode="clip")
-        if self._steps is None:
-            return out
+        self.rows.take(at, axis=0, out=out, mode="clip")
+        if self._steps is None or not len(rows):
+            return out if self._steps is None else out.astype(np.float32)
         size, steps = self._steps
-        return unit_dequantized(out, steps[view * (len(steps) // number) + rows // size] if len(rows) else steps[:0])
+        return unit_dequantized(out, steps[view * -(-self._per_view // size) + rows // size])
+
+    def _require(self, what: str, values: NDArray[np.int64], stop: int) -> None:
+        # negative ones are large without a sign: one pass
+        if values.size and values.view(np.uint64).max() >= stop:
+            wrong = values[(values < 0) | (values >= stop)].reshape(-1)[0]
+            raise IndexError(f"{self._named}: {what} {wrong} asked for, {what}s are 0 to {stop - 1}")
 
 
 def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: int) -> ResidentRows:
     """See :meth:`storage.reader.EmbeddingReader.resident`."""
     layout = reader.manifest.layout
-    views, number, size = (reader.views if tower == "image" else 1), reader._num_chunks(tower), layout.chunk_rows(tower)
+    views, number = (reader.views if tower == "image" else 1), reader._num_chunks(tower)
     dtype, total = stored_dtype(layout, tower, array), layout.rows(tower)
     shape = (views * total, *chunk_shape(layout, tower, array)[1:])
-    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-    descriptor = _unnamed()
-    try:
-        os.ftruncate(descriptor, max(1, shape[0] * row_bytes))
-        lost: list[int] = []
-        steps: list[NDArray[np.float32]] = []
-        refs = [ChunkRef(tower, view, chunk) for view in range(views) for chunk in range(number)]
+    rows, lost = np.empty(shape, dtype), []  # numpy asks for huge pages
+    steps: list[NDArray[np.float32]] = []
+    refs = [ChunkRef(tower, view, chunk) for view in range(views) for chunk in range(number)]
 
-        def load(ref: ChunkRef) -> NDArray[Any]:
-            return reader._load(ref, array)
+    def load(ref: ChunkRef) -> NDArray[Any]:
+        return reader._load(ref, array)
 
-        with ReadAhead(load, lambda ref: None, threads) as ahead:
-            for at, ref in enumerate(refs):
-                ahead.ask(refs[at : at + 1 + _AHEAD])
-                rows = ref.rows(layout)
-                _write(descriptor, ahead.get(ref)[: len(rows)], (ref.view * total + ref.chunk * size) * row_bytes)
-                if dtype == np.int8:
-                    steps.append(reader._chunk(ref, SCALE)[0])
-                lost += (reader._lost(ref) + ref.view * total + rows.start).tolist()
-                ahead.drop(keep=refs[at + 1 : at + 1 + _AHEAD])
-        named = f"{reader.location}: {tower} {array}"
-        columns = (size, np.stack(steps)) if steps else None
-        return ResidentRows(descriptor, shape, dtype.str, total, np.array(lost, np.int64), columns, named)
-    except BaseException:
-        os.close(descriptor)
-        raise
+    with ReadAhead(load, lambda ref: None, threads) as ahead:
+        for at, ref in enumerate(refs):
+            ahead.ask(refs[at : at + 1 + _AHEAD])
+            here = ref.rows(layout)
+            first = ref.view * total + here.start
+            rows[first : first + len(here)] = ahead.get(ref)[: len(here)]
+            if dtype == np.int8:
+                steps.append(reader._chunk(ref, SCALE)[0])
+            lost += (reader._lost(ref) + first).tolist()
+            ahead.drop(keep=refs[at + 1 : at + 1 + _AHEAD])
+    columns = (layout.chunk_rows(tower), np.stack(steps)) if steps else None
+    return ResidentRows(rows, total, np.array(lost, np.int64), columns, f"{reader.location}: {tower} {array}")
 
 
 def _unnamed() -> int:
@@ -143,12 +159,31 @@ def _unnamed() -> int:
         return os.dup(file.fileno())
 
 
-def _write(descriptor: int, values: NDArray[Any], offset: int) -> None:
+def _write(descriptor: int, values: NDArray[Any]) -> None:
     left = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    while len(left):
-        written = os.pwrite(descriptor, left, offset)
-        left, offset = left[written:], offset + written
+    os.ftruncate(descriptor, max(1, len(left)))
+    offset = 0
+    while offset < len(left):
+        offset += os.pwrite(descriptor, left[offset : offset + _WRITTEN_AT_ONCE], offset)
 
 
-def _attach(descriptor: Any, *how: Any) -> ResidentRows:
-    return ResidentRows(descriptor.detach(), *how)
+def _mapped(descriptor: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    count = int(np.prod(shape))
+    memory = mmap.mmap(descriptor, max(1, count * np.dtype(dtype).itemsize), prot=mmap.PROT_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # where the system has none for shared memory
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, count=count).reshape(shape)
+
+
+def _attach(
+    descriptor: Any,
+    shape: tuple[int, ...],
+    dtype: str,
+    per_view: int,
+    lost: NDArray[np.int64],
+    steps: tuple[int, NDArray[np.float32]] | None,
+    named: str,
+) -> ResidentRows:
+    number = descriptor.detach()
+    return ResidentRows(_mapped(number, shape, dtype), per_view, lost, steps, named, number)

@@ -52,8 +52,7 @@ def measure(settings: Settings) -> list[Row]:
                 max(times),
                 None if settings.quick else 1.1,
                 at_most=True,
-                note="what the workers' proportional set size (PSS) grows by while all of them hold all rows, and the "
-                "parent's share, over the bytes of the rows",
+                note="proportional set size (PSS) of the rows in all workers and their parent, over the rows' bytes",
             )
         )
     return rows
@@ -62,29 +61,35 @@ def measure(settings: Settings) -> list[Row]:
 def copies(resident: ResidentRows, method: str) -> float:
     """How often the rows are in the memory of all workers and this process together."""
     context = multiprocessing.get_context(method)
-    together, found = context.Barrier(WORKERS), context.Queue()
+    together, found = context.Barrier(WORKERS + 1), context.Queue()
     processes = [context.Process(target=_touch, args=(resident, together, found), daemon=True) for _ in range(WORKERS)]
     for process in processes:
         process.start()
-    grown = sum(found.get(timeout=_DEADLINE_SECONDS) for _ in processes)
+    together.wait(_DEADLINE_SECONDS)
+    resident.rows[:, :1].sum()
+    own = proportional_bytes(resident)
+    total = own + sum(found.get(timeout=_DEADLINE_SECONDS) for _ in processes)
+    together.wait(_DEADLINE_SECONDS)
     for process in processes:
         process.join()
-    # all hold it alike, this process too
-    return float(grown / WORKERS * (WORKERS + 1) / resident.nbytes)
+    return float(total / resident.nbytes)
 
 
 def _touch(resident: ResidentRows, together: Any, found: Any) -> None:
-    together.wait(_DEADLINE_SECONDS)  # what forks share with their parent is no longer divided among more of them
-    before = proportional_bytes()
-    together.wait(_DEADLINE_SECONDS)
     resident.rows[:, :1].sum()  # every page of it
     together.wait(_DEADLINE_SECONDS)
-    grown = proportional_bytes() - before
-    together.wait(_DEADLINE_SECONDS)
-    found.put(grown)
+    found.put(proportional_bytes(resident))
+    together.wait(_DEADLINE_SECONDS)  # nobody ends before all have looked
 
 
-def proportional_bytes() -> int:
-    """What this process takes, memory that n processes share counted as an n-th."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024
+def proportional_bytes(resident: ResidentRows) -> int:
+    """What the rows' own memory takes in this process, what n processes share counted as an n-th: PSS."""
+    inside, total, address = False, 0, resident.rows.ctypes.data
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name:
+            first, stop = (int(part, 16) for part in name.split("-"))
+            inside = first < address + resident.nbytes and stop > address  # advice splits a mapping
+        elif inside and name == "Pss:":
+            total += int(line.split()[1]) * 1024
+    return total
