@@ -44,7 +44,8 @@ class ChunkRegion:
         self._region, self.maps_files = _reserve(chunks * self._chunk_bytes, self._chunk_bytes)
         self._bytes = np.frombuffer(self._region, np.uint8)
         self._shape, self._dtype = shape, dtype
-        self.rows: NDArray[Any] = self._bytes.view(dtype).reshape(chunks * shape[0], *shape[1:])
+        used = self._bytes[: chunks * self._chunk_bytes]
+        self.rows: NDArray[Any] = used.view(dtype).reshape(chunks * shape[0], *shape[1:])
 
     def chunk(self, number: int) -> NDArray[Any]:
         """The rows of one chunk."""

@@ -267,8 +267,8 @@ class EmbeddingReader:
     def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
         """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
 
-        One copy, however many processes use it; it does not count against ``memory_bytes``. A row is there twice at
-        no time, but for the few chunks that are being loaded.
+        One copy, however many processes use it; it does not count against ``memory_bytes``, and no chunk is kept
+        beside it.
 
         Args:
             threads: chunks that are read and proven at the same time.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,7 +42,8 @@ _LOCAL_THREADS = 2
 class _Group(NamedTuple):
     """Some batches, in their order."""
 
-    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    batches: list[NDArray[np.int64]]
+    """Their rows as places in the region: view x rows of a view, the last chunk's padding included, + row."""
     rows: int
     numbers: list[int]
     """The chunks that they need: view x chunks of a view + chunk."""
@@ -77,7 +78,8 @@ def stream_rows(
             now = seen[0]
             if len(now.numbers) > most_in_memory and not chunks.region.maps_files:
                 # an order that wants more chunks at once than there may be in memory: one after the other
-                for rows, views in now.batches:
+                for at in now.batches:
+                    views, rows = np.divmod(at, chunks.number * chunks.size)
                     yield reader.take(tower, rows, views, array)
             else:
                 ahead.ask(now.numbers)
@@ -90,8 +92,8 @@ def stream_rows(
                         break
                 for number in now.numbers:
                     ahead.get(number)
-                for rows, views in now.batches:
-                    yield chunks.gather(rows, views)
+                for at in now.batches:
+                    yield chunks.gather(at)
             seen.popleft()
             ahead.drop(keep={number for group in seen for number in group.numbers})
 
@@ -158,42 +160,44 @@ class _Chunks:
         self._reader._count(wanted.nbytes)
         return True
 
-    def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+    def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of chunks that are in memory, as a new array."""
-        if isinstance(self._reader.files, LocalFiles):
-            at = views * (self.number * self.size) + rows if views.any() else rows
-        else:
-            chunk, within = np.divmod(rows, self.size)
-            at = self._places[views * self.number + chunk] * self.size + within
-        out = np.empty((len(rows), *self._shape[1:]), self._dtype)
+        if not isinstance(self._reader.files, LocalFiles):
+            number, within = np.divmod(at, self.size)
+            at = self._places[number] * self.size + within
+        out = np.empty((len(at), *self._shape[1:]), self._dtype)
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
         return np.take(self.region.rows, at, axis=0, out=out, mode="clip")
 
 
 def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:
-    """The batches in groups; each row, view and quarantine is looked at here."""
-    some: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    """The batches in groups; each row, view and quarantine is looked at here, for many batches at once."""
+    some: list[Batch] = []
+    count = 0
     for batch in batches:
-        rows, views = batch if isinstance(batch, tuple) else (batch, np.zeros((), np.int64))
-        some.append(reader._checked(tower, rows, views))
-        if sum(len(rows) for rows, _ in some) >= _GROUP_ROWS:
+        some.append(batch)
+        count += len(batch[0] if isinstance(batch, tuple) else batch)
+        if count >= _GROUP_ROWS:
             yield _group(reader, chunks, tower, some)
-            some = []
+            some, count = [], 0
     if some:
         yield _group(reader, chunks, tower, some)
 
 
-def _group(
-    reader: EmbeddingReader,
-    chunks: _Chunks,
-    tower: Tower,
-    batches: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
-) -> _Group:
+def _group(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: list[Batch]) -> _Group:
+    views: NDArray[np.int64] = np.zeros((), np.int64)
+    if any(isinstance(batch, tuple) for batch in batches):
+        pairs = [reader._checked(tower, *(batch if isinstance(batch, tuple) else (batch, 0))) for batch in batches]
+        parts = [rows for rows, _ in pairs]
+        views = np.concatenate([np.broadcast_to(some, rows.shape) for rows, some in pairs])
+    else:
+        parts = [np.asarray(batch, np.int64) for batch in batches]
+    rows, views = reader._checked(tower, np.concatenate(parts), views)
     needed = np.zeros(chunks.views * chunks.number, bool)
-    for rows, views in batches:
-        needed[views * chunks.number + rows // chunks.size] = True
+    needed[views * chunks.number + rows // chunks.size] = True
     numbers = np.flatnonzero(needed).tolist()
-    if any(len(reader._lost(chunks.ref(number))) for number in numbers):
-        for rows, views in batches:
-            reader._require_encoded(tower, rows, views, chunks.array)
-    return _Group(batches, sum(len(rows) for rows, _ in batches), numbers)
+    if any(reader._commits[chunks.ref(number)].quarantined for number in numbers):
+        reader._require_encoded(tower, rows, views, chunks.array)
+    at = views * (chunks.number * chunks.size) + rows
+    stops = np.cumsum([len(part) for part in parts]).tolist()
+    return _Group([at[start:stop] for start, stop in pairwise([0, *stops])], len(rows), numbers)

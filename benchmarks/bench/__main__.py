@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 SECTIONS: dict[str, tuple[str, ...]] = {
     # module: devices it is for
     "s3": ("cpu",),
+    "streaming": ("cpu",),
+    "resident": ("cpu",),
 }
 
 

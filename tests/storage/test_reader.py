@@ -252,3 +252,16 @@ def test_nan_that_nobody_quarantined_is_damage(tmp_path: Path, bits: int, monkey
     writer.seal()
     with pytest.raises(CacheCorruptError, match="text/embedding/c/1/0: row 6 is NaN and was not quarantined"):
         EmbeddingReader(str(tmp_path / "c")).take("text", np.array([4]))
+
+
+def test_opening_reads_the_manifest_alone(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows and chunks there are."""
+    read, keys = LocalFiles.read, []
+
+    def noting(self: LocalFiles, key: str) -> bytes:
+        keys.append(key)
+        return read(self, key)
+
+    monkeypatch.setattr(LocalFiles, "read", noting)
+    reader = EmbeddingReader(str(known_cache))
+    assert (reader.views, reader.embed_dim, keys) == (1, 8, ["manifest.json"])

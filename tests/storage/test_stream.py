@@ -301,3 +301,16 @@ def test_released_chunks_take_no_memory(tmp_path: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
     assert resident[-1] - resident[4] < 8 * size
+
+
+def test_a_tower_without_rows(tmp_path: Path) -> None:
+    """Of a cache of images alone."""
+    location = str(tmp_path / "c")
+    plan_known_cache(location, images=5, captions=0)
+    writer = EmbeddingWriter(location)
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    writer.seal()
+    reader = EmbeddingReader(location)
+    assert [len(values) for values in reader.stream("text", [np.array([], np.int64)])] == [0]
+    assert len(reader.resident("text").rows) == 0
