@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.commits import COMMITS, ChunkRef
 from storage.errors import CacheUnreachableError, UsageError
-from storage.files import CacheFiles
+from storage.files import CacheFiles, in_parallel
 from storage.processes import ProcessName, this_process
 
 __all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
@@ -70,8 +70,8 @@ class Claims:
             self._beating.join()
         if isinstance(error, CacheUnreachableError):
             return  # a store that was just given up is not asked again: claims of an ended process are taken over
-        for key in self._held:
-            self._files.delete(key)
+        for _ in in_parallel(self._files, self._files.delete, self._held):
+            pass
         if self._beating.ident is not None:
             self._files.delete(self._beat_key)
 
@@ -166,15 +166,19 @@ def clear_claims(files: CacheFiles) -> None:
 
     The claim on the manifest stays while its process may live, who perhaps plans more views.
     """
-    for key in files.list(CLAIMS):
+
+    def clear(key: str) -> None:
         if key.startswith(f"{CLAIMS}/{PLAN}."):
             try:
                 claim = _Claim.model_validate_json(files.read(key))
                 if claim.process.alive() is not False:
-                    continue
+                    return
             except (FileNotFoundError, ValidationError):
                 pass
         files.delete(key)
+
+    for _ in in_parallel(files, clear, files.list(CLAIMS)):
+        pass
 
 
 def left_claims(files: CacheFiles) -> list[str]:
