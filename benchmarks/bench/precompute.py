@@ -209,7 +209,8 @@ def _against_clip_retrieval(settings: Settings, model: str, weights: Path) -> Ro
         images,
         "pairs/s",
         2.0,
-        "processes from start to end, the loading of torch and weights included",
+        "processes from start to end: loading torch and weights, and its two batches to warm up, are in it; "
+        "it encodes captions at 77 tokens, ours at their length",
     )
 
 
