@@ -65,12 +65,15 @@ def measure(settings: Settings) -> list[Row]:
     # the better of two ways to say it, in each round
     theirs = [min(pair) for pair in zip(seconds["fancy"], seconds["take"], strict=True)]
     against = "np.memmap, unchecked"
-    first = "the commits had been read, as they are once in a run; each chunk's checksum and NaN are looked at here"
+    first = (
+        "the commits had been read, as they are once in a run. Checksum and NaN are looked at here: by processor time "
+        "0.5 us a row in the threads, beside 0.26 us in the consumer's, so that this wants two cores to itself"
+    )
     return [
         speed("stream, a run's first epoch", against, seconds["first"], theirs, rows, "rows/s", 0.8, first),
         speed("stream, a later epoch", against, seconds["later"], theirs, rows, "rows/s", 0.8),
         speed("stream, proven at every read", against, seconds["every"], theirs, rows, "rows/s", 0.6),
-        speed("take by batches, chunks kept", against, seconds["one by one"], theirs, rows, "rows/s", note=first),
+        speed("take by batches, chunks kept", against, seconds["one by one"], theirs, rows, "rows/s"),
     ]
 
 
