@@ -1,0 +1,59 @@
+"""A flow of your own on a Ray cluster that you have: one task run for each span of chunks, wherever Ray has room.
+
+``RAY_ADDRESS`` names the cluster; every node needs the dataset, the weights and this project. Without it Ray starts
+one here. Usage: python examples/encode_on_ray.py DATASET TEACHER CACHE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from prefect import flow, task, unmapped
+from prefect_ray import RayTaskRunner
+
+from flows.retries import TRIED_AGAIN
+from flows.spans import Span
+from pipeline.config import PrecomputeConfig
+
+
+@task(**TRIED_AGAIN)
+def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[Span]:
+    """Write the cache's manifest and tables, or check them; what is still to be encoded."""
+    from pipeline.plan import chunk_spans, plan_precompute
+    from pipeline.teacher import cached_teacher
+
+    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    return [Span.of(refs) for refs in chunk_spans(plan_precompute(config, teacher), chunks_per_span)]
+
+
+@task(**TRIED_AGAIN)
+def encode(config: PrecomputeConfig, span: Span) -> dict[str, Any]:
+    """Encode the chunks of one span, but for those that somebody else has. Which process did it, and how many."""
+    from pipeline.encode import encode_shared
+    from pipeline.teacher import cached_teacher
+
+    # a worker of Ray's does one task after another, and keeps its teacher
+    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    return {"process": os.getpid(), "chunks": encode_shared(config, teacher, span.refs())}
+
+
+@flow(task_runner=RayTaskRunner(address=os.environ.get("RAY_ADDRESS")), persist_result=False)
+def precompute_on_ray(config: PrecomputeConfig, chunks_per_span: int = 4) -> dict[str, Any]:
+    """Make or finish a cache; what it holds, and the chunks that each process encoded."""
+    from pipeline.precompute import summarize
+
+    spans = plan.submit(config, chunks_per_span).result()
+    # where nodes have GPUs, one each: within `with remote_options(num_gpus=1):` of prefect_ray.context
+    done = encode.map(unmapped(config), spans).result()
+    by_process: dict[int, int] = {}
+    for each in done:
+        by_process[each["process"]] = by_process.get(each["process"], 0) + each["chunks"]
+    result = summarize(config.cache, sum(by_process.values()), 0.0, config.reuse)
+    return {"images": result.images, "chunks": result.chunks, "by_process": by_process}
+
+
+if __name__ == "__main__":
+    dataset, teacher, cache = sys.argv[1:]
+    print(precompute_on_ray(PrecomputeConfig(dataset=dataset, teacher=teacher, cache=cache)))
