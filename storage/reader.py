@@ -28,26 +28,18 @@ from storage.commits import (
     quarantined_rows,
     read_commits,
 )
-from storage.errors import (
-    CacheAccessError,
-    CacheCorruptError,
-    CacheError,
-    CacheIncompleteError,
-    CacheNotFoundError,
-    CacheUnreachableError,
-    UsageError,
-)
-from storage.files import CacheFiles, in_parallel, open_files, read_buffer
+from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
+from storage.files import in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from storage.manifest import MANIFEST_KEY
 from storage.quantized import unit_dequantized
 from storage.resident import ResidentRows, load_resident
-from storage.root import read_backup, read_manifest
+from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
 from storage.shapes import SCALE
 from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
-from storage.transient import is_transient
+from storage.transient import read_error
 from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
@@ -79,9 +71,9 @@ class EmbeddingReader:
         self.location = location
         self.files = open_files(location)
         try:
-            self.manifest = _opened_manifest(self.files)
+            self.manifest = opened_manifest(self.files)
         except OSError as error:
-            raise _read_error(f"{location}/{MANIFEST_KEY}", error) from error
+            raise read_error(f"{location}/{MANIFEST_KEY}", error) from error
         if not self.manifest.sealed_generations:
             refs = all_chunks(self.manifest.layout)
             done = len(committed_chunks(self.files, refs))
@@ -139,7 +131,7 @@ class EmbeddingReader:
         try:
             return read_table(self.files, self.manifest, name, columns)
         except OSError as error:
-            raise _read_error(f"{self.location}/{name}", error) from error
+            raise read_error(f"{self.location}/{name}", error) from error
 
     def _column(self, table: str, name: str) -> pa.ChunkedArray:
         """One column; of a table that is not in memory no other is decoded, and none stays there."""
@@ -379,7 +371,7 @@ class EmbeddingReader:
             except CacheCorruptError as error:
                 raise CacheCorruptError(f"{error}. {_REMEDY}") from error
             except OSError as error:
-                raise _read_error(f"{self.location}/{COMMITS}", error) from error
+                raise read_error(f"{self.location}/{COMMITS}", error) from error
             missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in found]
             if missing:
                 raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
@@ -437,7 +429,7 @@ class EmbeddingReader:
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:
-            raise _read_error(where, error) from error
+            raise read_error(where, error) from error
         shape, dtype = chunk_shape(layout, ref.tower, array), stored_dtype(layout, ref.tower, array)
         values = decode_object(data, commit.objects[array], shape, dtype, where)
         self._count(len(data))
@@ -472,25 +464,6 @@ class EmbeddingReader:
         self._held_bytes = sum(values.nbytes for values in self._held.values())
 
 
-def _opened_manifest(files: CacheFiles) -> CacheManifest:
-    """The manifest; its backup where the cache is just being planned, which writes the backup first."""
-    try:
-        return read_manifest(files)
-    except CacheNotFoundError:
-        backup = read_backup(files)
-        if backup is None:
-            raise
-    try:
-        return read_manifest(files)  # it may have come since
-    except CacheNotFoundError as error:
-        if not backup.sealed:
-            return backup
-        raise CacheCorruptError(
-            f"{files.location}: manifest.json is missing, {BACKUP_KEY} is there. Run teacher-cache repair CACHE to "
-            "restore it, or the same precompute command again."
-        ) from error
-
-
 _READERS: weakref.WeakSet[EmbeddingReader] = weakref.WeakSet()
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to mend it."
 
@@ -502,17 +475,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _read_error(where: str, error: OSError) -> CacheError:
-    """An object that is there and cannot be read, by what the caller can do about it."""
-    if isinstance(error, CacheError):
-        return error
-    what = f"{error.filename or where}: cannot be read: {error.strerror or error}."
-    if isinstance(error, PermissionError):
-        return CacheAccessError(f"{what} Let this user read it.")
-    if is_transient(error):
-        return CacheUnreachableError(
-            f"{what} Try again; if it stays so, delete this object and run teacher-cache repair CACHE."
-        )
-    return CacheCorruptError(f"{what} Remove what is in its place and run teacher-cache repair CACHE.")

@@ -12,6 +12,7 @@ from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 
 __all__ = [
     "look_at_manifest",
+    "opened_manifest",
     "planned_manifest",
     "read_backup",
     "read_manifest",
@@ -76,6 +77,30 @@ def look_at_manifest(files: CacheFiles) -> CacheManifest:
         if backup is None:
             raise
         return backup
+
+
+def opened_manifest(files: CacheFiles) -> CacheManifest:
+    """The manifest for a reader; its backup where the cache is just being planned, which writes the backup first.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError: as :func:`read_manifest`.
+        CacheCorruptError: as that; or the manifest of a finished cache is gone.
+    """
+    try:
+        return read_manifest(files)
+    except CacheNotFoundError:
+        backup = read_backup(files)
+        if backup is None:
+            raise
+    try:
+        return read_manifest(files)  # it may have come since
+    except CacheNotFoundError as error:
+        if not backup.sealed:
+            return backup
+        raise CacheCorruptError(
+            f"{files.location}: manifest.json is missing, {BACKUP_KEY} is there. Run teacher-cache repair CACHE to "
+            "restore it, or the same precompute command again."
+        ) from error
 
 
 def write_manifest(files: CacheFiles, manifest: CacheManifest) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-__all__ = ["is_transient", "s3_answer"]
+from storage.errors import CacheAccessError, CacheCorruptError, CacheError, CacheUnreachableError
+
+__all__ = ["is_transient", "read_error", "s3_answer"]
 
 _TRANSIENT_ERRNOS = {
     getattr(errno, name)
@@ -109,3 +111,21 @@ def _named(error: BaseException, names: dict[str, set[str]]) -> bool:
 def _classes(error: BaseException) -> Iterator[tuple[str, str]]:
     for kind in type(error).__mro__:
         yield kind.__module__.partition(".")[0], kind.__name__
+
+
+def read_error(where: str, error: OSError) -> CacheError:
+    """What to raise for an object of a cache that is there and cannot be read, by what the caller can do about it.
+
+    Args:
+        where: it lies, for the message, if the error does not say.
+    """
+    if isinstance(error, CacheError):
+        return error
+    what = f"{error.filename or where}: cannot be read: {error.strerror or error}."
+    if isinstance(error, PermissionError):
+        return CacheAccessError(f"{what} Let this user read it.")
+    if is_transient(error):
+        return CacheUnreachableError(
+            f"{what} Try again; if it stays so, delete this object and run teacher-cache repair CACHE."
+        )
+    return CacheCorruptError(f"{what} Remove what is in its place and run teacher-cache repair CACHE.")
