@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import shutil
+import uuid
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest, known_arrays, known_row, plan_known_cache
 from tests.damage import KINDS, SCALE_KINDS, Others, damage, make_older
 from tests.storage.test_corruption import require_right_rows_or_errors, require_right_tables_or_errors
+from tests.storage.test_stream import fill_known_cache
 
 LOST = 6
 
@@ -75,6 +79,34 @@ def test_rows_are_unit_vectors_within_half_a_step_of_what_was_written(sound: Pat
         np.testing.assert_array_equal(reader.chunk(ref), given[rows])
         assert (np.abs(given[rows] - wanted[rows]).max(axis=1) <= 2 * norm_slack(stored["scale"])).all()
     np.testing.assert_array_equal(reader.take(tower, np.arange(count), array="norm"), np.arange(count) + 1)
+
+
+@pytest.mark.parametrize("where", ["mapped", "copied", "store"])
+def test_streams_and_resident_rows_are_those_that_take_gives(tmp_path: Path, where: str) -> None:
+    """Chunks of 512 x 8 int8 are one page, and mapped; others, and those of a store, are copied."""
+    location = f"memory://int8-{uuid.uuid4().hex}" if where == "store" else str(tmp_path / "c")
+    fill_known_cache(location, 512 if where == "mapped" else 300, dtype="int8")
+    reader = EmbeddingReader(location)
+    rows = np.random.default_rng(0).permutation(reader.image_rows())
+    wanted = reader.take("image", rows)
+    streamed = np.concatenate(list(EmbeddingReader(location).stream("image", np.array_split(rows, 20))))
+    resident = reader.resident("image")
+    assert (streamed.dtype, streamed.tobytes()) == (np.float32, wanted.tobytes())
+    assert (resident.rows.dtype, resident.take(rows).tobytes()) == (np.int8, wanted.tobytes())
+    assert resident.take(rows[:0]).dtype == np.float32
+    lost = reader.quarantined[0].row
+    with pytest.raises(CacheCorruptError, match=f"row {lost} was quarantined"):
+        list(reader.stream("image", [np.array([lost])]))
+    with pytest.raises(ValueError, match=f"row {lost} was quarantined"):
+        resident.take(np.array([lost]))
+
+
+def test_resident_int8_rows_reach_another_process_with_their_scales(tmp_path: Path) -> None:
+    reader = EmbeddingReader(fill_known_cache(str(tmp_path / "c"), 300, dtype="int8"))
+    rows = reader.image_rows()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(reader.resident("image").take, rows).result(timeout=300)
+    np.testing.assert_array_equal(found, reader.take("image", rows))
 
 
 def test_zarr_reads_it_with_its_scales(tmp_path: Path) -> None:

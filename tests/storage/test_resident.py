@@ -71,7 +71,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ResidentRows:
     """32 MiB, more than all else that a worker's memory may differ by."""
     rows = np.zeros((MEGABYTES * 1024, 512), np.float16)
     rows[:, 0] = np.arange(len(rows)) % 1000
-    return ResidentRows(rows, len(rows), np.array([], np.int64), "test")
+    return ResidentRows(rows, len(rows), np.array([], np.int64), None, "test")
 
 
 def proportional_bytes() -> int:

@@ -7,8 +7,9 @@ import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ IMAGES, CHUNK_ROWS, WINDOW = 2000, 256, 3  # chunks of 256 x 8 float16 are one p
 CHUNKS = 8
 
 
-def fill_known_cache(location: str, chunk_rows: int, damage: Callable[[EmbeddingWriter], None] | None = None) -> str:
-    plan_known_cache(location, images=IMAGES, captions=IMAGES, chunk_rows=chunk_rows)
+def fill_known_cache(location: str, chunk_rows: int, dtype: Literal["float16", "int8"] = "float16") -> str:
+    plan_known_cache(location, images=IMAGES, captions=IMAGES, chunk_rows=chunk_rows, dtype=dtype)
     writer = EmbeddingWriter(location)
     for ref in writer.pending():
         arrays, lost = known_arrays(writer, ref), []
