@@ -1,6 +1,6 @@
 """Encode chunks of a planned cache: decode, run the teacher, write and commit; alone or with other processes.
 
-Decoding (threads), the teacher (this thread) and writing (one thread) overlap, across chunk borders too. What
+Decoding (threads), the teacher (this thread) and writing (one thread, two to a store) overlap, across chunk borders too. What
 a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
 and resumed run writes the very bytes of an unbroken one.
 

@@ -16,7 +16,7 @@ class LiveTeacherSource:
     """Runs the teacher on the images and captions of each batch, through the crops that the cache stores.
 
     The second implementation of :class:`pipeline.batches.TeacherSource`. Of the cache it takes which image, caption
-    and crop a row is, and never an embedding; targets are float32, where the cache rounded them to float16.
+    and crop a row is, and never an embedding; targets are float32, where the cache rounded them to float16 or int8.
     """
 
     def __init__(self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource) -> None:
