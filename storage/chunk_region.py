@@ -106,7 +106,10 @@ class ChunkRegion:
         where = self._bytes.ctypes.data + start
         if _libc.mmap(where, self._chunk_bytes, protection, flags | _MAP_FIXED, descriptor, 0) != where:
             number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+            said = os.strerror(number)
+            if number == errno.ENOMEM:
+                said += ": too many files are mapped. Take a smaller window, or raise the system's vm.max_map_count"
+            raise OSError(number, said)
 
 
 class _Unsupported(Exception):

@@ -69,6 +69,10 @@ class Layout(Record):
         """Chunks of the text tower."""
         return -(-self.text_rows // self.text_chunk_rows)
 
+    def chunks(self, tower: Literal["image", "text"]) -> int:
+        """Chunks of a tower, per view."""
+        return self.image_chunks if tower == "image" else self.text_chunks
+
     @property
     def num_chunks(self) -> int:
         """All chunks of the cache."""

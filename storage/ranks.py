@@ -51,7 +51,8 @@ def first_positive_ranks(
     """How many rows come before the first positive of each image and of each caption, by inner product.
 
     Equal scores go by row number. Besides its arguments it holds some numbers per row, and for each core tiles of a
-    fixed size: at any size less than 150 MB on two cores. BLAS has one thread per call meanwhile, in all of the process.
+    fixed size: less than 150 MB on two cores, at any size. BLAS has one thread per call meanwhile, in all of the
+    process.
 
     Args:
         image: (images, dim) of any float type; made float32 some rows at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -28,6 +29,7 @@ class ReadAhead(Generic[_Key, _Value]):
     def __init__(self, load: Callable[[_Key], _Value], release: Callable[[_Key], None], threads: int) -> None:
         self._load, self._release = load, release
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
+        self._process = os.getpid()
         self._asked: dict[_Key, Future[_Value]] = {}
         self._leaving: dict[_Key, Future[None]] = {}
 
@@ -38,6 +40,8 @@ class ReadAhead(Generic[_Key, _Value]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Forget all: what is being loaded at this moment is waited for, what has not begun is not loaded."""
+        if os.getpid() != self._process:
+            return  # a fork's copy: nothing here would ever be done
         for future in self._asked.values():
             future.cancel()
         self.drop(keep=[])
@@ -46,12 +50,18 @@ class ReadAhead(Generic[_Key, _Value]):
     def __contains__(self, key: _Key) -> bool:
         return key in self._asked
 
-    def __len__(self) -> int:
-        """How many were asked for and not dropped."""
-        return len(self._asked)
+    def beside(self, keys: Iterable[_Key]) -> int:
+        """How many were asked for and not dropped, these not counted."""
+        return len(self._asked.keys() - set(keys))
 
     def ask(self, keys: Iterable[_Key]) -> None:
-        """Load these too; nothing happens for a key that was asked for already."""
+        """Load these too; nothing happens for a key that was asked for already.
+
+        Raises:
+            RuntimeError: in a process that was forked since; the threads are not in it.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError("this was begun before the process was forked, and its threads are not here: begin anew")
         for key in keys:
             if key not in self._asked:
                 self._asked[key] = self._pool.submit(self._load_after, self._leaving.pop(key, None), key)

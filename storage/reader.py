@@ -8,11 +8,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.arrays import chunk_shape, decode_object, given_dtype, stored_dtype
@@ -28,15 +28,16 @@ from storage.commits import (
     quarantined_rows,
     read_commits,
 )
-from storage.errors import CacheCorruptError, CacheIncompleteError, UsageError
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
 from storage.files import in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
 from storage.manifest import MANIFEST_KEY
+from storage.once import once
 from storage.quantized import unit_dequantized
 from storage.resident import ResidentRows, load_resident
 from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
-from storage.shapes import SCALE
+from storage.shapes import ARRAYS, SCALE
 from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import read_error
@@ -86,6 +87,7 @@ class EmbeddingReader:
         self._commits_lock = threading.Lock()
         self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
         self._proven: set[tuple[ChunkRef, str]] = set()
+        self._steps: dict[ChunkRef, NDArray[np.float32]] = {}
         self.objects_read = 0
         self.bytes_read = 0
         _READERS.add(self)
@@ -112,17 +114,17 @@ class EmbeddingReader:
         whole = self.manifest.identity
         return whole.model_copy(update={"views": whole.views.first(self.views)})
 
-    @cached_property
+    @once
     def samples(self) -> pa.Table:
         """One row per image: row, sample_id, uri, offset, length, content_sha256, split."""
         return self._table(SAMPLES)
 
-    @cached_property
+    @once
     def captions(self) -> pa.Table:
         """One row per caption, those of an image side by side: row, image_row, text."""
         return self._table(CAPTIONS)
 
-    @cached_property
+    @once
     def problems(self) -> pa.Table:
         """What of the dataset got no row, and why: kind, where, detail, lost_image."""
         return self._table(PROBLEMS)
@@ -137,7 +139,7 @@ class EmbeddingReader:
         """One column; of a table that is not in memory no other is decoded, and none stays there."""
         return (self.__dict__[table] if table in self.__dict__ else self._table(table, [name]))[name]
 
-    @cached_property
+    @once
     def caption_offsets(self) -> NDArray[np.int64]:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
         image_rows = self._column(CAPTIONS, "image_row").to_numpy()
@@ -146,7 +148,7 @@ class EmbeddingReader:
         edges = np.arange(self.manifest.layout.image_rows + 1)
         return np.searchsorted(image_rows, edges, side="left").astype(np.int64)
 
-    @cached_property
+    @once
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
         """Image rows that have no embedding in some view, each once, with reasons. Reads the commits once."""
         return tuple(quarantined_rows(self._commits.values(), self.views).values())
@@ -169,7 +171,7 @@ class EmbeddingReader:
             if split not in known:
                 names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
                 raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
-            keep = np.asarray(self._column(SAMPLES, "split").to_numpy(zero_copy_only=False) == split, bool).copy()
+            keep = np.array(pc.equal(self._column(SAMPLES, "split"), split).to_numpy(), bool)
         keep[[row.row for row in self.quarantined]] = False
         return np.flatnonzero(keep).astype(np.int64)
 
@@ -209,11 +211,12 @@ class EmbeddingReader:
 
         Raises:
             IndexError: a row or view that the cache does not have, or that is not sealed yet.
-            ValueError: as many views as rows are wanted.
+            ValueError: as many views as rows are wanted; or no such array.
             CacheCorruptError: a chunk touched is damaged or missing, or a row was quarantined. Never another
                 row's data, never NaN.
             CacheAccessError, CacheUnreachableError: it cannot be read.
         """
+        self._require_array(tower, array)
         rows, views = self._checked(tower, rows, view)
         size, shape = self.manifest.layout.chunk_rows(tower), chunk_shape(self.manifest.layout, tower, array)
         out = np.empty((len(rows), *shape[1:]), given_dtype(self.manifest.layout, tower, array))
@@ -236,13 +239,14 @@ class EmbeddingReader:
         read_ahead_bytes: int = READ_AHEAD_BYTES,
         threads: int | None = None,
     ) -> Iterator[NDArray[Any]]:
-        """What :meth:`take` gives for each of ``batches``, in their order, at the speed of a bare memory map.
+        """What :meth:`take` gives for each of ``batches``, in their order, with one copy a row.
 
         Batches are looked at ahead: threads load what they need while earlier ones are used, and each chunk is read
         once per stretch of batches that need it: once per epoch in the order of ``storage.order``. Memory is that of
         the chunks of such a stretch and of ``read_ahead_bytes``, however many rows there are. A local cache's files
-        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short; objects
-        of a store are kept as :meth:`take` keeps them.
+        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short. Objects
+        of a store are kept besides, as :meth:`take` keeps them. For the process that begins it: not to be gone on
+        with by one that was forked meanwhile.
 
         Args:
             batches: rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
@@ -254,22 +258,24 @@ class EmbeddingReader:
             Arrays of their own, as :meth:`take` returns them.
 
         Raises:
-            As :meth:`take`, a few batches before the one that is concerned.
+            As :meth:`take`, some ten thousands of rows before the batch that is concerned.
+            ValueError: arguments that cannot be used.
         """
         return stream_rows(self, tower, batches, array, prove, read_ahead_bytes, threads)
 
-    def resident(self, tower: Tower, array: str = "embedding", threads: int = 2) -> ResidentRows:
+    def resident(self, tower: Tower, array: str = "embedding", threads: int | None = None) -> ResidentRows:
         """All rows of one array in memory, for orders that are random altogether: see :mod:`storage.resident`.
 
         One copy, however many processes use it; it does not count against ``memory_bytes``, and no chunk is kept
         beside it.
 
         Args:
-            threads: chunks that are read and proven at the same time.
+            threads: chunks that are read and proven at the same time; left out a few, more for an object store.
 
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
-            OSError: there is not so much memory, or not so much of it to share.
+            ValueError: no such array.
+            MemoryError: there is not so much memory.
         """
         return load_resident(self, tower, array, threads)
 
@@ -282,8 +288,7 @@ class EmbeddingReader:
             raise ValueError(
                 f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
             )
-        there = self.views if tower == "image" else 1
-        for what, values, stop in (("row", rows, total), ("view", views, there)):
+        for what, values, stop in (("row", rows, total), ("view", views, self._views(tower))):
             if values.size and not 0 <= values.min() <= values.max() < stop:
                 outside = values[(values < 0) | (values >= stop)].reshape(-1)[0]
                 raise IndexError(f"{self.location}: {tower} {what} {outside} asked for, {what}s are 0 to {stop - 1}")
@@ -293,7 +298,7 @@ class EmbeddingReader:
         self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
         """View and number of each chunk that rows lie in, each once, and the positions of those rows."""
-        size, number = self.manifest.layout.chunk_rows(tower), self._num_chunks(tower)
+        size, number = self.manifest.layout.chunk_rows(tower), self.manifest.layout.chunks(tower)
         places = np.broadcast_to(views * number, rows.shape) + rows // size
         if not len(rows):
             return
@@ -304,9 +309,15 @@ class EmbeddingReader:
         for here in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
             yield *divmod(int(places[here[0]]), number), here
 
-    def _num_chunks(self, tower: Tower) -> int:
-        layout = self.manifest.layout
-        return layout.image_chunks if tower == "image" else layout.text_chunks
+    def _views(self, tower: Tower) -> int:
+        return self.views if tower == "image" else 1
+
+    def _require_array(self, tower: Tower, array: str) -> None:
+        """Refuse an array that has no rows of this tower."""
+        if array not in ARRAYS[tower]:
+            raise ValueError(
+                f"{self.location}: no array {array!r} of {tower} rows, there are {', '.join(ARRAYS[tower])}"
+            )
 
     def _lost(self, ref: ChunkRef) -> NDArray[np.int64]:
         """Rows of a chunk that were quarantined, counted from its first."""
@@ -328,11 +339,15 @@ class EmbeddingReader:
 
         Raises:
             IndexError: no such chunk, or one that is not sealed yet.
+            ValueError: no such array.
             CacheCorruptError, CacheAccessError, CacheUnreachableError: as :meth:`take`.
         """
         if ref not in self._commits:
             raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
-        return self._given(ref, self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))])
+        self._require_array(ref.tower, array)
+        values = self._given(ref, self._chunk(ref, array)[: len(ref.rows(self.manifest.layout))])
+        values.flags.writeable = False
+        return values
 
     def stored_chunk(self, ref: ChunkRef) -> dict[str, NDArray[Any]]:
         """The arrays of one chunk by name as they are on disk, padding cut off: what a writer takes bit for bit.
@@ -347,7 +362,13 @@ class EmbeddingReader:
 
     def _given(self, ref: ChunkRef, stored: NDArray[Any]) -> NDArray[Any]:
         """Rows of a chunk as they are given out; in memory int8 stays int8."""
-        return stored if stored.dtype != np.int8 else unit_dequantized(stored, self._chunk(ref, SCALE))
+        return stored if stored.dtype != np.int8 else unit_dequantized(stored, self._step(ref))
+
+    def _step(self, ref: ChunkRef) -> NDArray[np.float32]:
+        """Of an int8 chunk, (1, dim): what one step of each column is. Small, and kept."""
+        if ref not in self._steps:
+            self._steps[ref] = self._load(ref, SCALE)
+        return self._steps[ref]
 
     def commits(self) -> dict[ChunkRef, ChunkCommit]:
         """The commit records of what can be read. Reads them once; raises as :meth:`take`."""
@@ -356,7 +377,7 @@ class EmbeddingReader:
     @property
     def _commits(self) -> dict[ChunkRef, ChunkCommit]:
         """The commits of what can be read, proven to be those that it was sealed with; read once."""
-        # no cached_property: before Python 3.12 that holds a lock, which a fork in mid-read would leave locked for good
+        # not by storage.once: with many chunks it takes long, and threads would each do it
         if self._proven_commits is None:
             with self._commits_lock:
                 if self._proven_commits is None:
@@ -384,7 +405,13 @@ class EmbeddingReader:
 
     def _chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
         """These chunks, one after the other; of a store several are on their way at once, unless all are in memory."""
-        load = partial(self._chunk, array=array)
+
+        def load(ref: ChunkRef) -> NDArray[Any]:
+            values = self._chunk(ref, array)
+            if values.dtype == np.int8:
+                self._step(ref)
+            return values
+
         if all((ref, array) in self._held for ref in refs):
             return map(load, refs)
         return in_parallel(self.files, load, refs, _CHUNKS_AT_ONCE)
@@ -403,19 +430,21 @@ class EmbeddingReader:
         # not under the lock: chunks of several threads are read and proven side by side
         try:
             values = self._load(ref, array)
-        except BaseException as error:
             with self._lock:
-                del self._loading[ref, array]
-            mine.set_exception(error)
+                self._held[ref, array] = values
+                self._held_bytes += values.nbytes
+                while self._held_bytes > self._memory_bytes and len(self._held) > 1:
+                    _, dropped = self._held.popitem(last=False)
+                    self._held_bytes -= dropped.nbytes
+        except BaseException as error:
+            # an interrupt is for this thread: others that wait get an error of the cache's
+            stopped = CacheUnreachableError(f"{self.location}: the thread that read {ref.name} was stopped. Try again.")
+            mine.set_exception(error if isinstance(error, Exception) else stopped)
             raise
-        with self._lock:
-            del self._loading[ref, array]
-            self._held[ref, array] = values
-            self._held_bytes += values.nbytes
-            while self._held_bytes > self._memory_bytes and len(self._held) > 1:
-                _, dropped = self._held.popitem(last=False)
-                self._held_bytes -= dropped.nbytes
-        mine.set_result(values)
+        else:
+            mine.set_result(values)
+        finally:
+            self._loading.pop((ref, array), None)
         return values
 
     def _load(self, ref: ChunkRef, array: str) -> NDArray[Any]:

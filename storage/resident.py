@@ -16,14 +16,15 @@ from storage.arrays import chunk_shape, stored_dtype
 from storage.commits import ChunkRef, Tower
 from storage.quantized import unit_dequantized
 from storage.read_ahead import ReadAhead
-from storage.shapes import SCALE
+from storage.stream import loads_at_once
 
 if TYPE_CHECKING:
     from storage.reader import EmbeddingReader
 
-__all__ = ["ResidentRows"]
+__all__ = ["ResidentRows", "load_resident"]
 
-_AHEAD = 4  # chunks beyond the one that is copied
+_LEAST_AHEAD = 4  # chunks beyond the one that is copied
+_REMOTE_AHEAD = 16  # and of a store
 _WRITTEN_AT_ONCE = 1 << 28  # bytes
 
 
@@ -95,12 +96,16 @@ class ResidentRows:
 
         Raises:
             IndexError: a row or view that is not here.
-            ValueError: a row that was quarantined and has no embedding.
+            ValueError: a row that was quarantined and has no embedding; as many views as rows are wanted.
         """
-        rows, at = np.asarray(rows, np.int64), np.asarray(rows, np.int64)
+        at = rows = np.asarray(rows, np.int64)
+        views = np.asarray(view, np.int64)
+        if views.shape not in ((), rows.shape):
+            raise ValueError(
+                f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
+            )
         self._require("row", rows, self._per_view)
         if not isinstance(view, int) or view:
-            views = np.asarray(view, np.int64)
             self._require("view", views, len(self.rows) // max(1, self._per_view))
             at = views * self._per_view + rows
         if len(self._lost) and np.isin(at, self._lost).any():
@@ -115,7 +120,7 @@ class ResidentRows:
         if self._steps is None or not len(rows):
             return out if self._steps is None else out.astype(np.float32)
         size, steps = self._steps
-        return unit_dequantized(out, steps[view * -(-self._per_view // size) + rows // size])
+        return unit_dequantized(out, steps[views * -(-self._per_view // size) + rows // size])
 
     def _require(self, what: str, values: NDArray[np.int64], stop: int) -> None:
         # negative ones are large without a sign: one pass
@@ -124,29 +129,34 @@ class ResidentRows:
             raise IndexError(f"{self._named}: {what} {wrong} asked for, {what}s are 0 to {stop - 1}")
 
 
-def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: int) -> ResidentRows:
+def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: int | None) -> ResidentRows:
     """See :meth:`storage.reader.EmbeddingReader.resident`."""
+    reader._require_array(tower, array)
     layout = reader.manifest.layout
-    views, number = (reader.views if tower == "image" else 1), reader._num_chunks(tower)
+    threads = threads or loads_at_once(reader.files, _REMOTE_AHEAD)
+    most_ahead = max(_LEAST_AHEAD, threads)
     dtype, total = stored_dtype(layout, tower, array), layout.rows(tower)
-    shape = (views * total, *chunk_shape(layout, tower, array)[1:])
+    shape = (reader._views(tower) * total, *chunk_shape(layout, tower, array)[1:])
     rows, lost = np.empty(shape, dtype), []  # numpy asks for huge pages
     steps: list[NDArray[np.float32]] = []
-    refs = [ChunkRef(tower, view, chunk) for view in range(views) for chunk in range(number)]
+    refs = [
+        ChunkRef(tower, view, chunk) for view in range(reader._views(tower)) for chunk in range(layout.chunks(tower))
+    ]
 
-    def load(ref: ChunkRef) -> NDArray[Any]:
-        return reader._load(ref, array)
+    def load(ref: ChunkRef) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        return reader._load(ref, array), reader._step(ref) if dtype == np.int8 else None
 
     with ReadAhead(load, lambda ref: None, threads) as ahead:
         for at, ref in enumerate(refs):
-            ahead.ask(refs[at : at + 1 + _AHEAD])
+            ahead.ask(refs[at : at + 1 + most_ahead])
             here = ref.rows(layout)
             first = ref.view * total + here.start
-            rows[first : first + len(here)] = ahead.get(ref)[: len(here)]
-            if dtype == np.int8:
-                steps.append(reader._chunk(ref, SCALE)[0])
+            values, step = ahead.get(ref)
+            rows[first : first + len(here)] = values[: len(here)]
+            if step is not None:
+                steps.append(step[0])
             lost += (reader._lost(ref) + first).tolist()
-            ahead.drop(keep=refs[at + 1 : at + 1 + _AHEAD])
+            ahead.drop(keep=refs[at + 1 : at + 1 + most_ahead])
     columns = (layout.chunk_rows(tower), np.stack(steps)) if steps else None
     return ResidentRows(rows, total, np.array(lost, np.int64), columns, f"{reader.location}: {tower} {array}")
 
@@ -186,4 +196,9 @@ def _attach(
     named: str,
 ) -> ResidentRows:
     number = descriptor.detach()
-    return ResidentRows(_mapped(number, shape, dtype), per_view, lost, steps, named, number)
+    try:
+        rows = _mapped(number, shape, dtype)
+    except BaseException:
+        os.close(number)
+        raise
+    return ResidentRows(rows, per_view, lost, steps, named, number)

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from storage.arrays import chunk_shape, prove_body, stored_dtype
 from storage.chunk_region import ChunkRegion
 from storage.commits import ChunkRef, Tower
-from storage.files import requests_at_once
+from storage.files import CacheFiles, requests_at_once
 from storage.local_files import LocalFiles
 from storage.quantized import unit_dequantized
 from storage.read_ahead import ReadAhead
-from storage.shapes import SCALE
+from storage.shapes import CRC_BYTES
 
 if TYPE_CHECKING:
     from storage.reader import EmbeddingReader
 
-__all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "stream_rows"]
+__all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "loads_at_once", "stream_rows"]
 
 READ_AHEAD_BYTES = 64 << 20
 """Of chunks that no batch has needed yet."""
@@ -38,7 +38,18 @@ Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
 Prove = Literal["first", "every"]
 
 _GROUP_ROWS = 8192  # batches are looked at in groups of so many rows
+_ROWS_IN_SIGHT = 65_536  # at most, and a group
+_MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
 _LOCAL_THREADS = 2
+
+
+def loads_at_once(files: CacheFiles, ahead: int) -> int:
+    """Threads that load chunks: of a store as many as may lie ready, since they wait for answers most of the time.
+
+    Args:
+        ahead: chunks that may lie ready.
+    """
+    return max(_LOCAL_THREADS, min(requests_at_once(files), ahead))
 
 
 class _Group(NamedTuple):
@@ -61,31 +72,35 @@ def stream_rows(
     threads: int | None,
 ) -> Iterator[NDArray[Any]]:
     """See :meth:`storage.reader.EmbeddingReader.stream`."""
+    if read_ahead_bytes < 0 or (threads is not None and threads < 1):
+        raise ValueError(f"read_ahead_bytes={read_ahead_bytes}, threads={threads}: not negative, and 1 or more, wanted")
+    reader._require_array(tower, array)
     chunks = _Chunks(reader, tower, array, prove)
     row_bytes = max(1, chunks.nbytes // chunks.size)
-    most_in_memory = max(1, reader._memory_bytes // chunks.nbytes)
+    most_at_once = _MOST_MAPPED if chunks.maps else max(1, reader._memory_bytes // chunks.nbytes)
+    most_ahead = read_ahead_bytes // chunks.nbytes
     coming = _groups(reader, chunks, tower, batches)
     seen: deque[_Group] = deque()
-    # of a store as many are on their way as may lie ready; its threads wait for answers, most of the time
-    loads = max(_LOCAL_THREADS, min(requests_at_once(reader.files), read_ahead_bytes // chunks.nbytes))
-    with ReadAhead(chunks.load, chunks.release, threads or loads) as ahead:
+    most_rows, rows = min(_ROWS_IN_SIGHT, (read_ahead_bytes + chunks.nbytes) // row_bytes), 0
+    with ReadAhead(chunks.load, chunks.release, threads or loads_at_once(reader.files, most_ahead)) as ahead:
         while True:
-            while not seen or sum(group.rows for group in seen) * row_bytes < read_ahead_bytes + chunks.nbytes:
+            while not seen or rows < most_rows:
                 group = next(coming, None)
                 if group is None:
                     break
                 seen.append(group)
+                rows += group.rows
             if not seen:
                 return
             now = seen[0]
-            if len(now.numbers) > most_in_memory and not chunks.region.maps_files:
-                # an order that wants more chunks at once than there may be in memory: one after the other
+            if len(now.numbers) > most_at_once:
+                # an order that wants more chunks at once than there may be: one after the other
                 for at in now.batches:
-                    views, rows = np.divmod(at, chunks.number * chunks.size)
-                    yield reader.take(tower, rows, views, array)
+                    views, within = np.divmod(at, chunks.number * chunks.size)
+                    yield reader.take(tower, within, views, array)
             else:
                 ahead.ask(now.numbers)
-                room = read_ahead_bytes // chunks.nbytes
+                room = max(0, most_ahead - ahead.beside(now.numbers))
                 for group in islice(seen, 1, None):
                     more = [number for number in group.numbers if number not in ahead]
                     ahead.ask(more[:room])
@@ -96,7 +111,7 @@ def stream_rows(
                     ahead.get(number)
                 for at in now.batches:
                     yield chunks.gather(at)
-            seen.popleft()
+            rows -= seen.popleft().rows
             ahead.drop(keep={number for group in seen for number in group.numbers})
 
 
@@ -109,10 +124,12 @@ class _Chunks:
         layout = reader.manifest.layout
         self._reader, self._tower, self.array, self._prove = reader, tower, array, prove
         self._shape, self._dtype = chunk_shape(layout, tower, array), stored_dtype(layout, tower, array)
-        self.size, self.number = layout.chunk_rows(tower), reader._num_chunks(tower)
+        self.size, self.number = layout.chunk_rows(tower), layout.chunks(tower)
         self.nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
-        self.views = reader.views if tower == "image" else 1
+        self.views = reader._views(tower)
         self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
+        self._local = isinstance(reader.files, LocalFiles)
+        self.maps = self._local and self.region.maps_files
         # of int8, by chunk: what one step of each column is
         columns = layout.embed_dim if self._dtype == np.int8 else 0
         self._steps = np.empty((self.views * self.number, columns), np.float32)
@@ -129,13 +146,13 @@ class _Chunks:
         """Bring a chunk into memory; in a thread."""
         ref, reader = self.ref(number), self._reader
         if self._dtype == np.int8:
-            self._steps[number] = reader._chunk(ref, SCALE)[0]
-        if self.region.maps_files and isinstance(reader.files, LocalFiles) and self._map(reader.files, number, ref):
+            self._steps[number] = reader._step(ref)[0]
+        if self.maps and self._map(number, ref):
+            return
+        if self._local:
+            self.region.fill(number, reader._load(ref, self.array))
             return
         values = reader._chunk(ref, self.array)
-        if isinstance(reader.files, LocalFiles):
-            self.region.fill(number, values)
-            return
         place = self._free.pop()
         self.region.fill(place, values, again=place in self._used)
         self._used.add(place)
@@ -150,16 +167,21 @@ class _Chunks:
         else:
             self.region.release(number)
 
-    def _map(self, files: LocalFiles, number: int, ref: ChunkRef) -> bool:
+    def _map(self, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
+        files = self._reader.files
+        assert isinstance(files, LocalFiles)
         key = ref.object_keys(self._reader.manifest.layout)[self.array]
         wanted = self._reader._commits[ref].objects[self.array]
+        if wanted.nbytes != self.nbytes + CRC_BYTES:
+            return False
         try:
             stored = self.region.map(number, files.path(key), wanted.nbytes)
         except OSError:
             return False
         proven = (ref, self.array) in self._reader._proven
-        if self._prove == "every" or not proven:
+        # the checksum beside it costs nothing to look at, and tells a file that another took the place of
+        if self._prove == "every" or not proven or int.from_bytes(stored, "little") != wanted.crc32c:
             values = self.region.chunk(number)
             some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
             if not proven:
@@ -170,7 +192,7 @@ class _Chunks:
     def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of chunks that are in memory, counted over all chunks, as a new array."""
         place = at
-        if not isinstance(self._reader.files, LocalFiles):
+        if not self._local:
             chunk, within = np.divmod(at, self.size)
             place = self._places[chunk] * self.size + within
         out = np.empty((len(at), *self._shape[1:]), self._dtype)

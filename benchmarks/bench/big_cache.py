@@ -28,7 +28,7 @@ from storage.shapes import ARRAYS
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS
 from storage.writer import EmbeddingWriter, plan_cache
 
-__all__ = ["big_cache", "big_rows"]
+__all__ = ["big_cache"]
 
 _THREADS = 2
 
@@ -65,11 +65,6 @@ def big_cache(
     if not manifest.sealed:
         _write(location)
     return location
-
-
-def big_rows(ref: ChunkRef, layout: Layout) -> NDArray[np.float16]:
-    """The rows of one chunk as :func:`big_cache` writes them: (rows, width), each of unit norm; no two chunks agree."""
-    return next(_embeddings([ref], layout))
 
 
 def _embeddings(refs: list[ChunkRef], layout: Layout) -> Iterator[NDArray[np.float16]]:

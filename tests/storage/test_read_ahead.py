@@ -30,7 +30,7 @@ def test_what_was_asked_for_is_loaded_once_and_in_order() -> None:
         assert [ahead.get(key) for key in (1, 3, 2, 1)] == [10, 30, 20, 10]
         assert loaded == [3, 1, 2]
         ahead.drop(keep=[2])
-        assert (len(ahead), 1 in ahead, 2 in ahead) == (1, False, True)
+        assert (ahead.beside([]), ahead.beside([2]), 1 in ahead, 2 in ahead) == (1, 0, False, True)
         assert ahead.get(1) == 10
     assert loaded == [3, 1, 2, 1]
     assert sorted(released) == [1, 1, 2, 3]

@@ -193,10 +193,9 @@ def test_a_budget_bounds_what_is_read_ahead(mapped: str, monkeypatch: pytest.Mon
         assert reader.objects_read == CHUNKS
 
 
-@pytest.mark.parametrize("chunk_rows", [CHUNK_ROWS, 100])
-def test_views_by_row(tmp_path: Path, chunk_rows: int) -> None:
-    location = str(tmp_path / "c")
-    manifest = plan_known_cache(location, images=600, captions=600, chunk_rows=chunk_rows)
+def fill_views(location: str, chunk_rows: int, dtype: Literal["float16", "int8"]) -> str:
+    """600 images in three views, the known rows turned by the number of the view."""
+    manifest = plan_known_cache(location, images=600, captions=600, chunk_rows=chunk_rows, dtype=dtype)
     write_manifest(LocalFiles(location), manifest.with_views(DRAWN, {}, manifest.made_with))
     writer = EmbeddingWriter(location)
     for ref in writer.pending():
@@ -204,11 +203,25 @@ def test_views_by_row(tmp_path: Path, chunk_rows: int) -> None:
         arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
         writer.write(ref, arrays)
     writer.seal()
+    return location
+
+
+@pytest.mark.parametrize("chunk_rows", [CHUNK_ROWS, 512, 100])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_views_by_row(tmp_path: Path, chunk_rows: int, dtype: Literal["float16", "int8"]) -> None:
+    location = fill_views(str(tmp_path / "c"), chunk_rows, dtype)
     rng = np.random.default_rng(0)
     order = [(rng.integers(0, 600, 50), rng.integers(0, 3, 50)) for _ in range(9)]
+    reader = EmbeddingReader(location)
+    resident = reader.resident("image")
     for (rows, views), values in zip(order, EmbeddingReader(location).stream("image", order), strict=True):
         wanted = [np.roll(known_row("image", row), view) for row, view in zip(rows, views, strict=True)]
-        np.testing.assert_array_equal(values, wanted)
+        np.testing.assert_allclose(values, wanted, atol=0 if dtype == "float16" else 0.01)
+        np.testing.assert_array_equal(reader.take("image", rows, views), values)
+        np.testing.assert_array_equal(resident.take(rows, views.astype(np.int8)), values)
+        np.testing.assert_array_equal(resident.take(rows, 1), reader.take("image", rows, 1))
+    with pytest.raises(ValueError, match=r"50 rows and views of shape \(1,\)"):
+        resident.take(rows, np.array([1]))
     with pytest.raises(IndexError, match="image view 3 asked for, views are 0 to 2"):
         list(EmbeddingReader(location).stream("image", [(np.array([1]), np.array([3]))]))
 
@@ -263,13 +276,99 @@ def test_every_read_finds_what_the_first_one_could_not(tmp_path: Path) -> None:
         list(reader.stream("text", order, prove="every"))
 
 
-def test_a_stream_of_more_than_fits_in_memory(remote: str) -> None:
-    """Uniform order over a store with room for two chunks: slow, and right."""
+def test_a_stream_of_more_than_fits_in_memory(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniform order over a store with room for two chunks: slow, and right, and no chunk is copied beside."""
+    monkeypatch.setattr(ChunkRegion, "fill", None)
     reader = EmbeddingReader(remote, memory_bytes=2 * 4096)
     order = [np.random.default_rng(0).permutation(IMAGES)[:100] for _ in range(2)]
     for rows, values in zip(order, reader.stream("text", order), strict=True):
         np.testing.assert_array_equal(values, [known_row("text", row) for row in rows])
     assert reader._held_bytes <= 2 * 4096
+
+
+def test_no_more_is_read_ahead_than_the_budget(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one chunk each, and room for two more: never more than three are mapped, and what is leaving."""
+    here: set[int] = set()
+    most = [0]
+    load, release = ChunkRegion.map, ChunkRegion.release
+
+    def mapping(region: ChunkRegion, number: int, path: str, nbytes: int) -> bytes:
+        here.add(number)
+        most[0] = max(most[0], len(here))
+        return load(region, number, path, nbytes)
+
+    def releasing(region: ChunkRegion, number: int) -> None:
+        release(region, number)
+        here.discard(number)
+
+    monkeypatch.setattr("storage.stream._GROUP_ROWS", 64)
+    monkeypatch.setattr(ChunkRegion, "map", mapping)
+    monkeypatch.setattr(ChunkRegion, "release", releasing)
+    order = [np.arange(start, start + 64) for start in range(0, IMAGES - 64, 64)]
+    for _ in EmbeddingReader(mapped).stream("text", order, read_ahead_bytes=2 * 4096, threads=1):
+        pass
+    assert most[0] <= 4
+
+
+def test_batches_are_not_looked_at_without_end(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow an array is: its rows in sight are bounded too."""
+    monkeypatch.setattr("storage.stream._GROUP_ROWS", 64)
+    monkeypatch.setattr("storage.stream._ROWS_IN_SIGHT", 256)
+    asked = itertools.count()
+    order = (np.arange(64) for _ in iter(asked.__next__, 1000))
+    next(EmbeddingReader(mapped).stream("text", order, array="norm"))
+    assert next(asked) <= 6
+
+
+def test_a_file_that_took_anothers_place_between_epochs(tmp_path: Path) -> None:
+    location = fill_known_cache(str(tmp_path / "c"), CHUNK_ROWS)
+    reader = EmbeddingReader(location)
+    order = [np.arange(0, IMAGES, 3)]
+    list(reader.stream("text", order))
+    path, other = (Path(location) / f"targets.zarr/text/embedding/c/{chunk}/0" for chunk in (1, 2))
+    data = other.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(CacheCorruptError, match=r"text/embedding/c/1/0: checksum"):
+        list(reader.stream("text", order))
+
+
+@pytest.mark.parametrize("array", ["scale", "view", "foo"])
+def test_an_array_that_there_is_not(mapped: str, array: str) -> None:
+    reader = EmbeddingReader(mapped)
+    said = f"no array '{array}' of text rows, there are embedding, norm"
+    with pytest.raises(ValueError, match=said):
+        reader.take("text", np.array([0]), array=array)
+    with pytest.raises(ValueError, match=said):
+        next(reader.stream("text", [np.array([0])], array=array))
+    with pytest.raises(ValueError, match=said):
+        reader.resident("text", array)
+    with pytest.raises(ValueError, match=said):
+        reader.chunk(ChunkRef("text", 0, 0), array)
+
+
+@pytest.mark.parametrize("how", [{"threads": 0}, {"read_ahead_bytes": -1}])
+def test_arguments_that_cannot_be(mapped: str, how: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        next(EmbeddingReader(mapped).stream("text", [np.array([0])], **how))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_does_not_go_on_with_its_parents_stream(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads are not there: an error, no waiting for ever."""
+    monkeypatch.setattr("storage.stream._GROUP_ROWS", 64)
+    reader = EmbeddingReader(mapped)
+    stream = reader.stream("image", epoch(reader, 0), read_ahead_bytes=0)
+    next(stream)
+    child = os.fork()
+    if child == 0:
+        try:
+            list(stream)
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert len(list(stream)) > 1
 
 
 def test_a_stream_that_is_left_ends_its_threads(mapped: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,11 +76,23 @@ def test_workers_of_a_data_loader_get_the_same_rows(
 
 
 def _take_all(reader: EmbeddingReader, answers: multiprocessing.Queue[list[float]]) -> None:
+    assert len(reader.image_rows("train")) == 8
     answers.put(reader.take("text", np.arange(25), array="norm").tolist())
 
 
-def test_a_fork_while_another_thread_reads_does_not_hang(known_cache: Path) -> None:
-    """The child's copy of the lock belongs to a thread that the child does not have."""
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda reader: reader.take("image", np.arange(4)),
+        lambda reader: reader.quarantined,
+        lambda reader: reader.samples,
+    ],
+    ids=["take", "quarantined", "samples"],
+)
+def test_a_fork_while_another_thread_reads_does_not_hang(
+    known_cache: Path, ask: Callable[[EmbeddingReader], object]
+) -> None:
+    """The child's copy of a lock belongs to a thread that the child does not have."""
     reader = EmbeddingReader(str(known_cache))
     holding, let_go = threading.Event(), threading.Event()
     read = reader.files.read
@@ -90,7 +103,7 @@ def test_a_fork_while_another_thread_reads_does_not_hang(known_cache: Path) -> N
         return read(key)
 
     reader.files.read = slow  # type: ignore[method-assign]
-    busy = threading.Thread(target=reader.take, args=("image", np.arange(4)))
+    busy = threading.Thread(target=ask, args=(reader,))
     busy.start()
     holding.wait()
     reader.files.read = read  # type: ignore[method-assign]
