@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +36,14 @@ class Telemetry:
     """What the stages tell of their work. This one listens to nothing; times are in seconds."""
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
-        """The same job, which decodes an image or tokenizes a caption, timed; called once when it is queued."""
+        """The same job, which decodes an image or tokenizes a caption, timed."""
         return job
 
-    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float) -> None:
-        """A batch went through the teacher, which had waited for it."""
+    def queued(self, job: Future[Any]) -> None:
+        """Such a job is with the threads, until it is done, has failed or is cancelled."""
+
+    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float | None) -> None:
+        """A batch went through the teacher, which had waited for it; no seconds of the teacher if it was copied."""
 
     def writing(self, chunks: int) -> None:
         """So many chunks are on their way to the store."""
@@ -50,8 +54,11 @@ class Telemetry:
     def bad_samples(self, kinds: Mapping[str, int]) -> None:
         """So many samples more could not be used, by kind."""
 
-    def progress(self, tower: str, done: int, total: int) -> None:
-        """So many rows of those that this run wants are committed or encoded, by whomever."""
+    def wanted(self, tower: str, rows: int) -> None:
+        """A run's work is planned, and this is what is still to be done of it; nothing is done yet."""
+
+    def done(self, tower: str, rows: int) -> None:
+        """So many rows more of those that the run wants are encoded, or committed by whomever; fewer if negative."""
 
     def step(self, samples: int, loss: float, data_wait_seconds: float, seconds: float) -> None:
         """An optimizer step of this process: its samples, and the seconds after the wait for them."""
@@ -108,8 +115,7 @@ class PrometheusTelemetry(Telemetry):
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
         """See :class:`Telemetry`."""
-        waiting, seconds = self._decode_queue, self._decode_by_tower[tower]
-        waiting.inc()
+        seconds = self._decode_by_tower[tower]
 
         def timed() -> Any:
             started = time.perf_counter()
@@ -117,15 +123,20 @@ class PrometheusTelemetry(Telemetry):
                 return job()
             finally:
                 seconds.observe(time.perf_counter() - started)
-                waiting.dec()
 
         return timed
 
-    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float) -> None:
+    def queued(self, job: Future[Any]) -> None:
+        """See :class:`Telemetry`."""
+        self._decode_queue.inc()
+        job.add_done_callback(lambda _: self._decode_queue.dec())
+
+    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float | None) -> None:
         """See :class:`Telemetry`."""
         self._rows.labels(tower).inc(rows)
         self._decode_wait.labels(tower).inc(decode_wait_seconds)
-        self._teacher.labels(tower).observe(teacher_seconds)
+        if teacher_seconds is not None:
+            self._teacher.labels(tower).observe(teacher_seconds)
 
     def writing(self, chunks: int) -> None:
         """See :class:`Telemetry`."""
@@ -140,10 +151,14 @@ class PrometheusTelemetry(Telemetry):
         for kind, count in kinds.items():
             self._bad.labels(kind).inc(count)
 
-    def progress(self, tower: str, done: int, total: int) -> None:
+    def wanted(self, tower: str, rows: int) -> None:
         """See :class:`Telemetry`."""
-        self._done.labels(tower).set(done)
-        self._wanted.labels(tower).set(total)
+        self._wanted.labels(tower).set(rows)
+        self._done.labels(tower).set(0)
+
+    def done(self, tower: str, rows: int) -> None:
+        """See :class:`Telemetry`."""
+        self._done.labels(tower).inc(rows)
 
     def step(self, samples: int, loss: float, data_wait_seconds: float, seconds: float) -> None:
         """See :class:`Telemetry`."""

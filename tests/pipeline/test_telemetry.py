@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import telemetry as module
 from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_shared
+from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
+from pipeline.samples import ImageSource
+from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.telemetry import METRICS_HOST, METRICS_PORT, PrometheusTelemetry, Telemetry, observed, telemetry
 from pipeline.train import StepProgress, train
 from storage.errors import UsageError
 from storage.logs import RUN
+from storage.writer import EmbeddingWriter
 from tests.pipeline.train_work import make_cache, make_student, train_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -160,18 +167,108 @@ def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_a_job_that_fails_leaves_the_queue_and_is_timed() -> None:
+def counted(name: str, **labels: str) -> float | None:
+    """What the run at hand has counted so far."""
+    counting = telemetry()
+    assert isinstance(counting, PrometheusTelemetry)
+    return counting.registry.get_sample_value(f"teacher_cache_{name}", labels)
+
+
+def test_a_job_that_fails_or_is_cancelled_leaves_the_queue() -> None:
     counting = PrometheusTelemetry()
+
+    def depth() -> float | None:
+        return counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"})
 
     def fails() -> None:
         raise OSError("gone")
 
-    job = counting.prepared("image", fails)
-    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 1
-    with pytest.raises(OSError, match="gone"):
-        job()
-    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 0
+    job: Future[None] = Future()
+    never: Future[None] = Future()
+    for future in (job, never):
+        counting.queued(future)
+    assert depth() == 2
+    with pytest.raises(OSError, match="gone") as found:
+        counting.prepared("image", fails)()
+    job.set_exception(found.value)
+    assert depth() == 1
+    never.cancel()
+    assert depth() == 0
     assert counting.registry.get_sample_value("teacher_cache_decode_seconds_count", {"tower": "image"}) == 1
+
+
+@pytest.mark.usefixtures("any_port")
+def test_progress_is_of_the_run_not_of_each_span_and_a_span_tried_again_counts_once(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans one after another, as the flow encodes them; the last one fails at its end and is tried again."""
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"))
+    teacher = load_teacher(config.teacher, device="cpu")
+    with observed():
+        images = [ref for ref in plan_precompute(config, teacher) if ref.tower == "image"]
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, IMAGES)
+        for last in (1, 2):
+            encode_shared(config, teacher, images[last - 1 : last])
+            assert counted("progress_rows", tower="image") == CHUNK * last
+            assert counted("wanted_rows", tower="image") == IMAGES
+        with monkeypatch.context() as broken:
+            broken.setattr(EmbeddingWriter, "write", fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == 2 * CHUNK
+        encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == counted("wanted_rows", tower="image") == IMAGES
+        plan_precompute(config, teacher)
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, 0)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_run_that_fails_leaves_no_queue(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other samples wait for the one thread when the first of them ends the run."""
+    few = {"batch_size": 1, "decode_threads": 1}
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"), **few)
+    teacher = load_teacher(config.teacher, device="cpu")
+    read = ImageSource.read
+    waiting = None
+
+    def slow(self: ImageSource, *where: Any) -> bytes:
+        time.sleep(0.05)
+        return read(self, *where)
+
+    def overflow(*_: object) -> None:
+        nonlocal waiting
+        waiting = counted("queue_depth", queue="decode")
+        telemetry().writing(1)
+        raise FloatingPointError("infinite")
+
+    with observed():
+        pending = plan_precompute(config, teacher)
+        monkeypatch.setattr(ImageSource, "read", slow)
+        monkeypatch.setattr(LiveTeacher, "encode_shown", overflow)
+        with pytest.raises(FloatingPointError, match="infinite"):
+            encode_shared(config, teacher, pending)
+        assert waiting is not None
+        assert waiting > 1
+        assert counted("queue_depth", queue="decode") == counted("queue_depth", queue="write") == 0
+
+
+@pytest.mark.usefixtures("any_port")
+def test_copied_rows_are_none_of_the_teachers_seconds(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    made = settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c")
+    precompute(PrecomputeConfig(**made))
+    again = PrecomputeConfig(**{**made, "cache": str(tmp_path / "again"), "reuse": made["cache"]})
+    with observed():
+        assert precompute(again).rows_reused["image"] > 0
+        assert counted("rows_total", tower="text") == 2 * IMAGES
+        assert counted("teacher_seconds_count", tower="text") is None
+
+
+def fail(*_: object) -> None:
+    raise OSError("the disk is full")
 
 
 def test_gpus_are_told_of_once_torch_has_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
