@@ -344,6 +344,6 @@ def test_the_commands_log_json_alone_with_run_chunk_and_row(
     flags = ["--cache", str(cache), "--student", student, "--out", out, "--epochs", "1", "--batch-size", "5"]
     said = run("train", *flags)
     finished = [line for line in said if line["message"] == "epoch finished"]
-    assert [(line["run"], line["step"], line["rows"]) for line in finished] == [(out, 3, 15)]
+    assert [(line["run"], line["step"], line["num_rows"]) for line in finished] == [(out, 3, 15)]
     assert [line["checkpoint"] for line in said if line["message"] == "checkpoint saved"] == ["checkpoints/epoch-0001"]
     assert module.telemetry().__class__ is Telemetry
