@@ -19,10 +19,19 @@ from typing import Any
 from storage.errors import UsageError
 from storage.logs import event, json_logs, log_fields, logger, say, start_json_logs_if_asked
 
-__all__ = ["METRICS_HOST", "METRICS_PORT", "PrometheusTelemetry", "Telemetry", "observed", "telemetry"]
+__all__ = [
+    "METRICS_HOST",
+    "METRICS_PORT",
+    "PrometheusTelemetry",
+    "Telemetry",
+    "observed",
+    "require_metrics",
+    "telemetry",
+]
 
 METRICS_PORT = "TEACHER_CACHE_METRICS_PORT"
 METRICS_HOST = "TEACHER_CACHE_METRICS_HOST"
+_REQUIRED = "TEACHER_CACHE_METRICS_REQUIRED"
 
 _LOG = logger("metrics")
 _PREFIX = "teacher_cache"
@@ -211,9 +220,20 @@ def telemetry() -> Telemetry:
     return _current
 
 
+def require_metrics(port: int) -> None:
+    """Let this process and those that it starts count and serve on a port, or refuse to work, where it is taken.
+
+    One that the environment alone names is passed over then: it may be that of every run on a machine.
+    """
+    os.environ[METRICS_PORT] = str(port)
+    os.environ[_REQUIRED] = "1"
+
+
 @contextmanager
 def observed(process: int = 0, **fields: Any) -> Iterator[None]:
     """Count, serve and log as the environment asks while the block runs; a block inside another one adds fields alone.
+
+    A port that is taken is a warning, and nothing is counted, unless :func:`require_metrics` named it.
 
     Args:
         process: number of this process among those that a run has on a machine; added to the port, but not to 0,
@@ -221,7 +241,7 @@ def observed(process: int = 0, **fields: Any) -> Iterator[None]:
         fields: of every event meanwhile.
 
     Raises:
-        UsageError: the port is no port, or is taken.
+        UsageError: the port is no port, or is taken and required; the format of logs is none.
     """
     global _current
     start_json_logs_if_asked()
@@ -231,18 +251,20 @@ def observed(process: int = 0, **fields: Any) -> Iterator[None]:
             yield
             return
         counting = PrometheusTelemetry()
-        server, thread = _serve(counting, asked, process)
-        _current = counting
+        served = _serve(counting, asked, process)
+        _current = counting if served else Telemetry()
         try:
             yield
         finally:
             _current = _OFF
-            server.shutdown()
-            server.server_close()
-            thread.join()
+            if served:
+                server, thread = served
+                server.shutdown()
+                server.server_close()
+                thread.join()
 
 
-def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any, Any]:
+def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any, Any] | None:
     from prometheus_client import start_http_server
 
     host = os.environ.get(METRICS_HOST, "") or "127.0.0.1"
@@ -252,10 +274,14 @@ def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any
     try:
         server, thread = start_http_server(port, host, counting.registry)
     except OSError as error:
-        raise UsageError(
-            f"metrics cannot be served on {host}:{port}: {error.strerror or error}. Choose another --metrics-port, or "
-            "0 for a free one"
-        ) from error
+        problem = f"metrics cannot be served on {host}:{port}: {error.strerror or error}"
+        if os.environ.get(_REQUIRED):
+            raise UsageError(f"{problem}. Choose another --metrics-port, or 0 for a free one") from error
+        if json_logs():
+            event(_LOG, logging.WARNING, "metrics are not served", detail=problem)
+        else:
+            say(f"warning: {problem}. This run goes on without; {METRICS_PORT}=0 takes a free one")
+        return None
     url = f"http://{host}:{server.server_port}/metrics"
     if json_logs():
         event(_LOG, logging.INFO, "metrics are served", url=url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,15 @@ from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
 from pipeline.samples import ImageSource
 from pipeline.teacher import LiveTeacher, load_teacher
-from pipeline.telemetry import METRICS_HOST, METRICS_PORT, PrometheusTelemetry, Telemetry, observed, telemetry
+from pipeline.telemetry import (
+    METRICS_HOST,
+    METRICS_PORT,
+    PrometheusTelemetry,
+    Telemetry,
+    observed,
+    require_metrics,
+    telemetry,
+)
 from pipeline.train import StepProgress, train
 from storage.errors import UsageError
 from storage.logs import RUN
@@ -138,14 +147,19 @@ def test_training_counts_pairs_steps_and_waits(
 def test_each_process_of_a_run_has_a_port_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import socket
-
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         port = first.getsockname()[1]
         first.listen()
         monkeypatch.setenv(METRICS_PORT, str(port))
         taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
+        # every run of a machine may have the environment: none fails for it
+        with observed(), observed():
+            assert type(telemetry()) is Telemetry
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"warning: {taken}", warning)
+        monkeypatch.setenv("TEACHER_CACHE_METRICS_REQUIRED", "")  # so that it is put back
+        require_metrics(port)
         with pytest.raises(UsageError, match=taken), observed():
             pass
         with observed(process=1):
@@ -153,6 +167,27 @@ def test_each_process_of_a_run_has_a_port_of_its_own(
     monkeypatch.setenv(METRICS_PORT, "http")
     with pytest.raises(UsageError, match="METRICS_PORT is 'http': a port from 0"), observed():
         pass
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_taken_port_ends_the_command_that_named_it(
+    by_flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag does, the environment does not: that run comes to its own error, of a teacher that is not there."""
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        port = str(first.getsockname()[1])
+        words = ["precompute", "--dataset", f"flickr:{tmp_path}", "--cache", str(tmp_path / "c"), "--teacher", "none"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if by_flag else {METRICS_PORT: port})
+        words += ["--metrics-port", port] if by_flag else []
+        command = [sys.executable, "-m", "pipeline.cli", *words]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    first_line, *others = done.stderr.splitlines()
+    assert f"metrics cannot be served on 127.0.0.1:{port}" in first_line
+    assert first_line.startswith("error: " if by_flag else "warning: ")
+    assert len(others) == (0 if by_flag else 1)
 
 
 def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
