@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from pydantic import Field
 
 import flows.forks  # noqa: F401  training decodes in forked processes
@@ -22,6 +23,7 @@ from flows.progress import LoggedProgress
 from flows.report_artifacts import leave_report
 from flows.retries import TRIED_AGAIN
 from pipeline.retrain_config import RetrainConfig
+from storage.logs import log_fields
 
 if TYPE_CHECKING:
     from pipeline.precompute import PrecomputeResult
@@ -51,7 +53,7 @@ def retrain_student(
     found = look(config)
     encoded = verdict = None
     if found.judged is None:
-        with device_slots(config.device, config.train.get("devices", 1)):
+        with device_slots(config.device, config.train.get("devices", 1)), log_fields(run=flow_run.name):
             encoded = encode(config, found)
             train.with_options(timeout_seconds=timeout_seconds)(config, found)
             verdict = promote(config, found)

@@ -27,6 +27,7 @@ from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.runs import RunFolder, RunRecord
 from storage.errors import UsageError
+from storage.logs import log_fields
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateResult
@@ -68,7 +69,7 @@ def train_student(
         raise UsageError("evaluate_checkpoint is 'best', but select_split, on which it is chosen, is not given")
     progress = start_progress(ARTIFACT, config.out)
     measured = None
-    with device_slots(config.device, config.devices):
+    with device_slots(config.device, config.devices), log_fields(run=flow_run.name):
         record = train_run.with_options(timeout_seconds=timeout_seconds)(config, progress)
         if evaluate_split:
             measured = evaluate_run(evaluate_config(config, evaluate_split, evaluate_checkpoint))

@@ -69,8 +69,8 @@ def main() -> None:
     # none is ours, and to look for some reads the metadata of every package that is installed
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, _stop)
-    start_json_logs_if_asked()
     try:
+        start_json_logs_if_asked()
         app(standalone_mode=True)
     except SystemExit as ended:
         if ended.code != _INTERRUPTED:

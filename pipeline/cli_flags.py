@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.telemetry import METRICS_PORT
+from pipeline.telemetry import METRICS_PORT, require_metrics
 from storage.errors import CacheError, CacheNotFoundError
-from storage.logs import LOG_FORMAT, say, start_json_logs
+from storage.logs import LOG_FORMAT, say, start_json_logs, stop_json_logs
 
-__all__ = ["LogFlag", "MetricsFlag", "RunFile", "how_to_go_on", "say", "setting"]
+__all__ = ["LogFlag", "LogFormat", "MetricsFlag", "RunFile", "how_to_go_on", "say", "setting"]
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
@@ -30,12 +30,16 @@ class LogFormat(StrEnum):
 def _choose_log_format(chosen: LogFormat) -> LogFormat:
     if chosen is LogFormat.json:
         start_json_logs()
+    else:  # the environment may have asked for the other
+        os.environ.pop(LOG_FORMAT, None)
+        stop_json_logs()
     return chosen
 
 
-def _choose_metrics_port(port: int | None) -> int | None:
-    if port is not None:  # read where the work begins, which may be another process
-        os.environ[METRICS_PORT] = str(port)
+def _choose_metrics_port(context: typer.Context, port: int | None) -> int | None:
+    source = context.get_parameter_source("metrics_port")
+    if port is not None and source is not None and source.name == "COMMANDLINE":
+        require_metrics(port)
     return port
 
 

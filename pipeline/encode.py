@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +97,7 @@ def encode_shared(
     def done(ref: ChunkRef) -> bool:
         return ref in encoded or (writer.is_sound(ref) if ref in damaged else writer.is_committed(ref))
 
-    with Claims(writer.files) as claims:
+    with tally, Claims(writer.files) as claims:
         left = list(refs)
         while left:
             mine: list[ChunkRef] = []
@@ -150,7 +151,8 @@ def _encode(
                 ended = time.perf_counter()
                 chunk.decode_wait_seconds += began - waited
                 chunk.teacher_seconds += ended - began
-                telemetry().encoded(chunk.ref.tower, len(batch.rows), began - waited, ended - began)
+                of_teacher = None if batch.known else ended - began
+                telemetry().encoded(chunk.ref.tower, len(batch.rows), began - waited, of_teacher)
                 tally.add_rows(chunk.ref, len(batch.rows))
                 if batch.last:
                     # so many chunks may wait for the disk before the teacher has to
@@ -166,11 +168,16 @@ def _encode(
             decoders.shutdown(wait=False, cancel_futures=True)
             if fetchers is not None:
                 fetchers.shutdown(wait=False, cancel_futures=True)
+            telemetry().writing(0)
             raise
 
 
 class RowTally:
-    """Rows done, by this process and by others, out of those of some chunks; hands them to a progress."""
+    """Rows done, by this process and by others, out of those of some chunks; hands them to a progress.
+
+    As a context manager it takes back what it told the telemetry when an error ends the block, since who tries again
+    counts all of them again.
+    """
 
     def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
         self._layout = layout
@@ -180,10 +187,19 @@ class RowTally:
         for ref in refs:
             self._total[ref.tower] += len(ref.rows(layout))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tower, rows in self._done.items() if error is not None else ():
+            telemetry().done(tower, -rows)
+
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk."""
         self._done[ref.tower] += rows
-        telemetry().progress(ref.tower, self._done[ref.tower], self._total[ref.tower])
+        telemetry().done(ref.tower, rows)
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
@@ -304,8 +320,10 @@ class _Batch:
 
     def submit(self, pool: ThreadPoolExecutor) -> None:
         self.asked_at = time.perf_counter()
-        prepared = telemetry().prepared
-        self.futures = [pool.submit(prepared(self.chunk.ref.tower, job)) for job in self.prepare(self)]
+        told = telemetry()
+        self.futures = [pool.submit(told.prepared(self.chunk.ref.tower, job)) for job in self.prepare(self)]
+        for future in self.futures:
+            told.queued(future)
 
     def inputs(self) -> list[Any]:
         return [future.result() for future in self.futures]

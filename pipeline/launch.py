@@ -27,7 +27,7 @@ __all__ = ["launch", "launched_rank"]
 Progress = Callable[[Any], None]
 
 # what torchrun tells each process that it starts, on one machine or on many
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # what the command line, or a flow, tells apart; each of them is made of its text alone
 _ERRORS = (CacheError, UsageError, OSError, FloatingPointError)
@@ -107,9 +107,14 @@ def _launched(
     progress: Progress | None,
 ) -> None:
     processes = int(os.environ["WORLD_SIZE"])
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
     if device.index is not None or config.devices != 1:
         raise UsageError("torchrun starts a process for each device: leave --devices out, and choose cards by torchrun")
+    if processes % here:
+        raise UsageError(
+            f"torchrun started {here} of {processes} processes on this machine: the same number on each is wanted. "
+            "Give every machine the same --nproc-per-node"
+        )
     if config.batch_size % processes:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
     fabric = Fabric(

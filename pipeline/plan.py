@@ -190,7 +190,14 @@ def plan_dataset(
         raise CacheMismatchError(
             f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
         ) from error
-    return EmbeddingWriter(config.cache).pending()
+    writer = EmbeddingWriter(config.cache)
+    pending = writer.pending()
+    wanted = Counter({"image": 0, "text": 0})
+    for ref in pending:
+        wanted[ref.tower] += len(ref.rows(writer.manifest.layout))
+    for tower, rows in wanted.items():
+        telemetry().wanted(tower, rows)
+    return pending
 
 
 def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:

@@ -11,6 +11,7 @@ or the environment that ``ray start`` was given. None are sent: all users of a c
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
@@ -151,7 +152,8 @@ class RayExecutor:
         handout = Handout(refs)
         encoded = 0
         crew = _Crew(self._worker, slot, given, self._workers)
-        try:
+        with tally, contextlib.ExitStack() as leaving:
+            leaving.callback(crew.dismiss)
             while handout.left:
                 crew.grow(handout.waiting)
                 for member, outcome in crew.finished():
@@ -173,8 +175,6 @@ class RayExecutor:
                         handout.give_back([ref for ref in span if ref not in there], outcome)
                 for member in crew.idle():
                     crew.give(member, handout.take(crew.size))
-        finally:
-            crew.dismiss()
         return encoded
 
     def _slot(self, config: PrecomputeConfig) -> _Slot:

@@ -12,16 +12,26 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from storage.errors import UsageError
 from storage.logs import event, json_logs, log_fields, logger, say, start_json_logs_if_asked
 
-__all__ = ["METRICS_HOST", "METRICS_PORT", "PrometheusTelemetry", "Telemetry", "observed", "telemetry"]
+__all__ = [
+    "METRICS_HOST",
+    "METRICS_PORT",
+    "PrometheusTelemetry",
+    "Telemetry",
+    "observed",
+    "require_metrics",
+    "telemetry",
+]
 
 METRICS_PORT = "TEACHER_CACHE_METRICS_PORT"
 METRICS_HOST = "TEACHER_CACHE_METRICS_HOST"
+_REQUIRED = "TEACHER_CACHE_METRICS_REQUIRED"
 
 _LOG = logger("metrics")
 _PREFIX = "teacher_cache"
@@ -35,11 +45,14 @@ class Telemetry:
     """What the stages tell of their work. This one listens to nothing; times are in seconds."""
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
-        """The same job, which decodes an image or tokenizes a caption, timed; called once when it is queued."""
+        """The same job, which decodes an image or tokenizes a caption, timed."""
         return job
 
-    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float) -> None:
-        """A batch went through the teacher, which had waited for it."""
+    def queued(self, job: Future[Any]) -> None:
+        """Such a job is with the threads, until it is done, has failed or is cancelled."""
+
+    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float | None) -> None:
+        """A batch went through the teacher, which had waited for it; no seconds of the teacher if it was copied."""
 
     def writing(self, chunks: int) -> None:
         """So many chunks are on their way to the store."""
@@ -50,8 +63,11 @@ class Telemetry:
     def bad_samples(self, kinds: Mapping[str, int]) -> None:
         """So many samples more could not be used, by kind."""
 
-    def progress(self, tower: str, done: int, total: int) -> None:
-        """So many rows of those that this run wants are committed or encoded, by whomever."""
+    def wanted(self, tower: str, rows: int) -> None:
+        """A run's work is planned, and this is what is still to be done of it; nothing is done yet."""
+
+    def done(self, tower: str, rows: int) -> None:
+        """So many rows more of those that the run wants are encoded, or committed by whomever; fewer if negative."""
 
     def step(self, samples: int, loss: float, data_wait_seconds: float, seconds: float) -> None:
         """An optimizer step of this process: its samples, and the seconds after the wait for them."""
@@ -108,8 +124,7 @@ class PrometheusTelemetry(Telemetry):
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
         """See :class:`Telemetry`."""
-        waiting, seconds = self._decode_queue, self._decode_by_tower[tower]
-        waiting.inc()
+        seconds = self._decode_by_tower[tower]
 
         def timed() -> Any:
             started = time.perf_counter()
@@ -117,15 +132,20 @@ class PrometheusTelemetry(Telemetry):
                 return job()
             finally:
                 seconds.observe(time.perf_counter() - started)
-                waiting.dec()
 
         return timed
 
-    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float) -> None:
+    def queued(self, job: Future[Any]) -> None:
+        """See :class:`Telemetry`."""
+        self._decode_queue.inc()
+        job.add_done_callback(lambda _: self._decode_queue.dec())
+
+    def encoded(self, tower: str, rows: int, decode_wait_seconds: float, teacher_seconds: float | None) -> None:
         """See :class:`Telemetry`."""
         self._rows.labels(tower).inc(rows)
         self._decode_wait.labels(tower).inc(decode_wait_seconds)
-        self._teacher.labels(tower).observe(teacher_seconds)
+        if teacher_seconds is not None:
+            self._teacher.labels(tower).observe(teacher_seconds)
 
     def writing(self, chunks: int) -> None:
         """See :class:`Telemetry`."""
@@ -140,10 +160,14 @@ class PrometheusTelemetry(Telemetry):
         for kind, count in kinds.items():
             self._bad.labels(kind).inc(count)
 
-    def progress(self, tower: str, done: int, total: int) -> None:
+    def wanted(self, tower: str, rows: int) -> None:
         """See :class:`Telemetry`."""
-        self._done.labels(tower).set(done)
-        self._wanted.labels(tower).set(total)
+        self._wanted.labels(tower).set(rows)
+        self._done.labels(tower).set(0)
+
+    def done(self, tower: str, rows: int) -> None:
+        """See :class:`Telemetry`."""
+        self._done.labels(tower).inc(rows)
 
     def step(self, samples: int, loss: float, data_wait_seconds: float, seconds: float) -> None:
         """See :class:`Telemetry`."""
@@ -196,9 +220,20 @@ def telemetry() -> Telemetry:
     return _current
 
 
+def require_metrics(port: int) -> None:
+    """Let this process and those that it starts count and serve on a port, or refuse to work, where it is taken.
+
+    One that the environment alone names is passed over then: it may be that of every run on a machine.
+    """
+    os.environ[METRICS_PORT] = str(port)
+    os.environ[_REQUIRED] = "1"
+
+
 @contextmanager
 def observed(process: int = 0, **fields: Any) -> Iterator[None]:
     """Count, serve and log as the environment asks while the block runs; a block inside another one adds fields alone.
+
+    A port that is taken is a warning, and nothing is counted, unless :func:`require_metrics` named it.
 
     Args:
         process: number of this process among those that a run has on a machine; added to the port, but not to 0,
@@ -206,7 +241,7 @@ def observed(process: int = 0, **fields: Any) -> Iterator[None]:
         fields: of every event meanwhile.
 
     Raises:
-        UsageError: the port is no port, or is taken.
+        UsageError: the port is no port, or is taken and required; the format of logs is none.
     """
     global _current
     start_json_logs_if_asked()
@@ -216,18 +251,20 @@ def observed(process: int = 0, **fields: Any) -> Iterator[None]:
             yield
             return
         counting = PrometheusTelemetry()
-        server, thread = _serve(counting, asked, process)
-        _current = counting
+        served = _serve(counting, asked, process)
+        _current = counting if served else Telemetry()
         try:
             yield
         finally:
             _current = _OFF
-            server.shutdown()
-            server.server_close()
-            thread.join()
+            if served:
+                server, thread = served
+                server.shutdown()
+                server.server_close()
+                thread.join()
 
 
-def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any, Any]:
+def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any, Any] | None:
     from prometheus_client import start_http_server
 
     host = os.environ.get(METRICS_HOST, "") or "127.0.0.1"
@@ -237,10 +274,14 @@ def _serve(counting: PrometheusTelemetry, asked: str, process: int) -> tuple[Any
     try:
         server, thread = start_http_server(port, host, counting.registry)
     except OSError as error:
-        raise UsageError(
-            f"metrics cannot be served on {host}:{port}: {error.strerror or error}. Choose another --metrics-port, or "
-            "0 for a free one"
-        ) from error
+        problem = f"metrics cannot be served on {host}:{port}: {error.strerror or error}"
+        if os.environ.get(_REQUIRED):
+            raise UsageError(f"{problem}. Choose another --metrics-port, or 0 for a free one") from error
+        if json_logs():
+            event(_LOG, logging.WARNING, "metrics are not served", detail=problem)
+        else:
+            say(f"warning: {problem}. This run goes on without; {METRICS_PORT}=0 takes a free one")
+        return None
     url = f"http://{host}:{server.server_port}/metrics"
     if json_logs():
         event(_LOG, logging.INFO, "metrics are served", url=url)

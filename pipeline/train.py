@@ -104,6 +104,8 @@ def train(
     if resume:
         record = run.require_resumable(config)
         if record.finished:
+            if launched_rank():  # of torchrun's processes rank 0 alone cleans
+                return TrainResult(str(run.path), record)
             with run.locked():  # killed at its very end, it may have more than it names
                 run.remove_unnamed(record)
             return TrainResult(str(run.path), record)
@@ -329,7 +331,7 @@ class _Trainer:
         )
         self._log.epoch(self._point.step, finished)
         measured = finished.model_dump(exclude={"parts"})
-        event(_LOG, logging.INFO, "epoch finished", step=self._point.step, rows=len(self._rows), **measured)
+        event(_LOG, logging.INFO, "epoch finished", step=self._point.step, num_rows=len(self._rows), **measured)
         self._record = self._record.model_copy(
             update={"seconds": self._record.seconds + sums.seconds, "epochs": (*self._record.epochs, finished)}
         )

@@ -197,7 +197,7 @@ class TrainStep:
 
 
 def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:
-    rows = {"rows": pairs.image_rows.tolist(), "caption_rows": pairs.caption_rows.tolist()}
+    rows = {"image_rows": pairs.image_rows.tolist(), "caption_rows": pairs.caption_rows.tolist()}
     event(_LOG, logging.ERROR, "not finite", step=step, detail=what, learning_rate=rate, **rows)
     return (
         f"step {step}: {what}. Image rows {pairs.image_rows.tolist()}, caption rows {pairs.caption_rows.tolist()}. "

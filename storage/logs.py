@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from storage.errors import UsageError
 from storage.redact import redact
 
 __all__ = [
@@ -135,8 +136,15 @@ def start_json_logs() -> None:
 
 
 def start_json_logs_if_asked() -> None:
-    """As :func:`start_json_logs` if ``TEACHER_CACHE_LOG_FORMAT`` is ``json``, as it is in a process started by one."""
-    if os.environ.get(LOG_FORMAT) == "json":
+    """As :func:`start_json_logs` if ``TEACHER_CACHE_LOG_FORMAT`` is ``json``, as it is in a process started by one.
+
+    Raises:
+        UsageError: it is neither that nor ``text``.
+    """
+    asked = os.environ.get(LOG_FORMAT) or "text"
+    if asked not in ("text", "json"):
+        raise UsageError(f"{LOG_FORMAT} is {asked!r}: text or json is wanted")
+    if asked == "json":
         start_json_logs()
 
 

@@ -27,7 +27,8 @@ def known() -> dict[str, set[str]]:
     counting.writing(1)
     counting.written("image", 0.0)
     counting.bad_samples({"kind": 1})
-    counting.progress("image", 1, 1)
+    counting.wanted("image", 1)
+    counting.done("image", 1)
     counting.step(1, 0.0, 0.0, 0.0)
     found: dict[str, set[str]] = {}
     for family in counting.registry.collect():

@@ -14,6 +14,7 @@ import pytest
 from pipeline.config import PrecomputeConfig, TrainConfig
 from pipeline.run_file import load_config
 from storage.errors import UsageError
+from storage.logs import LOG_FORMAT
 from tests.conftest import TINY_MODEL
 
 COMMAND = [sys.executable, "-m", "pipeline.cli"]
@@ -119,6 +120,20 @@ def test_errors_are_one_line_with_the_remedy(arguments: list[str], code: int, me
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_the_flag_wins_over_the_environments_log_format(
+    known_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOG_FORMAT, "json")
+    assert run("verify", str(known_cache), cwd=tmp_path).stderr.startswith("{")
+    asked = run("verify", str(known_cache), "--log-format", "text", cwd=tmp_path)
+    assert asked.returncode == 0
+    assert "{" not in asked.stderr
+    monkeypatch.setenv(LOG_FORMAT, "xml")
+    refused = run("info", str(known_cache), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: TEACHER_CACHE_LOG_FORMAT is 'xml': text or json is wanted\n"
 
 
 def test_looking_at_a_cache_loads_no_torch(known_cache: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +22,24 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import telemetry as module
 from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_shared
+from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
-from pipeline.telemetry import METRICS_HOST, METRICS_PORT, PrometheusTelemetry, Telemetry, observed, telemetry
+from pipeline.samples import ImageSource
+from pipeline.teacher import LiveTeacher, load_teacher
+from pipeline.telemetry import (
+    METRICS_HOST,
+    METRICS_PORT,
+    PrometheusTelemetry,
+    Telemetry,
+    observed,
+    require_metrics,
+    telemetry,
+)
 from pipeline.train import StepProgress, train
 from storage.errors import UsageError
 from storage.logs import RUN
+from storage.writer import EmbeddingWriter
 from tests.pipeline.train_work import make_cache, make_student, train_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -131,14 +147,19 @@ def test_training_counts_pairs_steps_and_waits(
 def test_each_process_of_a_run_has_a_port_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import socket
-
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         port = first.getsockname()[1]
         first.listen()
         monkeypatch.setenv(METRICS_PORT, str(port))
         taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
+        # every run of a machine may have the environment: none fails for it
+        with observed(), observed():
+            assert type(telemetry()) is Telemetry
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"warning: {taken}", warning)
+        monkeypatch.setenv("TEACHER_CACHE_METRICS_REQUIRED", "")  # so that it is put back
+        require_metrics(port)
         with pytest.raises(UsageError, match=taken), observed():
             pass
         with observed(process=1):
@@ -146,6 +167,27 @@ def test_each_process_of_a_run_has_a_port_of_its_own(
     monkeypatch.setenv(METRICS_PORT, "http")
     with pytest.raises(UsageError, match="METRICS_PORT is 'http': a port from 0"), observed():
         pass
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_taken_port_ends_the_command_that_named_it(
+    by_flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag does, the environment does not: that run comes to its own error, of a teacher that is not there."""
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        port = str(first.getsockname()[1])
+        words = ["precompute", "--dataset", f"flickr:{tmp_path}", "--cache", str(tmp_path / "c"), "--teacher", "none"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if by_flag else {METRICS_PORT: port})
+        words += ["--metrics-port", port] if by_flag else []
+        command = [sys.executable, "-m", "pipeline.cli", *words]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    first_line, *others = done.stderr.splitlines()
+    assert f"metrics cannot be served on 127.0.0.1:{port}" in first_line
+    assert first_line.startswith("error: " if by_flag else "warning: ")
+    assert len(others) == (0 if by_flag else 1)
 
 
 def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,18 +202,108 @@ def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_a_job_that_fails_leaves_the_queue_and_is_timed() -> None:
+def counted(name: str, **labels: str) -> float | None:
+    """What the run at hand has counted so far."""
+    counting = telemetry()
+    assert isinstance(counting, PrometheusTelemetry)
+    return counting.registry.get_sample_value(f"teacher_cache_{name}", labels)
+
+
+def test_a_job_that_fails_or_is_cancelled_leaves_the_queue() -> None:
     counting = PrometheusTelemetry()
+
+    def depth() -> float | None:
+        return counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"})
 
     def fails() -> None:
         raise OSError("gone")
 
-    job = counting.prepared("image", fails)
-    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 1
-    with pytest.raises(OSError, match="gone"):
-        job()
-    assert counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"}) == 0
+    job: Future[None] = Future()
+    never: Future[None] = Future()
+    for future in (job, never):
+        counting.queued(future)
+    assert depth() == 2
+    with pytest.raises(OSError, match="gone") as found:
+        counting.prepared("image", fails)()
+    job.set_exception(found.value)
+    assert depth() == 1
+    never.cancel()
+    assert depth() == 0
     assert counting.registry.get_sample_value("teacher_cache_decode_seconds_count", {"tower": "image"}) == 1
+
+
+@pytest.mark.usefixtures("any_port")
+def test_progress_is_of_the_run_not_of_each_span_and_a_span_tried_again_counts_once(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans one after another, as the flow encodes them; the last one fails at its end and is tried again."""
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"))
+    teacher = load_teacher(config.teacher, device="cpu")
+    with observed():
+        images = [ref for ref in plan_precompute(config, teacher) if ref.tower == "image"]
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, IMAGES)
+        for last in (1, 2):
+            encode_shared(config, teacher, images[last - 1 : last])
+            assert counted("progress_rows", tower="image") == CHUNK * last
+            assert counted("wanted_rows", tower="image") == IMAGES
+        with monkeypatch.context() as broken:
+            broken.setattr(EmbeddingWriter, "write", fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == 2 * CHUNK
+        encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == counted("wanted_rows", tower="image") == IMAGES
+        plan_precompute(config, teacher)
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, 0)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_run_that_fails_leaves_no_queue(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other samples wait for the one thread when the first of them ends the run."""
+    few = {"batch_size": 1, "decode_threads": 1}
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"), **few)
+    teacher = load_teacher(config.teacher, device="cpu")
+    read = ImageSource.read
+    waiting = None
+
+    def slow(self: ImageSource, *where: Any) -> bytes:
+        time.sleep(0.05)
+        return read(self, *where)
+
+    def overflow(*_: object) -> None:
+        nonlocal waiting
+        waiting = counted("queue_depth", queue="decode")
+        telemetry().writing(1)
+        raise FloatingPointError("infinite")
+
+    with observed():
+        pending = plan_precompute(config, teacher)
+        monkeypatch.setattr(ImageSource, "read", slow)
+        monkeypatch.setattr(LiveTeacher, "encode_shown", overflow)
+        with pytest.raises(FloatingPointError, match="infinite"):
+            encode_shared(config, teacher, pending)
+        assert waiting is not None
+        assert waiting > 1
+        assert counted("queue_depth", queue="decode") == counted("queue_depth", queue="write") == 0
+
+
+@pytest.mark.usefixtures("any_port")
+def test_copied_rows_are_none_of_the_teachers_seconds(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    made = settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c")
+    precompute(PrecomputeConfig(**made))
+    again = PrecomputeConfig(**{**made, "cache": str(tmp_path / "again"), "reuse": made["cache"]})
+    with observed():
+        assert precompute(again).rows_reused["image"] > 0
+        assert counted("rows_total", tower="text") == 2 * IMAGES
+        assert counted("teacher_seconds_count", tower="text") is None
+
+
+def fail(*_: object) -> None:
+    raise OSError("the disk is full")
 
 
 def test_gpus_are_told_of_once_torch_has_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +379,6 @@ def test_the_commands_log_json_alone_with_run_chunk_and_row(
     flags = ["--cache", str(cache), "--student", student, "--out", out, "--epochs", "1", "--batch-size", "5"]
     said = run("train", *flags)
     finished = [line for line in said if line["message"] == "epoch finished"]
-    assert [(line["run"], line["step"], line["rows"]) for line in finished] == [(out, 3, 15)]
+    assert [(line["run"], line["step"], line["num_rows"]) for line in finished] == [(out, 3, 15)]
     assert [line["checkpoint"] for line in said if line["message"] == "checkpoint saved"] == ["checkpoints/epoch-0001"]
     assert module.telemetry().__class__ is Telemetry

@@ -170,13 +170,16 @@ def test_cached_targets_are_what_the_teacher_says(cache: Path, tiny_teacher: Pat
 
 
 def test_a_loss_that_is_not_a_number_names_the_rows(
-    cache: Path, student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from pipeline import losses
 
     monkeypatch.setitem(losses.LOSSES, "feature", lambda batch: batch.student_image.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1: loss is nan .* Image rows \[\d+, .*\], caption rows \["):
         train(config(cache, student_file, tmp_path / "run", losses={"feature": 1.0}))
+    (fields,) = [vars(record)["fields"] for record in caplog.records if record.getMessage() == "not finite"]
+    assert len(fields["image_rows"]) == len(fields["caption_rows"]) == 8
+    assert "rows" not in fields  # in other events first, and one past the last
 
 
 def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_two_nodes_have_the_losses_of_one_process(tiny_teacher: Path, tmp_path: 
 
 @pytest.fixture
 def by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}
-    for name, value in told.items():
+    told = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}.items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -90,6 +90,39 @@ def test_settings_that_torchrun_decides_are_refused(changes: dict[str, Any], mes
         launch(train_config(tmp_path, "none", tmp_path / "run", **changes), lambda *_: None)
 
 
-def test_a_process_of_its_own_has_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
+@pytest.mark.usefixtures("by_torchrun")
+def test_machines_with_unequal_numbers_of_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    wanted = "torchrun started 2 of 3 processes on this machine: the same number on each is wanted"
+    with pytest.raises(UsageError, match=wanted):
+        launch(train_config(tmp_path, "none", tmp_path / "run", batch_size=9), lambda *_: None)
+
+
+@pytest.mark.usefixtures("by_torchrun")
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_WORLD_SIZE"])
+def test_a_process_of_its_own_has_no_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(name)
     assert launched_rank() is None
+
+
+def test_of_a_finished_run_one_process_cleans(
+    tiny_teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Started again with ``--resume`` all of torchrun's processes come at once; rank 0 holds the folder meanwhile."""
+    cache, student = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "student.json")
+    config = train_config(cache, student, tmp_path / "run", epochs=1)
+    record = train(config).record
+    # another process: a record lock does not keep out its own
+    hold = "import sys; from pipeline.runs import RunFolder\n"
+    hold += "with RunFolder(sys.argv[1]).locked(): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, config.out]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank_0:
+        assert rank_0.stdout is not None
+        assert rank_0.stdout.readline() == b"1\n"
+        with pytest.raises(UsageError, match="another process trains here"):
+            train(config, resume=True)
+        request.getfixturevalue("by_torchrun")
+        assert train(config, resume=True).record == record

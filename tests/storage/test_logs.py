@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from storage.errors import UsageError
 from storage.integrity import verify_cache
 from storage.logs import (
     LOG_FORMAT,
@@ -105,6 +106,12 @@ def test_a_process_that_is_started_by_one_with_json_logs_has_them(monkeypatch: p
         assert json_logs()
     finally:
         stop_json_logs()
+
+
+def test_a_format_that_is_none_is_refused_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_FORMAT, "xml")
+    with pytest.raises(UsageError, match="TEACHER_CACHE_LOG_FORMAT is 'xml': text or json is wanted"):
+        start_json_logs_if_asked()
 
 
 @pytest.mark.usefixtures("as_json")
