@@ -1,7 +1,7 @@
 """Encode chunks of a planned cache: decode, run the teacher, write and commit; alone or with other processes.
 
-Decoding (threads), the teacher (this thread) and writing (one thread, two to a store) overlap, across chunk borders too. What
-a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
+Decoding (threads), the teacher (this thread) and writing (one thread, two to a store) overlap, across chunk borders
+too. What a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
 and resumed run writes the very bytes of an unbroken one.
 
 Rows that are known already (``pipeline.known_rows``) are taken as they are: the teacher never sees them, and of their

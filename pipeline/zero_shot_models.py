@@ -20,7 +20,7 @@ __all__ = ["StudentEncoder", "TeacherEncoder"]
 
 
 class TeacherEncoder:
-    """A live teacher. Its rows are rounded to float16, as a cache of float16 holds them, so that both give the same numbers."""
+    """A live teacher. Its rows are rounded to float16, as in a cache of float16, so that both give the same numbers."""
 
     def __init__(self, teacher: LiveTeacher) -> None:
         self._teacher = teacher
