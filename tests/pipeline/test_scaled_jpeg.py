@@ -89,7 +89,7 @@ def test_it_sees_the_very_region_of_pillow(mode: str, size: tuple[int, int]) -> 
             scaled.shown()(open_image(data, scaled.decoder)),
             pillow.shown()(open_image(data, pillow.decoder)),
         )
-        assert found.size == wanted.size == (size[1], size[0])
+        assert found.shape == wanted.shape == (*size, 3)
         differ = levels(found, wanted)
         inside = differ[2:-2, 2:-2]  # where padding begins, the ramp of a scaled image ends less sharply
         assert inside.max() <= 2, (width, height)
@@ -141,6 +141,26 @@ def end(see: Callable[[Preprocess], Any], each: Preprocess) -> Any:
         return see(each)
     except (UndecodableImageError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_what_is_shown_are_the_decoders_bytes_and_no_copy(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Through no picture of Pillow's; the bytes are those that one would have."""
+    data = jpeg(ramp(443, 331))
+    each = Preprocess((32, 32), PILLOW.mean, PILLOW.std, resize_mode=mode, decoder="jpeg-scaled")
+    image = open_image(data, each.decoder)
+    assert isinstance(image, ScaledJpeg)
+    planes = each.scaled(image)
+    monkeypatch.setattr(Image, "fromarray", None)
+    crop = Crop(0, 0, 300, 400, True)
+    for seen, wanted in (
+        (each.shown()(image), planes),
+        (crop_shown(image, crop, each), image.resized((32, 32), Image.Resampling.BICUBIC, (0, 0, 400, 300)).flip(-1)),
+    ):
+        assert seen.dtype == np.uint8
+        assert seen.flags.writeable
+        np.testing.assert_array_equal(seen, np.moveaxis(wanted.numpy(), 0, -1))
+        assert torch.equal(each.normalized(seen), each.normalized_batch(torch.from_numpy(seen)[None])[0])
 
 
 @pytest.mark.parametrize("odd", ODD_IMAGES, ids=lambda odd: odd.name)
@@ -349,11 +369,11 @@ def test_a_student_sees_the_caches_pixels_whether_decoded_or_ready(made: Made, t
         data = (made.photos / "images" / f"{row:04d}.jpg").read_bytes()
         expected = scaled.transform()(open_image(data, scaled.decoder))
         assert torch.equal(images[row], expected)
-        assert torch.equal(pixels.see(row, 0), expected)
+        assert torch.equal(mine.normalized(pixels.shown(row, 0)), expected)
         other += not torch.equal(mine.transform()(open_image(data, mine.decoder)), expected)
         for view in range(1, VIEWS):
             crop = Crop.from_row(reader.take("image", np.array([row]), view, array="view")[0])
-            assert torch.equal(pixels.see(row, view), images.see(row, crop))
+            assert torch.equal(mine.normalized(pixels.shown(row, view)), images.see(row, crop))
     assert other > 4
     with pytest.raises(CacheMismatchError, match="decoder is pillow, wanted jpeg-scaled"):
         ReadyPixels(ready[made.by_pillow], reader, rows, VIEWS, mine)
