@@ -13,8 +13,8 @@ from pathlib import Path
 
 EXTRAS = {
     "light": ["s3"],
-    "cpu": ["cpu", "s3", "deploy", "report", "zeroshot"],
-    "gpu": ["gpu", "s3", "deploy", "report", "zeroshot"],
+    "cpu": ["cpu", "s3", "deploy", "report", "zeroshot", "fastjpeg"],
+    "gpu": ["gpu", "s3", "deploy", "report", "zeroshot", "fastjpeg"],
 }
 # goes into no image: lists what is in them while they are built
 INVENTORY = "cyclonedx-bom"

@@ -24,7 +24,7 @@ def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[Span]:
     from pipeline.plan import chunk_spans, plan_precompute
     from pipeline.teacher import cached_teacher
 
-    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     return [Span.of(refs) for refs in chunk_spans(plan_precompute(config, teacher), chunks_per_span)]
 
 
@@ -35,7 +35,7 @@ def encode(config: PrecomputeConfig, span: Span) -> dict[str, Any]:
     from pipeline.teacher import cached_teacher
 
     # a worker of Ray's does one task after another, and keeps its teacher
-    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision)
+    teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     return {"process": os.getpid(), "chunks": encode_shared(config, teacher, span.refs())}
 
 

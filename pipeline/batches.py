@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -82,7 +80,8 @@ class CachedTeacher:
     def follow(self, pairs: Sequence[Pairs]) -> None:
         """Be told the batches that :meth:`targets` will be asked for next: their rows are then read ahead.
 
-        Asked for another batch than these in their order, it reads that one by itself and goes on where it was.
+        Asked for another batch than these in their order, it reads that one by itself and goes on where it was. After
+        a read that failed, it reads each by itself.
         """
         self._coming, self._passed = pairs, 0
         self._streams = (
@@ -90,13 +89,22 @@ class CachedTeacher:
             self._reader.stream("text", (pair.caption_rows for pair in pairs)),
         )
 
+    def close(self) -> None:
+        """Read nothing more ahead, which ends the threads that do; what is asked for is read by itself."""
+        self._coming, self._streams = (), ()
+
     def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`TeacherSource`."""
         if self._passed < len(self._coming) and pairs is self._coming[self._passed]:
-            image, text = (next(stream) for stream in self._streams)
+            try:
+                image = next(self._streams[0])
+                text = next(self._streams[1])
+            except BaseException:  # a stream that has raised is at its end, and the other one a batch behind or ahead
+                self.close()
+                raise
             self._passed += 1
             if self._passed == len(self._coming):
-                self._streams = ()  # which ends their threads
+                self.close()
         else:
             image = self._reader.take("image", pairs.image_rows, pairs.views)
             text = self._reader.take("text", pairs.caption_rows)
@@ -218,7 +226,7 @@ class StudentImages(Dataset[Tensor]):
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         self._images = CachedImages(reader, source)
         self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
-        self._evaluation_crop = self._preprocess.shown()
+        self._shown = self._preprocess.shown()
 
     def __getitem__(self, row: int) -> Tensor:
         return self.see(row, None)
@@ -229,21 +237,41 @@ class StudentImages(Dataset[Tensor]):
 
     def see(self, row: int, crop: Crop | None) -> Tensor:
         """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
-        return self._preprocess.normalized(self.shown(row, [crop])[0])
+        return self._preprocess.normalized(self.shown(row, crop))
 
-    def shown(self, row: int, crops: Sequence[Crop | None]) -> list[Image.Image]:
-        """What :meth:`see` normalises of each of these crops, decoded once: RGB images of the model's size."""
+    def shown(self, row: int, crop: Crop | None) -> NDArray[np.uint8]:
+        """What :meth:`see` normalises: RGB uint8 (height, width, 3)."""
+        return self.each_shown(row, [crop])[0]
+
+    def each_shown(self, row: int, crops: Sequence[Crop | None]) -> list[NDArray[np.uint8]]:
+        """:meth:`shown` of several crops of an image that is decoded once."""
         data = self._images.read(row)
         try:
             image = open_image(data, self._preprocess.decoder)
-            return [
-                self._evaluation_crop(image) if crop is None else crop_shown(image, crop, self._preprocess)
-                for crop in crops
-            ]
+            return [self._shown(image) if crop is None else crop_shown(image, crop, self._preprocess) for crop in crops]
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
             raise OSError(
                 f"{self._images.named(row)} cannot be decoded here, though the teacher saw it: {error}"
             ) from error
+
+
+class _ReadAhead(Protocol):
+    """Items by a key, and a way to say which are wanted next."""
+
+    def ahead(self, keys: Sequence[Any], /) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class _ShownImages(Protocol):
+    """Rows of the cache to what a student sees of some region, bytes to be normalised."""
+
+    def ahead(self, rows: Sequence[int], /) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+
+    def shown(self, row: int, region: Any, /) -> NDArray[np.uint8]:
+        """RGB uint8 (height, width, 3), writable."""
 
 
 class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
@@ -253,29 +281,23 @@ class _StudentInputs(Dataset[tuple[Tensor, Tensor]]):
         images: give what is shown of an image row, and what to see of it.
     """
 
-    def __init__(self, images: StudentImages | ReadyPixels, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
+    def __init__(self, images: _ShownImages, texts: pa.ChunkedArray, tokenizer: Tokenizer) -> None:
         self._images, self._texts, self._tokenizer = images, texts, tokenizer
 
     def ahead(self, pairs: Sequence[tuple[int, int, Any]]) -> AbstractContextManager[None]:
-        """See :meth:`pipeline.cached_images.CachedImages.ahead`; of ready pixels, which are local, nothing."""
-        if isinstance(self._images, StudentImages):
-            return self._images.ahead([image_row for image_row, _, _ in pairs])
-        return contextlib.nullcontext()
+        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        return self._images.ahead([image_row for image_row, _, _ in pairs])
 
     def __getitem__(self, pair: tuple[int, int, Any]) -> tuple[Tensor, Tensor]:
         image_row, caption_row, region = pair
-        if isinstance(self._images, StudentImages):
-            shown: Any = self._images.shown(image_row, [region])[0]
-        else:
-            shown = self._images.shown(image_row, region)
-        pixels = torch.from_numpy(np.require(shown, np.uint8, "W"))  # torch wants it writable
+        pixels = torch.from_numpy(self._images.shown(image_row, region))
         return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
 
 
 class _Items(Dataset[Any]):
     """The same items, with an error as an item: a worker's exception would lose its class and its one line."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: _ReadAhead) -> None:
         self._dataset = dataset
 
     def __getitem__(self, index: Any) -> Any:
@@ -286,7 +308,7 @@ class _Items(Dataset[Any]):
 
     def __getitems__(self, indices: list[Any]) -> list[Any]:
         # what DataLoader calls for a batch: pictures behind a URL come together
-        with self._dataset.ahead(indices) if hasattr(self._dataset, "ahead") else contextlib.nullcontext():
+        with self._dataset.ahead(indices):
             return [self[index] for index in indices]
 
 
@@ -294,7 +316,7 @@ def _collate(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
-def load_items(dataset: Dataset[Any], workers: int | None, device: torch.device, **how: Any) -> Iterator[Any]:
+def load_items(dataset: _ReadAhead, workers: int | None, device: torch.device, **how: Any) -> Iterator[Any]:
     """Batches of a dataset, made by ``workers`` processes (0: this one).
 
     Args:

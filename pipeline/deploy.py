@@ -117,7 +117,7 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher,
             "--teacher local-dir:PATH"
         )
     pretrained = config.pretrained or (None if config.teacher else recorded.pretrained)
-    teacher = load_teacher(name, pretrained, device="cpu")
+    teacher = load_teacher(name, pretrained, device="cpu", decoder=identity.preprocess.decoder)
     # its arithmetic is fp32 here, whatever the cache was made in
     teacher.require(
         identity.model_copy(update={"teacher": recorded.model_copy(update={"precision": "fp32"})}), split.cache

@@ -344,7 +344,7 @@ class _Jobs:
         self._fetchers = fetchers
         self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
-        self._evaluation_crop = teacher.preprocess.shown()
+        self._shown = teacher.preprocess.shown()
         self._pinned = teacher.device.type == "cuda"
         # where this run found the images: the folder may have moved since the cache was planned
         self._source = source
@@ -446,11 +446,11 @@ class _Jobs:
             image = open_image(data, self._preprocess.decoder)
             if view == 0:
                 evaluation_crop = self._preprocess.evaluation_crop(*image.size)
-                place[:] = np.asarray(self._evaluation_crop(image))
+                place[:] = self._shown(image)
                 return _Decoded(evaluation_crop, sample_id=sample["sample_id"])
             self._preprocess.require_evaluable(*image.size)
             crop = draw_crop(self._views, sample["content_sha256"], view, *image.size)
-            place[:] = np.asarray(crop_shown(image, crop, self._preprocess))
+            place[:] = crop_shown(image, crop, self._preprocess)
             return _Decoded(crop.as_row(), sample_id=sample["sample_id"])
         except MemoryError:
             raise  # the machine's fault, not the image's

@@ -110,7 +110,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         config,
         teacher.device.type,
         planned,
-        library_versions(config.decoder) | {IMPORTED: said, IMPORTED_ROWS: known.sha256},
+        library_versions(teacher.preprocess.decoder) | {IMPORTED: said, IMPORTED_ROWS: known.sha256},
     )
     _require_these_rows(config.cache, known)  # another process may have planned it meanwhile
     written = encode_shared(config, teacher, pending, progress, known)

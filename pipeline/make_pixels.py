@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, __version__, features
+from PIL import __version__, features
 from pydantic import BaseModel
 
 from pipeline.batches import StudentImages, stored_crops, views_used
@@ -243,11 +243,7 @@ def _ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor
 
 
 def _pixels(images: StudentImages, row: int, crops: tuple[Crop | None, ...]) -> list[bytes]:
-    def raw(shown: Image.Image) -> bytes:
-        data: bytes = shown.tobytes()
-        return data
-
-    return [raw(shown) for shown in images.shown(row, crops)]
+    return [shown.tobytes() for shown in images.each_shown(row, crops)]
 
 
 def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> None:

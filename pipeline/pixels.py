@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,6 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from pipeline.preprocess import Preprocess
 from pipeline.scaled_jpeg import PILLOW
@@ -254,9 +255,9 @@ class ReadyPixels:
     ) -> None:
         files = local_pixels(folder)
         record = read_record(files)
-        self._folder, self._record, self._preprocess = Path(folder), record, preprocess
+        self._folder, self._record = Path(folder), record
         self._rows = self._read_rows(files)
-        self._require_fit(reader, views)
+        self._require_fit(reader, views, preprocess)
         missing = np.setdiff1d(rows, self._rows)
         if len(missing):
             raise CacheMismatchError(
@@ -277,8 +278,8 @@ class ReadyPixels:
             )
         return np.frombuffer(data, "<i8").astype(np.int64)
 
-    def _require_fit(self, reader: EmbeddingReader, views: int) -> None:
-        record, student = self._record, self._preprocess
+    def _require_fit(self, reader: EmbeddingReader, views: int, student: Preprocess) -> None:
+        record = self._record
         if record.views < views:
             raise UsageError(
                 f"{self._folder}: holds {record.views} views, this run uses {views}. Add the others by "
@@ -319,16 +320,12 @@ class ReadyPixels:
             )
         return crc32c
 
-    def see(self, row: int, view: int) -> Tensor:
-        """What the student gets: float32 (3, height, width), equal to what ``StudentImages.see`` gives of this crop.
-
-        Raises:
-            as :meth:`shown`.
-        """
-        return self._preprocess.normalized(self.shown(row, view))
+    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Nothing: they are local. See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        return nullcontext()
 
     def shown(self, row: int, view: int) -> NDArray[np.uint8]:
-        """Before normalising: RGB uint8 (height, width, 3).
+        """What the student gets, before normalising: RGB uint8 (height, width, 3), as ``StudentImages.shown`` gives it.
 
         Raises:
             IndexError: a row or view that this reader was not opened for.

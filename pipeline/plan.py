@@ -87,7 +87,8 @@ def plan_precompute(
     planned = read_dataset(config, teacher, progress)
     _tell_problems(planned.dataset)
     origin = _by_way_of(config.reuse, planned.identity)
-    pending = plan_dataset(config, encode_on or teacher.device.type, planned, library_versions(config.decoder) | origin)
+    made_with = library_versions(teacher.preprocess.decoder) | origin
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
     if origin and pending and IMPORTED not in planned_manifest(open_files(config.cache)).made_with:
         raise CacheMismatchError(
             f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "

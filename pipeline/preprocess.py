@@ -26,7 +26,7 @@ from pipeline.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 if TYPE_CHECKING:
     from storage.identity import PreprocessIdentity
 
-__all__ = ["Preprocess", "as_picture", "handed_on"]
+__all__ = ["Preprocess", "handed_on", "rows_of_pixels"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Preprocess(ModelInput):
         """
         return _Transform(self._of_open_clip(), self)
 
-    def shown(self) -> Callable[[Image.Image | ScaledJpeg], Image.Image]:
-        """The part of :meth:`transform` that moves pixels: to an RGB image of ``size``. It raises as that does."""
+    def shown(self) -> Callable[[Image.Image | ScaledJpeg], NDArray[np.uint8]]:
+        """The part of :meth:`transform` that moves pixels: to RGB uint8 (height, width, 3). It raises as that does."""
         return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
 
     def scaled(self, image: ScaledJpeg) -> torch.Tensor:
@@ -78,19 +78,16 @@ class Preprocess(ModelInput):
             seen = center_crop_or_pad(seen, list(self.size), fill=fill)
         return seen
 
-    def normalized(self, shown: Image.Image | NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
+    def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
         """The rest of :meth:`transform`, for the evaluation crop and any other region alike.
 
         Args:
-            shown: RGB of ``size``; as an array uint8 (height, width, 3), as a tensor uint8 (3, height, width).
+            shown: RGB of ``size``; as an array uint8 (height, width, 3), writable.
 
         Returns:
             float32 (3, height, width).
         """
-        if isinstance(shown, torch.Tensor):
-            scaled = shown.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        else:
-            scaled = transforms.to_tensor(shown)
+        scaled = transforms.to_tensor(shown)
         pixels: torch.Tensor = transforms.normalize(scaled, list(self.mean), list(self.std), inplace=True)
         return pixels
 
@@ -167,13 +164,12 @@ class _Shown:
     apply: Any
     preprocess: Preprocess
 
-    def __call__(self, image: Image.Image | ScaledJpeg) -> Image.Image:
+    def __call__(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
         if isinstance(image, ScaledJpeg):
-            return as_picture(self.preprocess.scaled(image))
+            return rows_of_pixels(self.preprocess.scaled(image))
         self.preprocess.require_resizable(*image.size)
         ignore_pillows_warnings()
-        shown: Image.Image = self.apply(image)
-        return shown
+        return np.array(self.apply(image))
 
 
 class _Transform:
@@ -186,14 +182,13 @@ class _Transform:
         return repr(self._whole)
 
     def __call__(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
-        if isinstance(image, ScaledJpeg):
-            return self._preprocess.normalized(self._preprocess.scaled(image))
         return self._preprocess.normalized(self._shown(image))
 
 
-def as_picture(shown: torch.Tensor) -> Image.Image:
-    """An RGB image of uint8 (3, height, width)."""
-    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+def rows_of_pixels(planes: torch.Tensor) -> NDArray[np.uint8]:
+    """RGB uint8 (3, height, width) as (height, width, 3): a view of the same bytes."""
+    pixels: NDArray[np.uint8] = planes.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def _without_normalising(whole: Compose) -> list[Any]:

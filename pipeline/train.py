@@ -254,6 +254,8 @@ class _Trainer:
             while self._point.epoch < self._config.epochs:
                 self._epoch()
         finally:
+            if isinstance(self._teacher, CachedTeacher):
+                self._teacher.close()
             if self._log is not None:
                 self._log.close()
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from pipeline.preprocess import Preprocess, as_picture
+from pipeline.preprocess import Preprocess, rows_of_pixels
 from pipeline.scaled_jpeg import ScaledJpeg
 from storage.identity import ViewsIdentity
 
@@ -101,25 +102,23 @@ def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) 
     Raises:
         ValueError: the crop is not within this image.
     """
-    if isinstance(image, ScaledJpeg):
-        return preprocess.normalized(_scaled(image, crop, preprocess))
     return preprocess.normalized(crop_shown(image, crop, preprocess))
 
 
-def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> Image.Image:
+def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
     """The part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
 
     Args:
         image: as the decoder gives it: upright only if its pixels are, in the mode that it has.
 
     Returns:
-        An RGB image of ``preprocess.size``.
+        RGB uint8 (height, width, 3) of ``preprocess.size``.
 
     Raises:
         ValueError: the crop is not within this image.
     """
     if isinstance(image, ScaledJpeg):
-        return as_picture(_scaled(image, crop, preprocess))
+        return rows_of_pixels(_scaled(image, crop, preprocess))
     _require_within(image.size, crop)
     # "random" means bicubic where nothing is random, as in open_clip
     mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
@@ -128,8 +127,7 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
     )
     if crop.flip:
         seen = transforms.hflip(seen)
-    shown: Image.Image = seen.convert("RGB")
-    return shown
+    return np.array(seen.convert("RGB"))
 
 
 def _scaled(image: ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:

@@ -7,6 +7,7 @@ digests, and the teacher that is asked for by its files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,11 @@ from pipeline.config import PrecomputeConfig, ZeroShotConfig
 from pipeline.labelled import LabelledDataset
 from pipeline.plan import Progress, dataset_identity, dataset_tables
 from pipeline.precompute import precompute
+from pipeline.scaled_jpeg import PILLOW
 from pipeline.teacher import is_surely, load_teacher
 from storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
 from storage.files import open_files
+from storage.manifest import CacheManifest
 from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 from storage.root import look_at_manifest
@@ -51,7 +54,8 @@ class TeacherRows:
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
     """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
 
-    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says.
+    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, and
+    with its decoder.
 
     Raises:
         UsageError: the dataset is one of captions.
@@ -70,13 +74,17 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     except (CacheNotFoundError, CacheIncompleteError):
         if config.teacher is None:
             raise
+        planned = _planned(config.cache)
+        begun: dict[str, Any] = {"batch_size": config.batch_size}
+        if planned is not None:
+            begun = {"batch_size": None, "decoder": planned.identity.preprocess.decoder or PILLOW}
         made = PrecomputeConfig(
             dataset=str(spec),
             teacher=config.teacher,
             pretrained=config.pretrained,
             cache=config.cache,
             device=config.device,
-            batch_size=None if _planned(config.cache) else config.batch_size,
+            **begun,
         )
         encoded = precompute(made, progress).chunks_encoded > 0
         reader = EmbeddingReader(config.cache)
@@ -100,10 +108,9 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     )
 
 
-def _planned(cache: str) -> bool:
-    """Whether a cache was begun there, whose batches would be refused in another size."""
+def _planned(cache: str) -> CacheManifest | None:
+    """The manifest of a cache that was begun there: batches of another size, or another decoder, would be refused."""
     try:
-        look_at_manifest(open_files(cache))
+        return look_at_manifest(open_files(cache))
     except CacheNotFoundError:
-        return False
-    return True
+        return None

@@ -86,6 +86,11 @@ def test_the_lock_of_the_light_image_is_complete_and_holds_nothing_else() -> Non
     assert here == set(needed), "run make lock"
 
 
+@pytest.mark.parametrize("image", ["cpu", "gpu"])
+def test_the_images_that_encode_have_each_decoder(image: str) -> None:
+    assert {"pillow", "simplejpeg"} <= {canonicalize_name(each.name) for each in direct(image)}
+
+
 def test_the_images_install_by_digest_and_list_what_they_hold() -> None:
     text = (DOCKER / "Dockerfile").read_text()
     for name in LOCKS:

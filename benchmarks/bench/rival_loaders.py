@@ -13,7 +13,6 @@ shuffle would, and runs in this one process. A module of a peer is imported by i
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import sys
 import tarfile
@@ -60,12 +59,6 @@ def _shuffled(windows: Iterator[NDArray[np.float16]], epoch: int) -> Batches:
         order = rng.permutation(len(window))
         for start in range(0, len(window), BATCH):
             yield window[order[start : start + BATCH]]
-
-
-def _grouped(blocks: Iterator[NDArray[np.float16]]) -> Iterator[NDArray[np.float16]]:
-    """Windows of sixteen blocks."""
-    while some := list(itertools.islice(blocks, WINDOW_CHUNKS)):
-        yield np.concatenate(some)
 
 
 # ---------------------------------------------------------------- ours, and the same files by other readers

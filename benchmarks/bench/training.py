@@ -106,8 +106,13 @@ class _Bench:
         device, preprocess = self.fabric.device, self.student.preprocess
         return epoch_inputs(self.reader, self.source, preprocess, self.tokenizer, pairs, None, device)
 
+    def follow(self, pairs: list[Pairs]) -> list[Pairs]:
+        """The same, their targets being read ahead."""
+        self.teacher.follow(pairs)
+        return pairs
+
     def ours(self, pair: Pairs, pixels: Tensor, tokens: Tensor) -> None:
-        """Targets from the cache, and the step of ``train``."""
+        """Targets from the cache, and the step of ``train``; :meth:`follow` first, as that does each epoch."""
         self._step(self._taken, pixels, tokens, self.teacher.targets(pair), pair)
         self._taken += 1
 
@@ -149,7 +154,7 @@ def _no_teacher(bench: _Bench, settings: Settings) -> list[Row]:
     ready = list(bench.inputs(pairs))
 
     def each(step: Callable[..., None], *, with_pairs: bool, inputs: Any) -> None:
-        for pair, batch in zip(pairs, inputs, strict=True):
+        for pair, batch in zip(bench.follow(pairs) if with_pairs else pairs, inputs, strict=True):
             step(pair, *batch) if with_pairs else step(*batch)
 
     seconds = interleave(
@@ -177,7 +182,7 @@ def _online(bench: _Bench, settings: Settings, name: str, batch: int, steps: int
     ready = list(bench.inputs(pairs))
 
     def cached(inputs: Any) -> None:
-        for pair, (pixels, tokens) in zip(pairs, inputs, strict=True):
+        for pair, (pixels, tokens) in zip(bench.follow(pairs), inputs, strict=True):
             bench.ours(pair, pixels, tokens)
 
     def online(inputs: Any) -> None:

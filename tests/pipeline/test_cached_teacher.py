@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
+from pipeline.train import train
+from pipeline.train_step import TrainStep
+from storage.errors import CacheAccessError
 from storage.reader import EmbeddingReader
+from tests.pipeline.train_work import make_cache, make_student, train_config
 
 
 def epoch(reader: EmbeddingReader, number: int) -> list[Pairs]:
@@ -48,3 +56,59 @@ def test_an_epoch_reads_each_object_once(known_cache: Path) -> None:
     for pair in pairs:  # what is in memory already
         teacher.targets(pair)
     assert reader.objects_read == once
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_after_a_read_that_failed_each_batch_is_read_by_itself(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, tower: str
+) -> None:
+    reader, plain = EmbeddingReader(str(known_cache)), CachedTeacher(EmbeddingReader(str(known_cache)))
+    teacher, pairs, stream, threads = CachedTeacher(reader), epoch(reader, 0), reader.stream, threading.active_count()
+
+    def failing(name: str, batches: Any) -> Iterator[NDArray[Any]]:
+        rows = stream(name, batches)
+        yield next(rows)
+        if name == tower:
+            raise CacheAccessError("no answer")
+        yield from rows
+
+    monkeypatch.setattr(reader, "stream", failing)
+    teacher.follow(pairs)
+    teacher.targets(pairs[0])
+    with pytest.raises(CacheAccessError, match="no answer"):
+        teacher.targets(pairs[1])
+    assert threading.active_count() == threads
+    for pair in pairs[1:]:
+        found, wanted = teacher.targets(pair), plain.targets(pair)
+        assert torch.equal(found.image, wanted.image)
+        assert torch.equal(found.text, wanted.text)
+
+
+def test_closed_it_reads_nothing_ahead(known_cache: Path) -> None:
+    reader, threads = EmbeddingReader(str(known_cache)), threading.active_count()
+    teacher, pairs = CachedTeacher(reader), epoch(reader, 0)
+    teacher.follow(pairs)
+    first = teacher.targets(pairs[0])
+    assert threading.active_count() > threads
+    teacher.close()
+    assert threading.active_count() == threads
+    assert torch.equal(teacher.targets(pairs[0]).image, first.image)
+
+
+def test_a_run_that_breaks_off_leaves_no_thread(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "s.json"), tmp_path / "run")
+    alive = set(threading.enumerate())
+    left = []
+
+    def stop(*args: Any) -> None:
+        left.extend(set(threading.enumerate()) - alive)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainStep, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(config)
+    assert caught.tb is not None  # which keeps what the run held
+    assert left
+    assert not [thread for thread in left if thread.is_alive()]

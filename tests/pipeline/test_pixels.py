@@ -130,7 +130,7 @@ def test_what_the_student_gets_is_bit_for_bit_what_decoding_gives(
     decoded = StudentImages(reader, ImageSource(str(home / "photos")), preprocess)
     for view in range(VIEWS):
         for row, crop in zip(rows.tolist(), stored_crops(reader, rows, np.full(len(rows), view)), strict=True):
-            seen = pixels.see(row, view)
+            seen = preprocess.normalized(pixels.shown(row, view))
             assert seen.shape == (3, *size)
             assert torch.equal(seen, decoded.see(row, crop))
 
@@ -212,8 +212,8 @@ def test_damage_is_named_and_mended(
     before = cache_digest(ready)
     damage(path)
     with pytest.raises(CacheCorruptError, match=message):
-        opened(home, ready).see(11, 1)
-    opened(home, ready).see(11, 0)  # its neighbours are fine
+        opened(home, ready).shown(11, 1)
+    opened(home, ready).shown(11, 0)  # its neighbours are fine
     run = train_config(home / "c", home / "student.json", tmp_path / "run", epochs=3, pixels=str(ready), workers=1)
     with pytest.raises(CacheCorruptError, match="view 1"):
         train(run)

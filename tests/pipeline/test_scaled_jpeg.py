@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from typer.testing import CliRunner
 from pipeline import scaled_jpeg
 from pipeline.batches import StudentImages
 from pipeline.cli import app
-from pipeline.config import PixelsConfig, PrecomputeConfig, ProofConfig, TrainConfig
+from pipeline.config import DeployConfig, EvaluateConfig, PixelsConfig, PrecomputeConfig, ProofConfig, TrainConfig
 from pipeline.decode import UndecodableImageError
+from pipeline.deploy import _teacher
 from pipeline.encode import encode_chunks
+from pipeline.evaluation_split import open_split
 from pipeline.make_pixels import make_pixels, plan_pixels
 from pipeline.pixels import ReadyPixels
 from pipeline.plan import plan_precompute
@@ -34,8 +37,10 @@ from pipeline.teacher import load_teacher
 from pipeline.train import train
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheMismatchError, UsageError
+from storage.files import open_files
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
+from storage.root import read_manifest
 from tests.conftest import cache_digest, shared, write_photos
 from tests.pipeline.odd_images import ODD_IMAGES, OddImage
 
@@ -84,7 +89,7 @@ def test_it_sees_the_very_region_of_pillow(mode: str, size: tuple[int, int]) -> 
             scaled.shown()(open_image(data, scaled.decoder)),
             pillow.shown()(open_image(data, pillow.decoder)),
         )
-        assert found.size == wanted.size == (size[1], size[0])
+        assert found.shape == wanted.shape == (*size, 3)
         differ = levels(found, wanted)
         inside = differ[2:-2, 2:-2]  # where padding begins, the ramp of a scaled image ends less sharply
         assert inside.max() <= 2, (width, height)
@@ -136,6 +141,26 @@ def end(see: Callable[[Preprocess], Any], each: Preprocess) -> Any:
         return see(each)
     except (UndecodableImageError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_what_is_shown_are_the_decoders_bytes_and_no_copy(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Through no picture of Pillow's; the bytes are those that one would have."""
+    data = jpeg(ramp(443, 331))
+    each = Preprocess((32, 32), PILLOW.mean, PILLOW.std, resize_mode=mode, decoder="jpeg-scaled")
+    image = open_image(data, each.decoder)
+    assert isinstance(image, ScaledJpeg)
+    planes = each.scaled(image)
+    monkeypatch.setattr(Image, "fromarray", None)
+    crop = Crop(0, 0, 300, 400, True)
+    for seen, wanted in (
+        (each.shown()(image), planes),
+        (crop_shown(image, crop, each), image.resized((32, 32), Image.Resampling.BICUBIC, (0, 0, 400, 300)).flip(-1)),
+    ):
+        assert seen.dtype == np.uint8
+        assert seen.flags.writeable
+        np.testing.assert_array_equal(seen, np.moveaxis(wanted.numpy(), 0, -1))
+        assert torch.equal(each.normalized(seen), each.normalized_batch(torch.from_numpy(seen)[None])[0])
 
 
 @pytest.mark.parametrize("odd", ODD_IMAGES, ids=lambda odd: odd.name)
@@ -344,11 +369,11 @@ def test_a_student_sees_the_caches_pixels_whether_decoded_or_ready(made: Made, t
         data = (made.photos / "images" / f"{row:04d}.jpg").read_bytes()
         expected = scaled.transform()(open_image(data, scaled.decoder))
         assert torch.equal(images[row], expected)
-        assert torch.equal(pixels.see(row, 0), expected)
+        assert torch.equal(mine.normalized(pixels.shown(row, 0)), expected)
         other += not torch.equal(mine.transform()(open_image(data, mine.decoder)), expected)
         for view in range(1, VIEWS):
             crop = Crop.from_row(reader.take("image", np.array([row]), view, array="view")[0])
-            assert torch.equal(pixels.see(row, view), images.see(row, crop))
+            assert torch.equal(mine.normalized(pixels.shown(row, view)), images.see(row, crop))
     assert other > 4
     with pytest.raises(CacheMismatchError, match="decoder is pillow, wanted jpeg-scaled"):
         ReadyPixels(ready[made.by_pillow], reader, rows, VIEWS, mine)
@@ -370,6 +395,33 @@ def test_a_student_learns_from_it(made: Made, tmp_path: Path) -> None:
     assert record.identity.preprocess.decoder == "jpeg-scaled"
     [origin] = (tmp_path / "run").rglob("open_clip_config.json")
     assert "decoder" not in json.loads(origin.read_text())["preprocess_cfg"]  # open_clip has no such setting
+
+
+def test_a_student_of_it_is_shipped_beside_its_teacher(made: Made, tmp_path: Path) -> None:
+    """The teacher is loaded with the cache's decoder, or it would be another one than the cache's."""
+    config = DeployConfig(run="unused", out=str(tmp_path / "out"), teacher=made.teacher)
+    teacher, _ = _teacher(config, open_split(EvaluateConfig(cache=made.cache, split="test")))
+    assert teacher.preprocess.decoder == "jpeg-scaled"
+
+
+@pytest.mark.skipif(find_spec("prefect_ray") is None, reason="pip install 'teacher-cache[prefect-ray]'")
+def test_the_example_on_ray_encodes_with_the_decoder_that_is_asked_for(made: Made, tmp_path: Path) -> None:
+    from examples.encode_on_ray import encode, plan
+
+    config = made.config(str(tmp_path / "c"))
+    for span in plan.fn(config, 4):
+        encode.fn(config, span)
+    summarize(config.cache, 0, 0.0)
+    assert cache_digest(tmp_path / "c") == cache_digest(Path(made.cache))
+
+
+def test_the_manifest_names_what_the_teacher_decodes_with(made: Made, tmp_path: Path) -> None:
+    """Whatever the settings say: identity and versions cannot disagree."""
+    config = made.config(str(tmp_path / "c"), decoder="pillow")
+    plan_precompute(config, load_teacher(made.teacher, device="cpu", decoder="jpeg-scaled"))
+    manifest = read_manifest(open_files(config.cache))
+    assert manifest.identity.preprocess.decoder == "jpeg-scaled"
+    assert manifest.made_with["simplejpeg"] == simplejpeg.__version__
 
 
 @pytest.mark.real_data

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+from PIL import Image
 
 from pipeline import executors as executors_module
 from pipeline import zero_shot as zero_shot_module
 from pipeline import zero_shot_cache
-from pipeline.config import EvaluateConfig, ProofConfig, TrainConfig, ZeroShotConfig
+from pipeline.config import EvaluateConfig, PrecomputeConfig, ProofConfig, TrainConfig, ZeroShotConfig
 from pipeline.evaluate import evaluate
 from pipeline.proof import prove_sample
 from pipeline.repair import repair
@@ -164,6 +165,27 @@ def test_batches_of_the_asked_size_unless_the_cache_has_begun_with_another(
     assert measure(batch_size=5).teacher_ran
     assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
     assert not measure(batch_size=5).teacher_ran
+
+
+def test_a_cache_that_was_begun_with_another_decoder_is_finished_with_it(
+    measure: Measure, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg", reason="the extra fastjpeg is not installed")
+    for path in pictures.glob("*/*.png"):
+        with Image.open(path) as image:
+            image.convert("RGB").save(path.with_suffix(".jpg"))
+        path.unlink()
+
+    def with_decoder(**settings: Any) -> PrecomputeConfig:
+        return PrecomputeConfig(**settings, decoder="jpeg-scaled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
+        patch.setattr(zero_shot_cache, "PrecomputeConfig", with_decoder)
+        with pytest.raises(CacheIncompleteError):
+            measure(batch_size=3)
+    assert measure().teacher_ran
+    assert read_manifest(open_files(str(tmp_path / "c"))).identity.preprocess.decoder == "jpeg-scaled"
 
 
 def test_images_that_cannot_be_used_are_named_the_same_way(measure: Measure, pictures: Path) -> None:
