@@ -164,9 +164,9 @@ def test_whole_chunks_are_copied_bit_for_bit(home: Path, tmp_path: Path, monkeyp
     taught = {"image": 0, "text": 0}
     encoded = pipeline.encode._Chunk._encoded
 
-    def count(self: Any, teacher: LiveTeacher, inputs: list[Any]) -> Any:
+    def count(self: Any, teacher: LiveTeacher, inputs: list[Any], shown: Any) -> Any:
         taught[self.ref.tower] += len(inputs)
-        return encoded(self, teacher, inputs)
+        return encoded(self, teacher, inputs, shown)
 
     monkeypatch.setattr(pipeline.encode._Chunk, "_encoded", count)
     asked = settings(home, tmp_path / "c", dtype="int8") | {"dataset": f"flickr:{tmp_path / 'more'}"}
