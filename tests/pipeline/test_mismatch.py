@@ -121,7 +121,7 @@ ANY: dict[str, Any] = {
     "views.ratio": [1.0, 1.0],
     "views.flip": 0.0,
     "views.seed": 7,
-    "targets.dtype": "float32",
+    "targets.dtype": "int8",
     "targets.normalized": False,
     "dataset.images": 11,
     "dataset.captions": 26,
