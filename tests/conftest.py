@@ -15,6 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, settings
+
+# a busy machine is no finding
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # a test process never reaches for a hub, and never fights itself over two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
