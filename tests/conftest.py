@@ -17,10 +17,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, settings
 
-# a busy machine is no finding
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
-
 # a test process never reaches for a hub, and never fights itself over two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +39,10 @@ from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples
 from storage.writer import EmbeddingWriter, plan_cache
 from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
+
+# a busy machine is no finding
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
