@@ -54,6 +54,7 @@ class Claims:
         self._claim = _Claim(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
         self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
         self._held: list[str] = []
+        self._in_doubt: str | None = None  # being created: an interrupt may come before it is known to be ours
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._alone = False
         self._over = threading.Event()
@@ -70,6 +71,8 @@ class Claims:
             self._beating.join()
         if isinstance(error, CacheUnreachableError):
             return  # a store that was just given up is not asked again: claims of an ended process are taken over
+        if self._in_doubt is not None and self._is_mine(self._in_doubt):
+            self._held.append(self._in_doubt)
         for _ in in_parallel(self._files, self._files.delete, self._held):
             pass
         if self._beating.ident is not None:
@@ -115,15 +118,26 @@ class Claims:
         if self._beating.ident is None:
             self._write_beat(0)
             self._beating.start()
+        self._in_doubt = key
         try:
-            if not self._files.create(key, self._claim.model_dump_json().encode()):
-                return False
+            created = self._files.create(key, self._bytes())
         except UsageError:
             # a store without exclusive creation: everybody works for himself, to the same bytes
-            self._alone = True
+            self._alone, self._in_doubt = True, None
             return True
-        self._held.append(key)
-        return True
+        if created:
+            self._held.append(key)
+        self._in_doubt = None
+        return created
+
+    def _bytes(self) -> bytes:
+        return self._claim.model_dump_json().encode()
+
+    def _is_mine(self, key: str) -> bool:
+        try:
+            return key not in self._held and self._files.read(key) == self._bytes()
+        except OSError:  # not there, or it cannot be asked: the claim of an ended process is taken over
+            return False
 
     def _stale(self, key: str) -> bool:
         try:

@@ -9,6 +9,7 @@ ten million fit a disk: what is counted for each row does not depend on the widt
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import subprocess
@@ -131,7 +132,7 @@ def main() -> None:
     work, location = sys.argv[1:]
     run, modules = WORK[work]
     for module in modules:
-        __import__(module)
+        importlib.import_module(module)
     np.random.default_rng(0).permutation(10)  # what the first use of a generator takes is not the cache's
     with PeakMemory() as peak:
         done = run(location)

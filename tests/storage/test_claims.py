@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -135,6 +136,31 @@ def test_a_claim_that_cannot_be_read_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / CLAIMS / "text-000000.0.json").write_text("")
     with Claims(LocalFiles(str(tmp_path))) as claims:
         assert claims.take("text/000000")
+
+
+def test_an_interrupt_while_a_claim_is_made_leaves_none(tmp_path: Path) -> None:
+    """It is given back if it was ours, and left if somebody else has it."""
+    files = LocalFiles(str(tmp_path))
+    create = files.create
+    stop = False
+
+    def interrupted(key: str, data: bytes) -> bool:
+        create(key, data)
+        if stop:
+            raise KeyboardInterrupt
+        return True
+
+    with Claims(files) as other:
+        assert other.take("theirs")
+        files.create = interrupted  # type: ignore[method-assign]
+        for name in ("ours", "theirs"):
+            stop = False
+            with contextlib.suppress(KeyboardInterrupt), Claims(files) as claims:
+                assert claims.take("before")
+                stop = True
+                claims.take(name)
+        left = [key for key in files.list(CLAIMS) if "alive" not in key]
+        assert left == [f"{CLAIMS}/theirs.0.json"]
 
 
 def test_it_beats_while_it_holds_something(tmp_path: Path) -> None:
