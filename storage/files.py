@@ -17,6 +17,7 @@ from storage.local_files import LocalFiles, ObjectStat
 from storage.redact import redact
 
 __all__ = [
+    "CHUNKS_AT_ONCE",
     "REQUESTS_AT_ONCE",
     "CacheFiles",
     "LocalFiles",
@@ -30,6 +31,8 @@ __all__ = [
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+CHUNKS_AT_ONCE = 8
+"""Of a store, where each is in memory while it is proven."""
 REQUESTS_AT_ONCE = 32
 """Requests that one process has under way at an object store; beyond this a store answers with 503 SlowDown sooner."""
 

@@ -38,7 +38,7 @@ from storage.errors import (
     CacheNotFoundError,
     CacheUnreachableError,
 )
-from storage.files import CacheFiles, in_parallel, open_files
+from storage.files import CHUNKS_AT_ONCE, CacheFiles, in_parallel, open_files
 from storage.journal import JOURNAL, note_key, read_note
 from storage.logs import event, logger
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
@@ -58,7 +58,6 @@ __all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
 
 _LOG = logger("verify")
 
-_CHUNKS_AT_ONCE = 8  # of a store; each is in memory while it is proven
 # what one object can do to its reader; a store that does not answer at all ends the work instead
 _FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
 
@@ -128,7 +127,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     commits: dict[ChunkRef, ChunkCommit] = {}
     sound = uncommitted = 0
     told: list[Finding] = []
-    seen = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, _CHUNKS_AT_ONCE)
+    seen = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, CHUNKS_AT_ONCE)
     for number, (ref, proof) in enumerate(zip(refs, seen, strict=True)):
         if progress is not None:
             progress(number + 1, len(refs))

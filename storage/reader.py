@@ -29,7 +29,7 @@ from storage.commits import (
     read_commits,
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
-from storage.files import in_parallel, open_files, read_buffer
+from storage.files import CHUNKS_AT_ONCE, in_parallel, open_files, read_buffer
 from storage.identity import CacheIdentity
 from storage.manifest import MANIFEST_KEY
 from storage.once import once
@@ -45,7 +45,6 @@ from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
 
-_CHUNKS_AT_ONCE = 8  # of a store, beside those in memory
 
 _DEFAULT_MEMORY_BYTES = 2 << 30
 
@@ -414,7 +413,7 @@ class EmbeddingReader:
 
         if all((ref, array) in self._held for ref in refs):
             return map(load, refs)
-        return in_parallel(self.files, load, refs, _CHUNKS_AT_ONCE)
+        return in_parallel(self.files, load, refs, CHUNKS_AT_ONCE)
 
     def _chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         with self._lock:

@@ -34,7 +34,7 @@ from storage.commits import (
     read_commits,
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
-from storage.files import CacheFiles, in_parallel, open_files
+from storage.files import CHUNKS_AT_ONCE, CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
@@ -47,7 +47,6 @@ from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_
 __all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "static_contents"]
 
 _PLAN_POLL_SECONDS = 0.2
-_CHUNKS_AT_ONCE = 8  # of a store, each of them in memory while it is proven
 
 
 def plan_cache(
@@ -220,7 +219,7 @@ class EmbeddingWriter:
         """
         refs = all_chunks(self.manifest.layout)
         committed = self.committed(refs)
-        sound = in_parallel(self.files, self.is_sound, [ref for ref in refs if ref in committed], _CHUNKS_AT_ONCE)
+        sound = in_parallel(self.files, self.is_sound, [ref for ref in refs if ref in committed], CHUNKS_AT_ONCE)
         return [ref for ref in refs if ref not in committed or not next(sound)]
 
     def committed(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:

@@ -38,6 +38,7 @@ from storage.manifest import CacheManifest, Layout, Source
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
 from tests.fault_proxy import FaultProxy, start_fault_proxy
+from tests.latency_proxy import LatencyProxy, start_latency_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
 
 # a busy machine is no finding
@@ -313,3 +314,12 @@ def proxy(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultP
 def s3_location(object_store: ObjectStore) -> str:
     """An ``s3://`` location on each server in turn where nothing is yet."""
     return object_store.location(f"{uuid.uuid4()}/known.cache")
+
+
+@pytest.fixture
+def far(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProxy]:
+    """SeaweedFS a tenth of a second away; the environment leads there."""
+    with start_latency_proxy(seaweedfs, 0.1) as proxy:
+        for name, value in proxy.front().environment.items():
+            monkeypatch.setenv(name, value)
+        yield proxy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from pipeline.samples import DatasetSpec, ImageSource, load_samples
 from storage.files import REQUESTS_AT_ONCE
 from storage.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
-from tests.latency_proxy import LatencyProxy, start_latency_proxy
+from tests.latency_proxy import LatencyProxy
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.service
@@ -26,15 +25,6 @@ IMAGES = 48
 CHUNK = 16
 MANY = 8  # one after the other would be 1; how many of 32 it is, is up to the machine
 CHUNKS = IMAGES // CHUNK * 2
-
-
-@pytest.fixture
-def far(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProxy]:
-    """SeaweedFS a tenth of a second away; the environment leads there."""
-    with start_latency_proxy(seaweedfs, 0.1) as proxy:
-        for name, value in proxy.front().environment.items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 @pytest.fixture

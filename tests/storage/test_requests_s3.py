@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,23 +14,13 @@ from storage.reader import EmbeddingReader
 from storage.remote_files import RemoteFiles
 from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
-from tests.latency_proxy import LatencyProxy, start_latency_proxy
-from tests.object_store import ObjectStore
+from tests.latency_proxy import LatencyProxy
 
 pytestmark = pytest.mark.service
 
 IMAGES, CAPTIONS = 80, 80
 MANY = 8  # one after the other would be 1; how many of 32 it is, is up to the machine
 CHUNKS = IMAGES // 4 + CAPTIONS // 4
-
-
-@pytest.fixture
-def far(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProxy]:
-    """SeaweedFS a tenth of a second away; the environment leads there."""
-    with start_latency_proxy(seaweedfs, 0.1) as proxy:
-        for name, value in proxy.front().environment.items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 def planned() -> str:
