@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from PIL import __version__, features
@@ -39,6 +38,7 @@ from pipeline.preprocess import Preprocess, handed_on
 from pipeline.samples import ImageSource
 from pipeline.student import build_student, student_config
 from pipeline.views import Crop
+from storage.checksum import crc32c
 from storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import LocalFiles
 from storage.reader import EmbeddingReader
@@ -197,7 +197,7 @@ def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | No
                         view=view,
                         chunk=chunk,
                         made_of=record.made_of(view),
-                        crc32c=tuple(google_crc32c.value(part[index]) for part in parts),
+                        crc32c=tuple(crc32c(part[index]) for part in parts),
                     )
                     files.write(chunk_key(view, chunk), data + bytes(record.chunk_bytes - len(data)))
                     # last: whoever finds it may trust the chunk before it

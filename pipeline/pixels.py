@@ -21,13 +21,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.preprocess import Preprocess
 from pipeline.scaled_jpeg import PILLOW
+from storage.checksum import crc32c
 from storage.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -350,7 +350,7 @@ class ReadyPixels:
             data = os.pread(file, record.row_bytes, place * record.row_bytes)
         finally:
             os.close(file)
-        found, wanted = google_crc32c.value(data), int(self._crc32c[view, at])
+        found, wanted = crc32c(data), int(self._crc32c[view, at])
         if len(data) != record.row_bytes or found != wanted:
             raise CacheCorruptError(
                 f"{named}: {len(data):,} bytes with checksum {found:08x}, {record.row_bytes:,} with {wanted:08x} were "

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.checksum import crc32c
 from storage.commits import ObjectDigest, Tower
 from storage.errors import CacheCorruptError
 from storage.quantized import NO_EMBEDDING
@@ -122,7 +122,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
         padded[: len(values)] = values
         values = padded
     body = np.ascontiguousarray(values).tobytes()
-    crc = google_crc32c.value(body)
+    crc = crc32c(body)
     data = body + crc.to_bytes(CRC_BYTES, "little")
     return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
 
@@ -138,8 +138,8 @@ def decode_object(
     size = int(np.prod(shape)) * dtype.itemsize
     if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
-    octets = np.frombuffer(data, np.uint8)  # the checksum takes this, and no memoryview
-    if google_crc32c.value(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
+    octets = np.frombuffer(data, np.uint8)
+    if crc32c(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
         prove_body(octets[:size], bytes(data[size:]), wanted, where)
     return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
 
@@ -161,7 +161,7 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     step = _PROVEN_AT_ONCE // body.dtype.itemsize
     for start in range(0, len(values), step):
         block = values[start : start + step]
-        found = google_crc32c.extend(found, block.view(np.uint8))
+        found = crc32c(block, found)
         has = has or (look_for_nan and has_nan(block))
     beside = int.from_bytes(stored, "little")
     if len(stored) != CRC_BYTES or not found == beside == wanted.crc32c:
@@ -171,5 +171,5 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     return has
 
 
-_PROVEN_AT_ONCE = 1 << 18  # bytes that stay in a core's own cache while they are looked at more than once
+_PROVEN_AT_ONCE = 1 << 19  # bytes that stay in a core's own cache while they are looked at more than once
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

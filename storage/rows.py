@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,12 @@ def has_nan(values: NDArray[Any]) -> bool:
         return False
     if values.dtype == np.int8:
         return bool(values.min() == NO_EMBEDDING)
-    infinity = np.array(np.inf, values.dtype)
-    for kind, bound in (("i", infinity), ("u", -infinity)):
-        whole = np.dtype(f"{values.dtype.byteorder}{kind}{values.dtype.itemsize}")
-        if values.view(whole).max() > bound.view(whole):
-            return True
-    return False
+    return any(np.maximum.reduce(values.view(whole), axis=None) > bound for whole, bound in _infinities(values.dtype))
+
+
+@cache
+def _infinities(dtype: np.dtype[Any]) -> list[tuple[np.dtype[Any], int]]:
+    """Infinity as a signed integer and minus infinity as an unsigned one, with the dtypes to look by."""
+    infinity = np.array(np.inf, dtype)
+    wholes = [np.dtype(f"{dtype.byteorder}{kind}{dtype.itemsize}") for kind in "iu"]
+    return [(whole, int(bound.view(whole))) for whole, bound in zip(wholes, (infinity, -infinity), strict=True)]
