@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # gpu brings faiss-gpu in place of faiss-cpu: make install FAISS=gpu; later targets keep what is installed
 FAISS ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
+WORKERS ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
 
@@ -25,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: install  ## run all tests
-	$(BIN)/python -m pytest
+test: install  ## run all tests, in WORKERS processes: most of their time they wait for others that they start
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 lint: install  ## ruff, mypy, the import rule, Dockerfile, compose files
 	$(BIN)/ruff check .

@@ -171,5 +171,5 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     return has
 
 
-_PROVEN_AT_ONCE = 1 << 19  # bytes that stay in a core's own cache while they are looked at more than once
+_PROVEN_AT_ONCE = 1 << 20  # bytes that stay in a cache while they are looked at more than once
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

@@ -66,13 +66,15 @@ class ChunkRegion:
         start = number * self._chunk_bytes
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            if os.fstat(descriptor).st_size != nbytes:
+            # a byte more is asked for than there should be
+            behind = os.pread(descriptor, nbytes - self._chunk_bytes + 1, self._chunk_bytes)
+            if len(behind) != nbytes - self._chunk_bytes:
                 raise OSError(f"{path}: not {nbytes} bytes")
             self._replace(start, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
             with contextlib.suppress(_Unsupported):
                 # here, and not while rows are gathered, a disk that fails is an error that can be caught
                 _populate(self._region, start, self._chunk_bytes)
-            return os.pread(descriptor, nbytes - self._chunk_bytes, self._chunk_bytes)
+            return behind
         finally:
             os.close(descriptor)
 

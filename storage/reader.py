@@ -38,7 +38,7 @@ from storage.resident import ResidentRows, load_resident
 from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
-from storage.stream import READ_AHEAD_BYTES, Batch, Prove, stream_rows
+from storage.stream import READ_AHEAD_BYTES, Batch, MappedChunks, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import read_error
 from storage.writer import incomplete_message
@@ -87,6 +87,7 @@ class EmbeddingReader:
         self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
         self._proven: set[tuple[ChunkRef, str]] = set()
         self._steps: dict[ChunkRef, NDArray[np.float32]] = {}
+        self._mapped: dict[tuple[Tower, str], MappedChunks] = {}
         self.objects_read = 0
         self.bytes_read = 0
         _READERS.add(self)
@@ -243,9 +244,10 @@ class EmbeddingReader:
         Batches are looked at ahead: threads load what they need while earlier ones are used, and each chunk is read
         once per stretch of batches that need it: once per epoch in the order of ``storage.order``. Memory is that of
         the chunks of such a stretch and of ``read_ahead_bytes``, however many rows there are. A local cache's files
-        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short. Objects
-        of a store are kept besides, as :meth:`take` keeps them. For the process that begins it: not to be gone on
-        with by one that was forked meanwhile.
+        are mapped, not copied, see ``storage.chunk_region`` for what that means when somebody cuts one short; up to
+        ``memory_bytes`` of an array stay mapped for the next stream of it, in pages of the system's cache. Objects of a
+        store are kept besides, as :meth:`take` keeps them. For the process that begins it: not to be gone on with by
+        one that was forked meanwhile.
 
         Args:
             batches: rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
@@ -254,7 +256,7 @@ class EmbeddingReader:
             threads: loads at the same time; left out a few, more for an object store.
 
         Yields:
-            Arrays of their own, as :meth:`take` returns them.
+            Arrays of their own, as :meth:`take` returns them; their memory is used again once nothing refers to them.
 
         Raises:
             As :meth:`take`, some ten thousands of rows before the batch that is concerned.
@@ -488,7 +490,7 @@ class EmbeddingReader:
     def _after_fork(self) -> None:
         # a thread that is not in the child may have held the lock, and been between two of its lines
         self._lock, self._commits_lock = threading.Lock(), threading.Lock()
-        self._loading = {}
+        self._loading, self._mapped = {}, {}
         self._held_bytes = sum(values.nbytes for values in self._held.values())
 
 

@@ -7,10 +7,12 @@ one call, of one copy a row.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +39,8 @@ Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
 
 Prove = Literal["first", "every"]
 
-_GROUP_ROWS = 8192  # batches are looked at in groups of so many rows
+_GROUP_ROWS = 8192  # for a group of batches all chunks are there before the first one
+_LOOKED_AT_ROWS = 32_768  # at once: each call into numpy may have to wait for Python's lock
 _ROWS_IN_SIGHT = 65_536  # at most, and a group
 _MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
 _LOCAL_THREADS = 2
@@ -82,7 +85,8 @@ def stream_rows(
     coming = _groups(reader, chunks, tower, batches)
     seen: deque[_Group] = deque()
     most_rows, rows = min(_ROWS_IN_SIGHT, (read_ahead_bytes + chunks.nbytes) // row_bytes), 0
-    with ReadAhead(chunks.load, chunks.release, threads or loads_at_once(reader.files, most_ahead)) as ahead:
+    at_once = threads or loads_at_once(reader.files, most_ahead)
+    with chunks, ReadAhead(chunks.load, chunks.release, at_once) as ahead:
         while True:
             while not seen or rows < most_rows:
                 group = next(coming, None)
@@ -99,20 +103,55 @@ def stream_rows(
                     views, within = np.divmod(at, chunks.number * chunks.size)
                     yield reader.take(tower, within, views, array)
             else:
-                ahead.ask(now.numbers)
-                room = max(0, most_ahead - ahead.beside(now.numbers))
+                needed = chunks.not_there(now.numbers)
+                ahead.ask(needed)
+                room = max(0, most_ahead - ahead.beside(needed))
                 for group in islice(seen, 1, None):
-                    more = [number for number in group.numbers if number not in ahead]
+                    more = [number for number in chunks.not_there(group.numbers) if number not in ahead]
                     ahead.ask(more[:room])
                     room -= len(more)
                     if room <= 0:
                         break
-                for number in now.numbers:
+                for number in needed:
                     ahead.get(number)
                 for at in now.batches:
                     yield chunks.gather(at)
             rows -= seen.popleft().rows
             ahead.drop(keep={number for group in seen for number in group.numbers})
+
+
+class MappedChunks:
+    """The addresses of one array's chunks and what stays mapped there from one epoch to the next.
+
+    Files that are mapped first stay; in orders that go through all chunks again and again nothing else is better. Up
+    to ``memory_bytes`` of a reader, of the system's page cache: shared by all processes, and taken back when memory
+    is wanted.
+    """
+
+    def __init__(self, chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any], columns: int) -> None:
+        self.region = ChunkRegion(chunks, shape, dtype)
+        # of int8, by chunk: what one step of each column is
+        self.steps = np.empty((chunks, columns), np.float32)
+        self.kept: dict[int, bytes] = {}
+        """The chunks that stay, and the checksum that lies behind each."""
+
+
+class _Outputs:
+    """New arrays, in memory of earlier ones that nobody refers to any more: pages of their own have to be zeroed first.
+
+    Views, tensors and whatever else uses an array's memory refer to the array.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], kept: int = 3) -> None:
+        self._dtype, self._made = dtype, deque[NDArray[Any]](maxlen=kept)
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        for made in self._made:
+            # of the deque, of this loop and of the call
+            if made.shape == shape and sys.getrefcount(made) == 3:
+                return made
+        self._made.append(np.empty(shape, self._dtype))
+        return self._made[-1]
 
 
 class _Chunks:
@@ -127,25 +166,51 @@ class _Chunks:
         self.size, self.number = layout.chunk_rows(tower), layout.chunks(tower)
         self.nbytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self.views = reader._views(tower)
-        self.region = ChunkRegion(self.views * self.number, self._shape, self._dtype)
+        # of another stream of this array that goes on beside this one the addresses are not shared
+        kept: MappedChunks | None = reader._mapped.pop((tower, array), None)
+        columns = layout.embed_dim if self._dtype == np.int8 else 0
+        self.mapped = kept or MappedChunks(self.views * self.number, self._shape, self._dtype, columns)
+        self.region, self._steps = self.mapped.region, self.mapped.steps
         self._local = isinstance(reader.files, LocalFiles)
         self.maps = self._local and self.region.maps_files
-        # of int8, by chunk: what one step of each column is
-        columns = layout.embed_dim if self._dtype == np.int8 else 0
-        self._steps = np.empty((self.views * self.number, columns), np.float32)
+        self._most_kept = min(reader._memory_bytes // self.nbytes, _MOST_MAPPED)
         # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
         self._places = np.arange(self.views * self.number)
         self._free = list(reversed(range(self.views * self.number)))
+        self._stored: dict[int, bytes] = {}  # of the chunks that are mapped and may stay
         self._used: set[int] = set()
         self._copied: set[int] = set()
+        self._outputs = _Outputs(self._dtype)
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave what is mapped to the next stream of this array; a fork's copy may be half made."""
+        if os.getpid() == self._process:
+            self._reader._mapped[self._tower, self.array] = self.mapped
 
     def ref(self, number: int) -> ChunkRef:
         return ChunkRef(self._tower, *divmod(number, self.number))
 
+    def numbers(self, chunk: NDArray[np.int64]) -> list[int]:
+        """Each number once, ascending."""
+        found = np.zeros(self.views * self.number, bool)
+        found[chunk] = True
+        return np.flatnonzero(found).tolist()
+
+    def not_there(self, numbers: list[int]) -> list[int]:
+        """Those of some chunks that have to be loaded."""
+        kept = self.mapped.kept
+        if not kept or self._prove == "every":
+            return numbers
+        return [number for number in numbers if number not in kept]
+
     def load(self, number: int) -> None:
         """Bring a chunk into memory; in a thread."""
         ref, reader = self.ref(number), self._reader
-        if self._dtype == np.int8:
+        if self._dtype == np.int8 and number not in self.mapped.kept:
             self._steps[number] = reader._step(ref)[0]
         if self.maps and self._map(number, ref):
             return
@@ -161,10 +226,15 @@ class _Chunks:
 
     def release(self, number: int) -> None:
         """Let go of a chunk; where others will be copied to its place, that stays as it is."""
-        if number in self._copied:
+        if number in self.mapped.kept:
+            return
+        if number in self._stored and len(self.mapped.kept) < self._most_kept:
+            self.mapped.kept[number] = self._stored.pop(number)
+        elif number in self._copied:
             self._copied.remove(number)
             self._free.append(int(self._places[number]))
         else:
+            self._stored.pop(number, None)
             self.region.release(number)
 
     def _map(self, number: int, ref: ChunkRef) -> bool:
@@ -173,12 +243,14 @@ class _Chunks:
         assert isinstance(files, LocalFiles)
         key = ref.object_keys(self._reader.manifest.layout)[self.array]
         wanted = self._reader._commits[ref].objects[self.array]
-        if wanted.nbytes != self.nbytes + CRC_BYTES:
-            return False
-        try:
-            stored = self.region.map(number, files.path(key), wanted.nbytes)
-        except OSError:
-            return False
+        stored = self.mapped.kept.get(number)
+        if stored is None:
+            if wanted.nbytes != self.nbytes + CRC_BYTES:
+                return False
+            try:
+                stored = self._stored[number] = self.region.map(number, files.path(key), wanted.nbytes)
+            except OSError:
+                return False
         proven = (ref, self.array) in self._reader._proven
         # the checksum beside it costs nothing to look at, and tells a file that another took the place of
         if self._prove == "every" or not proven or int.from_bytes(stored, "little") != wanted.crc32c:
@@ -195,7 +267,7 @@ class _Chunks:
         if not self._local:
             chunk, within = np.divmod(at, self.size)
             place = self._places[chunk] * self.size + within
-        out = np.empty((len(at), *self._shape[1:]), self._dtype)
+        out = self._outputs.empty((len(at), *self._shape[1:]))
         # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
         np.take(self.region.rows, place, axis=0, out=out, mode="clip")
         return unit_dequantized(out, self._steps[at // self.size]) if self._dtype == np.int8 else out
@@ -208,14 +280,14 @@ def _groups(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: Ite
     for batch in batches:
         some.append(batch)
         count += len(batch[0] if isinstance(batch, tuple) else batch)
-        if count >= _GROUP_ROWS:
-            yield _group(reader, chunks, tower, some)
+        if count >= _LOOKED_AT_ROWS:
+            yield from _looked_at(reader, chunks, tower, some)
             some, count = [], 0
     if some:
-        yield _group(reader, chunks, tower, some)
+        yield from _looked_at(reader, chunks, tower, some)
 
 
-def _group(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: list[Batch]) -> _Group:
+def _looked_at(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: list[Batch]) -> Iterator[_Group]:
     views: NDArray[np.int64] = np.zeros((), np.int64)
     if any(isinstance(batch, tuple) for batch in batches):
         pairs = [reader._checked(tower, *(batch if isinstance(batch, tuple) else (batch, 0))) for batch in batches]
@@ -224,11 +296,16 @@ def _group(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: list
     else:
         parts = [np.asarray(batch, np.int64) for batch in batches]
     rows, views = reader._checked(tower, np.concatenate(parts), views)
-    needed = np.zeros(chunks.views * chunks.number, bool)
-    needed[views * chunks.number + rows // chunks.size] = True
-    numbers = np.flatnonzero(needed).tolist()
-    if any(reader._commits[chunks.ref(number)].quarantined for number in numbers):
-        reader._require_encoded(tower, rows, views, chunks.array)
+    chunk = views * chunks.number + rows // chunks.size
     at = views * (chunks.number * chunks.size) + rows
-    stops = np.cumsum([len(part) for part in parts]).tolist()
-    return _Group([at[start:stop] for start, stop in pairwise([0, *stops])], len(rows), numbers)
+    if any(reader._commits[chunks.ref(number)].quarantined for number in chunks.numbers(chunk)):
+        reader._require_encoded(tower, rows, views, chunks.array)
+    within: list[NDArray[np.int64]] = []
+    first = start = 0
+    for last, part in enumerate(parts, 1):
+        stop = start + len(part)
+        within.append(at[start:stop])
+        start = stop
+        if stop - first >= _GROUP_ROWS or last == len(parts):
+            yield _Group(within, stop - first, chunks.numbers(chunk[first:stop]))
+            within, first = [], stop
