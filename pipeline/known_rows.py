@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.scaled_jpeg import PILLOW
 from storage.arrays import ARRAYS
 from storage.commits import ChunkRef, Tower, all_chunks
 from storage.drawn_rows import stored_rows
@@ -180,9 +181,22 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
     mine = have.identity
     like = identity.model_copy(update={"dataset": mine.dataset, "views": mine.views})
     try:
-        mine.require(like, location, "Its rows cannot be reused: leave --reuse out, and the teacher encodes all rows.")
+        mine.require(like, location, f"Its rows cannot be reused: {_way_out(mine, like)}, and the teacher encodes all.")
     except CacheMismatchError as error:
         raise NotReusableError(str(error)) from None
+
+
+def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
+    """What to do where rows cannot be copied; to ask for them as they are is offered where that is all it takes."""
+    flags = {"targets.dtype": f"--dtype {have.targets.dtype}"}
+    if have.preprocess.decoder != wanted.preprocess.decoder:
+        decoder = f"--decoder {have.preprocess.decoder or PILLOW}"
+        flags |= {"preprocess.decoder": decoder, "preprocess.probe": decoder}
+    fields = [each.field for each in have.differences(wanted)]
+    leave_out = "leave --reuse out"
+    if set(fields) <= set(flags):
+        return f"ask for {' '.join(dict.fromkeys(flags[field] for field in fields))} as it has them, or {leave_out}"
+    return leave_out
 
 
 def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:

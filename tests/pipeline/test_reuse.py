@@ -191,3 +191,20 @@ def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, mon
     again = precompute(asked)
     assert 0 < again.chunks_encoded < again.chunks
     assert again.manifest_digest == whole.manifest_digest
+
+
+def test_rows_of_another_decoder_are_refused_with_the_flag_that_has_them(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="the extra fastjpeg is not installed")
+    precompute(settings(home, "before", str(tmp_path / "scaled"), decoder="jpeg-scaled"))
+    for decoder, reuse, have in (
+        ("pillow", tmp_path / "scaled", "jpeg-scaled"),
+        ("jpeg-scaled", home / "before.cache", "pillow"),
+    ):
+        asked = settings(home, "after", str(tmp_path / "c"), decoder=decoder, reuse=str(reuse))
+        said = rf"preprocess\.decoder: .*ask for --decoder {have} as it has them, or leave --reuse out"
+        with pytest.raises(CacheMismatchError, match=said):
+            precompute(asked)
+    both = settings(home, "after", str(tmp_path / "c"), dtype="int8", reuse=str(tmp_path / "scaled"))
+    with pytest.raises(CacheMismatchError, match="ask for --decoder jpeg-scaled --dtype float16 as it has them"):
+        precompute(both)
+    assert not (tmp_path / "c").exists()
