@@ -194,8 +194,7 @@ def test_a_chunk_that_moved_is_found_and_one_that_changed_is_not(home: Path, tmp
     plan_precompute(config, load_teacher(config.teacher, None, "cpu", "fp32"))
     writer = EmbeddingWriter(str(tmp_path / "c"))
     captions = writer.captions.slice(16, 32)  # the second and third chunk become the first two
-    layout = writer.manifest.layout
-    known = CachedChunks(str(home / "int8.cache"), writer.manifest.identity, layout, writer.samples, captions)
+    known = CachedChunks(str(home / "int8.cache"), writer.manifest.identity, writer.samples, captions)
     ref = next(ref for ref in EmbeddingReader(str(home / "int8.cache")).commits() if ref.tower == "text")
     found, arrays = known.take(ref, range(16))
     assert found.all()
@@ -203,8 +202,9 @@ def test_a_chunk_that_moved_is_found_and_one_that_changed_is_not(home: Path, tmp
         arrays["embedding"],
         EmbeddingReader(str(home / "int8.cache")).stored_chunk(ref._replace(chunk=1))["embedding"],
     )
+    assert (known.count(ref, range(16)), known.count(ref, range(8))) == (16, 0)
     shifted = CachedChunks(
-        str(home / "int8.cache"), writer.manifest.identity, layout, writer.samples, writer.captions.slice(1, 20)
+        str(home / "int8.cache"), writer.manifest.identity, writer.samples, writer.captions.slice(1, 20)
     )
     assert not shifted.take(ref, range(16))[0].any()
 
