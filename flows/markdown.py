@@ -151,7 +151,10 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
     if encoded is not None:
         copied = " and ".join(f"{rows:,} rows of {tower}" for tower, rows in encoded.rows_reused.items())
-        lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others." if found.reuse else ""]
+        if found.reuse:
+            lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others."]
+        elif found.not_reused:
+            lines += ["", found.not_reused]
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))

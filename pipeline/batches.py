@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,37 +74,40 @@ class CachedTeacher:
     def __init__(self, reader: EmbeddingReader) -> None:
         self._reader = reader
         self.logit_scale = reader.manifest.identity.teacher.logit_scale
-        self._coming: Sequence[Pairs] = ()
-        self._passed = 0
+        self._coming: Iterator[Pairs] = iter(())
+        self._next: Pairs | None = None
         self._streams: tuple[Iterator[NDArray[Any]], ...] = ()
 
-    def follow(self, pairs: Sequence[Pairs]) -> None:
+    def follow(self, pairs: Iterable[Pairs]) -> None:
         """Be told the batches that :meth:`targets` will be asked for next: their rows are then read ahead.
+
+        They are taken as they come into sight, and kept until they were asked for.
 
         Asked for another batch than these in their order, it reads that one by itself and goes on where it was. After
         a read that failed, it reads each by itself.
         """
-        self._coming, self._passed = pairs, 0
+        self._coming, images, texts = tee(pairs, 3)
+        self._next = next(self._coming, None)
         self._streams = (
-            self._reader.stream("image", ((pair.image_rows, pair.views) for pair in pairs)),
-            self._reader.stream("text", (pair.caption_rows for pair in pairs)),
+            self._reader.stream("image", ((pair.image_rows, pair.views) for pair in images)),
+            self._reader.stream("text", (pair.caption_rows for pair in texts)),
         )
 
     def close(self) -> None:
         """Read nothing more ahead, which ends the threads that do; what is asked for is read by itself."""
-        self._coming, self._streams = (), ()
+        self._coming, self._next, self._streams = iter(()), None, ()
 
     def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`TeacherSource`."""
-        if self._passed < len(self._coming) and pairs is self._coming[self._passed]:
+        if pairs is self._next:
             try:
                 image = next(self._streams[0])
                 text = next(self._streams[1])
             except BaseException:  # a stream that has raised is at its end, and the other one a batch behind or ahead
                 self.close()
                 raise
-            self._passed += 1
-            if self._passed == len(self._coming):
+            self._next = next(self._coming, None)
+            if self._next is None:
                 self.close()
         else:
             image = self._reader.take("image", pairs.image_rows, pairs.views)
@@ -353,7 +357,7 @@ class _PairSampler:
         regions: what to see of the images of some pairs.
     """
 
-    def __init__(self, pairs: Sequence[Pairs], regions: Callable[[Pairs], Sequence[Any]]) -> None:
+    def __init__(self, pairs: Iterable[Pairs], regions: Callable[[Pairs], Sequence[Any]]) -> None:
         self._pairs, self._regions = pairs, regions
 
     def __iter__(self) -> Iterator[list[tuple[int, int, Any]]]:
@@ -361,16 +365,13 @@ class _PairSampler:
             regions = self._regions(pair)
             yield list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), regions, strict=True))
 
-    def __len__(self) -> int:
-        return len(self._pairs)
-
 
 def epoch_inputs(
     reader: EmbeddingReader,
     source: ImageSource,
     preprocess: Preprocess,
     tokenizer: Tokenizer,
-    pairs: Sequence[Pairs],
+    pairs: Iterable[Pairs],
     workers: int | None,
     device: torch.device,
     pixels: ReadyPixels | None = None,

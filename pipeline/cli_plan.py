@@ -27,6 +27,7 @@ def plan(
     teacher: Annotated[str | None, setting(PrecomputeConfig, "teacher")] = None,
     pretrained: Annotated[str | None, setting(PrecomputeConfig, "pretrained")] = None,
     cache: Annotated[str | None, setting(PrecomputeConfig, "cache")] = None,
+    reuse: Annotated[str | None, setting(PrecomputeConfig, "reuse")] = None,
     device: Annotated[str | None, setting(PrecomputeConfig, "device")] = None,
     precision: Annotated[str | None, setting(PrecomputeConfig, "precision")] = None,
     dtype: Annotated[str | None, setting(PrecomputeConfig, "dtype")] = None,
@@ -42,13 +43,15 @@ def plan(
 ) -> None:
     """Say what precompute with the same flags will take: rows, bytes, hours, and from which epoch on it pays.
 
-    Encodes a few images in a temporary folder. Exit 1 if there is no room for the cache, or another one is there.
+    Encodes a few images in a temporary folder; with --reuse, reads every file for its digest too. Exit 1 if there is no
+    room for the cache, or another one is there.
     """
     flags = {
         "dataset": dataset,
         "teacher": teacher,
         "pretrained": pretrained,
         "cache": cache,
+        "reuse": reuse,
         "device": device,
         "precision": precision,
         "dtype": dtype,
@@ -88,9 +91,17 @@ def _lines(found: Forecast) -> list[str]:
     if text.rows:
         rate += f", {1 / text.seconds_per_row:,.1f} captions/s"
     size = f"{byte_size(found.target_bytes)} of embeddings, about {byte_size(found.table_bytes)} of tables"
+    reused = []
+    if found.reuse is not None:
+        copied, left = found.rows_reused, found.rows_to_encode
+        reused = [
+            f"reuse      {copied['image']:,} image and {copied['text']:,} caption rows are copied from {found.reuse}; "
+            f"the teacher encodes {left['image']:,} and {left['text']:,}"
+        ]
     return [
         f"{found.teacher} on {found.device} in {found.precision}, {found.dataset}",
         f"rows       {found.images:,} images{seen} and {found.captions:,} captions in {found.chunks:,} chunks{there}",
+        *reused,
         f"bytes      {size}{room}",
         f"probe      {rate}, by {counted(image.rows, 'image')} and {counted(text.rows, 'caption')}{lost}",
         f"time       {_clock(found.encode_seconds)} to encode on {found.device} after {_clock(found.check_seconds)} to "

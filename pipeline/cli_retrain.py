@@ -26,6 +26,8 @@ def retrain(
     pretrained: Annotated[str | None, setting(RetrainConfig, "pretrained")] = None,
     home: Annotated[str | None, setting(RetrainConfig, "home")] = None,
     caches: Annotated[str | None, setting(RetrainConfig, "caches")] = None,
+    dtype: Annotated[str | None, setting(RetrainConfig, "dtype")] = None,
+    decoder: Annotated[str | None, setting(RetrainConfig, "decoder")] = None,
     student: Annotated[str | None, setting(RetrainConfig, "student")] = None,
     start: Annotated[str | None, setting(RetrainConfig, "start")] = None,
     split: Annotated[str | None, setting(RetrainConfig, "split")] = None,
@@ -50,6 +52,8 @@ def retrain(
         "pretrained": pretrained,
         "home": home,
         "caches": caches,
+        "dtype": dtype,
+        "decoder": decoder,
         "student": student,
         "start": start,
         "split": split,
@@ -82,6 +86,8 @@ def _lines(result: RetrainResult) -> list[str]:
             f"{counted(changes.new_captions, 'new caption')}, {changes.removed_captions:,} gone"
         )
     if result.encoded is not None:
+        if look.not_reused is not None:
+            lines.append(look.not_reused)
         reused = result.encoded.rows_reused
         lines.append(
             f"{look.cache}: {look.images - reused['image']:,} of {counted(look.images, 'image')} and "

@@ -11,6 +11,7 @@ from pipeline.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 
 __all__ = [
     "CostConfig",
+    "Decoder",
     "DeployConfig",
     "EvaluateConfig",
     "InheritConfig",
@@ -19,11 +20,14 @@ __all__ = [
     "PrecomputeConfig",
     "ProofConfig",
     "StageConfig",
+    "StoredDtype",
     "TrainConfig",
     "ZeroShotConfig",
 ]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+StoredDtype = Literal["float16", "int8"]
+Decoder = Literal["pillow", "jpeg-scaled"]
 
 
 class StageConfig(BaseModel):
@@ -41,7 +45,7 @@ class PrecomputeConfig(StageConfig):
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. One that is named and not there is an error.")
     precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
-    dtype: Literal["float16", "int8"] | None = Field(
+    dtype: StoredDtype | None = Field(
         None,
         description="Of the stored embeddings: float16, or int8 in half the bytes; part of the identity. That of the "
         "cache, or float16, if left out.",
@@ -57,7 +61,7 @@ class PrecomputeConfig(StageConfig):
         None, description="Finished cache of this teacher to copy rows from: of images and captions that it has too."
     )
     decode_threads: int | None = Field(None, gt=0, description="Threads that decode images; one a core if left out.")
-    decoder: Literal["pillow", "jpeg-scaled"] = Field(
+    decoder: Decoder = Field(
         "pillow",
         description="Who decodes and resizes: pillow, as open_clip does; or jpeg-scaled, faster: JPEG at the scale "
         "that the teacher needs, to slightly other pixels. Part of the identity.",

@@ -3,6 +3,8 @@
 The probe is ``precompute`` itself, on a few images in a temporary folder, so that reading, decoding, the teacher and
 writing overlap as they will. When the cache pays for itself follows from the teacher's own time in it: distilling
 without a cache runs the teacher on each image and one caption of it in every epoch.
+
+Which rows an earlier cache has is not guessed from a sample: every file is read for its digest, as precompute will.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from pydantic import BaseModel, Field
 from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import Sample, SampleSet, data_folder
 from pipeline.encode import encode_chunks
+from pipeline.known_rows import CachedChunks, CachedRows, cached_rows, count_known
 from pipeline.plan import (
+    PlannedDataset,
     Progress,
     asked_targets,
     asked_views,
@@ -33,6 +37,7 @@ from pipeline.plan import (
     default_batch_rows,
     default_chunk_rows,
     library_versions,
+    read_dataset,
 )
 from pipeline.samples import DatasetSpec, ImageSource, list_samples
 from pipeline.teacher import LiveTeacher, load_teacher
@@ -44,7 +49,7 @@ from storage.journal import read_note
 from storage.manifest import CacheManifest, Layout, Source
 from storage.root import look_at_manifest
 from storage.shapes import target_bytes
-from storage.tables import CAPTIONS, table_files
+from storage.tables import CAPTIONS, SAMPLES, table_files
 from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
@@ -80,6 +85,11 @@ class Forecast(BaseModel, frozen=True):
     there_bytes: int = Field(0, description="Of both, that a cache there has already.")
     free_bytes: int | None = Field(description="Where the cache will lie, if that is a local folder.")
     committed_rows: int = Field(description="Image views and captions that a cache there has already.")
+    reuse: str | None = Field(None, description="Finished cache that rows are copied from.")
+    rows_reused: dict[Tower, int] = Field(
+        description="Copied from it, by tower: image views, and captions. The time that takes is not counted."
+    )
+    rows_to_encode: dict[Tower, int] = Field(description="That the teacher has to encode, by tower.")
     probe_images: int
     probe_captions: int
     probe_lost: int = Field(description="Images of the probe that could not be read.")
@@ -114,15 +124,23 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
 
     Raises:
         UsageError: dataset, teacher, device or views cannot be used, or not one image of the probe can be read.
-        CacheMismatchError: a cache of another teacher or dataset is there, which precompute would refuse.
+        CacheMismatchError: a cache of another teacher or dataset is there, or named to copy rows from, which
+            precompute would refuse.
+        CacheError: a cache to copy rows from cannot be read, or is not finished.
     """
     views = asked_views(config)
     spec = DatasetSpec.parse(config.dataset)
-    listed = list_samples(spec)
+    listed, planned = list_samples(spec), None
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    there = _there(config, teacher, spec, listed)
+    began = time.perf_counter()
+    if config.reuse is not None:
+        planned = read_dataset(config, teacher, progress)
+        listed = planned.dataset
+    check_all = time.perf_counter() - began
+    there = _there(config, teacher, spec, listed, planned)
+    known = _known(config, planned, None if there is None else there[0])
     batch = config.batch_size or default_batch_rows(teacher.device.type)
     wanted = probe or 2 * _PROBE_BATCHES * batch
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
@@ -155,9 +173,14 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     done: dict[Tower, int] = {"image": 0, "text": 0}
     for ref in committed:
         done[ref.tower] += len(ref.rows(layout))
-    encode = (layout.image_rows * layout.views - done["image"]) * image.seconds_per_row
-    encode += (layout.text_rows - done["text"]) * text.seconds_per_row
-    check *= len(listed.samples)
+    pending = sorted(set(all_chunks(layout)) - set(committed))
+    copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
+    left: dict[Tower, int] = {
+        "image": layout.image_rows * layout.views - done["image"] - copied["image"],
+        "text": layout.text_rows - done["text"] - copied["text"],
+    }
+    encode = left["image"] * image.seconds_per_row + left["text"] * text.seconds_per_row
+    check = check_all if planned else check * len(listed.samples)
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(
         cache=config.cache,
@@ -177,6 +200,9 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         there_bytes=target_bytes(layout, committed) + (tables if there is not None else 0),
         free_bytes=_free_bytes(config.cache),
         committed_rows=sum(done.values()),
+        reuse=config.reuse,
+        rows_reused=copied,
+        rows_to_encode=left,
         probe_images=len(samples),
         probe_captions=text.rows,
         probe_lost=len(drawn) - len(samples),
@@ -258,7 +284,7 @@ def _probe(
         cache = str(Path(folder) / "probe.cache")
         source = Source(dataset=str(spec), image_root=part.root)
         plan_cache(cache, identity, layout, source, tables, library_versions())
-        mine = config.model_copy(update={"cache": cache})
+        mine = config.model_copy(update={"cache": cache, "reuse": None})  # the teacher is what is timed
         rates = {tower: _rate(mine, teacher, tower, progress) for tower in ("image", "text")}
     return rates["image"], rates["text"], sum(sizes.values()) / images, per_caption
 
@@ -284,8 +310,28 @@ def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress
     )
 
 
+def _known(
+    config: PrecomputeConfig, planned: PlannedDataset | None, there: CacheManifest | None
+) -> CachedRows | CachedChunks | None:
+    """What can be copied from the cache that is named, if one is.
+
+    Raises:
+        CacheError: as ``pipeline.known_rows.CachedRows``.
+    """
+    if config.reuse is None or planned is None:
+        return None
+    identity = planned.identity
+    if there is not None and there.layout.views > identity.views.count:  # it is taken as it is
+        identity = identity.model_copy(update={"views": there.identity.views})
+    return cached_rows(config.reuse, identity, planned.tables[SAMPLES], planned.tables[CAPTIONS])
+
+
 def _there(
-    config: PrecomputeConfig, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet
+    config: PrecomputeConfig,
+    teacher: LiveTeacher,
+    spec: DatasetSpec,
+    listed: SampleSet,
+    planned: PlannedDataset | None,
 ) -> tuple[CacheManifest, list[ChunkRef]] | None:
     """The cache that is there, if there is one, and its committed chunks.
 
@@ -301,7 +347,9 @@ def _there(
         return None
     teacher.require(manifest.identity, cache)
     have = manifest.identity.dataset
-    if have.images == len(listed.samples):
+    if planned is not None:
+        asked = planned.identity.dataset
+    elif have.images == len(listed.samples):
         # all but the images' digests, for which every file would be read
         asked = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
         asked = asked.model_copy(update={"samples_sha256": have.samples_sha256})

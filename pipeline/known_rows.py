@@ -11,7 +11,7 @@ behind the rest costs the teacher what is new and the last chunk before it, what
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.scaled_jpeg import PILLOW
 from storage.arrays import ARRAYS
-from storage.commits import ChunkRef, Tower, all_chunks
+from storage.commits import ChunkRef, Tower
 from storage.drawn_rows import stored_rows
 from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
@@ -29,7 +30,16 @@ from storage.reader import EmbeddingReader
 from storage.tables import chunk_rows_sha256
 from storage.writer import EmbeddingWriter
 
-__all__ = ["CachedChunks", "CachedRows", "KnownRows", "NotReusableError", "known_rows", "require_reusable"]
+__all__ = [
+    "CachedChunks",
+    "CachedRows",
+    "KnownRows",
+    "NotReusableError",
+    "cached_rows",
+    "count_known",
+    "known_rows",
+    "require_reusable",
+]
 
 _MEMORY_BYTES = 256 << 20
 _NOWHERE = -1
@@ -81,12 +91,10 @@ class CachedRows:
             CacheError: a chunk of the earlier cache cannot be read, or is damaged.
         """
         known = np.zeros(len(rows), np.bool_)
-        if ref.view >= self._views:
-            return known, {}
-        old = self._old[ref.tower][rows.start : rows.stop]
-        there = np.flatnonzero(old != _NOWHERE)
+        there = np.flatnonzero(self._there(ref, rows))
         if not len(there):
             return known, {}
+        old = self._old[ref.tower][rows.start : rows.stop]
         wanted, back = np.unique(old[there], return_inverse=True)
         arrays = {
             name: stored_rows(self._reader, ref.tower, wanted, ref.view, name)[back] for name in ARRAYS[ref.tower]
@@ -95,13 +103,18 @@ class CachedRows:
         known[there[finite]] = True
         return known, {name: values[finite] for name, values in arrays.items()}
 
-    def count(self) -> dict[str, int]:
-        """Rows by tower that are copied, in view 0."""
-        lost = np.fromiter(self._reader.quarantined_in(0), np.int64)
-        return {
-            tower: int((old != _NOWHERE).sum() - (np.isin(old, lost).sum() if tower == "image" else 0))
-            for tower, old in self._old.items()
-        }
+    def count(self, ref: ChunkRef, rows: range) -> int:
+        """How many rows of a chunk :meth:`take` gives; no row is read for it."""
+        there = self._there(ref, rows)
+        if ref.tower == "image" and there.any():
+            lost = np.fromiter(self._reader.quarantined_in(ref.view), np.int64)
+            there &= ~np.isin(self._old["image"][rows.start : rows.stop], lost)
+        return int(there.sum())
+
+    def _there(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
+        """Which rows of a chunk the earlier cache has, quarantined ones included."""
+        found: NDArray[np.bool_] = self._old[ref.tower][rows.start : rows.stop] != _NOWHERE
+        return found & (ref.view < self._views)
 
 
 class CachedChunks:
@@ -109,20 +122,17 @@ class CachedChunks:
 
     Args:
         location: of the finished cache.
-        identity, layout: of the cache to fill.
+        identity: of the cache to fill.
         samples, captions: its tables.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
     """
 
-    def __init__(
-        self, location: str, identity: CacheIdentity, layout: Layout, samples: pa.Table, captions: pa.Table
-    ) -> None:
+    def __init__(self, location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
-        self._layout = layout
         self._tables: dict[Tower, pa.Table] = {"image": samples, "text": captions}
         # one that has quarantined rows is looked at again
         self._old = {
@@ -133,23 +143,19 @@ class CachedChunks:
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
         """As :class:`KnownRows`: all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
-        old = self._find(ref)
+        old = self._find(ref, rows)
         if old is None:
             return np.zeros(len(rows), np.bool_), {}
         return np.ones(len(rows), np.bool_), self._reader.stored_chunk(old)
 
-    def count(self) -> dict[str, int]:
-        """Rows by tower that are copied, in view 0."""
-        found = Counter({"image": 0, "text": 0})
-        for ref in all_chunks(self._layout):
-            if ref.view == 0 and self._find(ref) is not None:
-                found[ref.tower] += len(ref.rows(self._layout))
-        return dict(found)
+    def count(self, ref: ChunkRef, rows: range) -> int:
+        """How many rows of a chunk :meth:`take` gives: all or none; no row is read for it."""
+        return len(rows) if self._find(ref, rows) is not None else 0
 
-    def _find(self, ref: ChunkRef) -> ChunkRef | None:
+    def _find(self, ref: ChunkRef, rows: range) -> ChunkRef | None:
         if ref.view >= self._views:
             return None
-        made_of = chunk_rows_sha256(self._tables[ref.tower], ref.tower, ref.rows(self._layout))
+        made_of = chunk_rows_sha256(self._tables[ref.tower], ref.tower, rows)
         return self._old.get((ref.tower, ref.view, made_of))
 
 
@@ -161,10 +167,32 @@ def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | Cache
     """
     if not reuse:
         return None
-    identity, samples, captions = writer.manifest.identity, writer.samples, writer.captions
-    if identity.targets.dtype == "int8":
-        return CachedChunks(reuse, identity, writer.manifest.layout, samples, captions)
-    return CachedRows(reuse, identity, samples, captions)
+    return cached_rows(reuse, writer.manifest.identity, writer.samples, writer.captions)
+
+
+def cached_rows(
+    location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table
+) -> CachedRows | CachedChunks:
+    """Of a finished cache, what one with this identity and these tables can copy: rows, or of int8 whole chunks.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+    kind = CachedChunks if identity.targets.dtype == "int8" else CachedRows
+    return kind(location, identity, samples, captions)
+
+
+def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
+    """How many rows of some chunks are copied, by tower; an image's views are rows of their own.
+
+    Args:
+        layout: of the cache to fill.
+        refs: chunks of it.
+    """
+    found: dict[Tower, int] = {"image": 0, "text": 0}
+    for ref in refs:
+        found[ref.tower] += known.count(ref, ref.rows(layout))
+    return found
 
 
 def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
@@ -180,9 +208,22 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
     mine = have.identity
     like = identity.model_copy(update={"dataset": mine.dataset, "views": mine.views})
     try:
-        mine.require(like, location, "Its rows cannot be reused: leave --reuse out, and the teacher encodes all rows.")
+        mine.require(like, location, f"Its rows cannot be reused: {_way_out(mine, like)}, and the teacher encodes all.")
     except CacheMismatchError as error:
         raise NotReusableError(str(error)) from None
+
+
+def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
+    """What to do where rows cannot be copied; to ask for them as they are is offered where that is all it takes."""
+    flags = {"targets.dtype": f"--dtype {have.targets.dtype}"}
+    if have.preprocess.decoder != wanted.preprocess.decoder:
+        decoder = f"--decoder {have.preprocess.decoder or PILLOW}"
+        flags |= {"preprocess.decoder": decoder, "preprocess.probe": decoder}
+    fields = [each.field for each in have.differences(wanted)]
+    leave_out = "leave --reuse out"
+    if set(fields) <= set(flags):
+        return f"ask for {' '.join(dict.fromkeys(flags[field] for field in fields))} as it has them, or {leave_out}"
+    return leave_out
 
 
 def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:

@@ -9,10 +9,11 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import PrecomputeConfig
 from pipeline.executors import open_executor
-from pipeline.known_rows import known_rows
+from pipeline.known_rows import count_known, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec
 from pipeline.telemetry import observed
+from storage.commits import Tower, all_chunks
 from storage.inspect import describe_cache
 from storage.reader import EmbeddingReader
 from storage.tables import PROBLEMS, read_table
@@ -39,9 +40,9 @@ class PrecomputeResult(BaseModel, frozen=True):
     splits: dict[str, int]
     chunks: int
     chunks_encoded: int = Field(description="By this run; the others were there.")
-    rows_reused: dict[str, int] = Field(
-        description="By tower, copied from the cache that was named, by all runs that made this one; 0 where this run "
-        "encoded nothing."
+    rows_reused: dict[Tower, int] = Field(
+        description="By tower, of view 0, copied from the cache that was named, by all runs that made this one; 0 "
+        "where this run encoded nothing."
     )
     quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
     lost_images: int = Field(description="Images of the dataset that got no row.")
@@ -100,7 +101,10 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
     for item in quarantined:
         problems[item.reason] += 1
         details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
-    reused = known_rows(reuse, writer) if chunks_encoded else None
+    known = known_rows(reuse, writer) if chunks_encoded else None
+    reused: dict[Tower, int] = {"image": 0, "text": 0}
+    if known is not None:
+        reused = count_known(known, manifest.layout, (ref for ref in all_chunks(manifest.layout) if ref.view == 0))
     info = describe_cache(cache)
     return PrecomputeResult(
         cache=cache,
@@ -114,7 +118,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
         splits=manifest.identity.dataset.splits,
         chunks=manifest.layout.num_chunks,
         chunks_encoded=chunks_encoded,
-        rows_reused=reused.count() if reused else {"image": 0, "text": 0},
+        rows_reused=reused,
         quarantined=len(quarantined),
         lost_images=manifest.lost_images,
         problems=dict(sorted(problems.items())),

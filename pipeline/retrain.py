@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
-from pipeline.config import DeployConfig, PrecomputeConfig, TrainConfig
+from pipeline.config import Decoder, DeployConfig, PrecomputeConfig, StoredDtype, TrainConfig
 from pipeline.deployment import RECORD, Deployment
 from pipeline.known_rows import NotReusableError
 from pipeline.plan import dataset_identity, dataset_tables
@@ -35,6 +35,7 @@ from pipeline.retrain_config import RetrainConfig
 from pipeline.run_file import check_config
 from pipeline.runs import RunFolder, other_settings
 from pipeline.samples import DatasetSpec, load_samples
+from pipeline.scaled_jpeg import PILLOW
 from pipeline.student import student_config
 from pipeline.teacher import recorded_name
 from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UsageError
@@ -49,6 +50,7 @@ __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
+_DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
 _SET_HERE = {
     "train": {"cache", "student", "out", "init", "device"},
     "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
@@ -74,7 +76,11 @@ class Look(BaseModel, frozen=True):
     changes: Changes | None = Field(description="None where no cache is finished yet.")
     cache: str = Field(description="Of the dataset as it is now; to be made where it is not finished.")
     cache_finished: bool
-    reuse: str | None = Field(description="Cache that rows are copied from.")
+    dtype: StoredDtype = Field(description="Of that cache, as its decoder and views.")
+    decoder: Decoder
+    views: int
+    reuse: str | None = Field(description="Cache that rows are copied from: the newest of this dtype and decoder.")
+    not_reused: str | None = Field(description="Why no rows of the newest finished cache of this teacher are copied.")
     run: str
     judged: Candidate | None = Field(description="Of this cache and these settings: then nothing is to be done.")
 
@@ -145,7 +151,10 @@ class Retraining:
         changes = _changes(ready[-1], tables) if ready else None
         if changes is not None and not mine:
             self._require_most(ready[-1], changes)
-        alike = [each for each in ready if each.number != number and each.manifest and self._is_by(each.manifest)]
+        others = [each for each in ready if each.number != number and each.manifest and self._is_by(each.manifest)]
+        stored = self._stored(mine[-1] if mine else others[-1] if others else None)
+        unlike = {each.location: _unlike(each, stored) for each in others}
+        alike = [location for location, why in unlike.items() if why is None]
         run = self._run(number, manifest.digest if finished and manifest else None)
         judged = self._judged(run)
         champion = self.registry.champion()
@@ -157,7 +166,9 @@ class Retraining:
             changes=changes,
             cache=f"{self.caches}/{number:04d}.cache",
             cache_finished=finished,
-            reuse=alike[-1].location if alike else None,
+            **stored,
+            reuse=alike[-1] if alike else None,
+            not_reused=list(unlike.values())[-1] if unlike and not alike and not finished else None,
             run=run,
             judged=judged,
         )
@@ -228,13 +239,14 @@ class Retraining:
 
     def _precompute(self, look: Look) -> PrecomputeConfig:
         config = self.config
-        before = look_at_manifest(open_files(look.reuse)).layout.views if look.reuse else None
         return PrecomputeConfig(
             dataset=config.dataset,
             teacher=config.teacher,
             pretrained=config.pretrained,
             precision=config.precision,
-            views=config.views or before,
+            dtype=look.dtype,
+            decoder=look.decoder,
+            views=look.views,
             cache=look.cache,
             reuse=look.reuse,
             device=config.device,
@@ -309,8 +321,14 @@ class Retraining:
         return (teacher.name, teacher.pretrained, teacher.precision) == wanted
 
     def _is_of(self, manifest: CacheManifest, dataset: DatasetIdentity) -> bool:
-        views = self.config.views in (None, manifest.layout.views)
-        return self._is_by(manifest) and views and manifest.identity.dataset == dataset
+        stored = _as_stored(manifest)
+        asked = all(getattr(self.config, name) in (None, value) for name, value in stored.items())
+        return self._is_by(manifest) and asked and manifest.identity.dataset == dataset
+
+    def _stored(self, before: _Numbered | None) -> dict[str, Any]:
+        """Views, dtype and decoder as asked for, as the cache before has them, or by default."""
+        have = _as_stored(before.manifest) if before and before.manifest else _DEFAULTS
+        return {name: getattr(self.config, name) or value for name, value in have.items()}
 
     def _deploy(self, run: str, progress: Progress | None) -> str:
         from pipeline.deploy import deploy
@@ -385,6 +403,24 @@ def _numbered(caches: str) -> list[_Numbered]:
                 pass  # of an earlier state: repair is for who needs it
             found.append(_Numbered(int(matched[1]), location, manifest, free))
     return sorted(found, key=lambda each: each.number)
+
+
+def _as_stored(manifest: CacheManifest) -> dict[str, Any]:
+    """By the names that the settings have."""
+    identity = manifest.identity
+    decoder = identity.preprocess.decoder or PILLOW
+    return {"views": manifest.layout.views, "dtype": identity.targets.dtype, "decoder": decoder}
+
+
+def _unlike(other: _Numbered, wanted: dict[str, Any]) -> str | None:
+    """Why rows of a cache are no use to one that stores them as wanted; None where they are. Views copy one by one."""
+    assert other.manifest is not None  # it is finished
+    have = _as_stored(other.manifest)
+    names = [name for name in ("dtype", "decoder") if have[name] != wanted[name]]
+    if not names:
+        return None
+    found = "; ".join(f"{name}: {have[name]} in the cache, {wanted[name]} asked for" for name in names)
+    return f"{other.location}: no row of it can be copied. {found}. Leave {' and '.join(names)} out to go on with its."
 
 
 def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:

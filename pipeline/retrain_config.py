@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Precision, StageConfig
+from pipeline.config import Decoder, Precision, StageConfig, StoredDtype
 
 __all__ = ["RetrainConfig"]
 
@@ -20,6 +20,13 @@ class RetrainConfig(StageConfig):
     student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
     pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
     precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
+    dtype: StoredDtype | None = Field(
+        None,
+        description="Of the stored embeddings, as for precompute; that of the cache before, or float16, if left out.",
+    )
+    decoder: Decoder | None = Field(
+        None, description="Of the images, as for precompute; that of the cache before, or pillow, if left out."
+    )
     views: int | None = Field(None, gt=0, description="Crops per image; those of the cache before, or 1, if left out.")
     caches: str | None = Field(None, description="Folder or URL of the caches instead, such as s3://bucket/caches.")
     start: Literal["champion", "scratch"] = Field(

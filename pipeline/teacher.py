@@ -244,11 +244,12 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
     """Whether a teacher is the one that a cache is of, as far as can be told without building it.
 
     A model folder is proven by its weights and its config; a built-in name with its tag, and a model of a hub, are
-    taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows.
+    taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows. Precision is not looked at: it is
+    chosen when a teacher is loaded.
     """
     teacher, preprocess = identity.teacher, identity.preprocess
     path = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
-    if teacher.precision != "fp32" or (pretrained and Path(pretrained).exists()):
+    if pretrained and Path(pretrained).exists():
         return False
     if path is None:
         return (teacher.name, teacher.pretrained) == (name, pretrained)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -264,28 +265,29 @@ class _Trainer:
         config, epoch, sums = self._config, self._point.epoch, self._point.sums
         self._model.train()
         first = sums.steps
-        pairs = list(
-            epoch_pairs(
-                self._reader,
-                self._rows,
-                config.batch_size,
-                config.window_chunks,
-                config.seed,
-                epoch,
-                first,
-                views_used(self._reader, config.views),
-            )
+        pairs = epoch_pairs(
+            self._reader,
+            self._rows,
+            config.batch_size,
+            config.window_chunks,
+            config.seed,
+            epoch,
+            first,
+            views_used(self._reader, config.views),
         )
-        mine = [self._slice(pair) for pair in pairs]
+        # made as they come into sight and dropped once used: those of millions of rows are hundreds of megabytes
+        steps, shown = tee((pair, self._slice(pair)) for pair in pairs)
         if isinstance(self._teacher, CachedTeacher):
-            self._teacher.follow(mine)
+            shown, followed = tee(shown)
+            self._teacher.follow(part for _, part in followed)
+        mine = (part for _, part in shown)
         preprocess, workers = self._student.preprocess, self._workers()
         loader = epoch_inputs(
             self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device, self._pixels
         )
         before = sums.model_copy()
         started = waiting = time.perf_counter()
-        for pair, part, (pixels, tokens) in zip(pairs, mine, loader, strict=True):
+        for (pair, part), (pixels, tokens) in zip(steps, loader, strict=True):
             arrived = time.perf_counter()
             sums.waited += arrived - waiting
             targets = self._teacher.targets(part)

@@ -54,8 +54,8 @@ class TeacherRows:
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
     """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
 
-    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, and
-    with its decoder.
+    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, with its
+    decoder and in its precision; a new one is made in fp32.
 
     Raises:
         UsageError: the dataset is one of captions.
@@ -77,7 +77,12 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
         planned = _planned(config.cache)
         begun: dict[str, Any] = {"batch_size": config.batch_size}
         if planned is not None:
-            begun = {"batch_size": None, "decoder": planned.identity.preprocess.decoder or PILLOW}
+            have = planned.identity
+            begun = {
+                "batch_size": None,
+                "decoder": have.preprocess.decoder or PILLOW,
+                "precision": have.teacher.precision,
+            }
         made = PrecomputeConfig(
             dataset=str(spec),
             teacher=config.teacher,
@@ -91,8 +96,8 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     asked = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
     reader.identity.require(reader.identity.model_copy(update={"dataset": asked}), config.cache, _WAY_OUT)
     if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
-        decoder = reader.identity.preprocess.decoder
-        load_teacher(config.teacher, config.pretrained, config.device, decoder=decoder).require(
+        precision, decoder = reader.identity.teacher.precision, reader.identity.preprocess.decoder
+        load_teacher(config.teacher, config.pretrained, config.device, precision, decoder).require(
             reader.identity, config.cache
         )
     rows = reader.image_rows()
@@ -109,7 +114,7 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
 
 
 def _planned(cache: str) -> CacheManifest | None:
-    """The manifest of a cache that was begun there: batches of another size, or another decoder, would be refused."""
+    """The manifest of a cache that was begun there: another size of batches, decoder or precision would be refused."""
     try:
         return look_at_manifest(open_files(cache))
     except CacheNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import pipeline.train
+import storage.stream
 from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
 from pipeline.train import train
 from pipeline.train_step import TrainStep
@@ -94,6 +97,34 @@ def test_closed_it_reads_nothing_ahead(known_cache: Path) -> None:
     teacher.close()
     assert threading.active_count() == threads
     assert torch.equal(teacher.targets(pairs[0]).image, first.image)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Those of a group or two that the stream sees, and what workers have begun; ``tee`` drops them 57 at a time."""
+    monkeypatch.setattr(storage.stream, "_GROUP_ROWS", 4)
+    monkeypatch.setattr(storage.stream, "_ROWS_IN_SIGHT", 8)
+    made: list[weakref.ref[Pairs]] = []
+    held: list[int] = []
+
+    def counted(*arguments: Any) -> Iterator[Pairs]:
+        for pair in epoch_pairs(*arguments):
+            made.append(weakref.ref(pair))
+            yield pair
+
+    class Step(TrainStep):
+        def __call__(self, *arguments: Any) -> Any:
+            held.append(sum(pair() is not None for pair in made))
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(pipeline.train, "epoch_pairs", counted)
+    monkeypatch.setattr(pipeline.train, "TrainStep", Step)
+    cache, student = make_cache(tmp_path, tiny_teacher, 320), make_student(tmp_path / "s.json")
+    train(train_config(cache, student, tmp_path / "run", epochs=1, batch_size=2, workers=workers))
+    assert len(made) == len(held) == 128
+    assert max(held) <= 57 + 16
 
 
 def test_a_run_that_breaks_off_leaves_no_thread(

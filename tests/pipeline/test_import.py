@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ImageOps
+from typer.testing import CliRunner
 
 import pipeline.encode
+from pipeline.cli import app
 from pipeline.config import PrecomputeConfig, ProofConfig
 from pipeline.decode import UndecodableImageError, decode_image, decoded_size
 from pipeline.foreign_rows import ImportConfig
@@ -411,6 +413,44 @@ def test_views_are_added_to_it_by_the_teacher(home: Home, tmp_path: Path) -> Non
     (cache / "targets.zarr/image/norm/c/0/1").write_bytes(b"damaged")  # of the view that the teacher made
     mended = repair(str(cache), teacher=home.teacher, device="cpu")
     assert (mended.ok, mended.left, mended.chunks_encoded) == (True, (), 1)
+
+
+def test_int8_rows_are_the_folders_up_to_half_a_step(home: Home, tmp_path: Path) -> None:
+    image = home.rows("image").copy()
+    image[[2, 9]] = np.nan  # two chunks with rows of both kinds
+    folder, cache = home.like_clip_retrieval(tmp_path / "f", image=image), tmp_path / "c"
+    settings = home.settings(folder, cache, dtype="int8")
+    del settings["folder"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    done = CliRunner().invoke(app, ["import", str(folder), *flags, "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["images_imported"], result["images_encoded"]) == (IMAGES - 2, 2)
+    assert (result["captions_imported"], result["captions_encoded"]) == (IMAGES, IMAGES)
+    shown = CliRunner().invoke(app, ["info", str(cache)]).stdout
+    assert "16 wide, int8" in shown
+    assert "from a clip-retrieval folder, 18 image rows" in shown
+
+    reader = EmbeddingReader(str(cache))
+    for ref in reader.commits():
+        stored, rows = reader.stored_chunk(ref), ref.rows(reader.manifest.layout)
+        step = stored["scale"].astype(np.float64)
+        wanted = home.rows(ref.tower)[rows.start : rows.stop].astype(np.float64)
+        given = np.array([row not in (2, 9) if ref.tower == "image" else row % 2 == 0 for row in rows])
+        off = np.abs(stored["embedding"] * step - wanted)
+        assert (off[given] <= step / 2 * (1 + 1e-6)).all()
+        assert off[given].max() > 0
+        assert (off[~given] <= step / 2 + 2**-10).all()  # the teacher's, in another batch
+        np.testing.assert_array_equal(stored["norm"][given], 1)
+    assert_proven(home, cache)
+
+    before = cache_digest(cache)
+    (cache / "targets.zarr/image/scale/c/1/0/0").write_bytes(b"damaged")
+    assert repair(str(cache), teacher=home.teacher, device="cpu").left == ("image/v0/000001",)
+    assert home.bring(folder, cache).chunks_written == 1  # in the dtype that the cache has
+    assert cache_digest(cache) == before
+    with pytest.raises(CacheMismatchError, match=r'targets\.dtype: "int8" in the cache, "float16" asked for'):
+        home.bring(folder, cache, dtype="float16")
 
 
 def test_the_command(home: Home, tmp_path: Path) -> None:

@@ -47,13 +47,17 @@ def settings(place: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
     )
 
 
-def add_photos(home: Path, first: int, count: int) -> None:
+def add_photos(home: Path, first: int, count: int, split: str = "train") -> None:
+    """To a split; rows of the training split are before those of the test split."""
     more = write_photos(home / f"more-{first}", count, first=first)
-    with (home / "photos" / "captions.txt").open("a") as captions, (home / "photos" / "train.txt").open("a") as train:
+    with (
+        (home / "photos" / "captions.txt").open("a") as captions,
+        (home / "photos" / f"{split}.txt").open("a") as list_,
+    ):
         captions.writelines(line + "\n" for line in (more / "captions.txt").read_text().splitlines()[1:])
         for image in sorted((more / "images").iterdir()):
             shutil.copy(image, home / "photos" / "images" / image.name)
-            train.write(image.name + "\n")
+            list_.write(image.name + "\n")
 
 
 def test_new_data_is_learned_and_nothing_new_is_nothing_done(
@@ -213,6 +217,13 @@ def test_the_command_takes_a_run_file(
     assert "1 of 65 images and 2 of 130 captions encoded, the others copied" in said
     assert "student 2" in said
     assert said.endswith("champion: student 1\n")
+    code, said = run("--dtype", "int8", "--margin", "99")
+    assert code == 0
+    assert f"{home}/home/caches/0002.cache: no row of it can be copied. dtype: float16 in the cache, int8 " in said
+    assert "65 of 65 images and 130 of 130 captions encoded" in said
+    assert EmbeddingReader(f"{home}/home/caches/0003.cache").identity.targets.dtype == "int8"
+    code, said = run("--decoder", "jpg")
+    assert code == 2
 
 
 def test_a_cache_that_does_not_verify_teaches_nobody(
@@ -253,13 +264,7 @@ def test_caches_that_moved_do_not_pass_an_old_run_off_as_new(home: Path, tiny_te
 
 def test_a_student_with_the_champions_weights_is_kept_as_rejected(home: Path, tiny_teacher: Path) -> None:
     retrain(settings(home, tiny_teacher, start="scratch"))
-    more = write_photos(home / "more", 2, first=900)
-    with (home / "photos" / "captions.txt").open("a") as captions, (home / "photos" / "test.txt").open("a") as test:
-        captions.writelines(line + "\n" for line in (more / "captions.txt").read_text().splitlines()[1:])
-        for image in sorted((more / "images").iterdir()):
-            # behind all others, so that the rows of the training split stay where they are
-            shutil.copy(image, home / "photos" / "images" / image.name)
-            test.write(image.name + "\n")
+    add_photos(home, 900, 2, "test")  # behind all others, so that the rows of the training split stay where they are
     done = retrain(settings(home, tiny_teacher, start="scratch"))
     assert (done.outcome, done.champion) == ("rejected", 1)
     assert done.candidate is not None
@@ -285,6 +290,68 @@ def test_weights_that_changed_cost_the_encoding_of_everything(home: Path, tmp_pa
     done = retrain(settings(home, teacher))
     assert done.encoded is not None
     assert done.encoded.rows_reused == {"image": 0, "text": 0}
+
+
+def test_int8_is_made_kept_and_copied_and_float16_is_left_with_a_word(home: Path, tiny_teacher: Path) -> None:
+    retrain(settings(home, tiny_teacher))
+    other = retrain(settings(home, tiny_teacher, dtype="int8"))
+    assert other.look.not_reused == (
+        f"{home}/home/caches/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 asked for. "
+        "Leave dtype out to go on with its."
+    )
+    assert other.encoded is not None
+    assert other.encoded.rows_reused == {"image": 0, "text": 0}
+    assert (other.look.cache, other.run) == (f"{home}/home/caches/0002.cache", f"{home}/home/runs/0002")
+    assert EmbeddingReader(other.look.cache).identity.targets.dtype == "int8"
+    # each is of the dataset as it is; left out, the newest one counts
+    for same in ({"dtype": "int8"}, {"dtype": "float16"}, {}):
+        assert retrain(settings(home, tiny_teacher, **same)).outcome == "nothing-new"
+
+    add_photos(home, 900, 5, "test")  # behind all others, so that whole chunks stay what they are
+    grown = retrain(settings(home, tiny_teacher))
+    assert (grown.look.reuse, grown.look.not_reused) == (other.look.cache, None)
+    assert grown.encoded is not None
+    assert grown.encoded.rows_reused == {"image": 64, "text": 128}
+    old, new = EmbeddingReader(other.look.cache), EmbeddingReader(grown.look.cache)
+    assert new.identity.targets.dtype == "int8"
+    for ref, commit in old.commits().items():
+        assert new.commits()[ref].objects == commit.objects
+    # the newest of that dtype, whatever was made since
+    back = retrain(settings(home, tiny_teacher, dtype="float16"))
+    assert back.look.reuse == f"{home}/home/caches/0001.cache"
+    assert back.encoded is not None
+    assert back.encoded.rows_reused == {"image": 64, "text": 128}
+
+
+def test_the_decoder_and_views_of_the_cache_before_are_kept(home: Path, tiny_teacher: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="the extra fastjpeg is not installed")
+    first = retrain(settings(home, tiny_teacher, decoder="jpeg-scaled", views=2))
+    second = retrain(settings(home, tiny_teacher, dtype="int8"))
+    assert first.look.not_reused is None
+    assert second.look.not_reused is not None
+    identity = EmbeddingReader(second.look.cache).identity
+    assert (identity.preprocess.decoder, identity.views.count, identity.targets.dtype) == ("jpeg-scaled", 2, "int8")
+    third = retrain(settings(home, tiny_teacher, dtype="float16", decoder="pillow"))
+    assert third.look.not_reused is not None
+    assert "decoder: jpeg-scaled in the cache, pillow asked for. Leave dtype and decoder out" in third.look.not_reused
+    identity = EmbeddingReader(third.look.cache).identity
+    assert (identity.preprocess.decoder, identity.views.count, identity.targets.dtype) == (None, 2, "float16")
+
+
+def test_what_was_begun_goes_on_as_it_began(home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags that are left out at the second call are those of the cache that the first one began."""
+    retrain(settings(home, tiny_teacher))
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("storage.writer.EmbeddingWriter.seal", fail)
+        with pytest.raises(ConnectionError):
+            retrain(settings(home, tiny_teacher, dtype="int8", views=2))
+    done = retrain(settings(home, tiny_teacher))
+    assert (done.look.cache, done.look.dtype, done.look.views) == (f"{home}/home/caches/0002.cache", "int8", 2)
+    assert EmbeddingReader(done.look.cache).identity.targets.dtype == "int8"
 
 
 def test_a_student_that_fails_its_gate_is_kept_as_rejected(

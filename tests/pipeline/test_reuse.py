@@ -9,16 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import pipeline.encode
+from pipeline.cli import app
 from pipeline.config import PrecomputeConfig
+from pipeline.encode import encode_chunks
+from pipeline.forecast import forecast
+from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
-from pipeline.teacher import LiveTeacher
+from pipeline.teacher import LiveTeacher, load_teacher
 from storage.errors import CacheMismatchError
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
 from storage.writer import EmbeddingWriter
-from tests.conftest import make_model_folder, write_photos
+from tests.conftest import cache_digest, make_model_folder, write_photos
 
 IMAGES = 48
 ADDED = 7
@@ -29,7 +34,7 @@ BROKEN = 30
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset and its cache, and the dataset as it was later."""
+    """A dataset and its cache; the dataset as it was later, and with images behind the others alone."""
     home = tmp_path_factory.mktemp("reuse")
     make_model_folder(home / "teacher")
     write_photos(home / "before", IMAGES)
@@ -54,6 +59,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train.write_text("\n".join([*kept, *names]) + "\n")
     for number in REMOVED:
         (home / "after" / "images" / f"{number:04d}.jpg").unlink()
+    write_photos(home / "behind", IMAGES + ADDED)
+    shutil.copy(image, home / "behind" / "images" / image.name)
     return home
 
 
@@ -156,6 +163,57 @@ def test_views_are_copied_where_they_were_drawn_alike(home: Path, tmp_path: Path
     assert taught["image"] == ADDED + 1 + everything
 
 
+@pytest.mark.parametrize(("dtype", "dataset"), [("float16", "after"), ("int8", "behind")])
+def test_a_forecast_says_which_rows_meet_the_teacher_and_prices_them_alone(
+    home: Path, tmp_path: Path, taught: Counter[str], dtype: str, dataset: str
+) -> None:
+    """Of all views, of a cache a third of which is there."""
+    old = {"dtype": dtype, "views": 2, "chunk_rows": 8}
+    precompute(settings(home, "before", str(tmp_path / "old"), **old))
+    asked = settings(home, dataset, str(tmp_path / "new"), reuse=str(tmp_path / "old"), **{**old, "views": 3})
+    teacher = load_teacher(asked.teacher, device="cpu")
+    encode_chunks(asked, teacher, plan_precompute(asked, teacher)[::3])
+    before = cache_digest(tmp_path / "new")
+
+    taught.clear()
+    found = forecast(asked, probe=8)
+    assert taught == {"image": 8, "text": 8}  # the probe's rows are not copied, though the earlier cache has them
+    assert found.image.teacher_seconds_per_row > 0
+    assert cache_digest(tmp_path / "new") == before
+    assert found.reuse == asked.reuse
+    everything = found.images * 3 + found.captions
+    assert found.committed_rows + sum(found.rows_reused.values()) + sum(found.rows_to_encode.values()) == everything
+    assert min(found.rows_reused.values()) > 0
+    left = found.rows_to_encode
+    expected = left["image"] * found.image.seconds_per_row + left["text"] * found.text.seconds_per_row
+    assert found.encode_seconds == pytest.approx(expected)
+
+    taught.clear()
+    precompute(asked)
+    assert taught == left
+    assert not any(forecast(asked, probe=8).rows_to_encode.values())
+
+
+def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path, tmp_path: Path) -> None:
+    asked = settings(home, "after", str(tmp_path / "c"), reuse=str(home / "before.cache"))
+    names = ("dataset", "teacher", "cache", "reuse", "device")
+    plan = ["plan", *(f"--{name}={getattr(asked, name)}" for name in names), "--probe", "4"]
+    images, captions = IMAGES - 1 - len(REMOVED), 2 * IMAGES - 5
+    said = f"{images} image and {captions} caption rows are copied from {asked.reuse}; the teacher encodes 8 and 8\n"
+    assert f"reuse      {said}" in CliRunner().invoke(app, plan).stdout
+    assert "\nreuse " not in CliRunner().invoke(app, [flag for flag in plan if "--reuse" not in flag]).stdout
+    refused = CliRunner().invoke(app, [*plan, "--dtype", "int8"])
+    assert isinstance(refused.exception, CacheMismatchError)
+    assert "ask for --dtype float16 as it has them" in str(refused.exception)
+    # what is there must be of these very images: precompute would refuse others
+    precompute(asked)
+    shutil.copytree(home / "after", tmp_path / "edited")
+    shutil.copy(home / "after" / "images" / "0000.jpg", tmp_path / "edited" / "images" / "0001.jpg")
+    edited = settings(tmp_path, "edited", asked.cache, teacher=asked.teacher, reuse=asked.reuse)
+    with pytest.raises(CacheMismatchError, match=r"dataset\.samples_sha256"):
+        forecast(edited, probe=4)
+
+
 def test_rows_of_another_teacher_are_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
     make_model_folder(tmp_path / "teacher", seed=1)
     asked = settings(
@@ -191,3 +249,20 @@ def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, mon
     again = precompute(asked)
     assert 0 < again.chunks_encoded < again.chunks
     assert again.manifest_digest == whole.manifest_digest
+
+
+def test_rows_of_another_decoder_are_refused_with_the_flag_that_has_them(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="the extra fastjpeg is not installed")
+    precompute(settings(home, "before", str(tmp_path / "scaled"), decoder="jpeg-scaled"))
+    for decoder, reuse, have in (
+        ("pillow", tmp_path / "scaled", "jpeg-scaled"),
+        ("jpeg-scaled", home / "before.cache", "pillow"),
+    ):
+        asked = settings(home, "after", str(tmp_path / "c"), decoder=decoder, reuse=str(reuse))
+        said = rf"preprocess\.decoder: .*ask for --decoder {have} as it has them, or leave --reuse out"
+        with pytest.raises(CacheMismatchError, match=said):
+            precompute(asked)
+    both = settings(home, "after", str(tmp_path / "c"), dtype="int8", reuse=str(tmp_path / "scaled"))
+    with pytest.raises(CacheMismatchError, match="ask for --decoder jpeg-scaled --dtype float16 as it has them"):
+        precompute(both)
+    assert not (tmp_path / "c").exists()

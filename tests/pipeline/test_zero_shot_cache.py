@@ -25,6 +25,7 @@ from pipeline.zero_shot import ZeroShotResult, zero_shot
 from storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.integrity import verify_cache
+from storage.reader import EmbeddingReader
 from storage.root import read_manifest
 from tests.conftest import TINY_MODEL, cache_digest, make_identity, make_model_folder
 from tests.pipeline.dataset_files import save_image
@@ -188,6 +189,37 @@ def test_a_cache_that_was_begun_with_another_decoder_is_finished_with_it(
     assert read_manifest(open_files(str(tmp_path / "c"))).identity.preprocess.decoder == "jpeg-scaled"
 
 
+def test_a_cache_is_finished_and_proven_in_the_precision_that_it_has(
+    measure: Measure, tmp_path: Path, no_teacher: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_bf16(**settings: Any) -> PrecomputeConfig:
+        return PrecomputeConfig(**settings, precision="bf16")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
+        patch.setattr(zero_shot_cache, "PrecomputeConfig", in_bf16)
+        with pytest.raises(CacheIncompleteError):
+            measure()
+    first = measure()
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    assert (first.teacher_ran, reader.identity.teacher.precision) == (True, "bf16")
+    measure(cache=str(tmp_path / "whole"))
+    whole = EmbeddingReader(str(tmp_path / "whole"))
+    assert whole.identity.teacher.precision == "fp32"
+    assert not np.array_equal(*(each.take("image", each.image_rows()) for each in (reader, whole)))
+
+    other = make_model_folder(tmp_path / "other" / "tiny", seed=1)
+    with pytest.raises(CacheMismatchError) as refused:
+        measure(teacher=f"local-dir:{other}")
+    assert "teacher.weights_sha256" in str(refused.value)
+    assert "precision" not in str(refused.value)
+    with monkeypatch.context() as patch:  # one that is told only when it is loaded
+        patch.setattr(zero_shot_cache, "is_surely", lambda *args: False)
+        assert not measure().teacher_ran
+    no_teacher()
+    assert numbers(measure()) == numbers(first)
+
+
 def test_images_that_cannot_be_used_are_named_the_same_way(measure: Measure, pictures: Path) -> None:
     # the first image of all, which the prompts are kept with, and a file that is not there
     (pictures / "cat" / "00.png").symlink_to(pictures / "gone.png")
@@ -286,7 +318,7 @@ def test_a_teacher_is_told_by_its_files_without_being_built(
         assert is_surely(name, None, identity)
         assert not any(is_surely(other, None, identity) for other in found if other != name)
         half = identity.teacher.model_copy(update={"precision": "bf16"})
-        assert not is_surely(name, None, identity.model_copy(update={"teacher": half}))
+        assert is_surely(name, None, identity.model_copy(update={"teacher": half}))
     assert not is_surely(f"local-dir:{other}", None, identity)
     assert not is_surely("local-dir:/nowhere", None, identity)
     # a tag is a name for one file of weights; a file may be another one tomorrow
