@@ -12,21 +12,21 @@ behind the rest costs the teacher what is new and the last chunk before it, what
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.arrays import ARRAYS
-from storage.commits import ChunkRef, Tower, all_chunks
+from storage.commits import ChunkRef, all_chunks
 from storage.drawn_rows import stored_rows
 from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
 from storage.manifest import CacheManifest, Layout
 from storage.reader import EmbeddingReader
-from storage.tables import chunk_rows_sha256
+from storage.tables import CAPTIONS, SAMPLES, read_table
 from storage.writer import EmbeddingWriter
 
 __all__ = ["CachedChunks", "CachedRows", "KnownRows", "NotReusableError", "known_rows", "require_reusable"]
@@ -53,25 +53,25 @@ class KnownRows(Protocol):
 
 
 class CachedRows:
-    """Rows of a finished cache by the rows of another one.
+    """Rows of a finished cache by the rows of another one. Holds 8 bytes for each row of the cache to fill.
 
     Args:
         location: of the finished cache.
-        identity: of the cache to fill.
-        samples, captions: its tables.
+        writer: of the cache to fill.
 
     Raises:
         NotReusableError: its rows are another teacher's, or made otherwise.
         CacheError: it cannot be read.
     """
 
-    def __init__(self, location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> None:
+    def __init__(self, location: str, writer: EmbeddingWriter) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+        identity = writer.manifest.identity
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
         self._old = {
-            "image": _places(samples["content_sha256"], self._reader.samples["content_sha256"]),
-            "text": _places(captions["text"], self._reader.captions["text"]),
+            "image": _places(writer, self._reader, SAMPLES, "content_sha256"),
+            "text": _places(writer, self._reader, CAPTIONS, "text"),
         }
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
@@ -110,20 +110,20 @@ class CachedChunks:
     Args:
         location: of the finished cache.
         identity, layout: of the cache to fill.
-        samples, captions: its tables.
+        rows_sha256: of what its chunks are made: ``EmbeddingWriter.rows_sha256``.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
     """
 
     def __init__(
-        self, location: str, identity: CacheIdentity, layout: Layout, samples: pa.Table, captions: pa.Table
+        self, location: str, identity: CacheIdentity, layout: Layout, rows_sha256: Callable[[ChunkRef], str]
     ) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
         self._layout = layout
-        self._tables: dict[Tower, pa.Table] = {"image": samples, "text": captions}
+        self._rows_sha256 = rows_sha256
         # one that has quarantined rows is looked at again
         self._old = {
             (ref.tower, ref.view, commit.rows_sha256): ref
@@ -149,8 +149,7 @@ class CachedChunks:
     def _find(self, ref: ChunkRef) -> ChunkRef | None:
         if ref.view >= self._views:
             return None
-        made_of = chunk_rows_sha256(self._tables[ref.tower], ref.tower, ref.rows(self._layout))
-        return self._old.get((ref.tower, ref.view, made_of))
+        return self._old.get((ref.tower, ref.view, self._rows_sha256(ref)))
 
 
 def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:
@@ -161,10 +160,10 @@ def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | Cache
     """
     if not reuse:
         return None
-    identity, samples, captions = writer.manifest.identity, writer.samples, writer.captions
-    if identity.targets.dtype == "int8":
-        return CachedChunks(reuse, identity, writer.manifest.layout, samples, captions)
-    return CachedRows(reuse, identity, samples, captions)
+    manifest = writer.manifest
+    if manifest.identity.targets.dtype == "int8":
+        return CachedChunks(reuse, manifest.identity, manifest.layout, writer.rows_sha256)
+    return CachedRows(reuse, writer)
 
 
 def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
@@ -193,8 +192,10 @@ def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
     return have.views if views == identity.views.model_copy(update=alike) else 1
 
 
-def _places(wanted: pa.ChunkedArray, there: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Where each value is first among others; -1 where it is not."""
-    found = pc.index_in(wanted, value_set=there.combine_chunks())
+def _places(wanted: EmbeddingWriter, there: EmbeddingReader, table: str, column: str) -> NDArray[np.int64]:
+    """Where each value of a column of one cache is first among those of another one; -1 where it is not."""
+    # both columns are let go of afterwards: what is kept of a row is its place
+    values, among = (read_table(of.files, of.manifest, table, [column])[column] for of in (wanted, there))
+    found = pc.index_in(values, value_set=among.combine_chunks())
     places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)
     return places
