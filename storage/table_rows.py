@@ -89,6 +89,8 @@ class TableRows:
             while self._groups and self.held_rows + coming > _HELD_ROWS:
                 self._groups.popitem(last=False)
             self._groups[at] = part.file.read_row_group(group, use_threads=False)
+            # arrow's allocator otherwise keeps what was freed, and ever more of it
+            pa.default_memory_pool().release_unused()
         self._groups.move_to_end(at)
         return self._groups[at]
 
