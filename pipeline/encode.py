@@ -45,6 +45,7 @@ from storage.journal import ChunkCost
 from storage.logs import event, logger
 from storage.manifest import Layout
 from storage.shapes import SCALE
+from storage.table_rows import TableRows
 from storage.writer import EmbeddingWriter
 
 __all__ = ["RowTally", "encode_chunks", "encode_shared"]
@@ -81,7 +82,7 @@ def encode_shared(
 
     Args:
         known: rows that are not encoded but written as they are; those of ``config.reuse`` if left out.
-        writer: of this cache, for who calls again and again: it has read the tables once.
+        writer: of this cache, for who calls again and again: what it has read of the tables serves the next call.
 
     Returns:
         How many of them this process encoded.
@@ -137,7 +138,7 @@ def _encode(
         # of a store both chunks that may be on their way are, and the next one is claimed meanwhile
         ThreadPoolExecutor(_WRITES_AHEAD if remote else 1) as writers,
         ThreadPoolExecutor(1) as claimer,
-        source.threads(writer.samples["uri"][0].as_py()) as fetchers,
+        source.threads(writer.samples.read(range(1))["uri"][0].as_py()) as fetchers,
     ):
         jobs = _Jobs(teacher, writer, source, known, fetchers)
         try:
@@ -469,9 +470,8 @@ class _Jobs:
         return tokens
 
 
-def _some(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
-    # the slice first: take would copy a table of several pieces as a whole
-    return table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
+def _some(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:
+    return table.read(range(int(rows[0]), int(rows[-1]) + 1)).take(pa.array(rows - rows[0]))
 
 
 def _one_ahead(pool: ThreadPoolExecutor, refs: Iterable[ChunkRef]) -> Iterator[ChunkRef]:

@@ -49,7 +49,7 @@ from storage.journal import read_note
 from storage.manifest import CacheManifest, Layout, Source
 from storage.root import look_at_manifest
 from storage.shapes import target_bytes
-from storage.tables import CAPTIONS, SAMPLES, table_files
+from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
 from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
@@ -323,7 +323,14 @@ def _known(
     identity = planned.identity
     if there is not None and there.layout.views > identity.views.count:  # it is taken as it is
         identity = identity.model_copy(update={"views": there.identity.views})
-    return cached_rows(config.reuse, identity, planned.tables[SAMPLES], planned.tables[CAPTIONS])
+    tables = planned.tables
+    towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
+    return cached_rows(
+        config.reuse,
+        identity,
+        lambda table, name: tables[table][name],
+        lambda tower, rows: chunk_rows_sha256(tables[towers[tower]].slice(rows.start, len(rows)), tower),
+    )
 
 
 def _there(

@@ -11,7 +11,7 @@ behind the rest costs the teacher what is new and the last chunk before it, what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
 from storage.manifest import CacheManifest, Layout
 from storage.reader import EmbeddingReader
-from storage.tables import chunk_rows_sha256
+from storage.table_rows import TableRows
+from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, read_table
 from storage.writer import EmbeddingWriter
 
 __all__ = [
@@ -63,25 +64,25 @@ class KnownRows(Protocol):
 
 
 class CachedRows:
-    """Rows of a finished cache by the rows of another one.
+    """Rows of a finished cache by the rows of another one. Holds 8 bytes for each row of the cache to fill.
 
     Args:
         location: of the finished cache.
         identity: of the cache to fill.
-        samples, captions: its tables.
+        column: of one of its tables, by the table's name and its own.
 
     Raises:
         NotReusableError: its rows are another teacher's, or made otherwise.
         CacheError: it cannot be read.
     """
 
-    def __init__(self, location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> None:
+    def __init__(self, location: str, identity: CacheIdentity, column: Callable[[str, str], pa.ChunkedArray]) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
         self._old = {
-            "image": _places(samples["content_sha256"], self._reader.samples["content_sha256"]),
-            "text": _places(captions["text"], self._reader.captions["text"]),
+            "image": _places(column, self._reader, SAMPLES, "content_sha256"),
+            "text": _places(column, self._reader, CAPTIONS, "text"),
         }
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
@@ -123,17 +124,17 @@ class CachedChunks:
     Args:
         location: of the finished cache.
         identity: of the cache to fill.
-        samples, captions: its tables.
+        rows_sha256: of what some rows of it are made: ``storage.tables.chunk_rows_sha256``.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
     """
 
-    def __init__(self, location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table) -> None:
+    def __init__(self, location: str, identity: CacheIdentity, rows_sha256: Callable[[Tower, range], str]) -> None:
         self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
-        self._tables: dict[Tower, pa.Table] = {"image": samples, "text": captions}
+        self._rows_sha256 = rows_sha256
         # one that has quarantined rows is looked at again
         self._old = {
             (ref.tower, ref.view, commit.rows_sha256): ref
@@ -155,8 +156,7 @@ class CachedChunks:
     def _find(self, ref: ChunkRef, rows: range) -> ChunkRef | None:
         if ref.view >= self._views:
             return None
-        made_of = chunk_rows_sha256(self._tables[ref.tower], ref.tower, rows)
-        return self._old.get((ref.tower, ref.view, made_of))
+        return self._old.get((ref.tower, ref.view, self._rows_sha256(ref.tower, rows)))
 
 
 def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:
@@ -167,19 +167,34 @@ def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | Cache
     """
     if not reuse:
         return None
-    return cached_rows(reuse, writer.manifest.identity, writer.samples, writer.captions)
+    tables: dict[Tower, TableRows] = {"image": writer.samples, "text": writer.captions}
+    return cached_rows(
+        reuse,
+        writer.manifest.identity,
+        lambda table, name: read_table(writer.files, writer.manifest, table, [name])[name],
+        lambda tower, rows: chunk_rows_sha256(tables[tower].read(rows), tower),
+    )
 
 
 def cached_rows(
-    location: str, identity: CacheIdentity, samples: pa.Table, captions: pa.Table
+    location: str,
+    identity: CacheIdentity,
+    column: Callable[[str, str], pa.ChunkedArray],
+    rows_sha256: Callable[[Tower, range], str],
 ) -> CachedRows | CachedChunks:
-    """Of a finished cache, what one with this identity and these tables can copy: rows, or of int8 whole chunks.
+    """Of a finished cache, what another one can copy: rows, or of int8 whole chunks.
+
+    Args:
+        identity: of the cache to fill.
+        column: of one of its tables, by the table's name and its own.
+        rows_sha256: of what some of its rows are made.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
     """
-    kind = CachedChunks if identity.targets.dtype == "int8" else CachedRows
-    return kind(location, identity, samples, captions)
+    if identity.targets.dtype == "int8":
+        return CachedChunks(location, identity, rows_sha256)
+    return CachedRows(location, identity, column)
 
 
 def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
@@ -234,8 +249,12 @@ def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
     return have.views if views == identity.views.model_copy(update=alike) else 1
 
 
-def _places(wanted: pa.ChunkedArray, there: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Where each value is first among others; -1 where it is not."""
-    found = pc.index_in(wanted, value_set=there.combine_chunks())
+def _places(
+    column: Callable[[str, str], pa.ChunkedArray], there: EmbeddingReader, table: str, name: str
+) -> NDArray[np.int64]:
+    """Where each value of a column of one cache is first among those of another one; -1 where it is not."""
+    # both columns are let go of afterwards: what is kept of a row is its place
+    among = read_table(there.files, there.manifest, table, [name])[name].combine_chunks()
+    found = pc.index_in(column(table, name), value_set=among)
     places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)
     return places

@@ -24,8 +24,9 @@ from storage.files import open_files
 from storage.integrity import Finding, verify_cache
 from storage.manifest import CacheManifest
 from storage.repair import RepairPlan, plan_repair, restore
-from storage.tables import SAMPLES, read_table
-from storage.writer import EmbeddingWriter, static_contents
+from storage.table_rows import TableRows
+from storage.tables import SAMPLES, table_files
+from storage.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
     from pipeline.samples import DatasetSpec
@@ -191,11 +192,15 @@ def _tables(
     tables = dataset_tables(found, digests)
     identity = manifest.identity.model_copy(update={"dataset": dataset_identity(spec, tables)})
     manifest.identity.require(identity, cache)
-    made = static_contents(manifest.layout, tables)
+    made = {name: table_files(name, table) for name, table in tables.items()}
     contents = {}
     for key in plan.tables:
-        data = made[key][0] if key in made else b""
-        sha256, wanted = hashlib.sha256(data).hexdigest(), manifest.files[key].sha256
+        name, wanted = key.partition("/")[0], manifest.files[key].sha256
+        data = made[name].get(key, (b"", 0))[0]
+        if hashlib.sha256(data).hexdigest() != wanted:
+            # as earlier versions wrote it
+            data = table_files(name, tables[name], one_group=True).get(key, (data, 0))[0]
+        sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != wanted:
             written = manifest.made_with.get("pyarrow", "another version")
             raise CacheMismatchError(
@@ -235,11 +240,11 @@ def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | Non
     from pipeline.samples import ImageSource, require_content
 
     cache, manifest = plan.report.location, plan.manifest
-    if samples is None:
-        samples = read_table(open_files(cache), manifest, SAMPLES)
+    there = TableRows(open_files(cache), manifest, SAMPLES)
     source = ImageSource(data_folder(spec.root))
     for row in _image_rows(manifest, plan.chunks):
-        sample = samples.slice(row, 1).to_pylist()[0]
+        of_row = there.read(range(row, row + 1)) if samples is None else samples.slice(row, 1)
+        sample = of_row.to_pylist()[0]
         where = source.resolve(sample["uri"])
         try:
             data = source.read(sample["uri"], sample["offset"], sample["length"])

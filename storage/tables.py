@@ -14,22 +14,26 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles, in_parallel
+from storage.files import CacheFiles, LocalFiles, in_parallel, read_buffer
 from storage.identity import canonical_json
 from storage.manifest import CacheManifest, StaticFile
 
 __all__ = [
     "CAPTIONS",
     "PROBLEMS",
+    "ROWS_PER_GROUP",
     "SAMPLES",
     "captions_sha256",
     "chunk_rows_sha256",
     "find_row",
+    "open_static",
+    "parquet_file",
     "read_rows",
     "read_static",
     "read_table",
     "samples_sha256",
     "table_files",
+    "table_keys",
 ]
 
 # folder in the cache -> columns; the row column is written down so that a table can be read on its own
@@ -54,21 +58,27 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 _ROWS_PER_FILE = 1_000_000
+ROWS_PER_GROUP = 65_536
+"""Rows of a parquet file's row groups, of which one is the least that can be read."""
+_BLOCK_BYTES = 1 << 20
 # what of a row its embedding is made of; where an image lies or which split it is in changes nothing
 _MADE_OF = {"image": ["sample_id", "content_sha256"], "text": ["text"]}
 
 
-def table_files(name: str, table: pa.Table) -> dict[str, tuple[bytes, int]]:
+def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str, tuple[bytes, int]]:
     """A table as parquet files of the cache: ``NAME/000000.parquet`` and on, with bytes and rows.
 
     At least one file, even when the table is empty.
+
+    Args:
+        one_group: all rows of a file in one row group, which are the bytes that earlier versions wrote.
     """
     table = table.cast(SCHEMAS[name])
-    files = {}
+    files, group = {}, _ROWS_PER_FILE if one_group else ROWS_PER_GROUP
     for number, start in enumerate(range(0, max(table.num_rows, 1), _ROWS_PER_FILE)):
         sink = io.BytesIO()
         part = table.slice(start, _ROWS_PER_FILE)
-        pq.write_table(part, sink, compression="zstd")
+        pq.write_table(part, sink, row_group_size=group, compression="zstd")
         files[f"{name}/{number:06d}.parquet"] = (sink.getvalue(), part.num_rows)
     return files
 
@@ -79,7 +89,8 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
     Raises:
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
-    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), _keys(manifest, name), most=4)
+    keys = table_keys(manifest, name)
+    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=4)
     parts = [_parse(data, columns) for data in read]
     return pa.concat_tables(parts).combine_chunks()
 
@@ -92,7 +103,7 @@ def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArr
         CacheCorruptError: as :func:`read_table`.
     """
     rows = np.asarray(rows, np.int64)
-    keys = _keys(manifest, name)
+    keys = table_keys(manifest, name)
     if len(keys) == 1:
         return read_table(files, manifest, name).take(pa.array(rows))
     stops = np.cumsum([manifest.files[key].rows or 0 for key in keys])
@@ -116,7 +127,7 @@ def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArr
 
 def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:
     """The first row of a table with this value in a column; None when there is none. One file at a time."""
-    for key in _keys(manifest, name):
+    for key in table_keys(manifest, name):
         table = _parse(read_static(files, key, manifest.files[key]), ["row", column])
         at = pc.index(table[column], value).as_py()
         if at >= 0:
@@ -124,7 +135,8 @@ def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str,
     return None
 
 
-def _keys(manifest: CacheManifest, name: str) -> list[str]:
+def table_keys(manifest: CacheManifest, name: str) -> list[str]:
+    """The parquet files of a table, in the order of their rows."""
     return sorted(key for key in manifest.files if key.startswith(f"{name}/"))
 
 
@@ -138,13 +150,13 @@ def captions_sha256(captions: pa.Table) -> str:
     return _digest_rows(captions.select(["image_row", "text"]))
 
 
-def chunk_rows_sha256(table: pa.Table, tower: Literal["image", "text"], rows: range) -> str:
+def chunk_rows_sha256(rows: pa.Table, tower: Literal["image", "text"]) -> str:
     """``ChunkCommit.rows_sha256``: over what the rows of a chunk were made of, in row order.
 
     Args:
-        table: samples for the image tower, captions for the text tower; whole.
+        rows: of the chunk; samples for the image tower, captions for the text tower.
     """
-    return _digest_rows(table.select(_MADE_OF[tower]).slice(rows.start, len(rows)))
+    return _digest_rows(rows.select(_MADE_OF[tower]))
 
 
 def _digest_rows(table: pa.Table) -> str:
@@ -158,9 +170,14 @@ def _digest_rows(table: pa.Table) -> str:
 
 
 def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    return parquet_file(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+
+
+def parquet_file(source: pa.NativeFile) -> pq.ParquetFile:
+    """A parquet file to be read from this thread."""
     # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
     # the process (exit -6) now and then
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=columns, use_threads=False)
+    return pq.ParquetFile(source, pre_buffer=False)
 
 
 def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
@@ -172,13 +189,41 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
     try:
         data = files.read(key)
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{files.location}/{key}: missing. {_REMEDY}") from error
-    found = hashlib.sha256(data).hexdigest()
+        raise _missing(files, key) from error
+    _require_digest(files, key, hashlib.sha256(data).hexdigest(), wanted)
+    return data
+
+
+def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
+    """A file that the manifest names, open and proven: in a folder block by block, without its bytes in memory.
+
+    Raises:
+        CacheCorruptError: it is missing or has other bytes.
+    """
+    found = hashlib.sha256()
+    try:
+        file = pa.OSFile(files.path(key)) if isinstance(files, LocalFiles) else pa.BufferReader(read_buffer(files, key))
+        while block := file.read(_BLOCK_BYTES):
+            found.update(block)
+    except FileNotFoundError as error:
+        raise _missing(files, key) from error
+    except OSError as error:
+        error.filename = error.filename or f"{files.location}/{key}"  # arrow's know no name
+        raise
+    _require_digest(files, key, found.hexdigest(), wanted)
+    file.seek(0)
+    return file
+
+
+def _missing(files: CacheFiles, key: str) -> CacheCorruptError:
+    return CacheCorruptError(f"{files.location}/{key}: missing. {_REMEDY}")
+
+
+def _require_digest(files: CacheFiles, key: str, found: str, wanted: StaticFile) -> None:
     if found != wanted.sha256:
         raise CacheCorruptError(
             f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. {_REMEDY}"
         )
-    return data
 
 
 _REMEDY = "Run teacher-cache repair CACHE, which makes it again from the dataset, or restore a copy."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,9 +41,10 @@ from storage.quantized import quantize
 from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
 from storage.shapes import SCALE
+from storage.table_rows import TableRows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_static, read_table, table_files
 
-__all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "static_contents"]
+__all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache"]
 
 _PLAN_POLL_SECONDS = 0.2
 
@@ -148,7 +148,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
+def _static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
     """Bytes, and rows of a parquet file, of every file that is written when a cache is planned, by key."""
     contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
     for name in (SAMPLES, CAPTIONS, PROBLEMS):
@@ -164,7 +164,7 @@ def _start(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    contents = static_contents(layout, tables)
+    contents = _static_contents(layout, tables)
     for _ in in_parallel(files, lambda key: files.write(key, contents[key][0]), list(contents)):
         pass
     static = {key: StaticFile(sha256=_sha256(data), rows=rows) for key, (data, rows) in contents.items()}
@@ -197,20 +197,19 @@ class EmbeddingWriter:
     def __init__(self, location: str) -> None:
         self.files = open_files(location)
         self.manifest = read_manifest(self.files)
+        self.samples = TableRows(self.files, self.manifest, SAMPLES)
+        """One row per image, read as asked for."""
+        self.captions = TableRows(self.files, self.manifest, CAPTIONS)
+        """One row per caption, read as asked for."""
 
-    @cached_property
-    def samples(self) -> pa.Table:
-        """One row per image, proven; see ``storage.tables``."""
-        return read_table(self.files, self.manifest, SAMPLES)
+    def rows_sha256(self, ref: ChunkRef) -> str:
+        """``ChunkCommit.rows_sha256`` of a chunk, by the tables.
 
-    @cached_property
-    def captions(self) -> pa.Table:
-        """One row per caption, proven."""
-        return read_table(self.files, self.manifest, CAPTIONS)
-
-    def _rows_sha256(self, ref: ChunkRef) -> str:
+        Raises:
+            CacheCorruptError: a table is missing or damaged.
+        """
         table = self.samples if ref.tower == "image" else self.captions
-        return chunk_rows_sha256(table, ref.tower, ref.rows(self.manifest.layout))
+        return chunk_rows_sha256(table.read(ref.rows(self.manifest.layout)), ref.tower)
 
     def pending(self) -> list[ChunkRef]:
         """Chunks that are not done. Done means: committed, and every byte has the committed checksum.
@@ -235,7 +234,7 @@ class EmbeddingWriter:
         layout = self.manifest.layout
         try:
             commit = read_commit(self.files, self.manifest, ref)
-            if commit is None or commit.rows_sha256 != self._rows_sha256(ref):
+            if commit is None or commit.rows_sha256 != self.rows_sha256(ref):
                 return False
             for name, key in ref.object_keys(layout).items():
                 shape, dtype = chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
@@ -291,7 +290,7 @@ class EmbeddingWriter:
             chunk=ref.chunk,
             rows=(rows.start, rows.stop),
             encoder_digest=self.manifest.identity.encoder_digest,
-            rows_sha256=self._rows_sha256(ref),
+            rows_sha256=self.rows_sha256(ref),
             objects={name: digest for name, (_, digest) in encoded.items()},
             quarantined=tuple(quarantined),
         )

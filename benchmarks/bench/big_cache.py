@@ -80,7 +80,6 @@ def _embeddings(refs: list[ChunkRef], layout: Layout) -> Iterator[NDArray[np.flo
 def _write(location: str) -> None:
     writer = EmbeddingWriter(location)
     layout = writer.manifest.layout
-    _ = writer.samples, writer.captions  # read before the threads ask for them
     refs = [ref for ref in all_chunks(layout) if not writer.is_committed(ref)]
 
     def write(ref: ChunkRef, embedding: NDArray[np.float16]) -> None:

@@ -86,7 +86,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     of_texts = [ref for ref in refs if ref.tower == "text"][: 1 if settings.quick else 2]
     texts = sum(len(ref.rows(writer.manifest.layout)) for ref in of_texts)
     pixels = torch.randn(batch, 3, *teacher.preprocess.size, device=teacher.device)
-    captions = writer.captions["text"].to_pylist()[:texts]
+    captions = writer.captions.read(range(texts))["text"].to_pylist()
     tokens = [_ready_tokens(teacher, captions[at : at + batch]) for at in range(0, texts, batch)]
 
     def bare_images() -> None:

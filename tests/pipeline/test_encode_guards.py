@@ -22,6 +22,10 @@ from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
 from pipeline.teacher import Encoded, LiveTeacher, load_teacher
 from storage.commits import ChunkRef
+from storage.files import CacheFiles
+from storage.manifest import StaticFile
+from storage.table_rows import TableRows
+from storage.tables import open_static
 from storage.writer import EmbeddingWriter
 
 MakePhotos = Callable[..., Path]
@@ -161,6 +165,43 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(
     encode_chunks(settings, teacher, images)
     assert during == [6]  # the chunk that is written, and two behind it, of two batches each
     assert counts["passes"] == 12
+
+
+def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the chunks are those of a cache with one file of each table."""
+    settings, teacher, refs = planned
+    encode_chunks(settings, teacher, refs)
+    whole = EmbeddingWriter(settings.cache)
+    monkeypatch.setattr("storage.tables._ROWS_PER_FILE", 3 * CHUNK)  # writing is some chunks behind preparing
+    monkeypatch.setattr("storage.tables.ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("storage.table_rows._HELD_ROWS", 16)
+    other = settings.model_copy(update={"cache": str(tmp_path / "other")})
+    assert plan_precompute(other, teacher) == refs
+    opened: Counter[str] = Counter()
+    held: list[int] = []
+    read = TableRows.read
+
+    def opening(files: CacheFiles, key: str, wanted: StaticFile) -> Any:
+        opened[key] += 1
+        return open_static(files, key, wanted)
+
+    def reading(self: TableRows, rows: range) -> Any:
+        found = read(self, rows)
+        held.append(self.held_rows)
+        return found
+
+    monkeypatch.setattr("storage.table_rows.open_static", opening)
+    monkeypatch.setattr(TableRows, "read", reading)
+    encode_chunks(other, teacher, [ref for ref in refs if ref.view == 0])
+    parts = EmbeddingWriter(other.cache)
+    assert opened == {key: 1 for key in parts.manifest.files if key.startswith(("samples/", "captions/"))}
+    assert len(opened) == 1 + 2
+    assert max(held) <= 16 < IMAGES
+    encode_chunks(other, teacher, [ref for ref in refs if ref.view == 1])
+    keys = [key for ref in refs for key in (ref.commit_key, *ref.object_keys(parts.manifest.layout).values())]
+    assert [parts.files.read(key) for key in keys] == [whole.files.read(key) for key in keys]
 
 
 def test_a_teacher_is_probed_once(

@@ -295,6 +295,17 @@ def test_a_table_that_does_not_come_back_says_which_and_what_to_do(home: Home, t
     assert everything(cache) == before
 
 
+def test_a_table_of_an_earlier_version_comes_back_as_it_was(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a file was one row group, whatever its size."""
+    cache = home.copy(tmp_path / "c")
+    monkeypatch.setattr("storage.tables.ROWS_PER_GROUP", 3)
+    hurt(cache, "samples/000000.parquet", "captions/000000.parquet")
+    assert mend(home, cache).ok
+    assert cache_digest(cache) == home.digest
+
+
 def test_captions_alone_need_no_dataset(home: Home, tmp_path: Path) -> None:
     cache = home.copy(tmp_path / "c")
     hurt(cache, TEXT_CHUNK)

@@ -71,7 +71,7 @@ def test_a_chunk_is_written_by_as_few_requests_as_it_has_objects(far: LatencyPro
     ref = ChunkRef("image", 0, 3)
     writer = EmbeddingWriter(location)
     arrays = known_arrays(writer, ref)
-    _ = writer.samples
+    writer.samples.read(range(1))
     far.forget()
     writer.write(ref, arrays)
     assert far.requests == {("PUT", "targets.zarr"): 3, ("PUT", "commits"): 1}
