@@ -146,12 +146,19 @@ class _Outputs:
         self._dtype, self._made = dtype, deque[NDArray[Any]](maxlen=kept)
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        for made in self._made:
-            # of the deque, of this loop and of the call
-            if made.shape == shape and sys.getrefcount(made) == 3:
+        for made, count in zip(self._made, _references(self._made), strict=True):
+            if made.shape == shape and count == _NO_OTHERS:
                 return made
         self._made.append(np.empty(shape, self._dtype))
         return self._made[-1]
+
+
+def _references(arrays: Iterable[NDArray[Any]]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+# the deque's reference and those that the looking itself takes, which are not the same in all Pythons
+_NO_OTHERS = _references(deque([np.empty(0)]))[0]
 
 
 class _Chunks:
