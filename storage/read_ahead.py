@@ -44,8 +44,10 @@ class ReadAhead(Generic[_Key, _Value]):
             return  # a fork's copy: nothing here would ever be done
         for future in self._asked.values():
             future.cancel()
-        self.drop(keep=[])
-        self._pool.shutdown(wait=True)
+        try:
+            self.drop(keep=[])
+        finally:
+            self._pool.shutdown(wait=True)
 
     def __contains__(self, key: _Key) -> bool:
         return key in self._asked
