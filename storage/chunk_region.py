@@ -78,6 +78,19 @@ class ChunkRegion:
         finally:
             os.close(descriptor)
 
+    def will_need(self, number: int) -> None:
+        """Have the system begin to read what it does not have of a mapped chunk; nothing is waited for."""
+        self._region.madvise(mmap.MADV_WILLNEED, number * self._chunk_bytes, self._chunk_bytes)
+
+    def is_there(self, number: int) -> bool:
+        """Whether a mapped chunk can be read, all of it: its pages are there afterwards. Old kernels cannot tell."""
+        try:
+            with contextlib.suppress(_Unsupported):
+                _populate(self._region, number * self._chunk_bytes, self._chunk_bytes)
+        except OSError:
+            return False
+        return True
+
     def fill(self, number: int, values: NDArray[Any], again: bool = False) -> None:
         """Copy a chunk to its place.
 

@@ -21,8 +21,8 @@ class ReadAhead(Generic[_Key, _Value]):
 
     Args:
         load: makes the value of a key; called in several threads at once. Its error is raised by :meth:`get`.
-        release: takes apart what ``load`` made of a key, once it is dropped; in one of these threads too, and
-            before the same key is loaded again. Not called where ``load`` failed.
+        release: takes apart what ``load`` made of a key, once it is dropped: at once, or in one of these threads where
+            it is being loaded then; before the same key is loaded again. Not called where ``load`` failed.
         threads: loads at the same time, at most.
     """
 
@@ -44,8 +44,10 @@ class ReadAhead(Generic[_Key, _Value]):
             return  # a fork's copy: nothing here would ever be done
         for future in self._asked.values():
             future.cancel()
-        self.drop(keep=[])
-        self._pool.shutdown(wait=True)
+        try:
+            self.drop(keep=[])
+        finally:
+            self._pool.shutdown(wait=True)
 
     def __contains__(self, key: _Key) -> bool:
         return key in self._asked
@@ -64,7 +66,7 @@ class ReadAhead(Generic[_Key, _Value]):
             raise RuntimeError("this was begun before the process was forked, and its threads are not here: begin anew")
         for key in keys:
             if key not in self._asked:
-                self._asked[key] = self._pool.submit(self._load_after, self._leaving.pop(key, None), key)
+                self._asked[key] = self._pool.submit(self._load_after, self._leaving.get(key), key)
 
     def _load_after(self, leaving: Future[None] | None, key: _Key) -> _Value:
         if leaving is not None:  # begun before this one: the pool takes them in their order
@@ -86,7 +88,11 @@ class ReadAhead(Generic[_Key, _Value]):
         self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
         for key in [key for key in self._asked if key not in kept]:
             loaded = self._asked.pop(key)
-            if not loaded.cancel():
+            if loaded.cancel():
+                continue
+            if loaded.done():
+                self._release_after(loaded, key)
+            else:
                 self._leaving[key] = self._pool.submit(self._release_after, loaded, key)
 
     def _release_after(self, loaded: Future[_Value], key: _Key) -> None:

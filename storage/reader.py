@@ -53,8 +53,9 @@ class EmbeddingReader:
     """A sealed cache, for training and evaluation. Where views are still being added, the sealed ones can be read.
 
     Chunks are read whole, proven and kept in memory, least recently used ones leaving first when
-    ``memory_bytes`` is reached; a cache that fits is read once. Threads may share a reader: they load different
-    chunks at the same time, and each chunk once. A spawned worker gets a reader of its own by pickling; a forked one
+    ``memory_bytes`` is reached; a cache that fits is read once. Besides, streams of a local cache leave as many bytes
+    of each array mapped. Threads may share a reader: they load different chunks at the same time, and each chunk once.
+    A spawned worker gets a reader of its own by pickling; a forked one
     goes on with its copy, the chunks in memory included, whatever other threads of the parent were doing.
 
     Attributes:

@@ -1,17 +1,17 @@
 """Rows in an order that is known beforehand, batch by batch: each chunk read once, while earlier batches are used.
 
 The other half of ``storage.reader``. Batches are looked at ahead of their use. Threads load the chunks that they need,
-within a budget of bytes; a chunk leaves once no batch that is in sight needs it. All rows of a batch are gathered by
-one call, of one copy a row.
+within a budget of bytes; once no batch that is in sight needs a chunk it leaves, or its file stays mapped for the next
+epoch. All rows of a batch are gathered by one call, of one copy a row.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from storage.arrays import chunk_shape, prove_body, stored_dtype
 from storage.chunk_region import ChunkRegion
 from storage.commits import ChunkRef, Tower
+from storage.errors import CacheCorruptError
 from storage.files import CacheFiles, requests_at_once
 from storage.local_files import LocalFiles
 from storage.quantized import unit_dequantized
@@ -43,6 +44,7 @@ _GROUP_ROWS = 8192  # for a group of batches all chunks are there before the fir
 _LOOKED_AT_ROWS = 32_768  # at once: each call into numpy may have to wait for Python's lock
 _ROWS_IN_SIGHT = 65_536  # at most, and a group
 _MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
+_MOST_KEPT = 4_096  # chunks of one array, each with a hole beside it at worst
 _LOCAL_THREADS = 2
 
 
@@ -93,6 +95,7 @@ def stream_rows(
                 if group is None:
                     break
                 seen.append(group)
+                chunks.look_at(group.numbers)
                 rows += group.rows
             if not seen:
                 return
@@ -114,6 +117,8 @@ def stream_rows(
                         break
                 for number in needed:
                     ahead.get(number)
+                for number in chunks.require_there(now.numbers):
+                    ahead.get(number)
                 for at in now.batches:
                     yield chunks.gather(at)
             rows -= seen.popleft().rows
@@ -123,9 +128,9 @@ def stream_rows(
 class MappedChunks:
     """The addresses of one array's chunks and what stays mapped there from one epoch to the next.
 
-    Files that are mapped first stay; in orders that go through all chunks again and again nothing else is better. Up
-    to ``memory_bytes`` of a reader, of the system's page cache: shared by all processes, and taken back when memory
-    is wanted.
+    Files that are mapped first stay, as long as streams want them: in orders that go through all chunks again and again
+    nothing else is better. Up to ``memory_bytes`` of a reader for each array, of the system's page cache: shared by all
+    processes, and taken back when memory is wanted.
     """
 
     def __init__(self, chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any], columns: int) -> None:
@@ -137,21 +142,33 @@ class MappedChunks:
 
 
 class _Outputs:
-    """New arrays, in memory of earlier ones that nobody refers to any more: pages of their own have to be zeroed first.
+    """New arrays, in memory of earlier ones that are gone: pages of the system's would have to be zeroed first.
 
-    Views, tensors and whatever else uses an array's memory refer to the array.
+    While an array, a view of it or a tensor over it is there, its bytearray cannot be resized.
     """
 
     def __init__(self, dtype: np.dtype[Any], kept: int = 3) -> None:
-        self._dtype, self._made = dtype, deque[NDArray[Any]](maxlen=kept)
+        self._dtype = dtype
+        self._lent: deque[bytearray] = deque(maxlen=kept)
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        for made in self._made:
-            # of the deque, of this loop and of the call
-            if made.shape == shape and sys.getrefcount(made) == 3:
-                return made
-        self._made.append(np.empty(shape, self._dtype))
-        return self._made[-1]
+        count = int(np.prod(shape))
+        size = count * self._dtype.itemsize + 1
+        for memory in self._lent:
+            if len(memory) == size and _is_given_back(memory):
+                break
+        else:
+            memory = bytearray(size)
+            self._lent.append(memory)
+        return np.frombuffer(memory, self._dtype, count).reshape(shape)
+
+
+def _is_given_back(memory: bytearray) -> bool:
+    try:
+        memory.append(memory.pop())
+    except BufferError:
+        return False
+    return True
 
 
 class _Chunks:
@@ -173,23 +190,31 @@ class _Chunks:
         self.region, self._steps = self.mapped.region, self.mapped.steps
         self._local = isinstance(reader.files, LocalFiles)
         self.maps = self._local and self.region.maps_files
-        self._most_kept = min(reader._memory_bytes // self.nbytes, _MOST_MAPPED)
+        self._most_kept = min(reader._memory_bytes // self.nbytes, _MOST_KEPT)
         # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
         self._places = np.arange(self.views * self.number)
         self._free = list(reversed(range(self.views * self.number)))
         self._stored: dict[int, bytes] = {}  # of the chunks that are mapped and may stay
         self._used: set[int] = set()
         self._copied: set[int] = set()
+        self._wanted: set[int] = set()
+        self._here: set[int] = set()  # what the batches before needed
+        self._too_many = False  # more than may stay mapped
         self._outputs = _Outputs(self._dtype)
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Leave what is mapped to the next stream of this array; a fork's copy may be half made."""
-        if os.getpid() == self._process:
-            self._reader._mapped[self._tower, self.array] = self.mapped
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Leave what is mapped to the next stream of this array, unless something may still be done to it."""
+        if not self.maps or os.getpid() != self._process or kind not in (None, GeneratorExit):
+            return
+        if self._too_many:  # room for those that are in use now
+            for number in self.mapped.kept.keys() - self._wanted:
+                del self.mapped.kept[number]
+                self.region.release(number)
+        self._reader._mapped[self._tower, self.array] = self.mapped
 
     def ref(self, number: int) -> ChunkRef:
         return ChunkRef(self._tower, *divmod(number, self.number))
@@ -230,12 +255,40 @@ class _Chunks:
             return
         if number in self._stored and len(self.mapped.kept) < self._most_kept:
             self.mapped.kept[number] = self._stored.pop(number)
+        elif number in self._stored:
+            self._too_many = True
+            del self._stored[number]
+            self.region.release(number)
         elif number in self._copied:
             self._copied.remove(number)
             self._free.append(int(self._places[number]))
         else:
-            self._stored.pop(number, None)
             self.region.release(number)
+
+    def look_at(self, numbers: list[int]) -> None:
+        """Of what stayed mapped, these are wanted soon: their pages are read if the system has taken them back."""
+        self._wanted.update(numbers)
+        for number in self.mapped.kept.keys() & numbers:
+            self.region.will_need(number)
+
+    def require_there(self, numbers: list[int]) -> list[int]:
+        """Those of what stayed mapped that can no longer be read: a disk failed, or a file was cut short since."""
+        gone = []
+        for number in (self.mapped.kept.keys() & numbers) - self._here:
+            if not self._has_its_size(number) or not self.region.is_there(number):
+                del self.mapped.kept[number]
+                gone.append(number)
+        self._here = set(numbers)
+        return gone
+
+    def _has_its_size(self, number: int) -> bool:
+        files = self._reader.files
+        assert isinstance(files, LocalFiles)
+        key = self.ref(number).object_keys(self._reader.manifest.layout)[self.array]
+        try:
+            return Path(files.path(key)).stat().st_size == self.nbytes + CRC_BYTES
+        except OSError:
+            return True  # what is mapped is there without its name
 
     def _map(self, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
@@ -255,7 +308,12 @@ class _Chunks:
         # the checksum beside it costs nothing to look at, and tells a file that another took the place of
         if self._prove == "every" or not proven or int.from_bytes(stored, "little") != wanted.crc32c:
             values = self.region.chunk(number)
-            some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            try:
+                some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+            except CacheCorruptError:
+                if self.mapped.kept.pop(number, None) is None:
+                    raise
+                return self._map(number, ref)  # the file that is there now may be a mended one
             if not proven:
                 self._reader._note_proven(ref, self.array, values, some_nan)
         self._reader._count(wanted.nbytes)

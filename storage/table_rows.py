@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,7 +43,7 @@ class TableRows:
     it in between is not noticed here, but by ``verify``, which compares each chunk's record with the tables. Of an
     object store the file is fetched as a whole, since it has to be proven as a whole, and kept as it is, compressed.
 
-    Safe for several threads, which read one after another.
+    Safe for several threads, which read one after another; a process that is forked begins with nothing held.
     """
 
     def __init__(self, files: CacheFiles, manifest: CacheManifest, name: str) -> None:
@@ -51,6 +53,10 @@ class TableRows:
         self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
+        _TABLES.add(self)
+
+    def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str]]:
+        return TableRows, (self._files, self._manifest, self._name)  # a spawned process opens the files for itself
 
     @property
     def held_rows(self) -> int:
@@ -75,6 +81,10 @@ class TableRows:
                 for group, first, stop in self._groups_of(number, rows)
             ]
         return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table()
+
+    def _after_fork(self) -> None:
+        # another thread of the parent may have held the lock, and been between two lines
+        self._lock, self._parts, self._groups = threading.Lock(), OrderedDict(), OrderedDict()
 
     def _groups_of(self, number: int, rows: range) -> list[tuple[int, int, int]]:
         """The row groups of a file that hold some of the rows, with their first row and the one after their last."""
@@ -115,3 +125,15 @@ def _overlap(rows: range, first: int, stop: int) -> tuple[int, int]:
     """Offset and length, in the range [first, stop), of the rows that lie in it."""
     start = max(rows.start, first)
     return start - first, min(rows.stop, stop) - start
+
+
+_TABLES: weakref.WeakSet[TableRows] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for table in _TABLES:
+        table._after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)

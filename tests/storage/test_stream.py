@@ -104,27 +104,6 @@ def test_an_epoch_reads_each_chunk_once(mapped: str, room: int, again: int) -> N
         assert reader.bytes_read == reader.objects_read * (4096 + 4)
 
 
-def test_streams_of_one_array_side_by_side(mapped: str) -> None:
-    """Whichever ends last leaves its mapped chunks to the next one."""
-    reader, other = EmbeddingReader(mapped), EmbeddingReader(mapped)
-    for number in range(2):
-        orders = [list(epoch(reader, number)), list(epoch(reader, number + 7))]
-        for first, second, left, right in zip(*orders, *(reader.stream("image", each) for each in orders), strict=True):
-            np.testing.assert_array_equal(left, other.take("image", first))
-            np.testing.assert_array_equal(right, other.take("image", second))
-
-
-def test_memory_of_batches_that_are_gone_is_used_again(mapped: str) -> None:
-    reader = EmbeddingReader(mapped)
-    order = list(epoch(reader, 0))[:-1]
-    memory = {values.ctypes.data for values in reader.stream("image", order)}
-    assert len(memory) <= 3
-    # what is left of a batch holds it
-    parts = [values[3:5].view(np.uint16) for values in reader.stream("image", order)]
-    for rows, part in zip(order, parts, strict=True):
-        np.testing.assert_array_equal(part, reader.take("image", rows)[3:5].view(np.uint16))
-
-
 def test_chunks_of_a_store_that_fit_in_memory_are_read_once_in_all(remote: str) -> None:
     reader = EmbeddingReader(remote)
     for number in range(2):
@@ -342,33 +321,6 @@ def test_batches_are_not_looked_at_without_end(mapped: str, monkeypatch: pytest.
     order = (np.arange(64) for _ in iter(asked.__next__, 1000))
     next(EmbeddingReader(mapped).stream("text", order, array="norm"))
     assert next(asked) <= 6
-
-
-def put_another_in_its_place(location: str) -> None:
-    path, other = (Path(location) / f"targets.zarr/text/embedding/c/{chunk}/0" for chunk in (1, 2))
-    data = other.read_bytes()
-    path.unlink()
-    path.write_bytes(data)
-
-
-def test_a_file_that_took_anothers_place_between_epochs(tmp_path: Path) -> None:
-    location = fill_known_cache(str(tmp_path / "c"), CHUNK_ROWS)
-    reader = EmbeddingReader(location, memory_bytes=1)
-    order = [np.arange(0, IMAGES, 3)]
-    list(reader.stream("text", order))
-    put_another_in_its_place(location)
-    with pytest.raises(CacheCorruptError, match=r"text/embedding/c/1/0: checksum"):
-        list(reader.stream("text", order))
-
-
-@pytest.mark.parametrize("prove", ["first", "every"])
-def test_a_file_that_stays_mapped_is_the_one_that_was_proven(tmp_path: Path, prove: Prove) -> None:
-    location = fill_known_cache(str(tmp_path / "c"), CHUNK_ROWS)
-    reader = EmbeddingReader(location)
-    order = [np.arange(0, IMAGES, 3)]
-    wanted = list(reader.stream("text", order))
-    put_another_in_its_place(location)
-    np.testing.assert_array_equal(list(reader.stream("text", order, prove=prove)), wanted)
 
 
 @pytest.mark.parametrize("array", ["scale", "view", "foo"])
