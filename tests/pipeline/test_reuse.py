@@ -16,12 +16,15 @@ from pipeline.cli import app
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import encode_chunks
 from pipeline.forecast import forecast
+from pipeline.known_rows import CachedRows, count_known
 from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
 from pipeline.teacher import LiveTeacher, load_teacher
+from storage.commits import all_chunks
 from storage.errors import CacheMismatchError
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
+from storage.tables import read_table
 from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder, write_photos
 
@@ -212,6 +215,31 @@ def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path
     edited = settings(tmp_path, "edited", asked.cache, teacher=asked.teacher, reuse=asked.reuse)
     with pytest.raises(CacheMismatchError, match=r"dataset\.samples_sha256"):
         forecast(edited, probe=4)
+
+
+def test_quarantine_is_looked_for_once_in_each_view(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many chunks there are: each time all commits are looked through."""
+    location = str(tmp_path / "two")
+    precompute(settings(home, "before", location, views=2))
+    reader = EmbeddingReader(location)
+    known = CachedRows(
+        location,
+        reader.identity,
+        lambda table, name: read_table(reader.files, reader.manifest, table, [name])[name],
+    )
+    looked: Counter[int] = Counter()
+    quarantined_in = EmbeddingReader.quarantined_in
+
+    def counted(self: EmbeddingReader, view: int) -> Any:
+        looked[view] += 1
+        return quarantined_in(self, view)
+
+    monkeypatch.setattr(EmbeddingReader, "quarantined_in", counted)
+    layout = reader.manifest.layout.model_copy(update={"image_chunk_rows": 4, "text_chunk_rows": 4})
+    assert count_known(known, layout, all_chunks(layout)) == {"image": 2 * (IMAGES - 1), "text": 2 * IMAGES}
+    assert looked == {0: 1, 1: 1}
 
 
 def test_rows_of_another_teacher_are_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
