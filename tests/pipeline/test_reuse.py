@@ -269,7 +269,7 @@ def test_plan_and_precompute_refuse_imported_rows_in_a_cache_begun_without_them(
     assert not any(forecast(asked, probe=4).rows_to_encode.values())
 
 
-def test_rows_of_another_teacher_are_refused_before_files_are_read_or_anything_written(
+def test_rows_of_another_teacher_are_refused_before_anything_is_written(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model_folder(tmp_path / "teacher", seed=1)
