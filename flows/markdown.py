@@ -147,6 +147,8 @@ def deployment_text(result: DeployResult) -> str:
 def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None, candidate: Candidate | None) -> str:
     """What a retraining found and did, and why the student was promoted or not."""
     lines = [f"# {outcome}", "", f"{code(found.cache)}: {found.images:,} images, {found.captions:,} captions."]
+    if found.unread is not None:
+        lines += ["", found.unread]
     if found.changes is not None:
         lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
     if encoded is not None:

@@ -87,8 +87,9 @@ def look(config: RetrainConfig) -> Look:
             f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
             f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
         )
-    if found.not_reused is not None:
-        logger.warning(found.not_reused)
+    for notice in (found.unread, found.not_reused):
+        if notice is not None:
+            logger.warning(notice)
     return found
 
 

@@ -79,7 +79,7 @@ def retrain(
 
 def _lines(result: RetrainResult) -> list[str]:
     look, changes = result.look, result.look.changes
-    lines = []
+    lines = [] if look.unread is None else [look.unread]
     if changes is not None and result.outcome != "nothing-new":
         lines.append(
             f"{counted(changes.new_images, 'new image')}, {changes.removed_images:,} gone, "

@@ -37,7 +37,9 @@ from pipeline.plan import (
     default_batch_rows,
     default_chunk_rows,
     library_versions,
+    origin_of_reused,
     read_dataset,
+    require_origin_said,
 )
 from pipeline.samples import DatasetSpec, ImageSource, list_samples
 from pipeline.teacher import LiveTeacher, load_teacher
@@ -134,6 +136,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
+    origin = origin_of_reused(config, teacher)
     began = time.perf_counter()
     if config.reuse is not None:
         planned = read_dataset(config, teacher, progress)
@@ -142,19 +145,6 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     there = _there(config, teacher, spec, listed, planned)
     known = _known(config, planned, None if there is None else there[0])
     batch = config.batch_size or default_batch_rows(teacher.device.type)
-    wanted = probe or 2 * _PROBE_BATCHES * batch
-    drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
-    source = ImageSource(data_folder(spec.root))
-    began = time.perf_counter()
-    samples, digests, lost = _read(source, [listed.samples[number] for number in np.sort(drawn)])
-    check = (time.perf_counter() - began) / len(drawn)
-    if progress is not None:
-        progress("probe: read", len(samples), len(drawn))
-    if not samples:
-        raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
-    part = SampleSet(spec.kind, source.root, samples=samples)
-    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, batch, progress)
-
     layout = Layout(
         embed_dim=teacher.identity().embed_dim,
         views=views.count,
@@ -169,11 +159,26 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if there is not None:
         manifest, committed = there
         layout = manifest.layout.model_copy(update={"views": max(layout.views, manifest.layout.views)})
+    pending = sorted(set(all_chunks(layout)) - set(committed))
+    if there is not None:
+        require_origin_said(config, origin, there[0], pending)
+    wanted = probe or 2 * _PROBE_BATCHES * batch
+    drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
+    source = ImageSource(data_folder(spec.root))
+    began = time.perf_counter()
+    samples, digests, lost = _read(source, [listed.samples[number] for number in np.sort(drawn)])
+    check = (time.perf_counter() - began) / len(drawn)
+    if progress is not None:
+        progress("probe: read", len(samples), len(drawn))
+    if not samples:
+        raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
+    part = SampleSet(spec.kind, source.root, samples=samples)
+    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, batch, progress)
+
     tables = round(per_image * layout.image_rows + per_caption * layout.text_rows)
     done: dict[Tower, int] = {"image": 0, "text": 0}
     for ref in committed:
         done[ref.tower] += len(ref.rows(layout))
-    pending = sorted(set(all_chunks(layout)) - set(committed))
     copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
     left: dict[Tower, int] = {
         "image": layout.image_rows * layout.views - done["image"] - copied["image"],

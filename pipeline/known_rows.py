@@ -84,6 +84,7 @@ class CachedRows:
             "image": _places(column, self._reader, SAMPLES, "content_sha256"),
             "text": _places(column, self._reader, CAPTIONS, "text"),
         }
+        self._lost: dict[int, NDArray[np.int64]] = {}
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
         """As :class:`KnownRows`, with the crops.
@@ -108,9 +109,14 @@ class CachedRows:
         """How many rows of a chunk :meth:`take` gives; no row is read for it."""
         there = self._there(ref, rows)
         if ref.tower == "image" and there.any():
-            lost = np.fromiter(self._reader.quarantined_in(ref.view), np.int64)
-            there &= ~np.isin(self._old["image"][rows.start : rows.stop], lost)
+            there &= ~np.isin(self._old["image"][rows.start : rows.stop], self._lost_in(ref.view))
         return int(there.sum())
+
+    def _lost_in(self, view: int) -> NDArray[np.int64]:
+        """Rows quarantined in a view, for which all commits are looked through once."""
+        if view not in self._lost:
+            self._lost[view] = np.fromiter(self._reader.quarantined_in(view), np.int64)
+        return self._lost[view]
 
     def _there(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
         """Which rows of a chunk the earlier cache has, quarantined ones included."""

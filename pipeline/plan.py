@@ -25,7 +25,7 @@ from storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import open_files
 from storage.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from storage.logs import event, logger
-from storage.manifest import IMPORTED, Layout, Source
+from storage.manifest import IMPORTED, CacheManifest, Layout, Source
 from storage.root import look_at_manifest, planned_manifest, read_manifest
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from storage.writer import EmbeddingWriter, plan_cache
@@ -41,9 +41,11 @@ __all__ = [
     "default_batch_rows",
     "default_chunk_rows",
     "library_versions",
+    "origin_of_reused",
     "plan_dataset",
     "plan_precompute",
     "read_dataset",
+    "require_origin_said",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -84,16 +86,12 @@ def plan_precompute(
             missing that an import began, which the teacher would make with other bytes.
     """
     _refuse_to_mix(config.cache)
+    origin = origin_of_reused(config, teacher)
     planned = read_dataset(config, teacher, progress)
     _tell_problems(planned.dataset)
-    origin = _by_way_of(config.reuse, planned.identity)
     made_with = library_versions(teacher.preprocess.decoder) | origin
     pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
-    if origin and pending and IMPORTED not in planned_manifest(open_files(config.cache)).made_with:
-        raise CacheMismatchError(
-            f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
-            "say so. Leave --reuse out, or encode to a new path."
-        )
+    require_origin_said(config, origin, planned_manifest(open_files(config.cache)), pending)
     if any(ref.view == 0 for ref in pending):
         _refuse_to_mix(config.cache, sealed=True)
     return pending
@@ -105,17 +103,49 @@ def _tell_problems(dataset: SampleSet) -> None:
         event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
 
 
-def _by_way_of(reuse: str | None, identity: CacheIdentity) -> dict[str, str]:
-    """What a cache says of rows that it copies from one that had imported them; proves first that it may copy."""
-    if reuse is None:
+def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str, str]:
+    """What a cache says of rows that it copies from one that had imported them. Reads manifests alone.
+
+    Raises:
+        NotReusableError: the rows of the cache to copy from are another teacher's, or made otherwise.
+        CacheError: its manifest cannot be read.
+    """
+    if config.reuse is None:
         return {}
-    have = read_manifest(open_files(reuse))
-    require_reusable(have, reuse, identity)
+    have = read_manifest(open_files(config.reuse))
+    # of dataset and views each row is looked at alone, once the files are read
+    mine = {
+        "teacher": teacher.identity(),
+        "preprocess": teacher.preprocess.identity(),
+        "tokenizer": teacher.tokenizer_identity(),
+        "targets": asked_targets(config),
+    }
+    require_reusable(have, config.reuse, have.identity.model_copy(update=mine))
     imported = have.made_with.get(IMPORTED)
     if not imported:
         return {}
     by_way_of = "; copied from cache"
     return {IMPORTED: imported if by_way_of in imported else f"{imported}{by_way_of} {have.digest[:12]}"}
+
+
+def require_origin_said(
+    config: PrecomputeConfig, origin: dict[str, str], there: CacheManifest, pending: Sequence[ChunkRef]
+) -> None:
+    """Refuse to copy imported rows into a cache that was begun without them. Reads nothing, writes nothing.
+
+    Args:
+        origin: of :func:`origin_of_reused`.
+        there: manifest of the cache to fill.
+        pending: its chunks that are still to be filled.
+
+    Raises:
+        CacheMismatchError: it does not say that rows of it were imported.
+    """
+    if origin and pending and IMPORTED not in there.made_with:
+        raise CacheMismatchError(
+            f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
+            "say so. Leave --reuse out, or encode to a new path."
+        )
 
 
 def _refuse_to_mix(cache: str, sealed: bool = False) -> None:

@@ -81,6 +81,9 @@ class Look(BaseModel, frozen=True):
     views: int
     reuse: str | None = Field(description="Cache that rows are copied from: the newest of this dtype and decoder.")
     not_reused: str | None = Field(description="Why no rows of the newest finished cache of this teacher are copied.")
+    unread: str | None = Field(
+        None, description="Why the newest cache cannot say how it stores its rows, and which one says it instead."
+    )
     run: str
     judged: Candidate | None = Field(description="Of this cache and these settings: then nothing is to be done.")
 
@@ -105,6 +108,8 @@ class _Numbered:
     """None where none can be read."""
     free: bool = False
     """There is none, not even a damaged one: whoever planned it was stopped before, and it may be planned anew."""
+    unread: str | None = None
+    """Why there is one that cannot be read."""
 
 
 class Retraining:
@@ -152,8 +157,10 @@ class Retraining:
         if changes is not None and not mine:
             self._require_most(ready[-1], changes)
         others = [each for each in ready if each.number != number and each.manifest and self._is_by(each.manifest)]
-        stored = self._stored(mine[-1] if mine else others[-1] if others else None)
-        unlike = {each.location: _unlike(each, stored) for each in others}
+        # whoever's teacher made it: a teacher that changes does not change how rows are stored
+        source = mine[-1] if mine else ready[-1] if ready else None
+        stored = self._stored(source)
+        unlike = {each.location: self._unlike(each, stored, source, begun=bool(mine)) for each in others}
         alike = [location for location, why in unlike.items() if why is None]
         run = self._run(number, manifest.digest if finished and manifest else None)
         judged = self._judged(run)
@@ -169,6 +176,7 @@ class Retraining:
             **stored,
             reuse=alike[-1] if alike else None,
             not_reused=list(unlike.values())[-1] if unlike and not alike and not finished else None,
+            unread=_unread(there, source),
             run=run,
             judged=judged,
         )
@@ -330,6 +338,30 @@ class Retraining:
         have = _as_stored(before.manifest) if before and before.manifest else _DEFAULTS
         return {name: getattr(self.config, name) or value for name, value in have.items()}
 
+    def _unlike(self, other: _Numbered, wanted: dict[str, Any], source: _Numbered | None, begun: bool) -> str | None:
+        """Why rows of a cache are no use to one that stores them as wanted; None where they are. Views copy one by one.
+
+        Args:
+            source: the cache that decided where the settings leave it open, which is one that is ``begun``, or the
+                newest.
+        """
+        assert other.manifest is not None  # it is finished
+        have = _as_stored(other.manifest)
+        names = [name for name in ("dtype", "decoder") if have[name] != wanted[name]]
+        if not names:
+            return None
+        found = []
+        for name in names:
+            by = "asked for"
+            if getattr(self.config, name) is None and source is not None:
+                by = f"in {source.location}, which {'was begun so' if begun else 'is the newest'}"
+            found.append(f"{name}: {have[name]} in the cache, {wanted[name]} {by}")
+        if source is other:
+            way_out = f"Leave {' and '.join(names)} out"
+        else:
+            way_out = f"Ask for {' and '.join(f'{name} {have[name]}' for name in names)}"
+        return f"{other.location}: no row of it can be copied. {'; '.join(found)}. {way_out} to go on with its."
+
     def _deploy(self, run: str, progress: Progress | None) -> str:
         from pipeline.deploy import deploy
 
@@ -394,14 +426,14 @@ def _numbered(caches: str) -> list[_Numbered]:
     for name in open_files(caches).folders():
         if matched := _CACHE.match(name):
             location = f"{caches}/{name}"
-            manifest, free = None, False
+            manifest, free, unread = None, False, None
             try:
                 manifest = look_at_manifest(open_files(location))
             except CacheNotFoundError:
                 free = True
-            except (CacheCorruptError, CacheFormatError):
-                pass  # of an earlier state: repair is for who needs it
-            found.append(_Numbered(int(matched[1]), location, manifest, free))
+            except (CacheCorruptError, CacheFormatError) as error:
+                unread = str(error)  # of an earlier state: repair is for who needs it
+            found.append(_Numbered(int(matched[1]), location, manifest, free, unread))
     return sorted(found, key=lambda each: each.number)
 
 
@@ -412,15 +444,13 @@ def _as_stored(manifest: CacheManifest) -> dict[str, Any]:
     return {"views": manifest.layout.views, "dtype": identity.targets.dtype, "decoder": decoder}
 
 
-def _unlike(other: _Numbered, wanted: dict[str, Any]) -> str | None:
-    """Why rows of a cache are no use to one that stores them as wanted; None where they are. Views copy one by one."""
-    assert other.manifest is not None  # it is finished
-    have = _as_stored(other.manifest)
-    names = [name for name in ("dtype", "decoder") if have[name] != wanted[name]]
-    if not names:
+def _unread(there: list[_Numbered], source: _Numbered | None) -> str | None:
+    """A notice where the newest of the caches has no readable manifest."""
+    newest = next((each for each in reversed(there) if not each.free), None)
+    if newest is None or newest.unread is None:
         return None
-    found = "; ".join(f"{name}: {have[name]} in the cache, {wanted[name]} asked for" for name in names)
-    return f"{other.location}: no row of it can be copied. {found}. Leave {' and '.join(names)} out to go on with its."
+    instead = "the defaults are taken" if source is None else f"those of {source.location} are taken"
+    return f"{newest.unread} Until then, where dtype, decoder and views are left out, {instead}."
 
 
 def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ObjectStore", "free_ports", "start_moto", "start_seaweedfs"]
+__all__ = ["ObjectStore", "ServerEndedError", "free_ports", "start_moto", "start_seaweedfs"]
 
 # bounds for a machine under load, not expectations
 _START_SECONDS = 120
@@ -129,9 +129,31 @@ def serve_moto() -> None:
     os._exit(0)
 
 
+class ServerEndedError(Exception):
+    """A server ended before it was ready."""
+
+
 @contextlib.contextmanager
 def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
-    """SeaweedFS (master, volume server, filer and S3 gateway in one process) with its files in ``folder``."""
+    """SeaweedFS (master, volume server, filer and S3 gateway in one process) with its files in ``folder``.
+
+    Raises:
+        ServerEndedError: it ended before it was ready, each of three times.
+    """
+    with contextlib.ExitStack() as stack:
+        for left in (2, 1, 0):
+            try:
+                store = stack.enter_context(_seaweedfs(folder))
+                break
+            except ServerEndedError:
+                if not left:
+                    raise
+                shutil.rmtree(folder)  # another process may have taken a free port before this one did
+        yield store
+
+
+@contextlib.contextmanager
+def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert weed, "the weed binary is missing: make install"
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +213,8 @@ def _wait_until_it_writes(store: ObjectStore, child: subprocess.Popen[bytes], lo
     deadline = time.monotonic() + _START_SECONDS
     made = False
     while True:
-        assert child.poll() is None, f"weed ended: {log.read_text()[-2000:]}"
+        if child.poll() is not None:
+            raise ServerEndedError(f"weed ended: {log.read_text()[-2000:]}")
         try:
             urllib.request.urlopen(f"{store.endpoint}/status", timeout=5).close()
             client = store.client()

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import TINY_MODEL
+from tests.object_store import ServerEndedError, free_ports
 
 # importing prefect makes its home folder; not in that of whoever runs the tests
 if "PREFECT_HOME" not in os.environ:
@@ -45,18 +45,29 @@ class Serve:
     """One ``python -m flows.serve`` below a folder, from start to stop."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.folder = folder
-        self.api = f"http://127.0.0.1:{self.port}/api"
         self.log = folder / "serve.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment = {**inherited, **QUIET, "PREFECT_HOME": str(folder / "home")}
         self.process: subprocess.Popen[bytes] | None = None
         self._started: set[int] = set()
 
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
     def start(self) -> None:
+        for left in (2, 1, 0):
+            try:
+                return self._start()
+            except ServerEndedError:
+                if not left:
+                    raise
+                # another process may have taken a free port before this one did
+                (self.port,) = free_ports(1)
+
+    def _start(self) -> None:
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flows.serve", "--port", str(self.port)],
@@ -67,7 +78,8 @@ class Serve:
             )
         until = time.monotonic() + 240
         while "ready:" not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()
+            if self.process.poll() is not None:
+                raise ServerEndedError(self.log.read_text())
             assert time.monotonic() < until, self.log.read_text()
             time.sleep(0.2)
 

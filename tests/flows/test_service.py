@@ -130,7 +130,11 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
     commits = cache / "commits"
     try:
-        serve.start()
+        with socket.socket() as taken:  # as by another process that runs tests: then it starts on another port
+            taken.bind(("127.0.0.1", serve.port))
+            taken.listen()
+            serve.start()
+            assert serve.port != taken.getsockname()[1]
         code, output, first = serve.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
         assert code == 0, output
         until = time.monotonic() + 120

@@ -105,6 +105,7 @@ def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
 ) -> None:
     """Those of a group or two that the stream sees, and what workers have begun; ``tee`` drops them 57 at a time."""
     monkeypatch.setattr(storage.stream, "_GROUP_ROWS", 4)
+    monkeypatch.setattr(storage.stream, "_LOOKED_AT_ROWS", 4)
     monkeypatch.setattr(storage.stream, "_ROWS_IN_SIGHT", 8)
     made: list[weakref.ref[Pairs]] = []
     held: list[int] = []

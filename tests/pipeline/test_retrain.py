@@ -13,10 +13,12 @@ import pytest
 
 import pipeline.promote
 import pipeline.retrain
+from flows.markdown import retraining_text
+from pipeline.cli_retrain import _lines
 from pipeline.config import PrecomputeConfig
 from pipeline.deployment import DeploymentError
 from pipeline.registry import StudentRegistry
-from pipeline.retrain import retrain
+from pipeline.retrain import Retraining, RetrainResult, retrain
 from pipeline.retrain_config import RetrainConfig
 from storage.errors import CacheCorruptError, UsageError
 from storage.reader import EmbeddingReader
@@ -350,8 +352,58 @@ def test_what_was_begun_goes_on_as_it_began(home: Path, tiny_teacher: Path, monk
         with pytest.raises(ConnectionError):
             retrain(settings(home, tiny_teacher, dtype="int8", views=2))
     done = retrain(settings(home, tiny_teacher))
-    assert (done.look.cache, done.look.dtype, done.look.views) == (f"{home}/home/caches/0002.cache", "int8", 2)
+    caches = f"{home}/home/caches"
+    assert (done.look.cache, done.look.dtype, done.look.views) == (f"{caches}/0002.cache", "int8", 2)
+    assert done.look.not_reused == (
+        f"{caches}/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 in {caches}/0002.cache, "
+        "which was begun so. Ask for dtype float16 to go on with its."
+    )
     assert EmbeddingReader(done.look.cache).identity.targets.dtype == "int8"
+
+
+def test_another_teacher_stores_rows_as_the_newest_cache_does(home: Path, tiny_teacher: Path) -> None:
+    caches = f"{home}/home/caches"
+    retrain(settings(home, tiny_teacher))
+    retrain(settings(home, tiny_teacher, dtype="int8", views=2, precision="bf16"))
+    other = Retraining(settings(home, tiny_teacher, precision="fp16")).look()
+    assert (other.cache, other.dtype, other.views) == (f"{caches}/0003.cache", "int8", 2)
+    assert (other.reuse, other.not_reused, other.unread) == (None, None, None)
+    # the first teacher again, once data have changed
+    add_photos(home, 900, 1)
+    back = Retraining(settings(home, tiny_teacher)).look()
+    assert (back.cache, back.dtype, back.views) == (f"{caches}/0003.cache", "int8", 2)
+    assert back.not_reused == (
+        f"{caches}/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 in {caches}/0002.cache, "
+        "which is the newest. Ask for dtype float16 to go on with its."
+    )
+    asked = Retraining(settings(home, tiny_teacher, dtype="float16")).look()
+    assert (asked.dtype, asked.reuse, asked.not_reused) == ("float16", f"{caches}/0001.cache", None)
+
+
+def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: Path) -> None:
+    retrain(settings(home, tiny_teacher, views=2))
+    newest = home / "home" / "caches" / "0002.cache"
+    newest.mkdir()
+    fresh = Retraining(settings(home, tiny_teacher)).look()  # of one that was never planned nothing is said
+    assert fresh.unread is None
+    (newest / "manifest.json").write_text("{")
+    for more, views, instead in (
+        ({}, 2, f"those of {home}/home/caches/0001.cache are taken"),
+        ({"precision": "bf16"}, 2, f"those of {home}/home/caches/0001.cache are taken"),
+        ({"caches": f"{home}/moved"}, 1, "the defaults are taken"),
+    ):
+        if "caches" in more:
+            shutil.copytree(newest, home / "moved" / "0002.cache")
+        found = Retraining(settings(home, tiny_teacher, **more)).look()
+        assert found.views == views
+        assert found.unread is not None
+        assert "0002.cache" in found.unread
+        assert found.unread.endswith(f"where dtype, decoder and views are left out, {instead}.")
+        told = RetrainResult(
+            outcome="nothing-new", look=found, encoded=None, run=None, candidate=None, champion=None, seconds=0.0
+        )
+        assert _lines(told)[0] == found.unread
+        assert found.unread in retraining_text("nothing-new", found, None, None)
 
 
 def test_a_student_that_fails_its_gate_is_kept_as_rejected(

@@ -16,12 +16,18 @@ from pipeline.cli import app
 from pipeline.config import PrecomputeConfig
 from pipeline.encode import encode_chunks
 from pipeline.forecast import forecast
+from pipeline.foreign_rows import ImportConfig
+from pipeline.import_rows import import_rows
+from pipeline.known_rows import CachedRows, count_known
 from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
 from pipeline.teacher import LiveTeacher, load_teacher
+from storage.commits import all_chunks
 from storage.errors import CacheMismatchError
+from storage.export_rows import export_rows
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
+from storage.tables import read_table
 from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder, write_photos
 
@@ -214,7 +220,58 @@ def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path
         forecast(edited, probe=4)
 
 
-def test_rows_of_another_teacher_are_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+def test_quarantine_is_looked_for_once_in_each_view(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many chunks there are: each time all commits are looked through."""
+    location = str(tmp_path / "two")
+    precompute(settings(home, "before", location, views=2))
+    reader = EmbeddingReader(location)
+    known = CachedRows(
+        location,
+        reader.identity,
+        lambda table, name: read_table(reader.files, reader.manifest, table, [name])[name],
+    )
+    looked: Counter[int] = Counter()
+    quarantined_in = EmbeddingReader.quarantined_in
+
+    def counted(self: EmbeddingReader, view: int) -> Any:
+        looked[view] += 1
+        return quarantined_in(self, view)
+
+    monkeypatch.setattr(EmbeddingReader, "quarantined_in", counted)
+    layout = reader.manifest.layout.model_copy(update={"image_chunk_rows": 4, "text_chunk_rows": 4})
+    assert count_known(known, layout, all_chunks(layout)) == {"image": 2 * (IMAGES - 1), "text": 2 * IMAGES}
+    assert looked == {0: 1, 1: 1}
+
+
+def test_plan_and_precompute_refuse_imported_rows_in_a_cache_begun_without_them(home: Path, tmp_path: Path) -> None:
+    export_rows(str(home / "before.cache"), str(tmp_path / "export"), captions="all")
+    imported = settings(home, "before", str(tmp_path / "imported"))
+    named = {name: getattr(imported, name) for name in ("dataset", "teacher", "cache", "batch_size", "device")}
+    import_rows(ImportConfig(folder=str(tmp_path / "export"), **named))
+    begun = settings(home, "after", str(tmp_path / "begun"))
+    teacher = load_teacher(begun.teacher, device="cpu")
+    encode_chunks(begun, teacher, plan_precompute(begun, teacher)[:1])
+    asked = begun.model_copy(update={"reuse": imported.cache})
+    before = cache_digest(tmp_path / "begun")
+    with pytest.raises(CacheMismatchError, match=r"begun: was begun without the rows of .*imported, of which some"):
+        forecast(asked, probe=4)
+    with pytest.raises(CacheMismatchError, match=r"begun: was begun without the rows of .*imported, of which some"):
+        plan_precompute(asked, teacher)
+    assert cache_digest(tmp_path / "begun") == before
+    fresh = asked.model_copy(update={"cache": str(tmp_path / "fresh")})
+    assert min(forecast(fresh, probe=4).rows_reused.values()) > 0
+    # begun with them, or finished, it is theirs
+    plan_precompute(fresh, teacher)
+    assert min(forecast(fresh, probe=4).rows_reused.values()) > 0
+    precompute(begun)
+    assert not any(forecast(asked, probe=4).rows_to_encode.values())
+
+
+def test_rows_of_another_teacher_are_refused_before_anything_is_written(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model_folder(tmp_path / "teacher", seed=1)
     asked = settings(
         home,
@@ -223,8 +280,10 @@ def test_rows_of_another_teacher_are_refused_before_anything_is_written(home: Pa
         teacher=f"local-dir:{tmp_path / 'teacher'}",
         reuse=str(home / "before.cache"),
     )
-    with pytest.raises(CacheMismatchError, match=r"before\.cache.*teacher\.weights_sha256.*leave --reuse out"):
-        precompute(asked)
+    monkeypatch.setattr("pipeline.plan.load_samples", None)  # would be called for the digests of all files
+    for asks in (precompute, forecast):
+        with pytest.raises(CacheMismatchError, match=r"before\.cache.*teacher\.weights_sha256.*leave --reuse out"):
+            asks(asked)
     assert not (tmp_path / "c").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -20,7 +21,7 @@ from storage.files import CacheFiles, open_files
 from storage.remote_files import RemoteFiles, RetryPolicy
 from storage.transient import is_transient
 from tests.fault_proxy import Fault, FaultProxy, Request, refusal
-from tests.object_store import ObjectStore
+from tests.object_store import ObjectStore, free_ports, start_seaweedfs
 from tests.storage.test_files import FilesContract, check_race, race_processes
 
 pytestmark = pytest.mark.service
@@ -483,3 +484,23 @@ def test_the_command_line_says_it_in_one_line(
     assert "error: s3://caches/x.cache: cannot read manifest.json: 3 tries failed, the last with OSError" in said
     assert Path(__file__).name not in said
     assert "Traceback" not in said
+
+
+def test_a_server_whose_port_was_taken_meanwhile_is_started_on_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another process that runs tests."""
+    tries = 0
+
+    def ports(count: int) -> list[int]:
+        nonlocal tries
+        tries += 1
+        return [taken.getsockname()[1]] * count if tries == 1 else free_ports(count)
+
+    monkeypatch.setattr("tests.object_store.free_ports", ports)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with start_seaweedfs(tmp_path / "weed") as store:
+            assert store.client().list_buckets()["Buckets"][0]["Name"] == store.bucket
+    assert tries == 2

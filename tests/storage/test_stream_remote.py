@@ -30,6 +30,7 @@ def test_rows_are_those_that_were_written_and_places_are_used_again(
     reader: EmbeddingReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.stream._GROUP_ROWS", 8)
+    monkeypatch.setattr("storage.stream._LOOKED_AT_ROWS", 16)
     places: list[int] = []
     fill = ChunkRegion.fill
 
