@@ -78,11 +78,22 @@ class ChunkRegion:
         finally:
             os.close(descriptor)
 
-    def will_need(self, number: int) -> None:
-        """Have the system begin to read what it does not have of a mapped chunk; nothing is waited for."""
-        self._region.madvise(mmap.MADV_WILLNEED, number * self._chunk_bytes, self._chunk_bytes)
+    def will_need(self, number: int) -> bool:
+        """Have the system begin to read a mapped chunk of which it has taken pages back; nothing is waited for.
 
-    def is_there(self, number: int) -> bool:
+        Returns:
+            Whether it has. Of files that this user may not write Linux says no.
+        """
+        assert _libc is not None  # it maps files
+        start = number * self._chunk_bytes
+        pages = np.empty(-(-self._chunk_bytes // mmap.PAGESIZE), np.uint8)
+        where = self._bytes.ctypes.data + start
+        if _libc.mincore(where, self._chunk_bytes, pages.ctypes.data) == 0 and pages.min() & 1:
+            return False
+        self._region.madvise(mmap.MADV_WILLNEED, start, self._chunk_bytes)
+        return True
+
+    def can_be_read(self, number: int) -> bool:
         """Whether a mapped chunk can be read, all of it: its pages are there afterwards. Old kernels cannot tell."""
         try:
             with contextlib.suppress(_Unsupported):
@@ -155,3 +166,4 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 if _libc is not None:
     _libc.mmap.restype = ctypes.c_void_p
     _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]

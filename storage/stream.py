@@ -7,6 +7,7 @@ epoch. All rows of a batch are gathered by one call, of one copy a row.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -125,6 +126,14 @@ def stream_rows(
             ahead.drop(keep={number for group in seen for number in group.numbers})
 
 
+class _Mapped(NamedTuple):
+    """A chunk's file."""
+
+    path: Path
+    stored: bytes
+    """The checksum that lies behind the chunk."""
+
+
 class MappedChunks:
     """The addresses of one array's chunks and what stays mapped there from one epoch to the next.
 
@@ -137,8 +146,8 @@ class MappedChunks:
         self.region = ChunkRegion(chunks, shape, dtype)
         # of int8, by chunk: what one step of each column is
         self.steps = np.empty((chunks, columns), np.float32)
-        self.kept: dict[int, bytes] = {}
-        """The chunks that stay, and the checksum that lies behind each."""
+        self.kept: dict[int, _Mapped] = {}
+        """The chunks that stay."""
 
 
 class _Outputs:
@@ -152,7 +161,7 @@ class _Outputs:
         self._lent: deque[bytearray] = deque(maxlen=kept)
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         size = count * self._dtype.itemsize + 1
         for memory in self._lent:
             if len(memory) == size and _is_given_back(memory):
@@ -194,11 +203,18 @@ class _Chunks:
         # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
         self._places = np.arange(self.views * self.number)
         self._free = list(reversed(range(self.views * self.number)))
-        self._stored: dict[int, bytes] = {}  # of the chunks that are mapped and may stay
+        self._mapped: dict[int, _Mapped] = {}  # of the chunks that are mapped and may stay
         self._used: set[int] = set()
         self._copied: set[int] = set()
+        # that have a quarantined row
+        commits = reader._commits.items()
+        self.lost = {
+            ref.view * self.number + ref.chunk for ref, commit in commits if ref.tower == tower and commit.quarantined
+        }
         self._wanted: set[int] = set()
-        self._here: set[int] = set()  # what the batches before needed
+        self._coming: set[int] = set()  # what the group looked at last needs
+        self._here: set[int] = set()  # what the group before needed
+        self._taken_back: set[int] = set()  # of it pages had to be read again
         self._too_many = False  # more than may stay mapped
         self._outputs = _Outputs(self._dtype)
         self._process = os.getpid()
@@ -253,11 +269,11 @@ class _Chunks:
         """Let go of a chunk; where others will be copied to its place, that stays as it is."""
         if number in self.mapped.kept:
             return
-        if number in self._stored and len(self.mapped.kept) < self._most_kept:
-            self.mapped.kept[number] = self._stored.pop(number)
-        elif number in self._stored:
+        if number in self._mapped and len(self.mapped.kept) < self._most_kept:
+            self.mapped.kept[number] = self._mapped.pop(number)
+        elif number in self._mapped:
             self._too_many = True
-            del self._stored[number]
+            del self._mapped[number]
             self.region.release(number)
         elif number in self._copied:
             self._copied.remove(number)
@@ -268,27 +284,25 @@ class _Chunks:
     def look_at(self, numbers: list[int]) -> None:
         """Of what stayed mapped, these are wanted soon: their pages are read if the system has taken them back."""
         self._wanted.update(numbers)
-        for number in self.mapped.kept.keys() & numbers:
-            self.region.will_need(number)
+        for number in (self.mapped.kept.keys() & numbers) - self._coming:
+            if self.region.will_need(number):
+                self._taken_back.add(number)
+        self._coming = set(numbers)
 
     def require_there(self, numbers: list[int]) -> list[int]:
         """Those of what stayed mapped that can no longer be read: a disk failed, or a file was cut short since."""
         gone = []
         for number in (self.mapped.kept.keys() & numbers) - self._here:
-            if not self._has_its_size(number) or not self.region.is_there(number):
+            try:
+                whole = self.mapped.kept[number].path.stat().st_size == self.nbytes + CRC_BYTES
+            except OSError:
+                whole = True  # what is mapped is there without its name
+            if not whole or (number in self._taken_back and not self.region.can_be_read(number)):
                 del self.mapped.kept[number]
                 gone.append(number)
+            self._taken_back.discard(number)
         self._here = set(numbers)
         return gone
-
-    def _has_its_size(self, number: int) -> bool:
-        files = self._reader.files
-        assert isinstance(files, LocalFiles)
-        key = self.ref(number).object_keys(self._reader.manifest.layout)[self.array]
-        try:
-            return Path(files.path(key)).stat().st_size == self.nbytes + CRC_BYTES
-        except OSError:
-            return True  # what is mapped is there without its name
 
     def _map(self, number: int, ref: ChunkRef) -> bool:
         """Whether the chunk's file could be mapped. Why it could not, reading it will say."""
@@ -296,20 +310,21 @@ class _Chunks:
         assert isinstance(files, LocalFiles)
         key = ref.object_keys(self._reader.manifest.layout)[self.array]
         wanted = self._reader._commits[ref].objects[self.array]
-        stored = self.mapped.kept.get(number)
-        if stored is None:
+        mapped = self.mapped.kept.get(number)
+        if mapped is None:
             if wanted.nbytes != self.nbytes + CRC_BYTES:
                 return False
             try:
-                stored = self._stored[number] = self.region.map(number, files.path(key), wanted.nbytes)
+                path = files.path(key)
+                mapped = self._mapped[number] = _Mapped(Path(path), self.region.map(number, path, wanted.nbytes))
             except OSError:
                 return False
         proven = (ref, self.array) in self._reader._proven
         # the checksum beside it costs nothing to look at, and tells a file that another took the place of
-        if self._prove == "every" or not proven or int.from_bytes(stored, "little") != wanted.crc32c:
+        if self._prove == "every" or not proven or int.from_bytes(mapped.stored, "little") != wanted.crc32c:
             values = self.region.chunk(number)
             try:
-                some_nan = prove_body(values, stored, wanted, f"{files.location}/{key}", look_for_nan=not proven)
+                some_nan = prove_body(values, mapped.stored, wanted, f"{files.location}/{key}", not proven)
             except CacheCorruptError:
                 if self.mapped.kept.pop(number, None) is None:
                     raise
@@ -354,9 +369,10 @@ def _looked_at(reader: EmbeddingReader, chunks: _Chunks, tower: Tower, batches: 
     else:
         parts = [np.asarray(batch, np.int64) for batch in batches]
     rows, views = reader._checked(tower, np.concatenate(parts), views)
-    chunk = views * chunks.number + rows // chunks.size
-    at = views * (chunks.number * chunks.size) + rows
-    if any(reader._commits[chunks.ref(number)].quarantined for number in chunks.numbers(chunk)):
+    chunk, at = rows // chunks.size, rows
+    if views.any():
+        chunk, at = views * chunks.number + chunk, views * (chunks.number * chunks.size) + at
+    if chunks.lost and not chunks.lost.isdisjoint(chunks.numbers(chunk)):
         reader._require_encoded(tower, rows, views, chunks.array)
     within: list[NDArray[np.int64]] = []
     first = start = 0
