@@ -316,7 +316,7 @@ class _Chunks:
                 return False
             try:
                 path = files.path(key)
-                mapped = self._mapped[number] = _Mapped(Path(path), self.region.map(number, path, wanted.nbytes))
+                mapped = _Mapped(Path(path), self.region.map(number, path, wanted.nbytes))
             except OSError:
                 return False
         proven = (ref, self.array) in self._reader._proven
@@ -331,6 +331,8 @@ class _Chunks:
                 return self._map(number, ref)  # the file that is there now may be a mended one
             if not proven:
                 self._reader._note_proven(ref, self.array, values, some_nan)
+        if number not in self.mapped.kept:
+            self._mapped[number] = mapped
         self._reader._count(wanted.nbytes)
         return True
 
