@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["ObjectStore", "ServerEndedError", "free_ports", "start_moto", "start_seaweedfs"]
+__all__ = ["ObjectStore", "ServerEndedError", "free_ports", "start_moto", "start_seaweedfs", "started"]
+
+_Server = TypeVar("_Server")
 
 # bounds for a machine under load, not expectations
 _START_SECONDS = 120
@@ -133,6 +135,20 @@ class ServerEndedError(Exception):
     """A server ended before it was ready."""
 
 
+def started(start: Callable[[], _Server], begin_anew: Callable[[], None]) -> _Server:
+    """A server, by at most three tries: another process may take a free port before the server does.
+
+    Raises:
+        ServerEndedError: it ended before it was ready each time.
+    """
+    for _ in range(2):
+        try:
+            return start()
+        except ServerEndedError:
+            begin_anew()
+    return start()
+
+
 @contextlib.contextmanager
 def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     """SeaweedFS (master, volume server, filer and S3 gateway in one process) with its files in ``folder``.
@@ -141,15 +157,7 @@ def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
         ServerEndedError: it ended before it was ready, each of three times.
     """
     with contextlib.ExitStack() as stack:
-        for left in (2, 1, 0):
-            try:
-                store = stack.enter_context(_seaweedfs(folder))
-                break
-            except ServerEndedError:
-                if not left:
-                    raise
-                shutil.rmtree(folder)  # another process may have taken a free port before this one did
-        yield store
+        yield started(lambda: stack.enter_context(_seaweedfs(folder)), lambda: shutil.rmtree(folder))
 
 
 @contextlib.contextmanager

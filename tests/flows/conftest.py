@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import TINY_MODEL
-from tests.object_store import ServerEndedError, free_ports
+from tests.object_store import ServerEndedError, free_ports, started
 
 # importing prefect makes its home folder; not in that of whoever runs the tests
 if "PREFECT_HOME" not in os.environ:
@@ -45,7 +45,7 @@ class Serve:
     """One ``python -m flows.serve`` below a folder, from start to stop."""
 
     def __init__(self, folder: Path) -> None:
-        (self.port,) = free_ports(1)
+        self._take_another_port()
         self.folder = folder
         self.log = folder / "serve.log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -58,14 +58,10 @@ class Serve:
         return f"http://127.0.0.1:{self.port}/api"
 
     def start(self) -> None:
-        for left in (2, 1, 0):
-            try:
-                return self._start()
-            except ServerEndedError:
-                if not left:
-                    raise
-                # another process may have taken a free port before this one did
-                (self.port,) = free_ports(1)
+        started(self._start, self._take_another_port)
+
+    def _take_another_port(self) -> None:
+        (self.port,) = free_ports(1)
 
     def _start(self) -> None:
         with self.log.open("wb") as file:

@@ -155,13 +155,19 @@ def test_a_cache_that_was_stopped_is_finished(
     assert numbers(measure()) == numbers(whole)
 
 
+def begin(measure: Measure, monkeypatch: pytest.MonkeyPatch, made_with: dict[str, Any], **settings: Any) -> None:
+    """Leave a cache that was planned with these settings of precompute, and nothing encoded."""
+    with monkeypatch.context() as patch:
+        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
+        patch.setattr(zero_shot_cache, "PrecomputeConfig", lambda **mine: PrecomputeConfig(**mine, **made_with))
+        with pytest.raises(CacheIncompleteError):
+            measure(**settings)
+
+
 def test_batches_of_the_asked_size_unless_the_cache_has_begun_with_another(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
-        with pytest.raises(CacheIncompleteError):
-            measure(batch_size=3)
+    begin(measure, monkeypatch, {}, batch_size=3)
     assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
     assert measure(batch_size=5).teacher_ran
     assert read_manifest(open_files(str(tmp_path / "c"))).layout.batch_rows == 3
@@ -177,14 +183,7 @@ def test_a_cache_that_was_begun_with_another_decoder_is_finished_with_it(
             image.convert("RGB").save(path.with_suffix(".jpg"))
         path.unlink()
 
-    def with_decoder(**settings: Any) -> PrecomputeConfig:
-        return PrecomputeConfig(**settings, decoder="jpeg-scaled")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
-        patch.setattr(zero_shot_cache, "PrecomputeConfig", with_decoder)
-        with pytest.raises(CacheIncompleteError):
-            measure(batch_size=3)
+    begin(measure, monkeypatch, {"decoder": "jpeg-scaled"}, batch_size=3)
     assert measure().teacher_ran
     assert read_manifest(open_files(str(tmp_path / "c"))).identity.preprocess.decoder == "jpeg-scaled"
 
@@ -192,14 +191,7 @@ def test_a_cache_that_was_begun_with_another_decoder_is_finished_with_it(
 def test_a_cache_is_finished_and_proven_in_the_precision_that_it_has(
     measure: Measure, tmp_path: Path, no_teacher: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_bf16(**settings: Any) -> PrecomputeConfig:
-        return PrecomputeConfig(**settings, precision="bf16")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(executors_module, "encode_shared", lambda *args: 0)
-        patch.setattr(zero_shot_cache, "PrecomputeConfig", in_bf16)
-        with pytest.raises(CacheIncompleteError):
-            measure()
+    begin(measure, monkeypatch, {"precision": "bf16"})
     first = measure()
     reader = EmbeddingReader(str(tmp_path / "c"))
     assert (first.teacher_ran, reader.identity.teacher.precision) == (True, "bf16")
