@@ -238,7 +238,7 @@ def measure_tables(rows: int) -> None:
     layout = writer.manifest.layout
     with seconds(f"{rows:,} images: a worker reads and proves both tables, chunk by chunk", rows):
         for ref in all_chunks(layout):
-            (writer.samples if ref.tower == "image" else writer.captions).read(ref.rows(layout))
+            writer.table(ref.tower).read(ref.rows(layout))
     held = writer.samples.held_rows + writer.captions.held_rows
     print(f"{rows:,} images: {held:,} rows held, peak {memory() - before:.0f} MiB above {before:.0f}")
 

@@ -27,7 +27,6 @@ from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
 from storage.manifest import CacheManifest, Layout
 from storage.reader import EmbeddingReader
-from storage.table_rows import TableRows
 from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, read_table
 from storage.writer import EmbeddingWriter
 
@@ -173,12 +172,11 @@ def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | Cache
     """
     if not reuse:
         return None
-    tables: dict[Tower, TableRows] = {"image": writer.samples, "text": writer.captions}
     return cached_rows(
         reuse,
         writer.manifest.identity,
         lambda table, name: read_table(writer.files, writer.manifest, table, [name])[name],
-        lambda tower, rows: chunk_rows_sha256(tables[tower].read(rows), tower),
+        lambda tower, rows: chunk_rows_sha256(writer.table(tower).read(rows), tower),
     )
 
 

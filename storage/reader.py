@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -30,6 +28,7 @@ from storage.commits import (
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
 from storage.files import CHUNKS_AT_ONCE, in_parallel, open_files, read_buffer
+from storage.forks import renew_after_fork
 from storage.identity import CacheIdentity
 from storage.manifest import MANIFEST_KEY
 from storage.once import once
@@ -91,7 +90,7 @@ class EmbeddingReader:
         self._mapped: dict[tuple[Tower, str], MappedChunks] = {}
         self.objects_read = 0
         self.bytes_read = 0
-        _READERS.add(self)
+        renew_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"location": self.location, "memory_bytes": self._memory_bytes}
@@ -488,21 +487,11 @@ class EmbeddingReader:
                 )
         self._proven.add((ref, array))
 
-    def _after_fork(self) -> None:
-        # a thread that is not in the child may have held the lock, and been between two of its lines
+    def renew(self) -> None:
+        """In a forked child: see :mod:`storage.forks`."""
         self._lock, self._commits_lock = threading.Lock(), threading.Lock()
         self._loading, self._mapped = {}, {}
         self._held_bytes = sum(values.nbytes for values in self._held.values())
 
 
-_READERS: weakref.WeakSet[EmbeddingReader] = weakref.WeakSet()
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to mend it."
-
-
-def _after_fork() -> None:
-    for reader in _READERS:
-        reader._after_fork()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_after_fork)

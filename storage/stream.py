@@ -203,7 +203,7 @@ class _Chunks:
         # where a chunk is copied to: the place that was left last, since memory that is new costs more than the copy
         self._places = np.arange(self.views * self.number)
         self._free = list(reversed(range(self.views * self.number)))
-        self._mapped: dict[int, _Mapped] = {}  # of the chunks that are mapped and may stay
+        self._proven: dict[int, _Mapped] = {}  # files that are mapped and may stay
         self._used: set[int] = set()
         self._copied: set[int] = set()
         # that have a quarantined row
@@ -267,18 +267,17 @@ class _Chunks:
 
     def release(self, number: int) -> None:
         """Let go of a chunk; where others will be copied to its place, that stays as it is."""
-        if number in self.mapped.kept:
+        kept = self.mapped.kept
+        if number in kept:
             return
-        if number in self._mapped and len(self.mapped.kept) < self._most_kept:
-            self.mapped.kept[number] = self._mapped.pop(number)
-        elif number in self._mapped:
-            self._too_many = True
-            del self._mapped[number]
-            self.region.release(number)
+        proven = self._proven.pop(number, None)
+        if proven is not None and len(kept) < self._most_kept:
+            kept[number] = proven
         elif number in self._copied:
             self._copied.remove(number)
             self._free.append(int(self._places[number]))
         else:
+            self._too_many = self._too_many or proven is not None
             self.region.release(number)
 
     def look_at(self, numbers: list[int]) -> None:
@@ -332,7 +331,7 @@ class _Chunks:
             if not proven:
                 self._reader._note_proven(ref, self.array, values, some_nan)
         if number not in self.mapped.kept:
-            self._mapped[number] = mapped
+            self._proven[number] = mapped
         self._reader._count(wanted.nbytes)
         return True
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.files import CacheFiles
+from storage.forks import renew_after_fork
 from storage.manifest import CacheManifest
 from storage.tables import ROWS_PER_GROUP, SCHEMAS, open_static, parquet_file, table_keys
 
@@ -53,7 +52,7 @@ class TableRows:
         self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
-        _TABLES.add(self)
+        renew_after_fork(self)
 
     def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str]]:
         return TableRows, (self._files, self._manifest, self._name)  # a spawned process opens the files for itself
@@ -82,8 +81,8 @@ class TableRows:
             ]
         return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table()
 
-    def _after_fork(self) -> None:
-        # another thread of the parent may have held the lock, and been between two lines
+    def renew(self) -> None:
+        """In a forked child: see :mod:`storage.forks`."""
         self._lock, self._parts, self._groups = threading.Lock(), OrderedDict(), OrderedDict()
 
     def _groups_of(self, number: int, rows: range) -> list[tuple[int, int, int]]:
@@ -125,15 +124,3 @@ def _overlap(rows: range, first: int, stop: int) -> tuple[int, int]:
     """Offset and length, in the range [first, stop), of the rows that lie in it."""
     start = max(rows.start, first)
     return start - first, min(rows.stop, stop) - start
-
-
-_TABLES: weakref.WeakSet[TableRows] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for table in _TABLES:
-        table._after_fork()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_after_fork)

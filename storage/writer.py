@@ -25,6 +25,7 @@ from storage.commits import (
     ChunkCommit,
     ChunkRef,
     QuarantinedRow,
+    Tower,
     all_chunks,
     committed_chunks,
     generation_chunks,
@@ -202,14 +203,17 @@ class EmbeddingWriter:
         self.captions = TableRows(self.files, self.manifest, CAPTIONS)
         """One row per caption, read as asked for."""
 
+    def table(self, tower: Tower) -> TableRows:
+        """Of what a tower's rows are made: the samples, or the captions."""
+        return self.samples if tower == "image" else self.captions
+
     def rows_sha256(self, ref: ChunkRef) -> str:
         """``ChunkCommit.rows_sha256`` of a chunk, by the tables.
 
         Raises:
             CacheCorruptError: a table is missing or damaged.
         """
-        table = self.samples if ref.tower == "image" else self.captions
-        return chunk_rows_sha256(table.read(ref.rows(self.manifest.layout)), ref.tower)
+        return chunk_rows_sha256(self.table(ref.tower).read(ref.rows(self.manifest.layout)), ref.tower)
 
     def pending(self) -> list[ChunkRef]:
         """Chunks that are not done. Done means: committed, and every byte has the committed checksum.

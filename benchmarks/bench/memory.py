@@ -84,8 +84,7 @@ def encode_tables(location: str) -> int:
     writer = EmbeddingWriter(location)
     refs = all_chunks(writer.manifest.layout)
     for number, ref in enumerate(refs):
-        table = writer.samples if ref.tower == "image" else writer.captions
-        table.read(ref.rows(writer.manifest.layout))
+        writer.table(ref.tower).read(ref.rows(writer.manifest.layout))
         if number % max(len(refs) // 16, 1) == 0:
             writer.rows_sha256(ref)
     return len(refs)

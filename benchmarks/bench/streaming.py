@@ -28,7 +28,8 @@ def measure(settings: Settings) -> list[Row]:
     """Rows per second of whole epochs."""
     count = 20_000 if settings.quick else 1_000_000
     location = big_cache(settings.scratch, count, WIDTH, CHUNK_ROWS, captions=0)
-    bare = bare_memmap(location, settings.scratch / "rows.bin")
+    path = settings.scratch / "rows.bin"
+    bare = bare_memmap(location, path)
     order = list(batches(window_order(np.arange(count), CHUNK_ROWS, WINDOW, 0, 0), BATCH))
     rows = sum(len(batch) for batch in order)
     used = new_reader(location)
@@ -58,7 +59,6 @@ def measure(settings: Settings) -> list[Row]:
             held = reader.take("image", batch)
         del held
 
-    path = settings.scratch / "rows.bin"
     seconds = interleave(
         {
             "fancy": lambda: fancy(bare),
