@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -144,12 +145,22 @@ def test_training_counts_pairs_steps_and_waits(
     assert value(seen[-1][1], "train_step_seconds_sum") < record.seconds
 
 
+def two_ports_in_a_row() -> int:
+    """The first of two free ports that the system gives nobody who asks for any port: those begin at 32768."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_766):
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two ports in a row are free")
+
+
 def test_each_process_of_a_run_has_a_port_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as first:
-        first.bind(("127.0.0.1", 0))
-        port = first.getsockname()[1]
+        port = two_ports_in_a_row()
+        first.bind(("127.0.0.1", port))
         first.listen()
         monkeypatch.setenv(METRICS_PORT, str(port))
         taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
