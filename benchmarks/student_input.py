@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench.material import photographs
-from pipeline.batches import epoch_inputs, epoch_pairs
+from pipeline.batches import epoch_pairs
 from pipeline.config import PixelsConfig, PrecomputeConfig, TrainConfig
 from pipeline.device import keep_freed_memory
 from pipeline.make_pixels import make_pixels, plan_pixels
@@ -27,6 +27,7 @@ from pipeline.precompute import precompute
 from pipeline.preprocess import handed_on
 from pipeline.samples import ImageSource
 from pipeline.student import build_student, student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from pipeline.train import train
 from storage.reader import EmbeddingReader
 
@@ -62,7 +63,7 @@ def drained(home: Path, ready: bool, workers: int, epoch: int) -> float:
     source, device = ImageSource(str(home / "photos")), torch.device("cpu")
     torch.set_num_threads(1)  # as a worker has it: on a shared machine two threads wait for each other
     started = time.perf_counter()
-    for _ in epoch_inputs(reader, source, student.preprocess, tokenizer, pairs, workers, device, pixels):
+    for _ in InputLoader(reader, source, student.preprocess, tokenizer, workers, device, pixels).epoch(pairs):
         pass
     return len(pairs) * BATCH / (time.perf_counter() - started)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,22 +99,16 @@ def student_ranks(
     # torch only from here on: the teacher's recall needs none
     from pipeline.device import resolve_device
     from pipeline.encode_student import encode_rows
-    from pipeline.student import load_student
+    from pipeline.samples import ImageSource
+    from pipeline.student import load_student, student_tokenizer
+    from pipeline.student_inputs import InputLoader
 
     device = resolve_device(config.device)
     model, model_config = load_student(checkpoint)
-    image, text = encode_rows(
-        model.to(device),
-        model_config,
-        split.reader,
-        split.image_rows,
-        split.caption_rows,
-        split.image_root,
-        device,
-        config.batch_size,
-        config.workers,
-        progress,
-    )
+    source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)
+    rows = split.image_rows, split.caption_rows
+    with closing(InputLoader(split.reader, source, model.preprocess, tokenizer, config.workers, device)) as inputs:
+        image, text = encode_rows(model.to(device), split.reader, *rows, inputs, device, config.batch_size, progress)
     return split.ranks(image, text, depth)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.batches import Pairs, StudentImages, TeacherTargets, stored_crops
+from pipeline.batches import Pairs, TeacherTargets, stored_crops
 from pipeline.samples import ImageSource
+from pipeline.student_inputs import StudentImages
 from pipeline.teacher import LiveTeacher
 from storage.reader import EmbeddingReader
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import __version__, features
 from pydantic import BaseModel
 
-from pipeline.batches import StudentImages, stored_crops, views_used
+from pipeline.batches import stored_crops, views_used
 from pipeline.config import PixelsConfig
 from pipeline.pixels import (
     RECORD,
@@ -37,6 +37,7 @@ from pipeline.pixels import (
 from pipeline.preprocess import Preprocess, handed_on
 from pipeline.samples import ImageSource
 from pipeline.student import build_student, student_config
+from pipeline.student_inputs import StudentImages
 from pipeline.views import Crop
 from storage.checksum import crc32c
 from storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError

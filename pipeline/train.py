@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_inputs, epoch_pairs, views_used
+from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_pairs, views_used
 from pipeline.config import TrainConfig
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
@@ -29,6 +29,7 @@ from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selecti
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from pipeline.telemetry import telemetry
 from pipeline.train_log import StepLog
 from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
@@ -212,18 +213,20 @@ class _Trainer:
         progress: Callable[[StepProgress], None] | None,
         pixels: ReadyPixels | None,
     ) -> None:
-        self._config, self._fabric, self._reader, self._source = config, fabric, reader, source
-        self._pixels = pixels
+        self._config, self._fabric, self._reader = config, fabric, reader
         self._run, self._record, self._student, self._progress = run, record, student, progress
         self._rows = reader.image_rows(config.split)
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
         self._teacher = teacher
-        self._tokenizer = student_tokenizer(record.student_config)
+        tokenizer = student_tokenizer(record.student_config)
+        self._inputs = InputLoader(
+            reader, source, student.preprocess, tokenizer, self._workers(), fabric.device, pixels
+        )
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student.model))
         if fabric.world_size > 1:
-            _freeze_unused(student, self._tokenizer(["any"]))
+            _freeze_unused(student, tokenizer(["any"]))
         if config.compile:
             _compile(student)
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
@@ -255,6 +258,7 @@ class _Trainer:
             while self._point.epoch < self._config.epochs:
                 self._epoch()
         finally:
+            self._inputs.close()
             if isinstance(self._teacher, CachedTeacher):
                 self._teacher.close()
             if self._log is not None:
@@ -281,10 +285,7 @@ class _Trainer:
             shown, followed = tee(shown)
             self._teacher.follow(part for _, part in followed)
         mine = (part for _, part in shown)
-        preprocess, workers = self._student.preprocess, self._workers()
-        loader = epoch_inputs(
-            self._reader, self._source, preprocess, self._tokenizer, mine, workers, self._fabric.device, self._pixels
-        )
+        loader = self._inputs.epoch(mine)
         before = sums.model_copy()
         started = waiting = time.perf_counter()
         for (pair, part), (pixels, tokens) in zip(steps, loader, strict=True):
@@ -360,13 +361,11 @@ class _Trainer:
         caption_rows, text_image = self._reader.caption_rows(rows)
         image, text = encode_rows(
             self._student,
-            self._record.student_config,
             self._reader,
             rows,
             caption_rows,
-            self._source.root,
+            self._inputs,
             self._fabric.device,
-            workers=self._workers(),
         )
         recalls = retrieval_recall(image, text, text_image)
         return Selection(split=split, mean_recall=mean_recall(recalls), recalls=recalls)

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs
-from pipeline.batches import Pairs, epoch_inputs, epoch_pairs
+from pipeline.batches import Pairs, epoch_pairs
 from pipeline.config import PixelsConfig, PrecomputeConfig
 from pipeline.device import keep_freed_memory
 from pipeline.make_pixels import make_pixels, plan_pixels
@@ -35,6 +35,7 @@ from pipeline.precompute import precompute
 from pipeline.preprocess import Preprocess, handed_on
 from pipeline.samples import ImageSource
 from pipeline.student import build_student, student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from storage.reader import EmbeddingReader
 
 __all__ = ["measure"]
@@ -72,10 +73,10 @@ def _of_set(settings: Settings, home: Path, name: str) -> list[Row]:
     source, device = ImageSource(str(home / "photos")), torch.device("cpu")
 
     def ready() -> None:
-        _drain(epoch_inputs(reader, source, preprocess, tokenizer, pairs, _WORKERS, device, pixels))
+        _drain(InputLoader(reader, source, preprocess, tokenizer, _WORKERS, device, pixels).epoch(pairs))
 
     def decoded() -> None:
-        _drain(epoch_inputs(reader, source, preprocess, tokenizer, pairs, _WORKERS, device))
+        _drain(InputLoader(reader, source, preprocess, tokenizer, _WORKERS, device).epoch(pairs))
 
     seconds = interleave(
         {

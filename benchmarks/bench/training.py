@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import at_most, photographs, random_weights
-from pipeline.batches import CachedTeacher, Pairs, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
 from pipeline.config import PrecomputeConfig, TrainConfig
 from pipeline.device import image_memory_format, keep_freed_memory
 from pipeline.precompute import precompute
@@ -30,6 +30,7 @@ from pipeline.preprocess import handed_on
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from pipeline.train_step import TrainStep
 from storage.reader import EmbeddingReader
 
@@ -61,7 +62,7 @@ def _teachers(settings: Settings) -> list[tuple[str, int, int]]:
         return [("ViT-S-32-alt", 8, 1)]
     if settings.device == "cuda":
         return [("ViT-B-32", 256, 16), ("ViT-L-14", 256, 16)]
-    return [("ViT-B-32", 32, 2), ("ViT-L-14", 8, 1)]
+    return [("ViT-B-32", 32, 4), ("ViT-L-14", 8, 3)]
 
 
 class _Bench:
@@ -76,8 +77,11 @@ class _Bench:
         architecture = student_config(_STUDENT)
         torch.manual_seed(0)
         self.student = self._made(architecture)
-        self.tokenizer = student_tokenizer(architecture)
         self.fabric = Fabric(accelerator=settings.device, devices=1)
+        tokenizer = student_tokenizer(architecture)
+        self._inputs = InputLoader(
+            self.reader, self.source, self.student.preprocess, tokenizer, None, self.fabric.device
+        )
         model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1))
         model.train()
         self.teacher = CachedTeacher(self.reader)
@@ -102,9 +106,8 @@ class _Bench:
         return (found * -(-steps // len(found)))[:steps]
 
     def inputs(self, pairs: list[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and tokens by a loader, which both sides share."""
-        device, preprocess = self.fabric.device, self.student.preprocess
-        return epoch_inputs(self.reader, self.source, preprocess, self.tokenizer, pairs, None, device)
+        """Pixels and tokens by a loader whose processes stay, which both sides share."""
+        return self._inputs.epoch(pairs)
 
     def follow(self, pairs: list[Pairs]) -> list[Pairs]:
         """The same, their targets being read ahead."""

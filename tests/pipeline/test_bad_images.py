@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipeline import decode as module
 from pipeline import samples
-from pipeline.batches import StudentImages
 from pipeline.decode import FORMATS, MAX_PIXELS, UndecodableImageError, decode_image
 from pipeline.precompute import precompute
 from pipeline.preprocess import Preprocess
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
+from pipeline.student_inputs import StudentImages
 from storage.files import open_files
 from storage.inspect import describe_cache
 from storage.integrity import verify_cache

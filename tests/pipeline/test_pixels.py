@@ -18,13 +18,14 @@ import zarr
 from PIL import Image, ImageOps
 
 from pipeline import make_pixels as making
-from pipeline.batches import StudentImages, stored_crops
+from pipeline.batches import stored_crops
 from pipeline.config import PixelsConfig, PrecomputeConfig
 from pipeline.make_pixels import PixelsResult, make_pixels, plan_pixels
 from pipeline.pixels import ReadyPixels, read_record
 from pipeline.precompute import precompute
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.student_inputs import StudentImages
 from pipeline.train import train
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError
 from storage.files import LocalFiles

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.batches import load_items
 from pipeline.cached_images import CachedImages
 from pipeline.config import PrecomputeConfig
 from pipeline.precompute import precompute
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
+from pipeline.student_inputs import _batches, _loader
 from storage.files import REQUESTS_AT_ONCE
 from storage.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
@@ -111,6 +111,6 @@ def test_a_loader_asks_for_a_whole_batch_first(monkeypatch: pytest.MonkeyPatch) 
             told.append(index)
             return index
 
-    batches = list(load_items(Items(), 0, torch.device("cpu"), batch_size=2, sampler=[3, 1, 2, 0]))
+    batches = list(_batches(_loader(Items(), [[3, 1], [2, 0]], 0, torch.device("cpu"))))
     assert [batch.tolist() for batch in batches] == [[3, 1], [2, 0]]
     assert told == [[3, 1], 3, 1, [2, 0], 2, 0]

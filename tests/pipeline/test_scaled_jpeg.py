@@ -17,7 +17,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import scaled_jpeg
-from pipeline.batches import StudentImages
 from pipeline.cli import app
 from pipeline.config import DeployConfig, EvaluateConfig, PixelsConfig, PrecomputeConfig, ProofConfig, TrainConfig
 from pipeline.decode import UndecodableImageError
@@ -33,6 +32,7 @@ from pipeline.proof import prove_sample
 from pipeline.repair import repair
 from pipeline.samples import ImageSource
 from pipeline.scaled_jpeg import ScaledJpeg, open_image
+from pipeline.student_inputs import StudentImages
 from pipeline.teacher import load_teacher
 from pipeline.train import train
 from pipeline.views import Crop, crop_shown

@@ -14,12 +14,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipeline.batches import CachedTeacher, epoch_inputs, epoch_pairs
+from pipeline.batches import CachedTeacher, epoch_pairs
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.samples import ImageSource
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, build_student, load_student, student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from pipeline.train import StepProgress, train
 from pipeline.train_step import StepValues, TrainStep
 from storage.errors import UsageError
@@ -49,8 +50,8 @@ class OneStep:
         rows = reader.image_rows("train")
         pairs = next(epoch_pairs(reader, rows, self.config.batch_size, 4, seed=0, epoch=0))
         source, tokenizer = ImageSource(reader.manifest.source.image_root), student_tokenizer(architecture)
-        inputs = epoch_inputs(reader, source, self.student.preprocess, tokenizer, [pairs], 0, torch.device("cpu"))
-        self.pixels, self.tokens = next(inputs)
+        inputs = InputLoader(reader, source, self.student.preprocess, tokenizer, 0, torch.device("cpu"))
+        self.pixels, self.tokens = next(inputs.epoch([pairs]))
         teacher = CachedTeacher(reader)
         fabric = Fabric(accelerator="cpu", devices=1)
         self.student.model.visual.to(memory_format=image_memory_format(self.student.model))

@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.batches import CachedTeacher, StudentImages, epoch_inputs, epoch_pairs, stored_crops
+from pipeline.batches import CachedTeacher, epoch_pairs, stored_crops
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.live_source import LiveTeacherSource
 from pipeline.precompute import precompute
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
+from pipeline.student_inputs import InputLoader, StudentImages
 from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.train import train
 from pipeline.views import Crop, draw_crop, replay
@@ -183,9 +184,8 @@ def test_the_student_sees_the_region_that_the_teacher_saw(home: Path, teacher: L
     reader = EmbeddingReader(str(home / "c"))
     mine = Preprocess((size, size), teacher.preprocess.mean, teacher.preprocess.std)
     pairs = list(epoch_pairs(reader, reader.image_rows("train"), 8, 4, seed=1, epoch=2))
-    loader = epoch_inputs(
-        reader, ImageSource(str(home / "photos")), mine, teacher.tokenizer, pairs, 1, torch.device("cpu")
-    )
+    source = ImageSource(str(home / "photos"))
+    loader = InputLoader(reader, source, mine, teacher.tokenizer, 1, torch.device("cpu")).epoch(pairs)
     views: Counter[int] = Counter()
     for pair, (pixels, tokens) in zip(pairs, loader, strict=True):
         assert pixels.shape == (8, 3, size, size)
