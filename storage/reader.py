@@ -37,7 +37,7 @@ from storage.resident import ResidentRows, load_resident
 from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
-from storage.stream import READ_AHEAD_BYTES, Batch, MappedChunks, Prove, stream_rows
+from storage.stream import Batch, MappedChunks, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
 from storage.transient import read_error
 from storage.writer import incomplete_message
@@ -236,7 +236,7 @@ class EmbeddingReader:
         batches: Iterable[Batch],
         array: str = "embedding",
         prove: Prove = "first",
-        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        read_ahead_bytes: int | None = None,
         threads: int | None = None,
     ) -> Iterator[NDArray[Any]]:
         """What :meth:`take` gives for each of ``batches``, in their order, with one copy a row.
@@ -252,7 +252,7 @@ class EmbeddingReader:
         Args:
             batches: rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
             prove: a mapped chunk by its checksum at its ``"first"`` read by this reader, or at ``"every"`` one.
-            read_ahead_bytes: of chunks that are loaded before a batch needs them.
+            read_ahead_bytes: of chunks that are loaded before a batch needs them; left out 64 MiB, of a store 128 MiB.
             threads: loads at the same time; left out a few, more for an object store.
 
         Yields:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "loads_at_once", "stream_rows"]
 
 READ_AHEAD_BYTES = 64 << 20
-"""Of chunks that no batch has needed yet."""
+"""Of chunks that no batch has needed yet; of a store twice as much, half of it on its way."""
 
 Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows, or rows and one view for each."""
@@ -43,7 +43,7 @@ Prove = Literal["first", "every"]
 
 _GROUP_ROWS = 8192  # for a group of batches all chunks are there before the first one
 _LOOKED_AT_ROWS = 32_768  # at once: each call into numpy may have to wait for Python's lock
-_ROWS_IN_SIGHT = 65_536  # at most, and a group
+_ROWS_IN_SIGHT = 131_072  # at most, and a group
 _MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
 _MOST_KEPT = 4_096  # chunks of one array, each with a hole beside it at worst
 _LOCAL_THREADS = 2
@@ -74,10 +74,12 @@ def stream_rows(
     batches: Iterable[Batch],
     array: str,
     prove: Prove,
-    read_ahead_bytes: int,
+    read_ahead_bytes: int | None,
     threads: int | None,
 ) -> Iterator[NDArray[Any]]:
     """See :meth:`storage.reader.EmbeddingReader.stream`."""
+    if read_ahead_bytes is None:
+        read_ahead_bytes = READ_AHEAD_BYTES * (2 if requests_at_once(reader.files) > 1 else 1)
     if read_ahead_bytes < 0 or (threads is not None and threads < 1):
         raise ValueError(f"read_ahead_bytes={read_ahead_bytes}, threads={threads}: not negative, and 1 or more, wanted")
     reader._require_array(tower, array)
@@ -88,7 +90,8 @@ def stream_rows(
     coming = _groups(reader, chunks, tower, batches)
     seen: deque[_Group] = deque()
     most_rows, rows = min(_ROWS_IN_SIGHT, (read_ahead_bytes + chunks.nbytes) // row_bytes), 0
-    at_once = threads or loads_at_once(reader.files, most_ahead)
+    # half of them: answers do not come in the order of the questions, and those behind a late one must lie somewhere
+    at_once = threads or loads_at_once(reader.files, most_ahead // 2)
     with chunks, ReadAhead(chunks.load, chunks.release, at_once) as ahead:
         while True:
             while not seen or rows < most_rows:
