@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.views import Crop
 from storage.errors import CacheCorruptError, UsageError
-from storage.order import batches, epoch_rng, window_order
+from storage.order import RowDraws, batches, window_order
 from storage.reader import EmbeddingReader
 
 __all__ = [
@@ -137,17 +137,18 @@ def epoch_pairs(
     """
     views = views or reader.views
     offsets = reader.caption_offsets
-    # one draw per row of the cache, so that a row's caption does not depend on who else takes part
-    draws = epoch_rng(seed, epoch, _CAPTION_STREAM).random(reader.manifest.layout.image_rows)
-    # the same in each epoch, so that an image's views come by turns
-    first_views = (epoch_rng(seed, 0, _VIEW_STREAM).random(len(draws)) * views).astype(np.int64)
     chunk_rows = reader.manifest.layout.image_chunk_rows
+    # one draw per row of the cache, so that a row's caption does not depend on who else takes part
+    draws = RowDraws(seed, epoch, _CAPTION_STREAM, chunk_rows, 2 * window_chunks)
+    # the same in each epoch, so that an image's views come by turns
+    first_views = RowDraws(seed, 0, _VIEW_STREAM, chunk_rows, 2 * window_chunks)
     order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
     for step, rows in enumerate(batches(order, batch_size)):
         if step >= start_step:
             counts = offsets[rows + 1] - offsets[rows]
-            captions = offsets[rows] + (draws[rows] * counts).astype(np.int64)
-            yield Pairs(rows, captions, (first_views[rows] + epoch) % views)
+            captions = offsets[rows] + (draws.of(rows) * counts).astype(np.int64)
+            first = (first_views.of(rows) * views).astype(np.int64) if views > 1 else 0
+            yield Pairs(rows, captions, (np.zeros_like(rows) + first + epoch) % views)
 
 
 def views_used(reader: EmbeddingReader, asked: int | None) -> int:

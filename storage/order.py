@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["batches", "epoch_rng", "window_order"]
+__all__ = ["RowDraws", "batches", "epoch_rng", "window_order"]
 
 
 def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
@@ -56,3 +56,43 @@ def batches(windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[N
         for start in range(0, full, batch_size):
             yield rest[start : start + batch_size]
         rest = rest[full:]
+
+
+class RowDraws:
+    """A uniform number in [0, 1) for each row of a cache: what :func:`epoch_rng` draws for all rows, at some of them.
+
+    Made by chunks as rows are asked for, since those of all rows would be as large as their numbers.
+
+    Args:
+        chunk_rows: rows that come together.
+        kept: chunks whose numbers stay for the next call.
+    """
+
+    def __init__(self, seed: int, epoch: int, stream: int, chunk_rows: int, kept: int) -> None:
+        self._key = seed, epoch, stream
+        self._chunk_rows, self._most = chunk_rows, kept
+        self._kept: dict[int, NDArray[np.float64]] = {}
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The numbers of some rows, (len(rows),) float64."""
+        out = np.empty(len(rows))
+        chunks = rows // self._chunk_rows
+        by_chunk = np.argsort(chunks, kind="stable")
+        used, starts = np.unique(chunks[by_chunk], return_index=True)
+        for chunk, start, stop in zip(used.tolist(), starts, [*starts[1:], len(rows)], strict=False):
+            at = by_chunk[start:stop]
+            # last in, as the one that was used last
+            numbers = self._kept.pop(chunk) if chunk in self._kept else self._made(chunk)
+            self._kept[chunk] = numbers
+            out[at] = numbers[rows[at] - chunk * self._chunk_rows]
+        for chunk in list(self._kept)[: max(0, len(self._kept) - max(self._most, len(used)))]:
+            del self._kept[chunk]
+        return out
+
+    def _made(self, chunk: int) -> NDArray[np.float64]:
+        first = chunk * self._chunk_rows
+        generator = epoch_rng(*self._key)
+        # Philox counts in fours
+        generator.bit_generator.advance(first // 4)  # type: ignore[attr-defined]
+        generator.random(first % 4)
+        return generator.random(self._chunk_rows)

@@ -142,11 +142,17 @@ class EmbeddingReader:
     @once
     def caption_offsets(self) -> NDArray[np.int64]:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
-        image_rows = self._column(CAPTIONS, "image_row").to_numpy()
-        if len(image_rows) and (np.diff(image_rows) < 0).any():
-            raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row")
-        edges = np.arange(self.manifest.layout.image_rows + 1)
-        return np.searchsorted(image_rows, edges, side="left").astype(np.int64)
+        images = self.manifest.layout.image_rows
+        offsets, last = np.zeros(images + 1, np.int64), 0
+        for part in self._column(CAPTIONS, "image_row").chunks:  # of millions of rows, not all at once
+            rows = part.to_numpy()
+            if len(rows) == 0:
+                continue
+            if rows[0] < last or rows[-1] >= images or (rows[1:] < rows[:-1]).any():
+                raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row from 0 to {images - 1}")
+            first, last = int(rows[0]), int(rows[-1])
+            offsets[first + 1 : last + 2] += np.bincount(rows - first)
+        return np.cumsum(offsets, out=offsets)
 
     @once
     def quarantined(self) -> tuple[QuarantinedRow, ...]:

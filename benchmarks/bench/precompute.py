@@ -83,7 +83,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     writer = EmbeddingWriter(config.cache)
     batch = writer.manifest.layout.batch_rows
     of_images = [ref for ref in refs if ref.tower == "image"]
-    of_texts = [ref for ref in refs if ref.tower == "text"][: 1 if settings.quick else 2]
+    of_texts = [ref for ref in refs if ref.tower == "text"][: 1 if settings.quick else 8]
     texts = sum(len(ref.rows(writer.manifest.layout)) for ref in of_texts)
     pixels = torch.randn(batch, 3, *teacher.preprocess.size, device=teacher.device)
     captions = writer.captions.read(range(texts))["text"].to_pylist()

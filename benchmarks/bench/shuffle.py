@@ -1,9 +1,7 @@
 """How far the window shuffle is from a uniform one, and what that costs a small student.
 
 The first rows count, for batches of a million rows, how many of a row's batch mates were its chunk mates. The others
-train: a two-layer perceptron on 16 x 16 thumbnails of Flickr8k learns the image features of its teacher, by feature
-and contrastive terms, in batches drawn by ``storage/order.py``. Measured is how often, among images held out, the
-teacher's own row is one of the ten nearest. It is no CLIP student, and only differences between orders mean anything.
+train a perceptron (:mod:`benchmarks.bench.perceptron`) on Flickr8k; only differences between orders mean anything.
 Once in the order of the files, once with the images sorted by content, which is what a dataset sorted by class does to
 chunks.
 """
@@ -13,12 +11,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.bench.harness import Row, Settings
+from benchmarks.bench.perceptron import perceptron_recall, thumbnails
 from storage.order import batches, window_order
 
 __all__ = ["measure"]
@@ -63,46 +61,12 @@ def _features(settings: Settings, images: int) -> tuple[NDArray[np.float32], NDA
 
     teacher = load_teacher(f"local-dir:{settings.shared / 'teacher-flickr8k'}", device="cpu")
     transform = teacher.preprocess.transform()
-    thumbnails, features = [], []
+    features = []
     paths = sorted((settings.shared / "flickr8k" / "images").glob("*.jpg"))[:images]
     for first in range(0, len(paths), 32):
         pictures = [Image.open(path).convert("RGB") for path in paths[first : first + 32]]
-        thumbnails += [np.asarray(picture.resize((16, 16)), np.float32).reshape(-1) / 127.5 - 1 for picture in pictures]
         features.append(teacher.image_features(torch.stack([transform(picture) for picture in pictures])).numpy())
-    return np.stack(thumbnails), np.concatenate(features)
-
-
-def _recall(
-    pixels: NDArray[np.float32],
-    targets: NDArray[np.float32],
-    held_out: int,
-    window_chunks: int,
-    seed: int,
-    epochs: int,
-) -> float:
-    """R@10 of the last ``held_out`` rows after training on the others; ``seed`` is of weights and order."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    torch.manual_seed(seed)
-    x, y = torch.from_numpy(pixels), torch.from_numpy(targets)
-    rows = np.arange(len(x) - held_out)
-    student: Any = nn.Sequential(nn.Linear(x.shape[1], 512), nn.GELU(), nn.Linear(512, y.shape[1]))
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-3, weight_decay=0.05)
-    for epoch in range(epochs):
-        for batch in batches(window_order(rows, 64, window_chunks, seed, epoch), 128):
-            at = torch.from_numpy(batch)
-            u, p = functional.normalize(student(x[at]), dim=-1), y[at]
-            logits = 15 * u @ p.T
-            loss = functional.cross_entropy(logits, torch.arange(len(at))) + 500 * functional.mse_loss(u, p)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        scores = functional.normalize(student(x[-held_out:]), dim=-1) @ y[-held_out:].T
-    above = (scores > scores.diagonal()[:, None]).sum(1)
-    return float((above < 10).float().mean())
+    return thumbnails(paths), np.concatenate(features)
 
 
 def _training(settings: Settings) -> list[Row]:
@@ -117,9 +81,9 @@ def _training(settings: Settings) -> list[Row]:
     for order, rows in ((_IN_ORDER, np.arange(train)), (_SORTED, by_content)):
         arranged = np.concatenate([rows, np.arange(train, len(pixels))])
         x, y = pixels[arranged], targets[arranged]
-        uniform = [_recall(x, y, held_out, chunks, seed, epochs) for seed in seeds]
+        uniform = [perceptron_recall(x, y, held_out, chunks, seed, epochs) for seed in seeds]
         for window in (1, 4, 16):
-            found = [_recall(x, y, held_out, window, seed, epochs) for seed in seeds]
+            found = [perceptron_recall(x, y, held_out, window, seed, epochs) for seed in seeds]
             ratios = [ours / max(theirs, 1 / held_out) for ours, theirs in zip(found, uniform, strict=True)]
             made.append(
                 Row(

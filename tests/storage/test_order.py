@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.order import batches, epoch_rng, window_order
+from storage.order import RowDraws, batches, epoch_rng, window_order
 
 
 @given(
@@ -77,3 +77,30 @@ def test_a_window_holds_whole_chunks_and_mixes_them() -> None:
 def test_batches_are_full_and_cross_windows() -> None:
     found = list(batches(iter([np.arange(5), np.arange(5, 7), np.arange(7, 11)]), 3))
     assert [batch.tolist() for batch in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+@given(
+    rows=st.lists(st.integers(0, 199), max_size=60),
+    chunk_rows=st.integers(1, 50),
+    kept=st.integers(0, 5),
+    split=st.integers(0, 60),
+)
+def test_a_rows_number_is_the_one_that_all_rows_together_would_give_it(
+    rows: list[int], chunk_rows: int, kept: int, split: int
+) -> None:
+    """Whatever was asked for before it, and however little is kept."""
+    everything = epoch_rng(3, 5, 7).random(200)
+    draws, asked = RowDraws(3, 5, 7, chunk_rows, kept), np.array(rows, np.int64)
+    for part in (asked[:split], asked[split:], asked[::-1]):
+        assert np.array_equal(draws.of(part), everything[part])
+
+
+def test_numbers_of_rows_stay_for_some_chunks_only() -> None:
+    draws = RowDraws(0, 0, 0, 1000, kept=3)
+    tracemalloc.start()
+    try:
+        for chunk in range(200):
+            draws.of(np.arange(1000 * chunk, 1000 * chunk + 1000))
+        assert tracemalloc.get_traced_memory()[1] < 20 * 8 * 1000
+    finally:
+        tracemalloc.stop()

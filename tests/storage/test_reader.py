@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from storage.commits import ChunkRef, QuarantinedRow
@@ -265,3 +266,25 @@ def test_opening_reads_the_manifest_alone(known_cache: Path, monkeypatch: pytest
     monkeypatch.setattr(LocalFiles, "read", noting)
     reader = EmbeddingReader(str(known_cache))
     assert (reader.views, reader.embed_dim, keys) == (1, 8, ["manifest.json"])
+
+
+@pytest.mark.parametrize("parts", [[[0, 0, 2], [], [2, 3, 9]], [[], [0]], [[9]], [[]]])
+def test_where_an_images_captions_are(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]
+) -> None:
+    """However the table's rows are parted; of ten images some have none."""
+    column = pa.chunked_array(parts, pa.int64())
+    monkeypatch.setattr(EmbeddingReader, "_column", lambda self, table, name: column)
+    rows = [row for part in parts for row in part]
+    wanted = [sum(row < image for row in rows) for image in range(11)]
+    assert EmbeddingReader(str(known_cache)).caption_offsets.tolist() == wanted
+
+
+@pytest.mark.parametrize("parts", [[[0, 2, 1]], [[0, 2], [1]], [[-1, 2]], [[0, 10]]])
+def test_captions_of_images_in_disorder(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]
+) -> None:
+    column = pa.chunked_array(parts, pa.int64())
+    monkeypatch.setattr(EmbeddingReader, "_column", lambda self, table, name: column)
+    with pytest.raises(CacheCorruptError, match="not sorted by image row from 0 to 9"):
+        EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018
