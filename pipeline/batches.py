@@ -141,14 +141,14 @@ def epoch_pairs(
     # one draw per row of the cache, so that a row's caption does not depend on who else takes part
     draws = RowDraws(seed, epoch, _CAPTION_STREAM, chunk_rows, 2 * window_chunks)
     # the same in each epoch, so that an image's views come by turns
-    first_views = RowDraws(seed, 0, _VIEW_STREAM, chunk_rows, 2 * window_chunks)
+    first_views = RowDraws(seed, 0, _VIEW_STREAM, chunk_rows, 2 * window_chunks) if views > 1 else None
     order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
     for step, rows in enumerate(batches(order, batch_size)):
         if step >= start_step:
             counts = offsets[rows + 1] - offsets[rows]
             captions = offsets[rows] + (draws.of(rows) * counts).astype(np.int64)
-            first = (first_views.of(rows) * views).astype(np.int64) if views > 1 else 0
-            yield Pairs(rows, captions, (np.zeros_like(rows) + first + epoch) % views)
+            first = np.zeros_like(rows) if first_views is None else (first_views.of(rows) * views).astype(np.int64)
+            yield Pairs(rows, captions, (first + epoch) % views)
 
 
 def views_used(reader: EmbeddingReader, asked: int | None) -> int:

@@ -106,9 +106,17 @@ def student_ranks(
     device = resolve_device(config.device)
     model, model_config = load_student(checkpoint)
     source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)
-    rows = split.image_rows, split.caption_rows
     with closing(InputLoader(split.reader, source, model.preprocess, tokenizer, config.workers, device)) as inputs:
-        image, text = encode_rows(model.to(device), split.reader, *rows, inputs, device, config.batch_size, progress)
+        image, text = encode_rows(
+            model.to(device),
+            split.reader,
+            split.image_rows,
+            split.caption_rows,
+            inputs,
+            device,
+            config.batch_size,
+            progress,
+        )
     return split.ranks(image, text, depth)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -100,22 +100,28 @@ class _StudentInputs(Dataset[Any]):
     By an image row alone the pixels of its evaluation crop; a batch is of the one kind or the other.
 
     Args:
+        images: for evaluation crops; None where none is wanted.
         shown: give what is shown of an image row, and what to see of it.
     """
 
     def __init__(
-        self, images: StudentImages, shown: _ShownImages, texts: pa.ChunkedArray, tokenizer: Tokenizer
+        self, images: StudentImages | None, shown: _ShownImages, texts: pa.ChunkedArray, tokenizer: Tokenizer
     ) -> None:
         self._images, self._shown, self._texts, self._tokenizer = images, shown, texts, tokenizer
 
     def ahead(self, keys: Sequence[tuple[int, int, Any] | int]) -> AbstractContextManager[None]:
         """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
-        images = self._images if isinstance(keys[0], int) else self._shown
+        images = self._evaluated() if isinstance(keys[0], int) else self._shown
         return images.ahead([key if isinstance(key, int) else key[0] for key in keys])
+
+    def _evaluated(self) -> StudentImages:
+        if self._images is None:
+            raise ValueError("evaluation crops are asked for, and this was made for pairs alone")
+        return self._images
 
     def __getitem__(self, key: tuple[int, int, Any] | int) -> tuple[Tensor, Tensor] | Tensor:
         if isinstance(key, int):
-            return self._images[key]
+            return self._evaluated()[key]
         image_row, caption_row, region = key
         pixels = torch.from_numpy(self._shown.shown(image_row, region))
         return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
@@ -153,7 +159,9 @@ class _Asked:
         return iter(self.batches)
 
 
-def _loader(dataset: _ReadAhead, batches: _Asked, workers: int | None, device: torch.device) -> DataLoader[Any]:
+def _loader(
+    dataset: _ReadAhead, batches: Iterable[list[Any]], workers: int | None, device: torch.device
+) -> DataLoader[Any]:
     workers = min(8, (os.cpu_count() or 1) // 2) if workers is None else workers
     return DataLoader(
         _Items(dataset),
@@ -166,7 +174,7 @@ def _loader(dataset: _ReadAhead, batches: _Asked, workers: int | None, device: t
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+def _batches(loader: DataLoader[Any]) -> Generator[Any]:
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
@@ -180,12 +188,13 @@ def _one_thread(worker: int) -> None:
 class InputLoader:
     """The images and captions of a run, epoch after epoch, made by processes that stay from its first batch on.
 
-    They are forked while this process is small. Who forks when it has trained already shares its activations with the
+    They start while this process is small. Who forks when it has trained already shares its activations with the
     child, and has to copy every page of them that it writes again: seconds in each epoch on a CPU, and twice the
     memory for a while.
 
     Args:
         pixels: take the pixels of pairs from here, where they were put earlier, and decode none of them.
+        evaluates: whether :meth:`evaluation_crops` will be asked for, which are decoded in any case.
         workers: processes that decode (0: none but this one); left out (None) half the cores, at most 8, since the step
             needs the others.
     """
@@ -199,16 +208,18 @@ class InputLoader:
         workers: int | None,
         device: torch.device,
         pixels: ReadyPixels | None = None,
+        evaluates: bool = True,
     ) -> None:
         self._reader, self._preprocess, self._device, self._pixels = reader, preprocess, device, pixels
         self.tokenizer = tokenizer
-        images = StudentImages(reader, source, preprocess)
-        inputs = _StudentInputs(images, pixels or images, reader.captions["text"], tokenizer)
+        images = StudentImages(reader, source, preprocess) if pixels is None or evaluates else None
+        inputs = _StudentInputs(images, cast("_ShownImages", pixels or images), reader.captions["text"], tokenizer)
         self._asked = _Asked()
-        self._loader = _loader(inputs, self._asked, workers, device)
+        self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
+        self._current: Generator[Any] | None = None
 
     def epoch(self, pairs: Iterable[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, tokens) for each of ``pairs``, in their order. One iteration at a time.
+        """(pixels, tokens) for each of ``pairs``, in their order. It ends early when another iteration begins.
 
         The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers
         as bytes and are normalised on the device, where they stay; the tokens are on the CPU.
@@ -216,18 +227,32 @@ class InputLoader:
         Raises:
             OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
         """
-        self._asked.batches = (self._keys(pair) for pair in pairs)
-        for shown, tokens in _batches(self._loader):
+        for shown, tokens in self._begun(self._keys(pair) for pair in pairs):
             yield self._preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
-        """The pixels of some images in their order, float32 (batch_size, 3, height, width), on the CPU.
+        """The pixels of some images in their order, float32 (batch_size or less, 3, height, width), on the CPU.
+
+        It ends early when another iteration begins.
 
         Raises:
             OSError, CacheMismatchError: as :meth:`epoch`.
         """
-        self._asked.batches = (rows[at : at + batch_size].tolist() for at in range(0, len(rows), batch_size))
-        yield from _batches(self._loader)
+        yield from self._begun(rows[at : at + batch_size].tolist() for at in range(0, len(rows), batch_size))
+
+    def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
+        """An iteration over these; the one before it is over, since the processes serve one."""
+        if self._loader is None:
+            raise ValueError("closed")
+        self._end_iteration()
+        self._asked.batches = batches
+        self._current = _batches(self._loader)
+        return self._current
+
+    def _end_iteration(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
 
     def _keys(self, pair: Pairs) -> list[tuple[int, int, Any]]:
         if self._pixels is not None:
@@ -237,5 +262,6 @@ class InputLoader:
         return list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), regions, strict=True))
 
     def close(self) -> None:
-        """End the processes."""
-        del self._loader
+        """End the processes, and an iteration that somebody still holds."""
+        self._end_iteration()
+        self._loader = None

@@ -221,7 +221,14 @@ class _Trainer:
         self._teacher = teacher
         tokenizer = student_tokenizer(record.student_config)
         self._inputs = InputLoader(
-            reader, source, student.preprocess, tokenizer, self._workers(), fabric.device, pixels
+            reader,
+            source,
+            student.preprocess,
+            tokenizer,
+            self._workers(),
+            fabric.device,
+            pixels,
+            config.select_split is not None,
         )
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student.model))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles, in_parallel, read_buffer
+from storage.files import CacheFiles, in_parallel
 from storage.identity import canonical_json, digest_of
 from storage.manifest import CacheManifest, Generation, Layout
 from storage.shapes import SCALE, stored_arrays
@@ -161,17 +161,11 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
     Raises:
         CacheCorruptError: there is a record, and it is damaged or belongs elsewhere.
     """
-    return _read(files.read, files.location, manifest, ref)
-
-
-def _read(
-    read: Callable[[str], bytes | memoryview], location: str, manifest: CacheManifest, ref: ChunkRef
-) -> ChunkCommit | None:
     try:
-        data = bytes(read(ref.commit_key))
+        data = files.read(ref.commit_key)
     except FileNotFoundError:
         return None
-    return proven_commit(data, location, manifest, ref)
+    return proven_commit(data, files.location, manifest, ref)
 
 
 def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit:
@@ -202,8 +196,7 @@ def read_commits(
 ) -> tuple[dict[ChunkRef, ChunkCommit], str]:
     """All commits of one generation, and the sha256 over key and bytes of each in the order of ``all_chunks``.
 
-    One request for each; of an object store many at once (``storage.files.in_parallel``), and those that are there by
-    obstore: thousands of them are more work for this process than for the store.
+    One request for each; of an object store many at once (``storage.files.in_parallel``).
 
     Raises:
         CacheCorruptError: a record is damaged or belongs elsewhere.
@@ -211,8 +204,7 @@ def read_commits(
     commits: dict[ChunkRef, ChunkCommit] = {}
     total = hashlib.sha256()
     refs = generation_chunks(manifest, generation)
-    read = partial(_read, partial(read_buffer, files), files.location, manifest)
-    for ref, commit in zip(refs, in_parallel(files, read, refs), strict=True):
+    for ref, commit in zip(refs, in_parallel(files, partial(read_commit, files, manifest), refs), strict=True):
         if commit is not None:
             commits[ref] = commit
             total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())

@@ -38,7 +38,7 @@ from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
 from storage.stream import Batch, MappedChunks, Prove, stream_rows
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table
+from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from storage.transient import read_error
 from storage.writer import incomplete_message
 
@@ -144,10 +144,9 @@ class EmbeddingReader:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
         images = self.manifest.layout.image_rows
         offsets, last = np.zeros(images + 1, np.int64), 0
-        for part in self._column(CAPTIONS, "image_row").chunks:  # of millions of rows, not all at once
-            rows = part.to_numpy()
-            if len(rows) == 0:
-                continue
+        column = self._column(CAPTIONS, "image_row")
+        for start in range(0, len(column), ROWS_PER_GROUP):  # of millions of rows, not all at once
+            rows = column.slice(start, ROWS_PER_GROUP).to_numpy()
             if rows[0] < last or rows[-1] >= images or (rows[1:] < rows[:-1]).any():
                 raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row from 0 to {images - 1}")
             first, last = int(rows[0]), int(rows[-1])

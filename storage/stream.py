@@ -50,10 +50,10 @@ _LOCAL_THREADS = 2
 
 
 def loads_at_once(files: CacheFiles, ahead: int) -> int:
-    """Threads that load chunks: of a store as many as may lie ready, since they wait for answers most of the time.
+    """Threads that load chunks: of a store as many as are wanted on their way, since they wait for answers mostly.
 
     Args:
-        ahead: chunks that may lie ready.
+        ahead: chunks that are wanted on their way.
     """
     return max(_LOCAL_THREADS, min(requests_at_once(files), ahead))
 

@@ -21,7 +21,7 @@ from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from storage.commits import ChunkRef
 from storage.reader import EmbeddingReader
-from storage.stream import READ_AHEAD_BYTES
+from storage.stream import READ_AHEAD_BYTES, loads_at_once
 from tests.latency_proxy import start_latency_process
 from tests.object_store import ObjectStore, start_seaweedfs
 
@@ -51,7 +51,8 @@ def _streaming(store: ObjectStore, location: str, rounds: int, where: str) -> li
         refs = [ChunkRef("image", 0, chunk) for chunk in range(layout.image_chunks)]
         nbytes = sum(reader._commits[ref].objects["embedding"].nbytes for ref in refs)
         chunk_bytes = nbytes // len(refs)
-        at_once = max(2, min(32, READ_AHEAD_BYTES // chunk_bytes))
+        in_memory = layout.image_chunk_rows * layout.embed_dim * 2  # without the checksum behind it
+        at_once = loads_at_once(reader.files, READ_AHEAD_BYTES // in_memory)
         batches = np.split(np.arange(layout.image_rows), range(_BATCH, layout.image_rows, _BATCH))
 
         def stream() -> None:

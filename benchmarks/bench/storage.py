@@ -269,9 +269,10 @@ def _by_seeds(settings: Settings, caches: dict[str, Path]) -> Row:
     mean = float(moved.mean())
     note = (
         f"{len(seeds)} seeds, each from both; {len(learned)} images learned, {len(held_out)} held out. int8 less "
-        f"float16 is {mean:.2f} points with a 95 % interval of {mean - half:.2f} to {mean + half:.2f}; "
+        f"float16 is {mean:.2f} points with a 95 % interval of {mean - half:.2f} to {mean + half:.2f}, whose farther "
+        "end counts; over seeds, with the same images. It is another quantity than the line above; "
         f"one seed from another differs by {found['float16'].std(ddof=1):.2f} (standard deviation)"
     )
     what, ours, theirs = "R@10 of a perceptron", float(found["int8"].mean()), float(found["float16"].mean())
     low, high = max(0.0, abs(mean) - half), abs(mean) + half
-    return Row(f"{what}, learned from int8", "from float16", ours, theirs, "%", abs(mean), low, high, 0.3, True, note)
+    return Row(f"{what}, learned from int8", "from float16", ours, theirs, "%", high, low, high, 0.3, True, note)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipeline.batches import epoch_pairs
 from pipeline.preprocess import Preprocess
@@ -51,19 +52,28 @@ def inputs(reader: EmbeddingReader, source: ImageSource, tmp_path: Path) -> Iter
         yield loader
 
 
-def test_a_run_forks_its_workers_once(cache: Path, tmp_path: Path) -> None:
+def test_a_run_forks_its_workers_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs and two measurements by one process, which ends with the run."""
     before, seen = workers(), []
 
     def look(at: StepProgress) -> None:
-        seen.append((at.epoch, workers() - before))
+        seen.append((f"epoch {at.epoch}", workers() - before))
+
+    crops = InputLoader.evaluation_crops
+
+    def watched(self: InputLoader, rows: NDArray[np.int64], batch_size: int) -> Iterator[torch.Tensor]:
+        for pixels in crops(self, rows, batch_size):
+            seen.append(("measurement", workers() - before))
+            yield pixels
+
+    monkeypatch.setattr(InputLoader, "evaluation_crops", watched)
 
     config = train_config(
         cache, make_student(tmp_path / "s.json"), tmp_path / "run", workers=1, select_split="test", select_every=1
     )
     record = train(config, look).record
     assert [epoch.selection is None for epoch in record.epochs] == [False, False]
-    assert {epoch for epoch, _ in seen} == {0, 1}
+    assert {what for what, _ in seen} == {"epoch 0", "epoch 1", "measurement"}
     (first,) = {frozenset(pids) for _, pids in seen}
     assert len(first) == 1
     assert workers() == before
@@ -101,3 +111,31 @@ def test_an_image_that_is_another_one_ends_that_epoch_only(
         list(inputs.epoch(pairs))
     path.write_bytes(kept)
     assert len(list(inputs.epoch(pairs))) == len(pairs)
+
+
+def test_a_run_that_fails_leaves_no_process(cache: Path, tmp_path: Path) -> None:
+    """Also while somebody holds the error, and with it the frames of the run."""
+    before = workers()
+
+    def fail(at: StepProgress) -> None:
+        assert workers() > before
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        train(train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run", workers=1), fail)
+    assert workers() == before
+    assert caught.value.__traceback__ is not None
+
+
+def test_an_iteration_ends_when_another_begins(reader: EmbeddingReader, inputs: InputLoader) -> None:
+    """It would be given what the other one asked for."""
+    rows = reader.image_rows("train")
+    first = inputs.evaluation_crops(rows, 4)
+    next(first)
+    second = inputs.evaluation_crops(rows, 8)
+    assert next(second).shape[0] == 8
+    assert list(first) == []
+    inputs.close()
+    assert list(second) == []
+    with pytest.raises(ValueError, match="closed"):
+        next(inputs.evaluation_crops(rows, 4))
