@@ -1,8 +1,8 @@
-"""Training batches: pixels and tokens for the student, the teacher's rows from the cache, in a fixed order."""
+"""Training batches: which images, captions and views make one, in a fixed order, and the teacher's rows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any, Protocol
@@ -27,8 +27,6 @@ __all__ = [
     "stored_crops",
     "views_used",
 ]
-
-Tokenizer = Callable[[list[str]], Tensor]
 
 _CAPTION_STREAM = 2**31  # a stream of random numbers that no window of the row order uses
 _VIEW_STREAM = 2**31 + 1

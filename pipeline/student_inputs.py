@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -212,8 +212,12 @@ class InputLoader:
     ) -> None:
         self._reader, self._preprocess, self._device, self._pixels = reader, preprocess, device, pixels
         self.tokenizer = tokenizer
-        images = StudentImages(reader, source, preprocess) if pixels is None or evaluates else None
-        inputs = _StudentInputs(images, cast("_ShownImages", pixels or images), reader.captions["text"], tokenizer)
+        texts = reader.captions["text"]
+        if pixels is not None and not evaluates:
+            inputs = _StudentInputs(None, pixels, texts, tokenizer)
+        else:
+            images = StudentImages(reader, source, preprocess)
+            inputs = _StudentInputs(images, images if pixels is None else pixels, texts, tokenizer)
         self._asked = _Asked()
         self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
         self._current: Generator[Any] | None = None
@@ -243,7 +247,7 @@ class InputLoader:
     def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
         """An iteration over these; the one before it is over, since the processes serve one."""
         if self._loader is None:
-            raise ValueError("closed")
+            raise ValueError("this loader is closed, and its processes have ended: make another one")
         self._end_iteration()
         self._asked.batches = batches
         self._current = _batches(self._loader)
