@@ -38,7 +38,7 @@ from storage.root import opened_manifest
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
 from storage.stream import Batch, MappedChunks, Prove, stream_rows
-from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
+from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, column_parts, read_table
 from storage.transient import read_error
 from storage.writer import incomplete_message
 
@@ -129,24 +129,29 @@ class EmbeddingReader:
         """What of the dataset got no row, and why: kind, where, detail, lost_image."""
         return self._table(PROBLEMS)
 
-    def _table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def _table(self, name: str) -> pa.Table:
         try:
-            return read_table(self.files, self.manifest, name, columns)
+            return read_table(self.files, self.manifest, name)
         except OSError as error:
             raise read_error(f"{self.location}/{name}", error) from error
 
-    def _column(self, table: str, name: str) -> pa.ChunkedArray:
-        """One column; of a table that is not in memory no other is decoded, and none stays there."""
-        return (self.__dict__[table] if table in self.__dict__ else self._table(table, [name]))[name]
+    def _column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
+        """One column in parts of at most some ten thousands of rows; of a table that is not in memory none stays."""
+        held = self.__dict__.get(table)
+        try:
+            for part in column_parts(self.files, self.manifest, table, name) if held is None else [held[name]]:
+                for start in range(0, len(part), ROWS_PER_GROUP):
+                    yield part.slice(start, ROWS_PER_GROUP)
+        except OSError as error:
+            raise read_error(f"{self.location}/{table}", error) from error
 
     @once
     def caption_offsets(self) -> NDArray[np.int64]:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
         images = self.manifest.layout.image_rows
         offsets, last = np.zeros(images + 1, np.int64), 0
-        column = self._column(CAPTIONS, "image_row")
-        for start in range(0, len(column), ROWS_PER_GROUP):  # of millions of rows, not all at once
-            rows = column.slice(start, ROWS_PER_GROUP).to_numpy()
+        for part in self._column(CAPTIONS, "image_row"):
+            rows = part.to_numpy()
             if rows[0] < last or rows[-1] >= images or (rows[1:] < rows[:-1]).any():
                 raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row from 0 to {images - 1}")
             first, last = int(rows[0]), int(rows[-1])
@@ -169,14 +174,19 @@ class EmbeddingReader:
         Raises:
             UsageError: no image is of this split; the message lists the splits.
         """
-        if split is None:
-            keep = np.ones(self.manifest.layout.image_rows, bool)
-        else:
+        total = self.manifest.layout.image_rows
+        keep = np.full(total, split is None)
+        if split is not None:
             known = self.manifest.identity.dataset.splits
             if split not in known:
                 names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
                 raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
-            keep = np.array(pc.equal(self._column(SAMPLES, "split"), split).to_numpy(), bool)
+            stop = 0
+            for part in self._column(SAMPLES, "split"):
+                start, stop = stop, stop + len(part)
+                keep[start:stop] = pc.equal(part, split).to_numpy()[: max(total - start, 0)]
+            if stop != total:
+                raise CacheCorruptError(f"{self.location}/{SAMPLES}: {stop:,} rows, the manifest says {total:,}")
         keep[[row.row for row in self.quarantined]] = False
         return np.flatnonzero(keep).astype(np.int64)
 
@@ -194,7 +204,10 @@ class EmbeddingReader:
         Raises:
             UsageError: says how many, and what the cache is for.
         """
-        bare = int((self.caption_offsets[image_rows + 1] == self.caption_offsets[image_rows]).sum())
+        bare = 0
+        for start in range(0, len(image_rows), ROWS_PER_GROUP):  # of millions of rows, not all at once
+            some = image_rows[start : start + ROWS_PER_GROUP]
+            bare += int((self.caption_offsets[some + 1] == self.caption_offsets[some]).sum())
         if bare:
             raise UsageError(
                 f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. This cache is of labelled "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ __all__ = [
     "SAMPLES",
     "captions_sha256",
     "chunk_rows_sha256",
+    "column_parts",
     "find_row",
     "open_static",
     "parquet_file",
@@ -58,6 +61,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 _ROWS_PER_FILE = 1_000_000
+_FILES_AT_ONCE = 4
 ROWS_PER_GROUP = 65_536
 """Rows of a parquet file's row groups, of which one is the least that can be read."""
 _BLOCK_BYTES = 1 << 20
@@ -90,9 +94,38 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
     keys = table_keys(manifest, name)
-    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=4)
+    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
     parts = [_parse(data, columns) for data in read]
     return pa.concat_tables(parts).combine_chunks()
+
+
+def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: str) -> Iterator[pa.ChunkedArray]:
+    """One column of a table, a row group after another, so that memory does not grow with it.
+
+    Each file is proven by its digest when it is opened; in a folder its rows are then read from that open file.
+
+    Raises:
+        CacheCorruptError: as :func:`read_table`.
+    """
+
+    def opened(key: str) -> pa.NativeFile:
+        if isinstance(files, LocalFiles):
+            return open_static(files, key, manifest.files[key])
+        # not by what reads chunks from a store: a process that has used it leaves its forked workers without it
+        return pa.BufferReader(read_static(files, key, manifest.files[key]))
+
+    keys = table_keys(manifest, name)
+    for key, source in zip(keys, in_parallel(files, opened, keys, most=_FILES_AT_ONCE), strict=True):
+        with _named(files, key):
+            file = parquet_file(source)
+        for group in range(file.num_row_groups):
+            with _named(files, key):
+                part = file.read_row_group(group, columns=[column], use_threads=False)[column]
+            yield part
+            del part
+            # arrow's allocator otherwise keeps what was freed
+            pa.default_memory_pool().release_unused()
+        file.close(force=True)
 
 
 def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArray[np.int64]) -> pa.Table:
@@ -202,17 +235,28 @@ def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFil
     """
     found = hashlib.sha256()
     try:
-        file = pa.OSFile(files.path(key)) if isinstance(files, LocalFiles) else pa.BufferReader(read_buffer(files, key))
-        while block := file.read(_BLOCK_BYTES):
-            found.update(block)
+        with _named(files, key):
+            if isinstance(files, LocalFiles):
+                file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
+            else:
+                file = pa.BufferReader(read_buffer(files, key))
+            while block := file.read(_BLOCK_BYTES):
+                found.update(block)
     except FileNotFoundError as error:
         raise _missing(files, key) from error
-    except OSError as error:
-        error.filename = error.filename or f"{files.location}/{key}"  # arrow's know no name
-        raise
     _require_digest(files, key, found.hexdigest(), wanted)
     file.seek(0)
     return file
+
+
+@contextmanager
+def _named(files: CacheFiles, key: str) -> Iterator[None]:
+    """Errors of arrow, which know no name, with the file's."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or f"{files.location}/{key}"
+        raise
 
 
 def _missing(files: CacheFiles, key: str) -> CacheCorruptError:

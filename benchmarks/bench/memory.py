@@ -114,8 +114,8 @@ def measure(settings: Settings) -> list[Row]:
         "tables": "an encoding process's tables of samples and captions",
     }
     notes = {
-        "stream": "Not flat: row numbers and where captions begin are 8 bytes each, and the column of the table that "
-        "the latter are found in is read whole. Chunks, the shuffle and the draws of captions and views are flat.",
+        "stream": "Not flat: row numbers and where captions begin are 8 bytes each. Chunks, the shuffle, the draws of "
+        "captions and views, and the columns of tables that are looked through are flat.",
         "tables": "Of each table at most 131,072 rows in memory, so that caches of fewer grow up to there; planning, "
         "which holds the dataset, is not in this row (docs/design/014-scale.md).",
     }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pickle
+import shutil
 import uuid
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from storage.commits import ChunkRef, QuarantinedRow
@@ -273,18 +277,72 @@ def test_where_an_images_captions_are(
     known_cache: Path, monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]
 ) -> None:
     """However the table's rows are parted; of ten images some have none."""
-    column = pa.chunked_array(parts, pa.int64())
-    monkeypatch.setattr(EmbeddingReader, "_column", lambda self, table, name: column)
+    column = [pa.chunked_array([part], pa.int64()) for part in parts]
+    monkeypatch.setattr("storage.reader.column_parts", lambda *_: column)
     rows = [row for part in parts for row in part]
     wanted = [sum(row < image for row in rows) for image in range(11)]
     assert EmbeddingReader(str(known_cache)).caption_offsets.tolist() == wanted
+
+
+def test_splits_and_captions_are_found_in_tables_of_many_parts(
+    known_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the tables are in memory; nothing of them stays there that was not."""
+    for name, rows in (("_ROWS_PER_FILE", 7), ("ROWS_PER_GROUP", 3)):
+        monkeypatch.setattr(f"storage.tables.{name}", rows)
+    path = tmp_path / "parted.cache"
+    plan_known_cache(path)
+    writer = EmbeddingWriter(str(path))
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    writer.seal()
+    assert len(list((path / "captions").iterdir())) == 4
+    wanted = EmbeddingReader(str(known_cache))
+    parted, held = EmbeddingReader(str(path)), EmbeddingReader(str(path))
+    assert (held.samples.num_rows, held.captions.num_rows) == (10, 25)
+    for reader in (parted, held):
+        assert reader.caption_offsets.tolist() == wanted.caption_offsets.tolist()
+        for split in (None, "train", "test"):
+            assert reader.image_rows(split).tolist() == wanted.image_rows(split).tolist()
+        reader.require_captions(reader.image_rows())
+    assert not {"samples", "captions"} & parted.__dict__.keys()
+    (path / "captions" / "000002.parquet").unlink()
+    with pytest.raises(CacheCorruptError, match=r"captions/000002\.parquet: missing"):
+        EmbeddingReader(str(path)).caption_offsets  # noqa: B018
+
+
+def test_a_folder_need_not_be_named_in_utf8(known_cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(known_cache, folder)
+    reader, wanted = EmbeddingReader(str(folder)), EmbeddingReader(str(known_cache))
+    assert reader.image_rows("test").tolist() == wanted.image_rows("test").tolist()
+    assert reader.caption_offsets.tolist() == wanted.caption_offsets.tolist()
+
+
+@pytest.mark.parametrize("rows", [9, 11])
+def test_a_table_of_another_length_puts_no_row_into_a_split(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    column = [pa.chunked_array([["test"] * rows])]
+    monkeypatch.setattr("storage.reader.column_parts", lambda *_: column)
+    with pytest.raises(CacheCorruptError, match=f"samples: {rows} rows, the manifest says 10"):
+        EmbeddingReader(str(known_cache)).image_rows("test")
+
+
+def test_a_table_that_cannot_be_read_any_more_is_named(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: pq.ParquetFile, group: int, **settings: object) -> pa.Table:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
+    with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet"):
+        EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018
 
 
 @pytest.mark.parametrize("parts", [[[0, 2, 1]], [[0, 2], [1]], [[-1, 2]], [[0, 10]]])
 def test_captions_of_images_in_disorder(
     known_cache: Path, monkeypatch: pytest.MonkeyPatch, parts: list[list[int]]
 ) -> None:
-    column = pa.chunked_array(parts, pa.int64())
-    monkeypatch.setattr(EmbeddingReader, "_column", lambda self, table, name: column)
+    column = [pa.chunked_array([part], pa.int64()) for part in parts]
+    monkeypatch.setattr("storage.reader.column_parts", lambda *_: column)
     with pytest.raises(CacheCorruptError, match="not sorted by image row from 0 to 9"):
         EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018

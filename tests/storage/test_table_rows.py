@@ -24,7 +24,16 @@ from storage.integrity import verify_cache
 from storage.manifest import StaticFile
 from storage.root import read_manifest
 from storage.table_rows import TableRows
-from storage.tables import CAPTIONS, ROWS_PER_GROUP, SAMPLES, SCHEMAS, open_static, read_table, table_files
+from storage.tables import (
+    CAPTIONS,
+    ROWS_PER_GROUP,
+    SAMPLES,
+    SCHEMAS,
+    column_parts,
+    open_static,
+    read_table,
+    table_files,
+)
 from storage.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache
 
@@ -106,6 +115,26 @@ def test_in_order_each_file_is_opened_once_and_few_rows_are_held(
             assert rows.held_rows <= HELD
     assert len(groups) == 6 * 4 + 2
     assert opened == {f"captions/{number:06d}.parquet": 1 for number in range(7)}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_a_column_comes_one_row_group_at_a_time(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a store not by what reads chunks: a process that has used it leaves its forked workers without it."""
+    monkeypatch.setattr("storage.tables.read_buffer", None)
+    location = str(tmp_path / "c") if where == "folder" else f"memory://{uuid.uuid4()}/x.cache"
+    _, whole = planned(location)
+    files = open_files(location)
+    parts = list(column_parts(files, read_manifest(files), CAPTIONS, "image_row"))
+    assert [len(part) for part in parts] == 6 * [6, 6, 6, 6] + [6, 5]
+    assert [row for part in parts for row in part.to_pylist()] == whole["image_row"].to_pylist()
+    if where == "folder":
+        damaged = tmp_path / "c" / CAPTIONS / "000003.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+        seen = column_parts(files, read_manifest(files), CAPTIONS, "image_row")
+        assert [next(seen).to_pylist() for _ in range(12)] == [part.to_pylist() for part in parts[:12]]
+        with pytest.raises(CacheCorruptError, match=r"captions/000003\.parquet"):
+            next(seen)
 
 
 @pytest.mark.usefixtures("small")
