@@ -30,6 +30,10 @@ from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
 from pipeline.runs import RunFolder
 from pipeline.train import train
+from storage.commits import all_chunks
+from storage.files import open_files
+from storage.journal import read_cost
+from storage.root import read_manifest
 
 # two-sided 95 % of Student's t with n - 1 degrees of freedom
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -76,6 +80,7 @@ def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespa
             "parameters": record.student_parameters,
             "epochs": config.epochs,
             "seconds": record.seconds,
+            "teacher_seconds": teacher_seconds(config.cache, record.steps * config.batch_size),
             "data_wait_share": float(np.mean([epoch.data_wait_share for epoch in record.epochs])),
             "checkpoint": RunFolder(out).read().checkpoint,
             "recall": measured.student,
@@ -88,6 +93,23 @@ def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespa
             ).stdout.strip(),
         }
     done.write_text(json.dumps(finished, indent=2) + "\n")
+
+
+def teacher_seconds(cache: str, pairs: int) -> float | None:
+    """What the teacher would take for so many images and captions: at its seconds a row when the cache was made.
+
+    On the device that made the cache, in the forward pass alone; None where a chunk has no note, or copied rows.
+    """
+    files = open_files(cache)
+    manifest = read_manifest(files)
+    seconds = 0.0
+    for tower in ("image", "text"):
+        costs = [read_cost(files, ref.name) for ref in all_chunks(manifest.layout) if ref.tower == tower]
+        known = [cost for cost in costs if cost is not None and cost.teacher_seconds]
+        if len(known) < len(costs):
+            return None
+        seconds += pairs * sum(cost.teacher_seconds for cost in known) / sum(cost.rows for cost in known)
+    return seconds
 
 
 def inherited(student: str, cache: str, options: argparse.Namespace) -> Path:
@@ -125,20 +147,23 @@ def interval(values: list[float]) -> str:
 
 def markdown(out: Path, rows: dict[str, Any], split: str) -> str:
     lines = [
-        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | minutes | where |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | minutes | "
+        "of a teacher beside it | where |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         finished = [json.loads(path.read_text()) for path in sorted(out.glob(f"{name}-[0-9]*.json"))]
         good = [each for each in finished if "failed" not in each]
-        lines += [f"| {name} | | | | | failed: {each['failed']} | | | |" for each in finished if "failed" in each]
+        lines += [f"| {name} | | | | | failed: {each['failed']} | | | | |" for each in finished if "failed" in each]
         if good:
             minutes = np.mean([each["seconds"] for each in good]) / 60
+            beside = [each["teacher_seconds"] for each in good if each.get("teacher_seconds")]
             where = f"{good[0]['device']}, {good[0]['date']}"
             lines.append(
                 f"| {name} | {good[0]['parameters'] / 1e6:.1f}M | {row.get('views', 'all')} | {good[0]['epochs']} | "
                 f"{len(good)} | {interval([mean_recall(each['recall']) for each in good])} | "
-                f"{interval([each['retention'] for each in good])} | {minutes:.1f} | {where} |"
+                f"{interval([each['retention'] for each in good])} | {minutes:.1f} | "
+                f"{f'{np.mean(beside) / 60:.1f}' if beside else ''} | {where} |"
             )
     return "\n".join(lines)
 
