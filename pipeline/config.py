@@ -128,6 +128,12 @@ class TrainConfig(StageConfig):
     init: str | None = Field(
         None, description="Checkpoint to start from, or a folder of inherit; of the same architecture as the student."
     )
+    lock_image_unlocked_groups: int | None = Field(
+        None,
+        ge=0,
+        description="Train only the last so many layer groups of the image tower, as open_clip's setting of this name; "
+        "those before keep the weights of init. All learn if left out.",
+    )
     split: str = Field("train", description="Split to train on.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
     pixels: str | None = Field(
@@ -217,6 +223,8 @@ class TrainConfig(StageConfig):
     def _settings_agree(self) -> TrainConfig:
         if self.batch_size % self.devices:
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
+        if self.lock_image_unlocked_groups is not None and self.init is None:
+            raise ValueError("lock_image_unlocked_groups keeps the weights of init, and none is given: name one")
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
         if 0 < self.queue_rows < self.batch_size and self.losses.get("queue", 0) > 0:

@@ -131,7 +131,7 @@ class Retraining:
             if taken := sorted(set(given) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
         # a typing error should not cost the encoding
-        self._training("cache", "out", None)
+        self._training("cache", "out", "champion")
         self._deployment("run", "out", "last")
         self._student = student_config(config.student)
 
@@ -285,7 +285,10 @@ class Retraining:
         return max([0, *(each.number for each in there if not each.free), *runs]) + 1
 
     def _training(self, cache: str, out: str, init: str | None) -> TrainConfig:
-        given = {"cache": cache, "student": self.config.student, "out": out, "device": self.config.device}
+        given: dict[str, Any] = {"cache": cache, "student": self.config.student, "out": out}
+        given["device"] = self.config.device
+        if init is None:  # nothing to keep: what begins at random learns whole
+            given["lock_image_unlocked_groups"] = None
         return check_config(TrainConfig, self.config.train | given | {"init": init}, "train")
 
     def _init(self) -> str | None:

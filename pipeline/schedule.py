@@ -19,8 +19,9 @@ def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> 
 
 
 def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip."""
-    decayed = [parameter for parameter in student.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in student.parameters() if parameter.ndim < 2]
+    """AdamW of what learns; biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip."""
+    learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in learning if parameter.ndim >= 2]
+    others = [parameter for parameter in learning if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)

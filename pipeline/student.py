@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.factorized import RANK_KEY, dense_state, factorize, factors_of
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_settings
+from pipeline.locked_layers import lock_image_layers
 from pipeline.preprocess import Preprocess
 from pipeline.runs import CHECKPOINT_WEIGHTS
 from pipeline.short_text import can_shorten, encode_text, shorten
@@ -73,6 +74,7 @@ class Student(nn.Module):
         self.embed_dim = embed_dim = int(config["embed_dim"])
         self.teacher_dim = teacher_dim
         self._shortens = can_shorten(model)
+        self._locked: list[nn.Module] = []
         same = embed_dim == teacher_dim
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
@@ -99,6 +101,25 @@ class Student(nn.Module):
             F.normalize(self.text_projection(text).float(), dim=-1),
             self.model.logit_scale.exp(),  # type: ignore[operator]
         )
+
+    def lock_image(self, unlocked_groups: int) -> None:
+        """Keep the first layers of the image tower as they are, in training mode too.
+
+        Args:
+            unlocked_groups: last layer groups that go on learning, see :func:`pipeline.locked_layers.lock_image_layers`
+
+        Raises:
+            UsageError: the tower has no such groups, or no more than that.
+        """
+        self._locked = lock_image_layers(self.model, unlocked_groups)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        """As every module's; locked layers stay in evaluation mode."""
+        super().train(mode)
+        for module in self._locked:
+            module.eval()
+        return self
 
     def clamp_logit_scale(self) -> None:
         """Keep logit_scale at 100 or below; call after every optimizer step."""

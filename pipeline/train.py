@@ -153,6 +153,8 @@ def _train_rank(
         pixels = ReadyPixels(config.pixels, reader, rows, views_used(reader, config.views), student.preprocess)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
+    if config.lock_image_unlocked_groups is not None:
+        student.lock_image(config.lock_image_unlocked_groups)
     source = ImageSource(config.image_root or manifest.source.image_root)
     record = RunRecord(
         # so that the run can be measured from any folder

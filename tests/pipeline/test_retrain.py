@@ -98,6 +98,20 @@ def test_new_data_is_learned_and_nothing_new_is_nothing_done(
     assert retrain(settings(home, tiny_teacher)).outcome == "nothing-new"
 
 
+def test_layers_are_locked_where_there_is_a_champion_to_begin_with(home: Path, tiny_teacher: Path) -> None:
+    lock = {"epochs": 1, "batch_size": 16, "workers": 0, "lock_image_unlocked_groups": 2}
+    first = retrain(settings(home, tiny_teacher, train=lock))
+    assert first.candidate is not None
+    assert first.candidate.settings["lock_image_unlocked_groups"] is None
+    assert retrain(settings(home, tiny_teacher, train=lock)).outcome == "nothing-new"
+    add_photos(home, 900, 2)
+    second = retrain(settings(home, tiny_teacher, train=lock))
+    assert second.candidate is not None
+    assert second.candidate.settings["lock_image_unlocked_groups"] == 2
+    with pytest.raises(UsageError, match="lock_image_unlocked_groups"):
+        Retraining(settings(home, tiny_teacher, train={**lock, "lock_image_unlocked_groups": -1}))
+
+
 def test_a_rejected_challenger_is_not_tried_again(home: Path, tiny_teacher: Path) -> None:
     retrain(settings(home, tiny_teacher))
     add_photos(home, 900, 2)

@@ -71,6 +71,7 @@ TEACHER = LITE2 + text_parameters(384, 6, 512, None)
 COUNTS = {
     "effnet-lite0-t1": LITE0 + text_parameters(384, 1, 512, 20),
     "effnet-lite0-t3": LITE0 + text_parameters(384, 3, 512, 80),
+    "effnet-lite0-t3-176": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite2-t2": LITE2 + text_parameters(384, 2, 512, 80),
     "scenes-small": 1_952_477,
     "vit-s-32": vit_parameters(384, 6, 512) + text_parameters(256, 6, 512, None),
