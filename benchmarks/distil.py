@@ -98,7 +98,8 @@ def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespa
 def teacher_seconds(cache: str, pairs: int) -> float | None:
     """What the teacher would take for so many images and captions: at its seconds a row when the cache was made.
 
-    On the device that made the cache, in the forward pass alone; None where a chunk has no note, or copied rows.
+    On the device that made the cache, in the forward pass alone; None where a chunk has no note, or was copied whole
+    from another cache. Of one that was copied in part it is too little.
     """
     files = open_files(cache)
     manifest = read_manifest(files)
