@@ -178,15 +178,29 @@ def known_arrays(writer: EmbeddingWriter, ref: Any) -> dict[str, np.ndarray[Any,
     return arrays
 
 
+def finish_known_cache(location: Path | str) -> None:
+    """Write what is left of a planned cache, and seal it."""
+    writer = EmbeddingWriter(str(location))
+    for ref in writer.pending():
+        writer.write(ref, known_arrays(writer, ref))
+    writer.seal()
+
+
+def make_known_cache(location: Path | str, **plan: Any) -> None:
+    """A sealed cache of the known rows.
+
+    Args:
+        plan: settings of :func:`plan_known_cache`.
+    """
+    plan_known_cache(location, **plan)
+    finish_known_cache(location)
+
+
 @pytest.fixture
 def known_cache(tmp_path: Path) -> Path:
     """A sealed cache of 10 images and 25 captions in chunks of 4 rows; ``known_row`` says what each row is."""
     path = tmp_path / "known.cache"
-    plan_known_cache(path)
-    writer = EmbeddingWriter(str(path))
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
+    make_known_cache(path)
     return path
 
 

@@ -22,7 +22,7 @@ from storage.local_files import LocalFiles
 from storage.reader import EmbeddingReader
 from storage.transient import is_transient
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import known_arrays, known_row, make_known_cache, plan_known_cache
 
 
 def test_rows_come_in_the_order_asked_for(known_cache: Path) -> None:
@@ -291,11 +291,7 @@ def test_splits_and_captions_are_found_in_tables_of_many_parts(
     for name, rows in (("_ROWS_PER_FILE", 7), ("ROWS_PER_GROUP", 3)):
         monkeypatch.setattr(f"storage.tables.{name}", rows)
     path = tmp_path / "parted.cache"
-    plan_known_cache(path)
-    writer = EmbeddingWriter(str(path))
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
+    make_known_cache(path)
     assert len(list((path / "captions").iterdir())) == 4
     wanted = EmbeddingReader(str(known_cache))
     parted, held = EmbeddingReader(str(path)), EmbeddingReader(str(path))

@@ -15,22 +15,12 @@ from storage.files import CacheFiles, open_files
 from storage.integrity import verify_cache
 from storage.reader import EmbeddingReader
 from storage.remote_files import RetryPolicy
-from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import finish_known_cache, known_row, make_known_cache
 from tests.fault_proxy import Fault, FaultProxy
 from tests.object_store import ObjectStore
 from tests.storage.test_workers import EXPECTED, Rows
 
 pytestmark = pytest.mark.service
-
-
-def make_known_cache(location: str) -> None:
-    """What the fixture ``known_cache`` makes, anywhere."""
-    plan_known_cache(location)
-    writer = EmbeddingWriter(location)
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
 
 
 def contents(files: CacheFiles) -> dict[str, bytes]:
@@ -143,10 +133,7 @@ def test_damage_is_found_and_refused(s3_cache: str, damage: Callable[[CacheFiles
     with pytest.raises(CacheCorruptError, match=r"image/embedding/c/1/0/0"):
         reader.take("image", [4])
     # the same command repairs it
-    writer = EmbeddingWriter(s3_cache)
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
+    finish_known_cache(s3_cache)
     assert verify_cache(s3_cache).ok
 
 

@@ -23,7 +23,7 @@ from storage.reader import EmbeddingReader
 from storage.root import write_manifest
 from storage.stream import Prove
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import known_arrays, known_row, make_known_cache, plan_known_cache
 from tests.storage.test_views import DRAWN
 
 IMAGES, CHUNK_ROWS, WINDOW = 2000, 256, 3  # chunks of 256 x 8 float16 are one page: their files are mapped
@@ -396,11 +396,7 @@ def test_released_chunks_take_no_memory(tmp_path: Path) -> None:
 def test_a_tower_without_rows(tmp_path: Path) -> None:
     """Of a cache of images alone."""
     location = str(tmp_path / "c")
-    plan_known_cache(location, images=5, captions=0)
-    writer = EmbeddingWriter(location)
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
+    make_known_cache(location, images=5, captions=0)
     reader = EmbeddingReader(location)
     assert [len(values) for values in reader.stream("text", [np.array([], np.int64)])] == [0]
     assert len(reader.resident("text").rows) == 0

@@ -9,8 +9,7 @@ import pytest
 
 from storage.chunk_region import ChunkRegion
 from storage.reader import EmbeddingReader
-from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import known_row, make_known_cache
 
 IMAGES = 200
 
@@ -18,11 +17,7 @@ IMAGES = 200
 @pytest.fixture
 def reader() -> EmbeddingReader:
     location = f"memory://{uuid.uuid4()}/x.cache"
-    plan_known_cache(location, IMAGES, 10)
-    writer = EmbeddingWriter(location)
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    writer.seal()
+    make_known_cache(location, images=IMAGES, captions=10)
     return EmbeddingReader(location)
 
 
