@@ -285,11 +285,11 @@ class Retraining:
         return max([0, *(each.number for each in there if not each.free), *runs]) + 1
 
     def _training(self, cache: str, out: str, init: str | None) -> TrainConfig:
-        given: dict[str, Any] = {"cache": cache, "student": self.config.student, "out": out}
-        given["device"] = self.config.device
+        config = self.config
+        given: dict[str, Any] = {"cache": cache, "student": config.student, "out": out, "device": config.device}
         if init is None:  # nothing to keep: what begins at random learns whole
             given["lock_image_unlocked_groups"] = None
-        return check_config(TrainConfig, self.config.train | given | {"init": init}, "train")
+        return check_config(TrainConfig, config.train | given | {"init": init}, "train")
 
     def _init(self) -> str | None:
         champion = self.registry.champion() if self.config.start == "champion" else None

@@ -175,18 +175,17 @@ class EmbeddingReader:
             UsageError: no image is of this split; the message lists the splits.
         """
         total = self.manifest.layout.image_rows
-        keep = np.full(total, split is None)
-        if split is not None:
+        if split is None:
+            keep = np.ones(total, bool)
+        else:
             known = self.manifest.identity.dataset.splits
             if split not in known:
                 names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
                 raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
-            stop = 0
-            for part in self._column(SAMPLES, "split"):
-                start, stop = stop, stop + len(part)
-                keep[start:stop] = pc.equal(part, split).to_numpy()[: max(total - start, 0)]
-            if stop != total:
-                raise CacheCorruptError(f"{self.location}/{SAMPLES}: {stop:,} rows, the manifest says {total:,}")
+            parts = [pc.equal(part, split).to_numpy() for part in self._column(SAMPLES, "split")]
+            keep = np.concatenate([np.empty(0, bool), *parts]).astype(bool, copy=False)
+            if len(keep) != total:
+                raise CacheCorruptError(f"{self.location}/{SAMPLES}: {len(keep):,} rows, the manifest says {total:,}")
         keep[[row.row for row in self.quarantined]] = False
         return np.flatnonzero(keep).astype(np.int64)
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage.errors import CacheCorruptError
-from storage.files import CacheFiles, LocalFiles, in_parallel, read_buffer
+from storage.files import CacheFiles, LocalFiles, in_parallel
 from storage.identity import canonical_json
 from storage.manifest import CacheManifest, StaticFile
 
@@ -107,15 +107,9 @@ def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: 
     Raises:
         CacheCorruptError: as :func:`read_table`.
     """
-
-    def opened(key: str) -> pa.NativeFile:
-        if isinstance(files, LocalFiles):
-            return open_static(files, key, manifest.files[key])
-        # not by what reads chunks from a store: a process that has used it leaves its forked workers without it
-        return pa.BufferReader(read_static(files, key, manifest.files[key]))
-
     keys = table_keys(manifest, name)
-    for key, source in zip(keys, in_parallel(files, opened, keys, most=_FILES_AT_ONCE), strict=True):
+    opened = in_parallel(files, lambda key: open_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
+    for key, source in zip(keys, opened, strict=True):
         with _named(files, key):
             file = parquet_file(source)
         for group in range(file.num_row_groups):
@@ -230,16 +224,18 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
 def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
     """A file that the manifest names, open and proven: in a folder block by block, without its bytes in memory.
 
+    Of a store not by what reads its chunks: a process that has used that leaves its forked workers without it.
+
     Raises:
         CacheCorruptError: it is missing or has other bytes.
     """
+    if not isinstance(files, LocalFiles):
+        with _named(files, key):
+            return pa.BufferReader(read_static(files, key, wanted))
     found = hashlib.sha256()
     try:
         with _named(files, key):
-            if isinstance(files, LocalFiles):
-                file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
-            else:
-                file = pa.BufferReader(read_buffer(files, key))
+            file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
             while block := file.read(_BLOCK_BYTES):
                 found.update(block)
     except FileNotFoundError as error:

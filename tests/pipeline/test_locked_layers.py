@@ -20,7 +20,6 @@ from tests.conftest import TINY_MODEL
 from tests.pipeline.towers import KINDS, PREPROCESS
 from tests.pipeline.train_work import make_cache, trace, train_config
 
-TRUNK = "model.visual.trunk"
 # by hand: stem, 7 stages of 1, 2, 2, 3, 3, 4 and 1 blocks, of which the last has the head with it
 GROUPS = 1 + 16
 VIT_GROUPS = 1 + TINY_MODEL["vision_cfg"]["layers"] + 1

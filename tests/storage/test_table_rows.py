@@ -22,6 +22,7 @@ from storage.errors import CacheCorruptError
 from storage.files import open_files
 from storage.integrity import verify_cache
 from storage.manifest import StaticFile
+from storage.remote_files import RemoteFiles
 from storage.root import read_manifest
 from storage.table_rows import TableRows
 from storage.tables import (
@@ -121,7 +122,7 @@ def test_in_order_each_file_is_opened_once_and_few_rows_are_held(
 @pytest.mark.parametrize("where", ["folder", "store"])
 def test_a_column_comes_one_row_group_at_a_time(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a store not by what reads chunks: a process that has used it leaves its forked workers without it."""
-    monkeypatch.setattr("storage.tables.read_buffer", None)
+    monkeypatch.setattr(RemoteFiles, "read_buffer", None)
     location = str(tmp_path / "c") if where == "folder" else f"memory://{uuid.uuid4()}/x.cache"
     _, whole = planned(location)
     files = open_files(location)
