@@ -70,7 +70,9 @@ LITE0, LITE2 = 4_652_008 - 1_281_000 + 1280 * 512, 6_092_072 - 1_281_000 + 1280 
 TEACHER = LITE2 + text_parameters(384, 6, 512, None)
 COUNTS = {
     "effnet-lite0-t1": LITE0 + text_parameters(384, 1, 512, 20),
+    "effnet-lite0-t1-176": LITE0 + text_parameters(384, 1, 512, 20),
     "effnet-lite0-t3": LITE0 + text_parameters(384, 3, 512, 80),
+    "effnet-lite0-t3-128": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite0-t3-176": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite2-t2": LITE2 + text_parameters(384, 2, 512, 80),
     "scenes-small": 1_952_477,
