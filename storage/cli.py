@@ -80,8 +80,21 @@ commands_in("storage.cli_rows", "stats", "sample", "neighbours")
 commands_in("storage.cli_compare", "diff", "gc", "export")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # 20 ms that no other command has to wait for
+
+        sys.stdout.write(f"teacher-cache {version('teacher-cache')}\n")
+        raise typer.Exit
+
+
+# with a callback, typer makes a group of an app that has no command yet
 @app.callback()
-def _root() -> None:  # with it, typer makes a group of an app that has no command yet
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 

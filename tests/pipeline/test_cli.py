@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"}
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_it_says_which_version_it_is(tmp_path: Path) -> None:
+    written = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert run("--version", cwd=tmp_path).stdout == f"teacher-cache {written}\n"
 
 
 def test_the_main_job_through_the_command_line(
