@@ -16,6 +16,7 @@ from pipeline.views import Crop
 from storage.errors import CacheCorruptError, UsageError
 from storage.order import RowDraws, batches, window_order
 from storage.reader import EmbeddingReader
+from storage.row_set import RowSet
 
 __all__ = [
     "CachedTeacher",
@@ -115,7 +116,7 @@ class Pairs:
 
 def epoch_pairs(
     reader: EmbeddingReader,
-    image_rows: NDArray[np.int64],
+    image_rows: NDArray[np.int64] | RowSet,
     batch_size: int,
     window_chunks: int,
     seed: int,
@@ -129,12 +130,12 @@ def epoch_pairs(
     and takes the next one in the next epoch. With one view that is always the evaluation crop.
 
     Args:
-        image_rows: ascending rows that take part.
+        image_rows: rows that take part.
         start_step: leave out so many batches at the start, to go on where a run stopped.
         views: the first so many take part; all if left out.
     """
     views = views or reader.views
-    offsets = reader.caption_offsets
+    index = reader.caption_index
     chunk_rows = reader.manifest.layout.image_chunk_rows
     # one draw per row of the cache, so that a row's caption does not depend on who else takes part
     draws = RowDraws(seed, epoch, _CAPTION_STREAM, chunk_rows, 2 * window_chunks)
@@ -143,8 +144,7 @@ def epoch_pairs(
     order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
     for step, rows in enumerate(batches(order, batch_size)):
         if step >= start_step:
-            counts = offsets[rows + 1] - offsets[rows]
-            captions = offsets[rows] + (draws.of(rows) * counts).astype(np.int64)
+            captions = index.starts(rows) + (draws.of(rows) * index.counts(rows)).astype(np.int64)
             first = np.zeros_like(rows) if first_views is None else (first_views.of(rows) * views).astype(np.int64)
             yield Pairs(rows, captions, (first + epoch) % views)
 

@@ -1,4 +1,4 @@
-"""The images that a cache was made of: their stored bytes by row, proven. No torch, no decoding."""
+"""The images that a cache was made of: their stored bytes, proven. No torch, no decoding."""
 
 from __future__ import annotations
 
@@ -9,87 +9,102 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cached_samples import SampleRecord, sample_records
 from pipeline.samples import ImageSource, require_content
 from storage.reader import EmbeddingReader
 from storage.tables import SAMPLES, read_rows
 from storage.transient import is_transient
 
-__all__ = ["CachedImages"]
+__all__ = ["CachedImages", "StoredImages"]
 
 
-class CachedImages:
-    """Stored bytes of images by row of the cache. Safe for several threads; pickles without the reader.
+class StoredImages:
+    """Stored bytes of images by their records. Safe for several threads; holds no table.
 
     Args:
-        reader: of the cache.
         source: where the images are.
-        rows: the only ones that will be asked for (others are a KeyError); left out, all of the cache, whose whole
-            table of samples is then kept in memory.
     """
 
-    def __init__(self, reader: EmbeddingReader, source: ImageSource, rows: Collection[int] | None = None) -> None:
-        self._places: dict[int, int] | None = None
-        if rows is None:
-            samples = reader.samples
-        else:
-            wanted = sorted(set(rows))
-            self._places = {row: place for place, row in enumerate(wanted)}
-            samples = read_rows(reader.files, reader.manifest, SAMPLES, np.array(wanted, np.int64))
-        self._ids, self._uris, self._digests = samples["sample_id"], samples["uri"], samples["content_sha256"]
-        self._offsets, self._lengths = samples["offset"], samples["length"]
+    def __init__(self, source: ImageSource) -> None:
         self._source = source
         self._ahead: dict[int, Future[bytes]] = {}
 
-    def _place(self, row: int) -> int:
-        return row if self._places is None else self._places[row]
-
-    def named(self, row: int) -> str:
+    def named(self, image: SampleRecord) -> str:
         """The image as messages name it: row, sample_id and where it lies."""
-        place = self._place(row)
-        return f"row {row} ({self._ids[place].as_py()}): {self._source.resolve(self._uris[place].as_py())}"
+        return f"row {image.row} ({image.sample_id}): {self._source.resolve(image.uri)}"
 
-    def named_within(self, row: int) -> str:
+    def named_within(self, image: SampleRecord) -> str:
         """The same for who is elsewhere: row, sample_id and, if it is relative, the uri; no folder of this machine."""
-        place = self._place(row)
-        uri = self._uris[place].as_py()
-        where = "" if "://" in uri or Path(uri).is_absolute() else f", {uri}"
-        return f"row {row} ({self._ids[place].as_py()}{where})"
+        where = "" if "://" in image.uri or Path(image.uri).is_absolute() else f", {image.uri}"
+        return f"row {image.row} ({image.sample_id}{where})"
 
-    def read(self, row: int) -> bytes:
+    def read(self, image: SampleRecord) -> bytes:
         """The bytes that the teacher's image was decoded from.
 
         Raises:
             OSError: the image cannot be read where the source says; ConnectionError where another try may help.
             CacheMismatchError: it is there and is not the image that the teacher saw.
         """
-        ahead = self._ahead.pop(row, None)
-        return self._read(row) if ahead is None else ahead.result()
+        ahead = self._ahead.pop(image.row, None)
+        return self._read(image) if ahead is None else ahead.result()
 
     @contextmanager
-    def ahead(self, rows: Sequence[int]) -> Iterator[None]:
-        """Within it :meth:`read` of these rows waits less: where each read is a request, many of them are under way.
+    def ahead(self, images: Sequence[SampleRecord]) -> Iterator[None]:
+        """Within it :meth:`read` of these waits less: where each read is a request, many of them are under way.
 
         Their bytes are in memory until they are read. Of files on this machine nothing is read ahead.
         """
-        with self._source.threads(self._uris[self._place(rows[0])].as_py()) if rows else nullcontext() as pool:
+        with self._source.threads(images[0].uri) if images else nullcontext() as pool:
             if pool is not None:
-                self._ahead.update((row, pool.submit(self._read, row)) for row in dict.fromkeys(rows))
+                once = {image.row: image for image in images}
+                self._ahead.update((row, pool.submit(self._read, image)) for row, image in once.items())
             try:
                 yield
             finally:
-                for row in rows:
-                    if (left := self._ahead.pop(row, None)) is not None:
+                for image in images:
+                    if (left := self._ahead.pop(image.row, None)) is not None:
                         left.cancel()
 
-    def _read(self, row: int) -> bytes:
-        named, at = self.named(row), self._place(row)
+    def _read(self, image: SampleRecord) -> bytes:
+        named = self.named(image)
         try:
-            data = self._source.read(self._uris[at].as_py(), self._offsets[at].as_py(), self._lengths[at].as_py())
+            data = self._source.read(image.uri, image.offset, image.length)
         except OSError as error:
             # what another try can cure stays so
             kind = ConnectionError if is_transient(error) else OSError
             raise kind(
                 f"{named} cannot be read: {error}. Were the images moved? Name their folder with --image-root."
             ) from error
-        require_content(data, self._digests[at].as_py(), named)
+        require_content(data, image.content_sha256, named)
         return data
+
+
+class CachedImages:
+    """:class:`StoredImages` of some rows of a cache, by row. Safe for several threads; pickles without the reader.
+
+    Args:
+        reader: of the cache.
+        source: where the images are.
+        rows: the only ones that will be asked for; others are a KeyError.
+    """
+
+    def __init__(self, reader: EmbeddingReader, source: ImageSource, rows: Collection[int]) -> None:
+        wanted = sorted(set(rows))
+        self._places = {row: place for place, row in enumerate(wanted)}
+        self._samples = read_rows(reader.files, reader.manifest, SAMPLES, np.array(wanted, np.int64))
+        self._images = StoredImages(source)
+
+    def _record(self, row: int) -> SampleRecord:
+        return sample_records(self._samples.slice(self._places[row], 1))[0]
+
+    def named(self, row: int) -> str:
+        """See :meth:`StoredImages.named`."""
+        return self._images.named(self._record(row))
+
+    def named_within(self, row: int) -> str:
+        """See :meth:`StoredImages.named_within`."""
+        return self._images.named_within(self._record(row))
+
+    def read(self, row: int) -> bytes:
+        """See :meth:`StoredImages.read`."""
+        return self._images.read(self._record(row))

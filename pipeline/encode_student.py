@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline.student import Student
 from pipeline.student_inputs import InputLoader
 from storage.reader import EmbeddingReader
+from storage.tables import CAPTIONS
 
 __all__ = ["encode_rows"]
 
@@ -34,7 +35,7 @@ def encode_rows(
     Raises:
         OSError: an image cannot be read where the source of ``inputs`` says.
     """
-    texts = reader.captions["text"]
+    texts = reader.table_rows(CAPTIONS, caption_rows)["text"]
     image = np.empty((len(image_rows), student.embed_dim), np.float32)
     text = np.empty((len(caption_rows), student.embed_dim), np.float32)
 
@@ -51,7 +52,7 @@ def encode_rows(
             done += len(pixels)
             report("images", done, len(image_rows))
         for start in range(0, len(caption_rows), batch_size):
-            part = texts.take(caption_rows[start : start + batch_size]).to_pylist()
+            part = texts.slice(start, batch_size).to_pylist()
             features = student.encode_text(student.shorten(inputs.tokenizer(part)).to(device)).cpu().numpy()
             text[start : start + len(part)] = features
             report("captions", start + len(part), len(caption_rows))

@@ -27,6 +27,7 @@ from pipeline.samples import ImageSource
 from storage.errors import UsageError
 from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
+from storage.tables import CAPTIONS, SAMPLES
 
 __all__ = ["EvaluationSplit", "open_split"]
 
@@ -60,13 +61,13 @@ class EvaluationSplit:
     @cached_property
     def sample_ids(self) -> list[str]:
         """Of each image, in order."""
-        ids: list[str] = self.reader.samples["sample_id"].take(self.image_rows).to_pylist()
+        ids: list[str] = self.reader.table_rows(SAMPLES, self.image_rows)["sample_id"].to_pylist()
         return ids
 
     @cached_property
     def captions(self) -> list[str]:
         """Text of each caption, in order."""
-        texts: list[str] = self.reader.captions["text"].take(self.caption_rows).to_pylist()
+        texts: list[str] = self.reader.table_rows(CAPTIONS, self.caption_rows)["text"].to_pylist()
         return texts
 
     def teacher_image(self) -> NDArray[np.float32]:
@@ -105,8 +106,8 @@ class EvaluationSplit:
 
     @cached_property
     def images(self) -> CachedImages:
-        """Stored bytes of images by row of the cache."""
-        return CachedImages(self.reader, ImageSource(self.image_root))
+        """Stored bytes of the images by row of the cache."""
+        return CachedImages(self.reader, ImageSource(self.image_root), self.image_rows.tolist())
 
     def image_bytes(self, position: int) -> bytes:
         """Stored bytes of one image, proven to be those that the teacher saw. Safe for several threads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.batches import Pairs, TeacherTargets, stored_crops
+from pipeline.cached_samples import CachedSamples
 from pipeline.samples import ImageSource
 from pipeline.student_inputs import StudentImages
 from pipeline.teacher import LiveTeacher
@@ -30,7 +31,7 @@ class LiveTeacherSource:
         self.logit_scale = teacher.logit_scale
         self._teacher, self._reader = teacher, reader
         self._images = StudentImages(reader, source, teacher.preprocess)
-        self._texts = reader.captions["text"]
+        self._samples = CachedSamples(reader, kept_chunks=32)
 
     def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`pipeline.batches.TeacherSource`.
@@ -40,7 +41,7 @@ class LiveTeacherSource:
             CacheError: the cache is damaged.
         """
         crops = stored_crops(self._reader, pairs.image_rows, pairs.views)
-        rows = zip(pairs.image_rows.tolist(), crops, strict=True)
-        pixels = torch.stack([self._images.see(row, crop) for row, crop in rows])
-        tokens = self._teacher.tokenizer(self._texts.take(pairs.caption_rows).to_pylist())
+        images = zip(self._samples.records(pairs.image_rows), crops, strict=True)
+        pixels = torch.stack([self._images.see(image, crop) for image, crop in images])
+        tokens = self._teacher.tokenizer(self._samples.texts(pairs.image_rows, pairs.caption_rows))
         return TeacherTargets(self._teacher.image_features(pixels), self._teacher.text_features(tokens))

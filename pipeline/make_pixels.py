@@ -19,6 +19,7 @@ from PIL import __version__, features
 from pydantic import BaseModel
 
 from pipeline.batches import stored_crops, views_used
+from pipeline.cached_samples import CachedSamples, SampleRecord
 from pipeline.config import PixelsConfig
 from pipeline.pixels import (
     RECORD,
@@ -233,18 +234,19 @@ _Work = tuple[int, tuple[int, ...], list[Future[list[bytes]]]]
 def _ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor) -> Iterator[_Work]:
     """Each chunk to make with its images' pixels, the next one already being decoded."""
     waiting: deque[_Work] = deque()
+    samples = CachedSamples(plan.reader, kept_chunks=1)
     for chunk, views in plan.todo:
         rows = plan.rows[chunk * plan.record.chunk_rows : (chunk + 1) * plan.record.chunk_rows]
         crops = [stored_crops(plan.reader, rows, np.full(len(rows), view)) for view in views]
-        jobs = zip(rows.tolist(), zip(*crops, strict=True), strict=True)
-        waiting.append((chunk, views, [decoders.submit(_pixels, images, row, regions) for row, regions in jobs]))
+        jobs = zip(samples.records(rows), zip(*crops, strict=True), strict=True)
+        waiting.append((chunk, views, [decoders.submit(_pixels, images, image, regions) for image, regions in jobs]))
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
 
 
-def _pixels(images: StudentImages, row: int, crops: tuple[Crop | None, ...]) -> list[bytes]:
-    return [shown.tobytes() for shown in images.each_shown(row, crops)]
+def _pixels(images: StudentImages, image: SampleRecord, crops: tuple[Crop | None, ...]) -> list[bytes]:
+    return [shown.tobytes() for shown in images.each_shown(image, crops)]
 
 
 def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.cached_samples import CachedSamples
 from pipeline.preprocess import Preprocess
 from pipeline.scaled_jpeg import PILLOW
 from storage.checksum import crc32c
@@ -55,6 +56,7 @@ __all__ = [
 
 RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
 _VERSION = 1
+_ROWS_AT_ONCE = 8192
 
 
 class _Record(BaseModel):
@@ -157,7 +159,11 @@ def rows_bytes(rows: NDArray[np.int64]) -> bytes:
 
 def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
     """See :class:`PixelsRecord`."""
-    return hashlib.sha256("\n".join(reader.samples["content_sha256"].take(rows).to_pylist()).encode()).hexdigest()
+    found, samples = hashlib.sha256(), CachedSamples(reader, kept_chunks=1)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        digests = [record.content_sha256 for record in samples.records(rows[start : start + _ROWS_AT_ONCE])]
+        found.update((("\n" if start else "") + "\n".join(digests)).encode())
+    return found.hexdigest()
 
 
 def region_digests(reader: EmbeddingReader, rows: NDArray[np.int64], views: int) -> tuple[str, ...]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.batches import Pairs, stored_crops
-from pipeline.cached_images import CachedImages
+from pipeline.cached_images import StoredImages
+from pipeline.cached_samples import CachedSamples, SampleRecord
 from pipeline.decode import UndecodableImageError
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import Preprocess
@@ -30,10 +30,13 @@ __all__ = ["InputLoader", "StudentImages"]
 Tokenizer = Callable[[list[str]], Tensor]
 
 
-class StudentImages(Dataset[Tensor]):
-    """Row of the cache to the pixels that a model sees of this image: float32 (3, height, width).
+class StudentImages:
+    """An image of the cache to the pixels that a model sees of it. Decoded as the cache says; holds no table.
 
-    By row alone its evaluation crop, as evaluation wants it; with :meth:`see` any view. Decoded as the cache says.
+    Args:
+        reader: of the cache.
+        source: where the images are.
+        preprocess: the model's.
 
     Raises:
         UsageError: the decoder needs a package that is not installed.
@@ -44,87 +47,90 @@ class StudentImages(Dataset[Tensor]):
     """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
-        self._images = CachedImages(reader, source)
+        self._images = StoredImages(source)
         self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
         self._shown = self._preprocess.shown()
 
-    def __getitem__(self, row: int) -> Tensor:
-        return self.see(row, None)
+    def ahead(self, images: Sequence[SampleRecord]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.StoredImages.ahead`."""
+        return self._images.ahead(images)
 
-    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
-        return self._images.ahead(rows)
+    def see(self, image: SampleRecord, crop: Crop | None = None) -> Tensor:
+        """Float32 (3, height, width) of a crop, at the model's own resolution; for None its evaluation crop."""
+        return self._preprocess.normalized(self.shown(image, crop))
 
-    def see(self, row: int, crop: Crop | None) -> Tensor:
-        """The same for a crop of the image, at the model's own resolution; for None its evaluation crop."""
-        return self._preprocess.normalized(self.shown(row, crop))
-
-    def shown(self, row: int, crop: Crop | None) -> NDArray[np.uint8]:
+    def shown(self, image: SampleRecord, crop: Crop | None) -> NDArray[np.uint8]:
         """What :meth:`see` normalises: RGB uint8 (height, width, 3)."""
-        return self.each_shown(row, [crop])[0]
+        return self.each_shown(image, [crop])[0]
 
-    def each_shown(self, row: int, crops: Sequence[Crop | None]) -> list[NDArray[np.uint8]]:
+    def each_shown(self, image: SampleRecord, crops: Sequence[Crop | None]) -> list[NDArray[np.uint8]]:
         """:meth:`shown` of several crops of an image that is decoded once."""
-        data = self._images.read(row)
+        data = self._images.read(image)
         try:
-            image = open_image(data, self._preprocess.decoder)
-            return [self._shown(image) if crop is None else crop_shown(image, crop, self._preprocess) for crop in crops]
+            decoded = open_image(data, self._preprocess.decoder)
+            return [
+                self._shown(decoded) if crop is None else crop_shown(decoded, crop, self._preprocess) for crop in crops
+            ]
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
             raise OSError(
-                f"{self._images.named(row)} cannot be decoded here, though the teacher saw it: {error}"
+                f"{self._images.named(image)} cannot be decoded here, though the teacher saw it: {error}"
             ) from error
 
 
-class _ReadAhead(Protocol):
-    """Items by a key, and a way to say which are wanted next."""
-
-    def ahead(self, keys: Sequence[Any], /) -> AbstractContextManager[None]:
-        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
-
-    def __getitem__(self, key: Any, /) -> Any: ...
-
-
 class _ShownImages(Protocol):
-    """Rows of the cache to what a student sees of some region, bytes to be normalised."""
+    """Images of the cache, each by what says which it is, to what a student sees of some region of it."""
 
-    def ahead(self, rows: Sequence[int], /) -> AbstractContextManager[None]:
-        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+    def ahead(self, images: Sequence[Any], /) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.StoredImages.ahead`."""
 
-    def shown(self, row: int, region: Any, /) -> NDArray[np.uint8]:
+    def shown(self, image: Any, region: Any, /) -> NDArray[np.uint8]:
         """RGB uint8 (height, width, 3), writable."""
 
 
-class _StudentInputs(Dataset[Any]):
-    """By (image row, caption row, what to see of the image) what is shown, uint8 (height, width, 3), and token ids.
+class _Pair(NamedTuple):
+    """What a worker makes an image and its caption of."""
 
-    By an image row alone the pixels of its evaluation crop; a batch is of the one kind or the other.
+    image: Any
+    region: Any
+    text: str
+
+
+class _StudentInputs(Dataset[Any]):
+    """By a pair what is shown, uint8 (height, width, 3), and token ids; by a record the pixels of its evaluation crop.
+
+    A batch is of the one kind or the other. Nothing is looked up here, so that workers need no table of the cache.
 
     Args:
         images: for evaluation crops; None where none is wanted.
-        shown: give what is shown of an image row, and what to see of it.
+        shown: give what is shown of an image and a region.
     """
 
-    def __init__(
-        self, images: StudentImages | None, shown: _ShownImages, texts: pa.ChunkedArray, tokenizer: Tokenizer
-    ) -> None:
-        self._images, self._shown, self._texts, self._tokenizer = images, shown, texts, tokenizer
+    def __init__(self, images: StudentImages | None, shown: _ShownImages, tokenizer: Tokenizer) -> None:
+        self._images, self._shown, self._tokenizer = images, shown, tokenizer
 
-    def ahead(self, keys: Sequence[tuple[int, int, Any] | int]) -> AbstractContextManager[None]:
-        """See :meth:`pipeline.cached_images.CachedImages.ahead`."""
-        images = self._evaluated() if isinstance(keys[0], int) else self._shown
-        return images.ahead([key if isinstance(key, int) else key[0] for key in keys])
+    def ahead(self, keys: Sequence[_Pair | SampleRecord]) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.StoredImages.ahead`."""
+        images = self._evaluated() if isinstance(keys[0], SampleRecord) else self._shown
+        return images.ahead([key if isinstance(key, SampleRecord) else key.image for key in keys])
 
     def _evaluated(self) -> StudentImages:
         if self._images is None:
             raise ValueError("evaluation crops are asked for, and this was made for pairs alone")
         return self._images
 
-    def __getitem__(self, key: tuple[int, int, Any] | int) -> tuple[Tensor, Tensor] | Tensor:
-        if isinstance(key, int):
-            return self._evaluated()[key]
-        image_row, caption_row, region = key
-        pixels = torch.from_numpy(self._shown.shown(image_row, region))
-        return pixels, self._tokenizer([self._texts[caption_row].as_py()])[0]
+    def __getitem__(self, key: _Pair | SampleRecord) -> tuple[Tensor, Tensor] | Tensor:
+        if isinstance(key, SampleRecord):
+            return self._evaluated().see(key)
+        return torch.from_numpy(self._shown.shown(key.image, key.region)), self._tokenizer([key.text])[0]
+
+
+class _ReadAhead(Protocol):
+    """Items by a key, and a way to say which are wanted next."""
+
+    def ahead(self, keys: Sequence[Any], /) -> AbstractContextManager[None]:
+        """See :meth:`pipeline.cached_images.StoredImages.ahead`."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
 
 
 class _Items(Dataset[Any]):
@@ -197,6 +203,7 @@ class InputLoader:
         evaluates: whether :meth:`evaluation_crops` will be asked for, which are decoded in any case.
         workers: processes that decode (0: none but this one); left out (None) half the cores, at most 8, since the step
             needs the others.
+        window_chunks: of the shuffle that the pairs come from: what the cache knows of so many chunks is kept.
     """
 
     def __init__(
@@ -209,15 +216,17 @@ class InputLoader:
         device: torch.device,
         pixels: ReadyPixels | None = None,
         evaluates: bool = True,
+        window_chunks: int = 16,
     ) -> None:
         self._reader, self._preprocess, self._device, self._pixels = reader, preprocess, device, pixels
         self.tokenizer = tokenizer
-        texts = reader.captions["text"]
+        # a batch may lie in two windows
+        self._samples = CachedSamples(reader, 2 * window_chunks)
         if pixels is not None and not evaluates:
-            inputs = _StudentInputs(None, pixels, texts, tokenizer)
+            inputs = _StudentInputs(None, pixels, tokenizer)
         else:
             images = StudentImages(reader, source, preprocess)
-            inputs = _StudentInputs(images, images if pixels is None else pixels, texts, tokenizer)
+            inputs = _StudentInputs(images, images if pixels is None else pixels, tokenizer)
         self._asked = _Asked()
         self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
         self._current: Generator[Any] | None = None
@@ -242,7 +251,8 @@ class InputLoader:
         Raises:
             OSError, CacheMismatchError: as :meth:`epoch`.
         """
-        yield from self._begun(rows[at : at + batch_size].tolist() for at in range(0, len(rows), batch_size))
+        parts = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
+        yield from self._begun(self._samples.records(part) for part in parts)
 
     def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
         """An iteration over these; the one before it is over, since the processes serve one."""
@@ -258,12 +268,15 @@ class InputLoader:
             self._current.close()
             self._current = None
 
-    def _keys(self, pair: Pairs) -> list[tuple[int, int, Any]]:
+    def _keys(self, pair: Pairs) -> list[_Pair]:
         if self._pixels is not None:
+            images: Sequence[Any] = pair.image_rows.tolist()
             regions: Sequence[Any] = pair.views.tolist()
         else:
+            images = self._samples.records(pair.image_rows)
             regions = stored_crops(self._reader, pair.image_rows, pair.views)
-        return list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), regions, strict=True))
+        texts = self._samples.texts(pair.image_rows, pair.caption_rows)
+        return [_Pair(*key) for key in zip(images, regions, texts, strict=True)]
 
     def close(self) -> None:
         """End the processes, and an iteration that somebody still holds."""

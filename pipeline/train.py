@@ -135,7 +135,7 @@ def _train_rank(
     if config.expect is not None and begun is None:
         wanted = expected_identity(config.expect)
         accepted = reader.identity.require(wanted, config.cache, _WAY_OUT, config.accept_mismatch)
-    rows = reader.image_rows(config.split)
+    rows = reader.row_set(config.split)
     reader.require_captions(rows)
     if len(rows) < config.batch_size:
         raise UsageError(
@@ -150,7 +150,9 @@ def _train_rank(
     student = build_student(architecture, handed_on(identity.preprocess), manifest.layout.embed_dim)
     pixels = None
     if config.pixels is not None:
-        pixels = ReadyPixels(config.pixels, reader, rows, views_used(reader, config.views), student.preprocess)
+        pixels = ReadyPixels(
+            config.pixels, reader, rows.numbers(), views_used(reader, config.views), student.preprocess
+        )
     if config.init is not None and begun is None:
         load_initial(student, config.init)
     if config.lock_image_unlocked_groups is not None:
@@ -217,7 +219,7 @@ class _Trainer:
     ) -> None:
         self._config, self._fabric, self._reader = config, fabric, reader
         self._run, self._record, self._student, self._progress = run, record, student, progress
-        self._rows = reader.image_rows(config.split)
+        self._rows = reader.row_set(config.split)
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
         self._teacher = teacher
@@ -231,6 +233,7 @@ class _Trainer:
             fabric.device,
             pixels,
             config.select_split is not None,
+            config.window_chunks,
         )
         self._origin = record.model_dump(mode="json", include=_ORIGIN)
         student.model.visual.to(memory_format=image_memory_format(student.model))

@@ -6,11 +6,13 @@ window. Reading stays sequential in whole chunks, and a batch mixes rows of seve
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
+from storage.by_chunk import ByChunk
+from storage.row_set import RowSet
 
 __all__ = ["RowDraws", "batches", "epoch_rng", "window_order"]
 
@@ -21,25 +23,24 @@ def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 
 def window_order(
-    rows: NDArray[np.int64], chunk_rows: int, window_chunks: int, seed: int, epoch: int
+    rows: NDArray[np.int64] | RowSet, chunk_rows: int, window_chunks: int, seed: int, epoch: int
 ) -> Iterator[NDArray[np.int64]]:
     """The rows of one epoch, each once, window by window.
 
     Args:
-        rows: ascending row numbers of the cache that take part (a split, without quarantined rows).
+        rows: of the cache, that take part (a split, without quarantined rows).
         chunk_rows: rows per chunk of the cache.
         window_chunks: chunks shuffled together; at least the number of chunks gives a uniform shuffle.
 
     Yields:
         One array of rows per window; together a permutation of ``rows``.
     """
-    # where chunks begin is looked up: a quotient for each row is more memory than the rows
-    firsts = np.arange(rows[0] // chunk_rows, rows[-1] // chunk_rows + 2) * chunk_rows if len(rows) else rows
-    edges = np.searchsorted(rows, firsts)
-    groups = [rows[start:stop] for start, stop in itertools.pairwise(edges) if start < stop]
-    picked = epoch_rng(seed, epoch, 0).permutation(len(groups))
-    for number, start in enumerate(range(0, len(groups), window_chunks)):
-        window = np.concatenate([groups[index] for index in picked[start : start + window_chunks]])
+    rows = RowSet.of(rows)
+    firsts = rows.chunks(chunk_rows) * chunk_rows
+    picked = epoch_rng(seed, epoch, 0).permutation(firsts)
+    for number, start in enumerate(range(0, len(firsts), window_chunks)):
+        here = picked[start : start + window_chunks].tolist()
+        window = np.concatenate([rows.numbers(first, first + chunk_rows) for first in here])
         yield epoch_rng(seed, epoch, number + 1).permutation(window)
 
 
@@ -70,23 +71,14 @@ class RowDraws:
 
     def __init__(self, seed: int, epoch: int, stream: int, chunk_rows: int, kept: int) -> None:
         self._key = seed, epoch, stream
-        self._chunk_rows, self._most = chunk_rows, kept
-        self._kept: dict[int, NDArray[np.float64]] = {}
+        self._chunk_rows = chunk_rows
+        self._numbers = ByChunk(chunk_rows, kept, self._made)
 
     def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The numbers of some rows, (len(rows),) float64."""
         out = np.empty(len(rows))
-        chunks = rows // self._chunk_rows
-        by_chunk = np.argsort(chunks, kind="stable")
-        used, starts = np.unique(chunks[by_chunk], return_index=True)
-        for chunk, start, stop in zip(used.tolist(), starts, [*starts[1:], len(rows)], strict=False):
-            at = by_chunk[start:stop]
-            # last in, as the one that was used last
-            numbers = self._kept.pop(chunk) if chunk in self._kept else self._made(chunk)
-            self._kept[chunk] = numbers
-            out[at] = numbers[rows[at] - chunk * self._chunk_rows]
-        for chunk in list(self._kept)[: max(0, len(self._kept) - max(self._most, len(used)))]:
-            del self._kept[chunk]
+        for first, numbers, here in self._numbers.of(rows):
+            out[here] = numbers[rows[here] - first]
         return out
 
     def _made(self, chunk: int) -> NDArray[np.float64]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.arrays import chunk_shape, decode_object, given_dtype, stored_dtype
+from storage.caption_index import CaptionIndex
 from storage.commits import (
     COMMITS,
     ChunkCommit,
@@ -35,10 +37,11 @@ from storage.once import once
 from storage.quantized import unit_dequantized
 from storage.resident import ResidentRows, load_resident
 from storage.root import opened_manifest
+from storage.row_set import RowSet
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
 from storage.stream import Batch, MappedChunks, Prove, stream_rows
-from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, column_parts, read_table
+from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, column_parts, read_rows, read_table
 from storage.transient import read_error
 from storage.writer import incomplete_message
 
@@ -129,9 +132,13 @@ class EmbeddingReader:
         """What of the dataset got no row, and why: kind, where, detail, lost_image."""
         return self._table(PROBLEMS)
 
-    def _table(self, name: str) -> pa.Table:
+    def table_rows(self, name: str, rows: NDArray[np.int64]) -> pa.Table:
+        """Some rows of a table (:data:`storage.tables.SAMPLES` or ``CAPTIONS``), in their order; none others stay."""
+        return self._table(name, partial(read_rows, rows=rows))
+
+    def _table(self, name: str, read: Callable[..., pa.Table] = read_table) -> pa.Table:
         try:
-            return read_table(self.files, self.manifest, name)
+            return read(self.files, self.manifest, name)
         except OSError as error:
             raise read_error(f"{self.location}/{name}", error) from error
 
@@ -148,15 +155,13 @@ class EmbeddingReader:
     @once
     def caption_offsets(self) -> NDArray[np.int64]:
         """(images + 1,): the captions of image ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``."""
-        images = self.manifest.layout.image_rows
-        offsets, last = np.zeros(images + 1, np.int64), 0
-        for part in self._column(CAPTIONS, "image_row"):
-            rows = part.to_numpy()
-            if rows[0] < last or rows[-1] >= images or (rows[1:] < rows[:-1]).any():
-                raise CacheCorruptError(f"{self.location}/{CAPTIONS}: not sorted by image row from 0 to {images - 1}")
-            first, last = int(rows[0]), int(rows[-1])
-            offsets[first + 1 : last + 2] += np.bincount(rows - first)
-        return np.cumsum(offsets, out=offsets)
+        return self.caption_index.offsets()
+
+    @once
+    def caption_index(self) -> CaptionIndex:
+        """Which captions are an image's, in about a byte for each."""
+        owners = (part.to_numpy() for part in self._column(CAPTIONS, "image_row"))
+        return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
 
     @once
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
@@ -169,44 +174,42 @@ class EmbeddingReader:
         return quarantined_rows(commits, view + 1)
 
     def image_rows(self, split: str | None = None) -> NDArray[np.int64]:
-        """Rows of the images that have an embedding in every view, ascending; of one split, or of all.
+        """:meth:`row_set` as an array, (images,) int64, ascending."""
+        return self.row_set(split).numbers()
+
+    def row_set(self, split: str | None = None) -> RowSet:
+        """Rows of the images that have an embedding in every view; of one split, or of all.
 
         Raises:
             UsageError: no image is of this split; the message lists the splits.
         """
         total = self.manifest.layout.image_rows
-        if split is None:
-            keep = np.ones(total, bool)
-        else:
-            known = self.manifest.identity.dataset.splits
-            if split not in known:
-                names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
-                raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
-            parts = [pc.equal(part, split).to_numpy() for part in self._column(SAMPLES, "split")]
-            keep = np.concatenate([np.empty(0, bool), *parts]).astype(bool, copy=False)
-            if len(keep) != total:
-                raise CacheCorruptError(f"{self.location}/{SAMPLES}: {len(keep):,} rows, the manifest says {total:,}")
-        keep[[row.row for row in self.quarantined]] = False
-        return np.flatnonzero(keep).astype(np.int64)
+        known = self.manifest.identity.dataset.splits
+        if split is not None and split not in known:
+            names = ", ".join(f"{name!r} ({count} images)" for name, count in known.items())
+            raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
+        found, at = RowSet(total, full=split is None), 0
+        if split is not None:
+            for part in self._column(SAMPLES, "split"):
+                found.add(at, pc.equal(part, split).to_numpy()[: max(total - at, 0)])
+                at += len(part)
+            if at != total:
+                raise CacheCorruptError(f"{self.location}/{SAMPLES}: {at:,} rows, the manifest says {total:,}")
+        for lost in self.quarantined:
+            found.remove(lost.row)
+        return found
 
     def caption_rows(self, image_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """All caption rows of some images, in their order, and for each the position of its image among them."""
-        starts, stops = self.caption_offsets[image_rows], self.caption_offsets[image_rows + 1]
-        counts = stops - starts
-        positions = np.repeat(np.arange(len(image_rows)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(starts, counts) + within, positions
+        return self.caption_index.captions_of(image_rows)
 
-    def require_captions(self, image_rows: NDArray[np.int64]) -> None:
+    def require_captions(self, image_rows: NDArray[np.int64] | RowSet) -> None:
         """Refuse images without a caption, which only a cache of labelled images has: they cannot be paired.
 
         Raises:
             UsageError: says how many, and what the cache is for.
         """
-        bare = 0
-        for start in range(0, len(image_rows), ROWS_PER_GROUP):  # of millions of rows, not all at once
-            some = image_rows[start : start + ROWS_PER_GROUP]
-            bare += int((self.caption_offsets[some + 1] == self.caption_offsets[some]).sum())
+        bare = sum(int((self.caption_index.counts(some) == 0).sum()) for some in RowSet.of(image_rows).parts())
         if bare:
             raise UsageError(
                 f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. This cache is of labelled "

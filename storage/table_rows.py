@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from storage.files import CacheFiles
 from storage.forks import renew_after_fork
 from storage.manifest import CacheManifest
-from storage.tables import ROWS_PER_GROUP, SCHEMAS, open_static, parquet_file, table_keys
+from storage.tables import ROWS_PER_GROUP, SCHEMAS, named_errors, open_static, parquet_file, table_keys
 
 __all__ = ["TableRows"]
 
 _HELD_ROWS = 2 * ROWS_PER_GROUP  # on either side of a border: chunks are prepared ahead of those that are written
-_OPEN_FILES = 2
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,22 @@ class TableRows:
 
     Of the table's parquet files those are read that hold the rows, and of these the row groups that do. Kept are the
     groups that were read last, at most 131,072 rows of them or a single larger one (a million rows, in files that
-    earlier versions wrote), and two open files; so memory does not grow with the table. A file is proven by its digest
-    whenever it is opened, once in a run that goes through the rows in order. In a folder it then stays open, so that
-    what is read later is of the very file that was proven, also where another one took its place; what a disk makes of
-    it in between is not noticed here, but by ``verify``, which compares each chunk's record with the tables. Of an
-    object store the file is fetched as a whole, since it has to be proven as a whole, and kept as it is, compressed.
+    earlier versions wrote), and ``open_files`` open files; so memory does not grow with the table. A file is proven by
+    its digest whenever it is opened, once in a run that goes through the rows in order. In a folder it then stays open,
+    so that what is read later is of the very file that was proven, also where another one took its place; what a disk
+    makes of it in between is not noticed here, but by ``verify``, which compares each chunk's record with the tables.
+    Of an object store the file is fetched as a whole, since it has to be proven as a whole, and kept as it is,
+    compressed.
 
     Safe for several threads, which read one after another; a process that is forked begins with nothing held.
+
+    Args:
+        open_files: two are enough for who goes through the rows in order; in another order each file would be opened,
+            and proven, again and again.
     """
 
-    def __init__(self, files: CacheFiles, manifest: CacheManifest, name: str) -> None:
-        self._files, self._manifest, self._name = files, manifest, name
+    def __init__(self, files: CacheFiles, manifest: CacheManifest, name: str, open_files: int = 2) -> None:
+        self._files, self._manifest, self._name, self._most_open = files, manifest, name, open_files
         self._keys = table_keys(manifest, name)
         self._starts = np.cumsum([0, *(manifest.files[key].rows or 0 for key in self._keys)])
         self._parts: OrderedDict[int, _Part] = OrderedDict()
@@ -54,8 +58,13 @@ class TableRows:
         self._lock = threading.Lock()
         renew_after_fork(self)
 
-    def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str]]:
-        return TableRows, (self._files, self._manifest, self._name)  # a spawned process opens the files for itself
+    def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str, int]]:
+        return TableRows, (
+            self._files,
+            self._manifest,
+            self._name,
+            self._most_open,
+        )  # a spawned process opens the files for itself
 
     @property
     def held_rows(self) -> int:
@@ -97,7 +106,8 @@ class TableRows:
             coming = int(np.diff(part.starts)[group])
             while self._groups and self.held_rows + coming > _HELD_ROWS:
                 self._groups.popitem(last=False)
-            self._groups[at] = part.file.read_row_group(group, use_threads=False)
+            with named_errors(self._files, self._keys[number]):
+                self._groups[at] = part.file.read_row_group(group, use_threads=False)
             # arrow's allocator otherwise keeps what was freed, and ever more of it
             pa.default_memory_pool().release_unused()
         self._groups.move_to_end(at)
@@ -105,10 +115,12 @@ class TableRows:
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
-            while len(self._parts) >= _OPEN_FILES:
+            while len(self._parts) >= self._most_open:
                 self._parts.popitem(last=False)[1].file.close(force=True)
             key = self._keys[number]
-            file = parquet_file(open_static(self._files, key, self._manifest.files[key]))
+            source = open_static(self._files, key, self._manifest.files[key])
+            with named_errors(self._files, key):
+                file = parquet_file(source)
             of_groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._parts[number] = _Part(file, np.cumsum([0, *of_groups]))
         self._parts.move_to_end(number)

@@ -29,6 +29,7 @@ __all__ = [
     "chunk_rows_sha256",
     "column_parts",
     "find_row",
+    "named_errors",
     "open_static",
     "parquet_file",
     "read_rows",
@@ -110,10 +111,10 @@ def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: 
     keys = table_keys(manifest, name)
     opened = in_parallel(files, lambda key: open_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
     for key, source in zip(keys, opened, strict=True):
-        with _named(files, key):
+        with named_errors(files, key):
             file = parquet_file(source)
         for group in range(file.num_row_groups):
-            with _named(files, key):
+            with named_errors(files, key):
                 part = file.read_row_group(group, columns=[column], use_threads=False)[column]
             yield part
             del part
@@ -230,11 +231,11 @@ def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFil
         CacheCorruptError: it is missing or has other bytes.
     """
     if not isinstance(files, LocalFiles):
-        with _named(files, key):
+        with named_errors(files, key):
             return pa.BufferReader(read_static(files, key, wanted))
     found = hashlib.sha256()
     try:
-        with _named(files, key):
+        with named_errors(files, key):
             file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
             while block := file.read(_BLOCK_BYTES):
                 found.update(block)
@@ -246,7 +247,7 @@ def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFil
 
 
 @contextmanager
-def _named(files: CacheFiles, key: str) -> Iterator[None]:
+def named_errors(files: CacheFiles, key: str) -> Iterator[None]:
     """Errors of arrow, which know no name, with the file's."""
     try:
         yield

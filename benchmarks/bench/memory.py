@@ -1,4 +1,4 @@
-"""How memory grows with a cache: an epoch of training targets, and what an encoding process knows of its dataset.
+"""How memory grows with a cache: an epoch of training targets, and what training and encoding know of the dataset.
 
 Each size in a process of its own. Counted are anonymous and shared pages, sampled every few milliseconds, over what the
 process had when its modules were imported: mapped files are the page cache's. Rows of 32 float16, so that
@@ -28,6 +28,7 @@ __all__ = ["measure"]
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, CHUNK, BATCH, WINDOW_CHUNKS = 32, 16_384, 1024, 16
 _BUDGET = 32 << 20  # of the reader, for chunks
+_WINDOWS_OF_INPUTS = 4  # two are held, and those before them have been let go
 
 
 class PeakMemory:
@@ -65,11 +66,28 @@ def stream_epoch(location: str) -> int:
     from storage.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
-    drawn = epoch_pairs(reader, reader.image_rows(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
     for_images, for_captions = itertools.tee(drawn)
     images = reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
     captions = reader.stream("text", (pairs.caption_rows for pairs in for_captions))
     return sum(1 for _ in zip(images, captions, strict=True))
+
+
+def input_tables(location: str) -> int:
+    """What training looks up of an epoch's images and captions, for its first windows; batches."""
+    from pipeline.batches import epoch_pairs
+    from pipeline.cached_samples import CachedSamples
+    from storage.reader import EmbeddingReader
+
+    reader = EmbeddingReader(location, memory_bytes=_BUDGET)
+    samples = CachedSamples(reader, 2 * WINDOW_CHUNKS)
+    drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    done = 0
+    for pairs in itertools.islice(drawn, _WINDOWS_OF_INPUTS * WINDOW_CHUNKS * CHUNK // BATCH):
+        samples.records(pairs.image_rows)
+        samples.texts(pairs.image_rows, pairs.caption_rows)
+        done += 1
+    return done
 
 
 def encode_tables(location: str) -> int:
@@ -92,6 +110,7 @@ def encode_tables(location: str) -> int:
 
 WORK: dict[str, tuple[Callable[[str], int], tuple[str, ...]]] = {
     "stream": (stream_epoch, ("pipeline.batches", "storage.reader")),
+    "inputs": (input_tables, ("pipeline.batches", "pipeline.cached_samples", "storage.reader")),
     "tables": (encode_tables, ("storage.tables", "storage.writer")),
 }
 
@@ -111,11 +130,14 @@ def measure(settings: Settings) -> list[Row]:
             found.append(_peak(work, location))
     titles = {
         "stream": "an epoch of targets, both towers, window of 16 chunks",
+        "inputs": "what training looks up of images and captions, window of 16 chunks",
         "tables": "an encoding process's tables of samples and captions",
     }
     notes = {
-        "stream": "Not flat: row numbers and where captions begin are 8 bytes each. Chunks, the shuffle, the draws of "
-        "captions and views, and the columns of tables that are looked through are flat.",
+        "stream": "Of each image a bit (whether it takes part), a byte (its captions) and its share of the chunks' "
+        "records. Chunks, the shuffle, the draws of captions and views, and columns that are looked through are flat.",
+        "inputs": "Names, paths, digests and texts of two windows, over the first four of an epoch. What a run "
+        "holds of the order is in it.",
         "tables": "Of each table at most 131,072 rows in memory, so that caches of fewer grow up to there; planning, "
         "which holds the dataset, is not in this row (docs/design/014-scale.md).",
     }

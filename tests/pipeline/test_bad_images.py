@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import decode as module
 from pipeline import samples
+from pipeline.cached_samples import sample_records
 from pipeline.decode import FORMATS, MAX_PIXELS, UndecodableImageError, decode_image
 from pipeline.precompute import precompute
 from pipeline.preprocess import Preprocess
@@ -159,8 +160,8 @@ def test_a_run_over_all_of_them_ends_well_and_adds_up(
         )
     # and a student is shown what the teacher saw
     student = StudentImages(alone, ImageSource(str(photos)), CLIP)
-    for row, name in enumerate(alone.samples["sample_id"].to_pylist()):
-        assert torch.equal(student[row], CLIP.transform()(decode_image((images / name).read_bytes())))
+    for image in sample_records(alone.samples):
+        assert torch.equal(student.see(image), CLIP.transform()(decode_image((images / image.sample_id).read_bytes())))
 
 
 def test_two_runs_give_an_undecodable_image_the_same_words(tmp_path: Path) -> None:

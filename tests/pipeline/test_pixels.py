@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from pipeline import make_pixels as making
 from pipeline.batches import stored_crops
+from pipeline.cached_samples import CachedSamples
 from pipeline.config import PixelsConfig, PrecomputeConfig
 from pipeline.make_pixels import PixelsResult, make_pixels, plan_pixels
 from pipeline.pixels import ReadyPixels, read_record
@@ -129,11 +130,12 @@ def test_what_the_student_gets_is_bit_for_bit_what_decoding_gives(
     rows = reader.image_rows("train")
     pixels = ReadyPixels(str(tmp_path / "ready"), reader, rows, VIEWS, preprocess)
     decoded = StudentImages(reader, ImageSource(str(home / "photos")), preprocess)
+    images = CachedSamples(reader, kept_chunks=1).records(rows)
     for view in range(VIEWS):
-        for row, crop in zip(rows.tolist(), stored_crops(reader, rows, np.full(len(rows), view)), strict=True):
-            seen = preprocess.normalized(pixels.shown(row, view))
+        for image, crop in zip(images, stored_crops(reader, rows, np.full(len(rows), view)), strict=True):
+            seen = preprocess.normalized(pixels.shown(image.row, view))
             assert seen.shape == (3, *size)
-            assert torch.equal(seen, decoded.see(row, crop))
+            assert torch.equal(seen, decoded.see(image, crop))
 
 
 def test_zarr_reads_the_same(home: Path) -> None:

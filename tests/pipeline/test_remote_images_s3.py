@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cached_images import CachedImages
+from pipeline.cached_images import StoredImages
+from pipeline.cached_samples import sample_records
 from pipeline.config import PrecomputeConfig
 from pipeline.precompute import precompute
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
@@ -81,19 +82,19 @@ def test_a_batch_of_pictures_comes_side_by_side(
         PrecomputeConfig(dataset=f"table:{table}", teacher=f"local-dir:{tiny_teacher}", cache=cache, device="cpu")
     )
     reader = EmbeddingReader(cache)
-    images = CachedImages(reader, ImageSource(reader.manifest.source.image_root))
-    rows = list(range(IMAGES))
-    alone = [images.read(row) for row in rows[:4]]
+    images = StoredImages(ImageSource(reader.manifest.source.image_root))
+    records = sample_records(reader.samples)
+    alone = [images.read(record) for record in records[:4]]
     far.forget()
-    with images.ahead(rows):
-        together = [images.read(row) for row in rows]
-        again = images.read(0)
+    with images.ahead(records):
+        together = [images.read(record) for record in records]
+        again = images.read(records[0])
     assert together[:4] == alone
     assert again == alone[0]
     assert far.requests == {("GET", ""): IMAGES + 1}
     assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
     far.forget()
-    with images.ahead(rows), pytest.raises(KeyError):
+    with images.ahead(records), pytest.raises(KeyError):
         raise KeyError
     assert not images._ahead
 

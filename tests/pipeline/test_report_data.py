@@ -439,7 +439,7 @@ def test_a_store_that_does_not_answer_is_not_asked_for_every_image(
     monkeypatch.setattr(ImageSource, "read", read)
     monkeypatch.setattr("pipeline.report.pictures._AT_ONCE", 2)
     monkeypatch.setattr("pipeline.report.pictures._TRIES", 4)
-    images = CachedImages(EmbeddingReader(str(known_cache)), ImageSource("/nowhere"))
+    images = CachedImages(EmbeddingReader(str(known_cache)), ImageSource("/nowhere"), range(10))
     steps: list[tuple[int, int]] = []
     found, note = collect_pictures(images, dict.fromkeys(range(10), 80), progress=lambda *step: steps.append(step))
     assert (found, len(asked)) == ({}, 4)

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import scaled_jpeg
+from pipeline.cached_samples import CachedSamples
 from pipeline.cli import app
 from pipeline.config import DeployConfig, EvaluateConfig, PixelsConfig, PrecomputeConfig, ProofConfig, TrainConfig
 from pipeline.decode import UndecodableImageError
@@ -365,10 +366,11 @@ def test_a_student_sees_the_caches_pixels_whether_decoded_or_ready(made: Made, t
     pixels = ReadyPixels(ready[made.cache], reader, rows, VIEWS, mine)
     scaled = mine.decoded_by("jpeg-scaled")
     other = 0
-    for row in rows.tolist():
+    for image in CachedSamples(reader, kept_chunks=1).records(rows):
+        row = image.row
         data = (made.photos / "images" / f"{row:04d}.jpg").read_bytes()
         expected = scaled.transform()(open_image(data, scaled.decoder))
-        assert torch.equal(images[row], expected)
+        assert torch.equal(images.see(image), expected)
         assert torch.equal(mine.normalized(pixels.shown(row, 0)), expected)
         other += not torch.equal(mine.transform()(open_image(data, mine.decoder)), expected)
         for view in range(1, VIEWS):

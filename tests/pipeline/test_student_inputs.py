@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.batches import epoch_pairs
+from pipeline.cached_samples import CachedSamples
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
 from pipeline.student import student_config, student_tokenizer
@@ -84,14 +85,17 @@ def test_epochs_and_measurements_take_turns(reader: EmbeddingReader, source: Ima
     rows = reader.image_rows("train")
     pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=0))
     images = StudentImages(reader, source, SEEN)
-    wanted = torch.stack([images[int(row)] for row in rows])
+    samples = CachedSamples(reader, kept_chunks=1)
+    wanted = torch.stack([images.see(image) for image in samples.records(rows)])
 
     def pixels() -> torch.Tensor:
         return torch.cat([pixels for pixels, _ in inputs.epoch(pairs)])
 
     first = pixels()
     order = np.concatenate([pair.image_rows for pair in pairs])
-    torch.testing.assert_close(first, torch.stack([images[int(row)] for row in order]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        first, torch.stack([images.see(image) for image in samples.records(order)]), rtol=0, atol=1e-6
+    )
     assert torch.equal(torch.cat(list(inputs.evaluation_crops(rows, 5))), wanted)
     next(inputs.epoch(pairs))
     assert torch.equal(torch.cat(list(inputs.evaluation_crops(rows, 3))), wanted)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.batches import CachedTeacher, epoch_pairs, stored_crops
+from pipeline.cached_samples import CachedSamples
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.live_source import LiveTeacherSource
@@ -199,7 +200,8 @@ def test_the_student_sees_the_region_that_the_teacher_saw(home: Path, teacher: L
             small = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
             crops = stored_crops(reader, pair.image_rows, pair.views)
             images = StudentImages(reader, ImageSource(str(home / "photos")), teacher.preprocess)
-            seen = torch.stack([images.see(int(row), crop) for row, crop in zip(pair.image_rows, crops, strict=True)])
+            records = CachedSamples(reader, kept_chunks=1).records(pair.image_rows)
+            seen = torch.stack([images.see(image, crop) for image, crop in zip(records, crops, strict=True)])
             assert (small - seen).abs().mean() < 0.1 < (small - seen.roll(1, 0)).abs().mean()
     assert set(views) == set(range(VIEWS))
 

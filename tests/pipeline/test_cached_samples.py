@@ -1,0 +1,131 @@
+"""What a run knows of its images and captions: the rows of the tables, few of them in memory, each file read once."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.batches import epoch_pairs
+from pipeline.cached_samples import CachedSamples, SampleRecord
+from pipeline.config import EvaluateConfig
+from pipeline.evaluate import evaluate
+from pipeline.train import train
+from storage.errors import CacheUnreachableError
+from storage.reader import EmbeddingReader
+from storage.tables import open_static
+from tests.conftest import make_known_cache
+from tests.pipeline.train_work import make_cache, make_student, train_config
+
+IMAGES, TEXTS = 61, 155
+
+
+def parted(patched: pytest.MonkeyPatch, per_file: int, per_group: int) -> EmbeddingReader:
+    """A cache behind a URL whose tables have many files and row groups."""
+    patched.setattr("storage.tables._ROWS_PER_FILE", per_file)
+    patched.setattr("storage.tables.ROWS_PER_GROUP", per_group)
+    patched.setattr("storage.table_rows._HELD_ROWS", 2 * per_group)
+    location = f"memory://{uuid.uuid4()}/x.cache"
+    make_known_cache(location, images=IMAGES, captions=TEXTS)
+    return EmbeddingReader(location)
+
+
+@settings(max_examples=25)
+@given(
+    per_file=st.integers(5, 80),
+    per_group=st.integers(2, 80),
+    kept=st.integers(0, 5),
+    asked=st.lists(st.lists(st.integers(0, IMAGES - 1), max_size=20), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_any_rows_are_those_of_the_whole_tables(
+    per_file: int, per_group: int, kept: int, asked: list[list[int]], seed: int
+) -> None:
+    """In any order, the same one twice too, whatever was asked for before and however little is kept."""
+    with pytest.MonkeyPatch.context() as patched:
+        reader = parted(patched, per_file, per_group)
+        samples, captions = reader.samples.to_pylist(), reader.captions["text"].to_pylist()
+        found = CachedSamples(reader, kept)
+        random = np.random.default_rng(seed)
+        for rows in (np.array(part, np.int64) for part in asked):
+            names = SampleRecord.__dataclass_fields__
+            wanted = [SampleRecord(**{name: samples[row][name] for name in names}) for row in rows]
+            assert found.records(rows) == wanted
+            counts = reader.caption_index.counts(rows)
+            paired = rows[counts > 0]
+            of_each = reader.caption_index.starts(paired) + random.integers(0, counts[counts > 0])
+            assert found.texts(paired, of_each) == [captions[row] for row in of_each]
+
+
+def test_an_epoch_in_the_shuffles_order_reads_each_file_once_and_each_chunk_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = parted(monkeypatch, 24, 6)
+    opened: Counter[str] = Counter()
+    groups: Counter[tuple[str, ...]] = Counter()
+    read = pq.ParquetFile.read_row_group
+
+    def opening(files: Any, key: str, wanted: Any) -> Any:
+        opened[key] += 1
+        return open_static(files, key, wanted)
+
+    def reading(self: pq.ParquetFile, group: int, **settings: Any) -> Any:
+        groups[tuple(self.schema_arrow.names)] += 1
+        return read(self, group, **settings)
+
+    rows = reader.image_rows()
+    pairs = list(epoch_pairs(reader, rows, 8, 3, seed=0, epoch=0))
+    monkeypatch.setattr("storage.table_rows.open_static", opening)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", reading)
+    samples = CachedSamples(reader, kept_chunks=6)
+    for pair in pairs:
+        samples.records(pair.image_rows)
+        samples.texts(pair.image_rows, pair.caption_rows)
+    assert set(opened.values()) == {1}
+    assert {key.split("/")[0] for key in opened} == {"samples", "captions"}
+    size = reader.manifest.layout.image_chunk_rows
+    chunks = -(-IMAGES // size)
+    # a chunk's rows lie in so many groups at most, and two of them stay
+    of_samples, of_captions = sorted(groups.values())
+    assert of_samples <= chunks * (size // 6 + 2)
+    assert of_captions <= chunks * (size * 3 // 6 + 2)
+
+
+def test_training_and_evaluating_hold_no_table(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path, tiny_teacher)
+
+    def whole(self: EmbeddingReader) -> Any:
+        raise AssertionError("a whole table was read")
+
+    for name in ("samples", "captions", "caption_offsets"):
+        monkeypatch.setattr(EmbeddingReader, name, property(whole))
+    config = train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run", select_split="test")
+    record = train(config).record
+    assert record.epochs[-1].selection is not None
+    measured = evaluate(EvaluateConfig(run=str(tmp_path / "run"), device="cpu", workers=0))
+    assert measured.student == record.epochs[-1].selection.recalls
+
+
+def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = parted(monkeypatch, 80, 80)
+    samples, row = CachedSamples(reader, kept_chunks=1), np.array([3])
+    caption = reader.caption_index.starts(row)
+
+    def broken(self: pq.ParquetFile, group: int, **settings: object) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
+    with pytest.raises(CacheUnreachableError, match=r"samples/000000\.parquet: cannot be read: Input"):
+        samples.records(row)
+    with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet: cannot be read: Input"):
+        samples.texts(row, caption)

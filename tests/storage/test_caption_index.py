@@ -1,0 +1,52 @@
+"""Where an image's captions are, in about a byte for each image: as offsets of 8 bytes would say it."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.caption_index import CaptionIndex
+from storage.errors import CacheCorruptError
+
+COUNTS = st.lists(st.one_of(st.integers(0, 6), st.just(0), st.sampled_from([255, 256, 70_000])), max_size=200)
+
+
+@given(counts=COUNTS, cuts=st.lists(st.integers(0, 1000), max_size=6), asked=st.lists(st.integers(0, 200), max_size=30))
+def test_it_says_what_offsets_say(counts: list[int], cuts: list[int], asked: list[int]) -> None:
+    """However the table is parted, and with more captions of an image than a byte can count."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    edges = [0, *sorted(min(cut, len(owners)) for cut in cuts), len(owners)]
+    index = CaptionIndex(len(counts), (owners[start:stop] for start, stop in pairwise(edges)), "x")
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    assert index.offsets().tolist() == offsets.tolist()
+    rows = np.array([row for row in asked if row < len(counts)], np.int64)
+    assert index.counts(rows).tolist() == [counts[row] for row in rows]
+    # the one behind the last image too
+    ends = np.array([*rows, len(counts)], np.int64)
+    assert index.starts(ends).tolist() == offsets[ends].tolist()
+    captions, positions = index.captions_of(rows)
+    assert captions.tolist() == [caption for row in rows for caption in range(offsets[row], offsets[row + 1])]
+    assert positions.tolist() == [at for at, row in enumerate(rows) for _ in range(counts[row])]
+
+
+@pytest.mark.parametrize("parts", [[[0, 2, 1]], [[0, 2], [1]], [[-1, 2]], [[0, 10]]])
+def test_captions_in_disorder_are_refused(parts: list[list[int]]) -> None:
+    with pytest.raises(CacheCorruptError, match="c/captions: not sorted by image row from 0 to 9"):
+        CaptionIndex(10, (np.array(part) for part in parts), "c/captions")
+
+
+def test_a_million_images_take_a_byte_and_a_bit_each() -> None:
+    images, at_once = 1_000_000, 10_000
+    owners = (np.repeat(np.arange(first, first + at_once), 5) for first in range(0, images, at_once))
+    tracemalloc.start()
+    try:
+        index = CaptionIndex(images, owners, "x")
+        assert tracemalloc.get_traced_memory()[0] < 1.2 * images
+        assert index.starts(np.arange(images)[::-1])[0] == 5 * (images - 1)
+    finally:
+        tracemalloc.stop()
