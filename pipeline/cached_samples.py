@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,8 @@ from storage.transient import read_error
 __all__ = ["CachedSamples", "SampleRecord", "sample_records"]
 
 _OPEN_FILES = 64  # of a million rows each
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,11 @@ class CachedSamples:
 
     Rows are asked for in the order of an epoch, or ascending; what it holds is that of ``kept_chunks`` chunks of
     images and two groups of rows of either table. Behind a URL the tables' files are kept besides, as they are,
-    compressed: up to 64 of either, of a million rows each. For one thread.
+    compressed: up to 64 of either, of a million rows each. A thread of its own reads, so that who says :meth:`ahead`
+    what is wanted does not wait. For one thread; a process that is forked cannot go on with it.
 
     Args:
-        kept_chunks: of images, at least as many as one window of the shuffle has.
+        kept_chunks: of images, twice as many as one window of the shuffle has.
     """
 
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
@@ -56,8 +61,19 @@ class CachedSamples:
         self._samples, self._captions = (
             TableRows(reader.files, reader.manifest, name, _OPEN_FILES) for name in (SAMPLES, CAPTIONS)
         )
-        self._records = ByChunk(self._size, kept_chunks, self._samples_of)
-        self._texts = ByChunk(self._size, kept_chunks, self._captions_of)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
+        self._records = ByChunk(self._size, kept_chunks, lambda chunk: self._thread.submit(self._samples_of, chunk))
+        self._texts = ByChunk(self._size, kept_chunks, lambda chunk: self._thread.submit(self._captions_of, chunk))
+
+    def ahead(self, rows: NDArray[np.int64], records: bool = True) -> None:
+        """Begin to read what :meth:`texts`, and :meth:`records` if they are wanted, will be asked of these images."""
+        self._texts.of(rows)
+        if records:
+            self._records.of(rows)
+
+    def close(self) -> None:
+        """Read nothing more; what was begun is waited for."""
+        self._thread.shutdown(cancel_futures=True)
 
     def records(self, rows: NDArray[np.int64]) -> list[SampleRecord]:
         """Of some images, in their order.
@@ -67,7 +83,7 @@ class CachedSamples:
         """
         found = np.empty(len(rows), object)
         for first, samples, here in self._records.of(rows):
-            found[here] = sample_records(samples.take(pa.array(rows[here] - first)))
+            found[here] = sample_records(self._read(samples).take(pa.array(rows[here] - first)))
         return found.tolist()
 
     def texts(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> list[str]:
@@ -80,9 +96,18 @@ class CachedSamples:
             As :meth:`records`.
         """
         found = np.empty(len(image_rows), object)
-        for _, (first, texts), here in self._texts.of(image_rows):
+        for _, captions, here in self._texts.of(image_rows):
+            first, texts = self._read(captions)
             found[here] = texts.take(pa.array(caption_rows[here] - first)).to_pylist()
         return found.tolist()
+
+    def _read(self, coming: Future[_Read]) -> _Read:
+        try:
+            return coming.result()
+        except BaseException:
+            self._records.clear()  # so that it is tried again when it is asked for again
+            self._texts.clear()
+            raise
 
     def _rows(self, chunk: int) -> range:
         return range(chunk * self._size, min((chunk + 1) * self._size, self._images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +27,8 @@ from storage.errors import CacheError
 from storage.reader import EmbeddingReader
 
 __all__ = ["InputLoader", "StudentImages"]
+
+_ROWS_AHEAD = 16_384  # at 5,000 a second three seconds, in which the tables of a window are read
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -240,7 +243,7 @@ class InputLoader:
         Raises:
             OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
         """
-        for shown, tokens in self._begun(self._keys(pair) for pair in pairs):
+        for shown, tokens in self._begun(self._keys(pair) for pair in self._looked_up(pairs)):
             yield self._preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
@@ -268,6 +271,19 @@ class InputLoader:
             self._current.close()
             self._current = None
 
+    def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[Pairs]:
+        """The same pairs, of those that come next the tables being read."""
+        waiting: deque[Pairs] = deque()
+        rows = 0
+        for pair in pairs:
+            self._samples.ahead(pair.image_rows, records=self._pixels is None)
+            waiting.append(pair)
+            rows += len(pair.image_rows)
+            while rows > _ROWS_AHEAD:
+                rows -= len(waiting[0].image_rows)
+                yield waiting.popleft()
+        yield from waiting
+
     def _keys(self, pair: Pairs) -> list[_Pair]:
         if self._pixels is not None:
             images: Sequence[Any] = pair.image_rows.tolist()
@@ -282,3 +298,4 @@ class InputLoader:
         """End the processes, and an iteration that somebody still holds."""
         self._end_iteration()
         self._loader = None
+        self._samples.close()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import threading
 import uuid
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +21,10 @@ from pipeline.batches import epoch_pairs
 from pipeline.cached_samples import CachedSamples, SampleRecord
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
+from pipeline.preprocess import Preprocess
+from pipeline.samples import ImageSource
+from pipeline.student import student_config, student_tokenizer
+from pipeline.student_inputs import InputLoader
 from pipeline.train import train
 from storage.errors import CacheUnreachableError
 from storage.reader import EmbeddingReader
@@ -116,6 +123,31 @@ def test_training_and_evaluating_hold_no_table(
     assert measured.student == record.epochs[-1].selection.recalls
 
 
+def test_a_run_reads_its_tables_before_it_needs_them(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a thread of its own, of the batches that come next: a step waits for no table."""
+    reader = EmbeddingReader(str(make_cache(tmp_path, tiny_teacher)))
+    source = ImageSource(reader.manifest.source.image_root)
+    pairs = list(epoch_pairs(reader, reader.row_set("train"), 4, 1, seed=0, epoch=0))
+    assert reader.manifest.layout.image_chunk_rows * 2 < len(pairs) * 4
+    read: list[str] = []
+    by_chunk = CachedSamples._samples_of
+
+    def reading(self: CachedSamples, chunk: int) -> Any:
+        read.append(threading.current_thread().name)
+        return by_chunk(self, chunk)
+
+    monkeypatch.setattr(CachedSamples, "_samples_of", reading)
+    tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
+    preprocess = Preprocess((24, 24), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    with closing(InputLoader(reader, source, preprocess, tokenizer, 0, torch.device("cpu"))) as inputs:
+        next(inputs.epoch(pairs))
+    chunks = {row // reader.manifest.layout.image_chunk_rows for pair in pairs for row in pair.image_rows.tolist()}
+    assert len(read) == len(chunks) > 2
+    assert {name.rpartition("_")[0] for name in read} == {"tables"}
+
+
 def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = parted(monkeypatch, 80, 80)
     samples, row = CachedSamples(reader, kept_chunks=1), np.array([3])
@@ -124,8 +156,13 @@ def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
     def broken(self: pq.ParquetFile, group: int, **settings: object) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
-    with pytest.raises(CacheUnreachableError, match=r"samples/000000\.parquet: cannot be read: Input"):
-        samples.records(row)
-    with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet: cannot be read: Input"):
-        samples.texts(row, caption)
+    with monkeypatch.context() as patched:
+        patched.setattr(pq.ParquetFile, "read_row_group", broken)
+        samples.ahead(row)
+        with pytest.raises(CacheUnreachableError, match=r"samples/000000\.parquet: cannot be read: Input"):
+            samples.records(row)
+        with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet: cannot be read: Input"):
+            samples.texts(row, caption)
+    # and tried again when it is asked for again
+    assert samples.records(row)[0].sample_id == "img-3"
+    assert samples.texts(row, caption) == [reader.captions["text"][int(caption[0])].as_py()]
