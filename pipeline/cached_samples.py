@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.by_chunk import ByChunk
+from storage.local_files import LocalFiles
 from storage.reader import EmbeddingReader
 from storage.table_rows import TableRows
 from storage.tables import CAPTIONS, SAMPLES
@@ -20,13 +19,11 @@ from storage.transient import read_error
 
 __all__ = ["CachedSamples", "SampleRecord", "sample_records"]
 
-_OPEN_FILES = 64  # of a million rows each
+# of a million rows each; those behind a URL are in memory, compressed
+_OPEN_FILES, _OPEN_FAR = 256, 64
 
-_Read = TypeVar("_Read")
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRecord:
+class SampleRecord(NamedTuple):
     """One row of the samples table: what is needed to read an image, to prove it, and to name it."""
 
     row: int
@@ -39,41 +36,30 @@ class SampleRecord:
 
 def sample_records(samples: pa.Table) -> list[SampleRecord]:
     """Rows of the samples table as records, in their order."""
-    columns = (samples[name].to_pylist() for name in SampleRecord.__dataclass_fields__)
+    columns = (samples[name].to_pylist() for name in SampleRecord._fields)
     return [SampleRecord(*values) for values in zip(*columns, strict=True)]
 
 
 class CachedSamples:
     """Samples and captions of the rows that a run uses, read from the tables by chunks.
 
-    Rows are asked for in the order of an epoch, or ascending; what it holds is that of ``kept_chunks`` chunks of
-    images and two groups of rows of either table. Behind a URL the tables' files are kept besides, as they are,
-    compressed: up to 64 of either, of a million rows each. A thread of its own reads, so that who says :meth:`ahead`
-    what is wanted does not wait. For one thread; a process that is forked cannot go on with it.
+    Rows are asked for in the order of an epoch, or ascending. What it holds is that of ``kept_chunks`` chunks of
+    images, and of either table two groups of rows or a single larger one (:class:`storage.table_rows.TableRows`).
+    Behind a URL it also holds the tables' files, compressed, up to 64 of either, of a million rows each; of more, and
+    of more than 256 in a folder, some are fetched or opened, and proven, again and again. For one thread at a time.
 
     Args:
-        kept_chunks: of images, twice as many as one window of the shuffle has.
+        kept_chunks: of images, at least as many as one window of the shuffle has.
     """
 
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
         layout = reader.manifest.layout
         self._reader, self._size, self._images = reader, layout.image_chunk_rows, layout.image_rows
-        self._samples, self._captions = (
-            TableRows(reader.files, reader.manifest, name, _OPEN_FILES) for name in (SAMPLES, CAPTIONS)
-        )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
-        self._records = ByChunk(self._size, kept_chunks, lambda chunk: self._thread.submit(self._samples_of, chunk))
-        self._texts = ByChunk(self._size, kept_chunks, lambda chunk: self._thread.submit(self._captions_of, chunk))
-
-    def ahead(self, rows: NDArray[np.int64], records: bool = True) -> None:
-        """Begin to read what :meth:`texts`, and :meth:`records` if they are wanted, will be asked of these images."""
-        self._texts.of(rows)
-        if records:
-            self._records.of(rows)
-
-    def close(self) -> None:
-        """Read nothing more; what was begun is waited for."""
-        self._thread.shutdown(cancel_futures=True)
+        most = _OPEN_FILES if isinstance(reader.files, LocalFiles) else _OPEN_FAR
+        self._samples = TableRows(reader.files, reader.manifest, SAMPLES, most)
+        self._captions = TableRows(reader.files, reader.manifest, CAPTIONS, most)
+        self._records = ByChunk(self._size, kept_chunks, self._samples_of)
+        self._texts = ByChunk(self._size, kept_chunks, self._captions_of)
 
     def records(self, rows: NDArray[np.int64]) -> list[SampleRecord]:
         """Of some images, in their order.
@@ -81,10 +67,7 @@ class CachedSamples:
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: the table is damaged or cannot be read.
         """
-        found = np.empty(len(rows), object)
-        for first, samples, here in self._records.of(rows):
-            found[here] = sample_records(self._read(samples).take(pa.array(rows[here] - first)))
-        return found.tolist()
+        return sample_records(_taken(rows, self._records.of(rows))) if len(rows) else []
 
     def texts(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> list[str]:
         """One caption of each of some images, in their order.
@@ -95,32 +78,21 @@ class CachedSamples:
         Raises:
             As :meth:`records`.
         """
-        found = np.empty(len(image_rows), object)
-        for _, captions, here in self._texts.of(image_rows):
-            first, texts = self._read(captions)
-            found[here] = texts.take(pa.array(caption_rows[here] - first)).to_pylist()
-        return found.tolist()
-
-    def _read(self, coming: Future[_Read]) -> _Read:
-        try:
-            return coming.result()
-        except BaseException:
-            self._records.clear()  # so that it is tried again when it is asked for again
-            self._texts.clear()
-            raise
+        parts = [(first, captions, here) for _, (first, captions), here in self._texts.of(image_rows)]
+        return _taken(caption_rows, parts)["text"].to_pylist() if parts else []
 
     def _rows(self, chunk: int) -> range:
         return range(chunk * self._size, min((chunk + 1) * self._size, self._images))
 
     def _samples_of(self, chunk: int) -> pa.Table:
         with self._named(SAMPLES):
-            return _copied(self._samples.read(self._rows(chunk)).select(list(SampleRecord.__dataclass_fields__)))
+            return _copied(self._samples.read(self._rows(chunk)).select(list(SampleRecord._fields)))
 
-    def _captions_of(self, chunk: int) -> tuple[int, pa.ChunkedArray]:
+    def _captions_of(self, chunk: int) -> tuple[int, pa.Table]:
         rows = self._rows(chunk)
         first, stop = self._reader.caption_index.starts(np.array([rows.start, rows.stop])).tolist()
         with self._named(CAPTIONS):
-            return first, _copied(self._captions.read(range(first, stop)).select(["text"]))["text"]
+            return first, _copied(self._captions.read(range(first, stop)).select(["text"]))
 
     @contextmanager
     def _named(self, table: str) -> Iterator[None]:
@@ -128,6 +100,15 @@ class CachedSamples:
             yield
         except OSError as error:
             raise read_error(f"{self._reader.location}/{table}", error) from error
+
+
+def _taken(rows: NDArray[np.int64], parts: list[tuple[int, pa.Table, NDArray[np.intp]]]) -> pa.Table:
+    """Rows of a table in their order, from parts of it: the first row of each, its rows, and where they are wanted."""
+    places, before = np.empty(len(rows), np.int64), 0
+    for first, part, here in parts:
+        places[here] = rows[here] - first + before
+        before += len(part)
+    return pa.concat_tables(part for _, part, _ in parts).take(pa.array(places))
 
 
 def _copied(table: pa.Table) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,17 +10,14 @@ from numpy.typing import NDArray
 
 from pipeline.student import Student
 from pipeline.student_inputs import InputLoader
-from storage.reader import EmbeddingReader
-from storage.tables import CAPTIONS
 
 __all__ = ["encode_rows"]
 
 
 def encode_rows(
     student: Student,
-    reader: EmbeddingReader,
     image_rows: NDArray[np.int64],
-    caption_rows: NDArray[np.int64],
+    captions: Sequence[str],
     inputs: InputLoader,
     device: torch.device,
     batch_size: int = 256,
@@ -30,14 +27,14 @@ def encode_rows(
 
     Args:
         student: on ``device``; measured in evaluation mode and left in the mode that it came in.
-        inputs: of the cache that ``reader`` is of, for this student.
+        image_rows: of the cache that ``inputs`` is of.
+        inputs: for this student.
 
     Raises:
         OSError: an image cannot be read where the source of ``inputs`` says.
     """
-    texts = reader.table_rows(CAPTIONS, caption_rows)["text"]
     image = np.empty((len(image_rows), student.embed_dim), np.float32)
-    text = np.empty((len(caption_rows), student.embed_dim), np.float32)
+    text = np.empty((len(captions), student.embed_dim), np.float32)
 
     def report(stage: str, done: int, total: int) -> None:
         if progress is not None:
@@ -51,10 +48,10 @@ def encode_rows(
             image[done : done + len(pixels)] = student.encode_image(pixels.to(device)).cpu().numpy()
             done += len(pixels)
             report("images", done, len(image_rows))
-        for start in range(0, len(caption_rows), batch_size):
-            part = texts.slice(start, batch_size).to_pylist()
+        for start in range(0, len(captions), batch_size):
+            part = list(captions[start : start + batch_size])
             features = student.encode_text(student.shorten(inputs.tokenizer(part)).to(device)).cpu().numpy()
             text[start : start + len(part)] = features
-            report("captions", start + len(part), len(caption_rows))
+            report("captions", start + len(part), len(captions))
     student.train(training)
     return image, text

@@ -109,9 +109,8 @@ def student_ranks(
     with closing(InputLoader(split.reader, source, model.preprocess, tokenizer, config.workers, device)) as inputs:
         image, text = encode_rows(
             model.to(device),
-            split.reader,
             split.image_rows,
-            split.caption_rows,
+            split.captions,
             inputs,
             device,
             config.batch_size,

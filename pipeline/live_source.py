@@ -21,8 +21,13 @@ class LiveTeacherSource:
     and crop a row is, and never an embedding; targets are float32, where the cache rounded them to float16 or int8.
     """
 
-    def __init__(self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource) -> None:
+    def __init__(
+        self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource, window_chunks: int = 16
+    ) -> None:
         """Take a teacher in the place of a cache.
+
+        Args:
+            window_chunks: of the shuffle that the pairs come from.
 
         Raises:
             CacheMismatchError: it is not the teacher that the cache is of.
@@ -31,7 +36,7 @@ class LiveTeacherSource:
         self.logit_scale = teacher.logit_scale
         self._teacher, self._reader = teacher, reader
         self._images = StudentImages(reader, source, teacher.preprocess)
-        self._samples = CachedSamples(reader, kept_chunks=32)
+        self._samples = CachedSamples(reader, 2 * window_chunks)
 
     def targets(self, pairs: Pairs) -> TeacherTargets:
         """See :class:`pipeline.batches.TeacherSource`.

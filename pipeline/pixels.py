@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.cached_samples import CachedSamples
 from pipeline.preprocess import Preprocess
 from pipeline.scaled_jpeg import PILLOW
 from storage.checksum import crc32c
@@ -40,6 +40,7 @@ from storage.errors import (
 from storage.files import LocalFiles
 from storage.identity import digest_of
 from storage.reader import EmbeddingReader
+from storage.tables import SAMPLES, column_parts
 
 __all__ = [
     "PixelsCommit",
@@ -56,7 +57,6 @@ __all__ = [
 
 RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
 _VERSION = 1
-_ROWS_AT_ONCE = 8192
 
 
 class _Record(BaseModel):
@@ -159,10 +159,12 @@ def rows_bytes(rows: NDArray[np.int64]) -> bytes:
 
 def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
     """See :class:`PixelsRecord`."""
-    found, samples = hashlib.sha256(), CachedSamples(reader, kept_chunks=1)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        digests = [record.content_sha256 for record in samples.records(rows[start : start + _ROWS_AT_ONCE])]
-        found.update((("\n" if start else "") + "\n".join(digests)).encode())
+    found, at, done = hashlib.sha256(), 0, 0
+    for part in column_parts(reader.files, reader.manifest, SAMPLES, "content_sha256"):
+        some = rows[done : np.searchsorted(rows, at + len(part))]
+        digests = part.take(pa.array(some - at)).to_pylist()
+        found.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())
+        at, done = at + len(part), done + len(some)
     return found.hexdigest()
 
 
@@ -327,7 +329,7 @@ class ReadyPixels:
         return crc32c
 
     def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Nothing: they are local. See :meth:`pipeline.cached_images.CachedImages.ahead`."""
+        """Nothing: they are local. See :meth:`pipeline.cached_images.StoredImages.ahead`."""
         return nullcontext()
 
     def shown(self, row: int, view: int) -> NDArray[np.uint8]:

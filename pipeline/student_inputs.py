@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ from storage.reader import EmbeddingReader
 
 __all__ = ["InputLoader", "StudentImages"]
 
-_ROWS_AHEAD = 16_384  # at 5,000 a second three seconds, in which the tables of a window are read
+_ROWS_AHEAD = 16_384  # at 5,000 a second three seconds, in which the tables of a new window are read
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -225,6 +226,7 @@ class InputLoader:
         self.tokenizer = tokenizer
         # a batch may lie in two windows
         self._samples = CachedSamples(reader, 2 * window_chunks)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
         if pixels is not None and not evaluates:
             inputs = _StudentInputs(None, pixels, tokenizer)
         else:
@@ -243,7 +245,7 @@ class InputLoader:
         Raises:
             OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
         """
-        for shown, tokens in self._begun(self._keys(pair) for pair in self._looked_up(pairs)):
+        for shown, tokens in self._begun(self._looked_up(pairs)):
             yield self._preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
@@ -255,7 +257,8 @@ class InputLoader:
             OSError, CacheMismatchError: as :meth:`epoch`.
         """
         parts = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
-        yield from self._begun(self._samples.records(part) for part in parts)
+        looked_up = (self._thread.submit(self._samples.records, part).result() for part in parts)
+        yield from self._begun(looked_up)
 
     def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
         """An iteration over these; the one before it is over, since the processes serve one."""
@@ -271,18 +274,25 @@ class InputLoader:
             self._current.close()
             self._current = None
 
-    def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[Pairs]:
-        """The same pairs, of those that come next the tables being read."""
-        waiting: deque[Pairs] = deque()
-        rows = 0
-        for pair in pairs:
-            self._samples.ahead(pair.image_rows, records=self._pixels is None)
-            waiting.append(pair)
-            rows += len(pair.image_rows)
-            while rows > _ROWS_AHEAD:
-                rows -= len(waiting[0].image_rows)
-                yield waiting.popleft()
-        yield from waiting
+    def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[list[_Pair]]:
+        """The keys of each of ``pairs``, those of the next ones being looked up by a thread of its own, in order.
+
+        A window's first batch is of chunks that are all new, for which the step would otherwise wait.
+        """
+        waiting: deque[Future[list[_Pair]]] = deque()
+        lengths: deque[int] = deque()
+        try:
+            for pair in pairs:
+                waiting.append(self._thread.submit(self._keys, pair))
+                lengths.append(len(pair.image_rows))
+                while sum(lengths) > _ROWS_AHEAD:
+                    lengths.popleft()
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for coming in waiting:
+                coming.cancel()
 
     def _keys(self, pair: Pairs) -> list[_Pair]:
         if self._pixels is not None:
@@ -298,4 +308,4 @@ class InputLoader:
         """End the processes, and an iteration that somebody still holds."""
         self._end_iteration()
         self._loader = None
-        self._samples.close()
+        self._thread.shutdown(cancel_futures=True)

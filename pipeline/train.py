@@ -8,12 +8,15 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import tee
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 
 from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_pairs, views_used
 from pipeline.config import TrainConfig
@@ -38,6 +41,8 @@ from storage.errors import CacheMismatchError, UsageError
 from storage.expected import expected_identity
 from storage.logs import event, log_fields, logger
 from storage.reader import EmbeddingReader
+from storage.row_set import RowSet
+from storage.tables import CAPTIONS
 
 __all__ = ["StepProgress", "TrainResult", "train"]
 
@@ -182,7 +187,7 @@ def _train_rank(
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
         teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
-        _Trainer(config, fabric, reader, source, teacher, run, record, student, progress, pixels).train()
+        _Trainer(config, fabric, reader, rows, source, teacher, run, record, student, progress, pixels).train()
         fabric.barrier()
 
 
@@ -209,6 +214,7 @@ class _Trainer:
         config: TrainConfig,
         fabric: Fabric,
         reader: EmbeddingReader,
+        rows: RowSet,
         source: ImageSource,
         teacher: TeacherSource,
         run: RunFolder,
@@ -219,7 +225,7 @@ class _Trainer:
     ) -> None:
         self._config, self._fabric, self._reader = config, fabric, reader
         self._run, self._record, self._student, self._progress = run, record, student, progress
-        self._rows = reader.row_set(config.split)
+        self._rows = rows
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
         self._teacher = teacher
@@ -364,21 +370,20 @@ class _Trainer:
         else:
             self._checkpoint(f"epoch-{epoch + 1:04d}")
 
+    @cached_property
+    def _select_rows(self) -> tuple[NDArray[np.int64], list[str], NDArray[np.int64]]:
+        """The images of the select split, their captions, and which of the images each caption is of."""
+        rows = self._reader.image_rows(self._config.select_split)
+        caption_rows, text_image = self._reader.caption_rows(rows)
+        return rows, self._reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist(), text_image
+
     def _select(self, epoch: int) -> Selection | None:
         """The student of this moment on the select split, if this epoch is to be measured."""
         config, split = self._config, self._config.select_split
         if split is None or ((epoch + 1) % config.select_every and epoch + 1 < config.epochs):
             return None
-        rows = self._reader.image_rows(split)
-        caption_rows, text_image = self._reader.caption_rows(rows)
-        image, text = encode_rows(
-            self._student,
-            self._reader,
-            rows,
-            caption_rows,
-            self._inputs,
-            self._fabric.device,
-        )
+        rows, captions, text_image = self._select_rows
+        image, text = encode_rows(self._student, rows, captions, self._inputs, self._fabric.device)
         recalls = retrieval_recall(image, text, text_image)
         return Selection(split=split, mean_recall=mean_recall(recalls), recalls=recalls)
 

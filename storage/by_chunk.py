@@ -46,7 +46,3 @@ class ByChunk(Generic[_Made]):
         for chunk in list(self._kept)[: max(0, len(self._kept) - max(self._most, len(used)))]:
             del self._kept[chunk]
         return found
-
-    def clear(self) -> None:
-        """Keep nothing of what was made."""
-        self._kept.clear()

@@ -50,11 +50,21 @@ class CaptionIndex:
         self._counts[here] = counts
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Captions of each of some images, (len(rows),) int64."""
+        """Captions of each of some images, (len(rows),) int64.
+
+        Raises:
+            IndexError: an image that there is not.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._images:
+            raise IndexError(f"images are 0 to {self._images - 1}, asked for {rows.min()} to {rows.max()}")
         return self._counts[rows].astype(np.int64)
 
     def starts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first caption's row of each of some images, (len(rows),) int64; of one without, where it would be."""
+        """The first caption's row of each of some images, (len(rows),) int64; of one without, where it would be.
+
+        Args:
+            rows: also the one behind the last image.
+        """
         out, blocks = np.empty(len(rows), np.int64), self._counts.reshape(-1, _BLOCK)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             some = rows[start : start + _ROWS_AT_ONCE]

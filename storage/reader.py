@@ -191,7 +191,7 @@ class EmbeddingReader:
         found, at = RowSet(total, full=split is None), 0
         if split is not None:
             for part in self._column(SAMPLES, "split"):
-                found.add(at, pc.equal(part, split).to_numpy()[: max(total - at, 0)])
+                found.add(at, pc.fill_null(pc.equal(part, split), False).to_numpy()[: max(total - at, 0)])
                 at += len(part)
             if at != total:
                 raise CacheCorruptError(f"{self.location}/{SAMPLES}: {at:,} rows, the manifest says {total:,}")

@@ -56,14 +56,14 @@ def parted(patched: pytest.MonkeyPatch, per_file: int, per_group: int) -> Embedd
 def test_any_rows_are_those_of_the_whole_tables(
     per_file: int, per_group: int, kept: int, asked: list[list[int]], seed: int
 ) -> None:
-    """In any order, the same one twice too, whatever was asked for before and however little is kept."""
+    """In any order, the same one twice too, none at all, whatever was asked for before and however little is kept."""
     with pytest.MonkeyPatch.context() as patched:
         reader = parted(patched, per_file, per_group)
         samples, captions = reader.samples.to_pylist(), reader.captions["text"].to_pylist()
         found = CachedSamples(reader, kept)
         random = np.random.default_rng(seed)
         for rows in (np.array(part, np.int64) for part in asked):
-            names = SampleRecord.__dataclass_fields__
+            names = SampleRecord._fields
             wanted = [SampleRecord(**{name: samples[row][name] for name in names}) for row in rows]
             assert found.records(rows) == wanted
             counts = reader.caption_index.counts(rows)
@@ -123,29 +123,36 @@ def test_training_and_evaluating_hold_no_table(
     assert measured.student == record.epochs[-1].selection.recalls
 
 
-def test_a_run_reads_its_tables_before_it_needs_them(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("window_chunks", [1, 16])
+def test_tables_are_read_before_a_step_needs_them_and_once(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_chunks: int
 ) -> None:
-    """By a thread of its own, of the batches that come next: a step waits for no table."""
+    """By a thread of its own, many windows ahead too."""
     reader = EmbeddingReader(str(make_cache(tmp_path, tiny_teacher)))
     source = ImageSource(reader.manifest.source.image_root)
-    pairs = list(epoch_pairs(reader, reader.row_set("train"), 4, 1, seed=0, epoch=0))
-    assert reader.manifest.layout.image_chunk_rows * 2 < len(pairs) * 4
+    size = reader.manifest.layout.image_chunk_rows
     read: list[str] = []
-    by_chunk = CachedSamples._samples_of
 
     def reading(self: CachedSamples, chunk: int) -> Any:
         read.append(threading.current_thread().name)
         return by_chunk(self, chunk)
 
+    by_chunk = CachedSamples._samples_of
     monkeypatch.setattr(CachedSamples, "_samples_of", reading)
     tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
     preprocess = Preprocess((24, 24), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
-    with closing(InputLoader(reader, source, preprocess, tokenizer, 0, torch.device("cpu"))) as inputs:
-        next(inputs.epoch(pairs))
-    chunks = {row // reader.manifest.layout.image_chunk_rows for pair in pairs for row in pair.image_rows.tolist()}
-    assert len(read) == len(chunks) > 2
-    assert {name.rpartition("_")[0] for name in read} == {"tables"}
+    device = torch.device("cpu")
+    pairs = list(epoch_pairs(reader, reader.row_set("train"), 4, window_chunks, seed=0, epoch=0))
+    chunks = {row // size for pair in pairs for row in pair.image_rows.tolist()}
+    with closing(InputLoader(reader, source, preprocess, tokenizer, 0, device, window_chunks=window_chunks)) as inputs:
+        epoch = inputs.epoch(pairs)
+        next(epoch)
+        inputs._thread.submit(int).result()  # what was asked for before it is done
+        assert len(read) == len(chunks) > 2
+        assert len(list(epoch)) == len(pairs) - 1
+        assert len(read) == len(chunks)
+        assert len(list(inputs.evaluation_crops(reader.image_rows("test"), 4))) > 0
+    assert {name.rpartition("_")[0] for name in read} == {"inputs"}
 
 
 def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +165,6 @@ def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     with monkeypatch.context() as patched:
         patched.setattr(pq.ParquetFile, "read_row_group", broken)
-        samples.ahead(row)
         with pytest.raises(CacheUnreachableError, match=r"samples/000000\.parquet: cannot be read: Input"):
             samples.records(row)
         with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet: cannot be read: Input"):

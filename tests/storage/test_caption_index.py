@@ -34,6 +34,13 @@ def test_it_says_what_offsets_say(counts: list[int], cuts: list[int], asked: lis
     assert positions.tolist() == [at for at, row in enumerate(rows) for _ in range(counts[row])]
 
 
+@pytest.mark.parametrize("row", [-1, 3])
+def test_an_image_that_there_is_not_has_no_captions(row: int) -> None:
+    index = CaptionIndex(3, [np.array([0, 0, 2])], "x")
+    with pytest.raises(IndexError, match=f"images are 0 to 2, asked for {row}"):
+        index.captions_of(np.array([row]))
+
+
 @pytest.mark.parametrize("parts", [[[0, 2, 1]], [[0, 2], [1]], [[-1, 2]], [[0, 10]]])
 def test_captions_in_disorder_are_refused(parts: list[list[int]]) -> None:
     with pytest.raises(CacheCorruptError, match="c/captions: not sorted by image row from 0 to 9"):

@@ -295,6 +295,13 @@ def test_splits_and_captions_are_found_in_tables_of_many_parts(
         EmbeddingReader(str(path)).caption_offsets  # noqa: B018
 
 
+def test_captions_in_disorder_are_named(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = [pa.chunked_array([[0, 2]], pa.int64()), pa.chunked_array([[1]], pa.int64())]
+    monkeypatch.setattr("storage.reader.column_parts", lambda *_: column)
+    with pytest.raises(CacheCorruptError, match=r"known\.cache/captions: not sorted by image row from 0 to 9"):
+        EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018
+
+
 def test_a_folder_need_not_be_named_in_utf8(known_cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     shutil.copytree(known_cache, folder)
