@@ -375,7 +375,7 @@ def test_a_student_sees_the_caches_pixels_whether_decoded_or_ready(made: Made, t
         other += not torch.equal(mine.transform()(open_image(data, mine.decoder)), expected)
         for view in range(1, VIEWS):
             crop = Crop.from_row(reader.take("image", np.array([row]), view, array="view")[0])
-            assert torch.equal(mine.normalized(pixels.shown(row, view)), images.see(row, crop))
+            assert torch.equal(mine.normalized(pixels.shown(row, view)), images.see(image, crop))
     assert other > 4
     with pytest.raises(CacheMismatchError, match="decoder is pillow, wanted jpeg-scaled"):
         ReadyPixels(ready[made.by_pillow], reader, rows, VIEWS, mine)
