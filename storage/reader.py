@@ -133,7 +133,7 @@ class EmbeddingReader:
         return self._table(PROBLEMS)
 
     def table_rows(self, name: str, rows: NDArray[np.int64]) -> pa.Table:
-        """Some rows of a table (:data:`storage.tables.SAMPLES` or ``CAPTIONS``), in their order; none others stay."""
+        """Some rows of a table, ``"samples"`` or ``"captions"``, in their order; no others stay in memory."""
         return self._table(name, partial(read_rows, rows=rows))
 
     def _table(self, name: str, read: Callable[..., pa.Table] = read_table) -> pa.Table:
