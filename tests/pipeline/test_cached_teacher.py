@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import pipeline.student_inputs
 import pipeline.train
 import storage.stream
 from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
@@ -103,7 +104,11 @@ def test_closed_it_reads_nothing_ahead(known_cache: Path) -> None:
 def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Those of a group or two that the stream sees, and what workers have begun; ``tee`` drops them 57 at a time."""
+    """Those of a group or two that the stream sees, whose keys are looked up and that workers have begun.
+
+    ``tee`` drops them 57 at a time.
+    """
+    monkeypatch.setattr(pipeline.student_inputs, "_ROWS_AHEAD", 8)
     monkeypatch.setattr(storage.stream, "_GROUP_ROWS", 4)
     monkeypatch.setattr(storage.stream, "_LOOKED_AT_ROWS", 4)
     monkeypatch.setattr(storage.stream, "_ROWS_IN_SIGHT", 8)
