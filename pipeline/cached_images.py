@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.cached_samples import SampleRecord, sample_records
 from pipeline.samples import ImageSource, require_content
 from storage.reader import EmbeddingReader
-from storage.tables import SAMPLES, read_rows
+from storage.tables import SAMPLES
 from storage.transient import is_transient
 
 __all__ = ["CachedImages", "StoredImages"]
@@ -91,7 +91,7 @@ class CachedImages:
     def __init__(self, reader: EmbeddingReader, source: ImageSource, rows: Collection[int]) -> None:
         wanted = sorted(set(rows))
         self._places = {row: place for place, row in enumerate(wanted)}
-        self._samples = read_rows(reader.files, reader.manifest, SAMPLES, np.array(wanted, np.int64))
+        self._samples = reader.table_rows(SAMPLES, np.array(wanted, np.int64))
         self._images = StoredImages(source)
 
     def _record(self, row: int) -> SampleRecord:

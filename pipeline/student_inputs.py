@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.samples import ImageSource
 from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
 from storage.errors import CacheError
+from storage.files import results_ahead
 from storage.reader import EmbeddingReader
 
 __all__ = ["InputLoader", "StudentImages"]
@@ -257,8 +258,7 @@ class InputLoader:
             OSError, CacheMismatchError: as :meth:`epoch`.
         """
         parts = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
-        looked_up = (self._thread.submit(self._samples.records, part).result() for part in parts)
-        yield from self._begun(looked_up)
+        yield from self._begun(results_ahead(self._thread, self._samples.records, parts, ahead=1))
 
     def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
         """An iteration over these; the one before it is over, since the processes serve one."""
@@ -279,20 +279,10 @@ class InputLoader:
 
         A window's first batch is of chunks that are all new, for which the step would otherwise wait.
         """
-        waiting: deque[Future[list[_Pair]]] = deque()
-        lengths: deque[int] = deque()
-        try:
-            for pair in pairs:
-                waiting.append(self._thread.submit(self._keys, pair))
-                lengths.append(len(pair.image_rows))
-                while sum(lengths) > _ROWS_AHEAD:
-                    lengths.popleft()
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for coming in waiting:
-                coming.cancel()
+        coming = iter(pairs)
+        for first in coming:  # the others are as long
+            ahead = _ROWS_AHEAD // len(first.image_rows)
+            yield from results_ahead(self._thread, self._keys, chain([first], coming), ahead)
 
     def _keys(self, pair: Pairs) -> list[_Pair]:
         if self._pixels is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from storage.errors import UsageError
@@ -26,6 +26,7 @@ __all__ = [
     "open_files",
     "read_buffer",
     "requests_at_once",
+    "results_ahead",
 ]
 
 _Item = TypeVar("_Item")
@@ -150,15 +151,29 @@ def in_parallel(
     if threads < 2:
         yield from map(call, items)
         return
-    waiting: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="requests") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from results_ahead(pool, call, items, threads)
+
+
+def results_ahead(
+    pool: Executor, call: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+    """What ``call`` gives for each of ``items``, in their order, while ``pool`` works on those that come next.
+
+    Args:
+        ahead: items that are asked for before their turn.
+
+    Raises:
+        Whatever a call raises, when it is its turn; what is not under way then is not begun.
+    """
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

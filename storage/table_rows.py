@@ -59,12 +59,8 @@ class TableRows:
         renew_after_fork(self)
 
     def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str, int]]:
-        return TableRows, (
-            self._files,
-            self._manifest,
-            self._name,
-            self._most_open,
-        )  # a spawned process opens the files for itself
+        # a spawned process opens the files for itself
+        return TableRows, (self._files, self._manifest, self._name, self._most_open)
 
     @property
     def held_rows(self) -> int:

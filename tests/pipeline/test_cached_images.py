@@ -57,6 +57,8 @@ def test_a_report_never_holds_the_whole_table_of_samples(known_cache: Path, monk
         raise AssertionError("all samples were read")
 
     monkeypatch.setattr(EmbeddingReader, "samples", property(whole))
+    with pytest.raises(AssertionError, match="all samples"):
+        EmbeddingReader(str(known_cache)).samples  # noqa: B018
     found = collect_report(str(known_cache))
     assert found.row_map is not None
     assert found.notes[-1].startswith("10 of 10 pictures are missing. ")
