@@ -3,9 +3,11 @@
     python benchmarks/distil.py benchmarks/distil_flickr8k.toml [--only NAME ...] [--seeds 0 1 2] [--out runs/distil]
 
 Every row of the TOML file is one student trained from the cache alone, by the settings of ``teacher-cache train``. A
-row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. What is finished is kept in
-``--out`` and not done again, what was stopped goes on where it was, so that the table may be made in several sittings.
-The Markdown table goes to stdout; failed rows stay in it, with their reason.
+row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. A row with ``soup`` is the
+mean of ``of`` runs of the row that it names, by ``teacher-cache soup``: of its seeds 0 to ``of`` - 1 for seed 0, of the
+next ``of`` for seed 1. What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was,
+so that the table may be made in several sittings. The Markdown table goes to stdout; failed rows stay in it, with their
+reason.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import EvaluateConfig, InheritConfig, TrainConfig
+from pipeline.config import EvaluateConfig, InheritConfig, SoupConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
-from pipeline.runs import RunFolder
+from pipeline.runs import RunFolder, RunRecord
+from pipeline.soup import soup
 from pipeline.train import train
 from storage.commits import all_chunks
 from storage.files import open_files
@@ -49,39 +52,40 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only print the table of what is finished")
     options = parser.parse_args()
     table = tomllib.loads(options.table.read_text())
-    rows = {name: row for name, row in table["rows"].items() if not options.only or name in options.only}
+    rows = {
+        name: {**table["rows"].get(row.get("soup"), {}), **row}
+        for name, row in table["rows"].items()
+        if not options.only or name in options.only
+    }
     options.split, options.teacher = table["split"], table["teacher"]
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.show:
-        for name, row in rows.items():
+        for name in rows:
             for seed in options.seeds:
-                run_row(name, {**table.get("train", {}), **row}, seed, options)
+                run_row(name, table, seed, options)
     print(markdown(options.out, rows, table["split"]))
 
 
-def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespace) -> None:
+def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> None:
     """Train and measure one row with one seed, unless that is done already."""
     out = options.out / f"{name}-{seed}"
     done = out.with_suffix(".json")
     if done.exists():
         return
-    settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
-    if row.get("inherit"):
-        settings["init"] = str(inherited(settings["student"], settings["cache"], options))
-    config = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
-    print(f"{name}, seed {seed}: {config.student}, {config.epochs} epochs", file=sys.stderr)
     try:
-        record = train(config, show, resume=RunFolder(out).exists()).record
+        record = (averaged if "soup" in table["rows"][name] else trained)(name, table, seed, options)
         measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device))
     except (FloatingPointError, RuntimeError) as error:
         finished: dict[str, Any] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
     else:
         finished = {
             "parameters": record.student_parameters,
-            "epochs": config.epochs,
+            "epochs": record.config.epochs,
             "seconds": record.seconds,
-            "teacher_seconds": teacher_seconds(config.cache, record.steps * config.batch_size),
-            "data_wait_share": float(np.mean([epoch.data_wait_share for epoch in record.epochs])),
+            "teacher_seconds": teacher_seconds(record.config.cache, record.steps * record.config.batch_size),
+            "data_wait_share": float(np.mean([epoch.data_wait_share for epoch in record.epochs]))
+            if record.epochs
+            else None,
             "checkpoint": RunFolder(out).read().checkpoint,
             "recall": measured.student,
             "teacher": measured.teacher,
@@ -93,6 +97,28 @@ def run_row(name: str, row: dict[str, Any], seed: int, options: argparse.Namespa
             ).stdout.strip(),
         }
     done.write_text(json.dumps(finished, indent=2) + "\n")
+
+
+def trained(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> RunRecord:
+    """One row's run with one seed, gone on with where it was stopped."""
+    out, row = options.out / f"{name}-{seed}", {**table.get("train", {}), **table["rows"][name]}
+    settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
+    if row.get("inherit"):
+        settings["init"] = str(inherited(settings["student"], settings["cache"], options))
+    config = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
+    print(f"{name}, seed {seed}: {config.student}, {config.epochs} epochs", file=sys.stderr)
+    return train(config, show, resume=RunFolder(out).exists()).record
+
+
+def averaged(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> RunRecord:
+    """The mean of runs of another row, each of them trained and measured first if it is not yet."""
+    out, row = options.out / f"{name}-{seed}", table["rows"][name]
+    seeds = range(seed * row["of"], (seed + 1) * row["of"])
+    for each in seeds:
+        run_row(row["soup"], table, each, options)
+    if RunFolder(out).exists():  # stopped before it was measured
+        return RunFolder(out).read()
+    return soup(SoupConfig(runs=tuple(str(options.out / f"{row['soup']}-{each}") for each in seeds), out=str(out)))
 
 
 def teacher_seconds(cache: str, pairs: int) -> float | None:

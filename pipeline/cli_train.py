@@ -1,4 +1,4 @@
-"""The ``inherit`` and ``train`` commands."""
+"""The ``inherit``, ``train`` and ``soup`` commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import LogFlag, LogFormat, MetricsFlag, RunFile, say, setting
-from pipeline.config import InheritConfig, TrainConfig
+from pipeline.config import InheritConfig, SoupConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.run_file import check_config, given_settings, load_config
 from storage.cli import JsonFlag, app, print_json
@@ -173,6 +173,27 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def soup(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=SoupConfig.model_fields["runs"].description)],
+    out: Annotated[str | None, setting(SoupConfig, "out")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Average the weights of runs that began at the same ones: one student of the same size, often a better one."""
+    config = load_config(SoupConfig, "soup", None, {"runs": runs, "out": out})
+    from pipeline.soup import soup as run_soup
+
+    record = run_soup(config)
+    if json:
+        print_json(record)
+        return
+    summary = (
+        f"{config.out}: the mean of {len(record.averaged)} runs of {record.student_parameters:,} parameters, "
+        f"{record.steps:,} steps in {record.seconds:,.1f} s together\ncheckpoint: {config.out}/{record.checkpoint}"
+    )
+    Console().print(summary, markup=False, highlight=False, soft_wrap=True)
 
 
 def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig:

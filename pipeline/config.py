@@ -19,6 +19,7 @@ __all__ = [
     "Precision",
     "PrecomputeConfig",
     "ProofConfig",
+    "SoupConfig",
     "StageConfig",
     "StoredDtype",
     "TrainConfig",
@@ -323,6 +324,13 @@ class InheritConfig(StageConfig):
         if layers is not None and (not layers or list(layers) != sorted(set(layers))):
             raise ValueError(f"different layers in ascending order are wanted, found {','.join(map(str, layers))}")
         return layers
+
+
+class SoupConfig(StageConfig):
+    """Average the weights of students that began at the same ones."""
+
+    runs: tuple[str, ...] = Field(description="Folders of finished runs, two or more; their newest checkpoints count.")
+    out: str = Field(description="Folder of a run to write; must not be there yet.")
 
 
 class EvaluateConfig(StageConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from pipeline.evaluate import EvaluateResult, measure, student_ranks
 from pipeline.intervals import LEVEL, bootstrap_share
 from pipeline.metrics import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from pipeline.registry import Candidate, Comparison, Promotion, StudentRegistry
-from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder, RunRecord
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder, RunRecord, weights_file_sha256
 from storage.errors import UsageError
 
 __all__ = ["PromoteConfig", "PromoteResult", "checkpoint_of", "compare", "decide", "promote", "roll_back"]
@@ -96,7 +95,7 @@ def promote(
     folder = RunFolder(config.run)
     record = folder.read()
     path = folder.checkpoint_path(config.checkpoint)
-    weights = _weights(path)
+    weights = weights_file_sha256(path)
     champion = registry.champion()
     unchanged = champion is not None and champion.weights_sha256 == weights
     if champion is not None and unchanged and not keep_unchanged:
@@ -226,6 +225,7 @@ def _lineage(record: RunRecord, found: EvaluateResult, weights_sha256: str) -> d
         "cache": record.config.cache,
         "cache_manifest_digest": record.cache_manifest_digest,
         "settings": record.config.model_dump(mode="json"),
+        "averaged": tuple(each.run for each in record.averaged),
         "split": found.split,
         "measured_on": found.cache_manifest_digest,
         "images": found.images,
@@ -249,18 +249,13 @@ def checkpoint_of(student: Candidate) -> Path:
             f"{path}: student {student.number} of the registry was there, and is gone. Bring the run back, name "
             "another champion by teacher-cache rollback --to, or begin a new registry"
         )
-    if _weights(path) != student.weights_sha256:
+    if weights_file_sha256(path) != student.weights_sha256:
         raise UsageError(
             f"{path}: these are not the weights of student {student.number} (sha256 {student.weights_sha256[:12]}). "
             "Was it trained anew in the same folder? Name another champion by teacher-cache rollback --to, or begin a "
             "new registry"
         )
     return path
-
-
-def _weights(checkpoint: Path) -> str:
-    with (checkpoint / CHECKPOINT_WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_deployed(deployed: str, run: str, checkpoint: str) -> None:

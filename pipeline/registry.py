@@ -54,7 +54,8 @@ class Candidate(BaseModel, frozen=True):
     teacher: str
     cache: str
     cache_manifest_digest: str = Field(description="Of the cache that it learned from.")
-    settings: dict[str, Any] = Field(description="Of its training.")
+    settings: dict[str, Any] = Field(description="Of its training; of a mean of runs, of the first one's.")
+    averaged: tuple[str, ...] = Field((), description="Folders of the runs whose mean it is, if it is one.")
     split: str
     measured_on: str = Field(description="Manifest digest of the cache whose split it was measured on.")
     images: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,12 +29,25 @@ from storage.files import LocalFiles
 from storage.identity import CacheIdentity
 from storage.local_files import sync
 
-__all__ = ["CHECKPOINT_WEIGHTS", "RESUME", "BestRecord", "EpochRecord", "RunFolder", "RunRecord", "Selection"]
+__all__ = [
+    "CHECKPOINT_WEIGHTS",
+    "ORIGIN",
+    "RESUME",
+    "AveragedRun",
+    "BestRecord",
+    "EpochRecord",
+    "RunFolder",
+    "RunRecord",
+    "Selection",
+    "weights_file_sha256",
+]
 
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
 """A student's, in a checkpoint, by the name that open_clip gives them."""
 RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
+ORIGIN = frozenset({"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"})
+"""Fields of a run's record that a checkpoint says of itself when it is copied out of its run."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
 _EVALUATIONS = "evaluations"
@@ -71,8 +85,20 @@ class BestRecord(BaseModel, frozen=True):
     checkpoint: str = Field(description="Its folder, relative to the run.")
 
 
+class AveragedRun(BaseModel, frozen=True):
+    """One of the runs whose mean a student is."""
+
+    run: str = Field(description="Its folder, whole.")
+    checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
+    weights_sha256: str = Field(description="Of the file of that checkpoint's weights.")
+    config: TrainConfig
+
+
 class RunRecord(BaseModel):
-    """``run.json``: what was trained on what, and how far it is."""
+    """``run.json``: what was trained on what, and how far it is.
+
+    Of a mean of runs (``pipeline.soup``) ``config`` is the first one's, and steps and seconds are all of theirs.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,6 +114,10 @@ class RunRecord(BaseModel):
     view: str = Field(description="What the student saw of each image.")
     image_root: str
     train_images: int
+    initial_weights_sha256: str | None = Field(
+        None, description="Of the student before its first step, projections included; older versions name none."
+    )
+    averaged: tuple[AveragedRun, ...] = Field((), description="The runs whose mean this is; none of one that trained.")
     steps: int = Field(0, description="Taken up to the newest checkpoint.")
     seconds: float = Field(0.0, description="Of the finished epochs.")
     epochs: tuple[EpochRecord, ...] = Field((), description="The finished ones.")
@@ -97,14 +127,20 @@ class RunRecord(BaseModel):
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are trained."""
-        return len(self.epochs) >= self.config.epochs
+        """Whether all epochs are trained; a mean of runs has none of its own, and nothing to go on with."""
+        return bool(self.averaged) or len(self.epochs) >= self.config.epochs
 
 
 def other_settings(asked: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings by name that make another run of it, each as asked for and as recorded."""
     left, right = asked.model_dump(mode="json"), recorded.model_dump(mode="json")
     return {name: (left[name], right[name]) for name in right if name not in _MAY_DIFFER and left[name] != right[name]}
+
+
+def weights_file_sha256(checkpoint: Path) -> str:
+    """Of the weights in a checkpoint's folder, as bytes of their file."""
+    with (checkpoint / CHECKPOINT_WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunFolder:
@@ -168,9 +204,14 @@ class RunFolder:
         """The record of a run that these settings may go on with, or have finished.
 
         Raises:
-            UsageError: no run here, one with other settings, or one without a point to go on from.
+            UsageError: no run here, one with other settings, a mean of runs, or one without a point to go on from.
         """
         record = self.read()
+        if record.averaged:
+            raise UsageError(
+                f"{self.path}: is the mean of {len(record.averaged)} runs, and has no steps to go on with. To train "
+                f"from it: --init {self.path / str(record.checkpoint)} and another --out."
+            )
         differ = [
             f"{name} is {asked!r}, the run has {recorded!r}"
             for name, (asked, recorded) in other_settings(config, record.config).items()

@@ -198,7 +198,7 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
     with tempfile.TemporaryDirectory() as folder:
         text = json.dumps({"model_cfg": _plain(config), "preprocess_cfg": preprocess})
         (Path(folder) / _CONFIG).write_text(text)
-        model = _create(folder, load_weights=False)
+        model = _create(folder, load_weights=False, what="this student")
     if RANK_KEY in config:
         factorize(model, config[RANK_KEY], "student")
     return Student(model, config, teacher_dim)
@@ -242,7 +242,7 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     with foreign_model(f"student {folder}"):
         config = _checkpoint_config(json.loads((folder / _CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")
-        model = _create(str(folder), load_weights=True)
+        model = _create(str(folder), load_weights=True, what=f"student {folder}")
         if RANK_KEY in config:
             _load_factors(model, config[RANK_KEY], folder)
         projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
@@ -337,7 +337,7 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
         )
 
 
-def _create(folder: str, load_weights: bool) -> nn.Module:
+def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
     # open_clip warns through the root logger that weights are random; for a new student they are meant to be
     quiet = logging.getLogger()
     level = quiet.level
@@ -357,7 +357,7 @@ def _create(folder: str, load_weights: bool) -> nn.Module:
     except MemoryError:
         raise
     except Exception as error:  # torch, timm and safetensors: each has its own for what it cannot use
-        raise UsageError(f"open_clip cannot build this student: {type(error).__name__}: {error}") from error
+        raise UsageError(f"open_clip cannot build {what}: {type(error).__name__}: {error}") from error
     finally:
         quiet.setLevel(level)
     return model

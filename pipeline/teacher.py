@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain
 from pipeline.preprocess import Preprocess, handed_on
 from pipeline.scaled_jpeg import PILLOW, require_decoder
 from pipeline.short_text import can_shorten, encode_text, shorten
+from pipeline.weights_digest import digest_tensors
 from storage.errors import UsageError
 from storage.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 
@@ -72,7 +71,7 @@ class LiveTeacher:
         self.preprocess = Preprocess.of_model(model).decoded_by(decoder)
         self.tokenizer = tokenizer
         self.architecture = architecture
-        self.weights_sha256 = _digest_weights(model)
+        self.weights_sha256 = digest_tensors(model.state_dict())
         # the multiplier of cosines; here, since a GPU's exp may differ in the last bit
         self.logit_scale = math.exp(float(model.logit_scale.detach().cpu()))  # type: ignore[operator]
         self.model = model.to(device).eval().requires_grad_(False)
@@ -263,24 +262,10 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
             pretrained is None
             and config["model_cfg"] == teacher.architecture
             and Preprocess.from_config(seen) == Preprocess.from_config({**handed_on(preprocess), "size": seen["size"]})
-            and _digest_tensors(weights) == teacher.weights_sha256
+            and digest_tensors(weights) == teacher.weights_sha256
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-
-
-def _digest_weights(model: torch.nn.Module) -> str:
-    return _digest_tensors(model.state_dict())
-
-
-def _digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        total.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def _activations(model: torch.nn.Module) -> str:

@@ -28,7 +28,7 @@ from pipeline.metrics import mean_recall, retrieval_recall
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import handed_on
 from pipeline.queue_rows import TeacherQueue
-from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
+from pipeline.runs import ORIGIN, BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
@@ -37,6 +37,7 @@ from pipeline.telemetry import telemetry
 from pipeline.train_log import StepLog
 from pipeline.train_state import EpochSums, ResumePoint, load_resume_point, save_resume_point
 from pipeline.train_step import TrainStep
+from pipeline.weights_digest import digest_tensors
 from storage.errors import CacheMismatchError, UsageError
 from storage.expected import expected_identity
 from storage.logs import event, log_fields, logger
@@ -52,8 +53,6 @@ _WAY_OUT = (
     "Precompute a cache of what is asked for, leave --expect out, or accept a difference by --accept-mismatch FIELD, "
     "which every checkpoint then records."
 )
-# what a checkpoint says of itself when it is copied out of its run
-_ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,7 @@ def _train_rank(
         view=describe_views(reader, config.views),
         image_root=_absolute(source.root),
         train_images=len(rows),
+        initial_weights_sha256=digest_tensors(student.state_dict()) if begun is None else None,
     )
     # rank 0 alone writes
     lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
@@ -241,7 +241,7 @@ class _Trainer:
             config.select_split is not None,
             config.window_chunks,
         )
-        self._origin = record.model_dump(mode="json", include=_ORIGIN)
+        self._origin = record.model_dump(mode="json", include=set(ORIGIN))
         student.model.visual.to(memory_format=image_memory_format(student.model))
         if fabric.world_size > 1:
             _freeze_unused(student, tokenizer(["any"]))
