@@ -13,7 +13,7 @@ from storage.drawn_rows import row_blocks
 from storage.errors import UsageError
 from storage.nearest import nearest, unit_rows
 from storage.reader import EmbeddingReader
-from storage.tables import CAPTIONS, SAMPLES, find_row, read_rows
+from storage.tables import CAPTIONS, SAMPLES, find_row
 
 __all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
 
@@ -235,7 +235,7 @@ def _image(reader: EmbeddingReader, row: int, view: int) -> ImageRow:
 def _images(
     reader: EmbeddingReader, rows: NDArray[np.int64], cosines: NDArray[np.float64] | None
 ) -> tuple[ImageRow, ...]:
-    table = read_rows(reader.files, reader.manifest, SAMPLES, rows).select(["row", "sample_id", "uri", "split"])
+    table = reader.table_rows(SAMPLES, rows).select(["row", "sample_id", "uri", "split"])
     scores = [None] * len(rows) if cosines is None else cosines.tolist()
     return tuple(ImageRow(**fields, cosine=score) for fields, score in zip(table.to_pylist(), scores, strict=True))
 
@@ -243,9 +243,9 @@ def _images(
 def _captions(
     reader: EmbeddingReader, rows: NDArray[np.int64], cosines: NDArray[np.float64] | None
 ) -> tuple[CaptionRow, ...]:
-    fields = read_rows(reader.files, reader.manifest, CAPTIONS, rows).to_pylist()
+    fields = reader.table_rows(CAPTIONS, rows).to_pylist()
     owners = np.array([each["image_row"] for each in fields], np.int64)
-    ids = read_rows(reader.files, reader.manifest, SAMPLES, owners)["sample_id"].to_pylist()
+    ids = reader.table_rows(SAMPLES, owners)["sample_id"].to_pylist()
     scores = [None] * len(rows) if cosines is None else cosines.tolist()
     return tuple(
         CaptionRow(**each, sample_id=sample_id, cosine=score)

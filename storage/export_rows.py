@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from storage.errors import UsageError
 from storage.reader import EmbeddingReader
-from storage.tables import CAPTIONS, SAMPLES, read_rows
+from storage.tables import CAPTIONS, SAMPLES
 
 __all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
 
@@ -140,7 +140,7 @@ def _new_folder(out: str) -> Path:
 
 def _of_split(reader: EmbeddingReader, split: str) -> int:
     rows = np.array([row.row for row in reader.quarantined], np.int64)
-    return int(read_rows(reader.files, reader.manifest, SAMPLES, rows)["split"].to_pylist().count(split))
+    return int(reader.table_rows(SAMPLES, rows)["split"].to_pylist().count(split))
 
 
 def _write_npy(
@@ -166,13 +166,13 @@ def _write_npy(
 
 def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
     """image_path and caption, as clip-retrieval names them, and where the pair lies in the cache."""
-    samples = read_rows(reader.files, reader.manifest, SAMPLES, image_rows)
+    samples = reader.table_rows(SAMPLES, image_rows)
     root = reader.manifest.source.image_root
     paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
     return pa.table(
         {
             "image_path": pa.array(paths, pa.string()),
-            "caption": read_rows(reader.files, reader.manifest, CAPTIONS, text_rows)["text"],
+            "caption": reader.table_rows(CAPTIONS, text_rows)["text"],
             "sample_id": samples["sample_id"],
             "split": samples["split"],
             "offset": samples["offset"],  # of an image inside a tar, else -1

@@ -18,7 +18,7 @@ from storage.errors import UsageError
 from storage.nearest import near_pairs, unit_rows
 from storage.ranks import first_positive_ranks, recall_of_ranks
 from storage.reader import EmbeddingReader
-from storage.tables import SAMPLES, read_rows
+from storage.tables import SAMPLES
 
 __all__ = [
     "CacheStats",
@@ -232,7 +232,7 @@ def stats_and_rows(
     # quarantined rows are among those that are looked at, so that they are counted
     lost = np.array(sorted(reader.quarantined_in(view)), np.int64)
     if split is not None and len(lost):
-        splits = read_rows(reader.files, reader.manifest, SAMPLES, lost)["split"].to_pylist()
+        splits = reader.table_rows(SAMPLES, lost)["split"].to_pylist()
         lost = lost[[name == split for name in splits]]
     every = np.union1d(usable, lost)
     rows = draw_rows(every, layout.image_chunk_rows, most, seed)
@@ -372,7 +372,7 @@ def _named(
     reader: EmbeddingReader, rows: NDArray[np.int64], pairs: NDArray[np.int64], cosines: NDArray[np.float64]
 ) -> tuple[NearPair, ...]:
     numbers = rows[pairs]
-    table = read_rows(reader.files, reader.manifest, SAMPLES, numbers.reshape(-1))
+    table = reader.table_rows(SAMPLES, numbers.reshape(-1))
     ids, digests = table["sample_id"].to_pylist(), table["content_sha256"].to_pylist()
     return tuple(
         NearPair(

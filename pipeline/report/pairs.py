@@ -12,7 +12,7 @@ from storage.nearest import exact_scores, nearest
 from storage.ranks import NO_POSITIVE
 from storage.reader import EmbeddingReader
 from storage.stats import Ranks
-from storage.tables import CAPTIONS, read_rows
+from storage.tables import CAPTIONS
 
 __all__ = ["retrieved_pairs"]
 
@@ -77,11 +77,11 @@ def _described(
     found, scores = nearest(wanted[queries], [(np.arange(len(gallery)), gallery)], 1)
     image, caption = (queries, own) if direction == "i2t" else (own, queries)
     caption_rows = rows.caption_rows[caption]
-    texts = read_rows(reader.files, reader.manifest, CAPTIONS, caption_rows)["text"].to_pylist()
+    texts = reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist()
     others: list[str | None] = [None] * len(queries)
     if direction == "i2t":
         firsts = rows.caption_rows[found[:, 0]]
-        others = read_rows(reader.files, reader.manifest, CAPTIONS, firsts)["text"].to_pylist()
+        others = reader.table_rows(CAPTIONS, firsts)["text"].to_pylist()
     return [
         RetrievedPair(
             direction=direction,

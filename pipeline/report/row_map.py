@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.report.data import MapPoint, RowMap
 from storage.reader import EmbeddingReader
 from storage.stats import ReadRows
-from storage.tables import CAPTIONS, SAMPLES, read_rows
+from storage.tables import CAPTIONS, SAMPLES
 
 __all__ = ["place_rows", "row_map"]
 
@@ -38,9 +38,9 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
     if not captions:
         owners, first = owners[:0], first[:0]
     places, how = place_rows([part for part in (read.images, read.texts[first]) if len(part)])
-    samples = read_rows(reader.files, reader.manifest, SAMPLES, read.image_rows)
+    samples = reader.table_rows(SAMPLES, read.image_rows)
     ids, splits = samples["sample_id"].to_pylist(), samples["split"].to_pylist()
-    texts = read_rows(reader.files, reader.manifest, CAPTIONS, read.caption_rows[first])["text"].to_pylist()
+    texts = reader.table_rows(CAPTIONS, read.caption_rows[first])["text"].to_pylist()
 
     def point(number: int, **fields: Any) -> MapPoint:
         x, y = (round(float(value), _DIGITS) for value in places[number])

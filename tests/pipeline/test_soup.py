@@ -14,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.config import EvaluateConfig, SoupConfig
 from pipeline.evaluate import evaluate
+from pipeline.metrics import mean_recall
+from pipeline.promote import PromoteConfig, promote
 from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder
 from pipeline.soup import mean_student, soup
 from pipeline.student import build_student, load_student, save_student
@@ -25,6 +29,8 @@ from pipeline.weights_digest import digest_tensors
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL
 from tests.pipeline.train_work import make_cache, make_student, train_config
+
+run_cli = CliRunner()
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,23 @@ def test_it_is_measured_begun_from_and_never_trained_on(runs: Path, tmp_path: Pa
         train(made, resume=True)
     begun = made.model_copy(update={"init": str(RunFolder(out).checkpoint_path()), "out": str(tmp_path / "on")})
     assert train(begun).record.initial_weights_sha256 == digest_tensors(state_of(out))
+
+
+def test_a_report_shows_it_and_a_registry_names_its_runs(runs: Path, tmp_path: Path) -> None:
+    out = mixed(runs, "ab", tmp_path / "mean")
+    found = evaluate(EvaluateConfig(run=str(out), split="test", workers=0))
+    page = tmp_path / "report.html"
+    shown = run_cli.invoke(
+        app, ["report", str(runs / "photos.cache"), "--run", str(out), "--run", str(runs / "a"), "--out", str(page)]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert ">mean<" in page.read_text()
+    config = PromoteConfig(run=str(out), registry=str(tmp_path / "students"), split="test", device="cpu")
+    candidate = promote(config).candidate
+    assert candidate.mean_recall == pytest.approx(mean_recall(found.student or {}))
+    assert [Path(run).name for run in candidate.averaged] == ["a", "b"]
+    stored = json.loads(run_cli.invoke(app, ["students", str(tmp_path / "students"), "--json"]).stdout)
+    assert stored["students"][0]["averaged"] == list(candidate.averaged)
 
 
 def test_a_batch_norm_has_the_mean_of_the_statistics_and_a_count_of_its_own(tmp_path: Path) -> None:
