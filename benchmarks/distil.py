@@ -19,7 +19,9 @@ import platform
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,9 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
     done = out.with_suffix(".json")
     if done.exists():
         return
+    make = prepared(name, table, seed, options)
     try:
-        record = (averaged if "soup" in table["rows"][name] else trained)(name, table, seed, options)
+        record = make()
         measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device))
     except (FloatingPointError, RuntimeError) as error:
         finished: dict[str, Any] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -99,26 +102,34 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
     done.write_text(json.dumps(finished, indent=2) + "\n")
 
 
-def trained(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> RunRecord:
-    """One row's run with one seed, gone on with where it was stopped."""
+def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> Callable[[], RunRecord]:
+    """What makes one row's run with one seed, or goes on with it; what it needs is there when it is called."""
     out, row = options.out / f"{name}-{seed}", {**table.get("train", {}), **table["rows"][name]}
+    if "soup" in row:
+        seeds = range(seed * row["of"], (seed + 1) * row["of"])
+        for each in seeds:
+            run_row(row["soup"], table, each, options)
+        return partial(averaged, out, [options.out / f"{row['soup']}-{each}" for each in seeds])
     settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
     if row.get("inherit"):
         settings["init"] = str(inherited(settings["student"], settings["cache"], options))
     config = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
     print(f"{name}, seed {seed}: {config.student}, {config.epochs} epochs", file=sys.stderr)
-    return train(config, show, resume=RunFolder(out).exists()).record
+    return lambda: train(config, show, resume=RunFolder(out).exists()).record
 
 
-def averaged(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> RunRecord:
-    """The mean of runs of another row, each of them trained and measured first if it is not yet."""
-    out, row = options.out / f"{name}-{seed}", table["rows"][name]
-    seeds = range(seed * row["of"], (seed + 1) * row["of"])
-    for each in seeds:
-        run_row(row["soup"], table, each, options)
+def averaged(out: Path, runs: list[Path]) -> RunRecord:
+    """The mean of finished runs.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    failed = [run.name for run in runs if "failed" in json.loads(run.with_suffix(".json").read_text())]
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed")
     if RunFolder(out).exists():  # stopped before it was measured
         return RunFolder(out).read()
-    return soup(SoupConfig(runs=tuple(str(options.out / f"{row['soup']}-{each}") for each in seeds), out=str(out)))
+    return soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
 
 
 def teacher_seconds(cache: str, pairs: int) -> float | None:

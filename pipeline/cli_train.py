@@ -208,7 +208,8 @@ def _resumed_config(run_file: Path | None, flags: dict[str, Any]) -> TrainConfig
     if "cache" in given and "://" not in given["cache"]:
         settings["cache"] = str(Path(given["cache"]).resolve())
     config = check_config(TrainConfig, settings, "train --resume")
-    say(f"{config.out}: " + ("is finished" if record.finished else f"goes on after step {record.steps}"))
+    if not record.averaged:  # training refuses it
+        say(f"{config.out}: " + ("is finished" if record.finished else f"goes on after step {record.steps}"))
     return config
 
 

@@ -106,7 +106,7 @@ def promote(
             "Measure on another --split, or take --checkpoint last"
         )
     if config.deployed is not None:
-        _require_deployed(config.deployed, config.run, path.relative_to(folder.path).as_posix())
+        _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
 
     wanted = EvaluateConfig(
@@ -258,11 +258,13 @@ def checkpoint_of(student: Candidate) -> Path:
     return path
 
 
-def _require_deployed(deployed: str, run: str, checkpoint: str) -> None:
+def _require_deployed(deployed: str, checkpoint: Path, weights_sha256: str) -> None:
+    """That a folder was made of a checkpoint: its weights are a copy of the checkpoint's file."""
     made = Deployment.read(deployed)
-    if made.checkpoint != checkpoint or Path(made.run).name != Path(run).name:
+    if made.weights.sha256 != weights_sha256:
         raise UsageError(
-            f"{deployed}: was made of {made.run}/{made.checkpoint}, not of {run}/{checkpoint}. Deploy this one first"
+            f"{deployed}: was made of {made.run}/{made.checkpoint} with weights {made.weights.sha256[:12]}, not of "
+            f"{checkpoint} with {weights_sha256[:12]}. Deploy this one first"
         )
 
 

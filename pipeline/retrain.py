@@ -33,7 +33,7 @@ from pipeline.promote import PromoteConfig, PromoteResult, checkpoint_of, promot
 from pipeline.registry import Candidate, StudentRegistry
 from pipeline.retrain_config import RetrainConfig
 from pipeline.run_file import check_config
-from pipeline.runs import RunFolder, other_settings
+from pipeline.runs import RunFolder, other_settings, weights_file_sha256
 from pipeline.samples import DatasetSpec, load_samples
 from pipeline.scaled_jpeg import PILLOW
 from pipeline.student import student_config
@@ -368,17 +368,14 @@ class Retraining:
     def _deploy(self, run: str, progress: Progress | None) -> str:
         from pipeline.deploy import deploy
 
-        record, checkpoint = RunFolder(run).read(), RunFolder(run).checkpoint_path(self._checkpoint(run))
-        wanted = (checkpoint.relative_to(run).as_posix(), record.cache_manifest_digest)
+        wanted = weights_file_sha256(RunFolder(run).checkpoint_path(self._checkpoint(run)))
         for again in itertools.count(1):
             out = Path(self.home) / "deployed" / (Path(run).name + (f"-{again}" if again > 1 else ""))
             if not out.exists():
                 deploy(self._deployment(run, str(out), self._checkpoint(run)), progress)
                 return str(out)
-            if (out / RECORD).exists():
-                made = Deployment.read(out)
-                if (made.checkpoint, made.cache_manifest_digest) == wanted:
-                    return str(out)  # shipped, and killed before it was promoted
+            if (out / RECORD).exists() and Deployment.read(out).weights.sha256 == wanted:
+                return str(out)  # shipped, and killed before it was promoted
         raise AssertionError  # count() does not end
 
     def _deployment(self, run: str, out: str, checkpoint: str) -> DeployConfig:

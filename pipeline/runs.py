@@ -5,6 +5,7 @@ log.jsonl                   a line per step
 tensorboard/                the same and the timings, as TensorBoard reads them
 checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 in the middle of one
 checkpoints/best-epoch-0001/    the best one on the select split, if there is one
+checkpoints/mean/           the only one of a run that is the mean of others
 evaluations/test-epoch-0002.json    what evaluate measured: the newest of each split and checkpoint
 .lock                       held by the process that trains
 """
@@ -368,6 +369,8 @@ class RunFolder:
         """
         record = self.read()
         if which == "best":
+            if record.averaged:
+                raise UsageError(f"{self.path}: is a mean of runs and has one checkpoint; take --checkpoint last")
             if record.best is None:
                 raise UsageError(
                     f"{self.path}: no best checkpoint; train with --select-split to have one, or use --checkpoint last"

@@ -27,6 +27,7 @@ from storage.errors import UsageError
 __all__ = [
     "Student",
     "StudentOutput",
+    "architecture_differences",
     "build_student",
     "load_initial",
     "load_student",
@@ -268,13 +269,8 @@ def load_initial(student: Student, folder: str) -> None:
         UsageError: there is no checkpoint, it cannot be used, or its architecture, or the mean or std of its pixels,
             is another one; the message names each field with both values.
     """
-    initial, config = load_student(Path(folder))
-    there, here = _architecture(config, initial), _architecture(student.config, student)
-    different = [
-        f"{name} is {there.get(name, 'not set')} there and {here.get(name, 'not set')} in the student"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
-    ]
+    initial, _ = load_student(Path(folder))
+    different = architecture_differences(initial, student)
     if different:
         raise UsageError(
             f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
@@ -284,6 +280,16 @@ def load_initial(student: Student, folder: str) -> None:
     if student.teacher_dim == initial.teacher_dim:
         student.image_projection.load_state_dict(initial.image_projection.state_dict())
         student.text_projection.load_state_dict(initial.text_projection.state_dict())
+
+
+def architecture_differences(there: Student, here: Student) -> list[str]:
+    """Why two students cannot share weights: each setting that differs, with both values; none if they can."""
+    left, right = _architecture(there.config, there), _architecture(here.config, here)
+    return [
+        f"{name} is {left.get(name, 'not set')} there and {right.get(name, 'not set')} in the student"
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    ]
 
 
 def student_tokenizer(config: dict[str, Any]) -> Any:

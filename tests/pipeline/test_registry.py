@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.deployment import Artefact, Deployment
 from pipeline.intervals import bootstrap_share
 from pipeline.metrics import RetrievalRanks, recall_of_ranks, retention
 from pipeline.precompute import precompute
 from pipeline.promote import PromoteConfig, compare, promote, roll_back
 from pipeline.registry import Candidate, StudentRegistry
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder
 from pipeline.train import train
 from storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos
@@ -245,6 +247,14 @@ def test_a_champion_that_is_gone_or_changed_is_named(home: Path, tmp_path: Path)
 def test_a_deployed_folder_of_another_checkpoint_is_refused(home: Path, tiny_deployment: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Deploy this one first"):
         promote(settings(home, tmp_path, "a", deployed=str(tiny_deployment)))
+
+
+def test_a_deployed_folder_of_this_checkpoint_goes_with_it(home: Path, tiny_deployment: Path, tmp_path: Path) -> None:
+    made = tmp_path / "deployed"
+    made.mkdir()
+    weights = Artefact.of(RunFolder(home / "a").checkpoint_path() / CHECKPOINT_WEIGHTS)
+    Deployment.read(tiny_deployment).model_copy(update={"weights": weights}).write(made)
+    assert promote(settings(home, tmp_path, "a", deployed=str(made))).candidate.deployed == str(made)
 
 
 def command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -434,6 +434,16 @@ def test_a_student_that_fails_its_gate_is_kept_as_rejected(
     assert retrain(settings(home, tiny_teacher, ship=True)).outcome == "nothing-new"
 
 
+def test_what_was_deployed_before_a_kill_is_promoted_and_not_made_again(home: Path, tiny_teacher: Path) -> None:
+    ship = {"ship": True, "deploy": {"int8": False, "rounds": 1}}
+    retrain(settings(home, tiny_teacher, **ship))
+    shutil.rmtree(home / "home" / "students")  # as a kill leaves it between the two
+    done = retrain(settings(home, tiny_teacher, **ship))
+    assert done.candidate is not None
+    assert done.candidate.deployed == f"{home}/home/deployed/0001"
+    assert [path.name for path in (home / "home" / "deployed").iterdir()] == ["0001"]
+
+
 def test_what_was_deployed_of_another_student_is_not_promoted(home: Path, tiny_teacher: Path) -> None:
     ship = {"ship": True, "deploy": {"int8": False, "rounds": 1}}
     retrain(settings(home, tiny_teacher, **ship))

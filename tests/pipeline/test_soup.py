@@ -35,7 +35,7 @@ run_cli = CliRunner()
 
 @pytest.fixture(scope="module")
 def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs start, a, b and c, the last three begun at the first, and other, begun elsewhere."""
+    """A folder with the runs start, a, b and c, the last three begun at the first, and other, begun at a."""
     folder = tmp_path_factory.mktemp("soup")
     cache, student = make_cache(folder, tiny_teacher), make_student(folder / "student.json")
     # a factorised embedding, whose factors are what is averaged, not their product
@@ -44,7 +44,8 @@ def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     begun = {"init": str(RunFolder(folder / "start").checkpoint_path()), "learning_rate": 5e-3}
     for seed, name in enumerate("abc", start=1):
         train(train_config(cache, student, folder / name, seed=seed, **begun))
-    train(train_config(cache, student, folder / "other", seed=1))
+    elsewhere = {**begun, "init": str(RunFolder(folder / "a").checkpoint_path())}
+    train(train_config(cache, student, folder / "other", seed=4, **elsewhere))
     return folder
 
 
@@ -106,7 +107,11 @@ def test_a_report_shows_it_and_a_registry_names_its_runs(runs: Path, tmp_path: P
         app, ["report", str(runs / "photos.cache"), "--run", str(out), "--run", str(runs / "a"), "--out", str(page)]
     )
     assert shown.exit_code == 0, shown.output
-    assert ">mean<" in page.read_text()
+    html = page.read_text()
+    assert ">mean<" in html
+    assert f"<dd>2 runs: <bdi>{runs / 'a'}</bdi>, <bdi>{runs / 'b'}</bdi></dd>" in html
+    assert "of all runs together: 16 steps" in html
+    assert "0 of 2" not in html
     config = PromoteConfig(run=str(out), registry=str(tmp_path / "students"), split="test", device="cpu")
     candidate = promote(config).candidate
     assert candidate.mean_recall == pytest.approx(mean_recall(found.student or {}))
@@ -143,59 +148,93 @@ def test_a_batch_norm_has_the_mean_of_the_statistics_and_a_count_of_its_own(tmp_
         assert norm.num_batches_tracked == 1
 
 
+def refused(match: str, out: Path, *runs: Path) -> None:
+    with pytest.raises(UsageError, match=match):
+        soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
+
+
+def edited(run: Path, to: Path, **fields: Any) -> Path:
+    """A copy of a run with other fields in its record, or, given as None, without them; those of config are merged."""
+    shutil.copytree(run, to)
+    record = json.loads((to / "run.json").read_text())
+    for name, value in fields.items():
+        if value is None:
+            del record[name]
+        else:
+            record[name] = {**record[name], **value} if name == "config" else value
+    (to / "run.json").write_text(json.dumps(record))
+    return to
+
+
 def test_the_mean_of_what_began_apart_is_refused(runs: Path, tmp_path: Path) -> None:
-    for name in ("other", "start"):
-        apart = SoupConfig(runs=(str(runs / "a"), str(runs / name)), out=str(tmp_path / "mean"))
-        with pytest.raises(UsageError, match=r"one began at weights .*, the other at weights .*--init"):
-            soup(apart)
-    assert not (tmp_path / "mean").exists()
-    shas = {name: RunFolder(runs / name).read().initial_weights_sha256 for name in ("a", "b", "c", "other")}
-    assert len({shas["a"], shas["b"], shas["c"]}) == 1
-    assert shas["other"] not in (None, shas["a"])
+    no = tmp_path / "no"
+    refused(
+        r"one began at --init .*a/.*, the other at --init .*start/.*, with weights .* and .*",
+        no,
+        runs / "a",
+        runs / "other",
+    )
+    # random weights are the same for the same seed, and still no start for a mean
+    refused(r"/start: began at random weights.*--init .*start/checkpoints/epoch-0001", no, runs / "a", runs / "start")
+    starts = {name: RunFolder(runs / name).read().initial_weights_sha256 for name in ("a", "b", "c", "other")}
+    assert starts["a"] == starts["b"] == starts["c"] == digest_tensors(state_of(runs / "start"))
+    assert starts["other"] == digest_tensors(state_of(runs / "a"))
+    changed = edited(runs / "b", tmp_path / "changed", initial_weights_sha256="0" * 64)
+    refused(
+        "what lies there was changed meanwhile, or has no projections to this teacher's width", no, runs / "a", changed
+    )
+    assert not no.exists()
 
 
 def test_runs_of_an_older_version_are_told_apart_by_their_init(runs: Path, tmp_path: Path) -> None:
-    def older(name: str, **config: Any) -> Path:
-        shutil.copytree(runs / name, tmp_path / name)
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        del record["initial_weights_sha256"], record["averaged"]
-        record["config"].update(config)
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
-        return tmp_path / name
-
-    a, b = older("a"), older("b")
-    assert len(soup(SoupConfig(runs=(str(a), str(b)), out=str(tmp_path / "mean"))).averaged) == 2
-    c = older("c", init="elsewhere")
-    with pytest.raises(UsageError, match=r"one began at --init elsewhere, the other at --init .*epoch-0001"):
-        soup(SoupConfig(runs=(str(a), str(c)), out=str(tmp_path / "no")))
-    other = older("other")
-    with pytest.raises(UsageError, match="does not say at which weights it began"):
-        soup(SoupConfig(runs=(str(other), str(a)), out=str(tmp_path / "no")))
+    a, b = (edited(runs / name, tmp_path / name, initial_weights_sha256=None, averaged=None) for name in "ab")
+    for others in ((a, b), (runs / "a", b)):
+        out = tmp_path / f"mean of {others[0].parent.name}"
+        assert len(soup(SoupConfig(runs=tuple(map(str, others)), out=str(out))).averaged) == 2
+    c = edited(runs / "c", tmp_path / "c", initial_weights_sha256=None, config={"init": "elsewhere"})
+    for other in (a, runs / "a"):
+        refused("older versions did not record the weights, and the names are not the same", tmp_path / "no", other, c)
 
 
 def test_what_has_no_mean(runs: Path, tmp_path: Path) -> None:
-    def refused(match: str, *names: Path | str, out: str = "no") -> None:
-        with pytest.raises(UsageError, match=match):
-            soup(SoupConfig(runs=tuple(str(runs / name) for name in names), out=str(tmp_path / out)))
-
-    refused("two runs or more are wanted", "a")
-    refused(r"/a: is named twice", "a", "b", "a/../a")
-    refused("no run here", "a", tmp_path / "nothing")
+    no, a, b, c = tmp_path / "no", runs / "a", runs / "b", runs / "c"
+    refused(r"a mean is of two runs or more, found only .*/a\.", no, a)
+    refused(r"/a: the very weights of .*/a, which would count double", no, a, b, runs / "b" / ".." / "a")
+    shutil.copytree(b, tmp_path / "copy")
+    refused(r"/copy: the very weights of .*/b, which would count double", no, a, b, tmp_path / "copy")
+    refused("no run here", no, a, tmp_path / "nothing")
     mean = mixed(runs, "ab", tmp_path / "mean")
-    refused(r"is a mean itself; name the runs that it is the mean of: .*/a .*/b", mean, "c")
-    refused("is there already", "a", "c", out="mean")
+    refused(r"is a mean itself; name the runs that it is the mean of: .*/a .*/b", no, mean, c)
+    refused("is there already", mean, a, c)
+    unfinished = edited(b, tmp_path / "unfinished", epochs=[])
+    refused(r"0 of 2 epochs are trained\. Finish it by teacher-cache train --resume", no, a, unfinished)
+    elsewhere = edited(b, tmp_path / "elsewhere", cache_manifest_digest="0" * 64)
+    refused("one learned from .* with manifest 000000000000", no, a, elsewhere)
+    assert not no.exists()
+    assert not list(tmp_path.glob(".partial-*"))
 
-    def changed(name: str, field: str, value: Any) -> Path:
+
+def test_another_student_or_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path) -> None:
+    def changed(name: str) -> tuple[Path, Path]:
         shutil.copytree(runs / "b", tmp_path / name)
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        record[field] = value
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
-        return tmp_path / name
+        return tmp_path / name, RunFolder(tmp_path / name).checkpoint_path()
 
-    refused(r"0 of 2 epochs are trained\. Finish it by teacher-cache train --resume", "a", changed("1", "epochs", []))
-    refused("one learned from .* with manifest 000000000000", "a", changed("2", "cache_manifest_digest", "0" * 64))
-    refused("students of other architectures have no mean", "a", changed("3", "student_config", {"embed_dim": 3}))
-    assert {path.name for path in tmp_path.iterdir()} == {"mean", "1", "2", "3"}
+    no = tmp_path / "no"
+    torn, checkpoint = changed("torn")
+    weights = load_file(checkpoint / CHECKPOINT_WEIGHTS)
+    save_file({name: value for name, value in weights.items() if "visual" not in name}, checkpoint / CHECKPOINT_WEIGHTS)
+    refused(f"open_clip cannot build student {checkpoint}: .*visual", no, runs / "a", torn)
+    gone, checkpoint = changed("gone")
+    (checkpoint / CHECKPOINT_WEIGHTS).unlink()
+    refused(f"{checkpoint}: no student checkpoint here", no, runs / "a", gone)
+    other, checkpoint = changed("other")
+    wider = make_student(tmp_path / "wider.json", embed_dim=14)
+    student = build_student(json.loads(wider.read_text()), load_student(checkpoint)[0].preprocess.to_config(), 16)
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    save_student(student, student.config, checkpoint, {})
+    refused(rf"{checkpoint}: another student than that of .*embed_dim is 14 there and 12 in", no, runs / "a", other)
+    assert not no.exists()
 
 
 def test_the_command(runs: Path, tmp_path: Path) -> None:
@@ -218,12 +257,3 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert "is there already" in again.stderr
     made = subprocess.run([*command[:-1], str(tmp_path / "n"), "--json"], capture_output=True, text=True)
     assert [Path(each["run"]).name for each in json.loads(made.stdout)["averaged"]] == ["a", "b"]
-
-
-def test_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "b", tmp_path / "b")
-    path = RunFolder(tmp_path / "b").checkpoint_path() / CHECKPOINT_WEIGHTS
-    save_file({name: value for name, value in load_file(path).items() if "visual" not in name}, path)
-    with pytest.raises(UsageError, match=str(tmp_path / "b")):
-        soup(SoupConfig(runs=(str(runs / "a"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
-    assert not (tmp_path / "mean").exists()

@@ -118,6 +118,7 @@ def test_killed_at_a_seeded_moment_it_ends_as_an_unbroken_run(work: Work, moment
         after = folder.read()
         assert after.resumed_at == (() if before.finished or before.checkpoint is None else (before.steps,))
         whole = RunFolder(work.folder / "whole").read()
+        assert after.initial_weights_sha256 == whole.initial_weights_sha256 is not None
         assert [(epoch.loss, epoch.parts, epoch.selection) for epoch in after.epochs] == [
             (epoch.loss, epoch.parts, epoch.selection) for epoch in whole.epochs
         ]
