@@ -97,14 +97,17 @@ def student_ranks(
         depth: how far down to look.
     """
     # torch only from here on: the teacher's recall needs none
-    from pipeline.device import resolve_device
+    from pipeline.device import image_memory_format, keep_freed_memory, resolve_device
     from pipeline.encode_student import encode_rows
     from pipeline.samples import ImageSource
     from pipeline.student import load_student, student_tokenizer
     from pipeline.student_inputs import InputLoader
 
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     model, model_config = load_student(checkpoint)
+    model.model.visual.to(memory_format=image_memory_format(model.model))  # as it was trained
     source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)
     with closing(InputLoader(split.reader, source, model.preprocess, tokenizer, config.workers, device)) as inputs:
         image, text = encode_rows(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from pipeline.decode import UndecodableImageError
+from pipeline.device import keep_freed_memory
 from pipeline.encode import encode_shared
 from pipeline.foreign_rows import ForeignFolder, ForeignRows, ImportConfig, MatchCounts, match_rows
 from pipeline.plan import PlannedDataset, Progress, default_batch_rows, library_versions, plan_dataset, read_dataset
@@ -204,6 +205,8 @@ def _prove(
     Raises:
         CacheMismatchError: not one image that was drawn can be decoded, or one changed since it was digested.
     """
+    if teacher.device.type == "cpu":
+        keep_freed_memory()
     proof = _Proof()
     batch_rows = config.batch_size or default_batch_rows(teacher.device.type)
     with ThreadPoolExecutor(config.decode_threads or os.cpu_count() or 1) as pool:

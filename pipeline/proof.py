@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field
 from pipeline.config import ProofConfig
 from pipeline.datasets.base import data_folder
 from pipeline.decode import UndecodableImageError
+from pipeline.device import keep_freed_memory
 from pipeline.repair import teacher_of
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.scaled_jpeg import open_image
@@ -114,6 +115,8 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     live = load_teacher(name, tag, config.device, precision, identity.preprocess.decoder)
     same = identity.teacher.model_copy(update={"precision": live.precision})
     live.require(identity.model_copy(update={"teacher": same}), cache)
+    if live.device.type == "cpu":
+        keep_freed_memory()
 
     proof = _Proof(reader, live, ImageSource(root), config.threshold)
     for tower in get_args(Tower):

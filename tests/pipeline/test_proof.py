@@ -110,6 +110,15 @@ def test_another_precision_of_the_same_teacher_stays_above_the_threshold(home: H
     assert 0.999 < proof.least_cosine < 0.999999  # it really was another arithmetic
 
 
+def test_on_a_cpu_the_teacher_keeps_the_memory_that_its_layers_free(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr("pipeline.proof.keep_freed_memory", lambda: kept.append("kept"))
+    prove(home)
+    assert kept == ["kept"]
+
+
 def test_rows_shifted_by_one_are_found(home: Home, tmp_path: Path) -> None:
     def shift(rows: Rows) -> None:
         for arrays in rows.values():
