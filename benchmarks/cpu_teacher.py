@@ -32,7 +32,7 @@ def measure(teacher_name: str, keep: bool) -> dict[str, float]:
     from pipeline.teacher import load_teacher
 
     if keep:
-        keep_freed_memory()
+        keep_freed_memory(torch.device("cpu"))
     live = load_teacher(teacher_name, device="cpu")
     pixels = torch.randn(BATCH, 3, *live.preprocess.size)
     for _ in range(2):

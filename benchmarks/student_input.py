@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("flickr8k", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         homes = {name: Path(folder) / str(number) for number, name in enumerate(SETS)}

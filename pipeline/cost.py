@@ -210,8 +210,7 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
     from pipeline.device import keep_freed_memory, resolve_device
 
     device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as precompute and train do
+    keep_freed_memory(device)  # as precompute and train do
     threads = torch.get_num_threads()
     models: dict[str, TorchModel] = {}
     loaders: dict[str, dict[str, Any]] = {}

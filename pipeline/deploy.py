@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from pipeline.config import DeployConfig, EvaluateConfig, ZeroShotConfig
@@ -67,7 +68,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     if config.zero_shot is not None:
         zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
     teacher, teacher_probe = _teacher(config, split)
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     student, student_config = load_student(checkpoint)
     require_finite_weights(checkpoint, student)
     calibration = None

@@ -61,14 +61,16 @@ def image_memory_format(model: nn.Module) -> torch.memory_format:
     return torch.channels_last if convolutions > 1 else torch.preserve_format
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what a model's layers free, instead of handing it back and taking it anew.
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the C library keep what a model's layers free, instead of handing it back and taking it anew.
 
-    On a CPU each layer allocates tens of megabytes. glibc maps such blocks from the kernel and unmaps them when
+    There each layer allocates tens of megabytes. glibc maps such blocks from the kernel and unmaps them when
     freed, so that every forward pass faults in all of its memory again: half of the time of a convolutional
     teacher (benchmarks/cpu_teacher.md). One arena, since glibc trims the others whatever it is told.
-    Elsewhere than on glibc this does nothing.
+    On another device, and elsewhere than on glibc, this does nothing.
     """
+    if device.type != "cpu":
+        return
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  # musl and macOS have other meanings for these numbers, or none

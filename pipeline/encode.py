@@ -127,8 +127,7 @@ def _encode(
     tally: RowTally,
     known: KnownRows | None = None,
 ) -> None:
-    if teacher.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(teacher.device)
     threads = config.decode_threads or os.cpu_count() or 1
     source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
     writing: deque[Future[Any]] = deque()

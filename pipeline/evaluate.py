@@ -104,8 +104,7 @@ def student_ranks(
     from pipeline.student_inputs import InputLoader
 
     device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     model, model_config = load_student(checkpoint)
     model.model.visual.to(memory_format=image_memory_format(model.model))  # as it was trained
     source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)

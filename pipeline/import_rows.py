@@ -205,8 +205,7 @@ def _prove(
     Raises:
         CacheMismatchError: not one image that was drawn can be decoded, or one changed since it was digested.
     """
-    if teacher.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(teacher.device)
     proof = _Proof()
     batch_rows = config.batch_size or default_batch_rows(teacher.device.type)
     with ThreadPoolExecutor(config.decode_threads or os.cpu_count() or 1) as pool:

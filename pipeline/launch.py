@@ -66,7 +66,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     if config.devices == 1:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=index, precision=precision)
-        _prepare(device)
+        keep_freed_memory(device)
         with observed():
             work(fabric, config, progress, *args)
         return
@@ -125,7 +125,7 @@ def _launched(
         precision=precision,
         plugins=[TorchElasticEnvironment()],
     )
-    _prepare(device)
+    keep_freed_memory(device)
     fabric.launch()
     try:
         with observed(fabric.local_rank, rank=fabric.global_rank):
@@ -138,7 +138,7 @@ def _rank(
     fabric: Fabric, senders: list[Connection], device: str, config: TrainConfig, work: Callable[..., None], args: Any
 ) -> None:
     sender = senders[fabric.global_rank]
-    _prepare(torch.device(device))
+    keep_freed_memory(torch.device(device))
     report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
     try:
         with observed(fabric.local_rank, rank=fabric.global_rank):
@@ -147,11 +147,6 @@ def _rank(
         if isinstance(error, _ERRORS):
             sender.send(("error", (type(error), str(error))))
         raise
-
-
-def _prepare(device: torch.device) -> None:
-    if device.type == "cpu":
-        keep_freed_memory()
 
 
 @contextlib.contextmanager

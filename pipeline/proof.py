@@ -115,8 +115,7 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     live = load_teacher(name, tag, config.device, precision, identity.preprocess.decoder)
     same = identity.teacher.model_copy(update={"precision": live.precision})
     live.require(identity.model_copy(update={"teacher": same}), cache)
-    if live.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(live.device)
 
     proof = _Proof(reader, live, ImageSource(root), config.threshold)
     for tower in get_args(Tower):

@@ -32,7 +32,6 @@ from storage.local_files import sync
 
 __all__ = [
     "CHECKPOINT_WEIGHTS",
-    "ORIGIN",
     "RESUME",
     "AveragedRun",
     "BestRecord",
@@ -47,11 +46,10 @@ CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
 """A student's, in a checkpoint, by the name that open_clip gives them."""
 RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
-ORIGIN = frozenset({"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"})
-"""Fields of a run's record that a checkpoint says of itself when it is copied out of its run."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
 _EVALUATIONS = "evaluations"
+_ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 _MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 # where things are and how often they are saved: a run that goes on may find these changed
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
@@ -130,6 +128,10 @@ class RunRecord(BaseModel):
     def finished(self) -> bool:
         """Whether all epochs are trained; a mean of runs has none of its own, and nothing to go on with."""
         return bool(self.averaged) or len(self.epochs) >= self.config.epochs
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint says of itself when it is copied out of its run."""
+        return self.model_dump(mode="json", include=_ORIGIN | ({"averaged"} if self.averaged else set()))
 
 
 def other_settings(asked: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:

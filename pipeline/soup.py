@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config import SoupConfig
 from pipeline.new_folder import new_folder, require_free
-from pipeline.runs import ORIGIN, AveragedRun, RunFolder, RunRecord, weights_file_sha256
+from pipeline.runs import AveragedRun, RunFolder, RunRecord, weights_file_sha256
 from pipeline.student import Student, architecture_differences, load_student, save_student
 from storage.errors import UsageError
 
@@ -70,8 +70,7 @@ def soup(config: SoupConfig) -> RunRecord:
     )
     with new_folder(out) as folder:
         (folder / _CHECKPOINT).mkdir(parents=True)
-        origin = made.model_dump(mode="json", include={*ORIGIN, "averaged"})
-        save_student(student, made.student_config, folder / _CHECKPOINT, {**origin, "step": made.steps})
+        save_student(student, made.student_config, folder / _CHECKPOINT, {**made.origin(), "step": made.steps})
         RunFolder(folder).write(made)
     return made
 

@@ -28,7 +28,7 @@ from pipeline.metrics import mean_recall, retrieval_recall
 from pipeline.pixels import ReadyPixels
 from pipeline.preprocess import handed_on
 from pipeline.queue_rows import TeacherQueue
-from pipeline.runs import ORIGIN, BestRecord, EpochRecord, RunFolder, RunRecord, Selection
+from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
@@ -241,7 +241,7 @@ class _Trainer:
             config.select_split is not None,
             config.window_chunks,
         )
-        self._origin = record.model_dump(mode="json", include=set(ORIGIN))
+        self._origin = record.origin()
         student.model.visual.to(memory_format=image_memory_format(student.model))
         if fabric.world_size > 1:
             _freeze_unused(student, tokenizer(["any"]))

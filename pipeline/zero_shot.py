@@ -268,8 +268,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
     best = folder.read().best if folder is not None and config.checkpoint == "best" else None
     device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
     dataset = open_labelled(config)
     found: dict[str, Classification] = {}

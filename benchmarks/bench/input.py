@@ -46,7 +46,7 @@ _SETS: dict[str, tuple[int, tuple[int, int] | None]] = {"224 x 224": (1500, None
 
 def measure(settings: Settings) -> list[Row]:
     """See the module."""
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker has it
     rows: list[Row] = []

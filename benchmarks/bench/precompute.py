@@ -55,7 +55,7 @@ def measure(settings: Settings) -> list[Row]:
             for precision in ("bf16", "fp16"):
                 rows += _against_forward(settings, name, str(weights), precision, 512 if settings.quick else images)
         return rows
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     small = "ViT-S-32-alt" if settings.quick else "ViT-B-32"
     weights = random_weights(small, settings.scratch)
     rows += _against_forward(settings, small, str(weights), "fp32", 16 if settings.quick else 96)

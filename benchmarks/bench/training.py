@@ -42,8 +42,7 @@ _STUDENT = "vit-s-32"
 def measure(settings: Settings) -> list[Row]:
     """See the module."""
     cuda, quick = settings.device == "cuda", settings.quick
-    if not cuda:
-        keep_freed_memory()
+    keep_freed_memory(torch.device(settings.device))
     images, batch = (16, 8) if quick else (4096, 256) if cuda else (192, 32)
     photographs(settings.shared / "flickr8k", settings.scratch / "photos", images)
     cache = str(settings.scratch / "cache")

@@ -114,9 +114,9 @@ def test_on_a_cpu_the_teacher_keeps_the_memory_that_its_layers_free(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[str] = []
-    monkeypatch.setattr("pipeline.proof.keep_freed_memory", lambda: kept.append("kept"))
+    monkeypatch.setattr("pipeline.proof.keep_freed_memory", lambda device: kept.append(device.type))
     prove(home)
-    assert kept == ["kept"]
+    assert kept == ["cpu"]
 
 
 def test_rows_shifted_by_one_are_found(home: Home, tmp_path: Path) -> None:
