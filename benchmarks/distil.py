@@ -32,6 +32,7 @@ from pipeline.config import EvaluateConfig, InheritConfig, SoupConfig, TrainConf
 from pipeline.evaluate import evaluate
 from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
+from pipeline.recipes import TEACHER_SPACE_LOSSES
 from pipeline.runs import RunFolder, RunRecord
 from pipeline.soup import soup
 from pipeline.train import train
@@ -77,7 +78,8 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
     make = prepared(name, table, seed, options)
     try:
         record = make()
-        measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device))
+        alone = any(record.config.losses.get(loss, 0) > 0 for loss in TEACHER_SPACE_LOSSES)
+        measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device, towers=alone))
     except (FloatingPointError, RuntimeError) as error:
         finished: dict[str, Any] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
     else:
@@ -85,7 +87,7 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
             "parameters": record.student_parameters,
             "epochs": record.config.epochs,
             "seconds": record.seconds,
-            "teacher_seconds": teacher_seconds(record.config.cache, record.steps * record.config.batch_size),
+            "teacher_seconds": teacher_seconds(record),
             "data_wait_share": float(np.mean([epoch.data_wait_share for epoch in record.epochs]))
             if record.epochs
             else None,
@@ -93,6 +95,7 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
             "recall": measured.student,
             "teacher": measured.teacher,
             "retention": measured.retention["mean"] if measured.retention else None,
+            "towers": {name: tower.retention["mean"] for name, tower in (measured.towers or {}).items()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
             "date": date.today().isoformat(),
             "commit": subprocess.run(
@@ -132,21 +135,23 @@ def averaged(out: Path, runs: list[Path]) -> RunRecord:
     return soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
 
 
-def teacher_seconds(cache: str, pairs: int) -> float | None:
-    """What the teacher would take for so many images and captions: at its seconds a row when the cache was made.
+def teacher_seconds(record: RunRecord) -> float | None:
+    """What the teacher would take for a run's images and captions: at its seconds a row when the cache was made.
 
     On the device that made the cache, in the forward pass alone; None where a chunk has no note, or was copied whole
     from another cache. Of one that was copied in part it is too little.
     """
-    files = open_files(cache)
+    config = record.config
+    files = open_files(config.cache)
+    images = record.steps * config.batch_size
     manifest = read_manifest(files)
     seconds = 0.0
-    for tower in ("image", "text"):
+    for tower, rows in (("image", images), ("text", images * config.captions_per_image)):
         costs = [read_cost(files, ref.name) for ref in all_chunks(manifest.layout) if ref.tower == tower]
         known = [cost for cost in costs if cost is not None and cost.teacher_seconds]
         if len(known) < len(costs):
             return None
-        seconds += pairs * sum(cost.teacher_seconds for cost in known) / sum(cost.rows for cost in known)
+        seconds += rows * sum(cost.teacher_seconds for cost in known) / sum(cost.rows for cost in known)
     return seconds
 
 
@@ -183,16 +188,22 @@ def interval(values: list[float]) -> str:
     return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
+def alone(tower: str, finished: list[dict[str, Any]]) -> str:
+    """What a tower keeps beside the teacher's other one; nothing for losses that left it a space of its own."""
+    values = [each["towers"][tower] for each in finished if each.get("towers")]
+    return interval(values) if values else ""
+
+
 def markdown(out: Path, rows: dict[str, Any], split: str) -> str:
     lines = [
-        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | minutes | "
+        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | image tower % | text tower % | minutes | "
         "of a teacher beside it | where |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         finished = [json.loads(path.read_text()) for path in sorted(out.glob(f"{name}-[0-9]*.json"))]
         good = [each for each in finished if "failed" not in each]
-        lines += [f"| {name} | | | | | failed: {each['failed']} | | | | |" for each in finished if "failed" in each]
+        lines += [f"| {name} | | | | | failed: {each['failed']} | | | | | | |" for each in finished if "failed" in each]
         if good:
             minutes = np.mean([each["seconds"] for each in good]) / 60
             beside = [each["teacher_seconds"] for each in good if each.get("teacher_seconds")]
@@ -200,7 +211,8 @@ def markdown(out: Path, rows: dict[str, Any], split: str) -> str:
             lines.append(
                 f"| {name} | {good[0]['parameters'] / 1e6:.1f}M | {row.get('views', 'all')} | {good[0]['epochs']} | "
                 f"{len(good)} | {interval([mean_recall(each['recall']) for each in good])} | "
-                f"{interval([each['retention'] for each in good])} | {minutes:.1f} | "
+                f"{interval([each['retention'] for each in good])} | {alone('image', good)} | {alone('text', good)} | "
+                f"{minutes:.1f} | "
                 f"{f'{np.mean(beside) / 60:.1f}' if beside else ''} | {where} |"
             )
     return "\n".join(lines)

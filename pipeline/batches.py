@@ -38,7 +38,8 @@ class TeacherTargets:
     """The teacher's side of a batch.
 
     Attributes:
-        image, text: (batch, teacher_dim) float32, normalised.
+        image: (batch, teacher_dim) float32, normalised.
+        text: (batch, captions, teacher_dim) likewise, of the captions of each image.
     """
 
     image: Tensor
@@ -51,7 +52,7 @@ class TeacherSource(Protocol):
     logit_scale: float
 
     def targets(self, pairs: Pairs) -> TeacherTargets:
-        """Targets of a batch, in its order: of the view that each pair names, and of its caption."""
+        """Targets of a batch, in its order: of the view that each image names, and of its captions."""
 
 
 class CachedTeacher:
@@ -76,7 +77,7 @@ class CachedTeacher:
         self._next = next(self._coming, None)
         self._streams = (
             self._reader.stream("image", ((pair.image_rows, pair.views) for pair in images)),
-            self._reader.stream("text", (pair.caption_rows for pair in texts)),
+            self._reader.stream("text", (pair.caption_rows.ravel() for pair in texts)),
         )
 
     def close(self) -> None:
@@ -97,16 +98,18 @@ class CachedTeacher:
                 self.close()
         else:
             image = self._reader.take("image", pairs.image_rows, pairs.views)
-            text = self._reader.take("text", pairs.caption_rows)
-        return TeacherTargets(torch.from_numpy(image).float(), torch.from_numpy(text).float())
+            text = self._reader.take("text", pairs.caption_rows.ravel())
+        texts = torch.from_numpy(text).float().view(*pairs.caption_rows.shape, -1)
+        return TeacherTargets(torch.from_numpy(image).float(), texts)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One batch as row numbers of the cache: one view of image ``i`` with one of its captions.
+    """One batch as row numbers of the cache: one view of image ``i`` with one or more of its captions.
 
     Attributes:
-        image_rows, caption_rows, views: (batch,) int64; view 0 is the evaluation crop.
+        image_rows, views: (batch,) int64; view 0 is the evaluation crop.
+        caption_rows: (batch, captions) int64.
     """
 
     image_rows: NDArray[np.int64]
@@ -123,8 +126,12 @@ def epoch_pairs(
     epoch: int,
     start_step: int = 0,
     views: int | None = None,
+    captions_per_image: int = 1,
 ) -> Iterator[Pairs]:
-    """The batches of one epoch, a pure function of the arguments; each image once, with one caption at random.
+    """The batches of one epoch, a pure function of the arguments; each image once, with captions at random.
+
+    Of an image's captions the first is drawn, the others are those after it, in a circle; one that has fewer than are
+    asked for gives some of them more than once.
 
     An image goes through all its views before one comes again: each starts at a view of its own, drawn by the seed,
     and takes the next one in the next epoch. With one view that is always the evaluation crop.
@@ -144,7 +151,9 @@ def epoch_pairs(
     order = window_order(image_rows, chunk_rows, window_chunks, seed, epoch)
     for step, rows in enumerate(batches(order, batch_size)):
         if step >= start_step:
-            captions = index.starts(rows) + (draws.of(rows) * index.counts(rows)).astype(np.int64)
+            counts = index.counts(rows)
+            drawn = (draws.of(rows) * counts).astype(np.int64)[:, None] + np.arange(captions_per_image)
+            captions = index.starts(rows)[:, None] + drawn % counts[:, None]
             first = np.zeros_like(rows) if first_views is None else (first_views.of(rows) * views).astype(np.int64)
             yield Pairs(rows, captions, (first + epoch) % views)
 

@@ -70,16 +70,17 @@ class CachedSamples:
         return sample_records(_taken(rows, self._records.of(rows))) if len(rows) else []
 
     def texts(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> list[str]:
-        """One caption of each of some images, in their order.
+        """Captions of some images, image by image, in their order.
 
         Args:
-            caption_rows: of the captions, each one of the image at the same place.
+            caption_rows: (images, captions) of the captions, each row of them of the image at the same place.
 
         Raises:
             As :meth:`records`.
         """
-        parts = [(first, captions, here) for _, (first, captions), here in self._texts.of(image_rows)]
-        return _taken(caption_rows, parts)["text"].to_pylist() if parts else []
+        owners, wanted = np.repeat(image_rows, caption_rows.shape[1]), caption_rows.ravel()
+        parts = [(first, captions, here) for _, (first, captions), here in self._texts.of(owners)]
+        return _taken(wanted, parts)["text"].to_pylist() if parts else []
 
     def _rows(self, chunk: int) -> range:
         return range(chunk * self._size, min((chunk + 1) * self._size, self._images))

@@ -31,6 +31,7 @@ def evaluate(
     image_root: Annotated[str | None, setting(EvaluateConfig, "image_root")] = None,
     accept_mismatch: Annotated[list[str] | None, setting(EvaluateConfig, "accept_mismatch")] = None,
     ranks: Annotated[str | None, setting(EvaluateConfig, "ranks")] = None,
+    towers: Annotated[bool | None, setting(EvaluateConfig, "towers", "--towers")] = None,
     device: Annotated[str | None, setting(EvaluateConfig, "device")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -43,6 +44,7 @@ def evaluate(
         "image_root": image_root,
         "accept_mismatch": accept_mismatch or None,
         "ranks": ranks,
+        "towers": towers,
         "device": device,
     }
     config = load_config(EvaluateConfig, "evaluate", run_file, flags)
@@ -92,4 +94,7 @@ def recall_table(title: str, found: EvaluateResult) -> Table:
                 for direction in found.teacher
             }
             row(label, ends, spans["mean"] and spans["mean"][end])
+    for name, tower in (found.towers or {}).items():
+        row(f"{name} tower alone", tower.recall, mean_recall(tower.recall))
+        row("retention %", tower.retention, tower.retention["mean"])
     return table

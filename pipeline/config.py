@@ -156,7 +156,12 @@ class TrainConfig(StageConfig):
     views: int | None = Field(
         None, gt=0, description="Use the first so many of the cache's views; all that it has if left out."
     )
-    epochs: int = Field(10, gt=0, description="Passes over the split; one caption per image and pass.")
+    captions_per_image: int = Field(
+        1,
+        gt=0,
+        description="Captions of each image in a step, for each of which the losses are worked out; their mean.",
+    )
+    epochs: int = Field(10, gt=0, description="Passes over the split, each image once, with captions at random.")
     batch_size: int = Field(256, gt=1, description="Pairs per step, over all devices.")
     micro_batch: int | None = Field(
         None,
@@ -228,9 +233,10 @@ class TrainConfig(StageConfig):
             raise ValueError("lock_image_unlocked_groups keeps the weights of init, and none is given: name one")
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
-        if 0 < self.queue_rows < self.batch_size and self.losses.get("queue", 0) > 0:
+        pairs = self.batch_size * self.captions_per_image
+        if 0 < self.queue_rows < pairs and self.losses.get("queue", 0) > 0:
             raise ValueError(
-                f"queue_rows {self.queue_rows} cannot hold one batch of {self.batch_size}, so pairs would have no "
+                f"queue_rows {self.queue_rows} cannot hold the {pairs} pairs of one batch, so some would have no "
                 "match among the queued rows; set it to some 10 batches"
             )
         return self
@@ -348,6 +354,9 @@ class EvaluateConfig(StageConfig):
     image_root: str | None = Field(None, description="Where the images are now, if not where the run found them.")
     ranks: str | None = Field(
         None, description="Parquet file to write with the rank of every query, by teacher and student."
+    )
+    towers: bool = Field(
+        False, description="Measure each of the student's towers by itself too, with the teacher's rows for the other."
     )
     batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass of the student.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N, for the student.")

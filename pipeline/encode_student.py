@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline.student import Student
 from pipeline.student_inputs import InputLoader
 
-__all__ = ["encode_rows"]
+__all__ = ["encode_rows", "projected"]
 
 
 def encode_rows(
@@ -55,3 +56,24 @@ def encode_rows(
             report("captions", start + len(part), len(captions))
     student.train(training)
     return image, text
+
+
+def projected(
+    student: Student, image: NDArray[np.float32], text: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features of :func:`encode_rows` in the teacher's space, float32 (rows, teacher_dim), normalised.
+
+    Where the widths are the same that is the student's own space: the very arrays come back.
+    """
+    if student.embed_dim == student.teacher_dim:
+        return image, text
+
+    def through(projection: torch.nn.Module, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        device = next(projection.parameters()).device
+        with torch.inference_mode():
+            found: NDArray[np.float32] = (
+                F.normalize(projection(torch.from_numpy(rows).to(device)), dim=-1).cpu().numpy()
+            )
+        return found
+
+    return through(student.image_projection, image), through(student.text_projection, text)

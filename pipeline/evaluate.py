@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from pipeline.config import EvaluateConfig
@@ -18,12 +20,23 @@ from pipeline.intervals import LEVEL, RESAMPLES, RecallIntervals, bootstrap_reca
 from pipeline.metrics import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
 from pipeline.out_file import out_file
 from pipeline.rank_table import RANK_DEPTH, write_rank_table
-from pipeline.runs import RunFolder
+from pipeline.recipes import TEACHER_SPACE_LOSSES
+from pipeline.runs import RunFolder, RunRecord
+from storage.errors import UsageError
 
-__all__ = ["EvaluateResult", "Measured", "evaluate", "measure", "student_ranks"]
+__all__ = ["EvaluateResult", "Measured", "TowerResult", "evaluate", "measure", "student_ranks"]
 
 Progress = Callable[[str, int, int], None]
 Recalls = dict[str, dict[str, float]]
+# of images and of captions
+_Rows = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class TowerResult(BaseModel, frozen=True):
+    """One tower of a student, with the teacher's cached rows for what the other one would embed; in percent."""
+
+    recall: Recalls
+    retention: dict[str, Any]
 
 
 class EvaluateResult(BaseModel, frozen=True):
@@ -42,6 +55,9 @@ class EvaluateResult(BaseModel, frozen=True):
     teacher: Recalls
     student: Recalls | None
     retention: dict[str, Any] | None
+    towers: dict[Literal["image", "text"], TowerResult] | None = Field(
+        None, description="Each tower by itself, where that was asked for; projected to the teacher's width."
+    )
     student_parameters: int | None
     interval_level: float = Field(LEVEL, description="Share of the bootstrap's resamples within each interval.")
     interval_resamples: int = Field(RESAMPLES, description="Resamples of the images, each with all its captions.")
@@ -79,8 +95,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     (``RunFolder.keep_evaluation``), where that can be written.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, or ranks that cannot
-            be written where they are wanted.
+        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, ranks that cannot
+            be written where they are wanted, or towers of no run, or of one whose losses left them no common space
+            with the teacher.
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
@@ -96,9 +113,17 @@ def student_ranks(
         config: batch size, device and workers are taken from it.
         depth: how far down to look.
     """
+    (image, text), _ = _embedded(config, split, checkpoint, progress)
+    return split.ranks(image, text, depth)
+
+
+def _embedded(
+    config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, progress: Progress | None
+) -> tuple[_Rows, _Rows]:
+    """A student's images and captions of a split, in its own space and in the teacher's."""
     # torch only from here on: the teacher's recall needs none
     from pipeline.device import image_memory_format, keep_freed_memory, resolve_device
-    from pipeline.encode_student import encode_rows
+    from pipeline.encode_student import encode_rows, projected
     from pipeline.samples import ImageSource
     from pipeline.student import load_student, student_tokenizer
     from pipeline.student_inputs import InputLoader
@@ -118,7 +143,31 @@ def student_ranks(
             config.batch_size,
             progress,
         )
-    return split.ranks(image, text, depth)
+    return (image, text), projected(model, image, text)
+
+
+def _each_tower(
+    split: EvaluationSplit, rows: _Rows, teacher: Recalls, depth: int
+) -> dict[Literal["image", "text"], TowerResult]:
+    """Of a student's images and captions in the teacher's space."""
+    image, text = rows
+
+    def alone(images: NDArray[np.float32], captions: NDArray[np.float32]) -> TowerResult:
+        recall = recall_of_ranks(split.ranks(images, captions, depth))
+        return TowerResult(recall=recall, retention=retention(recall, teacher))
+
+    return {"image": alone(image, split.teacher_text()), "text": alone(split.teacher_image(), text)}
+
+
+def _require_common_space(run: str | None, record: RunRecord | None) -> None:
+    if record is None:
+        raise UsageError("towers are of a student, and no run is named: give --run, or leave --towers out")
+    trained_by = [name for name, weight in record.config.losses.items() if weight > 0]
+    if not set(trained_by) & set(TEACHER_SPACE_LOSSES):
+        raise UsageError(
+            f"{run}: trained by {', '.join(trained_by)}, which leaves it a space of its own: its rows cannot stand "
+            f"beside the teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
+        )
 
 
 def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
@@ -129,15 +178,19 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     record = folder.read() if folder else None
     path = folder.checkpoint_path(config.checkpoint) if folder else None
     rank_path = out_file("--ranks", config.ranks, "ranks.parquet") if config.ranks else None
+    if config.towers:
+        _require_common_space(run, record)
     split = open_split(config)
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_ranks = split.teacher_ranks(depth)
     teacher = recall_of_ranks(teacher_ranks)
-    ranks = student = kept = None
+    ranks = student = kept = towers = None
     if path is not None and record is not None:
-        ranks = student_ranks(config, split, path, depth, progress)
+        rows, in_teachers_space = _embedded(config, split, path, progress)
+        ranks = split.ranks(*rows, depth)
         student = recall_of_ranks(ranks)
         kept = retention(student, teacher)
+        towers = _each_tower(split, in_teachers_space, teacher, depth) if config.towers else None
     checkpoint = path.relative_to(folder.path).as_posix() if folder and path else None
     if rank_path:
         write_rank_table(rank_path, split, teacher_ranks, ranks, run, checkpoint)
@@ -156,6 +209,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
         teacher=teacher,
         student=student,
         retention=kept,
+        towers=towers,
         student_parameters=record.student_parameters if record else None,
         teacher_intervals=bootstrap_recalls(teacher_ranks, text_image),
         student_intervals=bootstrap_recalls(ranks, text_image) if ranks else None,

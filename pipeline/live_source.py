@@ -49,4 +49,5 @@ class LiveTeacherSource:
         images = zip(self._samples.records(pairs.image_rows), crops, strict=True)
         pixels = torch.stack([self._images.see(image, crop) for image, crop in images])
         tokens = self._teacher.tokenizer(self._samples.texts(pairs.image_rows, pairs.caption_rows))
-        return TeacherTargets(self._teacher.image_features(pixels), self._teacher.text_features(tokens))
+        texts = self._teacher.text_features(tokens).view(*pairs.caption_rows.shape, -1)
+        return TeacherTargets(self._teacher.image_features(pixels), texts)

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["CLIP_KD", "DEFAULT", "GUIDE", "LOSS_NAMES", "MOBILECLIP", "RECIPES", "RECIPE_SETTINGS", "Recipe"]
+__all__ = [
+    "CLIP_KD",
+    "DEFAULT",
+    "GUIDE",
+    "LOSS_NAMES",
+    "MOBILECLIP",
+    "RECIPES",
+    "RECIPE_SETTINGS",
+    "TEACHER_SPACE_LOSSES",
+    "Recipe",
+]
 
 # those of pipeline.losses.LOSSES: a config is checked, and a flow deployed, without torch
 LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
+# those that put the student's features beside the teacher's, so that either can stand for the other
+TEACHER_SPACE_LOSSES = ("cosine", "feature", "interactive", "queue")
 
 
 @dataclass(frozen=True)

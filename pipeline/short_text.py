@@ -14,9 +14,11 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["can_shorten", "encode_any_length", "encode_text", "shorten"]
+__all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
 
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
+# captions that go through the tower together: enough to fill it, and not all at the length of the longest one
+_GROUP, _MOST_GROUPS = 64, 8
 
 
 def can_shorten(model: nn.Module) -> bool:
@@ -32,7 +34,11 @@ def shorten(tokens: Tensor) -> Tensor:
     """Cut (batch, context_length) token ids behind the longest caption; only for models that ``can_shorten``."""
     # the end-of-text token has the highest id; padding follows it
     longest = int(tokens.argmax(dim=1).max()) + 1
-    return tokens[:, : -(-longest // _STEP) * _STEP]
+    return tokens[:, : _padded(longest)]
+
+
+def _padded(length: int) -> int:
+    return -(-length // _STEP) * _STEP
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
@@ -41,6 +47,21 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
         features: Tensor = model.encode_text(tokens)
         return features
     return encode_any_length(model, tokens)
+
+
+def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
+    """As :func:`encode_text`, captions of like length together, each group at its own; for models that ``can_shorten``.
+
+    The order is one of lengths, so that where ``tokens`` are on a GPU it is waited for once.
+    """
+    groups = min(len(tokens) // _GROUP, _MOST_GROUPS)
+    if groups < 2:
+        return encode_text(model, shorten(tokens))
+    lengths, order = tokens.argmax(dim=1).sort(stable=True)
+    parts = order.tensor_split(groups)
+    last = torch.stack([part[-1] for part in lengths.tensor_split(groups)]).tolist()
+    features = [encode_text(model, tokens[part, : _padded(end + 1)]) for part, end in zip(parts, last, strict=True)]
+    return torch.cat(features)[order.argsort()]
 
 
 def encode_any_length(model: Any, tokens: Tensor) -> Tensor:

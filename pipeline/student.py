@@ -21,7 +21,7 @@ from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain
 from pipeline.locked_layers import lock_image_layers
 from pipeline.preprocess import Preprocess
 from pipeline.runs import CHECKPOINT_WEIGHTS
-from pipeline.short_text import can_shorten, encode_text, shorten
+from pipeline.short_text import can_shorten, encode_by_length, encode_text, shorten
 from storage.errors import UsageError
 
 __all__ = [
@@ -86,15 +86,18 @@ class Student(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(batch, length) int64 to (batch, embed_dim), normalised; at full length or as :meth:`shorten` gives them."""
-        return F.normalize(encode_text(self.model, tokens).float(), dim=-1)
+        encode = encode_by_length if self._shortens else encode_text
+        return F.normalize(encode(self.model, tokens).float(), dim=-1)
 
     def shorten(self, tokens: Tensor) -> Tensor:
         """Leave out the padding behind the longest caption, where the architecture allows it."""
         return shorten(tokens) if self._shortens else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
-        """Both towers and both projections of one batch."""
-        image, text = self.encode_image(pixels), self.encode_text(tokens)
+        """Both towers and both projections of one batch; there may be several captions to an image."""
+        # captions first: encoding them by length waits for the device, which has little to do yet
+        text = self.encode_text(tokens)
+        image = self.encode_image(pixels)
         return StudentOutput(
             image,
             text,

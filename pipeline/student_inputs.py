@@ -93,17 +93,18 @@ class _ShownImages(Protocol):
 
 
 class _Pair(NamedTuple):
-    """What a worker makes an image and its caption of."""
+    """What a worker makes an image and its captions of."""
 
     image: Any
     region: Any
-    text: str
+    texts: list[str]
 
 
 class _StudentInputs(Dataset[Any]):
-    """By a pair what is shown, uint8 (height, width, 3), and token ids; by a record the pixels of its evaluation crop.
+    """By a pair what is shown, uint8 (height, width, 3), and token ids, (captions, length).
 
-    A batch is of the one kind or the other. Nothing is looked up here, so that workers need no table of the cache.
+    By a record the pixels of its evaluation crop. A batch is of the one kind or the other. Nothing is looked up here:
+    workers need no table of the cache.
 
     Args:
         images: for evaluation crops; None where none is wanted.
@@ -126,7 +127,7 @@ class _StudentInputs(Dataset[Any]):
     def __getitem__(self, key: _Pair | SampleRecord) -> tuple[Tensor, Tensor] | Tensor:
         if isinstance(key, SampleRecord):
             return self._evaluated().see(key)
-        return torch.from_numpy(self._shown.shown(key.image, key.region)), self._tokenizer([key.text])[0]
+        return torch.from_numpy(self._shown.shown(key.image, key.region)), self._tokenizer(key.texts)
 
 
 class _ReadAhead(Protocol):
@@ -241,7 +242,8 @@ class InputLoader:
         """(pixels, tokens) for each of ``pairs``, in their order. It ends early when another iteration begins.
 
         The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers
-        as bytes and are normalised on the device, where they stay; the tokens are on the CPU.
+        as bytes and are normalised on the device, where they stay; the tokens, (batch, captions, length), are on the
+        CPU.
 
         Raises:
             OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
@@ -291,7 +293,8 @@ class InputLoader:
         else:
             images = self._samples.records(pair.image_rows)
             regions = stored_crops(self._reader, pair.image_rows, pair.views)
-        texts = self._samples.texts(pair.image_rows, pair.caption_rows)
+        flat, each = self._samples.texts(pair.image_rows, pair.caption_rows), pair.caption_rows.shape[1]
+        texts = [flat[at : at + each] for at in range(0, len(flat), each)]
         return [_Pair(*key) for key in zip(images, regions, texts, strict=True)]
 
     def close(self) -> None:

@@ -296,6 +296,7 @@ class _Trainer:
             epoch,
             first,
             views_used(self._reader, config.views),
+            config.captions_per_image,
         )
         # made as they come into sight and dropped once used: those of millions of rows are hundreds of megabytes
         steps, shown = tee((pair, self._slice(pair)) for pair in pairs)

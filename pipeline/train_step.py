@@ -86,7 +86,7 @@ class TrainStep:
 
         Args:
             step: of the run, from 0.
-            pixels, tokens, targets: this device's slice of the batch.
+            pixels, tokens, targets: this device's slice of the batch; tokens (batch, captions, length).
             pairs: the whole batch, to be named if something is wrong with it.
 
         Raises:
@@ -102,10 +102,12 @@ class TrainStep:
             targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
         )
         if self._queue is not None:
-            self._queue.push(*teacher)  # before the loss: each pair of the batch has its match among those queued
-        size = config.micro_batch or len(pixels)
-        tokens = self._student.shorten(tokens)
-        parts_of_batch = list(zip(torch.split(pixels, size), torch.split(tokens, size), strict=True))
+            # before the loss: each pair of the batch has its match among those queued
+            image, text = teacher
+            self._queue.push(image.repeat_interleave(text.shape[1], dim=0), text.flatten(0, 1))
+        size, captions = config.micro_batch or len(pixels), tokens.shape[1]
+        tokens = self._student.shorten(tokens.flatten(0, 1))
+        parts_of_batch = list(zip(torch.split(pixels, size), torch.split(tokens, size * captions), strict=True))
         backward = self._whole if len(parts_of_batch) == 1 else self._in_parts
         total, parts, logit_scale = backward(step, parts_of_batch, teacher)
         norm = self._fabric.clip_gradients(
@@ -142,10 +144,10 @@ class TrainStep:
         logit_scale = outputs[0].logit_scale.detach().requires_grad_()
         total, parts = self._loss(tuple(leaves), logit_scale, teacher)
         slopes = torch.autograd.grad(total, [*leaves, logit_scale], allow_unused=True, materialize_grads=True)
-        # DDP takes the mean over ranks, while each feature has its gradient on one rank alone
-        mine = slice(self._fabric.global_rank * len(local[0]), (self._fabric.global_rank + 1) * len(local[0]))
-        size = len(parts_of_batch[0][0])
-        feature_slopes = [torch.split(slope[mine] * self._fabric.world_size, size) for slope in slopes[:4]]
+        feature_slopes = [
+            self._slopes_of_parts(slope, [len(output[place]) for output in outputs])
+            for place, slope in enumerate(slopes[:4])
+        ]
         for part, inputs in enumerate(parts_of_batch):
             last = part == len(parts_of_batch) - 1
             with self._fabric.no_backward_sync(self._model, enabled=not last):
@@ -154,6 +156,12 @@ class TrainStep:
                 # every part computes logit_scale anew from the one parameter; its gradient counts once
                 self._fabric.backward(sent + output.logit_scale * (slopes[4] if last else 0.0))
         return total.detach(), parts, logit_scale.detach()
+
+    def _slopes_of_parts(self, slope: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+        """The gradient by the rows of each of this rank's parts, out of that by the rows of all ranks."""
+        mine = slope.tensor_split(self._fabric.world_size)[self._fabric.global_rank]
+        # DDP takes the mean over ranks, while each feature has its gradient on one rank alone
+        return torch.split(mine * self._fabric.world_size, rows)
 
     def _forward(self, step: int, part: int, pixels: Tensor, tokens: Tensor) -> StudentOutput:
         device = self._fabric.device
@@ -166,26 +174,35 @@ class TrainStep:
         return output
 
     def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
+        """The mean of as many losses as an image has captions: all images with the first of theirs, the second, ..."""
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
         queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
-        return weighted_sum(
-            LossInputs(
-                student_image=image,
-                student_text=text,
-                projected_image=projected_image,
-                projected_text=projected_text,
-                teacher_image=teacher_image,
-                teacher_text=teacher_text,
-                student_logit_scale=logit_scale,
-                teacher_logit_scale=self._teacher_logit_scale,
-                label_smoothing=self._config.label_smoothing,
-                temperature=self._config.temperature,
-                queue_image=queue_image,
-                queue_text=queue_text,
-            ),
-            self._config.losses,
-        )
+        each = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text))
+        found = [
+            weighted_sum(
+                LossInputs(
+                    student_image=image,
+                    student_text=own,
+                    projected_image=projected_image,
+                    projected_text=projected,
+                    teacher_image=teacher_image,
+                    teacher_text=wanted,
+                    student_logit_scale=logit_scale,
+                    teacher_logit_scale=self._teacher_logit_scale,
+                    label_smoothing=self._config.label_smoothing,
+                    temperature=self._config.temperature,
+                    queue_image=queue_image,
+                    queue_text=queue_text,
+                ),
+                self._config.losses,
+            )
+            for own, projected, wanted in zip(*each, teacher_text.unbind(1), strict=True)
+        ]
+        totals, parts = zip(*found, strict=True)
+        return torch.stack(totals).mean(), {
+            name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]
+        }
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
@@ -197,9 +214,10 @@ class TrainStep:
 
 
 def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:
-    rows = {"image_rows": pairs.image_rows.tolist(), "caption_rows": pairs.caption_rows.tolist()}
+    images, captions = pairs.image_rows.tolist(), pairs.caption_rows.ravel().tolist()
+    rows = {"image_rows": images, "caption_rows": captions}
     event(_LOG, logging.ERROR, "not finite", step=step, detail=what, learning_rate=rate, **rows)
     return (
-        f"step {step}: {what}. Image rows {pairs.image_rows.tolist()}, caption rows {pairs.caption_rows.tolist()}. "
-        f"Lower the learning rate ({rate:.2g}), or use precision fp32."
+        f"step {step}: {what}. Image rows {images}, caption rows {captions}. Lower the learning rate "
+        f"({rate:.2g}), or use precision fp32."
     )

@@ -155,7 +155,7 @@ class _TorchvisionImages(_Images):
 
 def _peer(images: _Images, pairs: list[Pairs]) -> Iterator[Any]:
     """A plain DataLoader over the same pairs in the same order."""
-    order = [list(zip(pair.image_rows.tolist(), pair.caption_rows.tolist(), strict=True)) for pair in pairs]
+    order = [list(zip(pair.image_rows.tolist(), pair.caption_rows.ravel().tolist(), strict=True)) for pair in pairs]
     loader: Iterator[Any] = iter(
         DataLoader(images, num_workers=_WORKERS, batch_sampler=order, worker_init_fn=lambda _: torch.set_num_threads(1))
     )

@@ -69,7 +69,7 @@ def stream_epoch(location: str) -> int:
     drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
     for_images, for_captions = itertools.tee(drawn)
     images = reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
-    captions = reader.stream("text", (pairs.caption_rows for pairs in for_captions))
+    captions = reader.stream("text", (pairs.caption_rows.ravel() for pairs in for_captions))
     return sum(1 for _ in zip(images, captions, strict=True))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from open_clip.loss import ClipLoss, DistillClipLoss
 from torch import Tensor
@@ -29,6 +30,7 @@ from pipeline.precompute import precompute
 from pipeline.preprocess import handed_on
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
+from pipeline.short_text import encode_text
 from pipeline.student import Student, build_student, student_config, student_tokenizer
 from pipeline.student_inputs import InputLoader
 from pipeline.train_step import TrainStep
@@ -120,26 +122,29 @@ class _Bench:
 
     def no_teacher(self, pixels: Tensor, tokens: Tensor) -> None:
         """The student's towers as short as ours, and no teacher's targets, losses or projections."""
-        image, text, scale = self._features(pixels, self.plain.shorten(tokens))
+        image, scale = self._image(pixels)
+        text = self.plain.encode_text(
+            self.plain.shorten(tokens.flatten(0, 1)).to(self.fabric.device, non_blocking=True)
+        )
         self._finish(self._contrastive(image, text, scale))
 
     def online(self, teacher: Any, pixels: Tensor, tokens: Tensor) -> None:
         """As open_clip's ``train_one_epoch`` with a model to distil: it runs in the step, and all at full length."""
         device = self.fabric.device
-        pixels, tokens = pixels.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-        image, text, scale = self._features(pixels, tokens)
+        pixels, tokens = pixels.to(device, non_blocking=True), tokens.flatten(0, 1).to(device, non_blocking=True)
+        image, scale = self._image(pixels)
+        text = F.normalize(encode_text(self.plain.model, tokens).float(), dim=-1)
         with torch.no_grad():
             teacher_image, teacher_text, teacher_scale = teacher(pixels, tokens)
         self._finish(sum(self._distill(image, text, scale, teacher_image, teacher_text, teacher_scale)))
 
-    def _features(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         device, student = self.fabric.device, self.plain
         image = student.encode_image(
             pixels.to(device, non_blocking=True, memory_format=image_memory_format(student.model))
         )
-        text = student.encode_text(tokens.to(device, non_blocking=True))
         scale: Tensor = student.model.logit_scale.exp()  # type: ignore[operator]
-        return image, text, scale
+        return image, scale
 
     def _finish(self, loss: Any) -> None:
         self._plain_optimizer.zero_grad(set_to_none=True)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from pipeline.evaluate import EvaluateResult, evaluate
@@ -168,6 +169,43 @@ def test_ranks_change_no_recall(home: Path, measured: EvaluateResult) -> None:
     assert plain.ranks is None
     changed = {"seconds", "date", "ranks"}
     assert plain.model_dump(exclude=changed) == measured.model_dump(exclude=changed)
+
+
+def test_each_tower_beside_the_teachers_other_one(home: Path, measured: EvaluateResult) -> None:
+    result = evaluate(settings(home, towers=True))
+    changed = {"seconds", "date", "ranks", "towers"}
+    assert result.model_dump(exclude=changed) == measured.model_dump(exclude=changed)
+    assert measured.towers is None
+    split = open_split(settings(home))
+    own = student_rows(home, split.sample_ids, split.captions)
+    weights = load_file(RunFolder(str(home / "run")).checkpoint_path() / "projection.safetensors")
+    projected = [rows @ weights[f"{name}.weight"].numpy().T for name, rows in zip(("image", "text"), own, strict=True)]
+    image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in projected)
+    positive = split.text_image == np.arange(len(split.image_rows))[:, None]
+    pairs = {"image": (image, split.teacher_text()), "text": (split.teacher_image(), text)}
+    for name, (images, captions) in pairs.items():
+        tower = (result.towers or {})[name]  # type: ignore[index]
+        for direction, ranks in (
+            ("i2t", naive_ranks(images, captions, positive)),
+            ("t2i", naive_ranks(captions, images, positive.T)),
+        ):
+            for k in (1, 5, 10):
+                wanted = 100 * np.mean([rank is not None and rank <= k for rank in ranks])
+                assert tower.recall[direction][f"R@{k}"] == pytest.approx(wanted)
+                share = tower.retention[direction][f"R@{k}"]
+                assert share == pytest.approx(100 * wanted / result.teacher[direction][f"R@{k}"])
+
+
+def test_towers_need_a_student_whose_rows_may_stand_beside_the_teachers(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run is named: give --run"):
+        evaluate(EvaluateConfig(cache=str(home / "c"), split="test", towers=True))
+    record = RunFolder(str(home / "run")).read().model_dump(mode="json")
+    record["config"]["losses"] = {"relational": 1.0, "contrastive": 1.0, "cosine": 0.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run" / "checkpoints").symlink_to(home / "run" / "checkpoints")
+    with pytest.raises(UsageError, match="trained by relational, contrastive, which leaves it a space of its own"):
+        evaluate(EvaluateConfig(run=str(tmp_path / "run"), split="test", towers=True))
 
 
 def test_a_write_that_fails_leaves_the_old_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_its_rows_are_the_teachers_up_to_rounding(home: Path) -> None:
 
 def test_students_get_unit_targets(home: Path) -> None:
     rows = np.array([0, 5, 47])
-    pairs = Pairs(rows, 2 * rows, np.zeros(3, np.int64))
+    pairs = Pairs(rows, 2 * rows[:, None], np.zeros(3, np.int64))
     targets = {
         dtype: CachedTeacher(EmbeddingReader(str(home / f"{dtype}.cache"))).targets(pairs)
         for dtype in ("float16", "int8")
@@ -106,7 +106,7 @@ def test_students_get_unit_targets(home: Path) -> None:
     for name in ("image", "text"):
         mine, theirs = getattr(targets["int8"], name).numpy(), getattr(targets["float16"], name).numpy()
         assert mine.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(mine, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(mine, axis=-1), 1, atol=1e-6)
         assert 0 < np.abs(mine - theirs).max() < 5e-3
 
 

@@ -113,9 +113,12 @@ def test_the_queue_loss_needs_a_queue(tmp_path: Path) -> None:
         load_config(TrainConfig, "train", run_file(tmp_path, text), {})
     assert load_config(TrainConfig, "train", run_file(tmp_path, "queue_rows = 4096\n" + text), {}).queue_rows == 4096
     short = "batch_size = 64\nqueue_rows = 63\n"
-    with pytest.raises(UsageError, match=r"\[train\]: .*queue_rows 63 cannot hold one batch of 64"):
+    with pytest.raises(UsageError, match=r"\[train\]: .*queue_rows 63 cannot hold the 64 pairs of one batch"):
         load_config(TrainConfig, "train", run_file(tmp_path, short + text), {})
     assert load_config(TrainConfig, "train", run_file(tmp_path, short + text), {"batch_size": 63}).queue_rows == 63
+    of_three = short.replace("64", "32") + "captions_per_image = 3\n"
+    with pytest.raises(UsageError, match=r"\[train\]: .*queue_rows 63 cannot hold the 96 pairs of one batch"):
+        load_config(TrainConfig, "train", run_file(tmp_path, of_three + text), {})
     assert TrainConfig(**NEEDED, losses={"cosine": 1.0, "queue": 0.0}).queue_rows == 0
     with pytest.raises(ValidationError, match="queue_rows"):
         TrainConfig(**NEEDED, queue_rows=-1)

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 
-from pipeline.short_text import can_shorten, encode_text, shorten
+from pipeline.short_text import can_shorten, encode_by_length, encode_text, shorten
 from tests.conftest import TINY_MODEL, make_model_folder
 
 TEXTS = ["a dog", "two brown dogs run over the wet grass", "", "word " * 40]
@@ -35,6 +35,28 @@ def test_features_and_gradients_equal_those_of_padded_captions(tmp_path: Path, t
         gradients.append((features.detach(), model.positional_embedding.grad.clone()))
     for padded, own in zip(*gradients, strict=True):
         torch.testing.assert_close(own, padded, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("captions", [1, 64, 127, 128, 200, 1000])
+def test_captions_by_length_have_the_features_and_gradients_of_all_together(tmp_path: Path, captions: int) -> None:
+    model = build(tmp_path / "m")
+    # most of them short, as captions are; equal ones have to stay equal
+    words = [1 + number * 7 % 9 if number % 10 else 30 for number in range(captions)]
+    tokens = open_clip.tokenize([f"{number % 50} " + "dog " * count for number, count in enumerate(words)], 32)
+    positions: list[int] = []
+    model.transformer.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[:2].numel()))
+    found = []
+    for encode in (encode_text, encode_by_length):
+        model.zero_grad()
+        features = encode(model, tokens)
+        (features * torch.linspace(-1, 1, captions, dtype=torch.float64)[:, None]).sum().backward()
+        found.append((features.detach(), model.positional_embedding.grad.clone()))
+    for whole, grouped in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, whole, rtol=1e-9, atol=1e-11)
+    whole, *groups = positions
+    assert len(groups) == max(1, min(captions // 64, 8))
+    assert whole == 32 * captions
+    assert sum(groups) < (0.8 if captions >= 128 else 1.01) * whole
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
@@ -147,7 +148,7 @@ def test_every_pair_is_an_image_and_one_of_its_captions(cache: Path) -> None:
     for epoch in range(6):
         pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=epoch))
         seen = np.concatenate([pair.image_rows for pair in pairs])
-        captions = np.concatenate([pair.caption_rows for pair in pairs])
+        captions = np.concatenate([pair.caption_rows for pair in pairs])[:, 0]
         assert sorted(seen) == list(rows)
         np.testing.assert_array_equal(image_of[captions], seen)
         picks |= set(captions.tolist())
@@ -158,13 +159,33 @@ def test_every_pair_is_an_image_and_one_of_its_captions(cache: Path) -> None:
     assert len(picks) > 55  # of 64 captions; each epoch draws anew
 
 
+def test_several_captions_of_an_image_are_different_ones_while_they_last(cache: Path) -> None:
+    reader = EmbeddingReader(str(cache))
+    rows = reader.image_rows("train")
+    image_of = reader.captions["image_row"].to_numpy()
+
+    def captions(each: int) -> NDArray[np.int64]:
+        pairs = epoch_pairs(reader, rows, 8, 2, seed=0, epoch=1, captions_per_image=each)
+        found = [(image_of[pair.caption_rows] - pair.image_rows[:, None], pair.caption_rows) for pair in pairs]
+        assert not any(strangers.any() for strangers, _ in found)
+        return np.concatenate([drawn for _, drawn in found])
+
+    one, two, three = captions(1), captions(2), captions(3)
+    assert (one.shape, two.shape, three.shape) == ((32, 1), (32, 2), (32, 3))
+    assert set(np.diff(two).ravel().tolist()) == {1, -1}  # each image has two, and either may come first
+    np.testing.assert_array_equal(one, two[:, :1])
+    np.testing.assert_array_equal(three, two[:, [0, 1, 0]])
+
+
 def test_cached_targets_are_what_the_teacher_says(cache: Path, tiny_teacher: Path) -> None:
     reader = EmbeddingReader(str(cache))
     teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     rows = np.array([31, 2, 17])
-    targets = CachedTeacher(reader).targets(Pairs(rows, 2 * rows + 1, np.zeros(3, np.int64)))
-    tokens = teacher.tokenizer([reader.captions["text"][int(row)].as_py() for row in 2 * rows + 1])
-    live = teacher.encode_texts(tokens).embedding.astype(np.float32)
+    captions = 2 * rows[:, None] + [1, 0]
+    targets = CachedTeacher(reader).targets(Pairs(rows, captions, np.zeros(3, np.int64)))
+    tokens = teacher.tokenizer([reader.captions["text"][int(row)].as_py() for row in captions.ravel()])
+    live = teacher.encode_texts(tokens).embedding.astype(np.float32).reshape(3, 2, -1)
+    assert targets.text.shape == live.shape
     assert np.abs(live - targets.text.numpy()).max() < 1e-3
     assert CachedTeacher(reader).logit_scale == pytest.approx(teacher.logit_scale)
 

@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
 # a student with dropout, and a queue of three batches: which patches it sees and which rows are queued has to come back
 LOSSES = {"relational": 1.0, "interactive": 0.3, "queue": 1.0}
 SETTINGS: dict[str, Any] = {"ema_decay": 0.9, "checkpoint_steps": 3, "select_split": "test", "select_every": 1}
-SETTINGS |= {"losses": LOSSES, "queue_rows": 24}
+SETTINGS |= {"losses": LOSSES, "queue_rows": 48, "captions_per_image": 2}
 
 
 class Work:
@@ -242,7 +242,7 @@ def test_a_finished_run_stays_as_it_is(work: Work) -> None:
 def test_records_of_earlier_versions_are_read(work: Work, tmp_path: Path) -> None:
     data = json.loads((work.folder / "whole" / "run.json").read_text())
     new = {"micro_batch", "ema_decay", "devices", "compile", "checkpoint_seconds", "checkpoint_steps"}
-    new |= {"select_split", "select_every"}
+    new |= {"select_split", "select_every", "captions_per_image"}
     data["config"] = {name: value for name, value in data["config"].items() if name not in new}
     del data["best"], data["resumed_at"]
     for epoch in data["epochs"]:

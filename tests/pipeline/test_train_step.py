@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.batches import CachedTeacher, epoch_pairs
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
+from pipeline.losses import contrastive_loss, feature_loss, relational_loss
 from pipeline.samples import ImageSource
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, build_student, load_student, student_config, student_tokenizer
@@ -48,26 +49,30 @@ class OneStep:
         self.student: Student = build_student(architecture, preprocess, reader.manifest.layout.embed_dim).train()
         self.before = copy.deepcopy(self.student)
         rows = reader.image_rows("train")
-        pairs = next(epoch_pairs(reader, rows, self.config.batch_size, 4, seed=0, epoch=0))
+        each = self.config.captions_per_image
+        pairs = next(epoch_pairs(reader, rows, self.config.batch_size, 4, 0, 0, captions_per_image=each))
         source, tokenizer = ImageSource(reader.manifest.source.image_root), student_tokenizer(architecture)
         inputs = InputLoader(reader, source, self.student.preprocess, tokenizer, 0, torch.device("cpu"))
         self.pixels, self.tokens = next(inputs.epoch([pairs]))
         teacher = CachedTeacher(reader)
+        self.teacher_logit_scale = teacher.logit_scale
         fabric = Fabric(accelerator="cpu", devices=1)
         self.student.model.visual.to(memory_format=image_memory_format(self.student.model))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, total_steps=1)
-        targets = teacher.targets(pairs)
-        self.values: StepValues = step(0, self.pixels, self.tokens, targets, pairs)
+        self.targets = teacher.targets(pairs)
+        self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: value.grad for name, value in self.student.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 4])
-def test_parts_have_the_loss_and_the_gradients_of_the_whole(cache: Path, tmp_path: Path, micro_batch: int) -> None:
+@pytest.mark.parametrize(("micro_batch", "captions_per_image"), [(1, 1), (3, 1), (4, 1), (3, 2)])
+def test_parts_have_the_loss_and_the_gradients_of_the_whole(
+    cache: Path, tmp_path: Path, micro_batch: int, captions_per_image: int
+) -> None:
     student = make_student(tmp_path / "student.json")
-    settings = {"learning_rate": 1e-12, "clip_grad_norm": 1e9}
+    settings = {"learning_rate": 1e-12, "clip_grad_norm": 1e9, "captions_per_image": captions_per_image}
     whole, parts = (OneStep(cache, student, micro_batch=size, **settings) for size in (None, micro_batch))
     assert parts.values.loss == pytest.approx(whole.values.loss, rel=1e-6)
     assert parts.values.parts == pytest.approx(whole.values.parts, rel=1e-6)
@@ -78,6 +83,32 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole(cache: Path, tmp_pat
     for name, gradient in parts.gradients().items():
         scale = float(wanted[name].abs().max())
         assert float((gradient - wanted[name]).abs().max()) <= 1e-5 * max(scale, 1e-3), name
+
+
+def test_of_several_captions_the_mean_of_the_losses_counts(cache: Path, tmp_path: Path) -> None:
+    """By other code: the images with each caption by itself, gradients added up."""
+    step = OneStep(
+        cache, make_student(tmp_path / "s.json"), captions_per_image=2, learning_rate=1e-12, clip_grad_norm=1e9
+    )
+    student, totals = step.before, []
+    for caption in (0, 1):
+        tokens = step.tokens[:, caption]
+        assert tokens.shape == (8, 16)
+        image, text, projected_image, projected_text, scale = student(step.pixels, tokens)
+        p, q = step.targets.image, step.targets.text[:, caption]
+        total = (
+            contrastive_loss(image, text, scale)
+            + relational_loss(image, text, p, q, scale, step.teacher_logit_scale)
+            + 50 * feature_loss(projected_image, projected_text, p, q)
+        )
+        (total / 2).backward()
+        totals.append(total.item())
+    assert not math.isclose(*totals, rel_tol=1e-4)
+    assert step.values.loss == pytest.approx(sum(totals) / 2, rel=1e-5)
+    wanted = {name: parameter.grad for name, parameter in student.named_parameters()}
+    assert set(step.gradients()) == set(wanted)
+    for name, gradient in step.gradients().items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
 
 
 def test_parts_train_as_the_whole_does(cache: Path, tmp_path: Path) -> None:
@@ -131,12 +162,13 @@ def test_batch_norm_moves_once_per_part(cache: Path, tmp_path: Path) -> None:
     [
         {"micro_batch": None},
         {"micro_batch": 3},
+        {"micro_batch": 3, "captions_per_image": 2},
         # no loss looks at logit_scale, or none at the projections
         {"losses": {"feature": 100.0}, "epochs": 1},
         {"losses": {"contrastive": 1.0}, "epochs": 1, "ema_decay": 0.9, "select_split": "test"},
         {"losses": {"queue": 1.0, "interactive": 1.0, "relational_mse": 1.0}, "queue_rows": 20, "temperature": 0.5},
     ],
-    ids=["whole", "in parts", "feature only", "contrastive only", "queue"],
+    ids=["whole", "in parts", "several captions", "feature only", "contrastive only", "queue"],
 )
 def test_two_processes_train_as_one_does(cache: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     student = make_student(tmp_path / "student.json")
