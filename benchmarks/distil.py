@@ -196,8 +196,8 @@ def alone(tower: str, finished: list[dict[str, Any]]) -> str:
 
 def markdown(out: Path, rows: dict[str, Any], split: str) -> str:
     lines = [
-        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | image tower % | text tower % | minutes | "
-        "of a teacher beside it | where |",
+        f"| row | parameters | views | epochs | seeds | mean recall on {split} | retention % | image tower % | "
+        "text tower % | minutes | of a teacher beside it | where |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():

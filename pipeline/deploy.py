@@ -88,7 +88,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         (folder / "table.json").write_text(table.model_dump_json(indent=2) + "\n")
         (folder / "table.md").write_text(to_markdown(table))
         draw_table(table, folder / "table.png")
-        (folder / "README.md").write_text(model_card(deployment, table))
+        (folder / "README.md").write_text(model_card(deployment, table, record.averaged))
     return DeployResult(out=str(out), deployment=deployment, table=table, seconds=time.perf_counter() - started)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.deployment import Deployment
+from pipeline.runs import AveragedRun
 from pipeline.student_table import StudentTable, to_markdown
 
 __all__ = ["model_card"]
 
 
-def model_card(deployment: Deployment, table: StudentTable) -> str:
+def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[AveragedRun] = ()) -> str:
     """Markdown, with the head that model hubs read.
 
     Args:
         table: goes in whole.
+        averaged: the runs whose mean this student is, if it is one.
     """
     size = "x".join(str(edge) for edge in deployment.preprocess["size"])
     files = [
@@ -31,6 +35,7 @@ def model_card(deployment: Deployment, table: StudentTable) -> str:
     smallest = [variant for variant, made in deployment.towers.items() if len(made) == 2][-1]
     dense = deployment.weights.bytes > 1.1 * 4 * deployment.parameters
     multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""
+    runs = f" Its weights are the mean of those of {len(averaged)} runs that began alike." if averaged else ""
     return f"""---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
@@ -40,7 +45,7 @@ tags: [clip, distillation, onnx, teacher-cache]
 
 A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
 {deployment.teacher} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}). It sees {size} pixels and
-reads up to {deployment.tokenization.context_length} tokens.
+reads up to {deployment.tokenization.context_length} tokens.{runs}
 
 ![Size, speed and recall of {deployment.name}, its teacher and its ONNX files](table.png)
 

@@ -52,11 +52,11 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
     """As :func:`encode_text`, captions of like length together, each group at its own; for models that ``can_shorten``.
 
-    The order is one of lengths, so that where ``tokens`` are on a GPU it is waited for once.
+    Where ``tokens`` are on a GPU it is waited for once; fewer than 128 of them are encoded at the length they come in.
     """
     groups = min(len(tokens) // _GROUP, _MOST_GROUPS)
     if groups < 2:
-        return encode_text(model, shorten(tokens))
+        return encode_text(model, tokens)
     lengths, order = tokens.argmax(dim=1).sort(stable=True)
     parts = order.tensor_split(groups)
     last = torch.stack([part[-1] for part in lengths.tensor_split(groups)]).tolist()

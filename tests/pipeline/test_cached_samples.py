@@ -67,9 +67,10 @@ def test_any_rows_are_those_of_the_whole_tables(
             wanted = [SampleRecord(**{name: samples[row][name] for name in names}) for row in rows]
             assert found.records(rows) == wanted
             counts = reader.caption_index.counts(rows)
-            paired = rows[counts > 0]
-            of_each = reader.caption_index.starts(paired) + random.integers(0, counts[counts > 0])
-            assert found.texts(paired, of_each) == [captions[row] for row in of_each]
+            paired, counts = rows[counts > 0], counts[counts > 0, None]
+            drawn = random.integers(0, counts, (len(paired), random.integers(1, 4)))
+            of_each = reader.caption_index.starts(paired)[:, None] + drawn
+            assert found.texts(paired, of_each) == [captions[row] for row in of_each.ravel()]
 
 
 def test_an_epoch_in_the_shuffles_order_reads_each_file_once_and_each_chunk_once(
@@ -158,7 +159,7 @@ def test_tables_are_read_before_a_step_needs_them_and_once(
 def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = parted(monkeypatch, 80, 80)
     samples, row = CachedSamples(reader, kept_chunks=1), np.array([3])
-    caption = reader.caption_index.starts(row)
+    caption = reader.caption_index.starts(row)[:, None]
 
     def broken(self: pq.ParquetFile, group: int, **settings: object) -> Any:
         raise OSError(errno.EIO, "Input/output error")
@@ -171,4 +172,4 @@ def test_a_table_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
             samples.texts(row, caption)
     # and tried again when it is asked for again
     assert samples.records(row)[0].sample_id == "img-3"
-    assert samples.texts(row, caption) == [reader.captions["text"][int(caption[0])].as_py()]
+    assert samples.texts(row, caption) == [reader.captions["text"][int(caption[0, 0])].as_py()]

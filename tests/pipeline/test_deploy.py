@@ -21,7 +21,8 @@ from pipeline.config import DeployConfig, EvaluateConfig
 from pipeline.deploy import DeployResult, deploy
 from pipeline.deployment import Deployment, DeploymentError
 from pipeline.evaluate import evaluate
-from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder
+from pipeline.model_card import model_card
+from pipeline.runs import CHECKPOINT_WEIGHTS, AveragedRun, RunFolder
 from pipeline.runtime import StudentRuntime
 from pipeline.student_table import StudentTable
 from pipeline.train import train
@@ -173,6 +174,17 @@ def test_the_card_says_how_and_its_code_runs(
     Image.open(pictures / "red" / "0.png").convert("RGB").save(out.parent / "photo.jpg")
     for block in blocks:
         exec(block.replace("FOLDER", str(out)), {})
+
+
+def test_the_card_of_a_mean_of_runs_says_so(trained: Path, deployed: tuple[Path, DeployResult]) -> None:
+    out, result = deployed
+    runs = [
+        AveragedRun(run=name, checkpoint="checkpoints/x", weights_sha256="0", config=RunFolder(trained).read().config)
+        for name in ("a", "b", "c")
+    ]
+    assert (out / "README.md").read_text() == model_card(result.deployment, result.table)
+    plain, mean = (model_card(result.deployment, result.table, averaged) for averaged in ((), runs))
+    assert mean.replace(" Its weights are the mean of those of 3 runs that began alike.", "") == plain != mean
 
 
 def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
