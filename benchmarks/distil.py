@@ -32,7 +32,7 @@ from pipeline.config import EvaluateConfig, InheritConfig, SoupConfig, TrainConf
 from pipeline.evaluate import evaluate
 from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
-from pipeline.recipes import TEACHER_SPACE_LOSSES
+from pipeline.recipes import in_teacher_space
 from pipeline.runs import RunFolder, RunRecord
 from pipeline.soup import soup
 from pipeline.train import train
@@ -78,8 +78,8 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
     make = prepared(name, table, seed, options)
     try:
         record = make()
-        alone = any(record.config.losses.get(loss, 0) > 0 for loss in TEACHER_SPACE_LOSSES)
-        measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device, towers=alone))
+        towers = in_teacher_space(record.config.losses)
+        measured = evaluate(EvaluateConfig(run=str(out), split=options.split, device=options.device, towers=towers))
     except (FloatingPointError, RuntimeError) as error:
         finished: dict[str, Any] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
     else:
@@ -95,7 +95,7 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
             "recall": measured.student,
             "teacher": measured.teacher,
             "retention": measured.retention["mean"] if measured.retention else None,
-            "towers": {name: tower.retention["mean"] for name, tower in (measured.towers or {}).items()},
+            "towers": {which: tower.retention["mean"] for which, tower in (measured.towers or {}).items()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
             "date": date.today().isoformat(),
             "commit": subprocess.run(

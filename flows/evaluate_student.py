@@ -57,6 +57,7 @@ def evaluate_student(
         "teacher": measured.teacher,
         "student": measured.student,
         "retention": measured.retention,
+        "towers": {name: tower.model_dump() for name, tower in (measured.towers or {}).items()} or None,
     }
 
 

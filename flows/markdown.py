@@ -127,6 +127,9 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
             yield row
     means = [f"{mean_recall(found):.1f}" if found else "-" for found in (measured.teacher, student)]
     yield ["mean", *means, retained(kept["mean"], spans and spans["mean"]) if kept else "-"]
+    for name, tower in (measured.towers or {}).items():
+        kept_by_it = retained(tower.retention["mean"], None)
+        yield [f"mean, {name} tower with the teacher's other", "-", f"{mean_recall(tower.recall):.1f}", kept_by_it]
 
 
 def deployment_text(result: DeployResult) -> str:

@@ -69,7 +69,10 @@ def _chosen(split: str | None) -> str:
 
 
 def recall_table(title: str, found: EvaluateResult) -> Table:
-    """Recalls of teacher and student side by side, what was retained and how far that may be off; in percent."""
+    """Recalls of teacher and student side by side, what was retained and how far that may be off; in percent.
+
+    Of each tower, if it was measured, its recalls beside the teacher's other one.
+    """
     from pipeline.metrics import mean_recall
 
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -95,6 +98,6 @@ def recall_table(title: str, found: EvaluateResult) -> Table:
             }
             row(label, ends, spans["mean"] and spans["mean"][end])
     for name, tower in (found.towers or {}).items():
-        row(f"{name} tower alone", tower.recall, mean_recall(tower.recall))
-        row("retention %", tower.retention, tower.retention["mean"])
+        row(f"{name} tower", tower.recall, mean_recall(tower.recall))
+        row("  retention %", tower.retention, tower.retention["mean"])
     return table

@@ -162,11 +162,11 @@ class TrainConfig(StageConfig):
         description="Captions of each image in a step, for each of which the losses are worked out; their mean.",
     )
     epochs: int = Field(10, gt=0, description="Passes over the split, each image once, with captions at random.")
-    batch_size: int = Field(256, gt=1, description="Pairs per step, over all devices.")
+    batch_size: int = Field(256, gt=1, description="Images per step, each with its captions, over all devices.")
     micro_batch: int | None = Field(
         None,
         gt=0,
-        description="Pairs per forward pass and device, to fit a large batch into memory at a third more time; the "
+        description="Images per forward pass and device, to fit a large batch into memory at a third more time; the "
         "loss still compares the whole batch. All at once if left out.",
     )
     learning_rate: float = Field(
@@ -203,7 +203,8 @@ class TrainConfig(StageConfig):
         0,
         ge=0,
         validate_default=True,
-        description="Cached teacher rows that the queue loss compares with, the last ones used; 0: no queue.",
+        description="Cached teacher rows that the queue loss compares with, the last ones used; 0: no queue. An image "
+        "with several captions takes a row for each.",
     )
     window_chunks: int = Field(16, gt=0, description="Chunks of the cache that are shuffled together.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order and choice of captions.")
@@ -356,7 +357,9 @@ class EvaluateConfig(StageConfig):
         None, description="Parquet file to write with the rank of every query, by teacher and student."
     )
     towers: bool = Field(
-        False, description="Measure each of the student's towers by itself too, with the teacher's rows for the other."
+        False,
+        description="Measure each of the student's towers by itself too, with the teacher's rows for the other one; "
+        "left in the run until it is evaluated anew.",
     )
     batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass of the student.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N, for the student.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,17 +64,14 @@ def projected(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features of :func:`encode_rows` in the teacher's space, float32 (rows, teacher_dim), normalised.
 
-    Where the widths are the same that is the student's own space: the very arrays come back.
+    Where the widths are the same that is the student's own space: the very arrays come back. Worked out on the CPU.
     """
     if student.embed_dim == student.teacher_dim:
         return image, text
 
-    def through(projection: torch.nn.Module, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        device = next(projection.parameters()).device
-        with torch.inference_mode():
-            found: NDArray[np.float32] = (
-                F.normalize(projection(torch.from_numpy(rows).to(device)), dim=-1).cpu().numpy()
-            )
+    def through(projection: Any, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        weight = projection.weight.detach().float().cpu()
+        found: NDArray[np.float32] = F.normalize(F.linear(torch.from_numpy(rows), weight), dim=-1).numpy()
         return found
 
     return through(student.image_projection, image), through(student.text_projection, text)

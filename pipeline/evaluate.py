@@ -20,7 +20,7 @@ from pipeline.intervals import LEVEL, RESAMPLES, RecallIntervals, bootstrap_reca
 from pipeline.metrics import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
 from pipeline.out_file import out_file
 from pipeline.rank_table import RANK_DEPTH, write_rank_table
-from pipeline.recipes import TEACHER_SPACE_LOSSES
+from pipeline.recipes import TEACHER_SPACE_LOSSES, in_teacher_space
 from pipeline.runs import RunFolder, RunRecord
 from storage.errors import UsageError
 
@@ -96,8 +96,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
 
     Raises:
         UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, ranks that cannot
-            be written where they are wanted, or towers of no run, or of one whose losses left them no common space
-            with the teacher.
+            be written where they are wanted, or towers of no run, or of one that has no space in common with the
+            teacher.
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
@@ -113,14 +113,14 @@ def student_ranks(
         config: batch size, device and workers are taken from it.
         depth: how far down to look.
     """
-    (image, text), _ = _embedded(config, split, checkpoint, progress)
-    return split.ranks(image, text, depth)
+    own, _ = _embedded(config, split, checkpoint, progress)
+    return split.ranks(*own, depth)
 
 
 def _embedded(
     config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, progress: Progress | None
-) -> tuple[_Rows, _Rows]:
-    """A student's images and captions of a split, in its own space and in the teacher's."""
+) -> tuple[_Rows, _Rows | None]:
+    """A student's images and captions of a split, in its own space and, for its towers, in the teacher's."""
     # torch only from here on: the teacher's recall needs none
     from pipeline.device import image_memory_format, keep_freed_memory, resolve_device
     from pipeline.encode_student import encode_rows, projected
@@ -143,30 +143,35 @@ def _embedded(
             config.batch_size,
             progress,
         )
-    return (image, text), projected(model, image, text)
+    return (image, text), projected(model, image, text) if config.towers else None
 
 
-def _each_tower(
-    split: EvaluationSplit, rows: _Rows, teacher: Recalls, depth: int
-) -> dict[Literal["image", "text"], TowerResult]:
+def _each_tower(split: EvaluationSplit, rows: _Rows, teacher: Recalls) -> dict[Literal["image", "text"], TowerResult]:
     """Of a student's images and captions in the teacher's space."""
     image, text = rows
 
     def alone(images: NDArray[np.float32], captions: NDArray[np.float32]) -> TowerResult:
-        recall = recall_of_ranks(split.ranks(images, captions, depth))
+        recall = recall_of_ranks(split.ranks(images, captions))
         return TowerResult(recall=recall, retention=retention(recall, teacher))
 
     return {"image": alone(image, split.teacher_text()), "text": alone(split.teacher_image(), text)}
 
 
-def _require_common_space(run: str | None, record: RunRecord | None) -> None:
+def _require_common_space(run: str | None, record: RunRecord | None, accepted: tuple[str, ...]) -> None:
     if record is None:
         raise UsageError("towers are of a student, and no run is named: give --run, or leave --towers out")
-    trained_by = [name for name, weight in record.config.losses.items() if weight > 0]
-    if not set(trained_by) & set(TEACHER_SPACE_LOSSES):
+    for losses in (config.losses for config in (record.config, *(each.config for each in record.averaged))):
+        if not in_teacher_space(losses):
+            trained_by = ", ".join(name for name, weight in losses.items() if weight > 0)
+            raise UsageError(
+                f"{run}: trained by {trained_by}, which leaves it a space of its own: its rows cannot stand beside the "
+                f"teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
+            )
+    others = [name for name in (each.partition(":")[0] for each in accepted) if name.partition(".")[0] == "teacher"]
+    if others:
         raise UsageError(
-            f"{run}: trained by {', '.join(trained_by)}, which leaves it a space of its own: its rows cannot stand "
-            f"beside the teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
+            f"{run}: of another teacher than this cache's ({', '.join(others)}), so that its rows cannot stand beside "
+            "them as --towers wants. Leave --towers out, or measure on a cache of its own teacher."
         )
 
 
@@ -178,19 +183,19 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     record = folder.read() if folder else None
     path = folder.checkpoint_path(config.checkpoint) if folder else None
     rank_path = out_file("--ranks", config.ranks, "ranks.parquet") if config.ranks else None
-    if config.towers:
-        _require_common_space(run, record)
     split = open_split(config)
+    if config.towers:
+        _require_common_space(run, record, split.accepted_mismatches)
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_ranks = split.teacher_ranks(depth)
     teacher = recall_of_ranks(teacher_ranks)
     ranks = student = kept = towers = None
     if path is not None and record is not None:
-        rows, in_teachers_space = _embedded(config, split, path, progress)
-        ranks = split.ranks(*rows, depth)
+        own, in_teachers_space = _embedded(config, split, path, progress)
+        ranks = split.ranks(*own, depth)
         student = recall_of_ranks(ranks)
         kept = retention(student, teacher)
-        towers = _each_tower(split, in_teachers_space, teacher, depth) if config.towers else None
+        towers = _each_tower(split, in_teachers_space, teacher) if in_teachers_space else None
     checkpoint = path.relative_to(folder.path).as_posix() if folder and path else None
     if rank_path:
         write_rank_table(rank_path, split, teacher_ranks, ranks, run, checkpoint)

@@ -11,7 +11,7 @@ from pipeline.student_table import StudentTable, to_markdown
 __all__ = ["model_card"]
 
 
-def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[AveragedRun] = ()) -> str:
+def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[AveragedRun]) -> str:
     """Markdown, with the head that model hubs read.
 
     Args:

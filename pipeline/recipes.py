@@ -18,11 +18,12 @@ __all__ = [
     "RECIPE_SETTINGS",
     "TEACHER_SPACE_LOSSES",
     "Recipe",
+    "in_teacher_space",
 ]
 
 # those of pipeline.losses.LOSSES: a config is checked, and a flow deployed, without torch
 LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
-# those that put the student's features beside the teacher's, so that either can stand for the other
+# those that compare the student's features with the teacher's, so that either can stand for the other
 TEACHER_SPACE_LOSSES = ("cosine", "feature", "interactive", "queue")
 
 
@@ -112,3 +113,8 @@ RECIPES: dict[str, Recipe] = {
 
 # the settings that a recipe fills
 RECIPE_SETTINGS = frozenset(field.name for field in fields(Recipe))
+
+
+def in_teacher_space(losses: dict[str, float]) -> bool:
+    """Whether a student trained by these losses can be compared with its teacher row by row, by its projections."""
+    return any(losses.get(name, 0) > 0 for name in TEACHER_SPACE_LOSSES)

@@ -17,8 +17,7 @@ from torch.func import functional_call
 __all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
 
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
-# captions that go through the tower together: enough to fill it, and not all at the length of the longest one
-_GROUP, _MOST_GROUPS = 64, 8
+_GROUP = 64  # captions that fill a CPU's cores; fewer go with the next longer ones
 
 
 def can_shorten(model: nn.Module) -> bool:
@@ -34,11 +33,7 @@ def shorten(tokens: Tensor) -> Tensor:
     """Cut (batch, context_length) token ids behind the longest caption; only for models that ``can_shorten``."""
     # the end-of-text token has the highest id; padding follows it
     longest = int(tokens.argmax(dim=1).max()) + 1
-    return tokens[:, : _padded(longest)]
-
-
-def _padded(length: int) -> int:
-    return -(-length // _STEP) * _STEP
+    return tokens[:, : -(-longest // _STEP) * _STEP]
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
@@ -52,15 +47,18 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
     """As :func:`encode_text`, captions of like length together, each group at its own; for models that ``can_shorten``.
 
-    Where ``tokens`` are on a GPU it is waited for once; fewer than 128 of them are encoded at the length they come in.
+    On a CPU. A GPU takes all at once: several launches, and a look at the lengths, cost it more than padding does.
     """
-    groups = min(len(tokens) // _GROUP, _MOST_GROUPS)
-    if groups < 2:
+    if tokens.device.type != "cpu" or len(tokens) <= _GROUP:
         return encode_text(model, tokens)
-    lengths, order = tokens.argmax(dim=1).sort(stable=True)
-    parts = order.tensor_split(groups)
-    last = torch.stack([part[-1] for part in lengths.tensor_split(groups)]).tolist()
-    features = [encode_text(model, tokens[part, : _padded(end + 1)]) for part, end in zip(parts, last, strict=True)]
+    lengths, order = (tokens.argmax(dim=1) + 1).sort(stable=True)
+    counts = (lengths + _STEP - 1).div(_STEP, rounding_mode="floor").bincount().tolist()
+    features, start, stop = [], 0, 0
+    for steps, count in enumerate(counts):
+        stop += count
+        if stop - start >= _GROUP or (count and stop == len(tokens)):
+            features.append(encode_text(model, tokens[order[start:stop], : steps * _STEP]))
+            start = stop
     return torch.cat(features)[order.argsort()]
 
 

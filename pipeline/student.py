@@ -95,9 +95,7 @@ class Student(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
         """Both towers and both projections of one batch; there may be several captions to an image."""
-        # captions first: encoding them by length waits for the device, which has little to do yet
-        text = self.encode_text(tokens)
-        image = self.encode_image(pixels)
+        image, text = self.encode_image(pixels), self.encode_text(tokens)
         return StudentOutput(
             image,
             text,

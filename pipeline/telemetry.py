@@ -112,7 +112,7 @@ class PrometheusTelemetry(Telemetry):
         self._bad = Counter("bad_samples", "Samples that could not be used, by kind.", ["kind"], **mine)
         self._done = Gauge("progress_rows", "Rows of this run that are done, by whomever.", ["tower"], **mine)
         self._wanted = Gauge("wanted_rows", "Rows that this run began with as its work.", ["tower"], **mine)
-        self._samples = Counter("train_samples", "Pairs that this process trained on.", **mine)
+        self._samples = Counter("train_samples", "Images that this process trained on, each with its captions.", **mine)
         self._step = Histogram(
             "train_step_seconds", "One optimizer step, without the wait for data.", buckets=_COARSE, **mine
         )

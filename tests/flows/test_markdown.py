@@ -13,7 +13,7 @@ from PIL import Image
 
 from flows.markdown import cache_text, code, recall_text, run_text
 from flows.report_artifacts import image_uri, page_beside
-from pipeline.evaluate import EvaluateResult
+from pipeline.evaluate import EvaluateResult, TowerResult
 from pipeline.intervals import Interval, RecallIntervals
 from pipeline.runs import BestRecord, EpochRecord, RunRecord, Selection
 from storage.inspect import describe_cache
@@ -70,6 +70,16 @@ def test_recall_is_a_table_with_what_was_kept_and_its_interval():
         "| t2i R@5 | 40.0 | 20.0 | 50.0 % [40.0, 61.3] |",
         "| t2i R@10 | 40.0 | 20.0 | 50.0 % |",
         "| mean | 48.3 | 24.2 | 50.2 % [45.0, 55.0] |",
+    ]
+
+
+def test_each_tower_that_was_measured_has_a_line():
+    recall, kept = measured().student, measured().retention
+    towers = {"image": TowerResult(recall=recall, retention=kept), "text": TowerResult(recall=recall, retention=kept)}
+    assert recall_text(measured(towers=towers)).splitlines()[-3:] == [
+        "| mean | 48.3 | 24.2 | 50.2 % [45.0, 55.0] |",
+        "| mean, image tower with the teacher's other | - | 24.2 | 50.2 % |",
+        "| mean, text tower with the teacher's other | - | 24.2 | 50.2 % |",
     ]
 
 

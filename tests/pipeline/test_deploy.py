@@ -182,7 +182,7 @@ def test_the_card_of_a_mean_of_runs_says_so(trained: Path, deployed: tuple[Path,
         AveragedRun(run=name, checkpoint="checkpoints/x", weights_sha256="0", config=RunFolder(trained).read().config)
         for name in ("a", "b", "c")
     ]
-    assert (out / "README.md").read_text() == model_card(result.deployment, result.table)
+    assert (out / "README.md").read_text() == model_card(result.deployment, result.table, ())
     plain, mean = (model_card(result.deployment, result.table, averaged) for averaged in ((), runs))
     assert mean.replace(" Its weights are the mean of those of 3 runs that began alike.", "") == plain != mean
 

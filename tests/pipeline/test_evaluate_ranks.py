@@ -30,6 +30,7 @@ from pipeline.train import train
 from storage.errors import CacheMismatchError, UsageError
 from storage.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos
+from tests.pipeline.test_cli import run
 
 TEST_IMAGES = 64
 BROKEN = 300  # one of the test images cannot be decoded
@@ -196,6 +197,13 @@ def test_each_tower_beside_the_teachers_other_one(home: Path, measured: Evaluate
                 assert share == pytest.approx(100 * wanted / result.teacher[direction][f"R@{k}"])
 
 
+def test_the_command_shows_each_tower(home: Path) -> None:
+    done = run("evaluate", "--run", "run", "--split", "test", "--device", "cpu", "--towers", cwd=home)
+    assert done.returncode == 0, done.stderr
+    labels = [line.strip().split("  ")[0] for line in done.stdout.splitlines()]
+    assert labels[labels.index("to") + 1 :][:4:2] == ["image tower", "text tower"]
+
+
 def test_towers_need_a_student_whose_rows_may_stand_beside_the_teachers(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run is named: give --run"):
         evaluate(EvaluateConfig(cache=str(home / "c"), split="test", towers=True))
@@ -206,6 +214,12 @@ def test_towers_need_a_student_whose_rows_may_stand_beside_the_teachers(home: Pa
     (tmp_path / "run" / "checkpoints").symlink_to(home / "run" / "checkpoints")
     with pytest.raises(UsageError, match="trained by relational, contrastive, which leaves it a space of its own"):
         evaluate(EvaluateConfig(run=str(tmp_path / "run"), split="test", towers=True))
+    record["config"]["losses"] = {"cosine": 1.0}
+    record["identity"]["teacher"]["weights_sha256"] = "0" * 64
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    accepted = {"accept_mismatch": ("teacher.weights_sha256",), "workers": 0, "device": "cpu"}
+    with pytest.raises(UsageError, match=r"another teacher than this cache's \(teacher\.weights_sha256\)"):
+        evaluate(EvaluateConfig(run=str(tmp_path / "run"), split="test", towers=True, **accepted))
 
 
 def test_a_write_that_fails_leaves_the_old_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

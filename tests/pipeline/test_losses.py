@@ -27,6 +27,7 @@ from pipeline.losses import (
     weighted_sum,
 )
 from pipeline.queue_rows import TeacherQueue
+from pipeline.recipes import LOSS_NAMES, in_teacher_space
 
 
 def features(rows: int, dim: int, seed: int) -> torch.Tensor:
@@ -377,3 +378,18 @@ def test_pushing_before_the_step_is_differentiated_changes_no_gradient() -> None
             queue.push(inputs.teacher_text, inputs.teacher_image)
         gradients.append(torch.autograd.grad(loss, u)[0])
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_loss_in_the_teachers_space_moves_the_projections(name: str) -> None:
+    """And no other does: a student that is trained by none of them cannot stand beside its teacher row by row."""
+    projected = doubles()
+    rows = projected.projected_image.requires_grad_(), projected.projected_text.requires_grad_()
+    scale = projected.student_logit_scale.clone().requires_grad_()
+    total, _ = weighted_sum(
+        replace(projected, student_logit_scale=scale, student_image=projected.student_image.clone().requires_grad_()),
+        {name: 1.0},
+    )
+    slopes = torch.autograd.grad(total, rows, allow_unused=True, materialize_grads=True)
+    assert {bool(slope.any()) for slope in slopes} == {in_teacher_space({name: 1.0})}
+    assert not in_teacher_space({name: 0.0})

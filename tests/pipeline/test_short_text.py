@@ -40,7 +40,7 @@ def test_features_and_gradients_equal_those_of_padded_captions(tmp_path: Path, t
 @pytest.mark.parametrize("captions", [1, 64, 127, 128, 200, 1000])
 def test_captions_by_length_have_the_features_and_gradients_of_all_together(tmp_path: Path, captions: int) -> None:
     model = build(tmp_path / "m")
-    # most of them short, as captions are; equal ones have to stay equal
+    # most of them short, as captions are
     words = [1 + number * 7 % 9 if number % 10 else 30 for number in range(captions)]
     tokens = open_clip.tokenize([f"{number % 50} " + "dog " * count for number, count in enumerate(words)], 32)
     positions: list[int] = []
@@ -54,9 +54,11 @@ def test_captions_by_length_have_the_features_and_gradients_of_all_together(tmp_
     for whole, grouped in zip(*found, strict=True):
         torch.testing.assert_close(grouped, whole, rtol=1e-9, atol=1e-11)
     whole, *groups = positions
-    assert len(groups) == max(1, min(captions // 64, 8))
     assert whole == 32 * captions
-    assert sum(groups) < (0.8 if captions >= 128 else 1.01) * whole
+    assert sum(groups) <= (0.6 if captions > 64 else 1) * whole
+    # of one padded length each, so at most four, and only the longest may be few
+    assert len(groups) <= 4
+    assert min([*groups[:-1], 64 * 8]) >= 64 * 8
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pipeline.batches import CachedTeacher, epoch_pairs
+from pipeline import short_text
+from pipeline.batches import CachedTeacher, Pairs, TeacherTargets, epoch_pairs
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.losses import contrastive_loss, feature_loss, relational_loss
+from pipeline.queue_rows import TeacherQueue
 from pipeline.samples import ImageSource
 from pipeline.schedule import learning_rate_share
 from pipeline.student import Student, build_student, load_student, student_config, student_tokenizer
@@ -59,7 +61,8 @@ class OneStep:
         fabric = Fabric(accelerator="cpu", devices=1)
         self.student.model.visual.to(memory_format=image_memory_format(self.student.model))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
-        step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, total_steps=1)
+        self.queue = TeacherQueue(self.config.queue_rows, reader.embed_dim) if self.config.queue_rows else None
+        step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, 1, self.queue)
         self.targets = teacher.targets(pairs)
         self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs)
 
@@ -109,6 +112,60 @@ def test_of_several_captions_the_mean_of_the_losses_counts(cache: Path, tmp_path
     assert set(step.gradients()) == set(wanted)
     for name, gradient in step.gradients().items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
+
+
+def test_a_queue_has_each_image_beside_each_of_its_captions(cache: Path, tmp_path: Path) -> None:
+    step = OneStep(cache, make_student(tmp_path / "s.json"), captions_per_image=2, queue_rows=16)
+    assert step.queue is not None
+    queued = [tuple(image + text) for image, text in zip(*(rows.tolist() for rows in step.queue.rows()), strict=True)]
+    wanted = [
+        tuple(image.tolist() + text.tolist())
+        for image, texts in zip(step.targets.image, step.targets.text, strict=True)
+        for text in texts
+    ]
+    assert sorted(queued) == sorted(wanted)
+
+
+def test_a_student_encodes_captions_by_length(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups change nothing but what is padding, in one piece and in parts; here of four captions, not of 64."""
+    student = make_student(tmp_path / "student.json")
+    shapes: list[torch.Size] = []
+    encode = short_text.encode_text
+
+    def watched(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        shapes.append(tokens.shape)
+        return encode(model, tokens)
+
+    monkeypatch.setattr(short_text, "encode_text", watched)
+    monkeypatch.setattr(short_text, "_STEP", 1)  # captions of this cache are all short
+    found = {}
+    for group in (10**9, 4):
+        monkeypatch.setattr(short_text, "_GROUP", group)
+        for micro_batch in (None, 3):
+            shapes.clear()
+            run = tmp_path / f"{group}-{micro_batch}"
+            train(train_config(cache, student, run, captions_per_image=2, micro_batch=micro_batch))
+            found[group, micro_batch] = trace(run), len(shapes), sum(rows * length for rows, length in shapes)
+    for micro_batch in (None, 3):
+        (plain, calls, positions), (grouped, more, fewer) = found[10**9, micro_batch], found[4, micro_batch]
+        assert more > calls
+        assert fewer < positions
+        for one, other in zip(grouped, plain, strict=True):
+            assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_targets_of_other_captions_are_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = CachedTeacher.targets
+
+    def flat(self: CachedTeacher, pairs: Pairs) -> TeacherTargets:
+        found = targets(self, pairs)
+        return TeacherTargets(found.image, found.text.flatten(0, 1))
+
+    monkeypatch.setattr(CachedTeacher, "targets", flat)
+    with pytest.raises(
+        ValueError, match=r"captions \(16, 16\) and tokens \(8, 2, 16\): wanted \(batch, captions, teacher"
+    ):
+        OneStep(cache, make_student(tmp_path / "s.json"), captions_per_image=2)
 
 
 def test_parts_train_as_the_whole_does(cache: Path, tmp_path: Path) -> None:
@@ -162,13 +219,27 @@ def test_batch_norm_moves_once_per_part(cache: Path, tmp_path: Path) -> None:
     [
         {"micro_batch": None},
         {"micro_batch": 3},
+        {"captions_per_image": 2},
         {"micro_batch": 3, "captions_per_image": 2},
         # no loss looks at logit_scale, or none at the projections
         {"losses": {"feature": 100.0}, "epochs": 1},
         {"losses": {"contrastive": 1.0}, "epochs": 1, "ema_decay": 0.9, "select_split": "test"},
-        {"losses": {"queue": 1.0, "interactive": 1.0, "relational_mse": 1.0}, "queue_rows": 20, "temperature": 0.5},
+        {
+            "losses": {"queue": 1.0, "interactive": 1.0, "relational_mse": 1.0},
+            "queue_rows": 40,
+            "captions_per_image": 2,
+            "temperature": 0.5,
+        },
     ],
-    ids=["whole", "in parts", "several captions", "feature only", "contrastive only", "queue"],
+    ids=[
+        "whole",
+        "in parts",
+        "several captions",
+        "several captions in parts",
+        "feature only",
+        "contrastive only",
+        "queue",
+    ],
 )
 def test_two_processes_train_as_one_does(cache: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     student = make_student(tmp_path / "student.json")

@@ -250,7 +250,7 @@ def test_live_and_cached_teacher_train_the_same(home: Path, teacher: LiveTeacher
     losses = {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0}
     traces = {}
     for name, make in (("cached", None), ("live", lambda reader: LiveTeacherSource(teacher, reader, source))):
-        train(training(home, tmp_path / name, losses=losses), teacher_source=make)
+        train(training(home, tmp_path / name, losses=losses, captions_per_image=2), teacher_source=make)
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         traces[name] = [json.loads(line) for line in lines]
     assert len(traces["live"]) == 20
