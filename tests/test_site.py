@@ -97,7 +97,7 @@ def test_every_command_and_flag_is_in_the_reference(site: Path, pages: dict[Path
 
 def test_a_default_that_the_settings_have_is_told(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", (site / "reference" / "cli.html").read_text())
-    assert re.search(r"Passes over the split; each image once, with captions at random\.\s+\[default: \(10\)\]", text)
+    assert re.search(r"Passes over the split, each image once, with captions at random\.\s+\[default: \(10\)\]", text)
 
 
 def test_every_module_and_setting_has_its_place(pages: dict[Path, Page]) -> None:
