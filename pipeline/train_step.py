@@ -93,6 +93,11 @@ class TrainStep:
             FloatingPointError: the loss or the gradient is not finite; the student has not been moved.
             ValueError: targets and tokens are not of the same captions.
         """
+        if targets.text.shape[:2] != tokens.shape[:2]:
+            raise ValueError(
+                f"targets of captions {tuple(targets.text.shape)} and tokens {tuple(tokens.shape)}: wanted (batch, "
+                "captions, teacher_dim) and (batch, captions, length), of the same captions"
+            )
         config = self._config
         rate = config.learning_rate * learning_rate_share(step, self._total_steps, config.warmup_fraction)
         for group in self._optimizer.param_groups:
@@ -102,11 +107,6 @@ class TrainStep:
         teacher = gather_features(
             targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
         )
-        if targets.text.shape[:2] != tokens.shape[:2]:
-            raise ValueError(
-                f"targets of captions {tuple(targets.text.shape)} and tokens {tuple(tokens.shape)}: wanted (batch, "
-                "captions, teacher_dim) and (batch, captions, length), of the same captions"
-            )
         if self._queue is not None:
             # before the loss: each pair of the batch has its match among those queued
             image, text = teacher
