@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.batches import CachedTeacher, Pairs, TeacherSource, describe_views, epoch_pairs, views_used
 from pipeline.config import TrainConfig
+from pipeline.depthwise import keep_depthwise_float32
 from pipeline.device import image_memory_format
 from pipeline.ema import WeightAverage
 from pipeline.encode_student import encode_rows
@@ -243,6 +244,8 @@ class _Trainer:
         )
         self._origin = record.origin()
         student.model.visual.to(memory_format=image_memory_format(student.model))
+        if config.precision == "bf16" and fabric.device.type == "cpu":
+            keep_depthwise_float32(student)
         if fabric.world_size > 1:
             _freeze_unused(student, tokenizer(["any"]))
         if config.compile:
