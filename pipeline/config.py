@@ -135,6 +135,12 @@ class TrainConfig(StageConfig):
         description="Train only the last so many layer groups of the image tower, as open_clip's setting of this name; "
         "those before keep the weights of init. All learn if left out.",
     )
+    train_image_size: int | None = Field(
+        None,
+        gt=0,
+        description="Pixels a side of the images that a convolutional student learns from, four fifths of its own "
+        "image_size say, at which it is measured and shipped. Its own if left out.",
+    )
     split: str = Field("train", description="Split to train on.")
     image_root: str | None = Field(None, description="Where the images are now, if not where the cache found them.")
     pixels: str | None = Field(
@@ -288,6 +294,7 @@ class PixelsConfig(StageConfig):
     cache: str = Field(description="Folder or URL of a finished cache.")
     student: str = Field(description="As for train; only how it sees images counts.")
     out: str = Field(description="Local folder to write, near the trainer; finished if it is there.")
+    train_image_size: int | None = Field(None, gt=0, description="As for train.")
     split: str = Field("train", description="Split whose images are decoded.")
     views: int | None = Field(
         None, gt=0, description="The first so many of the cache's views; all that it has if left out."

@@ -133,7 +133,8 @@ def _embedded(
     model, model_config = load_student(checkpoint)
     model.model.visual.to(memory_format=image_memory_format(model.model))  # as it was trained
     source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)
-    with closing(InputLoader(split.reader, source, model.preprocess, tokenizer, config.workers, device)) as inputs:
+    seen = model.preprocess
+    with closing(InputLoader(split.reader, source, seen, tokenizer, config.workers, device, evaluated=seen)) as inputs:
         image, text = encode_rows(
             model.to(device),
             split.image_rows,

@@ -126,7 +126,9 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         student_config(config.student), handed_on(manifest.identity.preprocess), manifest.layout.embed_dim
     )
     decoded_by = manifest.identity.preprocess.decoder
-    preprocess = student.preprocess.decoded_by(decoded_by)
+    if config.train_image_size is not None:
+        student.require_takes(config.train_image_size)
+    preprocess = student.preprocess.at(config.train_image_size).decoded_by(decoded_by)
     record = PixelsRecord(
         cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),
         split=config.split,

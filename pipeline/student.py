@@ -116,6 +116,32 @@ class Student(nn.Module):
         self._locked = lock_image_layers(self.model, unlocked_groups)
         self.train(self.training)
 
+    def require_takes(self, size: int) -> None:
+        """Make sure that the image tower takes images of another size than the student's own.
+
+        A convolutional trunk does. A transformer has a position for each patch of its own size, and of no other.
+
+        Args:
+            size: pixels a side.
+
+        Raises:
+            UsageError: it does not.
+        """
+        training, own = self.training, self.preprocess.size
+        self.eval()
+        try:
+            with torch.inference_mode():
+                self.encode_image(torch.zeros(1, 3, size, size))
+        # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"train_image_size {size}: this student's {type(self.model.visual).__name__} takes images of its own "
+                f"{own[0]} x {own[1]} pixels alone: {type(error).__name__}: {str(error).rstrip('.')}. Leave the "
+                "setting out, or choose a student with a convolutional trunk."
+            ) from error
+        finally:
+            self.train(training)
+
     def train(self, mode: bool = True) -> Student:
         """As every module's; locked layers stay in evaluation mode."""
         super().train(mode)

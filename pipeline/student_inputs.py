@@ -205,8 +205,10 @@ class InputLoader:
     memory for a while.
 
     Args:
+        preprocess: how the pairs' images are shown.
         pixels: take the pixels of pairs from here, where they were put earlier, and decode none of them.
-        evaluates: whether :meth:`evaluation_crops` will be asked for, which are decoded in any case.
+        evaluated: how those of :meth:`evaluation_crops` are shown, which are decoded in any case; None if none will be
+            asked for.
         workers: processes that decode (0: none but this one); left out (None) half the cores, at most 8, since the step
             needs the others.
         window_chunks: of the shuffle that the pairs come from: what the cache knows of so many chunks is kept.
@@ -221,7 +223,7 @@ class InputLoader:
         workers: int | None,
         device: torch.device,
         pixels: ReadyPixels | None = None,
-        evaluates: bool = True,
+        evaluated: Preprocess | None = None,
         window_chunks: int = 16,
     ) -> None:
         self._reader, self._preprocess, self._device, self._pixels = reader, preprocess, device, pixels
@@ -229,11 +231,9 @@ class InputLoader:
         # a batch may lie in two windows
         self._samples = CachedSamples(reader, 2 * window_chunks)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
-        if pixels is not None and not evaluates:
-            inputs = _StudentInputs(None, pixels, tokenizer)
-        else:
-            images = StudentImages(reader, source, preprocess)
-            inputs = _StudentInputs(images, images if pixels is None else pixels, tokenizer)
+        images = None if evaluated is None else StudentImages(reader, source, evaluated)
+        shown = StudentImages(reader, source, preprocess) if pixels is None else pixels
+        inputs = _StudentInputs(images, shown, tokenizer)
         self._asked = _Asked()
         self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
         self._current: Generator[Any] | None = None

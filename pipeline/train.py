@@ -153,11 +153,12 @@ def _train_rank(
     architecture = student_config(config.student) if begun is None else begun.student_config
     identity = reader.identity
     student = build_student(architecture, handed_on(identity.preprocess), manifest.layout.embed_dim)
+    if config.train_image_size is not None:
+        student.require_takes(config.train_image_size)
     pixels = None
     if config.pixels is not None:
-        pixels = ReadyPixels(
-            config.pixels, reader, rows.numbers(), views_used(reader, config.views), student.preprocess
-        )
+        seen = student.preprocess.at(config.train_image_size)
+        pixels = ReadyPixels(config.pixels, reader, rows.numbers(), views_used(reader, config.views), seen)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
     if config.lock_image_unlocked_groups is not None:
@@ -234,12 +235,12 @@ class _Trainer:
         self._inputs = InputLoader(
             reader,
             source,
-            student.preprocess,
+            student.preprocess.at(config.train_image_size),
             tokenizer,
             self._workers(),
             fabric.device,
             pixels,
-            config.select_split is not None,
+            None if config.select_split is None else student.preprocess,
             config.window_chunks,
         )
         self._origin = record.origin()

@@ -145,7 +145,8 @@ def test_tables_are_read_before_a_step_needs_them_and_once(
     device = torch.device("cpu")
     pairs = list(epoch_pairs(reader, reader.row_set("train"), 4, window_chunks, seed=0, epoch=0))
     chunks = {row // size for pair in pairs for row in pair.image_rows.tolist()}
-    with closing(InputLoader(reader, source, preprocess, tokenizer, 0, device, window_chunks=window_chunks)) as inputs:
+    made = InputLoader(reader, source, preprocess, tokenizer, 0, device, None, preprocess, window_chunks)
+    with closing(made) as inputs:
         epoch = inputs.epoch(pairs)
         next(epoch)
         inputs._thread.submit(int).result()  # what was asked for before it is done

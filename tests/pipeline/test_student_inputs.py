@@ -49,7 +49,7 @@ def source(reader: EmbeddingReader) -> ImageSource:
 @pytest.fixture
 def inputs(reader: EmbeddingReader, source: ImageSource, tmp_path: Path) -> Iterator[InputLoader]:
     tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
-    with closing(InputLoader(reader, source, SEEN, tokenizer, 1, torch.device("cpu"))) as loader:
+    with closing(InputLoader(reader, source, SEEN, tokenizer, 1, torch.device("cpu"), evaluated=SEEN)) as loader:
         yield loader
 
 

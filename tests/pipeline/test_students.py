@@ -73,6 +73,7 @@ COUNTS = {
     "effnet-lite0-t1-176": LITE0 + text_parameters(384, 1, 512, 20),
     "effnet-lite0-t3": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite0-t3-128": LITE0 + text_parameters(384, 3, 512, 80),
+    "effnet-lite0-t3-160": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite0-t3-176": LITE0 + text_parameters(384, 3, 512, 80),
     "effnet-lite2-t2": LITE2 + text_parameters(384, 2, 512, 80),
     "scenes-small": 1_952_477,
