@@ -14,8 +14,8 @@ def keep_depthwise_float32(model: nn.Module) -> int:
     """Let depthwise convolutions that learn leave bf16 autocast on a CPU: arguments to float32, the result to bf16.
 
     Forward, oneDNN is a third faster in bf16. Backward it has no fast kernel for them: those of EfficientNet-Lite0 take
-    four times as long as in float32, half of the whole pass (docs/design/004-training-loop.md). Layers that need no
-    gradient stay in bf16, and so do all of them outside autocast and on other devices as they were.
+    nearly four times as long as in float32, and more than all else together (docs/design/004-training-loop.md). Layers
+    that need no gradient stay in bf16. Outside autocast, and on other devices, nothing changes.
 
     Args:
         model: on a CPU, its layers locked that are to be. Weights, names and classes of its modules stay.

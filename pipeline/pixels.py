@@ -248,7 +248,7 @@ class ReadyPixels:
         reader: of the cache that the run learns from.
         rows: of the cache, that the run uses; the folder may have more.
         views: the first so many, that the run uses; the folder may have more.
-        preprocess: the student's.
+        preprocess: the student's, at the size that it learns from.
 
     Raises:
         UsageError: a URL, or fewer views than asked for.
@@ -305,8 +305,10 @@ class ReadyPixels:
             wanted[f"crops_sha256 of view {view}"] = digest
         differ = [f"{name} is {found[name]}, wanted {wanted[name]}" for name in wanted if found[name] != wanted[name]]
         if differ:
+            sizes = "Give pixels and train the same --train-image-size. " if found["size"] != wanted["size"] else ""
             raise CacheMismatchError(
-                f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. {_OTHER}"
+                f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. "
+                f"{sizes}{_OTHER}"
             )
 
     def _read_commits(self, files: LocalFiles, views: int) -> NDArray[np.uint32]:

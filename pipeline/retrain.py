@@ -36,7 +36,7 @@ from pipeline.run_file import check_config
 from pipeline.runs import RunFolder, other_settings, weights_file_sha256
 from pipeline.samples import DatasetSpec, load_samples
 from pipeline.scaled_jpeg import PILLOW
-from pipeline.student import student_config
+from pipeline.student import build_student, student_config
 from pipeline.teacher import recorded_name
 from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UsageError
 from storage.files import open_files
@@ -131,9 +131,11 @@ class Retraining:
             if taken := sorted(set(given) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
         # a typing error should not cost the encoding
-        self._training("cache", "out", "champion")
+        training = self._training("cache", "out", "champion")
         self._deployment("run", "out", "last")
         self._student = student_config(config.student)
+        if training.train_image_size is not None:
+            build_student(self._student, {}, 1).require_takes(training.train_image_size)
 
     def look(self, progress: Progress | None = None) -> Look:
         """Read the dataset and what is there. Loads no teacher, writes nothing.

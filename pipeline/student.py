@@ -117,27 +117,35 @@ class Student(nn.Module):
         self.train(self.training)
 
     def require_takes(self, size: int) -> None:
-        """Make sure that the image tower takes images of another size than the student's own.
+        """Make sure that the student can learn from images of fewer pixels than its own.
 
-        A convolutional trunk does. A transformer has a position for each patch of its own size, and of no other.
+        Most convolutional trunks can. A transformer has a position for each patch of its own size and of no other, and
+        so has the attention that ends open_clip's own ResNets.
 
         Args:
             size: pixels a side.
 
         Raises:
-            UsageError: it does not.
+            UsageError: it cannot, or its own images are not square, or are smaller.
         """
-        training, own = self.training, self.preprocess.size
+        training, (height, width) = self.training, self.preprocess.size
+        asked = f"train_image_size {size}: this student's"
+        if height != width or size > height:
+            raise UsageError(
+                f"{asked} own images are {height} x {width}, and square ones, at least as large, are wanted. Lower the "
+                "setting, or leave it out."
+            )
         self.eval()
         try:
             with torch.inference_mode():
                 self.encode_image(torch.zeros(1, 3, size, size))
-        # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths
+        # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths, a map smaller than a kernel
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"train_image_size {size}: this student's {type(self.model.visual).__name__} takes images of its own "
-                f"{own[0]} x {own[1]} pixels alone: {type(error).__name__}: {str(error).rstrip('.')}. Leave the "
-                "setting out, or choose a student with a convolutional trunk."
+                f"{asked} {type(self.model.visual).__name__} cannot take images of {size} x {size} pixels, its own "
+                f"have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. Choose another size, or "
+                "leave the setting out: a tower with a position for each patch, as transformers and open_clip's "
+                "ResNets are, takes its own size alone."
             ) from error
         finally:
             self.train(training)

@@ -121,7 +121,7 @@ class _StudentInputs(Dataset[Any]):
 
     def _evaluated(self) -> StudentImages:
         if self._images is None:
-            raise ValueError("evaluation crops are asked for, and this was made for pairs alone")
+            raise ValueError("evaluation crops are asked for: give InputLoader evaluated, their preprocessing")
         return self._images
 
     def __getitem__(self, key: _Pair | SampleRecord) -> tuple[Tensor, Tensor] | Tensor:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.depthwise import keep_depthwise_float32
 from pipeline.train import train
 from tests.pipeline.test_locked_layers import GROUPS, begin, make_student
-from tests.pipeline.train_work import make_cache, train_config
+from tests.pipeline.train_work import make_cache, trace, train_config
 
 # by hand: one in each of the 16 blocks, of which the stages have 1, 2, 2, 3, 3, 4 and 1
 DEPTHWISE = 16
@@ -73,6 +73,17 @@ def test_float32_training_is_left_alone(cache: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("pipeline.train.keep_depthwise_float32", refuse)
     found = convolutions(cache, tmp_path)
     assert {dtype for _, _, dtype in found} == {torch.float32}
+
+
+# dynamo looks at a tensor's .grad, hides the warning, and does not where warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_it_trains_as_it_does_eagerly(cache: Path, tmp_path: Path) -> None:
+    """With one depthwise convolution that learns: a backward pass takes most of a minute to compile for all of them."""
+    start = {**begin(tmp_path), "lock_image_unlocked_groups": 2}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        train(train_config(cache, out=tmp_path / name, epochs=1, precision="bf16", compile=compiled, **start))
+    for one, other in zip(trace(tmp_path / "compiled"), trace(tmp_path / "eager"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
 def gradients(prepare: Callable[[nn.Module], Any], bf16: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -251,7 +251,8 @@ def test_another_chunks_commit_is_refused(home: Path, ready: Path) -> None:
 def test_pixels_of_something_else_are_refused_by_field(home: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     ready, name = home / "ready", "ready: not what this student would see of"
     record = read_record(LocalFiles(str(ready)))
-    with pytest.raises(CacheMismatchError, match=rf"{name} .*: size is \(32, 32\), wanted \(48, 48\). Make pixels of"):
+    sizes = r"size is \(32, 32\), wanted \(48, 48\). Give pixels and train the same --train-image-size. Make pixels of"
+    with pytest.raises(CacheMismatchError, match=f"{name} .*: {sizes}"):
         opened(home, ready, size=48)
     run = train_config(home / "c", home / "large.json", tmp_path / "run", pixels=str(ready))
     with pytest.raises(CacheMismatchError, match="size is"):
@@ -261,7 +262,7 @@ def test_pixels_of_something_else_are_refused_by_field(home: Path, tiny_teacher:
     bilinear = Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", resize_mode="squash")
     with pytest.raises(
         CacheMismatchError,
-        match=r"interpolation is bicubic, wanted bilinear; resize_mode is shortest, wanted squash",
+        match=r"interpolation is bicubic, wanted bilinear; resize_mode is shortest, wanted squash. Make pixels",
     ):
         ReadyPixels(str(ready), reader, reader.image_rows("train"), VIEWS, bilinear)
     # colours are put in afterwards: the same pixels serve any mean and std

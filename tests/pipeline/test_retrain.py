@@ -112,6 +112,13 @@ def test_layers_are_locked_where_there_is_a_champion_to_begin_with(home: Path, t
         Retraining(settings(home, tiny_teacher, train={**lock, "lock_image_unlocked_groups": -1}))
 
 
+def test_a_size_that_the_student_cannot_take_costs_no_encoding(home: Path, tiny_teacher: Path) -> None:
+    small = {"epochs": 1, "batch_size": 16, "workers": 0, "train_image_size": 24}
+    with pytest.raises(UsageError, match=r"train_image_size 24: .* cannot take images of 24 x 24 pixels"):
+        Retraining(settings(home, tiny_teacher, train=small))
+    assert not (home / "home").exists()
+
+
 def test_a_rejected_challenger_is_not_tried_again(home: Path, tiny_teacher: Path) -> None:
     retrain(settings(home, tiny_teacher))
     add_photos(home, 900, 2)

@@ -13,10 +13,11 @@ from pipeline.config import EvaluateConfig, PixelsConfig
 from pipeline.evaluate import evaluate
 from pipeline.make_pixels import make_pixels, plan_pixels
 from pipeline.runs import RunFolder
-from pipeline.student import Student, load_student
-from pipeline.train import train
+from pipeline.student import Student, build_student, load_student
+from pipeline.train import StepProgress, train
 from storage.errors import CacheMismatchError, UsageError
 from tests.pipeline.test_locked_layers import begin
+from tests.pipeline.towers import KINDS, PREPROCESS
 from tests.pipeline.train_work import make_cache, make_student, trace, train_config
 
 OWN, SMALLER = 32, 24
@@ -80,12 +81,49 @@ def test_another_size_is_another_run(home: Path, tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
+def test_it_goes_on_with_its_size_and_no_other(home: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(at: StepProgress) -> None:
+        if at.step == 6:
+            raise Stopped
+
+    settings = {"checkpoint_steps": 3, "select_split": None}
+    train(config(home, tmp_path / "whole", **settings))
+    with pytest.raises(Stopped):
+        train(config(home, tmp_path / "run", **settings), stop)
+    with pytest.raises(UsageError, match="train_image_size"):
+        train(config(home, tmp_path / "run", **{**settings, "train_image_size": None}), resume=True)
+    train(config(home, tmp_path / "run", **settings), resume=True)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
 def test_a_transformer_is_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
     student, cache, out = str(make_student(tmp_path / "vit.json")), str(home / "photos.cache"), tmp_path / "out"
-    said = r"train_image_size 24: .* pixels alone: .*convolutional trunk"
+    said = r"train_image_size 24: this student's .* cannot take images of 24 x 24 pixels, its own have 32 x 32: "
     with pytest.raises(UsageError, match=said):
         train(train_config(Path(cache), student, out, train_image_size=24))
     pixels = PixelsConfig(cache=cache, student=student, out=str(out), train_image_size=24)
     with pytest.raises(UsageError, match=said):
         plan_pixels(pixels)
     assert not out.exists()
+
+
+def test_what_cannot_be_learned_from_is_refused_with_what_would_do() -> None:
+    """open_clip's ResNet ends in an attention with positions; a map can be too small for the next kernel."""
+    with pytest.raises(UsageError, match=r"ModifiedResNet cannot take images of 32 x 32 .*open_clip's ResNets"):
+        build(KINDS["resnet"]).require_takes(32)
+    lite0 = KINDS["lite0"]
+    build(lite0).require_takes(64)
+    with pytest.raises(
+        UsageError, match=r"train_image_size 65: this student's own images are 64 x 64, .*at least as large"
+    ):
+        build(lite0).require_takes(65)
+    wide = {**lite0, "vision_cfg": {**lite0["vision_cfg"], "image_size": [64, 32]}}
+    with pytest.raises(UsageError, match=r"train_image_size 32: .* 64 x 32, and square ones"):
+        build(wide).require_takes(32)
+
+
+def build(architecture: dict[str, Any]) -> Student:
+    return build_student(architecture, PREPROCESS, 16)
