@@ -78,7 +78,7 @@ def test_float32_training_is_left_alone(cache: Path, tmp_path: Path, monkeypatch
 # dynamo looks at a tensor's .grad, hides the warning, and does not where warnings are errors
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_it_trains_as_it_does_eagerly(cache: Path, tmp_path: Path) -> None:
-    """With one depthwise convolution that learns: a backward pass takes most of a minute to compile for all of them."""
+    """With few layers that learn: a backward pass through all of them takes most of a minute to compile."""
     start = {**begin(tmp_path), "lock_image_unlocked_groups": 2}
     for name, compiled in (("eager", False), ("compiled", True)):
         train(train_config(cache, out=tmp_path / name, epochs=1, precision="bf16", compile=compiled, **start))
