@@ -1,4 +1,4 @@
-"""The ``inherit``, ``train`` and ``soup`` commands."""
+"""The ``inherit``, ``train``, ``soup`` and ``resize`` commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_flags import LogFlag, LogFormat, MetricsFlag, RunFile, say, setting
-from pipeline.config import InheritConfig, SoupConfig, TrainConfig
+from pipeline.config import InheritConfig, ResizeConfig, SoupConfig, TrainConfig
 from pipeline.recipes import RECIPE_SETTINGS
 from pipeline.run_file import check_config, given_settings, load_config
 from storage.cli import JsonFlag, app, print_json
@@ -196,6 +196,30 @@ def soup(
     summary = (
         f"{config.out}: the mean of {len(record.averaged)} runs of {record.student_parameters:,} parameters, "
         f"{record.steps:,} steps in {record.seconds:,.1f} s together\ncheckpoint: {config.out}/{record.checkpoint}"
+    )
+    Console().print(summary, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def resize(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=ResizeConfig.model_fields["run"].description)],
+    image_size: Annotated[int | None, setting(ResizeConfig, "image_size")] = None,
+    out: Annotated[str | None, setting(ResizeConfig, "out")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Give a trained convolutional student another image size: it is often better at more than it learned from."""
+    config = load_config(ResizeConfig, "resize", None, {"run": run, "image_size": image_size, "out": out})
+    from pipeline.resize import resize as run_resize
+
+    record = run_resize(config)
+    if json:
+        print_json(record)
+        return
+    assert record.resized is not None  # that is what was written
+    before = " x ".join(map(str, record.resized.image_size))
+    summary = (
+        f"{config.out}: {config.run} at {config.image_size} x {config.image_size} pixels, there {before}; the same "
+        f"{record.student_parameters:,} parameters\ncheckpoint: {config.out}/{record.checkpoint}"
     )
     Console().print(summary, markup=False, highlight=False, soft_wrap=True)
 

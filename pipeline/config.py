@@ -347,6 +347,14 @@ class SoupConfig(StageConfig):
     out: str = Field(description="Folder of a run to write; must not be there yet.")
 
 
+class ResizeConfig(StageConfig):
+    """Give a trained convolutional student another image size."""
+
+    run: str = Field(description="Folder of a finished run, or of a mean of some; its newest checkpoint counts.")
+    image_size: int = Field(gt=0, description="Pixels a side, often a fifth to a quarter more than it learned from.")
+    out: str = Field(description="Folder of a run to write; must not be there yet.")
+
+
 class EvaluateConfig(StageConfig):
     """Measure the cached teacher, and a student if a run is named, on one split."""
 

@@ -127,7 +127,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     )
     decoded_by = manifest.identity.preprocess.decoder
     if config.train_image_size is not None:
-        student.require_takes(config.train_image_size)
+        student.require_learns_from(config.train_image_size)
     preprocess = student.preprocess.at(config.train_image_size).decoded_by(decoded_by)
     record = PixelsRecord(
         cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),

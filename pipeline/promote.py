@@ -16,7 +16,13 @@ from pipeline.evaluate import EvaluateResult, measure, student_ranks
 from pipeline.intervals import LEVEL, bootstrap_share
 from pipeline.metrics import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from pipeline.registry import Candidate, Comparison, Promotion, StudentRegistry
-from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder, RunRecord, weights_file_sha256
+from pipeline.runs import (
+    CHECKPOINT_WEIGHTS,
+    RunFolder,
+    RunRecord,
+    checkpoint_image_size,
+    weights_file_sha256,
+)
 from storage.errors import UsageError
 
 __all__ = ["PromoteConfig", "PromoteResult", "checkpoint_of", "compare", "decide", "promote", "roll_back"]
@@ -97,7 +103,7 @@ def promote(
     path = folder.checkpoint_path(config.checkpoint)
     weights = weights_file_sha256(path)
     champion = registry.champion()
-    unchanged = champion is not None and champion.weights_sha256 == weights
+    unchanged = champion is not None and champion.weights_sha256 == weights and _same_size(champion, path)
     if champion is not None and unchanged and not keep_unchanged:
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
     if config.checkpoint == "best" and record.best is not None and record.best.split == config.split:
@@ -266,6 +272,20 @@ def _require_deployed(deployed: str, checkpoint: Path, weights_sha256: str) -> N
             f"{deployed}: was made of {made.run}/{made.checkpoint} with weights {made.weights.sha256[:12]}, not of "
             f"{checkpoint} with {weights_sha256[:12]}. Deploy this one first"
         )
+    there, here = tuple(made.preprocess["size"]), checkpoint_image_size(checkpoint)
+    if there != here:
+        raise UsageError(
+            f"{deployed}: was made of {made.run}/{made.checkpoint}, which sees {there[0]} x {there[1]} pixels, and "
+            f"{checkpoint} sees {here[0]} x {here[1]}. Deploy this one first"
+        )
+
+
+def _same_size(champion: Candidate, checkpoint: Path) -> bool:
+    """Whether a champion sees images of the size that a checkpoint's student does; resize changes that alone."""
+    try:
+        return checkpoint_image_size(Path(champion.run) / champion.checkpoint) == checkpoint_image_size(checkpoint)
+    except FileNotFoundError:  # it is gone, which is said by name when it is measured
+        return True
 
 
 def _percent(value: float | None) -> str:

@@ -31,19 +31,23 @@ from storage.identity import CacheIdentity
 from storage.local_files import sync
 
 __all__ = [
+    "CHECKPOINT_CONFIG",
     "CHECKPOINT_WEIGHTS",
     "RESUME",
     "AveragedRun",
     "BestRecord",
     "EpochRecord",
+    "ResizedRun",
     "RunFolder",
     "RunRecord",
     "Selection",
+    "checkpoint_image_size",
     "weights_file_sha256",
 ]
 
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
-"""A student's, in a checkpoint, by the name that open_clip gives them."""
+CHECKPOINT_CONFIG = "open_clip_config.json"
+"""A student's, in a checkpoint, by the names that open_clip gives them."""
 RESUME = "resume"
 """Folder in a checkpoint with what a run needs to go on from it."""
 
@@ -93,6 +97,15 @@ class AveragedRun(BaseModel, frozen=True):
     config: TrainConfig
 
 
+class ResizedRun(BaseModel, frozen=True):
+    """The run whose student this is, at another image size."""
+
+    run: str = Field(description="Its folder, whole.")
+    checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
+    weights_sha256: str = Field(description="Of the file of that checkpoint's weights.")
+    image_size: tuple[int, int] = Field(description="Height and width of what it saw there.")
+
+
 class RunRecord(BaseModel):
     """``run.json``: what was trained on what, and how far it is.
 
@@ -117,6 +130,7 @@ class RunRecord(BaseModel):
         None, description="Of the student before its first step, projections included; older versions name none."
     )
     averaged: tuple[AveragedRun, ...] = Field((), description="The runs whose mean this is; none of one that trained.")
+    resized: ResizedRun | None = Field(None, description="Of a run that resize wrote: what it is of.")
     steps: int = Field(0, description="Taken up to the newest checkpoint.")
     seconds: float = Field(0.0, description="Of the finished epochs.")
     epochs: tuple[EpochRecord, ...] = Field((), description="The finished ones.")
@@ -131,13 +145,20 @@ class RunRecord(BaseModel):
 
     def origin(self) -> dict[str, Any]:
         """What a checkpoint says of itself when it is copied out of its run."""
-        return self.model_dump(mode="json", include=_ORIGIN | ({"averaged"} if self.averaged else set()))
+        made_of = {name for name in ("averaged", "resized") if getattr(self, name)}
+        return self.model_dump(mode="json", include=_ORIGIN | made_of)
 
 
 def other_settings(asked: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings by name that make another run of it, each as asked for and as recorded."""
     left, right = asked.model_dump(mode="json"), recorded.model_dump(mode="json")
     return {name: (left[name], right[name]) for name in right if name not in _MAY_DIFFER and left[name] != right[name]}
+
+
+def checkpoint_image_size(checkpoint: Path) -> tuple[int, int]:
+    """Height and width of the images that a checkpoint's student sees."""
+    height, width = json.loads((checkpoint / CHECKPOINT_CONFIG).read_text())["preprocess_cfg"]["size"]
+    return int(height), int(width)
 
 
 def weights_file_sha256(checkpoint: Path) -> str:

@@ -20,7 +20,7 @@ from pipeline.factorized import RANK_KEY, dense_state, factorize, factors_of
 from pipeline.foreign_models import foreign_model, load_tokenizer, require_plain_settings
 from pipeline.locked_layers import lock_image_layers
 from pipeline.preprocess import Preprocess
-from pipeline.runs import CHECKPOINT_WEIGHTS
+from pipeline.runs import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from pipeline.short_text import can_shorten, encode_by_length, encode_text, shorten
 from storage.errors import UsageError
 
@@ -40,7 +40,6 @@ __all__ = [
 # 4.6052 = ln(100), CLIP's ceiling on logit_scale
 MAX_LOG_LOGIT_SCALE = math.log(100)
 
-_CONFIG = "open_clip_config.json"
 _PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
 _FACTORS = "token_embedding.safetensors"
 # settings of the model config that only say where weights once came from
@@ -116,25 +115,34 @@ class Student(nn.Module):
         self._locked = lock_image_layers(self.model, unlocked_groups)
         self.train(self.training)
 
-    def require_takes(self, size: int) -> None:
-        """Make sure that the student can learn from images of fewer pixels than its own.
+    def require_learns_from(self, size: int) -> None:
+        """Make sure that the student can learn from images of so many pixels a side, no more than its own.
 
-        Most convolutional trunks can. A transformer has a position for each patch of its own size and of no other, and
+        Raises:
+            UsageError: it cannot take them, or its own images are not square, or are smaller.
+        """
+        height, width = self.preprocess.size
+        if height != width or size > height:
+            raise UsageError(
+                f"train_image_size {size}: this student's own images are {height} x {width}, and square ones, at least "
+                "as large, are wanted. Lower the setting, or leave it out."
+            )
+        self.require_takes(size, "train_image_size")
+
+    def require_takes(self, size: int, setting: str) -> None:
+        """Make sure that the image tower takes square images of another size than its own.
+
+        Most convolutional trunks do. A transformer has a position for each patch of its own size and of no other, and
         so has the attention that ends open_clip's own ResNets.
 
         Args:
             size: pixels a side.
+            setting: that asks for it.
 
         Raises:
-            UsageError: it cannot, or its own images are not square, or are smaller.
+            UsageError: it does not.
         """
         training, (height, width) = self.training, self.preprocess.size
-        asked = f"train_image_size {size}: this student's"
-        if height != width or size > height:
-            raise UsageError(
-                f"{asked} own images are {height} x {width}, and square ones, at least as large, are wanted. Lower the "
-                "setting, or leave it out."
-            )
         self.eval()
         try:
             with torch.inference_mode():
@@ -142,10 +150,10 @@ class Student(nn.Module):
         # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths, a map smaller than a kernel
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"{asked} {type(self.model.visual).__name__} cannot take images of {size} x {size} pixels, its own "
-                f"have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. Choose another size, or "
-                "leave the setting out: a tower with a position for each patch, as transformers and open_clip's "
-                "ResNets are, takes its own size alone."
+                f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
+                f"{size} pixels, its own have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. "
+                "Choose another, or leave the setting out: a tower with a position for each patch, as transformers and "
+                "open_clip's ResNets are, takes its own size alone."
             ) from error
         finally:
             self.train(training)
@@ -233,7 +241,7 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
     preprocess = {key: value for key, value in teacher_preprocess.items() if key != "size"}
     with tempfile.TemporaryDirectory() as folder:
         text = json.dumps({"model_cfg": _plain(config), "preprocess_cfg": preprocess})
-        (Path(folder) / _CONFIG).write_text(text)
+        (Path(folder) / CHECKPOINT_CONFIG).write_text(text)
         model = _create(folder, load_weights=False, what="this student")
     if RANK_KEY in config:
         factorize(model, config[RANK_KEY], "student")
@@ -254,7 +262,7 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
         # beside model_cfg, not in it: open_clip refuses keys that it does not know there, and ignores them here
         settings[RANK_KEY] = config[RANK_KEY]
         save_file(_contiguous(factors.state_dict()), folder / _FACTORS)
-    (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / CHECKPOINT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     save_file(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
     projections = {
@@ -273,10 +281,10 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
         UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
             missing or their product is not the embedding among the weights.
     """
-    if not (folder / _CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
-        raise UsageError(f"{folder}: no student checkpoint here ({_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
+    if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
+        raise UsageError(f"{folder}: no student checkpoint here ({CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
     with foreign_model(f"student {folder}"):
-        config = _checkpoint_config(json.loads((folder / _CONFIG).read_text()))
+        config = _checkpoint_config(json.loads((folder / CHECKPOINT_CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")
         model = _create(str(folder), load_weights=True, what=f"student {folder}")
         if RANK_KEY in config:
@@ -309,7 +317,7 @@ def load_initial(student: Student, folder: str) -> None:
     if different:
         raise UsageError(
             f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
-            f"--student {Path(folder) / _CONFIG}, or choose another --init."
+            f"--student {Path(folder) / CHECKPOINT_CONFIG}, or choose another --init."
         )
     student.model.load_state_dict(initial.model.state_dict())
     if student.teacher_dim == initial.teacher_dim:
@@ -330,7 +338,7 @@ def architecture_differences(there: Student, here: Student) -> list[str]:
 def student_tokenizer(config: dict[str, Any]) -> Any:
     """The tokenizer that a model config names, at its context length."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / _CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
+        (Path(folder) / CHECKPOINT_CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
         return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
 
 
@@ -361,7 +369,7 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
     if not (folder / _FACTORS).is_file():
         raise UsageError(
             f"{what}: {_FACTORS} is missing, the factors of its token embedding. Copy it too, or remove {RANK_KEY} "
-            f"from {_CONFIG} to use the dense model."
+            f"from {CHECKPOINT_CONFIG} to use the dense model."
         )
     dense = model.state_dict()
     factorize(model, rank, what)
@@ -374,7 +382,7 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
     if not torch.allclose(product, dense[name].to(product), rtol=1e-3, atol=1e-3 * float(product.abs().max())):
         raise UsageError(
             f"{what}: the factors in {_FACTORS} do not make up {name} in {CHECKPOINT_WEIGHTS}: one of the two was "
-            f"changed alone. Restore it, or remove {RANK_KEY} from {_CONFIG} to use the dense model."
+            f"changed alone. Restore it, or remove {RANK_KEY} from {CHECKPOINT_CONFIG} to use the dense model."
         )
 
 

@@ -154,7 +154,7 @@ def _train_rank(
     identity = reader.identity
     student = build_student(architecture, handed_on(identity.preprocess), manifest.layout.embed_dim)
     if config.train_image_size is not None:
-        student.require_takes(config.train_image_size)
+        student.require_learns_from(config.train_image_size)
     pixels = None
     if config.pixels is not None:
         seen = student.preprocess.at(config.train_image_size)

@@ -1,0 +1,149 @@
+"""A trained student at another image size, as a run of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.config import EvaluateConfig, ResizeConfig, SoupConfig
+from pipeline.deployment import Artefact, Deployment
+from pipeline.evaluate import evaluate
+from pipeline.promote import PromoteConfig, promote
+from pipeline.resize import resize
+from pipeline.runs import CHECKPOINT_WEIGHTS, RunFolder, checkpoint_image_size
+from pipeline.soup import soup
+from pipeline.student import Student, load_student
+from pipeline.train import train
+from storage.errors import UsageError
+from tests.pipeline.test_locked_layers import begin
+from tests.pipeline.train_work import make_cache, make_student, train_config
+
+run_cli = CliRunner()
+
+OWN, LARGER = 32, 48
+
+
+@pytest.fixture(scope="module")
+def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the runs ``a`` and ``b`` of a convolutional student at 32 pixels, and ``vit``."""
+    folder = tmp_path_factory.mktemp("resize")
+    cache, start = make_cache(folder, tiny_teacher), begin(folder)
+    for seed, name in enumerate("ab"):
+        train(train_config(cache, out=folder / name, epochs=1, seed=seed, **start))
+    train(train_config(cache, make_student(folder / "vit.json"), folder / "vit", epochs=1))
+    return folder
+
+
+def at(home: Path, name: str, out: Path, size: int = LARGER) -> Path:
+    resize(ResizeConfig(run=str(home / name), image_size=size, out=str(out)))
+    return out
+
+
+def student_of(run: Path) -> Student:
+    return load_student(RunFolder(run).checkpoint_path())[0]
+
+
+def test_the_weights_are_those_and_the_images_are_larger(home: Path, tmp_path: Path) -> None:
+    out = at(home, "a", tmp_path / "larger")
+    one, other = student_of(home / "a"), student_of(out)
+    assert (one.preprocess.size, other.preprocess.size) == ((OWN, OWN), (LARGER, LARGER))
+    before, after = one.state_dict(), other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pixels = torch.randn(2, 3, LARGER, LARGER, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(one.encode_image(pixels), other.encode_image(pixels))
+    model = open_clip.create_model(f"local-dir:{RunFolder(out).checkpoint_path()}", weights_only=True)
+    assert model.visual.image_size == (LARGER, LARGER)
+
+
+def test_it_is_a_run_that_says_what_it_is_of(home: Path, tmp_path: Path) -> None:
+    out = at(home, "a", tmp_path / "larger")
+    record, before = RunFolder(out).read(), RunFolder(home / "a").read()
+    assert record.finished
+    assert record.resized is not None
+    assert (record.resized.run, record.resized.image_size) == (str(home / "a"), (OWN, OWN))
+    assert (record.student_parameters, record.epochs) == (before.student_parameters, before.epochs)
+    origin = json.loads((RunFolder(out).checkpoint_path() / "origin.json").read_text())
+    assert origin["resized"]["run"] == str(home / "a")
+    seen: list[int] = []
+    encode = Student.encode_image
+
+    def watched(self: Student, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels.shape[-1])
+        return encode(self, pixels)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Student, "encode_image", watched)
+        result = evaluate(EvaluateConfig(run=str(out), split="test", workers=0, device="cpu"))
+    assert set(seen) == {LARGER}
+    page = tmp_path / "report.html"
+    shown = run_cli.invoke(app, ["report", str(home / "photos.cache"), "--run", str(out), "--out", str(page)])
+    assert shown.exit_code == 0, shown.output
+    assert f"<dd>32 x 32 pixels in <bdi>{home / 'a'}</bdi></dd>" in page.read_text()
+    assert result.student is not None
+
+
+def test_of_a_mean_too_and_one_can_begin_from_it(home: Path, tmp_path: Path) -> None:
+    soup(SoupConfig(runs=(str(home / "a"), str(home / "b")), out=str(tmp_path / "mean")))
+    resize(ResizeConfig(run=str(tmp_path / "mean"), image_size=LARGER, out=str(tmp_path / "larger")))
+    record = RunFolder(tmp_path / "larger").read()
+    assert len(record.averaged) == 2
+    checkpoint = RunFolder(tmp_path / "larger").checkpoint_path()
+    begun = train_config(
+        home / "photos.cache", checkpoint / "open_clip_config.json", tmp_path / "on", init=str(checkpoint), epochs=1
+    )
+    train(begun)
+    assert checkpoint_image_size(RunFolder(tmp_path / "on").checkpoint_path()) == (LARGER, LARGER)
+
+
+def test_what_cannot_be_resized_is_left_as_it_is(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(
+        UsageError, match=r"image_size 48: this student's VisionTransformer cannot take images of 48 x 48"
+    ):
+        at(home, "vit", out)
+    with pytest.raises(UsageError, match="image_size 32: the student has that size already"):
+        at(home, "a", out, OWN)
+    record = RunFolder(home / "a").read()
+    (tmp_path / "stopped").mkdir()
+    RunFolder(tmp_path / "stopped").write(record.model_copy(update={"epochs": ()}))
+    with pytest.raises(UsageError, match=r"0 of 1 epochs are trained\. Finish it by"):
+        at(tmp_path, "stopped", out)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="is there already"):
+        at(home, "a", home / "b")
+
+
+def test_a_registry_takes_it_for_another_student(home: Path, tiny_deployment: Path, tmp_path: Path) -> None:
+    """Its weights are the champion's, to the byte; what it sees is not."""
+    out = at(home, "a", tmp_path / "larger")
+    common = {"registry": str(tmp_path / "students"), "split": "test", "device": "cpu", "workers": 0, "margin": 99.0}
+    promote(PromoteConfig(run=str(home / "a"), **common))
+    with pytest.raises(UsageError, match="is the champion already, student 1"):
+        promote(PromoteConfig(run=str(home / "a"), **common))
+    made = tmp_path / "deployed"
+    made.mkdir()
+    weights = Artefact.of(RunFolder(out).checkpoint_path() / CHECKPOINT_WEIGHTS)
+    Deployment.read(tiny_deployment).model_copy(update={"weights": weights}).write(made)
+    with pytest.raises(UsageError, match=r"which sees 32 x 32 pixels, and .* sees 48 x 48. Deploy this one first"):
+        promote(PromoteConfig(run=str(out), deployed=str(made), **common))
+    found = promote(PromoteConfig(run=str(out), **common)).candidate
+    assert found.comparison is not None
+    assert found.comparison.champion == 1
+    assert "very weights" not in found.reason
+
+
+def test_the_command(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "larger"
+    shown = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    assert f"{out}: {home / 'a'} at 48 x 48 pixels, there 32 x 32; the same" in shown.stdout.replace("\n", " ")
+    again = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
+    assert again.exit_code != 0
