@@ -5,7 +5,8 @@
 Every row of the TOML file is one student trained from the cache alone, by the settings of ``teacher-cache train``. A
 row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. A row with ``soup`` is the
 mean of ``of`` runs of the row that it names, by ``teacher-cache soup``: of its seeds 0 to ``of`` - 1 for seed 0, of the
-next ``of`` for seed 1. What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was,
+next ``of`` for seed 1. A row with ``resize`` is the row that it names at another ``image_size``, by ``teacher-cache
+resize``. What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was,
 so that the table may be made in several sittings. The Markdown table goes to stdout; failed rows stay in it, with their
 reason.
 """
@@ -28,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import EvaluateConfig, InheritConfig, SoupConfig, TrainConfig
+from pipeline.config import EvaluateConfig, InheritConfig, ResizeConfig, SoupConfig, TrainConfig
 from pipeline.evaluate import evaluate
 from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
 from pipeline.recipes import in_teacher_space
+from pipeline.resize import resize
 from pipeline.runs import RunFolder, RunRecord
 from pipeline.soup import soup
 from pipeline.train import train
@@ -55,11 +57,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="only print the table of what is finished")
     options = parser.parse_args()
     table = tomllib.loads(options.table.read_text())
-    rows = {
-        name: {**table["rows"].get(row.get("soup"), {}), **row}
-        for name, row in table["rows"].items()
-        if not options.only or name in options.only
-    }
+    rows = {name: with_settings(name, table) for name in table["rows"] if not options.only or name in options.only}
     options.split, options.teacher = table["split"], table["teacher"]
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.show:
@@ -67,6 +65,13 @@ def main() -> None:
             for seed in options.seeds:
                 run_row(name, table, seed, options)
     print(markdown(options.out, rows, table["split"]))
+
+
+def with_settings(name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """A row with the settings of the one that it is made of, if it is."""
+    row: dict[str, Any] = table["rows"][name]
+    of = row.get("soup") or row.get("resize")
+    return {**with_settings(of, table), **row} if of else row
 
 
 def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Namespace) -> None:
@@ -113,6 +118,9 @@ def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Name
         for each in seeds:
             run_row(row["soup"], table, each, options)
         return partial(averaged, out, [options.out / f"{row['soup']}-{each}" for each in seeds])
+    if "resize" in row:
+        run_row(row["resize"], table, seed, options)
+        return partial(at_size, out, options.out / f"{row['resize']}-{seed}", row["image_size"])
     settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
     if row.get("inherit"):
         settings["init"] = str(inherited(settings["student"], settings["cache"], options))
@@ -127,12 +135,28 @@ def averaged(out: Path, runs: list[Path]) -> RunRecord:
     Raises:
         RuntimeError: one of them failed.
     """
-    failed = [run.name for run in runs if "failed" in json.loads(run.with_suffix(".json").read_text())]
-    if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed")
+    require_good(runs)
     if RunFolder(out).exists():  # stopped before it was measured
         return RunFolder(out).read()
     return soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
+
+
+def at_size(out: Path, run: Path, image_size: int) -> RunRecord:
+    """A finished run at another image size.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    require_good([run])
+    if RunFolder(out).exists():
+        return RunFolder(out).read()
+    return resize(ResizeConfig(run=str(run), image_size=image_size, out=str(out)))
+
+
+def require_good(runs: list[Path]) -> None:
+    failed = [run.name for run in runs if "failed" in json.loads(run.with_suffix(".json").read_text())]
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed")
 
 
 def teacher_seconds(record: RunRecord) -> float | None:
