@@ -19,6 +19,7 @@ __all__ = [
     "Precision",
     "PrecomputeConfig",
     "ProofConfig",
+    "ResizeConfig",
     "SoupConfig",
     "StageConfig",
     "StoredDtype",
