@@ -117,46 +117,31 @@ def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Name
         seeds = range(seed * row["of"], (seed + 1) * row["of"])
         for each in seeds:
             run_row(row["soup"], table, each, options)
-        return partial(averaged, out, [options.out / f"{row['soup']}-{each}" for each in seeds])
+        runs = [options.out / f"{row['soup']}-{each}" for each in seeds]
+        return partial(made_of, runs, out, partial(soup, SoupConfig(runs=tuple(map(str, runs)), out=str(out))))
     if "resize" in row:
         run_row(row["resize"], table, seed, options)
-        return partial(at_size, out, options.out / f"{row['resize']}-{seed}", row["image_size"])
+        run = options.out / f"{row['resize']}-{seed}"
+        config = ResizeConfig(run=str(run), image_size=row["image_size"], out=str(out))
+        return partial(made_of, [run], out, partial(resize, config))
     settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
     if row.get("inherit"):
         settings["init"] = str(inherited(settings["student"], settings["cache"], options))
-    config = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
-    print(f"{name}, seed {seed}: {config.student}, {config.epochs} epochs", file=sys.stderr)
-    return lambda: train(config, show, resume=RunFolder(out).exists()).record
+    training = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
+    print(f"{name}, seed {seed}: {training.student}, {training.epochs} epochs", file=sys.stderr)
+    return lambda: train(training, show, resume=RunFolder(out).exists()).record
 
 
-def averaged(out: Path, runs: list[Path]) -> RunRecord:
-    """The mean of finished runs.
+def made_of(runs: list[Path], out: Path, make: Callable[[], RunRecord]) -> RunRecord:
+    """What is made of finished runs, unless it is there already: it was stopped before it was measured.
 
     Raises:
         RuntimeError: one of them failed.
     """
-    require_good(runs)
-    if RunFolder(out).exists():  # stopped before it was measured
-        return RunFolder(out).read()
-    return soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
-
-
-def at_size(out: Path, run: Path, image_size: int) -> RunRecord:
-    """A finished run at another image size.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    require_good([run])
-    if RunFolder(out).exists():
-        return RunFolder(out).read()
-    return resize(ResizeConfig(run=str(run), image_size=image_size, out=str(out)))
-
-
-def require_good(runs: list[Path]) -> None:
     failed = [run.name for run in runs if "failed" in json.loads(run.with_suffix(".json").read_text())]
     if failed:
         raise RuntimeError(f"{', '.join(failed)} failed")
+    return RunFolder(out).read() if RunFolder(out).exists() else make()
 
 
 def teacher_seconds(record: RunRecord) -> float | None:

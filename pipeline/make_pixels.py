@@ -126,9 +126,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         student_config(config.student), handed_on(manifest.identity.preprocess), manifest.layout.embed_dim
     )
     decoded_by = manifest.identity.preprocess.decoder
-    if config.train_image_size is not None:
-        student.require_learns_from(config.train_image_size)
-    preprocess = student.preprocess.at(config.train_image_size).decoded_by(decoded_by)
+    preprocess = student.preprocess_to_learn(config.train_image_size).decoded_by(decoded_by)
     record = PixelsRecord(
         cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),
         split=config.split,

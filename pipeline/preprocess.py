@@ -57,10 +57,6 @@ class Preprocess(ModelInput):
         require_decoder(decoder or PILLOW)
         return replace(self, decoder=decoder or PILLOW)
 
-    def at(self, size: int | None) -> Preprocess:
-        """The same at so many pixels a side; as it is for None."""
-        return self if size is None else replace(self, size=(size, size))
-
     def transform(self) -> Callable[[Image.Image | ScaledJpeg], torch.Tensor]:
         """open_clip's own transform, an image to a float32 tensor (3, height, width): ``shown``, then normalised.
 

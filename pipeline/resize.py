@@ -32,11 +32,7 @@ def resize(config: ResizeConfig) -> RunRecord:
     require_free(out)
     folder = RunFolder(Path(config.run).resolve())
     record = folder.read()
-    if not record.finished:
-        raise UsageError(
-            f"{folder.path}: {len(record.epochs)} of {record.config.epochs} epochs are trained. Finish it by "
-            f"teacher-cache train --resume --out {folder.path}"
-        )
+    folder.require_finished(record)
     checkpoint = folder.checkpoint_path()
     student, _ = load_student(checkpoint)
     made = resized(student, config.image_size)

@@ -135,7 +135,7 @@ class Retraining:
         self._deployment("run", "out", "last")
         self._student = student_config(config.student)
         if training.train_image_size is not None:
-            build_student(self._student, {}, 1).require_learns_from(training.train_image_size)
+            build_student(self._student, {}, 1).preprocess_to_learn(training.train_image_size)
 
     def look(self, progress: Progress | None = None) -> Look:
         """Read the dataset and what is there. Loads no teacher, writes nothing.

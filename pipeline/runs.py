@@ -283,6 +283,21 @@ class RunFolder:
         except ValidationError as error:
             raise UsageError(f"{self.path / _RECORD}: {error}") from error
 
+    def require_finished(self, record: RunRecord) -> None:
+        """Refuse a run whose epochs are not all trained.
+
+        Args:
+            record: as :meth:`read` gave it.
+
+        Raises:
+            UsageError: they are not.
+        """
+        if not record.finished:
+            raise UsageError(
+                f"{self.path}: {len(record.epochs)} of {record.config.epochs} epochs are trained. Finish it by "
+                f"teacher-cache train --resume --out {self.path}"
+            )
+
     def log(self, line: dict[str, Any]) -> None:
         """Append one step to ``log.jsonl``."""
         with (self.path / _LOG).open("a") as file:

@@ -113,11 +113,7 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
         if record.averaged:
             of = " ".join(each.run for each in record.averaged)
             raise UsageError(f"{folder.path}: is a mean itself; name the runs that it is the mean of: {of}")
-        if not record.finished:
-            raise UsageError(
-                f"{folder.path}: {len(record.epochs)} of {record.config.epochs} epochs are trained. Finish it by "
-                f"teacher-cache train --resume --out {folder.path}"
-            )
+        folder.require_finished(record)
         if record.config.init is None:
             raise UsageError(
                 f"{folder.path}: began at random weights, and runs that did may end too far apart for a mean. Train "

@@ -7,6 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,12 +116,17 @@ class Student(nn.Module):
         self._locked = lock_image_layers(self.model, unlocked_groups)
         self.train(self.training)
 
-    def require_learns_from(self, size: int) -> None:
-        """Make sure that the student can learn from images of so many pixels a side, no more than its own.
+    def preprocess_to_learn(self, size: int | None) -> Preprocess:
+        """How images are shown to the student while it learns.
+
+        Args:
+            size: pixels a side, no more than its own; None for its own.
 
         Raises:
             UsageError: it cannot take them, or its own images are not square, or are smaller.
         """
+        if size is None:
+            return self.preprocess
         height, width = self.preprocess.size
         if height != width or size > height:
             raise UsageError(
@@ -128,6 +134,7 @@ class Student(nn.Module):
                 "as large, are wanted. Lower the setting, or leave it out."
             )
         self.require_takes(size, "train_image_size")
+        return replace(self.preprocess, size=(size, size))
 
     def require_takes(self, size: int, setting: str) -> None:
         """Make sure that the image tower takes square images of another size than its own.

@@ -153,11 +153,9 @@ def _train_rank(
     architecture = student_config(config.student) if begun is None else begun.student_config
     identity = reader.identity
     student = build_student(architecture, handed_on(identity.preprocess), manifest.layout.embed_dim)
-    if config.train_image_size is not None:
-        student.require_learns_from(config.train_image_size)
+    seen = student.preprocess_to_learn(config.train_image_size)
     pixels = None
     if config.pixels is not None:
-        seen = student.preprocess.at(config.train_image_size)
         pixels = ReadyPixels(config.pixels, reader, rows.numbers(), views_used(reader, config.views), seen)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
@@ -189,7 +187,18 @@ def _train_rank(
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
         teacher = CachedTeacher(reader) if teacher_source is None else teacher_source(reader)
-        _Trainer(config, fabric, reader, rows, source, teacher, run, record, student, progress, pixels).train()
+        inputs = InputLoader(
+            reader,
+            source,
+            seen,
+            student_tokenizer(record.student_config),
+            _workers(config, fabric.world_size),
+            fabric.device,
+            pixels,
+            None if config.select_split is None else student.preprocess,
+            config.window_chunks,
+        )
+        _Trainer(config, fabric, reader, rows, inputs, teacher, run, record, student, progress).train()
         fabric.barrier()
 
 
@@ -217,13 +226,12 @@ class _Trainer:
         fabric: Fabric,
         reader: EmbeddingReader,
         rows: RowSet,
-        source: ImageSource,
+        inputs: InputLoader,
         teacher: TeacherSource,
         run: RunFolder,
         record: RunRecord,
         student: Student,
         progress: Callable[[StepProgress], None] | None,
-        pixels: ReadyPixels | None,
     ) -> None:
         self._config, self._fabric, self._reader = config, fabric, reader
         self._run, self._record, self._student, self._progress = run, record, student, progress
@@ -231,24 +239,13 @@ class _Trainer:
         self._steps_per_epoch = len(self._rows) // config.batch_size
         self._total_steps = self._steps_per_epoch * config.epochs
         self._teacher = teacher
-        tokenizer = student_tokenizer(record.student_config)
-        self._inputs = InputLoader(
-            reader,
-            source,
-            student.preprocess.at(config.train_image_size),
-            tokenizer,
-            self._workers(),
-            fabric.device,
-            pixels,
-            None if config.select_split is None else student.preprocess,
-            config.window_chunks,
-        )
+        self._inputs = inputs
         self._origin = record.origin()
         student.model.visual.to(memory_format=image_memory_format(student.model))
         if config.precision == "bf16" and fabric.device.type == "cpu":
             keep_depthwise_float32(student)
         if fabric.world_size > 1:
-            _freeze_unused(student, tokenizer(["any"]))
+            _freeze_unused(student, inputs.tokenizer(["any"]))
         if config.compile:
             _compile(student)
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
@@ -435,11 +432,12 @@ class _Trainer:
         values: dict[str, Any] = {field.name: getattr(pairs, field.name) for field in fields(pairs)}
         return replace(pairs, **{name: value[span] for name, value in values.items() if value is not None})
 
-    def _workers(self) -> int | None:
-        """Decoding processes of this rank; left to the settings, all ranks together have those of one."""
-        if self._config.workers is not None or self._fabric.world_size == 1:
-            return self._config.workers
-        return max(1, min(8, (os.cpu_count() or 1) // 2) // self._fabric.world_size)
+
+def _workers(config: TrainConfig, world_size: int) -> int | None:
+    """Decoding processes of a rank; left to the settings, all ranks together have those of one."""
+    if config.workers is not None or world_size == 1:
+        return config.workers
+    return max(1, min(8, (os.cpu_count() or 1) // 2) // world_size)
 
 
 def _freeze_unused(student: Student, tokens: torch.Tensor) -> None:

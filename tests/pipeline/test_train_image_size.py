@@ -113,16 +113,16 @@ def test_a_transformer_is_refused_before_anything_is_written(home: Path, tmp_pat
 def test_what_cannot_be_learned_from_is_refused_with_what_would_do() -> None:
     """open_clip's ResNet ends in an attention with positions; a map can be too small for the next kernel."""
     with pytest.raises(UsageError, match=r"ModifiedResNet cannot take images of 32 x 32 .*open_clip's ResNets"):
-        build(KINDS["resnet"]).require_learns_from(32)
+        build(KINDS["resnet"]).preprocess_to_learn(32)
     lite0 = KINDS["lite0"]
-    build(lite0).require_learns_from(64)
+    build(lite0).preprocess_to_learn(64)
     with pytest.raises(
         UsageError, match=r"train_image_size 65: this student's own images are 64 x 64, .*at least as large"
     ):
-        build(lite0).require_learns_from(65)
+        build(lite0).preprocess_to_learn(65)
     wide = {**lite0, "vision_cfg": {**lite0["vision_cfg"], "image_size": [64, 32]}}
     with pytest.raises(UsageError, match=r"train_image_size 32: .* 64 x 32, and square ones"):
-        build(wide).require_learns_from(32)
+        build(wide).preprocess_to_learn(32)
 
 
 def build(architecture: dict[str, Any]) -> Student:
