@@ -4,11 +4,11 @@
 
 Every row of the TOML file is one student trained from the cache alone, by the settings of ``teacher-cache train``. A
 row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. A row with ``soup`` is the
-mean of ``of`` runs of the row that it names, by ``teacher-cache soup``: of its seeds 0 to ``of`` - 1 for seed 0, of the
-next ``of`` for seed 1. A row with ``resize`` is the row that it names at another ``image_size``, by ``teacher-cache
-resize``. What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was,
-so that the table may be made in several sittings. The Markdown table goes to stdout; failed rows stay in it, with their
-reason.
+mean of ``of`` runs of the row that it names, by ``teacher-cache soup``: of its seeds 0 to ``of`` - 1 for seed 0, of
+the next ``of`` for seed 1. A row with ``resize`` is the row that it names at another ``image_size``, by
+``teacher-cache resize``. A row with ``begins_at`` trains the student of the row that it names, of the same seed, on.
+What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was, so that the table may
+be made in several sittings. The Markdown table goes to stdout; failed rows stay in it, with their reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.inherit import inherit
 from pipeline.metrics import mean_recall
 from pipeline.recipes import in_teacher_space
 from pipeline.resize import resize
-from pipeline.runs import RunFolder, RunRecord
+from pipeline.runs import CHECKPOINT_CONFIG, RunFolder, RunRecord
 from pipeline.soup import soup
 from pipeline.train import train
 from storage.commits import all_chunks
@@ -124,12 +124,32 @@ def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Name
         run = options.out / f"{row['resize']}-{seed}"
         config = ResizeConfig(run=str(run), image_size=row["image_size"], out=str(out))
         return partial(made_of, [run], out, partial(resize, config))
-    settings = {key: value for key, value in row.items() if key not in ("inherit", "note")}
+    settings = {key: value for key, value in row.items() if key not in ("inherit", "begins_at", "note")}
+    if "begins_at" in row:
+        run_row(row["begins_at"], table, seed, options)
+        return partial(trained_on, options.out / f"{row['begins_at']}-{seed}", settings, out, seed, options)
     if row.get("inherit"):
         settings["init"] = str(inherited(settings["student"], settings["cache"], options))
+    return partial(trained, settings, out, seed, options)
+
+
+def trained(settings: dict[str, Any], out: Path, seed: int, options: argparse.Namespace) -> RunRecord:
+    """A run with these settings, or the rest of it."""
     training = TrainConfig(**settings, out=str(out), seed=seed, device=options.device)
-    print(f"{name}, seed {seed}: {training.student}, {training.epochs} epochs", file=sys.stderr)
-    return lambda: train(training, show, resume=RunFolder(out).exists()).record
+    print(f"{out.name}: {training.student}, {training.epochs} epochs", file=sys.stderr)
+    return train(training, show, resume=RunFolder(out).exists()).record
+
+
+def trained_on(run: Path, settings: dict[str, Any], out: Path, seed: int, options: argparse.Namespace) -> RunRecord:
+    """As :func:`trained`, beginning at the student of a finished run.
+
+    Raises:
+        RuntimeError: that one failed.
+    """
+    require_made([run])
+    checkpoint = RunFolder(run).checkpoint_path()
+    begins = {"init": str(checkpoint), "student": str(checkpoint / CHECKPOINT_CONFIG)}
+    return trained({**settings, **begins}, out, seed, options)
 
 
 def made_of(runs: list[Path], out: Path, make: Callable[[], RunRecord]) -> RunRecord:
@@ -138,10 +158,14 @@ def made_of(runs: list[Path], out: Path, make: Callable[[], RunRecord]) -> RunRe
     Raises:
         RuntimeError: one of them failed.
     """
+    require_made(runs)
+    return RunFolder(out).read() if RunFolder(out).exists() else make()
+
+
+def require_made(runs: list[Path]) -> None:
     failed = [run.name for run in runs if "failed" in json.loads(run.with_suffix(".json").read_text())]
     if failed:
         raise RuntimeError(f"{', '.join(failed)} failed")
-    return RunFolder(out).read() if RunFolder(out).exists() else make()
 
 
 def teacher_seconds(record: RunRecord) -> float | None:

@@ -205,10 +205,16 @@ def resize(
     run: Annotated[str, typer.Argument(metavar="RUN", help=ResizeConfig.model_fields["run"].description)],
     image_size: Annotated[int | None, setting(ResizeConfig, "image_size")] = None,
     out: Annotated[str | None, setting(ResizeConfig, "out")] = None,
+    checkpoint: Annotated[str | None, setting(ResizeConfig, "checkpoint")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Give a trained convolutional student another image size: it is often better at more than it learned from."""
-    config = load_config(ResizeConfig, "resize", None, {"run": run, "image_size": image_size, "out": out})
+    """Give a trained student another image size.
+
+    A convolutional one is often better at more pixels than it learned from; the positions of a transformer are
+    interpolated, and want some more training.
+    """
+    settings = {"run": run, "image_size": image_size, "out": out, "checkpoint": checkpoint}
+    config = load_config(ResizeConfig, "resize", None, settings)
     from pipeline.resize import resize as run_resize
 
     record = run_resize(config)
@@ -217,10 +223,17 @@ def resize(
         return
     assert record.resized is not None  # that is what was written
     before = " x ".join(map(str, record.resized.image_size))
+    names = ", ".join(record.resized.interpolated)
+    kept = f"all but {names}, which is interpolated, are the same" if names else "all are the same"
     summary = (
-        f"{config.out}: {config.run} at {config.image_size} x {config.image_size} pixels, there {before}; the same "
-        f"{record.student_parameters:,} parameters\ncheckpoint: {config.out}/{record.checkpoint}"
+        f"{config.out}: {config.run} at {config.image_size} x {config.image_size} pixels, there {before}; "
+        f"{record.student_parameters:,} parameters: {kept}\ncheckpoint: {config.out}/{record.checkpoint}"
     )
+    if names:
+        summary += (
+            "\nTrain it on: teacher-cache train --cache CACHE --student CHECKPOINT/open_clip_config.json --init "
+            "CHECKPOINT, with that checkpoint"
+        )
     Console().print(summary, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -349,9 +349,12 @@ class SoupConfig(StageConfig):
 
 
 class ResizeConfig(StageConfig):
-    """Give a trained convolutional student another image size."""
+    """Give a trained student another image size."""
 
-    run: str = Field(description="Folder of a finished run, or of a mean of some; its newest checkpoint counts.")
+    run: str = Field(description="Folder of a finished run, or of a mean of some.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
+    )
     image_size: int = Field(gt=0, description="Pixels a side, often a fifth to a quarter more than it learned from.")
     out: str = Field(description="Folder of a run to write; must not be there yet.")
 

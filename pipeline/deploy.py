@@ -82,7 +82,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
             folder, student, student_config, checkpoint, record, name, run_name, calibration, report
         )
         del student
-        chosen_on = record.best.split if record.best and config.checkpoint == "best" else None
+        chosen_on = record.chosen_on(config.checkpoint)
         subject = Subject(folder, deployment, reports, checkpoint, chosen_on, split, teacher, teacher_probe, zero_shot)
         table = measure(config, subject, report)
         (folder / "table.json").write_text(table.model_dump_json(indent=2) + "\n")

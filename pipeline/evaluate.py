@@ -211,7 +211,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
         accepted_mismatches=split.accepted_mismatches,
         run=run,
         checkpoint=checkpoint,
-        chosen_on=record.best.split if record and record.best and config.checkpoint == "best" else None,
+        chosen_on=record.chosen_on(config.checkpoint) if record else None,
         teacher=teacher,
         student=student,
         retention=kept,

@@ -106,10 +106,11 @@ def promote(
     unchanged = champion is not None and champion.weights_sha256 == weights and _same_size(champion, path)
     if champion is not None and unchanged and not keep_unchanged:
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
-    if config.checkpoint == "best" and record.best is not None and record.best.split == config.split:
+    if record.chosen_on(config.checkpoint) == config.split:
+        way_out = "" if record.resized else ", or take --checkpoint last"
         raise UsageError(
-            f"{config.run}: its best checkpoint was chosen on split {config.split!r}, which flatters it there. "
-            "Measure on another --split, or take --checkpoint last"
+            f"{config.run}: its checkpoint {path.name} was chosen on split {config.split!r}, which flatters it there. "
+            f"Measure on another --split{way_out}"
         )
     if config.deployed is not None:
         _require_deployed(config.deployed, path, weights)

@@ -104,6 +104,10 @@ class ResizedRun(BaseModel, frozen=True):
     checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
     weights_sha256: str = Field(description="Of the file of that checkpoint's weights.")
     image_size: tuple[int, int] = Field(description="Height and width of what it saw there.")
+    interpolated: tuple[str, ...] = Field(
+        (), description="Weights that were interpolated, a transformer's positions; all others are the run's."
+    )
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, for one that was.")
 
 
 class RunRecord(BaseModel):
@@ -142,6 +146,12 @@ class RunRecord(BaseModel):
     def finished(self) -> bool:
         """Whether all epochs are trained; a mean of runs has none of its own, and nothing to go on with."""
         return bool(self.averaged) or len(self.epochs) >= self.config.epochs
+
+    def chosen_on(self, which: Literal["last", "best"]) -> str | None:
+        """The split that a checkpoint was chosen on, where what it scores is no test result; None if on none."""
+        if self.resized is not None:
+            return self.resized.chosen_on
+        return self.best.split if self.best is not None and which == "best" else None
 
     def origin(self) -> dict[str, Any]:
         """What a checkpoint says of itself when it is copied out of its run."""

@@ -160,7 +160,8 @@ class Student(nn.Module):
                 f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
                 f"{size} pixels, its own have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. "
                 "Choose another, or leave the setting out: a tower with a position for each patch, as transformers and "
-                "open_clip's ResNets are, takes its own size alone."
+                "open_clip's ResNets are, takes its own size alone. Train a transformer with that image_size in its "
+                "config, and give the run its full size by teacher-cache resize."
             ) from error
         finally:
             self.train(training)

@@ -266,7 +266,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     # before the hours that a teacher may take
     folder = RunFolder(config.run) if config.run is not None else None
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
-    best = folder.read().best if folder is not None and config.checkpoint == "best" else None
+    chosen_on = folder.read().chosen_on(config.checkpoint) if folder is not None else None
     device = resolve_device(config.device)
     keep_freed_memory(device)
     batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
@@ -319,7 +319,7 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
         teacher_ran=rows.encoded if rows is not None else config.teacher is not None,
         run=config.run,
         checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
-        chosen_on=best.split if best else None,
+        chosen_on=chosen_on,
         seconds=time.perf_counter() - started,
     )
 

@@ -106,9 +106,9 @@ def test_of_a_mean_too_and_one_can_begin_from_it(home: Path, tmp_path: Path) -> 
 def test_what_cannot_be_resized_is_left_as_it_is(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(
-        UsageError, match=r"image_size 48: this student's VisionTransformer cannot take images of 48 x 48"
+        UsageError, match=r"image_size 44: no multiple of this student's patches of 8 pixels\. Choose 40"
     ):
-        at(home, "vit", out)
+        at(home, "vit", out, 44)
     with pytest.raises(UsageError, match="image_size 32: the student has that size already"):
         at(home, "a", out, OWN)
     record = RunFolder(home / "a").read()
@@ -119,6 +119,58 @@ def test_what_cannot_be_resized_is_left_as_it_is(home: Path, tmp_path: Path) -> 
     assert not out.exists()
     with pytest.raises(UsageError, match="is there already"):
         at(home, "a", home / "b")
+
+
+@pytest.mark.parametrize("size", [16, LARGER])
+def test_a_transformers_positions_are_interpolated_and_nothing_else(home: Path, tmp_path: Path, size: int) -> None:
+    out = at(home, "vit", tmp_path / "other", size)
+    one, other = student_of(home / "vit"), student_of(out)
+    before, after = one.state_dict(), other.state_dict()
+    name = "model.visual.positional_embedding"
+    assert before.keys() == after.keys()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {name}
+    token, grid = before[name][:1], before[name][1:].unflatten(0, (4, 4)).movedim(-1, 0)[None]
+    wanted = torch.nn.functional.interpolate(grid, size=(size // 8,) * 2, mode="bicubic", antialias=True)
+    assert torch.equal(after[name][:1], token)
+    assert torch.allclose(after[name][1:], wanted[0].movedim(0, -1).flatten(0, 1), atol=1e-6)
+    record = RunFolder(out).read()
+    assert record.resized is not None
+    assert record.resized.interpolated == ("visual.positional_embedding",)
+    assert record.student_parameters == other.num_parameters != one.num_parameters
+    assert evaluate(EvaluateConfig(run=str(out), split="test", workers=0, device="cpu")).student is not None
+    model = open_clip.create_model(f"local-dir:{RunFolder(out).checkpoint_path()}", weights_only=True)
+    assert model.visual.image_size == (size, size)
+
+
+def test_a_transformer_learns_on_at_its_full_size(home: Path, tmp_path: Path) -> None:
+    checkpoint = RunFolder(at(home, "vit", tmp_path / "larger")).checkpoint_path()
+    config = train_config(
+        home / "photos.cache", checkpoint / "open_clip_config.json", tmp_path / "on", init=str(checkpoint), epochs=1
+    )
+    before, after = student_of(tmp_path / "larger"), (train(config), student_of(tmp_path / "on"))[1]
+    assert after.preprocess.size == (LARGER, LARGER)
+    name = "model.visual.positional_embedding"
+    assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+
+
+def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Path) -> None:
+    start = begin(tmp_path)
+    train(train_config(home / "photos.cache", out=tmp_path / "run", epochs=3, select_split="test", **start))
+    best = RunFolder(tmp_path / "run").read().best
+    assert best is not None
+    record = resize(
+        ResizeConfig(run=str(tmp_path / "run"), image_size=LARGER, out=str(tmp_path / "b"), checkpoint="best")
+    )
+    assert record.checkpoint == best.checkpoint
+    weights = load_student(tmp_path / "run" / best.checkpoint)[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in student_of(tmp_path / "b").state_dict().items())
+    found = evaluate(EvaluateConfig(run=str(tmp_path / "b"), split="test", workers=0, device="cpu"))
+    assert (found.chosen_on, found.checkpoint) == ("test", best.checkpoint)
+    common = {"registry": str(tmp_path / "students"), "device": "cpu", "workers": 0}
+    with pytest.raises(UsageError, match="was chosen on split 'test', which flatters it there"):
+        promote(PromoteConfig(run=str(tmp_path / "b"), split="test", **common))
+    at(tmp_path, "run", tmp_path / "last")
+    assert evaluate(EvaluateConfig(run=str(tmp_path / "last"), split="test", workers=0, device="cpu")).chosen_on is None
 
 
 def test_a_registry_takes_it_for_another_student(home: Path, tiny_deployment: Path, tmp_path: Path) -> None:
@@ -144,6 +196,6 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "larger"
     shown = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
     assert shown.exit_code == 0, shown.output
-    assert f"{out}: {home / 'a'} at 48 x 48 pixels, there 32 x 32; the same" in shown.stdout.replace("\n", " ")
+    assert f"{out}: {home / 'a'} at 48 x 48 pixels, there 32 x 32;" in shown.stdout.replace("\n", " ")
     again = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
     assert again.exit_code != 0

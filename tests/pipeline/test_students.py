@@ -59,9 +59,9 @@ def text_parameters(width: int, layers: int, embed_dim: int, rank: int | None, c
     return tokens + context * width + layers * (attention + mlp + 4 * width) + 2 * width + width * embed_dim + 1
 
 
-def vit_parameters(width: int, layers: int, embed_dim: int) -> int:
+def vit_parameters(width: int, layers: int, embed_dim: int, patches: int = 7 * 7) -> int:
     blocks = text_parameters(width, layers, 0, 1, 0) - 49408 - width - 2 * width - 1
-    return 3 * 32 * 32 * width + width + (7 * 7 + 1) * width + 4 * width + blocks + width * embed_dim
+    return 3 * 32 * 32 * width + width + (patches + 1) * width + 4 * width + blocks + width * embed_dim
 
 
 # trunks without their classifiers: published 4,652,008 and 6,092,072 parameters less 1,281,000 of the classifier,
@@ -78,6 +78,7 @@ COUNTS = {
     "effnet-lite2-t2": LITE2 + text_parameters(384, 2, 512, 80),
     "scenes-small": 1_952_477,
     "vit-s-32": vit_parameters(384, 6, 512) + text_parameters(256, 6, 512, None),
+    "vit-s-32-128": vit_parameters(384, 6, 512, 4 * 4) + text_parameters(256, 6, 512, None),
     "vit-ti-32": vit_parameters(192, 6, 256) + text_parameters(128, 3, 256, None),
 }
 
