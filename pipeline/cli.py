@@ -61,6 +61,9 @@ def demo(
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    # who stops all processes of a run, as systemd and timeout do, stops its decoders too; torch is told of each child
+    # that ends, and would take that for a failure, down to the interpreter's last moments
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
     raise KeyboardInterrupt
 
 

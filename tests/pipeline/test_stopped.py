@@ -1,4 +1,4 @@
-"""Stopped by a signal, a full disk or a missing right, precompute says how to go on, and the cache is sound."""
+"""Stopped by a signal, a full disk or a missing right, a command says how to go on, and what it made is sound."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.runs import RunFolder
 from storage.claims import CLAIMS
 from storage.inspect import describe_cache
 from storage.integrity import verify_cache
 from tests.conftest import cache_digest
+from tests.pipeline.train_work import make_cache, make_student
 
 MakePhotos = Callable[..., Path]
 
@@ -76,6 +78,28 @@ def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, numbe
         1,
         "stopped: nothing is committed yet. Run the same command again to go on.\n",
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_train_is_stopped_with_its_workers(tiny_teacher: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """As a terminal, systemd and timeout do it: the signal goes to the decoders too, whose end is no failure then."""
+    cache, student, out = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "s.json"), tmp_path / "run"
+    arguments = ("train", "--cache", cache, "--student", student, "--out", out, "--device", "cpu", "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments), "--batch-size", "8", "--epochs", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        start_new_session=True,
+    )
+    while process.poll() is None and not RunFolder(out).resumable():
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in said) == (1, False), said
+    last = said.strip().splitlines()[-1]
+    assert re.search(r"stopped: \d+ steps are saved\. Go on by: teacher-cache train --resume --out ", last), said
+    assert RunFolder(out).resumable()
 
 
 @pytest.mark.parametrize(
