@@ -32,6 +32,7 @@ from pipeline.queue_rows import TeacherQueue
 from pipeline.runs import BestRecord, EpochRecord, RunFolder, RunRecord, Selection
 from pipeline.samples import ImageSource
 from pipeline.schedule import adamw
+from pipeline.stop_requests import StopRequests
 from pipeline.student import Student, build_student, load_initial, save_student, student_config, student_tokenizer
 from pipeline.student_inputs import InputLoader
 from pipeline.telemetry import telemetry
@@ -93,7 +94,8 @@ def train(
 
     With one view in the cache the student sees the evaluation crop, as its teacher did; with several it replays the
     stored crops, each image's by turns. A run that was killed goes on where its last checkpoint left it, with the
-    losses of an unbroken run on the same kind of device.
+    losses of an unbroken run on the same kind of device. On one device SIGTERM and SIGINT act behind the step that they
+    come in, which is saved; a second one acts at once.
 
     Args:
         resume: go on with the run in ``config.out``; a finished one is left as it is.
@@ -308,35 +310,41 @@ class _Trainer:
         loader = self._inputs.epoch(mine)
         before = sums.model_copy()
         started = waiting = time.perf_counter()
-        for (pair, part), (pixels, tokens) in zip(steps, loader, strict=True):
-            arrived = time.perf_counter()
-            sums.waited += arrived - waiting
-            targets = self._teacher.targets(part)
-            values = self._step(self._point.step, pixels, tokens, targets, pair)
-            if self._average is not None:
-                self._average.update()
-            self._point.step += 1
-            sums.steps += 1
-            for name, value in {"loss": values.loss, **values.parts}.items():
-                sums.values[name] = sums.values.get(name, 0.0) + value
-            ended = time.perf_counter()
-            spent = ended - started
-            telemetry().step(len(part.image_rows), values.loss, arrived - waiting, ended - arrived)
-            sums.seconds = before.seconds + spent
-            rate = (sums.steps - first) * config.batch_size / spent
-            wait_share = (sums.waited - before.waited) / spent
-            if self._log is not None:
-                self._log.step(self._point.step, epoch, values, rate, wait_share)
-            if self._progress is not None:
-                eta = (self._total_steps - self._point.step) * config.batch_size / rate
-                self._progress(
-                    StepProgress(self._point.step, self._total_steps, epoch, values.loss, rate, wait_share, eta)
-                )
-            if self._log is not None and sums.steps < self._steps_per_epoch and self._due():
-                self._checkpoint(f"step-{self._point.step:08d}")
-            # behind the logs and the checkpoint: writing is no wait for data
-            waiting = time.perf_counter()
+        with StopRequests(self._save_step, active=self._fabric.world_size == 1) as stop:
+            for (pair, part), (pixels, tokens) in zip(steps, stop.between_steps(loader), strict=True):
+                arrived = time.perf_counter()
+                sums.waited += arrived - waiting
+                targets = self._teacher.targets(part)
+                values = self._step(self._point.step, pixels, tokens, targets, pair)
+                if self._average is not None:
+                    self._average.update()
+                self._point.step += 1
+                sums.steps += 1
+                for name, value in {"loss": values.loss, **values.parts}.items():
+                    sums.values[name] = sums.values.get(name, 0.0) + value
+                ended = time.perf_counter()
+                spent = ended - started
+                telemetry().step(len(part.image_rows), values.loss, arrived - waiting, ended - arrived)
+                sums.seconds = before.seconds + spent
+                rate = (sums.steps - first) * config.batch_size / spent
+                wait_share = (sums.waited - before.waited) / spent
+                if self._log is not None:
+                    self._log.step(self._point.step, epoch, values, rate, wait_share)
+                if self._progress is not None:
+                    eta = (self._total_steps - self._point.step) * config.batch_size / rate
+                    self._progress(
+                        StepProgress(self._point.step, self._total_steps, epoch, values.loss, rate, wait_share, eta)
+                    )
+                if self._log is not None and sums.steps < self._steps_per_epoch and self._due():
+                    self._checkpoint(f"step-{self._point.step:08d}")
+                # behind the logs and the checkpoint: writing is no wait for data
+                waiting = time.perf_counter()
+                stop.may_act()
         self._finish_epoch(epoch, sums)
+
+    def _save_step(self) -> None:
+        if self._log is not None and self._point.step > self._record.steps:
+            self._checkpoint(f"step-{self._point.step:08d}")
 
     def _finish_epoch(self, epoch: int, sums: EpochSums) -> None:
         self._point = self._point.model_copy(update={"epoch": epoch + 1, "sums": EpochSums()})
