@@ -377,8 +377,7 @@ class EvaluateConfig(StageConfig):
     )
     towers: bool = Field(
         False,
-        description="Measure each of the student's towers by itself too, with the teacher's rows for the other one; "
-        "left in the run until it is evaluated anew.",
+        description="Measure each of the student's towers by itself too, with the teacher's rows for the other one.",
     )
     batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass of the student.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N, for the student.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation_split import EvaluationSplit, open_split
@@ -229,10 +230,19 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
 
 
 def _kept(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
-    """The result, left in the run; a folder that cannot be written costs the file, not what was measured."""
-    data = (result.model_dump_json(indent=2) + "\n").encode()
+    """The result, left in the run; a folder that cannot be written costs the file, not what was measured.
+
+    Measured without its towers, it keeps those of an earlier result that is otherwise the same.
+    """
+    of = (result.split, str(result.checkpoint), result.cache_manifest_digest)
+    left = result
+    if result.towers is None:
+        with contextlib.suppress(OSError, ValidationError):
+            earlier = EvaluateResult.model_validate_json(folder.evaluation_path(*of).read_bytes())
+            if (earlier.teacher, earlier.student) == (result.teacher, result.student):
+                left = result.model_copy(update={"towers": earlier.towers})
     try:
-        folder.keep_evaluation(result.split, str(result.checkpoint), result.cache_manifest_digest, data)
+        folder.keep_evaluation(*of, (left.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
         return result.model_copy(update={"not_kept": f"{error.filename or folder.path}: {error.strerror or error}"})
     return result

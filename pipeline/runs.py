@@ -333,16 +333,20 @@ class RunFolder:
             cache_manifest_digest: of the cache that it was measured on; of another than the run's it is in the name.
 
         Returns:
-            Where it is: ``evaluations/SPLIT-CHECKPOINT.json``.
+            Where it is.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        path = self.evaluation_path(split, checkpoint, cache_manifest_digest)
+        self._files.write(f"{_EVALUATIONS}/{path.name}", data)
+        return path
+
+    def evaluation_path(self, split: str, checkpoint: str, cache_manifest_digest: str) -> Path:
+        """Where :meth:`keep_evaluation` leaves it, by the same arguments: ``evaluations/SPLIT-CHECKPOINT.json``."""
         other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
         # a split may be called anything
-        name = f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
-        self._files.write(f"{_EVALUATIONS}/{name}", data)
-        return self.path / _EVALUATIONS / name
+        return self.path / _EVALUATIONS / f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
 
     def evaluation_files(self) -> list[Path]:
         """What :meth:`keep_evaluation` left, by name."""

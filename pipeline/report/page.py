@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline.intervals import Interval
 from pipeline.report.chart import PALETTES, Chart, vega_config
 from pipeline.report.charts import all_charts, newest_evaluations
 from pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8
@@ -341,13 +342,20 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
             chosen = f", chosen on {each.chosen_on}" if each.chosen_on else ""
             if each.chosen_on == each.split:
                 chosen += ": no test result"
-            between = each.retention_intervals.mean if each.retention_intervals else None
-            share = each.retention["mean"]
-            kept = "–" if share is None else f"{share:.1f} %"
-            kept += f" ({between.low:.1f} to {between.high:.1f})" if between else ""
             checkpoint = (each.checkpoint or "–").rpartition("/")[2] + chosen
+            kept = _share(each.retention, each.retention_intervals.mean if each.retention_intervals else None)
             rows.append([run.name, on, checkpoint, kept, *values(each.student, each.student_intervals)])
+            for which, tower in (each.towers or {}).items():
+                alone = f"{run.name}, {which} tower by itself"
+                rows.append([alone, on, checkpoint, _share(tower.retention), *values(tower.recall, None)])
     return headings, rows
+
+
+def _share(retention: dict[str, Any], between: Interval | None = None) -> str:
+    """What is kept of the teacher's mean recall, with its interval if there is one."""
+    share = retention["mean"]
+    ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
+    return ("–" if share is None else f"{share:.1f} %") + ends
 
 
 def _turned(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import TrainConfig
 from pipeline.cost import ModelCost, ModelFacts, SpeedRatios, TowerFlops
-from pipeline.evaluate import EvaluateResult
+from pipeline.evaluate import EvaluateResult, TowerResult
 from pipeline.intervals import Interval, RecallIntervals
 from pipeline.latency import Ratio, Timing
 from pipeline.memory_probe import PeakMemory
@@ -301,6 +301,10 @@ def _intervals(recalls: Recalls, mean: float, by: float) -> RecallIntervals:
     return RecallIntervals(**ends, mean=Interval(low=mean - by, high=mean + by))  # type: ignore[arg-type]
 
 
+def _tower_alone(first: float, teacher: Recalls) -> TowerResult:
+    return TowerResult(recall=_recalls(first, 11), retention=retention(_recalls(first, 11), teacher))
+
+
 def _evaluation(run: str, first: float, split: str, chosen_on: str | None) -> EvaluateResult:
     teacher, student = _recalls(78.0, 9), _recalls(first, 11)
     kept = retention(student, teacher)
@@ -318,6 +322,9 @@ def _evaluation(run: str, first: float, split: str, chosen_on: str | None) -> Ev
         teacher=teacher,
         student=student,
         retention=kept,
+        towers={"image": _tower_alone(first + 1, teacher), "text": _tower_alone(first + 7, teacher)}
+        if split == "test"
+        else None,
         student_parameters=1_952_477,
         teacher_intervals=_intervals(teacher, mean_recall(teacher), 3),
         student_intervals=_intervals(student, mean_recall(student), 3),

@@ -20,7 +20,7 @@ from pipeline.report.chart import PALETTES
 from pipeline.report.charts import all_charts, main_chart, main_chart_png
 from pipeline.report.collect import collect_report
 from pipeline.report.data import CoverageCell, CoverageMap, ReportData
-from pipeline.report.page import render_report
+from pipeline.report.page import _evaluations, render_report
 from tests.conftest import plan_known_cache
 from tests.pipeline.report_data import HOSTILE, RTL, odd_report, report_data, unfinished_report
 from tests.storage.test_look import fill
@@ -230,6 +230,18 @@ def test_cells_of_coverage_say_what_they_are() -> None:
         ("pending", "chunk 12: pending"),
     ]
     assert "9 of 13 chunks committed, 2 rows quarantined; a cell is up to 4 chunks" in page
+
+
+def test_each_tower_that_was_measured_by_itself_has_a_row() -> None:
+    data = report_data()
+    headings, rows = _evaluations(data)
+    assert headings[3] == "keeps of the mean"
+    for run in data.runs:
+        for which, tower in (run.evaluations[0].towers or {}).items():
+            (row,) = [row for row in rows if row[0] == f"{run.name}, {which} tower by itself"]
+            assert row[1:4] == ["test: 8 images, 24 captions", "epoch-0004", f"{tower.retention['mean']:.1f} %"]
+            assert row[4] == f"{tower.recall['i2t']['R@1']:.1f}"
+    assert len([row for row in rows if "by itself" in row[0]]) == 2 * len(data.runs) > 0
 
 
 def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
