@@ -51,7 +51,12 @@ __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
+# settings of precompute and what the identity calls them
+_CROPS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
 _SET_HERE = {
+    "precompute": {
+        *("dataset", "teacher", "pretrained", "precision", "dtype", "decoder", "views", "cache", "reuse", "device")
+    },
     "train": {"cache", "student", "out", "init", "device"},
     "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
 }
@@ -79,6 +84,9 @@ class Look(BaseModel, frozen=True):
     dtype: StoredDtype = Field(description="Of that cache, as its decoder and views.")
     decoder: Decoder
     views: int
+    crops: dict[str, Any] = Field(
+        description="How its random crops are drawn, by the names of precompute, as the cache before has it."
+    )
     reuse: str | None = Field(description="Cache that rows are copied from: the newest of this dtype and decoder.")
     not_reused: str | None = Field(description="Why no rows of the newest finished cache of this teacher are copied.")
     unread: str | None = Field(
@@ -127,12 +135,13 @@ class Retraining:
         self.home = str(Path(config.home).absolute())
         self.caches = (config.caches or f"{self.home}/caches").rstrip("/")
         self.registry = StudentRegistry(f"{self.home}/students")
-        for stage, given in (("train", config.train), ("deploy", config.deploy)):
+        for stage, given in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
             if taken := sorted(set(given) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
         # a typing error should not cost the encoding
         training = self._training("cache", "out", "champion")
         self._deployment("run", "out", "last")
+        self._encoding({})
         self._student = student_config(config.student)
         if training.train_image_size is not None:
             build_student(self._student, {}, 1).preprocess_to_learn(training.train_image_size)
@@ -176,6 +185,7 @@ class Retraining:
             cache=f"{self.caches}/{number:04d}.cache",
             cache_finished=finished,
             **stored,
+            crops=_crops(source.manifest) if stored["views"] > 1 and source and source.manifest else {},
             reuse=alike[-1] if alike else None,
             not_reused=list(unlike.values())[-1] if unlike and not alike and not finished else None,
             unread=_unread(there, source),
@@ -248,19 +258,13 @@ class Retraining:
         )
 
     def _precompute(self, look: Look) -> PrecomputeConfig:
-        config = self.config
-        return PrecomputeConfig(
-            dataset=config.dataset,
-            teacher=config.teacher,
-            pretrained=config.pretrained,
-            precision=config.precision,
-            dtype=look.dtype,
-            decoder=look.decoder,
-            views=look.views,
-            cache=look.cache,
-            reuse=look.reuse,
-            device=config.device,
-        )
+        stored = {name: getattr(look, name) for name in (*_DEFAULTS, "cache", "reuse")}
+        return self._encoding(stored, look.crops)
+
+    def _encoding(self, stored: dict[str, Any], crops: dict[str, Any] | None = None) -> PrecomputeConfig:
+        names = ("dataset", "teacher", "pretrained", "precision", "device")
+        given = {"cache": "cache", **{name: getattr(self.config, name) for name in names}, **stored}
+        return check_config(PrecomputeConfig, (crops or {}) | self.config.precompute | given, "precompute")
 
     def _require_splits(self, dataset: DatasetIdentity) -> None:
         training = self._training("cache", "out", None)
@@ -336,7 +340,9 @@ class Retraining:
     def _is_of(self, manifest: CacheManifest, dataset: DatasetIdentity) -> bool:
         stored = _as_stored(manifest)
         asked = all(getattr(self.config, name) in (None, value) for name, value in stored.items())
-        return self._is_by(manifest) and asked and manifest.identity.dataset == dataset
+        drawn, wanted = _crops(manifest), self._encoding({}).model_dump(mode="json", include={*_CROPS})
+        alike = all(value in (None, drawn.get(name)) for name, value in wanted.items())
+        return self._is_by(manifest) and asked and alike and manifest.identity.dataset == dataset
 
     def _stored(self, before: _Numbered | None) -> dict[str, Any]:
         """Views, dtype and decoder as asked for, as the cache before has them, or by default."""
@@ -444,6 +450,12 @@ def _as_stored(manifest: CacheManifest) -> dict[str, Any]:
     identity = manifest.identity
     decoder = identity.preprocess.decoder or PILLOW
     return {"views": manifest.layout.views, "dtype": identity.targets.dtype, "decoder": decoder}
+
+
+def _crops(manifest: CacheManifest) -> dict[str, Any]:
+    """How random crops are drawn, by the names that the settings of precompute have; empty where there are none."""
+    drawn = manifest.identity.views.fields()
+    return {setting: drawn[name] for setting, name in _CROPS.items() if name in drawn}
 
 
 def _unread(there: list[_Numbered], source: _Numbered | None) -> str | None:

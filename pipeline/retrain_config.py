@@ -28,6 +28,11 @@ class RetrainConfig(StageConfig):
         None, description="Of the images, as for precompute; that of the cache before, or pillow, if left out."
     )
     views: int | None = Field(None, gt=0, description="Crops per image; those of the cache before, or 1, if left out.")
+    precompute: dict[str, Any] = Field(
+        {},
+        description="More settings of precompute by name: batch_size, executor, crop_scale, ... How random crops are "
+        "drawn is as in the cache before where it is left out.",
+    )
     caches: str | None = Field(None, description="Folder or URL of the caches instead, such as s3://bucket/caches.")
     start: Literal["champion", "scratch"] = Field(
         "champion", description="Begin with the champion's weights where it is the same student, or with none."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pipeline.promote
 import pipeline.retrain
@@ -20,6 +21,7 @@ from pipeline.deployment import DeploymentError
 from pipeline.registry import StudentRegistry
 from pipeline.retrain import Retraining, RetrainResult, retrain
 from pipeline.retrain_config import RetrainConfig
+from pipeline.teacher import Encoded, LiveTeacher
 from storage.errors import CacheCorruptError, UsageError
 from storage.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos
@@ -187,6 +189,10 @@ def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None
             retrain(settings(home, tiny_teacher, **wrong))
     with pytest.raises(UsageError, match="rounds"):
         retrain(settings(home, tiny_teacher, deploy={"rounds": 0}))
+    with pytest.raises(UsageError, match="precompute: crop_flip: Input should be less than or equal to 1"):
+        retrain(settings(home, tiny_teacher, precompute={"crop_flip": 2}))
+    with pytest.raises(UsageError, match="precompute: views: set by retraining itself"):
+        retrain(settings(home, tiny_teacher, precompute={"views": 2}))
     with pytest.raises(UsageError, match="train: out: set by retraining itself"):
         retrain(settings(home, tiny_teacher, train={"out": "x"}))
     assert not (home / "home").exists()
@@ -359,6 +365,41 @@ def test_the_decoder_and_views_of_the_cache_before_are_kept(home: Path, tiny_tea
     assert "decoder: jpeg-scaled in the cache, pillow asked for. Leave dtype and decoder out" in third.look.not_reused
     identity = EmbeddingReader(third.look.cache).identity
     assert (identity.preprocess.decoder, identity.views.count, identity.targets.dtype) == (None, 2, "float16")
+
+
+def test_crops_are_drawn_as_in_the_cache_before_so_that_its_views_are_copied(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = LiveTeacher.encode_images
+
+    def counted(self: LiveTeacher, pixels: torch.Tensor) -> Encoded:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", counted)
+    drawn = {"crop_scale": [0.6, 0.9], "view_seed": 7}
+    first = retrain(settings(home, tiny_teacher, views=2, precompute={**drawn, "batch_size": 4}))
+    views = EmbeddingReader(first.look.cache).identity.views
+    assert (views.count, views.scale, views.seed, views.flip) == (2, (0.6, 0.9), 7, 0.5)
+    assert EmbeddingReader(first.look.cache).manifest.layout.batch_rows == 4
+    for more in ({}, {"precompute": drawn}, {"precompute": {"batch_size": 8}}):
+        assert retrain(settings(home, tiny_teacher, **more)).outcome == "nothing-new"
+    add_photos(home, 900, 5)
+    second = retrain(settings(home, tiny_teacher))
+    assert second.look.crops == {
+        "crop_scale": [0.6, 0.9],
+        "crop_ratio": [3 / 4, 4 / 3],
+        "crop_flip": 0.5,
+        "view_seed": 7,
+    }
+    assert sum(seen) == 2 * (64 + 5)
+    assert EmbeddingReader(second.look.cache).identity.views == views
+    third = retrain(settings(home, tiny_teacher, precompute={"crop_scale": [0.3, 1.0]}))
+    assert third.look.cache != second.look.cache
+    assert sum(seen) == 2 * (64 + 5) + 69  # all crops of the new size, and no evaluation crop
+    views = EmbeddingReader(third.look.cache).identity.views
+    assert (views.count, views.scale, views.seed) == (2, (0.3, 1.0), 7)
 
 
 def test_what_was_begun_goes_on_as_it_began(home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
