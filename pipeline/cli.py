@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from pipeline.cli_flags import say
+from pipeline.stop_requests import interrupt
 from storage.cli import JsonFlag, app, commands_in, print_json
 from storage.errors import CacheError, UsageError
 from storage.logs import start_json_logs_if_asked, stop_json_logs
@@ -60,18 +60,14 @@ def demo(
         Console().print(demo_table(result))
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    # who stops all processes of a run, as systemd and timeout do, stops its decoders too; torch is told of each child
-    # that ends, and would take that for a failure, down to the interpreter's last moments
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after."""
+    """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after.
+
+    One that came leaves this process deaf to the end of its children (``pipeline.stop_requests.interrupt``).
+    """
     # none is ours, and to look for some reads the metadata of every package that is installed
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         start_json_logs_if_asked()
         app(standalone_mode=True)

@@ -18,7 +18,7 @@ from open_clip.model import resize_pos_embed
 from pipeline.config import ResizeConfig
 from pipeline.new_folder import new_folder, require_free
 from pipeline.runs import ResizedRun, RunFolder, RunRecord, weights_file_sha256
-from pipeline.student import Student, build_student, load_student, save_student
+from pipeline.student import Student, build_student, checkpoint_origin, load_student, save_student
 from storage.errors import UsageError
 
 __all__ = ["resize", "resized"]
@@ -61,7 +61,9 @@ def resize(config: ResizeConfig) -> RunRecord:
     )
     with new_folder(out) as partial:
         (partial / name).mkdir(parents=True)
-        save_student(made, made.config, partial / name, {**written.origin(), "step": written.steps})
+        # of the best checkpoint also how it was chosen
+        stays = {key: value for key, value in checkpoint_origin(checkpoint).items() if key in ("step", "chosen")}
+        save_student(made, made.config, partial / name, {**written.origin(), **stays})
         RunFolder(partial).write(written)
     return written
 
@@ -84,7 +86,7 @@ def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
     if hasattr(student.model.visual, "grid_size"):
         _require_patches(student, size)
     else:
-        student.require_takes(size, "image_size")
+        student.require_takes(size, "image_size", "Choose another, or train one of that size")
     config = copy.deepcopy(student.config)
     config["vision_cfg"]["image_size"] = size
     made = build_student(config, student.preprocess.to_config(), student.teacher_dim)
@@ -114,8 +116,8 @@ def _require_patches(student: Student, size: int) -> None:
         )
     patch = visual.patch_size[0]
     if size % patch:
-        below = max(size // patch, 1) * patch
+        near = [each * patch for each in (size // patch, size // patch + 1) if each not in (0, visual.grid_size[0])]
         raise UsageError(
-            f"image_size {size}: no multiple of this student's patches of {patch} pixels. Choose {below} or "
-            f"{below + patch}"
+            f"image_size {size}: no multiple of this student's patches of {patch} pixels. Choose "
+            f"{' or '.join(map(str, near))}"
         )

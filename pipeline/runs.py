@@ -95,6 +95,7 @@ class AveragedRun(BaseModel, frozen=True):
     checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
     weights_sha256: str = Field(description="Of the file of that checkpoint's weights.")
     config: TrainConfig
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, for one that was.")
 
 
 class ResizedRun(BaseModel, frozen=True):
@@ -151,6 +152,8 @@ class RunRecord(BaseModel):
         """The split that a checkpoint was chosen on, where what it scores is no test result; None if on none."""
         if self.resized is not None:
             return self.resized.chosen_on
+        if self.averaged:
+            return next((each.chosen_on for each in self.averaged if each.chosen_on), None)
         return self.best.split if self.best is not None and which == "best" else None
 
     def origin(self) -> dict[str, Any]:
@@ -421,8 +424,9 @@ class RunFolder:
         """
         record = self.read()
         if which == "best":
-            if record.averaged:
-                raise UsageError(f"{self.path}: is a mean of runs and has one checkpoint; take --checkpoint last")
+            if record.averaged or record.resized:
+                what = "a mean of runs" if record.averaged else "a run at another image size"
+                raise UsageError(f"{self.path}: is {what} and has one checkpoint; take --checkpoint last")
             if record.best is None:
                 raise UsageError(
                     f"{self.path}: no best checkpoint; train with --select-split to have one, or use --checkpoint last"

@@ -47,6 +47,7 @@ def soup(config: SoupConfig) -> RunRecord:
             checkpoint=str(record.checkpoint),
             weights_sha256=weights_file_sha256(checkpoint),
             config=record.config,
+            chosen_on=record.chosen_on("last"),
         )
         for folder, record, checkpoint in zip(folders, records, checkpoints, strict=True)
     )
@@ -65,6 +66,7 @@ def soup(config: SoupConfig) -> RunRecord:
             "best": None,
             "resumed_at": (),
             "averaged": averaged,
+            "resized": None,
             "checkpoint": _CHECKPOINT,
         }
     )

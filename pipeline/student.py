@@ -30,6 +30,7 @@ __all__ = [
     "StudentOutput",
     "architecture_differences",
     "build_student",
+    "checkpoint_origin",
     "load_initial",
     "load_student",
     "presets",
@@ -133,10 +134,16 @@ class Student(nn.Module):
                 f"train_image_size {size}: this student's own images are {height} x {width}, and square ones, at least "
                 "as large, are wanted. Lower the setting, or leave it out."
             )
-        self.require_takes(size, "train_image_size")
+        way_out = "Choose another, or leave the setting out"
+        if hasattr(self.model.visual, "grid_size"):  # of open_clip's transformers, see pipeline.resize
+            way_out = (
+                "Leave the setting out, or train a student with that image_size in its config and give the run its "
+                "full size by teacher-cache resize"
+            )
+        self.require_takes(size, "train_image_size", way_out)
         return replace(self.preprocess, size=(size, size))
 
-    def require_takes(self, size: int, setting: str) -> None:
+    def require_takes(self, size: int, setting: str, way_out: str) -> None:
         """Make sure that the image tower takes square images of another size than its own.
 
         Most convolutional trunks do. A transformer has a position for each patch of its own size and of no other, and
@@ -145,6 +152,7 @@ class Student(nn.Module):
         Args:
             size: pixels a side.
             setting: that asks for it.
+            way_out: what to do where it does not.
 
         Raises:
             UsageError: it does not.
@@ -159,9 +167,8 @@ class Student(nn.Module):
             raise UsageError(
                 f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
                 f"{size} pixels, its own have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. "
-                "Choose another, or leave the setting out: a tower with a position for each patch, as transformers and "
-                "open_clip's ResNets are, takes its own size alone. Train a transformer with that image_size in its "
-                "config, and give the run its full size by teacher-cache resize."
+                f"{way_out}: a tower with a position for each patch, as transformers and open_clip's ResNets are, "
+                "takes its own size alone."
             ) from error
         finally:
             self.train(training)
@@ -280,6 +287,12 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
     }
     if projections:
         save_file(projections, folder / _PROJECTION)
+
+
+def checkpoint_origin(folder: Path) -> dict[str, Any]:
+    """What :func:`save_student` was told of a checkpoint; empty where that was not copied with it."""
+    path = folder / _ORIGIN
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:

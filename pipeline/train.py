@@ -310,6 +310,7 @@ class _Trainer:
         loader = self._inputs.epoch(mine)
         before = sums.model_copy()
         started = waiting = time.perf_counter()
+        measured = self._measures(epoch)
         with StopRequests(self._save_step, active=self._fabric.world_size == 1) as stop:
             for (pair, part), (pixels, tokens) in zip(steps, stop.between_steps(loader), strict=True):
                 arrived = time.perf_counter()
@@ -340,19 +341,24 @@ class _Trainer:
                 # behind the logs and the checkpoint: writing is no wait for data
                 waiting = time.perf_counter()
                 stop.may_act()
-        self._finish_epoch(epoch, sums)
+            if measured:
+                self._save_step()  # a signal acts at once while it is measured, which may take minutes
+            else:
+                self._finish_epoch(epoch, sums, None)
+        if measured:
+            selection = self._select() if self._log is not None else None
+            with StopRequests(active=self._fabric.world_size == 1):
+                self._finish_epoch(epoch, sums, selection)
 
     def _save_step(self) -> None:
         if self._log is not None and self._point.step > self._record.steps:
             self._checkpoint(f"step-{self._point.step:08d}")
 
-    def _finish_epoch(self, epoch: int, sums: EpochSums) -> None:
+    def _finish_epoch(self, epoch: int, sums: EpochSums, selection: Selection | None) -> None:
         self._point = self._point.model_copy(update={"epoch": epoch + 1, "sums": EpochSums()})
         if self._log is None:
             return
         means = {name: total / sums.steps for name, total in sums.values.items()}
-        with self._measured_weights():
-            selection = self._select(epoch)
         finished = EpochRecord(
             epoch=epoch,
             loss=means.pop("loss"),
@@ -387,15 +393,17 @@ class _Trainer:
         caption_rows, text_image = self._reader.caption_rows(rows)
         return rows, self._reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist(), text_image
 
-    def _select(self, epoch: int) -> Selection | None:
-        """The student of this moment on the select split, if this epoch is to be measured."""
-        config, split = self._config, self._config.select_split
-        if split is None or ((epoch + 1) % config.select_every and epoch + 1 < config.epochs):
-            return None
+    def _measures(self, epoch: int) -> bool:
+        config, done = self._config, epoch + 1
+        return config.select_split is not None and (done % config.select_every == 0 or done == config.epochs)
+
+    def _select(self) -> Selection:
+        """The student of this moment on the select split."""
         rows, captions, text_image = self._select_rows
-        image, text = encode_rows(self._student, rows, captions, self._inputs, self._fabric.device)
+        with self._measured_weights():
+            image, text = encode_rows(self._student, rows, captions, self._inputs, self._fabric.device)
         recalls = retrieval_recall(image, text, text_image)
-        return Selection(split=split, mean_recall=mean_recall(recalls), recalls=recalls)
+        return Selection(split=str(self._config.select_split), mean_recall=mean_recall(recalls), recalls=recalls)
 
     def _checkpoint(self, name: str, best: BestRecord | None = None) -> None:
         """Save the run as it stands; from now on it goes on from here."""

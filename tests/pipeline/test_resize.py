@@ -166,9 +166,20 @@ def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Pa
     assert all(torch.equal(value, weights[name]) for name, value in student_of(tmp_path / "b").state_dict().items())
     found = evaluate(EvaluateConfig(run=str(tmp_path / "b"), split="test", workers=0, device="cpu"))
     assert (found.chosen_on, found.checkpoint) == ("test", best.checkpoint)
+    origin = json.loads((RunFolder(tmp_path / "b").checkpoint_path() / "origin.json").read_text())
+    assert (origin["step"], origin["chosen"]["epoch"]) == (4 * (best.epoch + 1), best.epoch)
+    with pytest.raises(
+        UsageError, match="is a run at another image size and has one checkpoint; take --checkpoint last"
+    ):
+        resize(ResizeConfig(run=str(tmp_path / "b"), image_size=OWN, out=str(tmp_path / "c"), checkpoint="best"))
     common = {"registry": str(tmp_path / "students"), "device": "cpu", "workers": 0}
     with pytest.raises(UsageError, match="was chosen on split 'test', which flatters it there"):
         promote(PromoteConfig(run=str(tmp_path / "b"), split="test", **common))
+    train(train_config(home / "photos.cache", out=tmp_path / "other", epochs=1, seed=1, select_split="test", **start))
+    at(tmp_path, "other", tmp_path / "o")
+    soup(SoupConfig(runs=(str(tmp_path / "o"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
+    mean = RunFolder(tmp_path / "mean").read()
+    assert (mean.chosen_on("last"), mean.resized) == ("test", None)
     at(tmp_path, "run", tmp_path / "last")
     assert evaluate(EvaluateConfig(run=str(tmp_path / "last"), split="test", workers=0, device="cpu")).chosen_on is None
 
