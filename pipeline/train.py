@@ -95,7 +95,7 @@ def train(
     With one view in the cache the student sees the evaluation crop, as its teacher did; with several it replays the
     stored crops, each image's by turns. A run that was killed goes on where its last checkpoint left it, with the
     losses of an unbroken run on the same kind of device. On one device SIGTERM and SIGINT act behind the step that they
-    come in, which is saved; a second one acts at once.
+    come in, which is saved; a second one acts at once (``pipeline.stop_requests``).
 
     Args:
         resume: go on with the run in ``config.out``; a finished one is left as it is.
