@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 __all__ = ["StopRequests", "interrupt"]
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 # timeout(1) sends its signal twice, to the command and to its whole group
 _ONE_REQUEST_SECONDS = 0.5
@@ -77,7 +77,7 @@ class StopRequests:
             self._save()
             self._act()
 
-    def between_steps(self, items: Iterable[Item]) -> Iterator[Item]:
+    def between_steps(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """The same items, each asked for between two steps: a signal that comes meanwhile does not wait for it.
 
         Raises:

@@ -91,6 +91,9 @@ def one_rank(rank: int, folder: str) -> None:
     ((rank + 1) * rows * torch.arange(8.0).reshape(4, 2)).sum().backward()
     found["parts"] = rows.detach(), columns.detach(), integers, integers.requires_grad, leaf.grad
     torch.save(found, f"{folder}/rank-{rank}.pt")
+    # a rank that ends while the other one, or its own reducer, still has a thread in the group may be aborted
+    del model
+    dist.barrier()
     dist.destroy_process_group()
 
 
