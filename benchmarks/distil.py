@@ -110,8 +110,8 @@ def run_row(name: str, table: dict[str, Any], seed: int, options: argparse.Names
         if begins_at := table["rows"][name].get("begins_at"):
             before = json.loads((options.out / f"{begins_at}-{seed}.json").read_text())
             for part in ("seconds", "teacher_seconds", "epochs"):
-                if finished[part] is not None:
-                    finished[part] = finished[part] + before[part] if before[part] is not None else None
+                both = (before[part], finished[part])
+                finished[part] = None if None in both else sum(both)
     done.write_text(json.dumps(finished, indent=2) + "\n")
 
 

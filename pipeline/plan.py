@@ -31,6 +31,7 @@ from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples
 from storage.writer import EmbeddingWriter, plan_cache
 
 __all__ = [
+    "CROP_SETTINGS",
     "PlannedDataset",
     "Progress",
     "asked_targets",
@@ -52,6 +53,8 @@ Progress = Callable[[str, int, int], None]
 
 _LOG = logger("precompute")
 
+CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
+"""Settings of precompute, by what the identity calls each (``storage.identity.ViewsIdentity``)."""
 # milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
 _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
@@ -307,12 +310,7 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
     except CacheNotFoundError:
         have = ViewsIdentity(policy="evaluation")
     count = config.views or have.count
-    asked = {
-        "scale": config.crop_scale,
-        "ratio": config.crop_ratio,
-        "flip": config.crop_flip,
-        "seed": config.view_seed,
-    }
+    asked = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
     if count == 1:
         if any(value is not None for value in asked.values()):
             raise UsageError(

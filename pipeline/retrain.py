@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 from pipeline.config import Decoder, DeployConfig, PrecomputeConfig, StoredDtype, TrainConfig
 from pipeline.deployment import RECORD, Deployment
 from pipeline.known_rows import NotReusableError
-from pipeline.plan import dataset_identity, dataset_tables
+from pipeline.plan import CROP_SETTINGS, dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
 from pipeline.promote import PromoteConfig, PromoteResult, checkpoint_of, promote
 from pipeline.registry import Candidate, StudentRegistry
@@ -51,8 +51,6 @@ __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
-# settings of precompute and what the identity calls them
-_CROPS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
 _SET_HERE = {
     "precompute": {
         *("dataset", "teacher", "pretrained", "precision", "dtype", "decoder", "views", "cache", "reuse", "device")
@@ -340,7 +338,7 @@ class Retraining:
     def _is_of(self, manifest: CacheManifest, dataset: DatasetIdentity) -> bool:
         stored = _as_stored(manifest)
         asked = all(getattr(self.config, name) in (None, value) for name, value in stored.items())
-        drawn, wanted = _crops(manifest), self._encoding({}).model_dump(mode="json", include={*_CROPS})
+        drawn, wanted = _crops(manifest), self._encoding({}).model_dump(mode="json", include={*CROP_SETTINGS})
         alike = all(value in (None, drawn.get(name)) for name, value in wanted.items())
         return self._is_by(manifest) and asked and alike and manifest.identity.dataset == dataset
 
@@ -455,7 +453,7 @@ def _as_stored(manifest: CacheManifest) -> dict[str, Any]:
 def _crops(manifest: CacheManifest) -> dict[str, Any]:
     """How random crops are drawn, by the names that the settings of precompute have; empty where there are none."""
     drawn = manifest.identity.views.fields()
-    return {setting: drawn[name] for setting, name in _CROPS.items() if name in drawn}
+    return {setting: drawn[name] for setting, name in CROP_SETTINGS.items() if name in drawn}
 
 
 def _unread(there: list[_Numbered], source: _Numbered | None) -> str | None:

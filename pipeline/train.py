@@ -336,8 +336,8 @@ class _Trainer:
                     self._progress(
                         StepProgress(self._point.step, self._total_steps, epoch, values.loss, rate, wait_share, eta)
                     )
-                if self._log is not None and sums.steps < self._steps_per_epoch and self._due():
-                    self._checkpoint(f"step-{self._point.step:08d}")
+                if sums.steps < self._steps_per_epoch and self._due():
+                    self._save_step()
                 # behind the logs and the checkpoint: writing is no wait for data
                 waiting = time.perf_counter()
                 stop.may_act()
