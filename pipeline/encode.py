@@ -34,12 +34,13 @@ from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.scaled_jpeg import open_image
+from pipeline.short_text import order_by_length
 from pipeline.teacher import Encoded, LiveTeacher
 from pipeline.telemetry import telemetry
 from pipeline.views import crop_shown, draw_crop
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
-from storage.commits import ChunkRef, QuarantinedRow
+from storage.commits import ChunkRef, QuarantinedRow, Tower
 from storage.files import requests_at_once
 from storage.journal import ChunkCost
 from storage.logs import event, logger
@@ -364,7 +365,8 @@ class _Jobs:
             }
             chunk = _Chunk(ref, rows, arrays)
             known = self._take_known(chunk)
-            numbers = np.arange(rows.start, rows.stop)
+            order = self._order(ref.tower, rows)
+            numbers, known = rows.start + order, known[order]
             batches = [
                 _Batch(chunk, part[start : start + batch_size], False, self._prepare(chunk, is_known), is_known)
                 for part, is_known in ((numbers[known], True), (numbers[~known], False))
@@ -372,6 +374,12 @@ class _Jobs:
             ]
             batches[-1].last = True
             yield from batches
+
+    def _order(self, tower: Tower, rows: range) -> NDArray[np.int64]:
+        """Of the rows of a chunk: captions of like length share a batch, and are padded to the longest of it."""
+        if tower == "image" or self._layout.text_order is None:
+            return np.arange(len(rows))
+        return order_by_length(self._captions.read(rows)["text"])
 
     def _prepare(self, chunk: _Chunk, known: bool) -> Callable[[_Batch], list[Callable[[], Any]]]:
         if known and (chunk.ref.tower == "text" or chunk.crops_known):
@@ -470,7 +478,8 @@ class _Jobs:
 
 
 def _some(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:
-    return table.read(range(int(rows[0]), int(rows[-1]) + 1)).take(pa.array(rows - rows[0]))
+    first = int(rows.min())
+    return table.read(range(first, int(rows.max()) + 1)).take(pa.array(rows - first))
 
 
 def _one_ahead(pool: ThreadPoolExecutor, refs: Iterable[ChunkRef]) -> Iterator[ChunkRef]:

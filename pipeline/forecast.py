@@ -34,9 +34,8 @@ from pipeline.plan import (
     asked_views,
     dataset_identity,
     dataset_tables,
-    default_batch_rows,
-    default_chunk_rows,
     library_versions,
+    new_layout,
     origin_of_reused,
     read_dataset,
     require_origin_said,
@@ -144,17 +143,8 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     check_all = time.perf_counter() - began
     there = _there(config, teacher, spec, listed, planned)
     known = _known(config, planned, None if there is None else there[0])
-    batch = config.batch_size or default_batch_rows(teacher.device.type)
-    layout = Layout(
-        embed_dim=teacher.identity().embed_dim,
-        views=views.count,
-        image_rows=len(listed.samples),
-        text_rows=listed.num_captions,
-        image_chunk_rows=config.chunk_rows or default_chunk_rows(len(listed.samples)),
-        text_chunk_rows=config.chunk_rows or default_chunk_rows(listed.num_captions),
-        batch_rows=batch,
-        embedding_dtype=asked_targets(config).layout_dtype,
-    )
+    embed_dim, rows = teacher.identity().embed_dim, (len(listed.samples), listed.num_captions)
+    layout = new_layout(config, teacher.device.type, embed_dim, views.count, *rows)
     committed: list[ChunkRef] = []
     if there is not None:
         manifest, committed = there
@@ -162,7 +152,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if there is not None:
         require_origin_said(config, origin, there[0], pending)
-    wanted = probe or 2 * _PROBE_BATCHES * batch
+    wanted = probe or 2 * _PROBE_BATCHES * layout.batch_rows
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
     source = ImageSource(data_folder(spec.root))
     began = time.perf_counter()
@@ -173,7 +163,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if not samples:
         raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
     part = SampleSet(spec.kind, source.root, samples=samples)
-    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, batch, progress)
+    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, layout, progress)
 
     tables = round(per_image * layout.image_rows + per_caption * layout.text_rows)
     done: dict[Tower, int] = {"image": 0, "text": 0}
@@ -250,7 +240,7 @@ def _probe(
     part: SampleSet,
     listed: SampleSet,
     digests: list[str],
-    batch: int,
+    like: Layout,
     progress: Progress | None,
 ) -> tuple[ProbeRate, ProbeRate, float, float]:
     """Rates of images and captions, and bytes of tables per image and per caption: precompute on some images."""
@@ -277,15 +267,8 @@ def _probe(
         dataset=dataset_identity(spec, tables),
     )
     with tempfile.TemporaryDirectory(prefix="teacher-cache-probe-") as folder:
-        layout = Layout(
-            embed_dim=identity.teacher.embed_dim,
-            image_rows=images,
-            text_rows=captions,
-            image_chunk_rows=-(-images // 2),
-            text_chunk_rows=max(-(-captions // 2), 1),
-            batch_rows=batch,
-            embedding_dtype=targets.layout_dtype,
-        )
+        chunks = {"image_chunk_rows": -(-images // 2), "text_chunk_rows": max(-(-captions // 2), 1)}
+        layout = like.model_copy(update={"views": 1, "image_rows": images, "text_rows": captions, **chunks})
         cache = str(Path(folder) / "probe.cache")
         source = Source(dataset=str(spec), image_root=part.root)
         plan_cache(cache, identity, layout, source, tables, library_versions())

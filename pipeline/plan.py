@@ -42,6 +42,7 @@ __all__ = [
     "default_batch_rows",
     "default_chunk_rows",
     "library_versions",
+    "new_layout",
     "origin_of_reused",
     "plan_dataset",
     "plan_precompute",
@@ -324,22 +325,36 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
 
 
 def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
-    """Chunk rows and batch size as asked for, as the cache that is there has them, or by rows and device."""
-    images, captions = identity.dataset.images, identity.dataset.captions
+    """That of a new cache, its chunks and batches as those of the cache that is there where that is not asked for."""
+    rows = identity.dataset
+    fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
     try:
         have = planned_manifest(open_files(config.cache)).layout
-        default = (have.image_chunk_rows, have.text_chunk_rows, have.batch_rows)
     except CacheNotFoundError:
-        default = (default_chunk_rows(images), default_chunk_rows(captions), default_batch_rows(device))
+        return fresh
+    asked = {
+        "image_chunk_rows": config.chunk_rows,
+        "text_chunk_rows": config.chunk_rows,
+        "batch_rows": config.batch_size,
+    }
+    kept = {name: getattr(have, name) for name, value in asked.items() if value is None}
+    return fresh.model_copy(update={**kept, "text_order": have.text_order})
+
+
+def new_layout(
+    config: PrecomputeConfig, device: str, embed_dim: int, views: int, image_rows: int, text_rows: int
+) -> Layout:
+    """The layout of a cache that is not there yet: chunks and batches as asked for, or by rows and type of device."""
     return Layout(
-        embed_dim=identity.teacher.embed_dim,
-        views=identity.views.count,
-        image_rows=images,
-        text_rows=captions,
-        image_chunk_rows=config.chunk_rows or default[0],
-        text_chunk_rows=config.chunk_rows or default[1],
-        batch_rows=config.batch_size or default[2],
-        embedding_dtype=identity.targets.layout_dtype,
+        embed_dim=embed_dim,
+        views=views,
+        image_rows=image_rows,
+        text_rows=text_rows,
+        image_chunk_rows=config.chunk_rows or default_chunk_rows(image_rows),
+        text_chunk_rows=config.chunk_rows or default_chunk_rows(text_rows),
+        batch_rows=config.batch_size or default_batch_rows(device),
+        text_order="characters",
+        embedding_dtype=asked_targets(config).layout_dtype,
     )
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
+__all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "order_by_length", "shorten"]
 
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
 _GROUP = 64  # captions that fill a CPU's cores; fewer go with the next longer ones
@@ -34,6 +38,15 @@ def shorten(tokens: Tensor) -> Tensor:
     # the end-of-text token has the highest id; padding follows it
     longest = int(tokens.argmax(dim=1).max()) + 1
     return tokens[:, : -(-longest // _STEP) * _STEP]
+
+
+def order_by_length(texts: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Texts by their number of characters (Unicode code points), the shortest first, equal ones as they are.
+
+    What ``text_order`` of a cache's layout calls ``characters``: known before a text is tokenized, and near enough to
+    its number of tokens.
+    """
+    return np.argsort(pc.utf8_length(texts).to_numpy(), kind="stable")
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Layout(Record):
     image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
     text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
     batch_rows: int = Field(gt=0, description="Rows per forward pass: another number rounds otherwise.")
+    text_order: Literal["characters"] | None = Field(
+        None,
+        description="How a chunk's captions share forward passes: the shortest first; by row where left out.",
+    )
     embedding_dtype: Literal["int8"] | None = Field(
         None, description="How embeddings are stored, if not in float16; then each chunk has an object of scales too."
     )

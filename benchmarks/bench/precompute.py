@@ -37,8 +37,9 @@ from pipeline.decode import decode_image
 from pipeline.device import keep_freed_memory
 from pipeline.encode import encode_chunks
 from pipeline.plan import plan_precompute
-from pipeline.short_text import encode_text, shorten
+from pipeline.short_text import encode_text, order_by_length, shorten
 from pipeline.teacher import LiveTeacher, load_teacher
+from storage.commits import ChunkRef
 from storage.writer import EmbeddingWriter
 
 __all__ = ["measure"]
@@ -86,15 +87,14 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     of_texts = [ref for ref in refs if ref.tower == "text"][: 1 if settings.quick else 8]
     texts = sum(len(ref.rows(writer.manifest.layout)) for ref in of_texts)
     pixels = torch.randn(batch, 3, *teacher.preprocess.size, device=teacher.device)
-    captions = writer.captions.read(range(texts))["text"].to_pylist()
-    tokens = [_ready_tokens(teacher, captions[at : at + batch]) for at in range(0, texts, batch)]
+    tokens, by_row = _ready_tokens(teacher, writer, of_texts, True), _ready_tokens(teacher, writer, of_texts, False)
 
     def bare_images() -> None:
         for at in range(0, images, batch):
             _forward(teacher, teacher.model.encode_image, pixels[: images - at])  # type: ignore[operator]
 
-    def bare_texts() -> None:
-        for part in tokens:
+    def bare_texts(batches: list[torch.Tensor]) -> None:
+        for part in batches:
             _forward(teacher, lambda part: encode_text(teacher.model, part), part)
 
     shown = Image.new("RGB", (teacher.preprocess.size[1], teacher.preprocess.size[0]), "grey")
@@ -108,7 +108,8 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
             "bare images": bare_images,
             "images": lambda: encode_chunks(config, teacher, of_images),
             "not decoded": without_decoding,
-            "bare texts": bare_texts,
+            "bare texts": lambda: bare_texts(tokens),
+            "bare texts by row": lambda: bare_texts(by_row),
             "texts": lambda: encode_chunks(config, teacher, of_texts),
         },
         1 if settings.quick else settings.rounds,
@@ -145,12 +146,31 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
             "captions/s",
             0.95,
         ),
+        speed(
+            f"precompute, {label}, captions",
+            "forward over ready tokens in the order of the rows",
+            seconds["texts"],
+            seconds["bare texts by row"],
+            texts,
+            "captions/s",
+            None,
+            "each batch padded to its longest caption, as in caches of before there was an order",
+        ),
     ]
 
 
-def _ready_tokens(teacher: LiveTeacher, texts: list[str]) -> torch.Tensor:
-    tokens: torch.Tensor = teacher.tokenizer(texts)
-    return shorten(tokens).to(teacher.device)
+def _ready_tokens(
+    teacher: LiveTeacher, writer: EmbeddingWriter, refs: list[ChunkRef], by_length: bool
+) -> list[torch.Tensor]:
+    """The batches of some chunks, as the encoder makes them or by row, on the teacher's device."""
+    layout, batches = writer.manifest.layout, []
+    for ref in refs:
+        texts = writer.captions.read(ref.rows(layout))["text"]
+        listed = (texts.take(order_by_length(texts)) if by_length else texts).to_pylist()
+        for at in range(0, len(listed), layout.batch_rows):
+            tokens: torch.Tensor = teacher.tokenizer(listed[at : at + layout.batch_rows])
+            batches.append(shorten(tokens).to(teacher.device))
+    return batches
 
 
 def _forward(teacher: LiveTeacher, encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> None:
