@@ -163,6 +163,8 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))
+    if found.unshipped is not None:
+        lines += ["", found.unshipped]
     return "\n".join(lines)
 
 

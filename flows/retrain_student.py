@@ -87,7 +87,7 @@ def look(config: RetrainConfig) -> Look:
             f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
             f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
         )
-    for notice in (found.unread, found.not_reused):
+    for notice in (found.unread, found.not_reused, found.unshipped):
         if notice is not None:
             logger.warning(notice)
     return found

@@ -138,7 +138,6 @@ def evaluate_config(config: TrainConfig, split: str, checkpoint: Literal["last",
         checkpoint=checkpoint,
         split=split,
         image_root=config.image_root,
-        batch_size=config.batch_size,
         device=config.device,
         workers=config.workers,
     )

@@ -96,5 +96,7 @@ def _lines(result: RetrainResult) -> list[str]:
     if result.candidate is not None:
         verdict = "nothing new" if result.outcome == "nothing-new" else result.outcome
         lines.append(f"student {result.candidate.number}, {result.candidate.run}: {verdict}: {result.candidate.reason}")
+    if look.unshipped is not None:
+        lines.append(look.unshipped)
     lines.append(f"champion: {'none' if result.champion is None else f'student {result.champion}'}")
     return lines

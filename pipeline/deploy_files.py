@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cached_images import CachedImages
 from pipeline.clip_tokens import tokenization_of
 from pipeline.decode import decode_image
 from pipeline.deployment import Artefact, Deployment, Variant
@@ -22,6 +23,7 @@ from pipeline.int8_report import Int8Report
 from pipeline.model_input import ModelInput
 from pipeline.quantize import NotQuantisable, quantize_tower
 from pipeline.runs import CHECKPOINT_WEIGHTS, RunRecord
+from pipeline.samples import ImageSource
 from pipeline.student import Student, student_tokenizer
 
 __all__ = ["WEIGHTS", "calibration_batches", "write_files"]
@@ -115,11 +117,13 @@ def calibration_batches(
     """
     taken = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64)]
     seen = ModelInput.from_config(preprocess)
+    # not those of the split, which holds no others
+    stored = CachedImages(split.reader, ImageSource(split.image_root), taken.tolist())
 
     def batches() -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(taken), _CALIBRATION_BATCH):
             part = taken[start : start + _CALIBRATION_BATCH]
-            yield np.stack([seen.pixels(decode_image(split.images.read(int(row)))) for row in part])
+            yield np.stack([seen.pixels(decode_image(stored.read(int(row)))) for row in part])
 
     return batches
 

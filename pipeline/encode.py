@@ -110,7 +110,10 @@ def encode_shared(
                     yield ref
 
             _encode(config, teacher, writer, take(), tally, known)
-            encoded.update(mine)
+            # of two writers that round otherwise, one's objects may lie beside the other's record
+            mixed = {ref for ref in mine if claims.contested(ref.name) and not writer.is_sound(ref)}
+            damaged |= mixed
+            encoded.update(set(mine) - mixed)
             elsewhere = [ref for ref in left if ref not in encoded and done(ref)]
             tally.add(elsewhere)
             finished = encoded.union(elsewhere)

@@ -27,6 +27,7 @@ from pipeline.teacher import LiveTeacher, load_teacher
 from pipeline.trunk_weights import TrunkWeights, read_trunk_weights
 from storage.errors import UsageError
 from storage.reader import EmbeddingReader
+from storage.tables import long_texts
 
 __all__ = ["InheritResult", "inherit", "inherit_weights", "token_counts"]
 
@@ -77,7 +78,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
     if config.cache is not None:
         reader = EmbeddingReader(config.cache)
         rows, _ = reader.caption_rows(reader.image_rows(config.split))
-        texts = reader.captions["text"].take(rows).to_pylist()
+        texts = long_texts(reader.captions["text"]).take(rows).to_pylist()
         vocab_size = int(architecture["text_cfg"].get("vocab_size", 49408))
         counts = token_counts(texts, student_tokenizer(architecture), vocab_size, progress)
         digest = reader.manifest.digest

@@ -27,7 +27,7 @@ from storage.errors import CacheMismatchError
 from storage.identity import CacheIdentity
 from storage.manifest import CacheManifest, Layout
 from storage.reader import EmbeddingReader
-from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, read_table
+from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, long_texts, read_table
 from storage.writer import EmbeddingWriter
 
 __all__ = [
@@ -258,7 +258,7 @@ def _places(
 ) -> NDArray[np.int64]:
     """Where each value of a column of one cache is first among those of another one; -1 where it is not."""
     # both columns are let go of afterwards: what is kept of a row is its place
-    among = read_table(there.files, there.manifest, table, [name])[name].combine_chunks()
-    found = pc.index_in(column(table, name), value_set=among)
+    among = long_texts(read_table(there.files, there.manifest, table, [name])[name]).combine_chunks()
+    found = pc.index_in(long_texts(column(table, name)), value_set=among)
     places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)
     return places

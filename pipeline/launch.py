@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
@@ -65,7 +66,9 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         return
     if config.devices == 1:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
-        fabric = Fabric(accelerator=device.type, devices=index, precision=precision)
+        # named, as below: in a job of Slurm's Fabric would otherwise take the job's processes for its own
+        plugins: Any = [LightningEnvironment()]
+        fabric = Fabric(accelerator=device.type, devices=index, precision=precision, plugins=plugins)
         keep_freed_memory(device)
         with observed():
             work(fabric, config, progress, *args)
@@ -78,7 +81,13 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         )
     # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again
     strategy = DDPStrategy(start_method="spawn")
-    fabric = Fabric(accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=config.devices,
+        strategy=strategy,
+        precision=precision,
+        plugins=[LightningEnvironment()],
+    )
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
     errors: list[BaseException] = []

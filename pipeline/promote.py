@@ -25,9 +25,21 @@ from pipeline.runs import (
 )
 from storage.errors import UsageError
 
-__all__ = ["PromoteConfig", "PromoteResult", "checkpoint_of", "compare", "decide", "promote", "roll_back"]
+__all__ = [
+    "NOT_SHIPPED",
+    "PromoteConfig",
+    "PromoteResult",
+    "checkpoint_of",
+    "compare",
+    "decide",
+    "promote",
+    "roll_back",
+]
 
 Progress = Callable[[str, int, int], None]
+
+NOT_SHIPPED = "could not be shipped"
+"""How the reason of a student begins that passed the comparison and failed a gate of shipping."""
 
 
 class PromoteConfig(StageConfig):
@@ -93,13 +105,14 @@ def promote(
         keep_unchanged: keep a student with the champion's own weights as rejected, rather than refuse it.
 
     Raises:
-        UsageError: the run has no such checkpoint, is the champion already, was chosen on this split, or the champion's
-            checkpoint is gone or changed.
+        UsageError: the run is not finished, has no such checkpoint, is the champion already, was chosen on this split,
+            or the champion's checkpoint is gone or changed.
         CacheError: as ``evaluate`` raises it.
     """
     registry = StudentRegistry(config.registry)
     folder = RunFolder(config.run)
     record = folder.read()
+    folder.require_finished(record)  # or training would remove the champion's weights with its next checkpoint
     path = folder.checkpoint_path(config.checkpoint)
     weights = weights_file_sha256(path)
     champion = registry.champion()
@@ -141,7 +154,7 @@ def promote(
         try:
             deployed = ship()
         except DeploymentError as error:
-            passed, reason = False, f"could not be shipped: {error}"
+            passed, reason = False, f"{NOT_SHIPPED}: {error}"
     candidate = registry.add(
         _lineage(record, measured.result, weights)
         | {

@@ -36,6 +36,7 @@ from storage.errors import CacheError, CacheMismatchError
 from storage.integrity import IntegrityReport
 from storage.logs import event, logger
 from storage.reader import EmbeddingReader
+from storage.tables import CAPTIONS, read_rows
 
 __all__ = ["ProofResult", "ProvenReport", "WrongRow", "cosine", "draw_rows", "fraction_shown", "prove_sample"]
 
@@ -203,7 +204,7 @@ class _Proof:
         self._compare("image", [item for item in usable if item.place not in self._lost], live)
 
     def captions(self, rows: NDArray[np.int64]) -> None:
-        captions = self._reader.captions.take(rows).to_pylist()
+        captions = read_rows(self._reader.files, self._reader.manifest, CAPTIONS, rows).to_pylist()
         samples = self._reader.samples["sample_id"]
         seen = [
             _Seen(int(row), 0, samples[caption["image_row"]].as_py(), None, ())

@@ -13,6 +13,7 @@ retraining at a time works in a home. The teacher is known by its name and preci
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import time
 from collections.abc import Callable
@@ -29,11 +30,12 @@ from pipeline.deployment import RECORD, Deployment
 from pipeline.known_rows import NotReusableError
 from pipeline.plan import CROP_SETTINGS, dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
-from pipeline.promote import PromoteConfig, PromoteResult, checkpoint_of, promote
+from pipeline.preprocess import handed_on
+from pipeline.promote import NOT_SHIPPED, PromoteConfig, PromoteResult, checkpoint_of, promote
 from pipeline.registry import Candidate, StudentRegistry
 from pipeline.retrain_config import RetrainConfig
 from pipeline.run_file import check_config
-from pipeline.runs import RunFolder, other_settings, weights_file_sha256
+from pipeline.runs import CHECKPOINT_CONFIG, RunFolder, other_settings, weights_file_sha256
 from pipeline.samples import DatasetSpec, load_samples
 from pipeline.scaled_jpeg import PILLOW
 from pipeline.student import build_student, student_config
@@ -43,8 +45,8 @@ from storage.files import open_files
 from storage.identity import DatasetIdentity
 from storage.integrity import verify_cache
 from storage.manifest import CacheManifest
-from storage.root import look_at_manifest
-from storage.tables import CAPTIONS, SAMPLES, read_table
+from storage.root import look_at_manifest, read_manifest
+from storage.tables import CAPTIONS, SAMPLES, long_texts, read_table
 
 __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
 
@@ -92,6 +94,9 @@ class Look(BaseModel, frozen=True):
     )
     run: str
     judged: Candidate | None = Field(description="Of this cache and these settings: then nothing is to be done.")
+    unshipped: str | None = Field(
+        None, description="Why a student that was judged before is not shipped, if it is to be."
+    )
 
 
 class RetrainResult(BaseModel, frozen=True):
@@ -189,6 +194,7 @@ class Retraining:
             unread=_unread(there, source),
             run=run,
             judged=judged,
+            unshipped=_unshipped(judged) if judged is not None and self.config.ship else None,
         )
 
     def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult | None:
@@ -229,7 +235,7 @@ class Retraining:
 
         folder = RunFolder(look.run)
         begun = folder.exists() and folder.read().checkpoint is not None
-        init = folder.read().config.init if begun else self._init()
+        init = folder.read().config.init if begun else self._init(look.cache)
         train(self._training(look.cache, look.run, init), progress, resume=begun)
         return look.run
 
@@ -295,11 +301,15 @@ class Retraining:
             given["lock_image_unlocked_groups"] = None
         return check_config(TrainConfig, config.train | given | {"init": init}, "train")
 
-    def _init(self) -> str | None:
+    def _init(self, cache: str) -> str | None:
+        """The champion's weights, if it is the same student and sees the same pixels as this cache's teacher."""
         champion = self.registry.champion() if self.config.start == "champion" else None
         if champion is None or RunFolder(champion.run).read().student_config != self._student:
             return None
-        return f"{champion.run}/{champion.checkpoint}"
+        folder = f"{champion.run}/{champion.checkpoint}"
+        wanted = handed_on(read_manifest(open_files(cache)).identity.preprocess)
+        seen = json.loads((Path(folder) / CHECKPOINT_CONFIG).read_bytes())["preprocess_cfg"]
+        return folder if all(tuple(seen[name]) == tuple(wanted[name]) for name in ("mean", "std")) else None
 
     def _run(self, number: int, digest: str | None) -> str:
         """The run with these settings from the cache of this number and digest; the next free name if there is none."""
@@ -465,13 +475,26 @@ def _unread(there: list[_Numbered], source: _Numbered | None) -> str | None:
     return f"{newest.unread} Until then, where dtype, decoder and views are left out, {instead}."
 
 
+def _unshipped(judged: Candidate) -> str | None:
+    """A verdict stands whatever the settings of shipping are since: what to do where they have changed."""
+    deploy = f"teacher-cache deploy --run {judged.run} --out FOLDER"
+    if judged.passed and judged.deployed is None:
+        return f"student {judged.number} was promoted without being shipped. Ship it by {deploy}"
+    if not judged.passed and judged.reason.startswith(NOT_SHIPPED):
+        return (
+            f"student {judged.number} was rejected, since it {judged.reason}. With other settings: {deploy}, and then "
+            f"teacher-cache promote --run {judged.run} --deployed FOLDER"
+        )
+    return None
+
+
 def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
     assert before.manifest is not None  # it is finished
     files = open_files(before.location)
     counts = {}
     for name, column in ((SAMPLES, "content_sha256"), (CAPTIONS, "text")):
-        old = read_table(files, before.manifest, name, [column])[column].combine_chunks()
-        new = tables[name][column].combine_chunks()
+        old = read_table(files, before.manifest, name, [column])[column]
+        new = tables[name][column]
         counts[name] = _missing(new, old), _missing(old, new)
     return Changes(
         new_images=counts[SAMPLES][0],
@@ -481,10 +504,9 @@ def _changes(before: _Numbered, tables: dict[str, pa.Table]) -> Changes:
     )
 
 
-def _missing(values: pa.Array, among: pa.Array) -> int:
-    """How many of ``values`` are not among others."""
-    # cast, since an empty column may have no type
-    there = pc.is_in(values.cast(pa.string()), value_set=among.cast(pa.string()))
+def _missing(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
+    """How many of ``values`` are not among others; an empty column may have no type."""
+    there = pc.is_in(long_texts(values), value_set=long_texts(among).combine_chunks())
     return len(values) - int(pc.sum(there).as_py() or 0)
 
 

@@ -192,15 +192,20 @@ class RunFolder:
         """No other process trains in this folder while the block runs; a process that dies frees it.
 
         Raises:
-            UsageError: one does already.
+            UsageError: one does already, or this file system cannot tell.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("a") as file:
             try:
                 # a record lock: forked decoders do not hold it on when their parent was killed
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except (BlockingIOError, PermissionError) as error:
                 raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
+            except OSError as error:
+                raise UsageError(
+                    f"{self.path}: this file system has no locks ({error.strerror}), so that nobody could tell whether "
+                    "another process trains here. Take a folder on another one, or mount it with locks."
+                ) from error
             yield
 
     def start(self, record: RunRecord) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.factorized import RANK_KEY, dense_state, factorize, factors_of
@@ -23,6 +23,7 @@ from pipeline.locked_layers import lock_image_layers
 from pipeline.preprocess import Preprocess
 from pipeline.runs import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from pipeline.short_text import can_shorten, encode_by_length, encode_text, shorten
+from pipeline.weights_file import write_weights
 from storage.errors import UsageError
 
 __all__ = [
@@ -276,17 +277,17 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
     if factors is not None:
         # beside model_cfg, not in it: open_clip refuses keys that it does not know there, and ignores them here
         settings[RANK_KEY] = config[RANK_KEY]
-        save_file(_contiguous(factors.state_dict()), folder / _FACTORS)
+        write_weights(_contiguous(factors.state_dict()), folder / _FACTORS)
     (folder / CHECKPOINT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-    save_file(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
+    write_weights(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
     projections = {
         f"{name}.weight": module.weight.detach().contiguous()
         for name, module in (("image", student.image_projection), ("text", student.text_projection))
         if isinstance(module, nn.Linear)
     }
     if projections:
-        save_file(projections, folder / _PROJECTION)
+        write_weights(projections, folder / _PROJECTION)
 
 
 def checkpoint_origin(folder: Path) -> dict[str, Any]:
@@ -301,9 +302,13 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     Raises:
         UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
             missing or their product is not the embedding among the weights.
+        OSError: it cannot be read.
     """
     if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
         raise UsageError(f"{folder}: no student checkpoint here ({CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
+    for name in (CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS):
+        with (folder / name).open("rb"):  # open_clip says of what it may not read that it is not there
+            pass
     with foreign_model(f"student {folder}"):
         config = _checkpoint_config(json.loads((folder / CHECKPOINT_CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")

@@ -118,6 +118,12 @@ def train(
             with run.locked():  # killed at its very end, it may have more than it names
                 run.remove_unnamed(record)
             return TrainResult(str(run.path), record)
+    elif config.queue_rows and not config.losses.get("queue"):
+        # here, not among the settings: runs of earlier versions have it so
+        losses = ", ".join(f"{name} = {weight:g}" for name, weight in {**config.losses, "queue": 1.0}.items())
+        raise UsageError(
+            f"queue_rows is {config.queue_rows} and no loss uses the queue: losses = {{ {losses} }}, or leave it out"
+        )
     elif not launched_rank():  # rank 0 of torchrun's processes may have begun it already
         run.require_free()
     launch(config, _train_rank, resume, teacher_source, progress=progress)
@@ -136,7 +142,7 @@ def _train_rank(
     before = run.read() if resume else None
     # with a checkpoint it stands on what it recorded: files that it began with may have moved, or changed, since
     begun = before if before is not None and before.checkpoint is not None else None
-    reader = EmbeddingReader(config.cache)
+    reader = _opened(run, config.cache, begun)
     manifest = reader.manifest
     accepted: tuple[str, ...] = ()
     if config.expect is not None and begun is None:
@@ -184,7 +190,7 @@ def _train_rank(
     lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
     with lock, log_fields(run=str(run.path), cache=config.cache):
         if resume:
-            record = _recorded(run, record)
+            record = _recorded(run.read(), record)
         fabric.barrier()
         if fabric.global_rank == 0 and record.checkpoint is None:
             run.start(record)
@@ -204,16 +210,20 @@ def _train_rank(
         fabric.barrier()
 
 
-def _recorded(run: RunFolder, now: RunRecord) -> RunRecord:
-    """The record of the run to go on with, whose cache must be the one that is there now."""
-    before = run.read()
+def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingReader:
+    """The cache that the run began with, without views that were added to it since."""
+    try:
+        return EmbeddingReader(cache, manifest_digest=None if begun is None else begun.cache_manifest_digest)
+    except CacheMismatchError as error:
+        raise CacheMismatchError(
+            f"{error} {run.path} learned from that one so far: go on with it, or train anew with another --out."
+        ) from error
+
+
+def _recorded(before: RunRecord, now: RunRecord) -> RunRecord:
+    """The record of the run to go on with."""
     if before.checkpoint is None:  # nothing was learned yet
         return now
-    if before.cache_manifest_digest != now.cache_manifest_digest:
-        raise CacheMismatchError(
-            f"{now.config.cache}: its manifest is {now.cache_manifest_digest[:12]}, but {run.path} learned from "
-            f"{before.cache_manifest_digest[:12]} so far. Go on with that cache, or train anew with another --out."
-        )
     return before.model_copy(
         update={"config": now.config, "image_root": now.image_root, "resumed_at": (*before.resumed_at, before.steps)}
     )

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.ema import WeightAverage
 from pipeline.queue_rows import TeacherQueue
 from pipeline.runs import RESUME
+from pipeline.weights_file import write_weights
 from storage.errors import UsageError
 
 __all__ = ["EpochSums", "ResumePoint", "load_resume_point", "save_resume_point"]
@@ -81,17 +82,17 @@ def save_resume_point(
     """Write a resume point into ``folder``, a checkpoint in the making; the record that names it comes later."""
     folder = folder / RESUME
     folder.mkdir()
-    save_file(_on_cpu(student.state_dict()), folder / _WEIGHTS)
+    write_weights(_on_cpu(student.state_dict()), folder / _WEIGHTS)
     moments = {
         f"{key}:{name}": value
         for name, parameter in student.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(_on_cpu(moments), folder / _OPTIMIZER)
+    write_weights(_on_cpu(moments), folder / _OPTIMIZER)
     if average is not None:
-        save_file(_on_cpu(average.state()), folder / _AVERAGE)
+        write_weights(_on_cpu(average.state()), folder / _AVERAGE)
     if queue is not None:
-        save_file(_on_cpu(queue.state_dict()), folder / _QUEUE)
+        write_weights(_on_cpu(queue.state_dict()), folder / _QUEUE)
     (folder / _STATE).write_text(point.model_dump_json(indent=2) + "\n")
 
 

@@ -73,7 +73,7 @@ class ChunkRegion:
             self._replace(start, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
             with contextlib.suppress(_Unsupported):
                 # here, and not while rows are gathered, a disk that fails is an error that can be caught
-                _populate(self._region, start, self._chunk_bytes)
+                self._populate(start)
             return behind
         finally:
             os.close(descriptor)
@@ -97,7 +97,7 @@ class ChunkRegion:
         """Whether a mapped chunk can be read, all of it: its pages are there afterwards. Old kernels cannot tell."""
         try:
             with contextlib.suppress(_Unsupported):
-                _populate(self._region, number * self._chunk_bytes, self._chunk_bytes)
+                self._populate(number * self._chunk_bytes)
         except OSError:
             return False
         return True
@@ -127,6 +127,15 @@ class ChunkRegion:
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._region.madvise(mmap.MADV_DONTNEED, first, length)
 
+    def _populate(self, start: int) -> None:
+        assert _libc is not None  # it maps files
+        # not by mmap's own madvise, which keeps Python's lock for as long as the disk takes
+        if _libc.madvise(self._bytes.ctypes.data + start, self._chunk_bytes, _MADV_POPULATE_READ) != 0:
+            number = ctypes.get_errno()
+            if number == errno.EINVAL:  # before Linux 5.14
+                raise _Unsupported
+            raise OSError(number, os.strerror(number))
+
     def _replace(self, start: int, protection: int, flags: int, descriptor: int) -> None:
         assert _libc is not None  # it maps files
         where = self._bytes.ctypes.data + start
@@ -140,15 +149,6 @@ class ChunkRegion:
 
 class _Unsupported(Exception):
     """This kernel cannot say beforehand whether a page can be read."""
-
-
-def _populate(region: mmap.mmap, start: int, length: int) -> None:
-    try:
-        region.madvise(_MADV_POPULATE_READ, start, length)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # before Linux 5.14
-            raise _Unsupported from error
-        raise
 
 
 def _reserve(nbytes: int, chunk_bytes: int) -> tuple[mmap.mmap, bool]:
@@ -166,4 +166,5 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 if _libc is not None:
     _libc.mmap.restype = ctypes.c_void_p
     _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]

@@ -1,7 +1,9 @@
 """Claims: which process works on which chunk, so that several that were started on one cache share its work.
 
 A claim is an object that only one process can create. It saves work and guards nothing: two processes that
-encode the same chunk write the same bytes, so a claim that is lost or taken over too early costs time only.
+encode the same chunk write the same bytes if they are alike (libraries, threads, device), so that a claim that is lost
+or taken over too early costs time only. Where they are not, objects of one may lie beside the record of the other: who
+encoded a chunk that was ``contested`` looks at it once more.
 
 A process shows that it lives by a beat, an object of its own that it changes every few seconds. A claim is
 stale when its process has ended, if that can be asked here, or else when its beat has not changed for a while
@@ -28,6 +30,7 @@ __all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
 
 CLAIMS = "claims"
 PLAN = "plan"  # whoever has this one may write the manifest
+_POLL_SECONDS = 0.2
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
@@ -91,6 +94,19 @@ class Claims:
                 return False
             attempt += 1
 
+    def wait_for(self, name: str) -> None:
+        """Claim a name as soon as whoever has it gives it back, or ends."""
+        while not self.take(name):
+            time.sleep(_POLL_SECONDS)
+
+    def contested(self, name: str) -> bool:
+        """Whether another process may be at work on a name that this one has.
+
+        So it is where a store has no exclusive creation, and where the name was taken over: from a process that was
+        given up, but may only have been held up.
+        """
+        return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
+
     def share(self, refs: Iterable[ChunkRef], done: Callable[[ChunkRef], bool]) -> Iterator[ChunkRef]:
         """The chunks among ``refs`` that this process is to encode, each claimed just before it is given out.
 
@@ -122,7 +138,7 @@ class Claims:
         try:
             created = self._files.create(key, self._bytes())
         except UsageError:
-            # a store without exclusive creation: everybody works for himself, to the same bytes
+            # a store without exclusive creation: everybody works for himself
             self._alone, self._in_doubt = True, None
             return True
         if created:

@@ -120,6 +120,8 @@ def _diff_lines(found: CacheDiff) -> list[str]:
             lines += _drift_lines(name, drift)
     if found.images_in_one:
         lines.append(f"{counted(found.images_in_one, 'image')} with an embedding in one of the two only")
+    if found.other_chunks:
+        lines.append(f"{counted(found.other_chunks, 'chunk')} of other bytes, of all views, norms and crops")
     if found.sampled:
         lines.append("some of the rows that both have were compared; --rows compares more")
     if found.not_compared:

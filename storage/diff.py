@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 from storage.root import read_manifest
 from storage.stats import Distribution
-from storage.tables import CAPTIONS, SAMPLES, read_table
+from storage.tables import CAPTIONS, SAMPLES, long_texts, read_table
 
 __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
 
@@ -74,7 +75,7 @@ class CacheDiff(BaseModel, frozen=True):
 
     a: str
     b: str
-    same: bool = Field(description="Embeddings were compared, and neither they nor anything else here differs.")
+    same: bool = Field(description="Nothing here differs, and neither does a byte of any chunk.")
     differs: bool = Field(description="Something does. Neither this nor same: as far as it was compared, nothing does.")
     manifest_a: str
     manifest_b: str
@@ -91,6 +92,10 @@ class CacheDiff(BaseModel, frozen=True):
     changed: tuple[RowChange, ...]
     images: Drift | None
     captions: Drift | None
+    other_chunks: int | None = Field(
+        description="Chunks of other bytes by their commit records: all views, norms and crops. None where rows moved, "
+        "the layout is another, or a cache is not finished."
+    )
     sampled: bool = Field(description="Not all rows that both have were compared.")
     not_compared: str | None = Field(description="Why no embeddings were compared.")
 
@@ -123,16 +128,25 @@ def diff_caches(
     added = np.setdiff1d(np.arange(second.samples.num_rows), row_b[common])
     changes = _changes(first, second, common, row_b[common])
     changed = np.flatnonzero(np.any(list(changes.values()), axis=0))
-    drift = _drifts(first, second, common, row_b[common], changes, view, most, seed, progress)
-    images, captions, sampled, in_one, reason = drift
+    found = _compare(first, second, common, row_b[common], changes, view, most, seed, progress)
     layout = _fields(first.manifest.layout.fields(), second.manifest.layout.fields())
-    differs = [len(identity), len(layout), len(added), int((row_b < 0).sum()), len(changed), in_one]
-    differs += [drift.compared - drift.equal for drift in (images, captions) if drift is not None]
+    moved = int((row_b[common] != common).sum())
+    chunks = None if layout or moved or len(added) or len(common) < len(row_b) else found.other_chunks
+    differs = [
+        len(identity),
+        len(layout),
+        len(added),
+        int((row_b < 0).sum()),
+        len(changed),
+        found.images_in_one,
+        chunks,
+    ]
+    differs += [drift.compared - drift.equal for drift in (found.images, found.captions) if drift is not None]
     other = any(differs) or first.manifest.sealed != second.manifest.sealed
     return CacheDiff(
         a=a,
         b=b,
-        same=not other and reason is None,
+        same=not other and found.reason is None and chunks == 0,
         differs=other,
         manifest_a=first.manifest.digest,
         manifest_b=second.manifest.digest,
@@ -142,8 +156,8 @@ def diff_caches(
         images_added=len(added),
         images_removed=int((row_b < 0).sum()),
         images_changed=len(changed),
-        images_moved=int((row_b[common] != common).sum()),
-        images_in_one=in_one,
+        images_moved=moved,
+        images_in_one=found.images_in_one,
         added=tuple(second.samples["sample_id"].take(added[:_NAMED]).to_pylist()),
         removed=tuple(ids.take(np.flatnonzero(row_b < 0)[:_NAMED]).to_pylist()),
         changed=tuple(
@@ -155,10 +169,11 @@ def diff_caches(
             )
             for at in changed[:_NAMED]
         ),
-        images=images,
-        captions=captions,
-        sampled=sampled,
-        not_compared=reason,
+        images=found.images,
+        captions=found.captions,
+        other_chunks=chunks,
+        sampled=found.sampled,
+        not_compared=found.reason,
     )
 
 
@@ -198,13 +213,26 @@ def _changes(a: _Side, b: _Side, rows_a: _Rows, rows_b: _Rows) -> dict[str, NDAr
     alike = np.flatnonzero(~captions)
     text_a, place = a.caption_rows(rows_a[alike])
     text_b, _ = b.caption_rows(rows_b[alike])
-    equal = pc.equal(a.captions["text"].take(text_a), b.captions["text"].take(text_b))
+    texts_a, texts_b = (long_texts(side.captions["text"]) for side in (a, b))
+    equal = pc.equal(texts_a.take(text_a), texts_b.take(text_b))
     captions[alike[place[~np.asarray(equal.to_numpy(zero_copy_only=False), bool)]]] = True
     changes["captions"] = captions
     return changes
 
 
-def _drifts(
+@dataclass(frozen=True)
+class _Compared:
+    """What the rows of both say; without drift the reason why not."""
+
+    images: Drift | None = None
+    captions: Drift | None = None
+    sampled: bool = False
+    images_in_one: int = 0
+    other_chunks: int | None = None
+    reason: str | None = None
+
+
+def _compare(
     a: _Side,
     b: _Side,
     rows_a: _Rows,
@@ -214,22 +242,27 @@ def _drifts(
     most: int,
     seed: int,
     progress: Progress | None,
-) -> tuple[Drift | None, Drift | None, bool, int, str | None]:
+) -> _Compared:
     widths = a.manifest.layout.embed_dim, b.manifest.layout.embed_dim
     if widths[0] != widths[1]:
-        return None, None, False, 0, f"the embeddings are {widths[0]} and {widths[1]} wide"
+        return _Compared(reason=f"the embeddings are {widths[0]} and {widths[1]} wide")
     try:
         reader_a, reader_b = (EmbeddingReader(side.location, memory_bytes=_MEMORY_BYTES) for side in (a, b))
     except CacheIncompleteError as error:
-        return None, None, False, 0, str(error)
+        return _Compared(reason=str(error))
     if view >= min(reader_a.views, reader_b.views):
-        return None, None, False, 0, f"there is no view {view} in both: {reader_a.views} and {reader_b.views} views"
+        return _Compared(reason=f"there is no view {view} in both: {reader_a.views} and {reader_b.views} views")
+    commits_a, commits_b = reader_a.commits(), reader_b.commits()
+    shared = commits_a.keys() & commits_b.keys()
+    other_chunks = len(commits_a.keys() ^ commits_b.keys())
+    other_chunks += sum(commits_a[ref].objects != commits_b[ref].objects for ref in shared)
     lost_a, lost_b = (np.array(list(reader.quarantined_in(view)), np.int64) for reader in (reader_a, reader_b))
     there_a, there_b = ~np.isin(rows_a, lost_a), ~np.isin(rows_b, lost_b)
     in_one = int((there_a != there_b).sum())
     usable = ~changes["content"] & there_a & there_b
     if not usable.any():
-        return None, None, False, in_one, f"no image of the same bytes has an embedding of view {view} in both"
+        reason = f"no image of the same bytes has an embedding of view {view} in both"
+        return _Compared(images_in_one=in_one, other_chunks=other_chunks, reason=reason)
     same_a = rows_a[usable]
     drawn = draw_rows(same_a, a.manifest.layout.image_chunk_rows, most, seed)
     number_b = np.full(a.manifest.layout.image_rows, -1, np.int64)
@@ -244,7 +277,7 @@ def _drifts(
     captions = _drift(reader_a, reader_b, "text", text_a, text_b, 0, ids, same_captions[place])
     if progress is not None:
         progress("compare", 2, 2)
-    return images, captions, len(drawn) < len(same_a), in_one, None
+    return _Compared(images, captions, len(drawn) < len(same_a), in_one, other_chunks)
 
 
 def _drift(

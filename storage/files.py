@@ -7,9 +7,11 @@ same promises: a local folder, and any fsspec URL whose puts are atomic (``s3://
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from storage.errors import UsageError
@@ -31,6 +33,8 @@ __all__ = [
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+_ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 
 CHUNKS_AT_ONCE = 8
 """Of a store, where each is in memory while it is proven."""
@@ -102,12 +106,19 @@ class CacheFiles(Protocol):
 def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     """The files of a cache at a local path or a URL; nothing is created before the first write.
 
+    A ``~`` at the start is the home folder, also where no shell has made it that.
+
     Raises:
-        UsageError: a URL that cannot be used, or one with a credential in it.
+        UsageError: no location, a URL that cannot be used, or one with a credential in it.
     """
     text = os.fspath(location)
+    if not text:
+        raise UsageError("the location of a cache is empty, a path or a URL is wanted. Is a variable not set?")
     if "://" not in text:
-        return LocalFiles(text)
+        scheme = _ONE_SLASH.match(text)
+        if scheme is not None:
+            raise UsageError(f"{text}: a URL has two slashes, {scheme[1]}://... ; a folder of that name is ./{text}")
+        return LocalFiles(str(Path(text).expanduser()) if text.startswith("~") else text)
     if text.startswith("file://"):
         return LocalFiles(text.removeprefix("file://"))
     try:

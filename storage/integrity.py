@@ -283,11 +283,11 @@ def _fault(key: str, error: Exception) -> Finding:
 
 def _before_views(files: CacheFiles, manifest: CacheManifest, key: str) -> Finding | None:
     """That an array's metadata still has the shape of before views were planned, if that is what is wrong with it."""
-    if not 0 < manifest.sealed_views < manifest.layout.views or not key.startswith("targets.zarr/image/"):
+    if not manifest.adds_views or not key.startswith("targets.zarr/image/"):
         return None
     try:
         shape = json.loads(files.read(key))["shape"]
-        older = manifest.sealed_views <= shape[1] < manifest.layout.views
+        older = max(manifest.sealed_views, 1) <= shape[1] < manifest.layout.views
     except (*_FAULTS, ValueError, LookupError, TypeError):
         return None
     message = f"{key}: has the shape {shape} of before views were added. Run the same precompute command again."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.processes import ProcessName, this_process
+from storage.transient import read_error
 
 __all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind", "sync"]
 
@@ -36,11 +37,12 @@ class LocalFiles:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self._root = Path(location)
+        # of the folder at this moment: a process that changes it goes on with the same cache
+        self._root = Path(location).absolute()
 
     def path(self, key: str) -> str:
         """Where the object lies."""
-        return f"{self.location}/{key}"
+        return str(self._root / key)
 
     def read(self, key: str) -> bytes:
         """See :class:`storage.files.CacheFiles`."""
@@ -88,7 +90,7 @@ class LocalFiles:
     def partials(self) -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
         found = []
-        for folder, _, names in os.walk(self._root):
+        for folder, names in _walk(self._root):
             base = Path(folder).relative_to(self._root)
             found += [(base / name).as_posix() for name in names if PARTIAL.match(name)]
         return sorted(key for key in found if left_behind(key, self.stat))
@@ -96,7 +98,7 @@ class LocalFiles:
     def list(self, prefix: str = "") -> list[str]:
         """See :class:`storage.files.CacheFiles`."""
         found = []
-        for folder, _, names in os.walk(self._root / prefix):
+        for folder, names in _walk(self._root / prefix):
             base = Path(folder).relative_to(self._root)
             found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
         return sorted(found)
@@ -116,6 +118,32 @@ class LocalFiles:
         for key in found:
             self.delete(key)
         return len(found)
+
+
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of the files in each, links to folders followed, no folder twice; none where there is none.
+
+    Raises:
+        OSError, CacheAccessError: a folder cannot be listed, so that nobody knows what is in it.
+    """
+
+    def failed(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise read_error(str(top), error) from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # gone meanwhile, or never there
+            raise error
+
+    seen = set[tuple[int, int]]()
+    for folder, folders, names in os.walk(top, onerror=failed, followlinks=True):
+        try:
+            found = Path(folder).stat()
+        except FileNotFoundError:
+            continue
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield folder, names
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

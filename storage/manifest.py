@@ -208,6 +208,11 @@ class CacheManifest(Record):
         """Views that can be read; 0 while the first rows are not complete."""
         return max((self.views_of(generation)[1] for generation in self.sealed_generations), default=0)
 
+    @property
+    def adds_views(self) -> bool:
+        """Whether views are planned that are not complete, so that a kill may have left Zarr's metadata behind."""
+        return any(generation.views is not None and generation.seal is None for generation in self.generations)
+
     def views_of(self, generation: Generation) -> tuple[int, int]:
         """First view of a generation and one past the last."""
         if generation.views is not None:

@@ -22,28 +22,24 @@ from storage.commits import (
     ChunkRef,
     QuarantinedRow,
     Tower,
-    all_chunks,
-    committed_chunks,
     generation_chunks,
     quarantined_rows,
     read_commits,
 )
-from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
+from storage.errors import CacheCorruptError, CacheUnreachableError, UsageError
 from storage.files import CHUNKS_AT_ONCE, in_parallel, open_files, read_buffer
 from storage.forks import renew_after_fork
 from storage.identity import CacheIdentity
-from storage.manifest import MANIFEST_KEY
 from storage.once import once
+from storage.opening import readable_manifest
 from storage.quantized import unit_dequantized
 from storage.resident import ResidentRows, load_resident
-from storage.root import opened_manifest
 from storage.row_set import RowSet
 from storage.rows import has_nan, is_nan
 from storage.shapes import ARRAYS, SCALE
 from storage.stream import Batch, MappedChunks, Prove, stream_rows
 from storage.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, column_parts, read_rows, read_table
 from storage.transient import read_error
-from storage.writer import incomplete_message
 
 __all__ = ["EmbeddingReader"]
 
@@ -64,23 +60,21 @@ class EmbeddingReader:
         objects_read, bytes_read: chunk objects that were read so far, and their bytes.
     """
 
-    def __init__(self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> None:
+    def __init__(
+        self, location: str, memory_bytes: int = _DEFAULT_MEMORY_BYTES, manifest_digest: str | None = None
+    ) -> None:
         """Open the cache; reads the manifest only.
 
+        Args:
+            manifest_digest: of the manifest that is wanted; views that were added since are not there then.
+
         Raises:
-            CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``storage.errors``.
-            CacheIncompleteError: chunks of its first generation are missing; the message says how many.
+            CacheNotFoundError, CacheFormatError, CacheCorruptError, CacheIncompleteError, CacheMismatchError: see
+                :func:`storage.opening.readable_manifest`.
         """
         self.location = location
         self.files = open_files(location)
-        try:
-            self.manifest = opened_manifest(self.files)
-        except OSError as error:
-            raise read_error(f"{location}/{MANIFEST_KEY}", error) from error
-        if not self.manifest.sealed_generations:
-            refs = all_chunks(self.manifest.layout)
-            done = len(committed_chunks(self.files, refs))
-            raise CacheIncompleteError(incomplete_message(location, done, len(refs)))
+        self.manifest = readable_manifest(self.files, manifest_digest)
         self._memory_bytes = memory_bytes
         self._held: OrderedDict[tuple[ChunkRef, str], NDArray[Any]] = OrderedDict()
         self._held_bytes = 0
@@ -96,7 +90,8 @@ class EmbeddingReader:
         renew_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location, "memory_bytes": self._memory_bytes}
+        digest = self.manifest.digest
+        return {"location": self.location, "memory_bytes": self._memory_bytes, "manifest_digest": digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a spawned worker opens the cache for itself

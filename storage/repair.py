@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from storage.arrays import zarr_metadata
+from storage.claims import PLAN, Claims
 from storage.commits import COMMITS, ChunkRef, all_chunks, committed_chunks, generation_chunks
 from storage.errors import CacheAccessError, CacheCorruptError
 from storage.files import open_files
@@ -144,8 +145,13 @@ def restore(plan: RepairPlan) -> list[str]:
     files = open_files(plan.report.location)
     done = []
     if plan.root:
-        write_manifest(files, plan.manifest)
-        for key in plan.root:
+        with Claims(files) as claims:
+            # what is right now: views may have been planned since the cache was looked at, and must not be lost
+            claims.wait_for(PLAN)
+            manifest, wrong = sound_manifest(files)
+            if wrong:
+                write_manifest(files, manifest)
+        for key in (finding.key for finding in wrong):
             done.append(f"{key}: restored from {BACKUP_KEY if key == MANIFEST_KEY else MANIFEST_KEY}")
     for key, data in plan.metadata.items():
         files.write(key, data)

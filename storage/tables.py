@@ -29,6 +29,7 @@ __all__ = [
     "chunk_rows_sha256",
     "column_parts",
     "find_row",
+    "long_texts",
     "named_errors",
     "open_static",
     "parquet_file",
@@ -98,6 +99,11 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
     read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
     parts = [_parse(data, columns) for data in read]
     return pa.concat_tables(parts).combine_chunks()
+
+
+def long_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts as one of more than 2 GiB has to be, for ``take``, ``combine_chunks`` and look-ups in it."""
+    return column.cast(pa.large_string())
 
 
 def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: str) -> Iterator[pa.ChunkedArray]:

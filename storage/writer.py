@@ -108,7 +108,7 @@ def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables:
             f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
             f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
         )
-    if manifest.layout.views > manifest.sealed_views > 0:
+    if manifest.adds_views:
         _write_metadata(files, manifest)
     for key, wanted in manifest.files.items():
         read_static(files, key, wanted)
@@ -350,8 +350,7 @@ class EmbeddingWriter:
             return
         with Claims(self.files) as claims:
             # views that somebody plans at this moment must not be lost
-            while not claims.take(PLAN):
-                time.sleep(_PLAN_POLL_SECONDS)
+            claims.wait_for(PLAN)
             self.manifest = read_manifest(self.files)
             sealed = self._sealed(everything)
             if sealed != self.manifest:

@@ -21,7 +21,7 @@ from pipeline.report.chart import (
     tips,
     vega_config,
 )
-from pipeline.report.data import ReportData, RunReport
+from pipeline.report.data import ReportData, RunReport, of_other_data
 from storage.errors import UsageError
 
 __all__ = ["all_charts", "main_chart", "main_chart_png", "newest_evaluations"]
@@ -77,11 +77,15 @@ def main_chart_png(data: ReportData) -> bytes:
     return bytes(vl_convert.vegalite_to_png(json.dumps(main_chart(data)), scale=_PNG_SCALE))
 
 
-def newest_evaluations(run: RunReport) -> list[EvaluateResult]:
-    """The newest evaluation of a run with a student on each split; the splits it was not chosen on first."""
+def newest_evaluations(run: RunReport, manifest_digest: str) -> list[EvaluateResult]:
+    """The newest evaluation of a run with a student on each split; the splits it was not chosen on first.
+
+    Args:
+        manifest_digest: of the cache that the report is of; what was measured on other data is left out.
+    """
     newest: dict[str, EvaluateResult] = {}
     for found in run.evaluations:
-        if found.student is not None:
+        if found.student is not None and not of_other_data(found, manifest_digest):
             newest.setdefault(found.split, found)
     return sorted(newest.values(), key=lambda found: found.chosen_on == found.split)
 
@@ -120,7 +124,7 @@ def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tu
 
 
 def _retention(data: ReportData) -> Chart | None:
-    found = [(run, each) for run in data.runs for each in newest_evaluations(run)]
+    found = [(run, each) for run in data.runs for each in newest_evaluations(run, data.info.manifest_digest)]
     if not found:
         return None
     rows: list[tuple[Any, ...]] = []

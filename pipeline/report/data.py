@@ -24,6 +24,7 @@ __all__ = [
     "Shown",
     "Step",
     "as_utf8",
+    "of_other_data",
 ]
 
 
@@ -116,6 +117,11 @@ class RunReport(BaseModel, frozen=True):
     steps_of: int
     evaluations: tuple[EvaluateResult, ...] = Field(description="As evaluate left them in the run; newest first.")
     same_cache: bool = Field(description="Trained on the very bytes that this report is of.")
+
+
+def of_other_data(found: EvaluateResult, manifest_digest: str) -> bool:
+    """Whether an evaluation is of another cache than the report, of other data or another teacher's."""
+    return bool(found.accepted_mismatches) and found.cache_manifest_digest != manifest_digest
 
 
 class ReportData(BaseModel, frozen=True):

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.intervals import Interval
 from pipeline.report.chart import PALETTES, Chart, vega_config
 from pipeline.report.charts import all_charts, newest_evaluations
-from pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8
+from pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8, of_other_data
 from pipeline.student_table import cells, describe
 from storage.cli import byte_size, counted
 from storage.errors import UsageError
@@ -192,7 +192,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
     kept = [
         (run, each, each.retention["mean"])
         for run in data.runs
-        for each in newest_evaluations(run)
+        for each in newest_evaluations(run, info.manifest_digest)
         if each.retention and each.retention["mean"] is not None
     ]
     # a number from the split that the checkpoint was chosen on only where there is no other
@@ -334,6 +334,8 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
     for run in data.runs:
         for each in run.evaluations:
             on = f"{each.split}: {each.images:,} images, {each.captions:,} captions"
+            if of_other_data(each, data.info.manifest_digest):
+                on += f", of {as_utf8(each.cache)}"
             if (each.split, each.cache_manifest_digest) not in teachers:
                 teachers.add((each.split, each.cache_manifest_digest))
                 rows.append(["teacher", on, "–", "–", *values(each.teacher, each.teacher_intervals)])

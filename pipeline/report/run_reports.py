@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline.evaluate import EvaluateResult
-from pipeline.report.data import RunReport, Step
+from pipeline.report.data import RunReport, Step, of_other_data
 from pipeline.runs import RunFolder
 from pipeline.student_table import StudentTable
 from storage.errors import UsageError
@@ -44,6 +44,9 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
                 f"{path}: not measured yet, or by an older version: teacher-cache evaluate --run {path} --split SPLIT "
                 "leaves recall and retention in the run."
             )
+        elsewhere = sorted({each.cache for each in evaluations if of_other_data(each, manifest_digest)})
+        if elsewhere:
+            notes.append(f"{path}: also measured on {', '.join(elsewhere)}: rows of the table that say so, no more.")
         kept = thinned([line["epoch"] for line in lines], _STEPS)
         reports.append(
             RunReport(

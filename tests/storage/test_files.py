@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage.errors import UsageError
+from storage.errors import CacheAccessError, UsageError
 from storage.files import CacheFiles, LocalFiles, open_files
 from storage.processes import this_process
 from storage.remote_files import RemoteFiles
@@ -295,6 +295,63 @@ def test_a_location_chooses_its_kind(tmp_path: Path) -> None:
     assert open_files(f"file://{tmp_path}").location == str(tmp_path)
 
 
+def test_a_home_folder_is_found_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--cache=~/x`` comes as it is from bash, and from every TOML file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    open_files("~/x.cache").write("a", b"a")
+    assert (tmp_path / "x.cache" / "a").read_bytes() == b"a"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_relative_location_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = open_files("c")
+    files.write("a", b"a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for mine in (files, pickle.loads(pickle.dumps(files))):
+        assert mine.read("a") == b"a"
+        mine.write("b", b"b")
+        assert mine.list() == ["a", "b"]
+        assert Path(mine.path("a")) == tmp_path / "c" / "a"
+        assert mine.location == "c"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk that is away for a moment would otherwise have everything encoded once more."""
+    files = LocalFiles(str(tmp_path))
+    files.write("commits/a", b"a")
+    files.write("commits/b/c", b"c")
+    scandir = os.scandir
+    for number, wanted in ((errno.EIO, OSError), (errno.EACCES, CacheAccessError)):
+
+        def failing(path: str, number: int = number) -> object:
+            if path.endswith("commits/b"):
+                raise OSError(number, os.strerror(number), path)
+            return scandir(path)
+
+        with monkeypatch.context() as trouble:
+            trouble.setattr(os, "scandir", failing)
+            for look in (files.list, files.partials):
+                with pytest.raises(wanted, match="commits/b"):
+                    look()
+            assert files.list("nothing") == []
+
+
+def test_links_to_folders_are_listed_and_no_folder_twice(tmp_path: Path) -> None:
+    """``commits/image`` may lie on another disk; a link to a folder above must not go on for ever."""
+    files = LocalFiles(str(tmp_path / "c"))
+    files.write("a/one", b"1")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "two").write_bytes(b"2")
+    (tmp_path / "c" / "b").symlink_to(tmp_path / "disk")
+    (tmp_path / "c" / "a" / "loop").symlink_to(tmp_path / "c")
+    assert files.list() == ["a/one", "b/two"]
+    assert files.list("b") == ["b/two"]
+
+
 @pytest.mark.parametrize(
     ("location", "shown"),
     [
@@ -319,6 +376,8 @@ def test_credentials_in_a_location_are_refused_and_not_repeated(location: str, s
         ("s3://bucket/x?versionId=1", "not one version"),
         ("simplecache::s3://bucket/x", "chained"),
         ("nothing://x", "nothing"),
+        ("", "the location of a cache is empty"),
+        ("s3:/bucket/x.cache", "s3:/bucket/x.cache: a URL has two slashes, s3://... ; a folder of that name is ./s3:"),
     ],
 )
 def test_locations_that_cannot_be_used(location: str, wanted: str) -> None:
