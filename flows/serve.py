@@ -38,8 +38,12 @@ HOST = "127.0.0.1"
 _START_SECONDS = 180.0  # a fresh database takes 15 s on two idle cores, and this machine may be busy
 _STOP_SECONDS = 20.0
 _LOG_LINES_SHOWN = 20
-# of another Prefect of this user: a profile or a key that does not belong to the server started here
-_FOREIGN_SETTINGS = ("PREFECT_PROFILE", "PREFECT_API_KEY", "PREFECT_TEST_MODE")
+# of another Prefect of this user: a database, profile or key that does not belong to the server started here
+_FOREIGN_SETTINGS = (
+    *("PREFECT_API_", "PREFECT_SERVER_", "PREFECT_CLOUD_", "PREFECT_CLIENT_"),
+    *("PREFECT_PROFILE", "PREFECT_DEFAULT_", "PREFECT_TEST"),
+)
+"""Their names begin so."""
 
 
 class ServeError(Exception):
@@ -123,7 +127,8 @@ def _serving(home: Path, api: str, port: int, limit: int) -> Iterator[list[Child
         children.append(server)
         _wait(lambda: _ask(f"{api}/health") is True, server)
         _say("creating the work pool and deploying prefect.yaml")
-        _run(["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"], home, environment)
+        if _ask(f"{api}/work_pools/{WORK_POOL}") is None:  # one that is there may be paused, or have a limit
+            _run(["work-pool", "create", WORK_POOL, "--type", "process"], home, environment)
         _run(["--no-prompt", "deploy", "--all"], home, environment)
         _settle_leftovers(api)
         _say(f"starting the worker (log: {home / 'worker.log'})")
@@ -141,7 +146,7 @@ def _serving(home: Path, api: str, port: int, limit: int) -> Iterator[list[Child
 
 
 def _environment(home: Path, api: str, port: int) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN_SETTINGS}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_SETTINGS)}
     return environment | {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": api,

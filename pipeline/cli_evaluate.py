@@ -56,7 +56,7 @@ def evaluate(
         print_json(result)
     else:
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
-        title += _chosen(result.chosen_on)
+        title += _which(result.checkpoint, result.chosen_on)
         Console().print(recall_table(title, result))
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
@@ -64,8 +64,11 @@ def evaluate(
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
 
 
-def _chosen(split: str | None) -> str:
-    return "" if split is None else f"; checkpoint chosen on {split}"
+def _which(checkpoint: str | None, chosen_on: str | None) -> str:
+    """The student's checkpoint: one named by a step is of a run that is not finished."""
+    if checkpoint is None:
+        return ""
+    return f"; checkpoint {checkpoint.rpartition('/')[2]}" + ("" if chosen_on is None else f", chosen on {chosen_on}")
 
 
 def recall_table(title: str, found: EvaluateResult) -> Table:

@@ -62,6 +62,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     require_free(out)
     run = RunFolder(config.run)
     record = run.read()
+    run.require_finished(record)
     checkpoint = run.checkpoint_path(config.checkpoint)
     split = open_split(_as_evaluated(config), f"{config.run} was trained on another cache: leave --cache out.")
     zero_shot = None

@@ -34,6 +34,7 @@ def encode_rows(
 
     Raises:
         OSError: an image cannot be read where the source of ``inputs`` says.
+        FloatingPointError: a feature is no finite number.
     """
     image = np.empty((len(image_rows), student.embed_dim), np.float32)
     text = np.empty((len(captions), student.embed_dim), np.float32)
@@ -56,6 +57,12 @@ def encode_rows(
             text[start : start + len(part)] = features
             report("captions", start + len(part), len(captions))
     student.train(training)
+    for what, rows in (("images", image), ("captions", text)):
+        if not np.isfinite(rows).all():
+            raise FloatingPointError(
+                f"the student's features of {what} are NaN or infinite. Take the other checkpoint (best or last), or "
+                "train anew"
+            )
     return image, text
 
 

@@ -14,7 +14,9 @@ from pipeline.plan import Progress
 from pipeline.samples import DatasetSpec
 from pipeline.telemetry import observed
 from storage.commits import Tower, all_chunks
+from storage.files import open_files
 from storage.inspect import describe_cache
+from storage.place import require_place
 from storage.reader import EmbeddingReader
 from storage.tables import PROBLEMS, read_table
 from storage.writer import EmbeddingWriter
@@ -71,7 +73,9 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         ChildProcessError: the executor's workers ended again and again, or there is no place for one.
     """
     started = time.perf_counter()
-    DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
+    # a slip should cost neither the loading of a teacher nor the reading of a dataset
+    DatasetSpec.parse(config.dataset)
+    require_place(open_files(config.cache))
     with observed(cache=config.cache):
         with open_executor(config) as executor:
             pending = executor.plan(config, progress)

@@ -330,7 +330,8 @@ def _by_number(key: str, name: str, plain: list[str]) -> bool:
 def _remedy(own: dict[str, str]) -> str:
     return (
         f'Say it by --class-names FILE.json, {{"{printable(next(iter(own)))}": "its name", ...}}, or take the '
-        "dataset's own names by --templates NAME instead of --prompts NAME."
+        "dataset's own names by --templates NAME instead of --prompts NAME; where there are no such flags, by "
+        "?classes=FILE.json or ?templates=NAME behind the dataset."
     )
 
 

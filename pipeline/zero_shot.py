@@ -201,12 +201,13 @@ def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np
     """How many classes come before the true one: (images,), 0 for the first place; equal scores by class number.
 
     Raises:
-        ValueError: scores that are not finite, or a label without a column.
+        FloatingPointError: scores that are not finite.
+        ValueError: a label without a column.
     """
     if len(labels) and (labels.min() < 0 or labels.max() >= scores.shape[1]):
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, and {scores.shape[1]} classes have prompts")
     if not np.isfinite(scores).all():
-        raise ValueError("scores of images are not finite: the model's features are NaN or infinite")
+        raise FloatingPointError("scores of images are not finite: the model's features are NaN or infinite")
     true = np.take_along_axis(scores, labels[:, None], axis=1)
     before = (scores > true) | ((scores == true) & (np.arange(scores.shape[1]) < labels[:, None]))
     found: NDArray[np.int64] = before.sum(axis=1).astype(np.int64)

@@ -50,14 +50,17 @@ def diff(
 def gc(
     cache: CacheArgument,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what was found; without it nothing is touched.")
+        bool, typer.Option("--delete", help="Delete what writes and processes left; without it nothing is touched.")
+    ] = False,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="With --delete: unknown files too. They may be somebody's: look first.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
     """List what belongs to nothing: cut-off writes, claims of ended processes, unknown files. --delete removes it."""
     from storage.garbage import collect_garbage
 
-    found = collect_garbage(cache, delete)
+    found = collect_garbage(cache, delete, unknown)
     if json:
         print_json(found)
     else:
@@ -98,10 +101,16 @@ def _garbage_lines(found: GarbageReport) -> list[str]:
     lines = [f"{each.kind}: {each.key} ({byte_size(each.nbytes)})" for each in found.found]
     what = f"{counted(len(found.found), 'file')}, {byte_size(found.nbytes)}"
     if not found.found:
-        return [f"{found.location}: nothing to collect"]
-    if found.deleted:
-        return [*lines, f"{found.location}: {what} deleted"]
-    return [*lines, f"{found.location}: {what}; nothing was touched, --delete removes them"]
+        lines = [f"{found.location}: nothing to collect"]
+    elif found.deleted:
+        lines.append(f"{found.location}: {what} deleted")
+    else:
+        lines.append(
+            f"{found.location}: {what}; nothing was touched, --delete removes them, unknown files with --unknown"
+        )
+    if found.left:
+        lines.append(f"{counted(found.left, 'unknown file')} left; look at them, --delete --unknown removes them too")
+    return lines
 
 
 def _diff_lines(found: CacheDiff) -> list[str]:

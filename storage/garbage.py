@@ -37,12 +37,18 @@ class GarbageReport(BaseModel, frozen=True):
     deleted: bool = Field(description="False for a look: nothing was touched.")
     found: tuple[Garbage, ...]
     nbytes: int
+    left: int = Field(0, description="Unknown files that were not deleted with the others.")
 
 
-def collect_garbage(location: str, delete: bool = False) -> GarbageReport:
+def collect_garbage(location: str, delete: bool = False, unknown: bool = False) -> GarbageReport:
     """Find what belongs to nothing, and delete it if asked to; safe beside processes that read and write the cache.
 
-    Files of a cache, damaged ones too, are never deleted: ``repair`` mends them.
+    Files of a cache, damaged ones too, are never deleted: ``repair`` mends them. Neither is what lies in a cache within
+    this folder.
+
+    Args:
+        delete: what cut-off writes and ended processes left.
+        unknown: files that no cache has, too; they may be somebody's.
 
     Raises:
         CacheNotFoundError: no cache here, so that every file would be unknown.
@@ -54,19 +60,24 @@ def collect_garbage(location: str, delete: bool = False) -> GarbageReport:
     found = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
     found += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
     known = known_keys(files)
+    within = tuple(
+        key.removesuffix(MANIFEST_KEY) for key in keys if key.endswith(f"/{MANIFEST_KEY}") and key not in known
+    )
     found += [
         Garbage(key=key, kind="unknown-file", nbytes=_size(files, key))
         for key in keys
-        if key not in known and not key.startswith(f"{CLAIMS}/")
+        if key not in known and not key.startswith((f"{CLAIMS}/", *within))
     ]
+    left = 0
     if delete:
         known = known_keys(files)  # views planned since then make known what was unknown
         found = [each for each in found if each.key not in known]
+        going = [each for each in found if unknown or each.kind != "unknown-file"]
+        left, found = len(found) - len(going), going
         for each in found:
             files.delete(each.key)
-    return GarbageReport(
-        location=location, deleted=delete, found=tuple(found), nbytes=sum(each.nbytes for each in found)
-    )
+    nbytes = sum(each.nbytes for each in found)
+    return GarbageReport(location=location, deleted=delete, found=tuple(found), nbytes=nbytes, left=left)
 
 
 def known_keys(files: CacheFiles) -> set[str]:

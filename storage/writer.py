@@ -38,6 +38,7 @@ from storage.files import CHUNKS_AT_ONCE, CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
 from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
+from storage.place import require_place
 from storage.quantized import quantize
 from storage.root import planned_manifest, read_manifest, write_manifest
 from storage.rows import wrong_rows
@@ -80,6 +81,8 @@ def plan_cache(
                 manifest = _take_up(files, identity, layout, tables)
                 if manifest.identity.views.holds(identity.views):
                     return manifest
+            else:
+                require_place(files)
             if claims.take(PLAN):
                 break
             time.sleep(_PLAN_POLL_SECONDS)

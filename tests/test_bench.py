@@ -77,7 +77,8 @@ def test_the_table_says_what_was_reached_and_why_not() -> None:
     rows = [
         replace(ROW, wanted=1.5),
         replace(ROW, what="slow", wanted=3.0, note="disks are slow"),
-        Row("start", "a limit", 0.25, None, "s", 0.25, 0.2, 0.3, wanted=0.5, at_most=True),
+        Row("start", "a limit", 0.25, None, "s", 0.25, 0.2, 0.3, wanted=0.5, at_most=True, value_unit="s"),
+        replace(ROW, what="tight", wanted=2.2),
         ROW,
     ]
     found = {"command": "c", "date": "d", "hardware": "h", "minutes": 1}
@@ -85,9 +86,12 @@ def test_the_table_says_what_was_reached_and_why_not() -> None:
     lines = table(kept).splitlines()
     assert "| ours | theirs | 200 rows/s | 100 rows/s | 2 (1.5 - 2.5) | >= 1.5 | reached |" in lines
     assert "| slow | theirs | 200 rows/s | 100 rows/s | 2 (1.5 - 2.5) | >= 3 | **missed** |" in lines
-    assert "| start | a limit | 0.25 s |  | 0.25 (0.2 - 0.3) | <= 0.5 | reached |" in lines
+    assert "| start | a limit | 0.25 s |  | 0.25 (0.2 - 0.3) s | <= 0.5 | reached |" in lines
+    tight = "| tight | theirs | 200 rows/s | 100 rows/s | 2 (1.5 - 2.5) | >= 2.2 | **missed**, not in each round |"
+    assert tight in lines
     assert "| ours | theirs | 200 rows/s | 100 rows/s | 2 (1.5 - 2.5) |  |  |" in lines
     assert "- slow, theirs: disks are slow" in lines
+    assert "- tight, theirs: why it was missed is not known" in lines
 
 
 # --- the command

@@ -44,10 +44,9 @@ def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -
 
 
 def _watch(root: Path, happens: Callable[..., None]) -> None:
-    import pipeline.student
-    import pipeline.train_state
+    import pipeline.weights_file
 
-    sync, rmtree, save_file = os.fsync, shutil.rmtree, pipeline.train_state.save_file
+    sync, rmtree, save_file = os.fsync, shutil.rmtree, pipeline.weights_file.save_file
 
     def fsync(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -68,4 +67,4 @@ def _watch(root: Path, happens: Callable[..., None]) -> None:
         happens("half tensors", Path(path).name, lambda: os.truncate(path, Path(path).stat().st_size // 2))
 
     os.fsync, shutil.rmtree = fsync, remove  # type: ignore[assignment]
-    pipeline.student.save_file = pipeline.train_state.save_file = save
+    pipeline.weights_file.save_file = save

@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class Row:
         what, against: ours, and what it is compared with.
         ours, theirs: medians, in ``unit``; ``theirs`` is None where the target is a plain limit.
         ratio, low, high: median and range of the rounds' ratios; of a plain limit the value itself.
+        value_unit: of those three where they are no ratio: ``s`` of a limit, ``points`` of a difference of percents.
         wanted: what ``ratio`` should reach; None where nothing was promised.
         at_most: ``ratio`` should not exceed ``wanted``, rather than reach it.
         note: what a reader has to know, the reason for a miss among it.
@@ -60,6 +63,14 @@ class Row:
     wanted: float | None = None
     at_most: bool = False
     note: str = ""
+    value_unit: str = ""
+
+    @property
+    def in_each_round(self) -> bool:
+        """Whether all rounds say of the target what their median says."""
+        if self.wanted is None:
+            return True
+        return not min(self.low, self.high) < self.wanted < max(self.low, self.high)
 
     @property
     def reached(self) -> bool | None:
@@ -138,6 +149,13 @@ def hardware(device: str) -> str:
     return text
 
 
+def _commit() -> str:
+    """The commit of the code that is measured, with a plus sign if files differ from it; empty outside of a clone."""
+    look = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = look(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    return commit + ("+" if commit and look(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
+
+
 def keep(folder: Path, section: str, rows: Sequence[Row], settings: Settings, minutes: float) -> Path:
     """Put a section into today's results and write their table anew; other sections of the day stay.
 
@@ -151,6 +169,7 @@ def keep(folder: Path, section: str, rows: Sequence[Row], settings: Settings, mi
     kept[section] = {
         "command": f"python -m benchmarks.bench {section} --rounds {settings.rounds} --device {settings.device}"
         + (" --quick" if settings.quick else ""),
+        "commit": _commit(),
         "hardware": hardware(settings.device),
         "date": date.today().isoformat(),
         "minutes": round(minutes, 1),
@@ -166,21 +185,26 @@ def table(kept: Mapping[str, Any]) -> str:
     """Results as Markdown."""
     lines = ["# Measured against the peers", ""]
     lines += [
-        "Ratios are within a round of candidates by turns: median (least - greatest). Speeds: more is better.",
+        "Ratios are within a round of candidates by turns: median (least - greatest), so that they need not be those "
+        "of the medians beside them. A value with a unit is no ratio. Speeds: more is better.",
         "",
     ]
     for section, found in kept.items():
         lines += [f"## {section}", ""]
-        lines += [f"`{found['command']}`, {found['date']}, {found['hardware']}; {found['minutes']} min.", ""]
-        lines += ["| what | against | ours | theirs | ratio | wanted | |", "|---|---|---|---|---|---|---|"]
+        at = f", commit {found['commit']}" if found.get("commit") else ""
+        lines += [f"`{found['command']}`, {found['date']}{at}, {found['hardware']}; {found['minutes']} min.", ""]
+        lines += ["| what | against | ours | theirs | ratio or value | wanted | |", "|---|---|---|---|---|---|---|"]
         rows = [Row(**row) for row in found["rows"]]
         for row in rows:
             theirs = "" if row.theirs is None else f"{row.theirs:,.4g} {row.unit}"
-            ratio = f"{row.ratio:,.3g} ({row.low:,.3g} - {row.high:,.3g})"
+            ratio = f"{row.ratio:,.3g} ({row.low:,.3g} - {row.high:,.3g}) {row.value_unit}".rstrip()
             wanted = "" if row.wanted is None else f"{'<=' if row.at_most else '>='} {row.wanted:g}"
             verdict = {None: "", True: "reached", False: "**missed**"}[row.reached]
+            verdict += "" if row.in_each_round else ", not in each round"
             ours = f"{row.ours:,.4g} {row.unit}"
             lines.append(f"| {row.what} | {row.against} | {ours} | {theirs} | {ratio} | {wanted} | {verdict} |")
-        notes = [f"- {row.what}, {row.against}: {row.note}" for row in rows if row.note]
+        unknown = "why it was missed is not known"
+        said = [(row, row.note or (unknown if row.reached is False else "")) for row in rows]
+        notes = [f"- {row.what}, {row.against}: {note}" for row, note in said if note]
         lines += ["", *notes, ""] if notes else [""]
     return "\n".join(lines).rstrip() + "\n"

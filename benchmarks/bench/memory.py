@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,10 +146,11 @@ def measure(settings: Settings) -> list[Row]:
     for work, title in titles.items():
         for rows, peak in zip(sizes, peaks[work], strict=True):
             mebibytes = peak / 2**20
-            made.append(Row(f"{title}: {rows:,} rows", "", mebibytes, None, "MiB", mebibytes, mebibytes, mebibytes))
+            row = Row(f"{title}: {rows:,} rows", "", mebibytes, None, "MiB", mebibytes, mebibytes, mebibytes)
+            made.append(replace(row, value_unit="MiB"))
         each = (peaks[work][-1] - peaks[work][-2]) / (sizes[-1] - sizes[-2])
         made.append(
-            Row(f"{title}: each further row", "flat", each, None, "B", each, each, each, 1.0, True, notes[work])
+            Row(f"{title}: each further row", "flat", each, None, "B", each, each, each, 1.0, True, notes[work], "B")
         )
     return made
 

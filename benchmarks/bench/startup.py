@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.bench.big_cache import big_cache
@@ -34,7 +35,8 @@ def _run(*arguments: str) -> str:
 
 def _limit(what: str, against: str, seconds: Sequence[float], wanted: float, floor: float | None = None) -> Row:
     middle = statistics.median(seconds)
-    return Row(what, against, middle, floor, "s", middle, min(seconds), max(seconds), wanted, at_most=True)
+    row = Row(what, against, middle, floor, "s", middle, min(seconds), max(seconds), wanted, at_most=True)
+    return replace(row, value_unit="s")
 
 
 def measure(settings: Settings) -> list[Row]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,13 +200,14 @@ def _recall(caches: dict[str, Path]) -> list[Row]:
     note = (
         f"mean of both ways, among {mine.images:,} images and {mine.captions:,} captions; the lines below are each way"
     )
-    rows = [Row(what, "float16", both[0], both[1], "%", moved, moved, moved, 0.1, True, note)]
+    rows = [Row(what, "float16", both[0], both[1], "%", moved, moved, moved, 0.1, True, note, "points")]
     for name, (ours, other, queries) in ways.items():
         moved = abs(ours - other)
         note = (
             f"one of the {queries:,} queries is {100 / queries:.2g} points, so that this is chance as much as rounding"
         )
-        rows.append(Row(f"{what}, {name}", "float16", ours, other, "%", moved, moved, moved, note=note))
+        row = Row(f"{what}, {name}", "float16", ours, other, "%", moved, moved, moved, note=note)
+        rows.append(replace(row, value_unit="points"))
     return rows
 
 
@@ -245,7 +247,7 @@ def _retention(settings: Settings, caches: dict[str, Path], teacher: str) -> lis
         "One draw of chance: see the next line"
     )
     what, against = "retention, learned from int8", "from float16"
-    return [Row(what, against, kept["int8"], kept["float16"], "%", moved, moved, moved, 0.3, True, note)]
+    return [Row(what, against, kept["int8"], kept["float16"], "%", moved, moved, moved, 0.3, True, note, "points")]
 
 
 def _by_seeds(settings: Settings, caches: dict[str, Path]) -> Row:
@@ -275,4 +277,5 @@ def _by_seeds(settings: Settings, caches: dict[str, Path]) -> Row:
     )
     what, ours, theirs = "R@10 of a perceptron", float(found["int8"].mean()), float(found["float16"].mean())
     low, high = max(0.0, abs(mean) - half), abs(mean) + half
-    return Row(f"{what}, learned from int8", "from float16", ours, theirs, "%", high, low, high, 0.3, True, note)
+    row = Row(f"{what}, learned from int8", "from float16", ours, theirs, "%", high, low, high, 0.3, True, note)
+    return replace(row, value_unit="points")

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 from storage.errors import UsageError
 from storage.redact import redact
 
-# what torchvision's ImageFolder takes for an image
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# what torchvision's ImageFolder takes for an image, and what else can be decoded (``pipeline.decode``)
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jfif")
 
 # a folder or a part of a file name that spells one of these names a split; anything else is a name
 SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")

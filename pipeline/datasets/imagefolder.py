@@ -11,7 +11,7 @@ folders are left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.datasets.base import (
@@ -116,15 +116,27 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
     top, files = _entries(root)
     pairs: list[tuple[str, Path]] = []
     beside = [("", path) for path in files]
+    nested: list[set[str]] = []  # the folders in each that holds no images itself
     for folder in top:
         inner, inner_files = _entries(folder)
         # a class that is called "test" holds images, a split holds folders
-        if folder.name in SPLIT_NAMES and inner:
-            pairs.extend((folder.name, class_folder) for class_folder in inner)
-            beside.extend((folder.name, path) for path in inner_files)
+        if (split := folder.name.casefold()) in SPLIT_NAMES and inner:
+            pairs.extend((split, class_folder) for class_folder in inner)
+            beside.extend((split, path) for path in inner_files)
         else:
             pairs.append(("", folder))
-    return pairs, [(split, path) for split, path in beside if path.name.lower().endswith(IMAGE_ENDINGS)]
+            nested.append({one.name for one in inner} if not _images(inner_files) else set())
+    if nested and len(nested) == len(top) and all(nested) and set.intersection(*nested):
+        names = ", ".join(repr(printable(folder.name)) for folder in top[:5])
+        raise UsageError(
+            f"{root}: no images in {names}, but folders{' of the same names in each' if len(top) > 1 else ''}. Are "
+            f"those the classes? Name splits as one of {', '.join(SPLIT_NAMES)}, or give the folder above the classes"
+        )
+    return pairs, [(split, path) for split, path in beside if _images([path])]
+
+
+def _images(files: Sequence[Path]) -> list[Path]:
+    return [path for path in files if path.name.lower().endswith(IMAGE_ENDINGS)]
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:

@@ -143,7 +143,10 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
         if not keep:
             raise UsageError(f"{where}: no image of split {printable(split)!r}; there are {shown or 'no images'}")
     elif len(splits) > 1 and not split:
-        raise UsageError(f"{where}: images of several splits, {shown}; name one by --split, or take {ALL_SPLITS}")
+        raise UsageError(
+            f"{where}: images of several splits, {shown}; name one behind the dataset, ?split=NAME, or take "
+            f"?split={ALL_SPLITS}; of zero-shot --split does the same"
+        )
     else:
         keep = list(range(len(images)))
     # what is wrong with images that are not measured would look like a loss of those that are

@@ -15,6 +15,7 @@ leaves the optional one out.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator, Sequence
@@ -211,6 +212,12 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str |
         _raise_transient(root, error)
         raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
     columns = {role: header[index] for role, index in _find_columns(root, header, wanted).items()}
+    kind = table.schema_arrow.field(columns["path"]).type
+    if pa.types.is_nested(kind) or (_is_binary(kind) and _holds_pictures(table, columns["path"])):
+        raise UsageError(
+            f"{root}: the column {columns['path']!r} holds pictures ({kind}), not paths. Write them to files, or to "
+            "tars for webdataset:, or name a column of paths or URLs with ?path=COLUMN"
+        )
     number = 0
     try:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=sorted(set(columns.values()))):
@@ -239,6 +246,19 @@ def _cells(column: Any) -> list[Any]:
     elif (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
         column = column.cast(pa.large_list(pa.large_binary()))
     return [_text(value) for value in column.to_pylist()]
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_pictures(table: pq.ParquetFile, column: str) -> bool:
+    """Whether bytes of a column are no paths, which have no zero byte; seen by the first value that there is."""
+    with contextlib.suppress(*_BROKEN_PARQUET):  # said when the rows are read
+        for batch in table.iter_batches(batch_size=1, columns=[column]):
+            if value := batch.column(0)[0].as_py():
+                return b"\0" in value
+    return False
 
 
 def _is_text(kind: Any) -> bool:

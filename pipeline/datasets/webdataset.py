@@ -81,6 +81,15 @@ class _Member:
     length: int = -1
     captions: dict[str, list[str]] = field(default_factory=dict)  # by ending
     endings: list[str] = field(default_factory=list)
+    passed_over: str = ""  # a member that ends as an image does, but not from the first dot on
+
+    def lost(self, uri: str) -> Problem | None:
+        """What to say of an image that nobody else will miss."""
+        if self.offset >= 0 or not self.passed_over:
+            return None
+        ending = PurePosixPath(self.passed_over).name.partition(".")[2]
+        detail = f"a key ends at the first dot, so that its ending is {printable(ending)!r} and no image's; rename it"
+        return Problem("bad-record", printable(f"{uri}/{self.passed_over}"), detail, lost_image=True)
 
 
 def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") -> Iterator[Record]:
@@ -107,8 +116,12 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
         yield from _read_tar(tar, uri, members, lines=txt == "lines")
         for key, member in members.items():
             sample_id = f"{uri}/{key}" if ids == "tar" else key
-            captions = next((member.captions[ending] for ending in ("txt", "json") if ending in member.captions), None)
-            if member.offset >= 0:
+            # an empty .txt beside a .json that has a caption says nothing
+            there = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
+            captions = next((some for some in there if any(map(str.strip, some))), there[0] if there else None)
+            if (problem := member.lost(uri)) is not None:
+                yield problem
+            elif member.offset >= 0:
                 yield from sample_or_problem(sample_id, uri, tar_split, captions or [], member.offset, member.length)
             elif captions is not None:
                 detail = f"{uri}: there is no image beside {', '.join(member.endings)}"
@@ -134,6 +147,8 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
             # the tars of each split count from s0000000 on
             sample_id = f"{uri}/{key}"
             label = " ".join(member.captions.get("cls", [])).strip()
+            if (lost := member.lost(uri)) is not None:
+                yield lost, split, ""
             if member.offset < 0:
                 continue
             if not (label.isascii() and label.isdigit()):
@@ -233,10 +248,15 @@ def _read_members(
                 raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
             place, dot, ending = PurePosixPath(entry.name).name.partition(".")
             ending = ending.lower()
-            if entry.isdir() or not dot or not place or (ending not in _IMAGE_ENDINGS and ending not in text_endings):
-                continue  # class labels, masks, extended attributes: nothing of an image and its captions
+            if entry.isdir() or not dot or not place:
+                continue  # extended attributes: nothing of an image and its captions
             parent = entry.name.removeprefix("./").rpartition("/")[0]
             key = f"{parent}/{place}" if parent else place
+            if ending not in _IMAGE_ENDINGS and ending not in text_endings:
+                # a mask beside its image, or an image with a dot in its name
+                if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
+                    members.setdefault(key, _Member()).passed_over = entry.name
+                continue  # class labels and the like
             where = printable(f"{uri}/{entry.name}")
             image = ending in _IMAGE_ENDINGS
             if not entry.isreg() or entry.issparse():

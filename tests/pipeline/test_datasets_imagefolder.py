@@ -11,6 +11,7 @@ import pytest
 from pipeline.datasets import Sample
 from pipeline.datasets.imagefolder import DEFAULT_TEMPLATES
 from pipeline.samples import DatasetSpec, load_samples
+from storage.errors import UsageError
 from tests.conftest import shared
 from tests.pipeline.dataset_files import read, save_image, told
 
@@ -47,6 +48,36 @@ def test_a_level_of_splits(tmp_path: Path) -> None:
         ("val/cat/1.jpg", "val", "a photo of a cat."),
     ]
     assert problems == []
+
+
+def test_splits_are_found_however_they_are_written(tmp_path: Path) -> None:
+    for number, name in enumerate(("Train/cat/1.jpg", "Train/dog/2.jpg", "TEST/cat/3.jpg")):
+        save_image(tmp_path / name, number)
+    samples, problems = read("imagefolder", tmp_path)
+    assert [(sample.sample_id, sample.split, sample.captions[0]) for sample in samples] == [
+        ("TEST/cat/3.jpg", "test", "a photo of a cat."),
+        ("Train/cat/1.jpg", "train", "a photo of a cat."),
+        ("Train/dog/2.jpg", "train", "a photo of a dog."),
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ("seg_train/cat/1.jpg", "seg_test/cat/2.jpg"),
+            "no images in .seg_test., .seg_train., but folders of",
+        ),
+        (("images/train/cat/1.jpg", "images/test/cat/2.jpg"), r"no images in 'images', but folders\. Are those the"),
+    ],
+)
+def test_a_level_that_is_neither_split_nor_class_is_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+    """Each would be a class otherwise: "a photo of a seg train."."""
+    for number, name in enumerate(files):
+        save_image(tmp_path / name, number)
+    with pytest.raises(UsageError, match=said):
+        read("imagefolder", tmp_path)
 
 
 def test_a_class_called_test_is_a_class(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.datasets import Sample
 from pipeline.samples import DatasetSpec, ImageSource, load_samples
+from storage.errors import UsageError
 from tests.pipeline.dataset_files import read, save_image, told
 
 
@@ -109,6 +110,20 @@ def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: py
         ("empty-caption", "4", False),
         ("no-caption", "4", True),
     ]
+
+
+def test_a_column_of_pictures_is_refused(tmp_path: Path) -> None:
+    """As Hugging Face writes them; their bytes would be taken for paths."""
+    picture = save_image(tmp_path / "a.jpg")
+    column = pa.array([None, {"bytes": picture, "path": None}])
+    for number, pictures in enumerate((column, column.field("bytes"))):
+        pq.write_table(pa.table({"image": pictures, "text": ["A.", "B."]}), tmp_path / f"{number}.parquet")
+        with pytest.raises(
+            UsageError, match=r"the column 'image' holds pictures \(.*binary.*\), not paths\. Write them"
+        ):
+            read("table", tmp_path / f"{number}.parquet")
+    pq.write_table(pa.table({"path": pa.array([b"a.jpg"]), "text": ["A."]}), tmp_path / "b.parquet")
+    assert read("table", tmp_path / "b.parquet") == ([Sample("a.jpg", "a.jpg", "", ("A.",))], [])
 
 
 def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path) -> None:

@@ -60,6 +60,35 @@ def test_members_with_one_key_are_one_sample(tmp_path: Path, pictures: list[byte
     assert sorted(path.name for path in root.rglob("*")) == ["000.tar", "000.tar", "train", "val"]  # nothing unpacked
 
 
+def test_an_image_with_a_dot_in_its_name_is_missed(tmp_path: Path, pictures: list[bytes]) -> None:
+    """The published key ends at the first dot; what that leaves without an image is said, a mask is not."""
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("IMG_2021.05.01.jpg", pictures[0]),
+            ("IMG_2021.05.01.txt", "Lost."),
+            ("0001.image.jpg", pictures[1]),
+            ("0002.jpg", pictures[2]),
+            ("0002.seg.png", pictures[3]),
+            ("0002.txt", "There."),
+        ],
+    )
+    samples, problems = read("webdataset", tmp_path / "a.tar")
+    assert [sample.sample_id for sample in samples] == ["0002"]
+    assert told(problems) == [
+        ("bad-record", "a.tar/IMG_2021.05.01.jpg", True),
+        ("bad-record", "a.tar/0001.image.jpg", True),
+    ]
+    assert "a key ends at the first dot, so that its ending is '05.01.jpg'" in problems[0].detail
+
+
+def test_an_empty_txt_does_not_hide_the_caption_of_the_json(tmp_path: Path, pictures: list[bytes]) -> None:
+    caption = json.dumps({"caption": "A dog."})
+    write_tar(tmp_path / "a.tar", [("1.jpg", pictures[0]), ("1.txt", " \n"), ("1.json", caption)])
+    samples, problems = read("webdataset", tmp_path / "a.tar")
+    assert ([sample.captions for sample in samples], problems) == ([("A dog.",)], [])
+
+
 def test_txt_lines_is_a_caption_per_line(tmp_path: Path, pictures: list[bytes]) -> None:
     tar = write_tar(tmp_path / "0.tar", [("a.jpg", pictures[0]), ("a.txt", "A dog.\r\nA black dog.\n")])
     assert read("webdataset", tar, txt="lines")[0][0].captions == ("A dog.", "A black dog.")

@@ -17,13 +17,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline import cli_deploy, deploy_files
+from pipeline.cached_images import CachedImages
 from pipeline.config import DeployConfig, EvaluateConfig
+from pipeline.decode import decode_image
 from pipeline.deploy import DeployResult, deploy
+from pipeline.deploy_files import calibration_batches
 from pipeline.deployment import Deployment, DeploymentError
 from pipeline.evaluate import evaluate
+from pipeline.evaluation_split import open_split
 from pipeline.model_card import model_card
+from pipeline.model_input import ModelInput
 from pipeline.runs import CHECKPOINT_WEIGHTS, AveragedRun, RunFolder
 from pipeline.runtime import StudentRuntime
+from pipeline.samples import ImageSource
+from pipeline.student import load_student
 from pipeline.student_table import StudentTable
 from pipeline.train import train
 from storage.errors import UsageError
@@ -209,6 +216,17 @@ def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
     with pytest.raises(DeploymentError, match=r"image\.onnx: .*least cosine.*are missing"):
         deploy(settings(trained, tiny_teacher, tmp_path / "out", int8=False))
     assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_fitted_to_training_images_whichever_split_is_measured(trained: Path) -> None:
+    split = open_split(EvaluateConfig(run=str(trained), split="test"))
+    rows = split.reader.image_rows("train")
+    preprocess = load_student(RunFolder(trained).checkpoint_path("last"))[0].preprocess.to_config()
+    (batch,) = calibration_batches(split, rows, preprocess, 8)()
+    seen = ModelInput.from_config(preprocess)
+    wanted = [int(rows[at]) for at in np.linspace(0, len(rows) - 1, 8).round().astype(int)]
+    stored = CachedImages(split.reader, ImageSource(split.image_root), wanted)
+    np.testing.assert_array_equal(batch, np.stack([seen.pixels(decode_image(stored.read(row))) for row in wanted]))
 
 
 @pytest.mark.parametrize(("weight", "least", "most"), [("visual.proj", 0.8, 1.2), ("text_projection", np.nan, np.nan)])

@@ -124,7 +124,7 @@ def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
 def test_splits_are_not_mixed_unasked(folders: Path) -> None:
     (folders / "val").mkdir()
     save_image(folders / "val" / "pug" / "9.png", 200)
-    with pytest.raises(UsageError, match=r"several splits, 'none' \(6 images\), 'val' \(1 images\); name one by --spl"):
+    with pytest.raises(UsageError, match=r"'none' \(6 images\), 'val' \(1 images\); name one behind the dataset"):
         opened(f"imagefolder:{folders}")
     assert truth(opened(f"imagefolder:{folders}", split="val")) == {"val/pug/9.png": "pug"}
     assert len(opened(f"imagefolder:{folders}", split="all").images.labels) == 7

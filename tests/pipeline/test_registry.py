@@ -203,6 +203,17 @@ def test_the_first_is_promoted_the_next_is_measured_against_it(home: Path, tmp_p
     assert StudentRegistry(str(tmp_path)).champion() == first.candidate
 
 
+def test_a_run_that_is_still_trained_is_no_candidate(home: Path, tmp_path: Path) -> None:
+    """Its checkpoints are replaced as it goes on: the champion's weights would be gone."""
+    shutil.copytree(home / "a", tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    del record["epochs"][1:]
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"a: 1 of 2 epochs are trained\. Finish it by teacher-cache train --resume"):
+        promote(settings(tmp_path, tmp_path / "r", "a"))
+    assert not list(StudentRegistry(str(tmp_path / "r")).candidates())
+
+
 def test_one_that_is_worse_is_kept_with_the_reason_and_the_champion_stays(home: Path, tmp_path: Path) -> None:
     """The students are barely trained, so that which of them is worse is decided by measuring."""
     found = {run: promote(settings(home, tmp_path / run, run)).candidate.mean_recall for run in ("a", "b")}

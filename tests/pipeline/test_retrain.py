@@ -17,51 +17,18 @@ import pipeline.retrain
 from flows.markdown import retraining_text
 from pipeline.cli_retrain import _lines
 from pipeline.config import PrecomputeConfig
-from pipeline.deployment import DeploymentError
 from pipeline.registry import StudentRegistry
 from pipeline.retrain import Retraining, RetrainResult, retrain
-from pipeline.retrain_config import RetrainConfig
 from pipeline.teacher import Encoded, LiveTeacher
 from storage.errors import CacheCorruptError, UsageError
 from storage.reader import EmbeddingReader
-from tests.conftest import TINY_MODEL, make_model_folder, write_photos
+from tests.conftest import make_model_folder
+from tests.pipeline.retrain_work import add_photos, make_home, settings
 
 
 @pytest.fixture
-def home(tmp_path: Path, tiny_teacher: Path) -> Path:
-    write_photos(tmp_path / "photos", 64)
-    (tmp_path / "student.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 12}))
-    return tmp_path
-
-
-def settings(place: Path, tiny_teacher: Path, **more: Any) -> RetrainConfig:
-    return RetrainConfig(
-        **{
-            "dataset": f"flickr:{place / 'photos'}",
-            "teacher": f"local-dir:{tiny_teacher}",
-            "home": str(place / "home"),
-            "student": str(place / "student.json"),
-            "train": {"epochs": 1, "batch_size": 16, "workers": 0},
-            "split": "train",
-            "margin": 99.0,
-            "ship": False,
-            "device": "cpu",
-            **more,
-        }
-    )
-
-
-def add_photos(home: Path, first: int, count: int, split: str = "train") -> None:
-    """To a split; rows of the training split are before those of the test split."""
-    more = write_photos(home / f"more-{first}", count, first=first)
-    with (
-        (home / "photos" / "captions.txt").open("a") as captions,
-        (home / "photos" / f"{split}.txt").open("a") as list_,
-    ):
-        captions.writelines(line + "\n" for line in (more / "captions.txt").read_text().splitlines()[1:])
-        for image in sorted((more / "images").iterdir()):
-            shutil.copy(image, home / "photos" / "images" / image.name)
-            list_.write(image.name + "\n")
+def home(tmp_path: Path) -> Path:
+    return make_home(tmp_path)
 
 
 def test_new_data_is_learned_and_nothing_new_is_nothing_done(
@@ -196,13 +163,6 @@ def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None
     with pytest.raises(UsageError, match="train: out: set by retraining itself"):
         retrain(settings(home, tiny_teacher, train={"out": "x"}))
     assert not (home / "home").exists()
-
-
-def test_what_passed_is_shipped_before_it_is_promoted(home: Path, tiny_teacher: Path) -> None:
-    done = retrain(settings(home, tiny_teacher, ship=True, deploy={"int8": False, "rounds": 1}))
-    assert done.candidate is not None
-    assert done.candidate.deployed == f"{home}/home/deployed/0001"
-    assert (home / "home" / "deployed" / "0001" / "deploy.json").exists()
 
 
 def test_the_command_takes_a_run_file(
@@ -466,41 +426,6 @@ def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: P
         )
         assert _lines(told)[0] == found.unread
         assert found.unread in retraining_text("nothing-new", found, None, None)
-
-
-def test_a_student_that_fails_its_gate_is_kept_as_rejected(
-    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise DeploymentError("image.int8.onnx: 2 points lost, 1 at most are wanted")
-
-    monkeypatch.setattr("pipeline.deploy.deploy", refuse)
-    done = retrain(settings(home, tiny_teacher, ship=True))
-    assert (done.outcome, done.champion) == ("rejected", None)
-    assert done.candidate is not None
-    assert done.candidate.reason == "could not be shipped: image.int8.onnx: 2 points lost, 1 at most are wanted"
-    assert retrain(settings(home, tiny_teacher, ship=True)).outcome == "nothing-new"
-
-
-def test_what_was_deployed_before_a_kill_is_promoted_and_not_made_again(home: Path, tiny_teacher: Path) -> None:
-    ship = {"ship": True, "deploy": {"int8": False, "rounds": 1}}
-    retrain(settings(home, tiny_teacher, **ship))
-    shutil.rmtree(home / "home" / "students")  # as a kill leaves it between the two
-    done = retrain(settings(home, tiny_teacher, **ship))
-    assert done.candidate is not None
-    assert done.candidate.deployed == f"{home}/home/deployed/0001"
-    assert [path.name for path in (home / "home" / "deployed").iterdir()] == ["0001"]
-
-
-def test_what_was_deployed_of_another_student_is_not_promoted(home: Path, tiny_teacher: Path) -> None:
-    ship = {"ship": True, "deploy": {"int8": False, "rounds": 1}}
-    retrain(settings(home, tiny_teacher, **ship))
-    for name in ("caches", "runs", "students"):
-        shutil.rmtree(home / "home" / name)
-    add_photos(home, 900, 1)
-    done = retrain(settings(home, tiny_teacher, **ship))
-    assert done.candidate is not None
-    assert done.candidate.deployed == f"{home}/home/deployed/0001-2"
 
 
 def test_one_at_a_time(home: Path, tiny_teacher: Path) -> None:

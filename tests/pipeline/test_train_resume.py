@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import TrainConfig
+from pipeline.config import PrecomputeConfig, TrainConfig
+from pipeline.precompute import precompute
 from pipeline.runs import RunFolder
 from pipeline.student import load_student
 from pipeline.train import train
+from pipeline.weights_file import write_weights
 from storage.errors import CacheMismatchError, UsageError
 from storage.inspect import describe_cache
 from tests import train_process
@@ -57,7 +61,7 @@ class Work:
 
     def config(self, name: str, **changes: Any) -> TrainConfig:
         student = changes.pop("student", self.student)
-        return train_config(self.cache, student, self.folder / name, **{**SETTINGS, **changes})
+        return train_config(changes.pop("cache", self.cache), student, self.folder / name, **{**SETTINGS, **changes})
 
     def finish(self, name: str, resume: bool = False) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         out = self.folder / f"{name}.json"
@@ -173,7 +177,7 @@ def test_what_cannot_be_gone_on_with(work: Work, tmp_path: Path, tiny_teacher: P
     with pytest.raises(UsageError, match=wanted):
         train(work.config("half", seed=4, ema_decay=0.5), resume=True)
     other = make_cache(tmp_path, tiny_teacher, 45)
-    with pytest.raises(CacheMismatchError, match=r"its manifest is \w{12}, but .*half learned from \w{12} so far"):
+    with pytest.raises(CacheMismatchError, match=r"its manifest is \w{12}, \w{12} was .*half learned from that one"):
         train(work.config("half").model_copy(update={"cache": str(other)}), resume=True)
     folder = RunFolder(work.folder / "half")
     record = folder.read()
@@ -226,6 +230,73 @@ def test_one_process_trains_in_a_folder(work: Work, tmp_path: Path) -> None:
         holder.communicate()
     with RunFolder(tmp_path).locked():  # a process that died holds nothing
         pass
+
+
+def test_a_file_system_without_locks_is_told_from_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*what: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("pipeline.runs.fcntl.lockf", lockf)
+    with pytest.raises(UsageError, match=r"this file system has no locks \(Function not implemented\)"):
+        RunFolder(tmp_path).locked().__enter__()
+
+
+def test_views_that_came_since_do_not_end_a_run(work: Work, tiny_teacher: Path) -> None:
+    """Killed, and gone on with after more views were planned and made: the trace of an unbroken run of one view."""
+    cache = shutil.copytree(work.cache, work.folder / "grown.cache")
+    work.killed("grown", next(at for at, event in enumerate(work.events) if event == ("step", "5")), cache=str(cache))
+    photos = f"flickr:{work.folder / 'photos'}"
+    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", "views": 3}
+    precompute(PrecomputeConfig(dataset=photos, teacher=f"local-dir:{tiny_teacher}", cache=str(cache), **settings))
+    record = train(work.config("grown", cache=str(cache)), resume=True).record
+    assert record.view == "evaluation crop (the cache has one view)"
+    assert work.left("grown") == work.result
+
+
+def test_checkpoints_can_be_read_by_whom_the_umask_lets(work: Work) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in (work.folder / "whole").rglob("*") if path.is_file()}
+    os.umask(umask := os.umask(0))
+    assert modes == {0o666 & ~umask}
+
+
+def test_a_full_disk_is_an_error_with_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: Path) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pipeline.weights_file.save_file", full)
+    with pytest.raises(OSError, match=r"x\.safetensors: cannot be written: .*No space left on device"):
+        write_weights({}, tmp_path / "x.safetensors")
+
+
+def test_a_queue_that_no_loss_uses_is_refused(work: Work) -> None:
+    config = work.config("idle", losses={"cosine": 8.0}, queue_rows=48)
+    with pytest.raises(UsageError, match=r"queue_rows is 48 and no loss uses .* losses = { cosine = 8, queue = 1 }"):
+        train(config)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_variables_of_a_slurm_job_change_nothing(work: Work, devices: int) -> None:
+    """One of the processes of ``srun -n 4``, or a job of one task with two devices."""
+    tasks = "4" if devices == 1 else "1"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": tasks, "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS_PER_NODE": tasks}
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "train",
+        "--cache",
+        str(work.cache),
+        "--student",
+        str(work.student),
+    ]
+    command += ["--out", str(work.folder / f"slurm-{devices}"), "--epochs", "1", "--batch-size", "8", "--workers", "0"]
+    command += ["--device", "cpu", "--devices", str(devices)]
+    done = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(work.folder / f"slurm-{devices}").read().steps == 4
 
 
 def test_a_finished_run_stays_as_it_is(work: Work) -> None:

@@ -211,7 +211,8 @@ def test_an_embedding_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
         assert (found.same, found.differs, found.images_in_one, found.images_changed) == (False, True, 1, 0)
     done = run.invoke(app, ["diff", a, b])
     assert done.exit_code == 1
-    assert done.stdout.splitlines()[-2:] == ["1 image with an embedding in one of the two only", "they differ"]
+    in_one, other_bytes = "1 image with an embedding in one of the two only", "1 chunk of other bytes"
+    assert done.stdout.splitlines()[-3:] == [in_one, f"{other_bytes}, of all views, norms and crops", "they differ"]
     both = diff_caches(b, make(tmp_path / "c", BASE, lost=(3,)))
     assert (both.same, both.differs, both.images_in_one) == (True, False, 0)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from storage.claims import CLAIMS, Claims, left_claims
-from storage.errors import CacheCorruptError, CacheNotFoundError
+from storage.errors import CacheAccessError, CacheCorruptError, CacheNotFoundError, UsageError
 from storage.files import CacheFiles, open_files
 from storage.garbage import collect_garbage, known_keys
 from storage.identity import ViewsIdentity
@@ -74,10 +74,48 @@ def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
     assert "nothing was touched, --delete removes them" in shown
     assert cache_digest(known_cache) == littered
 
-    done = run.invoke(app, ["gc", str(known_cache), "--delete"])
-    assert done.stdout.endswith(f"5 files, {sum(sizes.values())} B deleted\n")
+    known = sum(sizes[key] for key, kind in left.items() if kind != "unknown-file")
+    done = run.invoke(app, ["gc", str(known_cache), "--delete"]).stdout.splitlines()
+    assert done[-2:] == [
+        f"{known_cache}: 3 files, {known} B deleted",
+        "2 unknown files left; look at them, --delete --unknown removes them too",
+    ]
+    assert (known_cache / "notes.txt").read_text() == "of a person"
+    done = run.invoke(app, ["gc", str(known_cache), "--delete", "--unknown"]).stdout.splitlines()
+    assert done[-1] == f"{known_cache}: 2 files, {sum(sizes.values()) - known} B deleted"
     assert cache_digest(known_cache) == clean
     assert verify_cache(str(known_cache)).ok
+
+
+def test_a_cache_within_a_cache_is_nobodys_garbage(known_cache: Path) -> None:
+    inner = known_cache / "b" / "inner.cache"
+    plan_known_cache(inner)
+    (known_cache / "b" / "x").write_bytes(b"x")
+    before = cache_digest(inner)
+    assert [each.key for each in collect_garbage(str(known_cache), delete=True, unknown=True).found] == ["b/x"]
+    assert cache_digest(inner) == before
+
+
+def test_a_cache_is_not_begun_among_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset's folder, or a folder of caches: all in it would be unknown files of the new cache."""
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "photos" / "captions.txt").write_text("")
+    wanted = r"photos: holds captions.txt, images, and a cache has a folder of its own. Name .*photos/NAME.cache"
+    with pytest.raises(UsageError, match=wanted):
+        plan_known_cache(tmp_path / "photos")
+    plan_known_cache(tmp_path / "caches" / "a.cache")
+    with pytest.raises(UsageError, match=r"holds a\.cache, and a cache"):
+        plan_known_cache(tmp_path / "caches")
+    with pytest.raises(UsageError, match="is a file, and a cache is a folder"):
+        plan_known_cache(tmp_path / "photos" / "captions.txt")
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["captions.txt", "images"]
+    # what a planning that was killed leaves, and an empty folder, are begun with
+    (tmp_path / "b" / "samples").mkdir(parents=True)
+    (tmp_path / "b" / f".partial-{this_process().tag}-0123abcd").write_bytes(b"half")
+    plan_known_cache(tmp_path / "b")
+    monkeypatch.setattr("storage.place.os.access", lambda *_: False)
+    with pytest.raises(CacheAccessError, match=r"c/d: this user may not write in .*\. Let this user, or name another"):
+        plan_known_cache(tmp_path / "c" / "d")
 
 
 def test_living_processes_keep_what_they_hold(tmp_path: Path) -> None:
@@ -181,6 +219,6 @@ def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatc
         (probe, "partial", 5),
         ("stray", "unknown-file", 5),
     ]
-    collect_garbage(location, delete=True)
+    collect_garbage(location, delete=True, unknown=True)
     assert cache_digest(location) == before
     assert open_files(location).partials() == []
