@@ -44,7 +44,7 @@ from storage.journal import read_cost
 from storage.root import read_manifest
 
 # two-sided 95 % of Student's t with n - 1 degrees of freedom
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def main() -> None:
@@ -222,7 +222,7 @@ def interval(values: list[float]) -> str:
     """Mean and, from two seeds on, the half width of its 95 % t interval."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
-    half = _T95.get(len(values), 1.96) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = _T95.get(len(values), 2.262) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return f"{np.mean(values):.1f} ± {half:.1f}"
 
 

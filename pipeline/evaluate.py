@@ -185,6 +185,8 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     record = folder.read() if folder else None
     path = folder.checkpoint_path(config.checkpoint) if folder else None
     rank_path = out_file("--ranks", config.ranks, "ranks.parquet") if config.ranks else None
+    if rank_path is not None and rank_path.suffix != ".parquet":
+        raise UsageError(f"--ranks {config.ranks}: a Parquet file is written; let its name end in .parquet")
     split = open_split(config)
     if config.towers:
         _require_common_space(run, record, split.accepted_mismatches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from storage.errors import UsageError
@@ -17,7 +18,7 @@ def out_file(flag: str, path: str, example: str) -> Path:
         example: of a file's name, for the message.
 
     Raises:
-        UsageError: a URL, a folder, or below something that is no folder.
+        UsageError: a URL, a folder, below something that is no folder, or not to be written by this user.
     """
     if "://" in path:
         raise UsageError(f"{flag} {path}: a local file is wanted, not a URL")
@@ -27,4 +28,6 @@ def out_file(flag: str, path: str, example: str) -> Path:
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir():
         raise UsageError(f"{flag} {path}: {above} is no folder")
+    if not os.access(target if target.exists() else above, os.W_OK):
+        raise UsageError(f"{flag} {path}: this user may not write {'it' if target.exists() else f'in {above}'}")
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +89,10 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
             if problem["type"] == "missing":
                 or_file = " or set it in a run file" if kind.__name__ in _TABLES.values() else ""
                 lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
+            elif problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, kind.model_fields, n=1)
+                lines.append(f"{name} is no setting" + (f"; is {near[0]} meant?" if near else ""))
             else:
-                lines.append(f"{name}: {problem['msg']}" if name else str(problem["msg"]))
+                said = str(problem["msg"]).removeprefix("Value error, ")
+                lines.append(f"{name}: {said}" if name else said)
         raise UsageError(f"{where}: " + "; ".join(lines)) from error

@@ -261,7 +261,7 @@ def _compare(
     in_one = int((there_a != there_b).sum())
     usable = ~changes["content"] & there_a & there_b
     if not usable.any():
-        reason = f"no image of the same bytes has an embedding of view {view} in both"
+        reason = f"no image of the same sample_id and bytes has an embedding of view {view} in both"
         return _Compared(images_in_one=in_one, other_chunks=other_chunks, reason=reason)
     same_a = rows_a[usable]
     drawn = draw_rows(same_a, a.manifest.layout.image_chunk_rows, most, seed)

@@ -166,7 +166,7 @@ def test_flags_win_over_the_run_file(tmp_path: Path) -> None:
         ("[train", "not TOML"),
         ("precompute = 3", r"precompute = 3 where a table \[precompute\] is wanted"),
         ("[training]\n", r"unknown training; a run file has cache, \[precompute\]"),
-        ('[precompute]\ndatasett = "x"\n', r"run.toml \[precompute\]: .*datasett: Extra inputs"),
+        ('[precompute]\ndatasett = "x"\n', r"run.toml \[precompute\]: .*datasett is no setting; is dataset meant\?"),
         ("[precompute]\nbatch_size = 0\n", "batch_size: Input should be greater than 0"),
     ],
 )
