@@ -31,6 +31,9 @@ from storage.errors import UsageError
 __all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+_WORDS = re.compile(r"[a-z]+")
+# in the name of a folder of folders: a level above the classes, spelled otherwise than a split
+_LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
 
 
 def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[Record]:
@@ -116,7 +119,7 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
     top, files = _entries(root)
     pairs: list[tuple[str, Path]] = []
     beside = [("", path) for path in files]
-    nested: list[set[str]] = []  # the folders in each that holds no images itself
+    levels: list[str] = []  # that are called as no class is, and hold folders alone
     for folder in top:
         inner, inner_files = _entries(folder)
         # a class that is called "test" holds images, a split holds folders
@@ -125,12 +128,13 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
             beside.extend((split, path) for path in inner_files)
         else:
             pairs.append(("", folder))
-            nested.append({one.name for one in inner} if not _images(inner_files) else set())
-    if nested and len(nested) == len(top) and all(nested) and set.intersection(*nested):
-        names = ", ".join(repr(printable(folder.name)) for folder in top[:5])
+            if inner and not _images(inner_files) and _LEVELS.intersection(_WORDS.findall(folder.name.casefold())):
+                levels.append(folder.name)
+    if levels:
+        names = ", ".join(repr(printable(name)) for name in levels[:5])
         raise UsageError(
-            f"{root}: no images in {names}, but folders{' of the same names in each' if len(top) > 1 else ''}. Are "
-            f"those the classes? Name splits as one of {', '.join(SPLIT_NAMES)}, or give the folder above the classes"
+            f"{root}: no images in {names}, but folders. Are those the classes? Name splits as one of "
+            f"{', '.join(SPLIT_NAMES)}, or give the folder above the classes"
         )
     return pairs, [(split, path) for split, path in beside if _images([path])]
 

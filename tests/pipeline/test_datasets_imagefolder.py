@@ -67,9 +67,10 @@ def test_splits_are_found_however_they_are_written(tmp_path: Path) -> None:
     [
         (
             ("seg_train/cat/1.jpg", "seg_test/cat/2.jpg"),
-            "no images in .seg_test., .seg_train., but folders of",
+            r"no images in 'seg_test', 'seg_train', but folders\. Are those",
         ),
         (("images/train/cat/1.jpg", "images/test/cat/2.jpg"), r"no images in 'images', but folders\. Are those the"),
+        (("Training/cat/1.jpg", "dog/2.jpg"), r"no images in 'Training', but folders"),
     ],
 )
 def test_a_level_that_is_neither_split_nor_class_is_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
@@ -78,6 +79,13 @@ def test_a_level_that_is_neither_split_nor_class_is_refused(tmp_path: Path, file
         save_image(tmp_path / name, number)
     with pytest.raises(UsageError, match=said):
         read("imagefolder", tmp_path)
+
+
+def test_a_class_may_hold_folders_alone(tmp_path: Path) -> None:
+    for number, name in enumerate(("dog/front/1.jpg", "dog/back/2.jpg", "trainer/front/3.jpg")):
+        save_image(tmp_path / name, number)
+    samples, _ = read("imagefolder", tmp_path)
+    assert [sample.captions[0] for sample in samples] == [f"a photo of a {name}." for name in ("dog", "dog", "trainer")]
 
 
 def test_a_class_called_test_is_a_class(tmp_path: Path) -> None:
