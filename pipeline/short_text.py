@@ -82,7 +82,8 @@ def encode_any_length(model: Any, tokens: Tensor) -> Tensor:
         "model.positional_embedding": model.positional_embedding[:length],
         "model.attn_mask": model.attn_mask[:length, :length],
     }
-    features: Tensor = functional_call(_EncodeText(model), shorter, (tokens,))
+    # neither of the two is tied to another; to look that up would take milliseconds of Python for each batch
+    features: Tensor = functional_call(_EncodeText(model), shorter, (tokens,), tie_weights=False)
     return features
 
 
