@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli_flags import RunFile, say, setting
+from pipeline.cli_flags import RunFile, say, setting, which_checkpoint
 from pipeline.config import EvaluateConfig
 from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, print_json
@@ -56,19 +56,12 @@ def evaluate(
         print_json(result)
     else:
         title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
-        title += _which(result.checkpoint, result.chosen_on)
+        title += which_checkpoint(result.checkpoint, result.chosen_on)
         Console().print(recall_table(title, result))
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
-
-
-def _which(checkpoint: str | None, chosen_on: str | None) -> str:
-    """The student's checkpoint: one named by a step is of a run that is not finished."""
-    if checkpoint is None:
-        return ""
-    return f"; checkpoint {checkpoint.rpartition('/')[2]}" + ("" if chosen_on is None else f", chosen on {chosen_on}")
 
 
 def recall_table(title: str, found: EvaluateResult) -> Table:

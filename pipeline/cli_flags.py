@@ -13,7 +13,7 @@ from pipeline.telemetry import METRICS_PORT, require_metrics
 from storage.errors import CacheError, CacheNotFoundError
 from storage.logs import LOG_FORMAT, say, start_json_logs, stop_json_logs
 
-__all__ = ["LogFlag", "LogFormat", "MetricsFlag", "RunFile", "how_to_go_on", "say", "setting"]
+__all__ = ["LogFlag", "LogFormat", "MetricsFlag", "RunFile", "how_to_go_on", "say", "setting", "which_checkpoint"]
 
 RunFile = Annotated[
     Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file with a table per stage; flags win over it.")
@@ -94,3 +94,10 @@ def how_to_go_on(cache: str) -> str:
     except (CacheError, OSError):
         state = "what is committed stays"
     return f"{state}. Run the same command again to go on."
+
+
+def which_checkpoint(checkpoint: str | None, chosen_on: str | None) -> str:
+    """The student's checkpoint as the title of a table ends: one named by a step is of a run that is not finished."""
+    if checkpoint is None:
+        return ""
+    return f"; checkpoint {checkpoint.rpartition('/')[2]}" + ("" if chosen_on is None else f", chosen on {chosen_on}")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli_flags import say, setting
+from pipeline.cli_flags import say, setting, which_checkpoint
 from pipeline.config import ZeroShotConfig
 from pipeline.run_file import load_config
 from storage.cli import JsonFlag, app, counted, print_json
@@ -74,8 +74,7 @@ def accuracy_table(result: ZeroShotResult) -> Table:
         f"{result.dataset}{f', {result.split}' if result.split else ''}: {result.images:,} images, "
         f"{result.classes:,} classes by {result.matched_by}, {counted(len(result.prompts), 'prompt')} a class"
     )
-    if result.chosen_on is not None:
-        title += f"; checkpoint chosen on {result.chosen_on}"
+    title += which_checkpoint(result.checkpoint, result.chosen_on)
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     found = {label: values for label, values in (("teacher", result.teacher), ("student", result.student)) if values}
