@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from flows import serve
 from flows.retrain_student import retrain_student
-from flows.train_student import goes_on, train_student
+from flows.train_student import evaluate_config, goes_on, train_student
+from pipeline.config import EvaluateConfig
 from pipeline.train import train
 from storage.logs import JsonFormatter
 from tests.pipeline.train_work import make_cache, make_student, train_config
@@ -34,6 +36,24 @@ def test_events_of_a_flow_run_have_its_name(monkeypatch: pytest.MonkeyPatch, tmp
     of_retraining = {"dataset": "scenes:s", "teacher": "t", "home": str(tmp_path), "train": {}, "split": "train"}
     with pytest.raises(Seen, match="brisk-owl"):
         retrain_student.fn(**of_retraining, **settings)
+
+
+def test_a_large_batch_of_training_is_none_of_the_evaluation(tmp_path: Path) -> None:
+    """8,192 at once fit where they are learned from in parts, and not in one pass."""
+    config = train_config(tmp_path / "c", "vit-s-32", tmp_path / "run", batch_size=8192, micro_batch=128)
+    assert evaluate_config(config, "test", "last").batch_size == EvaluateConfig.model_fields["batch_size"].default
+
+
+def test_serve_takes_nothing_over_from_another_prefect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its database among it, in which runs would be marked as crashed."""
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://x:y@team/prefect")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "a:b")
+    monkeypatch.setenv("PREFECT_PROFILE", "team")
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
+    found = serve._environment(tmp_path, "http://127.0.0.1:1/api", 1)
+    assert "team" not in " ".join(found.values())
+    assert "PREFECT_API_AUTH_STRING" not in found
+    assert (found["PREFECT_LOGGING_LEVEL"], found["PREFECT_HOME"]) == ("DEBUG", str(tmp_path))
 
 
 class WorkerDied(Exception): ...

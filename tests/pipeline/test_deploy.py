@@ -312,7 +312,7 @@ def test_what_cannot_be_int8_is_said_and_not_shipped(
         StudentRuntime(tmp_path / "out", "int8").embed_texts(["a"])
 
 
-@pytest.mark.parametrize("case", ["out is there", "another teacher", "no teacher", "no split", "no run"])
+@pytest.mark.parametrize("case", ["out is there", "another teacher", "no teacher", "no split", "no run", "unfinished"])
 def test_what_cannot_be_done_is_refused_before_any_work(
     case: str, trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +332,12 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     elif case == "no teacher":
         config = config.model_copy(update={"teacher": None})
         wanted = "--teacher local-dir:PATH"
+    elif case == "unfinished":
+        record = json.loads((shutil.copytree(trained, tmp_path / "run") / "run.json").read_text())
+        del record["epochs"][1:]
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        config = config.model_copy(update={"run": str(tmp_path / "run")})
+        wanted = "1 of 2 epochs are trained. Finish it by teacher-cache train --resume"
     elif case == "no split":
         config = config.model_copy(update={"split": "nowhere"})
         wanted = "nowhere"

@@ -16,7 +16,7 @@ from PIL import Image
 
 import pipeline.encode
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import encode_chunks
+from pipeline.encode import encode_chunks, encode_shared
 from pipeline.plan import plan_precompute
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
@@ -202,6 +202,30 @@ def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
     encode_chunks(other, teacher, [ref for ref in refs if ref.view == 1])
     keys = [key for ref in refs for key in (ref.commit_key, *ref.object_keys(parts.manifest.layout).values())]
     assert [parts.files.read(key) for key in keys] == [whole.files.read(key) for key in keys]
+
+
+def test_a_chunk_that_another_may_have_written_too_is_looked_at_once_more(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer that rounds otherwise puts one object of it in place: it is encoded again, and is sound."""
+    settings, teacher, refs = planned
+    written: Counter[str] = Counter()
+    write = EmbeddingWriter.write
+
+    def beside(self: EmbeddingWriter, ref: ChunkRef, *rest: Any) -> Any:
+        commit = write(self, ref, *rest)
+        written[ref.name] += 1
+        if written[ref.name] == 1 and ref.tower == "text":
+            key = ref.object_keys(self.manifest.layout)["norm"]
+            self.files.write(key, bytes(reversed(self.files.read(key))))
+        return commit
+
+    monkeypatch.setattr(EmbeddingWriter, "write", beside)
+    monkeypatch.setattr("storage.claims.Claims.contested", lambda self, name: True)
+    assert encode_shared(settings, teacher, refs) == len(refs)
+    assert written == {ref.name: 2 if ref.tower == "text" else 1 for ref in refs}
+    writer = EmbeddingWriter(settings.cache)
+    assert all(writer.is_sound(ref) for ref in refs)
 
 
 def test_a_teacher_is_probed_once(

@@ -19,6 +19,7 @@ from pipeline.cli import app, main
 from pipeline.config import EvaluateConfig
 from pipeline.demo import _RUN_NAMES
 from pipeline.evaluate import EvaluateResult, evaluate
+from pipeline.report.charts import newest_evaluations
 from pipeline.report.collect import collect_report
 from pipeline.report.data import ReportData
 from pipeline.report.run_reports import read_deployments, read_runs, thinned
@@ -353,3 +354,28 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     assert isinstance(done.exception, UsageError)
     assert str(done.exception) == "report needs sklearn, which is not installed: pip install 'teacher-cache[report]'"
     assert not (tmp_path / "r.html").exists()
+
+
+def test_what_was_measured_on_other_data_is_no_result_of_this_cache(home: Path, tmp_path: Path) -> None:
+    """A row that names its cache, and a note; neither the headline nor the chart."""
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    here = evaluate(EvaluateConfig(run=str(run), split="train", device="cpu", workers=0))
+    there = here.model_copy(
+        update={
+            "cache": "other.cache",
+            "cache_manifest_digest": "f" * 64,
+            "accepted_mismatches": ("dataset.images",),
+            "date": "2999-01-01 00:00:00",
+        }
+    )
+    folder = RunFolder(run)
+    folder.keep_evaluation("train", str(here.checkpoint), "f" * 64, there.model_dump_json().encode())
+    digest = here.cache_manifest_digest
+    (report,), notes = read_runs([str(run)], digest)
+    assert report.evaluations[0].cache == "other.cache"
+    assert {each.cache for each in newest_evaluations(report, digest)} == {here.cache}
+    assert [note for note in notes if "other.cache" in note] == [
+        f"{run}: also measured on other.cache: rows of the table that say so, no more."
+    ]
+    # of that cache's own report it is the result
+    assert "other.cache" in {each.cache for each in newest_evaluations(report, "f" * 64)}
