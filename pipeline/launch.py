@@ -64,10 +64,10 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     if launched_rank() is not None:
         _launched(config, device, precision, work, args, progress)
         return
+    # named, since in a job of Slurm's Fabric would otherwise take the job's processes for its own
+    plugins: Any = [LightningEnvironment()]
     if config.devices == 1:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
-        # named, as below: in a job of Slurm's Fabric would otherwise take the job's processes for its own
-        plugins: Any = [LightningEnvironment()]
         fabric = Fabric(accelerator=device.type, devices=index, precision=precision, plugins=plugins)
         keep_freed_memory(device)
         with observed():
@@ -82,11 +82,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again
     strategy = DDPStrategy(start_method="spawn")
     fabric = Fabric(
-        accelerator=device.type,
-        devices=config.devices,
-        strategy=strategy,
-        precision=precision,
-        plugins=[LightningEnvironment()],
+        accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision, plugins=plugins
     )
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]

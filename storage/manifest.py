@@ -243,7 +243,6 @@ class CacheManifest(Record):
             files: of Zarr's metadata, for the shapes that there will be.
             made_with: versions of the libraries that make the new views.
         """
-        identity = self.identity.model_copy(update={"views": views})
         added = Generation(
             number=len(self.generations),
             image_rows=(0, self.layout.image_rows),
@@ -253,12 +252,26 @@ class CacheManifest(Record):
             views=(self.layout.views, views.count),
             made_with=made_with if made_with != self.made_with else None,
         )
+        return self._of_views(views, files, (*self.generations, added))
+
+    def before_views(self, views: int, files: dict[str, StaticFile]) -> CacheManifest:
+        """The same cache before its last generation was planned, which added views to the first ``views`` ones.
+
+        Args:
+            files: of Zarr's metadata, for the shapes that there were.
+        """
+        return self._of_views(self.identity.views.first(views), files, self.generations[:-1])
+
+    def _of_views(
+        self, views: ViewsIdentity, files: dict[str, StaticFile], generations: tuple[Generation, ...]
+    ) -> CacheManifest:
+        identity = self.identity.model_copy(update={"views": views})
         fields = dict(self) | {
             "identity": identity,
             "identity_digest": identity.digest,
             "layout": self.layout.model_copy(update={"views": views.count}),
             "files": self.files | files,
-            "generations": (*self.generations, added),
+            "generations": generations,
         }
         return CacheManifest(**fields)
 

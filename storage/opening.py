@@ -60,13 +60,5 @@ def manifests_before(manifest: CacheManifest) -> Iterator[CacheManifest]:
         metadata = {
             key: StaticFile(sha256=hashlib.sha256(data).hexdigest()) for key, data in zarr_metadata(layout).items()
         }
-        identity = manifest.identity.model_copy(update={"views": manifest.identity.views.first(views[0])})
-        fields = dict(manifest) | {
-            "identity": identity,
-            "identity_digest": identity.digest,
-            "layout": layout,
-            "files": manifest.files | metadata,
-            "generations": manifest.generations[:-1],
-        }
-        manifest = CacheManifest(**fields)
+        manifest = manifest.before_views(views[0], metadata)
         yield manifest

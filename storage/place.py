@@ -32,11 +32,12 @@ def require_place(files: CacheFiles) -> None:
     """
     if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):
         return
-    there = files.folders()
     if isinstance(files, LocalFiles):
         folder = Path(files.path(""))
         there = _names(folder)
         _require_writable(folder)
+    else:
+        there = files.folders()
     others = sorted(name for name in there if name not in _OWN and not PARTIAL.match(name))
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""

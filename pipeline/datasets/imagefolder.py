@@ -11,7 +11,7 @@ folders are left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.datasets.base import (
@@ -86,7 +86,7 @@ def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
         empty = True
         for path in _files_below(class_folder):
             relative = path.relative_to(folder).as_posix()
-            if path.name.lower().endswith(IMAGE_ENDINGS):
+            if _is_image(path):
                 empty = False
                 yield relative, split, class_folder.name
             else:
@@ -128,7 +128,8 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
             beside.extend((split, path) for path in inner_files)
         else:
             pairs.append(("", folder))
-            if inner and not _images(inner_files) and _LEVELS.intersection(_WORDS.findall(folder.name.casefold())):
+            words = _WORDS.findall(folder.name.casefold())
+            if inner and not any(map(_is_image, inner_files)) and _LEVELS.intersection(words):
                 levels.append(folder.name)
     if levels:
         names = ", ".join(repr(printable(name)) for name in levels[:5])
@@ -136,11 +137,11 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
             f"{root}: no images in {names}, but folders. Are those the classes? Name splits as one of "
             f"{', '.join(SPLIT_NAMES)}, or give the folder above the classes"
         )
-    return pairs, [(split, path) for split, path in beside if _images([path])]
+    return pairs, [(split, path) for split, path in beside if _is_image(path)]
 
 
-def _images(files: Sequence[Path]) -> list[Path]:
-    return [path for path in files if path.name.lower().endswith(IMAGE_ENDINGS)]
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_ENDINGS)
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:
