@@ -154,7 +154,7 @@ class EmbeddingReader:
 
     @once
     def caption_index(self) -> CaptionIndex:
-        """Which captions are an image's, in about a byte for each."""
+        """Which captions are an image's, in a byte for each at most."""
         owners = (part.to_numpy() for part in self._column(CAPTIONS, "image_row"))
         return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
 

@@ -135,8 +135,9 @@ def measure(settings: Settings) -> list[Row]:
         "tables": "an encoding process's tables of samples and captions",
     }
     notes = {
-        "stream": "Of each image a bit (whether it takes part), a byte (its captions) and its share of the chunks' "
-        "records. Chunks, the shuffle, the draws of captions and views, and columns that are looked through are flat.",
+        "stream": "Of each image a bit (whether it takes part) and its share of the chunks' records; a byte more of "
+        "images that differ in how many captions they have, which these do not. Chunks, the shuffle, the draws of "
+        "captions and views, and columns that are looked through are flat.",
         "inputs": "Names, paths, digests and texts of two windows, over the first four of an epoch. What a run "
         "holds of the order is in it.",
         "tables": "Of each table at most 131,072 rows in memory, so that caches of fewer grow up to there; planning, "
