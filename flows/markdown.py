@@ -154,7 +154,9 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         lines += ["", found.unread]
     if found.changes is not None:
         lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
-    if encoded is not None:
+    if encoded is not None and not encoded.chunks_encoded:
+        lines += ["", "Nothing was left to encode: a try before had come to the end."]
+    elif encoded is not None:
         copied = " and ".join(f"{rows:,} rows of {tower}" for tower, rows in encoded.rows_reused.items())
         if found.reuse:
             lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others."]

@@ -2,8 +2,8 @@
 
 Everything that Prefect keeps (database, settings, logs) goes to ``.prefect`` in the project, or to PREFECT_HOME
 if that is set, so that another Prefect of the same user is not touched. The server listens on 127.0.0.1 only,
-and no telemetry is sent. Ctrl-C or SIGTERM stops the worker, then the server. If one of the two dies, the
-other is stopped and the exit code is 1.
+and no telemetry is sent. Ctrl-C, SIGTERM or the end of the terminal stops the worker, then the server. If one of
+the two dies, the other is stopped and the exit code is 1.
 
 Children are started from Python rather than from a shell: a shell's ``&`` makes them ignore SIGINT, and a
 Prefect worker that ignores it cannot be stopped politely.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 __all__ = ["main"]
 
@@ -95,11 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     home = Path(os.environ.get("PREFECT_HOME") or PROJECT / ".prefect").expanduser().resolve()
     api = f"http://{HOST}:{options.port}/api"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _on_stop(_interrupt)
     try:
-        _require_free(options.port)
-        with _serving(home, api, options.port, options.limit) as children:
+        with _alone(home) as lock, _serving(home, api, options.port, options.limit, lock) as children:
             _say(_what_to_type(home, api))
             while True:
                 for child in children:
@@ -113,17 +112,45 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _on_stop(action: Any) -> None:
+    """What SIGINT, SIGTERM and SIGHUP do; under nohup the last one stays ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
+
+
 @contextlib.contextmanager
-def _serving(home: Path, api: str, port: int, limit: int) -> Iterator[list[Child]]:
-    """Server and worker, started in this order and stopped in the other one."""
+def _alone(home: Path) -> Iterator[IO[str]]:
+    """The lock of a home, which server and worker hold too: of a killed serve they may still be working.
+
+    A second server on the same database would take the runs of the first one's worker for left behind.
+    """
     home.mkdir(parents=True, exist_ok=True)
+    with (home / "serve.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            whose = ", ".join(lock.read().splitlines()) or "just starting"
+            raise ServeError(
+                f"{home} is in use by another serve, or by what one that was killed has left behind ({whose}). Stop "
+                "that, or give another folder as PREFECT_HOME."
+            ) from error
+        lock.truncate(0)
+        yield lock
+
+
+@contextlib.contextmanager
+def _serving(home: Path, api: str, port: int, limit: int, lock: IO[str]) -> Iterator[list[Child]]:
+    """Server and worker, started in this order and stopped in the other one."""
+    _require_free(port)
     if home == PROJECT / ".prefect":
         (home / ".gitignore").write_text("*\n")
     environment = _environment(home, api, port)
     children: list[Child] = []
     try:
         _say(f"starting the server on {api.removesuffix('/api')} (log: {home / 'server.log'})")
-        server = _start("server", ["server", "start", "--host", HOST, "--port", str(port)], home, environment)
+        server = _start("server", ["server", "start", "--host", HOST, "--port", str(port)], home, environment, lock)
         children.append(server)
         _wait(lambda: _ask(f"{api}/health") is True, server)
         _say("creating the work pool and deploying prefect.yaml")
@@ -132,14 +159,14 @@ def _serving(home: Path, api: str, port: int, limit: int) -> Iterator[list[Child
         _run(["--no-prompt", "deploy", "--all"], home, environment)
         _settle_leftovers(api)
         _say(f"starting the worker (log: {home / 'worker.log'})")
-        worker = _start("worker", ["worker", "start", "--pool", WORK_POOL, "--limit", str(limit)], home, environment)
+        work = ["worker", "start", "--pool", WORK_POOL, "--limit", str(limit)]
+        worker = _start("worker", work, home, environment, lock)
         children.append(worker)
         _wait(lambda: _worker_is_online(api), worker)
         yield children
     finally:
         # a second Ctrl-C must not leave a process behind
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        _on_stop(signal.SIG_IGN)
         for child in reversed(children):
             _say(f"stopping the {child.name}")
             child.stop()
@@ -154,6 +181,8 @@ def _environment(home: Path, api: str, port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        # in memory, the slot of a device would stay taken for ever when the server dies
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_CLI_COLORS": "false",
@@ -163,7 +192,7 @@ def _environment(home: Path, api: str, port: int) -> dict[str, str]:
     }
 
 
-def _start(name: str, command: list[str], home: Path, environment: dict[str, str]) -> Child:
+def _start(name: str, command: list[str], home: Path, environment: dict[str, str], lock: IO[str]) -> Child:
     log = home / f"{name}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -174,7 +203,9 @@ def _start(name: str, command: list[str], home: Path, environment: dict[str, str
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C then reaches only us, and we stop them in order
+            pass_fds=[lock.fileno()],
         )
+    print(f"{name} {process.pid}", file=lock, flush=True)
     return Child(name, process, log)
 
 

@@ -86,7 +86,8 @@ def precompute(
         print_json(result)
         return
     seen = "" if result.views == 1 else f" in {result.views} views"
-    rates = f"{result.images_per_second or 0:,.0f} images/s, {result.captions_per_second or 0:,.0f} captions/s"
+    each = ((result.images_per_second, "images/s"), (result.captions_per_second, "captions/s"))
+    rates = ", ".join(f"{rate:,.0f} {what}" for rate, what in each if rate is not None) or "no row by the teacher"
     for line in result.problem_details:
         say(line)
     if result.replaced_manifest_digest:

@@ -92,6 +92,8 @@ def _lines(result: RetrainResult) -> list[str]:
         lines.append(
             f"{look.cache}: {look.images - reused['image']:,} of {counted(look.images, 'image')} and "
             f"{look.captions - reused['text']:,} of {counted(look.captions, 'caption')} encoded, the others copied"
+            if result.encoded.chunks_encoded
+            else f"{look.cache}: nothing was left to encode"
         )
     if result.candidate is not None:
         verdict = "nothing new" if result.outcome == "nothing-new" else result.outcome

@@ -226,6 +226,7 @@ class _Chunk:
     started: float | None = None
     decode_wait_seconds: float = 0.0
     teacher_seconds: float = 0.0
+    encoded_rows: int = 0
 
     def start(self, at: float) -> None:
         if self.started is None:
@@ -245,6 +246,7 @@ class _Chunk:
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
             lost = [item.lost for item in inputs]
         if not batch.known:
+            self.encoded_rows += len(inputs)
             encoded = self._encoded(teacher, inputs, batch.shown)
             self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
@@ -284,6 +286,7 @@ class _Chunk:
             raise self._overflow(teacher, odd[0])
         cost = ChunkCost(
             rows=len(self.rows),
+            encoded_rows=self.encoded_rows if self.encoded_rows < len(self.rows) else None,
             seconds=time.perf_counter() - self.started,
             decode_wait_seconds=self.decode_wait_seconds,
             teacher_seconds=self.teacher_seconds,

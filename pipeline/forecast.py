@@ -30,6 +30,7 @@ from pipeline.known_rows import CachedChunks, CachedRows, cached_rows, count_kno
 from pipeline.plan import (
     PlannedDataset,
     Progress,
+    asked_layout,
     asked_targets,
     asked_views,
     dataset_identity,
@@ -38,6 +39,7 @@ from pipeline.plan import (
     new_layout,
     origin_of_reused,
     read_dataset,
+    refuse_to_mix,
     require_origin_said,
 )
 from pipeline.samples import DatasetSpec, ImageSource, list_samples
@@ -51,7 +53,7 @@ from storage.manifest import CacheManifest, Layout, Source
 from storage.root import look_at_manifest
 from storage.shapes import target_bytes
 from storage.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
-from storage.writer import EmbeddingWriter, plan_cache
+from storage.writer import EmbeddingWriter, plan_cache, require_asked
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
 
@@ -129,6 +131,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
             precompute would refuse.
         CacheError: a cache to copy rows from cannot be read, or is not finished.
     """
+    refuse_to_mix(config.cache)
     views = asked_views(config)
     spec = DatasetSpec.parse(config.dataset)
     listed, planned = list_samples(spec), None
@@ -152,6 +155,8 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if there is not None:
         require_origin_said(config, origin, there[0], pending)
+        if any(ref.view == 0 for ref in pending):
+            refuse_to_mix(config.cache, sealed=True)
     wanted = probe or 2 * _PROBE_BATCHES * layout.batch_rows
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
     source = ImageSource(data_folder(spec.root))
@@ -224,7 +229,8 @@ def _read(source: ImageSource, samples: Sequence[Sample]) -> tuple[list[Sample],
         except OSError as error:
             return error
 
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    # as many at once as precompute will
+    with ThreadPoolExecutor(source.fetches(samples[0].uri) or _READ_THREADS) as pool:
         found = list(pool.map(digest, samples))
     pairs = [(sample, each) for sample, each in zip(samples, found, strict=True) if isinstance(each, str)]
     lost = next(
@@ -331,8 +337,8 @@ def _there(
     """The cache that is there, if there is one, and its committed chunks.
 
     Raises:
-        CacheMismatchError: it is of another teacher or dtype; of other captions or splits, or of more rows than the
-            dataset lists. Fewer may be all that could be read.
+        CacheMismatchError: it is of another teacher, dtype, crops, chunks or batches; of other captions or splits, or
+            of more rows than the dataset lists. Fewer may be all that could be read.
     """
     cache = config.cache
     files = open_files(cache)
@@ -351,8 +357,9 @@ def _there(
     else:
         most = {"images": min(have.images, len(listed.samples)), "captions": min(have.captions, listed.num_captions)}
         asked = have.model_copy(update=most)
-    wanted = {"dataset": asked, "targets": asked_targets(config)}
-    manifest.identity.require(manifest.identity.model_copy(update=wanted), cache)
+    wanted = {"dataset": asked, "targets": asked_targets(config), "views": asked_views(config)}
+    identity = manifest.identity.model_copy(update=wanted)
+    require_asked(manifest, identity, asked_layout(config, identity, teacher.device.type), cache)
     names = set(files.list(COMMITS))
     return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]
 

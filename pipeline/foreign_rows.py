@@ -40,6 +40,7 @@ from pipeline.config import PrecomputeConfig
 from pipeline.datasets.base import contents, printable
 from storage.commits import ChunkRef, Tower
 from storage.errors import CacheMismatchError, UsageError
+from storage.tables import long_texts
 
 __all__ = ["ForeignFolder", "ForeignRows", "ImportConfig", "MatchCounts", "match_rows", "path_tails"]
 
@@ -394,10 +395,10 @@ def _match_images(
 
 
 def _match_captions(folder: ForeignFolder, texts: pa.ChunkedArray) -> NDArray[np.int64]:
-    sources = np.full(len(texts), -1, np.int64)
+    sources, texts = np.full(len(texts), -1, np.int64), long_texts(texts)
     for first, table in folder.columns("caption"):
         left = np.flatnonzero(sources < 0)
-        there = pc.utf8_trim_whitespace(table["caption"])
+        there = pc.utf8_trim_whitespace(long_texts(table["caption"]))
         at = pc.index_in(texts.take(pa.array(left)), value_set=there, skip_nulls=True)
         found = at.to_numpy(zero_copy_only=False) if isinstance(at, pa.Array) else at.to_numpy()
         hit = ~np.isnan(found.astype(np.float64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from storage.errors import UsageError
 from storage.local_files import sync
+from storage.processes import this_process
 
 __all__ = ["new_folder", "require_free"]
 
@@ -28,13 +28,14 @@ def require_free(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, that takes the name ``out`` once the block is through, synced; on an error it goes.
 
-    A killed process leaves ``.partial-PID-NAME`` beside it, which may be deleted.
+    A killed process leaves ``.partial-PROCESS-NAME`` beside it, which may be deleted.
 
     Raises:
         UsageError: ``out`` is there already, at the start or in the end.
     """
     require_free(out)
-    partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
+    # a process id alone comes again in the next container
+    partial = out.with_name(f".partial-{this_process().tag}-{out.name}")
     partial.mkdir(parents=True)
     try:
         yield partial

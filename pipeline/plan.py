@@ -34,6 +34,7 @@ __all__ = [
     "CROP_SETTINGS",
     "PlannedDataset",
     "Progress",
+    "asked_layout",
     "asked_targets",
     "asked_views",
     "chunk_spans",
@@ -47,6 +48,7 @@ __all__ = [
     "plan_dataset",
     "plan_precompute",
     "read_dataset",
+    "refuse_to_mix",
     "require_origin_said",
 ]
 
@@ -89,7 +91,7 @@ def plan_precompute(
         CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise; or rows are
             missing that an import began, which the teacher would make with other bytes.
     """
-    _refuse_to_mix(config.cache)
+    refuse_to_mix(config.cache)
     origin = origin_of_reused(config, teacher)
     planned = read_dataset(config, teacher, progress)
     _tell_problems(planned.dataset)
@@ -97,7 +99,7 @@ def plan_precompute(
     pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
     require_origin_said(config, origin, planned_manifest(open_files(config.cache)), pending)
     if any(ref.view == 0 for ref in pending):
-        _refuse_to_mix(config.cache, sealed=True)
+        refuse_to_mix(config.cache, sealed=True)
     return pending
 
 
@@ -152,7 +154,7 @@ def require_origin_said(
         )
 
 
-def _refuse_to_mix(cache: str, sealed: bool = False) -> None:
+def refuse_to_mix(cache: str, sealed: bool = False) -> None:
     """Leave imported rows that are missing, or in a sealed cache damaged, to the import that has them.
 
     Raises:
@@ -206,13 +208,13 @@ def plan_dataset(
         made_with: what a manifest that is written now says; one that is there is left.
     """
     spec, dataset, tables, identity = planned.spec, planned.dataset, planned.tables, planned.identity
-    layout = _layout(config, identity, device)
+    layout = asked_layout(config, identity, device)
     source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
             plan_cache(config.cache, identity, layout, source, tables, made_with)
         except CacheMismatchError:
-            now = _layout(config, identity, device)
+            now = asked_layout(config, identity, device)
             if now == layout:
                 raise
             # another process planned it meanwhile, by the defaults of its own device
@@ -324,12 +326,12 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
     return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
 
 
-def _layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
+def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
     """That of a new cache, its chunks and batches as those of the cache that is there where that is not asked for."""
     rows = identity.dataset
     fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
     try:
-        have = planned_manifest(open_files(config.cache)).layout
+        have = look_at_manifest(open_files(config.cache)).layout
     except CacheNotFoundError:
         return fresh
     asked = {

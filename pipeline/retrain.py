@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
 from pipeline.config import Decoder, DeployConfig, PrecomputeConfig, StoredDtype, TrainConfig
-from pipeline.deployment import RECORD, Deployment
+from pipeline.deployment import RECORD, Deployment, require_packages
 from pipeline.known_rows import NotReusableError
 from pipeline.plan import CROP_SETTINGS, dataset_identity, dataset_tables
 from pipeline.precompute import PrecomputeResult, precompute
@@ -141,7 +141,9 @@ class Retraining:
         for stage, given in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
             if taken := sorted(set(given) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
-        # a typing error should not cost the encoding
+        # a typing error or a missing package should not cost the encoding
+        if config.ship:
+            require_packages()
         training = self._training("cache", "out", "champion")
         self._deployment("run", "out", "last")
         self._encoding({})

@@ -106,13 +106,13 @@ def info(cache: CacheArgument, json: JsonFlag = False) -> None:
 
 
 def _info_table(found: CacheInfo) -> Table:
-    from storage.manifest import IMPORTED, IMPORTED_ROWS  # pydantic: not for ls and --help
+    from storage.manifest import IMPORTED, IMPORTED_ROWS, finished_by  # pydantic: not for ls and --help
 
     identity, layout = found.identity, found.layout
     table = Table(title=escape(found.location), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    verb = "import" if IMPORTED in found.made_with else "precompute"
+    verb = finished_by(found.made_with, found.views_sealed)
     state = "complete" if found.sealed else f"not complete: run the same {verb} command again to finish it"
     if not found.sealed and found.views_sealed:
         state += f"; {found.views_sealed} of {layout.views} views can be read"
@@ -215,4 +215,4 @@ def _cost(found: CacheInfo) -> str:
     ]
     about = "about " if found.notes_read < found.notes else ""
     basis = f", from {found.notes_read:,} of {found.notes:,} notes" if about else ""
-    return f"{about}{found.encode_seconds:,.1f} s ({', '.join(rates)}){basis}"
+    return f"{about}{found.encode_seconds:,.1f} s ({', '.join(rates) or 'all rows copied'}){basis}"

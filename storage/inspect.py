@@ -217,10 +217,10 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
     costs = [cost for cost in in_parallel(files, cost_of, read) if cost is not None]
     # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
     seconds = sum(cost.teacher_seconds + cost.decode_wait_seconds for cost in costs)
-    rows = sum(cost.rows for cost in costs)
+    rows = sum(cost.rows if cost.encoded_rows is None else cost.encoded_rows for cost in costs)
     return _Cost(
         seconds=seconds * len(keys) / len(read) if read else 0.0,
-        rows_per_second=rows / seconds if seconds else None,
+        rows_per_second=rows / seconds if rows and seconds else None,
         notes=len(keys),
         notes_read=len(read),
     )

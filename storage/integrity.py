@@ -151,7 +151,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             event(_LOG, logging.INFO, "chunk sound", cache=location, **where)
 
     if not manifest.sealed:
-        message = incomplete_message(location, len(refs) - uncommitted, len(refs))
+        message = incomplete_message(location, manifest, len(refs) - uncommitted, len(refs))
         findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
     if manifest.sealed_generations:
         findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
@@ -220,7 +220,9 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return main, [*findings, Finding(kind="incomplete", key=BACKUP_KEY, message=message)]
     if backup.seals(main):
         done, total = _committed(files, backup), backup.layout.num_chunks
-        message = f"{incomplete_message(files.location, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
+        message = (
+            f"{incomplete_message(files.location, backup, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
+        )
         return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
     newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
     wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)

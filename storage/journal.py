@@ -30,6 +30,9 @@ class ChunkCost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     rows: int = Field(ge=0)
+    encoded_rows: int | None = Field(
+        None, ge=0, description="Of those, that the teacher saw, where others were copied; left out: all of them."
+    )
     seconds: float = Field(ge=0, description="Wall clock from first decode to commit.")
     decode_wait_seconds: float = Field(0.0, ge=0, description="Of those, the teacher waiting for pixels or tokens.")
     teacher_seconds: float = Field(0.0, ge=0, description="Of those, in the forward pass.")
@@ -58,7 +61,7 @@ def note_key(name: str) -> str:
 def write_cost(files: CacheFiles, ref: ChunkRef, cost: ChunkCost, commit: ChunkCommit) -> None:
     """Note what a chunk took, after its commit; encoding it again replaces the note."""
     note = ChunkNote(**cost.model_dump(), chunk=ref.name, commit_sha256=_commit_sha256(commit))
-    files.write(note_key(ref.name), _note_bytes(note.model_dump(mode="json")))
+    files.write(note_key(ref.name), _note_bytes(note.model_dump(mode="json", exclude_none=True)))
 
 
 def read_note(files: CacheFiles, name: str) -> ChunkNote:

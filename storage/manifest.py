@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -24,6 +25,7 @@ __all__ = [
     "Seal",
     "Source",
     "StaticFile",
+    "finished_by",
 ]
 
 FORMAT_VERSION = 2
@@ -33,8 +35,18 @@ _RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 MANIFEST_KEY = "manifest.json"
 BACKUP_KEY = "manifest.backup.json"
 IMPORTED = "imported"
-"""Key of ``made_with``: what rows were imported, for people."""
+"""Key of ``made_with``: what rows were imported, for people; also where they were copied from such a cache."""
 IMPORTED_ROWS = "imported_rows_sha256"
+
+
+def finished_by(made_with: Mapping[str, str], sealed: int) -> Literal["import", "precompute"]:
+    """The command that goes on with an unfinished cache: views are added to an imported one by precompute.
+
+    Args:
+        made_with: as the manifest has it.
+        sealed: generations, or views, that are finished.
+    """
+    return "import" if IMPORTED_ROWS in made_with and not sealed else "precompute"
 
 
 class Layout(Record):

@@ -35,7 +35,7 @@ def readable_manifest(files: CacheFiles, digest: str | None = None) -> CacheMani
     if not manifest.sealed_generations:
         refs = all_chunks(manifest.layout)
         done = len(committed_chunks(files, refs))
-        raise CacheIncompleteError(incomplete_message(files.location, done, len(refs)))
+        raise CacheIncompleteError(incomplete_message(files.location, manifest, done, len(refs)))
     if digest is None or manifest.digest == digest:
         return manifest
     for earlier in manifests_before(manifest):

@@ -37,7 +37,17 @@ from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatc
 from storage.files import CHUNKS_AT_ONCE, CacheFiles, in_parallel, open_files
 from storage.identity import CacheIdentity, ViewsIdentity
 from storage.journal import ChunkCost, write_cost
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Generation, Layout, Seal, Source, StaticFile
+from storage.manifest import (
+    BACKUP_KEY,
+    MANIFEST_KEY,
+    CacheManifest,
+    Generation,
+    Layout,
+    Seal,
+    Source,
+    StaticFile,
+    finished_by,
+)
 from storage.place import require_place
 from storage.quantized import quantize
 from storage.root import planned_manifest, read_manifest, write_manifest
@@ -46,7 +56,7 @@ from storage.shapes import SCALE
 from storage.table_rows import TableRows
 from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, chunk_rows_sha256, read_static, read_table, table_files
 
-__all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache"]
+__all__ = ["EmbeddingWriter", "incomplete_message", "plan_cache", "require_asked"]
 
 _PLAN_POLL_SECONDS = 0.2
 
@@ -97,20 +107,7 @@ def plan_cache(
 def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables: dict[str, pa.Table]) -> CacheManifest:
     """The manifest that is there, if it is of the very cache that is asked for, apart from the number of views."""
     manifest = planned_manifest(files)
-    have, views = manifest.layout, manifest.identity.views
-    if views.holds(identity.views) or views.count == 1:
-        # the one view there is has no settings that new ones could differ from
-        identity = identity.model_copy(update={"views": views})
-    else:
-        identity = identity.model_copy(update={"views": identity.views.model_copy(update={"count": views.count})})
-    layout = layout.model_copy(update={"views": have.views})
-    manifest.identity.require(identity, files.location)
-    if have != layout:
-        raise CacheMismatchError(
-            f"{files.location}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in "
-            f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
-            f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
-        )
+    require_asked(manifest, identity, layout, files.location)
     if manifest.adds_views:
         _write_metadata(files, manifest)
     for key, wanted in manifest.files.items():
@@ -122,6 +119,28 @@ def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables:
             "in the same form; its folder may have moved."
         )
     return manifest
+
+
+def require_asked(manifest: CacheManifest, identity: CacheIdentity, layout: Layout, where: str) -> None:
+    """Refuse a cache that is another one than is asked for, apart from the number of views.
+
+    Raises:
+        CacheMismatchError: names what differs.
+    """
+    have, views = manifest.layout, manifest.identity.views
+    if views.holds(identity.views) or views.count == 1:
+        # the one view there is has no settings that new ones could differ from
+        identity = identity.model_copy(update={"views": views})
+    else:
+        identity = identity.model_copy(update={"views": identity.views.model_copy(update={"count": views.count})})
+    layout = layout.model_copy(update={"views": have.views})
+    manifest.identity.require(identity, where)
+    if have != layout:
+        raise CacheMismatchError(
+            f"{where}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in "
+            f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
+            f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
+        )
 
 
 def _add_views(
@@ -369,7 +388,7 @@ class EmbeddingWriter:
             commits, digest = read_commits(self.files, manifest, generation)
             if len(commits) < len(generation_chunks(manifest, generation)):
                 done = len(self.committed(all_chunks(layout)))
-                raise CacheIncompleteError(incomplete_message(self.files.location, done, layout.num_chunks))
+                raise CacheIncompleteError(incomplete_message(self.files.location, manifest, done, layout.num_chunks))
             seen += commits.values()
             lost = len(quarantined_rows(seen, manifest.views_of(generation)[1]))
             seal = Seal(
@@ -383,6 +402,7 @@ class EmbeddingWriter:
         return manifest.model_copy(update={"generations": tuple(generations)})
 
 
-def incomplete_message(location: str, done: int, wanted: int) -> str:
+def incomplete_message(location: str, manifest: CacheManifest, done: int, wanted: int) -> str:
     """How an unfinished cache is reported, wherever it is met."""
-    return f"{location}: {done} of {wanted} chunks are there. Run the same precompute command again to finish it."
+    command = finished_by(manifest.made_with, len(manifest.sealed_generations))
+    return f"{location}: {done} of {wanted} chunks are there. Run the same {command} command again to finish it."

@@ -16,6 +16,7 @@ import pytest
 from flows import precompute_teacher as flow_module
 from storage.integrity import verify_cache
 from tests.flows.conftest import CAPTIONS, IMAGES, Serve, precompute_settings, running
+from tests.object_store import free_ports
 
 pytestmark = pytest.mark.service
 
@@ -121,6 +122,19 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         done = subprocess.run([sys.executable, "-m", "flows.serve"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"error: port {port} of 127.0.0.1 cannot be used (Address already in use)" in done.stdout
+
+
+def test_a_second_serve_of_one_home_is_refused_and_the_first_goes_on(served):
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.serve", "--port", str(port)],
+        env=served.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.search(r"home is in use by another serve, .*\(server \d+, worker \d+\)", done.stdout), done.stdout
+    assert served.ask("health") is True
 
 
 def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_teacher):

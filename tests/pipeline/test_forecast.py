@@ -140,6 +140,28 @@ def test_a_cache_of_something_else_is_not_taken_for_this_one(
         forecast(settings, probe=4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chunk_rows": 16}, "chunks of 8 images and 8 captions in batches of 4 in the cache, 16, 16 and 4 asked for"),
+        ({"batch_size": 8}, "in batches of 4 in the cache, 8, 8 and 8 asked for"),
+        ({"views": 3, "crop_scale": (0.5, 1.0)}, "views.scale"),
+    ],
+    ids=["chunks", "batches", "crops"],
+)
+def test_what_precompute_would_refuse_of_a_cache_is_refused_in_its_words(
+    config: Config, changes: dict[str, Any], said: str
+) -> None:
+    settings = config(chunk_rows=8, views=2)
+    precompute(settings)
+    asked = settings.model_copy(update=changes)
+    with pytest.raises(CacheMismatchError, match=said) as foretold:
+        forecast(asked, probe=4)
+    with pytest.raises(CacheMismatchError) as met:
+        precompute(asked)
+    assert str(foretold.value) == str(met.value)
+
+
 def test_a_lost_manifest_is_read_from_its_backup_and_not_restored(config: Config) -> None:
     settings = config()
     precompute(settings)

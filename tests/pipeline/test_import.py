@@ -21,13 +21,14 @@ import pipeline.encode
 from pipeline.cli import app
 from pipeline.config import PrecomputeConfig, ProofConfig
 from pipeline.decode import UndecodableImageError, decode_image, decoded_size
+from pipeline.forecast import forecast
 from pipeline.foreign_rows import ImportConfig
 from pipeline.import_rows import ImportResult, import_rows
 from pipeline.precompute import precompute
 from pipeline.proof import prove_sample
 from pipeline.repair import repair
 from pipeline.teacher import LiveTeacher
-from storage.errors import CacheMismatchError, UsageError
+from storage.errors import CacheIncompleteError, CacheMismatchError, UsageError
 from storage.export_rows import export_rows
 from storage.inspect import count_committed
 from storage.integrity import verify_cache
@@ -66,10 +67,13 @@ class Home:
     def bring(self, folder: Path, cache: Path, **changes: Any) -> ImportResult:
         return import_rows(ImportConfig(**self.settings(folder, cache, **changes)))
 
-    def precompute(self, cache: Path, **changes: Any) -> None:
+    def precompute_config(self, cache: Path, **changes: Any) -> PrecomputeConfig:
         settings = self.settings(self.photos, cache, **changes)
         del settings["folder"]
-        precompute(PrecomputeConfig(**settings))
+        return PrecomputeConfig(**settings)
+
+    def precompute(self, cache: Path, **changes: Any) -> None:
+        precompute(self.precompute_config(cache, **changes))
 
     def rows(self, tower: Any, cache: Path | None = None, array: str = "embedding") -> np.ndarray[Any, Any]:
         """Whole, NaN where a row is quarantined."""
@@ -356,6 +360,12 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(
         CacheMismatchError, match=r"its rows were imported .*not all there yet. Run the same teacher-cache im"
     ):
         home.precompute(tmp_path / "c")
+    with pytest.raises(CacheMismatchError, match=r"its rows were imported .*not all there yet"):
+        forecast(home.precompute_config(tmp_path / "c"), probe=2)
+    with pytest.raises(CacheIncompleteError, match=r"chunks are there\. Run the same import command again to finish"):
+        EmbeddingReader(str(tmp_path / "c"))
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "c")], env={"COLUMNS": "300"}).stdout
+    assert "run the same import command again" in shown
     assert home.bring(folder, tmp_path / "c").chunks_written == CHUNKS - after
     assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
     before = Passes(**vars(passes))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def test_layers_are_locked_where_there_is_a_champion_to_begin_with(home: Path, t
     assert second.candidate.settings["lock_image_unlocked_groups"] == 2
     with pytest.raises(UsageError, match="lock_image_unlocked_groups"):
         Retraining(settings(home, tiny_teacher, train={**lock, "lock_image_unlocked_groups": -1}))
+
+
+def test_a_package_that_shipping_needs_is_missed_before_anything_is_encoded(
+    home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.deployment.find_spec", lambda name: None if name == "onnx" else find_spec(name))
+    with pytest.raises(UsageError, match=r"deploy needs onnx, which is not installed: pip install"):
+        Retraining(settings(home, tiny_teacher, ship=True))
+    Retraining(settings(home, tiny_teacher, ship=False))
 
 
 def test_a_size_that_the_student_cannot_take_costs_no_encoding(home: Path, tiny_teacher: Path) -> None:

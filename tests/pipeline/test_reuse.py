@@ -23,10 +23,13 @@ from pipeline.plan import plan_precompute
 from pipeline.precompute import precompute
 from pipeline.teacher import LiveTeacher, load_teacher
 from storage.commits import all_chunks
-from storage.errors import CacheMismatchError
+from storage.errors import CacheIncompleteError, CacheMismatchError
 from storage.export_rows import export_rows
+from storage.files import open_files
 from storage.integrity import verify_cache
+from storage.journal import read_cost
 from storage.reader import EmbeddingReader
+from storage.root import read_manifest
 from storage.tables import read_table
 from storage.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder, write_photos
@@ -128,6 +131,13 @@ def test_only_what_is_new_meets_the_teacher(home: Path, tmp_path: Path, taught: 
     assert made.images == IMAGES + ADDED - len(REMOVED)
     assert (made.quarantined, made.rows_reused) == (1, {"image": IMAGES - 1 - len(REMOVED), "text": 2 * IMAGES - 5})
     assert verify_cache(str(tmp_path / "c")).ok
+    # of the teacher's speed only what it saw counts
+    files, seen = open_files(str(tmp_path / "c")), Counter[str]()
+    for ref in all_chunks(read_manifest(files).layout):
+        cost = read_cost(files, ref.name)
+        assert cost is not None
+        seen[ref.tower] += cost.rows if cost.encoded_rows is None else cost.encoded_rows
+    assert seen == taught
 
     before, after = rows_by_content(home / "before.cache"), rows_by_content(tmp_path / "c")
     shared = before.keys() & after.keys()
@@ -264,6 +274,9 @@ def test_plan_and_precompute_refuse_imported_rows_in_a_cache_begun_without_them(
     assert min(forecast(fresh, probe=4).rows_reused.values()) > 0
     # begun with them, or finished, it is theirs
     plan_precompute(fresh, teacher)
+    # and is finished as it was begun, though some of its rows were imported once
+    with pytest.raises(CacheIncompleteError, match="Run the same precompute command again"):
+        EmbeddingReader(fresh.cache)
     assert min(forecast(fresh, probe=4).rows_reused.values()) > 0
     precompute(begun)
     assert not any(forecast(asked, probe=4).rows_to_encode.values())

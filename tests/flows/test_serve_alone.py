@@ -1,0 +1,91 @@
+"""A home that one serve works in: no second one beside it, and none of its processes behind a terminal's end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import serve
+from flows.serve import ServeError
+
+# holds a home as serve does, with a child that lasts in place of server and worker
+HOLDS = """
+import subprocess, sys, time
+from pathlib import Path
+from flows import serve
+serve._on_stop(serve._interrupt)
+with serve._alone(Path(sys.argv[1])) as lock:
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True, pass_fds=[lock.fileno()])
+    print("server", child.pid, file=lock, flush=True)
+    try:
+        print(child.pid, flush=True)
+        time.sleep(600)
+    finally:
+        child.kill()
+        child.wait()
+"""
+
+
+def lives(pid: int) -> bool:
+    return serve._start_time(pid) != ""
+
+
+class Holder:
+    def __init__(self, home: Path) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", HOLDS, home], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.child = int(self.process.stdout.readline())
+
+    def end_with(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.process.wait(30)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        if lives(self.child):
+            os.kill(self.child, signal.SIGKILL)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    holder = Holder(tmp_path / "home")
+    yield holder
+    holder.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_the_end_of_a_terminal_leaves_no_process_behind(holder: Holder, number: int) -> None:
+    assert lives(holder.child)
+    holder.end_with(number)
+    assert not lives(holder.child)
+
+
+def test_under_nohup_the_end_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: dict[int, object] = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    serve._on_stop(serve._interrupt)
+    assert set(set_to) == {signal.SIGINT, signal.SIGTERM}
+
+
+def test_a_home_in_use_is_refused_also_where_a_killed_serve_left_its_server(holder: Holder, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    said = rf"home is in use by another serve, .* left behind \(server {holder.child}\)\. Stop that, or"
+    with pytest.raises(ServeError, match=said), serve._alone(home):
+        pass
+    holder.end_with(signal.SIGKILL)
+    assert lives(holder.child)
+    with pytest.raises(ServeError, match=said), serve._alone(home):
+        pass
+    os.kill(holder.child, signal.SIGKILL)
+    while lives(holder.child):
+        pass
+    with serve._alone(home) as lock:
+        assert not lock.read()
