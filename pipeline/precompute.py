@@ -43,8 +43,8 @@ class PrecomputeResult(BaseModel, frozen=True):
     chunks: int
     chunks_encoded: int = Field(description="By this run; the others were there.")
     rows_reused: dict[Tower, int] = Field(
-        description="By tower, of view 0, copied from the cache that was named, by all runs that made this one; 0 "
-        "where this run encoded nothing."
+        description="By tower, of view 0, that the named cache has: copied by the runs that named it. 0 where this run "
+        "encoded nothing."
     )
     quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
     lost_images: int = Field(description="Images of the dataset that got no row.")
