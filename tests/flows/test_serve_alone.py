@@ -16,9 +16,10 @@ from flows.serve import ServeError
 
 # holds a home as serve does, with a child that lasts in place of server and worker
 HOLDS = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
 from flows import serve
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal; whoever runs the tests may have ignored it
 serve._on_stop(serve._interrupt)
 with serve._alone(Path(sys.argv[1])) as lock:
     child = subprocess.Popen(["sleep", "600"], start_new_session=True, pass_fds=[lock.fileno()])
@@ -48,9 +49,9 @@ class Holder:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
         if lives(self.child):
             os.kill(self.child, signal.SIGKILL)
+        self.process.communicate()  # the child has its output too
 
 
 @pytest.fixture
