@@ -10,7 +10,7 @@ from rich.console import Console
 from pipeline.cli_flags import LogFlag, LogFormat, MetricsFlag, RunFile, how_to_go_on, say, setting
 from pipeline.config import PrecomputeConfig, ProofConfig
 from pipeline.run_file import load_config
-from storage.cli import CacheArgument, JsonFlag, app, counted, print_json
+from storage.cli import CacheArgument, JsonFlag, app, counted, print_json, rates
 from storage.cli_findings import print_findings, print_report
 from storage.console import StageProgress
 from storage.errors import CacheUnreachableError, UsageError
@@ -86,8 +86,7 @@ def precompute(
         print_json(result)
         return
     seen = "" if result.views == 1 else f" in {result.views} views"
-    each = ((result.images_per_second, "images/s"), (result.captions_per_second, "captions/s"))
-    rates = ", ".join(f"{rate:,.0f} {what}" for rate, what in each if rate is not None) or "no row by the teacher"
+    speed = rates(result.images_per_second, result.captions_per_second)
     for line in result.problem_details:
         say(line)
     if result.replaced_manifest_digest:
@@ -99,7 +98,7 @@ def precompute(
         say(f"copied: {copied}; the others were encoded")
     Console().print(
         f"{result.cache}: {result.images:,} images{seen} and {result.captions:,} captions by {result.teacher}\n"
-        f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({rates})\n"
+        f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({speed})\n"
         f"problems: {problems}; {result.lost_images} images without a row, {result.quarantined} quarantined",
         markup=False,
         highlight=False,

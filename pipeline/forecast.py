@@ -40,9 +40,9 @@ from pipeline.plan import (
     origin_of_reused,
     read_dataset,
     refuse_to_mix,
-    require_origin_said,
+    require_one_origin,
 )
-from pipeline.samples import DatasetSpec, ImageSource, list_samples
+from pipeline.samples import DatasetSpec, ImageSource, digest_threads, list_samples
 from pipeline.teacher import LiveTeacher, load_teacher
 from storage.commits import COMMITS, ChunkRef, Tower, all_chunks
 from storage.errors import CacheNotFoundError, UsageError
@@ -58,7 +58,6 @@ from storage.writer import EmbeddingWriter, plan_cache, require_asked
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
 
 _PROBE_BATCHES = 4  # per chunk of the probe; of its two chunks the first warms up
-_READ_THREADS = 8
 
 
 class ProbeRate(BaseModel, frozen=True):
@@ -154,9 +153,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         layout = manifest.layout.model_copy(update={"views": max(layout.views, manifest.layout.views)})
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if there is not None:
-        require_origin_said(config, origin, there[0], pending)
-        if any(ref.view == 0 for ref in pending):
-            refuse_to_mix(config.cache, sealed=True)
+        require_one_origin(config, origin, there[0], pending)
     wanted = probe or 2 * _PROBE_BATCHES * layout.batch_rows
     drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
     source = ImageSource(data_folder(spec.root))
@@ -229,8 +226,7 @@ def _read(source: ImageSource, samples: Sequence[Sample]) -> tuple[list[Sample],
         except OSError as error:
             return error
 
-    # as many at once as precompute will
-    with ThreadPoolExecutor(source.fetches(samples[0].uri) or _READ_THREADS) as pool:
+    with ThreadPoolExecutor(digest_threads(source, samples)) as pool:
         found = list(pool.map(digest, samples))
     pairs = [(sample, each) for sample, each in zip(samples, found, strict=True) if isinstance(each, str)]
     lost = next(

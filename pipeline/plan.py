@@ -49,7 +49,7 @@ __all__ = [
     "plan_precompute",
     "read_dataset",
     "refuse_to_mix",
-    "require_origin_said",
+    "require_one_origin",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -97,9 +97,7 @@ def plan_precompute(
     _tell_problems(planned.dataset)
     made_with = library_versions(teacher.preprocess.decoder) | origin
     pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
-    require_origin_said(config, origin, planned_manifest(open_files(config.cache)), pending)
-    if any(ref.view == 0 for ref in pending):
-        refuse_to_mix(config.cache, sealed=True)
+    require_one_origin(config, origin, planned_manifest(open_files(config.cache)), pending)
     return pending
 
 
@@ -134,10 +132,10 @@ def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str
     return {IMPORTED: imported if by_way_of in imported else f"{imported}{by_way_of} {have.digest[:12]}"}
 
 
-def require_origin_said(
+def require_one_origin(
     config: PrecomputeConfig, origin: dict[str, str], there: CacheManifest, pending: Sequence[ChunkRef]
 ) -> None:
-    """Refuse to copy imported rows into a cache that was begun without them. Reads nothing, writes nothing.
+    """Refuse to put imported rows and the teacher's own into one cache. Reads nothing, writes nothing.
 
     Args:
         origin: of :func:`origin_of_reused`.
@@ -145,17 +143,20 @@ def require_origin_said(
         pending: its chunks that are still to be filled.
 
     Raises:
-        CacheMismatchError: it does not say that rows of it were imported.
+        CacheMismatchError: imported rows would be copied into a cache that was begun without them; or those of an
+            imported one are missing, which only the import has.
     """
     if origin and pending and IMPORTED not in there.made_with:
         raise CacheMismatchError(
             f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
             "say so. Leave --reuse out, or encode to a new path."
         )
+    if any(ref.view == 0 for ref in pending):
+        _refuse_imported(config.cache, there)
 
 
-def refuse_to_mix(cache: str, sealed: bool = False) -> None:
-    """Leave imported rows that are missing, or in a sealed cache damaged, to the import that has them.
+def refuse_to_mix(cache: str) -> None:
+    """Leave imported rows that are not all there yet to the import that has them.
 
     Raises:
         CacheMismatchError: the remedy is in the message.
@@ -164,7 +165,12 @@ def refuse_to_mix(cache: str, sealed: bool = False) -> None:
         manifest = look_at_manifest(open_files(cache))
     except CacheNotFoundError:
         return
-    if manifest.imported_sha256 and (sealed or not manifest.sealed_generations):
+    if not manifest.sealed_generations:
+        _refuse_imported(cache, manifest)
+
+
+def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
+    if manifest.imported_sha256:
         state = "are damaged" if manifest.sealed_generations else "are not all there yet"
         raise CacheMismatchError(
             f"{cache}: its rows were imported ({manifest.made_with.get(IMPORTED)}) and {state}. Run the same "

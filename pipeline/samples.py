@@ -284,8 +284,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
 
     found = SampleSet(spec.kind, source.root, problems=listed.problems)
     digests: list[str] = []
-    fetches = max((source.fetches(sample.uri) for sample in listed.samples[:1]), default=0)
-    with ThreadPoolExecutor(fetches or _HASH_THREADS) as pool:
+    with ThreadPoolExecutor(digest_threads(source, listed.samples)) as pool:
         results = (
             result
             for first in range(0, len(listed.samples), _HASH_WINDOW)
@@ -303,6 +302,11 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
         raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
     return found, digests
+
+
+def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
+    """How many of a dataset's images are read at once for their digests."""
+    return max((source.fetches(sample.uri) for sample in samples[:1]), default=0) or _HASH_THREADS
 
 
 def list_samples(spec: DatasetSpec) -> SampleSet:

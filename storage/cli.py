@@ -20,7 +20,17 @@ from typer.main import get_command_from_info
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["CacheArgument", "JsonFlag", "app", "byte_size", "commands_in", "complete_location", "counted", "print_json"]
+__all__ = [
+    "CacheArgument",
+    "JsonFlag",
+    "app",
+    "byte_size",
+    "commands_in",
+    "complete_location",
+    "counted",
+    "print_json",
+    "rates",
+]
 
 _modules: dict[str, str] = {}
 _CACHE_MARK = "manifest.json"  # storage.manifest.MANIFEST_KEY, which takes pydantic's time to import
@@ -125,6 +135,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 def counted(number: int, what: str) -> str:
     """The number and the word, in the plural but for one."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def rates(images: float | None, captions: float | None) -> str:
+    """Of the teacher, a second; what is not known is left out."""
+    each = ((images, "images/s"), (captions, "captions/s"))
+    return ", ".join(f"{rate:,.0f} {what}" for rate, what in each if rate is not None) or "none by the teacher noted"
 
 
 def byte_size(nbytes: float) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json
+from storage.cli import CacheArgument, JsonFlag, app, byte_size, complete_location, counted, print_json, rates
 
 if TYPE_CHECKING:
     from storage.identity import ViewsIdentity
@@ -208,11 +208,7 @@ def _accounts(found: CacheInfo) -> str:
 def _cost(found: CacheInfo) -> str:
     if not found.encode_seconds:
         return "nothing encoded yet"
-    rates = [
-        f"{rate:,.0f} {what}/s"
-        for rate, what in ((found.images_per_second, "images"), (found.captions_per_second, "captions"))
-        if rate is not None
-    ]
+    speed = rates(found.images_per_second, found.captions_per_second)
     about = "about " if found.notes_read < found.notes else ""
     basis = f", from {found.notes_read:,} of {found.notes:,} notes" if about else ""
-    return f"{about}{found.encode_seconds:,.1f} s ({', '.join(rates) or 'all rows copied'}){basis}"
+    return f"{about}{found.encode_seconds:,.1f} s ({speed}){basis}"

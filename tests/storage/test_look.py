@@ -400,3 +400,20 @@ def test_looking_at_an_object_store(moto: ObjectStore, known_cache: Path, monkey
     assert answer("stats", f"{root}/two.cache")["image"]["rows_read"] == 10
     assert answer("neighbours", f"{root}/two.cache", "img-3")["image"]["row"] == 3
     assert answer("diff", f"{root}/two.cache", str(known_cache))["same"]  # made alike, there and here
+
+
+def test_copied_rows_have_no_share_in_the_teachers_speed(tmp_path: Path) -> None:
+    """Notes of a chunk that was copied, of one copied in part, and of one that the teacher made."""
+    location = str(tmp_path / "c")
+    plan_known_cache(location)
+    writer = EmbeddingWriter(location)
+    images = [ref for ref in writer.pending() if ref.tower == "image"]
+    speeds = []
+    for ref, encoded in zip(images, (0, 1, None), strict=False):
+        rows = len(ref.rows(writer.manifest.layout))
+        cost = ChunkCost(rows=rows, encoded_rows=encoded, seconds=1.0, teacher_seconds=1.0)
+        writer.write(ref, known_arrays(writer, ref), cost=cost)
+        speeds.append(describe_cache(location).images_per_second)
+        if encoded == 0:
+            assert "1.0 s (none by the teacher noted)" in run.invoke(app, ["info", location]).stdout
+    assert speeds == [None, 1 / 2, (1 + rows) / 3]
