@@ -6,11 +6,9 @@ nothing that two equal runs would write differently; seconds and host go to the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,10 +30,10 @@ __all__ = [
     "proven_commit",
     "quarantined_rows",
     "read_commit",
-    "read_commits",
 ]
 
 Tower = Literal["image", "text"]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 COMMITS = "commits"
 _FEW_CHUNKS = 16  # so many are looked at one by one; a listing is a request per 1,000 commits of the whole cache
 
@@ -99,9 +97,9 @@ def generation_chunks(manifest: CacheManifest, generation: Generation) -> list[C
 class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
     """What the bytes of one Zarr object are."""
 
-    nbytes: int = Field(gt=0)
-    crc32c: int = Field(ge=0, description="Of the array's bytes, as in the object's own last four.")
-    sha256: str = Field(description="Of the whole object.")
+    nbytes: int = Field(gt=0, lt=2**63)
+    crc32c: int = Field(ge=0, lt=2**32, description="Of the array's bytes, as in the object's own last four.")
+    sha256: _Sha256 = Field(description="Of the whole object.")
 
 
 class QuarantinedRow(BaseModel, frozen=True, extra="forbid"):
@@ -122,9 +120,11 @@ class ChunkCommit(BaseModel):
     view: int = Field(ge=0)
     chunk: int = Field(ge=0)
     rows: tuple[int, int] = Field(description="First row and one past the last.")
-    generation: int = Field(0, ge=0, description="Of its rows; a view that was added later says what its rows say.")
+    generation: int = Field(
+        0, ge=0, lt=2**31, description="Of its rows; a view that was added later says what its rows say."
+    )
     encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
-    rows_sha256: str = Field(description="Of what its rows were made: storage.tables.chunk_rows_sha256.")
+    rows_sha256: _Sha256 = Field(description="Of what its rows were made: storage.tables.chunk_rows_sha256.")
     objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view, scale.")
     quarantined: tuple[QuarantinedRow, ...] = ()
 
@@ -189,26 +189,6 @@ def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: Chun
     if set(commit.objects) != wanted:
         raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(wanted)} wanted")
     return commit
-
-
-def read_commits(
-    files: CacheFiles, manifest: CacheManifest, generation: Generation
-) -> tuple[dict[ChunkRef, ChunkCommit], str]:
-    """All commits of one generation, and the sha256 over key and bytes of each in the order of ``all_chunks``.
-
-    One request for each; of an object store many at once (``storage.files.in_parallel``).
-
-    Raises:
-        CacheCorruptError: a record is damaged or belongs elsewhere.
-    """
-    commits: dict[ChunkRef, ChunkCommit] = {}
-    total = hashlib.sha256()
-    refs = generation_chunks(manifest, generation)
-    for ref, commit in zip(refs, in_parallel(files, partial(read_commit, files, manifest), refs), strict=True):
-        if commit is not None:
-            commits[ref] = commit
-            total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
-    return commits, total.hexdigest()
 
 
 def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRef]:

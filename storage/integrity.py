@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from storage.arrays import chunk_shape, decode_object, stored_dtype
 from storage.claims import CLAIMS
+from storage.commit_records import CommitRecords
 from storage.commits import (
     COMMITS,
     ChunkCommit,
@@ -28,7 +29,6 @@ from storage.commits import (
     generation_chunks,
     proven_commit,
     quarantined_rows,
-    read_commits,
 )
 from storage.errors import (
     CacheAccessError,
@@ -256,7 +256,7 @@ def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
     try:
         found = [
             generation.seal is not None
-            and read_commits(files, manifest, generation)[1] == generation.seal.commits_sha256
+            and CommitRecords(manifest).read(files, generation) == generation.seal.commits_sha256
             for generation in manifest.sealed_generations
         ]
         return bool(found) and all(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from storage.arrays import chunk_shape, decode_object, given_dtype, stored_dtype
 from storage.caption_index import CaptionIndex
+from storage.commit_records import CommitRecords
 from storage.commits import (
     COMMITS,
     ChunkCommit,
@@ -24,7 +25,6 @@ from storage.commits import (
     Tower,
     generation_chunks,
     quarantined_rows,
-    read_commits,
 )
 from storage.errors import CacheCorruptError, CacheUnreachableError, UsageError
 from storage.files import CHUNKS_AT_ONCE, in_parallel, open_files, read_buffer
@@ -81,7 +81,7 @@ class EmbeddingReader:
         self._loading: dict[tuple[ChunkRef, str], Future[NDArray[Any]]] = {}
         self._lock = threading.Lock()
         self._commits_lock = threading.Lock()
-        self._proven_commits: dict[ChunkRef, ChunkCommit] | None = None
+        self._proven_commits: CommitRecords | None = None
         self._proven: set[tuple[ChunkRef, str]] = set()
         self._steps: dict[ChunkRef, NDArray[np.float32]] = {}
         self._mapped: dict[tuple[Tower, str], MappedChunks] = {}
@@ -161,11 +161,11 @@ class EmbeddingReader:
     @once
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
         """Image rows that have no embedding in some view, each once, with reasons. Reads the commits once."""
-        return tuple(quarantined_rows(self._commits.values(), self.views).values())
+        return tuple(quarantined_rows(self._commits.with_quarantined(), self.views).values())
 
     def quarantined_in(self, view: int) -> dict[int, QuarantinedRow]:
         """Image rows that have no embedding in one view, by row."""
-        commits = [commit for ref, commit in self._commits.items() if ref.view == view]
+        commits = [commit for commit in self._commits.with_quarantined() if commit.view == view]
         return quarantined_rows(commits, view + 1)
 
     def image_rows(self, split: str | None = None) -> NDArray[np.int64]:
@@ -240,7 +240,7 @@ class EmbeddingReader:
         refs = [ChunkRef(tower, view_here, chunk) for view_here, chunk, _ in places]
         for ref, values, (_, chunk, here) in zip(refs, self._chunks(refs, array), places, strict=True):
             out[here] = self._given(ref, values[rows[here] - chunk * size])
-            damaged = damaged or bool(self._commits[ref].quarantined)
+            damaged = damaged or bool(self._commits.quarantined(ref))
         if damaged:
             self._require_encoded(tower, rows, views, array)
         return out
@@ -337,8 +337,8 @@ class EmbeddingReader:
 
     def _lost(self, ref: ChunkRef) -> NDArray[np.int64]:
         """Rows of a chunk that were quarantined, counted from its first."""
-        commit = self._commits[ref]
-        return np.array([row.row - commit.rows[0] for row in commit.quarantined], np.int64)
+        first = ref.rows(self.manifest.layout).start
+        return np.array([row.row - first for row in self._commits.quarantined(ref)], np.int64)
 
     def _require_encoded(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], array: str) -> None:
         """Refuse rows that were quarantined."""
@@ -386,12 +386,12 @@ class EmbeddingReader:
             self._steps[ref] = self._load(ref, SCALE)
         return self._steps[ref]
 
-    def commits(self) -> dict[ChunkRef, ChunkCommit]:
+    def commits(self) -> Mapping[ChunkRef, ChunkCommit]:
         """The commit records of what can be read. Reads them once; raises as :meth:`take`."""
-        return dict(self._commits)
+        return self._commits
 
     @property
-    def _commits(self) -> dict[ChunkRef, ChunkCommit]:
+    def _commits(self) -> CommitRecords:
         """The commits of what can be read, proven to be those that it was sealed with; read once."""
         # not by storage.once: with many chunks it takes long, and threads would each do it
         if self._proven_commits is None:
@@ -400,23 +400,22 @@ class EmbeddingReader:
                     self._proven_commits = self._read_commits()
         return self._proven_commits
 
-    def _read_commits(self) -> dict[ChunkRef, ChunkCommit]:
-        commits: dict[ChunkRef, ChunkCommit] = {}
+    def _read_commits(self) -> CommitRecords:
+        commits = CommitRecords(self.manifest)
         for generation in self.manifest.sealed_generations:
             try:
-                found, digest = read_commits(self.files, self.manifest, generation)
+                digest = commits.read(self.files, generation)
             except CacheCorruptError as error:
                 raise CacheCorruptError(f"{error}. {_REMEDY}") from error
             except OSError as error:
                 raise read_error(f"{self.location}/{COMMITS}", error) from error
-            missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in found]
+            missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in commits]
             if missing:
                 raise CacheCorruptError(f"{self.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
             if generation.seal is None or digest != generation.seal.commits_sha256:
                 raise CacheCorruptError(
                     f"{self.location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
                 )
-            commits.update(found)
         return commits
 
     def _chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
@@ -465,8 +464,7 @@ class EmbeddingReader:
 
     def _load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
         """A chunk from its object, proven; padding included."""
-        commit = self._commits[ref]
-        layout = self.manifest.layout
+        wanted, layout = self._commits.digest(ref, array), self.manifest.layout
         key = ref.object_keys(layout)[array]
         where = f"{self.location}/{key}"
         try:
@@ -476,7 +474,7 @@ class EmbeddingReader:
         except OSError as error:
             raise read_error(where, error) from error
         shape, dtype = chunk_shape(layout, ref.tower, array), stored_dtype(layout, ref.tower, array)
-        values = decode_object(data, commit.objects[array], shape, dtype, where)
+        values = decode_object(data, wanted, shape, dtype, where)
         self._count(len(data))
         if (ref, array) not in self._proven:
             self._note_proven(ref, array, values, has_nan(values))

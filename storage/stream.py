@@ -210,10 +210,8 @@ class _Chunks:
         self._used: set[int] = set()
         self._copied: set[int] = set()
         # that have a quarantined row
-        commits = reader._commits.items()
-        self.lost = {
-            ref.view * self.number + ref.chunk for ref, commit in commits if ref.tower == tower and commit.quarantined
-        }
+        damaged = [commit.ref for commit in reader._commits.with_quarantined() if commit.tower == tower]
+        self.lost = {ref.view * self.number + ref.chunk for ref in damaged}
         self._wanted: set[int] = set()
         self._coming: set[int] = set()  # what the group looked at last needs
         self._here: set[int] = set()  # what the group before needed
@@ -311,7 +309,7 @@ class _Chunks:
         files = self._reader.files
         assert isinstance(files, LocalFiles)
         key = ref.object_keys(self._reader.manifest.layout)[self.array]
-        wanted = self._reader._commits[ref].objects[self.array]
+        wanted = self._reader._commits.digest(ref, self.array)
         mapped = self.mapped.kept.get(number)
         if mapped is None:
             if wanted.nbytes != self.nbytes + CRC_BYTES:

@@ -21,6 +21,7 @@ from storage.arrays import (
     zarr_metadata,
 )
 from storage.claims import PLAN, Claims, clear_claims
+from storage.commit_records import CommitRecords
 from storage.commits import (
     ChunkCommit,
     ChunkRef,
@@ -31,7 +32,6 @@ from storage.commits import (
     generation_chunks,
     quarantined_rows,
     read_commit,
-    read_commits,
 )
 from storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from storage.files import CHUNKS_AT_ONCE, CacheFiles, in_parallel, open_files
@@ -383,14 +383,13 @@ class EmbeddingWriter:
         """The manifest with the seals that its commits give now, of all generations or of those that have one."""
         manifest, layout = self.manifest, self.manifest.layout
         generations: list[Generation] = []
-        seen: list[ChunkCommit] = []
+        records = CommitRecords(manifest)
         for generation in manifest.generations if everything else manifest.sealed_generations:
-            commits, digest = read_commits(self.files, manifest, generation)
-            if len(commits) < len(generation_chunks(manifest, generation)):
+            digest = records.read(self.files, generation)
+            if any(ref not in records for ref in generation_chunks(manifest, generation)):
                 done = len(self.committed(all_chunks(layout)))
                 raise CacheIncompleteError(incomplete_message(self.files.location, manifest, done, layout.num_chunks))
-            seen += commits.values()
-            lost = len(quarantined_rows(seen, manifest.views_of(generation)[1]))
+            lost = len(quarantined_rows(records.with_quarantined(), manifest.views_of(generation)[1]))
             seal = Seal(
                 commits_sha256=digest,
                 images_encoded=layout.image_rows - lost,
