@@ -38,6 +38,7 @@ from pipeline.short_text import order_by_length
 from pipeline.teacher import Encoded, LiveTeacher
 from pipeline.telemetry import telemetry
 from pipeline.views import crop_shown, draw_crop
+from pipeline.word_tokens import by_words
 from storage.arrays import ARRAYS, array_dtype, chunk_shape
 from storage.claims import Claims
 from storage.commits import ChunkRef, QuarantinedRow, Tower
@@ -232,13 +233,13 @@ class _Chunk:
         if self.started is None:
             self.started = at
 
-    def run(self, teacher: LiveTeacher, batch: _Batch, inputs: list[Any]) -> None:
+    def run(self, teacher: LiveTeacher, batch: _Batch, inputs: Any) -> None:
         """Put the embeddings of one batch into their rows; those of known rows are there.
 
         Raises:
             FloatingPointError: the teacher gives nothing finite for a caption.
         """
-        if not inputs:
+        if not len(inputs):
             return
         at = batch.rows - self.rows.start
         lost: list[tuple[str, str] | None] = [None] * len(inputs)
@@ -262,9 +263,9 @@ class _Chunk:
             for values in self.arrays.values():
                 values[row - self.rows.start] = np.nan
 
-    def _encoded(self, teacher: LiveTeacher, inputs: list[Any], shown: torch.Tensor | None) -> Encoded:
+    def _encoded(self, teacher: LiveTeacher, inputs: Any, shown: torch.Tensor | None) -> Encoded:
         if self.ref.tower == "text":
-            return teacher.encode_texts(torch.stack(inputs))
+            return teacher.encode_texts(inputs)
         assert shown is not None
         return teacher.encode_shown(shown)
 
@@ -332,8 +333,10 @@ class _Batch:
         for future in self.futures:
             told.queued(future)
 
-    def inputs(self) -> list[Any]:
-        return [future.result() for future in self.futures]
+    def inputs(self) -> Any:
+        """Of each row what was decoded; of captions the tokens, (rows, context_length) int64."""
+        results = [future.result() for future in self.futures]
+        return results[0] if results and self.chunk.ref.tower == "text" else results
 
 
 class _Jobs:
@@ -349,7 +352,7 @@ class _Jobs:
     ) -> None:
         self._known = known
         self._fetchers = fetchers
-        self._tokenizer = teacher.tokenizer
+        self._tokenizer = by_words(teacher.tokenizer)
         self._preprocess = teacher.preprocess
         self._shown = teacher.preprocess.shown()
         self._pinned = teacher.device.type == "cuda"
@@ -475,12 +478,8 @@ class _Jobs:
         return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
 
     def _text_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
-        texts = _some(self._captions, batch.rows)["text"].to_pylist()
-        return [partial(self._tokenize, text) for text in texts]
-
-    def _tokenize(self, text: str) -> torch.Tensor:
-        tokens: torch.Tensor = self._tokenizer([text])[0]
-        return tokens
+        """One, since threads cannot tokenize side by side."""
+        return [partial(self._tokenizer, _some(self._captions, batch.rows)["text"].to_pylist())]
 
 
 def _some(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:

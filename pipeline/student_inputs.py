@@ -24,6 +24,7 @@ from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
 from pipeline.scaled_jpeg import open_image
 from pipeline.views import Crop, crop_shown
+from pipeline.word_tokens import by_words
 from storage.errors import CacheError
 from storage.files import results_ahead
 from storage.reader import EmbeddingReader
@@ -233,7 +234,7 @@ class InputLoader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
         images = None if evaluated is None else StudentImages(reader, source, evaluated)
         shown = StudentImages(reader, source, preprocess) if pixels is None else pixels
-        inputs = _StudentInputs(images, shown, tokenizer)
+        inputs = _StudentInputs(images, shown, by_words(tokenizer))
         self._asked = _Asked()
         self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
         self._current: Generator[Any] | None = None

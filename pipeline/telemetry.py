@@ -45,7 +45,7 @@ class Telemetry:
     """What the stages tell of their work. This one listens to nothing; times are in seconds."""
 
     def prepared(self, tower: str, job: Callable[[], Any]) -> Callable[[], Any]:
-        """The same job, which decodes an image or tokenizes a caption, timed."""
+        """The same job, which decodes an image or tokenizes a batch of captions, timed."""
         return job
 
     def queued(self, job: Future[Any]) -> None:
@@ -86,7 +86,7 @@ class PrometheusTelemetry(Telemetry):
         )
         self._decode = Histogram(
             "decode_seconds",
-            "One image read, proven, decoded and resized, or one caption tokenized.",
+            "One image read, proven, decoded and resized, or one batch of captions tokenized.",
             ["tower"],
             buckets=_FINE,
             **mine,

@@ -45,6 +45,7 @@ from storage.writer import EmbeddingWriter
 __all__ = ["measure"]
 
 _SHARED_TEACHER = "teacher-flickr8k"
+_CHUNK_ROWS = 256  # as Flickr8k's 7,000 images get; so few as there are here would get 64 and less, and files for them
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -78,6 +79,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
         cache=str(home / "cache"),
         device=settings.device,
         precision=precision,
+        chunk_rows=_CHUNK_ROWS,
     )
     teacher = load_teacher(name, pretrained, settings.device, precision)
     refs = plan_precompute(config, teacher)

@@ -21,6 +21,7 @@ from pipeline.plan import plan_precompute
 from pipeline.preprocess import Preprocess
 from pipeline.samples import ImageSource
 from pipeline.teacher import Encoded, LiveTeacher, load_teacher
+from pipeline.word_tokens import WordTokens
 from storage.commits import ChunkRef
 from storage.files import CacheFiles
 from storage.manifest import StaticFile
@@ -56,7 +57,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     """Counted in the model itself: not a probe, not a padded row, not a second pass."""
     settings, teacher, refs = planned
     counts: Counter[str] = Counter()
-    decode, read = pipeline.encode.open_image, ImageSource.read
+    decode, read, tokenize = pipeline.encode.open_image, ImageSource.read, WordTokens.__call__
 
     def decoding(data: bytes, decoder: str) -> Any:
         counts["decoded"] += 1
@@ -66,11 +67,16 @@ def test_each_row_is_read_decoded_and_encoded_once(
         counts["read"] += 1
         return read(self, *where)
 
+    def tokenizing(self: WordTokens, texts: list[str]) -> torch.Tensor:
+        counts.update({"tokenized": len(texts), "tokenizer calls": 1})
+        return tokenize(self, texts)
+
     def count(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
 
     monkeypatch.setattr(pipeline.encode, "open_image", decoding)
     monkeypatch.setattr(ImageSource, "read", reading)
+    monkeypatch.setattr(WordTokens, "__call__", tokenizing)
     model: Any = teacher.model
     model.visual.register_forward_hook(count("images"))
     model.ln_final.register_forward_hook(count("captions"))
@@ -79,6 +85,8 @@ def test_each_row_is_read_decoded_and_encoded_once(
         "read": 2 * IMAGES,  # a pass over the images for each of the two views
         "decoded": 2 * IMAGES,
         "images": 2 * IMAGES,
+        "tokenized": 2 * IMAGES,
+        "tokenizer calls": 5 * 2 + 1,  # one a batch
         "captions": 2 * IMAGES,
         "images batches": 2 * (2 + 2 + 2),  # chunks of 8, 8 and 5
         "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2
