@@ -1,8 +1,9 @@
 """Encode chunks of a planned cache: decode, run the teacher, write and commit; alone or with other processes.
 
 Decoding (threads), the teacher (this thread) and writing (one thread, two to a store) overlap, across chunk borders
-too. What a batch holds depends only on the chunk that it is of, never on what else is pending, so that an interrupted
-and resumed run writes the very bytes of an unbroken one.
+too; a GPU has its next batch before anybody looks at the embeddings of the last one. What a batch holds depends only on
+the chunk that it is of, never on what else is pending, so that an interrupted and resumed run writes the very bytes of
+an unbroken one.
 
 Rows that are known already (``pipeline.known_rows``) are taken as they are: the teacher never sees them, and of their
 images at most the size is looked at. The other rows of such a chunk share batches.
@@ -18,8 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from pipeline.decode import UndecodableImageError, decoded_size
 from pipeline.device import keep_freed_memory
 from pipeline.known_rows import KnownRows, known_rows
 from pipeline.plan import Progress
+from pipeline.row_tally import RowTally
 from pipeline.samples import DatasetSpec, ImageSource, require_content
 from pipeline.scaled_jpeg import open_image
 from pipeline.short_text import order_by_length
@@ -45,16 +46,16 @@ from storage.commits import ChunkRef, QuarantinedRow, Tower
 from storage.files import requests_at_once
 from storage.journal import ChunkCost
 from storage.logs import event, logger
-from storage.manifest import Layout
 from storage.shapes import SCALE
 from storage.table_rows import TableRows
 from storage.writer import EmbeddingWriter
 
-__all__ = ["RowTally", "encode_chunks", "encode_shared"]
+__all__ = ["encode_chunks", "encode_shared"]
 
 _LOG = logger("precompute")
 _BATCHES_AHEAD = 4
 _WRITES_AHEAD = 2
+_BATCHES_BEHIND = {"cuda": 1}  # by device: on their way back while the next one is launched
 _OTHERS_POLL_SECONDS = 0.5
 
 
@@ -136,6 +137,7 @@ def _encode(
     threads = config.decode_threads or os.cpu_count() or 1
     source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
     writing: deque[Future[Any]] = deque()
+    launched: deque[_Launched] = deque()
     remote = requests_at_once(writer.files) > 1
     with (
         ThreadPoolExecutor(threads) as decoders,
@@ -145,26 +147,25 @@ def _encode(
         source.threads(writer.samples.read(range(1))["uri"][0].as_py()) as fetchers,
     ):
         jobs = _Jobs(teacher, writer, source, known, fetchers)
+
+        def finish(one: _Launched) -> None:
+            chunk = one.batch.chunk
+            one.take(teacher)
+            tally.add_rows(chunk.ref, len(one.batch.rows))
+            if one.batch.last:
+                # so many chunks may wait for the disk before the teacher has to
+                while len(writing) >= _WRITES_AHEAD:
+                    writing.popleft().result()
+                writing.append(writers.submit(chunk.write, writer, teacher))
+                telemetry().writing(len(writing))
+
         try:
             for batch in _ahead(decoders, jobs.batches(_one_ahead(claimer, refs) if remote else refs)):
-                chunk = batch.chunk
-                chunk.start(batch.asked_at)
-                waited = time.perf_counter()
-                inputs = batch.inputs()
-                began = time.perf_counter()
-                chunk.run(teacher, batch, inputs)
-                ended = time.perf_counter()
-                chunk.decode_wait_seconds += began - waited
-                chunk.teacher_seconds += ended - began
-                of_teacher = None if batch.known else ended - began
-                telemetry().encoded(chunk.ref.tower, len(batch.rows), began - waited, of_teacher)
-                tally.add_rows(chunk.ref, len(batch.rows))
-                if batch.last:
-                    # so many chunks may wait for the disk before the teacher has to
-                    while len(writing) >= _WRITES_AHEAD:
-                        writing.popleft().result()
-                    writing.append(writers.submit(chunk.write, writer, teacher))
-                    telemetry().writing(len(writing))
+                launched.append(_launch(teacher, batch))
+                while len(launched) > _BATCHES_BEHIND.get(teacher.device.type, 0):
+                    finish(launched.popleft())
+            while launched:
+                finish(launched.popleft())
             while writing:
                 writing.popleft().result()
                 telemetry().writing(len(writing))
@@ -177,42 +178,38 @@ def _encode(
             raise
 
 
-class RowTally:
-    """Rows done, by this process and by others, out of those of some chunks; hands them to a progress.
+class _Launched(NamedTuple):
+    """A batch that the teacher was given; a GPU may still be working on it."""
 
-    As a context manager it takes back what it told the telemetry when an error ends the block, since who tries again
-    counts all of them again.
-    """
+    batch: _Batch
+    inputs: Any
+    encoded: Encoded | None
+    """None of a batch of known rows."""
+    decode_wait_seconds: float
+    seconds: float
 
-    def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
-        self._layout = layout
-        self._progress = progress
-        self._done: Counter[str] = Counter()
-        self._total: Counter[str] = Counter()
-        for ref in refs:
-            self._total[ref.tower] += len(ref.rows(layout))
+    def take(self, teacher: LiveTeacher) -> None:
+        """Put what came of it into its chunk. Raises as :meth:`_Chunk.take`."""
+        began = time.perf_counter()
+        batch, chunk = self.batch, self.batch.chunk
+        chunk.take(teacher, batch, self.inputs, self.encoded)
+        # of a GPU what it worked, whatever Python did meanwhile
+        on_device = self.encoded.device_seconds() if self.encoded is not None else None
+        seconds = self.seconds + time.perf_counter() - began if on_device is None else on_device
+        chunk.decode_wait_seconds += self.decode_wait_seconds
+        chunk.teacher_seconds += seconds
+        of_teacher = None if batch.known else seconds
+        telemetry().encoded(chunk.ref.tower, len(batch.rows), self.decode_wait_seconds, of_teacher)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for tower, rows in self._done.items() if error is not None else ():
-            telemetry().done(tower, -rows)
-
-    def add_rows(self, ref: ChunkRef, rows: int) -> None:
-        """Count rows of a chunk."""
-        self._done[ref.tower] += rows
-        telemetry().done(ref.tower, rows)
-        if self._progress is not None:
-            stage = "images" if ref.tower == "image" else "captions"
-            self._progress(stage, self._done[ref.tower], self._total[ref.tower])
-
-    def add(self, refs: Iterable[ChunkRef]) -> None:
-        """Count all rows of chunks."""
-        for ref in refs:
-            self.add_rows(ref, len(ref.rows(self._layout)))
+def _launch(teacher: LiveTeacher, batch: _Batch) -> _Launched:
+    """Wait for a batch's inputs and give them to the teacher."""
+    batch.chunk.start(batch.asked_at)
+    waited = time.perf_counter()
+    inputs = batch.inputs()
+    began = time.perf_counter()
+    encoded = batch.chunk.launch(teacher, batch, inputs)
+    return _Launched(batch, inputs, encoded, began - waited, time.perf_counter() - began)
 
 
 @dataclass
@@ -233,7 +230,11 @@ class _Chunk:
         if self.started is None:
             self.started = at
 
-    def run(self, teacher: LiveTeacher, batch: _Batch, inputs: Any) -> None:
+    def launch(self, teacher: LiveTeacher, batch: _Batch, inputs: Any) -> Encoded | None:
+        """Have a batch encoded, unless its rows are known."""
+        return None if batch.known or not len(inputs) else self._encoded(teacher, inputs, batch.shown)
+
+    def take(self, teacher: LiveTeacher, batch: _Batch, inputs: Any, encoded: Encoded | None) -> None:
         """Put the embeddings of one batch into their rows; those of known rows are there.
 
         Raises:
@@ -246,9 +247,8 @@ class _Chunk:
         if self.ref.tower == "image":
             self.arrays["view"][at] = np.array([item.crop for item in inputs], np.float32)
             lost = [item.lost for item in inputs]
-        if not batch.known:
+        if encoded is not None:
             self.encoded_rows += len(inputs)
-            encoded = self._encoded(teacher, inputs, batch.shown)
             self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
         finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
         decoded = np.array([reason is None for reason in lost])
@@ -445,8 +445,7 @@ class _Jobs:
     def _decode_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:
         """Each writes its image to its place in the batch: one copy, by the threads that decode."""
         samples = self._samples_of(batch.rows)
-        # an undecodable image keeps its place, black, so that its neighbours' batch is the same with and without it
-        batch.shown = torch.zeros(len(samples), *self._preprocess.size, 3, dtype=torch.uint8, pin_memory=self._pinned)
+        batch.shown = torch.empty(len(samples), *self._preprocess.size, 3, dtype=torch.uint8, pin_memory=self._pinned)
         places = batch.shown.numpy()
         view = batch.chunk.ref.view
         return [partial(self._decode, sample, view, place) for sample, place in zip(samples, places, strict=True)]
@@ -475,6 +474,8 @@ class _Jobs:
             lost = ("undecodable-image", str(error))
         except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
             lost = ("untransformable-image", f"{type(error).__name__}: {error}")
+        # it keeps its place, black, so that its neighbours' batch is the same with and without it
+        place[:] = 0
         return _Decoded((np.nan,) * 5, lost, sample["sample_id"])
 
     def _text_jobs(self, batch: _Batch) -> list[Callable[[], Any]]:

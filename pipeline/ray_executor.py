@@ -26,10 +26,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.config import PrecomputeConfig
-from pipeline.encode import RowTally
 from pipeline.encode_worker import EncodeWorker, Outcome
 from pipeline.handout import Handout
 from pipeline.plan import Progress, plan_precompute
+from pipeline.row_tally import RowTally
 from pipeline.teacher import load_teacher
 from storage.commits import ChunkRef
 from storage.errors import UsageError

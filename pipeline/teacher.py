@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import warnings
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,43 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """Embeddings of one batch, as they go into a cache.
+    """Embeddings of one batch, as they go into a cache. A GPU may still be working on them: who looks at them waits.
 
-    Attributes:
-        embedding: (batch, embed_dim) float16, unit norm.
+    Args:
+        embedding: (batch, embed_dim) float16, unit norm; on the device.
         norm: (batch,) float32, the norm before normalising: raw = embedding * norm.
+        started: on a GPU, recorded before its work.
     """
 
-    embedding: NDArray[np.float16]
-    norm: NDArray[np.float32]
+    def __init__(self, embedding: torch.Tensor, norm: torch.Tensor, started: torch.cuda.Event | None = None) -> None:
+        # from a GPU into pinned memory, right behind its work: a copy that is asked for later waits for later work
+        self._embedding = embedding.to("cpu", non_blocking=True)
+        self._norm = norm.to("cpu", non_blocking=True)
+        self._started, self._there = started, _mark(embedding.device)
+
+    @property
+    def embedding(self) -> NDArray[np.float16]:
+        """(batch, embed_dim), unit norm."""
+        self._wait()
+        return self._embedding.numpy()
+
+    @property
+    def norm(self) -> NDArray[np.float32]:
+        """(batch,), the norm before normalising."""
+        self._wait()
+        return self._norm.numpy()
+
+    def device_seconds(self) -> float | None:
+        """What a GPU worked on it, waits for Python's launches included; None of a CPU: it works while this is made."""
+        if self._there is None or self._started is None:
+            return None
+        self._wait()
+        return float(self._started.elapsed_time(self._there)) / 1000
+
+    def _wait(self) -> None:
+        if self._there is not None:
+            self._there.synchronize()
 
 
 class LiveTeacher:
@@ -103,8 +128,9 @@ class LiveTeacher:
         return partial(encode_text, self.model), shorten(tokens) if self._shortens else tokens
 
     def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
+        started = _mark(self.device)
         features, norm = self._features(encode, batch)
-        return Encoded(features.half().cpu().numpy(), norm.squeeze(-1).cpu().numpy())
+        return Encoded(features.half(), norm.squeeze(-1), started)
 
     def _features(self, encode: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised features and, (batch, 1), their norms before; float32."""
@@ -266,6 +292,15 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """A point in a GPU's work, behind all that it was given so far; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _activations(model: torch.nn.Module) -> str:

@@ -25,9 +25,11 @@ from pipeline.word_tokens import WordTokens
 from storage.commits import ChunkRef
 from storage.files import CacheFiles
 from storage.manifest import StaticFile
+from storage.reader import EmbeddingReader
 from storage.table_rows import TableRows
 from storage.tables import open_static
 from storage.writer import EmbeddingWriter
+from tests.conftest import cache_digest
 
 MakePhotos = Callable[..., Path]
 IMAGES, BATCH, CHUNK = 21, 4, 8
@@ -100,10 +102,10 @@ def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
     settings, teacher, refs = planned
     made: list[int] = []
     seen: list[int] = []
-    zeros, encode = torch.zeros, LiveTeacher.encode_shown
+    empty, encode = torch.empty, LiveTeacher.encode_shown
 
     def buffers(*size: Any, **how: Any) -> torch.Tensor:
-        tensor = zeros(*size, **how)
+        tensor = empty(*size, **how)
         made.append(tensor.data_ptr())
         return tensor
 
@@ -115,7 +117,7 @@ def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
     images = [ref for ref in refs if ref.tower == "image"]
     monkeypatch.setattr(LiveTeacher, "encode_shown", encode_shown)
     # as pipeline.encode sees torch; a stack of images would be a copy
-    monkeypatch.setattr(pipeline.encode, "torch", _Torch(zeros=buffers))
+    monkeypatch.setattr(pipeline.encode, "torch", _Torch(empty=buffers))
     encode_chunks(settings, teacher, images)
     assert seen == made
     assert len(seen) == 12
@@ -126,8 +128,8 @@ class _Torch:
 
     Tensor, uint8 = torch.Tensor, torch.uint8
 
-    def __init__(self, zeros: Callable[..., torch.Tensor]) -> None:
-        self.zeros = zeros
+    def __init__(self, empty: Callable[..., torch.Tensor]) -> None:
+        self.empty = empty
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
@@ -250,3 +252,49 @@ def test_a_teacher_is_probed_once(
         encode_chunks(settings, teacher, [ref])
     assert passes == [4, 4, 4, 4, 4, 1]  # rows of chunks alone: the width was asked for when the cache was planned
     assert len(probed) == 1
+
+
+def test_a_batch_is_launched_before_the_last_one_is_looked_at(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which has nothing to do while Python launches; two at most are under way, and no byte is another."""
+    settings, teacher, refs = planned
+    broken = next(Path(settings.dataset.removeprefix("flickr:")).glob("images/*3.jpg"))
+    behind = settings.model_copy(update={"cache": str(tmp_path / "behind")})
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    settings = settings.model_copy(update={"cache": str(tmp_path / "at once")})
+    for each in (settings, behind):
+        plan_precompute(each, teacher)
+    encode_chunks(settings, teacher, refs)
+
+    events: list[tuple[str, int]] = []
+    made: dict[int, int] = {}
+    embedding = Encoded.embedding.fget
+    assert embedding is not None
+
+    def init(self: Encoded, *values: Any) -> None:
+        made[id(self)] = len(made)
+        events.append(("launched", made[id(self)]))
+        kept.append(self)
+        plain(self, *values)
+
+    def look(self: Encoded) -> Any:
+        events.append(("looked at", made[id(self)]))
+        return embedding(self)
+
+    kept: list[Encoded] = []  # so that no id comes again
+    plain = Encoded.__init__
+    monkeypatch.setattr(Encoded, "__init__", init)
+    monkeypatch.setattr(Encoded, "embedding", property(look))
+    monkeypatch.setattr(pipeline.encode, "_BATCHES_BEHIND", {"cpu": 1})
+    encode_chunks(behind, teacher, refs)
+    batches = len(made)
+    assert batches == 12 + 11
+    wanted = [("launched", 0)]
+    for number in range(1, batches):
+        wanted += [("launched", number), ("looked at", number - 1)]
+    assert events == [*wanted, ("looked at", batches - 1)]
+    for cache in (settings.cache, behind.cache):
+        EmbeddingWriter(cache).seal()
+    assert len(EmbeddingReader(behind.cache).quarantined) == 1
+    assert cache_digest(behind.cache) == cache_digest(settings.cache)

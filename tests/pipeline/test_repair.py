@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pipeline.teacher
 from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
@@ -324,7 +325,8 @@ def test_other_bytes_than_the_sealed_ones_are_told(
 
     def elsewhere(self: LiveTeacher, tokens: object) -> Encoded:
         encoded = encode(self, tokens)  # type: ignore[arg-type]
-        return Encoded(encoded.embedding, np.nextafter(encoded.norm, np.float32(np.inf)))
+        norm = torch.nextafter(torch.from_numpy(encoded.norm), torch.tensor(torch.inf))
+        return Encoded(torch.from_numpy(encoded.embedding), norm)
 
     monkeypatch.setattr(LiveTeacher, "encode_texts", elsewhere)
     result = mend(home, cache)
