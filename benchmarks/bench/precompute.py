@@ -147,8 +147,8 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
             texts,
             "captions/s",
             0.95,
-            "tokenizing takes 25 us of Python's lock a caption, each chunk 10 ms of files; parts left out one at a time: "
-            "docs/design/019-encoding-speed.md",
+            "tokenizing takes 25 us of Python's lock a caption, each chunk 10 ms of files; parts left out one at a "
+            "time: docs/design/019-encoding-speed.md",
         ),
         speed(
             f"precompute, {label}, captions",
