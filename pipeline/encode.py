@@ -232,7 +232,7 @@ class _Chunk:
 
     def launch(self, teacher: LiveTeacher, batch: _Batch, inputs: Any) -> Encoded | None:
         """Have a batch encoded, unless its rows are known."""
-        return None if batch.known or not len(inputs) else self._encoded(teacher, inputs, batch.shown)
+        return None if batch.known else self._encoded(teacher, inputs, batch.shown)
 
     def take(self, teacher: LiveTeacher, batch: _Batch, inputs: Any, encoded: Encoded | None) -> None:
         """Put the embeddings of one batch into their rows; those of known rows are there.

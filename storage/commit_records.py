@@ -39,10 +39,10 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
     def __init__(self, manifest: CacheManifest) -> None:
         self._manifest = manifest
         self._tables: dict[Tower, NDArray[Any]] = {}
-        self._objects: dict[Tower, list[str]] = {}
+        self._objects: dict[Tower, dict[str, int]] = {}
         self._quarantined: dict[ChunkRef, tuple[QuarantinedRow, ...]] = {}
         for tower in get_args(Tower):
-            objects = list(ChunkRef(tower, 0, 0).object_keys(manifest.layout))
+            objects = {name: at for at, name in enumerate(ChunkRef(tower, 0, 0).object_keys(manifest.layout))}
             self._objects[tower] = objects
             self._tables[tower] = np.zeros((self._views(tower), manifest.layout.chunks(tower)), _row(len(objects)))
 
@@ -69,7 +69,9 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         Raises:
             KeyError: no record of this chunk, or no such array.
         """
-        return self[ref].objects[array]
+        found, at = self._record(ref), self._objects[ref.tower][array]
+        sha256 = found["sha256"][at].tobytes().hex()
+        return ObjectDigest(nbytes=int(found["nbytes"][at]), crc32c=int(found["crc32c"][at]), sha256=sha256)
 
     def quarantined(self, ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
         """The rows of a chunk that have no embedding."""
@@ -80,10 +82,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         return (self[ref] for ref in self._quarantined)
 
     def __getitem__(self, ref: ChunkRef) -> ChunkCommit:
-        if ref not in self:
-            raise KeyError(ref)
-        found, rows = self._tables[ref.tower][ref.view, ref.chunk], ref.rows(self._manifest.layout)
-        digests = zip(found["nbytes"].tolist(), found["crc32c"].tolist(), found["sha256"], strict=True)
+        found, rows = self._record(ref), ref.rows(self._manifest.layout)
         return ChunkCommit(
             tower=ref.tower,
             view=ref.view,
@@ -92,10 +91,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
             generation=int(found["generation"]),
             encoder_digest=self._manifest.identity.encoder_digest,
             rows_sha256=found["rows_sha256"].tobytes().hex(),
-            objects={
-                name: ObjectDigest(nbytes=nbytes, crc32c=crc32c, sha256=sha256.tobytes().hex())
-                for name, (nbytes, crc32c, sha256) in zip(self._objects[ref.tower], digests, strict=True)
-            },
+            objects={name: self.digest(ref, name) for name in self._objects[ref.tower]},
             quarantined=self.quarantined(ref),
         )
 
@@ -111,6 +107,11 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
 
     def __len__(self) -> int:
         return sum(int(table["there"].sum()) for table in self._tables.values())
+
+    def _record(self, ref: ChunkRef) -> Any:
+        if ref not in self:
+            raise KeyError(ref)
+        return self._tables[ref.tower][ref.view, ref.chunk]
 
     def _views(self, tower: Tower) -> int:
         return self._manifest.layout.views if tower == "image" else 1

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from storage.commits import QuarantinedRow
 from storage.files import open_files
 from storage.identity import (
     CacheIdentity,
@@ -178,11 +179,16 @@ def known_arrays(writer: EmbeddingWriter, ref: Any) -> dict[str, np.ndarray[Any,
     return arrays
 
 
-def finish_known_cache(location: Path | str) -> None:
-    """Write what is left of a planned cache, and seal it."""
+def finish_known_cache(location: Path | str, quarantined: Sequence[QuarantinedRow] = ()) -> None:
+    """Write what is left of a planned cache, some images quarantined in its one view, and seal it."""
     writer = EmbeddingWriter(str(location))
     for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
+        rows, arrays = ref.rows(writer.manifest.layout), known_arrays(writer, ref)
+        lost = [row for row in quarantined if ref.tower == "image" and row.row in rows]
+        for row in lost:
+            for values in arrays.values():
+                values[row.row - rows.start] = np.nan
+        writer.write(ref, arrays, lost)
     writer.seal()
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.metrics import retention, retrieval_recall
 from pipeline.preprocess import Preprocess
 from pipeline.student import load_student
+from storage.nearest import unit_rows
 from storage.reader import EmbeddingReader
 
 __all__ = ["linear_retention", "trunk_features"]
@@ -64,8 +65,7 @@ def linear_retention(
     squares = learned.T @ learned
     penalty = _PENALTY * np.trace(squares) / len(squares)
     weights = np.linalg.solve(squares + penalty * np.eye(len(squares)), learned.T @ (targets.astype(np.float64) - mean))
-    image = new @ weights + mean
-    image = (image / np.linalg.norm(image, axis=1, keepdims=True)).astype(np.float32)
+    image = unit_rows((new @ weights + mean).astype(np.float32))
     rows, of_image = teacher.caption_rows(held_out)
     text, whole = (teacher.take(tower, at).astype(np.float32) for tower, at in (("text", rows), ("image", held_out)))
     kept: float = retention(retrieval_recall(image, text, of_image), retrieval_recall(whole, text, of_image))["mean"]

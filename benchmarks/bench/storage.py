@@ -254,6 +254,12 @@ def _retention(settings: Settings, caches: dict[str, Path], teacher: str) -> lis
     return [Row(what, against, kept["int8"], kept["float16"], "%", moved, moved, moved, 0.3, True, note, "points")]
 
 
+def _files_of(reader: EmbeddingReader, rows: NDArray[np.int64]) -> list[Path]:
+    """Where the images of some rows lie."""
+    uris = reader.samples["uri"].take(pa.array(rows)).to_pylist()
+    return [Path(reader.manifest.source.image_root) / uri for uri in uris]
+
+
 def _without_chance(settings: Settings, caches: dict[str, Path], teacher: str) -> Row:
     """How far int8 moves the retention of a frozen trunk with the projection that fits best, in points."""
     start = settings.scratch / "frozen"
@@ -261,9 +267,7 @@ def _without_chance(settings: Settings, caches: dict[str, Path], teacher: str) -
     readers = {name: EmbeddingReader(str(cache)) for name, cache in caches.items()}
     exact = readers["float16"]
     learned, held_out = exact.image_rows("train"), exact.image_rows(_SPLIT)
-    uris = exact.samples["uri"].take(pa.array(np.concatenate([learned, held_out]))).to_pylist()
-    root = Path(exact.manifest.source.image_root)
-    features = trunk_features(start, [root / uri for uri in uris], settings.device)
+    features = trunk_features(start, _files_of(exact, np.concatenate([learned, held_out])), settings.device)
     kept = {
         name: linear_retention(features, reader.take("image", learned), exact, held_out)
         for name, reader in readers.items()
@@ -282,8 +286,7 @@ def _by_seeds(settings: Settings, caches: dict[str, Path]) -> Row:
     exact, rounded = (EmbeddingReader(str(caches[name])) for name in ("float16", "int8"))
     learned, held_out = exact.image_rows("train"), exact.image_rows(_SPLIT)
     rows = np.concatenate([learned, held_out])
-    uris = exact.samples["uri"].take(pa.array(rows)).to_pylist()
-    pixels = thumbnails([Path(exact.manifest.source.image_root) / uri for uri in uris])
+    pixels = thumbnails(_files_of(exact, rows))
     targets = {"float16": exact.take("image", rows).astype(np.float32)}
     targets["int8"] = targets["float16"].copy()
     targets["int8"][: len(learned)] = rounded.take("image", learned)  # what is held out stays as the teacher gave it

@@ -6,7 +6,6 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from storage.commit_records import CommitRecords
@@ -15,8 +14,7 @@ from storage.files import LocalFiles
 from storage.identity import ViewsIdentity
 from storage.reader import EmbeddingReader
 from storage.root import read_manifest
-from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, make_known_cache, plan_known_cache
+from tests.conftest import finish_known_cache, make_known_cache, plan_known_cache
 
 VIEWS = ViewsIdentity(policy="random-resized-crop", count=3, scale=(0.3, 1.0), ratio=(0.75, 1.25), flip=0.5, seed=0)
 
@@ -32,18 +30,12 @@ def records_of(cache: Path) -> CommitRecords:
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_each_record_is_the_one_on_disk(tmp_path: Path, dtype: str) -> None:
     plan_known_cache(tmp_path / "c", dtype=dtype)  # type: ignore[arg-type]
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending():
-        arrays, lost = known_arrays(writer, ref), []
-        if ref == ChunkRef("image", 0, 1):
-            lost = [QuarantinedRow(row=5, sample_id="img-5", reason="undecodable-image", detail="no image")]
-            for values in arrays.values():
-                values[5 - ref.rows(writer.manifest.layout).start] = np.nan
-        writer.write(ref, arrays, lost)
-    writer.seal()
-    records, manifest = records_of(tmp_path / "c"), writer.manifest
+    lost = QuarantinedRow(row=5, sample_id="img-5", reason="undecodable-image", detail="no image")
+    finish_known_cache(tmp_path / "c", [lost])
+    files = LocalFiles(str(tmp_path / "c"))
+    records, manifest = records_of(tmp_path / "c"), read_manifest(files)
     assert list(records) == all_chunks(manifest.layout)
-    assert dict(records) == {ref: read_commit(writer.files, manifest, ref) for ref in records}
+    assert dict(records) == {ref: read_commit(files, manifest, ref) for ref in records}
     assert [commit.ref for commit in records.with_quarantined()] == [ChunkRef("image", 0, 1)]
     assert records.quarantined(ChunkRef("image", 0, 0)) == ()
     assert records.digest(ChunkRef("text", 0, 6), "norm") == records[ChunkRef("text", 0, 6)].objects["norm"]

@@ -22,7 +22,7 @@ from storage.local_files import LocalFiles
 from storage.reader import EmbeddingReader
 from storage.transient import is_transient
 from storage.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, make_known_cache, plan_known_cache
+from tests.conftest import finish_known_cache, known_arrays, known_row, make_known_cache, plan_known_cache
 
 
 def test_rows_come_in_the_order_asked_for(known_cache: Path) -> None:
@@ -91,15 +91,8 @@ def test_a_damaged_table_is_found(known_cache: Path) -> None:
 
 def test_quarantined_rows_are_left_out_and_never_returned(tmp_path: Path) -> None:
     plan_known_cache(tmp_path / "c")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending():
-        arrays, lost = known_arrays(writer, ref), []
-        if ref == ChunkRef("image", 0, 1):
-            lost = [QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")]
-            for values in arrays.values():
-                values[2] = np.nan
-        writer.write(ref, arrays, lost)
-    writer.seal()
+    lost = QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")
+    finish_known_cache(tmp_path / "c", [lost])
     reader = EmbeddingReader(str(tmp_path / "c"))
     assert reader.image_rows().tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
     assert reader.image_rows("train").tolist() == [0, 1, 2, 3, 4, 5, 7]
