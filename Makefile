@@ -68,7 +68,7 @@ docs: install  ## the documentation site, from docs/ and the docstrings, into si
 	@echo "site/index.html"
 
 serve: install  ## a local Prefect server and worker with the deployments of prefect.yaml
-	$(BIN)/python -m flows.serve
+	$(BIN)/python -m teacher_cache.flows.serve
 
 clean:  ## remove .venv, the site and what the tools keep; caches and runs stay
 	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project

@@ -28,8 +28,8 @@ def measure(teacher_name: str, keep: bool) -> dict[str, float]:
     """Images per second, share of system time and page faults per image of this process."""
     import torch  # first: OpenMP then waits as the environment says, not as pipeline sets it
 
-    from pipeline.device import keep_freed_memory
-    from pipeline.teacher import load_teacher
+    from teacher_cache.pipeline.models.device import keep_freed_memory
+    from teacher_cache.pipeline.models.teacher import load_teacher
 
     if keep:
         keep_freed_memory(torch.device("cpu"))
@@ -55,7 +55,7 @@ def run(teacher: str, variant: str) -> dict[str, float]:
     keep, sleep = VARIANTS[variant]
     env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     if sleep:
-        import pipeline  # noqa: F401  # sets how threads wait, where nothing else did
+        import teacher_cache.pipeline  # noqa: F401  # sets how threads wait, where nothing else did
 
         env |= {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [sys.executable, __file__, teacher, "--one", "keep" if keep else "plain"]

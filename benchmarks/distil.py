@@ -29,19 +29,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import EvaluateConfig, InheritConfig, ResizeConfig, SoupConfig, TrainConfig
-from pipeline.evaluate import evaluate
-from pipeline.inherit import inherit
-from pipeline.metrics import mean_recall
-from pipeline.recipes import in_teacher_space
-from pipeline.resize import resize
-from pipeline.runs import CHECKPOINT_CONFIG, RunFolder, RunRecord
-from pipeline.soup import soup
-from pipeline.train import train
-from storage.commits import all_chunks
-from storage.files import open_files
-from storage.journal import read_cost
-from storage.root import read_manifest
+from teacher_cache.pipeline.evaluate.recall import mean_recall
+from teacher_cache.pipeline.evaluate.retrieval import evaluate
+from teacher_cache.pipeline.models.average import soup
+from teacher_cache.pipeline.models.inherit.run import inherit
+from teacher_cache.pipeline.models.resize import resize
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, RunRecord
+from teacher_cache.pipeline.settings.recipes import in_teacher_space
+from teacher_cache.pipeline.settings.stages import EvaluateConfig, InheritConfig, ResizeConfig, SoupConfig, TrainConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.journal import read_cost
+from teacher_cache.storage.format.manifest_file import read_manifest
 
 # two-sided 95 % of Student's t with n - 1 degrees of freedom
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

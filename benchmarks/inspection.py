@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from storage.commits import ChunkCommit, ObjectDigest, all_chunks
-from storage.identity import (
+from teacher_cache.storage.format.commits import ChunkCommit, ObjectDigest, all_chunks
+from teacher_cache.storage.format.identity import (
     CacheIdentity,
     DatasetIdentity,
     PreprocessIdentity,
@@ -29,8 +29,9 @@ from storage.identity import (
     canonical_json,
     digest_of,
 )
-from storage.journal import ChunkNote, note_key
-from storage.manifest import CacheManifest, Generation, Layout, Seal, Source, StaticFile
+from teacher_cache.storage.format.journal import ChunkNote, note_key
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import CacheManifest, Generation, Seal, Source, StaticFile
 
 
 def identity(images: int, captions: int) -> CacheIdentity:
@@ -125,7 +126,9 @@ def make(folder: Path, images: int, captions: int) -> None:
 def seconds_of(*arguments: str) -> tuple[float, float]:
     """Wall clock and processor time of a command."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *arguments], check=True, stdout=subprocess.DEVNULL
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - began, busy

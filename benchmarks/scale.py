@@ -26,18 +26,20 @@ import numpy as np
 import pyarrow as pa
 from scale_simulation import Fleet, simulate
 
-from pipeline.config import PrecomputeConfig
-from pipeline.encode_worker import EncodeWorker, Outcome
-from pipeline.plan import default_chunk_rows, plan_precompute
-from pipeline.samples import DatasetSpec, load_samples
-from pipeline.teacher import load_teacher
-from storage.commits import ChunkRef, all_chunks
-from storage.files import open_files
-from storage.integrity import verify_cache
-from storage.journal import ChunkCost, note_key
-from storage.manifest import Layout, Source
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
-from storage.writer import EmbeddingWriter, plan_cache
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
+from teacher_cache.pipeline.precompute.plan import default_chunk_rows, plan_precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
+from teacher_cache.storage.format.journal import ChunkCost, note_key
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import Source
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from teacher_cache.storage.write.plan import plan_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_identity, make_model_folder, plan_known_cache, write_photos
 from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.object_store import start_seaweedfs
@@ -297,7 +299,7 @@ class IdleWorker(EncodeWorker):
 def measure_driver(out: Path) -> None:
     import ray
 
-    from pipeline.ray_executor import RayExecutor
+    from teacher_cache.pipeline.precompute.ray_executor import RayExecutor
 
     for workers in (1, 2):
         cache = str(out / f"driver-{workers}-{time.time_ns()}")

@@ -1,7 +1,7 @@
 """A fan-out over many workers as events in time: hand-outs, losses, stale claims, a driver that serves one at a time.
 
-The order of the work is that of ``pipeline.handout.Handout`` itself; seconds come from the caller. Used by
-``benchmarks/scale.py``.
+The order of the work is that of ``teacher_cache.pipeline.precompute.handout.Handout`` itself; seconds come from the
+caller. Used by ``benchmarks/scale.py``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import heapq
 import random
 from dataclasses import dataclass
 
-from pipeline.handout import Handout
-from storage.commits import ChunkRef
+from teacher_cache.pipeline.precompute.handout import Handout
+from teacher_cache.storage.format.commits import ChunkRef
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench.material import photographs
-from pipeline.batches import epoch_pairs
-from pipeline.config import PixelsConfig, PrecomputeConfig, TrainConfig
-from pipeline.device import keep_freed_memory
-from pipeline.make_pixels import make_pixels, plan_pixels
-from pipeline.pixels import ReadyPixels
-from pipeline.precompute import precompute
-from pipeline.preprocess import handed_on
-from pipeline.samples import ImageSource
-from pipeline.student import build_student, student_config, student_tokenizer
-from pipeline.student_inputs import InputLoader
-from pipeline.train import train
-from storage.reader import EmbeddingReader
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import handed_on
+from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.models.student import build_student, student_config, student_tokenizer
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PixelsConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 STUDENT, VIEWS, BATCH = "vit-ti-32", 3, 50
 SETS = {"224 x 224": (1000, None), "1600 x 1200": (200, (1600, 1200))}

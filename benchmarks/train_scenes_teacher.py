@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.datasets.scenes import IMAGE_SIZE, SceneSettings, render_scene
+from teacher_cache.pipeline.data.datasets.scenes import IMAGE_SIZE, SceneSettings, render_scene
 
 POOL_SEED = 7  # not the seed of the demo dataset: nothing of it is trained on
 MODEL_CFG = {
@@ -120,7 +120,7 @@ def write_folder(model: torch.nn.Module, used: Tensor, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("pipeline/scenes_teacher"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path("pipeline/models/scenes_teacher"), help="folder to write")
     parser.add_argument("--scenes", type=int, default=80_000, help="rendered once, held in memory (12 KiB each)")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=256)

@@ -13,16 +13,16 @@ from typing import Any
 from prefect import flow, task, unmapped
 from prefect_ray import RayTaskRunner
 
-from flows.retries import TRIED_AGAIN
-from flows.spans import Span
-from pipeline.config import PrecomputeConfig
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.flows.spans import Span
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
 
 
 @task(**TRIED_AGAIN)
 def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[Span]:
     """Write the cache's manifest and tables, or check them; what is still to be encoded."""
-    from pipeline.plan import chunk_spans, plan_precompute
-    from pipeline.teacher import cached_teacher
+    from teacher_cache.pipeline.models.teacher import cached_teacher
+    from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 
     teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     return [Span.of(refs) for refs in chunk_spans(plan_precompute(config, teacher), chunks_per_span)]
@@ -31,8 +31,8 @@ def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[Span]:
 @task(**TRIED_AGAIN)
 def encode(config: PrecomputeConfig, span: Span) -> dict[str, Any]:
     """Encode the chunks of one span, but for those that somebody else has. Which process did it, and how many."""
-    from pipeline.encode import encode_shared
-    from pipeline.teacher import cached_teacher
+    from teacher_cache.pipeline.models.teacher import cached_teacher
+    from teacher_cache.pipeline.precompute.encode import encode_shared
 
     # a worker of Ray's does one task after another, and keeps its teacher
     teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
@@ -42,7 +42,7 @@ def encode(config: PrecomputeConfig, span: Span) -> dict[str, Any]:
 @flow(task_runner=RayTaskRunner(address=os.environ.get("RAY_ADDRESS")), persist_result=False)
 def precompute_on_ray(config: PrecomputeConfig, chunks_per_span: int = 4) -> dict[str, Any]:
     """Make or finish a cache; what it holds, and the chunks that each process encoded."""
-    from pipeline.precompute import summarize
+    from teacher_cache.pipeline.precompute.run import summarize
 
     spans = plan.submit(config, chunks_per_span).result()
     # where nodes have GPUs, one each: within `with remote_options(num_gpus=1):` of prefect_ray.context

@@ -18,11 +18,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from pipeline.datasets.base import IMAGE_ENDINGS
-from pipeline.decode import UndecodableImageError
-from pipeline.deployment import RECORD
-from pipeline.runtime import StudentRuntime
-from storage.errors import CacheError, UsageError
+from teacher_cache.pipeline.data.datasets.records import IMAGE_ENDINGS
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError
+from teacher_cache.pipeline.deploy.record import RECORD
+from teacher_cache.pipeline.deploy.runtime import StudentRuntime
+from teacher_cache.storage.errors import CacheError, UsageError
 
 KEPT, BATCH = ".search.npz", 64
 

@@ -2,7 +2,7 @@
 
 A file that fails its gate fails the flow with the reason, and nothing is shipped; that is not tried again, since the
 same weights fail the same gate. All of it runs on the CPU, where teacher and student are timed in turns: runs beside
-it on the same machine cost it precision, which is one reason why ``flows.serve`` runs one at a time.
+it on the same machine cost it precision, which is one reason why ``teacher_cache.flows.serve`` runs one at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from pydantic import Field
 
-import flows.forks  # noqa: F401  memory is measured in processes of their own
-from flows.markdown import deployment_text
-from flows.parameters import parameters_of
-from flows.progress import LoggedProgress
-from flows.report_artifacts import leave_image
-from flows.retries import TRIED_AGAIN
-from pipeline.config import DeployConfig
+import teacher_cache.flows.forks  # noqa: F401  memory is measured in processes of their own
+from teacher_cache.flows.markdown import deployment_text
+from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.flows.report_artifacts import leave_image
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.pipeline.settings.stages import DeployConfig
 
 if TYPE_CHECKING:
-    from pipeline.deploy import DeployResult
+    from teacher_cache.pipeline.deploy.run import DeployResult
 
 __all__ = ["ARTIFACT", "deploy_run", "deploy_student"]
 
@@ -64,11 +64,11 @@ def deploy_student(
 @task(name="deploy", task_run_name="deploy-{config.out}", **TRIED_AGAIN)
 def deploy_run(config: DeployConfig) -> DeployResult:
     """Export, prove, measure and write; or raise and leave nothing behind."""
-    from pipeline.deployment import require_packages
+    from teacher_cache.pipeline.deploy.record import require_packages
 
     require_packages()
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.deploy import deploy
+    from teacher_cache.pipeline.deploy.run import deploy
 
     return deploy(config, LoggedProgress(get_run_logger()))
 

@@ -39,7 +39,7 @@ def gpu_limits(device: str, devices: int = 1) -> list[str]:
     if device == "cpu":
         return []
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.device import device_uuid, resolve_device
+    from teacher_cache.pipeline.models.device import device_uuid, resolve_device
 
     found = resolve_device(device)
     if found.type != "cuda":

@@ -12,17 +12,17 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-import flows.forks  # noqa: F401  evaluation decodes in forked processes
-from flows.devices import device_slots
-from flows.markdown import code, recall_text
-from flows.parameters import parameters_of
-from flows.progress import LoggedProgress
-from flows.report_artifacts import leave_report
-from flows.retries import TRIED_AGAIN
-from pipeline.config import EvaluateConfig
+import teacher_cache.flows.forks  # noqa: F401  evaluation decodes in forked processes
+from teacher_cache.flows.devices import device_slots
+from teacher_cache.flows.markdown import code, recall_text
+from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.flows.report_artifacts import leave_report
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.pipeline.settings.stages import EvaluateConfig
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import EvaluateResult
+    from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 
 __all__ = ["ARTIFACT", "evaluate_run", "evaluate_student"]
 
@@ -65,7 +65,7 @@ def evaluate_student(
 def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
     """Recall of the cached teacher and of a run's student, on one split."""
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.evaluate import evaluate
+    from teacher_cache.pipeline.evaluate.retrieval import evaluate
 
     return evaluate(config, LoggedProgress(get_run_logger()))
 

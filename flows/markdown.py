@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.deploy import DeployResult
-    from pipeline.evaluate import EvaluateResult
-    from pipeline.precompute import PrecomputeResult
-    from pipeline.registry import Candidate
-    from pipeline.retrain import Changes, Look
-    from pipeline.runs import RunRecord
-    from storage.identity import CacheIdentity
-    from storage.inspect import CacheInfo
-    from storage.stats import RecallStats
+    from teacher_cache.pipeline.deploy.run import DeployResult
+    from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+    from teacher_cache.pipeline.models.run_record import RunRecord
+    from teacher_cache.pipeline.precompute.run import PrecomputeResult
+    from teacher_cache.pipeline.promote.registry import Candidate
+    from teacher_cache.pipeline.promote.retrain import Changes, Look
+    from teacher_cache.storage.format.identity import CacheIdentity
+    from teacher_cache.storage.look.info import CacheInfo
+    from teacher_cache.storage.look.stats import RecallStats
 
 __all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "retraining_text", "run_text"]
 
@@ -108,7 +108,7 @@ def recall_text(measured: EvaluateResult) -> str:
 
 def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
     # here, not above: it brings numpy and FAISS, and deploying a flow needs neither
-    from pipeline.metrics import mean_recall
+    from teacher_cache.pipeline.evaluate.recall import mean_recall
 
     student, kept = measured.student, measured.retention
     spans = measured.retention_intervals.model_dump() if measured.retention_intervals else None
@@ -134,7 +134,7 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
 
 def deployment_text(result: DeployResult) -> str:
     """A deployed student: its table, what each file had to pass, and what has no int8 file."""
-    from pipeline.student_table import to_markdown
+    from teacher_cache.pipeline.deploy.table import to_markdown
 
     table = result.table
     lines = [f"# {code(result.out)}", "", to_markdown(table)]

@@ -16,19 +16,19 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.devices import device_slots
-from flows.markdown import cache_text
-from flows.parameters import parameters_of
-from flows.progress import LoggedProgress, Share, start_progress
-from flows.report_artifacts import leave_report, page_beside, teacher_recall
-from flows.retries import TRIED_AGAIN
-from flows.spans import Span, default_chunks_per_span
-from pipeline.config import PrecomputeConfig
-from pipeline.telemetry import observed
+from teacher_cache.flows.devices import device_slots
+from teacher_cache.flows.markdown import cache_text
+from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
+from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.flows.spans import Span, default_chunks_per_span
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.observe.telemetry import observed
 
 if TYPE_CHECKING:
-    from pipeline.precompute import PrecomputeResult
-    from pipeline.teacher import LiveTeacher
+    from teacher_cache.pipeline.models.teacher import LiveTeacher
+    from teacher_cache.pipeline.precompute.run import PrecomputeResult
 
 __all__ = ["ARTIFACT", "precompute_teacher"]
 
@@ -77,9 +77,9 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
         share: of the flow's progress: none of its way, since nobody knows how long that is, but what is being done.
     """
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.executors import open_executor
-    from pipeline.plan import chunk_spans, plan_precompute
-    from pipeline.samples import DatasetSpec
+    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+    from teacher_cache.pipeline.precompute.executors import open_executor
+    from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 
     logger = get_run_logger()
     DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
@@ -101,7 +101,7 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
     Args:
         share: of the flow's progress, that is this span's.
     """
-    from pipeline.encode import encode_shared
+    from teacher_cache.pipeline.precompute.encode import encode_shared
 
     logger = get_run_logger()
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
 @task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
 def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
     """Encode the chunks of all spans by the workers of the executor. Returns how many chunks they encoded."""
-    from pipeline.executors import open_executor
+    from teacher_cache.pipeline.precompute.executors import open_executor
 
     refs = [ref for span in spans for ref in span.refs()]
     with open_executor(config) as executor:
@@ -124,7 +124,7 @@ def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
 def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
     """Seal the finished cache and say what is in it."""
-    from pipeline.precompute import summarize
+    from teacher_cache.pipeline.precompute.run import summarize
 
     result = summarize(cache, chunks_encoded, seconds, reuse)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
@@ -134,7 +134,7 @@ def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(cache: str, report: bool) -> None:
     """Leave what the finished cache is, in Markdown, and with ``report`` its page and chart."""
-    from storage.inspect import describe_cache
+    from teacher_cache.storage.look.info import describe_cache
 
     left = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
     recall = left.recall if left and left.collected else teacher_recall(cache)
@@ -179,6 +179,6 @@ def _rounded(rate: float | None) -> float | str:
 
 
 def _teacher(config: PrecomputeConfig) -> LiveTeacher:
-    from pipeline.teacher import cached_teacher
+    from teacher_cache.pipeline.models.teacher import cached_teacher
 
     return cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)

@@ -1,4 +1,5 @@
-"""The report (``pipeline.report``) of a flow run: its page beside what the run made, its main chart in Prefect.
+"""The report (``teacher_cache.pipeline.report``) of a flow run: its page beside what the run made, its main chart in
+Prefect.
 
 The run has made what it was for before this begins, so nothing here fails it: what cannot be made is named in the log,
 with the reason.
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact
 
-from flows.markdown import code
-from flows.progress import LoggedProgress
-from storage.errors import UsageError
-from storage.files import LocalFiles
+from teacher_cache.flows.markdown import code
+from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.location import LocalFiles
 
 if TYPE_CHECKING:
-    from pipeline.report.data import ReportData
-    from storage.stats import RecallStats
+    from teacher_cache.pipeline.report.data import ReportData
+    from teacher_cache.storage.look.stats import RecallStats
 
 __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
@@ -83,7 +84,7 @@ def leave_report(
 
 def teacher_recall(location: str) -> RecallStats | None:
     """The teacher's own recall, of a part of a large cache, without a report; None where it cannot be said."""
-    from storage.stats import cache_stats
+    from teacher_cache.storage.look.stats import cache_stats
 
     return _attempt("recall of the teacher", lambda: cache_stats(location, most=_RECALL_IMAGES).recall)
 
@@ -125,7 +126,7 @@ def _as_uri(png: bytes) -> str:
 
 def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str | None) -> ReportData:
     # here, not above: the extra may be missing, and prefect deploy imports this file too
-    from pipeline.report.collect import collect_report
+    from teacher_cache.pipeline.report.collect import collect_report
 
     # a chart shows neither map nor pictures, and those of a cache at a URL are thousands of requests
     less: dict[str, Any] = {} if whole else {"map_images": 0, "pictures": False}
@@ -134,14 +135,14 @@ def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str 
 
 
 def _write_page(data: ReportData, page: Path) -> str:
-    from pipeline.report.page import render_report
+    from teacher_cache.pipeline.report.page import render_report
 
     LocalFiles(str(page.parent)).write(page.name, render_report(data).encode())
     return str(page.resolve())
 
 
 def _chart(data: ReportData) -> bytes:
-    from pipeline.report.charts import main_chart_png
+    from teacher_cache.pipeline.report.charts import main_chart_png
 
     return main_chart_png(data)
 

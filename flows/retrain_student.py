@@ -15,21 +15,21 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import Field
 
-import flows.forks  # noqa: F401  training decodes in forked processes
-from flows.devices import device_slots
-from flows.markdown import retraining_text
-from flows.parameters import parameters_of
-from flows.progress import LoggedProgress
-from flows.report_artifacts import leave_report
-from flows.retries import TRIED_AGAIN
-from pipeline.retrain_config import RetrainConfig
-from storage.logs import log_fields
+import teacher_cache.flows.forks  # noqa: F401  training decodes in forked processes
+from teacher_cache.flows.devices import device_slots
+from teacher_cache.flows.markdown import retraining_text
+from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.flows.report_artifacts import leave_report
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.pipeline.settings.promote import RetrainConfig
+from teacher_cache.storage.observe.logs import log_fields
 
 if TYPE_CHECKING:
-    from pipeline.precompute import PrecomputeResult
-    from pipeline.promote import PromoteResult
-    from pipeline.retrain import Look
-    from pipeline.train import StepProgress
+    from teacher_cache.pipeline.precompute.run import PrecomputeResult
+    from teacher_cache.pipeline.promote.gate import PromoteResult
+    from teacher_cache.pipeline.promote.retrain import Look
+    from teacher_cache.pipeline.train.loop import StepProgress
 
 __all__ = ["ARTIFACT", "retrain_student"]
 
@@ -75,7 +75,7 @@ def retrain_student(
 def look(config: RetrainConfig) -> Look:
     """Read the dataset and what was made before."""
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.retrain import Retraining
+    from teacher_cache.pipeline.promote.retrain import Retraining
 
     logger = get_run_logger()
     found = Retraining(config).look(LoggedProgress(logger))
@@ -96,7 +96,7 @@ def look(config: RetrainConfig) -> Look:
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
 def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
     """Make the cache of the dataset as it is now, unless it is there, and verify it; old rows are copied."""
-    from pipeline.retrain import Retraining
+    from teacher_cache.pipeline.promote.retrain import Retraining
 
     return Retraining(config).encode(found, LoggedProgress(get_run_logger()))
 
@@ -104,7 +104,7 @@ def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
 def train(config: RetrainConfig, found: Look) -> str:
     """Train the student, or go on with a run that died."""
-    from pipeline.retrain import Retraining
+    from teacher_cache.pipeline.promote.retrain import Retraining
 
     progress = LoggedProgress(get_run_logger())
 
@@ -117,7 +117,7 @@ def train(config: RetrainConfig, found: Look) -> str:
 @task(name="promote", task_run_name="promote", **TRIED_AGAIN)
 def promote(config: RetrainConfig, found: Look) -> PromoteResult:
     """Measure the student beside the champion; ship and promote it if it passes."""
-    from pipeline.retrain import Retraining
+    from teacher_cache.pipeline.promote.retrain import Retraining
 
     result = Retraining(config).promote(found, LoggedProgress(get_run_logger()))
     get_run_logger().info(f"student {result.candidate.number} {result.outcome}: {result.candidate.reason}")

@@ -1,4 +1,5 @@
-"""How often and when a task is tried again, after failures that another try can cure (``storage.transient``).
+"""How often and when a task is tried again, after failures that another try can cure
+(``teacher_cache.storage.files.transient``).
 
 A wrong setting, a cache of another teacher or a loss that is not finite fails the same way again, and a full
 disk or a missing right wants a person; retrying those only hides them for minutes.
@@ -11,7 +12,7 @@ from typing import Any
 from prefect.cache_policies import NO_CACHE
 from prefect.task_engine import TaskRunTimeoutError
 
-from storage.transient import is_transient
+from teacher_cache.storage.files.transient import is_transient
 
 __all__ = ["RETRIES", "RETRY_DELAYS", "TRIED_AGAIN", "is_transient", "retry_transient"]
 

@@ -1,4 +1,5 @@
-"""``python -m flows.serve``: a local Prefect server with a worker and the deployments of ``prefect.yaml``.
+"""``python -m teacher_cache.flows.serve``: a local Prefect server with a worker and the deployments of
+``prefect.yaml``.
 
 Everything that Prefect keeps (database, settings, logs) goes to ``.prefect`` in the project, or to PREFECT_HOME
 if that is set, so that another Prefect of the same user is not touched. The server listens on 127.0.0.1 only,
@@ -90,7 +91,9 @@ class Child:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped. Returns the exit code: 0 stopped by a signal, 1 something failed, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="python -m flows.serve", description="A local Prefect server and worker.")
+    parser = argparse.ArgumentParser(
+        prog="python -m teacher_cache.flows.serve", description="A local Prefect server and worker."
+    )
     parser.add_argument("--port", type=int, default=os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
     parser.add_argument("--limit", type=int, default=1, help="flow runs at once; 1, since they share the device")
     options = parser.parse_args(arguments)

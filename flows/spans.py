@@ -7,7 +7,8 @@ from math import ceil
 
 from pydantic import BaseModel
 
-from storage.commits import ChunkRef, Tower
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.layout import Tower
 
 __all__ = ["MOST_SPANS", "Span", "default_chunks_per_span"]
 

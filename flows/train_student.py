@@ -15,22 +15,23 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import Field
 
-import flows.forks  # noqa: F401  training decodes in forked processes
-from flows.devices import device_slots
-from flows.evaluate_student import evaluate_run
-from flows.markdown import run_text
-from flows.parameters import parameters_of
-from flows.progress import LoggedProgress, Share, start_progress
-from flows.report_artifacts import leave_report
-from flows.retries import TRIED_AGAIN
-from pipeline.config import EvaluateConfig, TrainConfig
-from pipeline.recipes import RECIPE_SETTINGS
-from pipeline.runs import RunFolder, RunRecord
-from storage.errors import UsageError
-from storage.logs import log_fields
+import teacher_cache.flows.forks  # noqa: F401  training decodes in forked processes
+from teacher_cache.flows.devices import device_slots
+from teacher_cache.flows.evaluate_student import evaluate_run
+from teacher_cache.flows.markdown import run_text
+from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
+from teacher_cache.flows.report_artifacts import leave_report
+from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
+from teacher_cache.pipeline.settings.stages import EvaluateConfig, TrainConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import log_fields
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import EvaluateResult
+    from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 
 __all__ = ["ARTIFACT", "train_student"]
 
@@ -112,7 +113,7 @@ def train_run(config: TrainConfig, share: Share) -> RunRecord:
         share: the flow's progress, which moves with the steps.
     """
     # here, not above: prefect deploy imports this file too and needs no torch
-    from pipeline.train import StepProgress, train
+    from teacher_cache.pipeline.train.loop import StepProgress, train
 
     logger = get_run_logger()
     progress = LoggedProgress(logger, share)

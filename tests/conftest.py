@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from storage.commits import QuarantinedRow
-from storage.files import open_files
-from storage.identity import (
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.format.identity import (
     CacheIdentity,
     DatasetIdentity,
     PreprocessIdentity,
@@ -35,9 +35,11 @@ from storage.identity import (
     TokenizerIdentity,
     ViewsIdentity,
 )
-from storage.manifest import CacheManifest, Layout, Source
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
-from storage.writer import EmbeddingWriter, plan_cache
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import CacheManifest, Source
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from teacher_cache.storage.write.plan import plan_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.latency_proxy import LatencyProxy, start_latency_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
@@ -258,7 +260,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny deployed student; its model folder is ``student`` beside it."""
-    from tests.pipeline.deployed import deploy_tiny
+    from tests.pipeline.deploy.deployed import deploy_tiny
 
     return deploy_tiny(tmp_path_factory.mktemp("tiny"))
 

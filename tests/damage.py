@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.commits import ChunkRef, all_chunks
-from storage.files import open_files
-from storage.integrity import sound_manifest
-from storage.journal import ChunkCost, note_key
-from storage.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Layout
-from storage.reader import EmbeddingReader
-from storage.writer import EmbeddingWriter
+from teacher_cache.storage.check.verify import sound_manifest
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
+from teacher_cache.storage.format.journal import ChunkCost, note_key
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["FILES", "KINDS", "SCALE_KINDS", "Damage", "Others", "damage", "make_older"]
 

@@ -20,17 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline import samples
-from pipeline.config import PrecomputeConfig, TrainConfig
-from pipeline.decode import MAX_PIXELS, UndecodableImageError, decode_image
-from pipeline.preprocess import Preprocess
-from pipeline.run_file import load_config
-from pipeline.samples import DatasetSpec, load_samples
-from storage.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
-from storage.errors import CacheError, UsageError
-from storage.identity import canonical_json
-from storage.manifest import CacheManifest
-from storage.redact import redact
+from teacher_cache.pipeline.data.datasets import samples
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, UndecodableImageError, decode_image
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.settings.run_file import load_config
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.storage.errors import CacheError, UsageError
+from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
+from teacher_cache.storage.format.identity import canonical_json
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.observe.safe_text import redact
 
 __all__ = ["TARGETS", "Target"]
 
@@ -202,7 +202,8 @@ def _manifest_seeds() -> list[bytes]:
 
 
 def _small_manifest() -> bytes:
-    from storage.manifest import Generation, Layout, Source
+    from teacher_cache.storage.format.layout import Layout
+    from teacher_cache.storage.format.manifest import Generation, Source
     from tests.conftest import make_identity
 
     identity = make_identity()

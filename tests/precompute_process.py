@@ -20,7 +20,7 @@ import pytest
 from tests.kill_switch import KillSwitch
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "pipeline.precompute"])
+FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "teacher_cache.pipeline.precompute.run"])
 
 
 def start(
@@ -70,8 +70,8 @@ def _run(
         setup()
     happens = KillSwitch(kill_at)
     _watch(config["cache"], happens, teacher_seconds, passes_of(out))
-    from pipeline.config import PrecomputeConfig
-    from pipeline.precompute import precompute
+    from teacher_cache.pipeline.precompute.run import precompute
+    from teacher_cache.pipeline.settings.stages import PrecomputeConfig
 
     try:
         ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}
@@ -88,13 +88,13 @@ def passes_of(out: Path) -> Path:
 
 
 def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
-    import pipeline.encode
-    from pipeline.teacher import LiveTeacher
-    from storage.remote_files import RemoteFiles
+    import teacher_cache.pipeline.precompute.encode
+    from teacher_cache.pipeline.models.teacher import LiveTeacher
+    from teacher_cache.storage.files.remote import RemoteFiles
 
     sync, decode, images, texts = (
         os.fsync,
-        pipeline.encode.open_image,
+        teacher_cache.pipeline.precompute.encode.open_image,
         LiveTeacher.encode_images,
         LiveTeacher.encode_texts,
     )
@@ -144,6 +144,6 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         return made
 
     os.fsync = fsync
-    pipeline.encode.open_image = open_image
+    teacher_cache.pipeline.precompute.encode.open_image = open_image
     LiveTeacher.encode_images, LiveTeacher.encode_texts = encode_images, encode_texts  # type: ignore[method-assign]
     RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]

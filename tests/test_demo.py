@@ -8,14 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.demo import _CACHE_NAMES
-from storage.integrity import verify_cache
+from teacher_cache.pipeline.cli.demo import _CACHE_NAMES
+from teacher_cache.storage.check.verify import verify_cache
 
 
 def test_the_demo_measures_a_real_gap(tmp_path: Path) -> None:
     """Its whole run: real scenes, a trained teacher, a student from the cache; stages and table of one process."""
     env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    command = [sys.executable, "-m", "pipeline.cli", "demo", "--out", str(tmp_path / "demo"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "teacher_cache.pipeline.cli.app",
+        "demo",
+        "--out",
+        str(tmp_path / "demo"),
+        "--json",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

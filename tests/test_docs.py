@@ -13,9 +13,9 @@ import pytest
 import typer
 import yaml
 
-from pipeline.cli import app
-from pipeline.datasets import ADAPTERS
-from pipeline.student import presets
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.data.datasets import ADAPTERS
+from teacher_cache.pipeline.models.student import presets
 
 ROOT = Path(__file__).parents[1]
 PROJECT_PAGES = ROOT / "docs" / "project"  # copies that the site is built from; not in git

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.runtime import StudentRuntime
+from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from tests.conftest import write_photos
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.identity import digest_of
+from teacher_cache.storage.format.identity import digest_of
 from tests.fuzz_targets import TARGETS
 
 # the same examples each time: a red run is red for everybody

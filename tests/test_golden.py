@@ -12,15 +12,15 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from storage.commits import all_chunks
-from storage.errors import CacheFormatError
-from storage.identity import digest_of
-from storage.inspect import describe_cache
-from storage.integrity import verify_cache
-from storage.manifest import FORMAT_VERSION
-from storage.reader import EmbeddingReader
-from storage.writer import EmbeddingWriter
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.storage.errors import CacheFormatError
+from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.identity import digest_of
+from teacher_cache.storage.format.manifest import FORMAT_VERSION
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, plan_known_cache
 from tests.golden.make import HERE, LOST
 

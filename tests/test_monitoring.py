@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.telemetry import PrometheusTelemetry
+from teacher_cache.storage.observe.telemetry import PrometheusTelemetry
 from tests.container_files import DOCKER, PROJECT, compose
 
 SECRETS = {"POSTGRES_PASSWORD": "p", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import EvaluateConfig, PrecomputeConfig, TrainConfig
-from pipeline.evaluate import evaluate
-from pipeline.precompute import precompute
-from pipeline.samples import DatasetSpec, load_samples
-from pipeline.train import train
-from storage.integrity import verify_cache
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.evaluate.retrieval import evaluate
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.check.verify import verify_cache
 from tests.conftest import shared
 
 pytestmark = pytest.mark.real_data

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 import typer
 
-from pipeline.cli import app
+from teacher_cache.pipeline.cli.app import app
 
 for package in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
     pytest.importorskip(package, reason="the site needs the extra docs")
@@ -102,8 +102,12 @@ def test_a_default_that_the_settings_have_is_told(site: Path) -> None:
 
 def test_every_module_and_setting_has_its_place(pages: dict[Path, Page]) -> None:
     ids = set().union(*(page.ids for page in pages.values()))
-    assert {"module-storage.reader", "pipeline.train.train", "storage.reader.EmbeddingReader.take"} <= ids
-    config = next(path for path in pages if path.name == "pipeline.config.html").read_text()
+    assert {
+        "module-teacher_cache.storage.read.reader",
+        "teacher_cache.pipeline.train.loop.train",
+        "teacher_cache.storage.read.reader.EmbeddingReader.take",
+    } <= ids
+    config = next(path for path in pages if path.name == "teacher_cache.pipeline.settings.stages.html").read_text()
     assert "Largest norm of the gradient." in config  # a setting without a flag
 
 
@@ -180,7 +184,7 @@ def test_a_browser_shows_it_and_finds_a_word(served: str) -> None:
                 ("index", "teacher-cache"),
                 ("tutorial", "COCO"),
                 ("reference/cli", "Commands"),
-                ("project/api/pipeline.config", "pipeline.config"),
+                ("project/api/pipeline.config", "teacher_cache.pipeline.settings.stages"),
             ):
                 page.goto(f"{served}/{name}.html")
                 assert heading in page.inner_text("h1")
@@ -188,7 +192,7 @@ def test_a_browser_shows_it_and_finds_a_word(served: str) -> None:
             page.goto(f"{served}/search.html?q=quarantined")
             page.wait_for_selector("#search-results li a")
             titles = page.locator("#search-results li a").all_inner_texts()
-            assert "storage.commits.quarantined_rows" in titles, titles
+            assert "teacher_cache.storage.format.commits.quarantined_rows" in titles, titles
             context.close()
         browser.close()
     assert complaints == []

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from teacher_cache.pipeline.cli.app import app
 from tests.coco_files import captions_of, write_coco
 from tests.conftest import write_photos
 

@@ -12,7 +12,9 @@ from typing import Any
 from tests.kill_switch import KillSwitch
 from tests.precompute_process import FORK_SERVER
 
-FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "pipeline.precompute", "pipeline.train"])
+FORK_SERVER.set_forkserver_preload(
+    ["tests.precompute_process", "teacher_cache.pipeline.precompute.run", "teacher_cache.pipeline.train.loop"]
+)
 
 
 def start(config: dict[str, Any], *, out: Path, resume: bool = False, kill_at: int | None = None) -> Any:
@@ -31,8 +33,8 @@ def start(config: dict[str, Any], *, out: Path, resume: bool = False, kill_at: i
 def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -> None:
     happens = KillSwitch(kill_at)
     _watch(Path(config["out"]).resolve(), happens)
-    from pipeline.config import TrainConfig
-    from pipeline.train import train
+    from teacher_cache.pipeline.settings.stages import TrainConfig
+    from teacher_cache.pipeline.train.loop import train
 
     error = None
     try:
@@ -44,9 +46,9 @@ def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -
 
 
 def _watch(root: Path, happens: Callable[..., None]) -> None:
-    import pipeline.weights_file
+    import teacher_cache.pipeline.models.weights
 
-    sync, rmtree, save_file = os.fsync, shutil.rmtree, pipeline.weights_file.save_file
+    sync, rmtree, save_file = os.fsync, shutil.rmtree, teacher_cache.pipeline.models.weights.save_file
 
     def fsync(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -67,4 +69,4 @@ def _watch(root: Path, happens: Callable[..., None]) -> None:
         happens("half tensors", Path(path).name, lambda: os.truncate(path, Path(path).stat().st_size // 2))
 
     os.fsync, shutil.rmtree = fsync, remove  # type: ignore[assignment]
-    pipeline.weights_file.save_file = save
+    teacher_cache.pipeline.models.weights.save_file = save

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage.commits import ChunkRef, all_chunks
-from storage.identity import (
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
+from teacher_cache.storage.format.identity import (
     CacheIdentity,
     DatasetIdentity,
     PreprocessIdentity,
@@ -23,10 +23,11 @@ from storage.identity import (
     TokenizerIdentity,
     ViewsIdentity,
 )
-from storage.manifest import Layout, Source
-from storage.shapes import ARRAYS
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS
-from storage.writer import EmbeddingWriter, plan_cache
+from teacher_cache.storage.format.layout import ARRAYS, Layout
+from teacher_cache.storage.format.manifest import Source
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS
+from teacher_cache.storage.write.plan import plan_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["big_cache"]
 

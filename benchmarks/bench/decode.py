@@ -21,9 +21,9 @@ from PIL import Image
 from simplejpeg import decode_jpeg
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
-from pipeline.preprocess import Preprocess
-from pipeline.scaled_jpeg import open_image
-from pipeline.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 
 __all__ = ["measure"]
 

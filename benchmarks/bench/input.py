@@ -26,17 +26,17 @@ from torchvision.transforms import v2
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs
-from pipeline.batches import Pairs, epoch_pairs
-from pipeline.config import PixelsConfig, PrecomputeConfig
-from pipeline.device import keep_freed_memory
-from pipeline.make_pixels import make_pixels, plan_pixels
-from pipeline.pixels import ReadyPixels
-from pipeline.precompute import precompute
-from pipeline.preprocess import Preprocess, handed_on
-from pipeline.samples import ImageSource
-from pipeline.student import build_student, student_config, student_tokenizer
-from pipeline.student_inputs import InputLoader
-from storage.reader import EmbeddingReader
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import Pairs, epoch_pairs
+from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.models.student import build_student, student_config, student_tokenizer
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PixelsConfig, PrecomputeConfig
+from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["measure"]
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.metrics import retention, retrieval_recall
-from pipeline.preprocess import Preprocess
-from pipeline.student import load_student
-from storage.nearest import unit_rows
-from storage.reader import EmbeddingReader
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.evaluate.recall import retention, retrieval_recall
+from teacher_cache.pipeline.models.student import load_student
+from teacher_cache.storage.look.nearest import unit_rows
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["linear_retention", "trunk_features"]
 

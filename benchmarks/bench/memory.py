@@ -63,8 +63,8 @@ class PeakMemory:
 
 def stream_epoch(location: str) -> int:
     """An epoch of pairs as training draws them, and the targets of each; batches."""
-    from pipeline.batches import epoch_pairs
-    from storage.reader import EmbeddingReader
+    from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+    from teacher_cache.storage.read.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
     drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
@@ -76,9 +76,9 @@ def stream_epoch(location: str) -> int:
 
 def input_tables(location: str) -> int:
     """What training looks up of an epoch's images and captions, for its first windows; batches."""
-    from pipeline.batches import epoch_pairs
-    from pipeline.cached_samples import CachedSamples
-    from storage.reader import EmbeddingReader
+    from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
+    from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+    from teacher_cache.storage.read.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
     samples = CachedSamples(reader, 2 * WINDOW_CHUNKS)
@@ -97,8 +97,8 @@ def encode_tables(location: str) -> int:
     Of each chunk the rows are read, as for its batches; of some the digest is taken that its record has, which at ten
     million rows would take minutes of all.
     """
-    from storage.commits import all_chunks
-    from storage.writer import EmbeddingWriter
+    from teacher_cache.storage.format.commits import all_chunks
+    from teacher_cache.storage.write.writer import EmbeddingWriter
 
     writer = EmbeddingWriter(location)
     refs = all_chunks(writer.manifest.layout)
@@ -110,9 +110,16 @@ def encode_tables(location: str) -> int:
 
 
 WORK: dict[str, tuple[Callable[[str], int], tuple[str, ...]]] = {
-    "stream": (stream_epoch, ("pipeline.batches", "storage.reader")),
-    "inputs": (input_tables, ("pipeline.batches", "pipeline.cached_samples", "storage.reader")),
-    "tables": (encode_tables, ("storage.tables", "storage.writer")),
+    "stream": (stream_epoch, ("teacher_cache.pipeline.data.batches.pairs", "teacher_cache.storage.read.reader")),
+    "inputs": (
+        input_tables,
+        (
+            "teacher_cache.pipeline.data.batches.pairs",
+            "teacher_cache.pipeline.data.batches.cached_samples",
+            "teacher_cache.storage.read.reader",
+        ),
+    ),
+    "tables": (encode_tables, ("teacher_cache.storage.format.tables", "teacher_cache.storage.write.writer")),
 }
 
 

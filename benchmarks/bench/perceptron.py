@@ -1,8 +1,8 @@
 """A student that trains in a second: what a change of the targets or of their order does, over many seeds.
 
 A two-layer perceptron on 16 x 16 thumbnails learns a teacher's image features, by feature and contrastive terms, in
-batches drawn by ``storage/order.py``. Measured is how often, among images held out, the teacher's own row is one of the
-ten nearest. It is no CLIP student: only differences mean anything.
+batches drawn by ``storage/read/shuffle.py``. Measured is how often, among images held out, the teacher's own row is
+one of the ten nearest. It is no CLIP student: only differences mean anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.order import batches, window_order
+from teacher_cache.storage.read.shuffle import batches, window_order
 
 __all__ = ["perceptron_recall", "thumbnails"]
 

@@ -32,15 +32,16 @@ from PIL import Image
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs, random_weights
 from benchmarks.bench.peers import ROOT, python_of
-from pipeline.config import PrecomputeConfig
-from pipeline.decode import decode_image
-from pipeline.device import keep_freed_memory
-from pipeline.encode import encode_chunks
-from pipeline.plan import plan_precompute
-from pipeline.short_text import encode_text, order_by_length, shorten
-from pipeline.teacher import LiveTeacher, load_teacher
-from storage.commits import ChunkRef
-from storage.writer import EmbeddingWriter
+from teacher_cache.pipeline.data.batches.tokens import order_by_length
+from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.models.text_length import encode_text, shorten
+from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["measure"]
 
@@ -105,7 +106,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     shown = Image.new("RGB", (teacher.preprocess.size[1], teacher.preprocess.size[0]), "grey")
 
     def without_decoding() -> None:
-        with patch("pipeline.encode.open_image", lambda data, decoder: shown):
+        with patch("teacher_cache.pipeline.precompute.encode.open_image", lambda data, decoder: shown):
             encode_chunks(config, teacher, of_images)
 
     seconds = interleave(
@@ -220,7 +221,14 @@ def _against_clip_retrieval(settings: Settings, model: str, weights: Path) -> Ro
     made = iter(range(10**6))
 
     def ours() -> None:
-        command = [sys.executable, "-m", "pipeline.cli", "precompute", "--dataset", f"webdataset:{home / 'tars'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "teacher_cache.pipeline.cli.app",
+            "precompute",
+            "--dataset",
+            f"webdataset:{home / 'tars'}",
+        ]
         command += ["--teacher", model, "--pretrained", str(weights), "--device", "cpu", "--batch-size", str(batch)]
         _process([*command, "--cache", str(home / f"cache-{next(made)}")])
 

@@ -46,7 +46,7 @@ def measure(settings: Settings) -> list[Row]:
 def at_validation_size(settings: Settings, images: int) -> list[Row]:
     import faiss
 
-    from pipeline.metrics import retrieval_recall
+    from teacher_cache.pipeline.evaluate.recall import retrieval_recall
 
     image, text, owner = embeddings(images)
     near = embeddings(images, collapsed=True)
@@ -225,7 +225,7 @@ class _Enough(Exception):
 
 def counted_share(image: Floats, text: Floats, owner: Rows) -> tuple[float, int]:
     """Seconds of counting all, from those of what comes first and of some images; and how many these were."""
-    from storage.ranks import first_positive_ranks
+    from teacher_cache.storage.look.ranks import first_positive_ranks
 
     marks: list[tuple[int, float]] = []
 
@@ -251,7 +251,7 @@ def child(way: str, images: int, rounds: int = 1) -> dict[str, Any]:
 
 def in_child(way: str, images: int, rounds: int) -> dict[str, Any]:
     """Peak memory beyond the embeddings of one way; of the large size times too."""
-    from pipeline.metrics import retrieval_recall
+    from teacher_cache.pipeline.evaluate.recall import retrieval_recall
 
     image, text, owner = embeddings(images)
     if way == "published":

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave, speed
-from storage.reader import EmbeddingReader
-from storage.resident import ResidentRows
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.resident import ResidentRows
 
 WIDTH, CHUNK_ROWS, BATCH, WORKERS = 512, 4096, 1024, 4
 _DEADLINE_SECONDS = 300

@@ -44,7 +44,7 @@ def weighed(rows: NDArray[Any]) -> float:
 
 
 def _order(rows: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """The windows of ``storage/order.py`` again: a peer's environment need not have what that one imports."""
+    """The windows of ``storage/read/shuffle.py`` again: a peer's environment need not have what that one imports."""
     rng = np.random.default_rng(epoch)
     picked = rng.permutation(rows // CHUNK)
     for start in range(0, len(picked), WINDOW_CHUNKS):
@@ -80,8 +80,8 @@ def ours_proving(folder: Path) -> Callable[[int], Batches]:
 
 
 def _ours(folder: Path, prove: Literal["first", "every"]) -> Callable[[int], Batches]:
-    from storage.order import batches, window_order
-    from storage.reader import EmbeddingReader
+    from teacher_cache.storage.read.reader import EmbeddingReader
+    from teacher_cache.storage.read.shuffle import batches, window_order
 
     reader = EmbeddingReader(_cache(folder))
     rows = reader.image_rows()

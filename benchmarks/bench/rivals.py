@@ -24,8 +24,8 @@ from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.peers import python_of
 from benchmarks.bench.rival_loaders import CHUNK, FEW, WIDTH, source, weighed
-from storage.commits import all_chunks
-from storage.reader import EmbeddingReader
+from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["measure"]
 

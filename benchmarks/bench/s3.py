@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave, speed
-from storage.commits import ChunkRef
-from storage.reader import EmbeddingReader
-from storage.stream import READ_AHEAD_BYTES, loads_at_once
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.stream import READ_AHEAD_BYTES, loads_at_once
 from tests.latency_proxy import start_latency_process
 from tests.object_store import ObjectStore, start_seaweedfs
 

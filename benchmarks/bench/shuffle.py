@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.bench.harness import Row, Settings
 from benchmarks.bench.perceptron import perceptron_recall, thumbnails
-from storage.order import batches, window_order
+from teacher_cache.storage.read.shuffle import batches, window_order
 
 __all__ = ["measure"]
 
@@ -57,7 +57,7 @@ def _features(settings: Settings, images: int) -> tuple[NDArray[np.float32], NDA
     import torch
     from PIL import Image
 
-    from pipeline.teacher import load_teacher
+    from teacher_cache.pipeline.models.teacher import load_teacher
 
     teacher = load_teacher(f"local-dir:{settings.shared / 'teacher-flickr8k'}", device="cpu")
     transform = teacher.preprocess.transform()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = "import typer, rich.console, rich.table, pydantic; pydantic.BaseModel"
 _OPEN = """
 import sys, time
-from storage.reader import EmbeddingReader
+from teacher_cache.storage.read.reader import EmbeddingReader
 started = time.perf_counter()
 EmbeddingReader(sys.argv[1])
 print(time.perf_counter() - started)
@@ -46,8 +46,8 @@ def measure(settings: Settings) -> list[Row]:
     opened: list[float] = []
     seconds = interleave(
         {
-            "info": lambda: _run("-m", "pipeline.cli", "info", flickr),
-            "info large": lambda: _run("-m", "pipeline.cli", "info", large),
+            "info": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "info", flickr),
+            "info large": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "info", large),
             "libraries": lambda: _run("-c", _LIBRARIES),
             "open": lambda: opened.append(float(_run("-c", _OPEN, large))),
         },

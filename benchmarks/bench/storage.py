@@ -23,19 +23,21 @@ from numpy.typing import NDArray
 from benchmarks.bench.harness import Row, Settings
 from benchmarks.bench.linear_student import linear_retention, trunk_features
 from benchmarks.bench.perceptron import perceptron_recall, thumbnails
-from pipeline.config import EvaluateConfig, InheritConfig, PrecomputeConfig, TrainConfig
-from pipeline.evaluate import evaluate
-from pipeline.inherit import inherit
-from pipeline.plan import default_chunk_rows
-from pipeline.precompute import precompute
-from pipeline.train import train
-from storage.commits import ChunkRef, QuarantinedRow
-from storage.identity import CacheIdentity, TargetsIdentity
-from storage.manifest import Layout, Source
-from storage.reader import EmbeddingReader
-from storage.stats import cache_stats
-from storage.tables import CAPTIONS, PROBLEMS, SAMPLES
-from storage.writer import EmbeddingWriter, plan_cache
+from teacher_cache.pipeline.evaluate.retrieval import evaluate
+from teacher_cache.pipeline.models.inherit.run import inherit
+from teacher_cache.pipeline.precompute.plan import default_chunk_rows
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import EvaluateConfig, InheritConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
+from teacher_cache.storage.format.identity import CacheIdentity, TargetsIdentity
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import Source
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES
+from teacher_cache.storage.look.stats import cache_stats
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.plan import plan_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
 
 Dtype = Literal["float16", "int8"]
 STUDENT = "effnet-lite2-t2"

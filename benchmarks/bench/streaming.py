@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave, speed
-from storage.commits import ChunkRef
-from storage.order import batches, window_order
-from storage.reader import EmbeddingReader
-from storage.stream import Prove
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.shuffle import batches, window_order
+from teacher_cache.storage.read.stream import Prove
 
 WIDTH, CHUNK_ROWS, WINDOW, BATCH = 512, 4096, 8, 1024
 _EPOCHS = 5

@@ -23,18 +23,18 @@ from torch import Tensor
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import at_most, photographs, random_weights
-from pipeline.batches import CachedTeacher, Pairs, epoch_pairs
-from pipeline.config import PrecomputeConfig, TrainConfig
-from pipeline.device import image_memory_format, keep_freed_memory
-from pipeline.precompute import precompute
-from pipeline.preprocess import handed_on
-from pipeline.samples import ImageSource
-from pipeline.schedule import adamw
-from pipeline.short_text import encode_text, shorten
-from pipeline.student import Student, build_student, student_config, student_tokenizer
-from pipeline.student_inputs import InputLoader
-from pipeline.train_step import TrainStep
-from storage.reader import EmbeddingReader
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs, epoch_pairs
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import handed_on
+from teacher_cache.pipeline.models.device import image_memory_format, keep_freed_memory
+from teacher_cache.pipeline.models.student import Student, build_student, student_config, student_tokenizer
+from teacher_cache.pipeline.models.text_length import encode_text, shorten
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.train.optimizer import adamw
+from teacher_cache.pipeline.train.step import TrainStep
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["measure"]
 

@@ -9,7 +9,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline.cli import app as teacher_cache
+from teacher_cache.pipeline.cli.app import app as teacher_cache
 
 
 class Commands(SphinxDirective):

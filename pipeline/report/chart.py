@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from storage.stats import Distribution
+from teacher_cache.storage.look.stats import Distribution
 
 __all__ = [
     "DASHES",

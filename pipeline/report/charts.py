@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.evaluate import EvaluateResult
-from pipeline.metrics import RECALL_KS
-from pipeline.report.chart import (
+from teacher_cache.pipeline.evaluate.recall import RECALL_KS
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+from teacher_cache.pipeline.report.chart import (
     DASHES,
     MOST_SERIES,
     PALETTES,
@@ -21,8 +21,8 @@ from pipeline.report.chart import (
     tips,
     vega_config,
 )
-from pipeline.report.data import ReportData, RunReport, of_other_data
-from storage.errors import UsageError
+from teacher_cache.pipeline.report.data import ReportData, RunReport, of_other_data
+from teacher_cache.storage.errors import UsageError
 
 __all__ = ["all_charts", "main_chart", "main_chart_png", "newest_evaluations"]
 

@@ -1,6 +1,7 @@
 """Everything that a report shows of a cache, collected as plain data. No torch, no FAISS.
 
-Embeddings are read once (``storage.stats.stats_and_rows``): statistics, map and pairs are of the same rows.
+Embeddings are read once (``teacher_cache.storage.look.stats.stats_and_rows``): statistics, map and pairs are of the
+same rows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from itertools import groupby
 
 import numpy as np
 
-from pipeline.cached_images import CachedImages
-from pipeline.report.data import (
+from teacher_cache.pipeline.data.batches.stored_images import CachedImages
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.report.data import (
     CoverageCell,
     CoverageMap,
     LostImage,
@@ -22,19 +24,18 @@ from pipeline.report.data import (
     RowMap,
     as_utf8,
 )
-from pipeline.report.pairs import retrieved_pairs
-from pipeline.report.pictures import collect_pictures
-from pipeline.report.row_map import row_map
-from pipeline.report.run_reports import read_deployments, read_runs
-from pipeline.samples import ImageSource
-from storage.commits import QuarantinedRow
-from storage.errors import CacheIncompleteError
-from storage.files import open_files
-from storage.inspect import CacheInfo, ChunkState, chunk_states, describe_cache
-from storage.reader import EmbeddingReader
-from storage.root import read_manifest
-from storage.stats import CacheStats, stats_and_rows
-from storage.tables import SAMPLES, read_rows
+from teacher_cache.pipeline.report.pairs import retrieved_pairs
+from teacher_cache.pipeline.report.row_map import row_map
+from teacher_cache.pipeline.report.students import read_deployments, read_runs
+from teacher_cache.pipeline.report.thumbnails import collect_pictures
+from teacher_cache.storage.errors import CacheIncompleteError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.format.tables import SAMPLES, read_rows
+from teacher_cache.storage.look.info import CacheInfo, ChunkState, chunk_states, describe_cache
+from teacher_cache.storage.look.stats import CacheStats, stats_and_rows
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["collect_report"]
 

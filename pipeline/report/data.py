@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: collected once, drawn by ``pipeline.report.page``."""
+"""What a report shows, as plain data: collected once, drawn by ``teacher_cache.pipeline.report.page``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from pipeline.evaluate import EvaluateResult
-from pipeline.runs import RunRecord
-from pipeline.student_table import StudentTable
-from storage.inspect import CacheInfo
-from storage.stats import CacheStats
+from teacher_cache.pipeline.deploy.table import StudentTable
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.storage.look.info import CacheInfo
+from teacher_cache.storage.look.stats import CacheStats
 
 __all__ = [
     "CoverageCell",

@@ -16,14 +16,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline.intervals import Interval
-from pipeline.report.chart import PALETTES, Chart, vega_config
-from pipeline.report.charts import all_charts, newest_evaluations
-from pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8, of_other_data
-from pipeline.student_table import cells, describe
-from storage.cli import byte_size, counted
-from storage.errors import UsageError
-from storage.inspect import CacheInfo
+from teacher_cache.pipeline.deploy.table import cells, describe
+from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
+from teacher_cache.pipeline.report.charts import all_charts, newest_evaluations
+from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8, of_other_data
+from teacher_cache.storage.cli.app import byte_size, counted
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.look.info import CacheInfo
 
 __all__ = ["render_report"]
 

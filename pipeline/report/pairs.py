@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.data import RetrievedPair
-from storage.nearest import exact_scores, nearest
-from storage.ranks import NO_POSITIVE
-from storage.reader import EmbeddingReader
-from storage.stats import Ranks
-from storage.tables import CAPTIONS
+from teacher_cache.pipeline.report.data import RetrievedPair
+from teacher_cache.storage.format.tables import CAPTIONS
+from teacher_cache.storage.look.nearest import exact_scores, nearest
+from teacher_cache.storage.look.ranks import NO_POSITIVE
+from teacher_cache.storage.look.stats import Ranks
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["retrieved_pairs"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.data import MapPoint, RowMap
-from storage.reader import EmbeddingReader
-from storage.stats import ReadRows
-from storage.tables import CAPTIONS, SAMPLES
+from teacher_cache.pipeline.report.data import MapPoint, RowMap
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.look.stats import ReadRows
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["place_rows", "row_map"]
 

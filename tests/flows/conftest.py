@@ -1,4 +1,4 @@
-"""A server and a worker as a user gets them: ``python -m flows.serve`` and the ``prefect`` command."""
+"""A server and a worker as a user gets them: ``python -m teacher_cache.flows.serve`` and the ``prefect`` command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUIET = {
 
 
 class Serve:
-    """One ``python -m flows.serve`` below a folder, from start to stop."""
+    """One ``python -m teacher_cache.flows.serve`` below a folder, from start to stop."""
 
     def __init__(self, folder: Path) -> None:
         self._take_another_port()
@@ -66,7 +66,7 @@ class Serve:
     def _start(self) -> None:
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.serve", "--port", str(self.port)],
+                [sys.executable, "-m", "teacher_cache.flows.serve", "--port", str(self.port)],
                 cwd=PROJECT,
                 env=self.environment,
                 stdout=file,
@@ -80,7 +80,7 @@ class Serve:
             time.sleep(0.2)
 
     def command(self) -> list[str]:
-        """What ``flows.serve`` says to type, first the setting, then the commands."""
+        """What ``teacher_cache.flows.serve`` says to type, first the setting, then the commands."""
         return [line.strip() for line in self.log.read_text().splitlines() if line.startswith("  ")]
 
     def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.markdown import cache_text, code, recall_text, run_text
-from flows.report_artifacts import image_uri, page_beside
-from pipeline.evaluate import EvaluateResult, TowerResult
-from pipeline.intervals import Interval, RecallIntervals
-from pipeline.runs import BestRecord, EpochRecord, RunRecord, Selection
-from storage.inspect import describe_cache
-from storage.stats import RecallStats
+from teacher_cache.flows.markdown import cache_text, code, recall_text, run_text
+from teacher_cache.flows.report_artifacts import image_uri, page_beside
+from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
+from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.look.stats import RecallStats
 from tests.conftest import make_identity
-from tests.pipeline.train_work import train_config
+from tests.pipeline.train.train_work import train_config
 
 CUTS = ("R@1", "R@5", "R@10")
 
@@ -184,15 +184,15 @@ def test_the_page_of_a_cache_lies_beside_it_and_never_in_it():
 
 
 def test_gpus_are_named_by_their_uuid_else_by_host_and_by_what_cuda_may_see(monkeypatch):
-    from flows.devices import gpu_limits
+    from teacher_cache.flows.devices import gpu_limits
 
     def found(name):
         kind, _, index = name.partition(":")
         return SimpleNamespace(type="cuda" if kind == "auto" else kind, index=int(index) if index else None)
 
     uuids = {}
-    monkeypatch.setattr("pipeline.device.resolve_device", found)
-    monkeypatch.setattr("pipeline.device.device_uuid", uuids.get)
+    monkeypatch.setattr("teacher_cache.pipeline.models.device.resolve_device", found)
+    monkeypatch.setattr("teacher_cache.pipeline.models.device.device_uuid", uuids.get)
     monkeypatch.setattr("socket.gethostname", lambda: "box")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_limits("cpu") == []
@@ -209,7 +209,7 @@ def test_gpus_are_named_by_their_uuid_else_by_host_and_by_what_cuda_may_see(monk
 def test_the_uuid_of_a_gpu_is_torchs_own_and_none_where_it_tells_none(monkeypatch):
     import torch
 
-    from pipeline.device import device_uuid
+    from teacher_cache.pipeline.models.device import device_uuid
 
     properties = SimpleNamespace(name="a card")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -16,17 +16,17 @@ from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
-from flows.deploy_student import deploy_student
-from flows.evaluate_student import evaluate_student
-from flows.precompute_teacher import precompute_teacher
-from flows.retrain_student import retrain_student
-from flows.spans import MOST_SPANS, Span, default_chunks_per_span
-from flows.train_student import train_student
-from pipeline.config import DeployConfig, EvaluateConfig, PrecomputeConfig, TrainConfig
-from pipeline.plan import chunk_spans
-from pipeline.recipes import RECIPE_SETTINGS
-from pipeline.retrain_config import RetrainConfig
-from storage.commits import ChunkRef
+from teacher_cache.flows.deploy_student import deploy_student
+from teacher_cache.flows.evaluate_student import evaluate_student
+from teacher_cache.flows.precompute_teacher import precompute_teacher
+from teacher_cache.flows.retrain_student import retrain_student
+from teacher_cache.flows.spans import MOST_SPANS, Span, default_chunks_per_span
+from teacher_cache.flows.train_student import train_student
+from teacher_cache.pipeline.precompute.plan import chunk_spans
+from teacher_cache.pipeline.settings.promote import RetrainConfig
+from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
+from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.storage.format.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = [

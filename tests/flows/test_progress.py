@@ -13,8 +13,8 @@ from uuid import uuid4
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-import flows.progress
-from flows.progress import LoggedProgress, Share
+import teacher_cache.flows.progress
+from teacher_cache.flows.progress import LoggedProgress, Share
 
 
 class Log:
@@ -29,14 +29,14 @@ class Log:
 
 
 def settled():
-    return flows.progress._mover.settled(60)
+    return teacher_cache.flows.progress._mover.settled(60)
 
 
 @pytest.fixture
 def mover(monkeypatch):
     """A new one, at rest again when the test ends."""
-    monkeypatch.setattr("flows.progress._mover", flows.progress._Mover())
-    yield flows.progress._mover
+    monkeypatch.setattr("teacher_cache.flows.progress._mover", teacher_cache.flows.progress._Mover())
+    yield teacher_cache.flows.progress._mover
     assert settled()
 
 
@@ -61,8 +61,8 @@ def server(monkeypatch, mover):
         Server.told.append((progress, description))
 
     Server.answers.set()
-    monkeypatch.setattr("flows.progress._update", update)
-    monkeypatch.setattr("flows.progress.time.monotonic", lambda: Server.now)
+    monkeypatch.setattr("teacher_cache.flows.progress._update", update)
+    monkeypatch.setattr("teacher_cache.flows.progress.time.monotonic", lambda: Server.now)
     return Server
 
 
@@ -161,7 +161,7 @@ def test_of_what_came_during_a_request_the_newest_is_sent(server):
 
 
 def test_a_request_that_fails_at_last_is_not_followed_by_another_but_for_the_end(server, monkeypatch):
-    monkeypatch.setattr("flows.progress._SECONDS_FOR_THE_LAST", 0.0)
+    monkeypatch.setattr("teacher_cache.flows.progress._SECONDS_FOR_THE_LAST", 0.0)
     server.away = True
     moved_while_it_waits(server, 4)
     assert not server.asked.acquire(blocking=False)
@@ -172,8 +172,8 @@ def test_a_request_that_fails_at_last_is_not_followed_by_another_but_for_the_end
 
 
 def test_the_work_goes_on_while_a_server_accepts_and_never_answers(mover, monkeypatch):
-    monkeypatch.setattr("flows.progress._SECONDS_BETWEEN_MOVES", 0.0)
-    monkeypatch.setattr("flows.progress._SECONDS_FOR_THE_LAST", 0.1)
+    monkeypatch.setattr("teacher_cache.flows.progress._SECONDS_BETWEEN_MOVES", 0.0)
+    monkeypatch.setattr("teacher_cache.flows.progress._SECONDS_FOR_THE_LAST", 0.1)
     log = Log()
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -197,7 +197,7 @@ def test_a_process_ends_and_forks_while_a_request_lasts():
     code = """
 import os, threading
 from uuid import uuid4
-import flows.progress as progress
+import teacher_cache.flows.progress as progress
 from tests.flows.test_progress import Log
 
 share = progress.Share(artifact=uuid4(), what="w")

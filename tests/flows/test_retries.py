@@ -10,14 +10,14 @@ import fsspec.exceptions
 import pytest
 from prefect.task_engine import TaskRunTimeoutError
 
-from flows import evaluate_student, precompute_teacher, train_student
-from flows.deploy_student import deploy_run
-from flows.evaluate_student import evaluate_run
-from flows.precompute_teacher import encode_span, fan_out, plan, seal
-from flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
-from flows.train_student import train_run
-from pipeline.deployment import DeploymentError
-from storage import errors
+from teacher_cache.flows import evaluate_student, precompute_teacher, train_student
+from teacher_cache.flows.deploy_student import deploy_run
+from teacher_cache.flows.evaluate_student import evaluate_run
+from teacher_cache.flows.precompute_teacher import encode_span, fan_out, plan, seal
+from teacher_cache.flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
+from teacher_cache.flows.train_student import train_run
+from teacher_cache.pipeline.deploy.record import DeploymentError
+from teacher_cache.storage import errors
 
 
 def http_error(status):

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import serve
-from flows.serve import ServeError
+from teacher_cache.flows import serve
+from teacher_cache.flows.serve import ServeError
 
 # holds a home as serve does, with a child that lasts in place of server and worker
 HOLDS = """
 import signal, subprocess, sys, time
 from pathlib import Path
-from flows import serve
+from teacher_cache.flows import serve
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal; whoever runs the tests may have ignored it
 serve._on_stop(serve._interrupt)
 with serve._alone(Path(sys.argv[1])) as lock:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import precompute_teacher as flow_module
-from storage.integrity import verify_cache
+from teacher_cache.flows import precompute_teacher as flow_module
+from teacher_cache.storage.check.verify import verify_cache
 from tests.flows.conftest import CAPTIONS, IMAGES, Serve, precompute_settings, running
 from tests.object_store import free_ports
 
@@ -90,10 +90,10 @@ def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, picture
     """In this process, against the real server, with an encoder that fails once in the middle of a span."""
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-    import pipeline.encode
-    from storage.errors import CacheCorruptError
+    import teacher_cache.pipeline.precompute.encode
+    from teacher_cache.storage.errors import CacheCorruptError
 
-    real, encoded = pipeline.encode.encode_shared, []
+    real, encoded = teacher_cache.pipeline.precompute.encode.encode_shared, []
     failures = [ConnectionResetError("the share is away"), None, CacheCorruptError("a bad chunk")]
 
     def encode(config, teacher, refs, progress):
@@ -103,7 +103,7 @@ def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, picture
             raise failure
         return encoded[-1]
 
-    monkeypatch.setattr(pipeline.encode, "encode_shared", encode)
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "encode_shared", encode)
     monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
     home = {PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}
     parameters = precompute_settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
@@ -119,7 +119,9 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(port)}
-        done = subprocess.run([sys.executable, "-m", "flows.serve"], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "teacher_cache.flows.serve"], env=environment, capture_output=True, text=True
+        )
     assert done.returncode == 1
     assert f"error: port {port} of 127.0.0.1 cannot be used (Address already in use)" in done.stdout
 
@@ -127,7 +129,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 def test_a_second_serve_of_one_home_is_refused_and_the_first_goes_on(served):
     (port,) = free_ports(1)
     done = subprocess.run(
-        [sys.executable, "-m", "flows.serve", "--port", str(port)],
+        [sys.executable, "-m", "teacher_cache.flows.serve", "--port", str(port)],
         env=served.environment,
         capture_output=True,
         text=True,

@@ -18,20 +18,20 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.deploy_student import deploy_student
-from flows.devices import device_slots
-from flows.evaluate_student import evaluate_student
-from flows.precompute_teacher import precompute_teacher
-from flows.report_artifacts import leave_report
-from flows.train_student import train_student
-from pipeline.config import EvaluateConfig
-from pipeline.evaluate import evaluate
-from pipeline.parity import require_parity
-from pipeline.registry import StudentRegistry
-from pipeline.runs import RunFolder
-from pipeline.student_table import StudentTable, to_markdown
-from storage.errors import UsageError
-from storage.inspect import describe_cache
+from teacher_cache.flows.deploy_student import deploy_student
+from teacher_cache.flows.devices import device_slots
+from teacher_cache.flows.evaluate_student import evaluate_student
+from teacher_cache.flows.precompute_teacher import precompute_teacher
+from teacher_cache.flows.report_artifacts import leave_report
+from teacher_cache.flows.train_student import train_student
+from teacher_cache.pipeline.deploy.gates import require_parity
+from teacher_cache.pipeline.deploy.table import StudentTable, to_markdown
+from teacher_cache.pipeline.evaluate.retrieval import evaluate
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.promote.registry import StudentRegistry
+from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.look.info import describe_cache
 from tests.conftest import TINY_MODEL, write_photos
 
 pytestmark = pytest.mark.service
@@ -89,7 +89,7 @@ def test_a_student_is_measured_again(served, trained):
 @pytest.mark.parametrize("flow_name", ["precompute-teacher", "train-student"])
 def test_the_main_chart_of_the_report_is_left_with_the_run(flow_name, served, request):
     for module in ("collect", "page", "charts"):
-        pytest.importorskip(f"pipeline.report.{module}")
+        pytest.importorskip(f"teacher_cache.pipeline.report.{module}")
     left = request.getfixturevalue("precomputed" if flow_name == "precompute-teacher" else "trained")
     width, height = png(served.artifact(left.id, f"{flow_name}-chart"))
     assert width > 300
@@ -166,7 +166,7 @@ def test_retraining_learns_what_is_new_and_does_nothing_where_nothing_is(served,
 def test_a_file_that_fails_its_gate_fails_the_flow_and_is_not_tried_again(
     here, trained, tiny_teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.deploy.write_files", lambda *_: require_parity("image.onnx", 0.75))
+    monkeypatch.setattr("teacher_cache.pipeline.deploy.run.write_files", lambda *_: require_parity("image.onnx", 0.75))
     out = tmp_path / "deployed"
     state = deploy_student(**deploy_parameters(trained.path, out, tiny_teacher), return_state=True)
     flow_run = str(state.state_details.flow_run_id)
@@ -186,14 +186,14 @@ def test_time_that_runs_out_ends_the_flow_and_leaves_nothing(here, monkeypatch, 
             time.sleep(0.1)
         raise AssertionError("a minute later nobody had interrupted it")
 
-    monkeypatch.setattr("pipeline.deploy.deploy", slow)
+    monkeypatch.setattr("teacher_cache.pipeline.deploy.run.deploy", slow)
     with pytest.raises(TimeoutError, match=r"0\.5 second"):
         deploy_student(run="r", out=str(tmp_path / "out"), timeout_seconds=0.5)
     assert tries == [str(tmp_path / "out")]
 
 
 class Report:
-    """Modules that stand for those of ``pipeline.report``; what they are asked is noted."""
+    """Modules that stand for those of ``teacher_cache.pipeline.report``; what they are asked is noted."""
 
     def __init__(self, monkeypatch):
         self.asked = []
@@ -204,7 +204,7 @@ class Report:
             "charts": {"main_chart_png": self.draw},
         }
         for name, content in modules.items():
-            monkeypatch.setitem(sys.modules, f"pipeline.report.{name}", SimpleNamespace(**content))
+            monkeypatch.setitem(sys.modules, f"teacher_cache.pipeline.report.{name}", SimpleNamespace(**content))
 
     def collect(self, location, runs, image_root, progress, **less):
         self.asked.append((location, list(runs), image_root, less))
@@ -261,7 +261,7 @@ def test_what_cannot_be_drawn_is_said_and_fails_nothing(here, tmp_path, monkeypa
 
 
 def test_a_missing_extra_is_named_with_its_remedy(here, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pipeline.report.collect", None)
+    monkeypatch.setitem(sys.modules, "teacher_cache.pipeline.report.collect", None)
     left, flow_run = only_a_report(tmp_path / "report.html")
     assert (left.collected, left.page) == (False, None)
     assert "pip install 'teacher-cache[report]'" in here.until_logged(flow_run, "no report")
@@ -277,7 +277,7 @@ def uses_a_gpu(name, events):
 
 def test_two_flow_runs_take_turns_on_a_gpu(here, monkeypatch):
     """Two runs at once, as two workers start them, on a card that is none: the work sleeps."""
-    monkeypatch.setattr("flows.devices.gpu_limits", lambda device, devices: ["gpu:0@test", "gpu:1@test"])
+    monkeypatch.setattr("teacher_cache.flows.devices.gpu_limits", lambda device, devices: ["gpu:0@test", "gpu:1@test"])
     events, failed = [], []
 
     def call(name):
@@ -301,7 +301,7 @@ def test_two_flow_runs_take_turns_on_a_gpu(here, monkeypatch):
 
 
 def test_each_flow_holds_its_gpu_while_it_works(here, monkeypatch, tmp_path):
-    monkeypatch.setattr("flows.devices.gpu_limits", lambda device, devices=1: ["gpu:7@test"])
+    monkeypatch.setattr("teacher_cache.flows.devices.gpu_limits", lambda device, devices=1: ["gpu:7@test"])
     seen = []
 
     def slots():
@@ -312,7 +312,11 @@ def test_each_flow_holds_its_gpu_while_it_works(here, monkeypatch, tmp_path):
         seen.append(slots())
         raise UsageError("seen")
 
-    for work in ("pipeline.teacher.cached_teacher", "pipeline.train.train", "pipeline.evaluate.evaluate"):
+    for work in (
+        "teacher_cache.pipeline.models.teacher.cached_teacher",
+        "teacher_cache.pipeline.train.loop.train",
+        "teacher_cache.pipeline.evaluate.retrieval.evaluate",
+    ):
         monkeypatch.setattr(work, look)
     cache, run = str(tmp_path / "c.cache"), str(tmp_path / "run")
     for stage, parameters in (
@@ -327,7 +331,7 @@ def test_each_flow_holds_its_gpu_while_it_works(here, monkeypatch, tmp_path):
 
 
 def test_a_limit_that_was_given_more_slots_keeps_them(here, monkeypatch):
-    monkeypatch.setattr("flows.devices.gpu_limits", lambda device, devices: ["gpu:5@test"])
+    monkeypatch.setattr("teacher_cache.flows.devices.gpu_limits", lambda device, devices: ["gpu:5@test"])
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name("gpu:5@test", 3)
         uses_a_gpu("a", [])

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import serve
-from flows.retrain_student import retrain_student
-from flows.train_student import evaluate_config, goes_on, train_student
-from pipeline.config import EvaluateConfig
-from pipeline.train import train
-from storage.logs import JsonFormatter
-from tests.pipeline.train_work import make_cache, make_student, train_config
+from teacher_cache.flows import serve
+from teacher_cache.flows.retrain_student import retrain_student
+from teacher_cache.flows.train_student import evaluate_config, goes_on, train_student
+from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.observe.logs import JsonFormatter
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
 
 class Seen(Exception): ...
@@ -26,10 +26,10 @@ def test_events_of_a_flow_run_have_its_name(monkeypatch: pytest.MonkeyPatch, tmp
         raise Seen(json.loads(JsonFormatter().format(logging.makeLogRecord({"msg": "at work"})))["run"])
 
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "brisk-owl")
-    monkeypatch.setattr("flows.train_student.start_progress", lambda *_: None)
-    monkeypatch.setattr("flows.train_student.train_run", SimpleNamespace(with_options=lambda **_: tell))
-    monkeypatch.setattr("flows.retrain_student.look", lambda _: SimpleNamespace(judged=None))
-    monkeypatch.setattr("flows.retrain_student.encode", tell)
+    monkeypatch.setattr("teacher_cache.flows.train_student.start_progress", lambda *_: None)
+    monkeypatch.setattr("teacher_cache.flows.train_student.train_run", SimpleNamespace(with_options=lambda **_: tell))
+    monkeypatch.setattr("teacher_cache.flows.retrain_student.look", lambda _: SimpleNamespace(judged=None))
+    monkeypatch.setattr("teacher_cache.flows.retrain_student.encode", tell)
     settings = {"student": "s", "device": "cpu"}
     with pytest.raises(Seen, match="brisk-owl"):
         train_student.fn(cache="c", out=str(tmp_path / "run"), **settings)

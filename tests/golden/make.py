@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from storage.commits import QuarantinedRow, all_chunks
-from storage.journal import ChunkCost
-from storage.reader import EmbeddingReader
-from storage.writer import EmbeddingWriter
+from teacher_cache.storage.format.commits import QuarantinedRow, all_chunks
+from teacher_cache.storage.format.journal import ChunkCost
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
 
 HERE = Path(__file__).parent

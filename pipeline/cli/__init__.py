@@ -1,0 +1,1 @@
+"""The teacher-cache command: one module per group of verbs."""

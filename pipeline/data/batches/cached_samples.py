@@ -1,0 +1,118 @@
+"""What a cache knows of its images and captions, by row, without its tables in memory. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.transient import read_error
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.read.chunk_cache import ByChunk
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["CachedSamples", "SampleRecord", "sample_records"]
+
+# of a million rows each; those behind a URL are in memory, compressed
+_OPEN_FILES, _OPEN_FAR = 256, 64
+
+
+class SampleRecord(NamedTuple):
+    """One row of the samples table: what is needed to read an image, to prove it, and to name it."""
+
+    row: int
+    sample_id: str
+    uri: str
+    offset: int
+    length: int
+    content_sha256: str
+
+
+def sample_records(samples: pa.Table) -> list[SampleRecord]:
+    """Rows of the samples table as records, in their order."""
+    columns = (samples[name].to_pylist() for name in SampleRecord._fields)
+    return [SampleRecord(*values) for values in zip(*columns, strict=True)]
+
+
+class CachedSamples:
+    """Samples and captions of the rows that a run uses, read from the tables by chunks.
+
+    Rows are asked for in the order of an epoch, or ascending. What it holds is that of ``kept_chunks`` chunks of
+    images, and of either table two groups of rows or a single larger one
+    (:class:`teacher_cache.storage.format.table_rows.TableRows`). Behind a URL it also holds the tables' files,
+    compressed, up to 64 of either, of a million rows each; of more, and of more than 256 in a folder, some are fetched
+    or opened, and proven, again and again. For one thread at a time.
+
+    Args:
+        kept_chunks: of images, at least as many as one window of the shuffle has.
+    """
+
+    def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
+        layout = reader.manifest.layout
+        self._reader, self._size, self._images = reader, layout.image_chunk_rows, layout.image_rows
+        most = _OPEN_FILES if isinstance(reader.files, LocalFiles) else _OPEN_FAR
+        self._samples = TableRows(reader.files, reader.manifest, SAMPLES, most)
+        self._captions = TableRows(reader.files, reader.manifest, CAPTIONS, most)
+        self._records = ByChunk(self._size, kept_chunks, self._samples_of)
+        self._texts = ByChunk(self._size, kept_chunks, self._captions_of)
+
+    def records(self, rows: NDArray[np.int64]) -> list[SampleRecord]:
+        """Of some images, in their order.
+
+        Raises:
+            CacheCorruptError, CacheAccessError, CacheUnreachableError: the table is damaged or cannot be read.
+        """
+        return sample_records(_taken(rows, self._records.of(rows))) if len(rows) else []
+
+    def texts(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> list[str]:
+        """Captions of some images, image by image, in their order.
+
+        Args:
+            caption_rows: (images, captions) of the captions, each row of them of the image at the same place.
+
+        Raises:
+            As :meth:`records`.
+        """
+        owners, wanted = np.repeat(image_rows, caption_rows.shape[1]), caption_rows.ravel()
+        parts = [(first, captions, here) for _, (first, captions), here in self._texts.of(owners)]
+        return _taken(wanted, parts)["text"].to_pylist() if parts else []
+
+    def _rows(self, chunk: int) -> range:
+        return range(chunk * self._size, min((chunk + 1) * self._size, self._images))
+
+    def _samples_of(self, chunk: int) -> pa.Table:
+        with self._named(SAMPLES):
+            return _copied(self._samples.read(self._rows(chunk)).select(list(SampleRecord._fields)))
+
+    def _captions_of(self, chunk: int) -> tuple[int, pa.Table]:
+        rows = self._rows(chunk)
+        first, stop = self._reader.caption_index.starts(np.array([rows.start, rows.stop])).tolist()
+        with self._named(CAPTIONS):
+            return first, _copied(self._captions.read(range(first, stop)).select(["text"]))
+
+    @contextmanager
+    def _named(self, table: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise read_error(f"{self._reader.location}/{table}", error) from error
+
+
+def _taken(rows: NDArray[np.int64], parts: list[tuple[int, pa.Table, NDArray[np.intp]]]) -> pa.Table:
+    """Rows of a table in their order, from parts of it: the first row of each, its rows, and where they are wanted."""
+    places, before = np.empty(len(rows), np.int64), 0
+    for first, part, here in parts:
+        places[here] = rows[here] - first + before
+        before += len(part)
+    return pa.concat_tables(part for _, part, _ in parts).take(pa.array(places))
+
+
+def _copied(table: pa.Table) -> pa.Table:
+    """The same rows in memory of their own: a slice would keep all that it was cut from."""
+    return table.take(pa.array(np.arange(len(table)))).combine_chunks()

@@ -1,0 +1,373 @@
+"""Ready pixels: what a student sees of each image, decoded and resized once, kept in a local folder for training.
+
+    pixels.json                 what they are of; with a digest of its own
+    pixels.zarr/                a plain Zarr v3 group
+      pixels                    (images, views, height, width, 3) uint8, RGB, before normalising
+      row                       (images,) int64, ascending: the image's row in the cache
+    commits/v0/000000.json      one record per finished chunk, written after it: a crc32c of each image
+
+It is scratch that ``teacher-cache pixels`` can make again, no part of the cache. A chunk is ``chunk_rows`` images of
+one view, raw bytes without a codec, so that one image is one read at an offset. No digest of a chunk could be proven
+by such a read: each image has its own. What is not committed does not count, whatever Zarr would read there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.storage.errors import (
+    CacheCorruptError,
+    CacheFormatError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    UsageError,
+)
+from teacher_cache.storage.files.checksum import crc32c
+from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.format.identity import digest_of
+from teacher_cache.storage.format.tables import SAMPLES, column_parts
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = [
+    "PixelsCommit",
+    "PixelsRecord",
+    "ReadyPixels",
+    "chunk_key",
+    "commit_key",
+    "images_sha256",
+    "local_pixels",
+    "read_record",
+    "region_digests",
+    "rows_bytes",
+]
+
+RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
+_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_bytes(self) -> bytes:
+        """JSON with its own digest; a field that is None is left out, so that one added later changes no record."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps({**fields, "digest": digest_of(fields)}, indent=1).encode() + b"\n"
+
+    @classmethod
+    def _parse(cls, data: bytes, where: str, remedy: str) -> Any:
+        try:
+            fields = json.loads(data)
+            recorded = fields.pop("digest")
+            if recorded != digest_of(fields):
+                raise CacheCorruptError(f"{where}: does not have the digest that it carries. {remedy}")
+            if fields.get("format_version", _VERSION) != _VERSION:
+                raise CacheFormatError(f"{where}: of format {fields['format_version']}, {_VERSION} is known. {remedy}")
+            return cls.model_validate(fields)
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ValidationError) as error:
+            raise CacheCorruptError(f"{where}: cannot be used ({type(error).__name__}: {error}). {remedy}") from error
+
+
+class PixelsRecord(_Record):
+    """``pixels.json``: which images, which regions of them, as seen by whom."""
+
+    format: Literal["teacher-cache-pixels"] = "teacher-cache-pixels"
+    format_version: int = _VERSION
+    cache: str = Field(description="Where the rows and crops came from. Another place does not matter.")
+    split: str
+    images: int = Field(gt=0)
+    views: int = Field(gt=0)
+    chunk_rows: int = Field(gt=0)
+    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = Field(description="Height and width.")
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+    rows_sha256: str = Field(description="Over the rows, int64, little endian.")
+    images_sha256: str = Field(description="Over the digests of the images' files, in the order of the rows.")
+    crops_sha256: tuple[str, ...] = Field(description="Per view from 1 on: over the stored boxes, in the same order.")
+    decoder: str = Field(description="Versions of what decoded and resized; another one may differ by one level.")
+    decoded_by: str | None = Field(None, description="As the cache's identity says; left out for Pillow.")
+
+    @property
+    def row_bytes(self) -> int:
+        """One view of one image."""
+        return 3 * self.size[0] * self.size[1]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """A chunk's file; the last one is padded, as Zarr has it."""
+        return self.chunk_rows * self.row_bytes
+
+    @property
+    def chunks(self) -> int:
+        """Of each view."""
+        return -(-self.images // self.chunk_rows)
+
+    def seen_by(self) -> dict[str, Any]:
+        """The parts that are the student's."""
+        return {
+            "size": self.size,
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+            "fill_color": self.fill_color,
+        }
+
+    def made_of(self, view: int) -> str:
+        """Digest of all that the bytes of one view depend on; views that come later leave it as it is."""
+        fields = self.model_dump(mode="json", exclude={"cache", "split", "views", "crops_sha256"}, exclude_none=True)
+        return digest_of({**fields, "crops": self.crops_sha256[view - 1] if view else None})
+
+
+class PixelsCommit(_Record):
+    """One finished chunk."""
+
+    view: int
+    chunk: int
+    made_of: str = Field(description="PixelsRecord.made_of: a record that was copied from elsewhere does not fit.")
+    crc32c: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        description="Of each image's bytes, without the padding."
+    )
+
+
+def chunk_key(view: int, chunk: int) -> str:
+    """Where a chunk's bytes lie in the folder, as Zarr names it."""
+    return f"pixels.zarr/pixels/c/{chunk}/{view}/0/0/0"
+
+
+def commit_key(view: int, chunk: int) -> str:
+    """Where its commit lies."""
+    return f"commits/v{view}/{chunk:06d}.json"
+
+
+def rows_bytes(rows: NDArray[np.int64]) -> bytes:
+    """Rows as the array ``row`` holds them."""
+    return rows.astype("<i8").tobytes()
+
+
+def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
+    """See :class:`PixelsRecord`."""
+    found, at, done = hashlib.sha256(), 0, 0
+    for part in column_parts(reader.files, reader.manifest, SAMPLES, "content_sha256"):
+        some = rows[done : np.searchsorted(rows, at + len(part))]
+        digests = part.take(pa.array(some - at)).to_pylist()
+        found.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())
+        at, done = at + len(part), done + len(some)
+    return found.hexdigest()
+
+
+def region_digests(reader: EmbeddingReader, rows: NDArray[np.int64], views: int) -> tuple[str, ...]:
+    """``PixelsRecord.crops_sha256`` of the first so many views.
+
+    Raises:
+        CacheCorruptError: as ``EmbeddingReader.take``.
+    """
+    boxes = (reader.take("image", rows, view, array="view") for view in range(1, views))
+    return tuple(hashlib.sha256(box.astype("<f4").tobytes()).hexdigest() for box in boxes)
+
+
+def local_pixels(folder: str) -> LocalFiles:
+    """The files of a folder of pixels.
+
+    Raises:
+        UsageError: a URL.
+    """
+    if "://" in folder:
+        raise UsageError(
+            f"{folder}: ready pixels are read image by image at random, which needs a disk of this machine; over a "
+            "network each would be a request, slower than decoding. Name a local folder."
+        )
+    return LocalFiles(folder)
+
+
+def read_record(files: LocalFiles) -> PixelsRecord:
+    """What a folder holds, finished or not.
+
+    Raises:
+        CacheNotFoundError: no pixels were ever begun here.
+        CacheCorruptError, CacheFormatError: the record cannot be used.
+    """
+    try:
+        data = files.read(RECORD)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheNotFoundError(
+            f"{files.location}: no ready pixels here ({RECORD} not found). Make them by teacher-cache pixels --out."
+        ) from error
+    record: PixelsRecord = PixelsRecord._parse(
+        data, f"{files.location}/{RECORD}", "Delete the folder and make it again by teacher-cache pixels."
+    )
+    if len(record.crops_sha256) != record.views - 1:
+        raise CacheCorruptError(
+            f"{files.location}/{RECORD}: {record.views} views and {len(record.crops_sha256)} digests of crops. Delete "
+            "the folder and make it again by teacher-cache pixels."
+        )
+    return record
+
+
+def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> PixelsCommit | None:
+    """The commit of a chunk, proven to be of this chunk of these pixels; None when there is none.
+
+    Raises:
+        CacheCorruptError: there is one, and it is damaged or belongs elsewhere.
+    """
+    key = commit_key(view, chunk)
+    where, remedy = f"{files.location}/{key}", f"Delete it and {_AGAIN}"
+    try:
+        data = files.read(key)
+    except FileNotFoundError:
+        return None
+    commit: PixelsCommit = PixelsCommit._parse(data, where, remedy)
+    rows = min(record.chunk_rows, record.images - chunk * record.chunk_rows)
+    wanted = (view, chunk, record.made_of(view), rows)
+    found = (commit.view, commit.chunk, commit.made_of, len(commit.crc32c))
+    if found != wanted:
+        raise CacheCorruptError(
+            f"{where}: is of view {found[0]}, chunk {found[1]}, {found[3]} images, made of {found[2][:12]}; wanted "
+            f"view {view}, chunk {chunk}, {rows} images, made of {wanted[2][:12]}. {remedy}"
+        )
+    return commit
+
+
+class ReadyPixels:
+    """Reads ready pixels, one view of one image at a time, proving each. Safe in forked and spawned workers.
+
+    Args:
+        folder: of ``teacher-cache pixels``.
+        reader: of the cache that the run learns from.
+        rows: of the cache, that the run uses; the folder may have more.
+        views: the first so many, that the run uses; the folder may have more.
+        preprocess: the student's, at the size that it learns from.
+
+    Raises:
+        UsageError: a URL, or fewer views than asked for.
+        CacheNotFoundError, CacheIncompleteError: nothing here, or not finished.
+        CacheMismatchError: pixels of other images, of other crops or for another student; names the field and both
+            values.
+        CacheCorruptError: a record of the folder is damaged.
+    """
+
+    def __init__(
+        self, folder: str, reader: EmbeddingReader, rows: NDArray[np.int64], views: int, preprocess: Preprocess
+    ) -> None:
+        files = local_pixels(folder)
+        record = read_record(files)
+        self._folder, self._record = Path(folder), record
+        self._rows = self._read_rows(files)
+        self._require_fit(reader, views, preprocess)
+        missing = np.setdiff1d(rows, self._rows)
+        if len(missing):
+            raise CacheMismatchError(
+                f"{folder}: holds {record.images:,} images of split {record.split!r}, and not {len(missing):,} of the "
+                f"{len(rows):,} that this run uses, row {missing[0]} the first. {_OTHER}"
+            )
+        self._crc32c = self._read_commits(files, views)
+
+    def _read_rows(self, files: LocalFiles) -> NDArray[np.int64]:
+        try:
+            data = files.read(ROWS_KEY)
+        except FileNotFoundError as error:
+            raise CacheIncompleteError(f"{files.location}: {ROWS_KEY} is missing. {_AGAIN.capitalize()}") from error
+        if hashlib.sha256(data).hexdigest() != self._record.rows_sha256:
+            raise CacheCorruptError(
+                f"{files.location}/{ROWS_KEY}: sha256 is {hashlib.sha256(data).hexdigest()[:12]}, {RECORD} names "
+                f"{self._record.rows_sha256[:12]}. Delete it and {_AGAIN}"
+            )
+        return np.frombuffer(data, "<i8").astype(np.int64)
+
+    def _require_fit(self, reader: EmbeddingReader, views: int, student: Preprocess) -> None:
+        record = self._record
+        if record.views < views:
+            raise UsageError(
+                f"{self._folder}: holds {record.views} views, this run uses {views}. Add the others by "
+                f"teacher-cache pixels --views {views}, or lower --views."
+            )
+        there = self._rows < reader.manifest.layout.image_rows
+        wanted: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
+        found = record.seen_by()
+        found["decoder"] = record.decoded_by or PILLOW
+        wanted["decoder"] = reader.manifest.identity.preprocess.decoder or PILLOW
+        found["images_sha256"] = record.images_sha256
+        wanted["images_sha256"] = images_sha256(reader, self._rows[there])
+        for view, digest in enumerate(region_digests(reader, self._rows[there], views), start=1):
+            found[f"crops_sha256 of view {view}"] = record.crops_sha256[view - 1]
+            wanted[f"crops_sha256 of view {view}"] = digest
+        differ = [f"{name} is {found[name]}, wanted {wanted[name]}" for name in wanted if found[name] != wanted[name]]
+        if differ:
+            sizes = "Give pixels and train the same --train-image-size. " if found["size"] != wanted["size"] else ""
+            raise CacheMismatchError(
+                f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. "
+                f"{sizes}{_OTHER}"
+            )
+
+    def _read_commits(self, files: LocalFiles, views: int) -> NDArray[np.uint32]:
+        record = self._record
+        crc32c = np.zeros((views, record.images), np.uint32)
+        missing = 0
+        for view in range(views):
+            for chunk in range(record.chunks):
+                commit = read_commit(files, record, view, chunk)
+                if commit is None:
+                    missing += 1
+                    continue
+                start = chunk * record.chunk_rows
+                crc32c[view, start : start + len(commit.crc32c)] = commit.crc32c
+        if missing:
+            raise CacheIncompleteError(
+                f"{self._folder}: {missing:,} of the {views * record.chunks:,} chunks that this run uses are not "
+                f"finished. {_AGAIN.capitalize()}"
+            )
+        return crc32c
+
+    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Nothing: they are local. See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
+        return nullcontext()
+
+    def shown(self, row: int, view: int) -> NDArray[np.uint8]:
+        """What the student gets, before normalising: RGB uint8 (height, width, 3), as ``StudentImages.shown`` gives it.
+
+        Raises:
+            IndexError: a row or view that this reader was not opened for.
+            CacheCorruptError: the bytes are not those that were written; names row and view. Never another row's
+                pixels, never zeros for what was not written.
+        """
+        record = self._record
+        at = int(np.searchsorted(self._rows, row))
+        if at == len(self._rows) or self._rows[at] != row or not 0 <= view < len(self._crc32c):
+            raise IndexError(
+                f"{self._folder}: row {row}, view {view} asked for; it has {len(self._rows):,} of the rows up to "
+                f"{self._rows[-1]}, and views 0 to {len(self._crc32c) - 1} are open"
+            )
+        chunk, place = divmod(at, record.chunk_rows)
+        path = self._folder / chunk_key(view, chunk)
+        named = f"{path}: image row {row}, view {view}"
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"{named}: the file is missing, though committed. {_AGAIN.capitalize()}") from error
+        try:
+            data = os.pread(file, record.row_bytes, place * record.row_bytes)
+        finally:
+            os.close(file)
+        found, wanted = crc32c(data), int(self._crc32c[view, at])
+        if len(data) != record.row_bytes or found != wanted:
+            raise CacheCorruptError(
+                f"{named}: {len(data):,} bytes with checksum {found:08x}, {record.row_bytes:,} with {wanted:08x} were "
+                f"written. Delete this file and {_AGAIN}"
+            )
+        return np.frombuffer(bytearray(data), np.uint8).reshape(*record.size, 3)  # a copy: torch wants it writable
+
+
+_AGAIN = "run the same teacher-cache pixels command again; it makes what is missing and keeps the rest."
+_OTHER = "Make pixels of this cache for this student by teacher-cache pixels with another --out, or leave --pixels out."

@@ -1,0 +1,124 @@
+"""COCO captions as published: ``annotations/captions_*.json`` beside the folders of images.
+
+    coco/
+      annotations/captions_train2017.json  captions_val2017.json   (instances_*.json etc. are left alone)
+      train2017/000000000009.jpg ...       or images/train2017/, or images/
+      val2017/...
+
+The split is what follows ``captions_`` (``train2017``), and a ``sample_id`` is split and file name
+(``train2017/000000000009.jpg``). Images come in the order of the file, files in the order of their names,
+captions in annotation order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from teacher_cache.pipeline.data.datasets.records import (
+    Problem,
+    Record,
+    contents,
+    image_folder,
+    local_folder,
+    read_json_object,
+    sample_or_problem,
+    uri_below,
+)
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["read"]
+
+_PREFIX = "captions_"
+
+
+def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
+    """Samples of every captions file, or of some.
+
+    Args:
+        root: the folder that holds ``annotations/``.
+        splits: the wanted ones, separated by commas (``val2017``); all of them when empty.
+        images: a folder that holds ``train2017/`` ... or the images themselves, when it is not ``root``.
+
+    Raises:
+        UsageError: no captions file, a split that has none, or no folder of images for any split.
+    """
+    folder = local_folder("coco", root)
+    files = _captions_files(folder, splits)
+    tables = {split: read_json_object(path, ("images", "annotations")) for split, path in files.items()}
+    places = {split: _places(split, images) for split in tables}
+    found = {
+        split: image_folder(folder, places[split], [str(_get(entry, "file_name")) for entry in table["images"][:50]])
+        for split, table in tables.items()
+    }
+    if not any(found.values()):
+        looked = ", ".join(f"{place}/" for split in tables for place in places[split])
+        raise UsageError(f"{root}: no folder of images; looked for {looked}; found {contents(folder)}")
+    for split, table in tables.items():
+        # a split whose images were never downloaded: each of them is reported as a missing file
+        yield from _read_split(split, files[split].name, found[split] or places[split][0], table)
+
+
+def _captions_files(folder: Path, splits: str) -> dict[str, Path]:
+    annotations = folder / "annotations"
+    if not annotations.is_dir():
+        raise UsageError(f"{folder}: no annotations/captions_*.json; found {contents(folder)}")
+    files = {path.stem.removeprefix(_PREFIX): path for path in sorted(annotations.glob(f"{_PREFIX}*.json"))}
+    if not files:
+        raise UsageError(f"{annotations}: no captions_*.json; found {contents(annotations)}")
+    wanted = [split for split in splits.split(",") if split]
+    for split in wanted:
+        if split not in files:
+            raise UsageError(f"{annotations}: no captions_{split}.json; there are splits {', '.join(files)}")
+    return {split: path for split, path in files.items() if not wanted or split in wanted}
+
+
+def _places(split: str, images: str) -> tuple[str, ...]:
+    if images:
+        return (f"{images.rstrip('/')}/{split}", images)
+    return (split, f"images/{split}", "images")
+
+
+def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[object]]) -> Iterator[Record]:
+    names: dict[int | str, str] = {}
+    for number, entry in enumerate(table["images"]):
+        image_id, name = _id(entry, "id"), _get(entry, "file_name")
+        where = f"{file_name} images[{number}]"
+        if image_id is None or not isinstance(name, str):
+            yield Problem("bad-record", where, "no id and file_name in it", lost_image=True)
+        elif image_id in names:
+            detail = f"image id {image_id} belongs to {printable(names[image_id])}"
+            yield Problem("duplicate-id", where, detail, lost_image=names[image_id] != name)
+        elif uri_below(folder, name) is None:
+            detail = f"file_name {printable(name)!r} leaves the folder of images"
+            yield Problem("bad-record", where, detail, lost_image=True)
+            names[image_id] = ""  # its captions are not orphans too
+        else:
+            names[image_id] = name
+
+    captions: dict[int | str, list[str]] = {image_id: [] for image_id in names}
+    for number, entry in enumerate(table["annotations"]):
+        owner, caption = _id(entry, "image_id"), _get(entry, "caption")
+        where = f"{file_name} annotations[{number}]"
+        if owner is None or not isinstance(caption, str):
+            yield Problem("bad-record", where, "no image_id and caption in it", lost_image=False)
+        elif owner not in captions:
+            yield Problem("no-image", where, f"no image has the id {owner}", lost_image=False)
+        else:
+            captions[owner].append(caption)
+
+    for image_id, name in names.items():
+        uri = uri_below(folder, name)
+        if uri is not None:
+            yield from sample_or_problem(f"{split}/{name}", uri, split, captions[image_id])
+
+
+def _id(entry: object, key: str) -> int | str | None:
+    found = _get(entry, key)
+    # true would be the image 1
+    return found if isinstance(found, int | str) and not isinstance(found, bool) else None
+
+
+def _get(entry: object, key: str) -> object:
+    return entry.get(key) if isinstance(entry, dict) else None

@@ -1,0 +1,175 @@
+"""Images in class folders, with captions made from prompt templates.
+
+    pictures/<class>/*.jpg            or
+    pictures/<split>/<class>/*.jpg    where <split> is train, val, valid, validation, dev or test
+
+A class is called what its folder is called, with spaces for underscores, or what ``?classes=`` says. A
+``sample_id`` is the path relative to the root; samples come in the order of their paths. Hidden files and
+folders are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from teacher_cache.pipeline.data.datasets.prompts import DEFAULT_TEMPLATES, filled, read_templates
+from teacher_cache.pipeline.data.datasets.records import (
+    IMAGE_ENDINGS,
+    SPLIT_NAMES,
+    Problem,
+    Record,
+    contents,
+    local_folder,
+    read_json_object,
+    sample_or_problem,
+)
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
+
+_WORDNET_ID = re.compile(r"n\d{8}")
+_WORDS = re.compile(r"[a-z]+")
+# in the name of a folder of folders: a level above the classes, spelled otherwise than a split
+_LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
+
+
+def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[Record]:
+    """Samples of every class folder.
+
+    Args:
+        root: the folder.
+        templates: ``photo`` for :data:`DEFAULT_TEMPLATES`; ``simple`` or ``openai`` for the 7 or 80 of CLIP's
+            that open_clip ships; a prompt set (``teacher_cache.pipeline.data.datasets.prompts``) for its templates;
+            else a text file with one template per line and ``{}`` for the class.
+        classes: a JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of the
+            1,000 folders of ImageNet.
+
+    Raises:
+        UsageError: no class folder with images, templates without ``{}``, or classes without a name.
+    """
+    fill = read_templates(templates)
+    names = _class_names(root, class_folders(root), classes)
+    for found, split, folder in read_classes(root):
+        if isinstance(found, Problem):
+            yield found
+        else:
+            yield from sample_or_problem(found, found, split, filled(fill, names[folder]))
+
+
+def class_folders(root: str) -> list[str]:
+    """Names of the class folders of all splits, sorted.
+
+    Raises:
+        UsageError: there are none.
+    """
+    folder = local_folder("imagefolder", root)
+    found = _class_folders(folder)[0]
+    if not found:
+        raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}")
+    return sorted({path.name for _, path in found})
+
+
+def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
+    """Every image of the class folders: its path relative to the root, its split, the name of its class folder.
+
+    A problem has a split too, and ``""`` for the class.
+    """
+    folder = local_folder("imagefolder", root)
+    pairs, stray = _class_folders(folder)
+    for split, path in stray:
+        where = printable(path.relative_to(folder).as_posix())
+        yield Problem("bad-record", where, "an image outside the class folders", lost_image=True), split, ""
+    for split, class_folder in pairs:
+        empty = True
+        for path in _files_below(class_folder):
+            relative = path.relative_to(folder).as_posix()
+            if _is_image(path):
+                empty = False
+                yield relative, split, class_folder.name
+            else:
+                detail = f"not an image by its ending; those are {', '.join(IMAGE_ENDINGS)}"
+                yield Problem("bad-record", printable(relative), detail, lost_image=False), split, ""
+        if empty:
+            where = printable(class_folder.relative_to(folder).as_posix())
+            yield Problem("bad-record", where, "a class folder without an image", lost_image=False), split, ""
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders and files of a folder by name, without the hidden ones."""
+    entries = sorted(
+        (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda path: path.name
+    )
+    return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    waiting = [folder]  # a stack: folders may be nested deeper than functions may call each other
+    while waiting:
+        folders, files = _entries(waiting.pop())
+        yield from files
+        # a link could lead back up for ever
+        waiting.extend(inner for inner in reversed(folders) if not inner.is_symlink())
+
+
+def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
+    """(split, class folder) pairs in order, and (split, path) of the images that lie beside class folders."""
+    top, files = _entries(root)
+    pairs: list[tuple[str, Path]] = []
+    beside = [("", path) for path in files]
+    levels: list[str] = []  # that are called as no class is, and hold folders alone
+    for folder in top:
+        inner, inner_files = _entries(folder)
+        # a class that is called "test" holds images, a split holds folders
+        if (split := folder.name.casefold()) in SPLIT_NAMES and inner:
+            pairs.extend((split, class_folder) for class_folder in inner)
+            beside.extend((split, path) for path in inner_files)
+        else:
+            pairs.append(("", folder))
+            words = _WORDS.findall(folder.name.casefold())
+            if inner and not any(map(_is_image, inner_files)) and _LEVELS.intersection(words):
+                levels.append(folder.name)
+    if levels:
+        names = ", ".join(repr(printable(name)) for name in levels[:5])
+        raise UsageError(
+            f"{root}: no images in {names}, but folders. Are those the classes? Name splits as one of "
+            f"{', '.join(SPLIT_NAMES)}, or give the folder above the classes"
+        )
+    return pairs, [(split, path) for split, path in beside if _is_image(path)]
+
+
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_ENDINGS)
+
+
+def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:
+    if classes == "imagenet":
+        if len(folders) != 1000 or not all(_WORDNET_ID.fullmatch(folder) for folder in folders):
+            raise UsageError(
+                f"{root}: classes=imagenet wants the 1,000 folders n01440764 ... n15075141; found {len(folders)} "
+                f"from {printable(folders[0])} to {printable(folders[-1])}; give classes=FILE instead"
+            )
+        import open_clip
+
+        # open_clip's list is in the order of the sorted folders
+        return dict(zip(folders, open_clip.IMAGENET_CLASSNAMES, strict=True))
+    if classes:
+        path = Path(classes)
+        if not path.is_file():
+            raise UsageError(f"classes={classes!r} is neither imagenet nor a JSON file that is there")
+        names = read_json_object(path, ())
+        nameless = [folder for folder in folders if not isinstance(names.get(folder), str)]
+        if nameless:
+            raise UsageError(
+                f"{path}: no name for {len(nameless)} of {len(folders)} class folders: "
+                f"{printable(', '.join(nameless[:12]))}"
+            )
+        return {folder: str(names[folder]) for folder in folders}
+    if all(_WORDNET_ID.fullmatch(folder) for folder in folders):
+        raise UsageError(
+            f"{root}: the class folders are WordNet ids ({folders[0]} ...), which make no captions; give "
+            "classes=imagenet, or classes=FILE with their names"
+        )
+    return {folder: folder.replace("_", " ") for folder in folders}

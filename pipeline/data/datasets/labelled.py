@@ -1,0 +1,267 @@
+"""Labelled images for zero-shot classification, and their classes' prompts as captions, so that a teacher's rows of
+both can be kept in a cache.
+
+    root/<class>/*.jpg, root/<split>/<class>/*.jpg    form=imagefolder
+    root/*.tar with KEY.cls beside KEY.jpg            form=webdataset, as clip-benchmark exports its datasets; if they
+                                                      are there, classnames.txt and
+                                                      zeroshot_classification_templates.txt too
+    root as torchvision knows it                      form=torchvision, name=CIFAR10
+
+The first image that can be read has the prompts of all classes as its captions, class by class; the others have none.
+The rest of the options says which prompts: see :func:`class_prompts`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from teacher_cache.pipeline.data.datasets import imagefolder, webdataset
+from teacher_cache.pipeline.data.datasets.prompts import (
+    Classes,
+    filled,
+    match_classes,
+    prompt_set,
+    read_class_names,
+    read_templates,
+    templates_in,
+)
+from teacher_cache.pipeline.data.datasets.records import (
+    Listing,
+    Problem,
+    Record,
+    Sample,
+    clean_captions,
+    data_folder,
+    open_regular,
+    open_text,
+    sample_or_problem,
+)
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["FORMS", "ClassPrompts", "class_prompts", "list_images", "read"]
+
+FORMS = ("imagefolder", "webdataset", "torchvision")
+ALL_SPLITS = "all"
+_NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """The classes of a dataset with their prompts.
+
+    Attributes:
+        classes: which of them each class of the dataset is.
+        prompts: of each class, as the cache's captions have them.
+        templates: that they were made of.
+    """
+
+    classes: Classes
+    prompts: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+
+
+def read(
+    root: str,
+    *,
+    form: str = "imagefolder",
+    name: str = "",
+    prompts: str = "",
+    templates: str = "",
+    class_names: str = "",
+    split: str = "",
+) -> Iterator[Record]:
+    """Samples of a labelled dataset; see the module and :func:`class_prompts`."""
+    listing = list_images(root, form, split, name)
+    found = class_prompts(listing, prompts, templates, class_names)
+    yield from listing.problems
+    holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
+    captions = tuple(chain.from_iterable(found.prompts))
+    for number, image in enumerate(listing.images):
+        has = captions if number == holder else ()
+        yield Sample(image.sample_id, image.uri, image.split, has, image.offset, image.length)
+
+
+def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "") -> Listing:
+    """Images of one split with their classes.
+
+    Args:
+        name: of the dataset in torchvision.
+        split: a published split; all images if left out, where there is but one, or if ``all``.
+
+    Raises:
+        UsageError: no such form, no images, no such split, or several splits and none named.
+    """
+    if form not in FORMS:
+        raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
+    if form == "torchvision":
+        from teacher_cache.pipeline.data.datasets.torchvision import (
+            list_torchvision,  # torch, which the other forms do without
+        )
+
+        return list_torchvision(root, name, split)
+    where = f"{form}:{root}"
+    images: list[Sample] = []
+    keys: list[str] = []
+    met: list[tuple[Problem, str | None]] = []
+    for record, its_split, key in _listed(root, form):
+        if isinstance(record, Problem):
+            met.append((record, its_split))
+        else:
+            images.append(record)
+            keys.append(key)
+    splits = Counter(image.split for image in images)
+    shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(splits.items()))
+    if split not in ("", ALL_SPLITS):
+        keep = [number for number, image in enumerate(images) if image.split == split]
+        if not keep:
+            raise UsageError(f"{where}: no image of split {printable(split)!r}; there are {shown or 'no images'}")
+    elif len(splits) > 1 and not split:
+        raise UsageError(
+            f"{where}: images of several splits, {shown}; name one behind the dataset, ?split=NAME, or take "
+            f"?split={ALL_SPLITS}; of zero-shot --split does the same"
+        )
+    else:
+        keep = list(range(len(images)))
+    # what is wrong with images that are not measured would look like a loss of those that are
+    anywhere = split in ("", ALL_SPLITS)
+    problems = [problem for problem, its_split in met if anywhere or its_split in (split, None)]
+    if form == "imagefolder":
+        own = {folder: folder.replace("_", " ") for folder in imagefolder.class_folders(root)}
+        return Listing(where, [images[at] for at in keep], [keys[at] for at in keep], problems, own, True)
+    names = _beside(root, _NAMES)
+    # blank lines would move every class behind them
+    lines = _lines(names) if names else []
+    if any(not line for line in lines):
+        raise UsageError(f"{names}: an empty line, which would be a class without a name; remove it")
+    numbers = sorted({int(keys[at]) for at in keep})
+    if lines and numbers and numbers[-1] >= len(lines):
+        raise UsageError(f"{where}: label {numbers[-1]}, and {names} has {len(lines)} names, of 0 to {len(lines) - 1}")
+    own = {str(n): line for n, line in enumerate(lines)} if lines else {str(n): str(n) for n in numbers}
+    templates = _beside(root, _TEMPLATES)
+    return Listing(
+        where,
+        [images[at] for at in keep],
+        [keys[at] for at in keep],
+        problems,
+        own,
+        bool(lines),
+        templates_in(templates) if templates else (),
+        order_of="any",
+    )
+
+
+def class_prompts(listing: Listing, prompts: str = "", templates: str = "", class_names: str = "") -> ClassPrompts:
+    """The classes of a dataset and their prompts.
+
+    Args:
+        prompts: a prompt set, for its templates and, where it has some, its class names.
+        templates: a name or a file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_templates`); wins over
+        those of ``prompts``, these
+            over the dataset's own, and ``photo`` is what is left.
+        class_names: a JSON file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_class_names`) or
+        ``imagenet``; wins over the names of
+            ``prompts``, these over the dataset's own.
+
+    Raises:
+        UsageError: a class that cannot be matched for sure; names or templates that cannot be used; fewer than two
+            classes.
+    """
+    known = prompt_set(prompts) if prompts else None
+    names: list[str] | dict[str, str] | None = None
+    if class_names == "imagenet":
+        prompts, names = "imagenet1k", list(prompt_set("imagenet1k").class_names or ())
+    elif class_names:
+        names = read_class_names(class_names)
+    elif known is not None and known.class_names is not None:
+        names = list(known.class_names)
+    classes = _matched(listing, prompts, names, class_names)
+    if len(classes.names) < 2:
+        raise UsageError(f"{listing.where}: there is one class, {classes.names[0]!r}; two are wanted to choose from")
+    if templates:
+        fill = read_templates(templates)
+    elif known is not None:
+        fill = known.templates
+    else:
+        fill = listing.templates or read_templates("photo")
+    found = []
+    for name in classes.names:
+        kept, problems = clean_captions(name, filled(fill, name))
+        if problems:
+            raise UsageError(f"{listing.where}: a prompt of class {printable(name)!r}: {problems[0].detail}")
+        found.append(kept)
+    return ClassPrompts(classes, tuple(found), fill)
+
+
+def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] | None, class_names: str) -> Classes:
+    """The classes, by whatever leaves no doubt.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    same_order = bool(prompts) and listing.order_of == prompts and not class_names
+    if names is None and listing.order_of != "any" and listing.own and all(key.isdigit() for key in listing.own):
+        raise UsageError(
+            f"{listing.where}: the classes are called by numbers ({next(iter(listing.own), '')} ...), which make no "
+            "prompts; give --prompts NAME of a set with class names, or --class-names FILE.json with their names"
+        )
+    if listing.named or isinstance(names, dict):
+        return match_classes(listing.where, listing.own, names, same_order=same_order, prompts=prompts)
+    if names is None:
+        raise UsageError(
+            f"{listing.where}: its labels are numbers and nothing names its {len(listing.own)} classes (no {_NAMES}); "
+            "give --prompts NAME of a set with class names, or --class-names FILE.json, a list in the order of the "
+            "numbers"
+        )
+    if not (same_order or class_names or listing.order_of == "any"):
+        raise UsageError(
+            f"{listing.where}: its labels are numbers, which are not known to be in the order of the class names of "
+            f'{prompts}; name the classes by --class-names FILE.json, {{"0": "its name", ...}}'
+        )
+    most = max((int(key) for key in listing.own), default=0)
+    if most >= len(names):
+        raise UsageError(f"{listing.where}: label {most}, and {len(names)} class names, of 0 to {len(names) - 1}")
+    # they count from 0, so that a class without images leaves no doubt
+    return Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
+
+
+def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
+    """Images and problems with split and class; a problem that may be of any split has None."""
+    if form == "webdataset":
+        yield from webdataset.read_labels(root)
+        return
+    for each, split, folder in imagefolder.read_classes(root):
+        if isinstance(each, Problem):
+            yield each, split, ""
+            continue
+        for record in sample_or_problem(each, each, split, [folder]):
+            yield record, split, folder
+
+
+def _beside(root: str, name: str) -> Path | None:
+    """A text file of clip-benchmark's layout: in the root, or above it when that is the folder of a split."""
+    if "://" in root:
+        return None
+    folder = Path(data_folder(root))
+    return next((path for path in (folder / name, folder.parent / name) if path.is_file()), None)
+
+
+def _lines(path: Path) -> list[str]:
+    with open_text(path) as file:
+        return [line.strip() for line in file.read().rstrip().splitlines()]
+
+
+def _is_there(root: str, image: Sample) -> bool:
+    """Whether its file can be opened; a server is believed."""
+    if "://" in root or "://" in image.uri:
+        return True
+    path = Path(data_folder(root)) / image.uri
+    try:
+        open_regular(path).close()
+    except OSError:
+        return False
+    return True

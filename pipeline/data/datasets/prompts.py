@@ -1,0 +1,374 @@
+"""Named prompt sets, and which class of a list each class of a dataset is. No torch.
+
+CLIP's evaluation datasets with their class names and templates are shipped by clip-benchmark (class names of some,
+templates of most), those of ImageNet by open_clip; only data files are read, no code of clip-benchmark is run.
+
+A label is never guessed. The classes of a dataset are matched with a list of names
+
+1. by name, where case, underscores, hyphens and other marks do not count;
+2. by WordNet id, in the order of ImageNet's 1,000 sorted ids, as open_clip's list of names is;
+3. by number, where the dataset's classes are numbers and no name of theirs says otherwise: class ``3`` is the fourth
+   of the list;
+4. by place, for datasets whose order clip-benchmark itself relies on (``SAME_ORDER``),
+
+and where one is left over the user is asked for a file that says it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.pipeline.data.datasets.records import open_text
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = [
+    "CLIP_DATASETS",
+    "DEFAULT_TEMPLATES",
+    "SAME_ORDER",
+    "Classes",
+    "PromptSet",
+    "filled",
+    "match_classes",
+    "prompt_set",
+    "prompt_sets",
+    "read_class_names",
+    "read_templates",
+]
+
+# three of CLIP's own: its 7 or 80 would give every image of a training set as many rows of captions
+DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
+
+# The 27 datasets of CLIP's zero-shot table (Radford et al. 2021, appendix A) and the set that holds their templates;
+# None where no package that we know ships them: give --templates FILE, one per line, and the folders' own names.
+CLIP_DATASETS: dict[str, str | None] = {
+    "Birdsnap": None,
+    "CIFAR10": "cifar10",
+    "CIFAR100": "cifar100",
+    "CLEVRCounts": "clevr_count_all",
+    "Caltech101": "caltech101",
+    "Country211": "country211",
+    "DescribableTextures": "dtd",
+    "EuroSAT": "eurosat",
+    "FGVCAircraft": "fgvc_aircraft",
+    "FacialEmotionRecognition2013": "fer2013",
+    "Flowers102": "flowers",
+    "Food101": "food101",
+    "GTSRB": "gtsrb",
+    "HatefulMemes": None,
+    "ImageNet": "imagenet1k",
+    "KITTI": "kitti_closest_vehicle_distance",
+    "Kinetics700": None,
+    "MNIST": "mnist",
+    "OxfordPets": "pets",
+    "PascalVOC2007": "voc2007",
+    "PatchCamelyon": "pcam",
+    "RESISC45": "resisc45",
+    "SST2": "renderedsst2",
+    "STL10": "stl10",
+    "SUN397": "sun397",
+    "StanfordCars": "cars",
+    "UCF101": None,
+}
+
+# torchvision's dataset and the set whose names clip-benchmark (datasets/builder.py) puts on its numbers; torchvision's
+# FER2013 is not here: it counts in another order than the folders that clip-benchmark's names are of
+SAME_ORDER = {
+    "Country211": "country211",
+    "Flowers102": "flowers",
+    "GTSRB": "gtsrb",
+    "ImageNet": "imagenet1k",
+    "MNIST": "mnist",
+    "PCAM": "pcam",
+    "SVHN": "svhn",
+}
+
+# sorted folder names of the published archives, as clip-benchmark reads them by torchvision's ImageFolder
+_PUBLISHED_FOLDERS = {
+    "eurosat": "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River "
+    "SeaLake",
+    "fer2013": "angry disgust fear happy neutral sad surprise",
+}
+
+_SHIPPED = "clip_benchmark/datasets/en_{}.json"
+_LEFT_OUT = ("dummy", "voc2007_multilabel")  # no dataset; images of several classes
+_WORDNET_ID = re.compile(r"n\d{8}")
+_MARKS = re.compile(r"[\W_]+")
+_NAMES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Templates and class names of one dataset.
+
+    Attributes:
+        templates: with ``{}`` for the class.
+        class_names: in the dataset's order; None where its own names are meant (its folders', for instance).
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes among which an image is looked for, and which of them each class of a dataset is.
+
+    Attributes:
+        names: of the classes. A list of 1,000 names has 1,000 classes, if two of them share a name.
+        number: position in ``names`` of each class of the dataset, by the dataset's own key (a folder, a label).
+        matched_by: ``name``, ``WordNet id``, ``number``, ``place``, ``file`` or ``own names``.
+    """
+
+    names: tuple[str, ...]
+    number: dict[str, int]
+    matched_by: str
+
+
+def prompt_sets() -> tuple[str, ...]:
+    """Names of all sets, sorted.
+
+    Raises:
+        UsageError: clip-benchmark is not installed.
+    """
+    return tuple(sorted({"imagenet1k", *_shipped("zeroshot_classification_templates"), *_shipped("classnames")}))
+
+
+def prompt_set(name: str) -> PromptSet:
+    """One set by name.
+
+    Raises:
+        UsageError: no such set (the message lists them), or clip-benchmark is not installed.
+    """
+    if name == "imagenet1k":
+        import open_clip  # two seconds that the other sets do without
+
+        templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+        return PromptSet(name, templates, tuple(open_clip.IMAGENET_CLASSNAMES))
+    names, all_templates = _shipped("classnames"), _shipped("zeroshot_classification_templates")
+    # the same pictures by another order of labels
+    shipped = all_templates.get(name) or (all_templates.get(name.removesuffix("_vtab")) if name in names else None)
+    if shipped is None:
+        raise UsageError(f"prompts {printable(name)!r} are not known; there are {', '.join(prompt_sets())}")
+    return PromptSet(
+        name,
+        tuple(template.replace("{c}", "{}") for template in shipped),
+        tuple(names[name]) if name in names else None,
+    )
+
+
+def read_templates(what: str) -> tuple[str, ...]:
+    """Templates with ``{}`` for the class, by name or from a file.
+
+    Args:
+        what: ``photo`` for :data:`DEFAULT_TEMPLATES`, ``simple`` or ``openai`` for the 7 or 80 of CLIP's that open_clip
+            ships, the name of a prompt set, or a text file with one template per line.
+
+    Raises:
+        UsageError: none of these, or a template without ``{}``.
+    """
+    if what == "photo":
+        return DEFAULT_TEMPLATES
+    if what in ("simple", "openai"):
+        import open_clip
+
+        shipped = open_clip.SIMPLE_IMAGENET_TEMPLATES if what == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in shipped)
+    path = Path(what)
+    if path.is_file():
+        return templates_in(path)
+    try:
+        known = prompt_sets()
+        sets = f"one of the prompt sets {', '.join(known)}"
+    except UsageError as error:
+        known, sets = (), f"a prompt set ({error})"
+    if what in known:
+        return prompt_set(what).templates
+    raise UsageError(
+        f"templates={printable(what)!r} is neither photo, simple nor openai, nor a file of templates that is there, "
+        f"nor {sets}"
+    )
+
+
+def templates_in(path: Path) -> tuple[str, ...]:
+    """The templates of a text file, one per line; ``{c}`` is read as ``{}``, as clip-benchmark writes it.
+
+    Raises:
+        UsageError: none in it, or one without ``{}``.
+    """
+    with open_text(path) as file:
+        lines = [line.strip().replace("{c}", "{}") for line in file if line.strip()]
+    for line in lines:
+        if "{}" not in line:
+            raise UsageError(f"{path}: the template {printable(line)!r} has no {{}} for the class")
+    if not lines:
+        raise UsageError(f"{path}: no template in it; write one per line, with {{}} for the class")
+    return tuple(lines)
+
+
+def filled(templates: Sequence[str], name: str) -> tuple[str, ...]:
+    """The prompts of one class."""
+    # not str.format: a template may hold other braces
+    return tuple(template.replace("{}", name).strip() for template in templates)
+
+
+def read_class_names(path: str) -> dict[str, str] | list[str]:
+    """A user's class names: ``{"folder or label": "name"}``, or a list of names as prompt sets have them.
+
+    Raises:
+        UsageError: not there, not JSON, or something else in it.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"class names {printable(path)!r}: no such file; write JSON, {{folder: name of the class}}")
+    with open_text(Path(path)) as file:
+        try:
+            content: Any = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: not JSON ({printable(str(error))})") from None
+    names = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UsageError(f"{path}: an object {{folder: name of the class}} or a list of names is wanted, none empty")
+    return {str(key): name.strip() for key, name in content.items()} if isinstance(content, dict) else names
+
+
+def match_classes(
+    where: str,
+    own: dict[str, str],
+    names: Sequence[str] | dict[str, str] | None,
+    *,
+    same_order: bool = False,
+    prompts: str = "",
+) -> Classes:
+    """Which class of a list each class of a dataset is.
+
+    Args:
+        where: the dataset, for messages.
+        own: the dataset's classes in its order: key (folder, label) and the name it has there.
+        names: the list; or names by key, of a file; or None for the dataset's own.
+        same_order: whether the list is known to be in the dataset's order.
+        prompts: name of the prompt set that the list is of.
+
+    Raises:
+        UsageError: a class of the dataset is none, or could be several, of the list.
+    """
+    if names is None:
+        ids = [key for key in own if _WORDNET_ID.fullmatch(key) and own[key] == key]
+        if ids and len(ids) == len(own):
+            raise UsageError(
+                f"{where}: the class folders are WordNet ids ({ids[0]} ...), which make no captions; give "
+                "--prompts imagenet1k, or --class-names FILE.json with their names"
+            )
+        return _classes(own, "own names")
+    if isinstance(names, dict):
+        nameless = [key for key in own if key not in names]
+        if nameless:
+            raise UsageError(f"{where}: the class names have none for {_some(nameless)}, of {len(own)} classes; add it")
+        return _classes(names, "file")
+    found, how = _numbers(where, own, list(names), same_order, prompts)
+    return Classes(tuple(names), found, how)
+
+
+def _classes(names: dict[str, str], how: str) -> Classes:
+    unique = tuple(dict.fromkeys(names.values()))  # folders of one name are one class
+    return Classes(unique, {key: unique.index(name) for key, name in names.items()}, how)
+
+
+def _numbers(
+    where: str, own: dict[str, str], names: list[str], same_order: bool, prompts: str
+) -> tuple[dict[str, int], str]:
+    """Position in the list of each class of the dataset, and how it was found."""
+    if same_order:
+        if len(own) != len(names):
+            raise UsageError(f"{where}: {len(own)} classes and {len(names)} class names in order. {_remedy(own)}")
+        return {key: number for number, key in enumerate(own)}, "place"
+    plain = [_plain(name) for name in names]
+    repeated = Counter(plain)
+    by_name = {key: plain.index(_plain(name)) for key, name in own.items() if repeated[_plain(name)] == 1}
+    if len(by_name) == len(own):
+        return by_name, "name"
+    if all(_WORDNET_ID.fullmatch(key) for key in own) and prompts == "imagenet1k":
+        order = {key: number for number, key in enumerate(_imagenet_ids())}
+        unknown = [key for key in own if key not in order]
+        if unknown:
+            raise UsageError(f"{where}: {_some(unknown)} are none of ImageNet's 1,000 WordNet ids; {_remedy(own)}")
+        return {key: order[key] for key in own}, "WordNet id"
+    published = _PUBLISHED_FOLDERS.get(prompts, "").split()
+    if published and set(own) == set(published):
+        return {key: published.index(key) for key in own}, "place"
+    if all(_by_number(key, name, plain) for key, name in own.items()):
+        # folders that count from 1 would be one off; only all of 0 ... n-1 leave no doubt
+        if sorted(int(key) for key in own) != list(range(len(names))):
+            raise UsageError(
+                f"{where}: the classes are numbers, {len(own)} from {min(own, key=int)} to {max(own, key=int)}; by "
+                f"number they must be 0 to {len(names) - 1}, for as many class names. {_remedy(own)}"
+            )
+        return {key: int(key) for key in own}, "number"
+    unmatched = [key for key in own if key not in by_name]
+    taken = set(by_name.values())
+    left = [name for number, name in enumerate(names) if number not in taken]
+    raise UsageError(
+        f"{where}: no class name is surely that of {_some(unmatched)} ({len(unmatched)} of {len(own)} classes); the "
+        f"{f'{prompts} ' if prompts else ''}names that no class has are {_some(left)}. {_remedy(own)}"
+    )
+
+
+def _by_number(key: str, name: str, plain: list[str]) -> bool:
+    """Whether a class is a number and its own name no other than that number, or than the one at that place."""
+    if not (key.isascii() and key.isdigit()):
+        return False
+    return name.lstrip("0") == key.lstrip("0") or _plain(name) in plain[int(key) : int(key) + 1]
+
+
+def _remedy(own: dict[str, str]) -> str:
+    return (
+        f'Say it by --class-names FILE.json, {{"{printable(next(iter(own)))}": "its name", ...}}, or take the '
+        "dataset's own names by --templates NAME instead of --prompts NAME; where there are no such flags, by "
+        "?classes=FILE.json or ?templates=NAME behind the dataset."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(printable(name)) for name in names[:_NAMES_SHOWN])
+    return (shown + f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown) or "none"
+
+
+def _plain(name: str) -> str:
+    return _MARKS.sub(" ", name.casefold()).strip()
+
+
+@lru_cache(maxsize=1)
+def _imagenet_ids() -> list[str]:
+    """The 1,000 WordNet ids in order, as timm (which open_clip needs) ships them."""
+    return _package("timm").joinpath("timm/data/_info/imagenet_synsets.txt").read_text().split()
+
+
+@lru_cache(maxsize=4)
+def _shipped(what: str) -> dict[str, list[str]]:
+    path = _package("clip-benchmark").joinpath(_SHIPPED.format(what))
+    try:
+        found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}). Install it again: {_INSTALL}") from error
+    # class-specific prompts and the like are of another form
+    return {name: values for name, values in found.items() if isinstance(values, list) and name not in _LEFT_OUT}
+
+
+_INSTALL = "pip install teacher-cache[zeroshot]"
+
+
+def _package(name: str) -> Path:
+    """The folder that an installed package's files are named from, without importing it."""
+    try:
+        found: Distribution = distribution(name)
+    except PackageNotFoundError as error:
+        raise UsageError(f"class names and templates come with {name}, which is not installed: {_INSTALL}") from error
+    return Path(str(found.locate_file("")))

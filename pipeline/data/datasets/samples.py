@@ -1,0 +1,353 @@
+"""Datasets as samples: parse ``KIND:PATH``, read the adapter, prove every file, and read image bytes again.
+
+``load_samples`` is the one place that decides which images get a row: an adapter lists them, this module
+checks that each can be read, digests its bytes and turns every failure into a counted problem.
+
+Datasets come from anywhere. Only plain files are opened, never a pipe or a device; an image's file may hold at most
+``MAX_IMAGE_BYTES``; credentials in a dataset's name or in a uri are refused, since a cache would keep them; and every
+problem's text is made printable (:func:`teacher_cache.storage.observe.safe_text.printable`) before anybody sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+import fsspec
+
+from teacher_cache.pipeline.data.datasets import Problem, Record, Sample, SampleSet, adapter
+from teacher_cache.pipeline.data.datasets.records import data_folder, open_regular
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.files import remote as remote_files
+from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
+from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.observe.safe_text import printable, redact
+
+__all__ = [
+    "DatasetSpec",
+    "ImageSource",
+    "Problem",
+    "Sample",
+    "SampleSet",
+    "list_samples",
+    "load_samples",
+    "require_content",
+]
+
+_HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
+_FETCHES = REQUESTS_AT_ONCE  # of images behind a URL, by one process; most of each is waiting
+_HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
+_RETRY_SECONDS = (0.5, 2.0)
+_LOCAL_FILES = ("file", "local")
+_ON_THIS_MACHINE = (*_LOCAL_FILES, "torchvision", "memory")
+# images that torchvision keeps in arrays; imported when the first of them is read
+fsspec.register_implementation("torchvision", "teacher_cache.pipeline.data.datasets.torchvision.TorchvisionFiles")
+MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset by name: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter."""
+
+    kind: str
+    root: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        texts = (self.root, *(text for option in self.options for text in option))
+        if any("\0" in text or not _is_utf8(text) for text in texts):
+            raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
+        _refuse_credentials(f"{self.kind}:", self.root)
+        for name, value in self.options:
+            _refuse_credentials(f"dataset setting {name}=", value)
+        _refuse_credentials("", str(self))  # what a manifest would hold
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetSpec:
+        """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
+
+        Raises:
+            UsageError: no ``KIND:`` in front, an unknown kind, an empty path, a setting given twice, or a password,
+                signature or key in it.
+        """
+        shown = printable(text)
+        kind, colon, rest = text.partition(":")
+        if not colon:
+            raise UsageError(f"dataset {shown!r} has no kind; write KIND:PATH, for example flickr:{shown}")
+        adapter(kind)
+        path, question, query = rest.rpartition("?")
+        if not question or "=" not in query:
+            path, query = rest, ""
+        if not path:
+            raise UsageError(f"dataset {shown!r} has no path; write {kind}:PATH")
+        options = tuple(parse_qsl(query, keep_blank_values=True))
+        keys = [key for key, _ in options]
+        if len(set(keys)) < len(keys):
+            raise UsageError(f"dataset {shown!r} gives a setting twice; it has {printable(', '.join(keys))}")
+        # a signed URL's parameters look like settings
+        _refuse_credentials(f"{kind}:", rest)
+        return cls(kind, path, options)
+
+    def __str__(self) -> str:
+        # quoted as far as parse() needs it to read the same settings again
+        query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
+        return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_credentials(what: str, text: str) -> None:
+    """Keep secrets out of manifests, which live long and are passed on.
+
+    Raises:
+        UsageError: with the secret hidden, and where it belongs instead.
+    """
+    if redact(text) != text:
+        raise UsageError(
+            f"{what}{printable(text)} holds a password, a signature or a key, which the cache would keep. Give "
+            "credentials through the environment or the storage library's own files, or download the data first."
+        )
+
+
+class ImageSource:
+    """Reads the bytes of one image by ``uri``; local files directly, URLs through fsspec.
+
+    Raises:
+        UsageError: ``root`` holds credentials.
+    """
+
+    def __init__(self, root: str) -> None:
+        _refuse_credentials("", root)
+        self.root = root
+
+    def resolve(self, uri: str) -> str:
+        """The path or URL that ``uri`` stands for, relative ones below ``root``."""
+        if "://" in uri or Path(uri).is_absolute():
+            return uri
+        return f"{self.root.rstrip('/')}/{uri}"
+
+    def fetches(self, uri: str) -> int:
+        """How many such images are worth reading at once by threads of their own: 0 where a file answers at once."""
+        scheme, mark, _ = self.resolve(uri).partition("://")
+        return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
+
+    @contextlib.contextmanager
+    def threads(self, uri: str) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads of their own for images like this one; None where it is a file of this machine."""
+        fetches = self.fetches(uri)
+        if not fetches:
+            yield None
+            return
+        with ThreadPoolExecutor(fetches, thread_name_prefix="images") as pool:
+            yield pool
+
+    def read(self, uri: str, offset: int = -1, length: int = -1) -> bytes:
+        """The image's bytes as stored, not decoded.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            OSError: it is there and cannot be read, is no plain file, holds fewer bytes than ``length`` or more
+                than ``MAX_IMAGE_BYTES``.
+        """
+        target = self.resolve(uri)
+        if length > MAX_IMAGE_BYTES:
+            raise _too_large(target, length)
+        if "::" in target and "://" in target:
+            # simplecache:: and its kin write copies to places of their own
+            raise OSError(f"{target}: a chain of file systems is not followed; write the plain path or URL")
+        scheme, mark, path = target.partition("://")
+        if mark and scheme not in _LOCAL_FILES:
+            data = _fetch(target, offset, length)
+        else:
+            data = _read_file(path if mark else target, offset, length)
+        if length >= 0 and len(data) != length:
+            raise OSError(f"{target}: {len(data)} bytes at offset {offset}, {length} wanted; the file is cut short")
+        return data
+
+
+def _read_file(path: str, offset: int, length: int) -> bytes:
+    with open_regular(path) as file:
+        # not file.read(length) alone: it would set aside what the dataset claims, whatever the file holds
+        there = max(os.fstat(file.fileno()).st_size - max(offset, 0), 0)
+        wanted = there if length < 0 else min(there, length)
+        if wanted > MAX_IMAGE_BYTES:
+            raise _too_large(path, wanted)
+        file.seek(max(offset, 0))
+        return file.read(wanted)
+
+
+def _too_large(target: str, found: int) -> OSError:
+    return OSError(f"{target}: {found:,} bytes; an image may have {MAX_IMAGE_BYTES:,}")
+
+
+def _fetch(url: str, offset: int, length: int) -> bytes:
+    """Bytes behind a URL in one request, without the look at its size that opening a file makes.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ConnectionError: the server did not answer well, three times; S3 as often as caches are tried.
+        OSError: it answered, and will not give these bytes; or the URL cannot be used.
+    """
+    start = offset if offset > 0 else None
+    end = max(offset, 0) + length if length >= 0 else None
+    for pause in (*_pauses(url), None):
+        try:
+            filesystem, path = _filesystem_of(url)
+            data: bytes = filesystem.cat_file(path, start=start, end=end)
+            return data
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:
+            # a server's refusal, an unknown protocol, a package that is not installed: each library has its own
+            status = getattr(error, "status", None)
+            refused = isinstance(status, int) and status < 500 and status not in (408, 425, 429)
+            if refused or isinstance(error, (ValueError, ImportError)):
+                raise OSError(f"{url}: {type(error).__name__}: {redact(str(error))}") from error
+            if pause is None:
+                raise ConnectionError(f"{url}: {type(error).__name__}: {redact(str(error))}") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _filesystem_of(url: str) -> tuple[Any, str]:
+    # S3 by the connections of the caches: by default s3fs asks for the size first and keeps to ten at once
+    return remote_files.filesystem_of(url) if _is_s3(url) else fsspec.core.url_to_fs(url)
+
+
+def _pauses(url: str) -> Sequence[float]:
+    # those connections try once, where others try again by themselves
+    retry = remote_files.RETRY
+    return [retry.pause_seconds(number) for number in range(1, retry.tries)] if _is_s3(url) else _RETRY_SECONDS
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def require_content(data: bytes, sha256: str, where: str) -> None:
+    """Refuse an image that is not the one that the cache was planned with.
+
+    Raises:
+        CacheMismatchError: names the file.
+    """
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CacheMismatchError(
+            f"{where}: not the image that the cache was made of (its bytes have another sha256). Restore it, name the "
+            "folder that has it, or make a new cache."
+        )
+
+
+def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None = None) -> tuple[SampleSet, list[str]]:
+    """Read a dataset and prove that each of its images can be read.
+
+    Args:
+        spec: which adapter, where, with which settings.
+        progress: called with (images checked, images listed).
+
+    Returns:
+        The samples that get a row, in the adapter's order, with every problem met; and the sha256 of each
+        sample's stored image bytes, in the same order.
+
+    Raises:
+        UsageError: the root does not have the published form of this kind (the adapter says what it looked
+            for), its files cannot be read, or not one image of it can be used.
+        ConnectionError: a server or a share is in trouble; another try may do.
+    """
+    listed = list_samples(spec)
+    source = ImageSource(data_folder(spec.root))
+
+    def digest(sample: Sample) -> str | Problem:
+        try:
+            data = source.read(sample.uri, sample.offset, sample.length)
+        except FileNotFoundError:
+            detail = f"{source.resolve(sample.uri)} does not exist"
+            return Problem("missing-file", sample.sample_id, detail, lost_image=True)
+        except OSError as error:
+            if is_transient(error) and "://" not in source.resolve(sample.uri):
+                raise  # a share in trouble, not an image: a dataset planned without it would be another dataset
+            return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
+        return hashlib.sha256(data).hexdigest()
+
+    found = SampleSet(spec.kind, source.root, problems=listed.problems)
+    digests: list[str] = []
+    with ThreadPoolExecutor(digest_threads(source, listed.samples)) as pool:
+        results = (
+            result
+            for first in range(0, len(listed.samples), _HASH_WINDOW)
+            for result in pool.map(digest, listed.samples[first : first + _HASH_WINDOW])
+        )
+        for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
+            if isinstance(result, Problem):
+                found.problems.append(_shown(result))
+            else:
+                found.samples.append(sample)
+                digests.append(result)
+            if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
+                progress(number + 1, len(listed.samples))
+    if not found.samples:
+        met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
+        raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
+    return found, digests
+
+
+def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
+    """How many of a dataset's images are read at once for their digests."""
+    return max((source.fetches(sample.uri) for sample in samples[:1]), default=0) or _HASH_THREADS
+
+
+def list_samples(spec: DatasetSpec) -> SampleSet:
+    """What a dataset lists, without a look at its images: those that are missing or cannot be read are in it.
+
+    Raises:
+        UsageError, ConnectionError: see :func:`load_samples`.
+    """
+    listed = SampleSet(spec.kind, spec.root)
+    seen: dict[str, Sample] = {}
+    for record in _records(spec):
+        if isinstance(record, Problem):
+            listed.problems.append(_shown(record))
+        elif record.sample_id in seen:
+            detail = f"{record.uri}: this sample_id is taken by an earlier sample"
+            first = seen[record.sample_id]
+            lost_image = (record.uri, record.offset) != (first.uri, first.offset)
+            listed.problems.append(_shown(Problem("duplicate-id", record.sample_id, detail, lost_image)))
+        else:
+            seen[record.sample_id] = record
+            listed.samples.append(record)
+    return listed
+
+
+def _records(spec: DatasetSpec) -> Iterator[Record]:
+    """What the adapter finds.
+
+    Raises:
+        UsageError, ConnectionError: see :func:`load_samples`.
+    """
+    try:
+        yield from adapter(spec.kind)(spec.root, **dict(spec.options))
+    except RecursionError as error:
+        raise UsageError(f"{spec}: nested too deeply to be read") from error
+    except Exception as error:
+        if is_transient(error) and not isinstance(error, OSError):
+            raise ConnectionError(f"{spec}: {printable(str(error))}. Run the same command again.") from error
+        if isinstance(error, OSError) and not is_transient(error):
+            raise UsageError(f"{spec}: cannot be read: {printable(str(error))}") from error
+        raise
+
+
+def _shown(problem: Problem) -> Problem:
+    return replace(problem, where=printable(problem.where), detail=printable(problem.detail))

@@ -1,0 +1,273 @@
+"""A table of images and captions: CSV, TSV or Parquet, one row per caption.
+
+    pairs.csv                       path,caption,split
+                                    images/one.jpg,A dog runs.,train
+                                    images/one.jpg,"A dog, running.",train
+
+A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
+would keep them). Rows with the same path are one image: images come
+in the order in which they first appear, captions in the order of the rows. A ``sample_id`` is the path as
+written unless there is a column of ids. A Parquet column may hold a list of captions in each row.
+
+The columns are found by name, in any case; an option names another column, or with an empty value (``?id=``)
+leaves the optional one out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, open_regular, sample_or_problem, uri_below
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["read"]
+
+# role -> the names it goes by, the likeliest first
+_COLUMNS = {
+    "path": ("path", "filepath", "file_path", "image_path", "image", "file_name", "filename", "uri", "url"),
+    "caption": ("caption", "captions", "text", "title"),
+    "split": ("split",),
+    "id": ("sample_id", "id"),
+}
+_REQUIRED = ("path", "caption")
+_BATCH_ROWS = 8192
+# what pyarrow raises for bytes that are not what their header says; ValueError and the like on the way to Python
+_BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, IndexError)
+
+
+@dataclass
+class _Image:
+    """What the rows of one path say."""
+
+    sample_id: str
+    split: str
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row: its values by role, absent ones None; ``detail`` says why it cannot be used."""
+
+    where: str
+    values: dict[str, Any]
+    detail: str = ""
+
+
+def read(
+    root: str, *, path: str | None = None, caption: str | None = None, split: str | None = None, id: str | None = None
+) -> Iterator[Record]:
+    """Samples of one table.
+
+    Args:
+        root: the table, a local file or a URL. ``.parquet`` is Parquet, anything else is text with a header,
+            separated by tabs when the header has one and by commas otherwise.
+        path: the column of paths or URLs.
+        caption: the column of captions.
+        split: the column of splits; without one each split is ``""``.
+        id: the column of sample ids, the same in all rows of an image.
+
+    Raises:
+        UsageError: the table is not there or not readable, or has no such column.
+    """
+    name = root.rstrip("/").rpartition("/")[2]
+    wanted = {"path": path, "caption": caption, "split": split, "id": id}
+    images: dict[str, _Image] = {}
+    unusable: list[tuple[Problem, str | None]] = []
+    with _open(root) as file:
+        rows = _parquet_rows if root.lower().endswith((".parquet", ".pq")) else _text_rows
+        for row in rows(file, root, name, wanted):
+            image_path = row.values.get("path")
+            uri = None if image_path in (None, "") else str(image_path).strip()
+            if row.detail or not uri:
+                problem = Problem("bad-record", row.where, row.detail or "no path in it", lost_image=False)
+                unusable.append((problem, uri))
+                continue
+            given = row.values.get("id")
+            sample_id = uri if given in (None, "") else str(given)
+            row_split = str(row.values.get("split") or "")
+            if uri not in images and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
+                detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
+                unusable.append((Problem("bad-record", row.where, detail, lost_image=False), uri))
+                continue
+            image = images.setdefault(uri, _Image(sample_id, row_split))
+            differs = _difference(image, sample_id, row_split)
+            if differs:
+                detail = f"{printable(uri)} has {differs}; the caption of this row is left out"
+                yield Problem("bad-record", row.where, detail, lost_image=False)
+            else:
+                image.captions.extend(_captions(row.values.get("caption")))
+
+    # only now is it known whether the image of a bad row has good rows as well
+    lost: set[str] = set()
+    for problem, uri in unusable:
+        lost_image = uri is not None and uri not in images and uri not in lost
+        yield Problem(problem.kind, problem.where, problem.detail, lost_image)
+        if lost_image and uri is not None:
+            lost.add(uri)
+    for uri, image in images.items():
+        yield from sample_or_problem(image.sample_id, uri, image.split, image.captions)
+
+
+def _open(root: str) -> Any:
+    """The table's bytes, to be closed by the caller."""
+    try:
+        return fsspec.open(root, "rb").open() if "://" in root else open_regular(root)
+    except IsADirectoryError:
+        raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
+    except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
+        found = f"{type(error).__name__}: {error}"
+        if is_transient(error):
+            raise ConnectionError(f"{root}: {found}. Run the same command again.") from error
+        raise UsageError(f"{root}: no table there that can be read ({found}); write table:FILE") from error
+
+
+def _difference(image: _Image, sample_id: str, split: str) -> str:
+    if split != image.split:
+        return f"split {printable(split)!r} here and {printable(image.split)!r} in an earlier row"
+    if sample_id != image.sample_id:
+        return (
+            f"the id {printable(sample_id)!r} here and {printable(image.sample_id)!r} in an earlier row "
+            "(?id= leaves the ids out)"
+        )
+    return ""
+
+
+def _captions(value: Any) -> list[str]:
+    """A cell's captions; nothing in a cell is an empty caption, to be counted as one."""
+    if isinstance(value, list):
+        return ["" if caption is None else str(caption) for caption in value]
+    return ["" if value is None else str(value)]
+
+
+def _find_columns(root: str, header: Sequence[str], wanted: dict[str, str | None]) -> dict[str, int]:
+    """Where each role's column is."""
+    found: dict[str, int] = {}
+    lowered = [column.strip().lower() for column in header]
+    shown = printable(", ".join(header)) or "none"
+    for role, names in _COLUMNS.items():
+        asked = wanted[role]
+        if asked:
+            if asked not in header:
+                raise UsageError(f"{root}: no column {asked!r} for {role}=; its columns are {shown}")
+            found[role] = header.index(asked)
+        elif asked is None:
+            index = next((lowered.index(name) for name in names if name in lowered), None)
+            if index is not None:
+                found[role] = index
+        if role in _REQUIRED and role not in found:
+            raise UsageError(
+                f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
+                f"name one with ?{role}=COLUMN"
+            )
+    return found
+
+
+def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        first = text.readline()
+        delimiter = "\t" if "\t" in first else ","
+        try:
+            header = next(csv.reader([first], delimiter=delimiter), [])
+        except csv.Error as error:
+            raise UsageError(f"{root}: the first line is no header ({error}); name the columns in it") from error
+        columns = _find_columns(root, header, wanted)
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        begin = 2
+        while True:
+            detail = ""
+            fields: list[str] = []
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                detail = f"not CSV ({error})"
+            end = rows.line_num + 1  # the header was read past the csv reader
+            where = f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
+            begin = end + 1
+            if not fields and not detail:
+                continue
+            if not detail and len(fields) != len(header):
+                detail = f"{len(fields)} fields where the header has {len(header)}"
+            values = {role: fields[index] for role, index in columns.items() if index < len(fields)}
+            yield _Row(where, values, detail)
+
+
+def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
+    try:
+        table = pq.ParquetFile(file)
+        header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]
+    except _BROKEN_PARQUET as error:
+        _raise_transient(root, error)
+        raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
+    columns = {role: header[index] for role, index in _find_columns(root, header, wanted).items()}
+    kind = table.schema_arrow.field(columns["path"]).type
+    if pa.types.is_nested(kind) or (_is_binary(kind) and _holds_pictures(table, columns["path"])):
+        raise UsageError(
+            f"{root}: the column {columns['path']!r} holds pictures ({kind}), not paths. Write them to files, or to "
+            "tars for webdataset:, or name a column of paths or URLs with ?path=COLUMN"
+        )
+    number = 0
+    try:
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=sorted(set(columns.values()))):
+            cells = {role: _cells(batch.column(column)) for role, column in columns.items()}
+            for index in range(batch.num_rows):
+                values = {role: several[index] for role, several in cells.items()}
+                yield _Row(f"{name} row {number}", values)
+                number += 1
+    except _BROKEN_PARQUET as error:
+        _raise_transient(root, error)
+        yield _Row(f"{name} row {number}", {}, f"cannot be read, nor what follows ({error})")
+
+
+def _raise_transient(root: str, error: BaseException) -> None:
+    """What another try can cure stays so: half a table now and a whole one then would be two datasets."""
+    if is_transient(error):
+        raise ConnectionError(f"{root}: {type(error).__name__}: {error}. Run the same command again.") from error
+
+
+def _cells(column: Any) -> list[Any]:
+    """Python values; text that is not UTF-8 keeps its bytes as lone surrogates, as in the other forms."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    elif (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
+        column = column.cast(pa.large_list(pa.large_binary()))
+    return [_text(value) for value in column.to_pylist()]
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_pictures(table: pq.ParquetFile, column: str) -> bool:
+    """Whether bytes of a column are no paths, which have no zero byte; seen by the first value that there is."""
+    with contextlib.suppress(*_BROKEN_PARQUET):  # said when the rows are read
+        for batch in table.iter_batches(batch_size=1, columns=[column]):
+            if value := batch.column(0)[0].as_py():
+                return b"\0" in value
+    return False
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _text(value: Any) -> Any:
+    """Bytes as text, inside of lists too: a column may be declared binary and hold text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    return [_text(one) for one in value] if isinstance(value, list) else value

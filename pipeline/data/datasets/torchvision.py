@@ -1,0 +1,194 @@
+"""Labelled images of torchvision's datasets, as they lie on disk; nothing is ever downloaded.
+
+Where torchvision keeps a file per image, that file is what is read. Of the others (CIFAR's batches, MNIST's arrays)
+each image has the address ``torchvision://NAME/SPLIT/NUMBER/ROOT``, and its bytes are a PPM or PGM of its pixels: the
+same with every version of every library, so that a cache can prove them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from fsspec.spec import AbstractFileSystem
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.datasets.prompts import SAME_ORDER
+from teacher_cache.pipeline.data.datasets.records import Listing, Sample, contents
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["TORCHVISION", "TorchvisionFiles", "list_torchvision"]
+
+# dataset -> the split that is measured if none is named; "" where torchvision knows none
+TORCHVISION = {
+    "CIFAR10": "test",
+    "CIFAR100": "test",
+    "Caltech101": "",
+    "Caltech256": "",
+    "Country211": "test",
+    "DTD": "test",
+    "EuroSAT": "",
+    "FER2013": "test",
+    "FGVCAircraft": "test",
+    "FashionMNIST": "test",
+    "Flowers102": "test",
+    "Food101": "test",
+    "GTSRB": "test",
+    "ImageNet": "val",
+    "Imagenette": "val",
+    "KMNIST": "test",
+    "MNIST": "test",
+    "OxfordIIITPet": "test",
+    "PCAM": "test",
+    "RenderedSST2": "test",
+    "STL10": "test",
+    "SUN397": "",
+    "SVHN": "test",
+    "StanfordCars": "test",
+    "USPS": "test",
+}
+# these take train=True or False in place of a split
+_BY_FLAG = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS")
+_CALTECH256_MARKS = re.compile(r"^\d{3}\.|-101$")
+
+
+def list_torchvision(root: str, name: str, split: str = "") -> Listing:
+    """Images of one split with their classes.
+
+    The keys of classes are torchvision's names for them, or numbers where it has none.
+
+    Args:
+        root: as given to torchvision.
+        split: as torchvision calls it; ``test``, or ``val`` of ImageNet and Imagenette, if left out.
+
+    Raises:
+        UsageError: not a dataset that is known here, not there, no such split, or one without labels.
+    """
+    where = f"torchvision:{name}:{root}"
+    _opened.cache_clear()  # as it is now
+    dataset, split = _open(name, root, split)
+    labels = _labels(where, dataset)
+    classes = list(getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or [])
+    names = [each[0] if isinstance(each, tuple) else str(each) for each in classes]
+    named = len(names) > int(labels.max()) and len(set(names)) == len(names)
+    if named:
+        own = {each: _words(name, each) for each in names}
+    else:
+        own = {str(number): str(number) for number in range(int(labels.max()) + 1)}
+    keys = list(own)
+    base = Path(root).resolve()
+    files = _files(dataset)
+    images = []
+    for number in range(len(labels)):
+        if files is None:
+            uri = f"torchvision://{name}/{split or 'all'}/{number}/{base.as_posix().lstrip('/')}"
+        else:
+            path = Path(files[number]).resolve()
+            uri = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+        images.append(Sample(f"{number:06d}" if files is None else uri, uri, split, ()))
+    order = SAME_ORDER.get(name, "")
+    return Listing(where, images, [keys[label] for label in labels], [], own, named, order_of=order)
+
+
+class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
+    """Bytes of ``torchvision://NAME/SPLIT/NUMBER/ROOT`` for fsspec, which asks for them by ``cat_file``."""
+
+    protocol = "torchvision"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """The image as PPM, or PGM where it is grey; of one that torchvision cannot decode, why, which is no image.
+
+        Raises:
+            FileNotFoundError: the dataset is not there any more, or has fewer images.
+        """
+        name, split, number, root = self._strip_protocol(path).split("/", 3)
+        try:
+            dataset = _opened(name, f"/{root}", "" if split == "all" else split)
+            image = dataset[int(number)][0]
+        except (RuntimeError, IndexError) as error:  # not there, or not whole
+            raise FileNotFoundError(f"{path}: {error}") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            return f"torchvision cannot decode it: {error}".encode()  # Pillow's own: unidentified, cut short
+        pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        head = f"P{5 if pixels.mode == 'L' else 6} {pixels.width} {pixels.height} 255\n".encode()
+        data: bytes = head + pixels.tobytes()
+        return data[start:end]
+
+
+def _open(name: str, root: str, split: str) -> tuple[Any, str]:
+    """The dataset and the split that it is of."""
+    where = f"torchvision:{name}:{root}"
+    if name not in TORCHVISION:
+        raise UsageError(
+            f"{printable(where)}: write torchvision:NAME:PATH with one of {', '.join(TORCHVISION)}; other datasets as "
+            "imagefolder:PATH or webdataset:PATH"
+        )
+    if not Path(root).is_dir():
+        raise UsageError(f"{where}: no folder {root}; name the one that was given to torchvision as its root")
+    wanted = (split or TORCHVISION[name]) if TORCHVISION[name] else ""
+    if name in _BY_FLAG and wanted not in ("train", "test"):
+        raise UsageError(f"{where}: no split {printable(wanted)!r}; there are 'train' and 'test'")
+    if not TORCHVISION[name] and split not in ("", "all"):
+        raise UsageError(f"{where}: torchvision has no splits of it; leave split ({printable(split)!r}) out")
+    try:
+        return _opened(name, str(Path(root).resolve()), wanted), wanted
+    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+        raise UsageError(
+            f"{where}: torchvision cannot open it ({printable(str(error))}); {root} holds {contents(Path(root))}. "
+            "Nothing is downloaded here."
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _opened(name: str, root: str, split: str) -> Any:
+    settings: dict[str, Any] = {"split": split} if split else {}
+    if name in _BY_FLAG:
+        settings = {"train": split == "train"}
+    # no download=: some do not take it, and False is the default of all that are listed here
+    return getattr(torchvision.datasets, name)(root, **settings)
+
+
+def _words(name: str, category: str) -> str:
+    """What a category of a dataset is called in a prompt."""
+    if name == "Caltech256":  # 002.american-flag; -101 marks those that Caltech101 has too
+        return _CALTECH256_MARKS.sub("", category).replace("-", " ")
+    slash = " " if name == "SUN397" else "/"  # apartment_building/outdoor; but F-16A/B
+    return category.replace("_", " ").replace("/", slash)
+
+
+def _files(dataset: Any) -> list[str | Path] | None:
+    """The file of each image, where torchvision keeps a list of them."""
+    for attribute in ("_image_files", "_images", "_samples", "samples"):
+        found = getattr(dataset, attribute, None)
+        if isinstance(found, list) and found and len(found) == len(dataset):
+            paths = [each[0] if isinstance(each, tuple) else each for each in found]
+            if all(isinstance(path, (str, Path)) for path in paths):
+                return paths
+    return None
+
+
+def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
+    """The label of each image, without decoding one where the dataset keeps a list of them."""
+    found: Any = None
+    for attribute in ("targets", "labels", "_labels", "y"):
+        found = getattr(dataset, attribute, None)
+        if found is not None and len(found) == len(dataset):
+            break
+    else:
+        pairs = getattr(dataset, "_samples", None)
+        found = [pair[1] for pair in pairs] if pairs else [dataset[index][1] for index in range(len(dataset))]
+    try:
+        labels = np.array([int(label) for label in found], np.int64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: images without a label ({error}); name another split") from error
+    if not len(labels) or labels.min() < 0:
+        seen = f"a label {labels.min()}" if len(labels) else "no images"
+        raise UsageError(f"{where}: {seen}; labels from 0 on are wanted, name another split")
+    return labels

@@ -1,0 +1,308 @@
+"""WebDataset tars: members that share a key are one sample, and the images are read in place.
+
+    shards/train/000.tar
+      000000012.jpg    the image: jpg, jpeg, png or webp
+      000000012.txt    its caption, the whole text; or
+      000000012.json   {"caption": "..."} or {"captions": ["...", ...]}, where there is no .txt
+
+The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar``; a tar
+or a pattern may be a URL. A key is the member's path up to the first dot of its name, and is the ``sample_id``.
+Tars come in the order of their paths (of the pattern where there is one), samples in the order in which their
+key first appears. Nothing is unpacked: a sample carries the place of its image's bytes in the tar.
+
+What is no plain file (a link, a device, a sparse member) is a problem and is never followed; ``../`` in a name is a
+part of the key and nothing else.
+
+The split is the first word that names one: of the tar's name (``cc3m-train-0003.tar``), else of its folders from
+the nearest up to the root; ``?split=`` overrides it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import fsspec
+
+from teacher_cache.pipeline.data.datasets.records import (
+    SPLIT_NAMES,
+    Problem,
+    Record,
+    contents,
+    data_folder,
+    open_regular,
+    sample_or_problem,
+)
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["read", "read_labels"]
+
+_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+_MOST_TARS = 1_000_000
+_MOST_TEXT_BYTES = 16 * 1024 * 1024  # of a .txt or .json; a header can claim any length
+# of an extended header, which holds a long name and attributes; tarfile searches it in quadratic time
+_MOST_HEADER_BYTES = 32 * 1024
+_EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Entry(tarfile.TarInfo):
+    """A header that is refused when its size would make tarfile go back, or read for ever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
+        entry = super().frombuf(buf, encoding, errors)
+        most = _MOST_HEADER_BYTES if entry.type in _EXTENDED_HEADERS else math.inf
+        if not 0 <= entry.size <= most:
+            raise tarfile.ReadError(f"a header says that {entry.size} bytes follow")
+        return entry
+
+
+@dataclass
+class _Member:
+    """What one key of a tar has, while the tar is read."""
+
+    offset: int = -1
+    length: int = -1
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by ending
+    endings: list[str] = field(default_factory=list)
+    passed_over: str = ""  # a member that ends as an image does, but not from the first dot on
+
+    def lost(self, uri: str) -> Problem | None:
+        """What to say of an image that nobody else will miss."""
+        if self.offset >= 0 or not self.passed_over:
+            return None
+        ending = PurePosixPath(self.passed_over).name.partition(".")[2]
+        detail = f"a key ends at the first dot, so that its ending is {printable(ending)!r} and no image's; rename it"
+        return Problem("bad-record", printable(f"{uri}/{self.passed_over}"), detail, lost_image=True)
+
+
+def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") -> Iterator[Record]:
+    """Samples of all tars.
+
+    Args:
+        root: a folder, a tar, or a pattern with braces.
+        split: the split of every sample; by default it comes from the names of tar and folder.
+        txt: ``whole`` when a .txt is one caption, ``lines`` when each of its lines is one (CLIP_benchmark's
+            retrieval sets).
+        ids: ``key``, or ``tar`` for ``path/of.tar/key`` where tars repeat each other's keys.
+
+    Raises:
+        UsageError: no tar there, or an option with another value.
+    """
+    for option, value, known in (("txt", txt, ("whole", "lines")), ("ids", ids, ("key", "tar"))):
+        if value not in known:
+            raise UsageError(f"webdataset option {option}={value!r} is not known; it is one of {', '.join(known)}")
+    folder = data_folder(root)
+    for tar in _tars(root):
+        uri = tar.removeprefix(f"{folder.rstrip('/')}/")
+        tar_split = split or _split_of(uri, folder)
+        members: dict[str, _Member] = {}
+        yield from _read_tar(tar, uri, members, lines=txt == "lines")
+        for key, member in members.items():
+            sample_id = f"{uri}/{key}" if ids == "tar" else key
+            # an empty .txt beside a .json that has a caption says nothing
+            there = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
+            captions = next((some for some in there if any(map(str.strip, some))), there[0] if there else None)
+            if (problem := member.lost(uri)) is not None:
+                yield problem
+            elif member.offset >= 0:
+                yield from sample_or_problem(sample_id, uri, tar_split, captions or [], member.offset, member.length)
+            elif captions is not None:
+                detail = f"{uri}: there is no image beside {', '.join(member.endings)}"
+                yield Problem("no-image", printable(sample_id), detail, lost_image=False)
+
+
+def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
+    """Images with the ``.cls`` member beside them, as clip-benchmark and webdataset write classification sets.
+
+    Yields:
+        (sample, split, label): the label is its caption too, the number of its class, from 0 on, as text without
+        leading zeros. An image without one is a problem: (problem, split of its tar, ``""``); of the problem of a whole
+        tar the split is None.
+    """
+    folder = data_folder(root)
+    for tar in _tars(root):
+        uri = tar.removeprefix(f"{folder.rstrip('/')}/")
+        split = _split_of(uri, folder)
+        members: dict[str, _Member] = {}
+        for problem in _read_tar(tar, uri, members, text_endings=("cls",)):
+            yield problem, None if problem.where == printable(uri) else split, ""
+        for key, member in members.items():
+            # the tars of each split count from s0000000 on
+            sample_id = f"{uri}/{key}"
+            label = " ".join(member.captions.get("cls", [])).strip()
+            if (lost := member.lost(uri)) is not None:
+                yield lost, split, ""
+            if member.offset < 0:
+                continue
+            if not (label.isascii() and label.isdigit()):
+                found = f"the label {printable(label)!r}" if label else "no label"
+                detail = f"{found} in KEY.cls beside the image; the number of its class is wanted"
+                yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
+                continue
+            for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
+                yield record, split, "" if isinstance(record, Problem) else str(int(label))
+
+
+def _tars(root: str) -> list[str]:
+    """Absolute paths or URLs of the tars, in order."""
+    if "://" not in root:
+        path = Path(root)
+        if path.is_file():
+            return [str(path.parent.resolve() / path.name)]
+        if path.is_dir():
+            tars = sorted(str(tar) for tar in path.resolve().rglob("*.tar") if tar.is_file())
+            if not tars:
+                raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}")
+            return tars
+        if "{" not in root:
+            raise UsageError(f"{root} is not there; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
+        root = str(path.absolute())
+        # the same start as uris have, whatever symbolic links the pattern goes through
+        before = root[: root.index("{")].rpartition("/")[0]
+        root = data_folder(root) + root[len(before) :]
+    elif not root.split("?")[0].endswith(".tar"):
+        raise UsageError(f"{root}: a folder behind a URL is not listed; write its tars as {root}/{{000..003}}.tar")
+    return _expand(root)
+
+
+def _expand(pattern: str) -> list[str]:
+    """Every name a pattern stands for: ``{000..003}`` counts, ``{a,b}`` lists; braces do not nest."""
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    counted = _RANGE.fullmatch(braces[1])
+    if counted:
+        first, last = counted.groups()
+        numbers = range(int(first), int(last) + 1)
+        if len(numbers) > _MOST_TARS:
+            raise UsageError(f"{{{braces[1]}}} stands for {len(numbers):,} tars; write one of at most {_MOST_TARS:,}")
+        words = [str(number).zfill(len(first)) for number in numbers]
+    else:
+        words = braces[1].split(",")
+    tails = _expand(pattern[braces.end() :])
+    if len(words) * len(tails) > _MOST_TARS:
+        raise UsageError(f"{pattern} stands for {len(words) * len(tails):,} tars; at most {_MOST_TARS:,} are read")
+    return [pattern[: braces.start()] + word + tail for word in words for tail in tails]
+
+
+def _split_of(uri: str, folder: str) -> str:
+    parts = PurePosixPath(uri)
+    for words in (re.split(r"[-_.]", parts.stem), *([name] for name in reversed(parts.parts[:-1]))):
+        for word in words:
+            if word in SPLIT_NAMES:
+                return word
+    name = PurePosixPath(folder).name
+    return name if name in SPLIT_NAMES else ""
+
+
+def _read_tar(
+    tar: str,
+    uri: str,
+    members: dict[str, _Member],
+    *,
+    lines: bool = False,
+    text_endings: tuple[str, ...] = ("txt", "json"),
+) -> Iterator[Problem]:
+    """Fill ``members`` from one tar; what was read before a broken place stays."""
+    try:
+        with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
+            yield from _read_members(file, uri, members, lines, text_endings)
+    except FileNotFoundError:
+        yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
+    except Exception as error:  # fsspec and tarfile raise many kinds for bytes and servers they cannot read
+        if is_transient(error):
+            # half a tar now and a whole one at the next try would be two datasets
+            raise ConnectionError(f"{tar}: {type(error).__name__}: {error}. Run the same command again.") from error
+        images = sum(member.offset >= 0 for member in members.values())
+        detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
+        # how many images the rest held cannot be known, so none is counted as lost
+        yield Problem("bad-record", printable(uri), detail, lost_image=False)
+
+
+def _read_members(
+    file: IO[bytes], uri: str, members: dict[str, _Member], lines: bool, text_endings: tuple[str, ...]
+) -> Iterator[Problem]:
+    # "r:" takes plain tars only: bytes inside a compressed one have no place to read them from
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Entry}
+    with tarfile.open(fileobj=file, mode="r:", **how) as archive:  # type: ignore[call-overload]
+        for entry in archive:
+            # an extended header may give another size than the header that was looked at
+            if entry.size < 0:
+                raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
+            place, dot, ending = PurePosixPath(entry.name).name.partition(".")
+            ending = ending.lower()
+            if entry.isdir() or not dot or not place:
+                continue  # extended attributes: nothing of an image and its captions
+            parent = entry.name.removeprefix("./").rpartition("/")[0]
+            key = f"{parent}/{place}" if parent else place
+            if ending not in _IMAGE_ENDINGS and ending not in text_endings:
+                # a mask beside its image, or an image with a dot in its name
+                if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
+                    members.setdefault(key, _Member()).passed_over = entry.name
+                continue  # class labels and the like
+            where = printable(f"{uri}/{entry.name}")
+            image = ending in _IMAGE_ENDINGS
+            if not entry.isreg() or entry.issparse():
+                detail = "a link or a sparse member, not a plain file; its bytes are not in one piece here"
+                yield Problem("bad-record", where, detail, lost_image=image)
+                continue
+            member = members.setdefault(key, _Member())
+            if (image and member.offset >= 0) or ending in member.captions:
+                detail = f"the key {printable(key)!r} has its {'image' if image else ending} already; the first stays"
+                yield Problem("duplicate-id", where, detail, lost_image=image)
+                continue
+            member.endings.append(ending)
+            if image:
+                member.offset, member.length = entry.offset_data, entry.size
+                continue
+            if entry.size > _MOST_TEXT_BYTES:
+                detail = f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
+                yield Problem("bad-record", where, detail, lost_image=False)
+                continue
+            content = archive.extractfile(entry)
+            assert content is not None  # a regular member
+            text = content.read().decode("utf-8-sig", errors="surrogateescape")
+            captions = _json_captions(text) if ending == "json" else text
+            if captions is None:
+                detail = "not a JSON object with a text 'caption' or a list of texts 'captions'"
+                yield Problem("bad-record", where, detail, lost_image=False)
+            elif isinstance(captions, list):
+                member.captions[ending] = captions
+            else:
+                member.captions[ending] = captions.splitlines() if lines else [captions]
+        # tarfile takes a cut or a broken header for the end; the end of a whole tar is a block of zeros
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+
+
+def _json_captions(text: str) -> list[str] | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    caption, captions = content.get("caption"), content.get("captions")
+    if isinstance(caption, str):
+        return [caption]
+    if isinstance(captions, list) and all(isinstance(one, str) for one in captions):
+        return list(captions)
+    return None

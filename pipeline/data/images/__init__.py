@@ -1,0 +1,1 @@
+"""Bytes to pixels: decoding, model input, preprocessing, crops."""

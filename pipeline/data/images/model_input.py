@@ -1,0 +1,170 @@
+"""What one model sees of an image: size, crop and colours, and the evaluation transform in Pillow and numpy. No torch.
+
+The transform is open_clip's for evaluation: the same calls of Pillow that torchvision makes for an image of Pillow's,
+then the same float32 arithmetic. :class:`teacher_cache.pipeline.data.images.preprocess.Preprocess` is open_clip's own,
+and equals it bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, ignore_pillows_warnings, size_in_words
+
+__all__ = ["RESIZE_MODES", "ModelInput"]
+
+RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The evaluation transform of one model.
+
+    Attributes:
+        size: (height, width) of the model's input.
+        resize_mode: shortest (then centre crop), longest (then pad) or squash, as in open_clip.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From an open_clip ``preprocess_cfg`` with an explicit size."""
+        size = config["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(
+            (int(height), int(width)),
+            tuple(float(value) for value in config["mean"]),
+            tuple(float(value) for value in config["std"]),
+            config["interpolation"],
+            config["resize_mode"],
+            int(config["fill_color"]),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """As open_clip's ``preprocess_cfg``."""
+        return {
+            "size": list(self.size),
+            "mode": "RGB",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+            "fill_color": self.fill_color,
+        }
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """The part of the transform that moves pixels: to an RGB image of ``size``.
+
+        Args:
+            image: as :func:`teacher_cache.pipeline.data.images.decode.decode_image` gives it, in any of its modes.
+
+        Raises:
+            ValueError: the image is too long a strip; see :mod:`teacher_cache.pipeline.data.images.decode`'s rules.
+        """
+        self.require_resizable(*image.size)
+        ignore_pillows_warnings()
+        height, width = self.resized(*image.size)
+        resized = image.resize((width, height), self._resampling())
+        if self.resize_mode == "squash":
+            return resized.convert("RGB")
+        return _centre_cropped(resized, self.size, self.fill_color if self.resize_mode == "longest" else 0).convert(
+            "RGB"
+        )
+
+    def pixels(self, image: Image.Image) -> NDArray[np.float32]:
+        """The whole transform: float32 (3, height, width), with the model's mean and std taken out. Raises as above."""
+        shown = np.asarray(self.picture(image)).transpose(2, 0, 1)
+        # float32 throughout, in torchvision's order of operations, so that no bit differs
+        scaled = np.ascontiguousarray(shown).astype(np.float32) / np.float32(255)
+        mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (self.mean, self.std))
+        found: NDArray[np.float32] = (scaled - mean) / std
+        return found
+
+    def _resampling(self) -> Image.Resampling:
+        # open_clip knows no third filter, and hands none on to the resize of a size that is not square
+        keeps_ratio = self.resize_mode == "shortest" and self.size[0] != self.size[1]
+        bilinear = self.interpolation == "bilinear" and not keeps_ratio
+        return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels to which a source image is resized, before the crop or the padding."""
+        wanted_height, wanted_width = self.size
+        if self.resize_mode == "squash":
+            return self.size
+        if self.resize_mode == "shortest" and wanted_height == wanted_width:
+            # torchvision's Resize to one number: the shorter edge exact, the longer one cut to a whole number
+            return (
+                wanted_height if height <= width else int(wanted_height * height / width),
+                wanted_width if width <= height else int(wanted_width * width / height),
+            )
+        pick = max if self.resize_mode == "longest" else min
+        ratio = pick(height / wanted_height, width / wanted_width)
+        return round(height / ratio), round(width / ratio)
+
+    def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
+        """The region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
+
+        Follows open_clip's transform to its rounding: the image is resized to whole pixels, and the crop starts
+        at a whole pixel of the resized image. With resize_mode ``longest`` the region reaches beyond the image,
+        where the model sees padding.
+        """
+        if self.resize_mode == "squash":
+            return 0.0, 0.0, float(height), float(width), 0.0
+        wanted_height, wanted_width = self.size
+        resized_height, resized_width = self.resized(width, height)
+        top = _centre(resized_height, wanted_height) * height / resized_height
+        left = _centre(resized_width, wanted_width) * width / resized_width
+        return top, left, wanted_height * height / resized_height, wanted_width * width / resized_width, 0.0
+
+    def require_resizable(self, width: int, height: int) -> None:
+        """Refuse an image whose resize would take unbounded memory.
+
+        Raises:
+            ValueError: the sizes before and after.
+        """
+        resized_height, resized_width = self.resized(width, height)
+        if resized_height * resized_width > MAX_PIXELS:
+            before, after = size_in_words(width, height), size_in_words(resized_width, resized_height)
+            raise ValueError(f"{before} would be resized to {after}, more than {MAX_PIXELS:,}")
+
+    def require_evaluable(self, width: int, height: int) -> None:
+        """Refuse an image whose evaluation crop cannot be made, so that its other views are not made either.
+
+        Raises:
+            ValueError: resized for that crop, it would be too large or nothing at all.
+        """
+        resized_height, resized_width = self.resized(width, height)
+        if not 0 < resized_height * resized_width <= MAX_PIXELS:
+            before, after = size_in_words(width, height), size_in_words(resized_width, resized_height)
+            raise ValueError(f"{before} would be resized to {after} for the evaluation crop")
+
+
+def _centre_cropped(image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
+    """(height, width) around the centre, padded where the image is smaller; as torchvision and open_clip crop."""
+    height, width = size
+    if width > image.width or height > image.height:
+        missing = max(width - image.width, 0), max(height - image.height, 0)
+        border = missing[0] // 2, missing[1] // 2, (missing[0] + 1) // 2, (missing[1] + 1) // 2
+        bands = len(image.getbands())
+        palette = image.getpalette() if image.mode == "P" else None
+        image = ImageOps.expand(image, border, (fill,) * bands if bands > 1 else fill)
+        if palette is not None:
+            image.putpalette(palette)  # expand may have put the colour of the border into it
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _centre(have: int, want: int) -> int:
+    """Where a centred crop starts, in resized pixels; negative where open_clip pads."""
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)

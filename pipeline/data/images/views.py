@@ -1,0 +1,182 @@
+"""Views: which crop of an image the teacher saw, drawn once, stored, and replayed by whoever looks at it again.
+
+View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`). The
+views after it are random resized crops, perhaps mirrored, in whole pixels of the source image. The box that was drawn
+is stored beside the embedding (``image/view``) and is what students read; it is drawn again only to encode a lost
+chunk again.
+
+A draw depends on the seed, the image's content and the number of the view, and on nothing else: not on the order of
+rows, on how many views there are or on the process. Hence views can be added later, and come out the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pixels
+from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
+from teacher_cache.storage.format.identity import ViewsIdentity
+
+__all__ = ["Crop", "crop_shown", "draw_crop", "replay"]
+
+_TRIES = 10
+_EXACT_BITS = 24  # of a whole number in float32, which is how boxes are stored
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A region of a source image in whole pixels, mirrored from left to right or not."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+    def as_row(self) -> tuple[float, float, float, float, float]:
+        """As ``image/view`` holds it: top, left, height, width, and 1.0 if mirrored."""
+        return float(self.top), float(self.left), float(self.height), float(self.width), float(self.flip)
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> Crop:
+        """From what ``image/view`` holds of a view after view 0.
+
+        Raises:
+            ValueError: not a box of whole pixels.
+        """
+        top, left, height, width, flip = (float(value) for value in row)
+        whole = all(value.is_integer() for value in (top, left, height, width))
+        if not whole or top < 0 or left < 0 or height < 1 or width < 1 or flip not in (0.0, 1.0):
+            raise ValueError(f"stored crop {[float(value) for value in row]} is no box of whole pixels with a flip")
+        return cls(int(top), int(left), int(height), int(width), bool(flip))
+
+    def fits(self, width: int, height: int) -> bool:
+        """Whether an image of this size has all of the region."""
+        return self.top + self.height <= height and self.left + self.width <= width
+
+
+def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int, height: int) -> Crop:
+    """The crop of one view of one image.
+
+    The algorithm is that of torchvision's ``RandomResizedCrop.get_params`` (torchvision 0.29,
+    ``torchvision/transforms/transforms.py``), which open_clip trains with: ten tries to find a box of a random area
+    and a random, log-uniform width / height that lies within the image, else the central crop nearest to that.
+
+    Args:
+        policy: of the cache; its ``count`` plays no part.
+        content_sha256: of the image's bytes as the samples table has it.
+        view: from 1 on.
+        width, height: of the source image in pixels.
+
+    Raises:
+        ValueError: view 0, or a policy without random crops.
+    """
+    if view < 1 or policy.scale is None or policy.ratio is None or policy.flip is None or policy.seed is None:
+        raise ValueError(f"view {view} is not drawn by policy {policy.policy}; view 0 is the evaluation crop")
+    uniform = _uniforms(policy.seed, content_sha256, view)
+    # first, so that it does not depend on how many tries the box takes
+    flip = uniform() < policy.flip
+    top, left, box_height, box_width = (
+        _exact(value) for value in _box(uniform, policy.scale, policy.ratio, width, height)
+    )
+    return Crop(top, left, box_height, box_width, flip)
+
+
+def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
+    """What a model sees of a crop, at its own resolution: teacher and students alike.
+
+    :func:`crop_shown`, then normalised; in the order of open_clip's training transform.
+
+    Returns:
+        float32 (3, height, width).
+
+    Raises:
+        ValueError: the crop is not within this image.
+    """
+    return preprocess.normalized(crop_shown(image, crop, preprocess))
+
+
+def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
+
+    Args:
+        image: as the decoder gives it: upright only if its pixels are, in the mode that it has.
+
+    Returns:
+        RGB uint8 (height, width, 3) of ``preprocess.size``.
+
+    Raises:
+        ValueError: the crop is not within this image.
+    """
+    if isinstance(image, ScaledJpeg):
+        return rows_of_pixels(_scaled(image, crop, preprocess))
+    _require_within(image.size, crop)
+    # "random" means bicubic where nothing is random, as in open_clip
+    mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
+    seen = transforms.resized_crop(
+        image, crop.top, crop.left, crop.height, crop.width, list(preprocess.size), interpolation=mode
+    )
+    if crop.flip:
+        seen = transforms.hflip(seen)
+    return np.array(seen.convert("RGB"))
+
+
+def _scaled(image: ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
+    """As :func:`crop_shown`: RGB uint8 (3, height, width)."""
+    _require_within(image.size, crop)
+    height, width = preprocess.size
+    resample = Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
+    seen = image.resized((width, height), resample, box)
+    return seen.flip(-1) if crop.flip else seen
+
+
+def _require_within(size: tuple[int, int], crop: Crop) -> None:
+    if not crop.fits(*size):
+        raise ValueError(f"stored crop {crop.as_row()} reaches beyond the {size[0]} x {size[1]} pixels there are")
+
+
+def _box(
+    uniform: Callable[[], float], scale: tuple[float, float], ratio: tuple[float, float], width: int, height: int
+) -> tuple[int, int, int, int]:
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform())
+        aspect = math.exp(low + (high - low) * uniform())
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(uniform() * (height - box_height + 1))
+            left = int(uniform() * (width - box_width + 1))
+            return top, left, box_height, box_width
+    box_width, box_height = width, height
+    if width / height < ratio[0]:
+        box_height = min(max(round(width / ratio[0]), 1), height)
+    elif width / height > ratio[1]:
+        box_width = min(max(round(height * ratio[1]), 1), width)
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _uniforms(seed: int, content_sha256: str, view: int) -> Callable[[], float]:
+    """Numbers in [0, 1) from a counter-based generator of this view of this image.
+
+    Raw output of Philox, which numpy promises never to change, and no distribution of numpy's, which it may.
+    """
+    key = hashlib.sha256(f"view {view} of {content_sha256} by seed {seed}".encode()).digest()[:16]
+    raw = np.random.Philox(key=int.from_bytes(key, "little"))
+    return lambda: (int(raw.random_raw()) >> 11) * 2.0**-53
+
+
+def _exact(value: int) -> int:
+    """The next lower number that float32 holds exactly: the same one, for any image but a very long strip."""
+    spare = max(value.bit_length() - _EXACT_BITS, 0)
+    return value >> spare << spare

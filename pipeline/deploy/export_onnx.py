@@ -1,0 +1,180 @@
+"""A student's towers as ONNX: normalised features, any batch, text of any length where the architecture allows it.
+
+The graphs come from torch.export (``dynamo=True``): batch norms are folded into their convolutions, padding is
+computed once, GELU and LayerNorm stay single nodes. Everything in them that is about this machine or this run is taken
+out, so that one student gives the same bytes each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.pipeline.models.student import Student
+from teacher_cache.pipeline.models.text_length import encode_any_length
+from teacher_cache.storage.errors import UsageError
+
+__all__ = ["OPSET", "ExportedTowers", "export_towers"]
+
+OPSET = 20  # the first with Gelu as one node; ONNX Runtime 1.17 and newer run it
+
+# protobuf's limit on one message; a larger model needs its weights in a second file
+_MOST_BYTES = 2**31 - 2**20
+
+
+@dataclass(frozen=True)
+class ExportedTowers:
+    """What :func:`export_towers` wrote.
+
+    Attributes:
+        image: image.onnx: ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim).
+        text: text.onnx: ``tokens`` int64 (batch, length) to ``text_features`` float32 (batch, dim).
+        shortens: whether ``length`` may be less than the context length; see
+        ``teacher_cache.pipeline.models.text_length``.
+        opset: version of ONNX's operators.
+    """
+
+    image: Path
+    text: Path
+    shortens: bool
+    opset: int
+
+
+def export_towers(student: Student, folder: Path) -> ExportedTowers:
+    """Write ``image.onnx`` and ``text.onnx``; they compute what ``encode_image`` and ``encode_text`` do.
+
+    The features are the student's own, of unit norm; its projections to the teacher's width are not part of them.
+    Writes into ``folder``, which must be there, over files of these names; making that atomic is up to the caller.
+    That the files are right is for the caller to prove (``teacher_cache.pipeline.deploy.gates``).
+
+    Args:
+        student: on any device, in any mode; a copy is exported, it stays as it is.
+
+    Raises:
+        UsageError: a tower does not fit into one file (2 GiB), or torch cannot export it.
+    """
+    frozen = copy.deepcopy(student).cpu().eval()
+    height, width = frozen.preprocess.size
+    context_length = int(frozen.config["text_cfg"].get("context_length", 77))
+    shortens = frozen.shortens
+    batch = torch.export.Dim("batch", min=1)
+    # the end of the text has to fit in: 2 = start and end
+    length = torch.export.Dim("length", min=2, max=context_length)
+    towers: list[tuple[str, nn.Module, Tensor, dict[int, Any]]] = [
+        ("image", _Image(frozen), torch.zeros(2, 3, height, width), {0: batch}),
+        (
+            "text",
+            _Text(frozen, shortens),
+            torch.zeros(2, context_length // 2 if shortens else context_length, dtype=torch.int64),
+            {0: batch, 1: length} if shortens else {0: batch},
+        ),
+    ]
+    paths = {}
+    for name, module, example, dynamic in towers:
+        data = _export(name, module.eval(), example, dynamic)
+        paths[name] = folder / f"{name}.onnx"
+        paths[name].write_bytes(data)
+    return ExportedTowers(paths["image"], paths["text"], shortens, OPSET)
+
+
+class _Image(nn.Module):
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.student.encode_image(pixels)
+
+
+class _Text(nn.Module):
+    def __init__(self, student: Student, shortens: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.shortens = shortens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if not self.shortens:
+            return self.student.encode_text(tokens)
+        # not encode_text: it asks whether the length is the full one, and the graph is for all of them
+        features = encode_any_length(self.student.model, tokens)
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+def _export(name: str, module: nn.Module, example: Tensor, dynamic: dict[int, Any]) -> bytes:
+    argument = {"image": "pixels", "text": "tokens"}[name]
+    with _quiet(), _no_fast_path(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes={argument: dynamic},
+                input_names=[argument],
+                output_names=[f"{name}_features"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"{name} tower: torch cannot export this architecture: {reason}") from error
+    assert program is not None
+    values = [value.const_value for value in program.model.graph.initializers.values()]
+    weights = sum(value.nbytes for value in values if value is not None)
+    if weights > _MOST_BYTES:
+        raise UsageError(
+            f"{name} tower: {weights:,} bytes of weights, and one file of ONNX holds less than 2 GiB. Deploy a smaller "
+            "student."
+        )
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Take out stack traces with paths, and names of Python objects."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    # shapes of inner values: ONNX Runtime infers them again
+    graph.ClearField("value_info")
+    graph.name = "tower"
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without torch's fused attention, which has no ONNX form."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on its own insides."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # torch.export and onnxscript use what torch and Python themselves deprecate
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

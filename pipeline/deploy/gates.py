@@ -1,0 +1,183 @@
+"""What each file of a deployment has to pass before it is shipped; a file that fails says by how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.deploy.record import DeploymentError
+from teacher_cache.pipeline.deploy.table import Gate
+from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, recall_of_ranks
+from teacher_cache.pipeline.evaluate.split import EvaluationSplit
+from teacher_cache.pipeline.models.student import Student
+
+__all__ = [
+    "WANTED_COSINE",
+    "least_cosine",
+    "require_features",
+    "require_finite",
+    "require_finite_weights",
+    "require_parity",
+    "require_recall",
+    "require_weights",
+    "row_cosines",
+]
+
+_WEIGHTS_ROWS = 32
+
+
+def require_finite_weights(checkpoint: Path, student: Student) -> None:
+    """The weights of a checkpoint are numbers: before a file is made of them.
+
+    Raises:
+        DeploymentError: names the first tensor that has others.
+    """
+    wrong = [name for name, tensor in student.model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise DeploymentError(
+            f"{checkpoint}: {len(wrong)} tensors have NaN or infinite weights, {wrong[0]} the first. Nothing was "
+            "deployed. Deploy the run's other checkpoint (--checkpoint best or last), or train anew."
+        )
+
+
+def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[np.float32]) -> Gate:
+    """A float32 file makes the features of the model it was made from, on every row that recall is measured on.
+
+    Args:
+        found: (rows, dim), by the file.
+        torch_rows: the same inputs by the model.
+
+    Raises:
+        DeploymentError: one row does not.
+    """
+    least = least_cosine(found, torch_rows)
+    require_parity(file, least)
+    return Gate(name=f"{file}: least cosine to torch, {len(found):,} rows", found=least, wanted=f"> {WANTED_COSINE}")
+
+
+def require_weights(
+    folder: Path, split: EvaluationSplit, image: NDArray[np.float32], text: NDArray[np.float32]
+) -> Gate:
+    """``model.safetensors``, loaded as anybody loads it, by open_clip alone, is the student that was trained.
+
+    Args:
+        image, text: rows of the split by the student that was trained.
+
+    Raises:
+        DeploymentError: it is not.
+    """
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    images, captions = min(_WEIGHTS_ROWS, len(image)), split.captions[:_WEIGHTS_ROWS]
+    pixels = torch.stack([preprocess(decode_image(split.image_bytes(position))) for position in range(images)])
+    with torch.inference_mode():
+        found_image = F.normalize(model.encode_image(pixels), dim=-1).numpy()
+        found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
+    # numpy's min: Python's lets NaN through
+    least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
+    name = "model.safetensors in open_clip"
+    require_parity(name, least)
+    return Gate(name=f"{name}: least cosine, {images + len(captions)} rows", found=least, wanted=f"> {WANTED_COSINE}")
+
+
+def require_finite(name: str, *features: NDArray[np.float32]) -> None:
+    """Features of quantised files are numbers, so that recall is defined.
+
+    Raises:
+        DeploymentError: some are not.
+    """
+    wrong = sum(int((~np.isfinite(rows)).any(axis=1).sum()) for rows in features)
+    if wrong:
+        raise DeploymentError(
+            f"{name}: {wrong:,} of {sum(map(len, features)):,} rows are NaN or infinite. Nothing was deployed. Ship "
+            "without int8 (--no-int8)."
+        )
+
+
+def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most: float) -> Gate:
+    """Quantised files lose no more than ``most`` points of any recall against the float32 files.
+
+    Args:
+        name: of the files, for the message.
+
+    Raises:
+        DeploymentError: one recall loses more; names it with both values.
+    """
+    ours, theirs = recall_of_ranks(found), recall_of_ranks(fp32)
+    losses = {
+        (direction, metric): theirs[direction][metric] - value
+        for direction, recalls in ours.items()
+        for metric, value in recalls.items()
+    }
+    (direction, metric), loss = max(losses.items(), key=lambda item: item[1])
+    # recalls are shares of whole numbers: a point lost exactly may be a rounding error above one
+    if loss > most + 1e-9:
+        raise DeploymentError(
+            f"{name}: {direction} {metric} is {ours[direction][metric]:.2f}, and {theirs[direction][metric]:.2f} in "
+            f"fp32: {loss:.2f} points lost, {most:g} at most are wanted, {loss - most:.2f} too many. Nothing was "
+            "deployed. Calibrate on more images (--calibration-images), accept it (--max-recall-loss), or ship without "
+            "int8 (--no-int8)."
+        )
+    return Gate(
+        name=f"{name}: points of recall lost to fp32, the most ({direction} {metric})",
+        found=loss,
+        wanted=f"<= {most:g}",
+    )
+
+
+WANTED_COSINE = 0.99999
+"""What float32 artefacts are held to: rounding costs 1e-6 at most, a wrong operator or weight far more."""
+
+
+def least_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The least cosine between row i of ``a`` and row i of ``b``, in float64.
+
+    Args:
+        a: (rows, dim), at least one row; of any length, it is divided out.
+        b: the same shape, the same rows in the same order.
+
+    Returns:
+        From -1 to 1. NaN if any value is not finite or a row is zero, which no gate lets through.
+
+    Raises:
+        ValueError: other shapes, or no rows: nothing would have been compared.
+    """
+    # min of numpy gives NaN if one is NaN
+    return float(row_cosines(a, b).min())
+
+
+def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(rows,) cosine of row i of ``a`` and row i of ``b``; see :func:`least_cosine`."""
+    if a.shape != b.shape or a.ndim != 2 or not len(a):
+        raise ValueError(f"rows of the same shape are wanted, at least one: found {a.shape} and {b.shape}")
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines: NDArray[np.float64] = (left * right).sum(1) / (
+            np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        )
+    return cosines
+
+
+def require_parity(name: str, least: float, wanted: float = WANTED_COSINE) -> None:
+    """Let an artefact pass, or say by how much it fails.
+
+    Args:
+        name: of the artefact, for the message.
+        least: its :func:`least_cosine` to the model it was made from.
+        wanted: passes above it; at it or below, and as NaN, it fails.
+
+    Raises:
+        DeploymentError: it fails.
+    """
+    if not least > wanted:
+        raise DeploymentError(
+            f"{name}: not the model it was made from: its least cosine to it is {least:.7f}, above {wanted:.7f} is "
+            f"wanted, {wanted - least:.2e} are missing. Nothing was deployed; please report the student's config."
+        )

@@ -1,0 +1,174 @@
+"""A deployed student on disk: which files it has, what they were made of, and the proof that they are these. No torch.
+
+    deploy.json                 this module's record
+    image.onnx  text.onnx       ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim),
+                                and ``tokens`` int64 (batch, length) to ``text_features``; both of unit norm, any batch
+    image.int8.onnx  text.int8.onnx     the same with int8 weights, where the tower can be quantised
+    tokenizer.json              of Hugging Face's tokenizers
+    model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
+    README.md  table.*          the model card and its table
+
+The record names all files that count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from teacher_cache.storage.errors import CacheError, UsageError
+
+__all__ = [
+    "RECORD",
+    "Artefact",
+    "Deployment",
+    "DeploymentError",
+    "Tokenization",
+    "Variant",
+    "require_packages",
+    "versions",
+]
+
+RECORD = "deploy.json"
+
+Variant = Literal["fp32", "int8"]
+
+
+class DeploymentError(CacheError):
+    """An artefact that is not what it has to be: another file than deployed, or one that fails its parity gate."""
+
+
+class Artefact(BaseModel, frozen=True):
+    """One file of a deployment."""
+
+    file: str = Field(description="Name in the folder.")
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Artefact:
+        """Of a file as it is now."""
+        data = path.read_bytes()
+        return cls(file=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+class Tokenization(BaseModel, frozen=True):
+    """How text becomes ``tokens``."""
+
+    artefact: Artefact = Field(description="tokenizer.json.")
+    clean: Literal["lower", "whitespace", "canonicalize"] = Field(description="open_clip's text cleaning, by its name.")
+    context_length: int = Field(description="Most tokens, the start and end tokens counted; longer text is cut.")
+    start_token: int
+    end_token: int = Field(description="The highest id; behind it rows are padded with 0.")
+    shortens: bool = Field(
+        description="Whether ``tokens`` may be shorter than context_length, cut behind the longest text of the batch."
+    )
+
+
+class Deployment(BaseModel):
+    """``deploy.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["teacher-cache-deployment"] = "teacher-cache-deployment"
+    format_version: Literal[1] = 1
+    name: str = Field(description="Of the student.")
+    teacher: str
+    parameters: int
+    embed_dim: int
+    logit_scale: float = Field(description="The student's multiplier of cosines, learned.")
+    preprocess: dict[str, Any] = Field(description="open_clip's preprocess_cfg: size, mean, std, interpolation, ...")
+    tokenization: Tokenization
+    towers: dict[Variant, dict[Literal["image", "text"], Artefact]] = Field(
+        description="By precision, then tower. A tower without an int8 file is in ``not_quantised``."
+    )
+    not_quantised: dict[str, str] = Field({}, description="Tower and why it has no int8 file.")
+    weights: Artefact = Field(description="model.safetensors, for open_clip.")
+    run: str
+    checkpoint: str
+    cache_manifest_digest: str = Field(description="Of the cache that the student learned from.")
+    made_with: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Deployment:
+        """The record of a folder; its files are not looked at.
+
+        Raises:
+            UsageError: no deployment here, or one that cannot be read.
+        """
+        path = Path(folder) / RECORD
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{folder}: no deployed student here ({RECORD} not found). Make one by teacher-cache deploy --out."
+            ) from error
+        except ValidationError as error:
+            raise UsageError(f"{path}: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Write the record; the last thing to be written."""
+        (folder / RECORD).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+    def artefacts(self) -> tuple[Artefact, ...]:
+        """All files whose bytes the record proves."""
+        towers = (artefact for made in self.towers.values() for artefact in made.values())
+        return (*towers, self.tokenization.artefact, self.weights)
+
+    def tower(self, folder: str | Path, tower: Literal["image", "text"], variant: Variant) -> bytes:
+        """The ONNX file of one tower, proven.
+
+        Raises:
+            UsageError: this tower has no file of this variant; says why.
+            DeploymentError: the file is not the one that was deployed.
+        """
+        found = self.towers.get(variant, {}).get(tower)
+        if found is None:
+            why = self.not_quantised.get(tower, "it was not made")
+            raise UsageError(f"{folder}: no {variant} file of the {tower} tower: {why}. Use fp32.")
+        return self.proven(folder, found)
+
+    def proven(self, folder: str | Path, artefact: Artefact) -> bytes:
+        """A file's bytes, proven to be those that were deployed.
+
+        Raises:
+            DeploymentError: it is missing or has other bytes.
+        """
+        path = Path(folder) / artefact.file
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise DeploymentError(f"{path}: missing. Copy it again, or deploy the run anew.") from error
+        if hashlib.sha256(data).hexdigest() != artefact.sha256:
+            raise DeploymentError(
+                f"{path}: not the file that was deployed (another sha256; {len(data):,} bytes found, "
+                f"{artefact.bytes:,} wanted). Copy it again, or deploy the run anew."
+            )
+        return data
+
+
+def require_packages() -> None:
+    """Refuse to deploy without what it takes: before torch is imported, and before the minutes that the rest takes.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
+        if find_spec(name) is None:
+            raise UsageError(f"deploy needs {name}, which is not installed: pip install 'teacher-cache[deploy]'")
+
+
+def versions() -> dict[str, str]:
+    """Of what made and measured a deployment."""
+    modules = {"torch": "torch", "open_clip_torch": "open_clip", "onnx": "onnx", "onnxruntime": "onnxruntime"}
+    modules |= {"tokenizers": "tokenizers", "pillow": "PIL", "numpy": "numpy"}
+    # of the modules: a distribution may have another name, such as onnxruntime-gpu or pillow-simd
+    found = {name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()}
+    return {"python": platform.python_version(), **found}

@@ -1,0 +1,237 @@
+"""Ship a run's student: files for open_clip and ONNX Runtime, each proven, and one table of what all of it is worth.
+
+Nothing lies in the output folder before everything has passed: a command that fails, or is killed, ships nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from teacher_cache.pipeline.data.batches.stored_images import CachedImages
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.data.images.model_input import ModelInput
+from teacher_cache.pipeline.deploy.card import draw_table, model_card
+from teacher_cache.pipeline.deploy.export_onnx import export_towers
+from teacher_cache.pipeline.deploy.gates import require_finite_weights
+from teacher_cache.pipeline.deploy.measure import Subject, measure
+from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantize_tower
+from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, versions
+from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
+from teacher_cache.pipeline.deploy.tokens import tokenization_of
+from teacher_cache.pipeline.evaluate.labelled_images import open_labelled
+from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
+from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
+from teacher_cache.pipeline.models.student import Student, load_student, student_tokenizer
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig, ZeroShotConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import new_folder, require_free
+
+__all__ = ["WEIGHTS", "DeployResult", "calibration_batches", "deploy", "write_files"]
+
+
+class DeployResult(BaseModel, frozen=True):
+    """What was shipped, and its table."""
+
+    out: str
+    deployment: Deployment
+    table: StudentTable
+    seconds: float
+
+
+def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | None = None) -> DeployResult:
+    """Export a run's student, prove each file against the trained model, measure all, and write them as one folder.
+
+    Args:
+        progress: called with (stage, done, of how many).
+
+    Raises:
+        UsageError: ``out`` is there, no such checkpoint or split, a teacher that cannot be loaded, an architecture that
+            cannot be exported.
+        CacheMismatchError: the teacher is not the cache's, or the cache not the run's.
+        DeploymentError: weights that are no numbers; or a file failed its gate, the message says by how much. Nothing
+            is written.
+        OSError: an image cannot be read.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda stage, done, total: None)
+    out = Path(config.out)
+    require_free(out)
+    run = RunFolder(config.run)
+    record = run.read()
+    run.require_finished(record)
+    checkpoint = run.checkpoint_path(config.checkpoint)
+    split = open_split(_as_evaluated(config), f"{config.run} was trained on another cache: leave --cache out.")
+    zero_shot = None
+    if config.zero_shot is not None:
+        zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
+    teacher, teacher_probe = _teacher(config, split)
+    keep_freed_memory(torch.device("cpu"))
+    student, student_config = load_student(checkpoint)
+    require_finite_weights(checkpoint, student)
+    calibration = None
+    if config.int8:
+        rows = split.reader.image_rows(record.config.split)
+        calibration = calibration_batches(split, rows, student.preprocess.to_config(), config.calibration_images)
+    run_name = run.path.resolve().name
+    name = f"{Path(record.config.student).stem}-{run_name}"
+    with new_folder(out) as folder:
+        deployment, reports = write_files(
+            folder, student, student_config, checkpoint, record, name, run_name, calibration, report
+        )
+        del student
+        chosen_on = record.chosen_on(config.checkpoint)
+        subject = Subject(folder, deployment, reports, checkpoint, chosen_on, split, teacher, teacher_probe, zero_shot)
+        table = measure(config, subject, report)
+        (folder / "table.json").write_text(table.model_dump_json(indent=2) + "\n")
+        (folder / "table.md").write_text(to_markdown(table))
+        draw_table(table, folder / "table.png")
+        (folder / "README.md").write_text(model_card(deployment, table, record.averaged))
+    return DeployResult(out=str(out), deployment=deployment, table=table, seconds=time.perf_counter() - started)
+
+
+def _as_evaluated(config: DeployConfig) -> EvaluateConfig:
+    return EvaluateConfig(
+        run=config.run,
+        cache=config.cache,
+        checkpoint=config.checkpoint,
+        split=config.split,
+        image_root=config.image_root,
+    )
+
+
+def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher, dict[str, Any]]:
+    """The teacher of the cache, on the CPU, to be timed beside its student; and how to load it again.
+
+    Raises:
+        UsageError: it cannot be loaded.
+        CacheMismatchError: it is another one.
+    """
+    identity = split.reader.manifest.identity
+    recorded = identity.teacher
+    name = config.teacher or recorded.name
+    if config.teacher is None and name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+        raise UsageError(
+            f"the table has the teacher beside its student, and {name} is not below {Path.cwd()}: say where it is by "
+            "--teacher local-dir:PATH"
+        )
+    pretrained = config.pretrained or (None if config.teacher else recorded.pretrained)
+    teacher = load_teacher(name, pretrained, device="cpu", decoder=identity.preprocess.decoder)
+    # its arithmetic is fp32 here, whatever the cache was made in
+    teacher.require(
+        identity.model_copy(update={"teacher": recorded.model_copy(update={"precision": "fp32"})}), split.cache
+    )
+    return teacher, {"name": name, "pretrained": pretrained, "device": "cpu"}
+
+
+WEIGHTS, CONFIG = "model.safetensors", "open_clip_config.json"
+
+_Tower = Literal["image", "text"]
+_CALIBRATION_BATCH = 16
+
+
+def write_files(
+    folder: Path,
+    student: Student,
+    config: dict[str, Any],
+    checkpoint: Path,
+    record: RunRecord,
+    name: str,
+    run: str,
+    calibration: Callable[[], Iterator[NDArray[np.float32]]] | None,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Deployment, dict[_Tower, Int8Report]]:
+    """Write everything but the table and the model card into a folder, its record last.
+
+    Args:
+        student: as loaded from ``checkpoint``; its open_clip model config is ``config``.
+        record: of the run.
+        name, run: what the student and its run are called; no paths, since the record goes to others.
+        calibration: batches of pixels, (batch, 3, height, width), from the start at each call; None for no int8.
+        progress: called with (stage, done, of how many).
+
+    Returns:
+        The record, and what is int8 in which tower.
+
+    Raises:
+        UsageError: an architecture, or tokenizer, that cannot be exported.
+    """
+    progress("export", 0, 4)
+    towers = export_towers(student, folder)
+    progress("export", 1, 4)
+    files: dict[_Tower, Path] = {"image": towers.image, "text": towers.text}
+    made: dict[Variant, dict[_Tower, Artefact]] = {"fp32": {name: Artefact.of(path) for name, path in files.items()}}
+    refused: dict[str, str] = {}
+    reports: dict[_Tower, Int8Report] = {}
+    if calibration is not None:
+        for done, (tower, path) in enumerate(files.items(), start=1):
+            out = path.with_name(f"{tower}.int8.onnx")
+            try:
+                reports[tower] = quantize_tower(path, out, calibration() if tower == "image" else None)
+            except NotQuantisable as error:
+                refused[tower] = str(error)
+                out.unlink(missing_ok=True)
+            else:
+                made.setdefault("int8", {})[tower] = Artefact.of(out)
+            progress("export", 1 + done, 4)
+    tokenization = tokenization_of(student_tokenizer(config), folder, towers.shortens)
+    # the checkpoint's own bytes: what was measured during training is what is shipped
+    shutil.copyfile(checkpoint / CHECKPOINT_WEIGHTS, folder / WEIGHTS)
+    settings = json.loads((checkpoint / CONFIG).read_text())
+    plain = {key: settings[key] for key in ("model_cfg", "preprocess_cfg")}
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")
+    deployment = Deployment(
+        name=name,
+        teacher=record.teacher,
+        parameters=student.num_parameters,
+        embed_dim=student.embed_dim,
+        logit_scale=float(student.model.logit_scale.detach().exp()),  # type: ignore[operator]
+        preprocess=student.preprocess.to_config(),
+        tokenization=tokenization,
+        towers=made,
+        not_quantised=refused,
+        weights=Artefact.of(folder / WEIGHTS),
+        run=run,
+        checkpoint=checkpoint.name,
+        cache_manifest_digest=record.cache_manifest_digest,
+        made_with=versions(),
+    )
+    deployment.write(folder)
+    progress("export", 4, 4)
+    return deployment, reports
+
+
+def calibration_batches(
+    split: EvaluationSplit, rows: NDArray[np.int64], preprocess: dict[str, Any], images: int
+) -> Callable[[], Iterator[NDArray[np.float32]]]:
+    """Batches of a split's images as the student sees them: float32 (batch, 3, height, width), 16 at a time.
+
+    Args:
+        split: knows where the images of the cache are.
+        rows: of the cache, to take them from; training images, so that what is measured is not what was fitted.
+        images: how many, drawn evenly over ``rows``.
+    """
+    taken = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64)]
+    seen = ModelInput.from_config(preprocess)
+    # not those of the split, which holds no others
+    stored = CachedImages(split.reader, ImageSource(split.image_root), taken.tolist())
+
+    def batches() -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(taken), _CALIBRATION_BATCH):
+            part = taken[start : start + _CALIBRATION_BATCH]
+            yield np.stack([seen.pixels(decode_image(stored.read(int(row)))) for row in part])
+
+    return batches

@@ -1,0 +1,269 @@
+"""A deployed student at work: images and texts to features, classes and search. ONNX Runtime, Pillow, numpy; no torch.
+
+    student = StudentRuntime("deployed/a")
+    student.classify(["cat.jpg"], ["a photo of a cat", "a photo of a dog"])      # [[0.98, 0.02]]
+
+Needs ``pip install teacher-cache[runtime]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from teacher_cache.pipeline.data.datasets.records import open_regular
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, load_image
+from teacher_cache.pipeline.data.images.model_input import RESIZE_MODES, ModelInput
+from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant
+from teacher_cache.pipeline.deploy.tokens import ClipTokens, runtime_package
+from teacher_cache.storage.errors import UsageError
+
+__all__ = ["ImageLike", "StudentRuntime", "probabilities"]
+
+ImageLike: TypeAlias = Image.Image | str | Path | bytes
+"""An image of Pillow's, the path of a file, or the bytes of one."""
+
+
+def probabilities(
+    image_features: NDArray[np.float32], text_features: NDArray[np.float32], scale: float = 100.0
+) -> NDArray[np.float32]:
+    """softmax over texts of scale x cosine, as CLIP's paper classifies.
+
+    Args:
+        image_features: (images, dim), each of unit norm; ``text_features`` (texts, dim) alike.
+        scale: 100 is the paper's ceiling on the learned logit scale, which CLIP's own models reached.
+
+    Returns:
+        float32 (images, texts); rows sum to 1.
+
+    Raises:
+        ValueError: the scale is not a positive number.
+    """
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale: {scale} found, a positive number wanted")
+    cosines = image_features.astype(np.float64) @ text_features.astype(np.float64).T
+    # less each row's largest, so that exp cannot overflow
+    weights = np.exp(scale * (cosines - cosines.max(axis=1, keepdims=True)))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+
+
+class StudentRuntime:
+    """A deployed student. Each tower is read, proven and loaded when it is first used.
+
+    May be used by several threads at once. Nothing is written.
+
+    Attributes:
+        deployment: its record; ``embed_dim`` is the width of all features here.
+
+    Args:
+        folder: of a deployment.
+        variant: fp32, or int8 for towers that have an int8 file.
+        threads: for one run of one tower; None leaves it to ONNX Runtime, which takes all cores.
+        batch_size: images or texts of one run; memory grows with it.
+
+    Raises:
+        UsageError: no deployment here, an unknown variant, or onnxruntime is not installed.
+    """
+
+    def __init__(
+        self, folder: str | Path, variant: Variant = "fp32", threads: int | None = None, batch_size: int = 64
+    ) -> None:
+        if variant not in get_args(Variant):
+            raise UsageError(f"variant {variant!r} is not known; there are {', '.join(get_args(Variant))}")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads: {threads} found, 1 or more wanted; leave it out to use all cores")
+        if batch_size < 1:
+            raise UsageError(f"batch_size: {batch_size} found, 1 or more wanted")
+        self.folder = Path(folder)
+        self.deployment = Deployment.read(folder)
+        self.variant = variant
+        self.threads = threads
+        self.batch_size = batch_size
+        self._onnxruntime = runtime_package("onnxruntime")
+        self._input = _model_input(self.deployment)
+        self._sessions: dict[str, Any] = {}
+        self._tokens: ClipTokens | None = None
+
+    def pixels(self, image: ImageLike) -> NDArray[np.float32]:
+        """One image as the model takes it: float32 (3, height, width).
+
+        Raises:
+            UndecodableImageError: begins with the path, where there is one; what is undecodable says
+                :mod:`teacher_cache.pipeline.data.images.decode`.
+            OSError: the file cannot be read.
+        """
+        try:
+            if isinstance(image, Image.Image):
+                decoded = load_image(image)
+            elif isinstance(image, bytes):
+                decoded = decode_image(image)
+            else:
+                with open_regular(image) as file:
+                    decoded = decode_image(file.read())
+            return self._input.pixels(decoded)
+        except (UndecodableImageError, ValueError) as error:  # ValueError: too long a strip
+            where = f"{image}: " if isinstance(image, (str, Path)) else ""
+            raise UndecodableImageError(f"{where}{error}") from error
+
+    def embed_pixels(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Features of images as :meth:`pixels` gives them, stacked: float32 (images, dim), each of unit norm."""
+        return self._run("image", pixels)
+
+    def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
+        """Features of images, in their order: float32 (images, dim), each of unit norm.
+
+        Where int8 scales are found in each run (towers of matrix products alone), a feature depends a little on the
+        other images of its run; ``batch_size=1`` makes it a function of the image alone. Texts alike.
+
+        Raises:
+            UndecodableImageError: one of them cannot be decoded; says which. To go on without it, call :meth:`pixels`
+                on each and then :meth:`embed_pixels`.
+            OSError: one of the files cannot be read.
+            UsageError: the image tower has no file of this variant.
+            DeploymentError: its file is not the one that was deployed.
+        """
+        _require_several("images", images)
+        features = [np.empty((0, self.deployment.embed_dim), np.float32)]
+        for start in range(0, len(images), self.batch_size):
+            pixels = []
+            for number, image in enumerate(images[start : start + self.batch_size], start):
+                try:
+                    pixels.append(self.pixels(image))
+                except UndecodableImageError as error:
+                    raise UndecodableImageError(f"image {number}: {error}") from error
+            features.append(self.embed_pixels(np.stack(pixels)))
+        return np.concatenate(features)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Features of texts, in their order: float32 (texts, dim), each of unit norm.
+
+        A text longer than the context length is cut, as in training.
+
+        Raises:
+            UsageError: the text tower has no file of this variant, or tokenizers or ftfy is not installed.
+            DeploymentError: a file is not the one that was deployed.
+        """
+        _require_several("texts", texts)
+        tokens = self._tokens or self._load_tokens()
+        ids = tokens(texts)
+        # neighbours in length together: a short text does not pay for a long one's padding
+        order = np.argsort(ids.argmax(axis=1), kind="stable")
+        features = np.empty((len(texts), self.deployment.embed_dim), np.float32)
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            features[rows] = self._run("text", tokens.shortened(ids[rows]))
+        return features
+
+    def tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Texts as the model takes them: int64 (texts, length), as short as the longest of them allows."""
+        _require_several("texts", texts)
+        tokens = self._tokens or self._load_tokens()
+        return tokens.shortened(tokens(texts))
+
+    def embed_tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of texts as :meth:`tokens` gives them: float32 (texts, dim), each of unit norm."""
+        return self._run("text", tokens)
+
+    def classify(
+        self, images: Sequence[ImageLike], queries: Sequence[str], scale: float = 100.0
+    ) -> NDArray[np.float32]:
+        """How likely each query is for each image, if one of them is right: softmax over queries of scale x cosine.
+
+        Args:
+            queries: whole texts, such as ``a photo of a cat``.
+            scale: see :func:`probabilities`; ``deployment.logit_scale`` is the one that the student learned.
+
+        Returns:
+            float32 (images, queries); rows sum to 1.
+
+        Raises:
+            ValueError: no queries, or a scale that is not a positive number.
+        """
+        if not queries:
+            raise ValueError("classify needs one query or more")
+        return probabilities(self.embed_images(images), self.embed_texts(queries), scale)
+
+    def search(self, index: Any, text: str, k: int = 10) -> list[tuple[int, float]]:
+        """The rows of an index that are nearest to a text.
+
+        Args:
+            index: features of images, float (rows, dim); or a FAISS index of them by inner product; or anything with
+                its ``search(float32 (1, dim), k)`` to scores and rows, both (1, k).
+            k: how many; fewer come back from an index with fewer rows.
+
+        Returns:
+            (row, cosine), best first.
+
+        Raises:
+            ValueError: the index has another width, or ``k`` is not positive.
+        """
+        if k < 1:
+            raise ValueError(f"k: {k} found, 1 or more wanted")
+        dim = self.deployment.embed_dim
+        width = index.shape[-1] if isinstance(index, np.ndarray) else getattr(index, "d", dim)
+        if width != dim or (isinstance(index, np.ndarray) and index.ndim != 2):
+            found = f"shape {index.shape}" if isinstance(index, np.ndarray) else f"width {width}"
+            raise ValueError(f"the index has {found}, the student's features have width {dim}; index its own features")
+        query = self.embed_texts([text])
+        if isinstance(index, np.ndarray):
+            scores = index.astype(np.float32, copy=False) @ query[0]
+            best = np.argsort(-scores, kind="stable")[:k]
+            return [(int(row), float(scores[row])) for row in best]
+        found_scores, found_rows = index.search(query, k)
+        # FAISS fills up with row -1 where it has fewer
+        return [(int(row), float(score)) for row, score in zip(found_rows[0], found_scores[0], strict=True) if row >= 0]
+
+    def _run(self, tower: Literal["image", "text"], values: NDArray[Any]) -> NDArray[np.float32]:
+        session = self._sessions.get(tower) or self._load(tower)
+        argument = {"image": "pixels", "text": "tokens"}[tower]
+        parts = [
+            session.run([f"{tower}_features"], {argument: values[start : start + self.batch_size]})[0]
+            for start in range(0, len(values), self.batch_size)
+        ]
+        return np.concatenate([np.empty((0, self.deployment.embed_dim), np.float32), *parts])
+
+    def _load(self, tower: Literal["image", "text"]) -> Any:
+        data = self.deployment.tower(self.folder, tower, self.variant)
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; its warnings are notes on its own optimiser
+        # its threads wait for work spinning: within a run, but not behind it, where other programs want the cores
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        try:
+            session = self._onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own exceptions share no base; the bytes are proven, so it is the version
+            made_with = ", ".join(f"{name} {version}" for name, version in self.deployment.made_with.items())
+            raise UsageError(
+                f"{self.folder}: onnxruntime {self._onnxruntime.__version__} cannot load the {tower} tower ({error}). "
+                f"Update onnxruntime; the deployment was made with {made_with}."
+            ) from error
+        self._sessions[tower] = session
+        return session
+
+    def _load_tokens(self) -> ClipTokens:
+        tokenization = self.deployment.tokenization
+        data = self.deployment.proven(self.folder, tokenization.artefact)
+        self._tokens = ClipTokens(tokenization, data)
+        return self._tokens
+
+
+def _model_input(deployment: Deployment) -> ModelInput:
+    try:
+        found = ModelInput.from_config(deployment.preprocess)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{RECORD}: its preprocess cannot be used ({error!r}). Copy it again.") from error
+    if found.resize_mode not in RESIZE_MODES:
+        modes = ", ".join(RESIZE_MODES)
+        raise UsageError(f"{RECORD}: resize_mode {found.resize_mode!r} is none of {modes}. Update teacher-cache.")
+    return found
+
+
+def _require_several(what: str, values: Any) -> None:
+    if isinstance(values, (str, bytes, Path, Image.Image)):
+        raise TypeError(f"{what}: one {type(values).__name__} found, a list wanted; write [...] around it")

@@ -1,0 +1,294 @@
+"""What of an int8 tower really is int8. No onnx: a table of students can be read without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import BaseModel, Field
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from teacher_cache.pipeline.evaluate.cost.latency import Ratio, Timing
+from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
+from teacher_cache.pipeline.evaluate.intervals import Interval
+
+__all__ = [
+    "Cosine",
+    "Gate",
+    "Int8Report",
+    "Retained",
+    "Retention",
+    "StudentTable",
+    "TableRow",
+    "cells",
+    "describe",
+    "terminal_table",
+    "to_markdown",
+]
+
+
+class Int8Report(BaseModel, frozen=True):
+    """What a quantised tower really is, read from its file and from the graph that ONNX Runtime makes of it."""
+
+    method: Literal["static", "dynamic"]
+    parameters: int = Field(description="Of the float tower; batch norms are folded away.")
+    parameters_int8: int = Field(description="Of these, how many are stored as int8.")
+    share_int8: float = Field(description="parameters_int8 / parameters.")
+    bytes: int
+    float_bytes: int = Field(description="Of the float file.")
+    calibration_images: int = Field(description="0 if dynamic.")
+    int8_operators: dict[str, int] = Field(
+        description="By kind: operators that multiply in int8 as ONNX Runtime runs it."
+    )
+    float_operators: dict[str, int] = Field(
+        description="By kind: operators that multiply in float, those of two activations as in attention among them."
+    )
+    kept_float: dict[str, str] = Field(description="By operator: how many parameters it keeps in float, and why.")
+
+
+Recalls = dict[str, dict[str, float]]
+
+
+class Cosine(BaseModel, frozen=True):
+    """Rows of the split against the torch student's of the same inputs."""
+
+    mean: float
+    least: float
+
+
+class Retained(BaseModel, frozen=True):
+    """A share of the teacher's number, in percent, with its interval of 95 % over images."""
+
+    share: float | None = Field(description="None where the teacher's own number is 0.")
+    interval: Interval | None
+
+
+class Retention(BaseModel, frozen=True):
+    """Of each recall, and of the mean of all six."""
+
+    i2t: dict[str, Retained]
+    t2i: dict[str, Retained]
+    mean: Retained
+
+
+class TableRow(BaseModel, frozen=True):
+    """One of teacher fp32, student fp32, ONNX fp32, ONNX int8."""
+
+    name: str
+    engine: str
+    bytes: int = Field(description="Of the files with weights.")
+    parameters: int
+    int8_share: float | None = Field(None, description="Share of the parameters that are stored as int8, of int8 rows.")
+    cost: ModelCost
+    speed: SpeedRatios | None = Field(description="Against the teacher, round by round; None for the teacher itself.")
+    recalls: Recalls
+    mean_recall: float
+    cosine: dict[str, Cosine] | None = Field(None, description="By tower; None for teacher and torch student.")
+    retention: Retention | None = Field(None, description="None for the teacher itself.")
+    zero_shot: dict[str, float] | None = None
+    zero_shot_retention: Retained | None = Field(None, description="Of top-1.")
+
+
+class Gate(BaseModel, frozen=True):
+    """One thing that a file had to pass before it was shipped, and did."""
+
+    name: str
+    found: float
+    wanted: str
+
+
+class StudentTable(BaseModel, frozen=True):
+    """All rows, and what they were measured on."""
+
+    student: str
+    teacher: str
+    run: str
+    checkpoint: str
+    chosen_on: str | None = Field(description="Split that the checkpoint was chosen on, for one that was.")
+    cache_manifest_digest: str
+    split: str
+    images: int
+    captions: int
+    quarantined: int = Field(description="Images of the split left out because they have no embedding.")
+    teacher_precision: str = Field(description="Arithmetic that the teacher's cached embeddings were made in.")
+    zero_shot_dataset: str | None
+    zero_shot_images: int | None
+    zero_shot_lost: int = Field(description="Labelled images that some model could not use; left out for all.")
+    zero_shot_classes: int | None
+    zero_shot_prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
+    rounds: dict[int, int] = Field(description="By images, or captions, per call.")
+    threads: int
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    rows: tuple[TableRow, ...]
+    gates: tuple[Gate, ...]
+    int8: dict[str, Int8Report] = Field(description="By tower that has an int8 file: what of it really is.")
+
+
+def _size(row: TableRow) -> str:
+    return f"{row.bytes / 1e6:.1f}"
+
+
+def _latency(tower: str, batch: int) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        found = _timing(row, tower, batch)
+        return f"{found.p50_ms:.1f} / {found.p95_ms:.1f}"
+
+    return show
+
+
+def _rate(tower: str, batch: int) -> Callable[[TableRow], str]:
+    return lambda row: f"{_timing(row, tower, batch).per_second:,.0f}"
+
+
+def _ratio(tower: str, batch: int) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        if row.speed is None:
+            return "-"
+        found: Ratio = getattr(row.speed, tower)[batch]
+        return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
+
+    return show
+
+
+def _timing(row: TableRow, tower: str, batch: int) -> Timing:
+    found: Timing = getattr(row.cost, tower)[batch]
+    return found
+
+
+def _flops(part: str) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        flops = row.cost.facts.flops
+        return "-" if flops is None else f"{getattr(flops, part) / 1e9:.2f}"
+
+    return show
+
+
+def _memory(row: TableRow) -> str:
+    return "-" if row.cost.memory is None else f"{row.cost.memory.peak_bytes / 1e6:,.0f}"
+
+
+def _recall(direction: str, name: str) -> Callable[[TableRow], str]:
+    return lambda row: f"{row.recalls[direction][name]:.1f}"
+
+
+def _cosine(tower: str) -> Callable[[TableRow], str]:
+    def show(row: TableRow) -> str:
+        if row.cosine is None:
+            return "-"
+        found = row.cosine[tower]
+        return f"{found.mean:.5f} (least {found.least:.5f})"
+
+    return show
+
+
+def _retained(found: Retained | None) -> str:
+    if found is None or found.share is None:
+        return "-"
+    between = "" if found.interval is None else f" ({found.interval.low:.1f} to {found.interval.high:.1f})"
+    return f"{found.share:.1f} %{between}"
+
+
+def _retention(row: TableRow) -> str:
+    return _retained(row.retention.mean if row.retention else None)
+
+
+def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
+    """Heading and cell of each column, in order."""
+    first = table.rows[0]
+    columns: list[tuple[str, Callable[[TableRow], str]]] = [
+        ("MB", _size),
+        ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
+        ("stored as int8", lambda row: "-" if row.int8_share is None else f"{row.int8_share:.0%}"),
+    ]
+    tokens = [row.cost.facts.flops.caption_tokens for row in table.rows if row.cost.facts.flops is not None]
+    if tokens:
+        columns += [
+            ("GFLOPs of an image", _flops("image")),
+            (f"GFLOPs of a caption, {' or '.join(map(str, dict.fromkeys(tokens)))} tokens", _flops("caption")),
+        ]
+    for tower, single, many in (("images", "image", "images"), ("texts", "caption", "captions")):
+        for batch in getattr(first.cost, tower):
+            if batch == 1:
+                columns.append((f"{single}, ms (p50 / p95)", _latency(tower, 1)))
+            else:
+                columns.append((f"{many}/s, batch {batch}", _rate(tower, batch)))
+            columns.append(("times the teacher's", _ratio(tower, batch)))
+    columns.append(("peak memory, MB", _memory))
+    columns += [
+        (f"{direction} {name}", _recall(direction, name))
+        for direction, recalls in first.recalls.items()
+        for name in recalls
+    ]
+    columns += [("mean recall", lambda row: f"{row.mean_recall:.1f}"), ("retention (95 %)", _retention)]
+    if table.zero_shot_dataset is not None:
+        columns += [
+            ("zero-shot top-1", lambda row: "-" if row.zero_shot is None else f"{row.zero_shot['top-1']:.1f}"),
+            ("top-1 retention (95 %)", lambda row: _retained(row.zero_shot_retention)),
+        ]
+    columns += [("cosine to fp32, image", _cosine("image")), ("cosine to fp32, text", _cosine("text"))]
+    return columns
+
+
+def to_markdown(table: StudentTable) -> str:
+    """The table in Markdown: a row a model; below it what it was measured on."""
+    columns = _columns(table)
+    lines = ["| | " + " | ".join(heading for heading, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    lines += [f"| {row.name} | " + " | ".join(cell(row) for _, cell in columns) + " |" for row in table.rows]
+    return "\n".join([*lines, "", describe(table)]) + "\n"
+
+
+def describe(table: StudentTable) -> str:
+    """What the numbers mean and where they come from, in sentences."""
+    chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
+    rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
+    parts = [
+        "MB: of the weights; of torch models as they are in memory, in float32.",
+        f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
+        f"of an image counts; the teacher's from its cached embeddings, made in {table.teacher_precision}.",
+        "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
+        "resamples of images.",
+        f"Speed: {rounds} in turns on {table.threads} threads, decoding and tokenizing left out; in parentheses the "
+        "5th and 95th percentile of the rounds' ratios. Peak memory: of a process of its own, libraries and all.",
+    ]
+    if table.quarantined:
+        parts.append(f"Left out: {table.quarantined:,} quarantined images of the split.")
+    if table.zero_shot_dataset is not None:
+        count = len(table.zero_shot_prompts)
+        parts.append(
+            f"Zero-shot: {table.zero_shot_dataset}, {table.zero_shot_images:,} images of {table.zero_shot_classes} "
+            f"classes, {count} prompt{'' if count == 1 else 's'} a class, such as {table.zero_shot_prompts[0]!r}."
+        )
+        if table.zero_shot_lost:
+            parts.append(f"Left out: {table.zero_shot_lost:,} of its images, which not all models could use.")
+    parts.append(
+        f"Checkpoint {table.checkpoint} of {table.run}{chosen}. Measured {table.date} on {table.hardware} with "
+        + ", ".join(f"{name} {version}" for name, version in table.versions.items())
+        + "."
+    )
+    return "\n".join(parts)
+
+
+def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
+    """Headings and, for each model, its cells; the first is its name."""
+    columns = _columns(table)
+    return ["", *(heading for heading, _ in columns)], [
+        [row.name, *(cell(row) for _, cell in columns)] for row in table.rows
+    ]
+
+
+def terminal_table(table: StudentTable) -> Table:
+    """The same, turned: a column a model, since a terminal has more lines than columns."""
+    headings, rows = cells(table)
+    title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
+    shown = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("")
+    for row in rows:
+        shown.add_column(row[0], justify="right")
+    for index, heading in enumerate(headings[1:], start=1):
+        shown.add_row(escape(heading), *(escape(row[index].replace(" (", "\n(")) for row in rows))
+    return shown

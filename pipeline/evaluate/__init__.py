@@ -1,0 +1,1 @@
+"""What a student keeps: retrieval by FAISS, zero-shot accuracy."""

@@ -1,0 +1,145 @@
+"""Peak memory of a model in a process of its own: ``python -m teacher_cache.pipeline.evaluate.cost.peak_memory``, a
+request in, a reply out, JSON.
+
+In the process that compares models, one would stand on the memory of the others. No torch here: what a deployed student
+needs without it can be measured as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, computed_field
+
+__all__ = ["PeakMemory", "ProbeRequest", "measure_peak_memory"]
+
+
+class ProbeRequest(BaseModel, frozen=True):
+    """What to load and run."""
+
+    loader: str = Field(
+        description="MODULE:FUNCTION that returns a teacher_cache.pipeline.evaluate.cost.results.CostModel."
+    )
+    arguments: dict[str, Any] = Field({}, description="Its keyword arguments, as JSON has them.")
+    batch: int = Field(32, gt=0, description="Images, then captions, per call.")
+    calls: int = Field(2, gt=0, description="Of each tower: the second meets what the first one left.")
+    threads: int | None = Field(None, gt=0, description="Of torch, where the loader's module brings it.")
+
+
+class PeakMemory(BaseModel, frozen=True):
+    """Resident bytes of the process; libraries and files that it maps are among them.
+
+    Under the C library's own habits: what ``teacher_cache.pipeline.models.device.keep_freed_memory`` makes it keep, no
+    model needs.
+    """
+
+    imported_bytes: int = Field(description="Before the model is loaded: Python and the libraries.")
+    loading_peak_bytes: int = Field(description="The most while the model is loaded.")
+    loaded_bytes: int = Field(description="With the model loaded and nothing encoded.")
+    encoding_peak_bytes: int = Field(
+        description="The most while it encodes; on other systems than Linux while it is loaded, too."
+    )
+    cuda_peak_bytes: int | None = Field(None, description="The most that torch allocated on the GPU, if it used it.")
+
+    @computed_field(description="The most at any moment.")  # type: ignore[prop-decorator]
+    @property
+    def peak_bytes(self) -> int:
+        """The most at any moment."""
+        return max(self.loading_peak_bytes, self.encoding_peak_bytes)
+
+    @computed_field(description="Encoding, without what libraries hold: weights and activations.")  # type: ignore[prop-decorator]
+    @property
+    def encoding_bytes(self) -> int:
+        """While it encodes, without what libraries hold: weights and activations."""
+        return self.encoding_peak_bytes - self.imported_bytes
+
+
+def measure_peak_memory(request: ProbeRequest) -> PeakMemory:
+    """Run a request in a fresh process.
+
+    Raises:
+        ChildProcessError: the process failed or was killed, perhaps for want of memory; its last words are quoted.
+    """
+    # as this process finds its modules
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    done = subprocess.run(
+        # -P: a folder of the name pipeline, where the user happens to be, is not ours
+        [sys.executable, "-P", "-m", "teacher_cache.pipeline.evaluate.cost.peak_memory"],
+        input=request.model_dump_json(),
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise ChildProcessError(
+            f"peak memory by {request.loader}: the process that measures it ended with {done.returncode}: {last[0]}. "
+            "-9 is the kernel's, for want of memory: measure smaller batches."
+        )
+    return PeakMemory.model_validate_json(done.stdout.splitlines()[-1])
+
+
+def probe(request: ProbeRequest) -> PeakMemory:
+    """Load and encode in this process, which should have done nothing else."""
+    module, _, function = request.loader.partition(":")
+    load = getattr(importlib.import_module(module), function)
+    torch = sys.modules.get("torch")
+    if torch is not None and request.threads is not None:
+        torch.set_num_threads(request.threads)
+    imported, _ = _resident_bytes()
+    model = load(**request.arguments)
+    gc.collect()
+    loaded, loading_peak = _resident_bytes()
+    _forget_peak()
+    for call in (model.images(request.batch), model.texts(request.batch)):
+        for _ in range(request.calls):
+            call()
+    return PeakMemory(
+        imported_bytes=imported,
+        loading_peak_bytes=loading_peak,
+        loaded_bytes=loaded,
+        encoding_peak_bytes=_resident_bytes()[1],
+        cuda_peak_bytes=_cuda_peak(torch),
+    )
+
+
+def _resident_bytes() -> tuple[int, int]:
+    """Now, and the most so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        # not Linux; macOS counts bytes, and of now it tells nothing
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    # not ru_maxrss: Linux hands it on to a child, which then has its parent's peak if that was higher
+    kilobytes = {
+        name: int(rest.split()[0])
+        for name, _, rest in (line.partition(":") for line in status.splitlines())
+        if name in ("VmRSS", "VmHWM")
+    }
+    return 1024 * kilobytes["VmRSS"], 1024 * kilobytes["VmHWM"]
+
+
+def _forget_peak() -> None:
+    # not Linux, or not allowed: the peak of encoding is then that of loading too, if that was higher
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
+
+
+def _cuda_peak(torch: Any) -> int | None:
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(probe(ProbeRequest.model_validate_json(sys.stdin.read())).model_dump_json() + "\n")

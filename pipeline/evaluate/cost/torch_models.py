@@ -1,0 +1,144 @@
+"""Teachers and students as ``teacher_cache.pipeline.evaluate.cost.measure`` measures them: both towers by the same
+code, on inputs that are ready.
+
+Decoding and tokenizing are no part of it: they are the same work for every model of one input size. Pixels are random,
+since no kernel here is faster for one picture than for another; captions are those of
+``teacher_cache.pipeline.evaluate.cost.captions``, since their lengths count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from teacher_cache.pipeline.evaluate.cost.captions import captions
+from teacher_cache.pipeline.evaluate.cost.results import ModelFacts, TowerFlops
+from teacher_cache.pipeline.models.device import image_memory_format, resolve_device
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
+from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+from teacher_cache.pipeline.models.teacher import BUNDLED, load_teacher
+from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
+
+__all__ = ["TorchModel", "count_flops", "load_student_model", "load_teacher_model"]
+
+
+class TorchModel:
+    """An open_clip model in float32: a ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.
+
+    A convolutional image tower is laid out as its kernels want it, teacher and student alike: a third faster on a CPU.
+
+    Args:
+        model: in evaluation mode; moved to ``device``.
+        size: height and width in pixels.
+        tokenizer: texts to int64 (batch, context_length).
+        weights_file: its safetensors file, if it has one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: tuple[int, int],
+        tokenizer: Any,
+        device: torch.device,
+        weights_file: Path | None = None,
+    ) -> None:
+        self._model: Any = model.to(device).eval()
+        self._size, self._tokenizer, self._device, self._weights_file = size, tokenizer, device, weights_file
+        self._shortens = can_shorten(model)
+        self._format = image_memory_format(model)
+        self._model.visual.to(memory_format=self._format)
+
+    def images(self, batch: int) -> Callable[[], object]:
+        """A call that embeds the same random pixels, (batch, 3, height, width), into unit rows on the CPU."""
+        drawn = torch.randn(batch, 3, *self._size, generator=torch.Generator().manual_seed(0))
+        pixels = drawn.to(self._device).to(memory_format=self._format)
+        return lambda: self._finish(self._model.encode_image, pixels)
+
+    def texts(self, batch: int) -> Callable[[], object]:
+        """A call that embeds that many of ``CAPTIONS``; the longest of them sets the length, where it may."""
+        tokens = self._tokens(batch).to(self._device)
+        return lambda: self._finish(self._encode_text, tokens)
+
+    def facts(self) -> ModelFacts:
+        """What it weighs and computes."""
+        state = self._model.state_dict().values()
+        file = self._weights_file
+        return ModelFacts(
+            parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            weights_bytes=file.stat().st_size if file is not None and file.is_file() else None,
+            state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
+            flops=self._flops(),
+        )
+
+    def _flops(self) -> TowerFlops:
+        whole, short = self._tokenizer(captions(1)).to(self._device), self._tokens(1).to(self._device)
+        pixels = torch.zeros(1, 3, *self._size, device=self._device)
+        return TowerFlops(
+            image=count_flops(lambda: self._model.encode_image(pixels)),
+            text=count_flops(lambda: self._encode_text(whole)),
+            text_tokens=whole.shape[1],
+            caption=count_flops(lambda: self._encode_text(short)),
+            caption_tokens=short.shape[1],
+        )
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        return encode_text(self._model, tokens)
+
+    def _tokens(self, batch: int) -> Tensor:
+        tokens: Tensor = self._tokenizer(captions(batch))
+        return shorten(tokens) if self._shortens else tokens
+
+    def _finish(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            # on the CPU the call is over for a GPU too
+            return F.normalize(encode(inputs).float(), dim=-1).cpu()
+
+
+def load_teacher_model(name: str, pretrained: str | None = None, device: str = "auto") -> TorchModel:
+    """A teacher to measure; see :func:`teacher_cache.pipeline.models.teacher.load_teacher`.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    teacher = load_teacher(name, pretrained, device)
+    folder = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
+    file = folder / CHECKPOINT_WEIGHTS if folder is not None else None
+    return TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, teacher.device, file)
+
+
+def load_student_model(folder: str, device: str = "auto") -> TorchModel:
+    """A student's checkpoint to measure.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    student, config = load_student(Path(folder))
+    file = Path(folder) / CHECKPOINT_WEIGHTS
+    return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), resolve_device(device), file)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of one call, 2 for a multiplication and its addition.
+
+    Two kernels would hide work from the counter, and neither is used while it counts: the fused encoder layer of
+    ``nn.MultiheadAttention`` (a third of a ViT) and fused attention on a CPU (1 to 3 % of a CLIP's towers). What a
+    causal mask leaves unused counts, since kernels compute it.
+
+    Args:
+        run: any torch computation. It needs no gradient and is run without one.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())

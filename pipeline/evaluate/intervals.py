@@ -1,0 +1,208 @@
+"""How far a measurement may be off: bootstrap intervals of recall, accuracy and what a student keeps. No torch.
+
+Images are drawn with replacement, each with all its captions, since captions of one image are hit or missed
+together (cluster bootstrap; Field & Welsh 2007, "Bootstrapping clustered data"). The interval is between percentiles
+of what the resamples measure (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13). Student and
+teacher are measured on the same resamples, so that the chance in which images are hard cancels in their ratio.
+
+It is the uncertainty of having these images and not others. Another seed of training is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks
+
+__all__ = [
+    "LEVEL",
+    "RESAMPLES",
+    "Interval",
+    "RecallIntervals",
+    "bootstrap_accuracy",
+    "bootstrap_accuracy_share",
+    "bootstrap_recalls",
+    "bootstrap_share",
+    "resampled_sums",
+]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+_BLOCK_BYTES = 64 << 20
+
+
+class Interval(BaseModel, frozen=True):
+    """Between two percentiles of the resamples; in percent."""
+
+    low: float
+    high: float
+
+
+class RecallIntervals(BaseModel, frozen=True):
+    """An interval for each number of a recall table; None where some resample has nothing to divide by."""
+
+    i2t: dict[str, Interval | None]
+    t2i: dict[str, Interval | None]
+    mean: Interval | None = Field(description="Of the mean of all recalls, or of its share.")
+
+
+def resampled_sums(values: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """Sums of each column over images drawn with replacement, as many as there are.
+
+    The draws depend on the number of images, ``resamples`` and ``seed`` alone: equal for teacher and student.
+
+    Args:
+        values: (images, columns).
+
+    Returns:
+        (resamples, columns). The work takes some 200 MB besides, whatever the sizes are.
+
+    Raises:
+        ValueError: no images or no resamples.
+    """
+    images = len(values)
+    if not images or resamples < 1:
+        raise ValueError(f"{images} images and {resamples} resamples; some of both wanted")
+    wide = np.ascontiguousarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    sums = np.empty((resamples, wide.shape[1]))
+    step = max(1, _BLOCK_BYTES // (8 * images))
+    for start in range(0, resamples, step):
+        part = sums[start : start + step]
+        drawn = rng.integers(0, images, (len(part), images))
+        drawn += images * np.arange(len(part))[:, None]
+        # how often each image is in each resample: multinomial counts
+        counts = np.bincount(drawn.reshape(-1), minlength=len(part) * images).reshape(len(part), images)
+        part[:] = counts.astype(np.float64) @ wide
+    return sums
+
+
+def bootstrap_recalls(
+    ranks: RetrievalRanks,
+    text_image: NDArray[np.int64],
+    ks: Sequence[int] = RECALL_KS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> RecallIntervals:
+    """Of each recall that ``teacher_cache.pipeline.evaluate.recall.recall_of_ranks`` gives, and of their mean.
+
+    Args:
+        text_image: (captions,) position of each caption's image.
+        level: share of the resamples that lie within.
+
+    Raises:
+        ValueError: a cut-off beyond ``ranks.depth``, as many positions as captions wanted, or no images.
+    """
+    recalls = _recalls(ranks, text_image, ks, resamples, seed)
+    return _named(100 * recalls, 100 * recalls.mean(axis=1), ks, level)
+
+
+def bootstrap_share(
+    student: RetrievalRanks,
+    teacher: RetrievalRanks,
+    text_image: NDArray[np.int64],
+    ks: Sequence[int] = RECALL_KS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> RecallIntervals:
+    """Of the student's share of each of the teacher's recalls, and of that of the means (``metrics.retention``).
+
+    Both are measured on the same resamples.
+
+    Args:
+        student, teacher: ranks of the same queries.
+
+    Raises:
+        ValueError: as :func:`bootstrap_recalls`, or the two are of other queries.
+    """
+    if student.i2t.shape != teacher.i2t.shape or student.t2i.shape != teacher.t2i.shape:
+        raise ValueError(
+            f"student and teacher were asked other queries: {len(student.i2t)} and {len(teacher.i2t)} images, "
+            f"{len(student.t2i)} and {len(teacher.t2i)} captions"
+        )
+    part, whole = (_recalls(ranks, text_image, ks, resamples, seed) for ranks in (student, teacher))
+    return _named(_percent(part, whole), _percent(part.mean(axis=1), whole.mean(axis=1)), ks, level)
+
+
+def bootstrap_accuracy(hits: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
+    """Of the share of images that were classified well, in percent.
+
+    Args:
+        hits: (images,) bool.
+
+    Raises:
+        ValueError: no images.
+    """
+    sums = resampled_sums(hits[:, None], resamples, seed)
+    found = _interval(100 * sums[:, 0] / len(hits), level)
+    assert found is not None  # nothing is divided by what was drawn
+    return found
+
+
+def bootstrap_accuracy_share(
+    student: NDArray[Any], teacher: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> Interval | None:
+    """Of the student's accuracy as a share of the teacher's, in percent, on the same resamples.
+
+    Args:
+        student, teacher: (images,) bool, whether the same images were classified well.
+
+    Returns:
+        None where the teacher is never right in some resample.
+
+    Raises:
+        ValueError: no images, or other ones.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student and teacher classified other images: {student.shape} and {teacher.shape}")
+    sums = resampled_sums(np.stack([student, teacher], axis=1), resamples, seed)
+    return _interval(_percent(sums[:, 0], sums[:, 1]), level)
+
+
+def _recalls(
+    ranks: RetrievalRanks, text_image: NDArray[np.int64], ks: Sequence[int], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """(resamples, 2 * ks) shares of 1, those of i2t first; NaN in a resample without captions."""
+    if min(ks) < 1 or max(ks) > ranks.depth:
+        raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
+    if text_image.shape != ranks.t2i.shape:
+        raise ValueError(f"{len(text_image)} captions in text_image, {len(ranks.t2i)} in ranks")
+    images = len(ranks.i2t)
+    columns: list[NDArray[Any]] = [(ranks.i2t > 0) & (ranks.i2t <= k) for k in ks]
+    for k in ks:
+        hits = (ranks.t2i > 0) & (ranks.t2i <= k)
+        columns.append(np.bincount(text_image[hits], minlength=images))
+    columns.append(np.bincount(text_image, minlength=images))  # captions of each image
+    sums = resampled_sums(np.stack(columns, axis=1), resamples, seed)
+    totals = np.where(sums[:, -1:] > 0, sums[:, -1:], np.nan)
+    return np.concatenate([sums[:, : len(ks)] / images, sums[:, len(ks) : -1] / totals], axis=1)
+
+
+def _percent(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    share: NDArray[np.float64] = 100 * part / np.where(whole > 0, whole, np.nan)
+    return share
+
+
+def _named(values: NDArray[np.float64], mean: NDArray[np.float64], ks: Sequence[int], level: float) -> RecallIntervals:
+    found = [_interval(column, level) for column in values.T]
+    names = [f"R@{k}" for k in ks]
+    return RecallIntervals(
+        i2t=dict(zip(names, found[: len(ks)], strict=True)),
+        t2i=dict(zip(names, found[len(ks) :], strict=True)),
+        mean=_interval(mean, level),
+    )
+
+
+def _interval(values: NDArray[np.float64], level: float) -> Interval | None:
+    if np.isnan(values).any():
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(low=float(low), high=float(high))

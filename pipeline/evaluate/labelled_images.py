@@ -1,0 +1,180 @@
+"""Labelled images for zero-shot classification, with the prompts of their classes.
+
+What a dataset is called:
+
+    imagefolder:PATH          a folder per class, perhaps below a folder per split
+    webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
+    torchvision:NAME:PATH     a dataset of torchvision that lies at PATH; nothing is downloaded
+    KIND:PATH                 any other adapter: images with the same captions are of one class, and these its prompts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from teacher_cache.pipeline.data.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
+from teacher_cache.pipeline.data.datasets.prompts import Classes
+from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image
+from teacher_cache.pipeline.settings.stages import ZeroShotConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["FileImages", "LabelledDataset", "LabelledImages", "UnusableImageError", "open_labelled"]
+
+UnusableImageError = UndecodableImageError
+
+
+class LabelledImages(Protocol):
+    """Images, each of one class; several threads may ask for them at once."""
+
+    @property
+    def name(self) -> str:
+        """As asked for, for messages."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(images,) the number of each image's class."""
+
+    def sample_id(self, index: int) -> str:
+        """What names an image for people."""
+
+    def image(self, index: int) -> Image.Image:
+        """One image, decoded.
+
+        Raises:
+            UnusableImageError: its bytes are no image; it is left out and named.
+            OSError: it cannot be read.
+        """
+
+
+class FileImages:
+    """Images in files, or in members of tars."""
+
+    def __init__(self, name: str, samples: Sequence[Sample], root: str, labels: NDArray[np.int64]) -> None:
+        self.name = name
+        self.labels = labels
+        self._samples = samples
+        self._source = ImageSource(root)
+
+    def sample_id(self, index: int) -> str:
+        """That of the sample."""
+        return self._samples[index].sample_id
+
+    def image(self, index: int) -> Image.Image:
+        """One image, decoded by the rules of ``teacher_cache.pipeline.data.images.preprocess``."""
+        sample = self._samples[index]
+        return decode_image(self._source.read(sample.uri, sample.offset, sample.length))
+
+
+@dataclass(frozen=True)
+class LabelledDataset:
+    """What is classified, among which classes, by which prompts.
+
+    Attributes:
+        images: their labels are positions in ``found.prompts``.
+        lost_images: images of it that were left out, and why; those that cannot be decoded come to light later.
+        spec: the same as a dataset that can be cached; None where its images are in no files.
+        samples, digests: its files, as ``load_samples`` found them; None and empty without a spec.
+    """
+
+    images: LabelledImages
+    found: ClassPrompts
+    lost_images: tuple[str, ...] = ()
+    spec: DatasetSpec | None = None
+    samples: SampleSet | None = None
+    digests: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Those of each class."""
+        return self.found.prompts
+
+
+def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
+    """Read a labelled dataset and match its classes.
+
+    Raises:
+        UsageError: a dataset or setting that cannot be used, or a class that cannot be matched for sure.
+    """
+    if config.dataset.startswith("torchvision:"):
+        name, _, path = config.dataset.removeprefix("torchvision:").partition(":")
+        return _files(config, DatasetSpec("torchvision", path, (("name", name),)))
+    spec = DatasetSpec.parse(config.dataset)
+    if spec.kind in FORMS:
+        return _files(config, spec)
+    given = [name for name in ("prompts", "templates", "class_names", "split") if getattr(config, name)]
+    if given:
+        raise UsageError(
+            f"{spec}: the captions of this kind are its prompts, so {', '.join(given)} cannot be set; labelled images "
+            f"are imagefolder:PATH, webdataset:PATH and torchvision:NAME:PATH"
+        )
+    return _by_captions(spec)
+
+
+def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
+    options = dict(spec.options)
+    # what imagefolder calls them when it is a dataset of captions
+    aliases = {"templates": "templates", "classes": "class_names", "split": "split"}
+    name = options.pop("name", "") if spec.kind == "torchvision" else ""
+    unknown = sorted(set(options) - set(aliases))
+    if unknown:
+        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(aliases)}")
+    settings = {option: getattr(config, option) for option in ("prompts", "templates", "class_names", "split")}
+    for option, value in options.items():
+        settings[aliases[option]] = settings[aliases[option]] or value
+    settings = {option: value for option, value in {"name": name, **settings}.items() if value}
+    listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
+    cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
+    if not listing.images:
+        met = "".join(f"; the first problem: {each.where}: {each.detail}" for each in listing.problems[:1])
+        raise UsageError(f"{spec}: no image of any class{met}")
+    found = class_prompts(
+        listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")
+    )
+    key: dict[str, str] = {}
+    for image, own in zip(listing.images, listing.keys, strict=True):
+        key.setdefault(image.sample_id, own)  # of two with one name the first one stays
+    samples, digests = load_samples(cached)
+    labels = np.array([found.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
+    return LabelledDataset(
+        FileImages(config.dataset, samples.samples, samples.root, labels),
+        found,
+        tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
+        cached,
+        samples,
+        tuple(digests),
+    )
+
+
+def _by_captions(spec: DatasetSpec) -> LabelledDataset:
+    """Images whose captions are the prompts of their class.
+
+    Raises:
+        UsageError: an image without captions, or all with the same ones.
+    """
+    samples, _ = load_samples(spec)
+    bare = next((sample.sample_id for sample in samples.samples if not sample.captions), None)
+    if bare is not None:
+        raise UsageError(
+            f"{spec}: the image {printable(bare)!r} has no caption, and captions are the prompts of its class; use "
+            "imagefolder:PATH, webdataset:PATH or torchvision:NAME:PATH, with --prompts and the like as flags"
+        )
+    prompts = tuple(dict.fromkeys(sample.captions for sample in samples.samples))
+    if len(prompts) < 2:
+        raise UsageError(f"{spec}: all images have the same captions, so there is one class; use imagefolder:PATH")
+    number = {captions: index for index, captions in enumerate(prompts)}
+    labels = np.array([number[sample.captions] for sample in samples.samples], np.int64)
+    classes = Classes(tuple(captions[0] for captions in prompts), {}, "captions")
+    return LabelledDataset(
+        FileImages(str(spec), samples.samples, samples.root, labels),
+        ClassPrompts(classes, prompts, ()),
+        tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
+    )

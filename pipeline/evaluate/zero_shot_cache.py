@@ -1,0 +1,121 @@
+"""The teacher's rows of labelled images and of their classes' prompts, kept in a cache like any other's.
+
+Evaluating a teacher on a dataset a second time then runs no teacher: its images and prompts are proven by the cache's
+digests, and the teacher that is asked for by its files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
+from teacher_cache.pipeline.models.teacher import is_surely, load_teacher
+from teacher_cache.pipeline.precompute.plan import Progress, dataset_identity, dataset_tables
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ZeroShotConfig
+from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.manifest_file import look_at_manifest
+from teacher_cache.storage.look.nearest import unit_rows
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["TeacherRows", "teacher_rows"]
+
+_WAY_OUT = "Name another --cache, or ask for what this one holds (teacher-cache info shows it)."
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher made of a labelled dataset.
+
+    Attributes:
+        image: (images, dim) float32 of unit norm; zeros for those in ``lost``.
+        prompts: (prompts of all classes, dim) float32 of unit norm, those of a class side by side.
+        lost: images without a row, by number, with the reason.
+        teacher: its name.
+        manifest_digest: of the cache.
+        encoded: whether the teacher ran just now.
+    """
+
+    image: NDArray[np.float32]
+    prompts: NDArray[np.float32]
+    lost: dict[int, str]
+    teacher: str
+    manifest_digest: str
+    encoded: bool
+
+
+def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
+    """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
+
+    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, with its
+    decoder and in its precision; a new one is made in fp32.
+
+    Raises:
+        UsageError: the dataset is one of captions.
+        CacheNotFoundError, CacheIncompleteError: no such cache, and no teacher to make it.
+        CacheMismatchError: it is of other images, prompts or another teacher; names what differs.
+    """
+    assert config.cache is not None
+    if dataset.spec is None or dataset.samples is None:
+        raise UsageError(
+            f"{config.dataset}: a cache is of labelled images, which are imagefolder:PATH, webdataset:PATH and "
+            "torchvision:NAME:PATH. Leave --cache out."
+        )
+    spec, encoded = dataset.spec, False
+    try:
+        reader = EmbeddingReader(config.cache)
+    except (CacheNotFoundError, CacheIncompleteError):
+        if config.teacher is None:
+            raise
+        planned = _planned(config.cache)
+        begun: dict[str, Any] = {"batch_size": config.batch_size}
+        if planned is not None:
+            have = planned.identity
+            begun = {
+                "batch_size": None,
+                "decoder": have.preprocess.decoder or PILLOW,
+                "precision": have.teacher.precision,
+            }
+        made = PrecomputeConfig(
+            dataset=str(spec),
+            teacher=config.teacher,
+            pretrained=config.pretrained,
+            cache=config.cache,
+            device=config.device,
+            **begun,
+        )
+        encoded = precompute(made, progress).chunks_encoded > 0
+        reader = EmbeddingReader(config.cache)
+    asked = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
+    reader.identity.require(reader.identity.model_copy(update={"dataset": asked}), config.cache, _WAY_OUT)
+    if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
+        precision, decoder = reader.identity.teacher.precision, reader.identity.preprocess.decoder
+        load_teacher(config.teacher, config.pretrained, config.device, precision, decoder).require(
+            reader.identity, config.cache
+        )
+    rows = reader.image_rows()
+    image = np.zeros((reader.manifest.layout.image_rows, reader.embed_dim), np.float32)
+    image[rows] = unit_rows(reader.take("image", rows))
+    return TeacherRows(
+        image,
+        unit_rows(reader.take("text", np.arange(reader.manifest.layout.text_rows))),
+        {item.row: f"{item.sample_id}: {item.detail}" for item in reader.quarantined},
+        reader.identity.teacher.name,
+        reader.manifest.digest,
+        encoded,
+    )
+
+
+def _planned(cache: str) -> CacheManifest | None:
+    """The manifest of a cache that was begun there: another size of batches, decoder or precision would be refused."""
+    try:
+        return look_at_manifest(open_files(cache))
+    except CacheNotFoundError:
+        return None

@@ -1,0 +1,128 @@
+"""A token embedding as the product of two small matrices: (vocab, rank) times (rank, width).
+
+CLIP's vocabulary has 49,408 tokens, and in a small student their embedding is most of the model: 19.0 of 24.5 million
+parameters of a text tower with width 384 and 3 layers. Its rows lie close to a space of far fewer dimensions (ALBERT,
+Lan et al. 2020, section 3.1).
+
+The config of such a student has ``token_embedding_rank`` at its top level. open_clip does not know that key, so it
+never sees it: it builds the dense model, and only this one submodule is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.storage.errors import UsageError
+
+__all__ = [
+    "RANK_KEY",
+    "FactorizedEmbedding",
+    "dense_state",
+    "factorize",
+    "factors_of",
+    "principal_directions",
+    "text_tower",
+]
+
+RANK_KEY = "token_embedding_rank"
+_INIT_STD = 0.02  # of an element of open_clip's dense token embedding
+
+
+class FactorizedEmbedding(nn.Module):
+    """Stands in for ``nn.Embedding(vocab_size, width)``.
+
+    Attributes:
+        factors: (vocab_size, rank), one row a token.
+        projection: its weight is (width, rank); the columns start orthonormal, so that a step on the factors moves
+            the product as far.
+    """
+
+    def __init__(self, vocab_size: int, rank: int, width: int) -> None:
+        super().__init__()
+        self.factors = nn.Embedding(vocab_size, rank)
+        self.projection = nn.Linear(rank, width, bias=False)
+        nn.init.orthogonal_(self.projection.weight)
+        nn.init.normal_(self.factors.weight, std=_INIT_STD * math.sqrt(width / rank))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 token ids of any shape to (..., width)."""
+        embedded: Tensor = self.projection(self.factors(tokens))
+        return embedded
+
+    def dense(self) -> Tensor:
+        """The (vocab_size, width) matrix that an ordinary embedding of the same function has; detached."""
+        return self.factors.weight.detach() @ self.projection.weight.detach().T
+
+
+def factorize(model: nn.Module, rank: Any, what: str) -> None:
+    """Replace the token embedding of an open_clip model by a factorised one with random weights.
+
+    Args:
+        model: of class CLIP, or with open_clip's own text tower in ``model.text``.
+        rank: the value of ``token_embedding_rank``.
+        what: the student, for the message.
+
+    Raises:
+        UsageError: the rank is no number from 1 to the text tower's width - 1, or the tower has no such embedding.
+    """
+    tower = text_tower(model)
+    embedding = getattr(tower, "token_embedding", None)
+    if not isinstance(embedding, nn.Embedding):
+        raise UsageError(
+            f"{what}: {RANK_KEY} needs open_clip's own text tower, found {type(tower).__name__}; leave it out"
+        )
+    vocab_size, width = embedding.weight.shape
+    if type(rank) is not int or not 0 < rank < width:
+        raise UsageError(f"{what}: {RANK_KEY} is {rank!r}, a whole number from 1 to {width - 1} is wanted (width - 1)")
+    tower.token_embedding = FactorizedEmbedding(vocab_size, rank, width)
+
+
+def factors_of(model: nn.Module) -> FactorizedEmbedding | None:
+    """The factorised token embedding of a model, if it has one."""
+    found = getattr(text_tower(model), "token_embedding", None)
+    return found if isinstance(found, FactorizedEmbedding) else None
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as plain open_clip knows it: the product in place of the factors."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    embedding = factors_of(model)
+    if embedding is not None:
+        prefix = "" if text_tower(model) is model else "text."
+        for name in embedding.state_dict():
+            del state[f"{prefix}token_embedding.{name}"]
+        state[f"{prefix}token_embedding.weight"] = embedding.dense()
+    return state
+
+
+def principal_directions(rows: Tensor, rank: int, weights: Tensor | None = None) -> Tensor:
+    """The ``rank`` orthonormal directions on which the rows, projected, lose least of their squared length.
+
+    These are the right singular vectors of the (weighted) matrix, without taking its mean away; found as eigenvectors
+    of the small Gram matrix, in float64 (Eckart and Young 1936).
+
+    Args:
+        rows: (n, width), with ``width`` >= ``rank``.
+        weights: (n,), how much each row's loss counts; all alike if left out.
+
+    Returns:
+        (width, rank), in the dtype of ``rows``, strongest first. The signs are chosen: the largest element of each is
+        positive.
+    """
+    exact = rows.double()
+    weighted = exact if weights is None else exact * weights.double()[:, None]
+    _, vectors = torch.linalg.eigh(weighted.T @ exact)  # eigenvalues ascend
+    directions: Tensor = vectors[:, -rank:].flip(1)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    directions = directions * largest.sign()
+    return directions.to(rows.dtype)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """Where an open_clip model keeps its text tower: ``model.text``, or the model itself if it is a CLIP."""
+    tower = getattr(model, "text", None)
+    return tower if isinstance(tower, nn.Module) else model

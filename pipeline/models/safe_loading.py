@@ -1,0 +1,96 @@
+"""Models from files that anybody may have written: nothing in them is run, and what is wrong is one UsageError.
+
+Weights come from safetensors, or from a pickle that torch reads with ``weights_only=True``: that reader builds tensors
+and refuses every other name. Tokenizers of ``transformers`` may bring Python of their own; that is never asked for,
+and a config that asks for it is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["foreign_model", "load_tokenizer", "require_plain_files", "require_plain_settings"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
+
+
+@contextmanager
+def foreign_model(what: str) -> Iterator[None]:
+    """Whatever open_clip, torch, timm or safetensors raise for files that are not theirs, as one line.
+
+    Raises:
+        UsageError: begins with ``what``.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except ImportError as error:
+        raise UsageError(f"{what} needs a package that is not installed: {error}. Install it.") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{what} cannot be loaded: its weights are a pickle of more than tensors, or a damaged one, and code in "
+            "weights is never run. Ask for its safetensors file, or save its state_dict as one."
+        ) from error
+    # EOFError, KeyError, StopIteration, BadZipFile ...: each library has its own for a file that is not what it says
+    except Exception as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{what} cannot be loaded: {printable(found)}") from error
+
+
+def require_plain_settings(config: Any, what: str) -> None:
+    """Refuse a model config that would have ``transformers`` run Python that comes with a model.
+
+    open_clip hands ``tokenizer_kwargs`` on as they are. Nor will ``transformers`` ask whether it may, from here on.
+
+    Raises:
+        UsageError: there is a ``trust_remote_code`` in it that is not false, at any depth.
+    """
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.get("trust_remote_code", False) is not False:
+                raise UsageError(f"{what}: its config asks for trust_remote_code, and code of a model is never run.")
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    text = config.get("text_cfg") if isinstance(config, dict) else None
+    if isinstance(text, dict) and text.get("hf_model_name"):
+        with suppress(ImportError):  # then open_clip says what is not installed
+            # open_clip cannot be told to refuse for a text tower, so transformers would ask on the terminal
+            remote_code: Any = import_module("transformers.dynamic_module_utils")
+            remote_code.TIME_OUT_REMOTE_CODE = 0
+
+
+def require_plain_files(folder: Path, what: str) -> None:
+    """Refuse a model folder whose weights are a pipe or a device, whose opening may wait for ever.
+
+    Raises:
+        UsageError: names it.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _WEIGHTS and not path.is_file():
+            raise UsageError(f"{what}: {path} is no plain file; remove it")
+
+
+def load_tokenizer(source: str, config: dict[str, Any], context_length: int | None) -> Any:
+    """open_clip's tokenizer of a model; one from ``transformers`` is told not to run code.
+
+    Args:
+        source: the model, as open_clip names it.
+        config: its model config.
+    """
+    text = config.get("text_cfg") or {}
+    refuse = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(source, context_length=context_length, **refuse)

@@ -1,0 +1,445 @@
+"""Students: any open_clip model config, with a projection to the teacher's width when the widths differ."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, factorize, factors_of
+from teacher_cache.pipeline.models.locked_layers import lock_image_layers
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
+from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, require_plain_settings
+from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
+from teacher_cache.pipeline.models.weights import write_weights
+from teacher_cache.storage.errors import UsageError
+
+__all__ = [
+    "Student",
+    "StudentOutput",
+    "architecture_differences",
+    "build_student",
+    "checkpoint_origin",
+    "load_initial",
+    "load_student",
+    "presets",
+    "save_student",
+    "student_config",
+    "student_tokenizer",
+]
+
+# 4.6052 = ln(100), CLIP's ceiling on logit_scale
+MAX_LOG_LOGIT_SCALE = math.log(100)
+
+_PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
+_FACTORS = "token_embedding.safetensors"
+# settings of the model config that only say where weights once came from
+_NO_ARCHITECTURE = {"vision_cfg.timm_model_pretrained", "text_cfg.hf_model_pretrained"}
+
+
+class StudentOutput(NamedTuple):
+    """Features of one batch, all L2-normalised float32 (see ``teacher_cache.pipeline.train.losses.LossInputs``)."""
+
+    image: Tensor
+    text: Tensor
+    projected_image: Tensor
+    projected_text: Tensor
+    logit_scale: Tensor
+
+
+class Student(nn.Module):
+    """An open_clip model that learns from a teacher of any width.
+
+    Its own features are what is evaluated and shipped. The projections map them to the teacher's space for the
+    losses that compare features directly; they are trained along and saved beside the model.
+
+    Attributes:
+        config: open_clip model config, with ``token_embedding_rank`` if the token embedding is factorised.
+    """
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], teacher_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.preprocess = Preprocess.of_model(model)
+        self.embed_dim = embed_dim = int(config["embed_dim"])
+        self.teacher_dim = teacher_dim
+        self._shortens = can_shorten(model)
+        self._locked: list[nn.Module] = []
+        same = embed_dim == teacher_dim
+        self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+        self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(batch, 3, height, width) float32 to (batch, embed_dim), normalised."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(batch, length) int64 to (batch, embed_dim), normalised; at full length or as :meth:`shorten` gives them."""
+        encode = encode_by_length if self._shortens else encode_text
+        return F.normalize(encode(self.model, tokens).float(), dim=-1)
+
+    def shorten(self, tokens: Tensor) -> Tensor:
+        """Leave out the padding behind the longest caption, where the architecture allows it."""
+        return shorten(tokens) if self._shortens else tokens
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
+        """Both towers and both projections of one batch; there may be several captions to an image."""
+        image, text = self.encode_image(pixels), self.encode_text(tokens)
+        return StudentOutput(
+            image,
+            text,
+            F.normalize(self.image_projection(image).float(), dim=-1),
+            F.normalize(self.text_projection(text).float(), dim=-1),
+            self.model.logit_scale.exp(),  # type: ignore[operator]
+        )
+
+    def lock_image(self, unlocked_groups: int) -> None:
+        """Keep the first layers of the image tower as they are, in training mode too.
+
+        Args:
+            unlocked_groups: last layer groups that go on learning, see
+            :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`
+
+        Raises:
+            UsageError: the tower has no such groups, or no more than that.
+        """
+        self._locked = lock_image_layers(self.model, unlocked_groups)
+        self.train(self.training)
+
+    def preprocess_to_learn(self, size: int | None) -> Preprocess:
+        """How images are shown to the student while it learns.
+
+        Args:
+            size: pixels a side, no more than its own; None for its own.
+
+        Raises:
+            UsageError: it cannot take them, or its own images are not square, or are smaller.
+        """
+        if size is None:
+            return self.preprocess
+        height, width = self.preprocess.size
+        if height != width or size > height:
+            raise UsageError(
+                f"train_image_size {size}: this student's own images are {height} x {width}, and square ones, at least "
+                "as large, are wanted. Lower the setting, or leave it out."
+            )
+        way_out = "Choose another, or leave the setting out"
+        if hasattr(
+            self.model.visual, "grid_size"
+        ):  # of open_clip's transformers, see teacher_cache.pipeline.models.resize
+            way_out = (
+                "Leave the setting out, or train a student with that image_size in its config and give the run its "
+                "full size by teacher-cache resize"
+            )
+        self.require_takes(size, "train_image_size", way_out)
+        return replace(self.preprocess, size=(size, size))
+
+    def require_takes(self, size: int, setting: str, way_out: str) -> None:
+        """Make sure that the image tower takes square images of another size than its own.
+
+        Most convolutional trunks do. A transformer has a position for each patch of its own size and of no other, and
+        so has the attention that ends open_clip's own ResNets.
+
+        Args:
+            size: pixels a side.
+            setting: that asks for it.
+            way_out: what to do where it does not.
+
+        Raises:
+            UsageError: it does not.
+        """
+        training, (height, width) = self.training, self.preprocess.size
+        self.eval()
+        try:
+            with torch.inference_mode():
+                self.encode_image(torch.zeros(1, 3, size, size))
+        # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths, a map smaller than a kernel
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
+                f"{size} pixels, its own have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. "
+                f"{way_out}: a tower with a position for each patch, as transformers and open_clip's ResNets are, "
+                "takes its own size alone."
+            ) from error
+        finally:
+            self.train(training)
+
+    def train(self, mode: bool = True) -> Student:
+        """As every module's; locked layers stay in evaluation mode."""
+        super().train(mode)
+        for module in self._locked:
+            module.eval()
+        return self
+
+    def clamp_logit_scale(self) -> None:
+        """Keep logit_scale at 100 or below; call after every optimizer step."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
+
+    @property
+    def shortens(self) -> bool:
+        """Whether :meth:`shorten` leaves anything out, and so whether texts may be shorter than the context length."""
+        return self._shortens
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the open_clip model: what is shipped, without the projections."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def presets() -> dict[str, Path]:
+    """Shipped student configs by name."""
+    # in an installed wheel they lie in the package, in a clone at the top
+    packaged = Path(__file__).parents[1] / "configs" / "students"
+    folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs" / "students"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def student_config(name: str) -> dict[str, Any]:
+    """The open_clip model config of a student, with ``token_embedding_rank`` if its token embedding is factorised.
+
+    Args:
+        name: a shipped preset, the path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
+            ``open_clip_config.json``), or the name of a built-in open_clip model (its architecture alone; weights
+            start at random).
+
+    Raises:
+        UsageError: none of these, or the file is not a model config.
+    """
+    path = presets().get(name) or (Path(name) if name.endswith(".json") else None)
+    if path is None:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UsageError(
+                f"student {name!r} is not known: presets are {', '.join(presets())}; or give an open_clip model name "
+                "or the path of a model config ending in .json"
+            )
+        return dict(config)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"student {name!r}: no such file; presets are {', '.join(presets())}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"student {name!r}: not JSON: {error}") from error
+    if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
+        config = _checkpoint_config(config)
+    missing = [
+        key for key in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or key not in config
+    ]
+    if missing:
+        raise UsageError(f"student {name!r}: not an open_clip model config, it lacks {', '.join(missing)}")
+    require_plain_settings(config, f"student {name!r}")
+    return dict(config)
+
+
+def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], teacher_dim: int) -> Student:
+    """A student with random weights, seeded by torch's global generator.
+
+    Args:
+        config: open_clip model config; a top-level ``token_embedding_rank`` factorises the token embedding.
+        teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all of it but the image
+            size: it has to see the region and the colours that its teacher saw.
+        teacher_dim: width of the cached embeddings.
+
+    Raises:
+        UsageError: open_clip cannot build it, or the rank cannot be used.
+    """
+    preprocess = {key: value for key, value in teacher_preprocess.items() if key != "size"}
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps({"model_cfg": _plain(config), "preprocess_cfg": preprocess})
+        (Path(folder) / CHECKPOINT_CONFIG).write_text(text)
+        model = _create(folder, load_weights=False, what="this student")
+    if RANK_KEY in config:
+        factorize(model, config[RANK_KEY], "student")
+    return Student(model, config, teacher_dim)
+
+
+def save_student(student: Student, config: dict[str, Any], folder: Path, origin: dict[str, Any]) -> None:
+    """Write a checkpoint: an open_clip model folder (``local-dir:``), the projections and ``origin`` beside it.
+
+    A factorised token embedding is written twice: as its dense product among the weights, for open_clip, and as
+    factors in ``token_embedding.safetensors``, for training to go on.
+
+    Writes into ``folder``, which must be there; making that atomic is up to the caller.
+    """
+    settings: dict[str, Any] = {"model_cfg": _plain(config), "preprocess_cfg": student.preprocess.to_config()}
+    factors = factors_of(student.model)
+    if factors is not None:
+        # beside model_cfg, not in it: open_clip refuses keys that it does not know there, and ignores them here
+        settings[RANK_KEY] = config[RANK_KEY]
+        write_weights(_contiguous(factors.state_dict()), folder / _FACTORS)
+    (folder / CHECKPOINT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    write_weights(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
+    projections = {
+        f"{name}.weight": module.weight.detach().contiguous()
+        for name, module in (("image", student.image_projection), ("text", student.text_projection))
+        if isinstance(module, nn.Linear)
+    }
+    if projections:
+        write_weights(projections, folder / _PROJECTION)
+
+
+def checkpoint_origin(folder: Path) -> dict[str, Any]:
+    """What :func:`save_student` was told of a checkpoint; empty where that was not copied with it."""
+    path = folder / _ORIGIN
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
+    """A student from its checkpoint, in evaluation mode, and its model config as :func:`student_config` gives it.
+
+    Raises:
+        UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
+            missing or their product is not the embedding among the weights.
+        OSError: it cannot be read.
+    """
+    if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
+        raise UsageError(f"{folder}: no student checkpoint here ({CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
+    for name in (CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS):
+        with (folder / name).open("rb"):  # open_clip says of what it may not read that it is not there
+            pass
+    with foreign_model(f"student {folder}"):
+        config = _checkpoint_config(json.loads((folder / CHECKPOINT_CONFIG).read_text()))
+        require_plain_settings(config, f"student {folder}")
+        model = _create(str(folder), load_weights=True, what=f"student {folder}")
+        if RANK_KEY in config:
+            _load_factors(model, config[RANK_KEY], folder)
+        projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
+        teacher_dim = int(projections["image.weight"].shape[0]) if projections else int(config["embed_dim"])
+        student = Student(model, config, teacher_dim)
+        for name, module in (("image", student.image_projection), ("text", student.text_projection)):
+            if isinstance(module, nn.Linear):
+                module.load_state_dict({"weight": projections[f"{name}.weight"]})
+    return student.eval(), config
+
+
+def load_initial(student: Student, folder: str) -> None:
+    """Start a student from the weights of a checkpoint, or of a folder that ``inherit`` wrote.
+
+    All weights of the model are replaced. The projections to the teacher's width are too, if they lead to the same
+    width; else they stay as they are, since they belong to another teacher.
+
+    Args:
+        student: as :func:`build_student` made it; changed in place.
+        folder: a checkpoint of the same architecture.
+
+    Raises:
+        UsageError: there is no checkpoint, it cannot be used, or its architecture, or the mean or std of its pixels,
+            is another one; the message names each field with both values.
+    """
+    initial, _ = load_student(Path(folder))
+    different = architecture_differences(initial, student)
+    if different:
+        raise UsageError(
+            f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
+            f"--student {Path(folder) / CHECKPOINT_CONFIG}, or choose another --init."
+        )
+    student.model.load_state_dict(initial.model.state_dict())
+    if student.teacher_dim == initial.teacher_dim:
+        student.image_projection.load_state_dict(initial.image_projection.state_dict())
+        student.text_projection.load_state_dict(initial.text_projection.state_dict())
+
+
+def architecture_differences(there: Student, here: Student) -> list[str]:
+    """Why two students cannot share weights: each setting that differs, with both values; none if they can."""
+    left, right = _architecture(there.config, there), _architecture(here.config, here)
+    return [
+        f"{name} is {left.get(name, 'not set')} there and {right.get(name, 'not set')} in the student"
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    ]
+
+
+def student_tokenizer(config: dict[str, Any]) -> Any:
+    """The tokenizer that a model config names, at its context length."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CHECKPOINT_CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
+        return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As open_clip knows it."""
+    return {name: value for name, value in config.items() if name != RANK_KEY}
+
+
+def _checkpoint_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The model config in a checkpoint's open_clip_config.json, our own key with it."""
+    config = dict(settings["model_cfg"])
+    return {**config, RANK_KEY: settings[RANK_KEY]} if RANK_KEY in settings else config
+
+
+def _architecture(config: dict[str, Any], student: Student) -> dict[str, Any]:
+    """What two students must share to share weights, flat: ``vision_cfg.layers`` and so on."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    # weights fit pixels that are scaled alike
+    pixels = {"preprocess.mean": student.preprocess.mean, "preprocess.std": student.preprocess.std}
+    return {name: value for name, value in {**flat, **pixels}.items() if name not in _NO_ARCHITECTURE}
+
+
+def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
+    what = f"student {folder}"
+    if not (folder / _FACTORS).is_file():
+        raise UsageError(
+            f"{what}: {_FACTORS} is missing, the factors of its token embedding. Copy it too, or remove {RANK_KEY} "
+            f"from {CHECKPOINT_CONFIG} to use the dense model."
+        )
+    dense = model.state_dict()
+    factorize(model, rank, what)
+    factors = factors_of(model)
+    assert factors is not None
+    factors.load_state_dict(load_file(folder / _FACTORS))
+    name = next(name for name in dense if name.endswith("token_embedding.weight"))
+    product = factors.dense()
+    # a matrix product may round in another order on another machine; a changed embedding is off by far more
+    if not torch.allclose(product, dense[name].to(product), rtol=1e-3, atol=1e-3 * float(product.abs().max())):
+        raise UsageError(
+            f"{what}: the factors in {_FACTORS} do not make up {name} in {CHECKPOINT_WEIGHTS}: one of the two was "
+            f"changed alone. Restore it, or remove {RANK_KEY} from {CHECKPOINT_CONFIG} to use the dense model."
+        )
+
+
+def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
+    # open_clip warns through the root logger that weights are random; for a new student they are meant to be
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model: nn.Module = open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=load_weights,
+                require_pretrained=load_weights,
+                weights_only=True,
+                # a student from scratch starts from scratch: no download of the trunk's ImageNet weights
+                pretrained_image=False,
+                pretrained_text=False,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # torch, timm and safetensors: each has its own for what it cannot use
+        raise UsageError(f"open_clip cannot build {what}: {type(error).__name__}: {error}") from error
+    finally:
+        quiet.setLevel(level)
+    return model
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

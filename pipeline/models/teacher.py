@@ -1,0 +1,315 @@
+"""Frozen teachers: load any open_clip model, prove what it is, and encode with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.pretrained import get_pretrained_cfg
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, require_decoder
+from teacher_cache.pipeline.models.device import resolve_device
+from teacher_cache.pipeline.models.safe_loading import (
+    foreign_model,
+    load_tokenizer,
+    require_plain_files,
+    require_plain_settings,
+)
+from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
+from teacher_cache.pipeline.models.weights import digest_tensors
+from teacher_cache.pipeline.settings.stages import Precision
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
+from teacher_cache.storage.observe.safe_text import printable
+
+__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "is_surely", "load_teacher", "recorded_name"]
+
+BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
+
+
+class Encoded:
+    """Embeddings of one batch, as they go into a cache. A GPU may still be working on them: who looks at them waits.
+
+    Args:
+        embedding: (batch, embed_dim) float16, unit norm; on the device.
+        norm: (batch,) float32, the norm before normalising: raw = embedding * norm.
+        started: on a GPU, recorded before its work.
+    """
+
+    def __init__(self, embedding: torch.Tensor, norm: torch.Tensor, started: torch.cuda.Event | None = None) -> None:
+        # from a GPU into pinned memory, right behind its work: a copy that is asked for later waits for later work
+        self._embedding = embedding.to("cpu", non_blocking=True)
+        self._norm = norm.to("cpu", non_blocking=True)
+        self._started, self._there = started, _mark(embedding.device)
+
+    @property
+    def embedding(self) -> NDArray[np.float16]:
+        """(batch, embed_dim), unit norm."""
+        self._wait()
+        return self._embedding.numpy()
+
+    @property
+    def norm(self) -> NDArray[np.float32]:
+        """(batch,), the norm before normalising."""
+        self._wait()
+        return self._norm.numpy()
+
+    def device_seconds(self) -> float | None:
+        """What a GPU worked on it, waits for Python's launches included; None of a CPU: it works while this is made."""
+        if self._there is None or self._started is None:
+            return None
+        self._wait()
+        return float(self._started.elapsed_time(self._there)) / 1000
+
+    def _wait(self) -> None:
+        if self._there is not None:
+            self._there.synchronize()
+
+
+class LiveTeacher:
+    """An open_clip model in evaluation mode with its own preprocessing and tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        architecture: dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+        decoder: str | None = None,
+    ) -> None:
+        self.name = name
+        self.pretrained = pretrained
+        self.device = device
+        self.precision = precision
+        self.preprocess = Preprocess.of_model(model).decoded_by(decoder)
+        self.tokenizer = tokenizer
+        self.architecture = architecture
+        self.weights_sha256 = digest_tensors(model.state_dict())
+        # the multiplier of cosines; here, since a GPU's exp may differ in the last bit
+        self.logit_scale = math.exp(float(model.logit_scale.detach().cpu()))  # type: ignore[operator]
+        self.model = model.to(device).eval().requires_grad_(False)
+        self._shortens = can_shorten(model)
+        if device.type == "cuda" and precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 keeps 10 bits of mantissa
+
+    def encode_images(self, pixels: torch.Tensor) -> Encoded:
+        """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
+        return self._finish(self.model.encode_image, pixels)
+
+    def encode_shown(self, shown: torch.Tensor) -> Encoded:
+        """As :meth:`encode_images`, of (batch, height, width, 3) uint8 before normalising, which the device does."""
+        return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
+
+    def encode_texts(self, tokens: torch.Tensor) -> Encoded:
+        """Embed (batch, context_length) int64 token ids."""
+        return self._finish(*self._text(tokens))
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As :meth:`encode_images`, (batch, embed_dim) float32 of unit norm on the CPU, nothing rounded to float16."""
+        return self._features(self.model.encode_image, pixels)[0].cpu()
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As :meth:`encode_texts`, (batch, embed_dim) float32 of unit norm on the CPU."""
+        return self._features(*self._text(tokens))[0].cpu()
+
+    def _text(self, tokens: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        return partial(encode_text, self.model), shorten(tokens) if self._shortens else tokens
+
+    def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
+        started = _mark(self.device)
+        features, norm = self._features(encode, batch)
+        return Encoded(features.half(), norm.squeeze(-1), started)
+
+    def _features(self, encode: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features and, (batch, 1), their norms before; float32."""
+        cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.precision != "fp32":
+            cast = torch.autocast(self.device.type, _DTYPES[self.precision])
+        with torch.inference_mode(), cast:
+            features = encode(batch.to(self.device, non_blocking=True))
+        features = features.float()
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        return features / norm, norm
+
+    @cached_property
+    def _embed_dim(self) -> int:
+        with torch.inference_mode():
+            probe = torch.zeros(1, 3, *self.preprocess.size, device=self.device)
+            return int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
+
+    def identity(self) -> TeacherIdentity:
+        """What a cache records of the teacher."""
+        bias = getattr(self.model, "logit_bias", None)
+        return TeacherIdentity(
+            name=self.name,
+            pretrained=self.pretrained,
+            weights_sha256=self.weights_sha256,
+            architecture=self.architecture,
+            activation=_activations(self.model),
+            embed_dim=self._embed_dim,
+            precision=self.precision,
+            logit_scale=self.logit_scale,
+            logit_bias=None if bias is None else float(bias.item()),
+        )
+
+    def require(self, identity: CacheIdentity, cache: str) -> None:
+        """Refuse to encode into a cache that another teacher began.
+
+        Raises:
+            CacheMismatchError: names each field that differs, with both values.
+        """
+        identity.require(identity.model_copy(update=self._parts_of_identity), cache)
+
+    @cached_property
+    def _parts_of_identity(self) -> dict[str, Any]:
+        """Found out once: the probes take a tenth of a second, and every span of chunks begins with the comparison."""
+        return {
+            "teacher": self.identity(),
+            "preprocess": self.preprocess.identity(),
+            "tokenizer": self.tokenizer_identity(),
+        }
+
+    def tokenizer_identity(self) -> TokenizerIdentity:
+        """What a cache records of the tokenizer."""
+        return TokenizerIdentity(
+            name=type(self.tokenizer).__name__,
+            context_length=int(self.model.context_length),  # type: ignore[arg-type]
+            probe_sha256=digest_of(self.tokenizer(list(_PROBE_TEXTS)).tolist()),
+        )
+
+
+def load_teacher(
+    name: str,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    decoder: str | None = None,
+) -> LiveTeacher:
+    """Build an open_clip model with its trained weights.
+
+    Args:
+        name: a built-in name with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH`` or ``bundled:scenes``.
+        pretrained: open_clip's tag or a weights file; for a built-in name only.
+        decoder: of its images, by the name that a cache's identity has for it; Pillow if left out.
+
+    Raises:
+        UsageError: unknown name or tag, no weights (a random teacher is never used), weights that hold more than
+            tensors, a config that asks for a model's own code, no such device or decoder, or a package is missing.
+    """
+    where = resolve_device(device)
+    require_decoder(decoder or PILLOW)  # before the weights are read
+    what = f"teacher {printable(name)!r}"
+    path = BUNDLED.get(name)
+    if path is None and name.startswith("bundled:"):
+        raise UsageError(f"teacher {name!r} is not known; bundled teachers are {', '.join(BUNDLED)}")
+    schema = name.partition(":")[0] if ":" in name else ""
+    if schema not in ("", "hf-hub", "local-dir", "bundled"):
+        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes")
+    if schema and pretrained:
+        raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
+    if not schema and not pretrained:
+        known = open_clip.list_pretrained_tags_by_model(name)
+        tags = f"one of {', '.join(known)}" if known else "a tag or a weights file"
+        raise UsageError(f"{what} needs --pretrained, {tags}; without weights it would be random")
+    source = f"local-dir:{path}" if path else name
+    with foreign_model(what), warnings.catch_warnings():
+        quick_gelu = not schema and get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
+        require_plain_settings(architecture, what)
+        if source.startswith("local-dir:"):
+            require_plain_files(Path(source.removeprefix("local-dir:")), what)
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses it a moment later
+        # open_clip only warns when the activation is not the one that the weights were trained with
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        model = open_clip.create_model(
+            source,
+            pretrained=pretrained,
+            force_quick_gelu=bool(quick_gelu),
+            require_pretrained=True,
+            weights_only=True,
+            # the towers' own weights would be loaded in place of the model's, where those are missing
+            pretrained_image=False,
+            pretrained_text=False,
+        )
+        tokenizer = load_tokenizer(source, architecture or {}, getattr(model, "context_length", None))
+    if not architecture:
+        raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
+    if quick_gelu:
+        architecture = {**architecture, "quick_gelu": True}
+    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, decoder)
+
+
+def recorded_name(name: str) -> str:
+    """The name as a cache records it: of a local folder without the path to it."""
+    local = name.removeprefix("local-dir:")
+    return name if local == name else f"local-dir:{Path(local).name}"
+
+
+@lru_cache(maxsize=1)
+def cached_teacher(
+    name: str, pretrained: str | None, device: str, precision: Precision, decoder: str | None = None
+) -> LiveTeacher:
+    """The same as :func:`load_teacher`, loaded once per process: for callers that encode part by part."""
+    return load_teacher(name, pretrained, device, precision, decoder)
+
+
+def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:
+    """Whether a teacher is the one that a cache is of, as far as can be told without building it.
+
+    A model folder is proven by its weights and its config; a built-in name with its tag, and a model of a hub, are
+    taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows. Precision is not looked at: it is
+    chosen when a teacher is loaded.
+    """
+    teacher, preprocess = identity.teacher, identity.preprocess
+    path = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
+    if pretrained and Path(pretrained).exists():
+        return False
+    if path is None:
+        return (teacher.name, teacher.pretrained) == (name, pretrained)
+    try:
+        config = json.loads((path / "open_clip_config.json").read_bytes())
+        stored = load_file(path / "open_clip_model.safetensors")
+        # a model is built in float32, whatever its file holds
+        weights = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+        seen = {"size": preprocess.image_size, "mode": "RGB", "fill_color": 0, **config["preprocess_cfg"]}
+        return (
+            pretrained is None
+            and config["model_cfg"] == teacher.architecture
+            and Preprocess.from_config(seen) == Preprocess.from_config({**handed_on(preprocess), "size": seen["size"]})
+            and digest_tensors(weights) == teacher.weights_sha256
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """A point in a GPU's work, behind all that it was given so far; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _activations(model: torch.nn.Module) -> str:
+    """Names of the activation modules that the model really holds, for example ``GELU`` or ``QuickGELU``."""
+    found = {type(module).__name__ for module in model.modules()}
+    names = sorted(name for name in found if name.endswith(("GELU", "ReLU", "ReLU6", "SiLU", "Swish")))
+    return "+".join(names) or "none"

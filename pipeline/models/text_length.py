@@ -1,0 +1,86 @@
+"""Encode captions at their own length: CLIP's text tower without the padding behind the longest caption.
+
+A caption has about 15 tokens, the tower is built for 77. In a causal transformer nothing behind a token reaches
+it, and CLIP reads the features at the end-of-text token; so positions behind the last of these cannot change
+the result, and leaving them out changes it by float rounding only (a test holds it to that).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
+
+_STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
+_GROUP = 64  # captions that fill a CPU's cores; fewer go with the next longer ones
+
+
+def can_shorten(model: nn.Module) -> bool:
+    """Whether this model's text features depend on nothing behind the end-of-text token."""
+    # only open_clip's own class: others pool another position, or look both ways
+    if type(model) is not CLIP or model.text_pool_type != "argmax" or model.attn_mask is None:
+        return False
+    mask: Tensor = model.attn_mask  # type: ignore[assignment]
+    return bool(torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)))
+
+
+def shorten(tokens: Tensor) -> Tensor:
+    """Cut (batch, context_length) token ids behind the longest caption; only for models that ``can_shorten``."""
+    # the end-of-text token has the highest id; padding follows it
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : -(-longest // _STEP) * _STEP]
+
+
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
+    """Text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
+    if tokens.shape[1] == model.context_length:
+        features: Tensor = model.encode_text(tokens)
+        return features
+    return encode_any_length(model, tokens)
+
+
+def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
+    """As :func:`encode_text`, captions of like length together, each group at its own; for models that ``can_shorten``.
+
+    On a CPU. A GPU takes all at once: several launches, and a look at the lengths, cost it more than padding does.
+    """
+    if tokens.device.type != "cpu" or len(tokens) <= _GROUP:
+        return encode_text(model, tokens)
+    lengths, order = (tokens.argmax(dim=1) + 1).sort(stable=True)
+    counts = (lengths + _STEP - 1).div(_STEP, rounding_mode="floor").bincount().tolist()
+    features, start, stop = [], 0, 0
+    for steps, count in enumerate(counts):
+        stop += count
+        if stop - start >= _GROUP or (count and stop == len(tokens)):
+            features.append(encode_text(model, tokens[order[start:stop], : steps * _STEP]))
+            start = stop
+    return torch.cat(features)[order.argsort()]
+
+
+def encode_any_length(model: Any, tokens: Tensor) -> Tensor:
+    """As :func:`encode_text`, by one path for all lengths; only for models that ``can_shorten``."""
+    length = tokens.shape[1]
+    shorter = {
+        "model.positional_embedding": model.positional_embedding[:length],
+        "model.attn_mask": model.attn_mask[:length, :length],
+    }
+    # neither of the two is tied to another; to look that up would take milliseconds of Python for each batch
+    features: Tensor = functional_call(_EncodeText(model), shorter, (tokens,), tie_weights=False)
+    return features
+
+
+class _EncodeText(nn.Module):
+    """Makes ``encode_text`` the forward that ``functional_call`` calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
+        return features

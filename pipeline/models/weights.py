@@ -1,0 +1,39 @@
+"""One digest for the weights of a model, by which two of them are told apart. No model is built."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["digest_tensors", "write_weights"]
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        total.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors as a safetensors file. Not atomic: ``path`` is in a folder in the making.
+
+    Raises:
+        OSError: it cannot be written, on a full disk for example.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors gives its file to the owner alone
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    path.chmod(mode)

@@ -1,0 +1,1 @@
+"""Dataset and teacher to cache: plan, encode, reuse, import, forecast, repair, sampled proof."""

@@ -1,0 +1,395 @@
+"""Plan a cache: read the dataset, prove the teacher, write manifest and tables, say what is still to be encoded."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import __version__ as pillow_version
+
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, SampleSet, load_samples
+from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
+from teacher_cache.pipeline.models.teacher import LiveTeacher
+from teacher_cache.pipeline.precompute.reuse import require_reusable
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
+from teacher_cache.storage.format.manifest_file import look_at_manifest, planned_manifest, read_manifest
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from teacher_cache.storage.observe.logs import event, logger
+from teacher_cache.storage.observe.telemetry import telemetry
+from teacher_cache.storage.write.plan import plan_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
+
+__all__ = [
+    "CROP_SETTINGS",
+    "PlannedDataset",
+    "Progress",
+    "asked_layout",
+    "asked_targets",
+    "asked_views",
+    "chunk_spans",
+    "dataset_identity",
+    "dataset_tables",
+    "default_batch_rows",
+    "default_chunk_rows",
+    "library_versions",
+    "new_layout",
+    "origin_of_reused",
+    "plan_dataset",
+    "plan_precompute",
+    "read_dataset",
+    "refuse_to_mix",
+    "require_one_origin",
+]
+
+Progress = Callable[[str, int, int], None]
+
+_LOG = logger("precompute")
+
+CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
+"""Settings of precompute, by what the identity calls each (``teacher_cache.storage.format.identity.ViewsIdentity``)."""
+# milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
+_CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
+_CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A dataset as a cache of it will be: its files read and digested, nothing written."""
+
+    spec: DatasetSpec
+    dataset: SampleSet
+    tables: dict[str, pa.Table]
+    identity: CacheIdentity
+
+
+def plan_precompute(
+    config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None, encode_on: str | None = None
+) -> list[ChunkRef]:
+    """Write the cache's manifest and tables, or check them against what is there; plan the views that it lacks.
+
+    A cache that has more views than are asked for is taken as it is.
+
+    Args:
+        encode_on: type of device, as torch names it, that is going to encode, if it is not this teacher's.
+
+    Returns:
+        The chunks that are still to be encoded.
+
+    Raises:
+        UsageError: crop settings without random crops.
+        CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise; or rows are
+            missing that an import began, which the teacher would make with other bytes.
+    """
+    refuse_to_mix(config.cache)
+    origin = origin_of_reused(config, teacher)
+    planned = read_dataset(config, teacher, progress)
+    _tell_problems(planned.dataset)
+    made_with = library_versions(teacher.preprocess.decoder) | origin
+    pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
+    require_one_origin(config, origin, planned_manifest(open_files(config.cache)), pending)
+    return pending
+
+
+def _tell_problems(dataset: SampleSet) -> None:
+    telemetry().bad_samples(Counter(problem.kind for problem in dataset.problems))
+    for problem in dataset.problems:
+        event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
+
+
+def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str, str]:
+    """What a cache says of rows that it copies from one that had imported them. Reads manifests alone.
+
+    Raises:
+        NotReusableError: the rows of the cache to copy from are another teacher's, or made otherwise.
+        CacheError: its manifest cannot be read.
+    """
+    if config.reuse is None:
+        return {}
+    have = read_manifest(open_files(config.reuse))
+    # of dataset and views each row is looked at alone, once the files are read
+    mine = {
+        "teacher": teacher.identity(),
+        "preprocess": teacher.preprocess.identity(),
+        "tokenizer": teacher.tokenizer_identity(),
+        "targets": asked_targets(config),
+    }
+    require_reusable(have, config.reuse, have.identity.model_copy(update=mine))
+    imported = have.made_with.get(IMPORTED)
+    if not imported:
+        return {}
+    by_way_of = "; copied from cache"
+    return {IMPORTED: imported if by_way_of in imported else f"{imported}{by_way_of} {have.digest[:12]}"}
+
+
+def require_one_origin(
+    config: PrecomputeConfig, origin: dict[str, str], there: CacheManifest, pending: Sequence[ChunkRef]
+) -> None:
+    """Refuse to put imported rows and the teacher's own into one cache. Reads nothing, writes nothing.
+
+    Args:
+        origin: of :func:`origin_of_reused`.
+        there: manifest of the cache to fill.
+        pending: its chunks that are still to be filled.
+
+    Raises:
+        CacheMismatchError: imported rows would be copied into a cache that was begun without them; or those of an
+            imported one are missing, which only the import has.
+    """
+    if origin and pending and IMPORTED not in there.made_with:
+        raise CacheMismatchError(
+            f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
+            "say so. Leave --reuse out, or encode to a new path."
+        )
+    if any(ref.view == 0 for ref in pending):
+        _refuse_imported(config.cache, there)
+
+
+def refuse_to_mix(cache: str) -> None:
+    """Leave imported rows that are not all there yet to the import that has them.
+
+    Raises:
+        CacheMismatchError: the remedy is in the message.
+    """
+    try:
+        manifest = look_at_manifest(open_files(cache))
+    except CacheNotFoundError:
+        return
+    if not manifest.sealed_generations:
+        _refuse_imported(cache, manifest)
+
+
+def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
+    if manifest.imported_sha256:
+        state = "are damaged" if manifest.sealed_generations else "are not all there yet"
+        raise CacheMismatchError(
+            f"{cache}: its rows were imported ({manifest.made_with.get(IMPORTED)}) and {state}. Run the same "
+            "teacher-cache import command again; or encode to a new path."
+        )
+
+
+def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
+    """Read and digest a dataset's files, and say what a cache of it by this teacher is. Writes nothing.
+
+    Raises:
+        UsageError: crop settings without random crops; or as
+        ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
+    """
+    views = asked_views(config)
+
+    def count(done: int, total: int) -> None:
+        if progress is not None:
+            progress("check files", done, total)
+
+    spec = DatasetSpec.parse(config.dataset)
+    dataset, digests = load_samples(spec, count)
+    tables = dataset_tables(dataset, digests)
+    identity = CacheIdentity(
+        teacher=teacher.identity(),
+        preprocess=teacher.preprocess.identity(),
+        tokenizer=teacher.tokenizer_identity(),
+        views=views,
+        targets=asked_targets(config),
+        dataset=dataset_identity(spec, tables),
+    )
+    return PlannedDataset(spec, dataset, tables, identity)
+
+
+def plan_dataset(
+    config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
+) -> list[ChunkRef]:
+    """As :func:`plan_precompute`, of a dataset that was read.
+
+    Args:
+        device: type of the one that will encode, as torch names it.
+        made_with: what a manifest that is written now says; one that is there is left.
+    """
+    spec, dataset, tables, identity = planned.spec, planned.dataset, planned.tables, planned.identity
+    layout = asked_layout(config, identity, device)
+    source = Source(dataset=str(spec), image_root=dataset.root)
+    try:
+        try:
+            plan_cache(config.cache, identity, layout, source, tables, made_with)
+        except CacheMismatchError:
+            now = asked_layout(config, identity, device)
+            if now == layout:
+                raise
+            # another process planned it meanwhile, by the defaults of its own device
+            plan_cache(config.cache, identity, now, source, tables, made_with)
+    except CacheMismatchError as error:
+        lost = [problem for problem in dataset.problems if problem.lost_image]
+        if not lost:
+            raise
+        # most often the reason: a share that is not mounted, a server that is down
+        raise CacheMismatchError(
+            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
+        ) from error
+    writer = EmbeddingWriter(config.cache)
+    pending = writer.pending()
+    wanted = Counter({"image": 0, "text": 0})
+    for ref in pending:
+        wanted[ref.tower] += len(ref.rows(writer.manifest.layout))
+    for tower, rows in wanted.items():
+        telemetry().wanted(tower, rows)
+    return pending
+
+
+def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
+    """Cut pending chunks into spans for separate tasks; a span stays within one tower and view."""
+    spans: list[list[ChunkRef]] = []
+    for ref in pending:
+        if spans and len(spans[-1]) < chunks_per_span and spans[-1][-1][:2] == ref[:2]:
+            spans[-1].append(ref)
+        else:
+            spans.append([ref])
+    return spans
+
+
+def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
+    """Samples, captions and problems as a cache lists them; of one dataset always the same."""
+    samples = dataset.samples
+    counts = [len(sample.captions) for sample in samples]
+    texts = [caption for sample in samples for caption in sample.captions]
+    return {
+        SAMPLES: pa.table(
+            {
+                "row": np.arange(len(samples)),
+                "sample_id": [sample.sample_id for sample in samples],
+                "uri": [sample.uri for sample in samples],
+                "offset": [sample.offset for sample in samples],
+                "length": [sample.length for sample in samples],
+                "content_sha256": digests,
+                "split": [sample.split for sample in samples],
+            }
+        ),
+        CAPTIONS: pa.table(
+            {"row": np.arange(len(texts)), "image_row": np.repeat(np.arange(len(samples)), counts), "text": texts}
+        ),
+        PROBLEMS: pa.table(
+            {
+                "kind": pa.array([problem.kind for problem in dataset.problems], pa.string()),
+                "where": pa.array([problem.where for problem in dataset.problems], pa.string()),
+                "detail": pa.array([problem.detail for problem in dataset.problems], pa.string()),
+                "lost_image": pa.array([problem.lost_image for problem in dataset.problems], pa.bool_()),
+            }
+        ),
+    }
+
+
+def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
+    """What a cache's identity says of its rows."""
+    samples, captions = tables[SAMPLES], tables[CAPTIONS]
+    return DatasetIdentity(
+        kind=spec.kind,
+        images=samples.num_rows,
+        captions=captions.num_rows,
+        splits=dict(Counter(samples["split"].to_pylist())),
+        samples_sha256=samples_sha256(samples),
+        captions_sha256=captions_sha256(captions),
+    )
+
+
+def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
+    """What is stored of the teacher's output: as asked for, as the cache that is there has it, or by default."""
+    if config.dtype is not None:
+        return TargetsIdentity(dtype=config.dtype)
+    try:
+        return look_at_manifest(open_files(config.cache)).identity.targets
+    except CacheNotFoundError:
+        return TargetsIdentity()
+
+
+def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
+    """Number and settings of views as asked for, as the cache that is there has them, or by default.
+
+    Raises:
+        UsageError: crop settings without random crops.
+    """
+    try:
+        have = look_at_manifest(open_files(config.cache)).identity.views
+    except CacheNotFoundError:
+        have = ViewsIdentity(policy="evaluation")
+    count = config.views or have.count
+    asked = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
+    if count == 1:
+        if any(value is not None for value in asked.values()):
+            raise UsageError(
+                "crop_scale, crop_ratio, crop_flip and view_seed are of random crops, and there are none in 1 view: "
+                "ask for --views 2 or more, or leave them out"
+            )
+        return ViewsIdentity(policy="evaluation")
+    recorded = have.fields()
+    drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in asked.items()}
+    return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
+
+
+def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
+    """That of a new cache, its chunks and batches as those of the cache that is there where that is not asked for."""
+    rows = identity.dataset
+    fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
+    try:
+        have = look_at_manifest(open_files(config.cache)).layout
+    except CacheNotFoundError:
+        return fresh
+    asked = {
+        "image_chunk_rows": config.chunk_rows,
+        "text_chunk_rows": config.chunk_rows,
+        "batch_rows": config.batch_size,
+    }
+    kept = {name: getattr(have, name) for name, value in asked.items() if value is None}
+    return fresh.model_copy(update={**kept, "text_order": have.text_order})
+
+
+def new_layout(
+    config: PrecomputeConfig, device: str, embed_dim: int, views: int, image_rows: int, text_rows: int
+) -> Layout:
+    """The layout of a cache that is not there yet: chunks and batches as asked for, or by rows and type of device."""
+    return Layout(
+        embed_dim=embed_dim,
+        views=views,
+        image_rows=image_rows,
+        text_rows=text_rows,
+        image_chunk_rows=config.chunk_rows or default_chunk_rows(image_rows),
+        text_chunk_rows=config.chunk_rows or default_chunk_rows(text_rows),
+        batch_rows=config.batch_size or default_batch_rows(device),
+        text_order="characters",
+        embedding_dtype=asked_targets(config).layout_dtype,
+    )
+
+
+def default_chunk_rows(rows: int) -> int:
+    """4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
+    size = _CHUNK_ROWS
+    while size > 64 and rows < 16 * size:
+        size //= 2
+    return size
+
+
+def default_batch_rows(device: str) -> int:
+    """Rows per forward pass on a type of device, as torch names it."""
+    # on a CPU the activations of a few images still fit its caches; more only cost memory
+    return 16 if device == "cpu" else 256
+
+
+def library_versions(decoder: str = PILLOW) -> dict[str, str]:
+    """What made the pixels and the rows, for a manifest.
+
+    Args:
+        decoder: of the images.
+    """
+    names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
+    if decoder == JPEG_SCALED:
+        names = (*names, "simplejpeg")
+    return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

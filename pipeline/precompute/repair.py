@@ -1,0 +1,260 @@
+"""Mend a damaged cache: what is wrong and nothing else, from its backup, its dataset and its teacher.
+
+On top of ``teacher_cache.storage.check.repair``. torch and the teacher are loaded only if a chunk has to be encoded
+again. All that could refuse the work (another teacher, another dataset, a moved image) does so before anything is
+written. Chunks of imported rows are left: the teacher would give other bytes, and an import brings back the very ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.check.repair import RepairPlan, plan_repair, restore
+from teacher_cache.storage.check.verify import Finding, verify_cache
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import SAMPLES, table_files
+from teacher_cache.storage.write.writer import EmbeddingWriter
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+    from teacher_cache.pipeline.models.teacher import LiveTeacher
+
+__all__ = ["RepairResult", "repair", "teacher_of"]
+
+Progress = Callable[[str, int, int], None]
+
+
+class RepairResult(BaseModel, frozen=True):
+    """What a repair did and how the cache is now."""
+
+    cache: str
+    ok: bool = Field(description="Whether the cache is complete and sound now.")
+    done: tuple[str, ...] = Field(description="One line per object or chunk; empty when there was nothing to repair.")
+    chunks_encoded: int
+    manifest_digest: str
+    replaced_manifest_digest: str | None = Field(
+        description="Of the sealed cache that was there, when chunks came back with other bytes."
+    )
+    left: tuple[str, ...] = Field((), description="Damaged chunks of imported rows, which an import makes again.")
+    findings: tuple[Finding, ...] = Field(description="What is still wrong: unknown files, or an unfinished cache.")
+    seconds: float
+
+
+def repair(
+    cache: str,
+    dataset: str | None = None,
+    teacher: str | None = None,
+    pretrained: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> RepairResult:
+    """Verify a cache, mend what is damaged, and verify it again. A sound cache is left as it is.
+
+    Safe to stop and to call again; readers and other repairs may be at work on the cache. Files that nothing accounts
+    for are named and kept.
+
+    Args:
+        dataset: KIND:PATH, where the dataset is now; left out, where the cache found it. Read for damaged tables and
+            for the images of damaged chunks only.
+        teacher, pretrained: as for precompute; left out, the one that the manifest names.
+        device: of the teacher.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: the teacher is not named and not known, or cannot be loaded; nothing is written.
+        CacheMismatchError: another teacher or dataset than the cache is of, or a table that does not come back with
+            the recorded bytes; nothing is written.
+        CacheError: as ``teacher_cache.storage.check.repair.plan_repair``.
+    """
+    started = time.perf_counter()
+
+    def checked(done: int, total: int) -> None:
+        if progress is not None:
+            progress("verify chunks", done, total)
+
+    plan = plan_repair(cache, checked)
+    left: list[str] = []
+    if plan.manifest.imported_sha256:
+        left = [ref.name for ref in plan.chunks if ref.view == 0]
+        chunks = tuple(ref for ref in plan.chunks if ref.view > 0)
+        # a seal over commits that are not there, or not right, could not be
+        plan = replace(plan, chunks=chunks, seal=plan.seal and not left)
+    if plan.empty:
+        return RepairResult(
+            cache=cache,
+            ok=plan.report.ok,
+            done=(),
+            chunks_encoded=0,
+            manifest_digest=plan.manifest.digest,
+            replaced_manifest_digest=None,
+            left=tuple(left),
+            findings=plan.report.findings,
+            seconds=time.perf_counter() - started,
+        )
+    needs_dataset = plan.tables or any(ref.tower == "image" for ref in plan.chunks)
+    spec = _dataset(plan, dataset) if needs_dataset else None
+    tables, contents = _tables(plan, spec, progress) if spec and plan.tables else ({}, {})
+    live = _teacher(plan, teacher, pretrained, device) if plan.chunks else None
+    if spec is not None and plan.chunks:
+        _require_images(plan, spec, tables.get(SAMPLES))
+
+    # from here on it writes
+    done = restore(plan)
+    files = open_files(cache)
+    for key, data in contents.items():
+        files.write(key, data)
+        done.append(f"{key}: made again from {spec}")
+    if live is not None:
+        from teacher_cache.pipeline.precompute.encode import encode_chunks
+
+        # not encode_shared: that passes over chunks which are sound by themselves, and an old one put back is
+        config = PrecomputeConfig(
+            dataset=str(spec or plan.manifest.source.dataset), teacher=live.name, cache=cache, device=device
+        )
+        encode_chunks(config, live, plan.chunks, progress)
+        done += [f"{ref.name}: encoded again" for ref in plan.chunks]
+    replaced = None
+    if plan.seal:
+        writer = EmbeddingWriter(cache)
+        sealed = writer.seal_again() if plan.unfinished else writer.seal()
+        if sealed != plan.manifest:
+            done.append("manifest.json: sealed with the commit records as they are now")
+            replaced = plan.manifest.digest if sealed.replaces_seals_of(plan.manifest) else None
+    report = verify_cache(cache, checked)
+    return RepairResult(
+        cache=cache,
+        ok=report.ok,
+        done=tuple(done),
+        chunks_encoded=len(plan.chunks),
+        manifest_digest=report.manifest_digest,
+        replaced_manifest_digest=replaced,
+        left=tuple(left),
+        findings=report.findings,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def teacher_of(
+    manifest: CacheManifest, cache: str, teacher: str | None, pretrained: str | None
+) -> tuple[str, str | None]:
+    """Name and pretrained tag of a cache's teacher: as given, else as the manifest has them.
+
+    Raises:
+        UsageError: the manifest knows the name of a folder, not where it lies.
+    """
+    recorded = manifest.identity.teacher
+    if teacher is not None:
+        return teacher, pretrained
+    if recorded.name.startswith("local-dir:"):
+        raise UsageError(
+            f"{cache}: its teacher is {recorded.name!r}, and the manifest does not say where that folder lies. Give "
+            "--teacher local-dir:PATH."
+        )
+    return recorded.name, pretrained or recorded.pretrained
+
+
+def _dataset(plan: RepairPlan, given: str | None) -> DatasetSpec:
+    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+
+    return DatasetSpec.parse(given or plan.manifest.source.dataset)
+
+
+def _tables(
+    plan: RepairPlan, spec: DatasetSpec, progress: Progress | None
+) -> tuple[dict[str, pa.Table], dict[str, bytes]]:
+    """The dataset's tables, and the bytes of the parquet files that are damaged.
+
+    Raises:
+        CacheMismatchError: it is another dataset, or the bytes come out differently.
+    """
+    from teacher_cache.pipeline.data.datasets.samples import load_samples
+    from teacher_cache.pipeline.precompute.plan import dataset_identity, dataset_tables
+
+    def count(done: int, total: int) -> None:
+        if progress is not None:
+            progress("check files", done, total)
+
+    cache, manifest = plan.report.location, plan.manifest
+    found, digests = load_samples(spec, count)
+    tables = dataset_tables(found, digests)
+    identity = manifest.identity.model_copy(update={"dataset": dataset_identity(spec, tables)})
+    manifest.identity.require(identity, cache)
+    made = {name: table_files(name, table) for name, table in tables.items()}
+    contents = {}
+    for key in plan.tables:
+        name, wanted = key.partition("/")[0], manifest.files[key].sha256
+        data = made[name].get(key, (b"", 0))[0]
+        if hashlib.sha256(data).hexdigest() != wanted:
+            # as earlier versions wrote it
+            data = table_files(name, tables[name], one_group=True).get(key, (data, 0))[0]
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != wanted:
+            written = manifest.made_with.get("pyarrow", "another version")
+            raise CacheMismatchError(
+                f"{cache}/{key}: damaged, and {spec} gives other bytes (sha256 {sha256[:12]}, {wanted[:12]} is "
+                f"recorded; written by pyarrow {written}, {version('pyarrow')} is here). Name the dataset where and "
+                f"as it was ({manifest.source.dataset}), use that pyarrow, or restore a copy of the file."
+            )
+        contents[key] = data
+    return tables, contents
+
+
+def _teacher(plan: RepairPlan, teacher: str | None, pretrained: str | None, device: str) -> LiveTeacher:
+    """The teacher, proven to be the cache's.
+
+    Raises:
+        UsageError, CacheMismatchError: see :func:`repair`.
+    """
+    cache, identity = plan.report.location, plan.manifest.identity
+    name, tag = teacher_of(plan.manifest, cache, teacher, pretrained)
+    from teacher_cache.pipeline.models.teacher import load_teacher
+
+    live = load_teacher(name, tag, device, identity.teacher.precision, identity.preprocess.decoder)
+    live.require(identity, cache)
+    return live
+
+
+def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | None) -> None:
+    """Refuse a dataset that is not the one of the damaged image chunks.
+
+    Args:
+        samples: made again, where the cache's own table is damaged.
+
+    Raises:
+        CacheMismatchError: an image is not there, or is another one.
+    """
+    from teacher_cache.pipeline.data.datasets.records import data_folder
+    from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
+
+    cache, manifest = plan.report.location, plan.manifest
+    there = TableRows(open_files(cache), manifest, SAMPLES)
+    source = ImageSource(data_folder(spec.root))
+    for row in _image_rows(manifest, plan.chunks):
+        of_row = there.read(range(row, row + 1)) if samples is None else samples.slice(row, 1)
+        sample = of_row.to_pylist()[0]
+        where = source.resolve(sample["uri"])
+        try:
+            data = source.read(sample["uri"], sample["offset"], sample["length"])
+        except FileNotFoundError as error:
+            raise CacheMismatchError(
+                f"{where}: not there, and image row {row} of {cache} has to be encoded again. Name the dataset where "
+                f"it is now with --dataset KIND:PATH (it was {manifest.source.dataset})."
+            ) from error
+        require_content(data, sample["content_sha256"], where)
+
+
+def _image_rows(manifest: CacheManifest, chunks: Sequence[ChunkRef]) -> list[int]:
+    return sorted({row for ref in chunks if ref.tower == "image" for row in ref.rows(manifest.layout)})

@@ -1,0 +1,265 @@
+"""Rows that need no teacher, since they are known: those of an earlier cache, of a dataset that grew or changed since.
+
+They are copied bit for bit. An image's row depends on its bytes, a caption's on its text, and both on the teacher with
+its preprocessing, tokenizer and arithmetic. So they are found by content, wherever their rows are now: images that were
+added move those behind them.
+
+Rows of int8 share their scales with the others of their chunk, and in another one would be rounded a second time. Of
+such a cache whole chunks are copied, of the same images or captions in the same order, and no others: what is added
+behind the rest costs the teacher what is new and the last chunk before it, what is put between costs all that moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.storage.errors import CacheMismatchError
+from teacher_cache.storage.format.arrays import ARRAYS
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.layout import Layout, Tower
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, long_texts, read_table
+from teacher_cache.storage.look.sampling import stored_rows
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
+
+__all__ = [
+    "CachedChunks",
+    "CachedRows",
+    "KnownRows",
+    "NotReusableError",
+    "cached_rows",
+    "count_known",
+    "known_rows",
+    "require_reusable",
+]
+
+_MEMORY_BYTES = 256 << 20
+_NOWHERE = -1
+
+
+class NotReusableError(CacheMismatchError):
+    """A cache whose rows this teacher would not make."""
+
+
+class KnownRows(Protocol):
+    """Where rows of a cache come from that are not encoded."""
+
+    def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
+        """Which of the rows of a chunk are known, and what is known of them.
+
+        Returns:
+            (rows,) bool; and by array name the known rows in order: ``embedding`` and ``norm``, for images ``view`` too
+            where the crop is known. A row that would be quarantined is not known. With ``scale`` all rows are known,
+            their embeddings int8, and all arrays there.
+        """
+
+
+class CachedRows:
+    """Rows of a finished cache by the rows of another one. Holds 8 bytes for each row of the cache to fill.
+
+    Args:
+        location: of the finished cache.
+        identity: of the cache to fill.
+        column: of one of its tables, by the table's name and its own.
+
+    Raises:
+        NotReusableError: its rows are another teacher's, or made otherwise.
+        CacheError: it cannot be read.
+    """
+
+    def __init__(self, location: str, identity: CacheIdentity, column: Callable[[str, str], pa.ChunkedArray]) -> None:
+        self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+        require_reusable(self._reader.manifest, location, identity)
+        self._views = _views_alike(self._reader, identity)
+        self._old = {
+            "image": _places(column, self._reader, SAMPLES, "content_sha256"),
+            "text": _places(column, self._reader, CAPTIONS, "text"),
+        }
+        self._lost: dict[int, NDArray[np.int64]] = {}
+
+    def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
+        """As :class:`KnownRows`, with the crops.
+
+        Raises:
+            CacheError: a chunk of the earlier cache cannot be read, or is damaged.
+        """
+        known = np.zeros(len(rows), np.bool_)
+        there = np.flatnonzero(self._there(ref, rows))
+        if not len(there):
+            return known, {}
+        old = self._old[ref.tower][rows.start : rows.stop]
+        wanted, back = np.unique(old[there], return_inverse=True)
+        arrays = {
+            name: stored_rows(self._reader, ref.tower, wanted, ref.view, name)[back] for name in ARRAYS[ref.tower]
+        }
+        finite = ~np.isnan(arrays["embedding"]).any(axis=1)
+        known[there[finite]] = True
+        return known, {name: values[finite] for name, values in arrays.items()}
+
+    def count(self, ref: ChunkRef, rows: range) -> int:
+        """How many rows of a chunk :meth:`take` gives; no row is read for it."""
+        there = self._there(ref, rows)
+        if ref.tower == "image" and there.any():
+            there &= ~np.isin(self._old["image"][rows.start : rows.stop], self._lost_in(ref.view))
+        return int(there.sum())
+
+    def _lost_in(self, view: int) -> NDArray[np.int64]:
+        """Rows quarantined in a view, for which all commits are looked through once."""
+        if view not in self._lost:
+            self._lost[view] = np.fromiter(self._reader.quarantined_in(view), np.int64)
+        return self._lost[view]
+
+    def _there(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
+        """Which rows of a chunk the earlier cache has, quarantined ones included."""
+        found: NDArray[np.bool_] = self._old[ref.tower][rows.start : rows.stop] != _NOWHERE
+        return found & (ref.view < self._views)
+
+
+class CachedChunks:
+    """Whole chunks of a finished cache of int8 by the chunks of another one.
+
+    Args:
+        location: of the finished cache.
+        identity: of the cache to fill.
+        rows_sha256: of what some rows of it are made: ``teacher_cache.storage.format.tables.chunk_rows_sha256``.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+
+    def __init__(self, location: str, identity: CacheIdentity, rows_sha256: Callable[[Tower, range], str]) -> None:
+        self._reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+        require_reusable(self._reader.manifest, location, identity)
+        self._views = _views_alike(self._reader, identity)
+        self._rows_sha256 = rows_sha256
+        # one that has quarantined rows is looked at again
+        self._old = {
+            (ref.tower, ref.view, commit.rows_sha256): ref
+            for ref, commit in self._reader.commits().items()
+            if not commit.quarantined
+        }
+
+    def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
+        """As :class:`KnownRows`: all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
+        old = self._find(ref, rows)
+        if old is None:
+            return np.zeros(len(rows), np.bool_), {}
+        return np.ones(len(rows), np.bool_), self._reader.stored_chunk(old)
+
+    def count(self, ref: ChunkRef, rows: range) -> int:
+        """How many rows of a chunk :meth:`take` gives: all or none; no row is read for it."""
+        return len(rows) if self._find(ref, rows) is not None else 0
+
+    def _find(self, ref: ChunkRef, rows: range) -> ChunkRef | None:
+        if ref.view >= self._views:
+            return None
+        return self._old.get((ref.tower, ref.view, self._rows_sha256(ref.tower, rows)))
+
+
+def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:
+    """The rows of the cache ``reuse``, if one is named, for the cache of ``writer``; see :class:`CachedRows`.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+    if not reuse:
+        return None
+    return cached_rows(
+        reuse,
+        writer.manifest.identity,
+        lambda table, name: read_table(writer.files, writer.manifest, table, [name])[name],
+        lambda tower, rows: chunk_rows_sha256(writer.table(tower).read(rows), tower),
+    )
+
+
+def cached_rows(
+    location: str,
+    identity: CacheIdentity,
+    column: Callable[[str, str], pa.ChunkedArray],
+    rows_sha256: Callable[[Tower, range], str],
+) -> CachedRows | CachedChunks:
+    """Of a finished cache, what another one can copy: rows, or of int8 whole chunks.
+
+    Args:
+        identity: of the cache to fill.
+        column: of one of its tables, by the table's name and its own.
+        rows_sha256: of what some of its rows are made.
+
+    Raises:
+        NotReusableError, CacheError: as :class:`CachedRows`.
+    """
+    if identity.targets.dtype == "int8":
+        return CachedChunks(location, identity, rows_sha256)
+    return CachedRows(location, identity, column)
+
+
+def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
+    """How many rows of some chunks are copied, by tower; an image's views are rows of their own.
+
+    Args:
+        layout: of the cache to fill.
+        refs: chunks of it.
+    """
+    found: dict[Tower, int] = {"image": 0, "text": 0}
+    for ref in refs:
+        found[ref.tower] += known.count(ref, ref.rows(layout))
+    return found
+
+
+def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
+    """Refuse a cache whose rows a teacher would not make again.
+
+    Args:
+        have: of the cache to copy from, at ``location``.
+        identity: of the cache to fill.
+
+    Raises:
+        NotReusableError: teacher, preprocessing, tokenizer or what is stored differ.
+    """
+    mine = have.identity
+    like = identity.model_copy(update={"dataset": mine.dataset, "views": mine.views})
+    try:
+        mine.require(like, location, f"Its rows cannot be reused: {_way_out(mine, like)}, and the teacher encodes all.")
+    except CacheMismatchError as error:
+        raise NotReusableError(str(error)) from None
+
+
+def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
+    """What to do where rows cannot be copied; to ask for them as they are is offered where that is all it takes."""
+    flags = {"targets.dtype": f"--dtype {have.targets.dtype}"}
+    if have.preprocess.decoder != wanted.preprocess.decoder:
+        decoder = f"--decoder {have.preprocess.decoder or PILLOW}"
+        flags |= {"preprocess.decoder": decoder, "preprocess.probe": decoder}
+    fields = [each.field for each in have.differences(wanted)]
+    leave_out = "leave --reuse out"
+    if set(fields) <= set(flags):
+        return f"ask for {' '.join(dict.fromkeys(flags[field] for field in fields))} as it has them, or {leave_out}"
+    return leave_out
+
+
+def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
+    """How many views of a cache another one draws in the same way."""
+    alike = {"count": 0}
+    views = have.manifest.identity.views.model_copy(update=alike)
+    # crops are drawn from the settings and the bytes of an image; the evaluation crop is view 0 of all
+    return have.views if views == identity.views.model_copy(update=alike) else 1
+
+
+def _places(
+    column: Callable[[str, str], pa.ChunkedArray], there: EmbeddingReader, table: str, name: str
+) -> NDArray[np.int64]:
+    """Where each value of a column of one cache is first among those of another one; -1 where it is not."""
+    # both columns are let go of afterwards: what is kept of a row is its place
+    among = long_texts(read_table(there.files, there.manifest, table, [name])[name]).combine_chunks()
+    found = pc.index_in(long_texts(column(table, name)), value_set=among)
+    places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)
+    return places

@@ -1,0 +1,135 @@
+"""Run the teacher once: plan the cache (``teacher_cache.pipeline.precompute.plan``), encode what is pending
+(``teacher_cache.pipeline.precompute.encode``), seal it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from pydantic import BaseModel, Field
+
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+from teacher_cache.pipeline.precompute.executors import open_executor
+from teacher_cache.pipeline.precompute.plan import Progress
+from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.format.tables import PROBLEMS, read_table
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.observe.telemetry import observed
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.place import require_place
+from teacher_cache.storage.write.writer import EmbeddingWriter
+
+__all__ = ["PrecomputeResult", "precompute", "summarize"]
+
+_PROBLEMS_SHOWN = 50
+
+
+class PrecomputeResult(BaseModel, frozen=True):
+    """What a run of precompute did and what the cache holds now."""
+
+    cache: str
+    manifest_digest: str
+    replaced_manifest_digest: str | None = Field(
+        description="Of the sealed cache that was there, when damaged chunks came back with other bytes."
+    )
+    identity_digest: str
+    teacher: str
+    images: int = Field(description="Rows of the image tower, quarantined ones included.")
+    captions: int
+    views: int = Field(description="Of each image; those that were there before are counted too.")
+    splits: dict[str, int]
+    chunks: int
+    chunks_encoded: int = Field(description="By this run; the others were there.")
+    rows_reused: dict[Tower, int] = Field(
+        description="By tower, of view 0, that the named cache has: copied by the runs that named it. 0 where this run "
+        "encoded nothing."
+    )
+    quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
+    lost_images: int = Field(description="Images of the dataset that got no row.")
+    problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
+    problem_details: tuple[str, ...] = Field(description="The first 50, by name.")
+    seconds: float
+    images_per_second: float | None = Field(description="Of the teacher, over all chunks of the cache.")
+    captions_per_second: float | None
+
+
+def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> PrecomputeResult:
+    """Make the cache that ``config`` describes, or finish the one that is there.
+
+    Safe to stop at any moment and to call again: only chunks without a sound commit are encoded. Several processes
+    may be started on one cache: they share its chunks, and each returns when all is done.
+
+    Args:
+        progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
+
+    Raises:
+        UsageError: dataset, teacher, device or the port of metrics cannot be used; nothing is written then.
+        CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing; or an image changed
+            while the run worked.
+        OSError: an image could not be read, or a chunk not written; what is committed stays.
+        FloatingPointError: the teacher overflows in this precision.
+        ChildProcessError: the executor's workers ended again and again, or there is no place for one.
+    """
+    started = time.perf_counter()
+    # a slip should cost neither the loading of a teacher nor the reading of a dataset
+    DatasetSpec.parse(config.dataset)
+    require_place(open_files(config.cache))
+    with observed(cache=config.cache):
+        with open_executor(config) as executor:
+            pending = executor.plan(config, progress)
+            encoded = executor.encode(config, pending, progress)
+        return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
+
+
+def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
+    """Seal a finished cache and say what is in it.
+
+    Args:
+        chunks_encoded, seconds: of the run that asks.
+        reuse: the cache that rows were copied from.
+
+    Raises:
+        CacheIncompleteError: chunks are missing.
+    """
+    writer = EmbeddingWriter(cache)
+    before = writer.manifest
+    manifest = writer.seal()
+    problems: Counter[str] = Counter()
+    details: list[str] = []
+    for row in read_table(writer.files, manifest, PROBLEMS).to_pylist():
+        problems[row["kind"]] += 1
+        details.append(f"{row['kind']}: {row['where']}: {row['detail']}")
+    quarantined = EmbeddingReader(cache).quarantined
+    for item in quarantined:
+        problems[item.reason] += 1
+        details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
+    known = known_rows(reuse, writer) if chunks_encoded else None
+    reused: dict[Tower, int] = {"image": 0, "text": 0}
+    if known is not None:
+        reused = count_known(known, manifest.layout, (ref for ref in all_chunks(manifest.layout) if ref.view == 0))
+    info = describe_cache(cache)
+    return PrecomputeResult(
+        cache=cache,
+        manifest_digest=manifest.digest,
+        replaced_manifest_digest=before.digest if manifest.replaces_seals_of(before) else None,
+        identity_digest=manifest.identity_digest,
+        teacher=manifest.identity.teacher.name,
+        images=manifest.layout.image_rows,
+        captions=manifest.layout.text_rows,
+        views=manifest.layout.views,
+        splits=manifest.identity.dataset.splits,
+        chunks=manifest.layout.num_chunks,
+        chunks_encoded=chunks_encoded,
+        rows_reused=reused,
+        quarantined=len(quarantined),
+        lost_images=manifest.lost_images,
+        problems=dict(sorted(problems.items())),
+        problem_details=tuple(details[:_PROBLEMS_SHOWN]),
+        seconds=seconds,
+        images_per_second=info.images_per_second,
+        captions_per_second=info.captions_per_second,
+    )

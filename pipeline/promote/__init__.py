@@ -1,0 +1,1 @@
+"""Champions, challengers and retraining."""

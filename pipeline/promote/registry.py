@@ -1,0 +1,228 @@
+"""Which student is in use, and every one that was tried: candidates with their lineage, and promotions. No torch.
+
+    students/
+      candidates/0003.json    a student that was measured against the champion of its day, and what came of it
+      promotions/0002.json    from then on this candidate is the champion
+
+Both are written once and never changed. The champion is the candidate of the promotion with the greatest number, so
+that a promotion is one file that appears: whoever reads sees the old champion or the new one. Of two promotions that
+start from the same champion one is refused, in a folder and on S3. A rollback is a promotion, too.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.location import open_files
+
+__all__ = ["Candidate", "Comparison", "Promotion", "StudentRegistry", "Students"]
+
+_CANDIDATES = "candidates"
+_PROMOTIONS = "promotions"
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class Comparison(BaseModel, frozen=True):
+    """A challenger beside the champion: the same images and captions, the same resamples."""
+
+    champion: int = Field(description="Number of the candidate that was champion.")
+    champion_recalls: dict[str, dict[str, float]]
+    share: float | None = Field(description="The challenger's mean recall as percent of the champion's.")
+    interval: Interval | None = Field(description="Where that lies with the level; None where it cannot be said.")
+    level: float
+    margin: float = Field(description="Percent that the interval may reach below 100.")
+
+
+class Candidate(BaseModel, frozen=True):
+    """A student that was measured to be promoted."""
+
+    number: int = Field(ge=1)
+    date: str = Field(description="UTC.")
+    run: str = Field(description="Folder of the training run, whole.")
+    checkpoint: str = Field(description="Its folder, relative to the run.")
+    weights_sha256: str = Field(description="Of the checkpoint's weights.")
+    deployed: str | None = Field(description="Folder that deploy made of it.")
+    student: str
+    student_parameters: int
+    teacher: str
+    cache: str
+    cache_manifest_digest: str = Field(description="Of the cache that it learned from.")
+    settings: dict[str, Any] = Field(description="Of its training; of a mean of runs, of the first one's.")
+    averaged: tuple[str, ...] = Field((), description="Folders of the runs whose mean it is, if it is one.")
+    split: str
+    measured_on: str = Field(description="Manifest digest of the cache whose split it was measured on.")
+    images: int
+    captions: int
+    recalls: dict[str, dict[str, float]]
+    mean_recall: float
+    retention: float | None = Field(description="Mean recall as percent of the teacher's.")
+    retention_interval: Interval | None
+    comparison: Comparison | None = Field(description="None for the first, which had no champion beside it.")
+    passed: bool
+    reason: str = Field(description="Why it passed or was rejected.")
+
+
+class Promotion(BaseModel, frozen=True):
+    """A change of the champion."""
+
+    number: int = Field(ge=1)
+    date: str = Field(description="UTC.")
+    candidate: int
+    before: int | None = Field(description="The champion until then.")
+    kind: Literal["gate", "rollback"]
+    nonce: str = Field(description="Tells this writing of the file from another's.")
+
+
+class Students(BaseModel, frozen=True):
+    """The answer of ``teacher-cache students``."""
+
+    registry: str
+    champion: int | None
+    students: tuple[Candidate, ...]
+    promotions: tuple[Promotion, ...]
+
+
+class StudentRegistry:
+    """Candidates and promotions below a folder or URL. Any number of processes may use one at a time.
+
+    Args:
+        location: a folder or any URL that a cache may be at; made by the first candidate.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._files = open_files(location)
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All of them, the oldest first."""
+        return tuple(self._read(key, Candidate) for key in self._keys(_CANDIDATES))
+
+    def promotions(self) -> tuple[Promotion, ...]:
+        """All of them, the oldest first."""
+        return tuple(self._read(key, Promotion) for key in self._keys(_PROMOTIONS))
+
+    def champion(self) -> Candidate | None:
+        """The candidate of the last promotion; None before the first."""
+        keys = self._keys(_PROMOTIONS)
+        return self.candidate(self._read(keys[-1], Promotion).candidate) if keys else None
+
+    def candidate(self, number: int) -> Candidate:
+        """One of them.
+
+        Raises:
+            UsageError: there is none of this number.
+        """
+        try:
+            return self._read(_key(_CANDIDATES, number), Candidate)
+        except FileNotFoundError:
+            known = [int(key.rpartition("/")[2].removesuffix(".json")) for key in self._keys(_CANDIDATES)]
+            raise UsageError(
+                f"{self.location}: no student {number}; there are {', '.join(map(str, known)) or 'none'}"
+            ) from None
+
+    def add(self, fields: dict[str, Any]) -> Candidate:
+        """Keep a candidate under the next free number.
+
+        Args:
+            fields: of :class:`Candidate`, but ``number`` and ``date``.
+        """
+        number = len(self._keys(_CANDIDATES)) + 1
+        while True:
+            made = Candidate(number=number, date=_now(), **fields)
+            if self._files.create(_key(_CANDIDATES, number), _bytes(made)):
+                return made
+            number += 1
+
+    def promote(self, candidate: Candidate, before: Candidate | None, kind: Literal["gate", "rollback"]) -> Promotion:
+        """Make a candidate the champion, if ``before`` still is.
+
+        Args:
+            before: the champion that the decision was made against; None where there was none.
+
+        Raises:
+            UsageError: meanwhile another one became champion.
+        """
+        promotions = self._keys(_PROMOTIONS)
+        was = before.number if before else None
+        current = self._read(promotions[-1], Promotion).candidate if promotions else None
+        made = Promotion(
+            number=len(promotions) + 1,
+            date=_now(),
+            candidate=candidate.number,
+            before=was,
+            kind=kind,
+            nonce=secrets.token_hex(8),
+        )
+        if current != was or not self._files.create(_key(_PROMOTIONS, made.number), _bytes(made)):
+            raise UsageError(
+                f"{self.location}: another student became champion meanwhile, where {_named(was)} was expected. "
+                "See teacher-cache students, and measure against the new champion"
+            )
+        return made
+
+    def earlier_champion(self, number: int | None = None) -> Candidate:
+        """A candidate that was champion before the present one.
+
+        Args:
+            number: of the candidate; the last one before if left out. Going back twice goes back two steps.
+
+        Raises:
+            UsageError: there is no earlier champion, or this one never was champion.
+        """
+        promotions = self.promotions()
+        if not promotions:
+            raise UsageError(f"{self.location}: no student was promoted yet, so there is nothing to go back to")
+        now = promotions[-1].candidate
+        if number is None:
+            line = _line(promotions)
+            if len(line) < 2:
+                raise UsageError(f"{self.location}: student {now} has no champion before it to go back to")
+            number = line[-2]
+        elif number == now:
+            raise UsageError(f"{self.location}: student {number} is the champion already")
+        elif number not in {promotion.candidate for promotion in promotions}:
+            raise UsageError(f"{self.location}: student {number} never was champion; it has to pass its gate first")
+        return self.candidate(number)
+
+    def _keys(self, folder: str) -> list[str]:
+        return [key for key in self._files.list(folder) if key.endswith(".json")]
+
+    def _read(self, key: str, kind: type[_Record]) -> _Record:
+        try:
+            return kind.model_validate_json(self._files.read(key))
+        except ValidationError as error:
+            raise UsageError(f"{self.location}/{key}: {error}") from error
+
+
+def _line(promotions: tuple[Promotion, ...]) -> list[int]:
+    """Champions up to the present one; a rollback takes back those behind its own."""
+    line: list[int] = []
+    for promotion in promotions:
+        if promotion.kind == "rollback" and promotion.candidate in line:
+            del line[len(line) - line[::-1].index(promotion.candidate) :]
+        else:
+            line.append(promotion.candidate)
+    return line
+
+
+def _key(folder: str, number: int) -> str:
+    return f"{folder}/{number:06d}.json"
+
+
+def _bytes(record: BaseModel) -> bytes:
+    return (record.model_dump_json(indent=2) + "\n").encode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _named(number: int | None) -> str:
+    return "none" if number is None else f"student {number}"

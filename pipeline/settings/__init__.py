@@ -1,0 +1,1 @@
+"""What every stage can be told, checked before a model is built; no torch."""

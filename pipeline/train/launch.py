@@ -1,0 +1,200 @@
+"""Run work on one device here, on several in processes that Fabric launches, or as one of those that torchrun did."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
+from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.storage.errors import CacheError, UsageError
+from teacher_cache.storage.observe.telemetry import observed
+
+__all__ = ["launch", "launched_rank"]
+
+Progress = Callable[[Any], None]
+
+# what torchrun tells each process that it starts, on one machine or on many
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# what the command line, or a flow, tells apart; each of them is made of its text alone
+_ERRORS = (CacheError, UsageError, OSError, FloatingPointError)
+
+# how many processes there are is said once, by who started them
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+
+def launched_rank() -> int | None:
+    """The rank of this process among those that torchrun started for one run; None if nobody did."""
+    if all(os.environ.get(name) for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
+        return int(os.environ["RANK"])
+    return None
+
+
+def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress: Progress | None = None) -> None:
+    """Call ``work(fabric, config, report, *args)`` on every device that the settings ask for, and wait for all.
+
+    One device: in this process. Several: in new processes, which Fabric starts and joins into a group (NCCL on
+    CUDA, gloo on CPUs); ``work`` and ``args`` travel there by pickle, ``report`` of rank 0 comes back to
+    ``progress``. When one of them fails the others end and its error is raised here: of its own class where that is
+    one of ``_ERRORS``, else as torch's text of it.
+
+    Started by torchrun, this process is one of the group and calls ``work`` for its device; rank 0 tells the progress.
+
+    Metrics are served by each process, if asked: on the port, and the ones after it
+    (``teacher_cache.storage.observe.telemetry``).
+
+    Raises:
+        UsageError: a device is not there, the port of metrics is taken, or torchrun's processes cannot share a batch.
+    """
+    device = resolve_device(config.device)
+    precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
+    if launched_rank() is not None:
+        _launched(config, device, precision, work, args, progress)
+        return
+    # named, since in a job of Slurm's Fabric would otherwise take the job's processes for its own
+    plugins: Any = [LightningEnvironment()]
+    if config.devices == 1:
+        index: Any = [device.index or 0] if device.type == "cuda" else 1
+        fabric = Fabric(accelerator=device.type, devices=index, precision=precision, plugins=plugins)
+        keep_freed_memory(device)
+        with observed():
+            work(fabric, config, progress, *args)
+        return
+    if device.index is not None:
+        raise UsageError(f"device {config.device!r} names one device, but devices is {config.devices}; use cuda or cpu")
+    if device.type == "cuda" and torch.cuda.device_count() < config.devices:
+        raise UsageError(
+            f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
+        )
+    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again
+    strategy = DDPStrategy(start_method="spawn")
+    fabric = Fabric(
+        accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision, plugins=plugins
+    )
+    pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
+    receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
+    errors: list[BaseException] = []
+    before = set(multiprocessing.active_children())
+    with _relayed(receivers, senders, progress, errors), _own_environment():
+        try:
+            fabric.launch(_rank, senders, device.type, config, work, args)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            failed: BaseException | None = error
+        except BaseException:  # Ctrl-C: nobody else would end them
+            for child in set(multiprocessing.active_children()) - before:
+                child.terminate()
+            raise
+        else:
+            failed = None
+    if failed is not None:
+        raise errors[0] if errors else failed
+
+
+def _launched(
+    config: TrainConfig,
+    device: torch.device,
+    precision: Any,
+    work: Callable[..., None],
+    args: Any,
+    progress: Progress | None,
+) -> None:
+    processes = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.index is not None or config.devices != 1:
+        raise UsageError("torchrun starts a process for each device: leave --devices out, and choose cards by torchrun")
+    if processes % here:
+        raise UsageError(
+            f"torchrun started {here} of {processes} processes on this machine: the same number on each is wanted. "
+            "Give every machine the same --nproc-per-node"
+        )
+    if config.batch_size % processes:
+        raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=here,
+        num_nodes=processes // here,
+        strategy=DDPStrategy(),
+        precision=precision,
+        plugins=[TorchElasticEnvironment()],
+    )
+    keep_freed_memory(device)
+    fabric.launch()
+    try:
+        with observed(fabric.local_rank, rank=fabric.global_rank):
+            work(fabric, config, progress if fabric.global_rank == 0 else None, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _rank(
+    fabric: Fabric, senders: list[Connection], device: str, config: TrainConfig, work: Callable[..., None], args: Any
+) -> None:
+    sender = senders[fabric.global_rank]
+    keep_freed_memory(torch.device(device))
+    report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
+    try:
+        with observed(fabric.local_rank, rank=fabric.global_rank):
+            work(fabric, config, report, *args)
+    except Exception as error:
+        if isinstance(error, _ERRORS):
+            sender.send(("error", (type(error), str(error))))
+        raise
+
+
+@contextlib.contextmanager
+def _relayed(
+    receivers: list[Connection], senders: list[Connection], progress: Progress | None, errors: list[BaseException]
+) -> Iterator[None]:
+    """Read what the ranks say while the block runs, and what is left when it ends."""
+    over = threading.Event()
+
+    def read() -> None:
+        while True:
+            last = over.is_set()
+            ready: list[Any] = wait(receivers, timeout=0 if last else 0.1)
+            for receiver in ready:
+                kind, value = receiver.recv()
+                if kind == "error":
+                    error, text = value
+                    errors.append(error(text))
+                elif progress is not None:
+                    progress(value)
+            if last and not ready:
+                return
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reader.join(timeout=10)  # a rank killed in mid-message leaves half of one
+        for pipe in [*receivers, *senders] if not reader.is_alive() else []:
+            pipe.close()
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Take back what Fabric sets for its processes: the next launch chooses a port of its own."""
+    kept = os.environ.copy()
+    try:
+        yield
+    finally:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+            if name in kept:
+                os.environ[name] = kept[name]

@@ -1,0 +1,327 @@
+"""Decode the images of a split once and keep what a student sees of them
+(:mod:`teacher_cache.pipeline.data.batches.ready_pixels`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import __version__, features
+from pydantic import BaseModel
+
+from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
+from teacher_cache.pipeline.data.batches.inputs import StudentImages
+from teacher_cache.pipeline.data.batches.pairs import stored_crops, views_used
+from teacher_cache.pipeline.data.batches.ready_pixels import (
+    RECORD,
+    ROWS_KEY,
+    PixelsCommit,
+    PixelsRecord,
+    chunk_key,
+    commit_key,
+    images_sha256,
+    local_pixels,
+    read_commit,
+    read_record,
+    region_digests,
+    rows_bytes,
+)
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.data.images.views import Crop
+from teacher_cache.pipeline.models.student import build_student, student_config
+from teacher_cache.pipeline.settings.stages import PixelsConfig
+from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.checksum import crc32c
+from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["PixelsPlan", "PixelsResult", "make_pixels", "plan_pixels"]
+
+_CHUNK_ROWS = 64
+
+
+class PixelsResult(BaseModel, frozen=True):
+    """What a folder holds now, and what this call did for it."""
+
+    out: str
+    images: int
+    views: int
+    size: tuple[int, int]
+    nbytes: int
+    chunks: int
+    chunks_made: int
+
+
+@dataclass(frozen=True)
+class PixelsPlan:
+    """What is to be made, before any image is decoded.
+
+    Attributes:
+        rows: of the cache, ascending, int64.
+        todo: (chunk, its views that are not finished), in the order in which they are made.
+        free_bytes: of the disk that the folder is on.
+    """
+
+    out: str
+    record: PixelsRecord
+    reader: EmbeddingReader
+    source: ImageSource
+    preprocess: Preprocess
+    rows: NDArray[np.int64]
+    todo: tuple[tuple[int, tuple[int, ...]], ...]
+    threads: int
+    free_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pixels, the padding of the last chunk of each view included."""
+        return self.record.views * self.record.chunks * self.record.chunk_bytes
+
+    @property
+    def chunks_to_make(self) -> int:
+        """Of one view each."""
+        return sum(len(views) for _, views in self.todo)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """That this call adds."""
+        return self.chunks_to_make * self.record.chunk_bytes
+
+    def __str__(self) -> str:
+        record = self.record
+        height, width = record.size
+        return (
+            f"{self.out}: {record.images:,} images x {record.views} views x {height} x {width} x 3 bytes = "
+            f"{self.nbytes / 1e9:,.2f} GB in {record.views * record.chunks:,} chunks; {self.chunks_to_make:,} of them "
+            f"to make, {self.bytes_to_write / 1e9:,.2f} GB; {self.free_bytes / 1e9:,.2f} GB are free"
+        )
+
+
+def plan_pixels(config: PixelsConfig) -> PixelsPlan:
+    """Look at cache, student and folder; nothing is written.
+
+    Raises:
+        UsageError: a setting that cannot be used, or a disk without the room.
+        CacheMismatchError: the folder holds pixels of something else; names each field and both values.
+        CacheError: the cache, or the folder's record, cannot be used.
+    """
+    files = local_pixels(config.out)
+    reader = EmbeddingReader(config.cache)
+    rows = reader.image_rows(config.split)
+    if not len(rows):
+        raise UsageError(f"{config.cache}: no image of split {config.split!r} has an embedding")
+    manifest = reader.manifest
+    views = views_used(reader, config.views)
+    student = build_student(
+        student_config(config.student), handed_on(manifest.identity.preprocess), manifest.layout.embed_dim
+    )
+    decoded_by = manifest.identity.preprocess.decoder
+    preprocess = student.preprocess_to_learn(config.train_image_size).decoded_by(decoded_by)
+    record = PixelsRecord(
+        cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),
+        split=config.split,
+        images=len(rows),
+        views=views,
+        chunk_rows=_CHUNK_ROWS,
+        size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        resize_mode=preprocess.resize_mode,
+        fill_color=preprocess.fill_color,
+        rows_sha256=hashlib.sha256(rows_bytes(rows)).hexdigest(),
+        images_sha256=images_sha256(reader, rows),
+        crops_sha256=region_digests(reader, rows, views),
+        decoder=_versions(decoded_by),
+        decoded_by=decoded_by,
+    )
+    try:
+        record = _continued(record, read_record(files), config.out)
+    except CacheNotFoundError:
+        # what a killed call left unfinished is not listed, and no reason to refuse
+        if Path(config.out).is_file() or files.list():
+            raise UsageError(f"{config.out}: is there and holds no ready pixels. Name a new folder by --out.") from None
+    todo = tuple(
+        (chunk, missing)
+        for chunk in range(record.chunks)
+        if (missing := tuple(view for view in range(record.views) if not _finished(files, record, view, chunk)))
+    )
+    plan = PixelsPlan(
+        config.out,
+        record,
+        reader,
+        ImageSource(config.image_root or manifest.source.image_root),
+        preprocess,
+        rows,
+        todo,
+        config.threads or os.cpu_count() or 1,
+        shutil.disk_usage(_existing(Path(config.out))).free,
+    )
+    if plan.bytes_to_write > plan.free_bytes:
+        raise UsageError(f"{plan}. Free some, choose a larger disk by --out, or take fewer --views.")
+    return plan
+
+
+def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | None = None) -> PixelsResult:
+    """Make the chunks of a plan that are not there.
+
+    Each chunk is written whole and then committed: a kill costs the chunks in flight, and another call makes those.
+    Of an image all missing views are made from one decoding. Memory: two chunks of all missing views.
+
+    Args:
+        progress: called with ("pixels", chunks finished, all chunks).
+
+    Raises:
+        OSError: an image cannot be read or decoded, or the disk is full; what is finished stays.
+        CacheMismatchError: an image is not the one that the cache was made of.
+    """
+    files, record = local_pixels(plan.out), plan.record
+    files.remove_partials()
+    _begin(files, record, plan.rows)
+    total = record.views * record.chunks
+    done = total - plan.chunks_to_make
+    images = StudentImages(plan.reader, plan.source, plan.preprocess)
+    with ThreadPoolExecutor(plan.threads) as decoders:
+        try:
+            for chunk, views, seen in _ahead(plan, images, decoders):
+                parts = [future.result() for future in seen]
+                for index, view in enumerate(views):
+                    data = b"".join(part[index] for part in parts)
+                    commit = PixelsCommit(
+                        view=view,
+                        chunk=chunk,
+                        made_of=record.made_of(view),
+                        crc32c=tuple(crc32c(part[index]) for part in parts),
+                    )
+                    files.write(chunk_key(view, chunk), data + bytes(record.chunk_bytes - len(data)))
+                    # last: whoever finds it may trust the chunk before it
+                    files.write(commit_key(view, chunk), commit.to_bytes())
+                    done += 1
+                    if progress is not None:
+                        progress("pixels", done, total)
+        except BaseException:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
+    return PixelsResult(
+        out=plan.out,
+        images=record.images,
+        views=record.views,
+        size=record.size,
+        nbytes=plan.nbytes,
+        chunks=total,
+        chunks_made=plan.chunks_to_make,
+    )
+
+
+def _versions(decoder: str | None) -> str:
+    pillow = f"Pillow {__version__}, libjpeg {features.version('jpg')}"
+    if decoder is None:
+        return pillow
+    return f"simplejpeg {version('simplejpeg')}, torch {version('torch')}, {pillow}"
+
+
+_Work = tuple[int, tuple[int, ...], list[Future[list[bytes]]]]
+
+
+def _ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor) -> Iterator[_Work]:
+    """Each chunk to make with its images' pixels, the next one already being decoded."""
+    waiting: deque[_Work] = deque()
+    samples = CachedSamples(plan.reader, kept_chunks=1)
+    for chunk, views in plan.todo:
+        rows = plan.rows[chunk * plan.record.chunk_rows : (chunk + 1) * plan.record.chunk_rows]
+        crops = [stored_crops(plan.reader, rows, np.full(len(rows), view)) for view in views]
+        jobs = zip(samples.records(rows), zip(*crops, strict=True), strict=True)
+        waiting.append((chunk, views, [decoders.submit(_pixels, images, image, regions) for image, regions in jobs]))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _pixels(images: StudentImages, image: SampleRecord, crops: tuple[Crop | None, ...]) -> list[bytes]:
+    return [shown.tobytes() for shown in images.each_shown(image, crops)]
+
+
+def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> None:
+    """The record first, then what follows from it; a call that finds one without the other writes it again."""
+    metadata = _zarr_metadata(record)
+    for key, data in {RECORD: record.to_bytes(), ROWS_KEY: rows_bytes(rows), **metadata}.items():
+        try:
+            same = files.read(key) == data
+        except FileNotFoundError:
+            same = False
+        if not same:
+            files.write(key, data)
+
+
+def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
+    """The ``zarr.json`` files, by key in the folder, as zarr-python writes them."""
+    import zarr
+    from zarr.codecs import BytesCodec
+    from zarr.storage import MemoryStore
+
+    written: dict[str, Any] = {}
+    root = zarr.create_group(MemoryStore(written), zarr_format=3)
+    shape = (record.images, record.views, *record.size, 3)
+    arrays: dict[str, dict[str, Any]] = {
+        "pixels": {
+            "shape": shape,
+            "chunks": (record.chunk_rows, 1, *shape[2:]),
+            "dtype": "uint8",
+            "serializer": BytesCodec(endian=None),
+            "dimension_names": ("image", "view", "height", "width", "channel"),
+        },
+        "row": {
+            "shape": (record.images,),
+            "chunks": (record.images,),
+            "dtype": "int64",
+            "serializer": BytesCodec(endian="little"),
+            "dimension_names": ("image",),
+        },
+    }
+    for name, settings in arrays.items():
+        # no codec: one image is then one read at an offset
+        root.create_array(name, fill_value=0, compressors=None, **settings)
+    return {f"pixels.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
+
+
+def _continued(wanted: PixelsRecord, found: PixelsRecord, out: str) -> PixelsRecord:
+    """The record to go on with: the one that is there, with the views that are wanted and it has not.
+
+    Raises:
+        CacheMismatchError: it is of something else.
+    """
+    shared = min(wanted.views, found.views)
+    ours, theirs = (
+        record.model_dump(exclude={"cache", "views"}) | {"crops_sha256": record.crops_sha256[: shared - 1]}
+        for record in (wanted, found)
+    )
+    differ = [f"{name} is {theirs[name]!r}, wanted {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    if differ:
+        raise CacheMismatchError(
+            f"{out}: holds other pixels: {'; '.join(differ)}. Choose another --out, or delete the folder."
+        )
+    return wanted if wanted.views > found.views else found
+
+
+def _finished(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> bool:
+    """Whether a chunk is committed and its file is there at its length; its bytes are proven by whoever reads them."""
+    try:
+        path = Path(files.location) / chunk_key(view, chunk)
+        whole = path.stat().st_size == record.chunk_bytes
+        return whole and read_commit(files, record, view, chunk) is not None
+    except (FileNotFoundError, CacheCorruptError):
+        return False
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,0 +1,88 @@
+"""AdamW and its learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WeightAverage", "adamw", "learning_rate_share"]
+
+
+def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Share of the peak learning rate at a step, the first being 0: linear warm-up, then cosine to 0."""
+    warmup = math.ceil(total_steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1)))
+
+
+def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW of what learns; biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip."""
+    learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in learning if parameter.ndim >= 2]
+    others = [parameter for parameter in learning if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+
+
+class WeightAverage:
+    """Average of a module's parameters over the steps; its buffers (BatchNorm's statistics) are those of the module.
+
+    After ``n`` updates the average moves by ``1 - min(decay, (1 + n) / (10 + n))``: young averages move fast, so
+    that the random weights of the start are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage,
+    which timm and EMA implementations since have kept).
+
+    Args:
+        module: on its device already.
+        decay: below 1; 0.999 averages over about the last 1,000 steps.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self.updates = 0
+        self._names = [name for name, _ in module.named_parameters()]
+        self._live: list[Tensor] = list(module.parameters())
+        self._average = [parameter.detach().clone() for parameter in self._live]
+
+    def decay_at(self, updates: int) -> float:
+        """The decay of the update after so many."""
+        return min(self._decay, (1 + updates) / (10 + updates))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of this step; call after the optimizer."""
+        torch._foreach_lerp_(self._average, self._live, 1 - self.decay_at(self.updates))
+        self.updates += 1
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the module has the averaged weights, to be measured or saved."""
+        kept = [parameter.detach().clone() for parameter in self._live]
+        self._copy(self._average, self._live)
+        try:
+            yield
+        finally:
+            self._copy(kept, self._live)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages by the names of their parameters."""
+        return dict(zip(self._names, self._average, strict=True))
+
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Go on from a :meth:`state` after so many updates.
+
+        Raises:
+            KeyError: it lacks a parameter.
+        """
+        self._copy([state[name] for name in self._names], self._average)
+        self.updates = updates
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+        for value, place in zip(source, target, strict=True):
+            place.copy_(value)

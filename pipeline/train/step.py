@@ -1,0 +1,228 @@
+"""One optimizer step: forward, the loss of the whole batch, backward; in parts and over devices if asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from teacher_cache.pipeline.data.batches.pairs import Pairs, TeacherTargets
+from teacher_cache.pipeline.models.device import image_memory_format
+from teacher_cache.pipeline.models.student import Student, StudentOutput
+from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.train.gather import gather_features
+from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
+from teacher_cache.pipeline.train.optimizer import learning_rate_share
+from teacher_cache.storage.observe.logs import event, logger
+
+__all__ = ["StepValues", "TrainStep"]
+
+_LOG = logger("train")
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What one step came to: the loss, each named loss before weighting, and how far the weights were moved.
+
+    Attributes:
+        grad_norm: of all gradients, before clipping.
+        logit_scale: the student's, after exp, that the loss was computed with.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    learning_rate: float
+    grad_norm: float
+    logit_scale: float
+
+
+class TrainStep:
+    """Moves a student by one batch at a time.
+
+    A batch in parts has the loss and the gradient of the batch in one piece, since contrastive and relational
+    losses compare every pair with every other (GradCache: Gao et al. 2021, "Scaling Deep Contrastive Learning
+    Batch Size under Memory Limited Setup"; open_clip's ``accum_freq`` does the same): features of all parts
+    without a graph, the loss on all of them with its gradient by each feature, then each part again with a
+    graph, which this gradient is sent through. BatchNorm normalises within each part, so a student that has it
+    learns from other statistics; its running ones move once per part.
+
+    Several devices hold a slice of the batch each and compute the same loss, on the features of all of them.
+
+    Random numbers (dropout) are a function of (seed, step, rank, part): the second pass over a part sees those of the
+    first, and a run that goes on from a checkpoint those that it would have seen.
+
+    Args:
+        model: the student as Fabric set it up, with its optimizer.
+        teacher_logit_scale: the teacher's, after exp.
+        queue: rows of the teacher for the queue loss; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        fabric: Fabric,
+        model: Any,
+        student: Student,
+        optimizer: Any,
+        teacher_logit_scale: float,
+        total_steps: int,
+        queue: TeacherQueue | None = None,
+    ) -> None:
+        self._config, self._fabric, self._model, self._student = config, fabric, model, student
+        self._memory_format, self._queue = image_memory_format(student.model), queue
+        self._optimizer, self._teacher_logit_scale, self._total_steps = optimizer, teacher_logit_scale, total_steps
+
+    def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> StepValues:
+        """Train on one batch.
+
+        Args:
+            step: of the run, from 0.
+            pixels, tokens, targets: this device's slice of the batch; tokens (batch, captions, length).
+            pairs: the whole batch, to be named if something is wrong with it.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; the student has not been moved.
+            ValueError: targets and tokens are not of the same captions.
+        """
+        if targets.text.shape[:2] != tokens.shape[:2]:
+            raise ValueError(
+                f"targets of captions {tuple(targets.text.shape)} and tokens {tuple(tokens.shape)}: wanted (batch, "
+                "captions, teacher_dim) and (batch, captions, length), of the same captions"
+            )
+        config = self._config
+        rate = config.learning_rate * learning_rate_share(step, self._total_steps, config.warmup_fraction)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        device = self._fabric.device
+        teacher = gather_features(
+            targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
+        )
+        if self._queue is not None:
+            # before the loss: each pair of the batch has its match among those queued
+            image, text = teacher
+            self._queue.push(image.repeat_interleave(text.shape[1], dim=0), text.flatten(0, 1))
+        size, captions = config.micro_batch or len(pixels), tokens.shape[1]
+        tokens = self._student.shorten(tokens.flatten(0, 1))
+        parts_of_batch = list(zip(torch.split(pixels, size), torch.split(tokens, size * captions), strict=True))
+        backward = self._whole if len(parts_of_batch) == 1 else self._in_parts
+        total, parts, logit_scale = backward(step, parts_of_batch, teacher)
+        norm = self._fabric.clip_gradients(
+            self._model, self._optimizer, max_norm=config.clip_grad_norm, error_if_nonfinite=False
+        )
+        # one wait for the device
+        values = torch.stack([total, norm.to(total), logit_scale, *parts.values()]).tolist()  # type: ignore[union-attr]
+        loss, grad_norm, scale = values[:3]
+        named = dict(zip(parts, values[3:], strict=True))
+        if not math.isfinite(loss):
+            raise FloatingPointError(_not_finite(step + 1, f"loss is {loss} ({named})", pairs, rate))
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(_not_finite(step + 1, f"the gradient's norm is {grad_norm}", pairs, rate))
+        self._optimizer.step()
+        self._student.clamp_logit_scale()
+        return StepValues(loss, named, rate, grad_norm, scale)
+
+    def _whole(self, step: int, parts_of_batch: list[Any], teacher: tuple[Tensor, ...]) -> Any:
+        ((pixels, tokens),) = parts_of_batch
+        output = self._forward(step, 0, pixels, tokens)
+        total, parts = self._loss(gather_features(*output[:4]), output.logit_scale, teacher)
+        if self._fabric.world_size > 1:
+            # DDP waits for a gradient of everything in the output, also of what no loss looks at
+            self._fabric.backward(total + 0.0 * sum(value.sum() for value in output))
+        else:
+            self._fabric.backward(total)
+        return total.detach(), parts, output.logit_scale.detach()
+
+    def _in_parts(self, step: int, parts_of_batch: list[Any], teacher: tuple[Tensor, ...]) -> Any:
+        with torch.no_grad(), self._buffers_kept():
+            outputs = [self._forward(step, part, *inputs) for part, inputs in enumerate(parts_of_batch)]
+        local = [torch.cat(values) for values in list(zip(*outputs, strict=True))[:4]]
+        leaves = [value.detach().requires_grad_() for value in gather_features(*local)]
+        logit_scale = outputs[0].logit_scale.detach().requires_grad_()
+        total, parts = self._loss(tuple(leaves), logit_scale, teacher)
+        slopes = torch.autograd.grad(total, [*leaves, logit_scale], allow_unused=True, materialize_grads=True)
+        feature_slopes = [
+            self._slopes_of_parts(slope, [len(output[place]) for output in outputs])
+            for place, slope in enumerate(slopes[:4])
+        ]
+        for part, inputs in enumerate(parts_of_batch):
+            last = part == len(parts_of_batch) - 1
+            with self._fabric.no_backward_sync(self._model, enabled=not last):
+                output = self._forward(step, part, *inputs)
+                sent = sum((value * slope[part]).sum() for value, slope in zip(output[:4], feature_slopes, strict=True))
+                # every part computes logit_scale anew from the one parameter; its gradient counts once
+                self._fabric.backward(sent + output.logit_scale * (slopes[4] if last else 0.0))
+        return total.detach(), parts, logit_scale.detach()
+
+    def _slopes_of_parts(self, slope: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+        """The gradient by the rows of each of this rank's parts, out of that by the rows of all ranks."""
+        mine = slope.tensor_split(self._fabric.world_size)[self._fabric.global_rank]
+        # DDP takes the mean over ranks, while each feature has its gradient on one rank alone
+        return torch.split(mine * self._fabric.world_size, rows)
+
+    def _forward(self, step: int, part: int, pixels: Tensor, tokens: Tensor) -> StudentOutput:
+        device = self._fabric.device
+        numbers = np.random.SeedSequence([self._config.seed, step, self._fabric.global_rank, part])
+        torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        output: StudentOutput = self._model(
+            pixels.to(device, non_blocking=True, memory_format=self._memory_format),
+            tokens.to(device, non_blocking=True),
+        )
+        return output
+
+    def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
+        """The mean of as many losses as an image has captions: all images with the first of theirs, the second, ..."""
+        image, text, projected_image, projected_text = features
+        teacher_image, teacher_text = teacher
+        queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
+        each = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text))
+        found = [
+            weighted_sum(
+                LossInputs(
+                    student_image=image,
+                    student_text=own,
+                    projected_image=projected_image,
+                    projected_text=projected,
+                    teacher_image=teacher_image,
+                    teacher_text=wanted,
+                    student_logit_scale=logit_scale,
+                    teacher_logit_scale=self._teacher_logit_scale,
+                    label_smoothing=self._config.label_smoothing,
+                    temperature=self._config.temperature,
+                    queue_image=queue_image,
+                    queue_text=queue_text,
+                ),
+                self._config.losses,
+            )
+            for own, projected, wanted in zip(*each, teacher_text.unbind(1), strict=True)
+        ]
+        totals, parts = zip(*found, strict=True)
+        return torch.stack(totals).mean(), {
+            name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]
+        }
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """BatchNorm's running statistics move in the second pass over a part, not in both."""
+        saved = [buffer.clone() for buffer in self._student.buffers()]
+        yield
+        for buffer, value in zip(self._student.buffers(), saved, strict=True):
+            buffer.copy_(value)
+
+
+def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:
+    images, captions = pairs.image_rows.tolist(), pairs.caption_rows.ravel().tolist()
+    rows = {"image_rows": images, "caption_rows": captions}
+    event(_LOG, logging.ERROR, "not finite", step=step, detail=what, learning_rate=rate, **rows)
+    return (
+        f"step {step}: {what}. Image rows {images}, caption rows {captions}. Lower the learning rate "
+        f"({rate:.2g}), or use precision fp32."
+    )

@@ -1,0 +1,1 @@
+"""Verify a cache, repair it, remove garbage from it."""

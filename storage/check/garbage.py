@@ -1,0 +1,110 @@
+"""What lies in a cache and belongs to nothing: half-written files, claims of ended processes, files nobody knows.
+
+Format 1 has no removed rows, so that no chunk is ever garbage; what ``precompute`` has not committed yet is its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.journal import note_key
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY
+from teacher_cache.storage.format.manifest_file import read_backup, read_manifest
+from teacher_cache.storage.write.claims import CLAIMS, left_claims
+
+__all__ = ["Garbage", "GarbageReport", "collect_garbage", "known_keys"]
+
+
+class Garbage(BaseModel, frozen=True):
+    """One object that nothing needs."""
+
+    key: str
+    kind: Literal["partial", "claim", "unknown-file"] = Field(
+        description="A write that was cut off, a claim of an ended process, or a file that is no part of a cache."
+    )
+    nbytes: int
+
+
+class GarbageReport(BaseModel, frozen=True):
+    """The answer of ``teacher-cache gc``."""
+
+    location: str
+    deleted: bool = Field(description="False for a look: nothing was touched.")
+    found: tuple[Garbage, ...]
+    nbytes: int
+    left: int = Field(0, description="Unknown files that were not deleted with the others.")
+
+
+def collect_garbage(location: str, delete: bool = False, unknown: bool = False) -> GarbageReport:
+    """Find what belongs to nothing, and delete it if asked to; safe beside processes that read and write the cache.
+
+    Files of a cache, damaged ones too, are never deleted: ``repair`` mends them. Neither is what lies in a cache within
+    this folder.
+
+    Args:
+        delete: what cut-off writes and ended processes left.
+        unknown: files that no cache has, too; they may be somebody's.
+
+    Raises:
+        CacheNotFoundError: no cache here, so that every file would be unknown.
+        CacheCorruptError, CacheFormatError: manifest or backup cannot be used, so that nobody knows what belongs here.
+    """
+    files = open_files(location)
+    # listed before the manifests are read: a writer names a key in them before it puts the object there
+    keys = files.list()
+    found = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
+    found += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
+    known = known_keys(files)
+    within = tuple(
+        key.removesuffix(MANIFEST_KEY) for key in keys if key.endswith(f"/{MANIFEST_KEY}") and key not in known
+    )
+    found += [
+        Garbage(key=key, kind="unknown-file", nbytes=_size(files, key))
+        for key in keys
+        if key not in known and not key.startswith((f"{CLAIMS}/", *within))
+    ]
+    left = 0
+    if delete:
+        known = known_keys(files)  # views planned since then make known what was unknown
+        found = [each for each in found if each.key not in known]
+        going = [each for each in found if unknown or each.kind != "unknown-file"]
+        left, found = len(found) - len(going), going
+        for each in found:
+            files.delete(each.key)
+    nbytes = sum(each.nbytes for each in found)
+    return GarbageReport(location=location, deleted=delete, found=tuple(found), nbytes=nbytes, left=left)
+
+
+def known_keys(files: CacheFiles) -> set[str]:
+    """Keys that a cache may have, whether they are there or not; of what is only planned too.
+
+    Raises:
+        CacheNotFoundError, CacheCorruptError, CacheFormatError: as :func:`collect_garbage`.
+    """
+    manifest = read_manifest(files)
+    try:
+        backup = read_backup(files)
+    except (CacheCorruptError, CacheFormatError) as error:
+        raise CacheCorruptError(
+            f"{files.location}/{BACKUP_KEY}: cannot be used, and it may name what {MANIFEST_KEY} does not yet. "
+            "Run teacher-cache repair CACHE first."
+        ) from error
+    known = {MANIFEST_KEY, BACKUP_KEY}
+    for each in (manifest, backup or manifest):
+        known.update(each.files)
+        for ref in all_chunks(each.layout):
+            known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(each.layout).values()))
+    return known
+
+
+def _size(files: CacheFiles, key: str) -> int:
+    try:
+        return files.stat(key).nbytes
+    except FileNotFoundError:
+        return 0  # its owner has just removed it

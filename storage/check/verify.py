@@ -1,0 +1,441 @@
+"""Verifying a cache: every digest, every value, every count; each finding names the object it is about.
+
+One damaged object never ends the work: what can still be proven is, and with a damaged manifest the rest is proven
+against its backup. An object that cannot be read is a finding of its own kind, since its bytes may be sound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import (
+    CacheAccessError,
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheNotFoundError,
+    CacheUnreachableError,
+)
+from teacher_cache.storage.files.location import in_parallel, open_files
+from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
+from teacher_cache.storage.format.arrays import chunk_shape, decode_object, stored_dtype
+from teacher_cache.storage.format.commit_records import CommitRecords
+from teacher_cache.storage.format.commits import (
+    COMMITS,
+    ChunkCommit,
+    ChunkRef,
+    all_chunks,
+    committed_chunks,
+    generation_chunks,
+    proven_commit,
+    quarantined_rows,
+)
+from teacher_cache.storage.format.journal import JOURNAL, note_key, read_note
+from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, incomplete_message
+from teacher_cache.storage.format.row_rules import wrong_rows
+from teacher_cache.storage.format.tables import (
+    CAPTIONS,
+    SAMPLES,
+    captions_sha256,
+    chunk_rows_sha256,
+    read_static,
+    read_table,
+    samples_sha256,
+)
+from teacher_cache.storage.observe.logs import event, logger
+from teacher_cache.storage.write.claims import CLAIMS
+
+__all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
+
+_LOG = logger("verify")
+
+# what one object can do to its reader; a store that does not answer at all ends the work instead
+_FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
+
+
+class Finding(BaseModel, frozen=True):
+    """One thing that is wrong."""
+
+    kind: str = Field(
+        description="incomplete, missing, damaged, unreadable, not-finite, not-unit-norm, counts or unknown-file."
+    )
+    key: str = Field(description="The object concerned, relative to the cache.")
+    message: str
+
+
+class IntegrityReport(BaseModel, frozen=True):
+    """What ``verify`` saw. ``ok`` only when the cache is complete and nothing at all is wrong."""
+
+    location: str
+    ok: bool
+    manifest_digest: str
+    images: int
+    captions: int
+    quarantined: int
+    lost_images: int = Field(description="Images of the dataset that never got a row, for a named reason.")
+    chunks: int
+    chunks_sound: int
+    objects_read: int
+    bytes_read: int
+    findings: tuple[Finding, ...]
+
+
+def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
+    """Read all of a cache and prove it.
+
+    Checked: the digests of manifest and backup, tables and Zarr metadata, every commit record, every byte of every
+    chunk (sha256), finite values, unit norm, quarantined rows NaN (of int8 -128) and no others, row counts of the
+    tables, the seal, the journal's notes, and that there is no object that nobody accounts for.
+
+    Args:
+        progress: called with (chunks checked, chunks in all).
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: neither a manifest nor a backup of it that could
+            be checked against.
+        CacheUnreachableError: the store does not answer.
+    """
+    files = open_files(location)
+    manifest, findings = sound_manifest(files)
+    objects = nbytes = 0
+
+    for key, wanted in manifest.files.items():
+        try:
+            nbytes += len(read_static(files, key, wanted))
+            objects += 1
+        except _FAULTS as error:
+            findings.append(_before_views(files, manifest, key) or _fault(key, error))
+    damaged = {finding.key.partition("/")[0] for finding in findings}
+    tables: dict[Tower, pa.Table] = {}
+    if SAMPLES not in damaged:
+        tables["image"] = read_table(files, manifest, SAMPLES)
+    if CAPTIONS not in damaged:
+        tables["text"] = read_table(files, manifest, CAPTIONS)
+    findings += _check_tables(manifest, tables)
+
+    refs = all_chunks(manifest.layout)
+    closed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
+    commits: dict[ChunkRef, ChunkCommit] = {}
+    sound = uncommitted = 0
+    told: list[Finding] = []
+    seen = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, CHUNKS_AT_ONCE)
+    for number, (ref, proof) in enumerate(zip(refs, seen, strict=True)):
+        if progress is not None:
+            progress(number + 1, len(refs))
+        findings += proof.findings
+        if proof.commit is not None:
+            commits[ref] = proof.commit
+            objects += len(proof.commit.objects)
+            nbytes += proof.nbytes
+            sound += not proof.findings
+        elif not proof.findings:
+            uncommitted += 1
+            if ref in closed:
+                message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
+                findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
+            continue
+        rows = ref.rows(manifest.layout)
+        where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
+        _tell(location, proof.findings, **where)
+        told += proof.findings
+        if not proof.findings:
+            event(_LOG, logging.INFO, "chunk sound", cache=location, **where)
+
+    if not manifest.sealed:
+        message = incomplete_message(location, manifest, len(refs) - uncommitted, len(refs))
+        findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
+    if manifest.sealed_generations:
+        findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
+    findings += _check_journal(files, refs)
+    findings += _unknown_files(files, manifest, refs)
+    _tell(location, [finding for finding in findings if finding not in told])
+    event(_LOG, logging.INFO, "cache verified", cache=location, chunks=len(refs), sound=sound, findings=len(findings))
+    return IntegrityReport(
+        location=location,
+        ok=not findings,
+        manifest_digest=manifest.digest,
+        images=manifest.layout.image_rows,
+        captions=manifest.layout.text_rows,
+        quarantined=len(quarantined_rows(commits.values(), manifest.layout.views)),
+        lost_images=manifest.lost_images,
+        chunks=len(refs),
+        chunks_sound=sound,
+        objects_read=objects,
+        bytes_read=nbytes,
+        findings=tuple(findings),
+    )
+
+
+def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
+    for finding in found:
+        about = finding.model_dump(exclude={"message"})
+        event(_LOG, logging.ERROR, finding.message, cache=location, **where, **about)
+
+
+def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
+    """The manifest that a cache is to be proven against, and what is wrong with ``manifest.json`` and its backup.
+
+    One of the two is enough. Where both can be read and differ, the one that the commit records were sealed with
+    counts, and else ``manifest.json``.
+
+    Raises:
+        CacheNotFoundError: neither is there.
+        CacheFormatError: both are of another format.
+        CacheCorruptError: neither can be used.
+    """
+    found: dict[str, CacheManifest] = {}
+    faults: dict[str, Exception] = {}
+    findings: list[Finding] = []
+    for key in (MANIFEST_KEY, BACKUP_KEY):
+        try:
+            data = files.read(key)
+            found[key] = CacheManifest.from_bytes(data, files.location, key)
+        except _FAULTS as error:
+            faults[key] = error
+            findings.append(_fault(key, error))
+            continue
+        if data != found[key].to_bytes():
+            findings.append(_other_bytes(key))
+    main, backup = found.get(MANIFEST_KEY), found.get(BACKUP_KEY)
+    if main is None and backup is None:
+        raise _rootless(files.location, faults)
+    if main is None or backup is None:
+        return next(iter(found.values())), findings
+    if main == backup:
+        return main, findings
+    if backup.adds_views_to(main):
+        message = (
+            f"{BACKUP_KEY}: plans views up to {backup.layout.views}, {MANIFEST_KEY} has {main.layout.views}. Run the "
+            "same precompute command again to add them; what is there can be read."
+        )
+        return main, [*findings, Finding(kind="incomplete", key=BACKUP_KEY, message=message)]
+    if backup.seals(main):
+        done, total = _committed(files, backup), backup.layout.num_chunks
+        message = (
+            f"{incomplete_message(files.location, backup, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
+        )
+        return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
+    newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
+    wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)
+    message = f"{wrong}: digest {found[wrong].digest[:12]}, {right} has {found[right].digest[:12]}"
+    return found[right], [*findings, Finding(kind="damaged", key=wrong, message=message)]
+
+
+def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
+    main, backup = faults[MANIFEST_KEY], faults[BACKUP_KEY]
+    if isinstance(main, (FileNotFoundError, NotADirectoryError)) and isinstance(backup, type(main)):
+        return CacheNotFoundError(
+            f"{location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
+            "teacher-cache precompute --cache."
+        )
+    gone = isinstance(backup, FileNotFoundError)
+    if isinstance(main, CacheFormatError) and (gone or isinstance(backup, CacheFormatError)):
+        return main
+    what = "; ".join(_fault(key, error).message for key, error in faults.items())
+    return CacheCorruptError(
+        f"{location}: neither {MANIFEST_KEY} nor {BACKUP_KEY} can be used: {what} Restore one of them from a copy of "
+        "the cache."
+    )
+
+
+def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
+    return len(committed_chunks(files, all_chunks(manifest.layout)))
+
+
+def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
+    """Whether there is a seal, and each is that of the commit records."""
+    try:
+        found = [
+            generation.seal is not None
+            and CommitRecords(manifest).read(files, generation) == generation.seal.commits_sha256
+            for generation in manifest.sealed_generations
+        ]
+        return bool(found) and all(found)
+    except CacheUnreachableError:
+        raise
+    except _FAULTS:
+        return False  # which record it is, is found one by one
+
+
+def _fault(key: str, error: Exception) -> Finding:
+    """What reading an object came to, as a finding.
+
+    Raises:
+        CacheUnreachableError: that is not about this object.
+    """
+    if isinstance(error, CacheUnreachableError):
+        raise error
+    missing = (FileNotFoundError, NotADirectoryError)
+    if isinstance(error, missing) or isinstance(error.__cause__, missing):
+        return Finding(kind="missing", key=key, message=f"{key}: missing")
+    if isinstance(error, (CacheCorruptError, CacheFormatError)):
+        return Finding(kind="damaged", key=key, message=str(error))
+    what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return Finding(kind="unreadable", key=key, message=f"{key}: cannot be read: {what}")
+
+
+def _before_views(files: CacheFiles, manifest: CacheManifest, key: str) -> Finding | None:
+    """That an array's metadata still has the shape of before views were planned, if that is what is wrong with it."""
+    if not manifest.adds_views or not key.startswith("targets.zarr/image/"):
+        return None
+    try:
+        shape = json.loads(files.read(key))["shape"]
+        older = max(manifest.sealed_views, 1) <= shape[1] < manifest.layout.views
+    except (*_FAULTS, ValueError, LookupError, TypeError):
+        return None
+    message = f"{key}: has the shape {shape} of before views were added. Run the same precompute command again."
+    return Finding(kind="incomplete", key=key, message=message) if older else None
+
+
+def _other_bytes(key: str) -> Finding:
+    message = f"{key}: the content has its digest, but these are not the bytes that were written"
+    return Finding(kind="damaged", key=key, message=message)
+
+
+def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, table: pa.Table | None) -> list[Finding]:
+    rows = ref.rows(manifest.layout)
+    if table is None or commit.rows_sha256 == chunk_rows_sha256(table.slice(rows.start, len(rows)), ref.tower):
+        return []
+    message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
+    return [Finding(kind="damaged", key=ref.commit_key, message=message)]
+
+
+class _Proof(NamedTuple):
+    """What was seen of one chunk: without a commit and without findings there is no record."""
+
+    commit: ChunkCommit | None
+    findings: list[Finding]
+    nbytes: int = 0
+
+
+def _prove(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, table: pa.Table | None) -> _Proof:
+    try:
+        data = files.read(ref.commit_key)
+        commit = proven_commit(data, files.location, manifest, ref)
+    except FileNotFoundError:
+        return _Proof(None, [])
+    except _FAULTS as error:
+        return _Proof(None, [_fault(ref.commit_key, error)])
+    findings, nbytes = _check_chunk(files, manifest, ref, commit)
+    findings += _check_rows(manifest, ref, commit, table)
+    if data != commit.to_bytes():
+        findings.append(_other_bytes(ref.commit_key))
+    return _Proof(commit, findings, nbytes)
+
+
+def _check_chunk(
+    files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit
+) -> tuple[list[Finding], int]:
+    findings: list[Finding] = []
+    arrays: dict[str, Any] = {}
+    read = 0
+    for name, key in ref.object_keys(manifest.layout).items():
+        try:
+            data = files.read(key)
+        except _FAULTS as error:
+            findings.append(_fault(key, error))
+            continue
+        read += len(data)
+        if hashlib.sha256(data).hexdigest() != commit.objects[name].sha256:
+            message = f"{key}: sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
+            findings.append(Finding(kind="damaged", key=key, message=message))
+            continue
+        shape, dtype = chunk_shape(manifest.layout, ref.tower, name), stored_dtype(manifest.layout, ref.tower, name)
+        try:
+            arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
+        except CacheCorruptError as error:
+            findings.append(Finding(kind="damaged", key=key, message=str(error)))
+    if findings:
+        return findings, read
+
+    rows = ref.rows(manifest.layout)
+    held = {name: values[: len(rows)] for name, values in arrays.items()}
+    for name, kind, what in wrong_rows(rows, held, {row.row for row in commit.quarantined}):
+        key = ref.object_keys(manifest.layout)[name]
+        findings.append(Finding(kind=kind, key=key, message=f"{key}: {what}"))
+    return findings, read
+
+
+def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> list[Finding]:
+    findings = []
+    dataset = manifest.identity.dataset
+    checks: dict[Tower, tuple[str, Callable[[pa.Table], str], str]] = {
+        "image": (SAMPLES, samples_sha256, dataset.samples_sha256),
+        "text": (CAPTIONS, captions_sha256, dataset.captions_sha256),
+    }
+    for tower, table in tables.items():
+        name, digest, recorded = checks[tower]
+        rows, wanted, found = table["row"].to_numpy(), manifest.layout.rows(tower), digest(table)
+        if not np.array_equal(rows, np.arange(wanted)):
+            message = f"{name}: {len(rows)} rows in the table, rows 0 to {wanted - 1} wanted in order"
+            findings.append(Finding(kind="counts", key=name, message=message))
+        if found != recorded:
+            message = f"{name}: rows have sha256 {found[:12]}, the identity names {recorded[:12]}"
+            findings.append(Finding(kind="damaged", key=name, message=message))
+    return findings
+
+
+def _check_seals(files: CacheFiles, manifest: CacheManifest, commits: dict[ChunkRef, ChunkCommit]) -> list[Finding]:
+    """What is wrong with the seals, given the commits of all sealed generations."""
+    if _is_sealed_with(files, manifest):
+        wrong = []
+        for generation in manifest.sealed_generations:
+            found = len(quarantined_rows(commits.values(), manifest.views_of(generation)[1]))
+            assert generation.seal is not None  # sealed generations only
+            if found != generation.seal.images_quarantined:
+                message = (
+                    f"{found} images quarantined in the commits, {generation.seal.images_quarantined} in the seal of "
+                    f"generation {generation.number}"
+                )
+                wrong.append(Finding(kind="counts", key=MANIFEST_KEY, message=message))
+        return wrong
+    message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
+    findings = [Finding(kind="damaged", key=COMMITS, message=message)]
+    # the seal is over all records; which one it is, if each is sound by itself, only the notes can say
+    for ref, commit in commits.items():
+        try:
+            note = read_note(files, ref.name)
+        except CacheUnreachableError:
+            raise
+        except _FAULTS:
+            continue
+        if not note.is_of(commit):
+            message = f"{ref.commit_key}: not the record that the journal notes for {ref.name}; an older one, put back?"
+            findings.append(Finding(kind="damaged", key=ref.commit_key, message=message))
+    return findings
+
+
+def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
+    """Notes that are not as they were written. One that is missing costs nothing and is no finding."""
+    there = set(files.list(JOURNAL))
+
+    def fault_of(ref: ChunkRef) -> Finding | None:
+        try:
+            read_note(files, ref.name)
+        except _FAULTS as error:
+            return _fault(note_key(ref.name), error)
+        return None
+
+    found = in_parallel(files, fault_of, [ref for ref in refs if note_key(ref.name) in there])
+    return [finding for finding in found if finding is not None]
+
+
+def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:
+    """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
+    known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
+    for ref in refs:
+        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))
+    return [
+        Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
+        for key in files.list()
+        if key not in known and not key.startswith(f"{CLAIMS}/")
+    ]

@@ -1,0 +1,72 @@
+"""A folder that is written whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.local import sync
+from teacher_cache.storage.files.processes import this_process
+
+__all__ = ["new_folder", "out_file", "require_free"]
+
+
+def require_free(out: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UsageError: there is.
+    """
+    if out.exists():
+        raise UsageError(f"{out}: is there already. Choose another --out, or delete it.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the name ``out`` once the block is through, synced; on an error it goes.
+
+    A killed process leaves ``.partial-PROCESS-NAME`` beside it, which may be deleted.
+
+    Raises:
+        UsageError: ``out`` is there already, at the start or in the end.
+    """
+    require_free(out)
+    # a process id alone comes again in the next container
+    partial = out.with_name(f".partial-{this_process().tag}-{out.name}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        require_free(out)
+        partial.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def out_file(flag: str, path: str, example: str) -> Path:
+    """Where a file is to be written.
+
+    Args:
+        flag: that named it.
+        example: of a file's name, for the message.
+
+    Raises:
+        UsageError: a URL, a folder, below something that is no folder, or not to be written by this user.
+    """
+    if "://" in path:
+        raise UsageError(f"{flag} {path}: a local file is wanted, not a URL")
+    target = Path(path)
+    if not target.name or target.is_dir():
+        raise UsageError(f"{flag} {path}: this is a folder; name a file in it, for example {target / example}")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{flag} {path}: {above} is no folder")
+    if not os.access(target if target.exists() else above, os.W_OK):
+        raise UsageError(f"{flag} {path}: this user may not write {'it' if target.exists() else f'in {above}'}")
+    return target

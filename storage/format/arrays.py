@@ -1,0 +1,175 @@
+"""The Zarr side of a cache: array metadata made by zarr-python, chunk objects encoded and decoded here.
+
+A chunk object is what zarr's ``bytes`` (little endian) and ``crc32c`` codecs make of it: the row-major bytes
+of the whole chunk, the last one padded, and four bytes of checksum. Encoding it here lets one write be atomic
+on every kind of storage, and lets one read prove the bytes against the commit instead of against themselves:
+a chunk swapped with its neighbour has a valid checksum of its own. That zarr-python reads the same values is
+a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.files.checksum import crc32c
+from teacher_cache.storage.format.commits import ObjectDigest
+from teacher_cache.storage.format.int8 import NO_EMBEDDING
+from teacher_cache.storage.format.layout import ARRAYS, CRC_BYTES, SCALE, VIEW_FIELDS, Tower, chunk_shape, stored_arrays
+from teacher_cache.storage.format.row_rules import has_nan
+
+if TYPE_CHECKING:
+    from teacher_cache.storage.format.layout import Layout
+
+__all__ = [
+    "ARRAYS",
+    "array_dtype",
+    "chunk_shape",
+    "decode_object",
+    "encode_object",
+    "given_dtype",
+    "prove_body",
+    "stored_arrays",
+    "stored_dtype",
+    "zarr_metadata",
+]
+
+# crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
+_CRC_RESIDUE = 0x48674BC7
+
+_DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("image", "embedding"): ("image", "view", "dim"),
+    ("image", "norm"): ("image", "view"),
+    ("image", "view"): ("image", "view", "crop"),
+    ("image", SCALE): ("chunk", "view", "dim"),
+    ("text", "embedding"): ("caption", "dim"),
+    ("text", "norm"): ("caption",),
+    ("text", SCALE): ("chunk", "dim"),
+}
+
+
+def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
+    """Dtype of an array as encoders make it."""
+    return np.dtype(ARRAYS[tower][name])
+
+
+def given_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
+    """Dtype of an array as readers give it: as it is stored, embeddings of int8 as float32."""
+    stored = stored_dtype(layout, tower, name)
+    return np.dtype("<f4") if stored == np.int8 else stored
+
+
+def stored_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
+    """Dtype of an array on disk."""
+    return np.dtype(stored_arrays(layout, tower)[name])
+
+
+def _fill(dtype: np.dtype[Any]) -> float | int:
+    """What stands where nothing was written: never a number that could be read as a value."""
+    return NO_EMBEDDING if dtype.kind == "i" else np.nan
+
+
+def zarr_metadata(layout: Layout) -> dict[str, bytes]:
+    """The ``zarr.json`` files of ``targets.zarr``, by key in the cache, as zarr-python writes them."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    written: dict[str, Any] = {}
+    root = zarr.create_group(MemoryStore(written), zarr_format=3)
+    towers: tuple[Tower, ...] = ("image", "text")
+    for tower in towers:
+        group = root.create_group(tower)
+        for name, dtype in stored_arrays(layout, tower).items():
+            chunk = chunk_shape(layout, tower, name)
+            views = (layout.views,) if tower == "image" else ()
+            rows = -(-layout.rows(tower) // layout.chunk_rows(tower)) if name == SCALE else layout.rows(tower)
+            group.create_array(
+                name,
+                shape=(rows, *views, *chunk[1:]),
+                chunks=(chunk[0], *(1,) * len(views), *chunk[1:]),
+                dtype=dtype,
+                fill_value=_fill(np.dtype(dtype)),  # zarr returns it for rows never written; 0 would train quietly
+                serializer=BytesCodec(endian="little"),
+                compressors=[Crc32cCodec()],
+                dimension_names=_DIMENSIONS[tower, name],
+                attributes={"fields": list(VIEW_FIELDS)} if name == "view" else None,
+            )
+
+    return {f"targets.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
+
+
+def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, ObjectDigest]:
+    """One chunk object and its digests.
+
+    Args:
+        values: rows of the chunk, at most ``shape[0]`` of them; a short chunk is padded with what zarr
+            fills up with, NaN or -128.
+        shape: of the whole chunk.
+        dtype: stored dtype.
+
+    Raises:
+        ValueError: the rows have another shape or dtype than the array; nothing is cast in silence.
+    """
+    if values.dtype != dtype or values.shape[1:] != shape[1:] or len(values) > shape[0]:
+        raise ValueError(f"chunk is {values.shape} {values.dtype}, at most {shape} {dtype} wanted")
+    if len(values) < shape[0]:
+        padded = np.full(shape, _fill(dtype), dtype)
+        padded[: len(values)] = values
+        values = padded
+    body = np.ascontiguousarray(values).tobytes()
+    crc = crc32c(body)
+    data = body + crc.to_bytes(CRC_BYTES, "little")
+    return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
+
+
+def decode_object(
+    data: bytes | memoryview, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
+) -> NDArray[Any]:
+    """The rows of a chunk object, padding included; a read-only view of ``data``, no copy.
+
+    Raises:
+        CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's).
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
+        raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
+    octets = np.frombuffer(data, np.uint8)
+    if crc32c(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
+        prove_body(octets[:size], bytes(data[size:]), wanted, where)
+    return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
+
+
+def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str, look_for_nan: bool = False) -> bool:
+    """Prove the array's bytes of a chunk object, and the checksum that lies behind them, against the commit.
+
+    Args:
+        body: contiguous, of any shape; not copied.
+        stored: the object's last four bytes.
+
+    Returns:
+        Whether some value is NaN, of int8 -128, if that is looked for; the padding of a short chunk is.
+
+    Raises:
+        CacheCorruptError: these are not the bytes that were committed.
+    """
+    values, found, has = body.reshape(-1), 0, False
+    step = _PROVEN_AT_ONCE // body.dtype.itemsize
+    for start in range(0, len(values), step):
+        block = values[start : start + step]
+        found = crc32c(block, found)
+        has = has or (look_for_nan and has_nan(block))
+    beside = int.from_bytes(stored, "little")
+    if len(stored) != CRC_BYTES or not found == beside == wanted.crc32c:
+        raise CacheCorruptError(
+            f"{where}: checksum {found:08x}, {beside:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
+        )
+    return has
+
+
+_PROVEN_AT_ONCE = 1 << 20  # bytes that stay in a cache while they are looked at more than once
+_REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

@@ -1,0 +1,139 @@
+"""The commit records of a cache in memory: what one says in some two hundred bytes, and a record again when asked for.
+
+A reader keeps them for as long as it is open, in each process that reads; as objects of Python they are 3.5 kB each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.storage.files.location import in_parallel
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import (
+    ChunkCommit,
+    ChunkRef,
+    ObjectDigest,
+    QuarantinedRow,
+    all_chunks,
+    generation_chunks,
+    read_commit,
+)
+from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.format.manifest import CacheManifest, Generation
+
+__all__ = ["CommitRecords"]
+
+
+class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
+    """Those of some or all chunks of one cache, in the order of
+    :func:`teacher_cache.storage.format.commits.all_chunks`.
+
+    Args:
+        manifest: of the cache; records are of its encoder and its rows, as
+        :func:`teacher_cache.storage.format.commits.read_commit` proves.
+    """
+
+    def __init__(self, manifest: CacheManifest) -> None:
+        self._manifest = manifest
+        self._tables: dict[Tower, NDArray[Any]] = {}
+        self._objects: dict[Tower, dict[str, int]] = {}
+        self._quarantined: dict[ChunkRef, tuple[QuarantinedRow, ...]] = {}
+        for tower in get_args(Tower):
+            objects = {name: at for at, name in enumerate(ChunkRef(tower, 0, 0).object_keys(manifest.layout))}
+            self._objects[tower] = objects
+            self._tables[tower] = np.zeros((self._views(tower), manifest.layout.chunks(tower)), _row(len(objects)))
+
+    def read(self, files: CacheFiles, generation: Generation) -> str:
+        """Read and add all commits of one generation; the sha256 over key and bytes of each, in their order.
+
+        One request for each; of an object store many at once (``teacher_cache.storage.files.location.in_parallel``).
+
+        Raises:
+            CacheCorruptError: a record is damaged or belongs elsewhere.
+        """
+        total = hashlib.sha256()
+        refs = generation_chunks(self._manifest, generation)
+        read = partial(read_commit, files, self._manifest)
+        for ref, commit in zip(refs, in_parallel(files, read, refs), strict=True):
+            if commit is not None:
+                self._add(ref, commit)
+                total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
+        return total.hexdigest()
+
+    def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
+        """What the bytes of one object of a chunk are.
+
+        Raises:
+            KeyError: no record of this chunk, or no such array.
+        """
+        found, at = self._record(ref), self._objects[ref.tower][array]
+        sha256 = found["sha256"][at].tobytes().hex()
+        return ObjectDigest(nbytes=int(found["nbytes"][at]), crc32c=int(found["crc32c"][at]), sha256=sha256)
+
+    def quarantined(self, ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
+        """The rows of a chunk that have no embedding."""
+        return self._quarantined.get(ref, ())
+
+    def with_quarantined(self) -> Iterator[ChunkCommit]:
+        """The records that name quarantined rows."""
+        return (self[ref] for ref in self._quarantined)
+
+    def __getitem__(self, ref: ChunkRef) -> ChunkCommit:
+        found, rows = self._record(ref), ref.rows(self._manifest.layout)
+        return ChunkCommit(
+            tower=ref.tower,
+            view=ref.view,
+            chunk=ref.chunk,
+            rows=(rows.start, rows.stop),
+            generation=int(found["generation"]),
+            encoder_digest=self._manifest.identity.encoder_digest,
+            rows_sha256=found["rows_sha256"].tobytes().hex(),
+            objects={name: self.digest(ref, name) for name in self._objects[ref.tower]},
+            quarantined=self.quarantined(ref),
+        )
+
+    def __contains__(self, ref: object) -> bool:
+        if not isinstance(ref, ChunkRef):
+            return False
+        table = self._tables[ref.tower]
+        is_one = 0 <= ref.view < table.shape[0] and 0 <= ref.chunk < table.shape[1]
+        return is_one and bool(table["there"][ref.view, ref.chunk])
+
+    def __iter__(self) -> Iterator[ChunkRef]:
+        return (ref for ref in all_chunks(self._manifest.layout) if ref in self)
+
+    def __len__(self) -> int:
+        return sum(int(table["there"].sum()) for table in self._tables.values())
+
+    def _record(self, ref: ChunkRef) -> Any:
+        if ref not in self:
+            raise KeyError(ref)
+        return self._tables[ref.tower][ref.view, ref.chunk]
+
+    def _views(self, tower: Tower) -> int:
+        return self._manifest.layout.views if tower == "image" else 1
+
+    def _add(self, ref: ChunkRef, commit: ChunkCommit) -> None:
+        digests = [commit.objects[name] for name in self._objects[ref.tower]]
+        self._tables[ref.tower][ref.view, ref.chunk] = (
+            True,
+            commit.generation,
+            bytes.fromhex(commit.rows_sha256),
+            [digest.nbytes for digest in digests],
+            [digest.crc32c for digest in digests],
+            [bytes.fromhex(digest.sha256) for digest in digests],
+        )
+        if commit.quarantined:
+            self._quarantined[ref] = commit.quarantined
+
+
+def _row(objects: int) -> np.dtype[Any]:
+    """A chunk's record; in bytes without a type, since those of a text end at the last one that is not zero."""
+    digests = [("nbytes", "<i8", (objects,)), ("crc32c", "<u4", (objects,)), ("sha256", "V32", (objects,))]
+    return np.dtype([("there", "?"), ("generation", "<i4"), ("rows_sha256", "V32"), *digests])

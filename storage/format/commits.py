@@ -1,0 +1,231 @@
+"""Commit records: one small file per finished chunk, written last.
+
+Whoever finds a commit may trust the chunk beside it, once its bytes have the recorded checksum. Records hold
+nothing that two equal runs would write differently; seconds and host go to the journal
+(``teacher_cache.storage.format.journal``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.files.location import in_parallel
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.identity import canonical_json, digest_of
+from teacher_cache.storage.format.layout import CRC_BYTES, SCALE, Layout, Tower, chunk_shape, stored_arrays
+from teacher_cache.storage.format.manifest import CacheManifest, Generation
+
+if TYPE_CHECKING:
+    from teacher_cache.storage.format.layout import Layout, Tower
+
+__all__ = [
+    "ChunkCommit",
+    "ChunkRef",
+    "ObjectDigest",
+    "QuarantinedRow",
+    "all_chunks",
+    "committed_chunks",
+    "generation_chunks",
+    "proven_commit",
+    "quarantined_rows",
+    "read_commit",
+    "target_bytes",
+]
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+COMMITS = "commits"
+_FEW_CHUNKS = 16  # so many are looked at one by one; a listing is a request per 1,000 commits of the whole cache
+
+
+class ChunkRef(NamedTuple):
+    """One chunk: the unit of work, of write, of commit, of retry and of read."""
+
+    tower: Tower
+    view: int
+    chunk: int
+
+    @property
+    def commit_key(self) -> str:
+        """Where its commit record lies."""
+        return f"{COMMITS}/{self.name}.json"
+
+    @property
+    def name(self) -> str:
+        """``image/v0/000012`` or ``text/000012``."""
+        middle = f"v{self.view}/" if self.tower == "image" else ""
+        return f"{self.tower}/{middle}{self.chunk:06d}"
+
+    def rows(self, layout: Layout) -> range:
+        """The rows that it holds; the last chunk of a tower may be short."""
+        size, total = layout.chunk_rows(self.tower), layout.rows(self.tower)
+        return range(self.chunk * size, min((self.chunk + 1) * size, total))
+
+    def object_keys(self, layout: Layout | None = None) -> dict[str, str]:
+        """Array name to object key of each Zarr object of this chunk.
+
+        Args:
+            layout: of the cache; left out, the objects that a chunk has in every cache.
+        """
+        if self.tower == "image":
+            parts = {"embedding": f"{self.chunk}/{self.view}/0", "norm": f"{self.chunk}/{self.view}"}
+            parts["view"] = f"{self.chunk}/{self.view}/0"
+        else:
+            parts = {"embedding": f"{self.chunk}/0", "norm": f"{self.chunk}"}
+        if layout is not None and SCALE in stored_arrays(layout, self.tower):
+            parts[SCALE] = parts["embedding"]
+        return {name: f"targets.zarr/{self.tower}/{name}/c/{place}" for name, place in parts.items()}
+
+
+def all_chunks(layout: Layout) -> list[ChunkRef]:
+    """Every chunk of a cache: images view by view, then texts."""
+    images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.image_chunks)]
+    return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
+
+
+def generation_chunks(manifest: CacheManifest, generation: Generation) -> list[ChunkRef]:
+    """The chunks that a generation brought, in the order of :func:`all_chunks`: its views', and captions with rows."""
+    first, stop = manifest.views_of(generation)
+    has_captions = generation.views is None
+    return [
+        ref
+        for ref in all_chunks(manifest.layout)
+        if (first <= ref.view < stop if ref.tower == "image" else has_captions)
+    ]
+
+
+class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
+    """What the bytes of one Zarr object are."""
+
+    nbytes: int = Field(gt=0, lt=2**63)
+    crc32c: int = Field(ge=0, lt=2**32, description="Of the array's bytes, as in the object's own last four.")
+    sha256: _Sha256 = Field(description="Of the whole object.")
+
+
+class QuarantinedRow(BaseModel, frozen=True, extra="forbid"):
+    """A row that the teacher could not be given: its embedding is NaN and no reader returns it."""
+
+    row: int
+    sample_id: str
+    reason: str = Field(description="Kind of failure, for counting.")
+    detail: str
+
+
+class ChunkCommit(BaseModel):
+    """A finished chunk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tower: Tower
+    view: int = Field(ge=0)
+    chunk: int = Field(ge=0)
+    rows: tuple[int, int] = Field(description="First row and one past the last.")
+    generation: int = Field(
+        0, ge=0, lt=2**31, description="Of its rows; a view that was added later says what its rows say."
+    )
+    encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
+    rows_sha256: _Sha256 = Field(
+        description="Of what its rows were made: teacher_cache.storage.format.tables.chunk_rows_sha256."
+    )
+    objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view, scale.")
+    quarantined: tuple[QuarantinedRow, ...] = ()
+
+    @property
+    def ref(self) -> ChunkRef:
+        """The chunk that this record is of."""
+        return ChunkRef(self.tower, self.view, self.chunk)
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON with its own digest."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return canonical_json({**fields, "digest": digest_of(fields)}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> ChunkCommit:
+        """Parse and prove a record.
+
+        Raises:
+            CacheCorruptError: not a commit record, or not the content that its digest was made of.
+        """
+        try:
+            fields = json.loads(data)
+            recorded = fields.pop("digest")
+            if recorded != digest_of(fields):
+                raise CacheCorruptError(f"{where}: the record does not have the digest that it carries")
+            return cls.model_validate(fields)
+        except (ValueError, AttributeError, KeyError, TypeError, ValidationError) as error:
+            raise CacheCorruptError(f"{where}: not a commit record ({type(error).__name__}: {error})") from error
+
+
+def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit | None:
+    """The commit of a chunk, proven to be of this chunk and this cache; None when there is none.
+
+    Raises:
+        CacheCorruptError: there is a record, and it is damaged or belongs elsewhere.
+    """
+    try:
+        data = files.read(ref.commit_key)
+    except FileNotFoundError:
+        return None
+    return proven_commit(data, files.location, manifest, ref)
+
+
+def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit:
+    """The record that these bytes are, proven to be of this chunk and this cache.
+
+    Raises:
+        CacheCorruptError: they are damaged or belong elsewhere.
+    """
+    where = f"{location}/{ref.commit_key}"
+    commit = ChunkCommit.from_bytes(data, where)
+    rows = ref.rows(manifest.layout)
+    if commit.ref != ref or commit.rows != (rows.start, rows.stop):
+        raise CacheCorruptError(f"{where}: holds the record of {commit.ref.name} rows {commit.rows}, not of {ref.name}")
+    encoder = manifest.identity.encoder_digest
+    if commit.encoder_digest != encoder:
+        raise CacheCorruptError(
+            f"{where}: made by encoder {commit.encoder_digest[:12]} (teacher, preprocessing, tokenizer and dtype), "
+            f"this cache is of {encoder[:12]}"
+        )
+    wanted = set(ref.object_keys(manifest.layout))
+    if set(commit.objects) != wanted:
+        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(wanted)} wanted")
+    return commit
+
+
+def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
+    """Those that have a commit record, in whatever state: by a listing, or where they are few by a look at each."""
+    if len(refs) <= _FEW_CHUNKS:
+        there = in_parallel(files, lambda ref: files.exists(ref.commit_key), refs)
+        return {ref for ref, found in zip(refs, there, strict=True) if found}
+    listed = set(files.list(COMMITS))
+    return {ref for ref in refs if ref.commit_key in listed}
+
+
+def quarantined_rows(commits: Iterable[ChunkCommit], views: int) -> dict[int, QuarantinedRow]:
+    """Image rows without an embedding in one of the first ``views`` views, each once, with the first view's reason."""
+    found: dict[int, QuarantinedRow] = {}
+    for commit in sorted((commit for commit in commits if commit.view < views), key=lambda commit: commit.ref):
+        if commit.tower == "image":
+            for row in commit.quarantined:
+                found.setdefault(row.row, row)
+    return dict(sorted(found.items()))
+
+
+def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
+    """Bytes of the objects of some chunks; the last one of a tower is padded, so that all are of one size."""
+    counts = Counter(ref.tower for ref in refs)
+    return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
+
+
+def _chunk_bytes(layout: Layout, tower: Tower) -> int:
+    return sum(
+        math.prod(chunk_shape(layout, tower, name)) * int(dtype[2:]) + CRC_BYTES
+        for name, dtype in stored_arrays(layout, tower).items()
+    )

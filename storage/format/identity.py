@@ -1,0 +1,240 @@
+"""The identity of a cache: what its rows are of, and how two of them are compared, field by field. No file access."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
+
+__all__ = [
+    "CacheIdentity",
+    "DatasetIdentity",
+    "IdentityDifference",
+    "PreprocessIdentity",
+    "Record",
+    "TargetsIdentity",
+    "TeacherIdentity",
+    "TokenizerIdentity",
+    "ViewsIdentity",
+    "canonical_json",
+    "digest_of",
+]
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """sha256, in hex, of :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+class Record(BaseModel):
+    """A part of what is on disk: frozen, and without fields that are not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON values, fields that are None left out: one added later does not change what is on disk today."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class TeacherIdentity(Record):
+    """The frozen teacher."""
+
+    name: str = Field(description="As asked for: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
+    pretrained: str | None = Field(None, description="open_clip's pretrained tag, for a built-in name.")
+    weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
+    architecture: dict[str, Any] = Field(description="open_clip's model config.")
+    activation: str = Field(description="The activation really found in the built model: GELU, QuickGELU, ...")
+    embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")
+    logit_scale: float = Field(gt=0, description="The multiplier of cosines, after exp.")
+    logit_bias: float | None = Field(None, description="Added to the logits (SigLIP); absent where there is none.")
+
+
+class PreprocessIdentity(Record):
+    """Image file to teacher input, proven by the pixels that it makes of fixed probe images."""
+
+    image_size: tuple[int, int] = Field(description="Height and width of the teacher's input, pixels.")
+    mean: tuple[float, ...] = Field(description="Subtracted from each channel, in [0, 1].")
+    std: tuple[float, ...] = Field(description="Divides each channel.")
+    interpolation: str = Field(description="bicubic, bilinear or random, as open_clip names them.")
+    resize_mode: str = Field(description="shortest (then centre crop), longest (then pad) or squash.")
+    fill_color: int = Field(description="Padding of resize_mode longest, 0-255.")
+    antialias: bool = Field(description="Whether shrinking low-passes first.")
+    probe: str = Field(
+        description="Block means of the probe images' pixels, base64; compared with a tolerance, so that "
+        "Pillow and pillow-simd, one level apart here and there, count as the same."
+    )
+    decoder: str | None = Field(None, description="What made the pixels, if not Pillow: jpeg-scaled.")
+
+
+class TokenizerIdentity(Record):
+    """Caption to token ids, proven by the ids of fixed probe texts."""
+
+    name: str = Field(description="Class of the tokenizer.")
+    context_length: int = Field(gt=0, description="Tokens per caption after padding.")
+    probe_sha256: str = Field(description="Over the ids of the probe texts.")
+
+
+class ViewsIdentity(Record):
+    """Which crops of an image the teacher saw."""
+
+    policy: Literal["evaluation", "random-resized-crop"] = Field(
+        description="evaluation: the one plain evaluation crop; else how the views after it were drawn."
+    )
+    count: int = Field(1, gt=0, description="Views per image; view 0 is the evaluation crop.")
+    scale: tuple[float, float] | None = Field(None, description="Least and greatest share of the image's area.")
+    ratio: tuple[float, float] | None = Field(None, description="Least and greatest width / height of a crop.")
+    flip: float | None = Field(None, ge=0, le=1, description="Probability that a crop is mirrored.")
+    seed: int | None = Field(None, ge=0, description="Of the draws; the boxes themselves are stored too.")
+
+    def holds(self, wanted: ViewsIdentity) -> bool:
+        """Whether each view that is wanted is among these, drawn in the same way."""
+        same_draws = wanted.model_copy(update={"count": self.count}) == self
+        return wanted.count <= self.count and (wanted.count == 1 or same_draws)
+
+    def first(self, count: int) -> ViewsIdentity:
+        """The first so many of these; one alone is the evaluation crop, which has no settings."""
+        return ViewsIdentity(policy="evaluation") if count == 1 else self.model_copy(update={"count": count})
+
+
+class TargetsIdentity(Record):
+    """What is stored of the teacher's output."""
+
+    dtype: Literal["float16", "int8"] = Field(
+        "float16", description="Of the stored embeddings; int8 has a scale for each column of each chunk."
+    )
+    normalized: bool = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
+
+    @property
+    def layout_dtype(self) -> Literal["int8"] | None:
+        """As ``teacher_cache.storage.format.layout.Layout`` has it: None of float16."""
+        return None if self.dtype == "float16" else self.dtype
+
+
+class DatasetIdentity(Record):
+    """The rows, in order."""
+
+    kind: str = Field(description="The adapter.")
+    images: int = Field(ge=0, description="Rows of the image tower.")
+    captions: int = Field(ge=0, description="Rows of the text tower.")
+    splits: dict[str, int] = Field(description="Images by split.")
+    samples_sha256: str = Field(description="Over sample_id, split and content digest of each image, in row order.")
+    captions_sha256: str = Field(description="Over image row and text of each caption, in row order.")
+
+
+# shown to people, proven by other fields: the same weights under another name are the same teacher
+_NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
+
+# two correct decoders and resizers differ by a level or two in single pixels, far less in a block's mean
+_PROBE_TOLERANCE = 2
+_PROBE = ("preprocess", "probe")
+
+
+_WAY_OUT = "Encode to a new path, or ask for what the cache holds (teacher-cache info shows it)."
+
+
+class CacheIdentity(Record):
+    """Everything that two caches must share before their rows may be mixed or swapped."""
+
+    teacher: TeacherIdentity
+    preprocess: PreprocessIdentity
+    tokenizer: TokenizerIdentity
+    views: ViewsIdentity
+    targets: TargetsIdentity
+    dataset: DatasetIdentity
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all fields but mere names and ``preprocess.probe``, which has a tolerance instead."""
+        return digest_of(self._proven())
+
+    @property
+    def encoder_digest(self) -> str:
+        """The same over teacher, preprocessing, tokenizer and targets alone: how a row is made, of whatever it is."""
+        proven = self._proven()
+        return digest_of({part: proven[part] for part in ("teacher", "preprocess", "tokenizer", "targets")})
+
+    def _proven(self) -> dict[str, Any]:
+        fields = self.fields()
+        for part, name in (*_NAMES_ONLY, _PROBE):
+            fields[part].pop(name, None)
+        return fields
+
+    def differences(self, wanted: CacheIdentity) -> list[IdentityDifference]:
+        """Every field in which ``wanted`` differs."""
+        here, there = self.fields(), wanted.fields()
+        found = []
+        for part in here:
+            for name in sorted({*here[part], *there[part]}):
+                mine, asked = here[part].get(name), there[part].get(name)
+                if (part, name) in _NAMES_ONLY:
+                    continue
+                if (part, name) == _PROBE:
+                    if not _probes_agree(str(mine), str(asked)):
+                        found.append(IdentityDifference(f"{part}.{name}", "these pixels of the probe images", "others"))
+                elif mine != asked:
+                    found.append(IdentityDifference(f"{part}.{name}", _short(mine), _short(asked)))
+        return found
+
+    def require(
+        self, wanted: CacheIdentity, location: str, way_out: str = _WAY_OUT, accept: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Refuse to go on when this identity is not ``wanted``.
+
+        Args:
+            location: of the cache, for the message.
+            way_out: last sentence of the message.
+            accept: fields (``teacher.precision``), or parts (``dataset``) with all their fields, that may differ.
+
+        Returns:
+            A line for each difference that was accepted.
+
+        Raises:
+            CacheMismatchError: names the cache, each field that differs with both values, and the way out.
+            UsageError: ``accept`` names what is no field.
+        """
+        parts = type(self).model_fields
+        known = {f"{part}.{name}" for part in parts for name in type(getattr(self, part)).model_fields}
+        unknown = sorted(set(accept) - known - set(parts))
+        if unknown:
+            raise UsageError(f"{', '.join(unknown)}: no field of an identity; there are {', '.join(sorted(known))}")
+        found = self.differences(wanted)
+        accepted = [each for each in found if {each.field, each.field.partition(".")[0]} & set(accept)]
+        refused = [str(each) for each in found if each not in accepted]
+        if refused:
+            raise CacheMismatchError(
+                f"{location}: this cache is not the one asked for. " + "; ".join(refused) + f". {way_out}"
+            )
+        return tuple(str(each) for each in accepted)
+
+
+class IdentityDifference(NamedTuple):
+    """One field in which two identities differ."""
+
+    field: str
+    found: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.found} in the cache, {self.wanted} asked for"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else f"{text[:100]}... (sha256 {digest_of(value)[:8]})"
+
+
+def _probes_agree(a: str, b: str) -> bool:
+    left, right = base64.b64decode(a), base64.b64decode(b)
+    return len(left) == len(right) and all(abs(x - y) <= _PROBE_TOLERANCE for x, y in zip(left, right, strict=True))

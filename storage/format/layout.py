@@ -1,0 +1,90 @@
+"""The arrays of a cache: names, stored types, shapes of chunks, bytes. No numpy: ``info`` starts without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from teacher_cache.storage.format.identity import Record
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["ARRAYS", "CRC_BYTES", "SCALE", "VIEW_FIELDS", "Layout", "Tower", "chunk_shape", "stored_arrays"]
+
+CRC_BYTES = 4
+"""Of the checksum behind each chunk object."""
+
+# tower -> array -> dtype, as encoders make them; shapes follow from the layout
+ARRAYS: dict[Tower, dict[str, str]] = {
+    "image": {"embedding": "<f2", "norm": "<f4", "view": "<f4"},
+    "text": {"embedding": "<f2", "norm": "<f4"},
+}
+VIEW_FIELDS = ("top", "left", "height", "width", "flip")
+SCALE = "scale"
+"""The array that a cache of int8 embeddings has besides: what one step of each column is, chunk by chunk."""
+
+
+def stored_arrays(layout: Layout, tower: Tower) -> dict[str, str]:
+    """Name and dtype of each array on disk: those of :data:`ARRAYS`, or int8 embeddings with their scales."""
+    if layout.embedding_dtype is None:
+        return ARRAYS[tower]
+    return {**ARRAYS[tower], "embedding": "|i1", SCALE: "<f4"}
+
+
+def chunk_shape(layout: Layout, tower: Tower, name: str) -> tuple[int, ...]:
+    """Rows and columns of one chunk as readers and writers see it: the axis of the one view left out."""
+    if name == SCALE:
+        return (1, layout.embed_dim)
+    tail = {"embedding": (layout.embed_dim,), "norm": (), "view": (len(VIEW_FIELDS),)}[name]
+    return (layout.chunk_rows(tower), *tail)
+
+
+Tower = Literal["image", "text"]
+
+
+class Layout(Record):
+    """Shapes of the Zarr arrays and of their chunks."""
+
+    embed_dim: int = Field(gt=0)
+    views: int = Field(1, gt=0)
+    image_rows: int = Field(ge=0)
+    text_rows: int = Field(ge=0)
+    image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
+    text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
+    batch_rows: int = Field(gt=0, description="Rows per forward pass: another number rounds otherwise.")
+    text_order: Literal["characters"] | None = Field(
+        None,
+        description="How a chunk's captions share forward passes: the shortest first; by row where left out.",
+    )
+    embedding_dtype: Literal["int8"] | None = Field(
+        None, description="How embeddings are stored, if not in float16; then each chunk has an object of scales too."
+    )
+
+    def rows(self, tower: Literal["image", "text"]) -> int:
+        """All rows of a tower."""
+        return self.image_rows if tower == "image" else self.text_rows
+
+    def chunk_rows(self, tower: Literal["image", "text"]) -> int:
+        """Rows of a whole chunk of a tower."""
+        return self.image_chunk_rows if tower == "image" else self.text_chunk_rows
+
+    @property
+    def image_chunks(self) -> int:
+        """Chunks of the image tower, per view."""
+        return -(-self.image_rows // self.image_chunk_rows)
+
+    @property
+    def text_chunks(self) -> int:
+        """Chunks of the text tower."""
+        return -(-self.text_rows // self.text_chunk_rows)
+
+    def chunks(self, tower: Literal["image", "text"]) -> int:
+        """Chunks of a tower, per view."""
+        return self.image_chunks if tower == "image" else self.text_chunks
+
+    @property
+    def num_chunks(self) -> int:
+        """All chunks of the cache."""
+        return self.image_chunks * self.views + self.text_chunks

@@ -1,0 +1,277 @@
+"""The samples, captions and problems tables: parquet files beside the arrays, one row per array row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.files.location import LocalFiles, in_parallel
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.identity import canonical_json
+from teacher_cache.storage.format.manifest import CacheManifest, StaticFile
+
+__all__ = [
+    "CAPTIONS",
+    "PROBLEMS",
+    "ROWS_PER_GROUP",
+    "SAMPLES",
+    "captions_sha256",
+    "chunk_rows_sha256",
+    "column_parts",
+    "find_row",
+    "long_texts",
+    "named_errors",
+    "open_static",
+    "parquet_file",
+    "read_rows",
+    "read_static",
+    "read_table",
+    "samples_sha256",
+    "table_files",
+    "table_keys",
+]
+
+# folder in the cache -> columns; the row column is written down so that a table can be read on its own
+SAMPLES = "samples"
+CAPTIONS = "captions"
+PROBLEMS = "problems"
+SCHEMAS: dict[str, pa.Schema] = {
+    SAMPLES: pa.schema(
+        [
+            ("row", pa.int64()),
+            ("sample_id", pa.string()),
+            ("uri", pa.string()),
+            ("offset", pa.int64()),  # first byte inside uri, -1 for the whole file
+            ("length", pa.int64()),
+            ("content_sha256", pa.string()),
+            ("split", pa.string()),
+        ]
+    ),
+    CAPTIONS: pa.schema([("row", pa.int64()), ("image_row", pa.int64()), ("text", pa.string())]),
+    PROBLEMS: pa.schema(
+        [("kind", pa.string()), ("where", pa.string()), ("detail", pa.string()), ("lost_image", pa.bool_())]
+    ),
+}
+_ROWS_PER_FILE = 1_000_000
+_FILES_AT_ONCE = 4
+ROWS_PER_GROUP = 65_536
+"""Rows of a parquet file's row groups, of which one is the least that can be read."""
+_BLOCK_BYTES = 1 << 20
+# what of a row its embedding is made of; where an image lies or which split it is in changes nothing
+_MADE_OF = {"image": ["sample_id", "content_sha256"], "text": ["text"]}
+
+
+def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str, tuple[bytes, int]]:
+    """A table as parquet files of the cache: ``NAME/000000.parquet`` and on, with bytes and rows.
+
+    At least one file, even when the table is empty.
+
+    Args:
+        one_group: all rows of a file in one row group, which are the bytes that earlier versions wrote.
+    """
+    table = table.cast(SCHEMAS[name])
+    files, group = {}, _ROWS_PER_FILE if one_group else ROWS_PER_GROUP
+    for number, start in enumerate(range(0, max(table.num_rows, 1), _ROWS_PER_FILE)):
+        sink = io.BytesIO()
+        part = table.slice(start, _ROWS_PER_FILE)
+        pq.write_table(part, sink, row_group_size=group, compression="zstd")
+        files[f"{name}/{number:06d}.parquet"] = (sink.getvalue(), part.num_rows)
+    return files
+
+
+def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table of the cache, all rows of all columns or of some; each file proven by its digest.
+
+    Raises:
+        CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
+    """
+    keys = table_keys(manifest, name)
+    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
+    parts = [_parse(data, columns) for data in read]
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def long_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts as one of more than 2 GiB has to be, for ``take``, ``combine_chunks`` and look-ups in it."""
+    return column.cast(pa.large_string())
+
+
+def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: str) -> Iterator[pa.ChunkedArray]:
+    """One column of a table, a row group after another, so that memory does not grow with it.
+
+    Each file is proven by its digest when it is opened; in a folder its rows are then read from that open file.
+
+    Raises:
+        CacheCorruptError: as :func:`read_table`.
+    """
+    keys = table_keys(manifest, name)
+    opened = in_parallel(files, lambda key: open_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
+    for key, source in zip(keys, opened, strict=True):
+        with named_errors(files, key):
+            file = parquet_file(source)
+        for group in range(file.num_row_groups):
+            with named_errors(files, key):
+                part = file.read_row_group(group, columns=[column], use_threads=False)[column]
+            yield part
+            del part
+            # arrow's allocator otherwise keeps what was freed
+            pa.default_memory_pool().release_unused()
+        file.close(force=True)
+
+
+def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArray[np.int64]) -> pa.Table:
+    """Some rows of a table, in the order asked for. Files of a large table that hold none of them are not read.
+
+    Raises:
+        IndexError: a row that the table does not have.
+        CacheCorruptError: as :func:`read_table`.
+    """
+    rows = np.asarray(rows, np.int64)
+    keys = table_keys(manifest, name)
+    if len(keys) == 1:
+        return read_table(files, manifest, name).take(pa.array(rows))
+    stops = np.cumsum([manifest.files[key].rows or 0 for key in keys])
+    if len(rows) and (rows.min() < 0 or rows.max() >= stops[-1]):
+        raise IndexError(
+            f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}"
+        )
+    place = np.searchsorted(stops, rows, side="right")
+    starts = np.concatenate([[0], stops])
+    parts = []
+    for number in np.unique(place):
+        # one file in memory at a time: a few rows of each file are not the whole table
+        part = _parse(read_static(files, keys[number], manifest.files[keys[number]]))
+        parts.append(part.take(pa.array(rows[place == number] - starts[number])))
+    if not parts:
+        return SCHEMAS[name].empty_table()
+    taken = np.empty(len(rows), np.int64)
+    taken[np.argsort(place, kind="stable")] = np.arange(len(rows))
+    return pa.concat_tables(parts).take(pa.array(taken))
+
+
+def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:
+    """The first row of a table with this value in a column; None when there is none. One file at a time."""
+    for key in table_keys(manifest, name):
+        table = _parse(read_static(files, key, manifest.files[key]), ["row", column])
+        at = pc.index(table[column], value).as_py()
+        if at >= 0:
+            return int(table["row"][at].as_py())
+    return None
+
+
+def table_keys(manifest: CacheManifest, name: str) -> list[str]:
+    """The parquet files of a table, in the order of their rows."""
+    return sorted(key for key in manifest.files if key.startswith(f"{name}/"))
+
+
+def samples_sha256(samples: pa.Table) -> str:
+    """``DatasetIdentity.samples_sha256``: over sample_id, split and content of each image, in row order."""
+    return _digest_rows(samples.select(["sample_id", "split", "content_sha256"]))
+
+
+def captions_sha256(captions: pa.Table) -> str:
+    """``DatasetIdentity.captions_sha256``: over image row and text of each caption, in row order."""
+    return _digest_rows(captions.select(["image_row", "text"]))
+
+
+def chunk_rows_sha256(rows: pa.Table, tower: Literal["image", "text"]) -> str:
+    """``ChunkCommit.rows_sha256``: over what the rows of a chunk were made of, in row order.
+
+    Args:
+        rows: of the chunk; samples for the image tower, captions for the text tower.
+    """
+    return _digest_rows(rows.select(_MADE_OF[tower]))
+
+
+def _digest_rows(table: pa.Table) -> str:
+    """sha256 over one line of canonical JSON per row."""
+    total = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=65_536):
+        columns = [column.to_pylist() for column in batch.columns]
+        for row in zip(*columns, strict=True):
+            total.update(canonical_json(row) + b"\n")
+    return total.hexdigest()
+
+
+def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    return parquet_file(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+
+
+def parquet_file(source: pa.NativeFile) -> pq.ParquetFile:
+    """A parquet file to be read from this thread."""
+    # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
+    # the process (exit -6) now and then
+    return pq.ParquetFile(source, pre_buffer=False)
+
+
+def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
+    """The bytes of a file that the manifest names, proven.
+
+    Raises:
+        CacheCorruptError: it is missing or has other bytes.
+    """
+    try:
+        data = files.read(key)
+    except FileNotFoundError as error:
+        raise _missing(files, key) from error
+    _require_digest(files, key, hashlib.sha256(data).hexdigest(), wanted)
+    return data
+
+
+def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
+    """A file that the manifest names, open and proven: in a folder block by block, without its bytes in memory.
+
+    Of a store not by what reads its chunks: a process that has used that leaves its forked workers without it.
+
+    Raises:
+        CacheCorruptError: it is missing or has other bytes.
+    """
+    if not isinstance(files, LocalFiles):
+        with named_errors(files, key):
+            return pa.BufferReader(read_static(files, key, wanted))
+    found = hashlib.sha256()
+    try:
+        with named_errors(files, key):
+            file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
+            while block := file.read(_BLOCK_BYTES):
+                found.update(block)
+    except FileNotFoundError as error:
+        raise _missing(files, key) from error
+    _require_digest(files, key, found.hexdigest(), wanted)
+    file.seek(0)
+    return file
+
+
+@contextmanager
+def named_errors(files: CacheFiles, key: str) -> Iterator[None]:
+    """Errors of arrow, which know no name, with the file's."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or f"{files.location}/{key}"
+        raise
+
+
+def _missing(files: CacheFiles, key: str) -> CacheCorruptError:
+    return CacheCorruptError(f"{files.location}/{key}: missing. {_REMEDY}")
+
+
+def _require_digest(files: CacheFiles, key: str, found: str, wanted: StaticFile) -> None:
+    if found != wanted.sha256:
+        raise CacheCorruptError(
+            f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. {_REMEDY}"
+        )
+
+
+_REMEDY = "Run teacher-cache repair CACHE, which makes it again from the dataset, or restore a copy."

@@ -1,0 +1,1 @@
+"""Look inside a cache: info, stats, diff, export."""

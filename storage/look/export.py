@@ -1,0 +1,198 @@
+"""A cache as plain files for other tools: the folders that clip-retrieval writes and autofaiss reads.
+
+``img_emb/img_emb_N.npy``, ``text_emb/text_emb_N.npy`` and ``metadata/metadata_N.parquet``, row by row of the same pair;
+numbers padded with zeros, so that the order of names is that of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
+
+EXPORT_KEY = "export.json"
+_ROWS_AT_ONCE = 65_536
+_MEMORY_BYTES = 256 << 20
+
+Progress = Callable[[str, int, int], None]
+
+
+class ExportResult(BaseModel, frozen=True):
+    """What was written; ``export.json`` in the folder holds the same."""
+
+    out: str
+    cache: str
+    manifest_digest: str
+    identity_digest: str
+    split: str | None
+    view: int
+    captions: Literal["first", "all"]
+    rows: int = Field(description="Pairs of an image and a caption.")
+    images: int
+    embed_dim: int
+    dtype: str
+    parts: int = Field(description="Files in each of the three folders.")
+    quarantined: int = Field(description="Images left out: they have no embedding in some view.")
+
+
+def export_rows(
+    location: str,
+    out: str,
+    split: str | None = None,
+    captions: Literal["first", "all"] = "first",
+    view: int = 0,
+    rows_per_file: int = 1_000_000,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write the rows of a sealed cache as npy and parquet: float16 as they are stored, or made of int8.
+
+    Args:
+        out: a folder that is not there yet, or empty. Complete once it holds ``export.json``.
+        captions: the first of each image, or all of them, the image repeated for each.
+        view: of the images.
+        progress: called with (``export``, rows done, rows in all).
+
+    Raises:
+        UsageError: the folder holds something, is a URL, there is no such split or view, or images without a caption.
+        CacheError: as ``EmbeddingReader`` raises it.
+    """
+    folder = _new_folder(out)
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    if not 0 <= view < reader.views:
+        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
+    images = reader.image_rows(split)
+    offsets = reader.caption_offsets
+    counts = offsets[images + 1] - offsets[images]
+    if bare := int((counts == 0).sum()):
+        raise UsageError(
+            f"{location}: {bare:,} of {len(images):,} images have no caption to be paired with. This cache is of "
+            "labelled images and the prompts of their classes; its arrays can be read with zarr as they are"
+        )
+    if captions == "first":
+        image_rows, text_rows = images, offsets[images]
+    else:
+        text_rows, position = reader.caption_rows(images)
+        image_rows = images[position]
+    if not len(image_rows):
+        raise UsageError(f"{location}: no image with an embedding to export; teacher-cache info counts them")
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    parts = -(-len(image_rows) // rows_per_file)
+    written = 0
+
+    def count(rows: int) -> None:
+        nonlocal written
+        written += rows
+        if progress is not None:
+            progress("export", written, 2 * len(image_rows))
+
+    for part in range(parts):
+        here = slice(part * rows_per_file, (part + 1) * rows_per_file)
+        number = str(part).zfill(len(str(parts)))  # as clip-retrieval pads them: int(log10(parts)) + 1
+        image_part, text_part = image_rows[here], text_rows[here]
+        _write_npy(folder / "img_emb" / f"img_emb_{number}.npy", reader, "image", image_part, view, count)
+        _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
+        table = _metadata(reader, image_part, text_part)
+        _put(folder / "metadata" / f"metadata_{number}.parquet", partial(pq.write_table, table))
+    result = ExportResult(
+        out=out,
+        cache=location,
+        manifest_digest=reader.manifest.digest,
+        identity_digest=reader.manifest.identity_digest,
+        split=split,
+        view=view,
+        captions=captions,
+        rows=len(image_rows),
+        images=len(images),
+        embed_dim=reader.embed_dim,
+        dtype="float16",
+        parts=parts,
+        quarantined=len(reader.quarantined) if split is None else _of_split(reader, split),
+    )
+    text = json.dumps(result.model_dump(mode="json"), indent=2) + "\n"
+    _put(folder / EXPORT_KEY, lambda path: path.write_text(text))
+    return result
+
+
+def _new_folder(out: str) -> Path:
+    if "://" in out:
+        raise UsageError(f"{out}: an export is written to a local folder. Give one, and copy it from there")
+    folder = Path(out)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UsageError(f"{out}: something is there already. Give a new folder, or delete this one first")
+    return folder
+
+
+def _of_split(reader: EmbeddingReader, split: str) -> int:
+    rows = np.array([row.row for row in reader.quarantined], np.int64)
+    return int(reader.table_rows(SAMPLES, rows)["split"].to_pylist().count(split))
+
+
+def _write_npy(
+    path: Path,
+    reader: EmbeddingReader,
+    tower: Literal["image", "text"],
+    rows: NDArray[np.int64],
+    view: int,
+    count: Callable[[int], None],
+) -> None:
+    def write(unfinished: Path) -> None:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), reader.embed_dim)}
+        # not a memory map: on a full disk that ends the process by SIGBUS, and a write raises OSError
+        with unfinished.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = rows[start : start + _ROWS_AT_ONCE]
+                file.write(reader.take(tower, part, view).astype("<f2", copy=False).data)
+                count(len(part))
+
+    _put(path, write)
+
+
+def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
+    """image_path and caption, as clip-retrieval names them, and where the pair lies in the cache."""
+    samples = reader.table_rows(SAMPLES, image_rows)
+    root = reader.manifest.source.image_root
+    paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
+    return pa.table(
+        {
+            "image_path": pa.array(paths, pa.string()),
+            "caption": reader.table_rows(CAPTIONS, text_rows)["text"],
+            "sample_id": samples["sample_id"],
+            "split": samples["split"],
+            "offset": samples["offset"],  # of an image inside a tar, else -1
+            "length": samples["length"],
+            "image_row": pa.array(image_rows),
+            "text_row": pa.array(text_rows),
+        }
+    )
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all, at its name."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        write(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,280 @@
+"""What a cache is and how far it is, from its manifest, commit names and journal; embeddings are never read.
+
+Nor is more read of a large cache than of a small one: beyond :data:`NOTES_READ` notes and :data:`COMMITS_READ` records
+the cost is an estimate and the quarantined rows are not named, and both are said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.files.location import in_parallel, open_files
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import (
+    COMMITS,
+    ChunkRef,
+    QuarantinedRow,
+    all_chunks,
+    committed_chunks,
+    read_commit,
+    target_bytes,
+)
+from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.journal import JOURNAL, ChunkCost, read_cost
+from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
+from teacher_cache.storage.format.manifest import CacheManifest, Generation
+from teacher_cache.storage.format.manifest_file import read_manifest
+
+__all__ = [
+    "COMMITS_READ",
+    "NOTES_READ",
+    "CacheInfo",
+    "ChunkState",
+    "Coverage",
+    "chunk_states",
+    "count_committed",
+    "describe_cache",
+]
+
+NOTES_READ = 1000
+"""Notes of the journal, per tower, that are read at most; more are estimated from so many evenly spaced ones."""
+
+COMMITS_READ = 1000
+"""Commit records of images that are read for the reasons of quarantine, at most."""
+
+_ROWS_NAMED = 20
+
+
+class Coverage(BaseModel, frozen=True):
+    """How far one view of the images, or the captions, are."""
+
+    tower: Literal["image", "text"]
+    view: int
+    chunks: int
+    chunks_committed: int
+    rows: int
+    rows_committed: int
+
+
+class ChunkState(NamedTuple):
+    """A chunk, and what its commit says."""
+
+    ref: ChunkRef
+    committed: bool
+    quarantined: tuple[QuarantinedRow, ...] | None
+    """None where too many records would have to be read."""
+
+
+class CacheInfo(BaseModel, frozen=True):
+    """The answer of ``teacher-cache info``."""
+
+    location: str
+    format_version: int
+    sealed: bool = Field(description="Complete, and its bytes fixed.")
+    manifest_digest: str
+    identity_digest: str
+    identity: CacheIdentity
+    layout: Layout
+    generations: tuple[Generation, ...]
+    dataset: str
+    image_root: str
+    chunks: int
+    chunks_committed: int
+    coverage: tuple[Coverage, ...] = Field(description="Views of the images in order, then captions.")
+    views_sealed: int = Field(description="Views that can be read; fewer than the layout's while some are added.")
+    images_encoded: int | None = Field(description="With an embedding in each sealed view; known once one is sealed.")
+    images_quarantined: int | None = Field(description="Without one in some sealed view; counted once.")
+    quarantine: dict[str, int] | None = Field(
+        description="Images without an embedding in some committed chunk, by reason; None where too many records "
+        "would have to be read."
+    )
+    quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="The first of them.")
+    lost_images: int
+    problems: dict[str, int] = Field(description="Of the dataset, met while it was read, by kind.")
+    target_bytes: int = Field(description="Of all chunk objects when complete.")
+    encode_seconds: float = Field(description="Sum over the committed chunks' journal notes.")
+    notes: int = Field(description="In the journal.")
+    notes_read: int = Field(description="Of those; where fewer, the seconds are scaled up from them.")
+    images_per_second: float | None
+    captions_per_second: float | None
+    remaining_seconds: float | None = Field(
+        description="For the rows that are left, at these rates and by one process; None when a rate is not known."
+    )
+    made_with: dict[str, str]
+
+
+def describe_cache(location: str) -> CacheInfo:
+    """Read what a cache says of itself.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
+    """
+    files = open_files(location)
+    manifest = read_manifest(files)
+    refs = all_chunks(manifest.layout)
+    there = set(files.list(COMMITS))
+    committed = [ref for ref in refs if ref.commit_key in there]
+    coverage = _coverage(manifest.layout, refs, committed)
+    costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
+    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
+    rows = _quarantined(files, manifest, committed)
+    return CacheInfo(
+        location=location,
+        format_version=manifest.format_version,
+        sealed=manifest.sealed,
+        manifest_digest=manifest.digest,
+        identity_digest=manifest.identity_digest,
+        identity=manifest.identity,
+        layout=manifest.layout,
+        generations=manifest.generations,
+        dataset=manifest.source.dataset,
+        image_root=manifest.source.image_root,
+        chunks=len(refs),
+        chunks_committed=len(committed),
+        coverage=coverage,
+        views_sealed=manifest.sealed_views,
+        images_encoded=seal.images_encoded if seal else None,
+        images_quarantined=seal.images_quarantined if seal else None,
+        quarantine=None if rows is None else dict(sorted(Counter(row.reason for row in rows.values()).items())),
+        quarantined_rows=tuple((rows or {}).values())[:_ROWS_NAMED],
+        lost_images=manifest.lost_images,
+        problems=manifest.problems,
+        target_bytes=target_bytes(manifest.layout, refs),
+        encode_seconds=sum(cost.seconds for cost in costs.values()),
+        notes=sum(cost.notes for cost in costs.values()),
+        notes_read=sum(cost.notes_read for cost in costs.values()),
+        images_per_second=costs["image"].rows_per_second,
+        captions_per_second=costs["text"].rows_per_second,
+        remaining_seconds=_remaining(coverage, {tower: cost.rows_per_second for tower, cost in costs.items()}),
+        made_with=manifest.made_with,
+    )
+
+
+def count_committed(location: str) -> tuple[int, int]:
+    """(committed chunks, all chunks) of a cache, by its commit records alone.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
+    """
+    files = open_files(location)
+    refs = all_chunks(read_manifest(files).layout)
+    return len(committed_chunks(files, refs)), len(refs)
+
+
+def chunk_states(location: str) -> tuple[ChunkState, ...]:
+    """What is committed and quarantined, chunk by chunk: images view by view, then captions, as ``all_chunks`` goes.
+
+    Reads what :func:`describe_cache` reads of the commits, and no embedding.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
+    """
+    files = open_files(location)
+    manifest = read_manifest(files)
+    refs = all_chunks(manifest.layout)
+    there = set(files.list(COMMITS))
+    lost = _quarantined_by_chunk(files, manifest, [ref for ref in refs if ref.commit_key in there])
+
+    def quarantined(ref: ChunkRef) -> tuple[QuarantinedRow, ...] | None:
+        if ref.tower == "text":
+            return ()
+        return None if lost is None else lost.get(ref, ())
+
+    return tuple(ChunkState(ref, ref.commit_key in there, quarantined(ref)) for ref in refs)
+
+
+def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:
+    parts = dict.fromkeys((ref.tower, ref.view) for ref in refs)
+    chunks, done = Counter(ref[:2] for ref in refs), Counter(ref[:2] for ref in committed)
+    rows: Counter[tuple[Tower, int]] = Counter()
+    for ref in committed:
+        rows[ref.tower, ref.view] += len(ref.rows(layout))
+    return tuple(
+        Coverage(
+            tower=tower,
+            view=view,
+            chunks=chunks[tower, view],
+            chunks_committed=done[tower, view],
+            rows=layout.rows(tower),
+            rows_committed=rows[tower, view],
+        )
+        for tower, view in parts
+    )
+
+
+class _Cost(BaseModel, frozen=True):
+    seconds: float
+    rows_per_second: float | None
+    notes: int
+    notes_read: int
+
+
+def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
+    keys = files.list(f"{JOURNAL}/{tower}")
+    read = keys
+    if len(keys) > NOTES_READ:
+        read = [keys[number * len(keys) // NOTES_READ] for number in range(NOTES_READ)]
+
+    def cost_of(key: str) -> ChunkCost | None:
+        return read_cost(files, key.removeprefix(f"{JOURNAL}/").removesuffix(".json"))
+
+    costs = [cost for cost in in_parallel(files, cost_of, read) if cost is not None]
+    # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
+    seconds = sum(cost.teacher_seconds + cost.decode_wait_seconds for cost in costs)
+    rows = sum(cost.rows if cost.encoded_rows is None else cost.encoded_rows for cost in costs)
+    return _Cost(
+        seconds=seconds * len(keys) / len(read) if read else 0.0,
+        rows_per_second=rows / seconds if rows and seconds else None,
+        notes=len(keys),
+        notes_read=len(read),
+    )
+
+
+def _quarantined(
+    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
+) -> dict[int, QuarantinedRow] | None:
+    by_chunk = _quarantined_by_chunk(files, manifest, committed)
+    if by_chunk is None:
+        return None
+    found: dict[int, QuarantinedRow] = {}
+    for rows in by_chunk.values():
+        for row in rows:
+            found.setdefault(row.row, row)
+    return dict(sorted(found.items()))
+
+
+def _quarantined_by_chunk(
+    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
+) -> dict[ChunkRef, tuple[QuarantinedRow, ...]] | None:
+    """Of the committed chunks of images, view by view; None where too many records would have to be read."""
+    images = [ref for ref in committed if ref.tower == "image"]
+    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
+    # a sealed cache without quarantined rows says so in its manifest
+    if manifest.sealed and seal is not None and not seal.images_quarantined:
+        return dict.fromkeys(images, ())
+    if len(images) > COMMITS_READ:
+        return None
+
+    def commit_of(ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
+        try:
+            commit = read_commit(files, manifest, ref)
+        except (CacheCorruptError, FileNotFoundError):
+            return ()  # verify names it
+        return () if commit is None else commit.quarantined
+
+    return dict(zip(images, in_parallel(files, commit_of, images), strict=True))
+
+
+def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:
+    total = 0.0
+    for part in coverage:
+        left, rate = part.rows - part.rows_committed, rates[part.tower]
+        if left and rate is None:
+            return None
+        total += left / rate if rate else 0.0
+    return total

@@ -1,0 +1,148 @@
+"""The caches under a path or URL: of what, how far and how large, from manifests and names alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError
+from teacher_cache.storage.files.location import LocalFiles, open_files
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import COMMITS, all_chunks, target_bytes
+from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
+
+__all__ = ["CacheListing", "ListedCache", "list_caches"]
+
+
+class ListedCache(BaseModel, frozen=True):
+    """One line of ``teacher-cache ls``; what cannot be known of a damaged cache is None."""
+
+    location: str
+    teacher: str | None = None
+    dataset: str | None = None
+    images: int | None = None
+    captions: int | None = None
+    views: int | None = None
+    sealed: bool | None = None
+    chunks: int | None = None
+    chunks_committed: int | None = Field(None, description="All of a sealed cache, whose commits are not listed.")
+    committed_bytes: int | None = Field(None, description="Of the chunk objects that are committed.")
+    modified: datetime | None = Field(None, description="When the manifest was last written: planned, or sealed.")
+    problem: str | None = Field(None, description="Why the manifest cannot be used.")
+
+
+class CacheListing(BaseModel, frozen=True):
+    """The answer of ``teacher-cache ls``."""
+
+    location: str
+    caches: tuple[ListedCache, ...]
+    folders: int = Field(description="Looked into, the caches not counted.")
+    not_entered: int = Field(description="Folders at the greatest depth, which may hold more.")
+
+
+def list_caches(location: str, depth: int = 4) -> CacheListing:
+    """Find caches at and below a location, and read what each says of itself; never an embedding.
+
+    A folder with a ``manifest.json`` of ours is a cache, and is not entered. One manifest per cache is read, and the
+    names of the commits of those that are not complete. A folder that several links lead to is looked into once, and
+    one below the location that may not be entered counts as empty.
+
+    Args:
+        depth: levels of folders below the location that are looked into.
+
+    Raises:
+        CacheNotFoundError: a local path that does not exist.
+        CacheUnreachableError, CacheAccessError: the store does not answer, or refuses.
+    """
+    files = open_files(location)
+    if "://" not in location and not Path(location).is_dir():
+        raise CacheNotFoundError(f"{location}: no such folder. Check the path; ls looks for caches in and below it.")
+    found: list[ListedCache] = []
+    queue: deque[tuple[str, int]] = deque([("", 0)])
+    seen: set[str] = set()
+    entered = beyond = 0
+    while queue:
+        folder, level = queue.popleft()
+        if isinstance(files, LocalFiles):
+            real = os.path.realpath(Path(files.location, folder))
+            if real in seen:
+                continue
+            seen.add(real)
+        cache = _cache_at(files, folder)
+        if cache is not None:
+            found.append(cache)
+            continue
+        if level > depth:
+            beyond += 1
+            continue
+        entered += 1
+        queue += [(f"{folder}/{name}" if folder else name, level + 1) for name in files.folders(folder)]
+    return CacheListing(
+        location=location,
+        caches=tuple(sorted(found, key=lambda cache: cache.location)),
+        folders=entered,
+        not_entered=beyond,
+    )
+
+
+def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
+    key = f"{folder}/{MANIFEST_KEY}" if folder else MANIFEST_KEY
+    where = os.path.join(files.location, folder) if folder else files.location  # noqa: PTH118  # a URL too
+    try:
+        data = files.read(key)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        if folder and isinstance(error, PermissionError) and not _may_enter(files, key):
+            return None
+        return ListedCache(location=where, problem=f"{key}: cannot be read: {error.strerror or error}")
+    if _of_another_tool(data):
+        return None
+    try:
+        manifest = CacheManifest.from_bytes(data, where)
+    except (CacheCorruptError, CacheFormatError) as error:
+        return ListedCache(location=where, problem=str(error))
+    layout = manifest.layout
+    refs = all_chunks(layout)
+    committed = set(refs)
+    if not manifest.sealed:
+        there = {name.removeprefix(f"{folder}/") for name in files.list(f"{folder}/{COMMITS}" if folder else COMMITS)}
+        committed = {ref for ref in refs if ref.commit_key in there}
+    return ListedCache(
+        location=where,
+        teacher=" ".join(filter(None, (manifest.identity.teacher.name, manifest.identity.teacher.pretrained))),
+        dataset=manifest.source.dataset,
+        images=layout.image_rows,
+        captions=layout.text_rows,
+        views=layout.views,
+        sealed=manifest.sealed,
+        chunks=len(refs),
+        chunks_committed=len(committed),
+        committed_bytes=target_bytes(layout, committed),
+        modified=files.stat(key).modified,
+    )
+
+
+def _may_enter(files: CacheFiles, key: str) -> bool:
+    """Whether the folder of a file that may not be read tells at least that it is there."""
+    try:
+        files.stat(key)
+    except OSError:
+        return False
+    return True
+
+
+def _of_another_tool(data: bytes) -> bool:
+    """Whether it is JSON that never was ours: many tools have a manifest.json."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return False  # perhaps ours, damaged
+    return not isinstance(fields, dict) or fields.get("format") != "teacher-cache"

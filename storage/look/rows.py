@@ -1,0 +1,253 @@
+"""Rows of a cache as people know them: an image by its sample_id with its captions, and what lies near it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, find_row
+from teacher_cache.storage.look.nearest import nearest, unit_rows
+from teacher_cache.storage.look.sampling import row_blocks
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
+
+_MEMORY_BYTES = 64 << 20  # chunks are read once, in order
+
+Progress = Callable[[str, int, int], None]
+_Floats = NDArray[np.float32]
+
+
+class CaptionRow(BaseModel, frozen=True):
+    """A caption."""
+
+    row: int
+    text: str
+    image_row: int
+    sample_id: str = Field(description="Of its image.")
+    cosine: float | None = Field(description="With what it is shown beside; None where there is no embedding.")
+
+
+class ImageRow(BaseModel, frozen=True):
+    """An image with its captions."""
+
+    row: int
+    sample_id: str
+    uri: str
+    split: str
+    cosine: float | None = Field(None, description="With what it is shown beside.")
+    norm: float | None = Field(None, description="Of the teacher's output; of the image that was asked for.")
+    captions: tuple[CaptionRow, ...] = Field((), description="Its own; of the image that was asked for.")
+    nearest_captions: tuple[CaptionRow, ...] = Field((), description="Of all images, its own among them.")
+
+
+class RowSample(BaseModel, frozen=True):
+    """The answer of ``teacher-cache sample``."""
+
+    location: str
+    split: str | None
+    seed: int
+    captions_compared: int = Field(description="Fewer than there are: of random chunks.")
+    images: tuple[ImageRow, ...]
+
+
+class Neighbours(BaseModel, frozen=True):
+    """The answer of ``teacher-cache neighbours``. What was asked for is not among them."""
+
+    location: str
+    view: int
+    image: ImageRow | None = Field(description="What was asked for.")
+    caption: CaptionRow | None = Field(description="What was asked for.")
+    images_compared: int
+    captions_compared: int
+    images: tuple[ImageRow, ...]
+    captions: tuple[CaptionRow, ...]
+
+
+def sample_images(
+    location: str,
+    count: int = 5,
+    split: str | None = None,
+    captions: int = 3,
+    most: int = 200_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RowSample:
+    """Random images of a sealed cache, each with its captions and those nearest to it.
+
+    Args:
+        count: images; fewer where there are fewer.
+        captions: nearest ones.
+        most: captions to compare with, above which whole chunks of them are drawn.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: no such split.
+        CacheError: as ``EmbeddingReader`` raises it.
+    """
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    usable = reader.image_rows(split)
+    rows = np.sort(np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False))
+    embeddings = unit_rows(reader.take("image", rows))
+    own, _ = reader.caption_rows(rows)
+    found, compared = _nearest(reader, "text", embeddings, captions, most, seed, 0, progress, own)
+    return RowSample(
+        location=location,
+        split=split,
+        seed=seed,
+        captions_compared=compared,
+        images=tuple(
+            _image(reader, int(row), 0).model_copy(update={"nearest_captions": _captions(reader, *near)})
+            for row, near in zip(rows, found, strict=True)
+        ),
+    )
+
+
+def find_neighbours(
+    location: str,
+    image: str | None = None,
+    text_row: int | None = None,
+    k: int = 10,
+    view: int = 0,
+    most: int = 1_000_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Neighbours:
+    """The images and captions nearest to one row by cosine, best first.
+
+    Args:
+        image: a row number, or a sample_id; ``id:`` before one that is a number. Or else:
+        text_row: a row of the captions.
+        view: of all images.
+        most: rows of each tower to compare with, above which whole chunks are drawn.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: no such row, sample_id or view, neither or both asked for, or a row that was quarantined.
+        CacheError: as ``EmbeddingReader`` raises it.
+    """
+    if (image is None) == (text_row is None):
+        raise UsageError("neighbours of what? Give a row or sample_id of an image, or --text-row N, and not both")
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    if not 0 <= view < reader.views:
+        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
+    tower: Tower
+    if image is not None:
+        tower, row = "image", _row_of(reader, image)
+        lost = reader.quarantined_in(view).get(row)
+        if lost is not None:
+            raise UsageError(
+                f"{location}: image row {row} ({lost.sample_id}) has no embedding in view {view}: {lost.reason}: "
+                f"{lost.detail}. Ask for another row"
+            )
+    else:
+        tower, row = "text", int(text_row or 0)
+        _require_row(reader, "text", row)
+    query = unit_rows(reader.take(tower, np.array([row]), view if tower == "image" else 0))
+    near: dict[Tower, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+    compared: dict[Tower, int] = {}
+    for other in ("image", "text"):
+        # one more than asked for: the row itself is among them
+        asked = k + (other == tower)
+        found, compared[other] = _nearest(reader, other, query, asked, most, seed, view, progress)
+        rows, cosines = found[0]
+        keep = rows != row if other == tower else np.ones(len(rows), bool)
+        near[other] = rows[keep][:k], cosines[keep][:k]
+    return Neighbours(
+        location=location,
+        view=view,
+        image=_image(reader, row, view) if tower == "image" else None,
+        caption=_captions(reader, np.array([row]), None)[0] if tower == "text" else None,
+        images_compared=compared["image"],
+        captions_compared=compared["text"],
+        images=_images(reader, *near["image"]),
+        captions=_captions(reader, *near["text"]),
+    )
+
+
+def _row_of(reader: EmbeddingReader, image: str) -> int:
+    if image.isdecimal():
+        row = int(image)
+        _require_row(reader, "image", row)
+        return row
+    sample_id = image.removeprefix("id:")
+    found = find_row(reader.files, reader.manifest, SAMPLES, "sample_id", sample_id)
+    if found is None:
+        raise UsageError(
+            f"{reader.location}: no image has the sample_id {sample_id!r}. teacher-cache sample shows how they look"
+        )
+    return found
+
+
+def _require_row(reader: EmbeddingReader, tower: Tower, row: int) -> None:
+    rows = reader.manifest.layout.rows(tower)
+    if not 0 <= row < rows:
+        hint = f". If {row} is a sample_id, write id:{row}" if tower == "image" else ""
+        raise UsageError(f"{reader.location}: no {tower} row {row}; rows are 0 to {rows - 1}{hint}")
+
+
+def _nearest(
+    reader: EmbeddingReader,
+    tower: Tower,
+    queries: _Floats,
+    k: int,
+    most: int,
+    seed: int,
+    view: int,
+    progress: Progress | None,
+    always: NDArray[np.int64] | None = None,
+) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
+    """Rows and cosines for each query, and with how many rows it was compared: those drawn, and ``always``."""
+    more = np.empty(0, np.int64) if always is None else always
+    compared = 0
+
+    def blocks() -> Iterator[tuple[NDArray[np.int64], _Floats]]:
+        nonlocal compared
+        name = "compare images" if tower == "image" else "compare captions"
+        stage = None if progress is None else lambda done, total: progress(name, done, total)
+        if len(more):
+            compared += len(more)
+            yield more, unit_rows(reader.take(tower, more))
+        for rows, values in row_blocks(reader, tower, most, seed, view, stage):
+            drawn = ~np.isin(rows, more)
+            compared += int(drawn.sum())
+            yield rows[drawn], unit_rows(values[drawn])
+
+    rows, cosines = nearest(queries, blocks(), k)
+    return list(zip(rows, cosines, strict=True)), compared
+
+
+def _image(reader: EmbeddingReader, row: int, view: int) -> ImageRow:
+    """With its captions, and their cosines with this view of it."""
+    shown = _images(reader, np.array([row]), None)[0]
+    rows = np.arange(*reader.caption_offsets[row : row + 2])
+    query = unit_rows(reader.take("image", np.array([row]), view))
+    cosines = (unit_rows(reader.take("text", rows)) @ query[0]).astype(np.float64)
+    norm = float(reader.take("image", np.array([row]), view, "norm")[0])
+    return shown.model_copy(update={"norm": norm, "captions": _captions(reader, rows, cosines)})
+
+
+def _images(
+    reader: EmbeddingReader, rows: NDArray[np.int64], cosines: NDArray[np.float64] | None
+) -> tuple[ImageRow, ...]:
+    table = reader.table_rows(SAMPLES, rows).select(["row", "sample_id", "uri", "split"])
+    scores = [None] * len(rows) if cosines is None else cosines.tolist()
+    return tuple(ImageRow(**fields, cosine=score) for fields, score in zip(table.to_pylist(), scores, strict=True))
+
+
+def _captions(
+    reader: EmbeddingReader, rows: NDArray[np.int64], cosines: NDArray[np.float64] | None
+) -> tuple[CaptionRow, ...]:
+    fields = reader.table_rows(CAPTIONS, rows).to_pylist()
+    owners = np.array([each["image_row"] for each in fields], np.int64)
+    ids = reader.table_rows(SAMPLES, owners)["sample_id"].to_pylist()
+    scores = [None] * len(rows) if cosines is None else cosines.tolist()
+    return tuple(
+        CaptionRow(**each, sample_id=sample_id, cosine=score)
+        for each, sample_id, score in zip(fields, ids, scores, strict=True)
+    )

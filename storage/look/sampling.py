@@ -1,0 +1,102 @@
+"""Rows drawn from a cache to look at: all of a small one, and of a large one some of some chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["draw_rows", "row_blocks", "stored_rows"]
+
+_CHUNKS_DRAWN = (
+    64  # a chunk is read whole for whatever is wanted of it, so that rows of all chunks would cost all of them
+)
+
+
+def draw_rows(rows: NDArray[np.int64], chunk_rows: int, most: int, seed: int) -> NDArray[np.int64]:
+    """At most so many of ``rows``, ascending: all where there are no more, else equal parts of random chunks.
+
+    Args:
+        rows: ascending.
+        chunk_rows: rows per chunk.
+        seed: of the chunks and of the rows within them.
+    """
+    if len(rows) <= most:
+        return rows
+    random = np.random.default_rng(seed)
+    chunks = np.split(rows, np.flatnonzero(np.diff(rows // chunk_rows)) + 1)
+    share = -(-most // min(len(chunks), _CHUNKS_DRAWN))
+    drawn: list[NDArray[np.int64]] = []
+    left = most
+    for number in random.permutation(len(chunks)):
+        part = random.choice(chunks[number], min(share, left, len(chunks[number])), replace=False)
+        drawn.append(part)
+        left -= len(part)
+        if not left:
+            break
+    return np.sort(np.concatenate(drawn))
+
+
+def stored_rows(
+    reader: EmbeddingReader,
+    tower: Tower,
+    rows: NDArray[np.int64],
+    view: int = 0,
+    array: str = "embedding",
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[Any]:
+    """Rows of one array as they are stored, the quarantined ones NaN; ``rows`` ascending.
+
+    Args:
+        progress: called with (chunks read, chunks in all).
+
+    Raises:
+        IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: as ``EmbeddingReader.chunk``.
+    """
+    size = reader.manifest.layout.chunk_rows(tower)
+    parts = []
+    chunks = np.unique(rows // size)
+    for number, chunk in enumerate(chunks):
+        here = rows[np.searchsorted(rows, chunk * size) : np.searchsorted(rows, (chunk + 1) * size)]
+        parts.append(reader.chunk(ChunkRef(tower, view, int(chunk)), array)[here - chunk * size])
+        if progress is not None:
+            progress(number + 1, len(chunks))
+    if parts:
+        return np.concatenate(parts)
+    layout = reader.manifest.layout
+    return np.empty((0, layout.embed_dim) if array == "embedding" else (0,), np.float32)
+
+
+def row_blocks(
+    reader: EmbeddingReader,
+    tower: Tower,
+    most: int | None = None,
+    seed: int = 0,
+    view: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """Row numbers and embeddings chunk by chunk, the quarantined ones left out.
+
+    Args:
+        most: rows in all, above which whole chunks are drawn at random; None reads every chunk.
+        progress: called with (chunks read, chunks in all).
+    """
+    layout = reader.manifest.layout
+    count = -(-layout.rows(tower) // layout.chunk_rows(tower))
+    chunks = np.arange(count)
+    if most is not None and layout.rows(tower) > most:
+        wanted = max(1, most // layout.chunk_rows(tower))
+        chunks = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+    for number, chunk in enumerate(chunks):
+        ref = ChunkRef(tower, view if tower == "image" else 0, int(chunk))
+        values = reader.chunk(ref)
+        there = ~np.isnan(values[:, 0])
+        yield np.asarray(ref.rows(layout), np.int64)[there], values[there]
+        if progress is not None:
+            progress(number + 1, len(chunks))

@@ -1,0 +1,1 @@
+"""Log lines, progress bars, metrics, and secrets kept out of texts."""

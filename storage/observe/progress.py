@@ -1,0 +1,86 @@
+"""What people see on stderr while a command works: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from teacher_cache.storage.observe.logs import event, json_logs, logger
+
+__all__ = ["StageProgress"]
+
+_LOG = logger("progress")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StageProgress:
+    """One bar per stage, or events where logs are JSON.
+
+    Use as a context manager; call it with (stage, done, total) as often as you like.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=json_logs() or not console.is_terminal,
+        )
+        self._lines = json_logs() or not console.is_terminal
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "", eta_seconds: float | None = None) -> None:
+        """Move a stage on.
+
+        Args:
+            note: shown behind the bar: a loss, a rate.
+            eta_seconds: until the stage is done, for a caller that knows; a terminal's bar finds its own.
+        """
+        if stage not in self._tasks:
+            # what was done before this process began says nothing of its speed
+            self._tasks[stage] = self._progress.add_task(stage, total=total, completed=max(done - 1, 0), note=note)
+            self._said[stage] = time.monotonic()
+        self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
+        if self._lines and (done >= total or time.monotonic() - self._said[stage] > _SECONDS_BETWEEN_LINES):
+            self._said[stage] = time.monotonic()
+            if json_logs():
+                event(_LOG, logging.INFO, stage, done=done, total=total, note=note, eta_seconds=eta_seconds)
+                return
+            left = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
+            print(f"{stage}: {done} of {total} {note}{left}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _clock(seconds: float) -> str:
+    """As in the bar: 0:01:30."""
+    return str(timedelta(seconds=round(seconds)))

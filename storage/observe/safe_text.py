@@ -1,0 +1,57 @@
+"""Credentials out of texts that people and logs get to see."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["printable", "redact"]
+
+_HIDDEN = "***"
+
+# `s3://KEY:SECRET@bucket`: AWS secrets may hold slashes, so everything up to an @ belongs to it, unless what
+# follows the colon is a port (`http://host:9000/me@example`) or the colon is one of an ARN's
+_PASSWORD = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?!arn:)[^\s/@:]*:(?!\d{1,5}(?:[/?#\s]|$))[^\s@]*@(?:[^\s/?#@]*@)*", re.I
+)
+# `https://TOKEN@host`; in other schemes the part before a lone @ is a user or a container (`abfs://container@account`)
+_USER = re.compile(r"(?P<scheme>https?://)[^\s/@?#]+@", re.I)
+# `?X-Amz-Signature=...`, also where the URL is itself a quoted parameter
+_PARAMETER = re.compile(
+    r"(?P<name>(?:[?&;#]|%3F|%26)(?:[\w.-]*(?:signature|credential|token|secret|passw|pwd|api[-_]?key|access[-_]?key)"
+    r"[\w.-]*|sig|sas|auth|authorization|key|key[-_]?id)(?:=|%3D))(?!%26)[^&;#\s\"'<>)]+?(?=[&;#\s\"'<>)]|%26|$)",
+    re.I,
+)
+
+
+def redact(text: str) -> str:
+    """The text with user and password in URLs, and secret query parameters, replaced by ``***``."""
+    text = _PASSWORD.sub(rf"\g<scheme>{_HIDDEN}@", text)
+    text = _USER.sub(rf"\g<scheme>{_HIDDEN}@", text)
+    return _PARAMETER.sub(rf"\g<name>{_HIDDEN}", text)
+
+
+# lone surrogates: what surrogateescape makes of bytes that are not UTF-8, and what JSON's \ud83d alone becomes
+_NOT_TEXT = re.compile("[\ud800-\udfff]")
+
+
+# line ends and escapes would forge lines of a log or drive a terminal; no file name needs them
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+_MOST_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
+
+
+_SHOWN_CHARACTERS = 300
+
+
+def printable(text: str) -> str:
+    """Text for a problem or a message: without secrets, on one line, storable, and not endless.
+
+    Passwords and signatures of URLs are hidden, control characters escaped, what was not UTF-8 is U+FFFD, and of a
+    text of more than 300 characters the rest is left out.
+    """
+    # cut before anything is searched: an error may quote a megabyte
+    shown = redact(_NOT_TEXT.sub("\ufffd", text[:_MOST_NAME_CHARACTERS]))
+    shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
+    left_out = len(text) > _MOST_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
+    return f"{shown[:_SHOWN_CHARACTERS]}..." if left_out else shown

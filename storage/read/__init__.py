@@ -1,0 +1,1 @@
+"""Rows of a cache: single reads, streams, the shuffle order."""

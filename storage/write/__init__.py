@@ -1,0 +1,1 @@
+"""Plan a cache, claim chunks, write them, commit, seal."""

@@ -1,0 +1,249 @@
+"""Claims: which process works on which chunk, so that several that were started on one cache share its work.
+
+A claim is an object that only one process can create. It saves work and guards nothing: two processes that
+encode the same chunk write the same bytes if they are alike (libraries, threads, device), so that a claim that is lost
+or taken over too early costs time only. Where they are not, objects of one may lie beside the record of the other: who
+encoded a chunk that was ``contested`` looks at it once more.
+
+A process shows that it lives by a beat, an object of its own that it changes every few seconds. A claim is
+stale when its process has ended, if that can be asked here, or else when its beat has not changed for a while
+by the clock of the one who looks; no two clocks are compared. The next attempt's claim then takes over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from teacher_cache.storage.errors import CacheUnreachableError, UsageError
+from teacher_cache.storage.files.location import in_parallel
+from teacher_cache.storage.files.processes import ProcessName, this_process
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import COMMITS, ChunkRef
+
+__all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
+
+CLAIMS = "claims"
+PLAN = "plan"  # whoever has this one may write the manifest
+_POLL_SECONDS = 0.2
+_BEAT_SECONDS = 15.0
+_BEATS_MISSED = 4  # a process that was silent this long is given up
+_LIST_SECONDS = 5.0
+_FEW_CHUNKS = 16  # a listing is a request per 1,000 commits of the whole cache: not for these
+_GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
+
+
+class _Claim(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: str
+    process: ProcessName
+    beat_seconds: float
+
+
+class Claims:
+    """The claims of one process on one cache, as a context manager: leaving it gives all of them back.
+
+    Not for several threads at once. Names are those of chunks (``ChunkRef.name``) or any other word.
+    """
+
+    def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:
+        self._files = files
+        self._claim = _Claim(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
+        self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
+        self._held: list[str] = []
+        self._in_doubt: str | None = None  # being created: an interrupt may come before it is known to be ours
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._alone = False
+        self._over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="claims", daemon=True)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._beating.ident is not None:
+            self._beating.join()
+        if isinstance(error, CacheUnreachableError):
+            return  # a store that was just given up is not asked again: claims of an ended process are taken over
+        if self._in_doubt is not None and self._is_mine(self._in_doubt):
+            self._held.append(self._in_doubt)
+        for _ in in_parallel(self._files, self._files.delete, self._held):
+            pass
+        if self._beating.ident is not None:
+            self._files.delete(self._beat_key)
+
+    def take(self, name: str) -> bool:
+        """Claim a name; False while a living process has it. Whoever gets it looks whether the work is done."""
+        attempt = 0
+        while True:
+            key = f"{CLAIMS}/{name.replace('/', '-')}.{attempt}.json"
+            if self._alone or key in self._held:
+                return True
+            if self._create(key):
+                return True
+            if not self._stale(key):
+                return False
+            attempt += 1
+
+    def wait_for(self, name: str) -> None:
+        """Claim a name as soon as whoever has it gives it back, or ends."""
+        while not self.take(name):
+            time.sleep(_POLL_SECONDS)
+
+    def contested(self, name: str) -> bool:
+        """Whether another process may be at work on a name that this one has.
+
+        So it is where a store has no exclusive creation, and where the name was taken over: from a process that was
+        given up, but may only have been held up.
+        """
+        return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
+
+    def share(self, refs: Iterable[ChunkRef], done: Callable[[ChunkRef], bool]) -> Iterator[ChunkRef]:
+        """The chunks among ``refs`` that this process is to encode, each claimed just before it is given out.
+
+        Those that are done, or in the hands of another process, are passed over; call again for those. Which are done
+        a listing of all commits says, now and then; where ``refs`` is a short sequence, a look at each chunk that was
+        claimed, and nothing is listed.
+        """
+        few = isinstance(refs, Sequence) and len(refs) <= _FEW_CHUNKS
+        listed, taken = -float("inf"), set[str]()
+        pause = _LIST_SECONDS
+        for ref in refs:
+            if not few and time.monotonic() - listed > pause:
+                began = time.monotonic()
+                taken = {key.removesuffix(".json") for key in self._files.list(COMMITS)}
+                listed = time.monotonic()
+                pause = max(_LIST_SECONDS, 20 * (listed - began))  # a large cache is listed less often
+            committed = ref.commit_key.removesuffix(".json") in taken
+            if committed and done(ref):
+                continue
+            # looked at once more after the claim: its last holder gave it back because the chunk was done
+            if self.take(ref.name) and not done(ref):
+                yield ref
+
+    def _create(self, key: str) -> bool:
+        if self._beating.ident is None:
+            self._write_beat(0)
+            self._beating.start()
+        self._in_doubt = key
+        try:
+            created = self._files.create(key, self._bytes())
+        except UsageError:
+            # a store without exclusive creation: everybody works for himself
+            self._alone, self._in_doubt = True, None
+            return True
+        if created:
+            self._held.append(key)
+        self._in_doubt = None
+        return created
+
+    def _bytes(self) -> bytes:
+        return self._claim.model_dump_json().encode()
+
+    def _is_mine(self, key: str) -> bool:
+        try:
+            return key not in self._held and self._files.read(key) == self._bytes()
+        except OSError:  # not there, or it cannot be asked: the claim of an ended process is taken over
+            return False
+
+    def _stale(self, key: str) -> bool:
+        try:
+            data = self._files.read(key)
+        except FileNotFoundError:
+            return False  # given back just now; the name can be claimed at the next try
+        try:
+            claim = _Claim.model_validate_json(data)
+        except ValidationError:
+            return True
+        alive = claim.process.alive()
+        if alive is not None:
+            return not alive
+        try:
+            beat = self._files.read(f"{CLAIMS}/alive/{claim.owner}.json")
+        except FileNotFoundError:
+            beat = b""
+        now = time.monotonic()
+        last, since = self._seen.get(claim.owner, (None, now))
+        if beat != last:
+            since = now
+        self._seen[claim.owner] = (beat, since)
+        return now - since > _BEATS_MISSED * claim.beat_seconds
+
+    def _write_beat(self, number: int) -> None:
+        self._files.write(self._beat_key, f"{number}\n".encode())
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._over.wait(self._claim.beat_seconds):
+            number += 1
+            try:
+                self._write_beat(number)
+            except Exception:  # a store in trouble stops the work itself, with a better message
+                continue
+
+
+def clear_claims(files: CacheFiles) -> None:
+    """Remove the claims of a cache that is complete, those of dead processes too: nobody needs them any more.
+
+    The claim on the manifest stays while its process may live, who perhaps plans more views.
+    """
+
+    def clear(key: str) -> None:
+        if key.startswith(f"{CLAIMS}/{PLAN}."):
+            try:
+                claim = _Claim.model_validate_json(files.read(key))
+                if claim.process.alive() is not False:
+                    return
+            except (FileNotFoundError, ValidationError):
+                pass
+        files.delete(key)
+
+    for _ in in_parallel(files, clear, files.list(CLAIMS)):
+        pass
+
+
+def left_claims(files: CacheFiles) -> list[str]:
+    """Keys of claims and beats whose process has ended; of a process that cannot be asked, after a day of silence."""
+    left, ended, living = [], set[str](), set[str]()
+    keys = files.list(CLAIMS)
+    beats = [key for key in keys if key.startswith(f"{CLAIMS}/alive/")]
+    for key in sorted(set(keys) - set(beats)):
+        try:
+            claim = _Claim.model_validate_json(files.read(key))
+        except FileNotFoundError:
+            continue
+        except ValidationError:
+            if _old(files, key):
+                left.append(key)
+            continue
+        beat = f"{CLAIMS}/alive/{claim.owner}.json"
+        alive = claim.process.alive()
+        if alive is False or (alive is None and _old(files, beat if beat in beats else key)):
+            left.append(key)
+            ended.add(claim.owner)
+        else:
+            living.add(claim.owner)
+    for beat in beats:
+        owner = beat.removeprefix(f"{CLAIMS}/alive/").removesuffix(".json")
+        # one without any claim may be of a process that is about to make its first
+        if owner not in living and (owner in ended or _old(files, beat)):
+            left.append(beat)
+    return left
+
+
+def _old(files: CacheFiles, key: str) -> bool:
+    try:
+        modified = files.stat(key).modified
+    except FileNotFoundError:
+        return False
+    return modified is not None and (datetime.now(UTC) - modified).total_seconds() > _GIVEN_UP_SECONDS

@@ -1,0 +1,242 @@
+"""Writing a cache: plan it once, then one whole chunk per call, commit record last, seal at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
+from teacher_cache.storage.files.location import in_parallel, open_files
+from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE
+from teacher_cache.storage.format.arrays import (
+    ARRAYS,
+    chunk_shape,
+    decode_object,
+    encode_object,
+    stored_arrays,
+    stored_dtype,
+)
+from teacher_cache.storage.format.commit_records import CommitRecords
+from teacher_cache.storage.format.commits import (
+    ChunkCommit,
+    ChunkRef,
+    QuarantinedRow,
+    all_chunks,
+    committed_chunks,
+    generation_chunks,
+    quarantined_rows,
+    read_commit,
+)
+from teacher_cache.storage.format.int8 import quantize
+from teacher_cache.storage.format.journal import ChunkCost, write_cost
+from teacher_cache.storage.format.layout import SCALE, Tower
+from teacher_cache.storage.format.manifest import (
+    CacheManifest,
+    Generation,
+    Seal,
+    incomplete_message,
+)
+from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
+from teacher_cache.storage.format.row_rules import wrong_rows
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import (
+    CAPTIONS,
+    SAMPLES,
+    chunk_rows_sha256,
+)
+from teacher_cache.storage.write.claims import PLAN, Claims, clear_claims
+
+__all__ = ["EmbeddingWriter"]
+
+_PLAN_POLL_SECONDS = 0.2
+
+
+class EmbeddingWriter:
+    """Writes the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
+
+    def __init__(self, location: str) -> None:
+        self.files = open_files(location)
+        self.manifest = read_manifest(self.files)
+        self.samples = TableRows(self.files, self.manifest, SAMPLES)
+        """One row per image, read as asked for."""
+        self.captions = TableRows(self.files, self.manifest, CAPTIONS)
+        """One row per caption, read as asked for."""
+
+    def table(self, tower: Tower) -> TableRows:
+        """Of what a tower's rows are made: the samples, or the captions."""
+        return self.samples if tower == "image" else self.captions
+
+    def rows_sha256(self, ref: ChunkRef) -> str:
+        """``ChunkCommit.rows_sha256`` of a chunk, by the tables.
+
+        Raises:
+            CacheCorruptError: a table is missing or damaged.
+        """
+        return chunk_rows_sha256(self.table(ref.tower).read(ref.rows(self.manifest.layout)), ref.tower)
+
+    def pending(self) -> list[ChunkRef]:
+        """Chunks that are not done. Done means: committed, and every byte has the committed checksum.
+
+        Reads all committed chunks once; a damaged one counts as pending, so running again repairs it.
+        """
+        refs = all_chunks(self.manifest.layout)
+        committed = self.committed(refs)
+        sound = in_parallel(self.files, self.is_sound, [ref for ref in refs if ref in committed], CHUNKS_AT_ONCE)
+        return [ref for ref in refs if ref not in committed or not next(sound)]
+
+    def committed(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
+        """Those of some chunks that have a commit record, in whatever state."""
+        return committed_chunks(self.files, refs)
+
+    def is_committed(self, ref: ChunkRef) -> bool:
+        """Whether the chunk has a commit record, in whatever state."""
+        return self.files.exists(ref.commit_key)
+
+    def is_sound(self, ref: ChunkRef) -> bool:
+        """Whether the chunk is committed, of these very rows, and every byte has the committed checksum."""
+        layout = self.manifest.layout
+        try:
+            commit = read_commit(self.files, self.manifest, ref)
+            if commit is None or commit.rows_sha256 != self.rows_sha256(ref):
+                return False
+            for name, key in ref.object_keys(layout).items():
+                shape, dtype = chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
+                decode_object(self.files.read(key), commit.objects[name], shape, dtype, key)
+        except (CacheCorruptError, FileNotFoundError):
+            return False
+        return True
+
+    def write(
+        self,
+        ref: ChunkRef,
+        arrays: dict[str, NDArray[Any]],
+        quarantined: Sequence[QuarantinedRow] = (),
+        cost: ChunkCost | None = None,
+    ) -> ChunkCommit:
+        """Write one whole chunk, its commit record last.
+
+        A crash in between leaves at most objects without commit, which the next write of the chunk replaces.
+
+        Args:
+            arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
+                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order. A cache of
+                int8 rounds the embeddings here; it takes them rounded too, of another cache, bit for bit:
+                ``embedding`` (rows, dim) int8 with ``scale`` (1, dim) float32.
+            quarantined: rows without embedding; theirs must be NaN, all others must not be.
+            cost: noted in the journal.
+
+        Raises:
+            ValueError: wrong arrays, shapes, dtypes or number of rows; a row that is not finite or not of
+                unit norm. Nothing is written then.
+        """
+        layout = self.manifest.layout
+        rows = ref.rows(layout)
+        self._check(ref, rows, arrays, {row.row for row in quarantined})
+        stored = stored_arrays(layout, ref.tower)
+        if SCALE in stored and SCALE not in arrays:
+            embedding, scale = quantize(arrays["embedding"])
+            arrays = {**arrays, "embedding": embedding, SCALE: scale}
+        encoded = {
+            name: encode_object(
+                arrays[name], chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
+            )
+            for name in stored
+        }
+        started = time.perf_counter()
+        # all of them before the commit, in whatever order
+        keys = ref.object_keys(layout)
+        for _ in in_parallel(self.files, lambda name: self.files.write(keys[name], encoded[name][0]), list(keys)):
+            pass
+        commit = ChunkCommit(
+            tower=ref.tower,
+            view=ref.view,
+            chunk=ref.chunk,
+            rows=(rows.start, rows.stop),
+            encoder_digest=self.manifest.identity.encoder_digest,
+            rows_sha256=self.rows_sha256(ref),
+            objects={name: digest for name, (_, digest) in encoded.items()},
+            quarantined=tuple(quarantined),
+        )
+        # commit record last: whoever finds it may trust the chunk before it
+        self.files.write(ref.commit_key, commit.to_bytes())
+        if cost is not None:
+            spent = time.perf_counter() - started
+            write_cost(
+                self.files,
+                ref,
+                cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent}),
+                commit,
+            )
+        return commit
+
+    def _check(self, ref: ChunkRef, rows: range, arrays: dict[str, NDArray[Any]], quarantined: set[int]) -> None:
+        stored = set(stored_arrays(self.manifest.layout, ref.tower))
+        if set(arrays) not in (set(ARRAYS[ref.tower]), stored):
+            raise ValueError(f"{ref.name}: arrays {sorted(arrays)}, {sorted(ARRAYS[ref.tower])} wanted")
+        if SCALE in stored and SCALE not in arrays and arrays["embedding"].dtype != np.float16:
+            raise ValueError(f"{ref.name}/embedding: {arrays['embedding'].dtype}, float16 wanted")
+        for name, values in arrays.items():
+            if name != SCALE and len(values) != len(rows):
+                raise ValueError(f"{ref.name}/{name}: {len(values)} rows, {len(rows)} wanted")
+        if not quarantined <= set(rows):
+            raise ValueError(f"{ref.name}: quarantined rows {sorted(quarantined - set(rows))} are not of this chunk")
+        for name, _, what in wrong_rows(rows, arrays, quarantined):
+            raise ValueError(f"{ref.name}/{name}: {what}. Does the teacher overflow in this precision?")
+
+    def seal(self) -> CacheManifest:
+        """Fix the finished cache: the manifest then vouches for every commit. Sealing again changes nothing.
+
+        Raises:
+            CacheIncompleteError: chunks without commit record.
+        """
+        self._seal(everything=True)
+        # of those who were killed beside this process
+        clear_claims(self.files)
+        self.files.remove_partials()
+        return self.manifest
+
+    def seal_again(self) -> CacheManifest:
+        """Bring the seals that there are up to the commits as they are after a repair; views in the making stay open.
+
+        Raises:
+            CacheIncompleteError: chunks of a sealed generation have no commit record.
+        """
+        self._seal(everything=False)
+        return self.manifest
+
+    def _seal(self, everything: bool) -> None:
+        if self._sealed(everything) == self.manifest:
+            return
+        with Claims(self.files) as claims:
+            # views that somebody plans at this moment must not be lost
+            claims.wait_for(PLAN)
+            self.manifest = read_manifest(self.files)
+            sealed = self._sealed(everything)
+            if sealed != self.manifest:
+                write_manifest(self.files, sealed)
+            self.manifest = sealed
+
+    def _sealed(self, everything: bool) -> CacheManifest:
+        """The manifest with the seals that its commits give now, of all generations or of those that have one."""
+        manifest, layout = self.manifest, self.manifest.layout
+        generations: list[Generation] = []
+        records = CommitRecords(manifest)
+        for generation in manifest.generations if everything else manifest.sealed_generations:
+            digest = records.read(self.files, generation)
+            if any(ref not in records for ref in generation_chunks(manifest, generation)):
+                done = len(self.committed(all_chunks(layout)))
+                raise CacheIncompleteError(incomplete_message(self.files.location, manifest, done, layout.num_chunks))
+            lost = len(quarantined_rows(records.with_quarantined(), manifest.views_of(generation)[1]))
+            seal = Seal(
+                commits_sha256=digest,
+                images_encoded=layout.image_rows - lost,
+                images_quarantined=lost,
+                captions_encoded=layout.text_rows,
+            )
+            generations.append(generation.model_copy(update={"seal": seal}))
+        generations += manifest.generations[len(generations) :]
+        return manifest.model_copy(update={"generations": tuple(generations)})

@@ -1,0 +1,1 @@
+"""Run a CLIP teacher once, keep its embeddings in a cache, distil every student from it."""

@@ -1,0 +1,145 @@
+"""A run's images and captions come from processes that stay, whatever is asked of them in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
+from teacher_cache.pipeline.data.batches.inputs import InputLoader, StudentImages
+from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.models.student import student_config, student_tokenizer
+from teacher_cache.pipeline.train.loop import StepProgress, train
+from teacher_cache.storage.errors import CacheMismatchError
+from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.pipeline.data.dataset_files import save_image
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
+
+SEEN = Preprocess((24, 24), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+
+
+def workers() -> set[int | None]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+@pytest.fixture
+def cache(tiny_teacher: Path, tmp_path: Path) -> Path:
+    return make_cache(tmp_path, tiny_teacher)
+
+
+@pytest.fixture
+def reader(cache: Path) -> EmbeddingReader:
+    return EmbeddingReader(str(cache))
+
+
+@pytest.fixture
+def source(reader: EmbeddingReader) -> ImageSource:
+    return ImageSource(reader.manifest.source.image_root)
+
+
+@pytest.fixture
+def inputs(reader: EmbeddingReader, source: ImageSource, tmp_path: Path) -> Iterator[InputLoader]:
+    tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
+    with closing(InputLoader(reader, source, SEEN, tokenizer, 1, torch.device("cpu"), evaluated=SEEN)) as loader:
+        yield loader
+
+
+def test_a_run_forks_its_workers_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs and two measurements by one process, which ends with the run."""
+    before, seen = workers(), []
+
+    def look(at: StepProgress) -> None:
+        seen.append((f"epoch {at.epoch}", workers() - before))
+
+    crops = InputLoader.evaluation_crops
+
+    def watched(self: InputLoader, rows: NDArray[np.int64], batch_size: int) -> Iterator[torch.Tensor]:
+        for pixels in crops(self, rows, batch_size):
+            seen.append(("measurement", workers() - before))
+            yield pixels
+
+    monkeypatch.setattr(InputLoader, "evaluation_crops", watched)
+
+    config = train_config(
+        cache, make_student(tmp_path / "s.json"), tmp_path / "run", workers=1, select_split="test", select_every=1
+    )
+    record = train(config, look).record
+    assert [epoch.selection is None for epoch in record.epochs] == [False, False]
+    assert {what for what, _ in seen} == {"epoch 0", "epoch 1", "measurement"}
+    (first,) = {frozenset(pids) for _, pids in seen}
+    assert len(first) == 1
+    assert workers() == before
+
+
+def test_epochs_and_measurements_take_turns(reader: EmbeddingReader, source: ImageSource, inputs: InputLoader) -> None:
+    """What comes does not depend on what came before, nor on whether that was read to its end."""
+    rows = reader.image_rows("train")
+    pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=0))
+    images = StudentImages(reader, source, SEEN)
+    samples = CachedSamples(reader, kept_chunks=1)
+    wanted = torch.stack([images.see(image) for image in samples.records(rows)])
+
+    def pixels() -> torch.Tensor:
+        return torch.cat([pixels for pixels, _ in inputs.epoch(pairs)])
+
+    first = pixels()
+    order = np.concatenate([pair.image_rows for pair in pairs])
+    torch.testing.assert_close(
+        first, torch.stack([images.see(image) for image in samples.records(order)]), rtol=0, atol=1e-6
+    )
+    assert torch.equal(torch.cat(list(inputs.evaluation_crops(rows, 5))), wanted)
+    next(inputs.epoch(pairs))
+    assert torch.equal(torch.cat(list(inputs.evaluation_crops(rows, 3))), wanted)
+    next(inputs.evaluation_crops(rows, 3))
+    assert torch.equal(pixels(), first)
+
+
+def test_an_image_that_is_another_one_ends_that_epoch_only(
+    reader: EmbeddingReader, source: ImageSource, inputs: InputLoader
+) -> None:
+    rows = reader.image_rows("train")
+    pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=0))
+    path = Path(source.root) / reader.samples["uri"][int(pairs[1].image_rows[0])].as_py()
+    kept = path.read_bytes()
+    save_image(path)
+    with pytest.raises(CacheMismatchError, match=path.name):
+        list(inputs.epoch(pairs))
+    path.write_bytes(kept)
+    assert len(list(inputs.epoch(pairs))) == len(pairs)
+
+
+def test_a_run_that_fails_leaves_no_process(cache: Path, tmp_path: Path) -> None:
+    """Also while somebody holds the error, and with it the frames of the run."""
+    before = workers()
+
+    def fail(at: StepProgress) -> None:
+        assert workers() > before
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        train(train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run", workers=1), fail)
+    assert workers() == before
+    assert caught.value.__traceback__ is not None
+
+
+def test_an_iteration_ends_when_another_begins(reader: EmbeddingReader, inputs: InputLoader) -> None:
+    """It would be given what the other one asked for."""
+    rows = reader.image_rows("train")
+    first = inputs.evaluation_crops(rows, 4)
+    next(first)
+    second = inputs.evaluation_crops(rows, 8)
+    assert next(second).shape[0] == 8
+    assert list(first) == []
+    inputs.close()
+    assert list(second) == []
+    with pytest.raises(ValueError, match="closed"):
+        next(inputs.evaluation_crops(rows, 4))

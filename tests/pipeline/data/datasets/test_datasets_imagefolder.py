@@ -1,0 +1,188 @@
+"""Class folders with captions from prompt templates."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.pipeline.data.datasets import Sample
+from teacher_cache.pipeline.data.datasets.imagefolder import DEFAULT_TEMPLATES
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.storage.errors import UsageError
+from tests.conftest import shared
+from tests.pipeline.data.dataset_files import read, save_image, told
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    root = tmp_path / "pets"
+    for number, name in enumerate(("great_dane/2.jpg", "great_dane/10.PNG", "cat/1.webp", "cat/more/0.jpg")):
+        save_image(root / name, number)
+    return root
+
+
+def test_paths_in_order_with_default_captions(pets: Path) -> None:
+    samples, problems = read("imagefolder", pets)
+    assert problems == []
+    cat = ("a photo of a cat.", "a photo of the cat.", "a good photo of a cat.")
+    dane = ("a photo of a great dane.", "a photo of the great dane.", "a good photo of a great dane.")
+    assert samples == [
+        Sample("cat/1.webp", "cat/1.webp", "", cat),
+        Sample("cat/more/0.jpg", "cat/more/0.jpg", "", cat),
+        Sample("great_dane/10.PNG", "great_dane/10.PNG", "", dane),
+        Sample("great_dane/2.jpg", "great_dane/2.jpg", "", dane),
+    ]
+    assert len(load_samples(DatasetSpec.parse(f"imagefolder:{pets}"))[1]) == 4
+
+
+def test_a_level_of_splits(tmp_path: Path) -> None:
+    for number, name in enumerate(("val/cat/1.jpg", "train/dog/2.jpg", "train/cat/3.jpg")):
+        save_image(tmp_path / name, number)
+    samples, problems = read("imagefolder", tmp_path)
+    assert [(sample.sample_id, sample.split, sample.captions[0]) for sample in samples] == [
+        ("train/cat/3.jpg", "train", "a photo of a cat."),
+        ("train/dog/2.jpg", "train", "a photo of a dog."),
+        ("val/cat/1.jpg", "val", "a photo of a cat."),
+    ]
+    assert problems == []
+
+
+def test_splits_are_found_however_they_are_written(tmp_path: Path) -> None:
+    for number, name in enumerate(("Train/cat/1.jpg", "Train/dog/2.jpg", "TEST/cat/3.jpg")):
+        save_image(tmp_path / name, number)
+    samples, problems = read("imagefolder", tmp_path)
+    assert [(sample.sample_id, sample.split, sample.captions[0]) for sample in samples] == [
+        ("TEST/cat/3.jpg", "test", "a photo of a cat."),
+        ("Train/cat/1.jpg", "train", "a photo of a cat."),
+        ("Train/dog/2.jpg", "train", "a photo of a dog."),
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ("seg_train/cat/1.jpg", "seg_test/cat/2.jpg"),
+            r"no images in 'seg_test', 'seg_train', but folders\. Are those",
+        ),
+        (("images/train/cat/1.jpg", "images/test/cat/2.jpg"), r"no images in 'images', but folders\. Are those the"),
+        (("Training/cat/1.jpg", "dog/2.jpg"), r"no images in 'Training', but folders"),
+    ],
+)
+def test_a_level_that_is_neither_split_nor_class_is_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+    """Each would be a class otherwise: "a photo of a seg train."."""
+    for number, name in enumerate(files):
+        save_image(tmp_path / name, number)
+    with pytest.raises(UsageError, match=said):
+        read("imagefolder", tmp_path)
+
+
+def test_a_class_may_hold_folders_alone(tmp_path: Path) -> None:
+    for number, name in enumerate(("dog/front/1.jpg", "dog/back/2.jpg", "trainer/front/3.jpg")):
+        save_image(tmp_path / name, number)
+    samples, _ = read("imagefolder", tmp_path)
+    assert [sample.captions[0] for sample in samples] == [f"a photo of a {name}." for name in ("dog", "dog", "trainer")]
+
+
+def test_a_class_called_test_is_a_class(tmp_path: Path) -> None:
+    save_image(tmp_path / "test" / "1.jpg")
+    save_image(tmp_path / "exam" / "1.jpg")
+    samples, _ = read("imagefolder", tmp_path)
+    assert [(sample.split, sample.captions[0]) for sample in samples] == [
+        ("", "a photo of a exam."),
+        ("", "a photo of a test."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("templates", "count", "first"),
+    [("photo", 3, "a photo of a cat."), ("simple", 7, "itap of a cat."), ("openai", 80, "a bad photo of a cat.")],
+)
+def test_shipped_templates(pets: Path, templates: str, count: int, first: str) -> None:
+    captions = read("imagefolder", pets, templates=templates)[0][0].captions
+    assert (len(captions), captions[0]) == (count, first)
+
+
+def test_default_templates_are_among_those_of_clip() -> None:
+    import open_clip
+
+    openai = {template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES}
+    assert openai.issuperset(DEFAULT_TEMPLATES)
+
+
+def test_templates_and_classes_from_files(pets: Path, tmp_path: Path) -> None:
+    templates, classes = tmp_path / "templates.txt", tmp_path / "classes.json"
+    templates.write_text("a {} of {braces}.\n\n  {} and {}  \n")
+    classes.write_text(json.dumps({"cat": "Katze", "great_dane": "Große Dogge", "unused": "x"}))
+    spec = DatasetSpec.parse(f"imagefolder:{pets}?templates={templates}&classes={classes}")
+    samples, _ = read("imagefolder", pets, **dict(spec.options))
+    assert samples[0].captions == ("a Katze of {braces}.", "Katze and Katze")
+    assert samples[3].captions[0] == "a Große Dogge of {braces}."
+
+    classes.write_text('{"cat": "Katze"}')
+    with pytest.raises(ValueError, match=r"classes\.json: no name for 1 of 2 class folders: great_dane"):
+        read("imagefolder", pets, classes=str(classes))
+    templates.write_text("a photo of a cat\n")
+    with pytest.raises(ValueError, match=r"templates\.txt: the template 'a photo of a cat' has no \{\} for the class"):
+        read("imagefolder", pets, templates=str(templates))
+    templates.write_text("\n")
+    with pytest.raises(ValueError, match=r"templates\.txt: no template in it"):
+        read("imagefolder", pets, templates=str(templates))
+    with pytest.raises(ValueError, match=r"templates='openia' is neither photo, simple nor openai, nor a file"):
+        read("imagefolder", pets, templates="openia")
+
+
+def test_wordnet_folders_want_names(tmp_path: Path) -> None:
+    save_image(tmp_path / "n01440764" / "1.jpg")
+    with pytest.raises(ValueError, match=r"WordNet ids \(n01440764 \.\.\.\), which make no captions"):
+        read("imagefolder", tmp_path)
+    with pytest.raises(ValueError, match=r"wants the 1,000 folders .*; found 1 from n01440764 to n01440764"):
+        read("imagefolder", tmp_path, classes="imagenet")
+    for number in range(1, 1000):
+        (tmp_path / f"n{10000000 + number:08d}").mkdir()
+    samples, problems = read("imagefolder", tmp_path, classes="imagenet")
+    assert [sample.captions[0] for sample in samples] == ["a photo of a tench."]
+    assert len(problems) == 999  # a folder without an image, each
+
+
+def test_what_is_not_in_the_form_is_named(pets: Path) -> None:
+    save_image(pets / "loose.jpg")
+    (pets / "LICENSE").write_text("")
+    (pets / ".cache").mkdir()
+    (pets / "cat" / "notes.txt").write_text("")
+    (pets / "cat" / ".DS_Store").write_text("")
+    (pets / "empty").mkdir()
+    (pets / "cat" / "gone.jpg").symlink_to(pets / "nowhere.jpg")
+    found, _ = load_samples(DatasetSpec.parse(f"imagefolder:{pets}"))
+    assert len(found.samples) == 4
+    assert told(found.problems) == [
+        ("bad-record", "loose.jpg", True),
+        ("bad-record", "cat/notes.txt", False),
+        ("bad-record", "empty", False),
+        ("missing-file", "cat/gone.jpg", True),
+    ]
+
+
+def test_a_root_without_class_folders_says_what_it_has(tmp_path: Path) -> None:
+    save_image(tmp_path / "1.jpg")
+    with pytest.raises(ValueError, match=r"no <class>/\*\.jpg and no <split>/<class>/\*\.jpg; found 1\.jpg"):
+        read("imagefolder", tmp_path)
+
+
+@pytest.mark.real_data
+def test_the_real_cifar10() -> None:
+    samples, problems = read("imagefolder", shared("cifar10"))
+    assert problems == []
+    assert Counter(sample.uri.split("/")[0] for sample in samples) == dict.fromkeys(
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), 100
+    )
+    assert samples[0] == Sample(
+        "airplane/0001.jpg",
+        "airplane/0001.jpg",
+        "",
+        ("a photo of a airplane.", "a photo of the airplane.", "a good photo of a airplane."),
+    )

@@ -1,0 +1,221 @@
+"""Tables of paths and captions: CSV, TSV, Parquet; files and URLs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from teacher_cache.pipeline.data.datasets import Sample
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.storage.errors import UsageError
+from tests.pipeline.data.dataset_files import read, save_image, told
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder without a word; /broken answers 500."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/broken"):
+            self.send_error(500)
+        else:
+            super().do_GET()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Address of a loopback server of tmp_path/served."""
+    (tmp_path / "served").mkdir()
+    handler = partial(QuietHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_rows_of_one_path_are_one_image(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text('path,caption,split\nb.jpg,First.,train\na.png,"One, two.",test\nb.jpg,"Second\nline.",train\n')
+    assert read("table", table) == (
+        [
+            Sample("b.jpg", "b.jpg", "train", ("First.", "Second\nline.")),
+            Sample("a.png", "a.png", "test", ("One, two.",)),
+        ],
+        [],
+    )
+
+
+def test_paths_are_relative_to_the_table(tmp_path: Path) -> None:
+    save_image(tmp_path / "data" / "images" / "a.jpg")
+    outside = tmp_path / "elsewhere.webp"
+    save_image(outside, 1)
+    table = tmp_path / "data" / "pairs.tsv"
+    table.write_text(f"FilePath\tText\nimages/a.jpg\tA.\n{outside}\tAn absolute path.\nimages/b.jpg\tGone.\n")
+    found, digests = load_samples(DatasetSpec.parse(f"table:{table}"))
+    assert [sample.uri for sample in found.samples] == ["images/a.jpg", str(outside)]
+    assert (found.root, len(set(digests))) == (str(tmp_path / "data"), 2)
+    assert told(found.problems) == [("missing-file", "images/b.jpg", True)]
+
+
+@pytest.mark.parametrize("header", ["path,caption", "image_path,text", "url,TITLE", " filepath , Caption "])
+def test_columns_are_found_by_their_usual_names(tmp_path: Path, header: str) -> None:
+    (tmp_path / "t.csv").write_text(f"{header}\na.jpg,A.\n")
+    assert read("table", tmp_path / "t.csv")[0] == [Sample("a.jpg", "a.jpg", "", ("A.",))]
+
+
+def test_options_name_the_columns(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("path,caption,file,words,fold,number\nx,x,a.jpg,A.,3,0017\n")
+    samples, _ = read("table", table, path="file", caption="words", split="fold", id="number")
+    assert samples == [Sample("0017", "a.jpg", "3", ("A.",))]
+
+
+def test_an_empty_option_leaves_the_column_out(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("id,path,caption\n1,a.jpg,One.\n2,a.jpg,Two.\n")
+    samples, problems = read("table", table)
+    assert samples == [Sample("1", "a.jpg", "", ("One.",))]
+    assert told(problems) == [("bad-record", "t.csv line 3", False)]
+    assert "the id '2' here and '1' in an earlier row (?id= leaves the ids out)" in problems[0].detail
+    found = DatasetSpec.parse(f"table:{table}?id=")
+    assert read("table", table, **dict(found.options)) == ([Sample("a.jpg", "a.jpg", "", ("One.", "Two."))], [])
+
+
+def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.table._BATCH_ROWS", 2)
+    columns = {
+        "url": ["a.jpg", "b.jpg", None, "a.jpg", "c.jpg"],
+        "caption": [["A.", "Also a."], ["B."], ["Nobody's."], ["More."], None],
+        "sample_id": [1, 2, 3, 1, 4],
+        "split": pa.array(["train", None, None, "train", None]).dictionary_encode(),
+        "unused": [b"\xff"] * 5,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    samples, problems = read("table", tmp_path / "t.parquet")
+    assert samples == [Sample("1", "a.jpg", "train", ("A.", "Also a.", "More.")), Sample("2", "b.jpg", "", ("B.",))]
+    assert told(problems) == [
+        ("bad-record", "t.parquet row 2", False),
+        ("empty-caption", "4", False),
+        ("no-caption", "4", True),
+    ]
+
+
+def test_a_column_of_pictures_is_refused(tmp_path: Path) -> None:
+    """As Hugging Face writes them; their bytes would be taken for paths."""
+    picture = save_image(tmp_path / "a.jpg")
+    column = pa.array([None, {"bytes": picture, "path": None}])
+    for number, pictures in enumerate((column, column.field("bytes"))):
+        pq.write_table(pa.table({"image": pictures, "text": ["A.", "B."]}), tmp_path / f"{number}.parquet")
+        with pytest.raises(
+            UsageError, match=r"the column 'image' holds pictures \(.*binary.*\), not paths\. Write them"
+        ):
+            read("table", tmp_path / f"{number}.parquet")
+    pq.write_table(pa.table({"path": pa.array([b"a.jpg"]), "text": ["A."]}), tmp_path / "b.parquet")
+    assert read("table", tmp_path / "b.parquet") == ([Sample("a.jpg", "a.jpg", "", ("A.",))], [])
+
+
+def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes(
+        b"path,caption,split\n"
+        b"a.jpg,A.,train\n"
+        b"a.jpg,In two splits.,test\n"  # line 3
+        b"a.jpg,too,many,fields\n"
+        b"only.jpg\n"
+        b"only.jpg,\n"
+        b',"No path\nat all.",\n'
+        b"../out.jpg,Outside.,train\n"
+        b'a.jpg,"quoted" and not,train\n'
+        b"a.jpg,A caf\xe9.,train\n"
+        b"n\xe4me.jpg,Not a name.,train\n"
+        b"\n"
+        b"e.jpg, ,train\n"
+    )
+    samples, problems = read("table", table)
+    assert samples == [Sample("a.jpg", "a.jpg", "train", ("A.", "A caf\ufffd."))]
+    assert told(problems) == [
+        ("bad-record", "t.csv line 3", False),
+        ("bad-record", "t.csv line 4", False),
+        ("bad-record", "t.csv line 5", True),
+        ("bad-record", "t.csv line 6", False),  # only.jpg is lost once
+        ("bad-record", "t.csv lines 7-8", False),
+        ("bad-record", "t.csv line 9", True),
+        ("bad-record", "t.csv line 10", False),
+        ("bad-record", "a.jpg", False),
+        ("bad-record", "n\ufffdme.jpg", True),
+        ("empty-caption", "e.jpg", False),
+        ("no-caption", "e.jpg", True),
+    ]
+    details = [problem.detail for problem in problems]
+    assert (
+        details[0] == "a.jpg has split 'test' here and 'train' in an earlier row; the caption of this row is left out"
+    )
+    assert details[1] == "4 fields where the header has 3"
+    assert details[5] == "'../out.jpg' leaves the folder of the table; write an absolute path"
+
+
+def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("photo,caption\na,b\n")
+    with pytest.raises(
+        ValueError, match=r"no column for the path; looked for path, .*; its columns are photo, caption"
+    ):
+        read("table", table)
+    with pytest.raises(ValueError, match=r"no column 'words' for caption=; its columns are photo, caption"):
+        read("table", table, path="photo", caption="words")
+    table.write_text("")
+    with pytest.raises(ValueError, match=r"its columns are none"):
+        read("table", table)
+    with pytest.raises(ValueError, match=r"nowhere\.csv: no table there that can be read .*No such file"):
+        read("table", tmp_path / "nowhere.csv")
+    with pytest.raises(ValueError, match=r"is a folder; name the table in it"):
+        read("table", tmp_path)
+    (tmp_path / "t.parquet").write_text("path,caption\n")
+    with pytest.raises(ValueError, match=r"t\.parquet: not Parquet"):
+        read("table", tmp_path / "t.parquet")
+
+
+def test_images_and_tables_behind_urls(tmp_path: Path, server: str) -> None:
+    content = save_image(tmp_path / "served" / "images" / "a.jpg", 7)
+    save_image(tmp_path / "served" / "images" / "b.jpg", 8)
+    (tmp_path / "served" / "pairs.csv").write_text(
+        f"url,caption\n{server}/images/a.jpg,A.\nimages/b.jpg,Relative to the table.\n{server}/images/gone.jpg,G.\n"
+        f"{server}/broken.jpg,B.\nnosuch://host/c.jpg,C.\n"
+    )
+    (tmp_path / "local.csv").write_bytes((tmp_path / "served" / "pairs.csv").read_bytes())
+
+    found, _ = load_samples(DatasetSpec.parse(f"table:{server}/pairs.csv"))
+    assert [sample.uri for sample in found.samples] == [f"{server}/images/a.jpg", "images/b.jpg"]
+    assert found.root == server
+    assert told(found.problems) == [
+        ("missing-file", f"{server}/images/gone.jpg", True),
+        ("unreadable-file", f"{server}/broken.jpg", True),
+        ("unreadable-file", "nosuch://host/c.jpg", True),
+    ]
+    assert "500" in found.problems[1].detail
+    assert ImageSource(found.root).read(found.samples[0].uri) == content
+
+    # the same rows in a local table: what is relative is looked for beside it
+    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/local.csv"))
+    assert [sample.uri for sample in found.samples] == [f"{server}/images/a.jpg"]
+
+
+def test_a_table_url_that_fails_is_a_usage_error(server: str) -> None:
+    with pytest.raises(ValueError, match=r"gone\.csv: no table there that can be read"):
+        read("table", f"{server}/gone.csv")
+    with pytest.raises(ValueError, match=r"broken\.csv: no table there that can be read"):
+        read("table", f"{server}/broken.csv")
+    with pytest.raises(ValueError, match=r"nosuch://x/t\.csv: no table .* \(ValueError: Protocol not known"):
+        read("table", "nosuch://x/t.csv")

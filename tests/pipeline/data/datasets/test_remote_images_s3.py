@@ -1,0 +1,117 @@
+"""Pictures on a distant object store: each is one request, and many wait side by side; for precompute and train."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacher_cache.pipeline.data.batches.cached_samples import sample_records
+from teacher_cache.pipeline.data.batches.inputs import _batches, _loader
+from teacher_cache.pipeline.data.batches.stored_images import StoredImages
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
+from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.conftest import cache_digest, write_photos
+from tests.latency_proxy import LatencyProxy
+from tests.object_store import ObjectStore
+
+pytestmark = pytest.mark.service
+
+IMAGES = 48
+CHUNK = 16
+MANY = 8  # one after the other would be 1; how many of 32 it is, is up to the machine
+CHUNKS = IMAGES // CHUNK * 2
+
+
+@pytest.fixture
+def table(tmp_path: Path, seaweedfs: ObjectStore) -> Path:
+    """A local table of pictures that lie in the store."""
+    photos = write_photos(tmp_path / "photos", IMAGES)
+    folder, client, lines = f"{uuid.uuid4()}", seaweedfs.client(), ["image,caption"]
+    for number, path in enumerate(sorted((photos / "images").iterdir())):
+        client.put_object(Bucket=seaweedfs.bucket, Key=f"{folder}/{path.name}", Body=path.read_bytes())
+        lines.append(f"s3://{seaweedfs.bucket}/{folder}/{path.name},picture {number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pairs.csv"
+
+
+def test_pictures_are_digested_side_by_side(far: LatencyProxy, table: Path) -> None:
+    found, _ = load_samples(DatasetSpec.parse(f"table:{table}"))
+    assert len(found.samples) == IMAGES
+    assert not found.problems
+    assert far.requests == {("GET", ""): IMAGES}
+    assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
+
+
+def test_precompute_fetches_each_picture_twice_and_waits_for_no_write(
+    far: LatencyProxy, table: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Once for its digest, once for the teacher; a chunk costs its objects, its commit, its note and its claim."""
+    local, cache = tmp_path / "local.cache", f"s3://caches/{uuid.uuid4()}/far.cache"
+    settings = {
+        "dataset": f"table:{table}",
+        "teacher": f"local-dir:{tiny_teacher}",
+        "device": "cpu",
+        "batch_size": 8,
+        "chunk_rows": CHUNK,
+        "decode_threads": 1,
+    }
+    precompute(PrecomputeConfig(cache=str(local), **settings))
+    assert far.requests == {("GET", ""): 2 * IMAGES}
+    assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
+    far.forget()
+    precompute(PrecomputeConfig(cache=cache, **settings))
+    assert cache_digest(cache) == cache_digest(local)
+    assert far.requests["PUT", "targets.zarr"] == CHUNKS // 2 * (3 + 2) + 8  # and Zarr's metadata
+    assert far.requests["PUT", "commits"] == far.requests["PUT", "journal"] == CHUNKS
+    # which are done, asked for so few by a look each: for the plan, before the first claim, and after each claim
+    assert far.requests["HEAD", "commits"] == 3 * CHUNKS
+    assert far.requests["PUT", "claims"] <= CHUNKS + 3 * 3 + 2  # the plan's claims, proofs that a put is refused, beats
+
+
+def test_a_batch_of_pictures_comes_side_by_side(
+    far: LatencyProxy, table: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "c")
+    precompute(
+        PrecomputeConfig(dataset=f"table:{table}", teacher=f"local-dir:{tiny_teacher}", cache=cache, device="cpu")
+    )
+    reader = EmbeddingReader(cache)
+    images = StoredImages(ImageSource(reader.manifest.source.image_root))
+    records = sample_records(reader.samples)
+    alone = [images.read(record) for record in records[:4]]
+    far.forget()
+    with images.ahead(records):
+        together = [images.read(record) for record in records]
+        again = images.read(records[0])
+    assert together[:4] == alone
+    assert again == alone[0]
+    assert far.requests == {("GET", ""): IMAGES + 1}
+    assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
+    far.forget()
+    with images.ahead(records), pytest.raises(KeyError):
+        raise KeyError
+    assert not images._ahead
+
+
+def test_a_loader_asks_for_a_whole_batch_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dataset can: it is told all that a batch will want before the first item."""
+    told: list[object] = []
+
+    class Items(torch.utils.data.Dataset[int]):
+        def ahead(self, indices: list[int]) -> torch.no_grad:
+            told.append(list(indices))
+            return torch.no_grad()  # any context will do
+
+        def __getitem__(self, index: int) -> int:
+            told.append(index)
+            return index
+
+    batches = list(_batches(_loader(Items(), [[3, 1], [2, 0]], 0, torch.device("cpu"))))
+    assert [batch.tolist() for batch in batches] == [[3, 1], [2, 0]]
+    assert told == [[3, 1], 3, 1, [2, 0], 2, 0]

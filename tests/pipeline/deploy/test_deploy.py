@@ -1,0 +1,385 @@
+"""``deploy`` as its user runs it: a trained run in, a folder of proven files and one table out, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from teacher_cache.pipeline.cli import deploy as cli_deploy
+from teacher_cache.pipeline.data.batches.stored_images import CachedImages
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.data.images.model_input import ModelInput
+from teacher_cache.pipeline.deploy import run as deploy_files
+from teacher_cache.pipeline.deploy.card import model_card
+from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
+from teacher_cache.pipeline.deploy.run import DeployResult, calibration_batches, deploy
+from teacher_cache.pipeline.deploy.runtime import StudentRuntime
+from teacher_cache.pipeline.deploy.table import StudentTable
+from teacher_cache.pipeline.evaluate.retrieval import evaluate
+from teacher_cache.pipeline.evaluate.split import open_split
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, AveragedRun
+from teacher_cache.pipeline.models.student import load_student
+from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.errors import UsageError
+from tests.conftest import make_model_folder
+from tests.pipeline.cli.test_cli import run
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A run of two epochs, of another width than its teacher, its token embedding factorised; its cache beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    cache = make_cache(folder, tiny_teacher)
+    student = make_student(folder / "small.json")
+    student.write_text(json.dumps({**json.loads(student.read_text()), "token_embedding_rank": 8}))
+    train(train_config(cache, student, folder / "run"))
+    return folder / "run"
+
+
+def settings(trained: Path, teacher: Path, out: Path, **changes: Any) -> DeployConfig:
+    fixed = {"rounds": 2, "threads": 1, "calibration_images": 8, "max_recall_loss": 100.0}
+    return DeployConfig(run=str(trained), out=str(out), teacher=f"local-dir:{teacher}", **{**fixed, **changes})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of five pictures each, and a strip that no model can use."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, colour in (("red", (200, 30, 30)), ("green", (30, 200, 30)), ("blue", (30, 30, 200))):
+        (root / name).mkdir()
+        for number in range(5):
+            rng = np.random.default_rng([number, *colour])
+            pixels = rng.integers(0, 55, (40, 50, 3)) + np.array(colour)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    Image.new("RGB", (1, 200_000)).save(root / "red" / "strip.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def deployed(
+    trained: Path, tiny_teacher: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, DeployResult]:
+    out = tmp_path_factory.mktemp("out") / "student"
+    return out, deploy(settings(trained, tiny_teacher, out, zero_shot=f"imagefolder:{pictures}"))
+
+
+def test_every_file_is_there_and_is_the_one_in_the_record(deployed: tuple[Path, DeployResult]) -> None:
+    out, result = deployed
+    record = Deployment.read(out)
+    assert record == result.deployment
+    for artefact in record.artefacts():
+        assert len(record.proven(out, artefact)) == artefact.bytes
+    files = {path.name for path in out.iterdir()}
+    named = {artefact.file for artefact in record.artefacts()}
+    assert files == named | {"deploy.json", "open_clip_config.json", "README.md", "table.json", "table.md", "table.png"}
+    assert not list(out.parent.glob(".partial-*"))
+
+
+def test_anybody_loads_it_by_open_clip_and_gets_the_student(
+    deployed: tuple[Path, DeployResult], pictures: Path
+) -> None:
+    out, _ = deployed
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    image = Image.open(pictures / "red" / "0.png")
+    texts = ["a photo of something red", "blue"]
+    with torch.inference_mode():
+        wanted_image = F.normalize(model.eval().encode_image(preprocess(image)[None]), dim=-1).numpy()
+        wanted_text = F.normalize(model.encode_text(tokenizer(texts)), dim=-1).numpy()
+    runtime = StudentRuntime(out)
+    np.testing.assert_allclose(runtime.embed_images([image]), wanted_image, atol=1e-5)
+    np.testing.assert_allclose(runtime.embed_texts(texts), wanted_text, atol=1e-5)
+
+
+def test_the_recalls_are_those_of_evaluate(deployed: tuple[Path, DeployResult], trained: Path) -> None:
+    _, result = deployed
+    measured = evaluate(EvaluateConfig(run=str(trained), device="cpu", workers=0))
+    teacher, student, onnx = result.table.rows[:3]
+    assert teacher.recalls == measured.teacher
+    assert student.recalls == measured.student
+    # equal but for a near-tie that another runtime may break otherwise
+    for direction, recalls in onnx.recalls.items():
+        for name, value in recalls.items():
+            assert value == pytest.approx(student.recalls[direction][name], abs=13)
+
+
+def test_the_table_is_whole(deployed: tuple[Path, DeployResult]) -> None:
+    out, result = deployed
+    table = result.table
+    assert StudentTable.model_validate_json((out / "table.json").read_bytes()) == table
+    assert [row.name for row in table.rows] == ["teacher fp32", "student fp32", "ONNX fp32", "ONNX int8"]
+    for row in table.rows:
+        assert row.bytes > 0
+        assert set(row.cost.images) == set(row.cost.texts) == {1, 32}
+        assert row.cost.memory is not None
+        assert row.zero_shot is not None
+        assert 0 <= row.zero_shot["top-1"] <= 100
+    for row in table.rows[1:]:
+        assert row.speed is not None
+        assert row.retention is not None
+        kept = row.retention.mean
+        assert kept.interval is not None
+        assert kept.share is not None
+        assert kept.interval.low <= kept.share <= kept.interval.high
+    for row in table.rows[2:]:
+        assert row.cosine is not None
+    assert table.rows[2].cosine["image"].least > 0.99999  # type: ignore[index]
+    int8 = table.rows[3]
+    assert int8.int8_share is not None
+    assert int8.int8_share > 0.5
+    assert int8.bytes < 0.5 * table.rows[2].bytes
+    markdown = (out / "table.md").read_text()
+    assert (table.zero_shot_images, table.zero_shot_classes, table.zero_shot_lost) == (15, 3, 1)
+    assert "Left out: 1 of its images" in markdown
+    # open_clip's file has the product of the factors, the student and its towers the factors
+    assert table.rows[1].bytes < 0.5 * result.deployment.weights.bytes
+    assert table.rows[2].bytes == pytest.approx(table.rows[1].bytes, rel=0.1)
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert markdown in (out / "README.md").read_text()
+    with Image.open(out / "table.png") as picture:
+        assert picture.width > 1000
+
+
+def test_it_says_nothing_of_where_it_was_made(
+    deployed: tuple[Path, DeployResult], trained: Path, pictures: Path
+) -> None:
+    out, _ = deployed
+    for path in out.iterdir():
+        for place in (out.parent, trained.parent, pictures):
+            assert str(place).encode() not in path.read_bytes(), path.name
+
+
+def test_memory_without_torch_is_less(deployed: tuple[Path, DeployResult]) -> None:
+    """The process that measures the ONNX files has no torch in it, or this would not hold by far."""
+    teacher, _, onnx = deployed[1].table.rows[:3]
+    assert onnx.cost.memory.peak_bytes < 0.7 * teacher.cost.memory.peak_bytes  # type: ignore[union-attr]
+
+
+def test_the_card_says_how_and_its_code_runs(
+    deployed: tuple[Path, DeployResult], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = deployed
+    card = (out / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(out.parent)
+    Image.open(pictures / "red" / "0.png").convert("RGB").save(out.parent / "photo.jpg")
+    for block in blocks:
+        exec(block.replace("FOLDER", str(out)), {})
+
+
+def test_the_card_of_a_mean_of_runs_says_so(trained: Path, deployed: tuple[Path, DeployResult]) -> None:
+    out, result = deployed
+    runs = [
+        AveragedRun(run=name, checkpoint="checkpoints/x", weights_sha256="0", config=RunFolder(trained).read().config)
+        for name in ("a", "b", "c")
+    ]
+    assert (out / "README.md").read_text() == model_card(result.deployment, result.table, ())
+    plain, mean = (model_card(result.deployment, result.table, averaged) for averaged in ((), runs))
+    assert mean.replace(" Its weights are the mean of those of 3 runs that began alike.", "") == plain != mean
+
+
+def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
+    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    export = deploy_files.export_towers
+
+    def wrong(student: Any, folder: Path) -> Any:
+        towers = export(student, folder)
+        model = onnx.load(towers.image)
+        weight = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+        values = numpy_helper.to_array(weight).copy()
+        values *= np.random.default_rng(0).uniform(0.8, 1.2, values.shape).astype(np.float32)
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        onnx.save(model, towers.image)
+        return towers
+
+    monkeypatch.setattr(deploy_files, "export_towers", wrong)
+    with pytest.raises(DeploymentError, match=r"image\.onnx: .*least cosine.*are missing"):
+        deploy(settings(trained, tiny_teacher, tmp_path / "out", int8=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_fitted_to_training_images_whichever_split_is_measured(trained: Path) -> None:
+    split = open_split(EvaluateConfig(run=str(trained), split="test"))
+    rows = split.reader.image_rows("train")
+    preprocess = load_student(RunFolder(trained).checkpoint_path("last"))[0].preprocess.to_config()
+    (batch,) = calibration_batches(split, rows, preprocess, 8)()
+    seen = ModelInput.from_config(preprocess)
+    wanted = [int(rows[at]) for at in np.linspace(0, len(rows) - 1, 8).round().astype(int)]
+    stored = CachedImages(split.reader, ImageSource(split.image_root), wanted)
+    np.testing.assert_array_equal(batch, np.stack([seen.pixels(decode_image(stored.read(row))) for row in wanted]))
+
+
+@pytest.mark.parametrize(("weight", "least", "most"), [("visual.proj", 0.8, 1.2), ("text_projection", np.nan, np.nan)])
+def test_weights_that_are_not_the_student_ship_nothing(
+    weight: str,
+    least: float,
+    most: float,
+    trained: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def another(source: Path, target: Path) -> None:
+        state = load_file(source)
+        state[weight] = state[weight] * torch.linspace(least, most, len(state[weight]))[:, None]
+        save_file(state, target)
+
+    monkeypatch.setattr(deploy_files.shutil, "copyfile", another)
+    with pytest.raises(DeploymentError, match=r"model\.safetensors in open_clip"):
+        deploy(settings(trained, tiny_teacher, tmp_path / "out", int8=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_numbers_are_named_and_ship_nothing(
+    trained: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(trained, broken)
+    weights = RunFolder(str(broken)).checkpoint_path("last") / CHECKPOINT_WEIGHTS
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, weights)
+    with pytest.raises(DeploymentError, match=f"NaN or infinite weights, .*{re.escape(name.split('.')[-1])}"):
+        deploy(settings(broken, tiny_teacher, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_that_loses_too_much_is_refused_by_how_much(
+    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize = deploy_files.quantize_tower
+
+    def crippled(fp32: Path, out: Path, *rest: Any) -> Any:
+        import onnx
+        from onnx import numpy_helper
+
+        report = quantize(fp32, out, *rest)
+        model = onnx.load(out)
+        for weight in model.graph.initializer:
+            if weight.data_type == onnx.TensorProto.INT8 and len(weight.dims) == 2:
+                values = numpy_helper.to_array(weight)
+                weight.CopyFrom(numpy_helper.from_array(np.roll(values, 3, axis=-1), weight.name))
+        onnx.save(model, out)
+        return report
+
+    monkeypatch.setattr(deploy_files, "quantize_tower", crippled)
+    with pytest.raises(DeploymentError, match=r"points lost, 0 at most are wanted, \d+\.\d\d too many"):
+        deploy(settings(trained, tiny_teacher, tmp_path / "out", max_recall_loss=0.0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_int8_is_said_and_not_shipped(
+    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize = deploy_files.quantize_tower
+
+    def images_only(fp32: Path, out: Path, *rest: Any) -> Any:
+        if fp32.name == "text.onnx":
+            out.write_bytes(b"half done")
+            raise deploy_files.NotQuantisable("text.onnx: too little of it is int8")
+        return quantize(fp32, out, *rest)
+
+    monkeypatch.setattr(deploy_files, "quantize_tower", images_only)
+    result = deploy(settings(trained, tiny_teacher, tmp_path / "out"))
+    assert not (tmp_path / "out" / "text.int8.onnx").exists()
+    assert result.deployment.not_quantised == {"text": "text.onnx: too little of it is int8"}
+    assert result.table.rows[-1].name == "ONNX int8 image, fp32 text"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "too little of it is int8" in card
+    assert 'variant="fp32"' in card  # the one that has both towers
+    with pytest.raises(UsageError, match="too little of it is int8"):
+        StudentRuntime(tmp_path / "out", "int8").embed_texts(["a"])
+
+
+@pytest.mark.parametrize("case", ["out is there", "another teacher", "no teacher", "no split", "no run", "unfinished"])
+def test_what_cannot_be_done_is_refused_before_any_work(
+    case: str, trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("teacher_cache.pipeline.deploy.run.write_files", never)
+    out = tmp_path / "out"
+    config: DeployConfig = settings(trained, tiny_teacher, out)
+    wanted = ""
+    if case == "out is there":
+        out.mkdir()
+        wanted = "is there already"
+    elif case == "another teacher":
+        config = settings(trained, make_model_folder(tmp_path / "other", seed=5), out)
+        wanted = "weights_sha256"
+    elif case == "no teacher":
+        config = config.model_copy(update={"teacher": None})
+        wanted = "--teacher local-dir:PATH"
+    elif case == "unfinished":
+        record = json.loads((shutil.copytree(trained, tmp_path / "run") / "run.json").read_text())
+        del record["epochs"][1:]
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        config = config.model_copy(update={"run": str(tmp_path / "run")})
+        wanted = "1 of 2 epochs are trained. Finish it by teacher-cache train --resume"
+    elif case == "no split":
+        config = config.model_copy(update={"split": "nowhere"})
+        wanted = "nowhere"
+    else:
+        config = config.model_copy(update={"run": str(tmp_path / "nothing")})
+        wanted = "no run here"
+    with pytest.raises(Exception, match=wanted):
+        deploy(config)
+
+
+def test_the_best_checkpoint_is_said_to_be_chosen(
+    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    cache = RunFolder(trained).read().config.cache
+    student = RunFolder(trained).read().config.student
+    train(train_config(Path(cache), student, folder, select_split="test"))
+    result = deploy(settings(folder, tiny_teacher, tmp_path / "out", checkpoint="best", int8=False))
+    assert result.table.chosen_on == "test"
+    assert "chosen on test" in (tmp_path / "out" / "README.md").read_text()
+    assert [row.name for row in result.table.rows] == ["teacher fp32", "student fp32", "ONNX fp32"]
+
+
+def test_the_command_says_all_of_it(trained: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    done = run(
+        *("deploy", "--run", str(trained), "--out", "out", "--teacher", f"local-dir:{tiny_teacher}"),
+        *("--rounds", "1", "--no-int8", "--json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["table"] == json.loads((tmp_path / "out" / "table.json").read_bytes())
+    again = run("deploy", "--run", str(trained), "--out", "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+
+
+def test_a_missing_package_is_named_before_torch_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "teacher_cache.pipeline.deploy.record.find_spec", lambda name: None if name == "onnxscript" else object()
+    )
+    with pytest.raises(UsageError, match=r"onnxscript.*teacher-cache\[deploy\]"):
+        cli_deploy.deploy(run=str(trained), out=str(tmp_path / "out"))

@@ -1,0 +1,300 @@
+"""What encoding may cost, by counting: each row through the teacher once, each image decoded once, no batch copied."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import teacher_cache.pipeline.precompute.encode
+from teacher_cache.pipeline.data.batches.tokens import WordTokens
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
+from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
+from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.manifest import StaticFile
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import open_static
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.conftest import cache_digest
+
+MakePhotos = Callable[..., Path]
+IMAGES, BATCH, CHUNK = 21, 4, 8
+
+
+@pytest.fixture
+def planned(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]]:
+    """A cache of 21 images and 42 captions in chunks of 8 that is planned, and its teacher."""
+    settings = PrecomputeConfig(
+        dataset=f"flickr:{make_photos(IMAGES)}",
+        teacher=f"local-dir:{tiny_teacher}",
+        cache=str(tmp_path / "c"),
+        device="cpu",
+        batch_size=BATCH,
+        chunk_rows=CHUNK,
+        views=2,
+    )
+    teacher = load_teacher(settings.teacher, device="cpu")
+    return settings, teacher, plan_precompute(settings, teacher)
+
+
+def test_each_row_is_read_decoded_and_encoded_once(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the model itself: not a probe, not a padded row, not a second pass."""
+    settings, teacher, refs = planned
+    counts: Counter[str] = Counter()
+    decode, read, tokenize = teacher_cache.pipeline.precompute.encode.open_image, ImageSource.read, WordTokens.__call__
+
+    def decoding(data: bytes, decoder: str) -> Any:
+        counts["decoded"] += 1
+        return decode(data, decoder)
+
+    def reading(self: ImageSource, *where: Any) -> bytes:
+        counts["read"] += 1
+        return read(self, *where)
+
+    def tokenizing(self: WordTokens, texts: list[str]) -> torch.Tensor:
+        counts.update({"tokenized": len(texts), "tokenizer calls": 1})
+        return tokenize(self, texts)
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
+
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "open_image", decoding)
+    monkeypatch.setattr(ImageSource, "read", reading)
+    monkeypatch.setattr(WordTokens, "__call__", tokenizing)
+    model: Any = teacher.model
+    model.visual.register_forward_hook(count("images"))
+    model.ln_final.register_forward_hook(count("captions"))
+    encode_chunks(settings, teacher, refs)
+    assert counts == {
+        "read": 2 * IMAGES,  # a pass over the images for each of the two views
+        "decoded": 2 * IMAGES,
+        "images": 2 * IMAGES,
+        "tokenized": 2 * IMAGES,
+        "tokenizer calls": 5 * 2 + 1,  # one a batch
+        "captions": 2 * IMAGES,
+        "images batches": 2 * (2 + 2 + 2),  # chunks of 8, 8 and 5
+        "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2
+    }
+
+
+def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One buffer a batch, of bytes: a quarter of the floats to move, and nothing is stacked behind the decoders."""
+    settings, teacher, refs = planned
+    made: list[int] = []
+    seen: list[int] = []
+    empty, encode = torch.empty, LiveTeacher.encode_shown
+
+    def buffers(*size: Any, **how: Any) -> torch.Tensor:
+        tensor = empty(*size, **how)
+        made.append(tensor.data_ptr())
+        return tensor
+
+    def encode_shown(self: LiveTeacher, shown: torch.Tensor) -> Encoded:
+        assert (shown.dtype, shown.shape[1:], shown.is_contiguous()) == (torch.uint8, (32, 32, 3), True)
+        seen.append(shown.data_ptr())
+        return encode(self, shown)
+
+    images = [ref for ref in refs if ref.tower == "image"]
+    monkeypatch.setattr(LiveTeacher, "encode_shown", encode_shown)
+    # as teacher_cache.pipeline.precompute.encode sees torch; a stack of images would be a copy
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "torch", _Torch(empty=buffers))
+    encode_chunks(settings, teacher, images)
+    assert seen == made
+    assert len(seen) == 12
+
+
+class _Torch:
+    """What of torch may be used to make a batch of images."""
+
+    Tensor, uint8 = torch.Tensor, torch.uint8
+
+    def __init__(self, empty: Callable[..., torch.Tensor]) -> None:
+        self.empty = empty
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_batch_is_normalised_as_its_images_are(size: tuple[int, int]) -> None:
+    """To the last bit, for every level of every channel, whatever lies beside it."""
+    preprocess = Preprocess(size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    rng = np.random.default_rng(0)
+    shown = rng.integers(0, 256, (5, *size, 3)).astype(np.uint8)
+    shown[0].reshape(-1, 3)[:256] = np.arange(256)[:, None]
+    batch = preprocess.normalized_batch(torch.from_numpy(shown))
+    assert (batch.dtype, batch.shape, batch.is_contiguous()) == (torch.float32, (5, 3, *size), True)
+    for image, wanted in zip(shown, batch, strict=True):
+        assert torch.equal(preprocess.normalized(image), wanted)
+        assert torch.equal(preprocess.transform()(Image.fromarray(image)), wanted)
+
+
+def test_the_teacher_goes_on_while_a_chunk_is_written(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store that hangs: two more chunks are encoded meanwhile, and no third, which would fill the memory."""
+    settings, teacher, refs = planned
+    images = [ref for ref in refs if ref.tower == "image"]
+    passes, during = threading.Semaphore(0), []
+    counts: Counter[str] = Counter()
+    write, encode = EmbeddingWriter.write, LiveTeacher.encode_images
+
+    def encode_images(self: LiveTeacher, pixels: torch.Tensor) -> Encoded:
+        encoded = encode(self, pixels)
+        counts["passes"] += 1
+        passes.release()
+        return encoded
+
+    def hanging_write(self: EmbeddingWriter, ref: ChunkRef, *what: Any) -> Any:
+        if not during:
+            assert all(passes.acquire(timeout=60) for _ in range(6)), "the teacher waits for the first write"
+            time.sleep(0.2)  # room for one pass too many
+            during.append(counts["passes"])
+        assert threading.current_thread() is not threading.main_thread()
+        return write(self, ref, *what)
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
+    monkeypatch.setattr(EmbeddingWriter, "write", hanging_write)
+    encode_chunks(settings, teacher, images)
+    assert during == [6]  # the chunk that is written, and two behind it, of two batches each
+    assert counts["passes"] == 12
+
+
+def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the chunks are those of a cache with one file of each table."""
+    settings, teacher, refs = planned
+    encode_chunks(settings, teacher, refs)
+    whole = EmbeddingWriter(settings.cache)
+    monkeypatch.setattr(
+        "teacher_cache.storage.format.tables._ROWS_PER_FILE", 3 * CHUNK
+    )  # writing is some chunks behind preparing
+    monkeypatch.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", 16)
+    other = settings.model_copy(update={"cache": str(tmp_path / "other")})
+    assert plan_precompute(other, teacher) == refs
+    opened: Counter[str] = Counter()
+    held: list[int] = []
+    read = TableRows.read
+
+    def opening(files: CacheFiles, key: str, wanted: StaticFile) -> Any:
+        opened[key] += 1
+        return open_static(files, key, wanted)
+
+    def reading(self: TableRows, rows: range) -> Any:
+        found = read(self, rows)
+        held.append(self.held_rows)
+        return found
+
+    monkeypatch.setattr("teacher_cache.storage.format.table_rows.open_static", opening)
+    monkeypatch.setattr(TableRows, "read", reading)
+    encode_chunks(other, teacher, [ref for ref in refs if ref.view == 0])
+    parts = EmbeddingWriter(other.cache)
+    assert opened == {key: 1 for key in parts.manifest.files if key.startswith(("samples/", "captions/"))}
+    assert len(opened) == 1 + 2
+    assert max(held) <= 16 < IMAGES
+    encode_chunks(other, teacher, [ref for ref in refs if ref.view == 1])
+    keys = [key for ref in refs for key in (ref.commit_key, *ref.object_keys(parts.manifest.layout).values())]
+    assert [parts.files.read(key) for key in keys] == [whole.files.read(key) for key in keys]
+
+
+def test_a_chunk_that_another_may_have_written_too_is_looked_at_once_more(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer that rounds otherwise puts one object of it in place: it is encoded again, and is sound."""
+    settings, teacher, refs = planned
+    written: Counter[str] = Counter()
+    write = EmbeddingWriter.write
+
+    def beside(self: EmbeddingWriter, ref: ChunkRef, *rest: Any) -> Any:
+        commit = write(self, ref, *rest)
+        written[ref.name] += 1
+        if written[ref.name] == 1 and ref.tower == "text":
+            key = ref.object_keys(self.manifest.layout)["norm"]
+            self.files.write(key, bytes(reversed(self.files.read(key))))
+        return commit
+
+    monkeypatch.setattr(EmbeddingWriter, "write", beside)
+    monkeypatch.setattr("teacher_cache.storage.write.claims.Claims.contested", lambda self, name: True)
+    assert encode_shared(settings, teacher, refs) == len(refs)
+    assert written == {ref.name: 2 if ref.tower == "text" else 1 for ref in refs}
+    writer = EmbeddingWriter(settings.cache)
+    assert all(writer.is_sound(ref) for ref in refs)
+
+
+def test_a_teacher_is_probed_once(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the cache before each span of chunks, but found out what it is only before the first."""
+    settings, teacher, refs = planned
+    passes: list[int] = []
+    model: Any = teacher.model
+    model.visual.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    probe, probed = Preprocess._probe, []
+    monkeypatch.setattr(Preprocess, "_probe", lambda self: probed.append(1) or probe(self))
+    for ref in refs[:3]:
+        encode_chunks(settings, teacher, [ref])
+    assert passes == [4, 4, 4, 4, 4, 1]  # rows of chunks alone: the width was asked for when the cache was planned
+    assert len(probed) == 1
+
+
+def test_a_batch_is_launched_before_the_last_one_is_looked_at(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which has nothing to do while Python launches; two at most are under way, and no byte is another."""
+    settings, teacher, refs = planned
+    broken = next(Path(settings.dataset.removeprefix("flickr:")).glob("images/*3.jpg"))
+    behind = settings.model_copy(update={"cache": str(tmp_path / "behind")})
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    settings = settings.model_copy(update={"cache": str(tmp_path / "at once")})
+    for each in (settings, behind):
+        plan_precompute(each, teacher)
+    encode_chunks(settings, teacher, refs)
+
+    events: list[tuple[str, int]] = []
+    made: list[Encoded] = []
+    embedding = Encoded.embedding.fget
+    assert embedding is not None
+
+    def init(self: Encoded, *values: Any) -> None:
+        events.append(("launched", len(made)))
+        made.append(self)
+        plain(self, *values)
+
+    def look(self: Encoded) -> Any:
+        events.append(("looked at", made.index(self)))
+        return embedding(self)
+
+    plain = Encoded.__init__
+    monkeypatch.setattr(Encoded, "__init__", init)
+    monkeypatch.setattr(Encoded, "embedding", property(look))
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "_BATCHES_BEHIND", {"cpu": 1})
+    encode_chunks(behind, teacher, refs)
+    batches = len(made)
+    assert batches == 12 + 11
+    wanted = [("launched", 0)]
+    for number in range(1, batches):
+        wanted += [("launched", number), ("looked at", number - 1)]
+    assert events == [*wanted, ("looked at", batches - 1)]
+    for cache in (settings.cache, behind.cache):
+        EmbeddingWriter(cache).seal()
+    assert len(EmbeddingReader(behind.cache).quarantined) == 1
+    assert cache_digest(behind.cache) == cache_digest(settings.cache)

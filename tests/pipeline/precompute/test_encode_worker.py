@@ -1,0 +1,88 @@
+"""What a worker of a fan-out says of its errors: they go to another process, so nothing may be lost on the way."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
+from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.conftest import make_model_folder, write_photos
+
+
+class NotPortable(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.fixture
+def config(tiny_teacher: Path, tmp_path: Path) -> PrecomputeConfig:
+    photos = write_photos(tmp_path / "photos", 8)
+    config = PrecomputeConfig(
+        dataset=f"flickr:{photos}",
+        teacher=f"local-dir:{tiny_teacher}",
+        cache=str(tmp_path / "c"),
+        device="cpu",
+        chunk_rows=4,
+        decode_threads=1,
+    )
+    plan_precompute(config, load_teacher(config.teacher, device="cpu"))
+    return config
+
+
+def started(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> EncodeWorker:
+    monkeypatch.chdir(Path.cwd())  # the worker goes where the run was started
+    worker = EncodeWorker()
+    assert worker.start(config, str(Path.cwd())) == Outcome()
+    return worker
+
+
+def test_it_encodes_what_is_left_of_its_span(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
+    assert worker.encode(refs[:3]) == Outcome(encoded=3)
+    assert worker.encode(refs[2:5]) == Outcome(encoded=2)
+    assert EmbeddingWriter(config.cache).pending() == refs[5:]
+
+
+def test_a_cache_of_another_teacher_is_refused_at_the_start(config: PrecomputeConfig, tmp_path: Path) -> None:
+    other = make_model_folder(tmp_path / "other", seed=1)
+    outcome = EncodeWorker().start(config.model_copy(update={"teacher": f"local-dir:{other}"}), str(Path.cwd()))
+    assert isinstance(outcome.error, CacheMismatchError)
+    assert "weights_sha256" in str(outcome.error)
+    assert not outcome.transient
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "transient"),
+    [
+        (CacheUnreachableError("no answer"), CacheUnreachableError, True),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, False),
+        (NotPortable("this", "that"), OSError, False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_survives_the_way_to_the_driver(
+    config: PrecomputeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    transient: bool,
+) -> None:
+    worker, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
+
+    def fail(*others: object) -> None:
+        raise error
+
+    monkeypatch.setattr("teacher_cache.pipeline.precompute.encode_worker.encode_shared", fail)
+    outcome: Outcome = pickle.loads(pickle.dumps(worker.encode(refs)))
+    assert type(outcome.error) is kind
+    assert str(error) in str(outcome.error)
+    assert outcome.transient is transient
+    assert getattr(outcome.error, "errno", None) == getattr(error, "errno", None)

@@ -1,0 +1,514 @@
+"""Views added to a cache that is there: nothing of it is touched or encoded again, and a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+from typer.testing import CliRunner
+
+import teacher_cache.pipeline.precompute.run
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.repair import repair
+from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
+from teacher_cache.pipeline.precompute.sample_proof import prove_sample
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
+from teacher_cache.storage.format.journal import JOURNAL
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.conftest import make_model_folder, write_photos
+from tests.pipeline.train.train_work import make_student, train_config
+from tests.precompute_process import finish, start
+
+IMAGES, PER_VIEW, TEXT = 20, 3, 5  # 20 images and 40 captions in chunks of 8
+LOST = 6
+
+
+class Home:
+    """Photographs, one of which cannot be decoded; a cache of one view and one of three, made at once."""
+
+    def __init__(self, root: Path, teacher: Path) -> None:
+        self.root, self.teacher = root, f"local-dir:{teacher}"
+        self.photos = write_photos(root / "photos", IMAGES)
+        (self.photos / "images" / f"{LOST:04d}.jpg").write_bytes(b"not an image")
+        self.one, self.three = root / "one", root / "three"
+        self.make(self.one)
+        self.make(self.three, views=3)
+
+    def config(self, cache: Path, **changes: Any) -> PrecomputeConfig:
+        return PrecomputeConfig(**self.settings(cache, **changes))
+
+    def settings(self, cache: Path, **changes: Any) -> dict[str, Any]:
+        fixed = {"dataset": f"flickr:{self.photos}", "teacher": self.teacher, "cache": str(cache), "device": "cpu"}
+        return {**fixed, "batch_size": 4, "chunk_rows": 8, "decode_threads": 2, **changes}
+
+    def make(self, cache: Path, **changes: Any) -> PrecomputeResult:
+        return precompute(self.config(cache, **changes))
+
+    def copy(self, cache: Path, to: Path) -> Path:
+        return shutil.copytree(cache, to)
+
+    def begun(self, to: Path, chunks: int = 2, **changes: Any) -> Path:
+        """A copy of the cache of one view in which two more are planned and a few chunks of them there."""
+        self.copy(self.one, to)
+        config = self.config(to, views=3, **changes)
+        teacher = load_teacher(config.teacher, device="cpu")
+        encode_chunks(config, teacher, plan_precompute(config, teacher)[:chunks])
+        return to
+
+
+@pytest.fixture(scope="module")
+def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"), tiny_teacher)
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """All that is in a cache but its journal."""
+    found = {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {key: data for key, data in found.items() if not key.startswith(f"{JOURNAL}/")}
+
+
+def states(cache: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, time of change and bytes of every file, the journal included."""
+    found = {}
+    for path in cache.rglob("*"):
+        if path.is_file():
+            status = path.stat()
+            found[path.relative_to(cache).as_posix()] = (status.st_ino, status.st_mtime_ns, path.read_bytes())
+    return found
+
+
+def test_two_more_views_touch_nothing_and_cost_two_passes_over_the_images(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = home.copy(home.one, tmp_path / "c")
+    calls: Counter[str] = Counter()
+    images = LiveTeacher.encode_images
+
+    def counted(self: LiveTeacher, pixels: Any) -> Any:
+        calls["images"] += len(pixels)
+        return images(self, pixels)
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", counted)
+    monkeypatch.setattr(LiveTeacher, "encode_texts", lambda self, tokens: calls.update(texts=len(tokens)))
+    before = states(cache)
+    result = home.make(cache, views=3)
+    assert calls == {"images": 2 * IMAGES}
+    assert (result.views, result.chunks, result.chunks_encoded, result.quarantined) == (3, 3 * PER_VIEW + TEXT, 6, 1)
+    after = states(cache)
+    grown = {f"targets.zarr/image/{name}/zarr.json" for name in ("embedding", "norm", "view")}
+    changed = {key for key in before if after[key] != before[key]}
+    assert changed == {MANIFEST_KEY, BACKUP_KEY, *grown}
+    report = verify_cache(str(cache))
+    assert (report.findings, report.quarantined, report.chunks_sound) == ((), 1, 14)
+    assert home.make(cache, views=3).chunks_encoded == 0
+
+
+def test_it_equals_a_cache_of_three_views_at_once_but_for_the_manifest(home: Home, tmp_path: Path) -> None:
+    cache = home.copy(home.one, tmp_path / "c")
+    home.make(cache, views=3)
+    grown, whole = contents(cache), contents(home.three)
+    assert grown.keys() == whole.keys()
+    assert {key for key in whole if grown[key] != whole[key]} == {MANIFEST_KEY, BACKUP_KEY}
+    mine, other = (EmbeddingReader(str(path)).manifest for path in (cache, home.three))
+    assert (mine.identity, mine.layout, mine.files, mine.made_with) == (
+        other.identity,
+        other.layout,
+        other.files,
+        other.made_with,
+    )
+    assert [generation.views for generation in mine.generations] == [None, (1, 3)]
+    assert [generation.views for generation in other.generations] == [None]
+    # the seal of the rows is the one that they had
+    assert mine.generations[0] == EmbeddingReader(str(home.one)).manifest.generations[0]
+    # in steps, it is the same again
+    steps = home.copy(home.one, tmp_path / "steps")
+    for views in (2, 3):
+        home.make(steps, views=views)
+    again = contents(steps)
+    assert {key for key in whole if again[key] != whole[key]} == {MANIFEST_KEY, BACKUP_KEY}
+
+
+def test_zarr_shows_all_views(home: Home, tmp_path: Path) -> None:
+    cache = home.copy(home.one, tmp_path / "c")
+    home.make(cache, views=3)
+    group, reader = zarr.open_group(str(cache / "targets.zarr"), mode="r"), EmbeddingReader(str(cache))
+    assert group["image/embedding"].shape == (IMAGES, 3, 16)
+    rows = reader.image_rows()
+    for view in range(3):
+        for name in ("embedding", "norm", "view"):
+            plain = np.asarray(group[f"image/{name}"])[rows, view]
+            np.testing.assert_array_equal(reader.take("image", rows, view, array=name), plain)
+
+
+def test_rows_of_many_views_in_one_call(home: Home) -> None:
+    reader = EmbeddingReader(str(home.three))
+    order = np.random.default_rng(0).permutation(3 * (IMAGES - 1))
+    rows, views = np.tile(reader.image_rows(), 3)[order], np.repeat(np.arange(3), IMAGES - 1)[order]
+    for name in ("embedding", "norm", "view"):
+        one_by_one = [reader.take("image", rows[[at]], int(views[at]), array=name)[0] for at in range(len(rows))]
+        np.testing.assert_array_equal(reader.take("image", rows, views, array=name), one_by_one)
+    fresh = EmbeddingReader(str(home.three))
+    fresh.take("image", rows, views)
+    assert fresh.objects_read == 3 * PER_VIEW  # each chunk once
+    assert len(fresh.take("image", rows[:0], views[:0])) == 0
+    with pytest.raises(IndexError, match="image view 3 asked for, views are 0 to 2"):
+        reader.take("image", rows[:2], np.array([0, 3]))
+    with pytest.raises(IndexError, match="text view 1 asked for, views are 0 to 0"):
+        reader.take("text", rows[:2], 1)
+    with pytest.raises(ValueError, match=r"2 rows and views of shape \(3,\)"):
+        reader.take("image", rows[:2], np.array([0, 1, 2]))
+    with pytest.raises(CacheCorruptError, match=rf"image row {LOST}, view 2, was quarantined"):
+        reader.take("image", np.array([3, LOST]), np.array([1, 2]))
+
+
+def test_fewer_views_than_there_are_is_the_cache_as_it_is(home: Home) -> None:
+    before = contents(home.three)
+    for views in (1, 2, 3, None):
+        result = home.make(home.three, views=views)
+        assert (result.views, result.chunks_encoded, result.replaced_manifest_digest) == (3, 0, None)
+    assert contents(home.three) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "said"),
+    [
+        ("scale", {"crop_scale": (0.5, 1.0)}, r"\[0.3, 1.0\] in the cache, \[0.5, 1.0\] asked for"),
+        ("ratio", {"crop_ratio": (1.0, 1.0)}, r"\[0.75, 1.3333333333333333\] in the cache, \[1.0, 1.0\]"),
+        ("flip", {"crop_flip": 0.0}, "0.5 in the cache, 0.0 asked for"),
+        ("seed", {"view_seed": 1}, "0 in the cache, 1 asked for"),
+    ],
+)
+def test_other_crops_than_the_caches_are_refused_by_name(
+    home: Home, field: str, changes: dict[str, Any], said: str
+) -> None:
+    before = contents(home.three)
+    for views in (None, 2, 3, 5):
+        with pytest.raises(CacheMismatchError, match=rf"views\.{field}: {said}"):
+            home.make(home.three, views=views, **changes)
+    assert contents(home.three) == before
+
+
+def test_new_views_are_drawn_as_the_old_ones_were(home: Home, tmp_path: Path) -> None:
+    """Settings left out are those of the cache, not the defaults."""
+    changes: dict[str, Any] = {"crop_scale": (0.5, 0.9), "crop_flip": 0.0, "view_seed": 3}
+    home.make(tmp_path / "c", views=2, **changes)
+    home.make(tmp_path / "c", views=3)
+    home.make(tmp_path / "whole", views=3, **changes)
+    grown, whole = contents(tmp_path / "c"), contents(tmp_path / "whole")
+    assert {key for key in whole if grown[key] != whole[key]} == {MANIFEST_KEY, BACKUP_KEY}
+    shares = []
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    for row in reader.image_rows():
+        with Image.open(home.photos / "images" / f"{row:04d}.jpg") as image:
+            width, height = image.size
+        boxes = reader.take("image", np.array([row, row]), np.array([1, 2]), array="view")
+        shares += [box[2] * box[3] / (width * height) for box in boxes]
+        assert not boxes[:, 4].any()
+    assert 0.49 < min(shares) < 0.7 < max(shares) < 0.91
+
+
+def test_crop_settings_without_random_crops_are_bad_usage(home: Home, tmp_path: Path) -> None:
+    for views in (None, 1):
+        with pytest.raises(UsageError, match=r"crop_scale, .* there are none in 1 view: ask for --views 2"):
+            home.make(tmp_path / "c", views=views, crop_scale=(0.5, 1.0))
+    for span in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="0 < least <= greatest <= 1 is wanted"):
+            home.config(tmp_path / "c", views=2, crop_scale=span)
+    assert not (tmp_path / "c").exists()
+
+
+def test_while_views_are_added_the_old_ones_can_be_read(home: Home, tmp_path: Path) -> None:
+    cache = home.begun(tmp_path / "c")
+    reader = EmbeddingReader(str(cache))
+    rows = reader.image_rows()
+    assert (reader.views, reader.manifest.sealed, len(rows)) == (1, False, IMAGES - 1)
+    np.testing.assert_array_equal(reader.take("image", rows), EmbeddingReader(str(home.one)).take("image", rows))
+    with pytest.raises(IndexError, match="image view 1 asked for, views are 0 to 0"):
+        reader.take("image", rows, 1)
+    info = describe_cache(str(cache))
+    assert (info.sealed, info.chunks, info.chunks_committed, info.views_sealed) == (False, 14, 8 + 2, 1)
+    assert (info.images_encoded, info.images_quarantined) == (IMAGES - 1, 1)
+    shown = CliRunner().invoke(app, ["info", str(cache)], env={"COLUMNS": "200"}).stdout
+    assert "10 of 14 chunks, not complete: run the same precompute command again to finish it; 1 of 3 views" in shown
+    assert "3: the evaluation crop and 2 random crops of 0.3 to 1 of the area" in shown
+    findings = verify_cache(str(cache)).findings
+    assert [(finding.kind, finding.key) for finding in findings] == [("incomplete", MANIFEST_KEY)]
+    assert prove_sample(ProofConfig(cache=str(cache), sample=100, teacher=home.teacher, device="cpu")).ok
+    assert home.make(cache).chunks_encoded == 4  # the number of views left out
+    assert verify_cache(str(cache)).ok
+
+
+def test_a_run_says_which_views_it_could_read(home: Home, tmp_path: Path) -> None:
+    """Two more are only planned: a run that asks for three is refused, and one that takes one says one."""
+    cache = home.begun(tmp_path / "c")
+    student = make_student(tmp_path / "student.json")
+    settings = {"split": "train", "epochs": 1, "batch_size": 4, "workers": 0}
+    with pytest.raises(CacheMismatchError, match=r"views.count: 1 in the cache, 3 asked for"):
+        train(train_config(cache, student, tmp_path / "run", **settings, expect=str(home.three)))
+    assert not (tmp_path / "run").exists()
+    record = train(train_config(cache, student, tmp_path / "run", **settings, expect=str(home.one))).record
+    assert record.identity == EmbeddingReader(str(home.one)).manifest.identity
+    assert record.view == "evaluation crop (the cache has one view)"
+
+
+def test_a_first_view_that_is_not_finished_cannot_be_read(home: Home, tmp_path: Path) -> None:
+    """More views planned before the first was done: nothing is sealed until its generation is complete."""
+    config = home.config(tmp_path / "c")
+    teacher = load_teacher(config.teacher, device="cpu")
+    encode_chunks(config, teacher, plan_precompute(config, teacher)[:2])
+    plan_precompute(home.config(tmp_path / "c", views=3), teacher)
+    with pytest.raises(CacheIncompleteError, match="2 of 14 chunks are there"):
+        EmbeddingReader(str(tmp_path / "c"))
+    with pytest.raises(CacheIncompleteError, match="2 of 14 chunks are there"):
+        EmbeddingWriter(str(tmp_path / "c")).seal()
+    home.make(tmp_path / "c", views=3)
+    grown, whole = contents(tmp_path / "c"), contents(home.three)
+    assert {key for key in whole if grown[key] != whole[key]} == {MANIFEST_KEY, BACKUP_KEY}
+    assert verify_cache(str(tmp_path / "c")).ok
+
+
+Moment = Callable[[str, str], bool]
+# where a kill may fall while views are added, and how many of the seeded moments fall there
+MOMENTS: dict[str, tuple[int, Moment]] = {
+    "between backup and manifest, or in either": (4, lambda kind, key: key == "."),
+    "between the manifest and Zarr's metadata, or in that": (
+        6,
+        lambda kind, key: key.startswith("targets.zarr/image/") and "/c" not in key,
+    ),
+    "in decode or teacher": (3, lambda kind, key: kind in ("decode", "teacher")),
+    "in a chunk's objects": (4, lambda kind, key: "/c" in key),
+    "at a commit record": (4, lambda kind, key: key.startswith("commits/")),
+    "in a claim": (3, lambda kind, key: key.startswith("claims")),
+}
+
+
+@pytest.fixture(scope="module")
+def events(home: Home) -> list[tuple[str, str]]:
+    """What an unbroken extension does, and what it leaves in ``extended``."""
+    cache, out = home.copy(home.one, home.root / "extended"), home.root / "extended.json"
+    found = finish(start(home.settings(cache, views=3), out=out), out)
+    assert "error" not in found, found
+    return [(kind, key) for kind, key in found["events"]]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_views_are_added(home: Home, events: list[tuple[str, str]], moment: str, tmp_path: Path) -> None:
+    count, chosen = MOMENTS[moment]
+    places = [number for number, event in enumerate(events) if chosen(*event)]
+    for number, at in enumerate(random.Random(f"2026 {moment}").sample(places, count)):
+        cache = home.copy(home.one, tmp_path / str(number))
+        process = start(home.settings(cache, views=3), out=tmp_path / "killed.json", kill_at=at)
+        process.join(120)
+        assert process.exitcode == -9, f"event {at} of {len(events)} never came"
+        # the old view is there all the time, and nothing is called damaged
+        reader = EmbeddingReader(str(cache))
+        rows = reader.image_rows()
+        np.testing.assert_array_equal(reader.take("image", rows), EmbeddingReader(str(home.one)).take("image", rows))
+        report = verify_cache(str(cache))
+        if report.ok:
+            assert reader.views in (1, 3)  # before the first change, or after the last
+        assert {finding.kind for finding in report.findings} <= {"incomplete"}, (events[at], report.findings)
+        committed = len([path for path in cache.glob("commits/image/v[12]/*.json") if not path.name.startswith(".")])
+        out = tmp_path / "resumed.json"
+        found = finish(start(home.settings(cache, views=3), out=out), out)
+        assert found["result"]["chunks_encoded"] == 2 * PER_VIEW - committed
+        assert contents(cache) == contents(home.root / "extended"), events[at]
+        assert verify_cache(str(cache)).ok
+
+
+def test_two_that_add_views_at_once_share_the_work(home: Home, tmp_path: Path) -> None:
+    """Several processes, all of which want three views of a cache of one."""
+    cache = home.copy(home.one, tmp_path / "c")
+    outs = [tmp_path / f"{number}.json" for number in range(3)]
+    running = [start(home.settings(cache, views=3), out=out, teacher_seconds=0.05) for out in outs]
+    found = [finish(process, out) for process, out in zip(running, outs, strict=True)]
+    assert sum(each["result"]["chunks_encoded"] for each in found) == 2 * PER_VIEW
+    assert contents(cache) == contents(home.root / "extended")
+
+
+def test_a_seal_does_not_undo_what_another_process_planned(home: Home, tmp_path: Path) -> None:
+    """One finishes the second view while another has just planned a third: the plan stays, and can be finished."""
+    cache = home.copy(home.one, tmp_path / "c")
+    config = home.config(cache, views=2)
+    teacher = load_teacher(config.teacher, device="cpu")
+    encode_chunks(config, teacher, plan_precompute(config, teacher))
+    sealing = EmbeddingWriter(str(cache))
+    plan_precompute(home.config(cache, views=3), teacher)
+    with pytest.raises(CacheIncompleteError, match="11 of 14 chunks are there"):
+        sealing.seal()
+    assert describe_cache(str(cache)).chunks == 14
+    assert home.make(cache).chunks_encoded == PER_VIEW
+    assert verify_cache(str(cache)).ok
+
+
+def test_a_row_that_fails_in_one_view_is_counted_once_and_not_trained_on(home: Home, tmp_path: Path) -> None:
+    cache = home.copy(home.one, tmp_path / "c")
+    config = home.config(cache, views=3)
+    teacher = load_teacher(config.teacher, device="cpu")
+    encode = teacher.model.encode_image
+    calls = Counter[str]()
+
+    def overflow(pixels: Any) -> Any:
+        features = encode(pixels)
+        calls["batches"] += len(pixels) == 4  # not the one zero image that the teacher is proven with
+        # rows 0 to 3 of view 1, then of view 2: five batches of four images each
+        if calls["batches"] in (1, 6):
+            features = features.clone()
+            features[2] = float("inf")
+        return features
+
+    pending = plan_precompute(config, teacher)
+    teacher.model.encode_image = overflow
+    encode_chunks(config, teacher, pending)
+    result = teacher_cache.pipeline.precompute.run.summarize(str(cache), len(pending), 1.0)
+    assert (result.quarantined, result.problems) == (2, {"not-finite": 1, "undecodable-image": 1})
+    reader = EmbeddingReader(str(cache))
+    assert [(row.row, row.reason) for row in reader.quarantined] == [(2, "not-finite"), (LOST, "undecodable-image")]
+    assert sorted(reader.quarantined_in(0)) == [LOST]
+    assert sorted(reader.quarantined_in(2)) == [2, LOST]
+    assert len(reader.image_rows()) == IMAGES - 2
+    assert len(reader.take("image", np.array([2]), 0)) == 1  # view 0 of it is there
+    first, second = (generation.seal for generation in reader.manifest.generations)
+    assert first is not None
+    assert second is not None
+    assert (first.images_encoded, first.images_quarantined) == (IMAGES - 1, 1)
+    assert (second.images_encoded, second.images_quarantined) == (IMAGES - 2, 2)
+    info = describe_cache(str(cache))
+    assert (info.images_encoded, info.images_quarantined) == (IMAGES - 2, 2)
+    report = verify_cache(str(cache))
+    assert (report.ok, report.quarantined) == (True, 2)
+
+
+def test_an_untransformable_image_is_that_in_every_view(tiny_teacher: Path, tmp_path: Path) -> None:
+    """One pixel by 600 shrinks to nothing where the longest side decides, though a crop of it could be made."""
+    teacher = make_model_folder(tmp_path / "padding")
+    described = json.loads((teacher / "open_clip_config.json").read_text())
+    described["preprocess_cfg"]["resize_mode"] = "longest"
+    (teacher / "open_clip_config.json").write_text(json.dumps(described))
+    photos = write_photos(tmp_path / "photos", 8)
+    Image.new("RGB", (1, 600)).save(photos / "images" / "0003.jpg")
+    settings = {"dataset": f"flickr:{photos}", "teacher": f"local-dir:{teacher}", "cache": str(tmp_path / "c")}
+    result = precompute(PrecomputeConfig(**settings, device="cpu", views=3))
+    assert (result.problems, result.quarantined) == ({"untransformable-image": 1}, 1)
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    assert [sorted(reader.quarantined_in(view)) for view in range(3)] == [[3], [3], [3]]
+    assert prove_sample(
+        ProofConfig(cache=str(tmp_path / "c"), sample=24, teacher=f"local-dir:{teacher}", device="cpu")
+    ).ok
+
+
+def prove(home: Home, cache: Path, **changes: Any) -> Any:
+    settings = {"cache": str(cache), "sample": 100, "teacher": home.teacher, "device": "cpu", **changes}
+    return prove_sample(ProofConfig(**settings))
+
+
+def forge(home: Home, to: Path, change: Callable[[int, dict[str, np.ndarray[Any, Any]]], None]) -> Path:
+    """The cache of three views with other rows in view 1 and 2, written and sealed as they should be."""
+    home.copy(home.three, to)
+    reader, writer = EmbeddingReader(str(home.three)), EmbeddingWriter(str(to))
+    for ref in all_chunks(writer.manifest.layout):
+        if ref.tower == "image" and ref.view:
+            rows = ref.rows(writer.manifest.layout)
+            arrays = {name: reader._chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
+            change(ref.chunk, arrays)
+            writer.write(ref, arrays, [row for row in reader.quarantined if row.row in rows])
+    writer.seal()
+    assert verify_cache(str(to)).ok  # every digest agrees
+    return to
+
+
+def test_the_proof_covers_every_view(home: Home) -> None:
+    proof = prove(home, home.three)
+    assert proof.ok, proof.wrong
+    assert (proof.images_compared, proof.quarantined_checked, proof.captions_compared) == (3 * (IMAGES - 1), 3, 40)
+    assert proof.least_cosine is not None
+    assert proof.least_cosine > 0.99999
+    assert (
+        prove(home, home.three, sample=12).images_compared + prove(home, home.three, sample=12).quarantined_checked
+        == 12
+    )
+
+
+def test_crops_that_are_not_their_embeddings_are_found(home: Home, tmp_path: Path) -> None:
+    """Mirrored boxes, boxes of a neighbour, and one that no image has."""
+
+    def flip(chunk: int, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        arrays["view"][:, 4] = 1 - arrays["view"][:, 4]
+
+    wrong = prove(home, forge(home, tmp_path / "flipped", flip)).wrong
+    assert {row.view for row in wrong} == {1, 2}
+    assert len(wrong) > 19  # of 38; a few look much the same either way
+
+    def shift(chunk: int, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        if chunk == 1:
+            arrays["view"][4, 0] += 1000
+
+    found = prove(home, forge(home, tmp_path / "shifted", shift)).wrong
+    assert [(row.view, row.row) for row in found] == [(1, 12), (2, 12)]
+    assert "reaches beyond" in found[0].what
+
+
+def test_damaged_views_come_back_to_the_same_bytes(home: Home, tmp_path: Path) -> None:
+    cache = home.copy(home.one, tmp_path / "c")
+    home.make(cache, views=3)
+    before = contents(cache)
+    damaged = ChunkRef("image", 2, 1)
+    (cache / damaged.object_keys()["view"]).write_bytes(b"damaged")
+    (cache / ChunkRef("image", 1, 0).commit_key).unlink()
+    (cache / "targets.zarr/image/norm/zarr.json").write_bytes(b"{}")
+    names = {finding.key for finding in verify_cache(str(cache)).findings}
+    assert {damaged.object_keys()["view"], "commits/image/v1/000000.json"} <= names
+    with pytest.raises(CacheCorruptError):
+        EmbeddingReader(str(cache)).take("image", np.arange(3), 2)
+    result = repair(str(cache), teacher=home.teacher, device="cpu")
+    assert (result.ok, result.chunks_encoded, result.replaced_manifest_digest) == (True, 2, None)
+    assert contents(cache) == before
+
+
+def test_damage_to_what_is_sealed_is_mended_while_views_are_added(home: Home, tmp_path: Path) -> None:
+    cache = home.begun(tmp_path / "c")
+    before = contents(cache)
+    sealed, begun = ChunkRef("image", 0, 1), ChunkRef("image", 1, 0)
+    for ref in (sealed, begun):
+        (cache / ref.object_keys()["embedding"]).write_bytes(b"damaged")
+    (cache / "targets.zarr/image/norm/zarr.json").write_bytes(
+        (home.one / "targets.zarr/image/norm/zarr.json").read_bytes()
+    )
+    result = repair(str(cache), teacher=home.teacher, device="cpu")
+    assert (result.ok, result.chunks_encoded) == (False, 1)
+    assert {(finding.kind, finding.key) for finding in result.findings} == {
+        ("incomplete", MANIFEST_KEY),
+        ("damaged", begun.object_keys()["embedding"]),
+    }
+    after = contents(cache)
+    assert {key for key in before if after[key] != before[key]} == {begun.object_keys()["embedding"]}
+    assert home.make(cache).chunks_encoded == 5  # one of the two that were there was damaged
+    assert verify_cache(str(cache)).ok
+
+
+def test_the_command(home: Home, tmp_path: Path) -> None:
+    arguments = ["--dataset", f"flickr:{home.photos}", "--teacher", home.teacher, "--cache", str(tmp_path / "c")]
+    arguments += ["--device", "cpu", "--batch-size", "4", "--chunk-rows", "8"]
+    made = CliRunner().invoke(app, ["precompute", *arguments, "--views", "3", "--crop-scale", "0.3", "1"])
+    assert made.exit_code == 0, made.output
+    assert f"{IMAGES} images in 3 views and 40 captions" in made.output
+    assert contents(tmp_path / "c") == contents(home.three)

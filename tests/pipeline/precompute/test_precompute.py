@@ -1,0 +1,347 @@
+"""The teacher runs once: right rows, right bytes, every loss named, and any interruption without a trace."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
+from teacher_cache.pipeline.precompute.run import precompute, summarize
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.conftest import cache_digest, make_model_folder
+
+MakePhotos = Callable[..., Path]
+
+
+def config(photos: Path, teacher: Path, cache: Path, **changes: object) -> PrecomputeConfig:
+    settings = {"batch_size": 4, "chunk_rows": 8, "device": "cpu", **changes}
+    return PrecomputeConfig(
+        dataset=f"flickr:{photos}",
+        teacher=f"local-dir:{teacher}",
+        cache=str(cache),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_rows_are_the_teachers(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(21)
+    result = precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert (result.images, result.captions, result.chunks, result.chunks_encoded) == (21, 42, 3 + 6, 9)
+    assert (result.splits, result.problems) == ({"train": 17, "test": 4}, {})
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_teacher}")
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    with torch.no_grad():
+        for row in (0, 7, 8, 20):
+            sample = reader.samples.slice(row, 1).to_pylist()[0]
+            assert sample["sample_id"] == f"{row:04d}.jpg"
+            image = Image.open(photos / "images" / sample["sample_id"])
+            expected = model.eval().encode_image(transform(image)[None])[0]
+            stored = reader.take("image", np.array([row]))[0] * reader.take("image", np.array([row]), array="norm")[0]
+            np.testing.assert_allclose(stored, expected, atol=2e-3)
+            top, left, height, width, flip = reader.take("image", np.array([row]), array="view")[0]
+            assert (top, left, height, width, flip) == pytest.approx(
+                Preprocess.from_config(model.visual.preprocess_cfg).evaluation_crop(*image.size)
+            )
+    assert reader.captions["text"][15].as_py() == "number 7 again"
+    assert verify_cache(str(tmp_path / "c")).ok
+
+
+def test_again_encodes_nothing(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = config(make_photos(), tiny_teacher, tmp_path / "c")
+    precompute(settings)
+    before = cache_digest(tmp_path / "c")
+    assert precompute(settings).chunks_encoded == 0
+    # chunk rows left out: those of the cache
+    assert precompute(settings.model_copy(update={"chunk_rows": None})).chunks_encoded == 0
+    assert cache_digest(tmp_path / "c") == before
+
+
+def test_any_order_of_chunks_gives_the_same_bytes(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(21)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    parts = config(photos, tiny_teacher, tmp_path / "parts", decode_threads=1)
+    teacher = load_teacher(parts.teacher, device="cpu")
+    for ref in reversed(plan_precompute(parts, teacher)[:-1]):
+        encode_chunks(parts, teacher, [ref])
+    assert precompute(parts).chunks_encoded == 1
+    assert cache_digest(tmp_path / "parts") == cache_digest(tmp_path / "whole")
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A real process, a real SIGKILL: once while it works on chunks, again and again until it is done."""
+    photos = make_photos(64)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    command = [
+        sys.executable,
+        "-m",
+        "teacher_cache.pipeline.cli.app",
+        "precompute",
+        "--dataset",
+        f"flickr:{photos}",
+        "--device",
+        "cpu",
+    ]
+    command += ["--teacher", f"local-dir:{tiny_teacher}", "--cache", str(tmp_path / "killed")]
+    command += ["--batch-size", "4", "--chunk-rows", "8"]
+    commits = tmp_path / "killed" / "commits"
+    for wanted in (1, 9, 17):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(commits.rglob("*.json"))) < wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not describe_cache(str(tmp_path / "killed")).sealed
+    before = {path: path.read_bytes() for path in commits.rglob("*.json")}
+    assert before
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert cache_digest(tmp_path / "killed") == cache_digest(tmp_path / "whole")
+    assert verify_cache(str(tmp_path / "killed")).ok
+
+
+def test_every_lost_image_is_named_and_counted(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(20)
+    whole = precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    data = (photos / "images" / "0003.jpg").read_bytes()
+    (photos / "images" / "0003.jpg").write_bytes(data[: len(data) // 2])
+    (photos / "images" / "0005.jpg").write_bytes(b"not an image")
+    (photos / "images" / "0011.jpg").unlink()
+    with (photos / "captions.txt").open("a") as file:
+        file.write("0001.jpg,   \n")
+    result = precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert result.problems == {"empty-caption": 1, "missing-file": 1, "undecodable-image": 2}
+    assert (result.images, result.lost_images, result.quarantined) == (19, 1, 2)
+    assert whole.images == result.images + result.lost_images
+    details = "\n".join(result.problem_details)
+    for name in ("0001.jpg", "0003.jpg", "0005.jpg", "0011.jpg"):
+        assert name in details
+    reader = EmbeddingReader(str(tmp_path / "c"))
+    assert [row.sample_id for row in reader.quarantined] == ["0003.jpg", "0005.jpg"]
+    assert len(reader.image_rows("train")) == 16 - 3
+    # the neighbours in the batch of an undecodable image are what they are without it
+    np.testing.assert_array_equal(
+        reader.take("image", np.array([0, 1, 2, 4])),
+        EmbeddingReader(str(tmp_path / "whole")).take("image", np.array([0, 1, 2, 4])),
+    )
+    assert verify_cache(str(tmp_path / "c")).ok
+
+
+def test_an_image_that_changes_or_goes_away_under_the_run_stops_it(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Nothing is given up for good because a share was away for a minute; nothing foreign is encoded."""
+    photos = make_photos(24)
+    precompute(config(photos, tiny_teacher, tmp_path / "whole"))
+    settings = config(photos, tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    pending = plan_precompute(settings, teacher)
+    second = photos / "images" / "0012.jpg"
+    data = second.read_bytes()
+    second.write_bytes((photos / "images" / "0003.jpg").read_bytes())
+    with pytest.raises(CacheMismatchError, match=r"0012.jpg: not the image that the cache was made of"):
+        encode_chunks(settings, teacher, pending)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"0012.jpg"):
+        encode_chunks(settings, teacher, pending)
+    with pytest.raises(CacheMismatchError, match=r"1 images of the dataset have no row now, the first: 0012.jpg"):
+        precompute(settings)
+    second.write_bytes(data)
+    assert precompute(settings).quarantined == 0
+    assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
+
+
+def test_a_dataset_that_moved_is_read_where_it_is_now(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(24)
+    settings = config(photos, tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    encode_chunks(settings, teacher, plan_precompute(settings, teacher)[:1])
+    photos.rename(tmp_path / "moved")
+    result = precompute(config(tmp_path / "moved", tiny_teacher, tmp_path / "c"))
+    assert (result.chunks_encoded, result.quarantined) == (8, 0)
+    assert verify_cache(settings.cache).ok
+
+
+def test_the_same_images_listed_in_another_form_are_refused(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(8)
+    precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    (photos / "images").rename(photos / "Images")
+    with pytest.raises(CacheMismatchError, match=r"lists the same images at other places \(flickr:"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+
+
+def test_chunks_are_encoded_by_the_teacher_that_planned_them(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    pending = plan_precompute(settings, load_teacher(settings.teacher, device="cpu"))
+    other = load_teacher(f"local-dir:{make_model_folder(tmp_path / 'other', seed=5)}", device="cpu")
+    with pytest.raises(CacheMismatchError, match=r"teacher.weights_sha256"):
+        encode_chunks(settings, other, pending)
+    assert describe_cache(settings.cache).chunks_committed == 0
+
+
+def test_a_repair_that_changes_sealed_bytes_says_so(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    first = precompute(settings)
+    chunk = tmp_path / "c" / "targets.zarr/text/embedding/c/1/0"
+    chunk.write_bytes(b"damaged")
+    again = precompute(settings.model_copy(update={"batch_size": None}))  # the cache's own
+    assert (again.chunks_encoded, again.replaced_manifest_digest) == (1, None)
+    assert again.manifest_digest == first.manifest_digest
+    with pytest.raises(CacheMismatchError, match=r"in batches of 4 in the cache, 8, 8 and 3 asked for"):
+        precompute(settings.model_copy(update={"batch_size": 3}))
+    # what another device would do: equal rows but for the last bit
+    path = tmp_path / "c" / ChunkRef("text", 0, 1).commit_key
+    writer = EmbeddingWriter(settings.cache)
+    reader = EmbeddingReader(settings.cache)
+    rows = np.arange(8, 16)
+    arrays = {name: reader.take("text", rows, array=name) for name in ("embedding", "norm")}
+    arrays["norm"] = np.nextafter(arrays["norm"], np.float32(np.inf))
+    before = path.read_bytes()
+    writer.write(ChunkRef("text", 0, 1), arrays)
+    assert path.read_bytes() != before
+    assert precompute(settings).replaced_manifest_digest == first.manifest_digest
+
+
+def test_rows_that_are_not_numbers_are_quarantined_by_name(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c")
+    teacher = load_teacher(settings.teacher, device="cpu")
+    encode = teacher.model.encode_image
+
+    def overflow(pixels: torch.Tensor) -> torch.Tensor:
+        features = encode(pixels)
+        if len(features) == 4:
+            features = features.clone()
+            features[1] = float("inf")
+            features[2] = 0.0
+        return features
+
+    pending = plan_precompute(settings, teacher)
+    teacher.model.encode_image = overflow
+    encode_chunks(settings, teacher, pending)
+    summarize(settings.cache, len(pending), 1.0)
+    lost = EmbeddingReader(settings.cache).quarantined
+    assert [(row.sample_id, row.reason) for row in lost] == [(f"000{row}.jpg", "not-finite") for row in (1, 2, 5, 6)]
+    teacher.model.encode_text = lambda tokens: torch.full((len(tokens), 16), float("nan"))
+    teacher._shortens = False
+    # the shortest captions go first
+    with pytest.raises(FloatingPointError, match=r"text row 1: the teacher's features are not finite in fp32"):
+        encode_chunks(settings, teacher, [ref for ref in pending if ref.tower == "text"])
+
+
+def test_another_teacher_or_dataset_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(8)
+    precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    other = make_model_folder(tmp_path / "other", seed=5)
+    with pytest.raises(CacheMismatchError, match=r'teacher.weights_sha256: "\w{64}" in the cache, "\w{64}" asked for'):
+        precompute(config(photos, other, tmp_path / "c"))
+    text = (photos / "captions.txt").read_text()
+    (photos / "captions.txt").write_text(text.replace("number 2 again", "number two again"))
+    with pytest.raises(CacheMismatchError, match=r"dataset.captions_sha256"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    (photos / "captions.txt").write_text(text)
+    (photos / "images" / "0001.jpg").write_bytes((photos / "images" / "0002.jpg").read_bytes())
+    with pytest.raises(CacheMismatchError, match=r"dataset.samples_sha256"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+
+
+def test_a_dataset_without_an_image_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    photos = make_photos(2)
+    for path in (photos / "images").iterdir():
+        path.unlink()
+    with pytest.raises(UsageError, match=r"no usable image among 2 listed; the first problem: 0000\.jpg"):
+        precompute(config(photos, tiny_teacher, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_journal_adds_up(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
+    precompute(config(make_photos(20), tiny_teacher, tmp_path / "c"))
+    info = describe_cache(str(tmp_path / "c"))
+    assert info.encode_seconds > 0
+    assert info.images_per_second is not None
+    assert info.images_per_second > 0
+
+
+def test_a_teacher_that_overflows_is_not_taken_for_odd_images(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    settings = config(make_photos(8), tiny_teacher, tmp_path / "c", batch_size=1)
+    teacher = load_teacher(settings.teacher, device="cpu")
+    pending = plan_precompute(settings, teacher)
+    teacher.model.encode_image = lambda pixels: torch.full((len(pixels), 16), float("nan"))
+    with pytest.raises(FloatingPointError, match=r"image row 0: the teacher's features are not finite in fp32"):
+        encode_chunks(settings, teacher, [ref for ref in pending if ref.tower == "image"])
+    assert describe_cache(settings.cache).chunks_committed == 0
+
+
+def test_an_image_that_no_transform_can_take_is_quarantined(make_photos: MakePhotos, tmp_path: Path) -> None:
+    """One pixel by 600 shrinks to nothing where the longest side decides."""
+    teacher = make_model_folder(tmp_path / "padding")
+    described = json.loads((teacher / "open_clip_config.json").read_text())
+    described["preprocess_cfg"]["resize_mode"] = "longest"
+    (teacher / "open_clip_config.json").write_text(json.dumps(described))
+    photos = make_photos(8)
+    Image.new("RGB", (1, 600)).save(photos / "images" / "0003.jpg")
+    result = precompute(config(photos, teacher, tmp_path / "c"))
+    assert result.problems == {"untransformable-image": 1}
+    assert result.quarantined == 1
+
+
+def test_a_share_in_trouble_is_not_a_smaller_dataset(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ImageSource.read
+
+    def stale(self: ImageSource, uri: str, offset: int = -1, length: int = -1) -> bytes:
+        if uri.endswith("0005.jpg"):
+            raise OSError(errno.ESTALE, "Stale file handle", uri)
+        return real(self, uri, offset, length)
+
+    monkeypatch.setattr(ImageSource, "read", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        precompute(config(make_photos(8), tiny_teacher, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_spans_stay_in_one_tower() -> None:
+    refs = [ChunkRef("image", 0, chunk) for chunk in range(5)] + [ChunkRef("text", 0, chunk) for chunk in range(2)]
+    spans = [[ref.name for ref in span] for span in chunk_spans(refs, 3)]
+    assert [len(span) for span in spans] == [3, 2, 2]
+    assert spans[1][-1] == "image/v0/000004"
+    assert spans[2][0] == "text/000000"

@@ -1,0 +1,315 @@
+"""The report page as a file: one copy of everything, nothing that runs or loads, sizes said."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_cache.pipeline.report.chart import PALETTES
+from teacher_cache.pipeline.report.charts import all_charts, main_chart, main_chart_png
+from teacher_cache.pipeline.report.collect import collect_report
+from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, ReportData
+from teacher_cache.pipeline.report.page import _evaluations, render_report
+from tests.conftest import plan_known_cache
+from tests.pipeline.report.report_data import HOSTILE, RTL, odd_report, report_data, unfinished_report
+from tests.storage.look.test_look import fill
+
+pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
+pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
+
+
+class _Parts(HTMLParser):
+    """Scripts and attributes of a page, as an HTML parser sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = attributes, text + data
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(report_data())
+
+
+@pytest.fixture(scope="module")
+def block(page: str) -> dict[str, Any]:
+    """The JSON block."""
+    found = [text for attributes, text in _Parts(page).scripts if attributes.get("type") == "application/json"]
+    assert len(found) == 1
+    parsed: dict[str, Any] = json.loads(found[0])
+    return parsed
+
+
+def test_each_picture_is_in_the_page_once(page: str, block: dict[str, Any]) -> None:
+    pictures = report_data().pictures
+    assert block["pictures"] == {str(row): uri for row, uri in pictures.items()}
+    assert len(pictures) == 39
+    for uri in pictures.values():
+        assert page.count(uri) == 1
+
+
+def test_the_rows_of_each_chart_are_in_the_block_once_and_the_specs_only_name_them(block: dict[str, Any]) -> None:
+    charts = all_charts(report_data())
+    names = ["retention", "teacher", "pairs", "cosines", "norms", "map", "losses", "selection", "shipped"]
+    assert list(charts) == list(block["charts"]) == names
+    for name, chart in charts.items():
+        assert block["charts"][name]["spec"]["data"] == {"name": name}
+        assert block["charts"][name]["rows"] == [list(row) for row in chart.rows]
+        assert len(chart.rows) > 0
+    assert next(row[5] for row in block["charts"]["map"]["rows"] if row[3] == "caption") == HOSTILE
+    # a loss that is no number is null, never NaN, which is no JSON
+    assert [row[4] for row in block["charts"]["losses"]["rows"] if row[2] == 17 and row[1] == "total"] == [None, None]
+
+
+def test_no_caption_becomes_markup(page: str) -> None:
+    parts = _Parts(page)
+    assert HOSTILE not in page
+    assert "onerror" not in {name for _, attributes in parts.attributes for name in attributes}
+    assert [attributes for tag, attributes in parts.attributes if tag == "b"] == []  # of a uri
+    raw = page[page.index('id="report-data">') :].partition("</script>")[0]
+    assert not set("&\u2028\u2029") & set(raw)
+    assert "<" not in raw.partition(">")[2]
+    # and what was escaped is there for people
+    shown = html.unescape(page)
+    assert page.count(html.escape(HOSTILE, quote=False).replace('"', "&#34;").replace("'", "&#39;")) >= 3
+    assert RTL in shown
+
+
+def test_the_policy_allows_the_pages_own_scripts_by_hash_and_loads_nothing(page: str) -> None:
+    parts = _Parts(page)
+    policies = [a["content"] for tag, a in parts.attributes if tag == "meta" and "http-equiv" in a]
+    assert len(policies) == 1
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policies[0]).split(";"))
+    hashes = {
+        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+        for attributes, text in parts.scripts
+        if "type" not in attributes
+    }
+    assert len(hashes) == 2
+    assert rules == {
+        "default-src": "'none'",
+        "script-src": rules["script-src"],
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert set(rules["script-src"].split()) == hashes
+    # nothing that names another place: no source, no link but to a part of the page
+    for _, attributes in parts.attributes:
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_the_licences_of_the_libraries_are_in_the_page(page: str) -> None:
+    libraries = [text for attributes, text in _Parts(page).scripts if "vegaEmbed=" in text]
+    assert len(libraries) == 1
+    for words in ("University of Washington Interactive Data Lab", "Redistributions in binary form", "Mike Bostock"):
+        assert words in libraries[0][:4000]
+
+
+def test_what_is_sampled_says_of_how_many(page: str) -> None:
+    assert "39 of 40 images and 39 captions." in page
+    assert "80 of 800 steps" in page
+
+
+def _problems(page: str) -> tuple[str, str]:
+    """The badge of the tab, and the words of its part."""
+    badge = re.search(r'class="badge">([^<]*)', page)
+    part = page[page.index('<section id="problems">') :].partition("</section>")[0]
+    return badge[1] if badge else "", " ".join(html.unescape(re.sub(r"<[^>]*>", " ", part)).split())
+
+
+def test_reasons_of_quarantine_are_counted_over_all_images_or_say_that_they_are_not() -> None:
+    data = report_data()
+    lost = tuple(data.lost[0].model_copy(update={"row": row}) for row in range(3))
+
+    def said(shown: Any = lost, **info: Any) -> tuple[str, str]:
+        return _problems(render_report(report_data(lost=shown, info=data.info.model_copy(update=info))))
+
+    counted = {"truncated": 1_000, "undecodable": 4_000}
+    badge, words = said(quarantine=counted, images_quarantined=5_000)
+    assert badge == "5,002"  # two images of the dataset got no row
+    assert "no reader returns them. 3 of 5,000 are shown. By reason: undecodable, 4,000; truncated, 1,000." in words
+    # more have a place in what is committed than in what is sealed
+    assert said(quarantine=counted, images_quarantined=7, sealed=False) == (badge, words)
+    badge, words = said(quarantine=None, images_quarantined=5_000)
+    assert badge == "5,002"
+    assert "3 of 5,000 are shown. By reason (of those shown): truncated, 3." in words
+    badge, words = said(quarantine=None, images_quarantined=3)
+    assert "no reader returns them. By reason: truncated, 3." in words
+    badge, words = said((), quarantine=counted, images_quarantined=None, sealed=False)
+    assert "5,000 images without an embedding; none is shown here. By reason: undecodable, 4,000; " in words
+    assert said((), quarantine={}, images_quarantined=0, problems={}) == (
+        "",
+        "Problems No image is quarantined, and the dataset was read without a problem.",
+    )
+
+
+def test_commit_records_that_were_not_read_are_no_proof_that_nothing_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "part.cache"
+    plan_known_cache(path)
+    fill(path, chunks=2)
+    whole = _problems(render_report(collect_report(str(path))))
+    assert whole == ("", "Problems No image is quarantined so far, and the dataset was read without a problem.")
+    monkeypatch.setattr("teacher_cache.storage.look.info.COMMITS_READ", 1)
+    page = render_report(collect_report(str(path)))
+    badge, words = _problems(page)
+    assert badge == "?"
+    assert words.startswith("Problems Whether images are quarantined is not known: ")
+    assert f"teacher-cache verify {path} This counts them" in words
+    assert "No image" not in words
+    assert '<strong>–</strong><span class="small">the commit records were not read' in page
+    # nor is it in the coverage's table
+    assert re.search(r"<th scope=\"row\">committed</th>.*<td>2</td><td>–</td></tr>", page)
+
+
+def test_a_path_that_is_no_utf8_does_not_break_the_page(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.cache")
+    plan_known_cache(path)
+    data = collect_report(str(path))
+    page = render_report(data)
+    assert b"caf?.cache</bdi>" in page.encode()
+    assert ReportData.model_validate_json(data.model_dump_json()) == data
+    # and what was put together by hand
+    info = data.info.model_copy(update={"dataset": "flickr:/caf\udce9"})
+    assert b"flickr:/caf?" in render_report(data.model_copy(update={"info": info})).encode()
+
+
+def test_a_checkpoint_chosen_on_the_split_it_is_measured_on_says_so(page: str) -> None:
+    assert page.count("best-epoch-0003, chosen on dev: no test result") == 2
+    # and is not the number that the summary shows, though it is higher
+    best = re.search(r"Best student keeps</span><strong>([\d.]+) %</strong><span class=\"small\">([^<]*)", page)
+    assert best is not None
+    assert best.groups() == ("94.0", "small on test (90.0 to 98.0)")
+
+
+def test_cells_of_coverage_say_what_they_are() -> None:
+    cells = (
+        CoverageCell(first_chunk=0, chunks=4, committed=4, quarantined=0),
+        CoverageCell(first_chunk=4, chunks=4, committed=4, quarantined=2),
+        CoverageCell(first_chunk=8, chunks=4, committed=1, quarantined=0),
+        CoverageCell(first_chunk=12, chunks=1, committed=0, quarantined=0),
+    )
+    part = CoverageMap(tower="text", view=0, chunks=13, cells=cells)
+    page = render_report(unfinished_report().model_copy(update={"coverage": (part,)}))
+    assert re.findall(r'<i class="cell (\w+)" title="([^"]+)">', page) == [
+        ("committed", "chunks 0 to 3: committed"),
+        ("quarantined", "chunks 4 to 7: committed, 2 rows quarantined"),
+        ("partly", "chunks 8 to 11: partly, 1 of 4"),
+        ("pending", "chunk 12: pending"),
+    ]
+    assert "9 of 13 chunks committed, 2 rows quarantined; a cell is up to 4 chunks" in page
+
+
+def test_each_tower_that_was_measured_by_itself_has_a_row() -> None:
+    data = report_data()
+    headings, rows = _evaluations(data)
+    assert headings[3] == "keeps of the mean"
+    for run in data.runs:
+        for which, tower in (run.evaluations[0].towers or {}).items():
+            (row,) = [row for row in rows if row[0] == f"{run.name}, {which} tower by itself"]
+            assert row[1:4] == ["test: 8 images, 24 captions", "epoch-0004", f"{tower.retention['mean']:.1f} %"]
+            assert row[4] == f"{tower.recall['i2t']['R@1']:.1f}"
+    assert len([row for row in rows if "by itself" in row[0]]) == 2 * len(data.runs) > 0
+
+
+def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
+    page = render_report(unfinished_report())
+    assert "not sealed" in page
+    assert "6 of 35 chunks" in page
+    for command in ("precompute", "train", "evaluate", "deploy"):
+        assert f"teacher-cache {command} " in page
+    assert "--cache &#39;/data/caches/made up &amp; &lt;odd&gt;.cache&#39;" in page  # quoted for a shell
+    assert "vegaEmbed=" not in page  # no chart, no library
+
+
+def test_equal_numbers_are_one_bar_where_they_are() -> None:
+    rows = all_charts(odd_report())["norms"].records()
+    filled = [(row["series"], row["from"], row["to"], row["count"], row["share"]) for row in rows if row["count"]]
+    assert filled == [(series, 1.0, pytest.approx(1.05), 3, 1.0) for series in ("images", "captions")]
+
+
+def test_specs_are_valid_vega_lite() -> None:
+    altair = pytest.importorskip("altair", reason="its schema of Vega-Lite; pip install 'teacher-cache[report]'")
+    for chart in (*all_charts(report_data()).values(), *all_charts(odd_report()).values()):
+        kind = altair.LayerChart if "layer" in chart.spec else altair.Chart
+        kind.from_dict({**chart.spec, "data": {"values": chart.records()}})
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (report_data(), {"metric", "series", "value", "low", "high"}),
+        (report_data(runs=()), {"metric", "series", "value", "low", "high"}),
+        (unfinished_report(), {"part", "done"}),
+    ],
+    ids=["students", "teacher", "unfinished"],
+)
+def test_the_main_chart_holds_its_data_and_becomes_a_picture(data: Any, shown: set[str]) -> None:
+    spec = main_chart(data)
+    first = spec.get("vconcat", [spec])[0]
+    assert set(first["data"]["values"][0]) == shown
+    assert '"$' not in json.dumps({**spec, "$schema": ""}).replace('"$schema"', "")  # no colour without a value
+    assert main_chart_png(data)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pages_are_made_without_torch() -> None:
+    code = (
+        "import sys; from tests.pipeline.report.report_data import unfinished_report\n"
+        "from teacher_cache.pipeline.report.page import render_report; render_report(unfinished_report())\n"
+        "bad = {'torch', 'open_clip', 'faiss', 'prefect'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2.1's contrast of two colours, 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", PALETTES)
+def test_colours_can_be_told_from_their_ground(theme: Any) -> None:
+    palette = PALETTES[theme]
+    for name in ("ink", "muted", "accent", "good", "warn", "bad"):
+        for ground in ("ground", "surface", "sunken"):
+            assert _contrast(palette[name], palette[ground]) >= 4.5, (name, ground)
+    for name in ("image", "text", *(f"series{number}" for number in range(1, 7))):
+        assert _contrast(palette[name], palette["surface"]) >= 3, name

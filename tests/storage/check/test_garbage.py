@@ -1,0 +1,225 @@
+"""``gc``: finds what belongs to nothing, touches nothing until it is told to, and never a file of the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.storage.check.garbage import collect_garbage, known_keys
+from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.processes import this_process
+from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.identity import ViewsIdentity
+from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
+from teacher_cache.storage.write.claims import CLAIMS, Claims, left_claims
+from tests.conftest import cache_digest, plan_known_cache
+from tests.object_store import ObjectStore
+from tests.storage.look.test_look import fill
+
+run = CliRunner()
+
+
+def ended() -> int:
+    """The number of a process that has just ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return process.pid
+
+
+def litter(path: Path) -> dict[str, str]:
+    """Leave one of each kind; kinds by key."""
+    process = this_process().model_copy(update={"pid": ended()})
+    partial = f"targets.zarr/image/embedding/c/0/0/.partial-{process.tag}-0123abcd"
+    (path / partial).write_bytes(b"half")
+    (path / "notes.txt").write_text("of a person")
+    (path / "targets.zarr/image/embedding/c/99").mkdir()
+    (path / "targets.zarr/image/embedding/c/99/0").write_bytes(b"x" * 10)
+    claims = path / CLAIMS / "alive"
+    claims.mkdir(parents=True, exist_ok=True)
+    claim = {"owner": "dead", "process": process.model_dump(mode="json"), "beat_seconds": 15}
+    (path / CLAIMS / "text-000000.0.json").write_text(json.dumps(claim))
+    (claims / "dead.json").write_text("3\n")
+    return {
+        partial: "partial",
+        "notes.txt": "unknown-file",
+        "targets.zarr/image/embedding/c/99/0": "unknown-file",
+        f"{CLAIMS}/text-000000.0.json": "claim",
+        f"{CLAIMS}/alive/dead.json": "claim",
+    }
+
+
+def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
+    clean = cache_digest(known_cache)
+    assert run.invoke(app, ["gc", str(known_cache)]).stdout == f"{known_cache}: nothing to collect\n"
+    left = litter(known_cache)
+    sizes = {key: (known_cache / key).stat().st_size for key in left}
+    littered = cache_digest(known_cache)
+
+    found = json.loads(run.invoke(app, ["gc", str(known_cache), "--json"]).stdout)
+    assert {each["key"]: each["kind"] for each in found["found"]} == left
+    assert {each["key"]: each["nbytes"] for each in found["found"]} == sizes
+    assert (found["deleted"], found["nbytes"]) == (False, sum(sizes.values()))
+    shown = run.invoke(app, ["gc", str(known_cache)]).stdout
+    assert "unknown-file: notes.txt (11 B)" in shown
+    assert "nothing was touched, --delete removes them" in shown
+    assert cache_digest(known_cache) == littered
+
+    known = sum(sizes[key] for key, kind in left.items() if kind != "unknown-file")
+    done = run.invoke(app, ["gc", str(known_cache), "--delete"]).stdout.splitlines()
+    assert done[-2:] == [
+        f"{known_cache}: 3 files, {known} B deleted",
+        "2 unknown files left; look at them, --delete --unknown removes them too",
+    ]
+    assert (known_cache / "notes.txt").read_text() == "of a person"
+    done = run.invoke(app, ["gc", str(known_cache), "--delete", "--unknown"]).stdout.splitlines()
+    assert done[-1] == f"{known_cache}: 2 files, {sum(sizes.values()) - known} B deleted"
+    assert cache_digest(known_cache) == clean
+    assert verify_cache(str(known_cache)).ok
+
+
+def test_a_cache_within_a_cache_is_nobodys_garbage(known_cache: Path) -> None:
+    inner = known_cache / "b" / "inner.cache"
+    plan_known_cache(inner)
+    (known_cache / "b" / "x").write_bytes(b"x")
+    before = cache_digest(inner)
+    assert [each.key for each in collect_garbage(str(known_cache), delete=True, unknown=True).found] == ["b/x"]
+    assert cache_digest(inner) == before
+
+
+def test_a_cache_is_not_begun_among_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset's folder, or a folder of caches: all in it would be unknown files of the new cache."""
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    (tmp_path / "photos" / "captions.txt").write_text("")
+    wanted = r"photos: holds captions.txt, images, and a cache has a folder of its own. Name .*photos/NAME.cache"
+    with pytest.raises(UsageError, match=wanted):
+        plan_known_cache(tmp_path / "photos")
+    plan_known_cache(tmp_path / "caches" / "a.cache")
+    with pytest.raises(UsageError, match=r"holds a\.cache, and a cache"):
+        plan_known_cache(tmp_path / "caches")
+    with pytest.raises(UsageError, match="is a file, and a cache is a folder"):
+        plan_known_cache(tmp_path / "photos" / "captions.txt")
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["captions.txt", "images"]
+    # what a planning that was killed leaves, and an empty folder, are begun with
+    (tmp_path / "b" / "samples").mkdir(parents=True)
+    (tmp_path / "b" / f".partial-{this_process().tag}-0123abcd").write_bytes(b"half")
+    plan_known_cache(tmp_path / "b")
+    monkeypatch.setattr("teacher_cache.storage.write.place.os.access", lambda *_: False)
+    with pytest.raises(CacheAccessError, match=r"c/d: this user may not write in .*\. Let this user, or name another"):
+        plan_known_cache(tmp_path / "c" / "d")
+
+
+def test_living_processes_keep_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "busy.cache"
+    plan_known_cache(path)
+    fill(path, 4)
+    files = LocalFiles(str(path))
+    partial = path / f"samples/.partial-{this_process().tag}-0123abcd"
+    with Claims(files) as claims:
+        assert claims.take("image/v0/000001")
+        partial.write_bytes(b"half")
+        assert collect_garbage(str(path), delete=True).found == ()
+        assert len(files.list(CLAIMS)) == 2
+    assert partial.exists()
+
+
+def test_claims_of_other_machines_are_given_up_after_a_day(known_cache: Path) -> None:
+    files = LocalFiles(str(known_cache))
+    process = this_process().model_copy(update={"machine": "elsewhere"})
+    for owner in ("silent", "beating"):
+        claim = {"owner": owner, "process": process.model_dump(mode="json"), "beat_seconds": 15}
+        files.write(f"{CLAIMS}/{owner}.0.json", json.dumps(claim).encode())
+        files.write(f"{CLAIMS}/alive/{owner}.json", b"1\n")
+        os.utime(known_cache / CLAIMS / f"{owner}.0.json", (0, 0))
+    files.write(f"{CLAIMS}/alive/new.json", b"1\n")
+    files.write(f"{CLAIMS}/torn.0.json", b"{")
+    assert left_claims(files) == []
+    os.utime(known_cache / CLAIMS / "alive/silent.json", (0, 0))
+    os.utime(known_cache / CLAIMS / "torn.0.json", (0, 0))
+    assert left_claims(files) == [f"{CLAIMS}/silent.0.json", f"{CLAIMS}/torn.0.json", f"{CLAIMS}/alive/silent.json"]
+
+
+def test_chunks_in_the_making_and_views_that_are_planned_are_known(known_cache: Path) -> None:
+    """A process writes the backup first and then chunks that manifest.json does not name yet."""
+    files = open_files(str(known_cache))
+    manifest = read_manifest(files)
+    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
+    files.write("manifest.backup.json", manifest.with_views(views, {}, {}).to_bytes())
+    files.write("targets.zarr/image/embedding/c/1/1/0", b"of view 1")
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+    files.write("targets.zarr/image/embedding/c/1/2/0", b"of no view")
+    assert [each.key for each in collect_garbage(str(known_cache)).found] == ["targets.zarr/image/embedding/c/1/2/0"]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_views_that_are_begun_meanwhile_are_kept(
+    known_cache: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    """A precompute plans views and writes its first chunk once gc has read the manifests."""
+    files = LocalFiles(str(known_cache))
+    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
+    chunk = "targets.zarr/image/embedding/c/1/1/0"
+    if there_before:
+        files.write(chunk, b"of an earlier try")
+    begun = False
+
+    def known_and_then_a_precompute(files: CacheFiles) -> set[str]:
+        nonlocal begun
+        known = known_keys(files)
+        if not begun:
+            begun = True
+            write_manifest(files, read_manifest(files).with_views(views, {}, {}))
+            files.write(chunk, b"of view 1")
+        return known
+
+    monkeypatch.setattr("teacher_cache.storage.check.garbage.known_keys", known_and_then_a_precompute)
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+    assert files.read(chunk) == b"of view 1"
+
+
+def test_without_a_sound_root_nothing_is_garbage(known_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError):
+        collect_garbage(str(tmp_path), delete=True)
+    (known_cache / "manifest.backup.json").write_bytes(b"{}")
+    with pytest.raises(CacheCorruptError, match="Run teacher-cache repair CACHE first"):
+        collect_garbage(str(known_cache), delete=True)
+    (known_cache / "manifest.json").write_bytes(b"x")
+    with pytest.raises(CacheCorruptError):
+        collect_garbage(str(known_cache), delete=True)
+
+
+def test_damaged_files_of_the_cache_are_no_garbage(known_cache: Path) -> None:
+    chunk = known_cache / "targets.zarr/text/embedding/c/2/0"
+    chunk.write_bytes(b"short")
+    (known_cache / "commits/text/000001.json").unlink()
+    assert collect_garbage(str(known_cache), delete=True).found == ()
+
+
+def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    location = moto.location(f"{uuid.uuid4()}/known.cache")
+    plan_known_cache(location)
+    fill(location)
+    before = cache_digest(location)
+    open_files(location).write("stray", b"12345")
+    # of a process that was killed between the two puts by which it proves that the store can create exclusively
+    probe = f".partial-{this_process().model_copy(update={'pid': ended()}).tag}-0123abcd"
+    open_files(location).write(probe, b"first")
+    assert [(each.key, each.kind, each.nbytes) for each in collect_garbage(location).found] == [
+        (probe, "partial", 5),
+        ("stray", "unknown-file", 5),
+    ]
+    collect_garbage(location, delete=True, unknown=True)
+    assert cache_digest(location) == before
+    assert open_files(location).partials() == []

@@ -1,0 +1,37 @@
+"""A folder that appears whole or not at all, whatever an earlier process left beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files import new_files as module
+from teacher_cache.storage.files.new_files import new_folder
+from teacher_cache.storage.files.processes import this_process
+
+
+def test_it_appears_with_what_was_written(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UsageError, match="is there already"), new_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_killed_process_of_the_same_number_does_not_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers, where the same command has the same process id each time."""
+    before = this_process().model_copy(update={"started": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "this_process", lambda: before)
+        patch.setattr(module.shutil, "rmtree", lambda *found, **more: None)
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == [f".partial-{before.tag}-out"]
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert (tmp_path / "out" / "a").read_text() == "x"

@@ -1,0 +1,89 @@
+"""The manifest proves itself and says exactly what differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, CacheNotFoundError
+from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.format.identity import digest_of
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.manifest_file import read_manifest
+from tests.conftest import make_identity
+
+
+def edit(path: Path, redigest: bool = True, **changes: Any) -> bytes:
+    fields = json.loads((path / "manifest.json").read_text())
+    fields.update(changes)
+    if redigest:
+        fields.pop("digest")
+        fields["digest"] = digest_of(fields)
+    return json.dumps(fields).encode()
+
+
+def test_round_trip(known_cache: Path) -> None:
+    data = (known_cache / "manifest.json").read_bytes()
+    manifest = CacheManifest.from_bytes(data, "here")
+    assert manifest.to_bytes() == data
+    assert manifest.sealed
+
+
+def test_an_edited_manifest_is_refused(known_cache: Path) -> None:
+    data = edit(known_cache, redigest=False, made_with={"torch": "other"})
+    with pytest.raises(CacheCorruptError, match=r"here/manifest.json: content has digest \w{12}, \w{12} is recorded"):
+        CacheManifest.from_bytes(data, "here")
+
+
+def test_a_newer_format_is_refused_by_name(known_cache: Path) -> None:
+    with pytest.raises(CacheFormatError, match=r"format version 3, this teacher-cache reads 1 to 2. Install a newer"):
+        CacheManifest.from_bytes(edit(known_cache, format_version=3), "here")
+
+
+def test_another_tools_file_is_refused() -> None:
+    with pytest.raises(CacheFormatError, match="format is None, 'teacher-cache' wanted"):
+        CacheManifest.from_bytes(b'{"zarr_format": 3}', "here")
+    with pytest.raises(CacheFormatError, match="format is 'list'"):
+        CacheManifest.from_bytes(b"[]", "here")
+    with pytest.raises(CacheCorruptError, match="not JSON"):
+        CacheManifest.from_bytes(b"{", "here")
+
+
+def test_an_identity_that_is_not_its_digest_is_refused(known_cache: Path) -> None:
+    with pytest.raises(CacheFormatError, match="identity_digest is 0000"):
+        CacheManifest.from_bytes(edit(known_cache, identity_digest="0" * 64), "here")
+
+
+def test_no_cache_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError, match=r"nothing: no cache here .* start one with teacher-cache precompute"):
+        read_manifest(LocalFiles(str(tmp_path / "nothing")))
+
+
+def test_a_difference_names_the_field_and_both_values() -> None:
+    here, wanted = make_identity(), make_identity(activation="QuickGELU", logit_scale=100.0)
+    assert here.digest != wanted.digest
+    with pytest.raises(CacheMismatchError) as caught:
+        here.require(wanted, "f8k.cache")
+    assert str(caught.value) == (
+        "f8k.cache: this cache is not the one asked for. "
+        'teacher.activation: "GELU" in the cache, "QuickGELU" asked for; '
+        "teacher.logit_scale: 20.0 in the cache, 100.0 asked for. "
+        "Encode to a new path, or ask for what the cache holds (teacher-cache info shows it)."
+    )
+
+
+def test_names_alone_are_no_difference() -> None:
+    here, wanted = make_identity(), make_identity(name="the same weights, moved", pretrained="openai")
+    assert here.digest == wanted.digest
+    assert here.differences(wanted) == []
+
+
+@pytest.mark.parametrize(("probe", "agree"), [("AgECAw==", True), ("BQECAw==", False), ("AAE=", False)])
+def test_probe_pixels_may_differ_by_two_levels(probe: str, agree: bool) -> None:
+    here = make_identity()  # its probe is 0, 1, 2, 3
+    wanted = here.model_copy(update={"preprocess": here.preprocess.model_copy(update={"probe": probe})})
+    assert here.digest == wanted.digest
+    assert (here.differences(wanted) == []) is agree

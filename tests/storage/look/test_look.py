@@ -1,0 +1,419 @@
+"""``ls`` and ``info``: what they say, what they read, and what their start imports."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.storage.cli.app import _modules, complete_location
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.format.commits import QuarantinedRow, all_chunks
+from teacher_cache.storage.format.journal import ChunkCost
+from teacher_cache.storage.look import info as inspect_module
+from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.conftest import known_arrays, plan_known_cache
+from tests.object_store import ObjectStore
+
+run = CliRunner()
+
+
+def fill(location: Path | str, chunks: int | None = None, seconds: float = 2.0) -> EmbeddingWriter:
+    """Encode the first chunks of a planned cache, or all of them and seal it."""
+    writer = EmbeddingWriter(str(location))
+    for ref in writer.pending()[:chunks]:
+        rows = len(ref.rows(writer.manifest.layout))
+        cost = ChunkCost(rows=rows, seconds=seconds, teacher_seconds=seconds)
+        writer.write(ref, known_arrays(writer, ref), cost=cost)
+    if chunks is None:
+        writer.seal()
+    return writer
+
+
+def answer(*arguments: str, code: int = 0) -> Any:
+    done = run.invoke(app, [*arguments, "--json"])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys that are read from local folders from now on."""
+    keys: list[str] = []
+    read = LocalFiles.read
+
+    def noted(self: LocalFiles, key: str) -> bytes:
+        keys.append(key)
+        return read(self, key)
+
+    monkeypatch.setattr(LocalFiles, "read", noted)
+    return keys
+
+
+# --- how the command starts
+
+
+@pytest.mark.parametrize("command", ["info", "ls"])
+def test_the_start_imports_no_more_than_the_command_needs(command: str, known_cache: Path) -> None:
+    code = (
+        "import importlib.metadata as m; m.distributions = None  # what reads the metadata of all packages cannot\n"
+        f"import sys; sys.argv = ['teacher-cache', '{command}', sys.argv[1], '--json']; import teacher_cache.pipeline.cli.app as c\n"  # noqa: E501
+        "try: c.main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'zarr', 'numpy', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'rich.progress', "
+        "'teacher_cache.pipeline.settings.stages'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(known_cache)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_looking_needs_the_dependencies_of_storage_alone(known_cache: Path, tmp_path: Path) -> None:
+    """On a laptop without torch, open_clip, FAISS, Pillow and Prefect."""
+    code = """
+import sys
+class Absent:
+    names = ("torch", "torchvision", "open_clip", "faiss", "PIL", "safetensors", "lightning_fabric", "tensorboard",
+             "prefect", "s3fs", "onnx", "onnxruntime", "timm", "matplotlib", "scipy", "pandas")
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from typer.testing import CliRunner
+from teacher_cache.pipeline.cli.app import app
+cache, folder = sys.argv[1:]
+for arguments in (["ls", folder], ["info", cache], ["stats", cache], ["sample", cache], ["neighbours", cache, "3"],
+                  ["diff", cache, cache], ["gc", cache], ["export", cache, "--out", folder + "/e"], ["verify", cache]):
+    for more in ([], ["--json"]):
+        if arguments[0] == "export" and more:
+            arguments[-1] += "2"
+        done = CliRunner().invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, (arguments, done.output, done.exception)
+        assert done.stdout.startswith("{") == bool(more)
+"""
+    command = [sys.executable, "-c", code, str(known_cache), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_module_registers_the_commands_that_the_app_expects_of_it() -> None:
+    code = (
+        "import sys, importlib; from teacher_cache.storage.cli.app import app, _modules; import teacher_cache.pipeline.cli.app\n"  # noqa: E501
+        "from typer.main import get_command_from_info as made\n"
+        "def names(): return {made(i, pretty_exceptions_short=False, rich_markup_mode=None).name for i in "
+        "app.registered_commands}\n"
+        "importlib.import_module(sys.argv[1])\n"
+        "print(*sorted(names() - {'demo'}))"
+    )
+    for module in dict.fromkeys(_modules.values()):
+        done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == sorted(name for name, of in _modules.items() if of == module)
+
+
+def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (known_cache.parent / "known-others").mkdir()
+    (known_cache.parent / "known.txt").touch()
+    base = str(known_cache.parent)
+    assert complete_location(f"{base}/kno") == [f"{base}/known-others/", f"{base}/known.cache"]
+    assert complete_location("s3://bucket/kno") == complete_location("/nowhere/at/all") == []
+    monkeypatch.chdir(base)
+    assert complete_location("known.c") == ["known.cache"]
+
+    monkeypatch.setenv("_TEACHER_CACHE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "teacher-cache in")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    offered = run.invoke(app, [], prog_name="teacher-cache").stdout.split()
+    assert {"info", "inherit"} <= set(offered)
+    assert all(name.startswith("in") for name in offered)
+    monkeypatch.setenv("COMP_WORDS", "teacher-cache info known.c")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert run.invoke(app, [], prog_name="teacher-cache").stdout.split() == ["known.cache"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ls", "nothing"], 1, "nothing: no such folder. Check the path"),
+        (["stats", "nothing"], 1, "start one with teacher-cache precompute"),
+        (["stats", "part.cache"], 1, "0 of 10 chunks are there. Run the same precompute command again"),
+        (["sample", "part.cache"], 1, "Run the same precompute command again"),
+        (["neighbours", "nothing", "3"], 1, "no cache here"),
+        (["neighbours", "nothing"], 2, "Give a row or sample_id of an image, or --text-row N"),
+        (["diff", "part.cache", "nothing"], 1, "nothing: no cache here"),
+        (["gc", "nothing", "--delete"], 1, "no cache here"),
+        (["export", "nothing", "--out", "o"], 1, "no cache here"),
+        (["export", "part.cache", "--out", "part.cache"], 2, "Give a new folder, or delete this one first"),
+        (["export", "part.cache", "--out", "o", "--captions", "some"], 2, "first or all is wanted"),
+        (["plan", "--dataset", "flickr:x", "--teacher", "t"], 2, "cache is missing: give --cache"),
+        (["info", "foo://x"], 2, "foo://x: Protocol not known"),
+    ],
+)
+def test_errors_are_one_line_that_ends_with_the_remedy(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from teacher_cache.pipeline.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    plan_known_cache("part.cache")
+    monkeypatch.setattr(sys, "argv", ["teacher-cache", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == code
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert not (tmp_path / "o").exists()
+
+
+# --- info
+
+
+def test_info_shows_how_far_each_part_is_and_what_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "part.cache"
+    plan_known_cache(path)  # 3 chunks of images, 7 of captions
+    fill(path, 5, seconds=2.0)
+    found = describe_cache(str(path))
+    assert [tuple(dict(part).values()) for part in found.coverage] == [
+        ("image", 0, 3, 3, 10, 10),
+        ("text", 0, 7, 2, 25, 8),
+    ]
+    assert (found.encode_seconds, found.notes, found.notes_read) == (10.0, 5, 5)
+    assert found.captions_per_second == 8 / 4
+    assert found.remaining_seconds == pytest.approx(17 / 2)
+    assert (found.sealed, found.chunks_committed) == (False, 5)
+    shown = run.invoke(app, ["info", str(path)]).stdout
+    assert "images   ████████████████████████ 100 %, 10 of 10" in shown
+    assert "captions ███████░░░░░░░░░░░░░░░░░ 32 %, 8 of 25" in shown
+    assert "about 0:00:08 for one process" in shown
+    assert "0: 10 images and 25 captions, not sealed" in shown
+
+
+def test_what_is_left_is_not_guessed_without_a_rate(tmp_path: Path) -> None:
+    path = tmp_path / "part.cache"
+    plan_known_cache(path)
+    fill(path, 3)
+    assert answer("info", str(path))["remaining_seconds"] is None
+    assert "not known: no rate yet" in run.invoke(app, ["info", str(path)]).stdout
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_info_names_quarantined_rows_and_reasons(tmp_path: Path, sealed: bool) -> None:
+    path = tmp_path / "q.cache"
+    plan_known_cache(path)
+    writer = EmbeddingWriter(str(path))
+    refs = writer.pending()
+    for ref in refs if sealed else refs[:2]:
+        arrays, lost = known_arrays(writer, ref), []
+        for row in {1, 6} & set(ref.rows(writer.manifest.layout)) if ref.tower == "image" else ():
+            for values in arrays.values():
+                values[row - ref.rows(writer.manifest.layout).start] = np.nan
+            lost.append(QuarantinedRow(row=row, sample_id=f"img-{row}", reason="undecodable", detail="cut short"))
+        writer.write(ref, arrays, lost)
+    if sealed:
+        writer.seal()
+    found = answer("info", str(path))
+    assert found["quarantine"] == {"undecodable": 2}
+    assert [row["row"] for row in found["quarantined_rows"]] == [1, 6]
+    assert "undecodable 2: img-1 (row 1), img-6 (row 6)" in run.invoke(app, ["info", str(path)]).stdout
+
+
+def test_info_of_a_large_cache_reads_no_more_than_of_a_small_one(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a stated number of notes the cost is scaled up, and that is said."""
+    monkeypatch.setattr(inspect_module, "NOTES_READ", 4)
+    path = tmp_path / "large.cache"
+    plan_known_cache(path, images=200, captions=240)  # 50 + 60 chunks
+    fill(path, seconds=3.0)
+    reads.clear()
+    found = describe_cache(str(path))
+    assert len(reads) == 1 + 4 + 4  # the manifest, and notes
+    assert not [key for key in reads if key.startswith(("targets.zarr", "samples", "captions"))]
+    assert (found.notes, found.notes_read, found.encode_seconds) == (110, 8, 330.0)
+    assert found.captions_per_second == pytest.approx(4 / 3)
+    shown = run.invoke(app, ["info", str(path)]).stdout
+    assert "about 330.0 s" in shown
+    assert "8 of 110 notes" in " ".join(shown.replace("│", " ").split())
+
+    monkeypatch.setattr(inspect_module, "COMMITS_READ", 10)
+    (path / all_chunks(EmbeddingWriter(str(path)).manifest.layout)[0].commit_key).unlink()
+    (path / "manifest.json").write_bytes(EmbeddingWriter(str(path)).manifest.unsealed().to_bytes())
+    reads.clear()
+    assert describe_cache(str(path)).quarantine is None
+    assert len(reads) == 1 + 4 + 4
+
+
+# --- ls
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """A complete cache, one that is not, a damaged one, another tool's manifest, and one too deep."""
+    root = tmp_path / "shelf"
+    for name in ("a/whole.cache", "a/b/part.cache", "bad.cache", "1/2/3/4/5/deep.cache"):
+        plan_known_cache(root / name)
+    fill(root / "a/whole.cache")
+    fill(root / "a/b/part.cache", 4)
+    (root / "bad.cache/manifest.json").write_bytes(b'{"format": "teacher-cache", "format_version": 1}')
+    (root / "web").mkdir()
+    (root / "web/manifest.json").write_text('{"name": "an app"}')
+    return root
+
+
+def test_ls_finds_caches_and_says_what_they_are(shelf: Path, reads: list[str]) -> None:
+    found = answer("ls", str(shelf), code=1)
+    by_name = {cache["location"].removeprefix(f"{shelf}/"): cache for cache in found["caches"]}
+    assert set(by_name) == {"a/whole.cache", "a/b/part.cache", "bad.cache"}
+    assert found["not_entered"] == 1
+    whole, part = by_name["a/whole.cache"], by_name["a/b/part.cache"]
+    assert (whole["teacher"], whole["dataset"], whole["images"], whole["captions"]) == (
+        "tiny",
+        "flickr:/nowhere",
+        10,
+        25,
+    )
+    assert (whole["sealed"], whole["chunks_committed"], part["sealed"], part["chunks_committed"]) == (
+        True,
+        10,
+        False,
+        4,
+    )
+    stored = sum(
+        file.stat().st_size for file in (shelf / "a/whole.cache/targets.zarr").rglob("c/**/*") if file.is_file()
+    )
+    assert whole["committed_bytes"] == stored
+    assert whole["modified"] is not None
+    assert "It was edited or damaged. Run teacher-cache repair" in by_name["bad.cache"]["problem"]
+    assert {key.rpartition("/")[2] for key in reads} == {"manifest.json"}
+
+    deeper = answer("ls", str(shelf), "--depth", "5", code=1)
+    assert {cache["location"] for cache in deeper["caches"]} > {str(shelf / "1/2/3/4/5/deep.cache")}
+    assert deeper["not_entered"] == 0
+
+
+def test_ls_as_people_see_it(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shelf)
+    done = run.invoke(app, ["ls", "a"])
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["cache", "a/b/part.cache", "a/whole.cache"]
+    assert " 40 % " in lines[1]
+    assert " complete " in lines[2]
+    assert "1 folder deeper down not looked into; --depth 5 does" in run.invoke(app, ["ls"]).stdout
+    assert run.invoke(app, ["ls", "web"]).stdout == "no cache in web (1 folder looked into)\n"
+    assert answer("ls", "a/whole.cache")["caches"][0]["location"] == "a/whole.cache"
+
+
+def test_ls_follows_each_link_once(shelf: Path) -> None:
+    before = answer("ls", str(shelf), code=1)
+    (shelf / "loop").symlink_to("loop")
+    (shelf / "a/up").symlink_to("..")
+    (shelf / "a/b/here").symlink_to(".")
+    (shelf / "z").symlink_to("a/b")
+    assert answer("ls", str(shelf / "z"))["caches"][0]["location"] == str(shelf / "z/part.cache")
+    (shelf / "z").unlink()
+    assert answer("ls", str(shelf), code=1) == before
+
+
+def denied(*_: object) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_ls_passes_over_a_folder_that_may_not_be_entered(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = answer("ls", str(shelf / "a"))
+    (shelf / "a/lost+found").mkdir()
+    for name in ("read", "stat"):
+        call = getattr(LocalFiles, name)
+        monkeypatch.setattr(
+            LocalFiles,
+            name,
+            lambda files, key, call=call: denied() if key.startswith("lost+found/") else call(files, key),
+        )
+    found = answer("ls", str(shelf / "a"))
+    assert (found["caches"], found["folders"]) == (before["caches"], before["folders"] + 1)
+
+
+def test_ls_passes_over_an_entry_that_may_not_be_looked_at(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link into another user's folder, say."""
+    before = answer("ls", str(shelf), code=1)
+    (shelf / "closed").symlink_to("a")
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def closed(path: Any) -> Any:
+        with scandir(path) as entries:
+            yield [SimpleNamespace(name="closed", is_dir=denied) if each.name == "closed" else each for each in entries]
+
+    monkeypatch.setattr(os, "scandir", lambda path: (closed if path == shelf else scandir)(path))
+    assert answer("ls", str(shelf), code=1) == before
+
+
+def test_ls_shows_a_cache_whose_manifest_may_not_be_read(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalFiles, "read", lambda files, key: denied() if files.exists(key) else files.stat(key))
+    caches = {cache["location"]: cache["problem"] for cache in answer("ls", str(shelf / "a"), code=1)["caches"]}
+    assert caches == {
+        str(shelf / f"a/{name}"): f"{name}/manifest.json: cannot be read: Permission denied"
+        for name in ("b/part.cache", "whole.cache")
+    }
+
+
+def test_ls_of_nothing_says_what_to_check(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "ls", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    assert done.returncode == 1
+    assert done.stderr == "error: nowhere: no such folder. Check the path; ls looks for caches in and below it.\n"
+
+
+def test_looking_at_an_object_store(moto: ObjectStore, known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    root = moto.location(str(uuid.uuid4()))
+    for name in ("x/one.cache", "two.cache"):
+        plan_known_cache(f"{root}/{name}")
+    fill(f"{root}/two.cache")
+    found = answer("ls", root)
+    assert [cache["location"] for cache in found["caches"]] == [f"{root}/two.cache", f"{root}/x/one.cache"]
+    assert [cache["chunks_committed"] for cache in found["caches"]] == [10, 0]
+    assert all(cache["modified"] for cache in found["caches"])
+    assert answer("info", f"{root}/two.cache")["encode_seconds"] == 20.0
+    assert answer("ls", f"{root}/nothing")["caches"] == []
+    assert answer("stats", f"{root}/two.cache")["image"]["rows_read"] == 10
+    assert answer("neighbours", f"{root}/two.cache", "img-3")["image"]["row"] == 3
+    assert answer("diff", f"{root}/two.cache", str(known_cache))["same"]  # made alike, there and here
+
+
+def test_copied_rows_have_no_share_in_the_teachers_speed(tmp_path: Path) -> None:
+    """Notes of a chunk that was copied, of one copied in part, and of one that the teacher made."""
+    location = str(tmp_path / "c")
+    plan_known_cache(location)
+    writer = EmbeddingWriter(location)
+    images = [ref for ref in writer.pending() if ref.tower == "image"]
+    speeds = []
+    for ref, encoded in zip(images, (0, 1, None), strict=False):
+        rows = len(ref.rows(writer.manifest.layout))
+        cost = ChunkCost(rows=rows, encoded_rows=encoded, seconds=1.0, teacher_seconds=1.0)
+        writer.write(ref, known_arrays(writer, ref), cost=cost)
+        speeds.append(describe_cache(location).images_per_second)
+        if encoded == 0:
+            assert "1.0 s (none by the teacher noted)" in run.invoke(app, ["info", location]).stdout
+    assert speeds == [None, 1 / 2, (1 + rows) / 3]

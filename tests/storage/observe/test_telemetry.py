@@ -1,0 +1,404 @@
+"""Metrics over real HTTP while a real run works; nothing at all when nobody asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.precompute.encode import encode_shared
+from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.train.loop import StepProgress, train
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe import telemetry as module
+from teacher_cache.storage.observe.logs import RUN
+from teacher_cache.storage.observe.telemetry import (
+    METRICS_HOST,
+    METRICS_PORT,
+    PrometheusTelemetry,
+    Telemetry,
+    observed,
+    require_metrics,
+    telemetry,
+)
+from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
+
+PROJECT = Path(__file__).resolve().parents[3]
+IMAGES, CHUNK, BAD = 20, 8, "0003.jpg"
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parsed(text: str) -> Samples:
+    """Value by name and labels, as Prometheus reads it."""
+    families = text_string_to_metric_families(text)
+    return {(each.name, tuple(sorted(each.labels.items()))): each.value for part in families for each in part.samples}
+
+
+def scrape(url: str) -> Samples:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=10) as answer:
+        return parsed(answer.read().decode())
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    return found[f"teacher_cache_{name}", tuple(sorted(labels.items()))]
+
+
+def served_at(capsys: pytest.CaptureFixture[str]) -> str:
+    """Where the run that has just begun says its metrics are."""
+    found = re.search(r"^metrics: (http://127\.0\.0\.1:\d+/metrics)$", capsys.readouterr().err, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def any_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(METRICS_PORT, "0")
+    monkeypatch.delenv(METRICS_HOST, raising=False)
+
+
+def settings(photos: Path, teacher: Path, cache: Path) -> dict[str, Any]:
+    (photos / "images" / BAD).write_bytes(b"no image")
+    return {
+        "dataset": f"flickr:{photos}",
+        "teacher": f"local-dir:{teacher}",
+        "cache": str(cache),
+        "chunk_rows": CHUNK,
+        "device": "cpu",
+    }
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_precompute_can_be_asked_while_it_works(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked at each step of its progress: counters only rise, and end at what the cache says of itself."""
+    seen: list[Samples] = []
+    url = ""
+
+    def ask(stage: str, done: int, total: int) -> None:
+        nonlocal url
+        url = url or served_at(capsys)
+        seen.append(scrape(url))
+
+    made = precompute(PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c")), ask)
+    last = seen[-1]  # with the last batch; the last chunks may not be on the disk yet
+    assert value(last, "rows_total", tower="image") == IMAGES
+    assert value(last, "progress_rows", tower="image") == value(last, "wanted_rows", tower="image") == IMAGES
+    assert value(last, "decode_seconds_count", tower="image") == IMAGES
+    assert value(last, "decode_seconds_sum", tower="image") > 0
+    assert 1 <= value(last, "write_seconds_count", tower="image") <= -(-IMAGES // CHUNK)
+    assert value(last, "teacher_seconds_sum", tower="image") > 0
+    assert value(last, "bad_samples_total", kind="undecodable-image") == made.quarantined == 1
+    assert value(last, "queue_depth", queue="decode") == 0
+    rows = [each.get(("teacher_cache_rows_total", (("tower", "image"),)), 0.0) for each in seen]
+    assert rows == sorted(rows)
+    assert len(set(rows)) > 2
+    assert telemetry().__class__ is Telemetry
+    with pytest.raises(OSError, match="refused"):
+        scrape(url)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_training_counts_pairs_steps_and_waits(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(METRICS_PORT, "")
+    cache = make_cache(tmp_path, tiny_teacher)
+    monkeypatch.setenv(METRICS_PORT, "0")
+    seen: list[tuple[StepProgress, Samples]] = []
+    url = ""
+
+    def ask(at: StepProgress) -> None:
+        nonlocal url
+        url = url or served_at(capsys)
+        seen.append((at, scrape(url)))
+
+    record = train(train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run"), ask).record
+    assert len(seen) == record.steps
+    for at, found in seen:
+        assert value(found, "train_samples_total") == 8 * at.step
+        assert value(found, "train_step_seconds_count") == at.step
+        assert value(found, "train_loss") == pytest.approx(at.loss)
+    assert value(seen[-1][1], "train_data_wait_seconds_total") > 0
+    assert value(seen[-1][1], "train_step_seconds_sum") < record.seconds
+
+
+def two_ports_in_a_row() -> int:
+    """The first of two free ports that the system gives nobody who asks for any port: those begin at 32768."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_766):
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two ports in a row are free")
+
+
+def test_each_process_of_a_run_has_a_port_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as first:
+        port = two_ports_in_a_row()
+        first.bind(("127.0.0.1", port))
+        first.listen()
+        monkeypatch.setenv(METRICS_PORT, str(port))
+        taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
+        # every run of a machine may have the environment: none fails for it
+        with observed(), observed():
+            assert type(telemetry()) is Telemetry
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert re.match(f"warning: {taken}", warning)
+        monkeypatch.setenv("TEACHER_CACHE_METRICS_REQUIRED", "")  # so that it is put back
+        require_metrics(port)
+        with pytest.raises(UsageError, match=taken), observed():
+            pass
+        with observed(process=1):
+            assert served_at(capsys).endswith(f":{port + 1}/metrics")
+    monkeypatch.setenv(METRICS_PORT, "http")
+    with pytest.raises(UsageError, match="METRICS_PORT is 'http': a port from 0"), observed():
+        pass
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_taken_port_ends_the_command_that_named_it(
+    by_flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag does, the environment does not: that run comes to its own error, of a teacher that is not there."""
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        port = str(first.getsockname()[1])
+        words = ["precompute", "--dataset", f"flickr:{tmp_path}", "--cache", str(tmp_path / "c"), "--teacher", "none"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if by_flag else {METRICS_PORT: port})
+        words += ["--metrics-port", port] if by_flag else []
+        command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *words]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    first_line, *others = done.stderr.splitlines()
+    assert f"metrics cannot be served on 127.0.0.1:{port}" in first_line
+    assert first_line.startswith("error: " if by_flag else "warning: ")
+    assert len(others) == (0 if by_flag else 1)
+
+
+def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is handed on as it is, and prometheus-client is not imported."""
+    monkeypatch.delenv(METRICS_PORT, raising=False)
+
+    def job() -> None: ...
+
+    with observed():
+        assert telemetry().prepared("image", job) is job
+    code = "import sys, teacher_cache.pipeline.precompute.run, teacher_cache.pipeline.train.loop; sys.exit('prometheus_client' in sys.modules)"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def counted(name: str, **labels: str) -> float | None:
+    """What the run at hand has counted so far."""
+    counting = telemetry()
+    assert isinstance(counting, PrometheusTelemetry)
+    return counting.registry.get_sample_value(f"teacher_cache_{name}", labels)
+
+
+def test_a_job_that_fails_or_is_cancelled_leaves_the_queue() -> None:
+    counting = PrometheusTelemetry()
+
+    def depth() -> float | None:
+        return counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"})
+
+    def fails() -> None:
+        raise OSError("gone")
+
+    job: Future[None] = Future()
+    never: Future[None] = Future()
+    for future in (job, never):
+        counting.queued(future)
+    assert depth() == 2
+    with pytest.raises(OSError, match="gone") as found:
+        counting.prepared("image", fails)()
+    job.set_exception(found.value)
+    assert depth() == 1
+    never.cancel()
+    assert depth() == 0
+    assert counting.registry.get_sample_value("teacher_cache_decode_seconds_count", {"tower": "image"}) == 1
+
+
+@pytest.mark.usefixtures("any_port")
+def test_progress_is_of_the_run_not_of_each_span_and_a_span_tried_again_counts_once(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans one after another, as the flow encodes them; the last one fails at its end and is tried again."""
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"))
+    teacher = load_teacher(config.teacher, device="cpu")
+    with observed():
+        images = [ref for ref in plan_precompute(config, teacher) if ref.tower == "image"]
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, IMAGES)
+        for last in (1, 2):
+            encode_shared(config, teacher, images[last - 1 : last])
+            assert counted("progress_rows", tower="image") == CHUNK * last
+            assert counted("wanted_rows", tower="image") == IMAGES
+        with monkeypatch.context() as broken:
+            broken.setattr(EmbeddingWriter, "write", fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == 2 * CHUNK
+        encode_shared(config, teacher, images[2:])
+        assert counted("progress_rows", tower="image") == counted("wanted_rows", tower="image") == IMAGES
+        plan_precompute(config, teacher)
+        assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, 0)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_run_that_fails_leaves_no_queue(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other samples wait for the one thread when the first of them ends the run."""
+    few = {"batch_size": 1, "decode_threads": 1}
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"), **few)
+    teacher = load_teacher(config.teacher, device="cpu")
+    read = ImageSource.read
+    waiting = None
+
+    def slow(self: ImageSource, *where: Any) -> bytes:
+        time.sleep(0.05)
+        return read(self, *where)
+
+    def overflow(*_: object) -> None:
+        nonlocal waiting
+        waiting = counted("queue_depth", queue="decode")
+        telemetry().writing(1)
+        raise FloatingPointError("infinite")
+
+    with observed():
+        pending = plan_precompute(config, teacher)
+        monkeypatch.setattr(ImageSource, "read", slow)
+        monkeypatch.setattr(LiveTeacher, "encode_shown", overflow)
+        with pytest.raises(FloatingPointError, match="infinite"):
+            encode_shared(config, teacher, pending)
+        assert waiting is not None
+        assert waiting > 1
+        assert counted("queue_depth", queue="decode") == counted("queue_depth", queue="write") == 0
+
+
+@pytest.mark.usefixtures("any_port")
+def test_copied_rows_are_none_of_the_teachers_seconds(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    made = settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c")
+    precompute(PrecomputeConfig(**made))
+    again = PrecomputeConfig(**{**made, "cache": str(tmp_path / "again"), "reuse": made["cache"]})
+    with observed():
+        assert precompute(again).rows_reused["image"] > 0
+        assert counted("rows_total", tower="text") == 2 * IMAGES
+        assert counted("teacher_seconds_count", tower="text") is None
+
+
+def fail(*_: object) -> None:
+    raise OSError("the disk is full")
+
+
+def test_gpus_are_told_of_once_torch_has_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(index: int) -> int:
+        if index:
+            raise ModuleNotFoundError("pynvml")
+        return 62
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: started,
+        device_count=lambda: 2,
+        memory_allocated=lambda index: 100 + index,
+        memory_reserved=lambda index: 200 + index,
+        get_device_properties=lambda index: SimpleNamespace(total_memory=1000),
+        utilization=unknown,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    counting = PrometheusTelemetry()
+    started = False
+    memory = {"device": "1", "kind": "reserved"}
+    assert counting.registry.get_sample_value("teacher_cache_gpu_memory_bytes", memory) is None
+    started = True
+    assert counting.registry.get_sample_value("teacher_cache_gpu_memory_bytes", memory) == 201
+    assert counting.registry.get_sample_value("teacher_cache_gpu_utilization_ratio", {"device": "0"}) == 0.62
+    assert counting.registry.get_sample_value("teacher_cache_gpu_utilization_ratio", {"device": "1"}) is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_use_is_told_of() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kept = torch.zeros(1_000_000, device="cuda")
+    found = PrometheusTelemetry().registry.get_sample_value(
+        "teacher_cache_gpu_memory_bytes", {"device": "0", "kind": "allocated"}
+    )
+    assert found is not None
+    assert found >= kept.nbytes
+
+
+def test_the_commands_log_json_alone_with_run_chunk_and_row(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """``precompute`` and ``train`` as commands: each line of stderr parses, and bad rows are named."""
+    environment = {**os.environ, RUN: "night-3", "OMP_NUM_THREADS": "1"}
+    environment.pop(METRICS_PORT, None)
+
+    def run(*words: str) -> list[dict[str, Any]]:
+        command = [
+            sys.executable,
+            "-m",
+            "teacher_cache.pipeline.cli.app",
+            *words,
+            "--device",
+            "cpu",
+            "--log-format",
+            "json",
+        ]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stderr.splitlines()]
+
+    cache = tmp_path / "c"
+    chosen = settings(make_photos(IMAGES), tiny_teacher, cache)
+    del chosen["device"]
+    flags = [word for name, each in chosen.items() for word in (f"--{name.replace('_', '-')}", str(each))]
+    said = run("precompute", *flags, "--metrics-port", "0")
+    assert {line["run"] for line in said} == {"night-3"}
+    committed = [line for line in said if line["message"] == "chunk committed"]
+    assert Counter(line["chunk"].split("/")[0] for line in committed) == {"image": 3, "text": 5}
+    images = [line["rows"] for line in committed if line["chunk"].startswith("image")]
+    assert sorted(images) == [[0, 8], [8, 16], [16, 20]]
+    (lost,) = [line for line in said if line["message"] == "row quarantined"]
+    assert (lost["chunk"], lost["row"], lost["sample_id"]) == ("image/v0/000000", 3, BAD)
+    assert (lost["level"], lost["cache"]) == ("warning", str(cache))
+    (served,) = [line for line in said if line["message"] == "metrics are served"]
+    assert served["url"].startswith("http://127.0.0.1:")
+
+    student, out = str(make_student(tmp_path / "s.json")), str(tmp_path / "run")
+    flags = ["--cache", str(cache), "--student", student, "--out", out, "--epochs", "1", "--batch-size", "5"]
+    said = run("train", *flags)
+    finished = [line for line in said if line["message"] == "epoch finished"]
+    assert [(line["run"], line["step"], line["num_rows"]) for line in finished] == [(out, 3, 15)]
+    assert [line["checkpoint"] for line in said if line["message"] == "checkpoint saved"] == ["checkpoints/epoch-0001"]
+    assert module.telemetry().__class__ is Telemetry
