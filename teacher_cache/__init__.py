@@ -9,7 +9,7 @@ Each stage is a function of one settings object::
     train(TrainConfig(cache="scenes.cache", student="scenes-small", out="runs/a"))
     rows = Cache("scenes.cache").take("image", [0, 17, 4])
 
-Importing this package imports nothing else: a name is loaded when it is first used, and only what runs a model needs torch.
+Importing this package imports nothing else: a name is loaded on first use, and only what runs a model needs torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from teacher_cache.storage.errors import CacheUnreachableError as CacheUnreachableError
     from teacher_cache.storage.errors import UsageError as UsageError
     from teacher_cache.storage.look.info import describe_cache as describe_cache
-    from teacher_cache.storage.read.reader import EmbeddingReader as Cache
+    from teacher_cache.storage.read.reader import EmbeddingReader as Cache  # noqa: F401
 
 # name -> module and, where it differs, the name there
 _HOMES = {
