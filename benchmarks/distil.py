@@ -36,8 +36,10 @@ from teacher_cache.pipeline.models.inherit.run import inherit
 from teacher_cache.pipeline.models.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, RunRecord
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.recipes import in_teacher_space
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, InheritConfig, ResizeConfig, SoupConfig, TrainConfig
+from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import all_chunks
@@ -124,7 +126,7 @@ def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Name
         for each in seeds:
             run_row(row["soup"], table, each, options)
         runs = [options.out / f"{row['soup']}-{each}" for each in seeds]
-        return partial(made_of, runs, out, partial(soup, SoupConfig(runs=tuple(map(str, runs)), out=str(out))))
+        return partial(made_of, runs, out, partial(soup, MeanConfig(runs=tuple(map(str, runs)), out=str(out))))
     if "resize" in row:
         run_row(row["resize"], table, seed, options)
         run = options.out / f"{row['resize']}-{seed}"

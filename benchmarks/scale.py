@@ -30,7 +30,7 @@ from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_sampl
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
 from teacher_cache.pipeline.precompute.plan import default_chunk_rows, plan_precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef, all_chunks

@@ -15,7 +15,7 @@ from prefect_ray import RayTaskRunner
 
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.flows.spans import Span
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 
 
 @task(**TRIED_AGAIN)

@@ -21,7 +21,7 @@ from teacher_cache.flows.parameters import parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_image
 from teacher_cache.flows.retries import TRIED_AGAIN
-from teacher_cache.pipeline.settings.stages import DeployConfig
+from teacher_cache.pipeline.settings.deploy import DeployConfig
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult

@@ -19,7 +19,7 @@ from teacher_cache.flows.parameters import parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult

@@ -23,7 +23,7 @@ from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.flows.spans import Span, default_chunks_per_span
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.observe.telemetry import observed
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from teacher_cache.pipeline.data.datasets import samples
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, UndecodableImageError, decode_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
 from teacher_cache.storage.format.identity import canonical_json

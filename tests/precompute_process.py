@@ -71,7 +71,7 @@ def _run(
     happens = KillSwitch(kill_at)
     _watch(config["cache"], happens, teacher_seconds, passes_of(out))
     from teacher_cache.pipeline.precompute.run import precompute
-    from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+    from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 
     try:
         ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}

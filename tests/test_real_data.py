@@ -14,7 +14,9 @@ from PIL import Image
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.check.verify import verify_cache
 from tests.conftest import shared

@@ -107,8 +107,8 @@ def test_every_module_and_setting_has_its_place(pages: dict[Path, Page]) -> None
         "teacher_cache.pipeline.train.loop.train",
         "teacher_cache.storage.read.reader.EmbeddingReader.take",
     } <= ids
-    config = next(path for path in pages if path.name == "teacher_cache.pipeline.settings.stages.html").read_text()
-    assert "Largest norm of the gradient." in config  # a setting without a flag
+    config = next(path for path in pages if path.name == "teacher_cache.pipeline.settings.train.html").read_text()
+    assert "Maximum norm of the gradient." in config  # a setting without a flag
 
 
 def test_every_link_and_anchor_leads_somewhere(site: Path, pages: dict[Path, Page]) -> None:
@@ -184,7 +184,7 @@ def test_a_browser_shows_it_and_finds_a_word(served: str) -> None:
                 ("index", "teacher-cache"),
                 ("tutorial", "COCO"),
                 ("reference/cli", "Commands"),
-                ("project/api/pipeline.config", "teacher_cache.pipeline.settings.stages"),
+                ("project/api/teacher_cache.pipeline.settings.train", "teacher_cache.pipeline.settings.train"),
             ):
                 page.goto(f"{served}/{name}.html")
                 assert heading in page.inner_text("h1")

@@ -33,7 +33,7 @@ def start(config: dict[str, Any], *, out: Path, resume: bool = False, kill_at: i
 def _run(config: dict[str, Any], out: Path, resume: bool, kill_at: int | None) -> None:
     happens = KillSwitch(kill_at)
     _watch(Path(config["out"]).resolve(), happens)
-    from teacher_cache.pipeline.settings.stages import TrainConfig
+    from teacher_cache.pipeline.settings.train import TrainConfig
     from teacher_cache.pipeline.train.loop import train
 
     error = None

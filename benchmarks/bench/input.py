@@ -34,7 +34,8 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.student import build_student, student_config, student_tokenizer
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PixelsConfig, PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
 from teacher_cache.storage.read.reader import EmbeddingReader
 

@@ -39,7 +39,7 @@ from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.models.text_length import encode_text, shorten
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter
 

@@ -27,7 +27,10 @@ from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.inherit.run import inherit
 from teacher_cache.pipeline.precompute.plan import default_chunk_rows
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, InheritConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.student import InheritConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.identity import CacheIdentity, TargetsIdentity

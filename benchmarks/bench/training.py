@@ -31,7 +31,8 @@ from teacher_cache.pipeline.models.device import image_memory_format, keep_freed
 from teacher_cache.pipeline.models.student import Student, build_student, student_config, student_tokenizer
 from teacher_cache.pipeline.models.text_length import encode_text, shorten
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.pipeline.train.step import TrainStep
 from teacher_cache.storage.read.reader import EmbeddingReader

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from teacher_cache.pipeline.cli.flags import LogFlag, LogFormat, MetricsFlag, RunFile, how_to_go_on, say, setting
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.cli.app import CacheArgument, JsonFlag, app, counted, print_json, rates
 from teacher_cache.storage.cli.compare import print_findings, print_report
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.forecast import Forecast
 from typing import TYPE_CHECKING
 
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ImportConfig
+from teacher_cache.pipeline.settings.precompute import ImportConfig
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.import_folder import ImportResult

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.pipeline.cli.flags import say, setting
-from teacher_cache.pipeline.promote.gate import PromoteConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.storage.cli.app import JsonFlag, app, print_json
 from teacher_cache.storage.errors import UsageError
 

@@ -13,7 +13,9 @@ from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress
 

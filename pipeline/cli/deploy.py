@@ -11,8 +11,8 @@ from rich.console import Console
 
 from teacher_cache.pipeline.cli.flags import say, setting
 from teacher_cache.pipeline.deploy.record import require_packages
+from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import DeployConfig
 from teacher_cache.storage.cli.app import JsonFlag, app, print_json
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.pipeline.cli.flags import RunFile, say, setting, which_checkpoint
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
 from teacher_cache.storage.cli.app import JsonFlag, app, print_json
 from teacher_cache.storage.observe.progress import StageProgress
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from teacher_cache.pipeline.settings.stages import ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.cli.app import counted
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from teacher_cache.pipeline.settings.stages import CostConfig
+from teacher_cache.pipeline.settings.evaluate import CostConfig
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.cost.latency import Ratio

@@ -11,7 +11,8 @@ from rich.console import Console
 from teacher_cache.pipeline.cli.flags import LogFlag, LogFormat, MetricsFlag, RunFile, say, setting
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config, given_settings, load_config
-from teacher_cache.pipeline.settings.stages import InheritConfig, PixelsConfig, ResizeConfig, SoupConfig, TrainConfig
+from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig, TrainConfig
 from teacher_cache.storage.cli.app import JsonFlag, app, print_json
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress
@@ -181,12 +182,12 @@ def train(
 
 @app.command()
 def soup(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=SoupConfig.model_fields["runs"].description)],
-    out: Annotated[str | None, setting(SoupConfig, "out")] = None,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=MeanConfig.model_fields["runs"].description)],
+    out: Annotated[str | None, setting(MeanConfig, "out")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Average the weights of runs that began at the same ones: one student of the same size, often a better one."""
-    config = load_config(SoupConfig, "soup", None, {"runs": runs, "out": out})
+    config = load_config(MeanConfig, "soup", None, {"runs": runs, "out": out})
     from teacher_cache.pipeline.models.average import soup as run_soup
 
     record = run_soup(config)

@@ -35,7 +35,7 @@ from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.evaluate.zero_shot import Classification, ZeroShotEncoder, classify_dataset, common_rows
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import LiveTeacher
-from teacher_cache.pipeline.settings.stages import DeployConfig
+from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.errors import UsageError
 
 __all__ = ["Subject", "measure"]

@@ -36,7 +36,8 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
 from teacher_cache.pipeline.models.student import Student, load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 

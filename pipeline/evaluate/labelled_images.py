@@ -23,7 +23,7 @@ from teacher_cache.pipeline.data.datasets.prompts import Classes
 from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image
-from teacher_cache.pipeline.settings.stages import ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 

@@ -27,8 +27,8 @@ from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, re
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.recipes import TEACHER_SPACE_LOSSES, in_teacher_space
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import out_file
 

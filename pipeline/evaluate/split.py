@@ -23,7 +23,7 @@ from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, first_positive_ranks
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import unit_rows

@@ -26,7 +26,7 @@ from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher
 from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.settings.stages import ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 
 __all__ = [

@@ -17,7 +17,8 @@ from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
 from teacher_cache.pipeline.models.teacher import is_surely, load_teacher
 from teacher_cache.pipeline.precompute.plan import Progress, dataset_identity, dataset_tables
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest import CacheManifest

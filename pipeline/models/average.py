@@ -16,7 +16,7 @@ from torch import Tensor
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import AveragedRun, RunRecord, weights_file_sha256
 from teacher_cache.pipeline.models.student import Student, architecture_differences, load_student, save_student
-from teacher_cache.pipeline.settings.stages import SoupConfig
+from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 
@@ -25,7 +25,7 @@ __all__ = ["mean_student", "soup"]
 _CHECKPOINT = "checkpoints/mean"
 
 
-def soup(config: SoupConfig) -> RunRecord:
+def soup(config: MeanConfig) -> RunRecord:
     """Write the mean of finished runs as a run of its own, to be measured, deployed or begun from as any other.
 
     The folder appears whole or not at all. The runs are left as they are; no cache is opened.

@@ -18,7 +18,7 @@ from open_clip.model import resize_pos_embed
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import ResizedRun, RunRecord, weights_file_sha256
 from teacher_cache.pipeline.models.student import Student, build_student, checkpoint_origin, load_student, save_student
-from teacher_cache.pipeline.settings.stages import ResizeConfig
+from teacher_cache.pipeline.settings.student import ResizeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from teacher_cache.pipeline.models.run_record import BestRecord, RunRecord, other_settings
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import sync
 from teacher_cache.storage.files.location import LocalFiles

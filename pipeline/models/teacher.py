@@ -29,7 +29,7 @@ from teacher_cache.pipeline.models.safe_loading import (
 )
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
 from teacher_cache.pipeline.models.weights import digest_tensors
-from teacher_cache.pipeline.settings.stages import Precision
+from teacher_cache.pipeline.settings.base import Precision
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 from teacher_cache.storage.observe.safe_text import printable

@@ -34,17 +34,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.records import contents
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import long_texts
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["ForeignFolder", "ForeignRows", "ImportConfig", "MatchCounts", "match_rows", "path_tails"]
+__all__ = ["ForeignFolder", "ForeignRows", "MatchCounts", "match_rows", "path_tails"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,24 +53,6 @@ _ROWS_AT_ONCE = 65_536
 _ROUNDING = 2**-10
 _AMBIGUOUS = -2
 _BY_TAIL, _BY_PATH, _BY_ID = 1, 2, 3
-
-
-class ImportConfig(PrecomputeConfig):
-    """Make a cache with the rows of a folder of clip-retrieval's, once a sample of them is proven."""
-
-    folder: str = Field(description="Folder with img_emb, text_emb and metadata, as clip-retrieval writes them.")
-    sample: int = Field(
-        500, gt=0, description="Rows of each tower to prove against the live teacher before any is used."
-    )
-    seed: int = Field(0, ge=0, description="Of the rows that are drawn.")
-    threshold: float = Field(0.999, gt=0, le=1, description="Least cosine of the folder's and the live row.")
-
-    @field_validator("views")
-    @classmethod
-    def _one_view(cls, views: int | None) -> int | None:
-        if views not in (None, 1):
-            raise ValueError("such folders hold the evaluation crop alone; add views later with precompute --views")
-        return views
 
 
 class MatchCounts(BaseModel, frozen=True):

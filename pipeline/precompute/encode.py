@@ -37,7 +37,7 @@ from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.plan import Progress
 from teacher_cache.pipeline.precompute.reuse import KnownRows, known_rows
 from teacher_cache.pipeline.precompute.row_tally import RowTally
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import requests_at_once
 from teacher_cache.storage.format.arrays import ARRAYS, array_dtype, chunk_shape
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow

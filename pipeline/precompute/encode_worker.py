@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.reuse import known_rows
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter

@@ -43,7 +43,7 @@ from teacher_cache.pipeline.precompute.plan import (
     require_one_origin,
 )
 from teacher_cache.pipeline.precompute.reuse import CachedChunks, CachedRows, cached_rows, count_known
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, target_bytes

@@ -26,13 +26,7 @@ from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import (
-    ForeignFolder,
-    ForeignRows,
-    ImportConfig,
-    MatchCounts,
-    match_rows,
-)
+from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder, ForeignRows, MatchCounts, match_rows
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
@@ -44,6 +38,7 @@ from teacher_cache.pipeline.precompute.plan import (
 )
 from teacher_cache.pipeline.precompute.run import summarize
 from teacher_cache.pipeline.precompute.sample_proof import cosine, draw_rows
+from teacher_cache.pipeline.settings.precompute import ImportConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.layout import Tower

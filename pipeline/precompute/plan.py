@@ -18,7 +18,7 @@ from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, SampleSet,
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import require_reusable
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef

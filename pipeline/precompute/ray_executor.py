@@ -31,7 +31,7 @@ from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcom
 from teacher_cache.pipeline.precompute.handout import Handout
 from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
 from teacher_cache.pipeline.precompute.row_tally import RowTally
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.repair import RepairPlan, plan_repair, restore
 from teacher_cache.storage.check.verify import Finding, verify_cache
 from teacher_cache.storage.errors import CacheMismatchError, UsageError

@@ -12,7 +12,7 @@ from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
 from teacher_cache.pipeline.precompute.executors import open_executor
 from teacher_cache.pipeline.precompute.plan import Progress
 from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.layout import Tower

@@ -30,7 +30,7 @@ from teacher_cache.pipeline.data.images.views import Crop, draw_crop, replay
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.repair import teacher_of
-from teacher_cache.pipeline.settings.stages import ProofConfig
+from teacher_cache.pipeline.settings.precompute import ProofConfig
 from teacher_cache.storage.check.verify import IntegrityReport
 from teacher_cache.storage.errors import CacheError, CacheMismatchError
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow

@@ -22,12 +22,12 @@ from teacher_cache.pipeline.models.run_record import (
     weights_file_sha256,
 )
 from teacher_cache.pipeline.promote.registry import Candidate, Comparison, Promotion, StudentRegistry
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, StageConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.storage.errors import UsageError
 
 __all__ = [
     "NOT_SHIPPED",
-    "PromoteConfig",
     "PromoteResult",
     "checkpoint_of",
     "compare",
@@ -40,40 +40,6 @@ Progress = Callable[[str, int, int], None]
 
 NOT_SHIPPED = "could not be shipped"
 """How the reason of a student begins that passed the comparison and failed a gate of shipping."""
-
-
-class PromoteConfig(StageConfig):
-    """Measure a student beside the champion, and make it the champion if it is not worse."""
-
-    run: str = Field(description="Folder of a training run.")
-    registry: str = Field("students", description="Folder or URL where champions and challengers are kept.")
-    checkpoint: Literal["last", "best"] = Field(
-        "last", description="Of the run: the last one, or the best on the split it was chosen on (select_split)."
-    )
-    cache: str | None = Field(
-        None, description="Finished cache to measure on; left out, the one that the run was trained from."
-    )
-    split: str = Field("test", description="Split to measure on; not the one that the checkpoint was chosen on.")
-    accept_mismatch: tuple[str, ...] = Field(
-        (), description="Field of the identity, or part of it, in which the run's cache may differ from this one."
-    )
-    image_root: str | None = Field(None, description="Where the images are now, if not where the run found them.")
-    margin: float = Field(
-        3.0,
-        ge=0,
-        lt=100,
-        description="Percent. The 95 % interval of the challenger's mean recall over the champion's may begin so far "
-        "below 100. On few images the interval is wide, and an equal student needs a margin of half its width.",
-    )
-    min_retention: float | None = Field(
-        None, gt=0, description="Percent of the teacher's mean recall that the student must reach, too."
-    )
-    deployed: str | None = Field(None, description="Folder that deploy made of this run, for those who serve it.")
-    batch_size: int = Field(256, gt=0, description="Images, or captions, per forward pass.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    workers: int | None = Field(
-        None, ge=0, description="Processes that decode; half the cores, at most 8, if left out."
-    )
 
 
 class PromoteResult(BaseModel, frozen=True):

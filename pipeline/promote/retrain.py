@@ -36,11 +36,14 @@ from teacher_cache.pipeline.models.teacher import recorded_name
 from teacher_cache.pipeline.precompute.plan import CROP_SETTINGS, dataset_identity, dataset_tables
 from teacher_cache.pipeline.precompute.reuse import NotReusableError
 from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
-from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, PromoteConfig, PromoteResult, checkpoint_of, promote
+from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, PromoteResult, checkpoint_of, promote
 from teacher_cache.pipeline.promote.registry import Candidate, StudentRegistry
-from teacher_cache.pipeline.settings.promote import RetrainConfig
+from teacher_cache.pipeline.settings.base import Decoder, StoredDtype
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
 from teacher_cache.pipeline.settings.run_file import check_config
-from teacher_cache.pipeline.settings.stages import Decoder, DeployConfig, PrecomputeConfig, StoredDtype, TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files

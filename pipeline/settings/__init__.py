@@ -1,1 +1,1 @@
-"""What every stage can be told, checked before a model is built; no torch."""
+"""Settings of every stage, the same for flags, run files and Prefect. No torch; checked before a model is built."""

@@ -1,4 +1,4 @@
-"""Settings of a retraining. No torch: Prefect reads them to draw a form."""
+"""Settings of promoting a student and of retraining."""
 
 from __future__ import annotations
 
@@ -6,54 +6,98 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from teacher_cache.pipeline.settings.stages import Decoder, Precision, StageConfig, StoredDtype
+from teacher_cache.pipeline.settings.base import (
+    AcceptMismatch,
+    Checkpoint,
+    Decoder,
+    Device,
+    ImageRoot,
+    LoaderWorkers,
+    Precision,
+    Pretrained,
+    StageConfig,
+    StoredDtype,
+    StudentName,
+    TeacherName,
+)
 
-__all__ = ["RetrainConfig"]
+__all__ = ["PromoteConfig", "RetrainConfig"]
+
+
+class PromoteConfig(StageConfig):
+    """Measure a student against the champion, and promote it if it is not worse."""
+
+    run: str = Field(description="Folder of a training run.")
+    registry: str = Field("students", description="Folder or URL of the registry of champions and challengers.")
+    checkpoint: Checkpoint = "last"
+    cache: str | None = Field(None, description="Finished cache to measure on. Default: the run's.")
+    split: str = Field("test", description="Split to measure on. It must differ from the run's select_split.")
+    accept_mismatch: AcceptMismatch = ()
+    image_root: ImageRoot = None
+    margin: float = Field(
+        3.0,
+        ge=0,
+        lt=100,
+        description="Margin in percent: the 95 % interval of the challenger's mean recall, as a share of the "
+        "champion's, may start this far below 100. Few images make the interval wide: an equal student then needs half "
+        "its width.",
+    )
+    min_retention: float | None = Field(
+        None, gt=0, description="Minimum retention in percent of the teacher's mean recall. Default: no minimum."
+    )
+    deployed: str | None = Field(None, description="Folder that deploy made of this run, recorded in the registry.")
+    batch_size: int = Field(256, gt=0, description="Number of images or captions per forward pass.")
+    device: Device = "auto"
+    workers: LoaderWorkers = None
 
 
 class RetrainConfig(StageConfig):
-    """Look for new data; encode it, train, measure, ship and promote. Nothing new: nothing is done."""
+    """Look for new data; encode it, train, measure, deploy and promote. Without new data nothing happens."""
 
-    dataset: str = Field(description="KIND:PATH, as for precompute; looked at anew each time.")
-    teacher: str = Field(description="open_clip model, as for precompute.")
-    home: str = Field(description="Folder of all that retraining makes: caches, runs, deployed, students.")
-    student: str = Field(description="Shipped preset, open_clip model name, or path of an open_clip model config.")
-    pretrained: str | None = Field(None, description="open_clip pretrained tag or file, for a built-in model name.")
-    precision: Precision = Field("fp32", description="Arithmetic of the teacher's forward pass; part of the identity.")
+    dataset: str = Field(description="Dataset as KIND:PATH. It is read again each time.")
+    teacher: TeacherName
+    home: str = Field(description="Folder of all results: caches, runs, deployed, students.")
+    student: StudentName
+    pretrained: Pretrained = None
+    precision: Precision = Field("fp32", description="Precision of the teacher's forward pass. Part of the identity.")
     dtype: StoredDtype | None = Field(
         None,
-        description="Of the stored embeddings, as for precompute; that of the cache before, or float16, if left out.",
+        description="Storage type of the embeddings: float16 or int8. Default: the previous cache's, else float16.",
     )
     decoder: Decoder | None = Field(
-        None, description="Of the images, as for precompute; that of the cache before, or pillow, if left out."
+        None, description="Image decoder: pillow or jpeg-scaled. Default: the previous cache's, else pillow."
     )
-    views: int | None = Field(None, gt=0, description="Crops per image; those of the cache before, or 1, if left out.")
+    views: int | None = Field(
+        None, gt=0, description="Number of crops per image. Default: the previous cache's, else 1."
+    )
     precompute: dict[str, Any] = Field(
         {},
-        description="More settings of precompute by name: batch_size, executor, crop_scale, ... How random crops are "
-        "drawn is as in the cache before where it is left out.",
+        description="Other settings of precompute by name: batch_size, executor, crop_scale and others. Random crops "
+        "are drawn as in the previous cache unless set here.",
     )
-    caches: str | None = Field(None, description="Folder or URL of the caches instead, such as s3://bucket/caches.")
+    caches: str | None = Field(
+        None, description="Folder or URL of the caches, for example s3://bucket/caches. Default: caches in home."
+    )
     start: Literal["champion", "scratch"] = Field(
-        "champion", description="Begin with the champion's weights where it is the same student, or with none."
+        "champion", description="Initial weights: the champion's if the architecture is the same, or scratch."
     )
     train: dict[str, Any] = Field(
-        {}, description="More settings of train by name: epochs, batch_size, losses, select_split, ..."
+        {}, description="Other settings of train by name: epochs, batch_size, losses, select_split and others."
     )
-    split: str = Field("test", description="Split that challenger and champion are measured on.")
-    margin: float = Field(3.0, ge=0, lt=100, description="Percent that the challenger may be worse; see promote.")
+    split: str = Field("test", description="Split on which challenger and champion are measured.")
+    margin: float = Field(3.0, ge=0, lt=100, description="Margin in percent, as for promote.")
     min_retention: float | None = Field(
-        None, gt=0, description="Percent of the teacher's mean recall that a challenger must reach, too."
+        None, gt=0, description="Minimum retention in percent of the teacher's mean recall. Default: no minimum."
     )
     max_removed: float = Field(
         20.0,
         ge=0,
         le=100,
-        description="Percent of the cached images that may be gone from the dataset; more, and nothing is done: a "
-        "share may not be mounted.",
+        description="Maximum share in percent of cached images that may be gone. Above it retraining is refused: the "
+        "dataset may not be mounted.",
     )
-    ship: bool = Field(True, description="Deploy a student that passed, before it is promoted.")
+    ship: bool = Field(True, description="Deploy a student that passes, before it is promoted.")
     deploy: dict[str, Any] = Field(
-        {}, description="More settings of deploy by name: int8, max_recall_loss, zero_shot, ..."
+        {}, description="Other settings of deploy by name: int8, max_recall_loss, zero_shot and others."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: Device = "auto"

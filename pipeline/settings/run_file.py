@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from teacher_cache.pipeline.settings.stages import StageConfig
+from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.storage.errors import UsageError
 
 __all__ = ["check_config", "given_settings", "load_config"]

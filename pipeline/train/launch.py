@@ -19,7 +19,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.observe.telemetry import observed
 

@@ -44,7 +44,7 @@ from teacher_cache.pipeline.models.student import (
     student_tokenizer,
 )
 from teacher_cache.pipeline.models.weights import digest_tensors
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.expected import expected_identity
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.losses import TeacherQueue

@@ -40,7 +40,7 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.pipeline.models.student import build_student, student_config
-from teacher_cache.pipeline.settings.stages import PixelsConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.location import LocalFiles

@@ -17,7 +17,7 @@ from torch import Tensor
 from teacher_cache.pipeline.data.batches.pairs import Pairs, TeacherTargets
 from teacher_cache.pipeline.models.device import image_memory_format
 from teacher_cache.pipeline.models.student import Student, StudentOutput
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.gather import gather_features
 from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
 from teacher_cache.pipeline.train.optimizer import learning_rate_share

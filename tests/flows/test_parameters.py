@@ -23,9 +23,12 @@ from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from teacher_cache.flows.train_student import train_student
 from teacher_cache.pipeline.precompute.plan import chunk_spans
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
-from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.format.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ from teacher_cache.pipeline.deploy.table import StudentTable, to_markdown
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.promote.registry import StudentRegistry
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.info import describe_cache
 from tests.conftest import TINY_MODEL, write_photos

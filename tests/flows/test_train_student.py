@@ -12,7 +12,7 @@ import pytest
 from teacher_cache.flows import serve
 from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.train_student import evaluate_config, goes_on, train_student
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.observe.logs import JsonFormatter
 from tests.pipeline.train.train_work import make_cache, make_student, train_config

@@ -17,7 +17,7 @@ from teacher_cache.pipeline.evaluate.cost.latency import Timing, interleaved, sp
 from teacher_cache.pipeline.evaluate.cost.peak_memory import PeakMemory, ProbeRequest, measure_peak_memory
 from teacher_cache.pipeline.evaluate.cost.results import CostModel, CostResult, ModelCost, ModelFacts, SpeedRatios
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.settings.stages import CostConfig
+from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.storage.errors import UsageError
 
 __all__ = ["cost", "measure_cost", "processor"]

@@ -36,7 +36,7 @@ from teacher_cache.pipeline.models.student import (
     student_tokenizer,
 )
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.settings.stages import InheritConfig
+from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 from teacher_cache.storage.format.tables import long_texts

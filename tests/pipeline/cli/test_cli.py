@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import LOG_FORMAT
 from tests.conftest import TINY_MODEL

@@ -32,7 +32,8 @@ from teacher_cache.pipeline.evaluate.split import open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, AveragedRun
 from teacher_cache.pipeline.models.student import load_student
-from teacher_cache.pipeline.settings.stages import DeployConfig, EvaluateConfig
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import make_model_folder

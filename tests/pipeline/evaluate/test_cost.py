@@ -25,8 +25,8 @@ from teacher_cache.pipeline.evaluate.cost.measure import cost, measure_cost
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest, measure_peak_memory
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelFacts, TowerFlops
 from teacher_cache.pipeline.evaluate.cost.torch_models import load_student_model, load_teacher_model
+from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import CostConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder
@@ -223,7 +223,7 @@ def test_what_cannot_be_measured(tmp_path: Path, run: Path) -> None:
         cost(CostConfig(run=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="no best checkpoint"):
         cost(CostConfig(run=str(run), checkpoint="best"))
-    for batch, message in (("0,4", "numbers from 1 are wanted, found 0,4"), ("1 32", "batch.0: Input should be")):
+    for batch, message in (("0,4", "batch sizes must be 1 or more, not 0,4"), ("1 32", "batch.0: Input should be")):
         with pytest.raises(UsageError, match=message):
             load_config(CostConfig, "cost", None, {"batch": batch})
     assert load_config(CostConfig, "cost", None, {"batch": "32,1,32"}).batch == (1, 32)

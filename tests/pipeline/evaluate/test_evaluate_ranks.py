@@ -25,7 +25,9 @@ from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.evaluate.split import open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader

@@ -30,7 +30,9 @@ from teacher_cache.pipeline.evaluate.zero_shot import (
 )
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, shared

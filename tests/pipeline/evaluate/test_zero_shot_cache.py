@@ -20,13 +20,9 @@ from teacher_cache.pipeline.models.teacher import is_surely, load_teacher
 from teacher_cache.pipeline.precompute import executors as executors_module
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.stages import (
-    EvaluateConfig,
-    PrecomputeConfig,
-    ProofConfig,
-    TrainConfig,
-    ZeroShotConfig,
-)
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError, CacheNotFoundError, UsageError

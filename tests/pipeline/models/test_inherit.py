@@ -30,8 +30,9 @@ from teacher_cache.pipeline.models.student import (
 )
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import InheritConfig, PrecomputeConfig
+from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, shared
 from tests.pipeline.models.lite0 import captions_by_image, lite0_weights
@@ -333,7 +334,7 @@ def test_settings_that_cannot_be_used_are_refused(wide: Path, tmp_path: Path) ->
     student = write(tmp_path / "s.json", {**WIDE, "text_cfg": TEXT})
     alien = {"embed_dim": 30, "vision_cfg": {**VISION, "layers": 9}, "text_cfg": {**TEXT, "layers": 9}}
     for settings, message in (
-        ({"text_layers": "3,1"}, "different layers in ascending order are wanted, found 3,1"),
+        ({"text_layers": "3,1"}, "layers must differ and ascend, not 3,1"),
         ({"text_layers": "a"}, "text_layers"),
         ({"text_layers": "0,1,2"}, "3 layers, but the student's text tower has 2"),
         ({"trunk_weights": "absent.pth"}, r"trunk weights 'absent\.pth': no such file; give a file or package:effic"),

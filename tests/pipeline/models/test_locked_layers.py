@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import Student, build_student, save_student
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.storage.errors import UsageError

@@ -18,8 +18,10 @@ from teacher_cache.pipeline.models.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, checkpoint_image_size
 from teacher_cache.pipeline.models.student import Student, load_student
-from teacher_cache.pipeline.promote.gate import PromoteConfig, promote
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, ResizeConfig, SoupConfig
+from teacher_cache.pipeline.promote.gate import promote
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig
+from teacher_cache.pipeline.settings.student import MeanConfig, ResizeConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.models.test_locked_layers import begin
@@ -92,7 +94,7 @@ def test_it_is_a_run_that_says_what_it_is_of(home: Path, tmp_path: Path) -> None
 
 
 def test_of_a_mean_too_and_one_can_begin_from_it(home: Path, tmp_path: Path) -> None:
-    soup(SoupConfig(runs=(str(home / "a"), str(home / "b")), out=str(tmp_path / "mean")))
+    soup(MeanConfig(runs=(str(home / "a"), str(home / "b")), out=str(tmp_path / "mean")))
     resize(ResizeConfig(run=str(tmp_path / "mean"), image_size=LARGER, out=str(tmp_path / "larger")))
     record = RunFolder(tmp_path / "larger").read()
     assert len(record.averaged) == 2
@@ -178,7 +180,7 @@ def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Pa
         promote(PromoteConfig(run=str(tmp_path / "b"), split="test", **common))
     train(train_config(home / "photos.cache", out=tmp_path / "other", epochs=1, seed=1, select_split="test", **start))
     at(tmp_path, "other", tmp_path / "o")
-    soup(SoupConfig(runs=(str(tmp_path / "o"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
+    soup(MeanConfig(runs=(str(tmp_path / "o"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
     mean = RunFolder(tmp_path / "mean").read()
     assert (mean.chosen_on("last"), mean.resized) == ("test", None)
     at(tmp_path, "run", tmp_path / "last")

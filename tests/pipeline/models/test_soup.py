@@ -24,8 +24,10 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import build_student, load_student, save_student
 from teacher_cache.pipeline.models.weights import digest_tensors
-from teacher_cache.pipeline.promote.gate import PromoteConfig, promote
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, SoupConfig
+from teacher_cache.pipeline.promote.gate import promote
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig
+from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL
@@ -55,7 +57,7 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def mixed(runs: Path, names: str, out: Path) -> Path:
-    soup(SoupConfig(runs=tuple(str(runs / name) for name in names), out=str(out)))
+    soup(MeanConfig(runs=tuple(str(runs / name) for name in names), out=str(out)))
     return out
 
 
@@ -151,7 +153,7 @@ def test_a_batch_norm_has_the_mean_of_the_statistics_and_a_count_of_its_own(tmp_
 
 def refused(match: str, out: Path, *runs: Path) -> None:
     with pytest.raises(UsageError, match=match):
-        soup(SoupConfig(runs=tuple(map(str, runs)), out=str(out)))
+        soup(MeanConfig(runs=tuple(map(str, runs)), out=str(out)))
 
 
 def edited(run: Path, to: Path, **fields: Any) -> Path:
@@ -191,7 +193,7 @@ def test_runs_of_an_older_version_are_told_apart_by_their_init(runs: Path, tmp_p
     a, b = (edited(runs / name, tmp_path / name, initial_weights_sha256=None, averaged=None) for name in "ab")
     for others in ((a, b), (runs / "a", b)):
         out = tmp_path / f"mean of {others[0].parent.name}"
-        assert len(soup(SoupConfig(runs=tuple(map(str, others)), out=str(out))).averaged) == 2
+        assert len(soup(MeanConfig(runs=tuple(map(str, others)), out=str(out))).averaged) == 2
     c = edited(runs / "c", tmp_path / "c", initial_weights_sha256=None, config={"init": "elsewhere"})
     for other in (a, runs / "a"):
         refused("older versions did not record the weights, and the names are not the same", tmp_path / "no", other, c)

@@ -29,7 +29,9 @@ from teacher_cache.pipeline.models.student import (
 )
 from teacher_cache.pipeline.models.text_length import can_shorten
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL

@@ -23,7 +23,7 @@ def main() -> None:
         from prefect.testing.utilities import prefect_test_harness
 
         from examples.encode_on_ray import precompute_on_ray
-        from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+        from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 
         with prefect_test_harness(server_startup_timeout=300):
             found = precompute_on_ray(PrecomputeConfig(**spec["config"]), chunks_per_span=1)

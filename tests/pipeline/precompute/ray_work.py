@@ -22,7 +22,7 @@ from typing import Any
 from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
 from teacher_cache.pipeline.precompute.executors import Executor
 from teacher_cache.pipeline.precompute.run import precompute, summarize
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.format.commits import ChunkRef
 from tests.conftest import cache_digest
 from tests.object_store import ObjectStore

@@ -20,7 +20,7 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.read.reader import EmbeddingReader

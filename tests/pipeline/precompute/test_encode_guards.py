@@ -21,7 +21,7 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
 from teacher_cache.pipeline.precompute.plan import plan_precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.manifest import StaticFile

@@ -11,7 +11,7 @@ import pytest
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
 from teacher_cache.pipeline.precompute.plan import plan_precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos

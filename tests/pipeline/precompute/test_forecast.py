@@ -18,7 +18,7 @@ from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import epochs_to_pay, forecast
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from tests.conftest import cache_digest, make_model_folder
 from tests.pipeline.data.dataset_files import save_image

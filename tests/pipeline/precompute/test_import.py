@@ -21,13 +21,12 @@ import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, decoded_size
 from teacher_cache.pipeline.models.teacher import LiveTeacher
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ImportConfig
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.import_folder import ImportResult, import_rows
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.local import LocalFiles

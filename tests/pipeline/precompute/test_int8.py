@@ -21,7 +21,7 @@ from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.reuse import CachedChunks
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.format.tables import chunk_rows_sha256

@@ -24,7 +24,7 @@ from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
@@ -231,7 +231,7 @@ def test_crop_settings_without_random_crops_are_bad_usage(home: Home, tmp_path: 
         with pytest.raises(UsageError, match=r"crop_scale, .* there are none in 1 view: ask for --views 2"):
             home.make(tmp_path / "c", views=views, crop_scale=(0.5, 1.0))
     for span in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.5)):
-        with pytest.raises(ValueError, match="0 < least <= greatest <= 1 is wanted"):
+        with pytest.raises(ValueError, match="0 < least <= greatest <= 1 is required"):
             home.config(tmp_path / "c", views=2, crop_scale=span)
     assert not (tmp_path / "c").exists()
 

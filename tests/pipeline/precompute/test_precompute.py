@@ -23,7 +23,7 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute, summarize
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef

@@ -19,7 +19,7 @@ import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction_shown, prove_sample
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import QuarantinedRow, all_chunks

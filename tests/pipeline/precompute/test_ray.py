@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from teacher_cache.pipeline.precompute.executors import LocalExecutor, open_executor
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files

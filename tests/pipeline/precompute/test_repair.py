@@ -23,7 +23,9 @@ from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import RepairResult, repair
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import (

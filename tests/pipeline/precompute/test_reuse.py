@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ImportConfig
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.import_folder import import_rows
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.reuse import CachedRows, count_known
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError
 from teacher_cache.storage.files.location import open_files

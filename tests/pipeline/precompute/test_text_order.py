@@ -16,7 +16,7 @@ from teacher_cache.pipeline.data.batches.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest_file import read_manifest

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheNotFoundError
 from teacher_cache.storage.files import remote as remote_files

@@ -20,9 +20,11 @@ from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, recall_of_ran
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.promote.gate import PromoteConfig, compare, promote, roll_back
+from teacher_cache.pipeline.promote.gate import compare, promote, roll_back
 from teacher_cache.pipeline.promote.registry import Candidate, StudentRegistry
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, write_photos

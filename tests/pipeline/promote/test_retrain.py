@@ -20,7 +20,7 @@ from teacher_cache.pipeline.cli.champions import _lines
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.promote.registry import StudentRegistry
 from teacher_cache.pipeline.promote.retrain import Retraining, RetrainResult, retrain
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheCorruptError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import make_model_folder

@@ -27,7 +27,7 @@ from teacher_cache.pipeline.report.data import (
     RunReport,
     Step,
 )
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import Generation, Seal

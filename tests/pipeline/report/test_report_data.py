@@ -26,7 +26,7 @@ from teacher_cache.pipeline.report.data import ReportData, RetrievedPair
 from teacher_cache.pipeline.report.pairs import retrieved_pairs
 from teacher_cache.pipeline.report.row_map import place_rows
 from teacher_cache.pipeline.report.thumbnails import collect_pictures
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheNotFoundError, UsageError
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.look.info import describe_cache

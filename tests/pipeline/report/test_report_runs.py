@@ -24,7 +24,7 @@ from teacher_cache.pipeline.report.charts import newest_evaluations
 from teacher_cache.pipeline.report.collect import collect_report
 from teacher_cache.pipeline.report.data import ReportData
 from teacher_cache.pipeline.report.students import read_deployments, read_runs, thinned
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.recipes import LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from teacher_cache.pipeline.settings.run_file import load_config
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.losses import LOSSES
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL

@@ -17,7 +17,7 @@ import pytest
 import teacher_cache.pipeline.train.loop
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.stop_signals import StopRequests, interrupt
 from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config

@@ -23,7 +23,9 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import build_student, load_student, presets, student_config
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -97,7 +99,7 @@ for kind in (open_clip.model.CLIP, open_clip.model.CustomTextCLIP, open_clip.CoC
         built.append(embed_dim)
         init(self, embed_dim, *args, **kwargs)
     kind.__init__ = watched
-from teacher_cache.pipeline.settings.stages import TrainConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 train(TrainConfig.model_validate_json(sys.argv[1]))
 assert "teacher_cache.pipeline.models.teacher" not in sys.modules, "the teacher's module was imported"
@@ -295,7 +297,7 @@ def test_evaluation_equals_a_naive_one(
 
 def test_the_teachers_recall_needs_no_torch(cache: Path) -> None:
     code = (
-        "import sys; from teacher_cache.pipeline.settings.stages import EvaluateConfig; from teacher_cache.pipeline.evaluate.retrieval import evaluate; "  # noqa: E501
+        "import sys; from teacher_cache.pipeline.settings.evaluate import EvaluateConfig; from teacher_cache.pipeline.evaluate.retrieval import evaluate; "  # noqa: E501
         "r = evaluate(EvaluateConfig(cache=sys.argv[1])); assert r.student is None and r.retention is None; "
         "bad = {'torch', 'open_clip'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)"
     )

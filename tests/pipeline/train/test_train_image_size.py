@@ -12,7 +12,8 @@ import torch
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import Student, build_student, load_student
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PixelsConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
 from teacher_cache.storage.errors import CacheMismatchError, UsageError

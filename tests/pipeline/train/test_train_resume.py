@@ -24,7 +24,8 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.look.info import describe_cache

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.evaluate.zero_shot import zero_shot
 from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
 from teacher_cache.pipeline.settings.recipes import RECIPES
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, ZeroShotConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from tests.conftest import TINY_MODEL, write_photos
 
 

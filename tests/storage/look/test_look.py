@@ -74,7 +74,7 @@ def test_the_start_imports_no_more_than_the_command_needs(command: str, known_ca
         "try: c.main()\n"
         "except SystemExit as e: assert not e.code\n"
         "heavy = {'torch', 'zarr', 'numpy', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'rich.progress', "
-        "'teacher_cache.pipeline.settings.stages'}\n"
+        "'teacher_cache.pipeline.settings.base'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(known_cache)], capture_output=True, text=True, check=False)

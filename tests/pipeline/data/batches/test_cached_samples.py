@@ -24,7 +24,7 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.student import student_config, student_tokenizer
-from teacher_cache.pipeline.settings.stages import EvaluateConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheUnreachableError
 from teacher_cache.storage.format.tables import open_static

@@ -24,7 +24,8 @@ from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels, read_r
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PixelsConfig, PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train import make_pixels as making
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.make_pixels import PixelsResult, make_pixels, plan_pixels
@@ -352,7 +353,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from teacher_cache.pipeline.train import make_pixels as making
-from teacher_cache.pipeline.settings.stages import PixelsConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 making._CHUNK_ROWS = int(sys.argv[2])
 moment, events = int(sys.argv[3]), 0
 def event():

@@ -21,7 +21,7 @@ from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.datasets import samples, webdataset
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.pipeline.data.dataset_files import save_image, told

@@ -17,7 +17,7 @@ from PIL import Image
 
 from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISION
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
-from teacher_cache.pipeline.settings.stages import ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import save_image
 from tests.pipeline.data.datasets.test_datasets_webdataset import write_tar

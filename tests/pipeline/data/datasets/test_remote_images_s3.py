@@ -13,7 +13,7 @@ from teacher_cache.pipeline.data.batches.inputs import _batches, _loader
 from teacher_cache.pipeline.data.batches.stored_images import StoredImages
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos

@@ -34,14 +34,10 @@ from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute, summarize
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.stages import (
-    DeployConfig,
-    EvaluateConfig,
-    PixelsConfig,
-    PrecomputeConfig,
-    ProofConfig,
-    TrainConfig,
-)
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig, TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
 from teacher_cache.storage.check.verify import verify_cache

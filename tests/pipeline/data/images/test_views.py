@@ -23,7 +23,9 @@ from teacher_cache.pipeline.data.images.views import Crop, draw_crop, replay
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.stages import EvaluateConfig, PrecomputeConfig, TrainConfig
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.live_targets import LiveTeacherSource
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError

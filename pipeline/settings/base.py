@@ -1,0 +1,76 @@
+"""What the settings of all stages share: the base class and the fields that several stages have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "AcceptMismatch",
+    "Checkpoint",
+    "Decoder",
+    "Device",
+    "ImageRoot",
+    "LoaderWorkers",
+    "Precision",
+    "Pretrained",
+    "Rounds",
+    "Seed",
+    "StageConfig",
+    "StoredDtype",
+    "StudentName",
+    "TeacherName",
+    "comma_separated",
+]
+
+Decoder = Literal["pillow", "jpeg-scaled"]
+Precision = Literal["fp32", "bf16", "fp16"]
+StoredDtype = Literal["float16", "int8"]
+
+AcceptMismatch = Annotated[
+    tuple[str, ...],
+    Field(description="Fields of the identity that may differ, for example dataset. Recorded in the result."),
+]
+Checkpoint = Annotated[
+    Literal["last", "best"],
+    Field(description="Checkpoint of the run: last, or best on the run's select_split."),
+]
+Device = Annotated[
+    str,
+    Field(description="Device: auto (a GPU if there is one), cpu, cuda or cuda:N. A missing device is an error."),
+]
+ImageRoot = Annotated[
+    str | None,
+    Field(description="Folder or URL of the images, if they moved. Default: the place recorded in the cache."),
+]
+LoaderWorkers = Annotated[
+    int | None,
+    Field(ge=0, description="Number of processes that decode images. Default: half the cores, at most 8."),
+]
+Pretrained = Annotated[
+    str | None,
+    Field(description="Pretrained tag or weights file of open_clip, for a built-in model name."),
+]
+Rounds = Annotated[
+    int,
+    Field(gt=0, description="Number of timed calls of each model at each batch size. Batch size 1 gets four times."),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+StudentName = Annotated[
+    str, Field(description="Student: a shipped preset, an open_clip model name, or the path of an open_clip config.")
+]
+TeacherName = Annotated[
+    str, Field(description="Teacher: an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes.")
+]
+
+
+class StageConfig(BaseModel):
+    """Settings of one stage: immutable, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def comma_separated(value: Any) -> Any:
+    """Split a text at its commas, as the command line gives a list of numbers; return any other value unchanged."""
+    return value.split(",") if isinstance(value, str) else value

@@ -1,0 +1,43 @@
+"""Settings of deploy: which student is shipped, and which gates it must pass."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from teacher_cache.pipeline.settings.base import Checkpoint, ImageRoot, Pretrained, Rounds, StageConfig
+
+__all__ = ["DeployConfig"]
+
+
+class DeployConfig(StageConfig):
+    """Ship a run's student: ONNX, int8, open_clip weights, tokenizer, and one table of measurements."""
+
+    run: str = Field(description="Folder of the training run whose student is shipped.")
+    out: str = Field(description="New folder to write.")
+    checkpoint: Checkpoint = "last"
+    cache: str | None = Field(None, description="Finished cache to measure on. Default: the run's.")
+    split: str = Field("test", description="Split on which recall is measured and int8 compared with fp32.")
+    image_root: ImageRoot = None
+    teacher: str | None = Field(
+        None, description="Teacher, as for precompute. Default: the name recorded in the cache."
+    )
+    pretrained: Pretrained = None
+    zero_shot: str | None = Field(None, description="Dataset to classify, as for zero-shot: imagefolder:PATH.")
+    prompts: str | None = Field(None, description="Prompt set for that dataset, as for zero-shot.")
+    int8: bool = Field(True, description="Make int8 files too.")
+    calibration_images: int = Field(
+        512, gt=0, description="Number of training images that calibrate the int8 activations."
+    )
+    max_recall_loss: float = Field(
+        1.0, ge=0, description="Maximum loss of int8 against fp32, in points of any R@K. Above it nothing is shipped."
+    )
+    rounds: Rounds = 15
+    threads: int | None = Field(
+        None, gt=0, description="Number of threads of each model while it is measured. Default: torch's choice."
+    )
+
+    @model_validator(mode="after")
+    def _check_prompts_have_a_dataset(self) -> DeployConfig:
+        if self.prompts and not self.zero_shot:
+            raise ValueError("prompts are for a dataset to classify: set zero_shot, or leave prompts out")
+        return self

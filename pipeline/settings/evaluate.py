@@ -1,0 +1,104 @@
+"""Settings of the stages that measure: evaluate, zero-shot, cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from teacher_cache.pipeline.settings.base import (
+    AcceptMismatch,
+    Checkpoint,
+    Device,
+    ImageRoot,
+    LoaderWorkers,
+    Pretrained,
+    Rounds,
+    StageConfig,
+    comma_separated,
+)
+
+__all__ = ["CostConfig", "EvaluateConfig", "ZeroShotConfig"]
+
+
+class EvaluateConfig(StageConfig):
+    """Measure the cached teacher, and the student of a run, on one split."""
+
+    cache: str | None = Field(None, description="Folder or URL of a finished cache. Default: the run's.")
+    run: str | None = Field(None, description="Folder of a training run. Default: measure only the teacher.")
+    checkpoint: Checkpoint = "last"
+    split: str = Field("test", description="Split to measure on.")
+    accept_mismatch: AcceptMismatch = ()
+    image_root: ImageRoot = None
+    ranks: str | None = Field(
+        None, description="Parquet file to write with the rank of every query, by teacher and student."
+    )
+    towers: bool = Field(
+        False, description="Measure each tower of the student separately too, against the teacher's other tower."
+    )
+    batch_size: int = Field(256, gt=0, description="Number of images or captions per forward pass of the student.")
+    device: Device = "auto"
+    workers: LoaderWorkers = None
+
+
+class ZeroShotConfig(StageConfig):
+    """Classify the images of a dataset by the prompts of their classes."""
+
+    dataset: str = Field(
+        description="Labelled images: imagefolder:PATH, webdataset:PATH (.cls beside each image) or "
+        "torchvision:NAME:PATH; or KIND:PATH whose captions are the prompts of each image's class."
+    )
+    prompts: str = Field(
+        "", description="Prompt set with templates and class names: imagenet1k, cifar10, food101 and others."
+    )
+    templates: str = Field(
+        "",
+        description="Templates: photo, simple or openai (3, 7 and 80 templates), a prompt set, or a file with one "
+        "template per line and {} for the class. Default: those of --prompts, else of the dataset, else photo.",
+    )
+    class_names: str = Field(
+        "",
+        description="JSON file with class names: an object {folder or label: name}, or a list. Default: those of "
+        "--prompts, else of the dataset.",
+    )
+    split: str = Field(
+        "", description="Published split to measure on, or all. Required where there are several splits."
+    )
+    cache: str | None = Field(
+        None, description="Cache of the teacher's rows of these images and prompts. --teacher makes it if it is new."
+    )
+    run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    checkpoint: Checkpoint = "last"
+    teacher: str | None = Field(None, description="Teacher to measure, as for precompute.")
+    pretrained: Pretrained = None
+    batch_size: int | None = Field(
+        None, gt=0, description="Number of images or prompts per forward pass. Default: 16 on a CPU, 256 on a GPU."
+    )
+    device: Device = "auto"
+
+
+class CostConfig(StageConfig):
+    """Measure what a student and its teacher cost to run."""
+
+    run: str | None = Field(None, description="Folder of a training run, to measure its student.")
+    checkpoint: Checkpoint = "last"
+    teacher: str | None = Field(None, description="Teacher to measure, as for precompute.")
+    pretrained: Pretrained = None
+    batch: tuple[int, ...] = Field(
+        (1, 32), min_length=1, description="Batch sizes of images and captions. Memory is measured at the largest."
+    )
+    rounds: Rounds = 15
+    threads: int | None = Field(None, gt=0, description="Number of torch threads on a CPU. Default: torch's choice.")
+    device: Device = "auto"
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _split_list(cls, batch: Any) -> Any:
+        return comma_separated(batch)
+
+    @field_validator("batch")
+    @classmethod
+    def _check_positive(cls, batch: tuple[int, ...]) -> tuple[int, ...]:
+        if min(batch) < 1:
+            raise ValueError(f"batch sizes must be 1 or more, not {','.join(map(str, batch))}")
+        return tuple(sorted(set(batch)))

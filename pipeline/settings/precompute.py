@@ -1,0 +1,125 @@
+"""Settings of the stages that make and prove a cache: precompute, import, verify with a sample."""
+
+from __future__ import annotations
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from teacher_cache.pipeline.settings.base import (
+    Decoder,
+    Device,
+    ImageRoot,
+    Precision,
+    Pretrained,
+    StageConfig,
+    StoredDtype,
+    TeacherName,
+)
+
+__all__ = ["ImportConfig", "PrecomputeConfig", "ProofConfig"]
+
+
+class PrecomputeConfig(StageConfig):
+    """Run a teacher once over a dataset."""
+
+    dataset: str = Field(description="Dataset as KIND:PATH, for example flickr:/data/flickr8k.")
+    teacher: TeacherName
+    cache: str = Field(description="Folder or URL of the cache. A new one is made, an unfinished one is continued.")
+    pretrained: Pretrained = None
+    device: Device = "auto"
+    precision: Precision = Field("fp32", description="Precision of the teacher's forward pass. Part of the identity.")
+    dtype: StoredDtype | None = Field(
+        None,
+        description="Storage type of the embeddings: float16, or int8 at half the size. Part of the identity. "
+        "Default: the existing cache's, else float16.",
+    )
+    batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="Number of images or captions per forward pass. Default: the existing cache's, else 16 on a CPU "
+        "and 256 on a GPU.",
+    )
+    chunk_rows: int | None = Field(
+        None, gt=0, description="Number of rows per chunk. Default: chosen from the number of rows."
+    )
+    reuse: str | None = Field(
+        None, description="Finished cache of the same teacher whose rows are copied, so that only new rows are encoded."
+    )
+    decode_threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
+    decoder: Decoder = Field(
+        "pillow",
+        description="Image decoder: pillow, as open_clip does it, or jpeg-scaled, which is faster and gives slightly "
+        "different pixels. Part of the identity.",
+    )
+    views: int | None = Field(
+        None,
+        gt=0,
+        description="Number of crops per image: the evaluation crop, then random crops. Default: the existing "
+        "cache's, else 1.",
+    )
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="Range of the share of an image's area that a random crop covers. Default: 0.3 to 1."
+    )
+    crop_ratio: tuple[float, float] | None = Field(
+        None, description="Range of a random crop's width divided by its height. Default: 3/4 to 4/3."
+    )
+    crop_flip: float | None = Field(
+        None, ge=0, le=1, description="Probability that a random crop is mirrored. Default: 0.5."
+    )
+    view_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the random crops. Default: 0.")
+    executor: str = Field(
+        "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
+    )
+    workers: int | None = Field(
+        None, gt=0, description="Maximum number of workers. Default: as many as the cluster has room for."
+    )
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _check_range(cls, span: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        most = 1.0 if info.field_name == "crop_scale" else 100.0
+        if span is not None and not 0 < span[0] <= span[1] <= most:
+            raise ValueError(f"0 < least <= greatest <= {most:g} is required, not {span[0]:g} and {span[1]:g}")
+        return span
+
+
+class ImportConfig(PrecomputeConfig):
+    """Make a cache from a folder of clip-retrieval, once a sample of its rows is proven."""
+
+    folder: str = Field(description="Folder with img_emb, text_emb and metadata, as clip-retrieval writes it.")
+    sample: int = Field(500, gt=0, description="Number of rows of each tower to compare with the live teacher first.")
+    seed: int = Field(0, ge=0, description="Seed of the sample.")
+    threshold: float = Field(
+        0.999, gt=0, le=1, description="Minimum cosine between an imported row and the live teacher's."
+    )
+
+    @field_validator("views")
+    @classmethod
+    def _check_one_view(cls, views: int | None) -> int | None:
+        if views not in (None, 1):
+            raise ValueError("such folders hold the evaluation crop alone; add views later with precompute --views")
+        return views
+
+
+class ProofConfig(StageConfig):
+    """Compare random rows of a cache with the live teacher."""
+
+    cache: str = Field(description="Folder or URL of a finished cache.")
+    sample: int = Field(
+        gt=0,
+        description="Number of random images, and of captions, to encode again with the live teacher and compare. "
+        "459 find a fault in 1 % of the rows with 99 % probability: ln(1-p)/ln(1-f).",
+    )
+    teacher: str | None = Field(
+        None, description="Teacher, as for precompute. Default: the name recorded in the manifest."
+    )
+    pretrained: Pretrained = None
+    dataset: str | None = Field(None, description="Dataset as KIND:PATH, if it moved. Default: the recorded one.")
+    image_root: ImageRoot = None
+    seed: int = Field(0, ge=0, description="Seed of the sample.")
+    # float16 storage and another device cost less than 1e-5 of cosine, int8 and bf16 arithmetic some 1e-4 each; a
+    # neighbour's row or a mirrored crop cost far more
+    threshold: float = Field(0.999, gt=0, le=1, description="Minimum cosine between a cached row and the live one.")
+    device: Device = "auto"
+    precision: Precision | None = Field(
+        None, description="Precision of the live teacher: fp32, bf16 or fp16. Default: the cache's."
+    )

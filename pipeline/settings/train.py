@@ -1,0 +1,214 @@
+"""Settings of training and of the pixels that it can read instead of images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from teacher_cache.pipeline.settings.base import (
+    AcceptMismatch,
+    Device,
+    ImageRoot,
+    LoaderWorkers,
+    Seed,
+    StageConfig,
+    StudentName,
+)
+from teacher_cache.pipeline.settings.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
+
+__all__ = ["PixelsConfig", "TrainConfig"]
+
+
+class TrainConfig(StageConfig):
+    """Train a student from a finished cache. No teacher is loaded.
+
+    A recipe (``teacher_cache.pipeline.settings.recipes``) fills the settings of ``RECIPE_SETTINGS`` that are absent
+    or None. A config therefore always holds the numbers: explicit settings first, then the recipe's.
+    """
+
+    cache: str = Field(description="Folder or URL of a finished cache.")
+    student: StudentName
+    out: str = Field(description="Folder of the run: run.json, log.jsonl and the checkpoint.")
+    init: str | None = Field(
+        None, description="Checkpoint, or folder of student inherit, to start from. The architecture must be the same."
+    )
+    lock_image_unlocked_groups: int | None = Field(
+        None,
+        ge=0,
+        description="Number of layer groups at the end of the image tower that are trained, as in open_clip. The "
+        "groups before them keep the weights of init. Default: all are trained.",
+    )
+    train_image_size: int | None = Field(
+        None,
+        gt=0,
+        description="Side in pixels of the training images of a convolutional student, often 4/5 of its image_size. "
+        "It is still measured and shipped at its own image_size. Default: the student's own.",
+    )
+    split: str = Field("train", description="Split to train on.")
+    image_root: ImageRoot = None
+    pixels: str | None = Field(
+        None, description="Folder of student pixels to read images from. Default: decode them again in each epoch."
+    )
+    expect: str | None = Field(
+        None,
+        description="Cache, run, or file of info --json whose teacher, preprocessing, tokenizer, views, targets and "
+        "dataset this cache must have. Default: no check.",
+    )
+    accept_mismatch: AcceptMismatch = ()
+    recipe: str = Field(
+        "default",
+        description=f"Named set of losses and optimizer settings: {', '.join(RECIPES)}. Explicit settings win.",
+    )
+    views: int | None = Field(
+        None, gt=0, description="Number of the cache's views to train on, from the first. Default: all."
+    )
+    captions_per_image: int = Field(
+        1, gt=0, description="Number of captions per image in a step. The losses are averaged over them."
+    )
+    epochs: int = Field(10, gt=0, description="Number of passes over the split. Captions are drawn at random.")
+    batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices.")
+    micro_batch: int | None = Field(
+        None,
+        gt=0,
+        description="Number of images per forward pass and device. Saves memory and costs a third more time; the loss "
+        "still compares the whole batch. Default: the whole batch at once.",
+    )
+    learning_rate: float = Field(
+        DEFAULT.learning_rate,
+        gt=0,
+        description="Peak learning rate, after warm-up; then cosine decay to 0. Default: the recipe's.",
+    )
+    weight_decay: float = Field(
+        DEFAULT.weight_decay,
+        ge=0,
+        description="Weight decay of AdamW, except on biases, norms and logit_scale. Default: the recipe's.",
+    )
+    warmup_fraction: float = Field(
+        DEFAULT.warmup_fraction,
+        ge=0,
+        lt=1,
+        description="Share of all steps in which the learning rate rises. Default: the recipe's.",
+    )
+    clip_grad_norm: float = Field(1.0, gt=0, description="Maximum norm of the gradient.")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a moving average of the weights, which is then measured and saved. 0 disables it.",
+    )
+    losses: dict[str, float] = Field(
+        default=DEFAULT.losses,
+        description=f"Weight of each loss by name: {', '.join(LOSS_NAMES)}. Losses without a weight are not computed. "
+        "Default: the recipe's.",
+    )
+    label_smoothing: float = Field(
+        DEFAULT.label_smoothing,
+        ge=0,
+        lt=1,
+        description="Label smoothing of the contrastive loss. Default: the recipe's.",
+    )
+    temperature: float = Field(
+        DEFAULT.temperature,
+        gt=0,
+        description="Temperature of both softmaxes of the relational_mse loss. Default: the recipe's.",
+    )
+    queue_rows: int = Field(
+        0,
+        ge=0,
+        validate_default=True,
+        description="Number of recent teacher rows that the queue loss compares with. An image takes one row per "
+        "caption. 0 disables the queue.",
+    )
+    window_chunks: int = Field(16, gt=0, description="Number of chunks that are shuffled together.")
+    seed: Seed = Field(0, description="Seed of initial weights, order and choice of captions.")
+    device: Device = "auto"
+    devices: int = Field(1, gt=0, description="Number of devices of this machine that share each batch.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of the forward pass. Losses are always in float32."
+    )
+    compile: bool = Field(
+        False, description="Compile both towers: takes minutes at the start, then steps are faster on a GPU."
+    )
+    workers: LoaderWorkers = None
+    checkpoint_seconds: float = Field(
+        300.0, gt=0, description="Maximum time in seconds between points from which --resume continues."
+    )
+    checkpoint_steps: int | None = Field(
+        None, gt=0, description="Maximum number of steps between such points. Default: no limit."
+    )
+    select_split: str | None = Field(
+        None, description="Split on which each epoch is measured; the best epoch becomes checkpoint best."
+    )
+    select_every: int = Field(1, gt=0, description="Number of epochs between these measurements.")
+
+    @model_validator(mode="after")
+    def _check_settings_agree(self) -> TrainConfig:
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
+        if self.lock_image_unlocked_groups is not None and self.init is None:
+            raise ValueError("lock_image_unlocked_groups keeps the weights of init, and none is given: name one")
+        if self.select_split == self.split:
+            raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        pairs = self.batch_size * self.captions_per_image
+        if 0 < self.queue_rows < pairs and self.losses.get("queue", 0) > 0:
+            raise ValueError(
+                f"queue_rows {self.queue_rows} cannot hold the {pairs} pairs of one batch, so some would have no "
+                "match among the queued rows; set it to some 10 batches"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_recipe(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        explicit = {name: value for name, value in settings.items() if name not in RECIPE_SETTINGS or value is not None}
+        name = explicit.get("recipe", "default")
+        # an unknown recipe fills nothing; _check_recipe refuses it by name
+        return {**asdict(RECIPES[name]), **explicit} if isinstance(name, str) and name in RECIPES else explicit
+
+    @field_validator("pixels", mode="before")
+    @classmethod
+    def _read_empty_as_none(cls, pixels: Any) -> Any:
+        return pixels or None  # --set pixels= continues a run whose folder of pixels is gone
+
+    @field_validator("recipe")
+    @classmethod
+    def _check_recipe(cls, recipe: str) -> str:
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is not known; there are {', '.join(RECIPES)}")
+        return recipe
+
+    @field_validator("losses")
+    @classmethod
+    def _check_losses(cls, losses: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(losses) - set(LOSS_NAMES))
+        if unknown:
+            raise ValueError(f"losses {', '.join(unknown)} are not known; there are {', '.join(LOSS_NAMES)}")
+        if not any(weight > 0 for weight in losses.values()) or min(losses.values()) < 0:
+            raise ValueError(f"weights must be >= 0 and one of them > 0, found {losses}")
+        return losses
+
+    @field_validator("queue_rows")
+    @classmethod
+    def _check_queue(cls, queue_rows: int, info: ValidationInfo) -> int:
+        if not queue_rows and info.data.get("losses", {}).get("queue", 0) > 0:
+            raise ValueError("the queue loss has a weight and no queue; set queue_rows to some 10 batches, or more")
+        return queue_rows
+
+
+class PixelsConfig(StageConfig):
+    """Decode the images of a split once, for all runs of students with one image size."""
+
+    cache: str = Field(description="Folder or URL of a finished cache.")
+    student: StudentName
+    out: str = Field(description="Local folder to write, near the trainer. An unfinished one is continued.")
+    train_image_size: int | None = Field(
+        None, gt=0, description="Side in pixels of the training images, as for train. Default: the student's own."
+    )
+    split: str = Field("train", description="Split whose images are decoded.")
+    views: int | None = Field(None, gt=0, description="Number of the cache's views, from the first. Default: all.")
+    image_root: ImageRoot = None
+    threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
