@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as zero_shot
     from teacher_cache.pipeline.precompute.repair import repair as repair
     from teacher_cache.pipeline.precompute.run import precompute as precompute
-    from teacher_cache.pipeline.promote.gate import PromoteConfig as PromoteConfig
     from teacher_cache.pipeline.promote.gate import promote as promote
     from teacher_cache.pipeline.promote.retrain import retrain as retrain
+    from teacher_cache.pipeline.settings.deploy import DeployConfig as DeployConfig
+    from teacher_cache.pipeline.settings.evaluate import EvaluateConfig as EvaluateConfig
+    from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig as ZeroShotConfig
+    from teacher_cache.pipeline.settings.precompute import PrecomputeConfig as PrecomputeConfig
+    from teacher_cache.pipeline.settings.promote import PromoteConfig as PromoteConfig
     from teacher_cache.pipeline.settings.promote import RetrainConfig as RetrainConfig
-    from teacher_cache.pipeline.settings.stages import DeployConfig as DeployConfig
-    from teacher_cache.pipeline.settings.stages import EvaluateConfig as EvaluateConfig
-    from teacher_cache.pipeline.settings.stages import PrecomputeConfig as PrecomputeConfig
-    from teacher_cache.pipeline.settings.stages import TrainConfig as TrainConfig
-    from teacher_cache.pipeline.settings.stages import ZeroShotConfig as ZeroShotConfig
+    from teacher_cache.pipeline.settings.train import TrainConfig as TrainConfig
     from teacher_cache.pipeline.train.loop import train as train
     from teacher_cache.storage.check.verify import verify_cache as verify_cache
     from teacher_cache.storage.errors import CacheAccessError as CacheAccessError
@@ -58,15 +58,15 @@ _HOMES = {
     "CacheMismatchError": "storage.errors",
     "CacheNotFoundError": "storage.errors",
     "CacheUnreachableError": "storage.errors",
-    "DeployConfig": "pipeline.settings.stages",
-    "EvaluateConfig": "pipeline.settings.stages",
-    "PrecomputeConfig": "pipeline.settings.stages",
-    "PromoteConfig": "pipeline.promote.gate",
+    "DeployConfig": "pipeline.settings.deploy",
+    "EvaluateConfig": "pipeline.settings.evaluate",
+    "PrecomputeConfig": "pipeline.settings.precompute",
+    "PromoteConfig": "pipeline.settings.promote",
     "RetrainConfig": "pipeline.settings.promote",
     "StudentRuntime": "pipeline.deploy.runtime",
-    "TrainConfig": "pipeline.settings.stages",
+    "TrainConfig": "pipeline.settings.train",
     "UsageError": "storage.errors",
-    "ZeroShotConfig": "pipeline.settings.stages",
+    "ZeroShotConfig": "pipeline.settings.evaluate",
     "deploy": "pipeline.deploy.run",
     "describe_cache": "storage.look.info",
     "evaluate": "pipeline.evaluate.retrieval",
