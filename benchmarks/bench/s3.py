@@ -49,7 +49,7 @@ def _streaming(store: ObjectStore, location: str, rounds: int, where: str) -> li
         reader = _reader(location)
         layout = reader.manifest.layout
         refs = [ChunkRef("image", 0, chunk) for chunk in range(layout.image_chunks)]
-        nbytes = sum(reader._commits[ref].objects["embedding"].nbytes for ref in refs)
+        nbytes = sum(reader.chunks.digest(ref, "embedding").nbytes for ref in refs)
         chunk_bytes = nbytes // len(refs)
         in_memory = layout.image_chunk_rows * layout.embed_dim * 2  # without the checksum behind it
         at_once = loads_at_once(reader.files, READ_AHEAD_BYTES // in_memory)
@@ -121,10 +121,9 @@ def _first_row(store: ObjectStore, location: str, rounds: int) -> Row:
 
 
 def _reader(location: str, like: EmbeddingReader | None = None) -> EmbeddingReader:
-    reader = EmbeddingReader(location, memory_bytes=READ_AHEAD_BYTES)
-    if like is not None:
-        reader._proven_commits = like._commits  # the bytes of the chunks are compared, not those of the records
-    return reader
+    # the bytes of the chunks are compared, not those of the records
+    commits = None if like is None else like.chunks.commits
+    return EmbeddingReader(location, memory_bytes=READ_AHEAD_BYTES, commits=commits)
 
 
 def _getters(store: ObjectStore, location: str, at_once: int) -> Mapping[str, Callable[[str], Any]]:

@@ -7,7 +7,7 @@ import mmap
 import os
 import tempfile
 from multiprocessing import reduction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,10 @@ from teacher_cache.storage.format.arrays import chunk_shape, stored_dtype
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.prefetch import ReadAhead
+from teacher_cache.storage.read.row_places import RowPlaces
 from teacher_cache.storage.read.stream import loads_at_once
-
-if TYPE_CHECKING:
-    from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["ResidentRows", "load_resident"]
 
@@ -30,40 +29,38 @@ _WRITTEN_AT_ONCE = 1 << 28  # bytes
 
 
 class ResidentRows:
-    """One array of a cache in memory that processes share, proven when it was loaded.
+    """Rows of one array in memory that processes share, proven when they were loaded.
 
     Made by :meth:`teacher_cache.storage.read.reader.EmbeddingReader.resident`. The rows are private memory, in huge
-    pages where the system has them, which forked workers share with their parent, for nobody writes to it. Once this
-    object is given to a spawned worker, among its arguments or by a queue, they move to memory that has a descriptor;
-    while they move they are there twice. That memory has no name: it ends with the last process that uses it, however
-    that ends. Threads and processes may read at once.
+    pages where the system has them; forked workers share it with their parent, because no process writes to it. When
+    this object is sent to a spawned worker, as an argument or through a queue, the rows move to memory that has a
+    descriptor; during the move they exist twice. That memory has no name: it ends with the last process that uses it,
+    also after a kill. Threads and processes may read at once.
+
+    Args:
+        rows: Kept, and read-only from now on.
+        places: Rows of one view, their chunks and views.
+        quarantined: Positions in ``rows`` without an embedding.
+        scales: Of int8, the step of each column by chunk, view after view: (chunks, dim).
+        name: Cache and array, for messages.
+        descriptor: File descriptor of the memory; closed with this object. Default: none.
 
     Attributes:
-        rows: (rows, ...) read-only, of the stored dtype; of more than one view (views x rows, ...), view after view.
-            Quarantined rows are NaN there, of int8 -128; :meth:`take` refuses them.
+        rows: (views x rows, ...) read-only, of the stored dtype, view after view. Quarantined rows are NaN, of int8
+            -128; :meth:`take` refuses them.
     """
 
     def __init__(
         self,
         rows: NDArray[Any],
-        per_view: int,
-        lost: NDArray[np.int64],
-        steps: tuple[int, NDArray[np.float32]] | None,
-        named: str,
+        places: RowPlaces,
+        quarantined: NDArray[np.int64],
+        scales: NDArray[np.float32] | None,
+        name: str,
         descriptor: int = -1,
     ) -> None:
-        """For :meth:`teacher_cache.storage.read.reader.EmbeddingReader.resident`.
-
-        Args:
-            rows: kept, and read-only from now on.
-            per_view: rows of one view.
-            lost: which of ``rows`` were quarantined.
-            steps: of int8: rows per chunk, and by chunk, view after view, what one step of each column is.
-            named: for messages.
-            descriptor: of the memory that the rows lie in, if it has one; closed with this object.
-        """
         rows.flags.writeable = False
-        self.rows, self._per_view, self._lost, self._steps, self._named = rows, per_view, lost, steps, named
+        self.rows, self._places, self._quarantined, self._scales, self._name = rows, places, quarantined, scales, name
         self._descriptor = descriptor
 
     def __del__(self) -> None:
@@ -74,11 +71,12 @@ class ResidentRows:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._descriptor < 0:
             self._move()
-        how = (self.rows.shape, self.rows.dtype.str, self._per_view, self._lost, self._steps, self._named)
-        return _attach, (reduction.DupFd(self._descriptor), *how)
+        fields = (self._places, self._quarantined, self._scales, self._name)
+        return _attach, (reduction.DupFd(self._descriptor), self.rows.shape, self.rows.dtype.str, *fields)
 
     def _move(self) -> None:
-        descriptor = _unnamed()
+        """Move the rows to memory that has a descriptor."""
+        descriptor = _unnamed_file()
         try:
             _write(descriptor, self.rows)
             rows = _mapped(descriptor, self.rows.shape, self.rows.dtype.str)
@@ -89,81 +87,63 @@ class ResidentRows:
 
     @property
     def nbytes(self) -> int:
-        """What it takes, in all processes together."""
+        """Bytes that the rows take, in all processes together."""
         return self.rows.nbytes
 
     def take(self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0) -> NDArray[Any]:
-        """Rows in the order asked for, as a new array, as :meth:`EmbeddingReader.take` gives them.
+        """Return rows in the order given, as a new array, as :meth:`EmbeddingReader.take` does.
 
         Raises:
-            IndexError: a row or view that is not here.
-            ValueError: a row that was quarantined and has no embedding; as many views as rows are wanted.
+            IndexError: A row or view does not exist.
+            ValueError: A row was quarantined and has no embedding, or the number of views is not that of the rows.
         """
-        at = rows = np.asarray(rows, np.int64)
-        views = np.asarray(view, np.int64)
-        if views.shape not in ((), rows.shape):
+        rows, views = self._places.check(rows, view)
+        at = rows if isinstance(view, int) and not view else views * self._places.total + rows
+        if len(self._quarantined) and (bad := np.isin(at, self._quarantined)).any():
             raise ValueError(
-                f"{len(rows)} rows and views of shape {views.shape}: one view, or one for each row, wanted"
-            )
-        self._require("row", rows, self._per_view)
-        if not isinstance(view, int) or view:
-            self._require("view", views, len(self.rows) // max(1, self._per_view))
-            at = views * self._per_view + rows
-        if len(self._lost) and np.isin(at, self._lost).any():
-            first = int(np.flatnonzero(np.isin(at, self._lost))[0])
-            raise ValueError(
-                f"{self._named}: row {rows[first]} was quarantined and has no embedding. Leave it out: "
+                f"{self._name}: row {rows[bad][0]} was quarantined and has no embedding. Leave it out: "
                 "EmbeddingReader.image_rows names those that have one."
             )
         out = np.empty((len(rows), *self.rows.shape[1:]), self.rows.dtype)
-        # the rows are known to be there; with "raise" numpy would gather into a second array and copy it
+        # the rows exist; with "raise" numpy would gather into a second array and copy it
         self.rows.take(at, axis=0, out=out, mode="clip")
-        if self._steps is None or not len(rows):
-            return out if self._steps is None else out.astype(np.float32)
-        size, steps = self._steps
-        return unit_dequantized(out, steps[views * -(-self._per_view // size) + rows // size])
-
-    def _require(self, what: str, values: NDArray[np.int64], stop: int) -> None:
-        # negative ones are large without a sign: one pass
-        if values.size and values.view(np.uint64).max() >= stop:
-            wrong = values[(values < 0) | (values >= stop)].reshape(-1)[0]
-            raise IndexError(f"{self._named}: {what} {wrong} asked for, {what}s are 0 to {stop - 1}")
+        if self._scales is None:
+            return out
+        return unit_dequantized(out, self._scales[views * self._places.chunks + rows // self._places.chunk_rows])
 
 
-def load_resident(reader: EmbeddingReader, tower: Tower, array: str, threads: int | None) -> ResidentRows:
+def load_resident(source: ChunkSource, tower: Tower, array: str, threads: int | None) -> ResidentRows:
     """See :meth:`teacher_cache.storage.read.reader.EmbeddingReader.resident`."""
-    reader._require_array(tower, array)
-    layout = reader.manifest.layout
-    threads = threads or loads_at_once(reader.files, _REMOTE_AHEAD)
+    source.require_array(tower, array)
+    layout, places = source.layout, source.places(tower)
+    threads = threads or loads_at_once(source.files, _REMOTE_AHEAD)
     most_ahead = max(_LEAST_AHEAD, threads)
-    dtype, total = stored_dtype(layout, tower, array), layout.rows(tower)
-    shape = (reader._views(tower) * total, *chunk_shape(layout, tower, array)[1:])
-    rows, lost = np.empty(shape, dtype), []  # numpy asks for huge pages
-    steps: list[NDArray[np.float32]] = []
-    refs = [
-        ChunkRef(tower, view, chunk) for view in range(reader._views(tower)) for chunk in range(layout.chunks(tower))
-    ]
+    dtype = stored_dtype(layout, tower, array)
+    shape = (places.views * places.total, *chunk_shape(layout, tower, array)[1:])
+    rows = np.empty(shape, dtype)  # numpy asks for huge pages
+    refs = [places.ref(number) for number in range(places.views * places.chunks)]
+    columns = layout.embed_dim if dtype == np.int8 else 0
+    scales, quarantined = np.empty((len(refs), columns), np.float32), [np.empty(0, np.int64)]
 
-    def load(ref: ChunkRef) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        return reader._load(ref, array), reader._step(ref) if dtype == np.int8 else None
+    def load(ref: ChunkRef) -> NDArray[Any]:
+        if columns:
+            scales[places.number(ref)] = source.scale(ref)[0]
+        return source.load(ref, array)
 
     with ReadAhead(load, lambda ref: None, threads) as ahead:
-        for at, ref in enumerate(refs):
-            ahead.ask(refs[at : at + 1 + most_ahead])
-            here = ref.rows(layout)
-            first = ref.view * total + here.start
-            values, step = ahead.get(ref)
-            rows[first : first + len(here)] = values[: len(here)]
-            if step is not None:
-                steps.append(step[0])
-            lost += (reader._lost(ref) + first).tolist()
-            ahead.drop(keep=refs[at + 1 : at + 1 + most_ahead])
-    columns = (layout.chunk_rows(tower), np.stack(steps)) if steps else None
-    return ResidentRows(rows, total, np.array(lost, np.int64), columns, f"{reader.location}: {tower} {array}")
+        for number, ref in enumerate(refs):
+            ahead.ask(refs[number : number + 1 + most_ahead])
+            count = len(ref.rows(layout))
+            first = ref.view * places.total + ref.rows(layout).start
+            rows[first : first + count] = ahead.get(ref)[:count]
+            quarantined.append(source.quarantined_rows(ref) + first)
+            ahead.drop(keep=refs[number + 1 : number + 1 + most_ahead])
+    name = f"{source.files.location}: {tower} {array}"
+    return ResidentRows(rows, places, np.concatenate(quarantined), scales if columns else None, name)
 
 
-def _unnamed() -> int:
-    """A file without a name, in memory where the system can."""
+def _unnamed_file() -> int:
+    """Open a file without a name, in memory where the system can."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("teacher-cache rows")
     with tempfile.TemporaryFile() as file:
@@ -171,11 +151,11 @@ def _unnamed() -> int:
 
 
 def _write(descriptor: int, values: NDArray[Any]) -> None:
-    left = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    os.ftruncate(descriptor, max(1, len(left)))
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    os.ftruncate(descriptor, max(1, len(data)))
     offset = 0
-    while offset < len(left):
-        offset += os.pwrite(descriptor, left[offset : offset + _WRITTEN_AT_ONCE], offset)
+    while offset < len(data):
+        offset += os.pwrite(descriptor, data[offset : offset + _WRITTEN_AT_ONCE], offset)
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
@@ -191,10 +171,10 @@ def _attach(
     descriptor: Any,
     shape: tuple[int, ...],
     dtype: str,
-    per_view: int,
-    lost: NDArray[np.int64],
-    steps: tuple[int, NDArray[np.float32]] | None,
-    named: str,
+    places: RowPlaces,
+    quarantined: NDArray[np.int64],
+    scales: NDArray[np.float32] | None,
+    name: str,
 ) -> ResidentRows:
     number = descriptor.detach()
     try:
@@ -202,4 +182,4 @@ def _attach(
     except BaseException:
         os.close(number)
         raise
-    return ResidentRows(rows, per_view, lost, steps, named, number)
+    return ResidentRows(rows, places, quarantined, scales, name, number)

@@ -428,7 +428,7 @@ def forge(home: Home, to: Path, change: Callable[[int, dict[str, np.ndarray[Any,
     for ref in all_chunks(writer.manifest.layout):
         if ref.tower == "image" and ref.view:
             rows = ref.rows(writer.manifest.layout)
-            arrays = {name: reader._chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
+            arrays = {name: reader.chunks.chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
             change(ref.chunk, arrays)
             writer.write(ref, arrays, [row for row in reader.quarantined if row.row in rows])
     writer.seal()

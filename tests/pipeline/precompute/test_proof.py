@@ -70,7 +70,7 @@ def rows_of(cache: Path) -> Rows:
     found: Rows = {}
     for ref in all_chunks(layout):
         for name in ref.object_keys():
-            part = reader._chunk(ref, name)[: len(ref.rows(layout))]
+            part = reader.chunks.chunk(ref, name)[: len(ref.rows(layout))]
             held = found.setdefault(ref.tower, {})
             held[name] = np.concatenate([held[name], part]) if name in held else part
     return found

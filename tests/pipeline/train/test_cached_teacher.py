@@ -110,7 +110,7 @@ def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
     """
     monkeypatch.setattr(teacher_cache.pipeline.data.batches.inputs, "_ROWS_AHEAD", 8)
     monkeypatch.setattr(teacher_cache.storage.read.stream, "_GROUP_ROWS", 4)
-    monkeypatch.setattr(teacher_cache.storage.read.stream, "_LOOKED_AT_ROWS", 4)
+    monkeypatch.setattr(teacher_cache.storage.read.stream, "_CHECKED_ROWS", 4)
     monkeypatch.setattr(teacher_cache.storage.read.stream, "_ROWS_IN_SIGHT", 8)
     made: list[weakref.ref[Pairs]] = []
     held: list[int] = []

@@ -280,7 +280,7 @@ def test_a_cache_in_memory_takes_half_the_bytes(sound: Path, known_cache: Path) 
     for cache in (sound, known_cache):
         reader = EmbeddingReader(str(cache))
         reader.take("text", np.arange(25))
-        held.append(reader._held_bytes)
+        held.append(reader.chunks.held_bytes)
     assert held == [7 * (4 * 8), 7 * (4 * 8 * 2)]  # scales are kept beside
 
 

@@ -44,7 +44,7 @@ def test_memory_is_bounded_and_rows_stay_right(known_cache: Path) -> None:
     reader = EmbeddingReader(str(known_cache), memory_bytes=2 * 4 * 8 * 2)  # two chunks
     for row in (0, 24, 5, 13, 0, 24):
         np.testing.assert_array_equal(reader.take("text", np.array([row]))[0], known_row("text", row))
-    assert reader._held_bytes <= 2 * 4 * 8 * 2
+    assert reader.chunks.held_bytes <= 2 * 4 * 8 * 2
 
 
 def test_unfinished_caches_are_unreadable(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.resident import ResidentRows
+from teacher_cache.storage.read.row_places import RowPlaces
 from tests.storage.read.test_stream import IMAGES, fill_known_cache
 
 
@@ -32,7 +33,7 @@ def test_resident_rows_are_those_that_take_gives(location: str, array: str) -> N
 def test_each_object_is_read_once_and_none_is_held(location: str) -> None:
     reader = EmbeddingReader(location)
     resident = reader.resident("text")
-    assert (reader.objects_read, reader._held_bytes, resident.nbytes) == (7, 0, IMAGES * 16)
+    assert (reader.objects_read, reader.chunks.held_bytes, resident.nbytes) == (7, 0, IMAGES * 16)
     assert not resident.rows.flags.writeable
 
 
@@ -71,7 +72,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ResidentRows:
     """32 MiB, more than all else that a worker's memory may differ by."""
     rows = np.zeros((MEGABYTES * 1024, 512), np.float16)
     rows[:, 0] = np.arange(len(rows)) % 1000
-    return ResidentRows(rows, len(rows), np.array([], np.int64), None, "test")
+    places = RowPlaces("test", "image", total=len(rows), chunk_rows=1024, chunks=MEGABYTES, views=1)
+    return ResidentRows(rows, places, np.array([], np.int64), None, "test")
 
 
 def proportional_bytes() -> int:

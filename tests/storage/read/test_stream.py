@@ -18,7 +18,7 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheUnreachableErro
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.manifest_file import write_manifest
-from teacher_cache.storage.read.mapped_chunks import ChunkRegion
+from teacher_cache.storage.read.chunk_region import ChunkRegion
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.shuffle import batches, window_order
 from teacher_cache.storage.read.stream import Prove
@@ -114,7 +114,7 @@ def test_chunks_of_a_store_that_fit_in_memory_are_read_once_in_all(remote: str) 
 
 @pytest.mark.parametrize(("prove", "proofs"), [("first", 1), ("every", 2)])
 def test_how_often_a_chunk_is_proven(mapped: str, prove: Prove, proofs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from teacher_cache.storage.read import stream
+    from teacher_cache.storage.read import chunks
 
     proven: Counter[str] = Counter()
 
@@ -122,8 +122,8 @@ def test_how_often_a_chunk_is_proven(mapped: str, prove: Prove, proofs: int, mon
         proven[where] += 1
         return real(body, stored, wanted, where, look_for_nan)
 
-    real = stream.prove_body
-    monkeypatch.setattr(stream, "prove_body", counting)
+    real = chunks.prove_body
+    monkeypatch.setattr(chunks, "prove_body", counting)
     reader = EmbeddingReader(mapped)
     for number in range(2):
         for _ in reader.stream("image", epoch(reader, number), prove=prove):
@@ -285,7 +285,7 @@ def test_a_stream_of_more_than_fits_in_memory(remote: str, monkeypatch: pytest.M
     order = [np.random.default_rng(0).permutation(IMAGES)[:100] for _ in range(2)]
     for rows, values in zip(order, reader.stream("text", order), strict=True):
         np.testing.assert_array_equal(values, [known_row("text", row) for row in rows])
-    assert reader._held_bytes <= 2 * 4096
+    assert reader.chunks.held_bytes <= 2 * 4096
 
 
 def test_no_more_is_read_ahead_than_the_budget(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_no_more_is_read_ahead_than_the_budget(mapped: str, monkeypatch: pytest.
 def test_batches_are_not_looked_at_without_end(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However narrow an array is: its rows in sight are bounded too."""
     monkeypatch.setattr("teacher_cache.storage.read.stream._GROUP_ROWS", 64)
-    monkeypatch.setattr("teacher_cache.storage.read.stream._LOOKED_AT_ROWS", 64)
+    monkeypatch.setattr("teacher_cache.storage.read.stream._CHECKED_ROWS", 64)
     monkeypatch.setattr("teacher_cache.storage.read.stream._ROWS_IN_SIGHT", 256)
     asked = itertools.count()
     order = (np.arange(64) for _ in iter(asked.__next__, 1000))
@@ -371,7 +371,7 @@ def test_a_stream_that_is_left_ends_its_threads(mapped: str) -> None:
 
 
 def test_an_unknown_way_to_prove(mapped: str) -> None:
-    with pytest.raises(ValueError, match="prove is 'never', 'first' or 'every' wanted"):
+    with pytest.raises(ValueError, match="prove is 'never', choose 'first' or 'every'"):
         next(EmbeddingReader(mapped).stream("image", [], prove="never"))  # type: ignore[arg-type]
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.read.stream import Prove, _Outputs
+from teacher_cache.storage.read.stream import Prove
+from teacher_cache.storage.read.stream_chunks import OutputArrays
 from tests.storage.read.test_stream import CHUNK_ROWS, CHUNKS, IMAGES, epoch, fill_known_cache, mapped, remote
 
 __all__ = ["mapped", "remote"]
@@ -44,13 +45,13 @@ def test_after_an_error_nothing_is_left_to_the_next_stream(mapped: str) -> None:
     reader = EmbeddingReader(mapped)
     with pytest.raises(IndexError):
         list(reader.stream("image", [np.arange(9), np.array([IMAGES])]))
-    assert reader._mapped == {}
+    assert reader.chunks.mapped == {}
 
 
 def test_of_a_store_nothing_stays_beside_what_the_reader_holds(remote: str) -> None:
     reader = EmbeddingReader(remote)
     list(reader.stream("image", epoch(reader, 0)))
-    assert reader._mapped == {}
+    assert reader.chunks.mapped == {}
 
 
 def test_chunks_that_no_stream_wants_any_more_make_room(mapped: str) -> None:
@@ -64,13 +65,13 @@ def test_chunks_that_no_stream_wants_any_more_make_room(mapped: str) -> None:
 
 
 def test_memory_is_used_again_when_nothing_uses_it() -> None:
-    outputs = _Outputs(np.dtype(np.float16))
+    outputs = OutputArrays(np.dtype(np.float16))
     first = outputs.empty((2, 4))
     at = first.ctypes.data
     first[:] = 7
     for user in (first, first[1:], memoryview(first), np.from_dlpack(first), first.T.base):
         assert at not in {outputs.empty((2, 4)).ctypes.data for _ in range(9)}
-        outputs = _Outputs(np.dtype(np.float16))
+        outputs = OutputArrays(np.dtype(np.float16))
         first = outputs.empty((2, 4))
         at, _ = first.ctypes.data, user
     first.flags.writeable = False

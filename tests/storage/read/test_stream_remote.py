@@ -7,7 +7,7 @@ import uuid
 import numpy as np
 import pytest
 
-from teacher_cache.storage.read.mapped_chunks import ChunkRegion
+from teacher_cache.storage.read.chunk_region import ChunkRegion
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import known_row, make_known_cache
 
@@ -25,7 +25,7 @@ def test_rows_are_those_that_were_written_and_places_are_used_again(
     reader: EmbeddingReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("teacher_cache.storage.read.stream._GROUP_ROWS", 8)
-    monkeypatch.setattr("teacher_cache.storage.read.stream._LOOKED_AT_ROWS", 16)
+    monkeypatch.setattr("teacher_cache.storage.read.stream._CHECKED_ROWS", 16)
     places: list[int] = []
     fill = ChunkRegion.fill
 

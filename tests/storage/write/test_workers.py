@@ -135,5 +135,4 @@ def test_threads_get_right_rows_while_chunks_come_and_go(known_cache: Path) -> N
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(8))) == list(range(8))
     assert reader.objects_read > 100  # they did crowd each other out
-    assert reader._held_bytes <= 2 * 4 * 8 * 2
-    assert reader._held_bytes == sum(values.nbytes for values in reader._held.values())
+    assert reader.chunks.held_bytes <= 2 * 4 * 8 * 2

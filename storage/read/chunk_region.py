@@ -40,11 +40,11 @@ class ChunkRegion:
         Args:
             shape: of one chunk, rows first.
         """
-        self._chunk_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._region, self.maps_files = _reserve(chunks * self._chunk_bytes, self._chunk_bytes)
+        self.chunk_bytes = int(np.prod(shape)) * dtype.itemsize
+        self._region, self.maps_files = _reserve(chunks * self.chunk_bytes, self.chunk_bytes)
         self._bytes = np.frombuffer(self._region, np.uint8)
         self._shape, self._dtype = shape, dtype
-        used = self._bytes[: chunks * self._chunk_bytes]
+        used = self._bytes[: chunks * self.chunk_bytes]
         self.rows: NDArray[Any] = used.view(dtype).reshape(chunks * shape[0], *shape[1:])
 
     def chunk(self, number: int) -> NDArray[Any]:
@@ -63,12 +63,12 @@ class ChunkRegion:
         Raises:
             OSError: the file cannot be opened, read or mapped, or has another size.
         """
-        start = number * self._chunk_bytes
+        start = number * self.chunk_bytes
         descriptor = os.open(path, os.O_RDONLY)
         try:
             # a byte more is asked for than there should be
-            behind = os.pread(descriptor, nbytes - self._chunk_bytes + 1, self._chunk_bytes)
-            if len(behind) != nbytes - self._chunk_bytes:
+            behind = os.pread(descriptor, nbytes - self.chunk_bytes + 1, self.chunk_bytes)
+            if len(behind) != nbytes - self.chunk_bytes:
                 raise OSError(f"{path}: not {nbytes} bytes")
             self._replace(start, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
             with contextlib.suppress(_Unsupported):
@@ -85,19 +85,19 @@ class ChunkRegion:
             Whether it has. Of files that this user may not write Linux says no.
         """
         assert _libc is not None  # it maps files
-        start = number * self._chunk_bytes
-        pages = np.empty(-(-self._chunk_bytes // mmap.PAGESIZE), np.uint8)
+        start = number * self.chunk_bytes
+        pages = np.empty(-(-self.chunk_bytes // mmap.PAGESIZE), np.uint8)
         where = self._bytes.ctypes.data + start
-        if _libc.mincore(where, self._chunk_bytes, pages.ctypes.data) == 0 and pages.min() & 1:
+        if _libc.mincore(where, self.chunk_bytes, pages.ctypes.data) == 0 and pages.min() & 1:
             return False
-        self._region.madvise(mmap.MADV_WILLNEED, start, self._chunk_bytes)
+        self._region.madvise(mmap.MADV_WILLNEED, start, self.chunk_bytes)
         return True
 
     def can_be_read(self, number: int) -> bool:
         """Whether a mapped chunk can be read, all of it: its pages are there afterwards. Old kernels cannot tell."""
         try:
             with contextlib.suppress(_Unsupported):
-                self._populate(number * self._chunk_bytes)
+                self._populate(number * self.chunk_bytes)
         except OSError:
             return False
         return True
@@ -108,29 +108,29 @@ class ChunkRegion:
         Args:
             again: the place was filled before and not released since, so that its memory is used again.
         """
-        start = number * self._chunk_bytes
+        start = number * self.chunk_bytes
         if self.maps_files and not again:
             self._replace(start, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         source = np.ascontiguousarray(values, self._dtype)
         if source.shape != self._shape:
             raise ValueError(f"chunk is {source.shape}, {self._shape} wanted")
-        ctypes.memmove(self._bytes.ctypes.data + start, source.ctypes.data, self._chunk_bytes)
+        ctypes.memmove(self._bytes.ctypes.data + start, source.ctypes.data, self.chunk_bytes)
 
     def release(self, number: int) -> None:
         """Give back what a chunk takes."""
-        start = number * self._chunk_bytes
+        start = number * self.chunk_bytes
         if self.maps_files:
             self._replace(start, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
             return
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + self._chunk_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        length = (start + self.chunk_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._region.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _populate(self, start: int) -> None:
         assert _libc is not None  # it maps files
         # not by mmap's own madvise, which keeps Python's lock for as long as the disk takes
-        if _libc.madvise(self._bytes.ctypes.data + start, self._chunk_bytes, _MADV_POPULATE_READ) != 0:
+        if _libc.madvise(self._bytes.ctypes.data + start, self.chunk_bytes, _MADV_POPULATE_READ) != 0:
             number = ctypes.get_errno()
             if number == errno.EINVAL:  # before Linux 5.14
                 raise _Unsupported
@@ -139,7 +139,7 @@ class ChunkRegion:
     def _replace(self, start: int, protection: int, flags: int, descriptor: int) -> None:
         assert _libc is not None  # it maps files
         where = self._bytes.ctypes.data + start
-        if _libc.mmap(where, self._chunk_bytes, protection, flags | _MAP_FIXED, descriptor, 0) != where:
+        if _libc.mmap(where, self.chunk_bytes, protection, flags | _MAP_FIXED, descriptor, 0) != where:
             number = ctypes.get_errno()
             said = os.strerror(number)
             if number == errno.ENOMEM:

@@ -1,0 +1,269 @@
+"""Chunks of a sealed cache: each proven against its commit record before its rows are used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.files.fork_safety import renew_after_fork
+from teacher_cache.storage.files.location import in_parallel, read_buffer
+from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
+from teacher_cache.storage.files.transient import read_error
+from teacher_cache.storage.format.arrays import chunk_shape, decode_object, given_dtype, prove_body, stored_dtype
+from teacher_cache.storage.format.commit_records import CommitRecords
+from teacher_cache.storage.format.commits import COMMITS, ChunkRef, ObjectDigest, generation_chunks
+from teacher_cache.storage.format.int8 import unit_dequantized
+from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.row_rules import has_nan, is_nan
+from teacher_cache.storage.read.chunk_cache import ChunkMemory
+from teacher_cache.storage.read.row_places import RowPlaces
+
+if TYPE_CHECKING:
+    from teacher_cache.storage.read.stream_chunks import MappedArray
+
+__all__ = ["ChunkSource"]
+
+_REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to mend it."
+
+
+class ChunkSource:
+    """Chunks of one sealed cache: loaded, proven, dequantized, and their quarantined rows named.
+
+    Threads may share it. A forked child continues with its copy of the chunks in memory.
+
+    Args:
+        files, manifest: The cache.
+        memory_bytes: Budget of the chunks that :meth:`chunk` keeps in memory.
+        commits: Commit records of this manifest, where the caller has read them. Default: read at first use.
+
+    Attributes:
+        objects_read, bytes_read: Chunk objects that were read so far, and their bytes.
+        mapped: Files that finished streams of each array left mapped, for the next stream of that array.
+    """
+
+    def __init__(
+        self, files: CacheFiles, manifest: CacheManifest, memory_bytes: int, commits: CommitRecords | None = None
+    ) -> None:
+        self.files, self.manifest, self.layout = files, manifest, manifest.layout
+        self.memory_bytes = memory_bytes
+        self.objects_read = self.bytes_read = 0
+        self.mapped: dict[tuple[Tower, str], MappedArray] = {}
+        self._memory = ChunkMemory(memory_bytes, files.location)
+        self._commits = commits
+        self._proven: set[tuple[ChunkRef, str]] = set()
+        self._scales: dict[ChunkRef, NDArray[np.float32]] = {}
+        self._lock, self._commits_lock = threading.Lock(), threading.Lock()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Replace the locks and what depends on threads or mappings of the parent, in a forked child."""
+        self._lock, self._commits_lock = threading.Lock(), threading.Lock()
+        self._memory.renew()
+        self.mapped = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the chunks in memory."""
+        return self._memory.nbytes
+
+    @property
+    def commits_read(self) -> CommitRecords | None:
+        """Commit records, if something has needed them yet."""
+        return self._commits
+
+    @property
+    def commits(self) -> CommitRecords:
+        """Commit records, proven to be those that the cache was sealed with. Read once, by one thread.
+
+        Raises:
+            CacheCorruptError: A record is missing, damaged, or not the sealed one.
+            CacheAccessError, CacheUnreachableError: A record cannot be read.
+        """
+        if self._commits is None:
+            with self._commits_lock:
+                if self._commits is None:
+                    self._commits = self._read_commits()
+        return self._commits
+
+    def _read_commits(self) -> CommitRecords:
+        commits, location = CommitRecords(self.manifest), self.files.location
+        for generation in self.manifest.sealed_generations:
+            try:
+                digest = commits.read(self.files, generation)
+            except CacheCorruptError as error:
+                raise CacheCorruptError(f"{error}. {_REMEDY}") from error
+            except OSError as error:
+                raise read_error(f"{location}/{COMMITS}", error) from error
+            missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in commits]
+            if missing:
+                raise CacheCorruptError(f"{location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
+            if generation.seal is None or digest != generation.seal.commits_sha256:
+                raise CacheCorruptError(
+                    f"{location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
+                )
+        return commits
+
+    def places(self, tower: Tower) -> RowPlaces:
+        """Return where the rows of a tower lie."""
+        return RowPlaces.of(self.files.location, self.layout, tower, self.manifest.sealed_views)
+
+    def require_array(self, tower: Tower, array: str) -> None:
+        """Refuse an array that the tower does not have.
+
+        Raises:
+            ValueError: There is no such array; the message lists the arrays.
+        """
+        if array not in ARRAYS[tower]:
+            names = ", ".join(ARRAYS[tower])
+            raise ValueError(f"{self.files.location}: no array {array!r} of {tower} rows, there are {names}")
+
+    def require_chunk(self, ref: ChunkRef) -> None:
+        """Refuse a chunk that the cache does not have.
+
+        Raises:
+            IndexError: There is no such chunk, or it is not sealed yet.
+        """
+        if ref not in self.commits:
+            raise IndexError(f"{self.files.location}: no chunk {ref.name} that can be read")
+
+    def key(self, ref: ChunkRef, array: str) -> str:
+        """Return the key of a chunk's object."""
+        return ref.object_keys(self.layout)[array]
+
+    def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
+        """Return what the commit record says of a chunk's object."""
+        return self.commits.digest(ref, array)
+
+    def load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
+        """Read a chunk and prove it: the stored values, padding included, not kept in memory.
+
+        Raises:
+            CacheCorruptError: The chunk is missing or damaged, or holds NaN where no row was quarantined.
+            CacheAccessError, CacheUnreachableError: It cannot be read.
+        """
+        where = f"{self.files.location}/{self.key(ref, array)}"
+        try:
+            data = read_buffer(self.files, self.key(ref, array))
+        except FileNotFoundError as error:
+            raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
+        except OSError as error:
+            raise read_error(where, error) from error
+        shape, dtype = chunk_shape(self.layout, ref.tower, array), stored_dtype(self.layout, ref.tower, array)
+        values = decode_object(data, self.digest(ref, array), shape, dtype, where)
+        self.count(len(data))
+        if (ref, array) not in self._proven:
+            self._note_proven(ref, array, values, has_nan(values))
+        return values
+
+    def chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
+        """Return a chunk as :meth:`load` does, from memory if it is there; the least recently used ones leave."""
+        return self._memory.get((ref, array), lambda: self.load(ref, array))
+
+    def chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
+        """Yield :meth:`chunk` of each; several are requested from a store at once, unless all are in memory."""
+
+        def load(ref: ChunkRef) -> NDArray[Any]:
+            values = self.chunk(ref, array)
+            if values.dtype == np.int8:
+                self.scale(ref)
+            return values
+
+        if all((ref, array) in self._memory for ref in refs):
+            return map(load, refs)
+        return in_parallel(self.files, load, refs, CHUNKS_AT_ONCE)
+
+    def prove(self, ref: ChunkRef, array: str, body: NDArray[Any], checksum: bytes, prove_again: bool = False) -> None:
+        """Prove the bytes of a chunk that lie in memory already, once or each time.
+
+        Args:
+            body: The stored values, padding included.
+            checksum: The four bytes behind them in the object. Always compared with the commit record: they tell a
+                file that another one replaced.
+            prove_again: Also prove bytes that were proven before.
+
+        Raises:
+            CacheCorruptError: As :meth:`load`.
+        """
+        digest, first_time = self.digest(ref, array), (ref, array) not in self._proven
+        if not first_time and not prove_again and int.from_bytes(checksum, "little") == digest.crc32c:
+            return
+        where = f"{self.files.location}/{self.key(ref, array)}"
+        any_nan = prove_body(body, checksum, digest, where, look_for_nan=first_time)
+        if first_time:
+            self._note_proven(ref, array, body, any_nan)
+
+    def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], any_nan: bool) -> None:
+        """Remember a proof, after a check that NaN stands for quarantined rows alone."""
+        if any_nan:
+            where, rows = f"{self.files.location}/{self.key(ref, array)}", ref.rows(self.layout)
+            if array == SCALE:
+                raise CacheCorruptError(f"{where}: holds NaN. {_REMEDY}")
+            table = values[: len(rows)].reshape(len(rows), -1)
+            wrong = np.setdiff1d(np.flatnonzero(is_nan(table).any(axis=1)), self.quarantined_rows(ref))
+            if len(wrong):
+                raise CacheCorruptError(f"{where}: row {rows[int(wrong[0])]} is NaN and was not quarantined. {_REMEDY}")
+        self._proven.add((ref, array))
+
+    def count(self, nbytes: int) -> None:
+        """Count one object that was read."""
+        with self._lock:
+            self.objects_read += 1
+            self.bytes_read += nbytes
+
+    def scale(self, ref: ChunkRef) -> NDArray[np.float32]:
+        """Return the step of each column of an int8 chunk, (1, dim). Small, and kept in memory."""
+        if ref not in self._scales:
+            self._scales[ref] = self.load(ref, SCALE)
+        return self._scales[ref]
+
+    def dequantized(self, ref: ChunkRef, stored: NDArray[Any]) -> NDArray[Any]:
+        """Return rows of a chunk as readers see them: int8 as float32 of unit norm, others unchanged."""
+        return stored if stored.dtype != np.int8 else unit_dequantized(stored, self.scale(ref))
+
+    def quarantined_rows(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """Return the quarantined rows of a chunk, counted from its first row."""
+        first = ref.rows(self.layout).start
+        return np.array([row.row - first for row in self.commits.quarantined(ref)], np.int64)
+
+    def quarantined_chunks(self, tower: Tower) -> set[ChunkRef]:
+        """Return the chunks of a tower that have a quarantined row."""
+        return {commit.ref for commit in self.commits.with_quarantined() if commit.tower == tower}
+
+    def require_encoded(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], array: str) -> None:
+        """Refuse rows that were quarantined.
+
+        Raises:
+            CacheCorruptError: Names the first of them.
+        """
+        bad: list[int] = []
+        for ref, positions in self.places(tower).by_chunk(rows, views):
+            within = rows[positions] - ref.rows(self.layout).start
+            bad += positions[np.isin(within, self.quarantined_rows(ref))].tolist()
+        if bad:
+            at = min(bad)
+            view = f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else ""
+            raise CacheCorruptError(
+                f"{self.files.location}: {tower} row {rows[at]}{view} was quarantined and has no {array}"
+            )
+
+    def take(
+        self, tower: Tower, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0, array: str = "embedding"
+    ) -> NDArray[Any]:
+        """See :meth:`teacher_cache.storage.read.reader.EmbeddingReader.take`."""
+        self.require_array(tower, array)
+        places = self.places(tower)
+        rows, views = places.check(rows, view)
+        shape = chunk_shape(self.layout, tower, array)
+        out = np.empty((len(rows), *shape[1:]), given_dtype(self.layout, tower, array))
+        parts = list(places.by_chunk(rows, views))
+        for values, (ref, positions) in zip(self.chunks([ref for ref, _ in parts], array), parts, strict=True):
+            out[positions] = self.dequantized(ref, values[rows[positions] - ref.chunk * places.chunk_rows])
+        if any(self.commits.quarantined(ref) for ref, _ in parts):
+            self.require_encoded(tower, rows, views, array)
+        return out
