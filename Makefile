@@ -1,35 +1,54 @@
 # Bare `make` lists the targets. Each of them makes .venv and installs what it needs first.
 PYTHON ?= python3
-# gpu brings faiss-gpu in place of faiss-cpu: make install FAISS=gpu; later targets keep what is installed
+# FAISS=gpu installs faiss-gpu in place of faiss-cpu; later targets keep what is installed
 FAISS ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
+EXTRA := $(if $(filter gpu,$(FAISS)),gpu,train)
+# PILLOW=simd compiles pillow-simd in Pillow's place: decode and resize take half to a third of the CPU time
+PILLOW ?= $(if $(wildcard .venv/.pillow-simd),simd)
 WORKERS ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format lock licences docs bench bench-gpu serve clean
+.PHONY: help install demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-install: $(STAMP)  ## make .venv and install the project with all that it needs
+install: $(STAMP) $(if $(filter simd,$(PILLOW)),.venv/.pillow-simd)  ## make .venv with all that demo and tests need; FAISS=gpu, PILLOW=simd
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt docker/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; name one with make PYTHON=python3.11" % sys.version.split()[0])'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@# the two own the same files: the other one goes before this one comes
+	@# the two own the same files: uninstall the other one first
 	@if ls .venv/.installed-* >/dev/null 2>&1 && ! test -e $@; then \
 		$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu; rm -f .venv/.installed-*; fi
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[$(FAISS),dev]'
+	@rm -f .venv/.pillow-simd
+	@# torch by pip, which knows mirrors and wheel folders of this machine; the rest by uv, which resolves in seconds
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -c docker/constraints.txt uv torch torchvision
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),dev]' \
+		|| $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),dev]'
+	@touch $@
+
+# needs a compiler and the headers that docker/Dockerfile installs; without them formats would be missing
+.venv/.pillow-simd: $(STAMP)
+	$(BIN)/python -m pip uninstall --quiet --yes pillow
+	CC="cc -mavx2" $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-binary pillow-simd pillow-simd==12.1.1.post0
+	@$(BIN)/python -c 'import sys; from PIL import features; lost = [name for name in ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "freetype2", "littlecms2") if not features.check(name)]; sys.exit(f"pillow-simd was built without {lost}: install the headers that docker/Dockerfile names, then make install PILLOW=simd" if lost else 0)' \
+		|| { $(BIN)/python -m pip uninstall --quiet --yes pillow-simd; $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt pillow; exit 1; }
 	@touch $@
 
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: install  ## run all tests, in WORKERS processes: most of their time they wait for others that they start
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
+test: install  ## every promise at reduced counts, in at most 10 minutes on 2 cores
+	$(PYTEST) -m "not slow"
 
-lint: install  ## ruff, mypy, the import rule, Dockerfile, compose files
+test-all: install  ## every test at full counts: kills, injections, S3, Ray, browser, PostgreSQL
+	TEACHER_CACHE_TESTS=all $(PYTEST)
+
+lint: install  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,7 +61,13 @@ format: install  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: install  ## what the light image installs, by version and digest, for every platform; after a change of dependencies
+constraints: install  ## constraints.txt, after a change of dependencies; existing pins stay where they fit (UPGRADE="-P NAME" renews one)
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+		--extra train --extra dev --extra bench -c docker/constraints.txt $(UPGRADE) -o constraints.txt
+	@# what depends on the machine is in docker/constraints.txt
+	sed -i -E '/^(torch|torchvision|triton|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==/d' constraints.txt
+
+lock: install  ## the versions and digests that the light image installs, for every platform; after a change of dependencies
 	@for image in light inventory; do \
 		$(BIN)/python docker/requirements.py $$image > docker/requirements-$$image.in && \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
@@ -55,12 +80,12 @@ licences: install  ## docs/licences.md, from what is installed; after a change o
 	$(BIN)/python docs/make_licences.py > build/licences.md
 	mv build/licences.md docs/licences.md
 
-bench: install  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; hours
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+bench: install  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; takes hours
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),bench]'
 	$(BIN)/python -m benchmarks.bench
 
 bench-gpu: install  ## the sections that need a CUDA device
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),bench]'
 	$(BIN)/python -m benchmarks.bench --device cuda
 
 docs: install  ## the documentation site, from docs/ and the docstrings, into site/; nothing is fetched
@@ -70,5 +95,5 @@ docs: install  ## the documentation site, from docs/ and the docstrings, into si
 serve: install  ## a local Prefect server and worker with the deployments of prefect.yaml
 	$(BIN)/python -m teacher_cache.flows.serve
 
-clean:  ## remove .venv, the site and what the tools keep; caches and runs stay
+clean:  ## remove .venv, the site and the tools' own caches; your caches and runs stay
 	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project

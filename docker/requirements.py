@@ -1,7 +1,7 @@
 """Print what an image installs, one requirement a line: ``requirements.py light|cpu|gpu|inventory``.
 
-From pyproject.toml without the sources of the project, so that the layer of dependencies (gigabytes, with torch)
-is built again only when they change, and not with each line of code.
+From pyproject.toml without the project's sources, so that the layer of dependencies (gigabytes, with torch) is built
+again only when they change.
 """
 
 from __future__ import annotations
@@ -12,26 +12,34 @@ import tomllib
 from pathlib import Path
 
 EXTRAS = {
-    "light": ["s3"],
-    "cpu": ["cpu", "s3", "deploy", "report", "zeroshot", "fastjpeg"],
-    "gpu": ["gpu", "s3", "deploy", "report", "zeroshot", "fastjpeg"],
+    "light": ["flows", "s3"],
+    "cpu": ["train", "flows", "s3", "deploy", "report", "fastjpeg"],
+    "gpu": ["gpu", "flows", "s3", "deploy", "report", "fastjpeg"],
 }
-# goes into no image: lists what is in them while they are built
+# lists an image's packages while it is built; goes into no image
 INVENTORY = "cyclonedx-bom"
-# what pipeline needs beyond storage; the light image serves, deploys and inspects, and encodes nothing
-PIPELINE = {"torch", "torchvision", "open_clip_torch", "pillow", "safetensors", "lightning-fabric", "tensorboard"}
 
 
 def requirements(image: str, pyproject: Path) -> list[str]:
-    """The requirements of one image, or of the inventory, in the order of pyproject.toml. KeyError: no such image."""
+    """Return the requirements of an image, or of the inventory, in the order of pyproject.toml.
+
+    Raises:
+        KeyError: there is no such image.
+    """
     project = tomllib.loads(pyproject.read_text())["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
     if image == "inventory":
-        return [each for each in project["optional-dependencies"]["dev"] if each.startswith(INVENTORY)]
-    extras = EXTRAS[image]
-    wanted: list[str] = project["dependencies"]
-    if image == "light":
-        wanted = [each for each in wanted if re.split(r"[^\w-]", each)[0] not in PIPELINE]
-    return [*wanted, *(each for extra in extras for each in project["optional-dependencies"][extra])]
+        return [line for line in extras["dev"] if line.startswith(INVENTORY)]
+    return list(dict.fromkeys([*project["dependencies"], *_of_extras(EXTRAS[image], extras)]))
+
+
+def _of_extras(names: list[str], extras: dict[str, list[str]]) -> list[str]:
+    """Return the requirements of extras; an extra that names others of ours brings theirs."""
+    lines: list[str] = []
+    for line in (line for name in names for line in extras[name]):
+        own = re.fullmatch(r"teacher-cache\[(.+)\]", line)
+        lines += _of_extras(own[1].split(","), extras) if own else [line]
+    return lines
 
 
 if __name__ == "__main__":

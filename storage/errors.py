@@ -9,7 +9,8 @@
        |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
        `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 
-UsageError is apart: a setting, name or path that the caller has to change.
+UsageError is apart: a setting, name or path that the caller has to change. MissingPackageError is one that an install
+line cures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ __all__ = [
     "CacheMismatchError",
     "CacheNotFoundError",
     "CacheUnreachableError",
+    "MissingPackageError",
     "UsageError",
+    "install_line",
 ]
 
 
@@ -61,3 +64,34 @@ class CacheAccessError(CacheError):
 
 class UsageError(ValueError):
     """A setting, name or path of the caller's that cannot be used; the command line exits 2."""
+
+
+# the extra of pyproject.toml that brings a module
+_EXTRAS = {
+    "train": "torch torchvision open_clip timm PIL safetensors lightning_fabric tensorboard faiss scipy",
+    "flows": "prefect",
+    "s3": "obstore",
+    "ray": "ray",
+    "deploy": "onnx onnxruntime onnxscript tokenizers ftfy matplotlib",
+    "report": "altair vl_convert sklearn jinja2 markupsafe",
+    "fastjpeg": "simplejpeg",
+}
+
+
+def install_line(module: str) -> str:
+    """Return the command that installs a module: by its extra, or by its own name."""
+    top = module.partition(".")[0]
+    extra = next((extra for extra, modules in _EXTRAS.items() if top in modules.split()), None)
+    return f"pip install {top}" if extra is None else f"pip install 'teacher-cache[{extra}]'"
+
+
+class MissingPackageError(UsageError):
+    """A package that the job needs is not installed.
+
+    Args:
+        module: the package by its import name.
+        job: what needs it, as the subject of the message.
+    """
+
+    def __init__(self, module: str, job: str = "this command") -> None:
+        super().__init__(f"{job} needs {module}, which is not installed: {install_line(module)}")

@@ -155,7 +155,6 @@ def stack() -> Iterator[Stack]:
             (r"\b8333\b", str(s3_port)),
             (r"=/data$", f"={root / 's3'}"),
             (r"^/var/lib/prefect$", str(root / "home" / "server")),
-            (r"/setup/bucket\.py", str(DOCKER / "bucket.py")),
         ],
         environment={
             "HOME": str(root / "home"),

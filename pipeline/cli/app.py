@@ -17,7 +17,7 @@ import typer
 from teacher_cache.pipeline.cli.flags import say
 from teacher_cache.pipeline.train.stop_signals import interrupt
 from teacher_cache.storage.cli.app import JsonFlag, app, commands_in, print_json
-from teacher_cache.storage.errors import CacheError, UsageError
+from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
 from teacher_cache.storage.observe.logs import start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
@@ -79,6 +79,11 @@ def main() -> None:
         sys.exit(1)
     except UsageError as error:
         say(f"error: {error}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("teacher_cache"):
+            raise
+        say(f"error: {MissingPackageError(error.name)}")
         sys.exit(2)
     # FloatingPointError: the loss left the numbers; OSError: a file or a disk; both name what they met
     except (CacheError, FloatingPointError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A home that one serve works in: no second one beside it, and none of its processes behind a terminal's end."""
+"""A home that one serve works in: no second one beside it, and no process that outlives its terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 
 from teacher_cache.flows import serve
 from teacher_cache.flows.serve import ServeError
+from tests.flows.conftest import running
 
-# holds a home as serve does, with a child that lasts in place of server and worker
+# locks a home as serve does, with a child that sleeps in place of server and worker
 HOLDS = """
 import signal, subprocess, sys, time
 from pathlib import Path
 from teacher_cache.flows import serve
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal; whoever runs the tests may have ignored it
-serve._on_stop(serve._interrupt)
-with serve._alone(Path(sys.argv[1])) as lock:
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal; the test runner may ignore it
+serve.stop_on_signals(signal.default_int_handler)
+with serve.locked(Path(sys.argv[1])) as lock:
     child = subprocess.Popen(["sleep", "600"], start_new_session=True, pass_fds=[lock.fileno()])
     print("server", child.pid, file=lock, flush=True)
     try:
@@ -31,10 +32,6 @@ with serve._alone(Path(sys.argv[1])) as lock:
         child.kill()
         child.wait()
 """
-
-
-def lives(pid: int) -> bool:
-    return serve._start_time(pid) != ""
 
 
 class Holder:
@@ -49,9 +46,9 @@ class Holder:
 
     def close(self) -> None:
         self.process.kill()
-        if lives(self.child):
+        if running(self.child):
             os.kill(self.child, signal.SIGKILL)
-        self.process.communicate()  # the child has its output too
+        self.process.communicate()  # the child holds its output too
 
 
 @pytest.fixture
@@ -63,30 +60,30 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_the_end_of_a_terminal_leaves_no_process_behind(holder: Holder, number: int) -> None:
-    assert lives(holder.child)
+    assert running(holder.child)
     holder.end_with(number)
-    assert not lives(holder.child)
+    assert not running(holder.child)
 
 
 def test_under_nohup_the_end_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     set_to: dict[int, object] = {}
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
     monkeypatch.setattr(signal, "signal", set_to.__setitem__)
-    serve._on_stop(serve._interrupt)
+    serve.stop_on_signals(signal.default_int_handler)
     assert set(set_to) == {signal.SIGINT, signal.SIGTERM}
 
 
 def test_a_home_in_use_is_refused_also_where_a_killed_serve_left_its_server(holder: Holder, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    said = rf"home is in use by another serve, .* left behind \(server {holder.child}\)\. Stop that, or"
-    with pytest.raises(ServeError, match=said), serve._alone(home):
+    message = rf"home is in use by another serve, .* left behind \(server {holder.child}\)\. Stop them, or"
+    with pytest.raises(ServeError, match=message), serve.locked(home):
         pass
     holder.end_with(signal.SIGKILL)
-    assert lives(holder.child)
-    with pytest.raises(ServeError, match=said), serve._alone(home):
+    assert running(holder.child)
+    with pytest.raises(ServeError, match=message), serve.locked(home):
         pass
     os.kill(holder.child, signal.SIGKILL)
-    while lives(holder.child):
+    while running(holder.child):
         pass
-    with serve._alone(home) as lock:
+    with serve.locked(home) as lock:
         assert not lock.read()

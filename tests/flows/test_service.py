@@ -123,7 +123,8 @@ def test_a_port_that_is_taken_is_named(tmp_path):
             [sys.executable, "-m", "teacher_cache.flows.serve"], env=environment, capture_output=True, text=True
         )
     assert done.returncode == 1
-    assert f"error: port {port} of 127.0.0.1 cannot be used (Address already in use)" in done.stdout
+    assert f"Port {port} is already in use" in done.stdout + done.stderr
+    assert "error: the server stopped by itself with code 1" in done.stdout
 
 
 def test_a_second_serve_of_one_home_is_refused_and_the_first_goes_on(served):
@@ -155,7 +156,7 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
         assert code == 0, output
         until = time.monotonic() + 120
         while len(list(commits.rglob("*.json"))) < 3:
-            assert time.monotonic() < until, (tmp_path / "home" / "worker.log").read_text()
+            assert time.monotonic() < until, serve.worker_log()
             time.sleep(0.05)
         assert serve.stop(signal.SIGINT) == 0
         done = len(list(commits.rglob("*.json")))
@@ -172,7 +173,7 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
         others = serve.descendants()
         os.kill(worker, signal.SIGKILL)
         assert serve.process.wait(60) == 1
-        assert "error: the worker stopped by itself with code -9. The last lines of" in serve.log.read_text()
+        assert "error: the worker stopped by itself with code -9" in serve.log.read_text()
         assert not [pid for pid in others if running(pid)]
     finally:
         if serve.process is not None:

@@ -1,7 +1,7 @@
 """Named prompt sets, and which class of a list each class of a dataset is. No torch.
 
-CLIP's evaluation datasets with their class names and templates are shipped by clip-benchmark (class names of some,
-templates of most), those of ImageNet by open_clip; only data files are read, no code of clip-benchmark is run.
+Class names and templates of CLIP's evaluation datasets are those of clip-benchmark (``clip_benchmark/``, with its
+licence), those of ImageNet are open_clip's.
 
 A label is never guessed. The classes of a dataset are matched with a list of names
 
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ _PUBLISHED_FOLDERS = {
     "fer2013": "angry disgust fear happy neutral sad surprise",
 }
 
-_SHIPPED = "clip_benchmark/datasets/en_{}.json"
+_SHIPPED = Path(__file__).with_name("clip_benchmark")
 _LEFT_OUT = ("dummy", "voc2007_multilabel")  # no dataset; images of several classes
 _WORDNET_ID = re.compile(r"n\d{8}")
 _MARKS = re.compile(r"[\W_]+")
@@ -135,11 +135,7 @@ class Classes:
 
 
 def prompt_sets() -> tuple[str, ...]:
-    """Names of all sets, sorted.
-
-    Raises:
-        UsageError: clip-benchmark is not installed.
-    """
+    """Return the names of all sets, sorted."""
     return tuple(sorted({"imagenet1k", *_shipped("zeroshot_classification_templates"), *_shipped("classnames")}))
 
 
@@ -147,7 +143,7 @@ def prompt_set(name: str) -> PromptSet:
     """One set by name.
 
     Raises:
-        UsageError: no such set (the message lists them), or clip-benchmark is not installed.
+        UsageError: there is no such set; the message lists them.
     """
     if name == "imagenet1k":
         import open_clip  # two seconds that the other sets do without
@@ -348,27 +344,11 @@ def _plain(name: str) -> str:
 @lru_cache(maxsize=1)
 def _imagenet_ids() -> list[str]:
     """The 1,000 WordNet ids in order, as timm (which open_clip needs) ships them."""
-    return _package("timm").joinpath("timm/data/_info/imagenet_synsets.txt").read_text().split()
+    return Path(str(distribution("timm").locate_file("timm/data/_info/imagenet_synsets.txt"))).read_text().split()
 
 
 @lru_cache(maxsize=4)
 def _shipped(what: str) -> dict[str, list[str]]:
-    path = _package("clip-benchmark").joinpath(_SHIPPED.format(what))
-    try:
-        found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}). Install it again: {_INSTALL}") from error
-    # class-specific prompts and the like are of another form
-    return {name: values for name, values in found.items() if isinstance(values, list) and name not in _LEFT_OUT}
-
-
-_INSTALL = "pip install teacher-cache[zeroshot]"
-
-
-def _package(name: str) -> Path:
-    """The folder that an installed package's files are named from, without importing it."""
-    try:
-        found: Distribution = distribution(name)
-    except PackageNotFoundError as error:
-        raise UsageError(f"class names and templates come with {name}, which is not installed: {_INSTALL}") from error
-    return Path(str(found.locate_file("")))
+    sets: dict[str, list[str]] = json.loads((_SHIPPED / f"en_{what}.json").read_text(encoding="utf-8"))
+    # class-specific prompts have another form
+    return {name: values for name, values in sets.items() if isinstance(values, list) and name not in _LEFT_OUT}
