@@ -1,6 +1,6 @@
 """Search a folder of pictures by text, with a deployed student and FAISS. No torch.
 
-    pip install 'teacher-cache[runtime,cpu]'
+    pip install 'teacher-cache[runtime]' faiss-cpu
     python examples/search_folder.py ~/pictures "a dog in the snow" --student deployed/a
 
 The first search embeds all pictures and keeps their features in the folder, in ``.search.npz``; later ones embed only

@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 __all__ = ["ServeError", "main"]
 
@@ -96,7 +96,7 @@ def locked(home: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> None:
+def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> NoReturn:
     api = f"http://{HOST}:{port}/api"
     environment = _environment(home, api, port)
     children: dict[str, subprocess.Popen[bytes]] = {}

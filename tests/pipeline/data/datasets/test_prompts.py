@@ -82,7 +82,8 @@ def test_the_shipped_sets_are_clip_benchmarks() -> None:
     """Byte for byte those of the published package, with its licence beside them."""
     published = distribution("clip-benchmark")
     for file in prompts._SHIPPED.glob("*.json"):
-        assert file.read_bytes() == Path(str(published.locate_file(f"clip_benchmark/datasets/{file.name}"))).read_bytes()
+        original = Path(str(published.locate_file(f"clip_benchmark/datasets/{file.name}")))
+        assert file.read_bytes() == original.read_bytes()
     assert (prompts._SHIPPED / "LICENSE").read_text().startswith("MIT License")
     assert len(prompt_sets()) > 20
 
