@@ -54,6 +54,10 @@ class LocalFiles:
                 error.filename = str(path)
             raise
 
+    def read_buffer(self, key: str) -> bytes:
+        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
+        return self.read(key)
+
     def write(self, key: str, data: bytes) -> None:
         """See :class:`teacher_cache.storage.files.protocol.CacheFiles`. A kill leaves the old object or the new one,
         or a ``.partial-*``."""

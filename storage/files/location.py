@@ -19,7 +19,7 @@ from teacher_cache.storage.files.local import LocalFiles, ObjectStat
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE, CacheFiles
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["LocalFiles", "ObjectStat", "in_parallel", "open_files", "read_buffer", "requests_at_once", "results_ahead"]
+__all__ = ["LocalFiles", "ObjectStat", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -49,21 +49,10 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     if text.startswith("file://"):
         return LocalFiles(text.removeprefix("file://"))
     try:
-        from teacher_cache.storage.files.remote import RemoteFiles  # with fsspec, which a local cache does without
-
-        return RemoteFiles(text)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
-        raise error if isinstance(error, UsageError) else UsageError(redact(f"{text}: {error}")) from error
-
-
-def read_buffer(files: CacheFiles, key: str) -> bytes | memoryview:
-    """As ``files.read``, for large objects of which only a view is taken: of a store without a copy, where it can.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-    """
-    without_copy: Callable[[str], bytes | memoryview] = getattr(files, "read_buffer", files.read)
-    return without_copy(key)
+        from teacher_cache.storage.files.remote import RemoteFiles
+    except ImportError as error:
+        raise UsageError(f"{redact(text)}: caches at URLs need obstore: pip install 'teacher-cache[s3]'") from error
+    return RemoteFiles(text)
 
 
 def requests_at_once(files: CacheFiles) -> int:

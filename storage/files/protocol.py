@@ -30,6 +30,13 @@ class CacheFiles(Protocol):
             FileNotFoundError: there is no such object.
         """
 
+    def read_buffer(self, key: str) -> bytes | memoryview:
+        """Return the object's bytes; those of an object store without another copy.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+
     def write(self, key: str, data: bytes) -> None:
         """Replace the object atomically and durably: after a return it survives a crash of the machine.
 

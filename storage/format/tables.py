@@ -232,8 +232,6 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
 def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
     """A file that the manifest names, open and proven: in a folder block by block, without its bytes in memory.
 
-    Of a store not by what reads its chunks: a process that has used that leaves its forked workers without it.
-
     Raises:
         CacheCorruptError: it is missing or has other bytes.
     """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.fork_safety import renew_after_fork
-from teacher_cache.storage.files.location import in_parallel, read_buffer
+from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.arrays import chunk_shape, decode_object, given_dtype, prove_body, stored_dtype
@@ -149,7 +149,7 @@ class ChunkSource:
         """
         where = f"{self.files.location}/{self.key(ref, array)}"
         try:
-            data = read_buffer(self.files, self.key(ref, array))
+            data = self.files.read_buffer(self.key(ref, array))
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:

@@ -18,15 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, quote
 
 import fsspec
 
 from teacher_cache.pipeline.data.datasets import Problem, Record, Sample, SampleSet, adapter
 from teacher_cache.pipeline.data.datasets.records import data_folder, open_regular
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
-from teacher_cache.storage.files import remote as remote_files
+from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable, redact
@@ -50,6 +48,10 @@ _LOCAL_FILES = ("file", "local")
 _ON_THIS_MACHINE = (*_LOCAL_FILES, "torchvision", "memory")
 # images that torchvision keeps in arrays; imported when the first of them is read
 fsspec.register_implementation("torchvision", "teacher_cache.pipeline.data.datasets.torchvision.TorchvisionFiles")
+# tables and tars in the stores that caches use; imported when the first of them is read
+_STORES = {"s3": "S3Files", "gs": "GoogleFiles", "az": "AzureFiles"}
+for _scheme, _name in _STORES.items():
+    fsspec.register_implementation(_scheme, f"teacher_cache.storage.files.stores.{_name}", clobber=True)
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
 
 
@@ -195,18 +197,20 @@ def _too_large(target: str, found: int) -> OSError:
 
 
 def _fetch(url: str, offset: int, length: int) -> bytes:
-    """Bytes behind a URL in one request, without the look at its size that opening a file makes.
+    """Read bytes behind a URL in one request, without the look at its size that opening a file makes.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ConnectionError: the server did not answer well, three times; S3 as often as caches are tried.
-        OSError: it answered, and will not give these bytes; or the URL cannot be used.
+        FileNotFoundError: the object does not exist.
+        ConnectionError: the server did not answer well, three times; a store as often as caches are tried.
+        OSError: the server refuses, or the URL cannot be used.
     """
+    if url.partition("://")[0] in _STORES:
+        return _fetch_from_store(url, offset, length)
     start = offset if offset > 0 else None
     end = max(offset, 0) + length if length >= 0 else None
-    for pause in (*_pauses(url), None):
+    for pause in (*_RETRY_SECONDS, None):
         try:
-            filesystem, path = _filesystem_of(url)
+            filesystem, path = fsspec.core.url_to_fs(url)
             data: bytes = filesystem.cat_file(path, start=start, end=end)
             return data
         except (FileNotFoundError, PermissionError, IsADirectoryError):
@@ -223,19 +227,16 @@ def _fetch(url: str, offset: int, length: int) -> bytes:
     raise AssertionError("the last try returns or raises")
 
 
-def _filesystem_of(url: str) -> tuple[Any, str]:
-    # S3 by the connections of the caches: by default s3fs asks for the size first and keeps to ten at once
-    return remote_files.filesystem_of(url) if _is_s3(url) else fsspec.core.url_to_fs(url)
+def _fetch_from_store(url: str, offset: int, length: int) -> bytes:
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    try:
+        from teacher_cache.storage.files.remote import RemoteFiles  # with obstore, which may not be installed
 
-
-def _pauses(url: str) -> Sequence[float]:
-    # those connections try once, where others try again by themselves
-    retry = remote_files.RETRY
-    return [retry.pause_seconds(number) for number in range(1, retry.tries)] if _is_s3(url) else _RETRY_SECONDS
-
-
-def _is_s3(url: str) -> bool:
-    return url.startswith(("s3://", "s3a://"))
+        files = RemoteFiles(f"{scheme}://{bucket}")
+        return files.read(key) if length < 0 else files.read_range(key, max(offset, 0), length)
+    except (CacheAccessError, ImportError, ValueError) as error:
+        raise OSError(f"{url}: {error}") from error
 
 
 def require_content(data: bytes, sha256: str, where: str) -> None:

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -22,6 +21,7 @@ from teacher_cache.storage.files.location import LocalFiles, open_files
 from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.remote import RemoteFiles
+from teacher_cache.storage.files.stores import open_store
 
 ODD_KEYS = ["a b", "a+b", "a%20b", "ü/é", "a#b", "a?b", "a&b=c", "a'b", "(a)[1]*", "~a", ".a", "a:b@c", "猫"]
 
@@ -267,8 +267,7 @@ class TestRemoteFiles(FilesContract):
         return RemoteFiles(f"memory://{uuid.uuid4()}/cache")
 
     def raw(self, files: CacheFiles, key: str) -> bytes:
-        data: bytes = fsspec.filesystem("memory").cat_file(files.location.removeprefix("memory:/") + "/" + key)
-        return data
+        return bytes(open_store("memory://").get(f"{files.location.removeprefix('memory://')}/{key}").bytes())
 
     def test_what_a_killed_proof_of_create_left_is_shown(
         self, files: CacheFiles, monkeypatch: pytest.MonkeyPatch

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import socket
-import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from teacher_cache.storage.errors import CacheAccessError, CacheError, CacheUnreachableError, UsageError
@@ -27,7 +25,7 @@ from tests.storage.files.test_files import FilesContract, check_race, race_proce
 
 pytestmark = pytest.mark.service
 
-QUICK = RetryPolicy(tries=3, first_pause_seconds=0.01, longest_pause_seconds=0.05)
+QUICK = RetryPolicy(tries=3, first_pause_seconds=0.01, longest_pause_seconds=0.05, answer_seconds=0.5)
 
 
 class S3Contract(FilesContract):
@@ -59,7 +57,7 @@ class S3Contract(FilesContract):
         client = self._store.client()
         keys = [f"many/{number:04d}" for number in range(1005)]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda key: client.put_object(Bucket=bucket, Key=f"{root}/{key}", Body=b""), keys))
+            list(pool.map(lambda key: client.put_object(Bucket=bucket, Key=f"{root}/{key}", Body=b"x"), keys))
         assert files.list("many") == keys
 
     def test_a_listing_shows_what_others_did_just_now(self, files: CacheFiles) -> None:
@@ -81,11 +79,9 @@ class S3Contract(FilesContract):
         assert files.list("a") == ["a/1"]
         assert not files.exists("a")
 
-    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
-    def test_other_processes_use_files_that_were_opened_before(self, files: CacheFiles, method: str) -> None:
+    def test_other_processes_use_files_that_were_opened_before(self, files: CacheFiles) -> None:
         files.write("a", b"from the parent")
-        context = multiprocessing.get_context(method)
+        context = multiprocessing.get_context("spawn")
         with context.Pool(2) as pool:
             assert pool.map(files.read, ["a", "a", "a"]) == [b"from the parent"] * 3
             assert sorted(pool.map(files.exists, ["a", "b"])) == [False, True]
@@ -118,16 +114,24 @@ class TestS3(S3Contract):
     """On moto and on SeaweedFS."""
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_workers_of_a_data_loader_read_files_that_were_opened_before(proxy: FaultProxy, shaky: RemoteFiles) -> None:
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_is_told_to_be_spawned(shaky: RemoteFiles) -> None:
+    """The threads that do obstore's work are not in it: it would wait for ever."""
+    shaky.write("a", b"x")
+    with multiprocessing.get_context("fork").Pool(1) as pool, pytest.raises(UsageError, match="forkserver or spawn"):
+        pool.apply(shaky.read, ("a",))
+    assert shaky.read("a") == b"x"
+
+
+def test_workers_of_a_data_loader_read_files_that_were_opened_before(shaky: RemoteFiles) -> None:
     from torch.utils.data import DataLoader
 
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it has the environment of an earlier test
     files = shaky
     for number in range(8):
         files.write(f"{number}", b"%d" % number)
-    loader = DataLoader(_Objects(files), batch_size=2, num_workers=2, multiprocessing_context="fork")
-    for _ in range(2):
-        assert [data for batch in loader for data in batch] == [b"%d" % number for number in range(8)]
+    loader = DataLoader(_Objects(files), batch_size=2, num_workers=2, multiprocessing_context="forkserver")
+    assert [data for batch in loader for data in batch] == [b"%d" % number for number in range(8)]
     assert files.read("3") == b"3"
 
 
@@ -143,9 +147,8 @@ class _Objects:
 
 
 @pytest.fixture
-def shaky(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> RemoteFiles:
+def shaky(proxy: FaultProxy) -> RemoteFiles:
     """Files behind the proxy, of a client that waits for half a second at most."""
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.5}})
     return RemoteFiles(f"s3://caches/{uuid.uuid4()}/x.cache", QUICK)
 
 
@@ -164,8 +167,7 @@ FAULTS = {
 def test_each_call_is_one_request(proxy: FaultProxy, shaky: RemoteFiles) -> None:
     """No HEAD before a GET; retries of other layers would show here too."""
     shaky.write("a/b", b"x" * 5000)
-    shaky.read("a/b")
-    shaky.read("a/b")
+    assert bytes(shaky.read_buffer("a/b")) == shaky.read("a/b") == b"x" * 5000
     shaky.list()
     assert shaky.exists("a/b")
     shaky.delete("a/b")
@@ -176,7 +178,7 @@ def test_each_call_is_one_request(proxy: FaultProxy, shaky: RemoteFiles) -> None
         ("GET", f"{root}/a/b"),
         ("GET", ""),
         ("HEAD", f"{root}/a/b"),
-        ("DELETE", f"{root}/a/b"),
+        ("POST", ""),
     ]
 
 
@@ -234,8 +236,6 @@ def test_giving_up_names_key_location_tries_and_cause(proxy: FaultProxy, shaky: 
         "look at": lambda: shaky.exists("a/b"),
         "delete": lambda: shaky.delete("a/b"),
     }
-    if name == "stall":
-        del calls["write"], calls["create"], calls["look at"]
     for verb, call in calls.items():
         with pytest.raises(CacheUnreachableError) as given_up:
             call()
@@ -245,8 +245,7 @@ def test_giving_up_names_key_location_tries_and_cause(proxy: FaultProxy, shaky: 
         assert "\n" not in message
         assert is_transient(given_up.value)
         assert isinstance(given_up.value, CacheError)
-        # nothing else tries again, but for aiohttp: once, where a kept connection ends
-        assert len(proxy.requests) in ((3,) if name == "503" else range(3, 7))
+        assert len(proxy.requests) == 3
         proxy.requests.clear()
 
 
@@ -305,7 +304,7 @@ def test_a_timeout_that_the_server_reports_is_tried_again(proxy: FaultProxy, sha
     proxy.next_requests(fault, fault)
     assert shaky.read("a") == b"x"
     proxy.always(fault)
-    with pytest.raises(CacheUnreachableError, match="the last with TimeoutError: Idle for too long"):
+    with pytest.raises(CacheUnreachableError, match="the last with RequestTimeout: Idle for too long"):
         shaky.read("a")
 
 
@@ -345,7 +344,7 @@ REFUSALS = {
     "no right": (refusal(403, "AccessDenied", "Access Denied"), "denies it .*AccessDenied.* rights to list"),
     "region": (refusal(301, "PermanentRedirect"), "another region.*AWS_DEFAULT_REGION"),
     "region 400": (refusal(400, "AuthorizationHeaderMalformed"), "another region.*AWS_DEFAULT_REGION"),
-    "redirect": (refusal(308, "Moved"), "Check the location, and AWS_ENDPOINT_URL"),
+    "redirect": (refusal(308, "Moved"), "the endpoint redirects .*check AWS_ENDPOINT_URL"),
     "odd": (refusal(400, "InvalidRequest", "odd"), "odd.*Check the location"),
 }
 
@@ -355,8 +354,7 @@ def test_refusals_are_one_line_with_the_remedy_and_not_tried_again(
     proxy: FaultProxy, shaky: RemoteFiles, name: str
 ) -> None:
     fault, wanted = REFUSALS[name]
-    # botocore asks for the bucket's region with a HEAD
-    proxy.plan = lambda request: None if fault.status == 301 and request.method == "HEAD" else fault
+    proxy.always(fault)
     calls = (lambda: shaky.read("a"), lambda: shaky.write("a", b"x"), lambda: shaky.create("a", b"x"), shaky.list)
     for call in calls:
         before = len(proxy.requests)
@@ -365,15 +363,7 @@ def test_refusals_are_one_line_with_the_remedy_and_not_tried_again(
         assert str(refused.value).startswith(f"{shaky.location}: cannot ")
         assert "\n" not in str(refused.value)
         assert not is_transient(refused.value)
-        if fault.status != 301 and fault.code != "AuthorizationHeaderMalformed":  # there botocore looks for the region
-            assert len(proxy.requests) == before + 1
-
-
-def test_an_endpoint_that_redirects_everything(proxy: FaultProxy, shaky: RemoteFiles) -> None:
-    """As a server does that wants https; botocore takes it for the way to another region, and goes round."""
-    proxy.always(refusal(301, "Moved Permanently"))
-    with pytest.raises(CacheAccessError, match=r"cannot read a: .*redirect.*AWS_ENDPOINT_URL"):
-        shaky.read("a")
+        assert len(proxy.requests) == before + 1
 
 
 def test_a_wrong_secret_is_refused_by_a_server_that_checks_it(
@@ -428,35 +418,6 @@ def test_a_server_that_is_not_there(
     assert "s3cr3t" not in caplog.text
 
 
-def test_fsspec_configuration_counts(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Endpoint and credentials from FSSPEC_S3_* alone, with settings of botocore's that stay beside ours."""
-    code = """
-import sys
-from teacher_cache.storage.files.location import open_files
-files = open_files(sys.argv[1])
-files.write("a", b"x")
-files.list()
-config = files._fs._s3.meta.config
-print(config.read_timeout, config.retries["total_max_attempts"])
-"""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    found = subprocess.run(
-        [sys.executable, "-c", code, moto.location(f"{uuid.uuid4()}/x.cache")],
-        env={
-            **kept,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "FSSPEC_S3_ENDPOINT_URL": moto.endpoint,
-            "FSSPEC_S3_KEY": "testing",
-            "FSSPEC_S3_SECRET": "testing-secret",
-            "FSSPEC_S3_CONFIG_KWARGS": '{"read_timeout": 77}',
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.split() == ["77", "1"]
-
-
 def test_the_command_line_says_it_in_one_line(
     proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,7 +443,7 @@ def test_the_command_line_says_it_in_one_line(
     proxy.always(FAULTS["503"])
     code, said = run("s3://caches/x.cache")
     assert code == 1
-    assert "error: s3://caches/x.cache: cannot read manifest.json: 3 tries failed, the last with OSError" in said
+    assert "error: s3://caches/x.cache: cannot read manifest.json: 3 tries failed, the last with ServiceUnavailable" in said
     assert Path(__file__).name not in said
     assert "Traceback" not in said
 

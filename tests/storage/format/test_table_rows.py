@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.files.remote import RemoteFiles
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.manifest import StaticFile
 from teacher_cache.storage.format.manifest_file import read_manifest
@@ -120,9 +119,7 @@ def test_in_order_each_file_is_opened_once_and_few_rows_are_held(
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("where", ["folder", "store"])
-def test_a_column_comes_one_row_group_at_a_time(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a store not by what reads chunks: a process that has used it leaves its forked workers without it."""
-    monkeypatch.setattr(RemoteFiles, "read_buffer", None)
+def test_a_column_comes_one_row_group_at_a_time(where: str, tmp_path: Path) -> None:
     location = str(tmp_path / "c") if where == "folder" else f"memory://{uuid.uuid4()}/x.cache"
     _, whole = planned(location)
     files = open_files(location)
