@@ -1,8 +1,8 @@
 """A cache on an object store (SeaweedFS on loopback): streaming against plain GETs of the same objects.
 
 As it is, and with 50 ms added to each request by a proxy (``tests/latency_proxy.py``), where what counts is how many
-requests wait together. Plain GETs are s3fs's and obstore's, with as many at once as the stream has; the faster of them
-is what we are compared with.
+requests wait together. Plain GETs are obstore's and botocore's, with as many at once as the stream has; the faster of
+them is what we are compared with.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _first_row(store: ObjectStore, location: str, rounds: int) -> Row:
         max(trips) / waves,
         wanted=2.0,
         at_most=True,
-        note=f"one after the other it would be {commits + 2} round trips. Connecting, s3fs's 2 ms of Python a "
-        "request on one event loop and the records' parsing are in it, and weigh more where cores are busy",
+        note=f"one after the other it would be {commits + 2} round trips. Connecting and the records' parsing are in "
+        "it, and weigh more where cores are busy",
     )
 
 
@@ -127,16 +127,11 @@ def _reader(location: str, like: EmbeddingReader | None = None) -> EmbeddingRead
 
 
 def _getters(store: ObjectStore, location: str, at_once: int) -> Mapping[str, Callable[[str], Any]]:
+    import boto3
     import obstore
-    import s3fs
+    from botocore.config import Config
 
-    # one request for each object, as ours: by default s3fs asks for the size first
-    files = s3fs.S3FileSystem(
-        max_concurrency=1,
-        config_kwargs={"max_pool_connections": at_once},
-        endpoint_url=store.endpoint,
-        skip_instance_cache=True,
-    )
+    client = boto3.client("s3", endpoint_url=store.endpoint, config=Config(max_pool_connections=at_once))
     prefix = location.removeprefix(f"s3://{store.bucket}/")
     objects = obstore.store.S3Store(
         store.bucket,
@@ -149,7 +144,7 @@ def _getters(store: ObjectStore, location: str, at_once: int) -> Mapping[str, Ca
         client_options={"allow_http": True},
     )
     return {
-        "s3fs": lambda key: files.cat_file(f"{store.bucket}/{prefix}/{key}"),
+        "botocore": lambda key: client.get_object(Bucket=store.bucket, Key=f"{prefix}/{key}")["Body"].read(),
         "obstore": lambda key: objects.get(key).bytes(),
     }
 

@@ -91,9 +91,7 @@ class RemoteFiles:
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start`` on, or fewer where the object ends."""
-        return self._try(
-            "read", key, lambda store, path: bytes(store.get_range(path, start=start, length=length))
-        )
+        return self._try("read", key, lambda store, path: bytes(store.get_range(path, start=start, length=length)))
 
     def write(self, key: str, data: bytes) -> None:
         """Replace the object."""
@@ -172,6 +170,14 @@ class RemoteFiles:
         result = self._try("list", prefix.rstrip("/"), lambda store, path: store.list_with_delimiter(path or None))
         return sorted(folder.rstrip("/").rpartition("/")[2] for folder in result["common_prefixes"])
 
+    def _list_all(self, prefix: str) -> list[str]:
+        entries = self._try("list", prefix.rstrip("/"), lambda store, path: store.list(path or None).collect())
+        cut = len(self._root) + 1 if self._root else 0
+        # consoles put empty objects named `folder/` to show folders; obstore drops the slash
+        return sorted(
+            key for entry in entries if (key := entry["path"][cut:]) and (entry["size"] or self._is_object(key))
+        )
+
     def partials(self) -> list[str]:
         """Return the keys that a killed :meth:`create` left behind; a put leaves nothing."""
         return [key for key in self._list_all("") if left_behind(key, self.stat)]
@@ -179,16 +185,6 @@ class RemoteFiles:
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys of all finished objects below ``prefix``, sorted."""
         return [key for key in self._list_all(prefix) if not PARTIAL.match(key.rpartition("/")[2])]
-
-    def _list_all(self, prefix: str) -> list[str]:
-        entries = self._try("list", prefix.rstrip("/"), lambda store, path: store.list(path or None).collect())
-        cut = len(self._root) + 1 if self._root else 0
-        # consoles put empty objects named `folder/` to show folders; obstore drops the slash
-        return sorted(
-            key
-            for entry in entries
-            if (key := entry["path"][cut:]) and (entry["size"] or self._is_object(key))
-        )
 
     def _is_object(self, key: str) -> bool:
         try:

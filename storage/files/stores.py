@@ -9,7 +9,6 @@ from collections.abc import Hashable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-
 from obstore.exceptions import BaseError
 from obstore.fsspec import FsspecStore
 from obstore.store import HTTPStore, MemoryStore, S3Store, from_url
@@ -17,7 +16,16 @@ from obstore.store import HTTPStore, MemoryStore, S3Store, from_url
 from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["CREATING", "CREDENTIAL_ADVICE", "AzureFiles", "Failure", "GoogleFiles", "S3Files", "forget_store", "open_store"]
+__all__ = [
+    "CREATING",
+    "CREDENTIAL_ADVICE",
+    "AzureFiles",
+    "Failure",
+    "GoogleFiles",
+    "S3Files",
+    "forget_store",
+    "open_store",
+]
 
 _S3 = {"s3", "s3a"}
 CREATING = _S3 | {"memory", "gs", "az", "azure", "abfs", "abfss", "adl"}

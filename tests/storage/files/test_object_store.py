@@ -443,7 +443,10 @@ def test_the_command_line_says_it_in_one_line(
     proxy.always(FAULTS["503"])
     code, said = run("s3://caches/x.cache")
     assert code == 1
-    assert "error: s3://caches/x.cache: cannot read manifest.json: 3 tries failed, the last with ServiceUnavailable" in said
+    assert (
+        "error: s3://caches/x.cache: cannot read manifest.json: 3 tries failed, the last with ServiceUnavailable"
+        in said
+    )
     assert Path(__file__).name not in said
     assert "Traceback" not in said
 
