@@ -385,6 +385,12 @@ def test_locations_that_cannot_be_used(location: str, wanted: str) -> None:
         open_files(location)
 
 
+def test_without_obstore_a_url_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "teacher_cache.storage.files.remote", None)
+    with pytest.raises(UsageError, match=r"need obstore: pip install 'teacher-cache\[s3\]'"):
+        open_files("s3://bucket/x.cache")
+
+
 def test_a_store_that_only_looks_before_it_writes_may_not_create() -> None:
     with pytest.raises(UsageError, match="cannot promise that only one"):
         open_files("http://127.0.0.1:9/x.cache").create("a", b"x")
