@@ -35,7 +35,7 @@ from teacher_cache.storage.check.verify import IntegrityReport
 from teacher_cache.storage.errors import CacheError, CacheMismatchError
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.tables import CAPTIONS, read_rows
+from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -205,7 +205,7 @@ class _Proof:
         self._compare("image", [item for item in usable if item.place not in self._lost], live)
 
     def captions(self, rows: NDArray[np.int64]) -> None:
-        captions = read_rows(self._reader.files, self._reader.manifest, CAPTIONS, rows).to_pylist()
+        captions = self._reader.table_rows(CAPTIONS, rows).to_pylist()
         samples = self._reader.samples["sample_id"]
         seen = [
             _Seen(int(row), 0, samples[caption["image_row"]].as_py(), None, ())

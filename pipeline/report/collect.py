@@ -32,7 +32,8 @@ from teacher_cache.storage.errors import CacheIncompleteError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.tables import SAMPLES, read_rows
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.info import CacheInfo, ChunkState, chunk_states, describe_cache
 from teacher_cache.storage.look.stats import CacheStats, stats_and_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -218,7 +219,7 @@ def _lost(
         return (), 0
     files = open_files(location)
     rows = np.array([row.row for row in named], np.int64)
-    uris = read_rows(files, read_manifest(files), SAMPLES, rows)["uri"].to_pylist()
+    uris = TableRows(files, read_manifest(files), SAMPLES, columns=["uri"]).take(rows)["uri"].to_pylist()
     lost = tuple(
         LostImage(row=row.row, sample_id=row.sample_id, uri=uri, reason=_reason(row))
         for row, uri in zip(named, uris, strict=True)

@@ -1,9 +1,10 @@
-"""Rows of a table of a cache by range, without the table in memory: what encoding knows of the dataset."""
+"""Rows of a table by number, without the table in memory."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from teacher_cache.storage.files.fork_safety import renew_after_fork
+from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import (
+    FILES_AT_ONCE,
     ROWS_PER_GROUP,
     SCHEMAS,
     named_errors,
@@ -26,38 +29,51 @@ from teacher_cache.storage.format.tables import (
 
 __all__ = ["TableRows"]
 
-_HELD_ROWS = 2 * ROWS_PER_GROUP  # on either side of a border: chunks are prepared ahead of those that are written
+_HELD_ROWS = 2 * ROWS_PER_GROUP  # on both sides of a border: some chunks are prepared while earlier ones are written
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One parquet file, open and proven."""
+    """One parquet file, open and proven.
+
+    Attributes:
+        starts: First row of each row group, and the end of the last one.
+    """
 
     file: pq.ParquetFile
-    starts: NDArray[np.int64]  # of its row groups among its rows, and where the last one ends
+    starts: NDArray[np.int64]
 
 
 class TableRows:
-    """Rows of the samples, captions or problems of a cache, in order.
+    """Rows of the samples, captions or problems of a cache, by number, with few of them in memory.
 
-    Of the table's parquet files those are read that hold the rows, and of these the row groups that do. Kept are the
-    groups that were read last, at most 131,072 rows of them or a single larger one (a million rows, in files that
-    earlier versions wrote), and ``open_files`` open files; so memory does not grow with the table. A file is proven by
-    its digest whenever it is opened, once in a run that goes through the rows in order. In a folder it then stays open,
-    so that what is read later is of the very file that was proven, also where another one took its place; what a disk
-    makes of it in between is not noticed here, but by ``verify``, which compares each chunk's record with the tables.
-    Of an object store the file is fetched as a whole, since it has to be proven as a whole, and kept as it is,
-    compressed.
+    Only parquet files and row groups that hold the rows are read. The groups that were read last stay in memory, at
+    most 131,072 rows of them or a single larger one (a million rows, in files that earlier versions wrote), and
+    ``open_files`` open files; so memory does not grow with the table. A file is proven by its digest whenever it is
+    opened: once, if rows are read in order. In a folder it then stays open, so that later reads are of the very file
+    that was proven, even if another one replaces it. From an object store the whole file is fetched, since it is
+    proven as a whole, and stays in memory compressed.
 
-    Safe for several threads, which read one after another; a process that is forked begins with nothing held.
+    Threads may share it: they read one after another. A forked process begins with nothing in memory.
 
     Args:
-        open_files: two are enough for who goes through the rows in order; in another order each file would be opened,
+        files, manifest: The cache.
+        name: The table.
+        open_files: Files that stay open. Two are enough for rows in order; in another order files would be opened,
             and proven, again and again.
+        columns: Columns to read. Default: all.
     """
 
-    def __init__(self, files: CacheFiles, manifest: CacheManifest, name: str, open_files: int = 2) -> None:
+    def __init__(
+        self,
+        files: CacheFiles,
+        manifest: CacheManifest,
+        name: str,
+        open_files: int = 2,
+        columns: Sequence[str] | None = None,
+    ) -> None:
         self._files, self._manifest, self._name, self._most_open = files, manifest, name, open_files
+        self._columns = list(SCHEMAS[name].names if columns is None else columns)
         self._keys = table_keys(manifest, name)
         self._starts = np.cumsum([0, *(manifest.files[key].rows or 0 for key in self._keys)])
         self._parts: OrderedDict[int, _Part] = OrderedDict()
@@ -65,41 +81,83 @@ class TableRows:
         self._lock = threading.Lock()
         renew_after_fork(self)
 
-    def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str, int]]:
+    def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str, int, list[str]]]:
         # a spawned process opens the files for itself
-        return TableRows, (self._files, self._manifest, self._name, self._most_open)
+        return TableRows, (self._files, self._manifest, self._name, self._most_open, self._columns)
 
     @property
     def held_rows(self) -> int:
-        """Rows that are in memory."""
+        """Number of rows in memory."""
         return sum(group.num_rows for group in self._groups.values())
 
     def read(self, rows: range) -> pa.Table:
-        """These rows, all columns, as ``teacher_cache.storage.format.tables.read_table`` has them; one after another,
-        without gaps.
+        """Return a range of rows.
 
         Raises:
-            IndexError: a row that the table does not have.
-            CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
+            IndexError: The table does not have a row.
+            CacheCorruptError: A file is missing or does not have the bytes that the manifest names.
         """
         if not 0 <= rows.start <= rows.stop <= self._starts[-1] or rows.step != 1:
-            raise IndexError(
-                f"{self._files.location}/{self._name}: rows are 0 to {self._starts[-1] - 1}, asked for {rows}"
-            )
+            raise IndexError(f"{self._where}: rows are 0 to {self._starts[-1] - 1}, asked for {rows}")
         with self._lock:
             pieces = [
                 self._group(number, group).slice(*_overlap(rows, first, stop))
                 for number in _covering(self._starts, rows)
                 for group, first, stop in self._groups_of(number, rows)
             ]
-        return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table()
+        return self._joined(pieces)
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """Return rows in the order given.
+
+        Raises:
+            IndexError, CacheCorruptError: As :meth:`read`.
+        """
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._starts[-1]:
+            message = f"rows are 0 to {self._starts[-1] - 1}, asked for {rows.min()} to {rows.max()}"
+            raise IndexError(f"{self._where}: {message}")
+        order = np.argsort(rows, kind="stable")
+        ascending, done, pieces = rows[order], 0, []
+        with self._lock:
+            for number in np.unique(np.searchsorted(self._starts, ascending, side="right") - 1).tolist():
+                for group, first, stop in self._groups_of(number, range(*self._starts[number : number + 2])):
+                    end = int(np.searchsorted(ascending, stop))
+                    if end > done:
+                        pieces.append(self._group(number, group).take(pa.array(ascending[done:end] - first)))
+                    done = end
+        table = self._joined(pieces)
+        return table if (np.diff(order) == 1).all() else table.take(pa.array(np.argsort(order)))
+
+    def parts(self) -> Iterator[pa.Table]:
+        """Yield all rows, one row group after another; none stays in memory. Files of a store are fetched ahead.
+
+        Raises:
+            CacheCorruptError: As :meth:`read`, when the file's turn comes.
+        """
+        opened = in_parallel(self._files, self._open, range(len(self._keys)), most=FILES_AT_ONCE)
+        for number, part in enumerate(opened):
+            for group in range(part.file.num_row_groups):
+                table = self._read(number, part, group)
+                yield table
+                del table
+                # arrow's allocator otherwise keeps what was freed
+                pa.default_memory_pool().release_unused()
+            part.file.close(force=True)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._files.location}/{self._name}"
+
+    def _joined(self, pieces: list[pa.Table]) -> pa.Table:
+        return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table().select(self._columns)
 
     def renew(self) -> None:
-        """In a forked child: see :mod:`teacher_cache.storage.files.fork_safety`."""
+        """Forget what the parent has open, in a forked child."""
         self._lock, self._parts, self._groups = threading.Lock(), OrderedDict(), OrderedDict()
 
     def _groups_of(self, number: int, rows: range) -> list[tuple[int, int, int]]:
-        """The row groups of a file that hold some of the rows, with their first row and the one after their last."""
+        """Return the row groups of a file that hold some of the rows: number, first row, and one past the last."""
         starts = self._part(number).starts + self._starts[number]
         return [(group, int(starts[group]), int(starts[group + 1])) for group in _covering(starts, rows)]
 
@@ -110,8 +168,7 @@ class TableRows:
             coming = int(np.diff(part.starts)[group])
             while self._groups and self.held_rows + coming > _HELD_ROWS:
                 self._groups.popitem(last=False)
-            with named_errors(self._files, self._keys[number]):
-                self._groups[at] = part.file.read_row_group(group, use_threads=False)
+            self._groups[at] = self._read(number, part, group)
             # arrow's allocator otherwise keeps what was freed, and ever more of it
             pa.default_memory_pool().release_unused()
         self._groups.move_to_end(at)
@@ -121,22 +178,29 @@ class TableRows:
         if number not in self._parts:
             while len(self._parts) >= self._most_open:
                 self._parts.popitem(last=False)[1].file.close(force=True)
-            key = self._keys[number]
-            source = open_static(self._files, key, self._manifest.files[key])
-            with named_errors(self._files, key):
-                file = parquet_file(source)
-            of_groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._parts[number] = _Part(file, np.cumsum([0, *of_groups]))
+            self._parts[number] = self._open(number)
         self._parts.move_to_end(number)
         return self._parts[number]
 
+    def _open(self, number: int) -> _Part:
+        key = self._keys[number]
+        source = open_static(self._files, key, self._manifest.files[key])
+        with named_errors(self._files, key):
+            file = parquet_file(source)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return _Part(file, np.cumsum([0, *rows]))
+
+    def _read(self, number: int, part: _Part, group: int) -> pa.Table:
+        with named_errors(self._files, self._keys[number]):
+            return part.file.read_row_group(group, columns=self._columns, use_threads=False)
+
 
 def _covering(starts: NDArray[np.int64], rows: range) -> list[int]:
-    """Which of the ranges between neighbouring ``starts`` hold some of the rows."""
+    """Return the ranges between neighbouring ``starts`` that hold some of the rows."""
     return [at for at, (first, stop) in enumerate(pairwise(starts)) if first < rows.stop and rows.start < stop]
 
 
 def _overlap(rows: range, first: int, stop: int) -> tuple[int, int]:
-    """Offset and length, in the range [first, stop), of the rows that lie in it."""
+    """Return offset and length of the rows that lie in the range [first, stop)."""
     start = max(rows.start, first)
     return start - first, min(rows.stop, stop) - start

@@ -9,11 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import LocalFiles, in_parallel
@@ -23,18 +20,16 @@ from teacher_cache.storage.format.manifest import CacheManifest, StaticFile
 
 __all__ = [
     "CAPTIONS",
+    "FILES_AT_ONCE",
     "PROBLEMS",
     "ROWS_PER_GROUP",
     "SAMPLES",
     "captions_sha256",
     "chunk_rows_sha256",
-    "column_parts",
-    "find_row",
     "long_texts",
     "named_errors",
     "open_static",
     "parquet_file",
-    "read_rows",
     "read_static",
     "read_table",
     "samples_sha256",
@@ -64,7 +59,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 _ROWS_PER_FILE = 1_000_000
-_FILES_AT_ONCE = 4
+FILES_AT_ONCE = 4
+"""Files of a table that are requested from a store at once; each is in memory while it is proven."""
 ROWS_PER_GROUP = 65_536
 """Rows of a parquet file's row groups, of which one is the least that can be read."""
 _BLOCK_BYTES = 1 << 20
@@ -97,7 +93,7 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
     """
     keys = table_keys(manifest, name)
-    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
+    read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=FILES_AT_ONCE)
     parts = [_parse(data, columns) for data in read]
     return pa.concat_tables(parts).combine_chunks()
 
@@ -105,69 +101,6 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
 def long_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of texts as one of more than 2 GiB has to be, for ``take``, ``combine_chunks`` and look-ups in it."""
     return column.cast(pa.large_string())
-
-
-def column_parts(files: CacheFiles, manifest: CacheManifest, name: str, column: str) -> Iterator[pa.ChunkedArray]:
-    """One column of a table, a row group after another, so that memory does not grow with it.
-
-    Each file is proven by its digest when it is opened; in a folder its rows are then read from that open file.
-
-    Raises:
-        CacheCorruptError: as :func:`read_table`.
-    """
-    keys = table_keys(manifest, name)
-    opened = in_parallel(files, lambda key: open_static(files, key, manifest.files[key]), keys, most=_FILES_AT_ONCE)
-    for key, source in zip(keys, opened, strict=True):
-        with named_errors(files, key):
-            file = parquet_file(source)
-        for group in range(file.num_row_groups):
-            with named_errors(files, key):
-                part = file.read_row_group(group, columns=[column], use_threads=False)[column]
-            yield part
-            del part
-            # arrow's allocator otherwise keeps what was freed
-            pa.default_memory_pool().release_unused()
-        file.close(force=True)
-
-
-def read_rows(files: CacheFiles, manifest: CacheManifest, name: str, rows: NDArray[np.int64]) -> pa.Table:
-    """Some rows of a table, in the order asked for. Files of a large table that hold none of them are not read.
-
-    Raises:
-        IndexError: a row that the table does not have.
-        CacheCorruptError: as :func:`read_table`.
-    """
-    rows = np.asarray(rows, np.int64)
-    keys = table_keys(manifest, name)
-    if len(keys) == 1:
-        return read_table(files, manifest, name).take(pa.array(rows))
-    stops = np.cumsum([manifest.files[key].rows or 0 for key in keys])
-    if len(rows) and (rows.min() < 0 or rows.max() >= stops[-1]):
-        raise IndexError(
-            f"{files.location}/{name}: rows are 0 to {stops[-1] - 1}, asked for {rows.min()} to {rows.max()}"
-        )
-    place = np.searchsorted(stops, rows, side="right")
-    starts = np.concatenate([[0], stops])
-    parts = []
-    for number in np.unique(place):
-        # one file in memory at a time: a few rows of each file are not the whole table
-        part = _parse(read_static(files, keys[number], manifest.files[keys[number]]))
-        parts.append(part.take(pa.array(rows[place == number] - starts[number])))
-    if not parts:
-        return SCHEMAS[name].empty_table()
-    taken = np.empty(len(rows), np.int64)
-    taken[np.argsort(place, kind="stable")] = np.arange(len(rows))
-    return pa.concat_tables(parts).take(pa.array(taken))
-
-
-def find_row(files: CacheFiles, manifest: CacheManifest, name: str, column: str, value: str) -> int | None:
-    """The first row of a table with this value in a column; None when there is none. One file at a time."""
-    for key in table_keys(manifest, name):
-        table = _parse(read_static(files, key, manifest.files[key]), ["row", column])
-        at = pc.index(table[column], value).as_py()
-        if at >= 0:
-            return int(table["row"][at].as_py())
-    return None
 
 
 def table_keys(manifest: CacheManifest, name: str) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, find_row
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import nearest, unit_rows
 from teacher_cache.storage.look.sampling import row_blocks
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -175,13 +175,7 @@ def _row_of(reader: EmbeddingReader, image: str) -> int:
         row = int(image)
         _require_row(reader, "image", row)
         return row
-    sample_id = image.removeprefix("id:")
-    found = find_row(reader.files, reader.manifest, SAMPLES, "sample_id", sample_id)
-    if found is None:
-        raise UsageError(
-            f"{reader.location}: no image has the sample_id {sample_id!r}. teacher-cache sample shows how they look"
-        )
-    return found
+    return int(reader.rows_of([image.removeprefix("id:")])[0])
 
 
 def _require_row(reader: EmbeddingReader, tower: Tower, row: int) -> None:

@@ -1,7 +1,7 @@
 """Chunks side by side in one stretch of addresses, so that rows of many chunks are gathered by one call.
 
-On Linux the chunk files of a local cache are mapped there: no byte is copied, and all processes of a machine share one
-copy, the system's. Elsewhere, and where the size of a chunk is not a multiple of a page, chunks are copied there.
+On Linux the chunk files of a local cache are mapped into it: no byte is copied, and all processes of a machine share
+the page cache. On other systems, or if the size of a chunk is not a multiple of a page, chunks are copied into it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 __all__ = ["ChunkRegion"]
 
-# of Linux, in <sys/mman.h>; Python's mmap does not have them
+# from Linux's <sys/mman.h>; Python's mmap lacks them
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_READ = 22
@@ -27,19 +27,20 @@ _PROT_NONE = 0
 
 
 class ChunkRegion:
-    """Room for ``chunks`` chunks of equal size, of which those in use take memory. Threads may fill it, each its own.
+    """Addresses of chunks of equal size; only chunks in use take memory. Threads may fill different chunks.
+
+    Args:
+        chunks: Number of chunks.
+        shape: Shape of one chunk, rows first.
+        dtype: Dtype of the values.
 
     Attributes:
-        rows: all of it, (chunks x chunk_rows, ...): read only what was mapped or filled; the rest may end the process.
-        maps_files: whether :meth:`map` can be used.
+        rows: All rows, (chunks x chunk_rows, ...). To read a chunk that was not mapped or filled may end the process.
+        chunk_bytes: Bytes of one chunk.
+        maps_files: Whether :meth:`map` can be used.
     """
 
     def __init__(self, chunks: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """Reserve the addresses.
-
-        Args:
-            shape: of one chunk, rows first.
-        """
         self.chunk_bytes = int(np.prod(shape)) * dtype.itemsize
         self._region, self.maps_files = _reserve(chunks * self.chunk_bytes, self.chunk_bytes)
         self._bytes = np.frombuffer(self._region, np.uint8)
@@ -48,41 +49,43 @@ class ChunkRegion:
         self.rows: NDArray[Any] = used.view(dtype).reshape(chunks * shape[0], *shape[1:])
 
     def chunk(self, number: int) -> NDArray[Any]:
-        """The rows of one chunk."""
+        """Return the rows of one chunk."""
         return self.rows[number * self._shape[0] : (number + 1) * self._shape[0]]
 
     def map(self, number: int, path: str, nbytes: int) -> bytes:
-        """Put a file's first bytes in a chunk's place; what they are is for the caller to prove.
+        """Map a file's first bytes to a chunk's place, unproven, and return the bytes behind them.
 
-        A file that is replaced later by another one, as all writers here do, leaves the mapping as it is. One that is
-        cut short in its place ends the process (SIGBUS) when the lost part is read.
+        A file that another one replaces later, as all writers here do, stays mapped. A file that is truncated in
+        place ends the process (SIGBUS) when the lost part is read.
 
         Args:
-            nbytes: of the whole file; what lies behind the chunk's bytes is returned.
+            number: The chunk.
+            path: The file.
+            nbytes: Size of the file.
 
         Raises:
-            OSError: the file cannot be opened, read or mapped, or has another size.
+            OSError: The file cannot be opened, read or mapped, or has another size.
         """
         start = number * self.chunk_bytes
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            # a byte more is asked for than there should be
+            # one byte more than the file should have
             behind = os.pread(descriptor, nbytes - self.chunk_bytes + 1, self.chunk_bytes)
             if len(behind) != nbytes - self.chunk_bytes:
                 raise OSError(f"{path}: not {nbytes} bytes")
             self._replace(start, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
             with contextlib.suppress(_Unsupported):
-                # here, and not while rows are gathered, a disk that fails is an error that can be caught
+                # a disk that fails here raises an error; while rows are gathered it would end the process
                 self._populate(start)
             return behind
         finally:
             os.close(descriptor)
 
     def will_need(self, number: int) -> bool:
-        """Have the system begin to read a mapped chunk of which it has taken pages back; nothing is waited for.
+        """Start to read a mapped chunk if the system has dropped its pages; does not wait.
 
         Returns:
-            Whether it has. Of files that this user may not write Linux says no.
+            Whether it had. Always False for files that this user may not write.
         """
         assert _libc is not None  # it maps files
         start = number * self.chunk_bytes
@@ -94,7 +97,7 @@ class ChunkRegion:
         return True
 
     def can_be_read(self, number: int) -> bool:
-        """Whether a mapped chunk can be read, all of it: its pages are there afterwards. Old kernels cannot tell."""
+        """Read all pages of a mapped chunk; return False if that fails. Kernels before 5.14 return True."""
         try:
             with contextlib.suppress(_Unsupported):
                 self._populate(number * self.chunk_bytes)
@@ -106,30 +109,26 @@ class ChunkRegion:
         """Copy a chunk to its place.
 
         Args:
-            again: the place was filled before and not released since, so that its memory is used again.
+            number: The place.
+            values: The chunk.
+            again: Reuse the memory of a place that was filled before and not released.
         """
         start = number * self.chunk_bytes
         if self.maps_files and not again:
             self._replace(start, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         source = np.ascontiguousarray(values, self._dtype)
         if source.shape != self._shape:
-            raise ValueError(f"chunk is {source.shape}, {self._shape} wanted")
+            raise ValueError(f"chunk is {source.shape}, its place {self._shape}")
         ctypes.memmove(self._bytes.ctypes.data + start, source.ctypes.data, self.chunk_bytes)
 
     def release(self, number: int) -> None:
-        """Give back what a chunk takes."""
-        start = number * self.chunk_bytes
-        if self.maps_files:
-            self._replace(start, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-            return
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + self.chunk_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._region.madvise(mmap.MADV_DONTNEED, first, length)
+        """Release the memory of a chunk, in a region that maps files."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._replace(number * self.chunk_bytes, _PROT_NONE, flags, -1)
 
     def _populate(self, start: int) -> None:
         assert _libc is not None  # it maps files
-        # not by mmap's own madvise, which keeps Python's lock for as long as the disk takes
+        # mmap.madvise would hold Python's lock until the disk has answered
         if _libc.madvise(self._bytes.ctypes.data + start, self.chunk_bytes, _MADV_POPULATE_READ) != 0:
             number = ctypes.get_errno()
             if number == errno.EINVAL:  # before Linux 5.14
@@ -141,18 +140,18 @@ class ChunkRegion:
         where = self._bytes.ctypes.data + start
         if _libc.mmap(where, self.chunk_bytes, protection, flags | _MAP_FIXED, descriptor, 0) != where:
             number = ctypes.get_errno()
-            said = os.strerror(number)
+            message = os.strerror(number)
             if number == errno.ENOMEM:
-                said += ": too many files are mapped. Take a smaller window, or raise the system's vm.max_map_count"
-            raise OSError(number, said)
+                message += ": too many files are mapped. Take a smaller window, or raise the system's vm.max_map_count"
+            raise OSError(number, message)
 
 
 class _Unsupported(Exception):
-    """This kernel cannot say beforehand whether a page can be read."""
+    """Error of a kernel that cannot read pages ahead (before Linux 5.14)."""
 
 
 def _reserve(nbytes: int, chunk_bytes: int) -> tuple[mmap.mmap, bool]:
-    """Addresses, and whether files can be mapped there."""
+    """Reserve addresses, and tell whether files can be mapped to them."""
     nbytes = max(nbytes, 1)
     if sys.platform != "linux":
         return mmap.mmap(-1, nbytes), False

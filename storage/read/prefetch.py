@@ -1,4 +1,4 @@
-"""Loads in the background, by threads: what is asked for early is there when it is needed."""
+"""Values by key, loaded by threads before they are needed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _Value = TypeVar("_Value")
 
 
 class ReadAhead(Generic[_Key, _Value]):
-    """Values by key, loaded by ``threads`` threads in the order in which they were asked for; a context manager.
+    """Values by key, loaded by threads in the order of the requests; a context manager, for one consumer.
 
-    Whoever asks decides how much: what was asked for stays until it is dropped. For one consumer.
+    A value stays until the consumer drops it: the consumer decides how much is loaded ahead.
 
     Args:
-        load: makes the value of a key; called in several threads at once. Its error is raised by :meth:`get`.
-        release: takes apart what ``load`` made of a key, once it is dropped: at once, or in one of these threads where
-            it is being loaded then; before the same key is loaded again. Not called where ``load`` failed.
-        threads: loads at the same time, at most.
+        load: Makes the value of a key; called in several threads at once. :meth:`get` raises its error.
+        release: Undoes ``load`` of a key that was dropped, before the key is loaded again. Called at once, or by a
+            thread if the key is being loaded. Not called if ``load`` failed.
+        threads: Maximum number of loads at the same time.
     """
 
     def __init__(self, load: Callable[[_Key], _Value], release: Callable[[_Key], None], threads: int) -> None:
@@ -39,9 +39,9 @@ class ReadAhead(Generic[_Key, _Value]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Forget all: what is being loaded at this moment is waited for, what has not begun is not loaded."""
+        """Drop all keys: wait for loads that run, and cancel those that have not begun."""
         if os.getpid() != self._process:
-            return  # a fork's copy: nothing here would ever be done
+            return  # a forked child has none of the threads
         for future in self._asked.values():
             future.cancel()
         try:
@@ -53,40 +53,42 @@ class ReadAhead(Generic[_Key, _Value]):
         return key in self._asked
 
     def beside(self, keys: Iterable[_Key]) -> int:
-        """How many were asked for and not dropped, these not counted."""
+        """Return the number of keys that were requested and not dropped, without these."""
         return len(self._asked.keys() - set(keys))
 
     def ask(self, keys: Iterable[_Key]) -> None:
-        """Load these too; nothing happens for a key that was asked for already.
+        """Request keys; those that were requested before are ignored.
 
         Raises:
-            RuntimeError: in a process that was forked since; the threads are not in it.
+            RuntimeError: The process was forked since, and has none of the threads.
         """
         if os.getpid() != self._process:
-            raise RuntimeError("this was begun before the process was forked, and its threads are not here: begin anew")
+            raise RuntimeError(
+                "this stream was begun before the process was forked, without its threads: begin a new one"
+            )
         for key in keys:
             if key not in self._asked:
                 self._asked[key] = self._pool.submit(self._load_after, self._leaving.get(key), key)
 
     def _load_after(self, leaving: Future[None] | None, key: _Key) -> _Value:
-        if leaving is not None:  # begun before this one: the pool takes them in their order
+        if leaving is not None:  # it runs already: the pool takes its tasks in order
             leaving.result()
         return self._load(key)
 
     def get(self, key: _Key) -> _Value:
-        """The value of a key, once it is loaded.
+        """Wait for the value of a key, which is requested if it was not.
 
         Raises:
-            What ``load`` raised.
+            Exception: What ``load`` raised.
         """
         self.ask([key])
         return self._asked[key].result()
 
     def drop(self, keep: Iterable[_Key]) -> None:
-        """Forget all keys but these; those whose load has not begun are never loaded."""
-        kept = set(keep)
+        """Drop all keys but these; loads that have not begun are cancelled."""
+        keep = set(keep)
         self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
-        for key in [key for key in self._asked if key not in kept]:
+        for key in [key for key in self._asked if key not in keep]:
             loaded = self._asked.pop(key)
             if loaded.cancel():
                 continue

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,12 @@ from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, Quaranti
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
     PROBLEMS,
     ROWS_PER_GROUP,
     SAMPLES,
-    column_parts,
-    read_rows,
     read_table,
 )
 from teacher_cache.storage.read.caption_index import CaptionIndex
@@ -136,21 +135,26 @@ class EmbeddingReader:
 
     def table_rows(self, name: str, rows: NDArray[np.int64]) -> pa.Table:
         """Return rows of a table, ``"samples"`` or ``"captions"``, in the order given; no others stay in memory."""
-        return self._table(name, partial(read_rows, rows=rows))
+        with self._named(name):
+            return TableRows(self.files, self.manifest, name).take(rows)
 
-    def _table(self, name: str, read: Callable[..., pa.Table] = read_table) -> pa.Table:
-        try:
-            return read(self.files, self.manifest, name)
-        except OSError as error:
-            raise read_error(f"{self.location}/{name}", error) from error
+    def _table(self, name: str) -> pa.Table:
+        with self._named(name):
+            return read_table(self.files, self.manifest, name)
 
-    def _column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
-        """Yield a column in parts of at most 65,536 rows; the parts do not stay in memory."""
-        held = self.__dict__.get(table)
-        try:
-            for part in column_parts(self.files, self.manifest, table, name) if held is None else [held[name]]:
+    def column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
+        """Yield a column of a table in parts of at most 65,536 rows, which do not stay in memory."""
+        with self._named(table):
+            whole = self.__dict__.get(table)
+            parts = TableRows(self.files, self.manifest, table, columns=[name]).parts() if whole is None else [whole]
+            for part in parts:
                 for start in range(0, len(part), ROWS_PER_GROUP):
-                    yield part.slice(start, ROWS_PER_GROUP)
+                    yield part[name].slice(start, ROWS_PER_GROUP)
+
+    @contextmanager
+    def _named(self, table: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise read_error(f"{self.location}/{table}", error) from error
 
@@ -162,7 +166,7 @@ class EmbeddingReader:
     @once
     def caption_index(self) -> CaptionIndex:
         """Index from images to their captions, of at most one byte an image."""
-        owners = (part.to_numpy() for part in self._column(CAPTIONS, "image_row"))
+        owners = (part.to_numpy() for part in self.column(CAPTIONS, "image_row"))
         return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
 
     @once
@@ -200,7 +204,7 @@ class EmbeddingReader:
             names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
             raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
         rows, at = RowSet(total), 0
-        for part in self._column(SAMPLES, "split"):
+        for part in self.column(SAMPLES, "split"):
             rows.add(at, pc.fill_null(pc.equal(part, split), False).to_numpy()[: max(total - at, 0)])
             at += len(part)
         if at != total:
@@ -215,15 +219,16 @@ class EmbeddingReader:
         """
         ids = pa.array(sample_ids, pa.string())
         rows, first = np.full(len(ids), -1, np.int64), 0
-        for part in self._column(SAMPLES, "sample_id"):
+        for part in self.column(SAMPLES, "sample_id"):
             at = pc.fill_null(pc.index_in(ids, value_set=part.combine_chunks()), -1).to_numpy().astype(np.int64)
             rows = np.where((rows < 0) & (at >= 0), at + first, rows)
             first += len(part)
         if (rows < 0).any():
             missing = np.flatnonzero(rows < 0)
+            others = f", nor {len(missing) - 1:,} others" if len(missing) > 1 else ""
             raise UsageError(
-                f"{self.location}: no image {ids[int(missing[0])].as_py()!r}; {len(missing):,} of {len(ids):,} sample "
-                "ids are unknown. The samples table lists all."
+                f"{self.location}: no image has the sample_id {ids[int(missing[0])].as_py()!r}{others}. teacher-cache "
+                "sample shows how they look"
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""Row numbers of a cache, ascending, as one bit for each of its rows: a split of a billion images is 125 MB."""
+"""A set of row numbers as one bit for each row of the cache: a split of a billion images is 125 MB."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ROWS_AT_ONCE = 16_384
 
 
 class RowSet:
-    """Some of the rows 0 to ``total`` - 1, each once.
+    """A set of the rows 0 to ``total`` - 1.
 
     Args:
-        total: rows that there are.
-        full: whether all of them are in it at first, or none.
+        total: Number of rows of the cache.
+        full: Whether the set begins with all rows, or with none.
     """
 
     def __init__(self, total: int, full: bool = False) -> None:
@@ -29,20 +29,20 @@ class RowSet:
 
     @classmethod
     def of(cls, rows: NDArray[np.int64] | RowSet) -> RowSet:
-        """The set of these row numbers, in whatever order they come; a set is taken as it is."""
+        """Return the set of some row numbers, in any order; a set is returned as it is."""
         if isinstance(rows, RowSet):
             return rows
-        found = cls(int(rows.max()) + 1 if len(rows) else 0)
+        result = cls(int(rows.max()) + 1 if len(rows) else 0)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            some = rows[start : start + _ROWS_AT_ONCE]
-            np.bitwise_or.at(found._bits, some >> 3, np.left_shift(1, some & 7).astype(np.uint8))
-        return found
+            part = rows[start : start + _ROWS_AT_ONCE]
+            np.bitwise_or.at(result._bits, part >> 3, np.left_shift(1, part & 7).astype(np.uint8))
+        return result
 
     def add(self, start: int, mask: NDArray[np.bool_]) -> None:
-        """Take in the rows from ``start`` on that ``mask`` is true for.
+        """Add the rows from ``start`` on where ``mask`` is true.
 
         Raises:
-            IndexError: it reaches beyond the rows that there are.
+            IndexError: The mask reaches beyond the last row.
         """
         if start + len(mask) > self.total:
             raise IndexError(f"rows are 0 to {self.total - 1}, a mask reaches to {start + len(mask) - 1}")
@@ -51,7 +51,7 @@ class RowSet:
         self._count = None
 
     def remove(self, row: int) -> None:
-        """Leave out a row."""
+        """Remove a row."""
         self._bits[row >> 3] &= np.uint8(0xFF ^ (1 << (row & 7)))
         self._count = None
 
@@ -61,19 +61,19 @@ class RowSet:
         return self._count
 
     def numbers(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Those from ``start`` to before ``stop``, ascending: 8 bytes for each."""
+        """Return the rows of the set from ``start`` to before ``stop`` as int64, ascending."""
         stop = self.total if stop is None else min(stop, self.total)
         first = start // 8
         bits = np.unpackbits(self._bits[first : -(-stop // 8)], bitorder="little")
         return np.flatnonzero(bits[start - first * 8 : stop - first * 8]) + start
 
     def parts(self, at_once: int = _ROWS_AT_ONCE) -> Iterator[NDArray[np.int64]]:
-        """All of them, ascending, for some rows of the cache at a time."""
+        """Yield :meth:`numbers` of all rows, in parts of ``at_once`` rows of the cache."""
         for start in range(0, self.total, at_once):
             yield self.numbers(start, start + at_once)
 
     def chunks(self, chunk_rows: int) -> NDArray[np.int64]:
-        """The chunks that hold some of them, ascending."""
+        """Return the chunks that hold a row of the set, ascending."""
         at_once = max(1, _ROWS_AT_ONCE // chunk_rows) * chunk_rows
-        found = [np.unique(rows // chunk_rows) for rows in self.parts(at_once)]
-        return np.concatenate([np.empty(0, np.int64), *found])
+        parts = [np.unique(rows // chunk_rows) for rows in self.parts(at_once)]
+        return np.concatenate([np.empty(0, np.int64), *parts])

@@ -1,7 +1,7 @@
-"""The order of training rows: a pure function of (rows, seed, epoch), so that any run can go on where it was.
+"""The order of training rows: a pure function of (rows, seed, epoch), so that a run can resume at any step.
 
 Window shuffle: chunks in random order, ``window_chunks`` of them in memory at a time, rows shuffled inside the
-window. Reading stays sequential in whole chunks, and a batch mixes rows of several chunks.
+window. Whole chunks are read one after another, and a batch mixes rows of several chunks.
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ __all__ = ["RowDraws", "batches", "epoch_rng", "window_order"]
 
 
 def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    """A counter-based generator of its own for each (seed, epoch, stream); streams never share numbers."""
+    """Return a counter-based generator for (seed, epoch, stream); two of them never share numbers."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, stream])))
 
 
 def window_order(
     rows: NDArray[np.int64] | RowSet, chunk_rows: int, window_chunks: int, seed: int, epoch: int
 ) -> Iterator[NDArray[np.int64]]:
-    """The rows of one epoch, each once, window by window.
+    """Yield the rows of one epoch, each once: an array for each window.
 
     Args:
-        rows: of the cache, that take part (a split, without quarantined rows).
-        chunk_rows: rows per chunk of the cache.
-        window_chunks: chunks shuffled together; at least the number of chunks gives a uniform shuffle.
-
-    Yields:
-        One array of rows per window; together a permutation of ``rows``.
+        rows: Rows of the cache that take part (a split, without quarantined rows).
+        chunk_rows: Rows per chunk of the cache.
+        window_chunks: Chunks that are shuffled together; the number of all chunks gives a uniform shuffle.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
     """
     rows = RowSet.of(rows)
     firsts = rows.chunks(chunk_rows) * chunk_rows
     picked = epoch_rng(seed, epoch, 0).permutation(firsts)
     for number, start in enumerate(range(0, len(firsts), window_chunks)):
-        here = picked[start : start + window_chunks].tolist()
-        window = np.concatenate([rows.numbers(first, first + chunk_rows) for first in here])
+        members = picked[start : start + window_chunks].tolist()
+        window = np.concatenate([rows.numbers(first, first + chunk_rows) for first in members])
         yield epoch_rng(seed, epoch, number + 1).permutation(window)
 
 
 def batches(windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Cut a stream of windows into full batches; the rest of a window joins the next one.
+    """Cut windows into full batches; the rest of a window joins the next one.
 
-    The rows left over at the end of the epoch, fewer than ``batch_size``, are not yielded: contrastive terms
-    need every batch to have the same number of negatives. Another epoch leaves out other rows.
+    The last rows of an epoch, fewer than ``batch_size``, are dropped: contrastive losses need the same number of
+    negatives in every batch. Another epoch drops other rows.
     """
     rest = np.empty(0, np.int64)
     for window in windows:
@@ -60,13 +59,14 @@ def batches(windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[N
 
 
 class RowDraws:
-    """A uniform number in [0, 1) for each row of a cache: what :func:`epoch_rng` draws for all rows, at some of them.
+    """A uniform number in [0, 1) for each row of a cache, as :func:`epoch_rng` draws them for all rows at once.
 
-    Made by chunks as rows are asked for, since those of all rows would be as large as their numbers.
+    Made chunk by chunk when rows are used, since the numbers of all rows would take 8 bytes each.
 
     Args:
-        chunk_rows: rows that come together.
-        kept: chunks whose numbers stay for the next call.
+        seed, epoch, stream: As of :func:`epoch_rng`.
+        chunk_rows: Rows of a chunk.
+        kept: Chunks whose numbers stay for the next call.
     """
 
     def __init__(self, seed: int, epoch: int, stream: int, chunk_rows: int, kept: int) -> None:
@@ -75,10 +75,10 @@ class RowDraws:
         self._numbers = ByChunk(chunk_rows, kept, self._made)
 
     def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The numbers of some rows, (len(rows),) float64."""
+        """Return the numbers of some rows, (len(rows),) float64."""
         out = np.empty(len(rows))
-        for first, numbers, here in self._numbers.of(rows):
-            out[here] = numbers[rows[here] - first]
+        for first, numbers, positions in self._numbers.of(rows):
+            out[positions] = numbers[rows[positions] - first]
         return out
 
     def _made(self, chunk: int) -> NDArray[np.float64]:

@@ -39,7 +39,7 @@ from teacher_cache.storage.errors import (
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.format.identity import digest_of
-from teacher_cache.storage.format.tables import SAMPLES, column_parts
+from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = [
@@ -160,7 +160,7 @@ def rows_bytes(rows: NDArray[np.int64]) -> bytes:
 def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
     """See :class:`PixelsRecord`."""
     found, at, done = hashlib.sha256(), 0, 0
-    for part in column_parts(reader.files, reader.manifest, SAMPLES, "content_sha256"):
+    for part in reader.column(SAMPLES, "content_sha256"):
         some = rows[done : np.searchsorted(rows, at + len(part))]
         digests = part.take(pa.array(some - at)).to_pylist()
         found.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())

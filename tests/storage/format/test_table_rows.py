@@ -29,7 +29,6 @@ from teacher_cache.storage.format.tables import (
     ROWS_PER_GROUP,
     SAMPLES,
     SCHEMAS,
-    column_parts,
     open_static,
     read_table,
     table_files,
@@ -91,6 +90,10 @@ def test_any_ranges_are_those_of_the_whole_table(
             assert found.schema == whole.schema
             assert found.to_pylist() == whole.slice(first, stop - first).to_pylist()
             assert rows.held_rows <= max(held, min(per_group, per_file))
+        numbers = np.array([end for ends in asked for end in ends if end < TEXTS], np.int64)
+        for taken in (numbers, np.sort(numbers)):
+            assert rows.take(taken).to_pylist() == whole.take(pa.array(taken)).to_pylist()
+            assert rows.held_rows <= max(held, min(per_group, per_file))
 
 
 @pytest.mark.usefixtures("small")
@@ -123,13 +126,14 @@ def test_a_column_comes_one_row_group_at_a_time(where: str, tmp_path: Path) -> N
     location = str(tmp_path / "c") if where == "folder" else f"memory://{uuid.uuid4()}/x.cache"
     _, whole = planned(location)
     files = open_files(location)
-    parts = list(column_parts(files, read_manifest(files), CAPTIONS, "image_row"))
+    rows = TableRows(files, read_manifest(files), CAPTIONS, columns=["image_row"])
+    parts = list(rows.parts())
     assert [len(part) for part in parts] == 6 * [6, 6, 6, 6] + [6, 5]
-    assert [row for part in parts for row in part.to_pylist()] == whole["image_row"].to_pylist()
+    assert [row for part in parts for row in part["image_row"].to_pylist()] == whole["image_row"].to_pylist()
     if where == "folder":
         damaged = tmp_path / "c" / CAPTIONS / "000003.parquet"
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-        seen = column_parts(files, read_manifest(files), CAPTIONS, "image_row")
+        seen = rows.parts()
         assert [next(seen).to_pylist() for _ in range(12)] == [part.to_pylist() for part in parts[:12]]
         with pytest.raises(CacheCorruptError, match=r"captions/000003\.parquet"):
             next(seen)

@@ -17,7 +17,8 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, find_row, read_rows, read_table
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import CAPTIONS, read_table
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.look.rows import find_neighbours, sample_images
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -151,12 +152,11 @@ def test_rows_of_a_table_in_several_files(tmp_path: Path, monkeypatch: pytest.Mo
     manifest = read_manifest(files)
     whole = read_table(files, manifest, CAPTIONS)
     rows = np.array([24, 3, 3, 11, 4])
-    assert read_rows(files, manifest, CAPTIONS, rows).to_pylist() == whole.take(pa.array(rows)).to_pylist()
-    assert read_rows(files, manifest, CAPTIONS, rows[:0]).num_rows == 0
+    table = TableRows(files, manifest, CAPTIONS)
+    assert table.take(rows).to_pylist() == whole.take(pa.array(rows)).to_pylist()
+    assert table.take(rows[:0]).num_rows == 0
     for row in (-1, 25):
         with pytest.raises(IndexError, match="rows are 0 to 24"):
-            read_rows(files, manifest, CAPTIONS, np.array([row]))
-    assert find_row(files, manifest, SAMPLES, "sample_id", "img-9") == 9
-    assert find_row(files, manifest, SAMPLES, "sample_id", "img-10") is None
+            table.take(np.array([row]))
     (path / "captions/000000.parquet").unlink()
-    assert read_rows(files, manifest, CAPTIONS, np.array([4]))["text"].to_pylist() == ["img 4"]
+    assert TableRows(files, manifest, CAPTIONS).take(np.array([4]))["text"].to_pylist() == ["img 4"]

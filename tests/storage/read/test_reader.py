@@ -20,6 +20,7 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
+from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import finish_known_cache, known_arrays, known_row, make_known_cache, plan_known_cache
@@ -112,6 +113,20 @@ def test_captions_of_images(known_cache: Path) -> None:
 def test_unknown_split_lists_the_known_ones(known_cache: Path) -> None:
     with pytest.raises(UsageError, match=r"no split 'val'; this cache has 'train' \(8 images\), 'test' \(2 images\)"):
         EmbeddingReader(str(known_cache)).image_rows("val")
+
+
+def test_sample_ids_give_their_rows(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    assert reader.rows_of(["img-9", "img-0", "img-9"]).tolist() == [9, 0, 9]
+    assert reader.rows_of([]).tolist() == []
+    with pytest.raises(UsageError, match=r"no image has the sample_id 'img-10', nor 1 others"):
+        reader.rows_of(["img-3", "img-10", "x"])
+
+
+def test_a_reader_says_what_it_reads(known_cache: Path) -> None:
+    reader = EmbeddingReader(str(known_cache))
+    assert len(reader) == 10
+    assert repr(reader) == f"<EmbeddingReader {known_cache}: 10 images in 1 view(s), 25 captions, 8 x float16>"
 
 
 def test_a_reader_travels_to_a_worker(known_cache: Path) -> None:
@@ -289,8 +304,8 @@ def test_splits_and_captions_are_found_in_tables_of_many_parts(
 
 
 def test_captions_in_disorder_are_named(known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    column = [pa.chunked_array([[0, 2]], pa.int64()), pa.chunked_array([[1]], pa.int64())]
-    monkeypatch.setattr("teacher_cache.storage.read.reader.column_parts", lambda *_: column)
+    parts = [pa.table({"image_row": [0, 2]}), pa.table({"image_row": [1]})]
+    monkeypatch.setattr(TableRows, "parts", lambda _: parts)
     with pytest.raises(CacheCorruptError, match=r"known\.cache/captions: not sorted by image row from 0 to 9"):
         EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018
 
@@ -307,8 +322,7 @@ def test_a_folder_need_not_be_named_in_utf8(known_cache: Path, tmp_path: Path) -
 def test_a_table_of_another_length_puts_no_row_into_a_split(
     known_cache: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    column = [pa.chunked_array([["test"] * rows])]
-    monkeypatch.setattr("teacher_cache.storage.read.reader.column_parts", lambda *_: column)
+    monkeypatch.setattr(TableRows, "parts", lambda _: [pa.table({"split": ["test"] * rows})])
     with pytest.raises(CacheCorruptError, match=f"samples: {rows} rows, the manifest says 10"):
         EmbeddingReader(str(known_cache)).image_rows("test")
 
