@@ -104,7 +104,9 @@ def test_what_storage_imports_is_in_the_core_install() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"teacher_cache"}:
-                assert name in core, f"{path.name} imports {name}"
+                # for caches at URLs, which import it when they are opened
+                of_the_stores = name == "obstore" and path.name in ("remote.py", "stores.py")
+                assert name in core or of_the_stores, f"{path.name} imports {name}"
 
 
 def test_the_builder_gets_what_the_dockerfile_copies_and_no_more() -> None:
