@@ -1,4 +1,4 @@
-"""What can be wrong with a cache, grouped by what the reader would do next.
+"""Errors of caches, grouped by what the reader would do next.
 
     CacheError
        |- CacheNotFoundError     no cache was ever started at this path
@@ -6,11 +6,11 @@
        |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
        |- CacheFormatError       written by a newer version, or not a cache manifest at all
        |- CacheCorruptError      bytes disagree with their digest; teacher-cache repair mends it
-       |- CacheUnreachableError  the store did not answer, however often it was asked; run the same command again
+       |- CacheUnreachableError  the store did not answer in all tries; run the same command again
        `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 
-UsageError is apart: a setting, name or path that the caller has to change. MissingPackageError is one that an install
-line cures.
+UsageError stands apart: a setting, name or path that the caller has to change. MissingPackageError is one that an
+install line cures.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class CacheIncompleteError(CacheError):
 
 
 class CacheMismatchError(CacheError):
-    """The cache is sound but is not the one that was asked for."""
+    """The cache is sound, but not the requested one."""
 
 
 class CacheFormatError(CacheError):
-    """The manifest is of a newer format, or is not a manifest."""
+    """The manifest has a newer format, or is not a manifest."""
 
 
 class CacheCorruptError(CacheError):
-    """Bytes on disk disagree with the digest that was recorded when they were written."""
+    """Bytes disagree with the digest that was recorded when they were written."""
 
 
 class CacheUnreachableError(CacheError, ConnectionError):
-    """The store of the cache failed at every try; a later one may succeed, so it counts as a lost connection."""
+    """The store failed at every try. A later try may succeed, so this is a lost connection."""
 
 
 class CacheAccessError(CacheError):
-    """The store of the cache refuses this caller; trying again changes nothing."""
+    """The store refuses this caller; another try changes nothing."""
 
 
 class UsageError(ValueError):
-    """A setting, name or path of the caller's that cannot be used; the command line exits 2."""
+    """A setting, name or path from the caller cannot be used; the command line exits 2."""
 
 
 # the extra of pyproject.toml that brings a module

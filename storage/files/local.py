@@ -1,4 +1,4 @@
-"""A cache in a local folder: every object a file, put in place whole and synced."""
+"""A cache in a local folder: each object is a file, renamed into place once it is whole and synced."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from teacher_cache.storage.files.transient import read_error
 __all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind", "sync"]
 
 PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
-"""Names of what is not finished; no location lists them."""
+"""Name of an unfinished file; no location lists it."""
 
 _GIVEN_UP_SECONDS = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class ObjectStat(NamedTuple):
-    """What a location knows of an object without reading it."""
+    """Size and age of an object, known without reading it."""
 
     nbytes: int
     modified: datetime | None
-    """When it was last written, with its time zone; None where the store does not say."""
+    """Time of the last write, with its time zone; None where the store does not report it."""
 
 
 class LocalFiles:
-    """A folder. Writes go to a temporary file beside the target, are synced and then renamed over it."""
+    """Objects in a folder. A write goes to a temporary file beside the target, is synced, then renamed over it.
+
+    Methods: see :class:`teacher_cache.storage.files.protocol.CacheFiles`.
+    """
 
     def __init__(self, location: str) -> None:
         self.location = location
-        # of the folder at this moment: a process that changes it goes on with the same cache
+        # absolute: a process that changes its folder keeps the same cache
         self._root = Path(location).absolute()
 
     def path(self, key: str) -> str:
-        """Where the object lies."""
+        """Return the path of the object's file."""
         return str(self._root / key)
 
     def read(self, key: str) -> bytes:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
+        """Return the object's bytes."""
         path = self._root / key
         try:
             return path.read_bytes()
@@ -55,22 +58,20 @@ class LocalFiles:
             raise
 
     def read_buffer(self, key: str) -> bytes:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
+        """Return the object's bytes."""
         return self.read(key)
 
     def write(self, key: str, data: bytes) -> None:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`. A kill leaves the old object or the new one,
-        or a ``.partial-*``."""
+        """Replace the object. A kill leaves the old object or the new one, and perhaps a ``.partial-*`` file."""
         target = self._root / key
         with _partial_of(target, data) as partial:
             partial.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`. A kill leaves nothing, the whole object, or a
-        ``.partial-*`` file.
+        """Write the object only if there is none. A kill leaves nothing, the whole object, or a ``.partial-*`` file.
 
-        On a file system without hard links (FAT, some network mounts) the target is claimed with an empty file
-        and then replaced: there, a kill between the two system calls leaves an empty object, which counts as there.
+        On a file system without hard links (FAT, some network mounts) the target is claimed with an empty file and
+        then replaced: a kill between the two system calls leaves an empty object, which exists.
         """
         target = self._root / key
         if target.exists():  # spares the write; the race is decided by the link
@@ -79,13 +80,13 @@ class LocalFiles:
             return _link(partial, target)
 
     def exists(self, key: str) -> bool:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
+        """Return whether the object exists."""
         return (self._root / key).is_file()
 
     def folders(self, prefix: str = "") -> list[str]:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`. A folder that may not be read counts as empty.
+        """Return the names of the folders directly below ``prefix``, sorted. A folder without read permission is empty.
 
-        Links to folders count as folders; what cannot be looked at (a link to itself) is left out.
+        Links to folders count as folders; a link to itself is skipped.
         """
         try:
             with os.scandir(self._root / prefix) as entries:
@@ -94,43 +95,42 @@ class LocalFiles:
             return []
 
     def partials(self) -> list[str]:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
-        found = []
-        for folder, names in _walk(self._root):
-            base = Path(folder).relative_to(self._root)
-            found += [(base / name).as_posix() for name in names if PARTIAL.match(name)]
-        return sorted(key for key in found if left_behind(key, self.stat))
+        """Return the keys that killed writers left unfinished, sorted."""
+        return [key for key in self._keys("") if left_behind(key, self.stat)]
 
-    def list(self, prefix: str = "") -> list[str]:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
-        found = []
+    def _keys(self, prefix: str) -> list[str]:
+        keys: list[str] = []
         for folder, names in _walk(self._root / prefix):
             base = Path(folder).relative_to(self._root)
-            found += [(base / name).as_posix() for name in names if not PARTIAL.match(name)]
-        return sorted(found)
+            keys += [(base / name).as_posix() for name in names]
+        return sorted(keys)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys of all finished objects below ``prefix``, sorted."""
+        return [key for key in self._keys(prefix) if not PARTIAL.match(key.rpartition("/")[2])]
 
     def stat(self, key: str) -> ObjectStat:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
-        found = (self._root / key).stat()
-        return ObjectStat(found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+        """Return size and age of the object."""
+        stat = (self._root / key).stat()
+        return ObjectStat(stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
 
     def delete(self, key: str) -> None:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
+        """Remove the object if it exists."""
         (self._root / key).unlink(missing_ok=True)
 
     def remove_partials(self) -> int:
-        """See :class:`teacher_cache.storage.files.protocol.CacheFiles`."""
-        found = self.partials()
-        for key in found:
+        """Remove what killed writers left unfinished; return the number of files."""
+        partials = self.partials()
+        for key in partials:
             self.delete(key)
-        return len(found)
+        return len(partials)
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders and the names of the files in each, links to folders followed, no folder twice; none where there is none.
+    """Yield each folder with the names of its files. Links to folders are followed; no folder comes twice.
 
     Raises:
-        OSError, CacheAccessError: a folder cannot be listed, so that nobody knows what is in it.
+        OSError, CacheAccessError: a folder cannot be listed, so its contents are unknown.
     """
 
     def failed(error: OSError) -> None:
@@ -142,13 +142,13 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
     seen = set[tuple[int, int]]()
     for folder, folders, names in os.walk(top, onerror=failed, followlinks=True):
         try:
-            found = Path(folder).stat()
+            stat = Path(folder).stat()
         except FileNotFoundError:
             continue
-        if (found.st_dev, found.st_ino) in seen:
+        if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((found.st_dev, found.st_ino))
+        seen.add((stat.st_dev, stat.st_ino))
         yield folder, names
 
 
@@ -161,7 +161,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 @contextlib.contextmanager
 def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
-    """A synced file beside the target; afterwards it is gone and the folder is synced."""
+    """Yield a synced file beside the target; remove it afterwards and sync the folder."""
     _make_folder(target.parent)
     partial = target.parent / f".partial-{this_process().tag}-{secrets.token_hex(4)}"
     try:
@@ -180,7 +180,7 @@ def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
 
 
 def _make_folder(folder: Path) -> None:
-    """The folder and those above it, each synced into its parent: an object is as durable as the way to it."""
+    """Make a folder and its parents, each synced into its parent: an object is as durable as its path."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -191,7 +191,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file or folder on disk, not only in memory."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -203,7 +203,7 @@ def _link(partial: Path, target: Path) -> bool:
     try:
         os.link(partial, target)
     except OSError as error:
-        # NFS may repeat a link whose answer was lost and then report the first one as somebody else's
+        # NFS may repeat a link whose answer was lost, and then report the first one as another's
         if partial.stat().st_nlink == 2:
             return True
         if isinstance(error, FileExistsError):
@@ -228,7 +228,10 @@ def _claim(partial: Path, target: Path) -> bool:
 
 
 def left_behind(key: str, stat: Callable[[str], ObjectStat]) -> bool:
-    """Whether an object is unfinished and its writer has ended; of another machine, or before a restart, by its age."""
+    """Return whether an object is unfinished and its writer has ended.
+
+    Writers on another machine, or before a restart, are judged by the object's age.
+    """
     match = PARTIAL.match(key.rpartition("/")[2])
     if match is None:
         return False

@@ -1,7 +1,7 @@
-"""Whole-object reads and atomic whole-object writes below one cache location.
+"""The files of a cache by its location, and parallel reads where that pays.
 
-Everything in a cache is a small file or a chunk that is written once, whole. Two implementations with the
-same promises: a local folder, and any fsspec URL whose puts are atomic (``s3://``, ``gs://``, ``memory://``).
+Everything in a cache is a small file or a chunk, written once and whole. Two implementations keep the same promises:
+a local folder, and an object store (``s3://``, ``gs://``, ``az://``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import MissingPackageError, UsageError
 from teacher_cache.storage.files.local import LocalFiles, ObjectStat
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE, CacheFiles
 from teacher_cache.storage.observe.safe_text import redact
@@ -26,21 +26,18 @@ _Result = TypeVar("_Result")
 
 _ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 
-"""Of a store, where each is in memory while it is proven."""
-"""Requests that one process has under way at an object store; beyond this a store answers with 503 SlowDown sooner."""
-
 
 def open_files(location: str | os.PathLike[str]) -> CacheFiles:
-    """The files of a cache at a local path or a URL; nothing is created before the first write.
+    """Return the files of a cache at a local path or a URL. Nothing is created before the first write.
 
-    A ``~`` at the start is the home folder, also where no shell has made it that.
+    A ``~`` at the start is the home folder, even if no shell has expanded it.
 
     Raises:
-        UsageError: no location, a URL that cannot be used, or one with a credential in it.
+        UsageError: the location is empty, or a URL that cannot be used or holds a credential.
     """
     text = os.fspath(location)
     if not text:
-        raise UsageError("the location of a cache is empty, a path or a URL is wanted. Is a variable not set?")
+        raise UsageError("the location of a cache is empty, name a path or a URL. Is a variable not set?")
     if "://" not in text:
         scheme = _ONE_SLASH.match(text)
         if scheme is not None:
@@ -51,28 +48,26 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     try:
         from teacher_cache.storage.files.remote import RemoteFiles
     except ImportError as error:
-        raise UsageError(f"{redact(text)}: caches at URLs need obstore: pip install 'teacher-cache[s3]'") from error
+        raise MissingPackageError("obstore", f"{redact(text)}, a cache at a URL,") from error
     return RemoteFiles(text)
 
 
 def requests_at_once(files: CacheFiles) -> int:
-    """How many requests to this location are worth having under way together: 1 in a folder, which answers at once."""
+    """Return the number of parallel requests that this location is worth: 1 for a folder."""
     return 1 if isinstance(files, LocalFiles) else REQUESTS_AT_ONCE
 
 
 def in_parallel(
     files: CacheFiles, call: Callable[[_Item], _Result], items: Iterable[_Item], most: int = REQUESTS_AT_ONCE
 ) -> Iterator[_Result]:
-    """``call(item)`` of each item, in their order: one by one in a folder, many under way at once in a store.
-
-    Threads live for this iteration only, so that a fork in between finds none of them.
+    """Yield ``call(item)`` of each item in order: one by one in a folder, many in parallel in a store.
 
     Args:
-        call: what asks ``files``; from several threads.
-        most: under way at once, where what each holds in memory matters.
+        call: is run by several threads.
+        most: maximum number of parallel calls, where the memory of each matters.
 
     Raises:
-        Whatever a call raises, when it is its turn; what is not under way then is not begun.
+        Whatever a call raises, in its turn; calls that have not begun by then are dropped.
     """
     threads = min(most, requests_at_once(files))
     if threads < 2:
@@ -85,13 +80,13 @@ def in_parallel(
 def results_ahead(
     pool: Executor, call: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
 ) -> Iterator[_Result]:
-    """What ``call`` gives for each of ``items``, in their order, while ``pool`` works on those that come next.
+    """Yield ``call(item)`` of each item in order, while ``pool`` works on the next ones.
 
     Args:
-        ahead: items that are asked for before their turn.
+        ahead: number of items submitted before their turn.
 
     Raises:
-        Whatever a call raises, when it is its turn; what is not under way then is not begun.
+        Whatever a call raises, in its turn; calls that have not begun by then are dropped.
     """
     waiting: deque[Future[_Result]] = deque()
     try:

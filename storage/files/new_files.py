@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all. No torch."""
+"""Output of commands: a folder written whole or not at all, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["new_folder", "out_file", "require_free"]
 
 
 def require_free(out: Path) -> None:
-    """Refuse a place where something is.
+    """Check that nothing exists at a path.
 
     Raises:
-        UsageError: there is.
+        UsageError: something does.
     """
     if out.exists():
         raise UsageError(f"{out}: is there already. Choose another --out, or delete it.")
@@ -27,15 +27,15 @@ def require_free(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, that takes the name ``out`` once the block is through, synced; on an error it goes.
+    """Yield a folder to write into; sync it and rename it to ``out`` after the block, or remove it after an error.
 
     A killed process leaves ``.partial-PROCESS-NAME`` beside it, which may be deleted.
 
     Raises:
-        UsageError: ``out`` is there already, at the start or in the end.
+        UsageError: ``out`` exists, before or after the block.
     """
     require_free(out)
-    # a process id alone comes again in the next container
+    # the whole process name: a process id alone comes again in the next container
     partial = out.with_name(f".partial-{this_process().tag}-{out.name}")
     partial.mkdir(parents=True)
     try:
@@ -50,14 +50,14 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def out_file(flag: str, path: str, example: str) -> Path:
-    """Where a file is to be written.
+    """Check the path of an output file and return it.
 
     Args:
-        flag: that named it.
-        example: of a file's name, for the message.
+        flag: option that named the path, for messages.
+        example: name of a file, for messages.
 
     Raises:
-        UsageError: a URL, a folder, below something that is no folder, or not to be written by this user.
+        UsageError: the path is a URL or a folder, lies below something that is no folder, or is not writable.
     """
     if "://" in path:
         raise UsageError(f"{flag} {path}: a local file is wanted, not a URL")

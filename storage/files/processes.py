@@ -1,4 +1,4 @@
-"""Which process wrote something, and whether it still lives: for what is left behind by a kill."""
+"""Names of processes that write, and whether they still run: for files that a kill left behind."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["ProcessName", "this_process"]
 
 
 class ProcessName(BaseModel):
-    """A process, told apart from a later one that was given the same number."""
+    """A process, distinct from a later one with the same process id."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    machine: str = Field(description="Host name and a digest over boot and process namespace.")
-    pid: int = Field(gt=0)
-    started: int = Field(description="Clock ticks from boot to its start; 0 where the system does not tell.")
+    machine: str = Field(description="Host name, and a digest of boot and process namespace.")
+    pid: int = Field(gt=0, description="Process id.")
+    started: int = Field(description="Start in clock ticks since boot; 0 where the system does not report it.")
 
     @property
     def tag(self) -> str:
-        """As part of a file's name; :meth:`of_tag` reads it."""
+        """Text for a file name; :meth:`of_tag` reads it."""
         return f"{self.machine}-{self.pid}-{self.started}"
 
     @classmethod
     def of_tag(cls, tag: str) -> ProcessName:
-        """The process of a :attr:`tag`.
+        """Read a :attr:`tag`.
 
         Raises:
-            ValueError: this is none.
+            ValueError: the text is no tag.
         """
         machine, pid, started = tag.rsplit("-", 2)
         return cls(machine=machine, pid=int(pid), started=int(started))
 
     def alive(self) -> bool | None:
-        """Whether it runs now; None when it is of another machine, container or boot, which cannot be asked."""
+        """Return whether the process runs; None if it belongs to another machine, container or boot."""
         if self.machine != _machine():
             return None
         try:
@@ -51,7 +51,7 @@ class ProcessName(BaseModel):
 
 
 def this_process() -> ProcessName:
-    """The calling process; asked for anew after a fork."""
+    """Return the name of the calling process."""
     return ProcessName(machine=_machine(), pid=os.getpid(), started=_started(os.getpid()))
 
 
@@ -74,5 +74,5 @@ def _started(pid: int) -> int:
         return 0
     # the second field is the program's name in brackets and may hold anything, brackets and blanks too
     fields = stat.rpartition(")")[2].split()
-    # a zombie has ended; its parent has only not asked yet
+    # a zombie has ended, but its parent has not collected it
     return -1 if fields[0] == "Z" else int(fields[19])

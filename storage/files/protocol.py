@@ -1,4 +1,4 @@
-"""What a place for bytes by key can do, and how many reads it is asked for at once."""
+"""The interface of a place for objects by key, and the number of parallel reads it gets."""
 
 from __future__ import annotations
 
@@ -9,74 +9,75 @@ from teacher_cache.storage.files.local import ObjectStat
 __all__ = ["CHUNKS_AT_ONCE", "REQUESTS_AT_ONCE", "CacheFiles"]
 
 CHUNKS_AT_ONCE = 8
-
+"""Chunks that one process reads in parallel from an object store; each is in memory while it is proven."""
 
 REQUESTS_AT_ONCE = 32
+"""Parallel requests of one process to an object store; with more a store answers 503 SlowDown sooner."""
 
 
 class CacheFiles(Protocol):
     """Objects by key (``/`` separated, relative). A reader sees an object whole or not at all.
 
-    Any method may raise what the location raises: OSError in a folder; for a URL CacheUnreachableError once all
-    tries have failed, and CacheAccessError when the store refuses. Safe for several threads, and after a fork.
+    Any method may raise the errors of its location: OSError in a folder; for a URL CacheUnreachableError once all
+    tries have failed, and CacheAccessError when the store refuses. Safe for several threads.
     """
 
     location: str
 
     def read(self, key: str) -> bytes:
-        """The object's bytes.
+        """Return the object's bytes.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: the object does not exist.
         """
 
     def read_buffer(self, key: str) -> bytes | memoryview:
-        """Return the object's bytes; those of an object store without another copy.
+        """Return the object's bytes, without a copy where an object store received them.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: the object does not exist.
         """
 
     def write(self, key: str, data: bytes) -> None:
-        """Replace the object atomically and durably: after a return it survives a crash of the machine.
+        """Replace the object atomically and durably: after the return it survives a crash of the machine.
 
         After an error the object may be the old one or the new one, never a mixture.
         """
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object only if there is none, atomically and durably; of all that race, exactly one wins.
+        """Write the object only if there is none, atomically and durably. Exactly one of several writers wins.
 
-        Put something of your own into the bytes (a random name): outside of folders and S3 it is by its bytes that
-        an object is recognised as the caller's own when the answer to its put was lost.
+        Put something unique (a random name) into the bytes: a store without metadata recognises the caller's own
+        object by its bytes when the answer to a put was lost.
 
         Returns:
-            True if this call made the object, False if another one was there; that one is left as it is.
+            True if this call made the object; False if another one exists, which is left as it is.
 
         Raises:
             UsageError: this kind of location cannot promise it.
         """
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there, whole."""
+        """Return whether the object exists."""
 
     def folders(self, prefix: str = "") -> list[str]:
-        """Names of the folders directly below the folder ``prefix``, sorted; what lies in them is not listed."""
+        """Return the names of the folders directly below the folder ``prefix``, sorted."""
 
     def partials(self) -> list[str]:
-        """Keys of what writers that died on this host left unfinished; no listing shows them."""
+        """Return the keys that killed writers on this host left unfinished; no listing shows them."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """Keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
+        """Return the keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
 
     def stat(self, key: str) -> ObjectStat:
-        """Size and age of the object.
+        """Return size and age of the object.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: the object does not exist.
         """
 
     def delete(self, key: str) -> None:
-        """Remove the object; removing what is not there is not an error."""
+        """Remove the object. A missing object is no error."""
 
     def remove_partials(self) -> int:
-        """Remove what writers that died on this host left unfinished; returns how many. Safe beside live writers."""
+        """Remove what killed writers on this host left unfinished; return the number. Safe beside live writers."""

@@ -187,7 +187,7 @@ _CREDENTIAL_CODES = {
 
 
 class Failure(NamedTuple):
-    """What an error of obstore says. obstore has one class for most of them, so its text is read."""
+    """The content of an obstore error. obstore has one class for most of them, so the text is parsed."""
 
     status: int
     """HTTP status of the answer; 0 without an answer."""
@@ -204,8 +204,8 @@ class Failure(NamedTuple):
         shown, _, debug = str(error).partition("\n\nDebug source:")
         status, code = _first(_STATUS, shown), _first(_CODE, shown)
         if status:
-            said = ": ".join(part for part in (code, _first(_MESSAGE, shown)) if part) or "no reason given"
-            text, transient = f"{said} (HTTP {status})", int(status) in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+            answer = ": ".join(part for part in (code, _first(_MESSAGE, shown)) if part) or "no reason given"
+            text, transient = f"{answer} (HTTP {status})", int(status) in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
         else:
             # no answer, half of one, or a proxy's page in place of a listing
             transient = "HTTP error" in shown or "list response" in shown
@@ -218,12 +218,12 @@ class Failure(NamedTuple):
 
     @property
     def no_bucket(self) -> bool:
-        """Whether the bucket itself does not exist."""
+        """True if the bucket itself does not exist."""
         return self.code in _NO_BUCKET_CODES
 
     @property
     def remedy(self) -> str:
-        """What a person can do about a refusal."""
+        """Advice for a person whose request was refused."""
         if self.code in _REGION_CODES or "redirect" in self.text:
             return (
                 f"the bucket is in another region, or the endpoint redirects ({self.text}). Set AWS_DEFAULT_REGION to "

@@ -1,8 +1,7 @@
-"""What a command says on stderr: lines for people, or one JSON object a line for machines.
+"""Output of commands on stderr: lines for people, or one JSON object per line for machines.
 
-Events go to the loggers below ``teacher_cache`` of Python's own logging. Nothing listens to them until
-:func:`start_json_logs` does, or a program that uses this as a library attaches a handler of its own; each carries its
-fields as the attribute ``fields`` of the record.
+Events go to the loggers below ``teacher_cache`` of Python's own logging. They are written once :func:`start_json_logs`
+is called or a program attaches a handler of its own; the record's attribute ``fields`` holds the fields of an event.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -26,6 +25,8 @@ __all__ = [
     "RUN",
     "JsonFormatter",
     "event",
+    "events_are_counted",
+    "events_counted_by",
     "json_logs",
     "log_fields",
     "logger",
@@ -39,23 +40,24 @@ LOG_FORMAT = "TEACHER_CACHE_LOG_FORMAT"
 RUN = "TEACHER_CACHE_RUN"
 
 _ROOT = logging.getLogger("teacher_cache")
-_ROOT.addHandler(logging.NullHandler())  # else Python prints warnings of loggers that nobody listens to
+_ROOT.addHandler(logging.NullHandler())  # else Python prints warnings of loggers without a handler
 
-# of the whole process, since chunks are written and images decoded by threads that were started earlier
+# for the whole process: threads that were started earlier write chunks and decode images
 _bound: dict[str, Any] = {}
 _process_run: str | None = None
+_count: Callable[[str, dict[str, Any]], None] | None = None
 
 
 class JsonFormatter(logging.Formatter):
     """One record as one line of JSON (RFC 8259).
 
-    Always there: ``time`` (UTC, ISO 8601 with milliseconds), ``level``, ``logger``, ``message`` and ``run``. Then what
-    :func:`log_fields` binds, what the event brings, and ``traceback`` where there is one. Credentials in URLs are
-    replaced, in fields too; a float that is no number is null.
+    Every line has ``time`` (UTC, ISO 8601 with milliseconds), ``level``, ``logger``, ``message`` and ``run``, then the
+    fields of :func:`log_fields` and of the event, and ``traceback`` after an error. Credentials in URLs are replaced,
+    in fields too; NaN and infinity are null.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """See the class."""
+        """Return the line."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line: dict[str, Any] = {
             "time": time,
@@ -72,10 +74,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Stderr(logging.Handler):
-    """To what stderr is at the moment."""
+    """A handler that writes to the current ``sys.stderr``."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # one write a line: other processes may share this stderr
+        # one write per line: other processes may share this stderr
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()
 
@@ -85,22 +87,44 @@ _handler.setFormatter(JsonFormatter())
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger ``teacher_cache.NAME``."""
+    """Return the logger ``teacher_cache.NAME``."""
     return _ROOT.getChild(name)
 
 
 def event(log: logging.Logger, level: int, message: str, **fields: Any) -> None:
-    """Log one event with its fields; costs next to nothing while nobody listens.
+    """Log one event with its fields, and count it. Costs next to nothing while nothing listens.
 
     Args:
         fields: ``chunk`` (its name, ``image/v0/000012``), ``row``, ``rows``, ``step`` and the like.
     """
+    if _count is not None:
+        _count(message, fields)
     if log.isEnabledFor(level):
         log.log(level, "%s", message, extra={"fields": fields})
 
 
+@contextmanager
+def events_counted_by(count: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Call ``count`` with the message and the fields of every event of this process while the block runs.
+
+    Not a handler of Python's logging: it would have to set loggers to DEBUG, and every other handler would write the
+    events that are only counted.
+    """
+    global _count
+    _count = count
+    try:
+        yield
+    finally:
+        _count = None
+
+
+def events_are_counted() -> bool:
+    """Return whether a block of :func:`events_counted_by` runs."""
+    return _count is not None
+
+
 def say(line: str) -> None:
-    """A line on stderr: results alone go to stdout. An event of its own where logs are JSON."""
+    """Write a line to stderr, as an event if logs are JSON. Only results go to stdout."""
     if json_logs():
         event(logger("command"), logging.ERROR if line.startswith("error:") else logging.INFO, line)
     else:
@@ -109,7 +133,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def log_fields(**fields: Any) -> Iterator[None]:
-    """Give every event of this process these fields while the block runs; blocks inside it add theirs."""
+    """Add these fields to every event of this process while the block runs; inner blocks add theirs."""
     global _bound
     before = _bound
     _bound = {**before, **fields}
@@ -120,36 +144,36 @@ def log_fields(**fields: Any) -> Iterator[None]:
 
 
 def json_logs() -> bool:
-    """Whether this process writes JSON to stderr."""
+    """Return whether this process writes JSON to stderr."""
     return _handler in _ROOT.handlers
 
 
 def start_json_logs() -> None:
-    """From now on stderr gets one JSON object a line, from this process and those that it starts."""
+    """Write JSON lines to stderr from now on, in this process and in those that it starts."""
     os.environ[LOG_FORMAT] = "json"
     if not json_logs():
         _ROOT.addHandler(_handler)
         _ROOT.setLevel(logging.INFO)
         _ROOT.propagate = False
-        if not logging.root.handlers:  # warnings of libraries too, unless a program has its own way with them
+        if not logging.root.handlers:  # warnings of libraries too, unless a program handles them
             logging.root.addHandler(_handler)
 
 
 def start_json_logs_if_asked() -> None:
-    """As :func:`start_json_logs` if ``TEACHER_CACHE_LOG_FORMAT`` is ``json``, as it is in a process started by one.
+    """Call :func:`start_json_logs` if ``TEACHER_CACHE_LOG_FORMAT`` is ``json``, as a parent process may have set it.
 
     Raises:
-        UsageError: it is neither that nor ``text``.
+        UsageError: the variable is neither ``json`` nor ``text``.
     """
-    asked = os.environ.get(LOG_FORMAT) or "text"
-    if asked not in ("text", "json"):
-        raise UsageError(f"{LOG_FORMAT} is {asked!r}: text or json is wanted")
-    if asked == "json":
+    chosen = os.environ.get(LOG_FORMAT) or "text"
+    if chosen not in ("text", "json"):
+        raise UsageError(f"{LOG_FORMAT} is {chosen!r}: text or json is wanted")
+    if chosen == "json":
         start_json_logs()
 
 
 def stop_json_logs() -> None:
-    """Lines for people again."""
+    """Write lines for people again."""
     if not json_logs():
         return
     _ROOT.removeHandler(_handler)
@@ -159,7 +183,7 @@ def stop_json_logs() -> None:
 
 
 def _run_of_this_process() -> str:
-    """What the environment calls it, or a name drawn once: 12 hex digits."""
+    """Return the run's name from the environment, or 12 random hex digits, drawn once."""
     global _process_run
     if named := os.environ.get(RUN):
         return named
@@ -169,7 +193,7 @@ def _run_of_this_process() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same of what JSON knows, without credentials."""
+    """Return the value in types that JSON knows, without credentials."""
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

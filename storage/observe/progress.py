@@ -1,4 +1,4 @@
-"""What people see on stderr while a command works: bars on a terminal, a line now and then elsewhere."""
+"""Progress on stderr while a command works: bars on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StageProgress:
-    """One bar per stage, or events where logs are JSON.
+    """One bar per stage, or events if logs are JSON.
 
-    Use as a context manager; call it with (stage, done, total) as often as you like.
+    Use it as a context manager; call it with (stage, done, total) as often as needed.
     """
 
     def __init__(self) -> None:
@@ -61,14 +61,14 @@ class StageProgress:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "", eta_seconds: float | None = None) -> None:
-        """Move a stage on.
+        """Update a stage.
 
         Args:
-            note: shown behind the bar: a loss, a rate.
-            eta_seconds: until the stage is done, for a caller that knows; a terminal's bar finds its own.
+            note: text behind the bar: a loss, a rate.
+            eta_seconds: time until the stage is done, from a caller that knows; a bar on a terminal estimates its own.
         """
         if stage not in self._tasks:
-            # what was done before this process began says nothing of its speed
+            # rows done before this process began say nothing about its speed
             self._tasks[stage] = self._progress.add_task(stage, total=total, completed=max(done - 1, 0), note=note)
             self._said[stage] = time.monotonic()
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
@@ -77,10 +77,10 @@ class StageProgress:
             if json_logs():
                 event(_LOG, logging.INFO, stage, done=done, total=total, note=note, eta_seconds=eta_seconds)
                 return
-            left = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
-            print(f"{stage}: {done} of {total} {note}{left}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+            eta = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
+            print(f"{stage}: {done} of {total} {note}{eta}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _clock(seconds: float) -> str:
-    """As in the bar: 0:01:30."""
+    """Return seconds as the bar shows them: 0:01:30."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Credentials out of texts that people and logs get to see."""
+"""Texts for people and logs, with credentials hidden."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARAMETER = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text with user and password in URLs, and secret query parameters, replaced by ``***``."""
+    """Return the text with passwords, users and secret parameters in URLs replaced by ``***``."""
     text = _PASSWORD.sub(rf"\g<scheme>{_HIDDEN}@", text)
     text = _USER.sub(rf"\g<scheme>{_HIDDEN}@", text)
     return _PARAMETER.sub(rf"\g<name>{_HIDDEN}", text)
@@ -45,10 +45,9 @@ _SHOWN_CHARACTERS = 300
 
 
 def printable(text: str) -> str:
-    """Text for a problem or a message: without secrets, on one line, storable, and not endless.
+    """Return a text for a message: on one line, valid UTF-8, at most 300 characters, without secrets.
 
-    Passwords and signatures of URLs are hidden, control characters escaped, what was not UTF-8 is U+FFFD, and of a
-    text of more than 300 characters the rest is left out.
+    Passwords and signatures in URLs are hidden, control characters are escaped, and invalid UTF-8 becomes U+FFFD.
     """
     # cut before anything is searched: an error may quote a megabyte
     shown = redact(_NOT_TEXT.sub("\ufffd", text[:_MOST_NAME_CHARACTERS]))
