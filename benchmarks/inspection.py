@@ -31,7 +31,7 @@ from teacher_cache.storage.format.identity import (
 )
 from teacher_cache.storage.format.journal import ChunkNote, note_key
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.format.manifest import CacheManifest, Generation, Seal, Source, StaticFile
+from teacher_cache.storage.format.manifest import CacheManifest, Seal, Source, StaticFile
 
 
 def identity(images: int, captions: int) -> CacheIdentity:
@@ -88,11 +88,9 @@ def make(folder: Path, images: int, captions: int) -> None:
         layout=layout,
         source=Source(dataset="webdataset:/data", image_root="/data"),
         files={f"samples/{number:06d}.parquet": StaticFile(sha256="f" * 64, rows=1) for number in range(10)},
-        generations=(
-            Generation(
-                number=0, image_rows=(0, images), text_rows=(0, captions), lost_images=0, problems={}, seal=seal
-            ),
-        ),
+        lost_images=0,
+        problems={},
+        seal=seal,
         made_with={"torch": "2"},
     )
     folder.mkdir(parents=True)

@@ -107,6 +107,9 @@ def make_identity(images: int = 10, captions: int = 25, **teacher: Any) -> Cache
     )
 
 
+DRAWN = ViewsIdentity(policy="random-resized-crop", count=3, scale=(0.3, 1.0), ratio=(0.75, 1.25), flip=0.5, seed=0)
+
+
 def known_row(tower: str, row: int, dim: int = 8) -> np.ndarray[Any, Any]:
     """The unit vector that the test cache holds for a row: float16 (dim,)."""
     values = np.random.default_rng([row, 0 if tower == "image" else 1]).standard_normal(dim)
@@ -120,6 +123,7 @@ def plan_known_cache(
     chunk_rows: int = 4,
     name: str = "img",
     dtype: Literal["float16", "int8"] = "float16",
+    views: int = 1,
 ) -> CacheManifest:
     """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
     image_row = np.sort(np.arange(captions) % images)
@@ -155,9 +159,11 @@ def plan_known_cache(
         }
     )
     targets = TargetsIdentity(dtype=dtype)
-    identity = identity.model_copy(update={"dataset": dataset, "targets": targets})
+    drawn = identity.views if views == 1 else DRAWN.model_copy(update={"count": views})
+    identity = identity.model_copy(update={"dataset": dataset, "targets": targets, "views": drawn})
     layout = Layout(
         embed_dim=8,
+        views=views,
         image_rows=images,
         text_rows=captions,
         image_chunk_rows=chunk_rows,

@@ -224,7 +224,7 @@ def _unsealed_manifest(rng: random.Random, cache: Path, others: Others) -> Damag
     """The manifest as it was before the seal, in one place or in both."""
     manifest = CacheManifest.from_bytes((cache / MANIFEST_KEY).read_bytes(), str(cache))
     for key in rng.choice([[MANIFEST_KEY], [MANIFEST_KEY, BACKUP_KEY]]):
-        (cache / key).write_bytes(manifest.unsealed().to_bytes())
+        (cache / key).write_bytes(manifest.model_copy(update={"seal": None}).to_bytes())
     return Damage({MANIFEST_KEY}, None)
 
 

@@ -204,7 +204,7 @@ def _manifest_seeds() -> list[bytes]:
 
 def _small_manifest() -> bytes:
     from teacher_cache.storage.format.layout import Layout
-    from teacher_cache.storage.format.manifest import Generation, Source
+    from teacher_cache.storage.format.manifest import Source
     from tests.conftest import make_identity
 
     identity = make_identity()
@@ -215,7 +215,8 @@ def _small_manifest() -> bytes:
         layout=layout,
         source=Source(dataset="flickr:/nowhere", image_root="/nowhere"),
         files={},
-        generations=(Generation(number=0, image_rows=(0, 10), text_rows=(0, 25), lost_images=0, problems={}),),
+        lost_images=0,
+        problems={},
         made_with={"torch": "0"},
     )
     return manifest.to_bytes()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from typer.testing import CliRunner
@@ -21,8 +23,8 @@ from teacher_cache.storage.format.manifest import FORMAT_VERSION
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import cache_digest, plan_known_cache
-from tests.golden.make import HERE, LOST
+from tests.conftest import cache_digest
+from tests.golden.make import HERE, LOST, make
 
 VERSIONS = sorted(path.name for path in HERE.glob("v*"))
 
@@ -103,16 +105,42 @@ def test_one_that_was_stopped_is_finished_to_the_bytes_of_the_whole(golden: Path
     assert cache_digest(golden / "stopped") == cache_digest(golden / "sealed")
 
 
-def test_a_cache_of_float16_is_planned_as_on_that_day(tmp_path: Path) -> None:
-    """What came later, int8 among it, changes no byte of it; parquet files have pyarrow's version in them."""
-    plan_known_cache(tmp_path / "c")
-    assert FORMAT_VERSION > 1
-    for name in ("manifest.json", "manifest.backup.json"):
-        now, then = (json.loads((folder / name).read_text()) for folder in (tmp_path / "c", HERE / "v1" / "stopped"))
-        for fields in (now, then):
-            fields.pop("digest")
-            fields["files"] = {key: None if key.endswith(".parquet") else each for key, each in fields["files"].items()}
-        assert now == then
+def contents(cache: Path) -> dict[str, bytes]:
+    """All files of a cache but its manifest, backup and journal."""
+    found = {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {key: data for key, data in found.items() if not key.startswith(("manifest.", "journal/"))}
+
+
+@pytest.mark.parametrize("name", ["sealed", "stopped"])
+@pytest.mark.parametrize(("version", "dtype"), [("v1", "float16"), ("v2", "int8")])
+def test_rows_commits_and_tables_are_written_as_on_that_day(
+    tmp_path: Path, version: str, dtype: Literal["float16", "int8"], name: str
+) -> None:
+    make(tmp_path, dtype)
+    now, then = contents(tmp_path / name), contents(HERE / version / name)
+    assert now.keys() == then.keys()
+    # parquet files have pyarrow's version in them
+    differs = {key for key in now if now[key] != then[key]}
+    assert all(key.endswith(".parquet") for key in differs)
+    for key in differs:
+        assert pq.read_table(io.BytesIO(now[key])).equals(pq.read_table(io.BytesIO(then[key])))
+    manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+    older = json.loads((HERE / version / name / "manifest.json").read_text())
+    (generation,) = older.pop("generations")
+    assert manifest.get("seal") == generation.get("seal")
+    assert manifest["identity_digest"] == older["identity_digest"]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_cache_of_several_generations_is_refused_by_name(tmp_path: Path, version: str) -> None:
+    cache = shutil.copytree(HERE / version / "sealed", tmp_path / "c")
+    path = cache / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields.pop("digest")
+    fields["generations"].append({**fields["generations"][0], "number": 1, "views": [1, 2]})
+    path.write_text(json.dumps({**fields, "digest": digest_of(fields)}))
+    with pytest.raises(CacheFormatError, match=r"has 2 generations .* Precompute a new cache with this version"):
+        EmbeddingReader(str(cache))
 
 
 def test_a_newer_format_is_refused_by_name(golden: Path) -> None:

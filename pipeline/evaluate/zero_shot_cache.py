@@ -22,7 +22,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest import CacheManifest
-from teacher_cache.storage.format.manifest_file import look_at_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -117,6 +117,6 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
 def _planned(cache: str) -> CacheManifest | None:
     """The manifest of a cache that was begun there: another size of batches, decoder or precision would be refused."""
     try:
-        return look_at_manifest(open_files(cache))
+        return read_manifest(open_files(cache))
     except CacheNotFoundError:
         return None

@@ -51,9 +51,9 @@ from teacher_cache.storage.format.identity import CacheIdentity, ViewsIdentity
 from teacher_cache.storage.format.journal import read_note
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest, Source
-from teacher_cache.storage.format.manifest_file import look_at_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
-from teacher_cache.storage.write.plan import plan_cache, require_asked
+from teacher_cache.storage.write.plan import plan_cache, require_same_plan
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
@@ -151,7 +151,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     committed: list[ChunkRef] = []
     if there is not None:
         manifest, committed = there
-        layout = manifest.layout.model_copy(update={"views": max(layout.views, manifest.layout.views)})
+        layout = manifest.layout
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if there is not None:
         require_one_origin(config, origin, there[0], pending)
@@ -340,7 +340,7 @@ def _there(
     cache = config.cache
     files = open_files(cache)
     try:
-        manifest = look_at_manifest(files)
+        manifest = read_manifest(files)
     except CacheNotFoundError:
         return None
     teacher.require(manifest.identity, cache)
@@ -356,7 +356,7 @@ def _there(
         asked = have.model_copy(update=most)
     wanted = {"dataset": asked, "targets": asked_targets(config), "views": asked_views(config)}
     identity = manifest.identity.model_copy(update=wanted)
-    require_asked(manifest, identity, asked_layout(config, identity, teacher.device.type), cache)
+    require_same_plan(manifest, identity, asked_layout(config, identity, teacher.device.type), cache)
     names = set(files.list(COMMITS))
     return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]
 

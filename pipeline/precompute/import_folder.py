@@ -43,7 +43,7 @@ from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError,
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS
-from teacher_cache.storage.format.manifest_file import look_at_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -170,7 +170,7 @@ def _require_these_rows(cache: str, known: ForeignRows) -> None:
         CacheMismatchError: the remedy is in the message.
     """
     try:
-        manifest = look_at_manifest(open_files(cache))
+        manifest = read_manifest(open_files(cache))
     except CacheNotFoundError:
         return
     if manifest.imported_sha256 is None:

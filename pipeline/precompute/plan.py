@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
-from teacher_cache.storage.format.manifest_file import look_at_manifest, planned_manifest, read_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.observe.telemetry import telemetry
@@ -99,7 +100,7 @@ def plan_precompute(
     _tell_problems(planned.dataset)
     made_with = library_versions(teacher.preprocess.decoder) | origin
     pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
-    require_one_origin(config, origin, planned_manifest(open_files(config.cache)), pending)
+    require_one_origin(config, origin, read_manifest(open_files(config.cache)), pending)
     return pending
 
 
@@ -164,16 +165,16 @@ def refuse_to_mix(cache: str) -> None:
         CacheMismatchError: the remedy is in the message.
     """
     try:
-        manifest = look_at_manifest(open_files(cache))
+        manifest = read_manifest(open_files(cache))
     except CacheNotFoundError:
         return
-    if not manifest.sealed_generations:
+    if not manifest.sealed:
         _refuse_imported(cache, manifest)
 
 
 def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
     if manifest.imported_sha256:
-        state = "are damaged" if manifest.sealed_generations else "are not all there yet"
+        state = "are damaged" if manifest.sealed else "are not all there yet"
         raise CacheMismatchError(
             f"{cache}: its rows were imported ({manifest.made_with.get(IMPORTED)}) and {state}. Run the same "
             "teacher-cache import command again; or encode to a new path."
@@ -306,21 +307,26 @@ def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
     if config.dtype is not None:
         return TargetsIdentity(dtype=config.dtype)
     try:
-        return look_at_manifest(open_files(config.cache)).identity.targets
+        return read_manifest(open_files(config.cache)).identity.targets
     except CacheNotFoundError:
         return TargetsIdentity()
 
 
 def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
-    """Number and settings of views as asked for, as the cache that is there has them, or by default.
+    """Return number and settings of the views: those of ``config``, else of the cache, else of the reused one.
 
     Raises:
         UsageError: crop settings without random crops.
+        CacheMismatchError: the cache has fewer views, which never change.
     """
+    have, drawn_as = ViewsIdentity(policy="evaluation"), None
     try:
-        have = look_at_manifest(open_files(config.cache)).identity.views
+        manifest = read_manifest(open_files(config.cache))
+        have = drawn_as = manifest.identity.views
+        _require_views(config, manifest)
     except CacheNotFoundError:
-        have = ViewsIdentity(policy="evaluation")
+        if config.reuse is not None:
+            drawn_as = read_manifest(open_files(config.reuse)).identity.views
     count = config.views or have.count
     asked = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
     if count == 1:
@@ -330,9 +336,43 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
                 "ask for --views 2 or more, or leave them out"
             )
         return ViewsIdentity(policy="evaluation")
-    recorded = have.fields()
+    recorded = {} if drawn_as is None else drawn_as.fields()
     drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in asked.items()}
     return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
+
+
+def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
+    """Check that a cache has the views that ``config`` names.
+
+    Raises:
+        CacheMismatchError: it has fewer. The message holds the command that makes a cache with all of them.
+    """
+    count = manifest.identity.views.count
+    if config.views is None or config.views <= count:
+        return
+    way_out = "Leave --views out to finish it, or encode to a new path."
+    if manifest.sealed:
+        identity = manifest.identity
+        values: dict[str, Any] = {
+            "dataset": config.dataset,
+            "teacher": config.teacher,
+            "pretrained": config.pretrained,
+            "precision": identity.teacher.precision,
+            "decoder": identity.preprocess.decoder,
+            "dtype": identity.targets.dtype,
+            "views": config.views,
+            "reuse": config.cache,
+            "cache": "NEW",
+        }
+        flags = shlex.join(word for name, value in values.items() if value for word in (f"--{name}", str(value)))
+        way_out = (
+            "Make a new cache that copies its rows; the teacher then encodes the other views alone: teacher-cache "
+            f"precompute {flags}"
+        )
+    raise CacheMismatchError(
+        f"{config.cache}: views.count: {count} in the cache, {config.views} asked for, and a cache never changes. "
+        f"{way_out}"
+    )
 
 
 def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
@@ -340,7 +380,7 @@ def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str)
     rows = identity.dataset
     fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
     try:
-        have = look_at_manifest(open_files(config.cache)).layout
+        have = read_manifest(open_files(config.cache)).layout
     except CacheNotFoundError:
         return fresh
     asked = {

@@ -128,11 +128,10 @@ def repair(
         done += [f"{ref.name}: encoded again" for ref in plan.chunks]
     replaced = None
     if plan.seal:
-        writer = EmbeddingWriter(cache)
-        sealed = writer.seal_again() if plan.unfinished else writer.seal()
+        sealed = EmbeddingWriter(cache).seal()
         if sealed != plan.manifest:
             done.append("manifest.json: sealed with the commit records as they are now")
-            replaced = plan.manifest.digest if sealed.replaces_seals_of(plan.manifest) else None
+            replaced = plan.manifest.digest if plan.manifest.seal not in (None, sealed.seal) else None
     report = verify_cache(cache, checked)
     return RepairResult(
         cache=cache,

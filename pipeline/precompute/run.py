@@ -115,7 +115,7 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
     return PrecomputeResult(
         cache=cache,
         manifest_digest=manifest.digest,
-        replaced_manifest_digest=before.digest if manifest.replaces_seals_of(before) else None,
+        replaced_manifest_digest=before.digest if before.seal not in (None, manifest.seal) else None,
         identity_digest=manifest.identity_digest,
         teacher=manifest.identity.teacher.name,
         images=manifest.layout.image_rows,

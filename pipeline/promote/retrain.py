@@ -49,7 +49,7 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, Ca
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import DatasetIdentity
 from teacher_cache.storage.format.manifest import CacheManifest
-from teacher_cache.storage.format.manifest_file import look_at_manifest, read_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
 
 __all__ = ["Changes", "Look", "RetrainResult", "Retraining", "retrain"]
@@ -450,7 +450,7 @@ def _numbered(caches: str) -> list[_Numbered]:
             location = f"{caches}/{name}"
             manifest, free, unread = None, False, None
             try:
-                manifest = look_at_manifest(open_files(location))
+                manifest = read_manifest(open_files(location))
             except CacheNotFoundError:
                 free = True
             except (CacheCorruptError, CacheFormatError) as error:

@@ -34,7 +34,7 @@ from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES
-from teacher_cache.storage.look.info import CacheInfo, ChunkState, chunk_states, describe_cache
+from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_cache
 from teacher_cache.storage.look.stats import CacheStats, stats_and_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -108,7 +108,7 @@ def collect_report(
             on_map = row_map(reader, read, map_images, seed, captions=not stats.without_caption)
             if progress is not None:
                 progress("map", 1, 1)
-        notes += _notes(info, stats, None if ranks is None else len(ranks.rows.images), on_map)
+        notes += _notes(stats, None if ranks is None else len(ranks.rows.images), on_map)
     lost, lost_of = _lost(location, states, reader)
     if lost_of > len(lost):
         notes.append(f"The first {len(lost):,} of {lost_of:,} quarantined images are named; commits/image has all.")
@@ -143,14 +143,9 @@ def collect_report(
     )
 
 
-def _notes(info: CacheInfo, stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list[str]:
+def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list[str]:
     """What was drawn and left out."""
     notes = []
-    if not info.sealed:
-        notes.append(
-            f"{info.layout.views} views are planned and {info.views_sealed} can be read: run the same precompute "
-            "command again to finish the others. All that is shown of embeddings is of view 0."
-        )
     read, rows = stats.image.rows_read, stats.image.rows
     if stats.sampled:
         notes.append(

@@ -268,7 +268,6 @@ def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("identity", info.identity_digest),
                 ("manifest", info.manifest_digest),
                 ("format", f"{info.format_version}"),
-                ("generations", f"{len(info.generations)}"),
                 *cost,
                 ("made with", ", ".join(f"{name} {version}" for name, version in info.made_with.items())),
             ],

@@ -9,13 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import note_key
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY
-from teacher_cache.storage.format.manifest_file import read_backup, read_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.write.claims import CLAIMS, left_claims
 
 __all__ = ["Garbage", "GarbageReport", "collect_garbage", "known_keys"]
@@ -53,10 +52,9 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
 
     Raises:
         CacheNotFoundError: no cache here, so that every file would be unknown.
-        CacheCorruptError, CacheFormatError: manifest or backup cannot be used, so that nobody knows what belongs here.
+        CacheCorruptError, CacheFormatError: the manifest cannot be used, so that nobody knows what belongs here.
     """
     files = open_files(location)
-    # listed before the manifests are read: a writer names a key in them before it puts the object there
     keys = files.list()
     found = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
     found += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
@@ -71,8 +69,6 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
     ]
     left = 0
     if delete:
-        known = known_keys(files)  # views planned since then make known what was unknown
-        found = [each for each in found if each.key not in known]
         going = [each for each in found if unknown or each.kind != "unknown-file"]
         left, found = len(found) - len(going), going
         for each in found:
@@ -82,24 +78,15 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
 
 
 def known_keys(files: CacheFiles) -> set[str]:
-    """Keys that a cache may have, whether they are there or not; of what is only planned too.
+    """Return the keys that a cache may have, whether their objects exist or not.
 
     Raises:
         CacheNotFoundError, CacheCorruptError, CacheFormatError: as :func:`collect_garbage`.
     """
     manifest = read_manifest(files)
-    try:
-        backup = read_backup(files)
-    except (CacheCorruptError, CacheFormatError) as error:
-        raise CacheCorruptError(
-            f"{files.location}/{BACKUP_KEY}: cannot be used, and it may name what {MANIFEST_KEY} does not yet. "
-            "Run teacher-cache repair CACHE first."
-        ) from error
-    known = {MANIFEST_KEY, BACKUP_KEY}
-    for each in (manifest, backup or manifest):
-        known.update(each.files)
-        for ref in all_chunks(each.layout):
-            known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(each.layout).values()))
+    known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
+    for ref in all_chunks(manifest.layout):
+        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))
     return known
 
 

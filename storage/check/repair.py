@@ -8,22 +8,27 @@ ever deleted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Literal
 
 from teacher_cache.storage.check.verify import Finding, IntegrityReport, sound_manifest, verify_cache
 from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.arrays import zarr_metadata
-from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, committed_chunks, generation_chunks
+from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, committed_chunks
 from teacher_cache.storage.format.journal import JOURNAL, note_key
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import write_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES
-from teacher_cache.storage.write.claims import PLAN, Claims
 
 __all__ = ["RepairPlan", "plan_repair", "restore"]
+
+_Remedy = Literal["encode", "restore", "zarr", "table", "drop", "seal", "finish", "none"]
+_TABLES = (f"{SAMPLES}/", f"{CAPTIONS}/", f"{PROBLEMS}/")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,6 @@ class RepairPlan:
         notes: damaged notes of the journal, to be dropped.
         chunks: to be encoded again.
         seal: the manifest has to be sealed with the commit records that there will be.
-        unfinished: chunks of its last generations are missing, which ``precompute`` makes and seals.
         left: what a repair does not touch.
     """
 
@@ -50,7 +54,6 @@ class RepairPlan:
     notes: tuple[str, ...]
     chunks: tuple[ChunkRef, ...]
     seal: bool
-    unfinished: bool
     left: tuple[Finding, ...]
 
     @property
@@ -60,81 +63,91 @@ class RepairPlan:
 
 
 def plan_repair(location: str, progress: Callable[[int, int], None] | None = None) -> RepairPlan:
-    """Verify a cache and say what mends it. Writes nothing.
+    """Verify a cache and return what mends it. Write nothing.
 
-    The chunks of a generation that was never finished are left to ``precompute``, which encodes damaged ones too.
+    Chunks of an unfinished cache are left to ``precompute``, which encodes damaged ones too.
 
     Args:
         progress: as ``verify_cache`` calls it.
 
     Raises:
-        CacheError: as ``verify_cache`` raises it: no manifest that could be used.
-        CacheAccessError: an object cannot be read, so that nobody knows whether it is damaged.
+        CacheError: as ``verify_cache``: no manifest can be used.
+        CacheAccessError: an object cannot be read, so that it may be sound.
         CacheCorruptError: Zarr's metadata is damaged, and this zarr writes other bytes than the recorded ones.
     """
     report = verify_cache(location, progress)
     files = open_files(location)
     manifest, _ = sound_manifest(files)
-    closed = [finding for finding in report.findings if finding.kind == "unreadable"]
-    if closed:
-        raise CacheAccessError(
-            f"{location}: {len(closed)} objects cannot be read, the first: {closed[0].message}. Their bytes may be "
-            "sound. Let this user read them; or delete what is lost for good, and repair again."
-        )
-    sealed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
-    owner = {
-        key: ref
-        for ref in all_chunks(manifest.layout)
-        for key in (ref.commit_key, *ref.object_keys(manifest.layout).values())
-    }
-    root, static, notes, left = list[str](), list[str](), list[str](), list[Finding]()
-    chunks = set[ChunkRef]()
-    unsealed = seal = broken = False
+    _require_readable(report)
+    refs = all_chunks(manifest.layout)
+    chunk_of = {key: ref for ref in refs for key in (ref.commit_key, *ref.object_keys(manifest.layout).values())}
+    findings: defaultdict[_Remedy, list[Finding]] = defaultdict(list)
     for finding in report.findings:
-        key = finding.key
-        if finding.kind == "unknown-file":
-            left.append(finding)
-        elif key in owner:
-            chunks.add(owner[key])
-        elif key.startswith(f"{JOURNAL}/"):
-            notes.append(key)
-        elif key in manifest.files:
-            static.append(key)
-        elif key == COMMITS:
-            seal = broken = True
-        elif finding.kind == "incomplete" and not manifest.sealed:
-            unsealed = True
-        elif key in (MANIFEST_KEY, BACKUP_KEY) and finding.kind != "counts":
-            root.append(key)
+        findings[_remedy(finding, manifest, chunk_of)].append(finding)
+    keys = {remedy: tuple(finding.key for finding in part) for remedy, part in findings.items()}
+    damaged = {chunk_of[key] for key in keys.get("encode", ())}
+    seal, left = "seal" in findings, findings["none"]
+    if seal:
+        damaged |= _suspects(files, refs, damaged, keys.get("drop", ()))
+    if "finish" in findings:
+        if len(committed_chunks(files, refs)) < len(refs):
+            left, damaged = left + findings["finish"] + findings["encode"], set()
         else:
-            left.append(finding)
-    if unsealed and report.chunks == len(committed_chunks(files, all_chunks(manifest.layout))):
-        unsealed, seal = False, True
-    if unsealed:
-        for finding in report.findings:
-            unfinished = finding.kind == "incomplete" and finding.key not in manifest.files
-            if unfinished or (finding.key in owner and owner[finding.key] not in sealed):
-                left.append(finding)
-        chunks &= sealed
-    if broken:
-        # Records that are not those of the seal, though most are sound by themselves. A chunk whose note is damaged may
-        # be an older one, put back; so may one without a note, if nothing else explains it. Where every note speaks
-        # for its record, it is the seal that is behind: a repair was interrupted.
-        there = set(files.list(JOURNAL)).difference(notes)
-        suspects = {ref for ref in sealed if note_key(ref.name) not in there}
-        chunks |= {ref for ref in suspects if not chunks or note_key(ref.name) in notes}
+            seal = True
     return RepairPlan(
         report=report,
         manifest=manifest,
-        root=tuple(root),
-        metadata=_metadata(location, manifest, [key for key in static if _table_of(key) is None]),
-        tables=tuple(key for key in static if _table_of(key) is not None),
-        notes=tuple(notes),
-        chunks=tuple(ref for ref in all_chunks(manifest.layout) if ref in chunks),
-        seal=seal or bool(chunks),
-        unfinished=unsealed,
+        root=keys.get("restore", ()),
+        metadata=_metadata(location, manifest, keys.get("zarr", ())),
+        tables=keys.get("table", ()),
+        notes=keys.get("drop", ()),
+        chunks=tuple(ref for ref in refs if ref in damaged),
+        seal=seal or bool(damaged),
         left=tuple(left),
     )
+
+
+def _require_readable(report: IntegrityReport) -> None:
+    """Check that every object could be read.
+
+    Raises:
+        CacheAccessError: names the first that could not.
+    """
+    unreadable = [finding for finding in report.findings if finding.kind == "unreadable"]
+    if unreadable:
+        raise CacheAccessError(
+            f"{report.location}: {len(unreadable)} objects cannot be read, the first: {unreadable[0].message}. Their "
+            "bytes may be sound. Let this user read them; or delete what is lost for good, and repair again."
+        )
+
+
+def _remedy(finding: Finding, manifest: CacheManifest, chunk_of: dict[str, ChunkRef]) -> _Remedy:
+    """Return what mends one finding."""
+    key = finding.key
+    if finding.kind == "unknown-file":
+        return "none"
+    if key in chunk_of:
+        return "encode"
+    if key.startswith(f"{JOURNAL}/"):
+        return "drop"
+    if key in manifest.files:
+        return "table" if key.startswith(_TABLES) else "zarr"
+    if key == COMMITS:
+        return "seal"
+    if finding.kind == "incomplete" and not manifest.sealed:
+        return "finish"
+    return "restore" if key in (MANIFEST_KEY, BACKUP_KEY) and finding.kind != "counts" else "none"
+
+
+def _suspects(files: CacheFiles, refs: list[ChunkRef], damaged: set[ChunkRef], notes: Collection[str]) -> set[ChunkRef]:
+    """Return the chunks that may be older ones, put back, where the commit records are not those of the seal.
+
+    A chunk with a damaged note may be one; so may a chunk without a note, if no damaged chunk explains the seal. Where
+    every note is that of its record, the seal is behind: a repair was interrupted.
+    """
+    sound = set(files.list(JOURNAL)).difference(notes)
+    unnoted = {ref for ref in refs if note_key(ref.name) not in sound}
+    return {ref for ref in unnoted if not damaged or note_key(ref.name) in notes}
 
 
 def restore(plan: RepairPlan) -> list[str]:
@@ -146,12 +159,9 @@ def restore(plan: RepairPlan) -> list[str]:
     files = open_files(plan.report.location)
     done = []
     if plan.root:
-        with Claims(files) as claims:
-            # what is right now: views may have been planned since the cache was looked at, and must not be lost
-            claims.wait_for(PLAN)
-            manifest, wrong = sound_manifest(files)
-            if wrong:
-                write_manifest(files, manifest)
+        manifest, wrong = sound_manifest(files)  # as they are now: a run may have sealed the cache meanwhile
+        if wrong:
+            write_manifest(files, manifest)
         for key in (finding.key for finding in wrong):
             done.append(f"{key}: restored from {BACKUP_KEY if key == MANIFEST_KEY else MANIFEST_KEY}")
     for key, data in plan.metadata.items():
@@ -163,12 +173,7 @@ def restore(plan: RepairPlan) -> list[str]:
     return done
 
 
-def _table_of(key: str) -> str | None:
-    folder = key.partition("/")[0]
-    return folder if folder in (SAMPLES, CAPTIONS, PROBLEMS) else None
-
-
-def _metadata(location: str, manifest: CacheManifest, keys: list[str]) -> dict[str, bytes]:
+def _metadata(location: str, manifest: CacheManifest, keys: Collection[str]) -> dict[str, bytes]:
     if not keys:
         return {}
     made = zarr_metadata(manifest.layout)

@@ -7,7 +7,6 @@ against its backup. An object that cannot be read is a finding of its own kind, 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -34,13 +33,12 @@ from teacher_cache.storage.format.commits import (
     ChunkRef,
     all_chunks,
     committed_chunks,
-    generation_chunks,
     proven_commit,
     quarantined_rows,
 )
 from teacher_cache.storage.format.journal import JOURNAL, note_key, read_note
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, incomplete_message
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Seal, incomplete_message
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
@@ -113,7 +111,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             nbytes += len(read_static(files, key, wanted))
             objects += 1
         except _FAULTS as error:
-            findings.append(_before_views(files, manifest, key) or _fault(key, error))
+            findings.append(_fault(key, error))
     damaged = {finding.key.partition("/")[0] for finding in findings}
     tables: dict[Tower, pa.Table] = {}
     if SAMPLES not in damaged:
@@ -123,7 +121,6 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     findings += _check_tables(manifest, tables)
 
     refs = all_chunks(manifest.layout)
-    closed = {ref for generation in manifest.sealed_generations for ref in generation_chunks(manifest, generation)}
     commits: dict[ChunkRef, ChunkCommit] = {}
     sound = uncommitted = 0
     told: list[Finding] = []
@@ -139,7 +136,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
             sound += not proof.findings
         elif not proof.findings:
             uncommitted += 1
-            if ref in closed:
+            if manifest.sealed:
                 message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
                 findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
             continue
@@ -153,8 +150,8 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     if not manifest.sealed:
         message = incomplete_message(location, manifest, len(refs) - uncommitted, len(refs))
         findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
-    if manifest.sealed_generations:
-        findings += _check_seals(files, manifest, {ref: commits[ref] for ref in refs if ref in closed & commits.keys()})
+    if manifest.seal is not None:
+        findings += _check_seal(files, manifest, manifest.seal, commits)
     findings += _check_journal(files, refs)
     findings += _unknown_files(files, manifest, refs)
     _tell(location, [finding for finding in findings if finding not in told])
@@ -165,7 +162,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         manifest_digest=manifest.digest,
         images=manifest.layout.image_rows,
         captions=manifest.layout.text_rows,
-        quarantined=len(quarantined_rows(commits.values(), manifest.layout.views)),
+        quarantined=len(quarantined_rows(commits.values())),
         lost_images=manifest.lost_images,
         chunks=len(refs),
         chunks_sound=sound,
@@ -212,13 +209,7 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return next(iter(found.values())), findings
     if main == backup:
         return main, findings
-    if backup.adds_views_to(main):
-        message = (
-            f"{BACKUP_KEY}: plans views up to {backup.layout.views}, {MANIFEST_KEY} has {main.layout.views}. Run the "
-            "same precompute command again to add them; what is there can be read."
-        )
-        return main, [*findings, Finding(kind="incomplete", key=BACKUP_KEY, message=message)]
-    if backup.seals(main):
+    if main == backup.model_copy(update={"seal": None}):
         done, total = _committed(files, backup), backup.layout.num_chunks
         message = (
             f"{incomplete_message(files.location, backup, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
@@ -252,14 +243,11 @@ def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
 
 
 def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
-    """Whether there is a seal, and each is that of the commit records."""
+    """Return whether there is a seal and it is that of the commit records."""
+    if manifest.seal is None:
+        return False
     try:
-        found = [
-            generation.seal is not None
-            and CommitRecords(manifest).read(files, generation) == generation.seal.commits_sha256
-            for generation in manifest.sealed_generations
-        ]
-        return bool(found) and all(found)
+        return CommitRecords(manifest).read(files) == manifest.seal.commits_sha256
     except CacheUnreachableError:
         raise
     except _FAULTS:
@@ -281,19 +269,6 @@ def _fault(key: str, error: Exception) -> Finding:
         return Finding(kind="damaged", key=key, message=str(error))
     what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return Finding(kind="unreadable", key=key, message=f"{key}: cannot be read: {what}")
-
-
-def _before_views(files: CacheFiles, manifest: CacheManifest, key: str) -> Finding | None:
-    """That an array's metadata still has the shape of before views were planned, if that is what is wrong with it."""
-    if not manifest.adds_views or not key.startswith("targets.zarr/image/"):
-        return None
-    try:
-        shape = json.loads(files.read(key))["shape"]
-        older = max(manifest.sealed_views, 1) <= shape[1] < manifest.layout.views
-    except (*_FAULTS, ValueError, LookupError, TypeError):
-        return None
-    message = f"{key}: has the shape {shape} of before views were added. Run the same precompute command again."
-    return Finding(kind="incomplete", key=key, message=message) if older else None
 
 
 def _other_bytes(key: str) -> Finding:
@@ -384,20 +359,16 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
     return findings
 
 
-def _check_seals(files: CacheFiles, manifest: CacheManifest, commits: dict[ChunkRef, ChunkCommit]) -> list[Finding]:
-    """What is wrong with the seals, given the commits of all sealed generations."""
+def _check_seal(
+    files: CacheFiles, manifest: CacheManifest, seal: Seal, commits: dict[ChunkRef, ChunkCommit]
+) -> list[Finding]:
+    """Return what is wrong with the seal, given all sound commit records."""
     if _is_sealed_with(files, manifest):
-        wrong = []
-        for generation in manifest.sealed_generations:
-            found = len(quarantined_rows(commits.values(), manifest.views_of(generation)[1]))
-            assert generation.seal is not None  # sealed generations only
-            if found != generation.seal.images_quarantined:
-                message = (
-                    f"{found} images quarantined in the commits, {generation.seal.images_quarantined} in the seal of "
-                    f"generation {generation.number}"
-                )
-                wrong.append(Finding(kind="counts", key=MANIFEST_KEY, message=message))
-        return wrong
+        lost = len(quarantined_rows(commits.values()))
+        if lost == seal.images_quarantined:
+            return []
+        message = f"{lost} images quarantined in the commits, {seal.images_quarantined} in the seal"
+        return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
     message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
     findings = [Finding(kind="damaged", key=COMMITS, message=message)]
     # the seal is over all records; which one it is, if each is sound by itself, only the notes can say

@@ -23,7 +23,6 @@ from teacher_cache.storage.cli.app import (
 
 if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import ViewsIdentity
-    from teacher_cache.storage.format.manifest import Generation
     from teacher_cache.storage.look.info import CacheInfo, Coverage
     from teacher_cache.storage.look.listing import CacheListing, ListedCache
 
@@ -125,10 +124,8 @@ def _info_table(found: CacheInfo) -> Table:
     table = Table(title=escape(found.location), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    verb = finished_by(found.made_with, found.views_sealed)
+    verb = finished_by(found.made_with)
     state = "complete" if found.sealed else f"not complete: run the same {verb} command again to finish it"
-    if not found.sealed and found.views_sealed:
-        state += f"; {found.views_sealed} of {layout.views} views can be read"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
     teacher = identity.teacher
     rows = {
@@ -141,7 +138,7 @@ def _info_table(found: CacheInfo) -> Table:
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
         "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}",
         "views": _views(identity.views),
-        "generations": "\n".join(_generation(part) for part in found.generations),
+        "seal": f"commits {found.seal.commits_sha256[:12]}" if found.seal else "",
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
         "size": f"{found.target_bytes / 1e6:,.1f} MB of targets",
         "images in": _accounts(found),
@@ -177,15 +174,6 @@ def _remaining(found: CacheInfo) -> str:
     if found.remaining_seconds is None:
         return "not known: no rate yet"
     return f"about {timedelta(seconds=round(found.remaining_seconds))} for one process, at the rates below"
-
-
-def _generation(part: Generation) -> str:
-    images, captions = (stop - start for start, stop in (part.image_rows, part.text_rows))
-    what = f"{counted(images, 'image')} and {counted(captions, 'caption')}"
-    if part.views is not None:
-        what = f"views {part.views[0]} to {part.views[1] - 1} of {counted(images, 'image')}"
-    seal = f"sealed with commits {part.seal.commits_sha256[:12]}" if part.seal else "not sealed"
-    return f"{part.number}: {what}, {seal}"
 
 
 def _quarantine(found: CacheInfo) -> str:

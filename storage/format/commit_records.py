@@ -21,11 +21,10 @@ from teacher_cache.storage.format.commits import (
     ObjectDigest,
     QuarantinedRow,
     all_chunks,
-    generation_chunks,
     read_commit,
 )
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import CacheManifest, Generation
+from teacher_cache.storage.format.manifest import CacheManifest
 
 __all__ = ["CommitRecords"]
 
@@ -49,8 +48,8 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
             self._objects[tower] = objects
             self._tables[tower] = np.zeros((self._views(tower), manifest.layout.chunks(tower)), _row(len(objects)))
 
-    def read(self, files: CacheFiles, generation: Generation) -> str:
-        """Read and add all commits of one generation; the sha256 over key and bytes of each, in their order.
+    def read(self, files: CacheFiles) -> str:
+        """Read all commits; return the sha256 over key and bytes of each, in the order of the chunks.
 
         One request for each; of an object store many at once (``teacher_cache.storage.files.location.in_parallel``).
 
@@ -58,7 +57,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
             CacheCorruptError: a record is damaged or belongs elsewhere.
         """
         total = hashlib.sha256()
-        refs = generation_chunks(self._manifest, generation)
+        refs = all_chunks(self._manifest.layout)
         read = partial(read_commit, files, self._manifest)
         for ref, commit in zip(refs, in_parallel(files, read, refs), strict=True):
             if commit is not None:
@@ -91,7 +90,6 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
             view=ref.view,
             chunk=ref.chunk,
             rows=(rows.start, rows.stop),
-            generation=int(found["generation"]),
             encoder_digest=self._manifest.identity.encoder_digest,
             rows_sha256=found["rows_sha256"].tobytes().hex(),
             objects={name: self.digest(ref, name) for name in self._objects[ref.tower]},
@@ -123,7 +121,6 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         digests = [commit.objects[name] for name in self._objects[ref.tower]]
         self._tables[ref.tower][ref.view, ref.chunk] = (
             True,
-            commit.generation,
             bytes.fromhex(commit.rows_sha256),
             [digest.nbytes for digest in digests],
             [digest.crc32c for digest in digests],
@@ -136,4 +133,4 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
 def _row(objects: int) -> np.dtype[Any]:
     """A chunk's record; in bytes without a type, since those of a text end at the last one that is not zero."""
     digests = [("nbytes", "<i8", (objects,)), ("crc32c", "<u4", (objects,)), ("sha256", "V32", (objects,))]
-    return np.dtype([("there", "?"), ("generation", "<i4"), ("rows_sha256", "V32"), *digests])
+    return np.dtype([("there", "?"), ("rows_sha256", "V32"), *digests])

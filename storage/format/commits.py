@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +20,7 @@ from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.identity import canonical_json, digest_of
 from teacher_cache.storage.format.layout import CRC_BYTES, SCALE, Layout, Tower, chunk_shape, stored_arrays
-from teacher_cache.storage.format.manifest import CacheManifest, Generation
+from teacher_cache.storage.format.manifest import CacheManifest
 
 if TYPE_CHECKING:
     from teacher_cache.storage.format.layout import Layout, Tower
@@ -32,7 +32,6 @@ __all__ = [
     "QuarantinedRow",
     "all_chunks",
     "committed_chunks",
-    "generation_chunks",
     "proven_commit",
     "quarantined_rows",
     "read_commit",
@@ -89,17 +88,6 @@ def all_chunks(layout: Layout) -> list[ChunkRef]:
     return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
 
 
-def generation_chunks(manifest: CacheManifest, generation: Generation) -> list[ChunkRef]:
-    """The chunks that a generation brought, in the order of :func:`all_chunks`: its views', and captions with rows."""
-    first, stop = manifest.views_of(generation)
-    has_captions = generation.views is None
-    return [
-        ref
-        for ref in all_chunks(manifest.layout)
-        if (first <= ref.view < stop if ref.tower == "image" else has_captions)
-    ]
-
-
 class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
     """What the bytes of one Zarr object are."""
 
@@ -126,9 +114,7 @@ class ChunkCommit(BaseModel):
     view: int = Field(ge=0)
     chunk: int = Field(ge=0)
     rows: tuple[int, int] = Field(description="First row and one past the last.")
-    generation: int = Field(
-        0, ge=0, lt=2**31, description="Of its rows; a view that was added later says what its rows say."
-    )
+    generation: Literal[0] = Field(0, description="Always 0. Part of the records' bytes since the first version.")
     encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
     rows_sha256: _Sha256 = Field(
         description="Of what its rows were made: teacher_cache.storage.format.tables.chunk_rows_sha256."
@@ -208,10 +194,10 @@ def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRe
     return {ref for ref in refs if ref.commit_key in listed}
 
 
-def quarantined_rows(commits: Iterable[ChunkCommit], views: int) -> dict[int, QuarantinedRow]:
-    """Image rows without an embedding in one of the first ``views`` views, each once, with the first view's reason."""
+def quarantined_rows(commits: Iterable[ChunkCommit]) -> dict[int, QuarantinedRow]:
+    """Return the image rows without an embedding in some view, each once, with the reason of the first such view."""
     found: dict[int, QuarantinedRow] = {}
-    for commit in sorted((commit for commit in commits if commit.view < views), key=lambda commit: commit.ref):
+    for commit in sorted(commits, key=lambda commit: commit.ref):
         if commit.tower == "image":
             for row in commit.quarantined:
                 found.setdefault(row.row, row)

@@ -103,10 +103,6 @@ class ViewsIdentity(Record):
         same_draws = wanted.model_copy(update={"count": self.count}) == self
         return wanted.count <= self.count and (wanted.count == 1 or same_draws)
 
-    def first(self, count: int) -> ViewsIdentity:
-        """The first so many of these; one alone is the evaluation crop, which has no settings."""
-        return ViewsIdentity(policy="evaluation") if count == 1 else self.model_copy(update={"count": count})
-
 
 class TargetsIdentity(Record):
     """What is stored of the teacher's output."""

@@ -27,7 +27,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.journal import JOURNAL, ChunkCost, read_cost
 from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
-from teacher_cache.storage.format.manifest import CacheManifest, Generation
+from teacher_cache.storage.format.manifest import CacheManifest, Seal
 from teacher_cache.storage.format.manifest_file import read_manifest
 
 __all__ = [
@@ -80,15 +80,14 @@ class CacheInfo(BaseModel, frozen=True):
     identity_digest: str
     identity: CacheIdentity
     layout: Layout
-    generations: tuple[Generation, ...]
+    seal: Seal | None
     dataset: str
     image_root: str
     chunks: int
     chunks_committed: int
     coverage: tuple[Coverage, ...] = Field(description="Views of the images in order, then captions.")
-    views_sealed: int = Field(description="Views that can be read; fewer than the layout's while some are added.")
-    images_encoded: int | None = Field(description="With an embedding in each sealed view; known once one is sealed.")
-    images_quarantined: int | None = Field(description="Without one in some sealed view; counted once.")
+    images_encoded: int | None = Field(description="Images with an embedding in every view; None until sealed.")
+    images_quarantined: int | None = Field(description="Images without one in some view, each counted once.")
     quarantine: dict[str, int] | None = Field(
         description="Images without an embedding in some committed chunk, by reason; None where too many records "
         "would have to be read."
@@ -121,7 +120,7 @@ def describe_cache(location: str) -> CacheInfo:
     committed = [ref for ref in refs if ref.commit_key in there]
     coverage = _coverage(manifest.layout, refs, committed)
     costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
-    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
+    seal = manifest.seal
     rows = _quarantined(files, manifest, committed)
     return CacheInfo(
         location=location,
@@ -131,13 +130,12 @@ def describe_cache(location: str) -> CacheInfo:
         identity_digest=manifest.identity_digest,
         identity=manifest.identity,
         layout=manifest.layout,
-        generations=manifest.generations,
+        seal=seal,
         dataset=manifest.source.dataset,
         image_root=manifest.source.image_root,
         chunks=len(refs),
         chunks_committed=len(committed),
         coverage=coverage,
-        views_sealed=manifest.sealed_views,
         images_encoded=seal.images_encoded if seal else None,
         images_quarantined=seal.images_quarantined if seal else None,
         quarantine=None if rows is None else dict(sorted(Counter(row.reason for row in rows.values()).items())),
@@ -253,9 +251,8 @@ def _quarantined_by_chunk(
 ) -> dict[ChunkRef, tuple[QuarantinedRow, ...]] | None:
     """Of the committed chunks of images, view by view; None where too many records would have to be read."""
     images = [ref for ref in committed if ref.tower == "image"]
-    seal = manifest.sealed_generations[-1].seal if manifest.sealed_generations else None
     # a sealed cache without quarantined rows says so in its manifest
-    if manifest.sealed and seal is not None and not seal.images_quarantined:
+    if manifest.seal is not None and not manifest.seal.images_quarantined:
         return dict.fromkeys(images, ())
     if len(images) > COMMITS_READ:
         return None

@@ -16,7 +16,7 @@ from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.arrays import chunk_shape, decode_object, given_dtype, prove_body, stored_dtype
 from teacher_cache.storage.format.commit_records import CommitRecords
-from teacher_cache.storage.format.commits import COMMITS, ChunkRef, ObjectDigest, generation_chunks
+from teacher_cache.storage.format.commits import COMMITS, ChunkRef, ObjectDigest, all_chunks
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower
 from teacher_cache.storage.format.manifest import CacheManifest
@@ -93,25 +93,24 @@ class ChunkSource:
 
     def _read_commits(self) -> CommitRecords:
         commits, location = CommitRecords(self.manifest), self.files.location
-        for generation in self.manifest.sealed_generations:
-            try:
-                digest = commits.read(self.files, generation)
-            except CacheCorruptError as error:
-                raise CacheCorruptError(f"{error}. {_REMEDY}") from error
-            except OSError as error:
-                raise read_error(f"{location}/{COMMITS}", error) from error
-            missing = [ref.commit_key for ref in generation_chunks(self.manifest, generation) if ref not in commits]
-            if missing:
-                raise CacheCorruptError(f"{location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
-            if generation.seal is None or digest != generation.seal.commits_sha256:
-                raise CacheCorruptError(
-                    f"{location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
-                )
+        try:
+            digest = commits.read(self.files)
+        except CacheCorruptError as error:
+            raise CacheCorruptError(f"{error}. {_REMEDY}") from error
+        except OSError as error:
+            raise read_error(f"{location}/{COMMITS}", error) from error
+        missing = [ref.commit_key for ref in all_chunks(self.manifest.layout) if ref not in commits]
+        if missing:
+            raise CacheCorruptError(f"{location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
+        if self.manifest.seal is None or digest != self.manifest.seal.commits_sha256:
+            raise CacheCorruptError(
+                f"{location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
+            )
         return commits
 
     def places(self, tower: Tower) -> RowPlaces:
         """Return where the rows of a tower lie."""
-        return RowPlaces.of(self.files.location, self.layout, tower, self.manifest.sealed_views)
+        return RowPlaces.of(self.files.location, self.layout, tower, self.layout.views)
 
     def require_array(self, tower: Tower, array: str) -> None:
         """Refuse an array that the tower does not have.

@@ -65,7 +65,7 @@ class EmbeddingReader:
         Args:
             location: Folder or URL of the cache.
             memory_bytes: Budget of the chunks that stay in memory.
-            manifest_digest: Digest of the manifest to read by; views that were added since are ignored.
+            manifest_digest: Digest that the manifest must have.
             manifest: Manifest of this cache, where the caller has read it.
             commits: Its commit records, where the caller has read them.
 
@@ -110,13 +110,12 @@ class EmbeddingReader:
     @property
     def views(self) -> int:
         """Number of views of each image; view 0 is the evaluation crop."""
-        return self.manifest.sealed_views
+        return self.manifest.layout.views
 
     @property
     def identity(self) -> CacheIdentity:
-        """Identity of the rows that can be read; while views are added, without the planned ones."""
-        whole = self.manifest.identity
-        return whole.model_copy(update={"views": whole.views.first(self.views)})
+        """Identity of the cache: what its rows are of and how they were made."""
+        return self.manifest.identity
 
     @once
     def samples(self) -> pa.Table:
@@ -172,12 +171,12 @@ class EmbeddingReader:
     @once
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
         """Image rows without an embedding in some view, each once, with reasons. Reads the commits once."""
-        return tuple(quarantined_rows(self.chunks.commits.with_quarantined(), self.views).values())
+        return tuple(quarantined_rows(self.chunks.commits.with_quarantined()).values())
 
     def quarantined_in(self, view: int) -> dict[int, QuarantinedRow]:
         """Return the image rows without an embedding in one view, by row."""
         commits = [commit for commit in self.chunks.commits.with_quarantined() if commit.view == view]
-        return quarantined_rows(commits, view + 1)
+        return quarantined_rows(commits)
 
     def image_rows(self, split: str | None = None) -> NDArray[np.int64]:
         """Return :meth:`row_set` as an array, (images,) int64, ascending."""

@@ -30,8 +30,7 @@ from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 __all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
 
 CLAIMS = "claims"
-PLAN = "plan"  # whoever has this one may write the manifest
-_POLL_SECONDS = 0.2
+PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
@@ -94,11 +93,6 @@ class Claims:
             if not self._stale(key):
                 return False
             attempt += 1
-
-    def wait_for(self, name: str) -> None:
-        """Claim a name as soon as whoever has it gives it back, or ends."""
-        while not self.take(name):
-            time.sleep(_POLL_SECONDS)
 
     def contested(self, name: str) -> bool:
         """Whether another process may be at work on a name that this one has.
@@ -193,22 +187,8 @@ class Claims:
 
 
 def clear_claims(files: CacheFiles) -> None:
-    """Remove the claims of a cache that is complete, those of dead processes too: nobody needs them any more.
-
-    The claim on the manifest stays while its process may live, who perhaps plans more views.
-    """
-
-    def clear(key: str) -> None:
-        if key.startswith(f"{CLAIMS}/{PLAN}."):
-            try:
-                claim = _Claim.model_validate_json(files.read(key))
-                if claim.process.alive() is not False:
-                    return
-            except (FileNotFoundError, ValidationError):
-                pass
-        files.delete(key)
-
-    for _ in in_parallel(files, clear, files.list(CLAIMS)):
+    """Remove all claims of a complete cache, those of killed processes included: no work is left to claim."""
+    for _ in in_parallel(files, files.delete, files.list(CLAIMS)):
         pass
 
 

@@ -7,23 +7,20 @@ import time
 
 import pyarrow as pa
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError
+from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.arrays import (
-    zarr_metadata,
-)
-from teacher_cache.storage.format.identity import CacheIdentity, ViewsIdentity
+from teacher_cache.storage.format.arrays import zarr_metadata
+from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import (
     BACKUP_KEY,
     MANIFEST_KEY,
     CacheManifest,
-    Generation,
     Source,
     StaticFile,
 )
-from teacher_cache.storage.format.manifest_file import planned_manifest, write_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
     PROBLEMS,
@@ -34,9 +31,10 @@ from teacher_cache.storage.format.tables import (
 )
 from teacher_cache.storage.write.claims import PLAN, Claims
 from teacher_cache.storage.write.place import require_place
-from teacher_cache.storage.write.writer import _PLAN_POLL_SECONDS
 
-__all__ = ["plan_cache", "require_asked"]
+__all__ = ["plan_cache", "require_same_plan"]
+
+_PLAN_POLL_SECONDS = 0.2
 
 
 def plan_cache(
@@ -47,102 +45,69 @@ def plan_cache(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    """Start a cache, or take up the one that is there if it is the same; with more views wanted, add them to its plan.
+    """Start a cache, or take up the one that is already there if it is the same.
 
-    A second call with the same arguments changes nothing, and a cache that has more views is taken as it is. Several
-    processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache without manifest,
-    which the next call writes anew; or one whose manifest has the new views and whose Zarr metadata has not, which the
-    next call writes again.
+    A second call with the same arguments changes nothing. A cache with more views than ``identity`` names is taken as
+    it is. Several processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache
+    without manifest, which the next call plans again.
 
     Args:
         tables: samples, captions and problems (``teacher_cache.storage.format.tables``).
-        made_with: versions of the libraries, kept from the first call.
+        made_with: versions of the libraries. Those of the first call stay.
 
     Raises:
-        CacheMismatchError: another cache is there; the message names each field that differs.
+        CacheMismatchError: another cache is there. The message names each field that differs.
     """
     files = open_files(location)
     files.remove_partials()
     with Claims(files) as claims:
-        while True:
-            if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):
-                manifest = _take_up(files, identity, layout, tables)
-                if manifest.identity.views.holds(identity.views):
-                    return manifest
-            else:
-                require_place(files)
-            if claims.take(PLAN):
-                break
-            time.sleep(_PLAN_POLL_SECONDS)
-        if files.exists(MANIFEST_KEY):  # of the one that has just given the claim back, or to be given more views
-            manifest = _take_up(files, identity, layout, tables)
-            if manifest.identity.views.holds(identity.views):
-                return manifest
-            return _add_views(files, manifest, identity.views, made_with)
-        return _start(files, identity, layout, source, tables, made_with)
+        while not _is_planned(files):
+            require_place(files)
+            if not claims.take(PLAN):
+                time.sleep(_PLAN_POLL_SECONDS)
+            elif not _is_planned(files):  # the last holder of the claim may have planned it
+                return _start(files, identity, layout, source, tables, made_with)
+    return _take_up(files, identity, layout, tables)
+
+
+def _is_planned(files: CacheFiles) -> bool:
+    return files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY)
 
 
 def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables: dict[str, pa.Table]) -> CacheManifest:
-    """The manifest that is there, if it is of the very cache that is asked for, apart from the number of views."""
-    manifest = planned_manifest(files)
-    require_asked(manifest, identity, layout, files.location)
-    if manifest.adds_views:
-        _write_metadata(files, manifest)
-    for key, wanted in manifest.files.items():
-        read_static(files, key, wanted)
+    """Return the manifest of the cache at this location, after a check that it is the cache of the arguments."""
+    manifest = read_manifest(files)
+    require_same_plan(manifest, identity, layout, files.location)
+    for key, recorded in manifest.files.items():
+        read_static(files, key, recorded)
     places = ["uri", "offset", "length"]
     if not read_table(files, manifest, SAMPLES).select(places).equals(tables[SAMPLES].select(places)):
         raise CacheMismatchError(
             f"{files.location}: lists the same images at other places ({manifest.source.dataset}). Name the dataset "
             "in the same form; its folder may have moved."
         )
+    if not files.exists(MANIFEST_KEY):  # its planner was killed between the backup and the manifest
+        write_manifest(files, manifest)
     return manifest
 
 
-def require_asked(manifest: CacheManifest, identity: CacheIdentity, layout: Layout, where: str) -> None:
-    """Refuse a cache that is another one than is asked for, apart from the number of views.
+def require_same_plan(manifest: CacheManifest, identity: CacheIdentity, layout: Layout, location: str) -> None:
+    """Check that a cache is the one that ``identity`` and ``layout`` describe. It may have more views.
 
     Raises:
-        CacheMismatchError: names what differs.
+        CacheMismatchError: names each difference.
     """
-    have, views = manifest.layout, manifest.identity.views
-    if views.holds(identity.views) or views.count == 1:
-        # the one view there is has no settings that new ones could differ from
+    planned, views = manifest.layout, manifest.identity.views
+    if views.holds(identity.views):
         identity = identity.model_copy(update={"views": views})
-    else:
-        identity = identity.model_copy(update={"views": identity.views.model_copy(update={"count": views.count})})
-    layout = layout.model_copy(update={"views": have.views})
-    manifest.identity.require(identity, where)
-    if have != layout:
+        layout = layout.model_copy(update={"views": planned.views})
+    manifest.identity.require(identity, location)
+    if planned != layout:
         raise CacheMismatchError(
-            f"{where}: chunks of {have.image_chunk_rows} images and {have.text_chunk_rows} captions in "
-            f"batches of {have.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
+            f"{location}: chunks of {planned.image_chunk_rows} images and {planned.text_chunk_rows} captions in "
+            f"batches of {planned.batch_rows} in the cache, {layout.image_chunk_rows}, {layout.text_chunk_rows} and "
             f"{layout.batch_rows} asked for. Leave chunk rows and batch size out, or encode to a new path."
         )
-
-
-def _add_views(
-    files: CacheFiles, manifest: CacheManifest, views: ViewsIdentity, made_with: dict[str, str]
-) -> CacheManifest:
-    """Plan more views of a cache; what is there is not touched, but for the shapes in Zarr's metadata."""
-    grown = manifest.layout.model_copy(update={"views": views.count})
-    before, after = zarr_metadata(manifest.layout), zarr_metadata(grown)
-    changed = {key: StaticFile(sha256=_sha256(data)) for key, data in after.items() if data != before[key]}
-    planned = manifest.with_views(views, changed, made_with)
-    # manifest first: from then on it says what the metadata has to be, and any precompute can write that
-    write_manifest(files, planned)
-    _write_metadata(files, planned)
-    return planned
-
-
-def _write_metadata(files: CacheFiles, manifest: CacheManifest) -> None:
-    """Zarr's metadata where it is not that of the layout: of before views were planned. Only with the planned bytes."""
-    for key, data in zarr_metadata(manifest.layout).items():
-        if manifest.files[key].sha256 == _sha256(data):
-            try:
-                read_static(files, key, manifest.files[key])
-            except CacheCorruptError:
-                files.write(key, data)
 
 
 def _sha256(data: bytes) -> str:
@@ -171,20 +136,14 @@ def _start(
     static = {key: StaticFile(sha256=_sha256(data), rows=rows) for key, (data, rows) in contents.items()}
     problems = tables[PROBLEMS]
     counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
-    generation = Generation(
-        number=0,
-        image_rows=(0, layout.image_rows),
-        text_rows=(0, layout.text_rows),
-        lost_images=sum(problems["lost_image"].to_pylist()),
-        problems=dict(sorted(counts.items())),
-    )
     manifest = CacheManifest(
         identity_digest=identity.digest,
         identity=identity,
         layout=layout,
         source=source,
         files=dict(sorted(static.items())),
-        generations=(generation,),
+        lost_images=sum(problems["lost_image"].to_pylist()),
+        problems=dict(sorted(counts.items())),
         made_with=made_with,
     )
     # manifest last: whoever finds it may trust the tables and the metadata that it names

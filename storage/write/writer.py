@@ -27,7 +27,6 @@ from teacher_cache.storage.format.commits import (
     QuarantinedRow,
     all_chunks,
     committed_chunks,
-    generation_chunks,
     quarantined_rows,
     read_commit,
 )
@@ -36,7 +35,6 @@ from teacher_cache.storage.format.journal import ChunkCost, write_cost
 from teacher_cache.storage.format.layout import SCALE, Tower
 from teacher_cache.storage.format.manifest import (
     CacheManifest,
-    Generation,
     Seal,
     incomplete_message,
 )
@@ -48,11 +46,9 @@ from teacher_cache.storage.format.tables import (
     SAMPLES,
     chunk_rows_sha256,
 )
-from teacher_cache.storage.write.claims import PLAN, Claims, clear_claims
+from teacher_cache.storage.write.claims import clear_claims
 
 __all__ = ["EmbeddingWriter"]
-
-_PLAN_POLL_SECONDS = 0.2
 
 
 class EmbeddingWriter:
@@ -193,50 +189,28 @@ class EmbeddingWriter:
         Raises:
             CacheIncompleteError: chunks without commit record.
         """
-        self._seal(everything=True)
-        # of those who were killed beside this process
+        sealed = self._sealed()
+        if sealed != self.manifest:
+            write_manifest(self.files, sealed)
+            self.manifest = sealed
+        # of processes that were killed beside this one
         clear_claims(self.files)
         self.files.remove_partials()
         return self.manifest
 
-    def seal_again(self) -> CacheManifest:
-        """Bring the seals that there are up to the commits as they are after a repair; views in the making stay open.
-
-        Raises:
-            CacheIncompleteError: chunks of a sealed generation have no commit record.
-        """
-        self._seal(everything=False)
-        return self.manifest
-
-    def _seal(self, everything: bool) -> None:
-        if self._sealed(everything) == self.manifest:
-            return
-        with Claims(self.files) as claims:
-            # views that somebody plans at this moment must not be lost
-            claims.wait_for(PLAN)
-            self.manifest = read_manifest(self.files)
-            sealed = self._sealed(everything)
-            if sealed != self.manifest:
-                write_manifest(self.files, sealed)
-            self.manifest = sealed
-
-    def _sealed(self, everything: bool) -> CacheManifest:
-        """The manifest with the seals that its commits give now, of all generations or of those that have one."""
-        manifest, layout = self.manifest, self.manifest.layout
-        generations: list[Generation] = []
-        records = CommitRecords(manifest)
-        for generation in manifest.generations if everything else manifest.sealed_generations:
-            digest = records.read(self.files, generation)
-            if any(ref not in records for ref in generation_chunks(manifest, generation)):
-                done = len(self.committed(all_chunks(layout)))
-                raise CacheIncompleteError(incomplete_message(self.files.location, manifest, done, layout.num_chunks))
-            lost = len(quarantined_rows(records.with_quarantined(), manifest.views_of(generation)[1]))
-            seal = Seal(
-                commits_sha256=digest,
-                images_encoded=layout.image_rows - lost,
-                images_quarantined=lost,
-                captions_encoded=layout.text_rows,
+    def _sealed(self) -> CacheManifest:
+        """Return the manifest with the seal over the commits as they are now."""
+        layout, records = self.manifest.layout, CommitRecords(self.manifest)
+        digest = records.read(self.files)
+        if len(records) < layout.num_chunks:
+            raise CacheIncompleteError(
+                incomplete_message(self.files.location, self.manifest, len(records), layout.num_chunks)
             )
-            generations.append(generation.model_copy(update={"seal": seal}))
-        generations += manifest.generations[len(generations) :]
-        return manifest.model_copy(update={"generations": tuple(generations)})
+        lost = len(quarantined_rows(records.with_quarantined()))
+        seal = Seal(
+            commits_sha256=digest,
+            images_encoded=layout.image_rows - lost,
+            images_quarantined=lost,
+            captions_encoded=layout.text_rows,
+        )
+        return self.manifest.model_copy(update={"seal": seal})

@@ -19,7 +19,7 @@ from teacher_cache.pipeline.precompute.forecast import epochs_to_pay, forecast
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from tests.conftest import cache_digest, make_model_folder
 from tests.pipeline.data.dataset_files import save_image
 
@@ -162,12 +162,13 @@ def test_what_precompute_would_refuse_of_a_cache_is_refused_in_its_words(
     assert str(foretold.value) == str(met.value)
 
 
-def test_a_lost_manifest_is_read_from_its_backup_and_not_restored(config: Config) -> None:
+def test_a_cache_without_manifest_is_refused_and_not_restored(config: Config) -> None:
     settings = config()
     precompute(settings)
     Path(settings.cache, "manifest.json").unlink()
     before = cache_digest(settings.cache)
-    assert forecast(settings, probe=4).committed_rows == 30 + 60
+    with pytest.raises(CacheCorruptError, match=r"manifest\.json is missing, .* Run teacher-cache repair CACHE"):
+        forecast(settings, probe=4)
     assert cache_digest(settings.cache) == before
 
 

@@ -145,9 +145,11 @@ def test_repair_brings_back_the_same_bytes(home: Path, tmp_path: Path) -> None:
     assert cache_digest(cache) == cache_digest(home / "int8.cache")
 
 
-def test_views_are_added_in_int8(home: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(home / "int8.cache", tmp_path / "grown")
-    precompute(PrecomputeConfig(**settings(home, cache, views=2)))
+def test_more_views_in_int8(home: Path, tmp_path: Path) -> None:
+    cache, old = tmp_path / "grown", str(home / "int8.cache")
+    with pytest.raises(CacheMismatchError, match=r"2 asked for, .* --dtype int8 --views 2 --reuse "):
+        precompute(PrecomputeConfig(**settings(home, Path(old), views=2)))
+    precompute(PrecomputeConfig(**settings(home, cache, views=2, dtype="int8", reuse=old)))
     assert verify_cache(str(cache)).ok
     reader, before = EmbeddingReader(str(cache)), EmbeddingReader(str(home / "int8.cache"))
     rows = reader.image_rows()

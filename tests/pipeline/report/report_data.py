@@ -30,7 +30,7 @@ from teacher_cache.pipeline.report.data import (
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.format.manifest import Generation, Seal
+from teacher_cache.storage.format.manifest import Seal
 from teacher_cache.storage.look.info import CacheInfo, Coverage
 from teacher_cache.storage.look.stats import CacheStats, Distribution, NearPair, RecallStats, TowerStats
 from tests.conftest import make_identity
@@ -137,14 +137,6 @@ def _info() -> CacheInfo:
         batch_rows=2,
     )
     seal = Seal(commits_sha256="a" * 64, images_encoded=IMAGES - 1, images_quarantined=1, captions_encoded=CAPTIONS)
-    generation = Generation(
-        number=0,
-        image_rows=(0, IMAGES),
-        text_rows=(0, CAPTIONS),
-        lost_images=2,
-        problems={"image missing": 2},
-        seal=seal,
-    )
     return CacheInfo(
         location="/data/caches/made up & <odd>.cache",
         format_version=1,
@@ -153,7 +145,7 @@ def _info() -> CacheInfo:
         identity_digest="2" * 64,
         identity=make_identity(IMAGES, CAPTIONS),
         layout=layout,
-        generations=(generation,),
+        seal=seal,
         dataset="flickr:/data/photos",
         image_root="/data/photos",
         chunks=35,
@@ -164,7 +156,6 @@ def _info() -> CacheInfo:
             )
             for t, v, c, r in coverage
         ),
-        views_sealed=2,
         images_encoded=IMAGES - 1,
         images_quarantined=1,
         quarantine={"truncated": 1},

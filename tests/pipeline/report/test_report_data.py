@@ -204,28 +204,6 @@ def test_an_unfinished_cache_has_its_coverage_and_a_way_out(tmp_path: Path) -> N
         collect_report(str(tmp_path / "nothing.cache"))
 
 
-def test_views_that_are_being_added_are_no_hindrance(photos: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    class Stopped(Exception):
-        pass
-
-    def stop(stage: str, done: int, total: int, **more: Any) -> None:
-        if stage == "images":
-            raise Stopped
-
-    cache = tmp_path / "more.cache"
-    shutil.copytree(photos, cache)
-    with pytest.raises(Stopped):
-        precompute(precompute_config(photos.parent, tiny_teacher, cache, views=3), stop)
-    found = collect_report(str(cache))
-    assert [(part.tower, part.view) for part in found.coverage] == [*(("image", n) for n in range(3)), ("text", 0)]
-    whole = [all(cell.committed == cell.chunks for cell in part.cells) for part in found.coverage]
-    assert whole == [True, False, False, True]
-    assert (found.info.sealed, found.info.views_sealed) == (False, 1)
-    assert found.notes[0].startswith("3 views are planned and 1 can be read: run the same precompute command again")
-    assert found.pairs_of == 19 * 3
-    assert len(found.pictures) == 19
-
-
 def test_cells_stand_for_many_chunks_of_a_large_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "wide.cache"
     plan_known_cache(path, images=92, captions=92)  # 23 chunks each

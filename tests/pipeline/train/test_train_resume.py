@@ -23,8 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student
 from teacher_cache.pipeline.models.weights import write_weights
-from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
@@ -242,18 +240,6 @@ def test_a_file_system_without_locks_is_told_from_another_process(
     monkeypatch.setattr("teacher_cache.pipeline.models.run_folder.fcntl.lockf", lockf)
     with pytest.raises(UsageError, match=r"this file system has no locks \(Function not implemented\)"):
         RunFolder(tmp_path).locked().__enter__()
-
-
-def test_views_that_came_since_do_not_end_a_run(work: Work, tiny_teacher: Path) -> None:
-    """Killed, and gone on with after more views were planned and made: the trace of an unbroken run of one view."""
-    cache = shutil.copytree(work.cache, work.folder / "grown.cache")
-    work.killed("grown", next(at for at, event in enumerate(work.events) if event == ("step", "5")), cache=str(cache))
-    photos = f"flickr:{work.folder / 'photos'}"
-    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", "views": 3}
-    precompute(PrecomputeConfig(dataset=photos, teacher=f"local-dir:{tiny_teacher}", cache=str(cache), **settings))
-    record = train(work.config("grown", cache=str(cache)), resume=True).record
-    assert record.view == "evaluation crop (the cache has one view)"
-    assert work.left("grown") == work.result
 
 
 def test_checkpoints_can_be_read_by_whom_the_umask_lets(work: Work) -> None:

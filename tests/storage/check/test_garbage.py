@@ -13,15 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.storage.check.garbage import collect_garbage, known_keys
+from teacher_cache.storage.check.garbage import collect_garbage
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.processes import this_process
-from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.identity import ViewsIdentity
-from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
 from teacher_cache.storage.write.claims import CLAIMS, Claims, left_claims
 from tests.conftest import cache_digest, plan_known_cache
 from tests.object_store import ObjectStore
@@ -149,50 +146,19 @@ def test_claims_of_other_machines_are_given_up_after_a_day(known_cache: Path) ->
     assert left_claims(files) == [f"{CLAIMS}/silent.0.json", f"{CLAIMS}/torn.0.json", f"{CLAIMS}/alive/silent.json"]
 
 
-def test_chunks_in_the_making_and_views_that_are_planned_are_known(known_cache: Path) -> None:
-    """A process writes the backup first and then chunks that manifest.json does not name yet."""
-    files = open_files(str(known_cache))
-    manifest = read_manifest(files)
-    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
-    files.write("manifest.backup.json", manifest.with_views(views, {}, {}).to_bytes())
+def test_chunks_in_the_making_are_known(tmp_path: Path) -> None:
+    plan_known_cache(tmp_path / "c", views=2)
+    files = open_files(str(tmp_path / "c"))
     files.write("targets.zarr/image/embedding/c/1/1/0", b"of view 1")
-    assert collect_garbage(str(known_cache), delete=True).found == ()
+    assert collect_garbage(str(tmp_path / "c"), delete=True).found == ()
     files.write("targets.zarr/image/embedding/c/1/2/0", b"of no view")
-    assert [each.key for each in collect_garbage(str(known_cache)).found] == ["targets.zarr/image/embedding/c/1/2/0"]
-
-
-@pytest.mark.parametrize("there_before", [False, True])
-def test_views_that_are_begun_meanwhile_are_kept(
-    known_cache: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
-) -> None:
-    """A precompute plans views and writes its first chunk once gc has read the manifests."""
-    files = LocalFiles(str(known_cache))
-    views = ViewsIdentity(policy="random-resized-crop", count=2, scale=(0.3, 1), ratio=(0.75, 1.3), flip=0.5, seed=0)
-    chunk = "targets.zarr/image/embedding/c/1/1/0"
-    if there_before:
-        files.write(chunk, b"of an earlier try")
-    begun = False
-
-    def known_and_then_a_precompute(files: CacheFiles) -> set[str]:
-        nonlocal begun
-        known = known_keys(files)
-        if not begun:
-            begun = True
-            write_manifest(files, read_manifest(files).with_views(views, {}, {}))
-            files.write(chunk, b"of view 1")
-        return known
-
-    monkeypatch.setattr("teacher_cache.storage.check.garbage.known_keys", known_and_then_a_precompute)
-    assert collect_garbage(str(known_cache), delete=True).found == ()
-    assert files.read(chunk) == b"of view 1"
+    found = collect_garbage(str(tmp_path / "c")).found
+    assert [each.key for each in found] == ["targets.zarr/image/embedding/c/1/2/0"]
 
 
 def test_without_a_sound_root_nothing_is_garbage(known_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheNotFoundError):
         collect_garbage(str(tmp_path), delete=True)
-    (known_cache / "manifest.backup.json").write_bytes(b"{}")
-    with pytest.raises(CacheCorruptError, match="Run teacher-cache repair CACHE first"):
-        collect_garbage(str(known_cache), delete=True)
     (known_cache / "manifest.json").write_bytes(b"x")
     with pytest.raises(CacheCorruptError):
         collect_garbage(str(known_cache), delete=True)

@@ -10,20 +10,16 @@ import pytest
 
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.format.commit_records import CommitRecords
-from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow, all_chunks, generation_chunks, read_commit
-from teacher_cache.storage.format.identity import ViewsIdentity
+from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow, all_chunks, read_commit
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import finish_known_cache, make_known_cache, plan_known_cache
-
-VIEWS = ViewsIdentity(policy="random-resized-crop", count=3, scale=(0.3, 1.0), ratio=(0.75, 1.25), flip=0.5, seed=0)
 
 
 def records_of(cache: Path) -> CommitRecords:
     files = LocalFiles(str(cache))
     records = CommitRecords(read_manifest(files))
-    for generation in read_manifest(files).generations:
-        records.read(files, generation)
+    records.read(files)
     return records
 
 
@@ -43,15 +39,13 @@ def test_each_record_is_the_one_on_disk(tmp_path: Path, dtype: str) -> None:
 
 def test_only_what_was_read_is_there(known_cache: Path) -> None:
     files = LocalFiles(str(known_cache))
-    manifest = read_manifest(files).with_views(VIEWS, {}, {})
+    manifest = read_manifest(files)
     (known_cache / ChunkRef("text", 0, 3).commit_key).unlink()
     records = CommitRecords(manifest)
     assert len(records) == 0
-    for generation in manifest.generations:
-        records.read(files, generation)
-    first = generation_chunks(manifest, manifest.generations[0])
-    assert set(records) == set(first) - {ChunkRef("text", 0, 3)}
-    # a view that is not there yet, and places that would be another chunk's if they were counted through
+    records.read(files)
+    assert set(records) == set(all_chunks(manifest.layout)) - {ChunkRef("text", 0, 3)}
+    # a view that does not exist, and places that would be another chunk's if they were counted through
     for ref in (ChunkRef("image", 1, 0), ChunkRef("image", 0, 3), ChunkRef("image", 0, -1), ChunkRef("text", 1, 0)):
         assert ref not in records
         with pytest.raises(KeyError):
@@ -64,11 +58,10 @@ def test_only_what_was_read_is_there(known_cache: Path) -> None:
 def test_the_digest_is_what_the_seal_names(known_cache: Path) -> None:
     files = LocalFiles(str(known_cache))
     manifest = read_manifest(files)
-    generation = manifest.generations[0]
-    assert generation.seal is not None
-    assert CommitRecords(manifest).read(files, generation) == generation.seal.commits_sha256
+    assert manifest.seal is not None
+    assert CommitRecords(manifest).read(files) == manifest.seal.commits_sha256
     shutil.rmtree(known_cache / "commits/text")
-    assert CommitRecords(manifest).read(files, generation) != generation.seal.commits_sha256
+    assert CommitRecords(manifest).read(files) != manifest.seal.commits_sha256
 
 
 def test_a_reader_keeps_a_few_hundred_bytes_of_a_chunk(tmp_path: Path) -> None:

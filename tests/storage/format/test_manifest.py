@@ -10,10 +10,10 @@ import pytest
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from teacher_cache.storage.files.location import LocalFiles
-from teacher_cache.storage.format.identity import digest_of
+from teacher_cache.storage.format.identity import ViewsIdentity, digest_of
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
-from tests.conftest import make_identity
+from tests.conftest import DRAWN, make_identity, plan_known_cache
 
 
 def edit(path: Path, redigest: bool = True, **changes: Any) -> bytes:
@@ -39,8 +39,8 @@ def test_an_edited_manifest_is_refused(known_cache: Path) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(known_cache: Path) -> None:
-    with pytest.raises(CacheFormatError, match=r"format version 3, this teacher-cache reads 1 to 2. Install a newer"):
-        CacheManifest.from_bytes(edit(known_cache, format_version=3), "here")
+    with pytest.raises(CacheFormatError, match=r"format version 4, this teacher-cache reads 1 to 3. Install a newer"):
+        CacheManifest.from_bytes(edit(known_cache, format_version=4), "here")
 
 
 def test_another_tools_file_is_refused() -> None:
@@ -87,3 +87,31 @@ def test_probe_pixels_may_differ_by_two_levels(probe: str, agree: bool) -> None:
     wanted = here.model_copy(update={"preprocess": here.preprocess.model_copy(update={"probe": probe})})
     assert here.digest == wanted.digest
     assert (here.differences(wanted) == []) is agree
+
+
+@pytest.mark.parametrize(
+    ("views", "layout_views", "said"),
+    [
+        ({}, 4, "3 views in the identity, 4 in the layout"),
+        ({"scale": None}, 3, "one view is the evaluation crop, more are drawn and say how"),
+        ({"policy": "evaluation"}, 3, "one view is the evaluation crop, more are drawn and say how"),
+    ],
+)
+def test_views_that_do_not_add_up_are_refused(
+    tmp_path: Path, views: dict[str, Any], layout_views: int, said: str
+) -> None:
+    manifest = plan_known_cache(tmp_path / "c", views=3)
+    identity = manifest.identity.model_copy(update={"views": DRAWN.model_copy(update=views)})
+    changed = {"identity": identity.fields(), "identity_digest": identity.digest}
+    changed["layout"] = {**manifest.layout.fields(), "views": layout_views}
+    with pytest.raises(CacheFormatError, match=said):
+        CacheManifest.from_bytes(edit(tmp_path / "c", **changed), "here")
+
+
+def test_which_views_hold_which() -> None:
+    one, two = ViewsIdentity(policy="evaluation"), DRAWN.model_copy(update={"count": 2})
+    assert DRAWN.holds(one)
+    assert DRAWN.holds(two)
+    assert not two.holds(DRAWN)
+    assert not DRAWN.holds(DRAWN.model_copy(update={"seed": 1}))
+    assert not one.holds(DRAWN)

@@ -21,7 +21,7 @@ from teacher_cache.storage.look.diff import diff_caches
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import cache_digest, make_identity, make_known_cache, plan_known_cache
+from tests.conftest import cache_digest, known_arrays, make_identity, make_known_cache, plan_known_cache
 
 run = CliRunner()
 
@@ -241,3 +241,28 @@ def test_a_cache_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = run.invoke(app, ["diff", make(tmp_path / "a", BASE), str(tmp_path / "b")])
     assert done.exit_code == 1
     assert "no cache here" in str(done.exception)
+
+
+def test_another_view_or_norm_is_a_difference(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        plan_known_cache(tmp_path / name, views=3)
+        writer = EmbeddingWriter(str(tmp_path / name))
+        for ref in writer.pending():
+            arrays = known_arrays(writer, ref)
+            if ref.view == 2 and name == "c":
+                arrays["norm"] = arrays["norm"] * 2
+            arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
+            writer.write(ref, arrays)
+        writer.seal()
+    a, b, c = (str(tmp_path / name) for name in ("a", "b", "c"))
+    alike = diff_caches(a, b)
+    assert (alike.same, alike.differs, alike.other_chunks) == (True, False, 0)
+    few = diff_caches(a, b, most=3)  # of which the rows that were not drawn are known by their digests
+    assert (few.same, few.sampled) == (True, True)
+    other = diff_caches(a, c)
+    assert (other.same, other.differs, other.other_chunks) == (False, True, 3)
+    assert other.images is not None
+    assert other.images.equal == other.images.compared == 10
+    done = CliRunner().invoke(app, ["diff", a, c])
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[-2:] == ["3 chunks of other bytes, of all views, norms and crops", "they differ"]

@@ -16,7 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.storage.check.verify import verify_cache
-from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheUnreachableError, UsageError
+from teacher_cache.storage.errors import (
+    CacheCorruptError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    CacheUnreachableError,
+    UsageError,
+)
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
@@ -334,3 +340,10 @@ def test_a_table_that_cannot_be_read_any_more_is_named(known_cache: Path, monkey
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
     with pytest.raises(CacheUnreachableError, match=r"captions/000000\.parquet"):
         EmbeddingReader(str(known_cache)).caption_offsets  # noqa: B018
+
+
+def test_a_manifest_of_another_digest_is_refused(known_cache: Path) -> None:
+    digest = EmbeddingReader(str(known_cache)).manifest.digest
+    assert EmbeddingReader(str(known_cache), manifest_digest=digest).manifest.digest == digest
+    with pytest.raises(CacheMismatchError, match=r"its manifest is \w{12}, 000000000000 was asked for"):
+        EmbeddingReader(str(known_cache), manifest_digest="0" * 64)

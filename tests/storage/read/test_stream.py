@@ -17,14 +17,12 @@ import pytest
 from teacher_cache.storage.errors import CacheCorruptError, CacheUnreachableError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
-from teacher_cache.storage.format.manifest_file import write_manifest
 from teacher_cache.storage.read.chunk_region import ChunkRegion
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.shuffle import batches, window_order
 from teacher_cache.storage.read.stream import Prove
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, make_known_cache, plan_known_cache
-from tests.storage.write.test_views import DRAWN
 
 IMAGES, CHUNK_ROWS, WINDOW = 2000, 256, 3  # chunks of 256 x 8 float16 are one page: their files are mapped
 CHUNKS = 8
@@ -197,8 +195,7 @@ def test_a_budget_bounds_what_is_read_ahead(mapped: str, monkeypatch: pytest.Mon
 
 def fill_views(location: str, chunk_rows: int, dtype: Literal["float16", "int8"]) -> str:
     """600 images in three views, the known rows turned by the number of the view."""
-    manifest = plan_known_cache(location, images=600, captions=600, chunk_rows=chunk_rows, dtype=dtype)
-    write_manifest(LocalFiles(location), manifest.with_views(DRAWN, {}, manifest.made_with))
+    plan_known_cache(location, images=600, captions=600, chunk_rows=chunk_rows, dtype=dtype, views=3)
     writer = EmbeddingWriter(location)
     for ref in writer.pending():
         arrays = known_arrays(writer, ref)
