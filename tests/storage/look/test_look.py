@@ -205,7 +205,9 @@ def test_info_shows_how_far_each_part_is_and_what_is_left(tmp_path: Path) -> Non
     assert "images   ████████████████████████ 100 %, 10 of 10" in shown
     assert "captions ███████░░░░░░░░░░░░░░░░░ 32 %, 8 of 25" in shown
     assert "about 0:00:08 for one process" in shown
-    assert "0: 10 images and 25 captions, not sealed" in shown
+    assert "not complete: run the same precompute command again to finish it" in " ".join(
+        shown.replace("│", " ").split()
+    )
 
 
 def test_what_is_left_is_not_guessed_without_a_rate(tmp_path: Path) -> None:
@@ -257,7 +259,8 @@ def test_info_of_a_large_cache_reads_no_more_than_of_a_small_one(
 
     monkeypatch.setattr(inspect_module, "COMMITS_READ", 10)
     (path / all_chunks(EmbeddingWriter(str(path)).manifest.layout)[0].commit_key).unlink()
-    (path / "manifest.json").write_bytes(EmbeddingWriter(str(path)).manifest.unsealed().to_bytes())
+    unsealed = EmbeddingWriter(str(path)).manifest.model_copy(update={"seal": None})
+    (path / "manifest.json").write_bytes(unsealed.to_bytes())
     reads.clear()
     assert describe_cache(str(path)).quarantine is None
     assert len(reads) == 1 + 4 + 4
