@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.bench.material import photographs
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.models.device import keep_freed_memory
@@ -58,13 +59,14 @@ def drained(home: Path, ready: bool, workers: int, epoch: int) -> float:
     reader = EmbeddingReader(str(home / "c"))
     rows, architecture = reader.image_rows("train"), student_config(STUDENT)
     student = build_student(architecture, handed_on(reader.manifest.identity.preprocess), reader.embed_dim)
-    pixels = ReadyPixels(str(home / "ready"), reader, rows, VIEWS, student.preprocess) if ready else None
-    pairs = list(epoch_pairs(reader, rows, BATCH, 16, seed=0, epoch=epoch))
+    images: StudentImages | ReadyPixels = StudentImages(reader, ImageSource(str(home / "photos")), student.preprocess)
+    if ready:
+        images = ReadyPixels(str(home / "ready"), reader, rows, VIEWS, student.preprocess)
+    pairs = list(PairOrder(reader, rows, BATCH, 16, seed=0).epoch(epoch))
     tokenizer = student_tokenizer(architecture)
-    source, device = ImageSource(str(home / "photos")), torch.device("cpu")
     torch.set_num_threads(1)  # as a worker has it: on a shared machine two threads wait for each other
     started = time.perf_counter()
-    for _ in InputLoader(reader, source, student.preprocess, tokenizer, workers, device, pixels).epoch(pairs):
+    for _ in InputLoader(reader, tokenizer, images, workers=workers).epoch(pairs):
         pass
     return len(pairs) * BATCH / (time.perf_counter() - started)
 

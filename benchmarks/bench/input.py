@@ -27,8 +27,9 @@ from torchvision.transforms import v2
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.data.batches.pairs import Pairs, epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.models.device import keep_freed_memory
@@ -68,16 +69,16 @@ def _of_set(settings: Settings, home: Path, name: str) -> list[Row]:
     reader = EmbeddingReader(cache)
     rows, architecture = reader.image_rows("train"), student_config(_STUDENT)
     preprocess = build_student(architecture, handed_on(reader.identity.preprocess), reader.embed_dim).preprocess
-    pairs = list(epoch_pairs(reader, rows, _BATCH, 16, seed=0, epoch=0))
+    pairs = list(PairOrder(reader, rows, _BATCH, 16, seed=0).epoch(0))
     tokenizer = student_tokenizer(architecture)
     pixels = ReadyPixels(str(home / "ready"), reader, rows, 1, preprocess)
-    source, device = ImageSource(str(home / "photos")), torch.device("cpu")
+    images = StudentImages(reader, ImageSource(str(home / "photos")), preprocess)
 
     def ready() -> None:
-        _drain(InputLoader(reader, source, preprocess, tokenizer, _WORKERS, device, pixels).epoch(pairs))
+        _drain(InputLoader(reader, tokenizer, pixels, workers=_WORKERS).epoch(pairs))
 
     def decoded() -> None:
-        _drain(InputLoader(reader, source, preprocess, tokenizer, _WORKERS, device).epoch(pairs))
+        _drain(InputLoader(reader, tokenizer, images, workers=_WORKERS).epoch(pairs))
 
     seconds = interleave(
         {

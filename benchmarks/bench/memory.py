@@ -63,11 +63,11 @@ class PeakMemory:
 
 def stream_epoch(location: str) -> int:
     """An epoch of pairs as training draws them, and the targets of each; batches."""
-    from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+    from teacher_cache.pipeline.data.batches.pairs import PairOrder
     from teacher_cache.storage.read.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
-    drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    drawn = PairOrder(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0).epoch(0)
     for_images, for_captions = itertools.tee(drawn)
     images = reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
     captions = reader.stream("text", (pairs.caption_rows.ravel() for pairs in for_captions))
@@ -77,12 +77,12 @@ def stream_epoch(location: str) -> int:
 def input_tables(location: str) -> int:
     """What training looks up of an epoch's images and captions, for its first windows; batches."""
     from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-    from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+    from teacher_cache.pipeline.data.batches.pairs import PairOrder
     from teacher_cache.storage.read.reader import EmbeddingReader
 
     reader = EmbeddingReader(location, memory_bytes=_BUDGET)
     samples = CachedSamples(reader, 2 * WINDOW_CHUNKS)
-    drawn = epoch_pairs(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0, epoch=0)
+    drawn = PairOrder(reader, reader.row_set(), BATCH, WINDOW_CHUNKS, seed=0).epoch(0)
     done = 0
     for pairs in itertools.islice(drawn, _WINDOWS_OF_INPUTS * WINDOW_CHUNKS * CHUNK // BATCH):
         samples.records(pairs.image_rows)

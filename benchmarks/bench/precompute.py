@@ -32,8 +32,8 @@ from PIL import Image
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs, random_weights
 from benchmarks.bench.peers import ROOT, python_of
-from teacher_cache.pipeline.data.batches.tokens import order_by_length
 from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.models.text_length import encode_text, shorten

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import open_clip
@@ -24,7 +24,9 @@ from torch import Tensor
 from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import at_most, photographs, random_weights
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs, epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.models.device import image_memory_format, keep_freed_memory
@@ -81,9 +83,8 @@ class _Bench:
         self.student = self._made(architecture)
         self.fabric = Fabric(accelerator=settings.device, devices=1)
         tokenizer = student_tokenizer(architecture)
-        self._inputs = InputLoader(
-            self.reader, self.source, self.student.preprocess, tokenizer, None, self.fabric.device
-        )
+        images = StudentImages(self.reader, self.source, self.student.preprocess)
+        self._inputs = InputLoader(self.reader, tokenizer, images, device=self.fabric.device)
         model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1))
         model.train()
         self.teacher = CachedTeacher(self.reader)
@@ -104,22 +105,19 @@ class _Bench:
 
     def pairs(self, steps: int, batch: int | None = None) -> list[Pairs]:
         """The first batches of an epoch, again and again if the data set is too small."""
-        found = list(epoch_pairs(self.reader, self.rows, batch or self.batch, 16, seed=0, epoch=0))
+        found = list(PairOrder(self.reader, self.rows, batch or self.batch, 16, seed=0).epoch(0))
         return (found * -(-steps // len(found)))[:steps]
 
     def inputs(self, pairs: list[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels and tokens by a loader whose processes stay, which both sides share."""
         return self._inputs.epoch(pairs)
 
-    def follow(self, pairs: list[Pairs]) -> list[Pairs]:
-        """The same, their targets being read ahead."""
-        self.teacher.follow(pairs)
-        return pairs
-
-    def ours(self, pair: Pairs, pixels: Tensor, tokens: Tensor) -> None:
-        """Targets from the cache, and the step of ``train``; :meth:`follow` first, as that does each epoch."""
-        self._step(self._taken, pixels, tokens, self.teacher.targets(pair), pair)
-        self._taken += 1
+    def ours(self, pairs: list[Pairs], inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Take the steps of ``train``, targets from the cache."""
+        targets = self.teacher.targets(pairs)
+        for pair, (pixels, tokens), target in zip(pairs, inputs, targets, strict=True):
+            self._step(self._taken, pixels, tokens, target, pair)
+            self._taken += 1
 
     def no_teacher(self, pixels: Tensor, tokens: Tensor) -> None:
         """The student's towers as short as ours, and no teacher's targets, losses or projections."""
@@ -169,16 +167,16 @@ def _no_teacher(bench: _Bench, settings: Settings) -> list[Row]:
     pairs = bench.pairs(steps)
     ready = list(bench.inputs(pairs))
 
-    def each(step: Callable[..., None], *, with_pairs: bool, inputs: Any) -> None:
-        for pair, batch in zip(bench.follow(pairs) if with_pairs else pairs, inputs, strict=True):
-            step(pair, *batch) if with_pairs else step(*batch)
+    def no_teacher(inputs: Any) -> None:
+        for pixels, tokens in inputs:
+            bench.no_teacher(pixels, tokens)
 
     seconds = interleave(
         {
-            "ours": lambda: each(bench.ours, with_pairs=True, inputs=ready),
-            "none": lambda: each(bench.no_teacher, with_pairs=False, inputs=ready),
-            "ours, loaded": lambda: each(bench.ours, with_pairs=True, inputs=bench.inputs(pairs)),
-            "none, loaded": lambda: each(bench.no_teacher, with_pairs=False, inputs=bench.inputs(pairs)),
+            "ours": lambda: bench.ours(pairs, ready),
+            "none": lambda: no_teacher(ready),
+            "ours, loaded": lambda: bench.ours(pairs, bench.inputs(pairs)),
+            "none, loaded": lambda: no_teacher(bench.inputs(pairs)),
         },
         # a few percent are looked for, and a round takes seconds
         1 if settings.quick else max(9, settings.rounds),
@@ -198,20 +196,16 @@ def _online(bench: _Bench, settings: Settings, name: str, batch: int, steps: int
     pairs = bench.pairs(steps, batch)
     ready = list(bench.inputs(pairs))
 
-    def cached(inputs: Any) -> None:
-        for pair, (pixels, tokens) in zip(bench.follow(pairs), inputs, strict=True):
-            bench.ours(pair, pixels, tokens)
-
     def online(inputs: Any, short: bool = False) -> None:
         for pixels, tokens in inputs:
             bench.online(teacher, pixels, tokens, short)
 
     seconds = interleave(
         {
-            "bare cached": lambda: cached(ready),
+            "bare cached": lambda: bench.ours(pairs, ready),
             "bare online": lambda: online(ready),
             "bare online, short": lambda: online(ready, short=True),
-            "cached": lambda: cached(bench.inputs(pairs)),
+            "cached": lambda: bench.ours(pairs, bench.inputs(pairs)),
             "online": lambda: online(bench.inputs(pairs)),
         },
         1 if settings.quick else min(settings.rounds, 3),

@@ -20,7 +20,7 @@ from teacher_cache.pipeline.data.datasets.records import open_regular
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, load_image
 from teacher_cache.pipeline.data.images.model_input import RESIZE_MODES, ModelInput
 from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant
-from teacher_cache.pipeline.deploy.tokens import ClipTokens, runtime_package
+from teacher_cache.pipeline.deploy.tokens import StudentTokens, runtime_package
 from teacher_cache.storage.errors import UsageError
 
 __all__ = ["ImageLike", "StudentRuntime", "probabilities"]
@@ -87,7 +87,7 @@ class StudentRuntime:
         self._onnxruntime = runtime_package("onnxruntime")
         self._input = _model_input(self.deployment)
         self._sessions: dict[str, Any] = {}
-        self._tokens: ClipTokens | None = None
+        self._tokens: StudentTokens | None = None
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
         """One image as the model takes it: float32 (3, height, width).
@@ -246,10 +246,10 @@ class StudentRuntime:
         self._sessions[tower] = session
         return session
 
-    def _load_tokens(self) -> ClipTokens:
+    def _load_tokens(self) -> StudentTokens:
         tokenization = self.deployment.tokenization
         data = self.deployment.proven(self.folder, tokenization.artefact)
-        self._tokens = ClipTokens(tokenization, data)
+        self._tokens = StudentTokens(tokenization, data)
         return self._tokens
 
 

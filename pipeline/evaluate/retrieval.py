@@ -131,6 +131,7 @@ def _embedded(
     """A student's images and captions of a split, in its own space and, for its towers, in the teacher's."""
     # torch only from here on: the teacher's recall needs none
     from teacher_cache.pipeline.data.batches.inputs import InputLoader
+    from teacher_cache.pipeline.data.batches.student_images import StudentImages
     from teacher_cache.pipeline.data.datasets.samples import ImageSource
     from teacher_cache.pipeline.evaluate.encode import encode_rows, projected
     from teacher_cache.pipeline.models.device import image_memory_format, keep_freed_memory, resolve_device
@@ -140,9 +141,9 @@ def _embedded(
     keep_freed_memory(device)
     model, model_config = load_student(checkpoint)
     model.model.visual.to(memory_format=image_memory_format(model.model))  # as it was trained
-    source, tokenizer = ImageSource(split.image_root), student_tokenizer(model_config)
-    seen = model.preprocess
-    with closing(InputLoader(split.reader, source, seen, tokenizer, config.workers, device, evaluated=seen)) as inputs:
+    images = StudentImages(split.reader, ImageSource(split.image_root), model.preprocess)
+    tokenizer = student_tokenizer(model_config)
+    with closing(InputLoader(split.reader, tokenizer, images, images, config.workers, device)) as inputs:
         image, text = encode_rows(
             model.to(device),
             split.image_rows,

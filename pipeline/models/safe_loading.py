@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.tokenizer import SimpleTokenizer
 
+from teacher_cache.pipeline.data.tokens import PATTERN, ClipTokenizer
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["foreign_model", "load_tokenizer", "require_plain_files", "require_plain_settings"]
+__all__ = ["clip_tokenizer", "foreign_model", "load_tokenizer", "require_plain_files", "require_plain_settings"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 
@@ -85,7 +87,9 @@ def require_plain_files(folder: Path, what: str) -> None:
 
 
 def load_tokenizer(source: str, config: dict[str, Any], context_length: int | None) -> Any:
-    """open_clip's tokenizer of a model; one from ``transformers`` is told not to run code.
+    """Return the tokenizer of a model: CLIP's own without torch, any other as open_clip has it.
+
+    One from ``transformers`` is told not to run code.
 
     Args:
         source: the model, as open_clip names it.
@@ -93,4 +97,17 @@ def load_tokenizer(source: str, config: dict[str, Any], context_length: int | No
     """
     text = config.get("text_cfg") or {}
     refuse = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
-    return open_clip.get_tokenizer(source, context_length=context_length, **refuse)
+    return clip_tokenizer(open_clip.get_tokenizer(source, context_length=context_length, **refuse))
+
+
+def clip_tokenizer(tokenizer: Any) -> Any:
+    """Return a :class:`ClipTokenizer` of the same ids. Other tokenizers, and those that draw tokens, come back."""
+    if (
+        type(tokenizer) is not SimpleTokenizer
+        or tokenizer.reduction_fn is not None
+        or tokenizer.pat.pattern != PATTERN
+        or len(tokenizer.all_special_ids) != 2
+    ):
+        return tokenizer
+    clean: Any = tokenizer.clean_fn.__name__.removeprefix("_clean_")
+    return ClipTokenizer(list(tokenizer.bpe_ranks), clean, tokenizer.context_length)

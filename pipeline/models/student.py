@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -91,8 +93,9 @@ class Student(nn.Module):
         encode = encode_by_length if self._shortens else encode_text
         return F.normalize(encode(self.model, tokens).float(), dim=-1)
 
-    def shorten(self, tokens: Tensor) -> Tensor:
+    def shorten(self, tokens: Tensor | NDArray[np.int64]) -> Tensor:
         """Leave out the padding behind the longest caption, where the architecture allows it."""
+        tokens = torch.as_tensor(tokens)
         return shorten(tokens) if self._shortens else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:

@@ -117,7 +117,7 @@ class LiveTeacher:
         """As :meth:`encode_images`, of (batch, height, width, 3) uint8 before normalising, which the device does."""
         return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
 
-    def encode_texts(self, tokens: torch.Tensor) -> Encoded:
+    def encode_texts(self, tokens: torch.Tensor | NDArray[np.int64]) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""
         return self._finish(*self._text(tokens))
 
@@ -125,11 +125,12 @@ class LiveTeacher:
         """As :meth:`encode_images`, (batch, embed_dim) float32 of unit norm on the CPU, nothing rounded to float16."""
         return self._features(self.model.encode_image, pixels)[0].cpu()
 
-    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+    def text_features(self, tokens: torch.Tensor | NDArray[np.int64]) -> torch.Tensor:
         """As :meth:`encode_texts`, (batch, embed_dim) float32 of unit norm on the CPU."""
         return self._features(*self._text(tokens))[0].cpu()
 
-    def _text(self, tokens: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def _text(self, tokens: Any) -> tuple[Any, torch.Tensor]:
+        tokens = torch.as_tensor(tokens)
         return partial(encode_text, self.model), shorten(tokens) if self._shortens else tokens
 
     def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
@@ -189,7 +190,7 @@ class LiveTeacher:
     def tokenizer_identity(self) -> TokenizerIdentity:
         """What a cache records of the tokenizer."""
         return TokenizerIdentity(
-            name=type(self.tokenizer).__name__,
+            name=getattr(self.tokenizer, "name", type(self.tokenizer).__name__),
             context_length=int(self.model.context_length),  # type: ignore[arg-type]
             probe_sha256=digest_of(self.tokenizer(list(_PROBE_TEXTS)).tolist()),
         )

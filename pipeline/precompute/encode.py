@@ -26,12 +26,12 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.batches.tokens import by_words, order_by_length
 from teacher_cache.pipeline.data.datasets.records import data_folder
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, require_content
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decoded_size
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
+from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.plan import Progress
@@ -351,7 +351,7 @@ class _Jobs:
     ) -> None:
         self._known = known
         self._fetchers = fetchers
-        self._tokenizer = by_words(teacher.tokenizer)
+        self._tokenizer = teacher.tokenizer
         self._preprocess = teacher.preprocess
         self._shown = teacher.preprocess.shown()
         self._pinned = teacher.device.type == "cuda"

@@ -262,7 +262,7 @@ class _Eye:
             return None
 
     def texts(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        tokens: torch.Tensor = self._tokenizer([self._captions["text"][int(row)].as_py() for row in rows])
+        tokens = torch.as_tensor(self._tokenizer([self._captions["text"][int(row)].as_py() for row in rows]))
         return tokens
 
     def named(self, tower: Tower, row: int) -> str:

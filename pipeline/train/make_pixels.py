@@ -20,7 +20,6 @@ from PIL import __version__, features
 from pydantic import BaseModel
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
-from teacher_cache.pipeline.data.batches.inputs import StudentImages
 from teacher_cache.pipeline.data.batches.pairs import stored_crops, views_used
 from teacher_cache.pipeline.data.batches.ready_pixels import (
     RECORD,
@@ -36,6 +35,7 @@ from teacher_cache.pipeline.data.batches.ready_pixels import (
     region_digests,
     rows_bytes,
 )
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.views import Crop

@@ -1,19 +1,19 @@
-"""AdamW and its learning rate over a run."""
+"""AdamW, its learning rate over a run, and the average of the weights."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightAverage", "adamw", "learning_rate_share"]
+__all__ = ["WeightAverage", "adamw", "learning_rate_share", "measured_weights"]
 
 
 def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Share of the peak learning rate at a step, the first being 0: linear warm-up, then cosine to 0."""
+    """Return the share of the peak learning rate at a step from 0: linear warm-up, then cosine to 0."""
     warmup = math.ceil(total_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / warmup
@@ -21,7 +21,10 @@ def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> 
 
 
 def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW of what learns; biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip."""
+    """Build AdamW for the parameters that learn.
+
+    Biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip.
+    """
     learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in learning if parameter.ndim >= 2]
     others = [parameter for parameter in learning if parameter.ndim < 2]
@@ -30,7 +33,7 @@ def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torc
 
 
 class WeightAverage:
-    """Average of a module's parameters over the steps; its buffers (BatchNorm's statistics) are those of the module.
+    """Exponential moving average of a module's parameters. Its buffers (BatchNorm's statistics) are the module's own.
 
     After ``n`` updates the average moves by ``1 - min(decay, (1 + n) / (10 + n))``: young averages move fast, so
     that the random weights of the start are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage,
@@ -49,31 +52,31 @@ class WeightAverage:
         self._average = [parameter.detach().clone() for parameter in self._live]
 
     def decay_at(self, updates: int) -> float:
-        """The decay of the update after so many."""
+        """Return the decay of the update that follows ``updates`` others."""
         return min(self._decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of this step; call after the optimizer."""
+        """Add the weights of this step. Call after the optimizer."""
         torch._foreach_lerp_(self._average, self._live, 1 - self.decay_at(self.updates))
         self.updates += 1
 
-    @contextmanager
+    @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the module has the averaged weights, to be measured or saved."""
-        kept = [parameter.detach().clone() for parameter in self._live]
+        """Give the module the averaged weights within the block, to be measured or saved."""
+        saved = [parameter.detach().clone() for parameter in self._live]
         self._copy(self._average, self._live)
         try:
             yield
         finally:
-            self._copy(kept, self._live)
+            self._copy(saved, self._live)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by the names of their parameters."""
+        """Return the averages by the names of their parameters."""
         return dict(zip(self._names, self._average, strict=True))
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
-        """Go on from a :meth:`state` after so many updates.
+        """Continue from a :meth:`state` after ``updates`` updates.
 
         Raises:
             KeyError: it lacks a parameter.
@@ -86,3 +89,8 @@ class WeightAverage:
     def _copy(source: list[Tensor], target: list[Tensor]) -> None:
         for value, place in zip(source, target, strict=True):
             place.copy_(value)
+
+
+def measured_weights(average: WeightAverage | None) -> contextlib.AbstractContextManager[None]:
+    """Give the student, within the block, the weights that are measured and shipped: the average, if there is one."""
+    return average.in_place() if average is not None else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""A point of a run from which it goes on with the very next batch: safetensors and JSON, no pickle.
+"""A point of a run from which it resumes with the very next batch: safetensors and JSON, no pickle.
 
 Beside the model of a checkpoint, in ``resume/``:
 
@@ -14,6 +14,7 @@ seed and the step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from teacher_cache.pipeline.models.run_folder import RESUME
+from teacher_cache.pipeline.models.student import Student
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.train.losses import TeacherQueue
 from teacher_cache.pipeline.train.optimizer import WeightAverage
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["EpochSums", "ResumePoint", "load_resume_point", "save_resume_point"]
+__all__ = ["EpochSums", "ResumePoint", "TrainState", "load_resume_point", "save_resume_point"]
 
 _STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE, _QUEUE = (
     "state.json",
@@ -41,10 +43,10 @@ _STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE, _QUEUE = (
 
 
 class EpochSums(BaseModel):
-    """What an epoch has come to so far; its means are made of it.
+    """Sums over the steps of an epoch so far.
 
     Attributes:
-        seconds, waited: of training, and of waiting for data; the time between two processes of a run not counted.
+        seconds, waited: of training, and of waiting for batches. Time between two processes of a run does not count.
     """
 
     steps: int = 0
@@ -54,13 +56,13 @@ class EpochSums(BaseModel):
 
 
 class ResumePoint(BaseModel):
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         step: steps taken, which is the number of the next one from 0.
         epoch: number of the epoch that the next step belongs to, from 0.
         sums: of that epoch; 0 steps at its start.
-        average_updates: of the weight average, if there is one.
+        average_updates: updates of the weight average, if there is one.
         cache_manifest_digest: of the cache that the run learns from.
     """
 
@@ -71,75 +73,72 @@ class ResumePoint(BaseModel):
     cache_manifest_digest: str = ""
 
 
-def save_resume_point(
-    folder: Path,
-    point: ResumePoint,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    queue: TeacherQueue | None = None,
-) -> None:
-    """Write a resume point into ``folder``, a checkpoint in the making; the record that names it comes later."""
+@dataclass
+class TrainState:
+    """Everything that training changes from step to step, on its device."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
+    queue: TeacherQueue | None = None
+    point: ResumePoint = field(default_factory=ResumePoint)
+
+
+def save_resume_point(folder: Path, state: TrainState) -> None:
+    """Write a resume point into ``folder``, an unfinished checkpoint that no record names yet."""
     folder = folder / RESUME
     folder.mkdir()
-    write_weights(_on_cpu(student.state_dict()), folder / _WEIGHTS)
+    write_weights(_on_cpu(state.student.state_dict()), folder / _WEIGHTS)
     moments = {
         f"{key}:{name}": value
-        for name, parameter in student.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, parameter in state.student.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
     }
     write_weights(_on_cpu(moments), folder / _OPTIMIZER)
-    if average is not None:
-        write_weights(_on_cpu(average.state()), folder / _AVERAGE)
-    if queue is not None:
-        write_weights(_on_cpu(queue.state_dict()), folder / _QUEUE)
-    (folder / _STATE).write_text(point.model_dump_json(indent=2) + "\n")
+    if state.average is not None:
+        state.point.average_updates = state.average.updates
+        write_weights(_on_cpu(state.average.state()), folder / _AVERAGE)
+    if state.queue is not None:
+        write_weights(_on_cpu(state.queue.state_dict()), folder / _QUEUE)
+    (folder / _STATE).write_text(state.point.model_dump_json(indent=2) + "\n")
 
 
-def load_resume_point(
-    folder: Path,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    queue: TeacherQueue | None = None,
-) -> ResumePoint:
-    """Put weights, moments, averages and queue of a checkpoint back, and say where the run stands.
+def load_resume_point(folder: Path, state: TrainState) -> None:
+    """Load weights, moments, average, queue and progress from a checkpoint into a state as the run began with it.
 
     Args:
         folder: of the checkpoint.
-        student, optimizer, average, queue: as the run made them at its start, on their device.
 
     Raises:
-        UsageError: this checkpoint is not one of this student, or cannot be read.
+        UsageError: the checkpoint is of another student, or cannot be read.
     """
     folder = folder / RESUME
     try:
-        point = ResumePoint.model_validate_json((folder / _STATE).read_bytes())
-        student.load_state_dict(load_file(folder / _WEIGHTS))
-        _load_moments(optimizer, student, load_file(folder / _OPTIMIZER))
-        if average is not None:
-            average.load(load_file(folder / _AVERAGE), point.average_updates)
-        if queue is not None:
-            queue.load_state_dict(load_file(folder / _QUEUE))
+        state.point = ResumePoint.model_validate_json((folder / _STATE).read_bytes())
+        state.student.load_state_dict(load_file(folder / _WEIGHTS))
+        _load_moments(state, load_file(folder / _OPTIMIZER))
+        if state.average is not None:
+            state.average.load(load_file(folder / _AVERAGE), state.point.average_updates)
+        if state.queue is not None:
+            state.queue.load_state_dict(load_file(folder / _QUEUE))
     except (OSError, ValidationError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UsageError(
             f"{folder}: no point that this run could go on from: {type(error).__name__}: {error}. "
             "Train anew with another --out."
         ) from error
-    return point
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, student: nn.Module, moments: dict[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in student.named_parameters()}
+def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
+    names = {parameter: name for name, parameter in state.student.named_parameters()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         by_name.setdefault(name, {})[kind] = value
     # torch numbers the parameters through all groups, in their order
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[str, Any] = optimizer.state_dict()
-    state["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-    optimizer.load_state_dict(state)
+    ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
+    loaded: dict[str, Any] = state.optimizer.state_dict()
+    loaded["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    state.optimizer.load_state_dict(loaded)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

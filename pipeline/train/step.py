@@ -14,7 +14,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from teacher_cache.pipeline.data.batches.pairs import Pairs, TeacherTargets
+from teacher_cache.pipeline.data.batches.pairs import Pairs
+from teacher_cache.pipeline.data.batches.targets import TeacherTargets
 from teacher_cache.pipeline.models.device import image_memory_format
 from teacher_cache.pipeline.models.student import Student, StudentOutput
 from teacher_cache.pipeline.settings.train import TrainConfig

@@ -1,13 +1,15 @@
-"""What a student is shown: pixels and tokens of its batches, made by processes that stay for a whole run."""
+"""Pixels and tokens of batches, made by worker processes that serve a whole run."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from multiprocessing import forkserver
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,261 +17,171 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
+from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
 from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
-from teacher_cache.pipeline.data.batches.stored_images import StoredImages
-from teacher_cache.pipeline.data.batches.tokens import by_words
-from teacher_cache.pipeline.data.datasets.samples import ImageSource
-from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
-from teacher_cache.pipeline.data.images.views import Crop, crop_shown
+from teacher_cache.pipeline.data.batches.ready_pixels import PixelFiles, ReadyPixels
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.files.location import results_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["InputLoader", "StudentImages"]
+__all__ = ["InputLoader", "start_fork_server"]
 
 _ROWS_AHEAD = 16_384  # at 5,000 a second three seconds, in which the tables of a new window are read
 
-Tokenizer = Callable[[list[str]], Tensor]
+Tokenizer = Callable[[list[str]], Any]
 
 
-class StudentImages:
-    """An image of the cache to the pixels that a model sees of it. Decoded as the cache says; holds no table.
+class _Key(NamedTuple):
+    """One item of a batch, looked up in the cache's tables.
 
-    Args:
-        reader: of the cache.
-        source: where the images are.
-        preprocess: the model's.
-
-    Raises:
-        UsageError: the decoder needs a package that is not installed.
-
-    Raises on access:
-        OSError: the image cannot be read where the source says.
-        CacheMismatchError: it is there and is not the image that the teacher saw.
+    Attributes:
+        image, region: what the images' ``shown`` takes.
+        texts: captions of the image. None: an evaluation crop without captions.
     """
-
-    def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
-        self._images = StoredImages(source)
-        self._preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
-        self._shown = self._preprocess.shown()
-
-    def ahead(self, images: Sequence[SampleRecord]) -> AbstractContextManager[None]:
-        """See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
-        return self._images.ahead(images)
-
-    def see(self, image: SampleRecord, crop: Crop | None = None) -> Tensor:
-        """Float32 (3, height, width) of a crop, at the model's own resolution; for None its evaluation crop."""
-        return self._preprocess.normalized(self.shown(image, crop))
-
-    def shown(self, image: SampleRecord, crop: Crop | None) -> NDArray[np.uint8]:
-        """What :meth:`see` normalises: RGB uint8 (height, width, 3)."""
-        return self.each_shown(image, [crop])[0]
-
-    def each_shown(self, image: SampleRecord, crops: Sequence[Crop | None]) -> list[NDArray[np.uint8]]:
-        """:meth:`shown` of several crops of an image that is decoded once."""
-        data = self._images.read(image)
-        try:
-            decoded = open_image(data, self._preprocess.decoder)
-            return [
-                self._shown(decoded) if crop is None else crop_shown(decoded, crop, self._preprocess) for crop in crops
-            ]
-        except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
-            raise OSError(
-                f"{self._images.named(image)} cannot be decoded here, though the teacher saw it: {error}"
-            ) from error
-
-
-class _ShownImages(Protocol):
-    """Images of the cache, each by what says which it is, to what a student sees of some region of it."""
-
-    def ahead(self, images: Sequence[Any], /) -> AbstractContextManager[None]:
-        """See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
-
-    def shown(self, image: Any, region: Any, /) -> NDArray[np.uint8]:
-        """RGB uint8 (height, width, 3), writable."""
-
-
-class _Pair(NamedTuple):
-    """What a worker makes an image and its captions of."""
 
     image: Any
     region: Any
-    texts: list[str]
+    texts: list[str] | None
 
 
-class _StudentInputs(Dataset[Any]):
-    """By a pair what is shown, uint8 (height, width, 3), and token ids, (captions, length).
+class _Inputs(Dataset[Any]):
+    """Items by key. Workers hold no table and no reader."""
 
-    By a record the pixels of its evaluation crop. A batch is of the one kind or the other. Nothing is looked up here:
-    workers need no table of the cache.
+    def __init__(
+        self, learned: StudentImages | PixelFiles, evaluated: StudentImages | None, tokenizer: Tokenizer
+    ) -> None:
+        self._learned: Any = learned
+        self._evaluated, self._tokenizer = evaluated, tokenizer
 
-    Args:
-        images: for evaluation crops; None where none is wanted.
-        shown: give what is shown of an image and a region.
-    """
-
-    def __init__(self, images: StudentImages | None, shown: _ShownImages, tokenizer: Tokenizer) -> None:
-        self._images, self._shown, self._tokenizer = images, shown, tokenizer
-
-    def ahead(self, keys: Sequence[_Pair | SampleRecord]) -> AbstractContextManager[None]:
-        """See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
-        images = self._evaluated() if isinstance(keys[0], SampleRecord) else self._shown
-        return images.ahead([key if isinstance(key, SampleRecord) else key.image for key in keys])
-
-    def _evaluated(self) -> StudentImages:
-        if self._images is None:
-            raise ValueError("evaluation crops are asked for: give InputLoader evaluated, their preprocessing")
-        return self._images
-
-    def __getitem__(self, key: _Pair | SampleRecord) -> tuple[Tensor, Tensor] | Tensor:
-        if isinstance(key, SampleRecord):
-            return self._evaluated().see(key)
-        return torch.from_numpy(self._shown.shown(key.image, key.region)), self._tokenizer(key.texts)
-
-
-class _ReadAhead(Protocol):
-    """Items by a key, and a way to say which are wanted next."""
-
-    def ahead(self, keys: Sequence[Any], /) -> AbstractContextManager[None]:
-        """See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
-
-    def __getitem__(self, key: Any, /) -> Any: ...
-
-
-class _Items(Dataset[Any]):
-    """The same items, with an error as an item: a worker's exception would lose its class and its one line."""
-
-    def __init__(self, dataset: _ReadAhead) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, index: Any) -> Any:
+    def __getitems__(self, keys: list[_Key]) -> list[Any]:
+        """Return the items of a batch; an error is an item, since a worker's exception would lose its class."""
+        images: Any = self._learned if keys[0].texts is not None else self._evaluated
         try:
-            return self._dataset[index]
+            with images.ahead([key.image for key in keys]):
+                return [self._item(key) for key in keys]
         except (OSError, CacheError) as error:
-            return error
+            return [error]
 
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
-        # what DataLoader calls for a batch: pictures behind a URL come together
-        with self._dataset.ahead(indices):
-            return [self[index] for index in indices]
+    def _item(self, key: _Key) -> Any:
+        if key.texts is None:
+            assert self._evaluated is not None  # checked in evaluation_crops
+            return self._evaluated.see(key.image)
+        return torch.from_numpy(self._learned.shown(key.image, key.region)), self._tokenizer(key.texts)
 
 
 def _collate(items: list[Any]) -> Any:
-    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
+    return items[0] if isinstance(items[0], Exception) else default_collate(items)
 
 
-class _Asked:
-    """The batches of keys that are wanted now. The loader takes them in this process: workers need no reader."""
+class _Batches:
+    """The keys of the current iteration. The loader takes them in this process."""
 
     def __init__(self) -> None:
-        self.batches: Iterable[list[Any]] = ()
+        self.keys: Iterable[list[_Key]] = ()
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[list[_Key]]:
+        return iter(self.keys)
 
 
-def _loader(
-    dataset: _ReadAhead, batches: Iterable[list[Any]], workers: int | None, device: torch.device
-) -> DataLoader[Any]:
+def start_fork_server() -> Any:
+    """Start the process that workers are forked from, and return its context.
+
+    It imports torch once, while this process goes on, and holds no model, thread or store. The first caller in a
+    process decides what it imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+    return context
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; this one is ended by its parent
+
+
+def _loader(dataset: _Inputs, batches: _Batches, workers: int | None, device: torch.device) -> DataLoader[Any]:
     workers = min(8, (os.cpu_count() or 1) // 2) if workers is None else workers
     return DataLoader(
-        _Items(dataset),
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         persistent_workers=workers > 0,
+        multiprocessing_context=start_fork_server() if workers > 0 else None,
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Generator[Any]:
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step
-
-
 class InputLoader:
-    """The images and captions of a run, epoch after epoch, made by processes that stay from its first batch on.
-
-    They start while this process is small. Who forks when it has trained already shares its activations with the
-    child, and has to copy every page of them that it writes again: seconds in each epoch on a CPU, and twice the
-    memory for a while.
+    """The images and captions of a run, made by worker processes that serve all its epochs and measurements.
 
     Args:
-        preprocess: how the pairs' images are shown.
-        pixels: take the pixels of pairs from here, where they were put earlier, and decode none of them.
-        evaluated: how those of :meth:`evaluation_crops` are shown, which are decoded in any case; None if none will be
-            asked for.
-        workers: processes that decode (0: none but this one); left out (None) half the cores, at most 8, since the step
+        learned: images of training pairs.
+        evaluated: images of :meth:`evaluation_crops`. None: there are none.
+        workers: processes that decode; 0 decodes in this process. Default: half the cores, at most 8, since the step
             needs the others.
-        window_chunks: of the shuffle that the pairs come from: what the cache knows of so many chunks is kept.
+        window_chunks: chunks in a window of the shuffle. What the cache knows of two windows is kept.
     """
 
     def __init__(
         self,
         reader: EmbeddingReader,
-        source: ImageSource,
-        preprocess: Preprocess,
         tokenizer: Tokenizer,
-        workers: int | None,
-        device: torch.device,
-        pixels: ReadyPixels | None = None,
-        evaluated: Preprocess | None = None,
+        learned: StudentImages | ReadyPixels,
+        evaluated: StudentImages | None = None,
+        workers: int | None = None,
+        device: torch.device | None = None,
         window_chunks: int = 16,
     ) -> None:
-        self._reader, self._preprocess, self._device, self._pixels = reader, preprocess, device, pixels
         self.tokenizer = tokenizer
+        self._reader, self._learned, self._evaluates = reader, learned, evaluated is not None
+        self._device = device or torch.device("cpu")
         # a batch may lie in two windows
         self._samples = CachedSamples(reader, 2 * window_chunks)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
-        images = None if evaluated is None else StudentImages(reader, source, evaluated)
-        shown = StudentImages(reader, source, preprocess) if pixels is None else pixels
-        inputs = _StudentInputs(images, shown, by_words(tokenizer))
-        self._asked = _Asked()
-        self._loader: DataLoader[Any] | None = _loader(inputs, self._asked, workers, device)
+        self._batches = _Batches()
+        made_of = learned.files if isinstance(learned, ReadyPixels) else learned
+        inputs = _Inputs(made_of, evaluated, tokenizer)
+        self._loader: DataLoader[Any] | None = _loader(inputs, self._batches, workers, self._device)
         self._current: Generator[Any] | None = None
 
-    def epoch(self, pairs: Iterable[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, tokens) for each of ``pairs``, in their order. It ends early when another iteration begins.
+    def epoch(self, pairs: Iterable[Pairs]) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield (pixels, tokens) of each batch, in order. The iteration ends early when another one begins.
 
-        The pixels are of the very region that the teacher saw, at the student's resolution. They come from the workers
-        as bytes and are normalised on the device, where they stay; the tokens, (batch, captions, length), are on the
+        The pixels are of the very region that the teacher saw, at the student's resolution. Workers send them as
+        bytes; they are normalised on the device, where they stay. The tokens, (batch, captions, length), are on the
         CPU.
 
         Raises:
-            OSError, CacheMismatchError: what the first bad item of a batch raised, wherever it was made.
+            OSError, CacheError: an item of the batch cannot be made. The first one's error, in every process.
         """
-        for shown, tokens in self._begun(self._looked_up(pairs)):
-            yield self._preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
+        for shown, tokens in self._started(self._looked_up(pairs)):
+            yield self._learned.preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Tensor]:
-        """The pixels of some images in their order, float32 (batch_size or less, 3, height, width), on the CPU.
+        """Yield the pixels of images in order, float32 (batch_size or less, 3, height, width), on the CPU.
 
-        It ends early when another iteration begins.
+        The iteration ends early when another one begins.
 
         Raises:
-            OSError, CacheMismatchError: as :meth:`epoch`.
+            OSError, CacheError: as :meth:`epoch`.
+            ValueError: this loader was given no images to evaluate.
         """
+        if not self._evaluates:
+            raise ValueError("evaluation crops are asked for: give InputLoader evaluated, their images")
         parts = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
-        yield from self._begun(results_ahead(self._thread, self._samples.records, parts, ahead=1))
+        yield from self._started(results_ahead(self._thread, self._evaluation_keys, parts, ahead=1))
 
-    def _begun(self, batches: Iterable[list[Any]]) -> Generator[Any]:
-        """An iteration over these; the one before it is over, since the processes serve one."""
+    def _started(self, keys: Iterable[list[_Key]]) -> Generator[Any]:
+        """Start an iteration. The workers serve one, so the one before it ends."""
         if self._loader is None:
             raise ValueError("this loader is closed, and its processes have ended: make another one")
         self._end_iteration()
-        self._asked.batches = batches
-        self._current = _batches(self._loader)
+        self._batches.keys = keys
+        self._current = _made(self._loader)
         return self._current
 
     def _end_iteration(self) -> None:
@@ -277,29 +189,40 @@ class InputLoader:
             self._current.close()
             self._current = None
 
-    def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[list[_Pair]]:
-        """The keys of each of ``pairs``, those of the next ones being looked up by a thread of its own, in order.
+    def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[list[_Key]]:
+        """Yield the keys of each batch, looked up ahead by a thread.
 
-        A window's first batch is of chunks that are all new, for which the step would otherwise wait.
+        The first batch of a window is of chunks that are all new, and the step would wait for them.
         """
         coming = iter(pairs)
         for first in coming:  # the others are as long
             ahead = _ROWS_AHEAD // len(first.image_rows)
             yield from results_ahead(self._thread, self._keys, chain([first], coming), ahead)
 
-    def _keys(self, pair: Pairs) -> list[_Pair]:
-        if self._pixels is not None:
-            images: Sequence[Any] = pair.image_rows.tolist()
-            regions: Sequence[Any] = pair.views.tolist()
+    def _keys(self, pairs: Pairs) -> list[_Key]:
+        images: Sequence[Any]
+        regions: Sequence[Any]
+        if isinstance(self._learned, ReadyPixels):
+            images, regions = self._learned.places(pairs.image_rows, pairs.views), [None] * len(pairs.image_rows)
         else:
-            images = self._samples.records(pair.image_rows)
-            regions = stored_crops(self._reader, pair.image_rows, pair.views)
-        flat, each = self._samples.texts(pair.image_rows, pair.caption_rows), pair.caption_rows.shape[1]
-        texts = [flat[at : at + each] for at in range(0, len(flat), each)]
-        return [_Pair(*key) for key in zip(images, regions, texts, strict=True)]
+            images = self._samples.records(pairs.image_rows)
+            regions = stored_crops(self._reader, pairs.image_rows, pairs.views)
+        flat, count = self._samples.texts(pairs.image_rows, pairs.caption_rows), pairs.caption_rows.shape[1]
+        texts = [flat[at : at + count] for at in range(0, len(flat), count)]
+        return [_Key(*key) for key in zip(images, regions, texts, strict=True)]
+
+    def _evaluation_keys(self, rows: NDArray[np.int64]) -> list[_Key]:
+        return [_Key(image, None, None) for image in self._samples.records(rows)]
 
     def close(self) -> None:
-        """End the processes, and an iteration that somebody still holds."""
+        """End the worker processes, and an iteration that is still held."""
         self._end_iteration()
         self._loader = None
         self._thread.shutdown(cancel_futures=True)
+
+
+def _made(loader: DataLoader[Any]) -> Generator[Any]:
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

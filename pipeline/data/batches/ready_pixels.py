@@ -18,8 +18,9 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,8 @@ from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = [
+    "PixelFiles",
+    "PixelPlace",
     "PixelsCommit",
     "PixelsRecord",
     "ReadyPixels",
@@ -241,13 +244,17 @@ def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) 
 
 
 class ReadyPixels:
-    """Reads ready pixels, one view of one image at a time, proving each. Safe in forked and spawned workers.
+    """A folder of ready pixels, checked against the cache and the student of a run.
+
+    Attributes:
+        files: its pixels, by :meth:`places`.
+        preprocess: the student's.
 
     Args:
-        folder: of ``teacher-cache pixels``.
+        folder: made by ``teacher-cache pixels``.
         reader: of the cache that the run learns from.
         rows: of the cache, that the run uses; the folder may have more.
-        views: the first so many, that the run uses; the folder may have more.
+        views: number of views that the run uses; the folder may have more.
         preprocess: the student's, at the size that it learns from.
 
     Raises:
@@ -263,6 +270,7 @@ class ReadyPixels:
     ) -> None:
         files = local_pixels(folder)
         record = read_record(files)
+        self.preprocess, self.files = preprocess, PixelFiles(Path(folder), record)
         self._folder, self._record = Path(folder), record
         self._rows = self._read_rows(files)
         self._require_fit(reader, views, preprocess)
@@ -330,41 +338,78 @@ class ReadyPixels:
             )
         return crc32c
 
-    def ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Nothing: they are local. See :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
-        return nullcontext()
-
-    def shown(self, row: int, view: int) -> NDArray[np.uint8]:
-        """What the student gets, before normalising: RGB uint8 (height, width, 3), as ``StudentImages.shown`` gives it.
+    def places(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[PixelPlace]:
+        """Return where the pixels of each image lie, for :meth:`PixelFiles.shown`.
 
         Raises:
             IndexError: a row or view that this reader was not opened for.
+        """
+        at = np.searchsorted(self._rows, rows)
+        for place, row, view in zip(at.tolist(), rows.tolist(), views.tolist(), strict=True):
+            if place == len(self._rows) or self._rows[place] != row or not 0 <= view < len(self._crc32c):
+                raise IndexError(
+                    f"{self._folder}: row {row}, view {view} asked for; it has {len(self._rows):,} of the rows up to "
+                    f"{self._rows[-1]}, and views 0 to {len(self._crc32c) - 1} are open"
+                )
+        places = zip(rows.tolist(), views.tolist(), at.tolist(), self._crc32c[views, at].tolist(), strict=True)
+        return [PixelPlace(*place) for place in places]
+
+    def shown(self, row: int, view: int) -> NDArray[np.uint8]:
+        """Return the pixels of one view of one image, see :meth:`PixelFiles.shown`."""
+        (place,) = self.places(np.array([row]), np.array([view]))
+        return self.files.shown(place)
+
+
+class PixelPlace(NamedTuple):
+    """One view of one image in a folder of ready pixels.
+
+    Attributes:
+        row: of the cache.
+        at: position in the folder's array.
+        crc32c: of the bytes.
+    """
+
+    row: int
+    view: int
+    at: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class PixelFiles:
+    """The pixels themselves, for worker processes: one read for each image, proven."""
+
+    folder: Path
+    record: PixelsRecord
+
+    def ahead(self, places: Sequence[PixelPlace]) -> AbstractContextManager[None]:
+        """Prefetch nothing: the files are local."""
+        return nullcontext()
+
+    def shown(self, place: PixelPlace, region: None = None) -> NDArray[np.uint8]:
+        """Return the pixels before normalising, RGB uint8 (height, width, 3), as ``StudentImages.shown`` does.
+
+        Raises:
             CacheCorruptError: the bytes are not those that were written; names row and view. Never another row's
                 pixels, never zeros for what was not written.
         """
-        record = self._record
-        at = int(np.searchsorted(self._rows, row))
-        if at == len(self._rows) or self._rows[at] != row or not 0 <= view < len(self._crc32c):
-            raise IndexError(
-                f"{self._folder}: row {row}, view {view} asked for; it has {len(self._rows):,} of the rows up to "
-                f"{self._rows[-1]}, and views 0 to {len(self._crc32c) - 1} are open"
-            )
-        chunk, place = divmod(at, record.chunk_rows)
-        path = self._folder / chunk_key(view, chunk)
-        named = f"{path}: image row {row}, view {view}"
+        record = self.record
+        chunk, within = divmod(place.at, record.chunk_rows)
+        path = self.folder / chunk_key(place.view, chunk)
+        named = f"{path}: image row {place.row}, view {place.view}"
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{named}: the file is missing, though committed. {_AGAIN.capitalize()}") from error
         try:
-            data = os.pread(file, record.row_bytes, place * record.row_bytes)
+            data = os.pread(file, record.row_bytes, within * record.row_bytes)
         finally:
             os.close(file)
-        found, wanted = crc32c(data), int(self._crc32c[view, at])
-        if len(data) != record.row_bytes or found != wanted:
+        checksum = crc32c(data)
+        if len(data) != record.row_bytes or checksum != place.crc32c:
             raise CacheCorruptError(
-                f"{named}: {len(data):,} bytes with checksum {found:08x}, {record.row_bytes:,} with {wanted:08x} were "
-                f"written. Delete this file and {_AGAIN}"
+                f"{named}: {len(data):,} bytes with checksum {checksum:08x}, {record.row_bytes:,} with "
+                f"{place.crc32c:08x} were written. Delete this file and {_AGAIN}"
             )
         return np.frombuffer(bytearray(data), np.uint8).reshape(*record.size, 3)  # a copy: torch wants it writable
 

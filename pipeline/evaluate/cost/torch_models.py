@@ -78,7 +78,7 @@ class TorchModel:
         )
 
     def _flops(self) -> TowerFlops:
-        whole, short = self._tokenizer(captions(1)).to(self._device), self._tokens(1).to(self._device)
+        whole, short = torch.as_tensor(self._tokenizer(captions(1))).to(self._device), self._tokens(1).to(self._device)
         pixels = torch.zeros(1, 3, *self._size, device=self._device)
         return TowerFlops(
             image=count_flops(lambda: self._model.encode_image(pixels)),
@@ -92,7 +92,7 @@ class TorchModel:
         return encode_text(self._model, tokens)
 
     def _tokens(self, batch: int) -> Tensor:
-        tokens: Tensor = self._tokenizer(captions(batch))
+        tokens: Tensor = torch.as_tensor(self._tokenizer(captions(batch)))
         return shorten(tokens) if self._shortens else tokens
 
     def _finish(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

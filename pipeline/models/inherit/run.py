@@ -157,7 +157,7 @@ def token_counts(
     """How often each token occurs in captions, up to and with the end-of-text token of each: (vocab_size,) int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        tokens = tokenizer(texts[start : start + _TEXTS_AT_ONCE])
+        tokens = torch.as_tensor(tokenizer(texts[start : start + _TEXTS_AT_ONCE]))
         # the end-of-text token has the highest id; padding follows it
         inside = torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
         counts += torch.bincount(tokens[inside], minlength=vocab_size)

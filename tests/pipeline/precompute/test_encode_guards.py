@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import teacher_cache.pipeline.precompute.encode
-from teacher_cache.pipeline.data.batches.tokens import WordTokens
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.tokens import ClipTokenizer
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
 from teacher_cache.pipeline.precompute.plan import plan_precompute
@@ -59,7 +59,11 @@ def test_each_row_is_read_decoded_and_encoded_once(
     """Counted in the model itself: not a probe, not a padded row, not a second pass."""
     settings, teacher, refs = planned
     counts: Counter[str] = Counter()
-    decode, read, tokenize = teacher_cache.pipeline.precompute.encode.open_image, ImageSource.read, WordTokens.__call__
+    decode, read, tokenize = (
+        teacher_cache.pipeline.precompute.encode.open_image,
+        ImageSource.read,
+        ClipTokenizer.__call__,
+    )
 
     def decoding(data: bytes, decoder: str) -> Any:
         counts["decoded"] += 1
@@ -69,7 +73,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
         counts["read"] += 1
         return read(self, *where)
 
-    def tokenizing(self: WordTokens, texts: list[str]) -> torch.Tensor:
+    def tokenizing(self: ClipTokenizer, texts: list[str]) -> Any:
         counts.update({"tokenized": len(texts), "tokenizer calls": 1})
         return tokenize(self, texts)
 
@@ -78,7 +82,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
 
     monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "open_image", decoding)
     monkeypatch.setattr(ImageSource, "read", reading)
-    monkeypatch.setattr(WordTokens, "__call__", tokenizing)
+    monkeypatch.setattr(ClipTokenizer, "__call__", tokenizing)
     model: Any = teacher.model
     model.visual.register_forward_hook(count("images"))
     model.ln_final.register_forward_hook(count("captions"))
@@ -87,8 +91,8 @@ def test_each_row_is_read_decoded_and_encoded_once(
         "read": 2 * IMAGES,  # a pass over the images for each of the two views
         "decoded": 2 * IMAGES,
         "images": 2 * IMAGES,
-        "tokenized": 2 * IMAGES,
-        "tokenizer calls": 5 * 2 + 1,  # one a batch
+        "tokenized": 2 * IMAGES + 5,  # and the five texts by which the tokenizer is known
+        "tokenizer calls": 5 * 2 + 1 + 1,  # one a batch
         "captions": 2 * IMAGES,
         "images batches": 2 * (2 + 2 + 2),  # chunks of 8, 8 and 5
         "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs
+from teacher_cache.pipeline.data.batches.pairs import Pairs
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
@@ -100,7 +101,7 @@ def test_students_get_unit_targets(home: Path) -> None:
     rows = np.array([0, 5, 47])
     pairs = Pairs(rows, 2 * rows[:, None], np.zeros(3, np.int64))
     targets = {
-        dtype: CachedTeacher(EmbeddingReader(str(home / f"{dtype}.cache"))).targets(pairs)
+        dtype: CachedTeacher(EmbeddingReader(str(home / f"{dtype}.cache"))).targets([pairs])
         for dtype in ("float16", "int8")
     }
     for name in ("image", "text"):

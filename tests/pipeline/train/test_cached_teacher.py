@@ -1,10 +1,11 @@
-"""Targets that are read ahead are those that are read when they are asked for."""
+"""Targets from the cache, prefetched along the one order of an epoch."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 import teacher_cache.pipeline.data.batches.inputs
 import teacher_cache.pipeline.train.loop
 import teacher_cache.storage.read.stream
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs, epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.step import TrainStep
 from teacher_cache.storage.errors import CacheAccessError
@@ -23,52 +25,34 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
 
-def epoch(reader: EmbeddingReader, number: int) -> list[Pairs]:
-    return list(epoch_pairs(reader, reader.image_rows(), 3, 2, 0, number))
+@pytest.fixture
+def reader(known_cache: Path) -> EmbeddingReader:
+    return EmbeddingReader(str(known_cache))
 
 
-def test_followed_targets_are_the_same_bytes(known_cache: Path) -> None:
-    reader, plain = EmbeddingReader(str(known_cache)), CachedTeacher(EmbeddingReader(str(known_cache)))
-    teacher, threads = CachedTeacher(reader), threading.active_count()
+def test_targets_are_the_rows_that_single_reads_give(reader: EmbeddingReader) -> None:
+    order, threads = PairOrder(reader, reader.image_rows(), 3, 2, captions_per_image=2), threading.active_count()
     for number in range(2):
-        pairs = epoch(reader, number)
-        teacher.follow(pairs)
-        for pair in pairs:
-            found, wanted = teacher.targets(pair), plain.targets(pair)
-            assert torch.equal(found.image, wanted.image)
-            assert torch.equal(found.text, wanted.text)
+        for pairs, targets in zip(order.epoch(number), CachedTeacher(reader).targets(order.epoch(number)), strict=True):
+            image, text = reader.take("image", pairs.image_rows), reader.take("text", pairs.caption_rows.ravel())
+            assert torch.equal(targets.image, torch.from_numpy(image).float())
+            assert torch.equal(targets.text.flatten(0, 1), torch.from_numpy(text).float())
+            assert targets.text.shape[:2] == (3, 2)
     assert threading.active_count() == threads
 
 
-def test_another_batch_than_the_next_one_is_read_by_itself(known_cache: Path) -> None:
-    reader, plain = EmbeddingReader(str(known_cache)), CachedTeacher(EmbeddingReader(str(known_cache)))
-    teacher, pairs = CachedTeacher(reader), epoch(reader, 0)
-    teacher.follow(pairs)
-    for pair in (pairs[2], pairs[0], pairs[0], pairs[1], pairs[2]):
-        assert torch.equal(teacher.targets(pair).image, plain.targets(pair).image)
-
-
-def test_an_epoch_reads_each_object_once(known_cache: Path) -> None:
-    """A stream keeps nothing; single reads of batches keep chunks, so that each is read once more, and then no more."""
-    reader = EmbeddingReader(str(known_cache))
-    teacher, pairs = CachedTeacher(reader), epoch(reader, 0)
-    teacher.follow(pairs)
-    for pair in pairs:
-        teacher.targets(pair)
-    once = reader.objects_read
-    assert once <= 3 + 7
-    for _ in range(2):
-        for pair in pairs:
-            teacher.targets(pair)
-        assert reader.objects_read == 2 * once
+def test_an_epoch_reads_each_object_once(reader: EmbeddingReader) -> None:
+    order = PairOrder(reader, reader.image_rows(), 3, 2)
+    assert len(list(CachedTeacher(reader).targets(order.epoch(0)))) == 3
+    assert reader.objects_read <= 3 + 7
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_after_a_read_that_failed_each_batch_is_read_by_itself(
-    known_cache: Path, monkeypatch: pytest.MonkeyPatch, tower: str
+def test_a_read_that_fails_or_a_closed_iteration_leaves_no_thread(
+    reader: EmbeddingReader, monkeypatch: pytest.MonkeyPatch, tower: str
 ) -> None:
-    reader, plain = EmbeddingReader(str(known_cache)), CachedTeacher(EmbeddingReader(str(known_cache)))
-    teacher, pairs, stream, threads = CachedTeacher(reader), epoch(reader, 0), reader.stream, threading.active_count()
+    teacher, order = CachedTeacher(reader), PairOrder(reader, reader.image_rows(), 3, 2)
+    stream, threads = reader.stream, threading.active_count()
 
     def failing(name: str, batches: Any) -> Iterator[NDArray[Any]]:
         rows = stream(name, batches)
@@ -77,34 +61,23 @@ def test_after_a_read_that_failed_each_batch_is_read_by_itself(
             raise CacheAccessError("no answer")
         yield from rows
 
+    with closing(teacher.targets(order.epoch(0))) as targets:
+        next(targets)
+        assert threading.active_count() > threads
+    assert threading.active_count() == threads
     monkeypatch.setattr(reader, "stream", failing)
-    teacher.follow(pairs)
-    teacher.targets(pairs[0])
+    targets = teacher.targets(order.epoch(0))
+    next(targets)
     with pytest.raises(CacheAccessError, match="no answer"):
-        teacher.targets(pairs[1])
+        next(targets)
     assert threading.active_count() == threads
-    for pair in pairs[1:]:
-        found, wanted = teacher.targets(pair), plain.targets(pair)
-        assert torch.equal(found.image, wanted.image)
-        assert torch.equal(found.text, wanted.text)
-
-
-def test_closed_it_reads_nothing_ahead(known_cache: Path) -> None:
-    reader, threads = EmbeddingReader(str(known_cache)), threading.active_count()
-    teacher, pairs = CachedTeacher(reader), epoch(reader, 0)
-    teacher.follow(pairs)
-    first = teacher.targets(pairs[0])
-    assert threading.active_count() > threads
-    teacher.close()
-    assert threading.active_count() == threads
-    assert torch.equal(teacher.targets(pairs[0]).image, first.image)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
+def test_an_epoch_draws_its_order_once_and_drops_each_batch_once_used(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Those of a group or two that the stream sees, whose keys are looked up and that workers have begun.
+    """Held are those of a group or two that the stream sees, whose keys are looked up and that workers have begun.
 
     ``tee`` drops them 57 at a time.
     """
@@ -114,9 +87,12 @@ def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
     monkeypatch.setattr(teacher_cache.storage.read.stream, "_ROWS_IN_SIGHT", 8)
     made: list[weakref.ref[Pairs]] = []
     held: list[int] = []
+    epochs: list[tuple[int, int]] = []
+    epoch = PairOrder.epoch
 
-    def counted(*arguments: Any) -> Iterator[Pairs]:
-        for pair in epoch_pairs(*arguments):
+    def counted(self: PairOrder, number: int, start_step: int = 0) -> Iterator[Pairs]:
+        epochs.append((number, start_step))
+        for pair in epoch(self, number, start_step):
             made.append(weakref.ref(pair))
             yield pair
 
@@ -125,10 +101,11 @@ def test_batches_are_made_as_they_come_into_sight_and_dropped_once_used(
             held.append(sum(pair() is not None for pair in made))
             return super().__call__(*arguments)
 
-    monkeypatch.setattr(teacher_cache.pipeline.train.loop, "epoch_pairs", counted)
+    monkeypatch.setattr(PairOrder, "epoch", counted)
     monkeypatch.setattr(teacher_cache.pipeline.train.loop, "TrainStep", Step)
     cache, student = make_cache(tmp_path, tiny_teacher, 320), make_student(tmp_path / "s.json")
     train(train_config(cache, student, tmp_path / "run", epochs=1, batch_size=2, workers=workers))
+    assert epochs == [(0, 0)]
     assert len(made) == len(held) == 128
     assert max(held) <= 57 + 16
 
@@ -138,15 +115,15 @@ def test_a_run_that_breaks_off_leaves_no_thread(
 ) -> None:
     config = train_config(make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "s.json"), tmp_path / "run")
     alive = set(threading.enumerate())
-    left = []
+    started = []
 
     def stop(*args: Any) -> None:
-        left.extend(set(threading.enumerate()) - alive)
+        started.extend(set(threading.enumerate()) - alive)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainStep, "__call__", stop)
     with pytest.raises(KeyboardInterrupt) as caught:
         train(config)
     assert caught.tb is not None  # which keeps what the run held
-    assert left
-    assert not [thread for thread in left if thread.is_alive()]
+    assert started
+    assert not [thread for thread in started if thread.is_alive()]

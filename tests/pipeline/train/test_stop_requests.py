@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import teacher_cache.pipeline.train.loop
+import teacher_cache.pipeline.train.checkpoints
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.train import TrainConfig
@@ -31,12 +29,10 @@ def handlers() -> Iterator[None]:
     """As a command has them; each is given back by who replaces it."""
     wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
     before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    child = signal.getsignal(signal.SIGCHLD)
     yield
     assert {number: signal.getsignal(number) for number in wanted} == wanted
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.signal(signal.SIGCHLD, child)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,7 @@ def test_stopped_while_it_measures_it_has_saved_the_last_step(home: Path, config
 
 @pytest.mark.parametrize("at", [4, 8])
 def test_stopped_in_the_checkpoint_of_an_epoch_it_has_that_one(home: Path, config: TrainConfig, at: int) -> None:
-    save = teacher_cache.pipeline.train.loop.save_student
+    save = teacher_cache.pipeline.train.checkpoints.save_student
 
     def stopped(student: Any, architecture: Any, folder: Path, origin: Any) -> None:
         save(student, architecture, folder, origin)
@@ -110,7 +106,7 @@ def test_stopped_in_the_checkpoint_of_an_epoch_it_has_that_one(home: Path, confi
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("teacher_cache.pipeline.train.loop.save_student", stopped)
+        patched.setattr("teacher_cache.pipeline.train.checkpoints.save_student", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     record = RunFolder(config.out).read()
@@ -155,18 +151,15 @@ def test_items_that_end_with_the_signal_are_no_failure_and_others_are(error: typ
     with pytest.raises(error, match="killed by signal"), StopRequests(lambda: saved.append(1)) as stop:
         list(stop.between_steps(items()))
     assert not saved
-    child = signal.getsignal(signal.SIGCHLD)
 
     def loop() -> None:
         with StopRequests(lambda: saved.append(1)) as stop:
             for _ in stop.between_steps(items()):
                 signal.raise_signal(signal.SIGINT)
-                assert signal.getsignal(signal.SIGCHLD) != child
 
     with pytest.raises(KeyboardInterrupt):
         loop()
     assert saved == [1]
-    assert signal.getsignal(signal.SIGCHLD) == child
 
 
 def test_a_signal_behind_the_last_moment_acts_at_the_end_of_the_block() -> None:
@@ -200,31 +193,10 @@ def test_who_has_a_handler_of_its_own_keeps_it() -> None:
             with StopRequests() as stop:
                 assert signal.getsignal(signal.SIGTERM) is handler
                 signal.raise_signal(signal.SIGTERM)
-                assert stop.asked is None
+                assert stop.request is None
         finally:
             signal.signal(signal.SIGTERM, before)
     assert told == [signal.SIGTERM]
-
-
-_FORKS = """
-import os, signal
-from teacher_cache.pipeline.train.stop_signals import StopRequests
-with StopRequests():
-    child = os.fork()
-    if child == 0:
-        other = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            os._exit(3 if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL else 5)
-        os._exit(4)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_process_that_is_forked_meanwhile_ends_as_without_it() -> None:
-    done = subprocess.run([sys.executable, "-c", _FORKS], capture_output=True, text=True, check=True)
-    assert done.stdout == "3\n"
 
 
 def test_it_keeps_nothing_where_it_may_not() -> None:

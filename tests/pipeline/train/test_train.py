@@ -16,7 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs, epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.evaluate.recall import retrieval_recall
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -148,14 +149,14 @@ def test_every_pair_is_an_image_and_one_of_its_captions(cache: Path) -> None:
     image_of = reader.captions["image_row"].to_numpy()
     picks = set()
     for epoch in range(6):
-        pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=epoch))
+        pairs = list(PairOrder(reader, rows, 8, 2, seed=0).epoch(epoch))
         seen = np.concatenate([pair.image_rows for pair in pairs])
         captions = np.concatenate([pair.caption_rows for pair in pairs])[:, 0]
         assert sorted(seen) == list(rows)
         np.testing.assert_array_equal(image_of[captions], seen)
         picks |= set(captions.tolist())
         # any step can be the first one again
-        again = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=epoch, start_step=3))
+        again = list(PairOrder(reader, rows, 8, 2, seed=0).epoch(epoch, 3))
         np.testing.assert_array_equal(again[0].image_rows, pairs[3].image_rows)
         np.testing.assert_array_equal(again[0].caption_rows, pairs[3].caption_rows)
     assert len(picks) > 55  # of 64 captions; each epoch draws anew
@@ -167,7 +168,7 @@ def test_several_captions_of_an_image_are_different_ones_while_they_last(cache: 
     image_of = reader.captions["image_row"].to_numpy()
 
     def captions(each: int) -> NDArray[np.int64]:
-        pairs = epoch_pairs(reader, rows, 8, 2, seed=0, epoch=1, captions_per_image=each)
+        pairs = PairOrder(reader, rows, 8, 2, seed=0, captions_per_image=each).epoch(1)
         found = [(image_of[pair.caption_rows] - pair.image_rows[:, None], pair.caption_rows) for pair in pairs]
         assert not any(strangers.any() for strangers, _ in found)
         return np.concatenate([drawn for _, drawn in found])
@@ -184,7 +185,7 @@ def test_cached_targets_are_what_the_teacher_says(cache: Path, tiny_teacher: Pat
     teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     rows = np.array([31, 2, 17])
     captions = 2 * rows[:, None] + [1, 0]
-    targets = CachedTeacher(reader).targets(Pairs(rows, captions, np.zeros(3, np.int64)))
+    (targets,) = CachedTeacher(reader).targets([Pairs(rows, captions, np.zeros(3, np.int64))])
     tokens = teacher.tokenizer([reader.captions["text"][int(row)].as_py() for row in captions.ravel()])
     live = teacher.encode_texts(tokens).embedding.astype(np.float32).reshape(3, 2, -1)
     assert targets.text.shape == live.shape

@@ -158,15 +158,15 @@ def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(run: Path, tmp
 
 def test_writing_a_checkpoint_is_no_wait_for_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slow checkpoints in an epoch of four steps: its seconds hold them, its wait for data does not."""
-    import teacher_cache.pipeline.train.loop
+    import teacher_cache.pipeline.train.checkpoints
 
-    save = teacher_cache.pipeline.train.loop.save_resume_point
+    save = teacher_cache.pipeline.train.checkpoints.save_resume_point
 
     def slowly(*args: Any) -> None:
         time.sleep(2.0)
         save(*args)
 
-    monkeypatch.setattr(teacher_cache.pipeline.train.loop, "save_resume_point", slowly)
+    monkeypatch.setattr(teacher_cache.pipeline.train.checkpoints, "save_resume_point", slowly)
     made = RunFolder(run).read().config
     settings = {"epochs": 1, "checkpoint_steps": 1}
     record = train(train_config(Path(made.cache), made.student, tmp_path / "run", **settings)).record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, Pairs, TeacherTargets, epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherTargets
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.models import text_length as short_text
 from teacher_cache.pipeline.models.device import image_memory_format
@@ -56,9 +59,9 @@ class OneStep:
         self.before = copy.deepcopy(self.student)
         rows = reader.image_rows("train")
         each = self.config.captions_per_image
-        pairs = next(epoch_pairs(reader, rows, self.config.batch_size, 4, 0, 0, captions_per_image=each))
+        pairs = next(PairOrder(reader, rows, self.config.batch_size, 4, 0, captions_per_image=each).epoch(0))
         source, tokenizer = ImageSource(reader.manifest.source.image_root), student_tokenizer(architecture)
-        inputs = InputLoader(reader, source, self.student.preprocess, tokenizer, 0, torch.device("cpu"))
+        inputs = InputLoader(reader, tokenizer, StudentImages(reader, source, self.student.preprocess), workers=0)
         self.pixels, self.tokens = next(inputs.epoch([pairs]))
         teacher = CachedTeacher(reader)
         self.teacher_logit_scale = teacher.logit_scale
@@ -67,7 +70,7 @@ class OneStep:
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         self.queue = TeacherQueue(self.config.queue_rows, reader.embed_dim) if self.config.queue_rows else None
         step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, 1, self.queue)
-        self.targets = teacher.targets(pairs)
+        (self.targets,) = teacher.targets([pairs])
         self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -161,9 +164,9 @@ def test_a_student_encodes_captions_by_length(cache: Path, tmp_path: Path, monke
 def test_targets_of_other_captions_are_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = CachedTeacher.targets
 
-    def flat(self: CachedTeacher, pairs: Pairs) -> TeacherTargets:
-        found = targets(self, pairs)
-        return TeacherTargets(found.image, found.text.flatten(0, 1))
+    def flat(self: CachedTeacher, batches: Iterable[Pairs]) -> Iterator[TeacherTargets]:
+        for batch in targets(self, batches):
+            yield TeacherTargets(batch.image, batch.text.flatten(0, 1))
 
     monkeypatch.setattr(CachedTeacher, "targets", flat)
     with pytest.raises(

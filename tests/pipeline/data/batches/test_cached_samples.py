@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+from teacher_cache.pipeline.data.batches.pairs import PairOrder
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
@@ -90,7 +90,7 @@ def test_an_epoch_in_the_shuffles_order_reads_each_file_once_and_each_chunk_once
         return read(self, group, **settings)
 
     rows = reader.image_rows()
-    pairs = list(epoch_pairs(reader, rows, 8, 3, seed=0, epoch=0))
+    pairs = list(PairOrder(reader, rows, 8, 3, seed=0).epoch(0))
     monkeypatch.setattr("teacher_cache.storage.format.table_rows.open_static", opening)
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", reading)
     samples = CachedSamples(reader, kept_chunks=6)
@@ -142,10 +142,10 @@ def test_tables_are_read_before_a_step_needs_them_and_once(
     monkeypatch.setattr(CachedSamples, "_samples_of", reading)
     tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
     preprocess = Preprocess((24, 24), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
-    device = torch.device("cpu")
-    pairs = list(epoch_pairs(reader, reader.row_set("train"), 4, window_chunks, seed=0, epoch=0))
+    pairs = list(PairOrder(reader, reader.row_set("train"), 4, window_chunks, seed=0).epoch(0))
     chunks = {row // size for pair in pairs for row in pair.image_rows.tolist()}
-    made = InputLoader(reader, source, preprocess, tokenizer, 0, device, None, preprocess, window_chunks)
+    images = StudentImages(reader, source, preprocess)
+    made = InputLoader(reader, tokenizer, images, images, workers=0, window_chunks=window_chunks)
     with closing(made) as inputs:
         epoch = inputs.epoch(pairs)
         next(epoch)

@@ -18,9 +18,9 @@ import zarr
 from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.inputs import StudentImages
 from teacher_cache.pipeline.data.batches.pairs import stored_crops
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels, read_record
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.precompute.run import precompute

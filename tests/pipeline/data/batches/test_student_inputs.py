@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.inputs import InputLoader, StudentImages
-from teacher_cache.pipeline.data.batches.pairs import epoch_pairs
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import PairOrder
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.student import student_config, student_tokenizer
@@ -49,11 +50,12 @@ def source(reader: EmbeddingReader) -> ImageSource:
 @pytest.fixture
 def inputs(reader: EmbeddingReader, source: ImageSource, tmp_path: Path) -> Iterator[InputLoader]:
     tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
-    with closing(InputLoader(reader, source, SEEN, tokenizer, 1, torch.device("cpu"), evaluated=SEEN)) as loader:
+    images = StudentImages(reader, source, SEEN)
+    with closing(InputLoader(reader, tokenizer, images, images, workers=1)) as loader:
         yield loader
 
 
-def test_a_run_forks_its_workers_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_starts_its_workers_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs and two measurements by one process, which ends with the run."""
     before, seen = workers(), []
 
@@ -83,7 +85,7 @@ def test_a_run_forks_its_workers_once(cache: Path, tmp_path: Path, monkeypatch: 
 def test_epochs_and_measurements_take_turns(reader: EmbeddingReader, source: ImageSource, inputs: InputLoader) -> None:
     """What comes does not depend on what came before, nor on whether that was read to its end."""
     rows = reader.image_rows("train")
-    pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=0))
+    pairs = list(PairOrder(reader, rows, 8, 2, seed=0).epoch(0))
     images = StudentImages(reader, source, SEEN)
     samples = CachedSamples(reader, kept_chunks=1)
     wanted = torch.stack([images.see(image) for image in samples.records(rows)])
@@ -107,7 +109,7 @@ def test_an_image_that_is_another_one_ends_that_epoch_only(
     reader: EmbeddingReader, source: ImageSource, inputs: InputLoader
 ) -> None:
     rows = reader.image_rows("train")
-    pairs = list(epoch_pairs(reader, rows, 8, 2, seed=0, epoch=0))
+    pairs = list(PairOrder(reader, rows, 8, 2, seed=0).epoch(0))
     path = Path(source.root) / reader.samples["uri"][int(pairs[1].image_rows[0])].as_py()
     kept = path.read_bytes()
     save_image(path)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from teacher_cache.pipeline.data.batches.cached_samples import sample_records
-from teacher_cache.pipeline.data.batches.inputs import StudentImages
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets import samples
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.pipeline.data.images import decode as module

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.inputs import StudentImages
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images import scaled_jpeg
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.inputs import InputLoader, StudentImages
-from teacher_cache.pipeline.data.batches.pairs import CachedTeacher, epoch_pairs, stored_crops
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, stored_crops
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.data.images.views import Crop, draw_crop, replay
@@ -186,14 +189,14 @@ def test_the_student_sees_the_region_that_the_teacher_saw(home: Path, teacher: L
     """At its own resolution; at the teacher's, the live teacher on the student's pixels gives the cached row."""
     reader = EmbeddingReader(str(home / "c"))
     mine = Preprocess((size, size), teacher.preprocess.mean, teacher.preprocess.std)
-    pairs = list(epoch_pairs(reader, reader.image_rows("train"), 8, 4, seed=1, epoch=2))
+    pairs = list(PairOrder(reader, reader.image_rows("train"), 8, 4, seed=1).epoch(2))
     source = ImageSource(str(home / "photos"))
-    loader = InputLoader(reader, source, mine, teacher.tokenizer, 1, torch.device("cpu")).epoch(pairs)
+    loader = InputLoader(reader, teacher.tokenizer, StudentImages(reader, source, mine), workers=1).epoch(pairs)
     views: Counter[int] = Counter()
     for pair, (pixels, tokens) in zip(pairs, loader, strict=True):
         assert pixels.shape == (8, 3, size, size)
         views.update(pair.views.tolist())
-        targets = CachedTeacher(reader).targets(pair)
+        (targets,) = CachedTeacher(reader).targets([pair])
         if size == 32:
             assert (teacher.image_features(pixels) * targets.image).sum(1).min() > 0.999
             assert (teacher.text_features(tokens[:, 0]) * targets.text[:, 0]).sum(1).min() > 0.999
@@ -214,7 +217,7 @@ def test_an_images_views_come_by_turns(home: Path) -> None:
     rows = reader.image_rows("train")
 
     def seen(seed: int, epoch: int) -> dict[int, int]:
-        pairs = epoch_pairs(reader, rows, 8, 2, seed, epoch)
+        pairs = PairOrder(reader, rows, 8, 2, seed).epoch(epoch)
         return {int(row): int(view) for pair in pairs for row, view in zip(pair.image_rows, pair.views, strict=True)}
 
     epochs = [seen(3, epoch) for epoch in range(2 * VIEWS)]
@@ -224,7 +227,7 @@ def test_an_images_views_come_by_turns(home: Path) -> None:
     assert len(set(epochs[0].values())) == VIEWS  # not all images at the same view
     assert seen(3, 0) == epochs[0] != seen(4, 0)
     # a run that goes on in mid-epoch sees the same views
-    last = list(epoch_pairs(reader, rows, 8, 2, 3, 1, start_step=3))
+    last = list(PairOrder(reader, rows, 8, 2, 3).epoch(1, 3))
     assert {int(row): int(view) for row, view in zip(last[0].image_rows, last[0].views, strict=True)}.items() <= epochs[
         1
     ].items()
@@ -239,7 +242,7 @@ def test_with_one_view_it_is_the_evaluation_crop_and_the_record_says_so(
     one = train(training(tmp_path, tmp_path / "one", epochs=1)).record
     assert one.view == "evaluation crop (the cache has one view)"
     reader = EmbeddingReader(str(tmp_path / "c"))
-    pairs = list(epoch_pairs(reader, reader.image_rows("train"), 8, 4, seed=0, epoch=3))
+    pairs = list(PairOrder(reader, reader.image_rows("train"), 8, 4, seed=0).epoch(3))
     assert not any(pair.views.any() for pair in pairs)
     read = reader.objects_read
     assert stored_crops(reader, pairs[0].image_rows, pairs[0].views) == [None] * 8
@@ -268,8 +271,8 @@ def test_parity_fails_where_the_crops_are_not_the_same(home: Path, teacher: Live
     """What the test above would see if the live teacher looked at the evaluation crop instead of the stored one."""
 
     class Careless(LiveTeacherSource):
-        def targets(self, pairs: Any) -> Any:
-            return super().targets(type(pairs)(pairs.image_rows, pairs.caption_rows, np.zeros_like(pairs.views)))
+        def targets(self, batches: Any) -> Any:
+            return super().targets(replace(pairs, views=np.zeros_like(pairs.views)) for pairs in batches)
 
     source = ImageSource(str(home / "photos"))
     first = []

@@ -1,0 +1,66 @@
+"""The one iterator of training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from itertools import tee
+from typing import NamedTuple
+
+from torch import Tensor
+
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
+from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
+from teacher_cache.pipeline.data.batches.targets import TeacherSource, TeacherTargets
+
+__all__ = ["Batch", "BatchLoader"]
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    Attributes:
+        pairs: rows of the whole batch, of all ranks.
+        targets, pixels, tokens: this rank's share. Pixels are on the device, tokens (batch, captions, length) are not.
+    """
+
+    pairs: Pairs
+    targets: TeacherTargets
+    pixels: Tensor
+    tokens: Tensor
+
+
+class BatchLoader:
+    """The training batches of a run, epoch by epoch: rows, targets, pixels and tokens in step.
+
+    Args:
+        inputs: pixels and tokens.
+        teacher: targets.
+        rank: of this process among ``ranks``, which share each batch.
+    """
+
+    def __init__(
+        self, order: PairOrder, inputs: InputLoader, teacher: TeacherSource, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self._order, self._inputs, self._teacher = order, inputs, teacher
+        self._rank, self._ranks = rank, ranks
+
+    def epoch(self, number: int, start_step: int = 0) -> Generator[Batch]:
+        """Yield the batches of an epoch. Close the generator to stop prefetching.
+
+        Args:
+            number: the epoch, from 0.
+            start_step: first batch to yield.
+
+        Raises:
+            OSError, CacheError: an image or the cache cannot be read.
+        """
+        drawn = ((pairs, pairs.part(self._rank, self._ranks)) for pairs in self._order.epoch(number, start_step))
+        # targets look thousands of rows further ahead than inputs: each batch is kept until the last has used it
+        steps, shown, taught = tee(drawn, 3)
+        with (
+            closing(self._inputs.epoch(part for _, part in shown)) as inputs,
+            closing(self._teacher.targets(part for _, part in taught)) as targets,
+        ):
+            for (pairs, _), (pixels, tokens), target in zip(steps, inputs, targets, strict=True):
+                yield Batch(pairs, target, pixels, tokens)

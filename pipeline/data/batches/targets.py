@@ -1,0 +1,63 @@
+"""The teacher's side of a batch: rows of a finished cache, or another source in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import tee
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from teacher_cache.pipeline.data.batches.pairs import Pairs
+from teacher_cache.storage.read.reader import EmbeddingReader
+
+__all__ = ["CachedTeacher", "TeacherSource", "TeacherTargets"]
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Embeddings by the teacher for one batch.
+
+    Attributes:
+        image: (batch, teacher_dim) float32, normalised.
+        text: (batch, captions, teacher_dim) float32, normalised, in the order of each image's captions.
+    """
+
+    image: Tensor
+    text: Tensor
+
+
+class TeacherSource(Protocol):
+    """A source of targets: the cache, or a teacher that runs."""
+
+    logit_scale: float
+
+    def targets(self, batches: Iterable[Pairs], /) -> Generator[TeacherTargets]:
+        """Yield the targets of each batch, in order: of the view and the captions that it names."""
+
+
+class CachedTeacher:
+    """Targets from a finished cache. No model is built or imported."""
+
+    def __init__(self, reader: EmbeddingReader) -> None:
+        self._reader = reader
+        self.logit_scale = reader.manifest.identity.teacher.logit_scale
+
+    def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
+        """Yield the targets of each batch, in order. Chunks are prefetched by threads, which end with the generator.
+
+        Batches are taken thousands of rows before their targets are yielded.
+
+        Raises:
+            CacheError: as ``EmbeddingReader.stream``.
+        """
+        for_images, for_texts = tee(batches)
+        images: Any = self._reader.stream("image", ((pairs.image_rows, pairs.views) for pairs in for_images))
+        texts: Any = self._reader.stream("text", (pairs.caption_rows.ravel() for pairs in for_texts))
+        with closing(images), closing(texts):
+            for image, text in zip(images, texts, strict=True):
+                captions = torch.from_numpy(text).float().view(len(image), -1, text.shape[1])
+                yield TeacherTargets(torch.from_numpy(image).float(), captions)

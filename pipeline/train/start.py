@@ -1,0 +1,169 @@
+"""The start of a run: the cache, the student and the record, all checked before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
+from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import handed_on
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.models.student import Student, build_student, load_initial, student_config
+from teacher_cache.pipeline.models.weights import digest_tensors
+from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.train.expected import expected_identity
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.format.tables import CAPTIONS
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.row_set import RowSet
+
+__all__ = ["SelectRows", "TrainingCache", "new_record", "new_student", "recorded_start", "training_images"]
+
+_WAY_OUT = (
+    "Precompute a cache of what is asked for, leave --expect out, or accept a difference by --accept-mismatch FIELD, "
+    "which every checkpoint then records."
+)
+
+
+def recorded_start(run: RunFolder) -> RunRecord | None:
+    """Return the record of a run that has a checkpoint. Its files may have moved or changed since it began."""
+    record = run.read()
+    return record if record.checkpoint is not None else None
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """The select split: its images, its captions, and for each caption the place of its image."""
+
+    rows: NDArray[Any]
+    captions: list[str]
+    text_image: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TrainingCache:
+    """A cache opened and checked for one run.
+
+    Attributes:
+        rows: images to learn from.
+        accepted: differences from the expected identity that the settings accept.
+    """
+
+    reader: EmbeddingReader
+    rows: RowSet
+    config: TrainConfig
+    accepted: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, config: TrainConfig, run: RunFolder, begun: RunRecord | None) -> TrainingCache:
+        """Open the cache of a new run, or the very one that ``begun`` learned from.
+
+        Raises:
+            CacheMismatchError: another cache than expected, or than the run's.
+            UsageError: a split cannot be used.
+        """
+        reader = _opened(run, config.cache, begun)
+        accepted: tuple[str, ...] = ()
+        if config.expect is not None and begun is None:
+            expected = expected_identity(config.expect)
+            accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
+        rows = reader.row_set(config.split)
+        reader.require_captions(rows)
+        if len(rows) < config.batch_size:
+            raise UsageError(
+                f"{config.cache}: split {config.split!r} has {len(rows)} images, fewer than one batch of "
+                f"{config.batch_size}. Lower --batch-size."
+            )
+        if config.select_split is not None and not len(reader.image_rows(config.select_split)):
+            raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
+        return cls(reader, rows, config, accepted)
+
+    @property
+    def source(self) -> ImageSource:
+        """Return where the images are."""
+        return ImageSource(self.config.image_root or self.reader.manifest.source.image_root)
+
+    @cached_property
+    def select_rows(self) -> SelectRows:
+        """The select split."""
+        rows = self.reader.image_rows(self.config.select_split)
+        caption_rows, text_image = self.reader.caption_rows(rows)
+        return SelectRows(rows, self.reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist(), text_image)
+
+
+def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingReader:
+    try:
+        return EmbeddingReader(cache, manifest_digest=None if begun is None else begun.cache_manifest_digest)
+    except CacheMismatchError as error:
+        raise CacheMismatchError(
+            f"{error} {run.path} learned from that one so far: go on with it, or train anew with another --out."
+        ) from error
+
+
+def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -> Student:
+    """Build the student with the weights of its first step; those of ``begun`` are loaded later.
+
+    Raises:
+        UsageError: the student, its ``init`` or its locked layers cannot be used.
+    """
+    config, reader = cache.config, cache.reader
+    fabric.seed_everything(config.seed, verbose=False)
+    architecture = student_config(config.student) if begun is None else begun.student_config
+    student = build_student(architecture, handed_on(reader.identity.preprocess), reader.manifest.layout.embed_dim)
+    if config.init is not None and begun is None:
+        load_initial(student, config.init)
+    if config.lock_image_unlocked_groups is not None:
+        student.lock_image(config.lock_image_unlocked_groups)
+    return student
+
+
+def training_images(cache: TrainingCache, student: Student) -> StudentImages | ReadyPixels:
+    """Return the images that the student learns from: decoded in each epoch, or ready pixels.
+
+    Raises:
+        UsageError: the student takes no images of ``train_image_size``.
+        CacheError: the ready pixels are of something else, or damaged.
+    """
+    config, reader = cache.config, cache.reader
+    seen = student.preprocess_to_learn(config.train_image_size)
+    if config.pixels is None:
+        return StudentImages(reader, cache.source, seen)
+    return ReadyPixels(config.pixels, reader, cache.rows.numbers(), views_used(reader, config.views), seen)
+
+
+def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) -> RunRecord:
+    """Return the record of the run: a new one, or that of ``begun`` with the settings of today."""
+    config, reader = cache.config, cache.reader
+    # absolute, so that the run can be measured from any folder
+    places = {"cache": _absolute(config.cache), "pixels": config.pixels and _absolute(config.pixels)}
+    config = config.model_copy(update=places)
+    image_root = _absolute(cache.source.root)
+    if begun is not None:
+        resumed = (*begun.resumed_at, begun.steps)
+        return begun.model_copy(update={"config": config, "image_root": image_root, "resumed_at": resumed})
+    return RunRecord(
+        config=config,
+        student_config=student.config,
+        student_parameters=student.num_parameters,
+        teacher=reader.identity.teacher.name,
+        identity=reader.identity,
+        accepted_mismatches=cache.accepted,
+        cache_manifest_digest=reader.manifest.digest,
+        view=describe_views(reader, config.views),
+        image_root=image_root,
+        train_images=len(cache.rows),
+        initial_weights_sha256=digest_tensors(student.state_dict()),
+    )
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).resolve())
