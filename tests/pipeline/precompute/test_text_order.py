@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
-from teacher_cache.pipeline.data.batches.tokens import order_by_length
 
 import teacher_cache.pipeline.precompute.plan
+from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute

@@ -6,13 +6,14 @@ import multiprocessing
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
+from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
@@ -145,3 +146,29 @@ def test_an_iteration_ends_when_another_begins(reader: EmbeddingReader, inputs: 
     assert list(second) == []
     with pytest.raises(ValueError, match="closed"):
         next(inputs.evaluation_crops(rows, 4))
+
+
+def test_a_whole_batch_is_prefetched_before_its_first_image(
+    reader: EmbeddingReader, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    ahead, shown = StudentImages.ahead, StudentImages.shown
+
+    def prefetch(self: StudentImages, images: list[SampleRecord]) -> Any:
+        asked.append([image.row for image in images])
+        return ahead(self, images)
+
+    def show(self: StudentImages, image: SampleRecord, crop: Any) -> Any:
+        asked.append(image.row)
+        return shown(self, image, crop)
+
+    monkeypatch.setattr(StudentImages, "ahead", prefetch)
+    monkeypatch.setattr(StudentImages, "shown", show)
+    images = StudentImages(reader, source, SEEN)
+    with closing(InputLoader(reader, lambda texts: np.zeros((len(texts), 3)), images, images, workers=0)) as inputs:
+        list(inputs.evaluation_crops(np.array([3, 1, 2]), 2))
+        assert asked == [[3, 1], 3, 1, [2], 2]
+        asked.clear()
+        pairs = next(PairOrder(reader, reader.image_rows("train"), 4).epoch(0))
+        list(inputs.epoch([pairs]))
+        assert asked == [pairs.image_rows.tolist(), *pairs.image_rows.tolist()]

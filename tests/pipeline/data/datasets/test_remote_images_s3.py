@@ -6,10 +6,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-import torch
 
 from teacher_cache.pipeline.data.batches.cached_samples import sample_records
-from teacher_cache.pipeline.data.batches.inputs import _batches, _loader
 from teacher_cache.pipeline.data.batches.stored_images import StoredImages
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.pipeline.precompute.run import precompute
@@ -97,21 +95,3 @@ def test_a_batch_of_pictures_comes_side_by_side(
     with images.ahead(records), pytest.raises(KeyError):
         raise KeyError
     assert not images._ahead
-
-
-def test_a_loader_asks_for_a_whole_batch_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever dataset can: it is told all that a batch will want before the first item."""
-    told: list[object] = []
-
-    class Items(torch.utils.data.Dataset[int]):
-        def ahead(self, indices: list[int]) -> torch.no_grad:
-            told.append(list(indices))
-            return torch.no_grad()  # any context will do
-
-        def __getitem__(self, index: int) -> int:
-            told.append(index)
-            return index
-
-    batches = list(_batches(_loader(Items(), [[3, 1], [2, 0]], 0, torch.device("cpu"))))
-    assert [batch.tolist() for batch in batches] == [[3, 1], [2, 0]]
-    assert told == [[3, 1], 3, 1, [2, 0], 2, 0]
