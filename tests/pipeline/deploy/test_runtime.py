@@ -253,7 +253,7 @@ def test_threads_may_share_it(tiny_deployment: Path, runtime: StudentRuntime, ph
     assert all(np.abs(each - wanted).max() < 1e-5 for each in found)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "tokenizers", "ftfy"])
+@pytest.mark.parametrize("name", ["onnxruntime", "regex", "ftfy"])
 def test_a_missing_package_is_named_with_its_remedy(
     tiny_deployment: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
