@@ -3,10 +3,10 @@
     python benchmarks/distil.py benchmarks/distil_flickr8k.toml [--only NAME ...] [--seeds 0 1 2] [--out runs/distil]
 
 Every row of the TOML file is one student trained from the cache alone, by the settings of ``teacher-cache train``. A
-row with ``inherit = true`` begins with its teacher's weights, by ``teacher-cache inherit``. A row with ``soup`` is the
-mean of ``of`` runs of the row that it names, by ``teacher-cache soup``: of its seeds 0 to ``of`` - 1 for seed 0, of
+row with ``inherit = true`` begins with its teacher's weights, by ``student inherit``. A row with ``soup`` is the
+mean of ``of`` runs of the row that it names, by ``student mean``: of its seeds 0 to ``of`` - 1 for seed 0, of
 the next ``of`` for seed 1. A row with ``resize`` is the row that it names at another ``image_size``, by
-``teacher-cache resize``. A row with ``begins_at`` trains the student of the row that it names, of the same seed, on.
+``student resize``. A row with ``begins_at`` trains the student of the row that it names, of the same seed, on.
 What is finished is kept in ``--out`` and not done again, what was stopped goes on where it was, so that the table may
 be made in several sittings. The Markdown table goes to stdout; failed rows stay in it, with their reason.
 """

@@ -86,7 +86,7 @@ def distributions(image: str) -> set[str]:
 
 def test_the_light_image_holds_what_storage_and_prefect_need_and_no_torch() -> None:
     light = distributions("light")
-    assert {"numpy", "zarr", "pyarrow", "pydantic", "typer", "prefect", "obstore"} <= light
+    assert {"numpy", "zarr", "pyarrow", "pydantic", "click", "prefect", "obstore"} <= light
     assert not {"torch", "torchvision", "open_clip_torch", "pillow", "faiss-cpu", "onnx"} & light
     for image, other in (("cpu", "gpu"), ("gpu", "cpu")):
         assert distributions(image) > light | {"torch", "onnx", "altair", "simplejpeg", f"faiss-{image}"}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from teacher_cache.pipeline.cli.demo import _CACHE_NAMES
+from teacher_cache.pipeline.cli.demo import CACHE_NAMES
 from teacher_cache.storage.check.verify import verify_cache
 
 
@@ -43,4 +43,4 @@ def test_the_demo_measures_a_real_gap(tmp_path: Path) -> None:
 
 
 def test_a_second_demo_may_replace_whatever_the_first_one_left(known_cache: Path) -> None:
-    assert {path.name for path in known_cache.iterdir()} | {"journal"} <= _CACHE_NAMES
+    assert {path.name for path in known_cache.iterdir()} | {"journal"} <= CACHE_NAMES

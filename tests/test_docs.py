@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.cli import app as _app  # noqa: F401 - registers the commands
 from teacher_cache.pipeline.data.datasets import ADAPTERS
 from teacher_cache.pipeline.models.student import presets
+from teacher_cache.storage.cli.app import every_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT_PAGES = ROOT / "docs" / "project"  # copies that the site is built from; not in git
@@ -43,12 +43,18 @@ def code_in(path: Path) -> str:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_and_flag_shown_exists(path: Path) -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(every_command())
     text = code_in(path)
-    for name, rest in re.findall(r"teacher-cache ([a-z][a-z-]*)\b([^\n`]*)", text):
+    for name, rest in re.findall(r"teacher-cache ((?:students? )?[a-z][a-z-]*)\b([^\n`]*)", text):
+        if name in ("student", "students") and not rest.strip(" ."):
+            continue
         assert name in commands, f"{path.name}: teacher-cache {name}"
-        known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+        command = commands[name]
+        options = [[*parameter.opts, *parameter.secondary_opts] for parameter in command.params]
+        known = {option for names in options for option in names} | {"--help"}
         assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, f"{path.name}: teacher-cache {name}{rest}"
+        fields = set(getattr(command, "fields", ()))
+        assert set(re.findall(r"--set ([a-z_0-9]+)", rest)) <= fields, f"{path.name}: teacher-cache {name}{rest}"
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"(?:^|[;&|] )\s*make ([a-z-]+)\b", text, re.MULTILINE):
         assert target in targets, f"{path.name}: make {target}"

@@ -31,7 +31,7 @@ def trunk_features(start: Path, paths: Sequence[Path], device: str) -> NDArray[n
     """What the trunk of a student gives for images, float32 (len(paths), width).
 
     Args:
-        start: a folder of ``teacher-cache inherit``.
+        start: a folder of ``teacher-cache student inherit``.
     """
     student, _ = load_student(start)
     trunk: Any = student.model.visual.trunk.eval().to(device)  # type: ignore[union-attr,operator]

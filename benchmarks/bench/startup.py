@@ -18,7 +18,7 @@ from benchmarks.bench.harness import Row, Settings, interleave
 __all__ = ["measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_LIBRARIES = "import typer, rich.console, rich.table, pydantic; pydantic.BaseModel"
+_LIBRARIES = "import click, rich.console, rich.table, pydantic; pydantic.BaseModel"
 _OPEN = """
 import sys, time
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -54,7 +54,7 @@ def measure(settings: Settings) -> list[Row]:
         settings.rounds,
     )
     floor = statistics.median(seconds["libraries"])
-    libraries = "the whole process; beside it one that imports typer, rich and pydantic and ends"
+    libraries = "the whole process; beside it one that imports click, rich and pydantic and ends"
     return [
         _limit(f"teacher-cache info, {small:,} images", libraries, seconds["info"], 0.5, floor),
         _limit(f"teacher-cache info, {many:,} images", libraries, seconds["info large"], 0.5, floor),

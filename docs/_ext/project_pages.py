@@ -24,28 +24,24 @@ _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s#]+)(
 
 
 def make_pages() -> None:
-    """Bring the pages up to date; one that is as it was keeps its time, so that it is not built again."""
-    wanted = {COPIES / path.relative_to(PROJECT): path.read_bytes() for name in COPIED for path in PROJECT.glob(name)}
-    wanted |= {COPIES / "api" / f"{module}.md": _module_page(module).encode() for module in modules()}
-    wanted[COPIES / "modules.md"] = _list_of_modules().encode()
+    """Write the pages that changed. The others keep their time, so that Sphinx does not build them again."""
+    pages = {COPIES / path.relative_to(PROJECT): path.read_bytes() for name in COPIED for path in PROJECT.glob(name)}
+    pages |= {COPIES / "api" / f"{module}.md": _module_page(module).encode() for module in modules()}
+    pages[COPIES / "modules.md"] = _list_of_modules().encode()
     for page in COPIES.rglob("*"):
-        if page.is_file() and page not in wanted:
+        if page.is_file() and page not in pages:
             page.unlink()
-    for page, content in wanted.items():
+    for page, content in pages.items():
         if not page.exists() or page.read_bytes() != content:
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_bytes(content)
 
 
 def modules() -> list[str]:
-    """Every module of ``storage`` and ``pipeline`` but those of the commands, which have a reference of their own."""
+    """Return the modules of ``storage`` and ``pipeline``; the commands have a reference of their own."""
     paths = sorted(path for name in ("storage", "pipeline") for path in (PROJECT / name).rglob("*.py"))
-    names = [path.relative_to(PROJECT).with_suffix("").as_posix().replace("/", ".") for path in paths]
-    return [
-        name.removesuffix(".__init__")
-        for name in names
-        if not re.search(r"\.cli(_\w+)?$", name) and name not in ("storage.__init__", "pipeline.__init__")
-    ]
+    names = [".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return [f"teacher_cache.{name}" for name in names if "cli" not in name.split(".") and "." in name]
 
 
 def _module_page(module: str) -> str:
@@ -56,10 +52,10 @@ def _module_page(module: str) -> str:
 def _list_of_modules() -> str:
     lines = []
     for module in modules():
-        path = PROJECT / module.replace(".", "/")
+        path = PROJECT.joinpath(*module.split(".")[1:])
         code = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        said = (ast.get_docstring(ast.parse(code.read_text())) or "").partition("\n\n")[0]
-        lines.append(f"- {{py:mod}}`{module}`: {' '.join(said.split()).replace('``', '`').rstrip('.:')}")
+        summary = (ast.get_docstring(ast.parse(code.read_text())) or "").partition("\n\n")[0]
+        lines.append(f"- {{py:mod}}`{module}`: {' '.join(summary.split()).replace('``', '`').rstrip('.:')}")
     return "# All modules\n\n" + "\n".join(lines) + "\n"
 
 
@@ -85,7 +81,7 @@ def lead_links(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Called by Sphinx."""
+    """Connect to Sphinx, which calls it."""
     make_pages()  # before it looks for documents
     app.connect("source-read", lead_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""What autodoc does not see: fields of pydantic models with their descriptions, and trees in module docstrings."""
+"""Additions to autodoc: fields of pydantic models with their descriptions, and trees in module docstrings."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from sphinx.application import Sphinx
 from sphinx.util.typing import stringify_annotation
 
 
-def describe_fields(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Append a model's described fields to its docstring; those without a description are left to the docstring."""
-    if not (inspect.isclass(found) and issubclass(found, BaseModel)):
+def describe_fields(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Append the described fields of a model to its docstring."""
+    if not (inspect.isclass(member) and issubclass(member, BaseModel)):
         return
-    described = {key: field for key, field in found.model_fields.items() if field.description}
+    described = {key: field for key, field in member.model_fields.items() if field.description}
     if described:
         lines += ["", ".. rubric:: Fields", ""]
     for key, field in described.items():
         kind = stringify_annotation(field.annotation, "smart").replace("~", "").replace("typing.", "")
         default = "required"
         if not field.is_required():
-            default = f"``{field.get_default(call_default_factory=True)!r}`` if left out"
+            default = f"default ``{field.get_default(call_default_factory=True)!r}``"
         text = " ".join(str(field.description).split()).replace("*", r"\*").replace("|", r"\|").replace("`", r"\`")
         lines += [f"``{key}`` (``{kind}``, {default})", f"    {text}", ""]
 
 
-def leave_signature_out(app: Sphinx, what: str, name: str, found: Any, *rest: Any) -> tuple[str, None] | None:
-    """No signature for a model whose fields are told one by one below it."""
-    if inspect.isclass(found) and issubclass(found, BaseModel):
-        return ("", None) if any(field.description for field in found.model_fields.values()) else None
+def leave_signature_out(app: Sphinx, what: str, name: str, member: Any, *rest: Any) -> tuple[str, None] | None:
+    """Return an empty signature for a model whose fields are listed below it."""
+    if inspect.isclass(member) and issubclass(member, BaseModel):
+        return ("", None) if any(field.description for field in member.model_fields.values()) else None
     return None
 
 
-def keep_trees(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Show the indented blocks of a module's docstring, trees of files and the like, as they are typed."""
+def keep_trees(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Show the indented blocks of a module's docstring, such as trees of files, as they are typed."""
     if what != "module":
         return
     inside, out = False, []
@@ -48,7 +48,7 @@ def keep_trees(app: Sphinx, what: str, name: str, found: Any, options: Any, line
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Called by Sphinx."""
+    """Connect to Sphinx, which calls it."""
     app.connect("autodoc-process-docstring", keep_trees, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", describe_fields)
     app.connect("autodoc-process-signature", leave_signature_out)

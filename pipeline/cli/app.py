@@ -9,74 +9,92 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from teacher_cache.pipeline.cli.flags import say
 from teacher_cache.pipeline.train.stop_signals import interrupt
-from teacher_cache.storage.cli.app import JsonFlag, app, commands_in, print_json
+from teacher_cache.storage.cli.app import app, commands_in
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
-from teacher_cache.storage.observe.logs import start_json_logs_if_asked, stop_json_logs
+from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
 
-commands_in("teacher_cache.pipeline.cli.caches", "plan")
-commands_in("teacher_cache.pipeline.cli.caches", "precompute", "verify", "repair")
-commands_in("teacher_cache.pipeline.cli.caches", "import")
-commands_in("teacher_cache.pipeline.cli.train", "pixels")
-commands_in("teacher_cache.pipeline.cli.train", "inherit", "train", "soup", "resize")
-commands_in("teacher_cache.pipeline.cli.evaluate", "evaluate")
-commands_in("teacher_cache.pipeline.cli.evaluate", "zero-shot")
-commands_in("teacher_cache.pipeline.cli.evaluate", "cost")
-commands_in("teacher_cache.pipeline.cli.deploy", "deploy")
-commands_in("teacher_cache.pipeline.cli.deploy", "infer")
-commands_in("teacher_cache.pipeline.cli.champions", "promote", "students", "rollback")
-commands_in("teacher_cache.pipeline.cli.report", "report")
-commands_in("teacher_cache.pipeline.cli.champions", "retrain")
-
-_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the demo; its cache and run are replaced.")] = Path(
-        "runs/demo"
-    ),
-    json: JsonFlag = False,
-) -> None:
-    """Run the main job on rendered scenes and a small teacher that are shipped: precompute, train, evaluate."""
-    from rich.console import Console
-
-    from teacher_cache.pipeline.cli.demo import demo_table, run_demo
-    from teacher_cache.storage.observe.progress import StageProgress
-
-    with StageProgress() as progress:
-        result = run_demo(out, progress)
-    if json:
-        print_json(result)
-    else:
-        Console().print(demo_table(result))
+commands_in(
+    "Cache",
+    "teacher_cache.pipeline.cli.caches",
+    {
+        "precompute": "Run a teacher once over a dataset and keep its embeddings.",
+        "import": "Make a cache from embeddings that clip-retrieval wrote.",
+        "verify": "Check every byte of a cache; with --sample, random rows against the teacher.",
+        "repair": "Restore damaged files of a cache and encode damaged chunks again.",
+    },
+    first=True,
+)
+commands_in(
+    "Student",
+    "teacher_cache.pipeline.cli.student",
+    {"student": "Make, average, resize or time a student: inherit, mean, resize, pixels, cost."},
+)
+commands_in(
+    "Student",
+    "teacher_cache.pipeline.cli.train",
+    {"train": "Train a student from a finished cache."},
+)
+commands_in(
+    "Student",
+    "teacher_cache.pipeline.cli.evaluate",
+    {
+        "evaluate": "Measure the recall of a teacher and its student, and what the student retains.",
+        "zero-shot": "Measure the zero-shot accuracy of a student, a teacher or both.",
+    },
+)
+commands_in(
+    "Ship",
+    "teacher_cache.pipeline.cli.deploy",
+    {
+        "deploy": "Ship a student: ONNX, int8, open_clip weights, tokenizer and a table of measurements.",
+        "infer": "Score texts against images with a deployed student.",
+    },
+)
+commands_in(
+    "Ship",
+    "teacher_cache.pipeline.cli.champions",
+    {
+        "promote": "Make a student the champion if it is not worse than the champion.",
+        "students": "List champions and challengers, or roll back to an earlier champion.",
+    },
+)
+commands_in(
+    "Operate",
+    "teacher_cache.pipeline.cli.champions",
+    {"retrain": "Retrain and promote a student if the dataset has changed."},
+)
+commands_in(
+    "Operate",
+    "teacher_cache.pipeline.cli.report",
+    {"report": "Write one HTML page about a cache and its students."},
+)
+commands_in(
+    "Operate",
+    "teacher_cache.pipeline.cli.demo",
+    {"demo": "Run the main job on built-in scenes: precompute, train, evaluate."},
+)
 
 
 def main() -> None:
-    """Entry point of the ``teacher-cache`` command. SIGTERM stops it as Ctrl-C does, and is given back after.
+    """Run the command line and exit. SIGTERM stops it as Ctrl-C does; its handler is restored afterwards.
 
-    One that came leaves this process deaf to the end of its children
-    (``teacher_cache.pipeline.train.stop_signals.interrupt``).
+    A stopped process no longer reaps its children (``teacher_cache.pipeline.train.stop_signals.interrupt``).
     """
-    # none is ours, and to look for some reads the metadata of every package that is installed
+    # we use no pydantic plugin, and looking for one reads the metadata of every installed package
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         start_json_logs_if_asked()
-        app(standalone_mode=True)
-    except SystemExit as ended:
-        if ended.code != _INTERRUPTED:
-            raise
-        say("stopped")
-        sys.exit(1)
+        sys.exit(app.main(prog_name="teacher-cache", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except UsageError as error:
         say(f"error: {error}")
         sys.exit(2)
@@ -85,7 +103,7 @@ def main() -> None:
             raise
         say(f"error: {MissingPackageError(error.name)}")
         sys.exit(2)
-    # FloatingPointError: the loss left the numbers; OSError: a file or a disk; both name what they met
+    # FloatingPointError: the loss is not finite; OSError: a file or a disk. Both name what they met
     except (CacheError, FloatingPointError, OSError) as error:
         say(f"error: {error}")
         sys.exit(1)

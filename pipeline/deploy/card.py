@@ -181,7 +181,7 @@ What each file had to pass, and did:
 
 ## Use
 With onnxruntime; torch is not imported (where it shall not be installed either: `pip install --no-deps teacher-cache`
-beside onnxruntime, tokenizers, ftfy, pillow, numpy and pydantic, and typer and rich for the command):
+beside onnxruntime, tokenizers, ftfy, pillow, numpy and pydantic, and click and rich for the command):
 ```python
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 

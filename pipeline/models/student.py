@@ -145,7 +145,7 @@ class Student(nn.Module):
         ):  # of open_clip's transformers, see teacher_cache.pipeline.models.resize
             way_out = (
                 "Leave the setting out, or train a student with that image_size in its config and give the run its "
-                "full size by teacher-cache resize"
+                "full size by teacher-cache student resize"
             )
         self.require_takes(size, "train_image_size", way_out)
         return replace(self.preprocess, size=(size, size))

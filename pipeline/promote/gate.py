@@ -234,12 +234,12 @@ def checkpoint_of(student: Candidate) -> Path:
     if not (path / CHECKPOINT_WEIGHTS).exists():
         raise UsageError(
             f"{path}: student {student.number} of the registry was there, and is gone. Bring the run back, name "
-            "another champion by teacher-cache rollback --to, or begin a new registry"
+            "another champion by teacher-cache students rollback --to, or begin a new registry"
         )
     if weights_file_sha256(path) != student.weights_sha256:
         raise UsageError(
             f"{path}: these are not the weights of student {student.number} (sha256 {student.weights_sha256[:12]}). "
-            "Was it trained anew in the same folder? Name another champion by teacher-cache rollback --to, or begin a "
+            "Was it trained anew in the same folder? Name another champion by students rollback --to, or begin a "
             "new registry"
         )
     return path

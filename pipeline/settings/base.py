@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = [
     "AcceptMismatch",
@@ -24,12 +24,19 @@ __all__ = [
     "comma_separated",
 ]
 
+
+def comma_separated(value: Any) -> Any:
+    """Split a text at its commas, as the command line gives a list of numbers; return any other value unchanged."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 Decoder = Literal["pillow", "jpeg-scaled"]
 Precision = Literal["fp32", "bf16", "fp16"]
 StoredDtype = Literal["float16", "int8"]
 
 AcceptMismatch = Annotated[
     tuple[str, ...],
+    BeforeValidator(comma_separated),
     Field(description="Fields of the identity that may differ, for example dataset. Recorded in the result."),
 ]
 Checkpoint = Annotated[
@@ -69,8 +76,3 @@ class StageConfig(BaseModel):
     """Settings of one stage: immutable, and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def comma_separated(value: Any) -> Any:
-    """Split a text at its commas, as the command line gives a list of numbers; return any other value unchanged."""
-    return value.split(",") if isinstance(value, str) else value

@@ -1,9 +1,15 @@
-"""Settings of a stage from a run file and flags: TOML with a table per stage, checked before any model is built."""
+"""Settings of a stage from a run file, ``--set name=value`` and flags, checked before any model is built.
+
+A run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts for all
+stages but ``[retrain]``, which makes its own. The run file comes first, ``--set`` wins over it, and flags win over
+both. Paths are relative to the working directory, wherever they are written.
+"""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,70 +18,55 @@ from pydantic import ValidationError
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["check_config", "given_settings", "load_config"]
+__all__ = ["RUN_FILE_STAGES", "check_config", "did_you_mean", "explicit_settings", "load_config"]
 
-# a run file's tables, one for each stage that can be set there
-_TABLES = {
-    "precompute": "PrecomputeConfig",
-    "train": "TrainConfig",
-    "evaluate": "EvaluateConfig",
-    "retrain": "RetrainConfig",
-}
+RUN_FILE_STAGES = ("precompute", "train", "evaluate", "retrain")
 
 _C = TypeVar("_C", bound=StageConfig)
 
 
-def load_config(kind: type[_C], section: str, path: Path | None, overrides: dict[str, Any]) -> _C:
-    """One stage's settings from a run file and flags; a flag wins.
-
-    The run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts
-    for all stages but ``[retrain]``, which makes its own. Paths in it are relative to the working directory, as
-    those of flags are.
+def load_config(
+    kind: type[_C], stage: str, path: Path | None, flags: dict[str, Any], assignments: Sequence[str] = ()
+) -> _C:
+    """Return the checked settings of one stage.
 
     Args:
-        overrides: settings by name; None means not given.
+        path: the run file, if any.
+        flags: settings by name. None means that the flag was not typed.
+        assignments: texts ``name=value`` of ``--set``. The value is TOML, else a text; a dotted name is nested.
 
     Raises:
-        UsageError: the file is not TOML, has an unknown table or setting, or a setting is missing or wrong; the
+        UsageError: the file is not TOML, has an unknown table or setting, or a setting is missing or wrong. The
             message names the file and each setting.
     """
-    where = f"{path} [{section}]" if path else section
-    return check_config(kind, given_settings(section, path, overrides), where)
+    where = f"{path} [{stage}]" if path else stage
+    return check_config(kind, explicit_settings(stage, path, flags, assignments), where)
 
 
-def given_settings(section: str, path: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a stage that a run file and flags name; see :func:`load_config`, without its checks of values.
+def explicit_settings(
+    stage: str, path: Path | None, flags: dict[str, Any], assignments: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the settings of a stage that were written or typed, with values unchecked; see :func:`load_config`.
 
     Raises:
-        UsageError: the run file cannot be read, is not TOML or has an unknown table.
+        UsageError: the run file cannot be read, is not TOML or has an unknown table; or an assignment is malformed.
     """
     settings: dict[str, Any] = {}
     if path is not None:
-        try:
-            tables = tomllib.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise UsageError(f"{path}: no such run file") from error
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: not TOML: {error}") from error
-        for name, table in tables.items():
-            if name != "cache" and not isinstance(table, dict):
-                raise UsageError(f"{path}: {name} = {table!r} where a table [{name}] is wanted")
-        unknown = sorted(set(tables) - {"cache", *_TABLES})
-        if unknown:
-            known = ", ".join(f"[{name}]" for name in _TABLES)
-            raise UsageError(f"{path}: unknown {', '.join(unknown)}; a run file has cache, {known}")
-        shared = {"cache": tables["cache"]} if "cache" in tables and section != "retrain" else {}
-        settings = {**shared, **tables.get(section, {})}
-    return settings | {name: value for name, value in overrides.items() if value is not None}
+        tables = _read_tables(path)
+        if "cache" in tables and stage != "retrain":
+            settings["cache"] = tables["cache"]
+        settings |= tables.get(stage, {})
+    for assignment in assignments:
+        _assign(settings, assignment)
+    return settings | {name: value for name, value in flags.items() if value is not None}
 
 
 def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
-    """Settings by name as a checked object.
+    """Return settings by name as a checked object.
 
     Args:
-        where: what names them in a message: a run file and its table.
+        where: origin of the settings for messages: a run file and its table.
 
     Raises:
         UsageError: a setting is missing, unknown or wrong.
@@ -83,16 +74,66 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "missing":
-                or_file = " or set it in a run file" if kind.__name__ in _TABLES.values() else ""
-                lines.append(f"{name} is missing: give --{name.replace('_', '-')}{or_file}")
-            elif problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, kind.model_fields, n=1)
-                lines.append(f"{name} is no setting" + (f"; is {near[0]} meant?" if near else ""))
-            else:
-                said = str(problem["msg"]).removeprefix("Value error, ")
-                lines.append(f"{name}: {said}" if name else said)
-        raise UsageError(f"{where}: " + "; ".join(lines)) from error
+        problems = [_problem(kind, dict(problem), where) for problem in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(problems)) from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion of the known name most similar to this one, or nothing."""
+    similar = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such run file") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
+    for name, table in tables.items():
+        if name != "cache" and not isinstance(table, dict):
+            raise UsageError(f"{path}: {name} = {table!r} must be a table [{name}]")
+        if name not in ("cache", *RUN_FILE_STAGES):
+            stages = ", ".join(f"[{stage}]" for stage in RUN_FILE_STAGES)
+            hint = did_you_mean(name, RUN_FILE_STAGES)
+            raise UsageError(f"{path}: unknown table [{name}]{hint or f'; a run file has cache, {stages}'}")
+    return tables
+
+
+def _assign(settings: dict[str, Any], assignment: str) -> None:
+    """Set one value; tables on the way to it are copied."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {assignment}: write name=value")
+    *parents, last = name.split(".")
+    table = settings
+    for parent in parents:
+        inner = table.get(parent, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {assignment}: {parent} holds no settings of its own")
+        table[parent] = dict(inner)
+        table = table[parent]
+    table[last] = _toml_value(text)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # --set split=test need not be quoted
+
+
+def _problem(kind: type[StageConfig], problem: dict[str, Any], where: str) -> str:
+    """Return one problem that pydantic found, with the next step."""
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        stage = where.rpartition("[")[2].rstrip("]")
+        or_file = " or set it in a run file" if stage in RUN_FILE_STAGES else ""
+        return f"{name} is missing: give --{name.replace('_', '-')}{or_file}"
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is not a setting{did_you_mean(name, kind.model_fields)}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message

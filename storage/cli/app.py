@@ -1,152 +1,295 @@
-"""The ``teacher-cache`` app: commands that are imported when they are asked for, and what all of them share. No torch.
+"""The ``teacher-cache`` command group. No torch.
 
-Reading one manifest takes milliseconds; importing every command, with the libraries behind it, takes longer than
-that. So the app knows the names of commands and their modules, and imports a module once one of its commands is run,
-shown or completed.
+The group knows the name, module and summary of every command. A module is imported when one of its commands runs or
+shows its help, so that ``info`` and ``--help`` wait for nothing that they do not use.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import typer
-from typer.core import TyperGroup
-from typer.main import get_command_from_info
+import click
+from click.shell_completion import CompletionItem
+
+from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 __all__ = [
-    "CacheArgument",
-    "JsonFlag",
+    "Argument",
+    "Command",
+    "Group",
     "app",
     "byte_size",
+    "cache_argument",
+    "command",
     "commands_in",
+    "complete_cache",
     "complete_location",
     "counted",
+    "every_command",
+    "json_flag",
     "print_json",
+    "print_lines",
     "rates",
+    "seed_option",
+    "view_option",
 ]
 
-_modules: dict[str, str] = {}
-_CACHE_MARK = (
-    "manifest.json"  # teacher_cache.storage.format.manifest.MANIFEST_KEY, which takes pydantic's time to import
-)
+PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
+HELP_WIDTH = 100  # columns
+# teacher_cache.storage.format.manifest.MANIFEST_KEY; importing that module takes pydantic's time
+_MANIFEST_KEY = "manifest.json"
+
+_Callback = Callable[..., Any]
+_F = TypeVar("_F", bound=_Callback)
 
 
-def commands_in(module: str, *names: str) -> None:
-    """Say which commands a module registers; it is imported when one of them is asked for."""
-    _modules.update(dict.fromkeys(names, module))
+class Argument(click.Argument):
+    """An argument that ``--help`` describes."""
+
+    def __init__(self, names: list[str], described: str = "", **settings: Any) -> None:
+        super().__init__(names, **settings)
+        self.described = described
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Return the name and the description, for the help and the documentation site."""
+        return self.make_metavar(ctx), self.described
 
 
-class _Commands(MutableMapping[str, Any]):
-    """Commands by name, in the order of :func:`commands_in`; then those that were registered by an import."""
+class Command(click.Command):
+    """A command whose help lists arguments and options apart, followed by an example."""
 
-    def __init__(self, made: dict[str, Any]) -> None:
-        self._made = made
+    def __init__(self, *args: Any, example: str = "", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.example = example
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._made and name in _modules:
-            import_module(_modules[name])
-            for info in app.registered_commands:
-                made = get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
-                self._made.setdefault(str(made.name), made)
-        return self._made[name]
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the parameters, arguments first."""
+        for title, kind in (("Arguments", click.Argument), ("Options", click.Option)):
+            records = (param.get_help_record(ctx) for param in self.get_params(ctx) if isinstance(param, kind))
+            if rows := [record for record in records if record is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._made[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*_modules, *self._made]))
-
-    def __len__(self) -> int:
-        return len({*_modules, *self._made})
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example in one line, as it is typed."""
+        if self.example:
+            formatter.write(f"\nExample: teacher-cache {self.example}\n")
 
 
-class _Group(TyperGroup):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.commands = _Commands(dict(self.commands))
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)
+class _Entry(NamedTuple):
+    panel: str
+    module: str
+    summary: str
 
 
-app = typer.Typer(
-    name="teacher-cache",
-    cls=_Group,
-    help="Run a CLIP teacher once, keep its embeddings, distil every student from the cache.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-commands_in("teacher_cache.storage.cli.look", "ls", "info")
-commands_in("teacher_cache.storage.cli.rows", "stats", "sample", "neighbours")
-commands_in("teacher_cache.storage.cli.compare", "diff", "gc", "export")
+class Group(click.Group):
+    """Commands in panels, imported on demand."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.entries: dict[str, _Entry] = {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, panel by panel."""
+        return [*sorted(self.entries, key=lambda name: PANELS.index(self.entries[name].panel)), *self.commands]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interruption that it does not answer itself is one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("stopped")
+            ctx.exit(1)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return the command."""
+        entry = self.entries.get(cmd_name)
+        if entry is None:
+            return super().get_command(ctx, cmd_name)
+        members = vars(import_module(entry.module)).values()
+        command = next(member for member in members if isinstance(member, click.Command) and member.name == cmd_name)
+        if not (command.help or "").startswith(entry.summary):
+            command.help = f"{entry.summary}\n\n{command.help or ''}".strip()
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest a similar name."""
+        name = args[0]
+        if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
+            similar = get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = f" Did you mean {similar[0]!r}?" if similar else " teacher-cache --help lists all."
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by panel, from the summaries alone."""
+        for panel in dict.fromkeys(self._panel(name) for name in self.list_commands(ctx)):
+            with formatter.section(panel):
+                names = [name for name in self.list_commands(ctx) if self._panel(name) == panel]
+                formatter.write_dl([(name, self._summary(name)) for name in names])
+
+    def _panel(self, name: str) -> str:
+        return self.entries[name].panel if name in self.entries else "Commands"
+
+    def _summary(self, name: str) -> str:
+        return (
+            self.entries[name].summary if name in self.entries else self.commands[name].get_short_help_str(HELP_WIDTH)
+        )
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
     if asked:
-        from importlib.metadata import version  # 20 ms that no other command has to wait for
+        from importlib.metadata import version  # 20 ms that no other command waits for
 
-        sys.stdout.write(f"teacher-cache {version('teacher-cache')}\n")
-        raise typer.Exit
+        click.echo(f"teacher-cache {version('teacher-cache')}")
+        ctx.exit()
 
 
-# with a callback, typer makes a group of an app that has no command yet
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
+app = Group(
+    "teacher-cache",
+    help="Run a CLIP teacher once, keep its embeddings, distill every student from the cache.",
+    no_args_is_help=True,
+    context_settings={"max_content_width": HELP_WIDTH, "help_option_names": ["-h", "--help"]},
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Show the version and exit.",
+        )
+    ],
+)
+
+
+def commands_in(panel: str, module: str, summaries: Mapping[str, str], first: bool = False) -> None:
+    """Register the commands of a module, by name with their summaries, in a panel of ``--help``.
+
+    Args:
+        first: list them before the commands that the panel has.
+    """
+    entries = {name: _Entry(panel, module, summary) for name, summary in summaries.items()}
+    app.entries = entries | app.entries if first else app.entries | entries
+
+
+commands_in(
+    "Cache",
+    "teacher_cache.storage.cli.compare",
+    {
+        "gc": "List files that belong to no chunk: cut-off writes, claims of ended processes, unknown files.",
+        "export": "Write embeddings as npy and parquet, in the layout of clip-retrieval and autofaiss.",
+    },
+)
+commands_in(
+    "Look inside",
+    "teacher_cache.storage.cli.info",
+    {
+        "ls": "List the caches below a path or URL.",
+        "info": "Show what a cache holds and how much of it is done.",
+    },
+)
+commands_in(
+    "Look inside",
+    "teacher_cache.storage.cli.rows",
+    {
+        "stats": "Summarize the embeddings: norms, cosines, duplicates, rank.",
+        "look": "Show random images with their nearest captions, or the neighbours of one image or caption.",
+    },
+)
+commands_in("Look inside", "teacher_cache.storage.cli.compare", {"diff": "Compare two caches."})
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    """Yield every command, and those of groups, by the words that are typed."""
+    ctx = click.Context(app)
+    for name in app.list_commands(ctx):
+        command = app.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {verb}", inner) for verb, inner in command.commands.items())
+        elif command is not None:
+            yield name, command
 
 
 def complete_location(incomplete: str) -> list[str]:
-    """Folders that begin like this, for a shell: caches as they are, others with a slash to go on behind."""
+    """Return the folders that start like this: caches by their name, others with a slash to continue after."""
     if "://" in incomplete:
-        return []  # a store would be asked at each key
+        return []  # an object store would be asked at each key
     base, _, start = incomplete.rpartition("/")
     folder = Path(f"{base}/" if "/" in incomplete else ".")
     try:
-        found = sorted(path for path in folder.iterdir() if path.name.startswith(start) and path.is_dir())
+        paths = sorted(path for path in folder.iterdir() if path.name.startswith(start) and path.is_dir())
     except OSError:
         return []
     before = incomplete.removesuffix(start) if start else incomplete
     return [
-        f"{before}{path.name}{'' if (path / _CACHE_MARK).is_file() else '/'}"
-        for path in found
+        f"{before}{path.name}{'' if (path / _MANIFEST_KEY).is_file() else '/'}"
+        for path in paths
         if start.startswith(".") or not path.name.startswith(".")
     ]
 
 
-CacheArgument = Annotated[
-    str, typer.Argument(metavar="CACHE", help="Folder or URL of the cache.", autocompletion=complete_location)
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+def complete_cache(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer a shell the folders of :func:`complete_location`."""
+    return [CompletionItem(path) for path in complete_location(incomplete)]
 
 
-def counted(number: int, what: str) -> str:
-    """The number and the word, in the plural but for one."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def command(name: str | None = None, example: str = "") -> Callable[[_Callback], click.Command]:
+    """Return a decorator that makes a command of a function, with an example for its help."""
+    return click.command(name, cls=Command, example=example)
+
+
+def cache_argument(
+    name: str = "cache", described: str = "Folder or URL of the cache.", **settings: Any
+) -> Callable[[_F], _F]:
+    """Return a decorator that adds the argument for a cache, which shells complete."""
+    settings.setdefault("metavar", "CACHE")
+    return click.argument(name, cls=Argument, described=described, shell_complete=complete_cache, **settings)
+
+
+def json_flag(function: _F) -> _F:
+    """Add ``--json`` to a command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
+
+
+def seed_option(function: _F) -> _F:
+    """Add ``--seed`` to a command that draws rows."""
+    return click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random rows."
+    )(function)
+
+
+def view_option(function: _F) -> _F:
+    """Add ``--view`` to a command that reads image embeddings."""
+    described = "View of the images. 0 is the evaluation crop."
+    return click.option("--view", type=click.IntRange(0), default=0, show_default=True, help=described)(function)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number and the noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def rates(images: float | None, captions: float | None) -> str:
-    """Of the teacher, a second; what is not known is left out."""
-    each = ((images, "images/s"), (captions, "captions/s"))
-    return ", ".join(f"{rate:,.0f} {what}" for rate, what in each if rate is not None) or "none by the teacher noted"
+    """Return the teacher's rates per second that are known."""
+    known = ((images, "images/s"), (captions, "captions/s"))
+    return ", ".join(f"{rate:,.0f} {unit}" for rate, unit in known if rate is not None) or "none by the teacher noted"
 
 
 def byte_size(nbytes: float) -> str:
-    """Bytes for people: 1.2 MB."""
+    """Return a number of bytes for people: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
@@ -155,5 +298,11 @@ def byte_size(nbytes: float) -> str:
 
 
 def print_json(result: BaseModel) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines on stdout; characters that are not printable, such as a terminal's commands, are replaced."""
+    for line in lines:
+        click.echo("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line))

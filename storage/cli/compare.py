@@ -2,153 +2,160 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-import typer
-from rich.console import Console
+import click
 
 from teacher_cache.storage.cli.app import (
-    CacheArgument,
-    JsonFlag,
-    app,
     byte_size,
-    complete_location,
+    cache_argument,
+    command,
     counted,
+    json_flag,
     print_json,
+    print_lines,
+    seed_option,
+    view_option,
 )
-from teacher_cache.storage.errors import UsageError
 
 if TYPE_CHECKING:
     from teacher_cache.storage.check.garbage import GarbageReport
+    from teacher_cache.storage.check.verify import Finding, IntegrityReport
     from teacher_cache.storage.look.diff import CacheDiff, Drift
-from collections.abc import Sequence
-
-from teacher_cache.storage.check.verify import Finding, IntegrityReport
 
 __all__ = ["diff", "export", "gc", "print_findings", "print_report"]
 
 _SHOWN = 5
 
 
-@app.command()
-def diff(
-    a: CacheArgument,
-    b: Annotated[
-        str, typer.Argument(metavar="OTHER", help="The cache to compare with.", autocompletion=complete_location)
-    ],
-    view: Annotated[int, typer.Option("--view", min=0, help="View of the images whose embeddings to compare.")] = 0,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Images whose embeddings to compare at most; of more, some are drawn.")
-    ] = 20_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Compare two caches: identity, images added, removed, changed, drift of embeddings. Exit 1 unless the same."""
+@command("diff", example="diff caches/old.cache caches/new.cache")
+@cache_argument("a")
+@cache_argument("b", "Folder or URL of the other cache.", metavar="OTHER")
+@view_option
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Maximum number of images whose embeddings are compared. More are sampled.",
+)
+@seed_option
+@json_flag
+def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None:
+    """Shows differences of identity, images and captions, and the drift of embeddings. Exit 1 unless they are equal."""
     from teacher_cache.storage.look.diff import diff_caches
     from teacher_cache.storage.observe.progress import StageProgress
 
     with StageProgress() as progress:
-        found = diff_caches(a, b, view, rows, seed, progress)
-    if json:
-        print_json(found)
+        result = diff_caches(a, b, view, rows, seed, progress)
+    if as_json:
+        print_json(result)
     else:
-        _say(*_diff_lines(found))
-    if not found.same:
-        raise typer.Exit(1)
+        print_lines(*_diff_lines(result))
+    if not result.same:
+        sys.exit(1)
 
 
-@app.command()
-def gc(
-    cache: CacheArgument,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what writes and processes left; without it nothing is touched.")
-    ] = False,
-    unknown: Annotated[
-        bool, typer.Option("--unknown", help="With --delete: unknown files too. They may be somebody's: look first.")
-    ] = False,
-    json: JsonFlag = False,
-) -> None:
-    """List what belongs to nothing: cut-off writes, claims of ended processes, unknown files. --delete removes it."""
+@command("gc", example="gc caches/coco.cache --delete")
+@cache_argument()
+@click.option("--delete", is_flag=True, help="Delete what writers and processes left behind.")
+@click.option("--unknown", is_flag=True, help="With --delete: delete unknown files too. Look at them first.")
+@json_flag
+def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
+    """Without --delete nothing is changed."""
     from teacher_cache.storage.check.garbage import collect_garbage
 
-    found = collect_garbage(cache, delete, unknown)
-    if json:
-        print_json(found)
+    report = collect_garbage(cache, delete, unknown)
+    if as_json:
+        print_json(report)
     else:
-        _say(*_garbage_lines(found))
+        print_lines(*_garbage_lines(report))
 
 
-@app.command()
+@command("export", example="export caches/coco.cache --out exported --split train")
+@cache_argument()
+@click.option("--out", required=True, help="New local folder.")
+@click.option("--split", help="Split to export. Default: all.")
+@click.option(
+    "--captions",
+    type=click.Choice(["first", "all"]),
+    default="first",
+    show_default=True,
+    help="Captions of each image. all repeats the image for each.",
+)
+@view_option
+@click.option(
+    "--rows-per-file", type=click.IntRange(1), default=1_000_000, show_default=True, help="Rows of each npy file."
+)
+@json_flag
 def export(
-    cache: CacheArgument,
-    out: Annotated[str, typer.Option("--out", help="New local folder.")],
-    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
-    captions: Annotated[
-        str, typer.Option("--captions", help="first of each image, or all of them, the image repeated for each.")
-    ] = "first",
-    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
-    rows_per_file: Annotated[int, typer.Option("--rows-per-file", min=1, help="Rows of each npy file.")] = 1_000_000,
-    json: JsonFlag = False,
+    cache: str,
+    out: str,
+    split: str | None,
+    captions: Literal["first", "all"],
+    view: int,
+    rows_per_file: int,
+    as_json: bool,
 ) -> None:
-    """Write embeddings as npy and parquet, in the folders that clip-retrieval and autofaiss read."""
+    """Quarantined rows are left out."""
     from teacher_cache.storage.look.export import export_rows
     from teacher_cache.storage.observe.progress import StageProgress
 
-    if captions not in ("first", "all"):
-        raise UsageError(f"--captions {captions}: first or all is wanted")
     with StageProgress() as progress:
-        which: Literal["first", "all"] = "all" if captions == "all" else "first"
-        found = export_rows(cache, out, split, which, view, rows_per_file, progress)
-    if json:
-        print_json(found)
+        result = export_rows(cache, out, split, captions, view, rows_per_file, progress)
+    if as_json:
+        print_json(result)
         return
-    _say(
-        f"{found.out}: {counted(found.rows, 'pair')} of {counted(found.images, 'image')}, {found.embed_dim} wide, "
-        f"{found.dtype}, in {counted(found.parts, 'part')}; {found.quarantined:,} quarantined left out"
+    print_lines(
+        f"{result.out}: {counted(result.rows, 'pair')} of {counted(result.images, 'image')}, {result.embed_dim} wide, "
+        f"{result.dtype}, in {counted(result.parts, 'part')}; {result.quarantined:,} quarantined left out"
     )
 
 
-def _garbage_lines(found: GarbageReport) -> list[str]:
-    lines = [f"{each.kind}: {each.key} ({byte_size(each.nbytes)})" for each in found.found]
-    what = f"{counted(len(found.found), 'file')}, {byte_size(found.nbytes)}"
-    if not found.found:
-        lines = [f"{found.location}: nothing to collect"]
-    elif found.deleted:
-        lines.append(f"{found.location}: {what} deleted")
+def _garbage_lines(report: GarbageReport) -> list[str]:
+    if not report.found:
+        lines = [f"{report.location}: nothing to collect"]
     else:
-        lines.append(
-            f"{found.location}: {what}; nothing was touched, --delete removes them, unknown files with --unknown"
-        )
-    if found.left:
-        lines.append(f"{counted(found.left, 'unknown file')} left; look at them, --delete --unknown removes them too")
+        total = f"{counted(len(report.found), 'file')}, {byte_size(report.nbytes)}"
+        state = "deleted" if report.deleted else "found; --delete removes them, unknown files with --unknown"
+        lines = [f"{file.kind}: {file.key} ({byte_size(file.nbytes)})" for file in report.found]
+        lines.append(f"{report.location}: {total} {state}")
+    if report.left:
+        lines.append(f"{counted(report.left, 'unknown file')} kept; look at them, --delete --unknown removes them too")
     return lines
 
 
-def _diff_lines(found: CacheDiff) -> list[str]:
-    lines = [f"{found.a}: manifest {found.manifest_a[:12]}", f"{found.b}: manifest {found.manifest_b[:12]}"]
-    for title, fields in (("identity", found.identity), ("layout", found.layout), ("only names", found.names)):
-        lines += [f"{title}: {each.field}: {each.a} -> {each.b}" for each in fields]
-    lines.append(
-        f"images: {found.images_added:,} added, {found.images_removed:,} removed, {found.images_changed:,} changed, "
-        f"{found.images_moved:,} in another row"
-    )
-    lines += [f"  + {sample_id}" for sample_id in found.added[:_SHOWN]]
-    lines += [f"  - {sample_id}" for sample_id in found.removed[:_SHOWN]]
-    lines += [f"  ~ {change.sample_id}: {', '.join(change.what)}" for change in found.changed[:_SHOWN]]
-    for name, drift in (("image", found.images), ("caption", found.captions)):
+def _diff_lines(result: CacheDiff) -> list[str]:
+    lines = [f"{result.a}: manifest {result.manifest_a[:12]}", f"{result.b}: manifest {result.manifest_b[:12]}"]
+    for title, fields in (("identity", result.identity), ("layout", result.layout), ("only names", result.names)):
+        lines += [f"{title}: {difference.field}: {difference.a} -> {difference.b}" for difference in fields]
+    lines += _image_changes(result)
+    for name, drift in (("image", result.images), ("caption", result.captions)):
         if drift is not None:
             lines += _drift_lines(name, drift)
-    if found.images_in_one:
-        lines.append(f"{counted(found.images_in_one, 'image')} with an embedding in one of the two only")
-    if found.other_chunks:
-        lines.append(f"{counted(found.other_chunks, 'chunk')} of other bytes, of all views, norms and crops")
-    if found.sampled:
-        lines.append("some of the rows that both have were compared; --rows compares more")
-    if found.not_compared:
-        lines.append(f"embeddings not compared: {found.not_compared}")
-    if found.same or found.differs:
-        return [*lines, "the same" if found.same else "they differ"]
+    if result.images_in_one:
+        lines.append(f"{counted(result.images_in_one, 'image')} with an embedding in one of the two only")
+    if result.other_chunks:
+        lines.append(f"{counted(result.other_chunks, 'chunk')} of other bytes, of all views, norms and crops")
+    if result.sampled:
+        lines.append("embeddings of a sample of the rows were compared; --rows compares more")
+    if result.not_compared:
+        lines.append(f"embeddings not compared: {result.not_compared}")
+    if result.same or result.differs:
+        return [*lines, "the same" if result.same else "they differ"]
     return [*lines, "nothing that was compared differs"]
+
+
+def _image_changes(result: CacheDiff) -> list[str]:
+    return [
+        f"images: {result.images_added:,} added, {result.images_removed:,} removed, {result.images_changed:,} changed, "
+        f"{result.images_moved:,} in another row",
+        *(f"  + {sample_id}" for sample_id in result.added[:_SHOWN]),
+        *(f"  - {sample_id}" for sample_id in result.removed[:_SHOWN]),
+        *(f"  ~ {change.sample_id}: {', '.join(change.what)}" for change in result.changed[:_SHOWN]),
+    ]
 
 
 def _drift_lines(name: str, drift: Drift) -> list[str]:
@@ -163,31 +170,22 @@ def _drift_lines(name: str, drift: Drift) -> list[str]:
     ]
 
 
-def _say(*lines: str) -> None:
-    console = Console(highlight=False)
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
-
-
 _FINDINGS_SHOWN = 20
 
 
 def print_report(report: IntegrityReport) -> None:
-    """The first findings and the verdict."""
-    console = Console()
+    """Print the first findings and the verdict."""
     print_findings(report.findings)
     counts = (
         f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
         f"({report.quarantined} quarantined), {report.captions:,} captions, {report.bytes_read / 1e6:,.1f} MB read"
     )
     verdict = "sound" if report.ok else counted(len(report.findings), "finding")
-    console.print(f"{report.location}: {verdict}: {counts}", markup=False, soft_wrap=True)
+    print_lines(f"{report.location}: {verdict}: {counts}")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """One line for each of the first findings."""
-    console = Console()
-    for finding in findings[:_FINDINGS_SHOWN]:
-        console.print(f"{finding.kind}: {finding.message}", markup=False, soft_wrap=True)
+    """Print one line for each of the first findings."""
+    print_lines(*(f"{finding.kind}: {finding.message}" for finding in findings[:_FINDINGS_SHOWN]))
     if len(findings) > _FINDINGS_SHOWN:
-        console.print(f"... and {len(findings) - _FINDINGS_SHOWN} more; --json lists all")
+        print_lines(f"... and {len(findings) - _FINDINGS_SHOWN} more; --json lists all")

@@ -1,122 +1,152 @@
-"""The commands that look at embeddings: ``stats``, ``sample``, ``neighbours``."""
+"""The commands that look at embeddings: ``stats``, ``look``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.storage.cli.app import CacheArgument, JsonFlag, app, counted, print_json
+from teacher_cache.storage.cli.app import (
+    Argument,
+    cache_argument,
+    command,
+    counted,
+    json_flag,
+    print_json,
+    print_lines,
+    seed_option,
+    view_option,
+)
+from teacher_cache.storage.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from teacher_cache.storage.look.rows import CaptionRow, ImageRow, Neighbours, RowSample
     from teacher_cache.storage.look.stats import CacheStats, Distribution
 
-__all__ = ["neighbours", "sample", "stats"]
+__all__ = ["look", "stats"]
 
 _QUANTILES = ("1 %", "50 %", "99 %")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-@app.command()
-def stats(
-    cache: CacheArgument,
-    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
-    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
-    rows: Annotated[
-        int, typer.Option("--rows", min=2, help="Images to read at most, with their captions; of more, some are drawn.")
-    ] = 20_000,
-    near: Annotated[
-        float, typer.Option("--near", min=0, max=1, help="Cosine from which on two images are near-duplicates.")
-    ] = 0.99,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Sum up embeddings: norms, cosines of true and random pairs, duplicates, rank, the teacher's own recall."""
+_split = click.option("--split", help="Split to read. Default: all.")
+
+
+@command("stats", example="stats caches/coco.cache --split test")
+@cache_argument()
+@_split
+@view_option
+@click.option(
+    "--rows",
+    type=click.IntRange(2),
+    default=20_000,
+    show_default=True,
+    help="Maximum number of images to read, with their captions. More are sampled.",
+)
+@click.option(
+    "--near", type=click.FloatRange(0, 1), default=0.99, show_default=True, help="Minimum cosine of near-duplicates."
+)
+@seed_option
+@json_flag
+def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed: int, as_json: bool) -> None:
+    """Cosines are those of true pairs and of random pairs."""
     from teacher_cache.storage.look.stats import cache_stats
     from teacher_cache.storage.observe.progress import StageProgress
 
     with StageProgress() as progress:
-        found = cache_stats(cache, split, view, rows, near, seed, progress)
-    if json:
-        print_json(found)
+        result = cache_stats(cache, split, view, rows, near, seed, progress)
+    if as_json:
+        print_json(result)
     else:
-        _print_stats(found)
+        _print_stats(result)
 
 
-@app.command()
-def sample(
-    cache: CacheArgument,
-    count: Annotated[int, typer.Option("--count", min=1, help="Images to show.")] = 5,
-    split: Annotated[str | None, typer.Option("--split", help="Images of one split, instead of all.")] = None,
-    nearest: Annotated[int, typer.Option("--nearest", min=1, help="Nearest captions of each.")] = 3,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Captions to compare with; of more, whole chunks are drawn.")
-    ] = 200_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
-    json: JsonFlag = False,
-) -> None:
-    """Show random images: row, sample_id, file, captions with their cosines, and the nearest captions of all."""
-    from teacher_cache.storage.look.rows import sample_images
+@command("look", example="look caches/coco.cache 17")
+@cache_argument()
+@click.argument(
+    "image",
+    cls=Argument,
+    metavar="[ROW|SAMPLE_ID]",
+    required=False,
+    described="Image whose neighbours to show. Write id: before a sample_id that is a number. Default: random images.",
+)
+@click.option("--text-row", type=int, help="Row of a caption whose neighbours to show.")
+@click.option("--count", type=click.IntRange(1), default=5, show_default=True, help="Number of images to show.")
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    help="Maximum number of rows to compare with. Of more, whole chunks are sampled. "
+    "Default: 200,000 for random images, else 1,000,000.",
+)
+@view_option
+@click.option("--split", help="Split of the random images. Default: all.")
+@click.option(
+    "--nearest", type=click.IntRange(1), default=3, show_default=True, help="Nearest captions of each random image."
+)
+@seed_option
+@json_flag
+def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **options: Any) -> None:
+    """Captions are shown with their cosine to the image."""
+    from teacher_cache.storage.look.rows import find_neighbours, sample_images
     from teacher_cache.storage.observe.progress import StageProgress
 
+    count, rows = options["count"], options["rows"]
     with StageProgress() as progress:
-        found = sample_images(cache, count, split, nearest, rows, seed, progress)
-    if json:
-        print_json(found)
+        if image is None and text_row is None:
+            _refuse_unused(("view",), "random images")
+            chosen = (options["split"], options["nearest"], rows or 200_000, options["seed"])
+            sample = sample_images(cache, count, *chosen, progress)
+            result: BaseModel = sample
+            lines = _sample_lines(sample)
+        else:
+            _refuse_unused(("split", "nearest", "seed"), "one image or caption")
+            near = find_neighbours(cache, image, text_row, count, options["view"], rows or 1_000_000, progress=progress)
+            result, lines = near, _neighbour_lines(near)
+    if as_json:
+        print_json(result)
     else:
-        _print_sample(found)
+        print_lines(*lines)
 
 
-@app.command()
-def neighbours(
-    cache: CacheArgument,
-    image: Annotated[
-        str | None,
-        typer.Argument(metavar="[ROW|SAMPLE_ID]", help="Image; write id: before a sample_id that is a number."),
-    ] = None,
-    text_row: Annotated[int | None, typer.Option("--text-row", help="Row of a caption, instead of an image.")] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Nearest images, and captions, to show.")] = 5,
-    view: Annotated[int, typer.Option("--view", min=0, help="View of the images; 0 is the evaluation crop.")] = 0,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Images, and captions, to compare with; of more, chunks are drawn.")
-    ] = 1_000_000,
-    json: JsonFlag = False,
-) -> None:
-    """Show the images and captions that are nearest to an image, or to a caption."""
-    from teacher_cache.storage.look.rows import find_neighbours
-    from teacher_cache.storage.observe.progress import StageProgress
+def _refuse_unused(names: tuple[str, ...], what: str) -> None:
+    """Refuse an option that would have no effect.
 
-    with StageProgress() as progress:
-        found = find_neighbours(cache, image, text_row, count, view, rows, progress=progress)
-    if json:
-        print_json(found)
-    else:
-        _print_neighbours(found)
+    Raises:
+        UsageError: one was typed.
+    """
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name} has no effect when look shows {what}; leave it out")
 
 
-def _print_sample(found: RowSample) -> None:
-    for shown in found.images:
-        own = {caption.row for caption in shown.captions}
-        _say(*_image_lines(shown), "  nearest captions:")
-        for caption in shown.nearest_captions:
-            _say(f"{_caption_line(caption)}{'' if caption.row in own else f'  (of {caption.sample_id})'}")
-    _say(f"nearest among {counted(found.captions_compared, 'caption')}; drawn with seed {found.seed}")
+def _sample_lines(sample: RowSample) -> list[str]:
+    lines = []
+    for image in sample.images:
+        own = {caption.row for caption in image.captions}
+        lines += [*_image_lines(image), "  nearest captions:"]
+        lines += [_caption_line(caption, named=caption.row not in own) for caption in image.nearest_captions]
+    return [*lines, f"nearest among {counted(sample.captions_compared, 'caption')}; drawn with seed {sample.seed}"]
 
 
-def _print_neighbours(found: Neighbours) -> None:
-    if found.image is not None:
-        _say(*_image_lines(found.image))
-    if found.caption is not None:
-        _say(f"caption {found.caption.row} of {found.caption.sample_id}: {found.caption.text}")
-    view = f", view {found.view}" if found.view else ""
-    _say(f"nearest of {counted(found.images_compared, 'image')}{view}:")
-    _say(*(f"  {image.cosine:.3f}  row {image.row}  {image.sample_id}  {image.uri}" for image in found.images))
-    _say(f"nearest of {counted(found.captions_compared, 'caption')}:")
-    _say(*(f"{_caption_line(caption)}  (of {caption.sample_id})" for caption in found.captions))
+def _neighbour_lines(near: Neighbours) -> list[str]:
+    lines = [] if near.image is None else _image_lines(near.image)
+    if near.caption is not None:
+        lines.append(f"caption {near.caption.row} of {near.caption.sample_id}: {near.caption.text}")
+    view = f", view {near.view}" if near.view else ""
+    return [
+        *lines,
+        f"nearest of {counted(near.images_compared, 'image')}{view}:",
+        *(f"  {image.cosine:.3f}  row {image.row}  {image.sample_id}  {image.uri}" for image in near.images),
+        f"nearest of {counted(near.captions_compared, 'caption')}:",
+        *(_caption_line(caption, named=True) for caption in near.captions),
+    ]
 
 
 def _image_lines(image: ImageRow) -> list[str]:
@@ -125,84 +155,73 @@ def _image_lines(image: ImageRow) -> list[str]:
     return [first, *(_caption_line(caption) for caption in image.captions)]
 
 
-def _caption_line(caption: CaptionRow) -> str:
-    return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}"
+def _caption_line(caption: CaptionRow, named: bool = False) -> str:
+    owner = f"  (of {caption.sample_id})" if named else ""
+    return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}{owner}"
 
 
-def _say(*lines: str) -> None:
+def _print_stats(result: CacheStats) -> None:
+    rows = f"all {result.image.rows:,} images"
+    if result.sampled:
+        rows = f"{result.image.rows_read:,} of {result.image.rows:,} images, drawn with seed {result.seed}; "
+        rows += "--rows reads more"
+    part = f", split {result.split}" if result.split is not None else ""
+    part += f", view {result.view}" if result.view else ""
+    print_lines(f"{result.location}{part}: {rows}")
     console = Console(highlight=False)
-    for line in lines:
-        # a caption may hold anything, a terminal's commands too
-        shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
-        console.print(shown, markup=False, soft_wrap=True)
+    console.print(_distributions(result))
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, text in _facts(result).items():
+        facts.add_row(name, escape(text))
+    console.print(facts)
 
 
-def _print_stats(found: CacheStats) -> None:
-    console = Console(highlight=False)
-    read = f"all {found.image.rows:,} images"
-    if found.sampled:
-        read = (
-            f"{found.image.rows_read:,} of {found.image.rows:,} images, drawn with seed {found.seed}; --rows reads more"
-        )
-    where = f", split {found.split}" if found.split is not None else ""
-    where += f", view {found.view}" if found.view else ""
-    console.print(f"{found.location}{where}: {read}", markup=False, soft_wrap=True)
-
+def _distributions(result: CacheStats) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in ("mean", *_QUANTILES):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("least to greatest", no_wrap=True)
     for name, values in (
-        ("norm of images", found.image.norm),
-        ("norm of captions", found.text.norm),
-        ("cosine of true pairs", found.true_pairs),
-        ("cosine of random pairs", found.random_pairs),
-        ("cosine of two images", found.image.cosine),
-        ("cosine of two captions", found.text.cosine),
+        ("norm of images", result.image.norm),
+        ("norm of captions", result.text.norm),
+        ("cosine of true pairs", result.true_pairs),
+        ("cosine of random pairs", result.random_pairs),
+        ("cosine of two images", result.image.cosine),
+        ("cosine of two captions", result.text.cosine),
     ):
         if values is not None:
             table.add_row(name, *_numbers(values), _bars(values.histogram))
-    console.print(table)
-
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for name, text in _facts(found).items():
-        facts.add_row(name, escape(text))
-    console.print(facts)
+    return table
 
 
-def _facts(found: CacheStats) -> dict[str, str]:
+def _facts(result: CacheStats) -> dict[str, str]:
     facts = {
-        "true above random": "" if found.separation is None else f"{100 * found.separation:.2f} % of pairs",
+        "true above random": "" if result.separation is None else f"{100 * result.separation:.2f} % of pairs",
         "effective rank": ", ".join(
             f"{name} {tower.effective_rank:.1f}"
-            for name, tower in (("images", found.image), ("captions", found.text))
+            for name, tower in (("images", result.image), ("captions", result.text))
             if tower.effective_rank is not None
         ),
-        "dead dimensions": f"images {_dimensions(found.image.dead_dimensions)}, "
-        f"captions {_dimensions(found.text.dead_dimensions)}",
-        "quarantined": f"{counted(found.image.missing, 'image')}, {counted(found.text.missing, 'caption')}; "
-        f"zero: {counted(found.image.zero, 'image')}, {counted(found.text.zero, 'caption')}",
-        "equal embeddings": f"{counted(found.image.equal_rows, 'image')}, {counted(found.text.equal_rows, 'caption')}",
-        "near-duplicates": f"{counted(found.near_images, 'image')} in {counted(found.near_pairs, 'pair')} "
-        f"of cosine {found.near_cosine:g} or more",
+        "dead dimensions": f"images {_dimensions(result.image.dead_dimensions)}, "
+        f"captions {_dimensions(result.text.dead_dimensions)}",
+        "quarantined": f"{counted(result.image.missing, 'image')}, {counted(result.text.missing, 'caption')}; "
+        f"zero: {counted(result.image.zero, 'image')}, {counted(result.text.zero, 'caption')}",
+        "equal embeddings": f"{counted(result.image.equal_rows, 'image')}, "
+        f"{counted(result.text.equal_rows, 'caption')}",
+        "near-duplicates": f"{counted(result.near_images, 'image')} in {counted(result.near_pairs, 'pair')} "
+        f"of cosine {result.near_cosine:g} or more",
     }
-    if found.without_caption:
-        bare = counted(found.without_caption, "image")
+    if result.without_caption:
+        bare = counted(result.without_caption, "image")
         facts["pairs"] = f"none: {bare} without a caption, so that the captions are prompts of classes"
-    for pair in found.nearest_pairs[:5]:
+    for pair in result.nearest_pairs[:5]:
         same = ", the same file" if pair.same_bytes else ""
         facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"
-    if found.recall is not None:
-        recall = found.recall
-        for name, values in (("image to text", recall.i2t), ("text to image", recall.t2i)):
-            facts[name] = ", ".join(f"{k} {value:.1f} %" for k, value in values.items())
-        facts["recall among"] = (
-            f"{counted(recall.images, 'image')} and {counted(recall.captions, 'caption')}; "
-            f"chance R@1 of text to image is {100 / recall.images:.2f} %"
-        )
+    split = f" --split {result.split}" if result.split else ""
+    facts["recall"] = f"teacher-cache evaluate --cache {result.location}{split}"
     return {name: text for name, text in facts.items() if text}
 
 

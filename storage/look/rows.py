@@ -47,7 +47,7 @@ class ImageRow(BaseModel, frozen=True):
 
 
 class RowSample(BaseModel, frozen=True):
-    """The answer of ``teacher-cache sample``."""
+    """The answer of ``teacher-cache look``."""
 
     location: str
     split: str | None
@@ -57,7 +57,7 @@ class RowSample(BaseModel, frozen=True):
 
 
 class Neighbours(BaseModel, frozen=True):
-    """The answer of ``teacher-cache neighbours``. What was asked for is not among them."""
+    """The answer of ``teacher-cache look``. What was asked for is not among them."""
 
     location: str
     view: int

@@ -6,7 +6,7 @@
       row                       (images,) int64, ascending: the image's row in the cache
     commits/v0/000000.json      one record per finished chunk, written after it: a crc32c of each image
 
-It is scratch that ``teacher-cache pixels`` can make again, no part of the cache. A chunk is ``chunk_rows`` images of
+It is scratch that ``student pixels`` can make again, no part of the cache. A chunk is ``chunk_rows`` images of
 one view, raw bytes without a codec, so that one image is one read at an offset. No digest of a chunk could be proven
 by such a read: each image has its own. What is not committed does not count, whatever Zarr would read there.
 """
@@ -206,15 +206,16 @@ def read_record(files: LocalFiles) -> PixelsRecord:
         data = files.read(RECORD)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheNotFoundError(
-            f"{files.location}: no ready pixels here ({RECORD} not found). Make them by teacher-cache pixels --out."
+            f"{files.location}: no ready pixels here ({RECORD} not found). "
+            "Make them by teacher-cache student pixels --out."
         ) from error
     record: PixelsRecord = PixelsRecord._parse(
-        data, f"{files.location}/{RECORD}", "Delete the folder and make it again by teacher-cache pixels."
+        data, f"{files.location}/{RECORD}", "Delete the folder and make it again by teacher-cache student pixels."
     )
     if len(record.crops_sha256) != record.views - 1:
         raise CacheCorruptError(
             f"{files.location}/{RECORD}: {record.views} views and {len(record.crops_sha256)} digests of crops. Delete "
-            "the folder and make it again by teacher-cache pixels."
+            "the folder and make it again by teacher-cache student pixels."
         )
     return record
 
@@ -251,7 +252,7 @@ class ReadyPixels:
         preprocess: the student's.
 
     Args:
-        folder: made by ``teacher-cache pixels``.
+        folder: made by ``teacher-cache student pixels``.
         reader: of the cache that the run learns from.
         rows: of the cache, that the run uses; the folder may have more.
         views: number of views that the run uses; the folder may have more.
@@ -299,7 +300,7 @@ class ReadyPixels:
         if record.views < views:
             raise UsageError(
                 f"{self._folder}: holds {record.views} views, this run uses {views}. Add the others by "
-                f"teacher-cache pixels --views {views}, or lower --views."
+                f"teacher-cache student pixels --views {views}, or lower --views."
             )
         there = self._rows < reader.manifest.layout.image_rows
         wanted: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
@@ -313,7 +314,7 @@ class ReadyPixels:
             wanted[f"crops_sha256 of view {view}"] = digest
         differ = [f"{name} is {found[name]}, wanted {wanted[name]}" for name in wanted if found[name] != wanted[name]]
         if differ:
-            sizes = "Give pixels and train the same --train-image-size. " if found["size"] != wanted["size"] else ""
+            sizes = "Give pixels and train the same train_image_size. " if found["size"] != wanted["size"] else ""
             raise CacheMismatchError(
                 f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. "
                 f"{sizes}{_OTHER}"
@@ -414,5 +415,5 @@ class PixelFiles:
         return np.frombuffer(bytearray(data), np.uint8).reshape(*record.size, 3)  # a copy: torch wants it writable
 
 
-_AGAIN = "run the same teacher-cache pixels command again; it makes what is missing and keeps the rest."
-_OTHER = "Make pixels of this cache for this student by teacher-cache pixels with another --out, or leave --pixels out."
+_AGAIN = "run the same teacher-cache student pixels command again; it makes what is missing and keeps the rest."
+_OTHER = "Make pixels of this cache for this student by student pixels with another --out, or leave --pixels out."

@@ -58,7 +58,7 @@ contrastive = 1.0
 split = "test"
 """
     )
-    done = run("precompute", "run.toml", "--json", "--chunk-rows", "8", cwd=tmp_path)
+    done = run("precompute", "run.toml", "--json", "--set", "chunk_rows=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["chunks"] == 4 + 8
     assert "images: 30 of 30" in done.stderr
@@ -110,7 +110,7 @@ def test_what_a_recipe_does_not_set_is_said(tmp_path: Path) -> None:
         (["info", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["verify", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["precompute", "--teacher", "ViT-B-32"], 2, "dataset is missing: give --dataset or set it in a run file"),
-        (["inherit", "--student", "vit-s-32", "--out", "o"], 2, "inherit: teacher is missing: give --teacher\n"),
+        (["student", "inherit", "--student=s", "--out=o"], 2, "inherit: teacher is missing: give --teacher\n"),
         (["precompute", "--dataset", "x", "--teacher", "t", "--cache", "c"], 2, "error: "),
         (["precompute", "absent.toml"], 2, "absent.toml: no such run file"),
         (["train", "--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o"], 1, "no cache here"),
@@ -165,9 +165,9 @@ def test_flags_win_over_the_run_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[train", "not TOML"),
-        ("precompute = 3", r"precompute = 3 where a table \[precompute\] is wanted"),
-        ("[training]\n", r"unknown training; a run file has cache, \[precompute\]"),
-        ('[precompute]\ndatasett = "x"\n', r"run.toml \[precompute\]: .*datasett is no setting; is dataset meant\?"),
+        ("precompute = 3", r"precompute = 3 must be a table \[precompute\]"),
+        ("[training]\n", r"unknown table \[training\]; did you mean train\?"),
+        ('[precompute]\ndatasett = "x"\n', r"\[precompute\]: .*datasett is not a setting; did you mean dataset\?"),
         ("[precompute]\nbatch_size = 0\n", "batch_size: Input should be greater than 0"),
     ],
 )

@@ -125,7 +125,7 @@ def test_what_cannot_be_used_ends_with_2(
     for arguments, said in (
         ([tmp_path, *student], "no images in this folder, only a.txt; an image ends in .jpg"),
         ([photos, *student, "--variant", "int8"], "no int8 file of the text tower: its features lose too much"),
-        ([photos, *student, "--variant", "fp16"], "variant 'fp16' is not known; there are fp32, int8"),
+        ([photos, *student, "--variant", "fp16"], "'fp16' is not one of 'fp32', 'int8'"),
         ([photos, "--student", tmp_path, *texts("a")], "no deployed student here"),
         ([photos, "--student", tiny_deployment], "Missing option '--text'"),
     ):

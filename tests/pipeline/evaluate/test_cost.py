@@ -14,12 +14,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.cli.evaluate import cost_table
+from teacher_cache.pipeline.cli.cost_table import cost_table
 from teacher_cache.pipeline.evaluate.cost.captions import CAPTIONS, captions
 from teacher_cache.pipeline.evaluate.cost.measure import cost, measure_cost
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest, measure_peak_memory
@@ -48,7 +48,7 @@ def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_measures_teacher_and_student(run: Path, tiny_teacher: Path) -> None:
     models = ("--teacher", f"local-dir:{tiny_teacher}", "--run", str(run), "--device", "cpu")
     flags = ("--rounds", "3", "--batch", "4,1", "--threads", "1", "--json")
-    done = CliRunner().invoke(app, ["cost", *models, *flags], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["student", "cost", *models, *flags], catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
     assert "peak memory" in done.stderr
     found = json.loads(done.stdout)

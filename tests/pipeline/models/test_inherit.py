@@ -361,6 +361,7 @@ def test_the_command_says_what_is_inherited_and_what_is_random(wide: Path, tmp_p
         sys.executable,
         "-m",
         "teacher_cache.pipeline.cli.app",
+        "student",
         "inherit",
         "--teacher",
         f"local-dir:{wide}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment
@@ -208,8 +208,8 @@ def test_a_registry_takes_it_for_another_student(home: Path, tiny_deployment: Pa
 
 def test_the_command(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "larger"
-    shown = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
+    shown = run_cli.invoke(app, ["student", "resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
     assert shown.exit_code == 0, shown.output
-    assert f"{out}: {home / 'a'} at 48 x 48 pixels, there 32 x 32;" in shown.stdout.replace("\n", " ")
-    again = run_cli.invoke(app, ["resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
+    assert f"{out}: {home / 'a'} at 48 x 48 pixels, before 32 x 32;" in shown.stdout.replace("\n", " ")
+    again = run_cli.invoke(app, ["student", "resize", str(home / "a"), "--image-size", str(LARGER), "--out", str(out)])
     assert again.exit_code != 0

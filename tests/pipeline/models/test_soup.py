@@ -12,9 +12,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.evaluate.recall import mean_recall
@@ -119,7 +119,7 @@ def test_a_report_shows_it_and_a_registry_names_its_runs(runs: Path, tmp_path: P
     candidate = promote(config).candidate
     assert candidate.mean_recall == pytest.approx(mean_recall(found.student or {}))
     assert [Path(run).name for run in candidate.averaged] == ["a", "b"]
-    stored = json.loads(run_cli.invoke(app, ["students", str(tmp_path / "students"), "--json"]).stdout)
+    stored = json.loads(run_cli.invoke(app, ["students", "list", str(tmp_path / "students"), "--json"]).stdout)
     assert stored["students"][0]["averaged"] == list(candidate.averaged)
 
 
@@ -245,7 +245,8 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "teacher_cache.pipeline.cli.app",
-        "soup",
+        "student",
+        "mean",
         str(runs / "a"),
         str(runs / "b"),
         "--out",

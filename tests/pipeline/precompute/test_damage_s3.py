@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import teacher_cache.pipeline.models.teacher
 from teacher_cache.pipeline.cli.app import app

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.models.teacher import load_teacher
@@ -201,16 +201,16 @@ def test_the_command_takes_the_settings_of_precompute(
         f'cache = "{settings.cache}"\n[precompute]\ndataset = "{settings.dataset}"\n'
         f'teacher = "{settings.teacher}"\ndevice = "cpu"\nbatch_size = 4\n'
     )
-    done = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8", "--views", "2", "--json"])
+    done = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run", "--views", "2", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["images"], found["views"], found["cache"]) == (30, 2, settings.cache)
-    shown = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8"])
+    shown = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run"])
     assert "rows       30 images and 60 captions in 2 chunks" in shown.stdout
     assert " on, over all students" in shown.stdout
 
     monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 1000)
-    full = run.invoke(app, ["plan", str(tmp_path / "run.toml"), "--probe", "8"])
+    full = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run"])
     assert full.exit_code == 1
     assert "1.0 kB free there. Make room, or name another --cache." in full.stderr
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import ImageOps
-from typer.testing import CliRunner
 
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
@@ -476,7 +476,8 @@ def test_the_command(home: Home, tmp_path: Path) -> None:
         )
 
     folder = str(home.like_clip_retrieval(tmp_path / "f"))
-    given = ("--dataset", f"flickr:{home.photos}", "--teacher", home.teacher, "--device", "cpu", "--chunk-rows", "8")
+    named = f"--dataset=flickr:{home.photos}"
+    given = (named, "--teacher", home.teacher, "--device=cpu", "--set=chunk_rows=8")
     done = run(folder, *given, "--cache", str(tmp_path / "c"), "--sample", "4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
@@ -78,10 +78,11 @@ def test_it_is_sound_proven_and_says_what_it_is(home: Path) -> None:
     assert (run.exit_code, report["ok"], report["quarantined"]) == (0, True, 1)
     assert 0.9999 < report["proof"]["least_cosine"] < 1
     assert "16 wide, int8" in CliRunner().invoke(app, ["info", cache]).stdout
-    plan = ["plan", *(f"--{name}={settings(home, cache)[name]}" for name in ("dataset", "teacher", "cache"))]
-    forecast = json.loads(CliRunner().invoke(app, [*plan, "--probe", "4", "--device", "cpu", "--json"]).stdout)
+    names = ("dataset", "teacher", "cache")
+    plan = ["precompute", "--dry-run", *(f"--{name}={settings(home, cache)[name]}" for name in names)]
+    forecast = json.loads(CliRunner().invoke(app, [*plan, "--device", "cpu", "--json"]).stdout)
     assert forecast["target_bytes"] == describe_cache(cache).target_bytes
-    refused = CliRunner().invoke(app, [*plan, "--probe", "4", "--dtype", "float16"])
+    refused = CliRunner().invoke(app, [*plan, "--dtype", "float16"])
     assert isinstance(refused.exception, CacheMismatchError)
 
 

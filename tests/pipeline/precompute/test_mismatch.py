@@ -247,7 +247,7 @@ def test_training_is_refused_for_every_field(made: Made, field: str, tmp_path: P
     else:
         asked = json.dumps(CacheIdentity.model_validate(fields).fields()[part][name], sort_keys=True)
         assert re.search(rf"{re.escape(field)}: .+ in the cache, {re.escape(asked)} asked for", said), said
-    assert "--accept-mismatch FIELD" in said
+    assert "--set accept_mismatch=FIELD" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 import teacher_cache.pipeline.precompute.run
 from teacher_cache.pipeline.cli.app import app
@@ -359,8 +359,8 @@ def test_damaged_views_come_back_to_the_same_bytes(home: Home, tmp_path: Path) -
 
 def test_the_command(home: Home, tmp_path: Path) -> None:
     arguments = ["--dataset", f"flickr:{home.photos}", "--teacher", home.teacher, "--cache", str(tmp_path / "c")]
-    arguments += ["--device", "cpu", "--batch-size", "4", "--chunk-rows", "8"]
-    made = CliRunner().invoke(app, ["precompute", *arguments, "--views", "3", "--crop-scale", "0.3", "1"])
+    arguments += ["--device", "cpu", "--batch-size", "4", "--set", "chunk_rows=8"]
+    made = CliRunner().invoke(app, ["precompute", *arguments, "--views", "3", "--set", "crop_scale=[0.3, 1]"])
     assert made.exit_code == 0, made.output
     assert f"{IMAGES} images in 3 views and 40 captions" in made.output
     assert contents(tmp_path / "c") == contents(home.three)

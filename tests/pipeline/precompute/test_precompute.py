@@ -106,7 +106,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
         "cpu",
     ]
     command += ["--teacher", f"local-dir:{tiny_teacher}", "--cache", str(tmp_path / "killed")]
-    command += ["--batch-size", "4", "--chunk-rows", "8"]
+    command += ["--batch-size", "4", "--set", "chunk_rows=8"]
     commits = tmp_path / "killed" / "commits"
     for wanted in (1, 9, 17):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

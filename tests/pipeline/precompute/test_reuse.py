@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
@@ -212,7 +212,7 @@ def test_a_forecast_says_which_rows_meet_the_teacher_and_prices_them_alone(
 def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path, tmp_path: Path) -> None:
     asked = settings(home, "after", str(tmp_path / "c"), reuse=str(home / "before.cache"))
     names = ("dataset", "teacher", "cache", "reuse", "device")
-    plan = ["plan", *(f"--{name}={getattr(asked, name)}" for name in names), "--probe", "4"]
+    plan = ["precompute", "--dry-run", *(f"--{name}={getattr(asked, name)}" for name in names)]
     images, captions = IMAGES - 1 - len(REMOVED), 2 * IMAGES - 5
     said = f"{images} image and {captions} caption rows are copied from {asked.reuse}; the teacher encodes 8 and 8\n"
     assert f"reuse      {said}" in CliRunner().invoke(app, plan).stdout

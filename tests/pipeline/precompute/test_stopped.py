@@ -27,7 +27,7 @@ def command(photos: Path, teacher: Path, cache: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "teacher_cache.pipeline.cli.app", "precompute", "--dataset", f"flickr:{photos}"),
         *("--teacher", f"local-dir:{teacher}", "--cache", str(cache), "--device", "cpu"),
-        *("--batch-size", "2", "--chunk-rows", "4"),
+        *("--batch-size", "2", "--set", "chunk_rows=4"),
     ]
 
 
@@ -84,7 +84,7 @@ def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, numbe
 def test_train_is_stopped_with_its_workers(tiny_teacher: Path, tmp_path: Path, number: signal.Signals) -> None:
     """As a terminal, systemd and timeout do it: the signal goes to the decoders too, whose end is no failure then."""
     cache, student, out = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "s.json"), tmp_path / "run"
-    arguments = ("train", "--cache", cache, "--student", student, "--out", out, "--device", "cpu", "--workers", "2")
+    arguments = ("train", "--cache", cache, "--student", student, "--out", out, "--device", "cpu", "--set", "workers=2")
     process = subprocess.Popen(
         [
             sys.executable,

@@ -283,7 +283,7 @@ def command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands(home: Path, tmp_path: Path) -> None:
     flags = ("--registry", str(tmp_path / "r"), "--split", "train", "--device", "cpu")
-    empty = command(home, "students", str(tmp_path / "r"))
+    empty = command(home, "students", "list", str(tmp_path / "r"))
     assert (empty.returncode, empty.stdout) == (0, "")
     assert "no student yet; teacher-cache promote --run RUN" in empty.stderr
     first = command(home, "promote", "--run", "a", *flags)
@@ -292,15 +292,16 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     second = command(home, "promote", "--run", "b", *flags, "--min-retention", "1000", "--json")
     assert second.returncode == 1
     assert json.loads(second.stdout)["promotion"] is None
-    shown = command(home, "students", str(tmp_path / "r"))
+    shown = command(home, "students", "list", str(tmp_path / "r"))
     lines = shown.stdout.splitlines()
     assert any("2" in line and "rejected" in line and "keeps" in line for line in lines), shown.stdout
     assert "1000" in shown.stdout  # of the reason, which wraps
     assert any("1" in line and "champion" in line for line in lines), shown.stdout
-    listed = json.loads(command(home, "students", str(tmp_path / "r"), "--json").stdout)
+    listed = json.loads(command(home, "students", "list", str(tmp_path / "r"), "--json").stdout)
     assert listed["champion"] == 1
     assert [each["passed"] for each in listed["students"]] == [True, False]
-    assert command(home, "students", str(tmp_path / "r"), "--champion").stdout == f"{home}/a/checkpoints/epoch-0002\n"
-    back = command(home, "rollback", str(tmp_path / "r"))
+    champion = command(home, "students", "list", str(tmp_path / "r"), "--champion").stdout
+    assert champion == f"{home}/a/checkpoints/epoch-0002\n"
+    back = command(home, "students", "rollback", str(tmp_path / "r"))
     assert (back.returncode, back.stdout) == (2, "")
     assert "student 1 has no champion before it" in back.stderr

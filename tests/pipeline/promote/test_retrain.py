@@ -16,7 +16,7 @@ import torch
 import teacher_cache.pipeline.promote.gate
 import teacher_cache.pipeline.promote.retrain
 from teacher_cache.flows.markdown import retraining_text
-from teacher_cache.pipeline.cli.champions import _lines
+from teacher_cache.pipeline.cli.champions import retrain_lines
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.promote.registry import StudentRegistry
 from teacher_cache.pipeline.promote.retrain import Retraining, RetrainResult, retrain
@@ -436,7 +436,7 @@ def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: P
         told = RetrainResult(
             outcome="nothing-new", look=found, encoded=None, run=None, candidate=None, champion=None, seconds=0.0
         )
-        assert _lines(told)[0] == found.unread
+        assert retrain_lines(told)[0] == found.unread
         assert found.unread in retraining_text("nothing-new", found, None, None)
 
 

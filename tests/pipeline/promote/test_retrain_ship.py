@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from teacher_cache.flows.markdown import retraining_text
-from teacher_cache.pipeline.cli.champions import _lines
+from teacher_cache.pipeline.cli.champions import retrain_lines
 from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.pipeline.promote.retrain import retrain
 from tests.conftest import make_model_folder
@@ -76,7 +76,7 @@ def test_what_was_promoted_without_being_shipped_is_said_once_it_is_to_be(home: 
     assert (done.outcome, done.look.judged) == ("nothing-new", promoted.candidate)
     deploy = f"teacher-cache deploy --run {home}/home/runs/0001 --out FOLDER"
     wanted = f"student 1 was promoted without being shipped. Ship it by {deploy}"
-    assert wanted in _lines(done)
+    assert wanted in retrain_lines(done)
     assert wanted in retraining_text(done.outcome, done.look, done.encoded, done.candidate)
 
 

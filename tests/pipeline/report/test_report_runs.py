@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli import report as cli_report
 from teacher_cache.pipeline.cli.app import app, main
-from teacher_cache.pipeline.cli.demo import _RUN_NAMES
+from teacher_cache.pipeline.cli.demo import RUN_NAMES
 from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -68,7 +68,7 @@ def test_an_evaluation_is_left_in_the_run_and_replaced_by_a_newer_one(home: Path
     assert EvaluateResult.model_validate_json((folder / "test-epoch-0002.json").read_bytes()) == again != first
     # what it is may not depend on where it is: a run goes on, and the demo replaces it, with evaluations in it
     assert RunFolder(home / "run").read().finished
-    assert {path.name for path in (home / "run").iterdir()} <= _RUN_NAMES
+    assert {path.name for path in (home / "run").iterdir()} <= RUN_NAMES
     with pytest.raises(UsageError, match="holds a run already"):
         RunFolder(home / "run").require_free()
 

@@ -46,7 +46,7 @@ def test_two_nodes_have_the_losses_of_one_process(tiny_teacher: Path, tmp_path: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"--cache": cache, "--student": student, "--out": tmp_path / "two", "--epochs": 2, "--batch-size": 8}
-    words = ["train", *(str(word) for pair in settings.items() for word in pair), "--workers", "0", "--device", "cpu"]
+    words = ["train", *(str(word) for pair in settings.items() for word in pair), "--set=workers=0", "--device=cpu"]
     logs = [tmp_path / f"node-{number}.log" for number in range(2)]
     nodes = [start_node(number, port, words, log) for number, log in enumerate(logs)]
     try:

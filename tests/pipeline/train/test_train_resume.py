@@ -137,7 +137,7 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**settings, "epochs": 20, "batch_size": 8}.items()]
     lines += ["[train.losses]", *(f"{name} = {weight}" for name, weight in losses.items())]
     toml.write_text("[train]\n" + "\n".join(lines) + "\n")
-    flags = ["--cache", str(work.cache), "--student", str(work.student), "--device", "cpu", "--workers", "1"]
+    flags = ["--cache", str(work.cache), "--student", str(work.student), "--device", "cpu", "--set", "workers=1"]
     process = subprocess.Popen([*command, str(toml), *flags, "--out", str(run)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 200
     while not (run / "log.jsonl").exists() or len(trace(run)) < 3:
@@ -279,7 +279,7 @@ def test_the_variables_of_a_slurm_job_change_nothing(work: Work, devices: int) -
         "--student",
         str(work.student),
     ]
-    command += ["--out", str(work.folder / f"slurm-{devices}"), "--epochs", "1", "--batch-size", "8", "--workers", "0"]
+    command += ["--out", str(work.folder / f"slurm-{devices}"), "--epochs=1", "--batch-size=8", "--set=workers=0"]
     command += ["--device", "cpu", "--devices", str(devices)]
     done = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.check.garbage import collect_garbage

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.evaluate.recall import top_k
@@ -81,7 +81,7 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
     fill(path)
     found = find_neighbours(str(path), image="3", most=20)
     assert (found.images_compared, found.captions_compared) == (20, 20)
-    done = run.invoke(app, ["sample", str(path), "--rows", "8", "--nearest", "20", "--json"])
+    done = run.invoke(app, ["look", str(path), "--rows", "8", "--nearest", "20", "--json"])
     sample = json.loads(done.stdout)
     own = {caption["row"] for image in sample["images"] for caption in image["captions"]}
     compared = {caption["row"] for image in sample["images"] for caption in image["nearest_captions"]}
@@ -97,7 +97,7 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
         ({"image": "1", "text_row": 1}, "and not both"),
         ({"image": "10"}, "no image row 10; rows are 0 to 9. If 10 is a sample_id, write id:10"),
         ({"text_row": 25}, "no text row 25; rows are 0 to 24$"),
-        ({"image": "img-77"}, "no image has the sample_id 'img-77'. teacher-cache sample shows"),
+        ({"image": "img-77"}, "no image has the sample_id 'img-77'. teacher-cache look shows"),
         ({"image": "1", "view": 1}, "no view 1; views 0 to 0"),
     ],
 )
@@ -126,20 +126,20 @@ def test_a_quarantined_row_has_no_neighbours_and_is_nobodys(tmp_path: Path) -> N
 
 
 def test_as_people_see_it(known_cache: Path) -> None:
-    shown = run.invoke(app, ["neighbours", str(known_cache), "img-3", "--count", "2"]).stdout.splitlines()
+    shown = run.invoke(app, ["look", str(known_cache), "img-3", "--count", "2"]).stdout.splitlines()
     assert shown[0] == "img-3  row 3, train, norm 4.000, img-3.jpg"
     assert "nearest of 10 images:" in shown
     assert len(shown) == shown.index("nearest of 25 captions:") + 3
-    shown = run.invoke(app, ["sample", str(known_cache), "--count", "1"]).stdout
+    shown = run.invoke(app, ["look", str(known_cache), "--count", "1"]).stdout
     assert shown.endswith("nearest among 25 captions; drawn with seed 0\n")
-    caption = json.loads(run.invoke(app, ["neighbours", str(known_cache), "--text-row", "0", "--json"]).stdout)
+    caption = json.loads(run.invoke(app, ["look", str(known_cache), "--text-row", "0", "--json"]).stdout)
     assert caption["caption"]["text"] == "img 0"
 
 
 def test_a_caption_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from teacher_cache.storage.cli.rows import _say
+    from teacher_cache.storage.cli.app import print_lines
 
-    _say("red \x1b[31m and\na new line [bold]é")
+    print_lines("red \x1b[31m and\na new line [bold]é")
     assert capsys.readouterr().out == "red \ufffd[31m and\ufffda new line [bold]é\n"
 
 

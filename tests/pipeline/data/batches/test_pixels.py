@@ -258,7 +258,7 @@ def test_another_chunks_commit_is_refused(home: Path, ready: Path) -> None:
 def test_pixels_of_something_else_are_refused_by_field(home: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     ready, name = home / "ready", "ready: not what this student would see of"
     record = read_record(LocalFiles(str(ready)))
-    sizes = r"size is \(32, 32\), wanted \(48, 48\). Give pixels and train the same --train-image-size. Make pixels of"
+    sizes = r"size is \(32, 32\), wanted \(48, 48\). Give pixels and train the same train_image_size. Make pixels of"
     with pytest.raises(CacheMismatchError, match=f"{name} .*: {sizes}"):
         opened(home, ready, size=48)
     run = train_config(home / "c", home / "large.json", tmp_path / "run", pixels=str(ready))
@@ -399,14 +399,14 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
         )
 
     student, out = str(home / "student.json"), str(tmp_path / "ready")
-    made = run("pixels", "--cache", str(home / "c"), "--student", student, "--out", out)
+    made = run("student", "pixels", "--cache", str(home / "c"), "--student", student, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith(
         f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 0.00 GB in 3 chunks; 3 of them to make"
     )
     assert "pixels: 3 of 3" in made.stderr
     assert "32 images in 3 views at 32 x 32" in made.stdout
-    common = ("--cache", str(home / "c"), "--epochs", "1", "--batch-size", "8", "--workers", "0", "--pixels", out)
+    common = ("--cache", str(home / "c"), "--epochs", "1", "--batch-size", "8", "--set", "workers=0", "--pixels", out)
     trained = run("train", "--student", student, "--out", str(tmp_path / "run"), *common)
     assert trained.returncode == 0, trained.stderr
     refused = run("train", "--student", str(home / "large.json"), "--out", str(tmp_path / "other"), *common)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.storage.cli.app import (
-    CacheArgument,
-    JsonFlag,
-    app,
     byte_size,
-    complete_location,
+    cache_argument,
+    command,
     counted,
+    json_flag,
     print_json,
+    print_lines,
     rates,
 )
 
@@ -30,51 +31,48 @@ __all__ = ["info", "ls"]
 
 _BAR = 24  # characters
 _WIDE = 110
+_COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "size", "age")
 
 
-@app.command()
-def ls(
-    location: Annotated[
-        str, typer.Argument(metavar="[PATH]", help="Folder or URL to look below.", autocompletion=complete_location)
-    ] = ".",
-    depth: Annotated[int, typer.Option("--depth", min=0, help="Levels of folders below it to look into.")] = 4,
-    json: JsonFlag = False,
-) -> None:
-    """List the caches below a path or URL. Reads their manifests only; exit 1 if one of them cannot be used."""
+@command("ls", example="ls caches")
+@cache_argument("location", "Folder or URL to search. Default: the current folder.", metavar="[PATH]", default=".")
+@click.option("--depth", type=click.IntRange(0), default=4, show_default=True, help="Levels of folders to search.")
+@json_flag
+def ls(location: str, depth: int, as_json: bool) -> None:
+    """Exit 1 if one of the caches cannot be used. Only manifests are read."""
     from teacher_cache.storage.look.listing import list_caches
 
-    found = list_caches(location, depth)
-    if json:
-        print_json(found)
+    listing = list_caches(location, depth)
+    if as_json:
+        print_json(listing)
     else:
-        _print_listing(found, depth)
-    if any(cache.problem for cache in found.caches):
-        raise typer.Exit(1)
+        _print_listing(listing, depth)
+    if any(cache.problem for cache in listing.caches):
+        sys.exit(1)
 
 
-def _print_listing(found: CacheListing, depth: int) -> None:
+def _print_listing(listing: CacheListing, depth: int) -> None:
     console = Console(highlight=False)
-    usable = [cache for cache in found.caches if not cache.problem]
+    usable = [cache for cache in listing.caches if not cache.problem]
     if usable:
-        table = Table(box=None, pad_edge=False)
-        names = ["cache", "teacher", "dataset", "images", "captions", "coverage", "size", "age"]
-        left_out = ["dataset"] if console.width < _WIDE else []
-        for name in names:
-            if name not in left_out:
-                texts = name in ("cache", "teacher", "dataset")
-                table.add_column(name, justify="left" if texts else "right", no_wrap=not texts, overflow="fold")
-        for cache in usable:
-            shown = dict(zip(names, _listed(cache), strict=True))
-            table.add_row(*(escape(shown[name]) for name in names if name not in left_out))
-        console.print(table)
-    for cache in found.caches:
-        if cache.problem:
-            console.print(f"{cache.location}: {cache.problem}", markup=False, soft_wrap=True)
-    if not found.caches:
-        console.print(f"no cache in {found.location} ({counted(found.folders, 'folder')} looked into)", markup=False)
-    if found.not_entered:
-        what = counted(found.not_entered, "folder")
-        console.print(f"{what} deeper down not looked into; --depth {depth + 1} does", markup=False)
+        console.print(_listing_table(usable, wide=console.width >= _WIDE))
+    print_lines(*(f"{cache.location}: {cache.problem}" for cache in listing.caches if cache.problem))
+    if not listing.caches:
+        print_lines(f"no cache in {listing.location} ({counted(listing.folders, 'folder')} searched)")
+    if listing.not_entered:
+        print_lines(f"{counted(listing.not_entered, 'deeper folder')} not searched; --depth {depth + 1} does")
+
+
+def _listing_table(caches: list[ListedCache], wide: bool) -> Table:
+    columns = [name for name in _COLUMNS if wide or name != "dataset"]
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        text = name in ("cache", "teacher", "dataset")
+        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for cache in caches:
+        cells = dict(zip(_COLUMNS, _listed(cache), strict=True))
+        table.add_row(*(escape(cells[name]) for name in columns))
+    return table
 
 
 def _listed(cache: ListedCache) -> tuple[str, ...]:
@@ -101,16 +99,18 @@ def _age(age: timedelta) -> str:
     return f"{seconds:,.0f} s"
 
 
-@app.command()
-def info(cache: CacheArgument, json: JsonFlag = False) -> None:
-    """Show what a cache is of and how far it is. Reads no embeddings."""
+@command("info", example="info caches/coco.cache")
+@cache_argument()
+@json_flag
+def info(cache: str, as_json: bool) -> None:
+    """No embeddings are read."""
     from teacher_cache.storage.look.info import describe_cache
 
-    found = describe_cache(cache)
-    if json:
-        print_json(found)
+    described = describe_cache(cache)
+    if as_json:
+        print_json(described)
     else:
-        Console().print(_info_table(found))
+        Console().print(_info_table(described))
 
 
 def _info_table(found: CacheInfo) -> Table:

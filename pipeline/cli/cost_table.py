@@ -1,0 +1,92 @@
+"""The table of ``student cost``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from teacher_cache.pipeline.evaluate.cost.latency import Ratio
+from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelCost
+from teacher_cache.storage.cli.app import counted
+
+__all__ = ["cost_table"]
+
+
+def cost_table(result: CostResult) -> Table:
+    """Return one column per model, and beside it the share or speed relative to the reference."""
+    threads = "" if result.threads is None else f", {counted(result.threads, 'thread')}"
+    table = Table(
+        title=escape(f"{result.device}{threads}; without decoding and tokenizing"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    for name in result.models:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+        if name != result.reference:
+            table.add_column(escape(f"/ {result.reference}"), justify="right", no_wrap=True)
+    for label, values, digits in _quantities(result):
+        if any(value is not None for value in values.values()):
+            base = values[result.reference]
+            shown = {name: "-" if value is None else f"{value:,.{digits}f}" for name, value in values.items()}
+            shares = {name: f"{value / base:.0%}" for name, value in values.items() if value is not None and base}
+            _add(table, result, label, shown, shares)
+    for tower, noun in (("images", "image"), ("texts", "caption")):
+        for batch in result.rounds:
+            times = {name: getattr(model, tower)[batch] for name, model in result.models.items()}
+            batch_name = f"{batch:,} {noun}s" if batch > 1 else f"one {noun}"
+            latencies = {name: f"{time.p50_ms:,.1f} / {time.p95_ms:,.1f}" for name, time in times.items()}
+            _add(table, result, f"{batch_name}, p50 / p95 ms", latencies, {})
+            rates = {name: f"{time.per_second:,.1f}" for name, time in times.items()}
+            ratios = {name: _times(getattr(speed, tower)[batch]) for name, speed in result.speed.items()}
+            _add(table, result, f"{noun}s/s", rates, ratios)
+    return table
+
+
+def _quantities(result: CostResult) -> Iterator[tuple[str, dict[str, float | None], int]]:
+    """Yield label, value by model and decimal places of each row except the timings."""
+
+    def by_model(value: Callable[[ModelCost], float | None]) -> dict[str, float | None]:
+        return {name: value(model) for name, model in result.models.items()}
+
+    def memory(part: str) -> dict[str, float | None]:
+        return by_model(lambda model: _scaled(getattr(model.memory, part) if model.memory else None, 1e6))
+
+    def flops(part: str) -> dict[str, float | None]:
+        return by_model(lambda model: _scaled(getattr(model.facts.flops, part) if model.facts.flops else None, 1e9))
+
+    def tokens(part: str) -> str:
+        """Return the number of tokens, or all numbers where models differ."""
+        counts = [getattr(model.facts.flops, part) for model in result.models.values() if model.facts.flops]
+        return " or ".join(str(count) for count in dict.fromkeys(counts))
+
+    yield "parameters", by_model(lambda model: model.facts.parameters), 0
+    yield "weights on disk, MB", by_model(lambda model: _scaled(model.facts.weights_bytes, 1e6)), 1
+    yield "weights in memory, MB", by_model(lambda model: _scaled(model.facts.state_bytes, 1e6)), 1
+    yield f"memory for a batch of {result.memory_batch}, MB", memory("encoding_bytes"), 0
+    yield "peak of the process, MB", memory("peak_bytes"), 0
+    yield "on the GPU, MB", memory("cuda_peak_bytes"), 0
+    yield "GFLOPs of an image", flops("image"), 3
+    yield f"GFLOPs of a text, {tokens('text_tokens')} tokens", flops("text"), 3
+    yield f"GFLOPs of a caption, {tokens('caption_tokens')} tokens", flops("caption"), 3
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _times(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _add(table: Table, result: CostResult, label: str, shown: dict[str, str], compared: dict[str, str]) -> None:
+    cells: list[str] = []
+    for name in result.models:
+        cells.append(shown[name])
+        if name != result.reference:
+            cells.append(compared.get(name, ""))
+    table.add_row(label, *cells)

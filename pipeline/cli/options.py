@@ -1,0 +1,204 @@
+"""Options of the commands, generated from the settings models; and the options for logs and metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from teacher_cache.pipeline.settings.base import StageConfig
+from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
+from teacher_cache.storage.cli.app import Argument, Command, complete_cache
+from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, stop_json_logs
+from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
+
+__all__ = ["Settings", "log_format_option", "metrics_option", "settings_command"]
+
+_C = TypeVar("_C", bound=StageConfig)
+_Callback = Callable[..., Any]
+_METAVARS = {int: "N", float: "X"}
+
+
+@dataclass(frozen=True)
+class Settings(Generic[_C]):
+    """The settings that a user typed for one stage; ``load`` checks them."""
+
+    kind: type[_C]
+    stage: str
+    run_file: Path | None
+    flags: dict[str, Any]
+    assignments: tuple[str, ...]
+
+    def explicit(self) -> dict[str, Any]:
+        """Return the settings that were written or typed, unchecked."""
+        return explicit_settings(self.stage, self.run_file, self.flags, self.assignments)
+
+    def load(self, **fixed: Any) -> _C:
+        """Return the checked settings.
+
+        Args:
+            fixed: settings that the command itself gives.
+        """
+        return load_config(self.kind, self.stage, self.run_file, self.flags | fixed, self.assignments)
+
+
+def settings_command(
+    name: str,
+    kind: type[_C],
+    flags: Sequence[str] | None = None,
+    argument: str | None = None,
+    example: str = "",
+) -> Callable[[_Callback], click.Command]:
+    """Return a decorator that makes a command of a function whose first argument is :class:`Settings`.
+
+    Args:
+        flags: fields that are options, in this order; the other fields are for the run file and ``--set``. By default
+            all fields are options.
+        argument: a required field that is typed without a flag.
+        example: words after ``teacher-cache``, shown below the help.
+    """
+    names = [field for field in (flags or kind.model_fields) if field != argument]
+    params: list[click.Parameter] = []
+    if argument is not None:
+        params.append(_argument(argument, kind.model_fields[argument]))
+    if name in RUN_FILE_STAGES:
+        described = "TOML file with a table per stage. Options win over it."
+        params.append(Argument(["run_file"], described, type=Path, required=False, metavar="[RUN.toml]"))
+    params += [_option(field, kind.model_fields[field]) for field in names]
+    if set(kind.model_fields) - {*names, argument}:
+        params.append(_set_option(kind, names))
+    fields = {*names, argument}
+
+    def decorate(function: _Callback) -> click.Command:
+        def run(run_file: Path | None = None, assignments: tuple[str, ...] = (), **typed: Any) -> None:
+            # an option that may be repeated is an empty tuple where it was not typed
+            values = {field: None if typed[field] == () else typed[field] for field in typed if field in fields}
+            others = {option: value for option, value in typed.items() if option not in fields}
+            function(Settings(kind, name, run_file, values, assignments), **others)
+
+        run.__doc__ = function.__doc__
+        params.extend(reversed(getattr(function, "__click_params__", [])))
+        return _SettingsCommand(
+            name, callback=run, params=params, help=function.__doc__, example=example, fields=tuple(kind.model_fields)
+        )
+
+    return decorate
+
+
+class _SettingsCommand(Command):
+    """A command that knows settings without a flag, to answer when one is typed as a flag."""
+
+    def __init__(self, *args: Any, fields: tuple[str, ...], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fields = fields
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            setting = error.option_name.lstrip("-").replace("-", "_")
+            flags = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
+            similar = get_close_matches(setting, [*self.fields, *(flag.lstrip("-") for flag in flags)], n=1)
+            advice = ""
+            if similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
+                advice = f" Did you mean {flag}?"
+            elif similar:
+                advice = f" Did you mean --set {similar[0]}=VALUE?"
+            raise click.UsageError(f"No such option {error.option_name!r}.{advice}", ctx) from error
+
+
+def _set_option(kind: type[StageConfig], flags: Sequence[str]) -> click.Option:
+    others = [name for name in kind.model_fields if name not in flags]
+    described = f"Any other setting, also from the run file: {', '.join(others)}."
+    return click.Option(["--set", "assignments"], multiple=True, metavar="NAME=VALUE", help=described)
+
+
+def _argument(name: str, field: FieldInfo) -> Argument:
+    many = get_origin(field.annotation) is tuple
+    settings: dict[str, Any] = {"nargs": -1, "metavar": f"{name.upper().rstrip('S')}..."} if many else {}
+    if name == "cache":
+        settings["shell_complete"] = complete_cache
+    return Argument([name], str(field.description), required=True, **settings)
+
+
+def _option(name: str, field: FieldInfo) -> click.Option:
+    """Return the flag of a field. It has no default of its own, so that a run file counts where nothing is typed."""
+    flag = "--" + name.replace("_", "-")
+    settings: dict[str, Any] = {"help": _help(field)}
+    kind = _without_none(field.annotation)
+    items = get_args(kind)
+    if kind is bool:
+        # off unless set, or on unless refused; without a declared default None tells that neither was typed
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, **settings)
+    if get_origin(kind) is Literal:
+        settings["type"] = click.Choice(items)
+    elif get_origin(kind) is tuple and items[-1] is not Ellipsis:
+        settings |= {"nargs": len(items), "type": items[0]}
+    elif get_origin(kind) is tuple and items[0] is str:
+        settings["multiple"] = True
+    elif get_origin(kind) is tuple:
+        settings["metavar"] = "N,N,..."
+    else:
+        settings["type"] = kind
+        settings["metavar"] = _METAVARS.get(kind)
+    return click.Option([flag, name], **settings)
+
+
+def _without_none(annotation: Any) -> Any:
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(annotation) else annotation
+
+
+def _help(field: FieldInfo) -> str:
+    """Return the description, with the default or the word required unless the description says it."""
+    text = " ".join(str(field.description).split())
+    if field.is_required():
+        return f"{text} [required]"
+    if "Default:" in text or field.default is False or field.default in (None, (), ""):
+        return text
+    if isinstance(field.default, tuple):
+        return f"{text} Default: {','.join(map(str, field.default))}."
+    return f"{text} Default: {'yes' if field.default is True else field.default}."
+
+
+def _choose_log_format(ctx: click.Context, param: click.Parameter, chosen: str) -> None:
+    if chosen == "json":
+        start_json_logs()
+    else:  # the environment may say json
+        os.environ.pop(LOG_FORMAT, None)
+        stop_json_logs()
+
+
+def _choose_metrics_port(ctx: click.Context, param: click.Parameter, port: int | None) -> None:
+    source = ctx.get_parameter_source("metrics_port")
+    if port is not None and source is click.core.ParameterSource.COMMANDLINE:
+        require_metrics(port)
+
+
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    envvar=LOG_FORMAT,
+    is_eager=True,
+    expose_value=False,
+    callback=_choose_log_format,
+    help="Format of stderr: text, or one JSON object per line. Default: text.",
+)
+metrics_option = click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65_535),
+    metavar="PORT",
+    envvar=METRICS_PORT,
+    expose_value=False,
+    callback=_choose_metrics_port,
+    help="Port for Prometheus, 0 to 65535; 0 takes a free one. Default: none.",
+)

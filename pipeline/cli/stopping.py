@@ -1,0 +1,53 @@
+"""What a stopped command says: what is saved, and how to continue."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from teacher_cache.storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError
+from teacher_cache.storage.observe.logs import say
+
+__all__ = ["chunks_committed", "resumable"]
+
+
+@contextmanager
+def resumable(state: Callable[[], str], errors: bool = True) -> Iterator[None]:
+    """Exit 1 with one line when the block is interrupted.
+
+    Args:
+        state: returns what is saved and how to continue. It is called only after an interruption.
+        errors: say so after an error of a file or a disk too.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped: {state()}")
+        sys.exit(1)
+    except CacheUnreachableError as error:  # names the remedy; asking the store for the state would take as long again
+        say(f"error: {str(error).rstrip('.')}. What is committed stays.")
+        sys.exit(1)
+    except OSError as error:  # a full disk, a missing right, a share that is away
+        if not errors:
+            raise
+        say(f"error: {str(error).rstrip('.')}. {state()}")
+        sys.exit(1)
+
+
+def chunks_committed(cache: str) -> Callable[[], str]:
+    """Return a function that counts the committed chunks of a cache."""
+
+    def state() -> str:
+        from teacher_cache.storage.look.info import count_committed  # no torch, which may be half imported
+
+        try:
+            done, total = count_committed(cache)
+            committed = f"{done} of {total} chunks are committed"
+        except CacheNotFoundError:
+            committed = "nothing is committed yet"
+        except (CacheError, OSError):
+            committed = "what is committed stays"
+        return f"{committed}. Run the same command again to go on."
+
+    return state

@@ -1,0 +1,149 @@
+"""The commands of ``student``: ``inherit``, ``mean``, ``resize``, ``pixels``, ``cost``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.stopping import resumable
+from teacher_cache.pipeline.settings.evaluate import CostConfig
+from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.storage.cli.app import Group, json_flag, print_json, print_lines
+from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.progress import StageProgress
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.models.inherit.run import InheritResult
+    from teacher_cache.pipeline.models.run_record import RunRecord
+
+__all__ = ["student"]
+
+
+@settings_command(
+    "inherit",
+    InheritConfig,
+    example="student inherit --teacher local-dir:teacher --student effnet-lite0-t3 --out start",
+)
+@json_flag
+def _inherit(settings: Settings[InheritConfig], as_json: bool) -> None:
+    """Write a student that starts with its teacher's weights, as far as they fit, for train --init."""
+    config = settings.load()
+    from teacher_cache.pipeline.models.inherit.run import inherit
+
+    with StageProgress() as progress:
+        result = inherit(config, progress)
+    if as_json:
+        print_json(result)
+    else:
+        print_lines(*_inherited_lines(result))
+
+
+@settings_command("mean", MeanConfig, argument="runs", example="student mean runs/a runs/b --out runs/mean")
+@json_flag
+def _mean(settings: Settings[MeanConfig], as_json: bool) -> None:
+    """Average the weights of runs that started from the same weights: one student of the same size, often better."""
+    config = settings.load()
+    from teacher_cache.pipeline.models.average import soup
+
+    record = soup(config)
+    if as_json:
+        print_json(record)
+        return
+    print_lines(
+        f"{config.out}: the mean of {len(record.averaged)} runs of {record.student_parameters:,} parameters, "
+        f"{record.steps:,} steps in {record.seconds:,.1f} s together",
+        f"checkpoint: {config.out}/{record.checkpoint}",
+    )
+
+
+@settings_command(
+    "resize", ResizeConfig, argument="run", example="student resize runs/a --image-size 256 --out runs/a-256"
+)
+@json_flag
+def _resize(settings: Settings[ResizeConfig], as_json: bool) -> None:
+    """Give a trained student another image size.
+
+    A convolutional student is often better at more pixels than in training. The positions of a transformer are
+    interpolated and need some more training.
+    """
+    config = settings.load()
+    from teacher_cache.pipeline.models.resize import resize
+
+    record = resize(config)
+    if as_json:
+        print_json(record)
+    else:
+        print_lines(*_resized_lines(config, record))
+
+
+@settings_command("pixels", PixelsConfig, example="student pixels --cache a.cache --student vit-s-32 --out pixels")
+@json_flag
+def _pixels(settings: Settings[PixelsConfig], as_json: bool) -> None:
+    """Decode a split's images once, for train --pixels. Stop it at any time and run it again to continue."""
+    config = settings.load()
+    with resumable(lambda: "finished chunks stay. Run the same command again to go on."):
+        from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
+
+        plan = plan_pixels(config)
+        say(str(plan))
+        with StageProgress() as progress:
+            result = make_pixels(plan, progress)
+    if as_json:
+        print_json(result)
+        return
+    height, width = result.size
+    print_lines(
+        f"{result.out}: {result.images:,} images in {result.views} views at {height} x {width}, "
+        f"{result.nbytes / 1e9:,.2f} GB",
+        f"{result.chunks_made:,} of {result.chunks:,} chunks made by this run",
+    )
+
+
+@settings_command("cost", CostConfig, example="student cost --run runs/a --teacher local-dir:teacher")
+@json_flag
+def _cost(settings: Settings[CostConfig], as_json: bool) -> None:
+    """Measure parameters, size, FLOPs, latency, images/s and peak memory of a student and its teacher, in turns."""
+    config = settings.load()
+    from rich.console import Console
+
+    from teacher_cache.pipeline.cli.cost_table import cost_table
+    from teacher_cache.pipeline.evaluate.cost.measure import cost
+
+    with StageProgress() as progress:
+        result = cost(config, progress)
+    if as_json:
+        print_json(result)
+    else:
+        Console().print(cost_table(result))
+
+
+student = Group("student", commands=[_inherit, _mean, _resize, _pixels, _cost], no_args_is_help=True)
+
+
+def _inherited_lines(result: InheritResult) -> list[str]:
+    random = sum(part.parameters for part in result.parts if part.random)
+    return [
+        *(f"{part.part:<18} {part.parameters:>12,}  {part.source}" for part in result.parts),
+        *(f"note: {note}" for note in result.notes),
+        f"{result.out}: {result.parameters:,} parameters, {result.parameters / result.teacher_parameters:.1%} of "
+        f"{result.teacher}'s {result.teacher_parameters:,}; {random:,} of them random",
+    ]
+
+
+def _resized_lines(config: ResizeConfig, record: RunRecord) -> list[str]:
+    assert record.resized is not None  # resize wrote this record
+    before = " x ".join(map(str, record.resized.image_size))
+    names = ", ".join(record.resized.interpolated)
+    weights = f"all but {names}, which is interpolated, are the same" if names else "all are the same"
+    lines = [
+        f"{config.out}: {config.run} at {config.image_size} x {config.image_size} pixels, before {before}; "
+        f"{record.student_parameters:,} parameters: {weights}",
+        f"checkpoint: {config.out}/{record.checkpoint}",
+    ]
+    if names:
+        lines.append(
+            "Train it on: teacher-cache train --cache CACHE --student CHECKPOINT/open_clip_config.json --init "
+            "CHECKPOINT, with that checkpoint"
+        )
+    return lines
