@@ -115,7 +115,8 @@ def demo_table(result: DemoResult) -> Table:
     assert measured.student is not None  # the demo evaluates a run
     assert measured.retention is not None
     table = Table(
-        title=f"{measured.images} test scenes, {measured.captions} captions; chance R@1 is {100 / measured.images:.2f} %",
+        title=f"{measured.images} test scenes, {measured.captions} captions; "
+        f"chance R@1 is {100 / measured.images:.2f} %",
         caption=f"seconds spent: {', '.join(f'{stage} {spent:.0f} s' for stage, spent in result.seconds.items())}",
         title_justify="left",
         caption_justify="left",

@@ -114,7 +114,7 @@ class Student(nn.Module):
 
         Args:
             unlocked_groups: last layer groups that go on learning, see
-            :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`
+                :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`
 
         Raises:
             UsageError: the tower has no such groups, or no more than that.

@@ -35,7 +35,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
 
     Args:
         manifest: of the cache; records are of its encoder and its rows, as
-        :func:`teacher_cache.storage.format.commits.read_commit` proves.
+            :func:`teacher_cache.storage.format.commits.read_commit` proves.
     """
 
     def __init__(self, manifest: CacheManifest) -> None:

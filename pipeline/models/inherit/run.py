@@ -1,7 +1,7 @@
 """Give a student its teacher's weights to start from, as far as they fit. The one place where both are loaded.
 
 - Text towers and vision transformers of open_clip's own: layers, heads and channels as
-``teacher_cache.pipeline.models.inherit.shrink`` chooses
+  ``teacher_cache.pipeline.models.inherit.shrink`` chooses
   them. A factorised token embedding gets the teacher's, projected to its principal directions.
 - Any other image tower: a copy if the student's is the same one, or its trunk from a file; else it stays random.
 - A smaller embed_dim: both towers are projected to the principal directions of the teacher's two projections, and the
