@@ -85,8 +85,9 @@ def precompute(settings: Settings[PrecomputeConfig], dry_run: bool, as_json: boo
 )
 @json_flag
 def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
-    """A sample of the rows is first compared with the live teacher; images and captions that the folder lacks are
-    encoded. Stop it at any time and run it again to continue.
+    """Compare a sample of the rows with the live teacher first, and encode what the folder lacks.
+
+    Stop it at any time and run it again to continue.
     """
     config = settings.load()
     _check_dataset(config.dataset)
@@ -105,7 +106,7 @@ def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
 @log_format_option
 @json_flag
 def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
-    """Digests, counts, finite values and unit norms are checked. Exit 1 if anything is wrong.
+    """Check digests, counts, finite values and unit norms. Exit 1 if anything is wrong.
 
     Digests cannot show that the right rows were written: --sample encodes random rows again with the live teacher.
     """
@@ -145,7 +146,7 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
 @click.option("--device", default="auto", help=f"{PrecomputeConfig.model_fields['device'].description} Default: auto.")
 @json_flag
 def repair(cache: str, as_json: bool, **options: Any) -> None:
-    """The manifest, tables and metadata are restored, damaged chunks encoded again; then the cache is verified."""
+    """Restore manifest, tables and metadata, encode damaged chunks again, then verify the cache."""
     with resumable(lambda: "what is mended stays. Run the same command again to go on.", errors=False):
         from teacher_cache.pipeline.precompute.repair import repair as run
 

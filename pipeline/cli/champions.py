@@ -36,7 +36,7 @@ _registry = click.argument(
 @settings_command("promote", PromoteConfig, example="promote --run runs/a --registry students --split test")
 @json_flag
 def promote(settings: Settings[PromoteConfig], as_json: bool) -> None:
-    """Both are measured on the same images. Exit 1 if the student is rejected."""
+    """Measure both on the same images. Exit 1 if the student is rejected."""
     config = settings.load()
     from teacher_cache.pipeline.promote.gate import promote as run
 
@@ -107,7 +107,7 @@ students = Group("students", commands=[_list, _rollback], no_args_is_help=True)
 )
 @json_flag
 def retrain(settings: Settings[RetrainConfig], as_json: bool) -> None:
-    """Without new data nothing happens. Exit 1 if the student is rejected."""
+    """Do nothing without new data. Exit 1 if the student is rejected."""
     config = settings.load()
     from teacher_cache.pipeline.promote.retrain import retrain as run
 

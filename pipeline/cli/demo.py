@@ -67,7 +67,7 @@ class DemoResult(BaseModel):
 )
 @json_flag
 def demo(out: Path, as_json: bool) -> None:
-    """Takes about two minutes on a laptop; nothing is downloaded."""
+    """Download nothing; the run takes about two minutes on a laptop."""
     with StageProgress() as progress:
         result = run_demo(out, progress)
     if as_json:

@@ -31,7 +31,7 @@ __all__ = ["ImageScores", "Inference", "deploy", "infer"]
 @settings_command("deploy", DeployConfig, example="deploy --run runs/a --out deployed/a")
 @json_flag
 def deploy(settings: Settings[DeployConfig], as_json: bool) -> None:
-    """Every file is proven before it is shipped."""
+    """Prove every file before it is shipped."""
     config = settings.load()
     require_packages()
     from teacher_cache.pipeline.deploy.run import deploy as run
@@ -82,7 +82,7 @@ class Inference(BaseModel):
 def infer(
     images: tuple[str, ...], text: tuple[str, ...], student: str, variant: Literal["fp32", "int8"], as_json: bool
 ) -> None:
-    """The score is softmax(100 x cosine) over the texts."""
+    """Print softmax(100 x cosine) over the texts for each image."""
     files = _files(images)
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 

@@ -26,7 +26,7 @@ __all__ = ["accuracy_table", "evaluate", "recall_table", "zero_shot"]
 @settings_command("evaluate", EvaluateConfig, example="evaluate --run runs/a --split test")
 @json_flag
 def evaluate(settings: Settings[EvaluateConfig], as_json: bool) -> None:
-    """With --cache alone only the teacher is measured, which needs no torch."""
+    """Measure only the teacher where --run is left out; that needs no torch."""
     config = settings.load()
     from teacher_cache.pipeline.evaluate.retrieval import evaluate as run
 
@@ -52,7 +52,7 @@ def evaluate(settings: Settings[EvaluateConfig], as_json: bool) -> None:
 )
 @json_flag
 def zero_shot(settings: Settings[ZeroShotConfig], as_json: bool) -> None:
-    """Shows top-1, top-5 and the mean over classes."""
+    """Show top-1, top-5 and the mean over classes."""
     config = settings.load()
     from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as measure
 

@@ -1,4 +1,4 @@
-"""What a stopped command says: what is saved, and how to continue."""
+"""Messages of a stopped command: the state that is saved, and how to continue."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     config = _resumed(settings) if resume else settings.load()
     if not resume:
         _say_what_the_recipe_leaves(settings, config)
+        _check_split(config)
 
     def state() -> str:
         return _saved_steps(config.out)
@@ -62,6 +63,22 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
         print_json(result.record)
     else:
         print_lines(*_lines(result))
+
+
+def _check_split(config: TrainConfig) -> None:
+    """Refuse a missing cache or a mistyped split before torch is imported.
+
+    Raises:
+        CacheNotFoundError: no cache is at this location.
+        UsageError: the cache has no such split.
+    """
+    from teacher_cache.storage.files.location import open_files
+    from teacher_cache.storage.format.manifest_file import read_manifest
+
+    splits = read_manifest(open_files(config.cache)).identity.dataset.splits
+    if config.split not in splits:
+        names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
+        raise UsageError(f"{config.cache}: no split {config.split!r}; this cache has {names}")
 
 
 def _say_what_the_recipe_leaves(settings: Settings[TrainConfig], config: TrainConfig) -> None:

@@ -1,10 +1,11 @@
-"""What the settings of all stages share: the base class and the fields that several stages have."""
+"""Base class of the settings, and the fields that several stages have."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = [
     "AcceptMismatch",
@@ -30,6 +31,12 @@ def comma_separated(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _check_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N")
+    return name
+
+
 Decoder = Literal["pillow", "jpeg-scaled"]
 Precision = Literal["fp32", "bf16", "fp16"]
 StoredDtype = Literal["float16", "int8"]
@@ -45,6 +52,7 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[
     str,
+    AfterValidator(_check_device),
     Field(description="Device: auto (a GPU if there is one), cpu, cuda or cuda:N. A missing device is an error."),
 ]
 ImageRoot = Annotated[

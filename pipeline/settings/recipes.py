@@ -116,5 +116,5 @@ RECIPE_SETTINGS = frozenset(field.name for field in fields(Recipe))
 
 
 def in_teacher_space(losses: dict[str, float]) -> bool:
-    """Whether a student trained by these losses can be compared with its teacher row by row, by its projections."""
+    """Check whether these losses train projections by which student and teacher rows can be compared."""
     return any(losses.get(name, 0) > 0 for name in TEACHER_SPACE_LOSSES)

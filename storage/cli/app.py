@@ -213,7 +213,7 @@ commands_in("Look inside", "teacher_cache.storage.cli.compare", {"diff": "Compar
 
 
 def every_command() -> Iterator[tuple[str, click.Command]]:
-    """Yield every command, and those of groups, by the words that are typed."""
+    """Yield every command by the words that are typed, the commands of groups included."""
     ctx = click.Context(app)
     for name in app.list_commands(ctx):
         command = app.get_command(ctx, name)

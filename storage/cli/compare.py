@@ -44,7 +44,7 @@ _SHOWN = 5
 @seed_option
 @json_flag
 def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None:
-    """Shows differences of identity, images and captions, and the drift of embeddings. Exit 1 unless they are equal."""
+    """Show differences of identity, images and captions, and the drift of embeddings. Exit 1 unless they are equal."""
     from teacher_cache.storage.look.diff import diff_caches
     from teacher_cache.storage.observe.progress import StageProgress
 
@@ -61,10 +61,10 @@ def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None
 @command("gc", example="gc caches/coco.cache --delete")
 @cache_argument()
 @click.option("--delete", is_flag=True, help="Delete what writers and processes left behind.")
-@click.option("--unknown", is_flag=True, help="With --delete: delete unknown files too. Look at them first.")
+@click.option("--unknown", is_flag=True, help="Delete unknown files too, with --delete. Look at them first.")
 @json_flag
 def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
-    """Without --delete nothing is changed."""
+    """Change nothing without --delete."""
     from teacher_cache.storage.check.garbage import collect_garbage
 
     report = collect_garbage(cache, delete, unknown)
@@ -99,7 +99,7 @@ def export(
     rows_per_file: int,
     as_json: bool,
 ) -> None:
-    """Quarantined rows are left out."""
+    """Leave quarantined rows out."""
     from teacher_cache.storage.look.export import export_rows
     from teacher_cache.storage.observe.progress import StageProgress
 

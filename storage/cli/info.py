@@ -103,7 +103,7 @@ def _age(age: timedelta) -> str:
 @cache_argument()
 @json_flag
 def info(cache: str, as_json: bool) -> None:
-    """No embeddings are read."""
+    """Read no embeddings."""
     from teacher_cache.storage.look.info import describe_cache
 
     described = describe_cache(cache)
@@ -198,7 +198,7 @@ def _views(views: ViewsIdentity) -> str:
 
 
 def _accounts(found: CacheInfo) -> str:
-    """What became of each image of the dataset; both sides add up."""
+    """Return what became of each image of the dataset; both sides add up."""
     total = found.layout.image_rows + found.lost_images
     rows = f"{found.layout.image_rows:,} with a row (encoded or quarantined: known when complete)"
     if found.images_encoded is not None:

@@ -55,7 +55,7 @@ _split = click.option("--split", help="Split to read. Default: all.")
 @seed_option
 @json_flag
 def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed: int, as_json: bool) -> None:
-    """Cosines are those of true pairs and of random pairs."""
+    """Compare the cosines of true pairs with those of random pairs."""
     from teacher_cache.storage.look.stats import cache_stats
     from teacher_cache.storage.observe.progress import StageProgress
 
@@ -92,7 +92,7 @@ def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed
 @seed_option
 @json_flag
 def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **options: Any) -> None:
-    """Captions are shown with their cosine to the image."""
+    """Show captions with their cosine to the image."""
     from teacher_cache.storage.look.rows import find_neighbours, sample_images
     from teacher_cache.storage.observe.progress import StageProgress
 
