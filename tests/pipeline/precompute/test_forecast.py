@@ -212,7 +212,7 @@ def test_the_command_takes_the_settings_of_precompute(
     monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 1000)
     full = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run"])
     assert full.exit_code == 1
-    assert "1.0 kB free there. Make room, or name another --cache." in full.stderr
+    assert "1.0 kB free. Make room, or name another --cache." in full.stderr
 
 
 def test_free_room_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
