@@ -116,7 +116,7 @@ def test_what_a_recipe_does_not_set_is_said(tmp_path: Path) -> None:
         (["train", "--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o"], 1, "no cache here"),
         (["evaluate"], 2, "nothing to evaluate"),
         (["evaluate", "--run", "nothing"], 2, "nothing: no run here"),
-        (["info", "foo://x"], 2, "foo://x: Protocol not known"),
+        (["info", "foo://x"], 2, "foo://x: no store is known by foo:"),
         (["precompute", "."], 2, ".: cannot be read"),
         (["fly"], 2, "No such command"),
     ],

@@ -330,7 +330,7 @@ def test_a_folder_of_other_images_is_refused(home: Home, tmp_path: Path) -> None
     ):
         home.bring(folder, tmp_path / "c")
     assert not (tmp_path / "c").exists()
-    with pytest.raises(ValueError, match=r"hold the evaluation crop alone; add views later with precompute --views"):
+    with pytest.raises(ValueError, match=r"hold the evaluation crop alone; for more, precompute --views N --reuse"):
         ImportConfig(**home.settings(folder, tmp_path / "c", views=2))
 
 

@@ -156,7 +156,7 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
         (["export", "nothing", "--out", "o"], 1, "no cache here"),
         (["export", "part.cache", "--out", "part.cache"], 2, "Give a new folder, or delete this one first"),
         (["precompute", "--dry-run", "--dataset", "flickr:x", "--teacher", "t"], 2, "cache is missing: give --cache"),
-        (["info", "foo://x"], 2, "foo://x: Protocol not known"),
+        (["info", "foo://x"], 2, "foo://x: no store is known by foo:"),
     ],
 )
 def test_errors_are_one_line_that_ends_with_the_remedy(
