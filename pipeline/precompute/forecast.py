@@ -70,7 +70,7 @@ class ProbeRate(BaseModel, frozen=True):
 
 
 class Forecast(BaseModel, frozen=True):
-    """The answer of ``teacher-cache plan``."""
+    """The answer of ``teacher-cache precompute --dry-run``."""
 
     cache: str
     dataset: str

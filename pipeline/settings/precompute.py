@@ -96,7 +96,9 @@ class ImportConfig(PrecomputeConfig):
     @classmethod
     def _check_one_view(cls, views: int | None) -> int | None:
         if views not in (None, 1):
-            raise ValueError("such folders hold the evaluation crop alone; for more, precompute --views N --reuse THIS_CACHE afterwards")
+            raise ValueError(
+                "such folders hold the evaluation crop alone; for more, precompute --views N --reuse THIS_CACHE afterwards"
+            )
         return views
 
 

@@ -29,7 +29,7 @@ from teacher_cache.storage.read.row_set import RowSet
 __all__ = ["SelectRows", "TrainingCache", "new_record", "new_student", "recorded_start", "training_images"]
 
 _WAY_OUT = (
-    "Precompute a cache of what is asked for, leave --expect out, or accept a difference by --accept-mismatch FIELD, "
+    "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "
     "which every checkpoint then records."
 )
 
