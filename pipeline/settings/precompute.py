@@ -97,7 +97,7 @@ class ImportConfig(PrecomputeConfig):
     def _check_one_view(cls, views: int | None) -> int | None:
         if views not in (None, 1):
             raise ValueError(
-                "such folders hold the evaluation crop alone; for more, precompute --views N --reuse THIS_CACHE afterwards"
+                "such folders hold the evaluation crop alone; for more, precompute --views N --reuse this one"
             )
         return views
 
