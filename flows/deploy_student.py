@@ -15,7 +15,6 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from pydantic import Field
 
-import teacher_cache.flows.forks  # noqa: F401  memory is measured in processes of their own
 from teacher_cache.flows.markdown import deployment_text
 from teacher_cache.flows.parameters import parameters_of
 from teacher_cache.flows.progress import LoggedProgress

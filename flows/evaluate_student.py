@@ -12,7 +12,6 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-import teacher_cache.flows.forks  # noqa: F401  evaluation decodes in forked processes
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import code, recall_text
 from teacher_cache.flows.parameters import parameters_of

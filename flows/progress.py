@@ -7,7 +7,6 @@ and does not answer lasts minutes. So a thread sends it, and of what came meanwh
 from __future__ import annotations
 
 import contextvars
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -125,16 +124,6 @@ class _Mover:
 
 
 _mover = _Mover()
-
-
-def _new_mover() -> None:
-    global _mover
-    _mover = _Mover()
-
-
-if hasattr(os, "register_at_fork"):
-    # a forked process has the lock as it was at that moment, and no thread
-    os.register_at_fork(after_in_child=_new_mover)
 
 
 class LoggedProgress:

@@ -15,7 +15,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import Field
 
-import teacher_cache.flows.forks  # noqa: F401  training decodes in forked processes
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import retraining_text
 from teacher_cache.flows.parameters import parameters_of

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from teacher_cache.storage.files.fork_safety import renew_after_fork
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.manifest import CacheManifest
@@ -54,7 +53,7 @@ class TableRows:
     that was proven, even if another one replaces it. From an object store the whole file is fetched, since it is
     proven as a whole, and stays in memory compressed.
 
-    Threads may share it: they read one after another. A forked process begins with nothing in memory.
+    Threads may share it: they read one after another.
 
     Args:
         files, manifest: The cache.
@@ -79,7 +78,6 @@ class TableRows:
         self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
-        renew_after_fork(self)
 
     def __reduce__(self) -> tuple[type[TableRows], tuple[CacheFiles, CacheManifest, str, int, list[str]]]:
         # a spawned process opens the files for itself
@@ -151,10 +149,6 @@ class TableRows:
 
     def _joined(self, pieces: list[pa.Table]) -> pa.Table:
         return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table().select(self._columns)
-
-    def renew(self) -> None:
-        """Forget what the parent has open, in a forked child."""
-        self._lock, self._parts, self._groups = threading.Lock(), OrderedDict(), OrderedDict()
 
     def _groups_of(self, number: int, rows: range) -> list[tuple[int, int, int]]:
         """Return the row groups of a file that hold some of the rows: number, first row, and one past the last."""

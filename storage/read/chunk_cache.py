@@ -40,11 +40,6 @@ class ChunkMemory:
         self._loading: dict[_Key, Future[NDArray[Any]]] = {}
         self._lock = threading.Lock()
 
-    def renew(self) -> None:
-        """Replace the lock and forget loads of the parent's threads, in a forked child."""
-        self._lock, self._loading = threading.Lock(), {}
-        self.nbytes = sum(values.nbytes for values in self._arrays.values())
-
     def __contains__(self, key: _Key) -> bool:
         return key in self._arrays
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError
-from teacher_cache.storage.files.fork_safety import renew_after_fork
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.files.transient import read_error
@@ -35,7 +34,7 @@ _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair
 class ChunkSource:
     """Chunks of one sealed cache: loaded, proven, dequantized, and their quarantined rows named.
 
-    Threads may share it. A forked child continues with its copy of the chunks in memory.
+    Threads may share it.
 
     Args:
         files, manifest: The cache.
@@ -59,13 +58,6 @@ class ChunkSource:
         self._proven: set[tuple[ChunkRef, str]] = set()
         self._scales: dict[ChunkRef, NDArray[np.float32]] = {}
         self._lock, self._commits_lock = threading.Lock(), threading.Lock()
-        renew_after_fork(self)
-
-    def renew(self) -> None:
-        """Replace the locks and what depends on threads or mappings of the parent, in a forked child."""
-        self._lock, self._commits_lock = threading.Lock(), threading.Lock()
-        self._memory.renew()
-        self.mapped = {}
 
     @property
     def held_bytes(self) -> int:

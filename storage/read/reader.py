@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError, UsageError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.files.once import once
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, QuarantinedRow, quarantined_rows
@@ -45,8 +45,8 @@ class EmbeddingReader:
 
     Chunks are read whole, proven and kept in memory; the least recently used ones leave when ``memory_bytes`` is
     reached, so that a cache that fits is read once. Streams of a local cache also leave as many bytes of each array
-    mapped. Threads may share a reader: they load different chunks at the same time, and each chunk once. A spawned
-    worker gets a reader of its own by pickling; a forked one continues with its copy, the chunks in memory included.
+    mapped. Threads may share a reader: they load different chunks at the same time, and each chunk once. A worker
+    of another process gets a reader of its own by pickling.
 
     Attributes:
         chunks: Chunks of the cache, for code that reads whole chunks.
@@ -117,17 +117,17 @@ class EmbeddingReader:
         """Identity of the cache: what its rows are of and how they were made."""
         return self.manifest.identity
 
-    @once
+    @cached_property
     def samples(self) -> pa.Table:
         """Table of one row per image - row, sample_id, uri, offset, length, content_sha256, split."""
         return self._table(SAMPLES)
 
-    @once
+    @cached_property
     def captions(self) -> pa.Table:
         """Table of one row per caption, those of an image side by side - row, image_row, text."""
         return self._table(CAPTIONS)
 
-    @once
+    @cached_property
     def problems(self) -> pa.Table:
         """Table of the dataset's parts that got no row, and why - kind, where, detail, lost_image."""
         return self._table(PROBLEMS)
@@ -157,18 +157,18 @@ class EmbeddingReader:
         except OSError as error:
             raise read_error(f"{self.location}/{table}", error) from error
 
-    @once
+    @cached_property
     def caption_offsets(self) -> NDArray[np.int64]:
         """Offsets of captions, (images + 1,) - image ``i`` has rows ``offsets[i]`` to ``offsets[i + 1]``."""
         return self.caption_index.offsets()
 
-    @once
+    @cached_property
     def caption_index(self) -> CaptionIndex:
         """Index from images to their captions, of at most one byte an image."""
         owners = (part.to_numpy() for part in self.column(CAPTIONS, "image_row"))
         return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
 
-    @once
+    @cached_property
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
         """Image rows without an embedding in some view, each once, with reasons. Reads the commits once."""
         return tuple(quarantined_rows(self.chunks.commits.with_quarantined()).values())

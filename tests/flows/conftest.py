@@ -234,10 +234,7 @@ def precomputed(served: Serve, pictures: Path, tiny_teacher: Path) -> FlowRun:
 
 @pytest.fixture(scope="session")
 def trained(served: Serve, precomputed: FlowRun) -> FlowRun:
-    """A student trained and measured by a run of train-student.
-
-    With a decoding process: those that a Prefect flow forks used to end with code 1.
-    """
+    """A student trained and measured by a run of train-student, with a decoding process."""
     student = served.folder / "tiny.json"
     student.write_text(json.dumps(TINY_MODEL))
     out = served.folder / "run"
