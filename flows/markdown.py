@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
     from teacher_cache.pipeline.models.run_record import RunRecord
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
+    from teacher_cache.pipeline.promote.look import Changes, Look
     from teacher_cache.pipeline.promote.registry import Candidate
-    from teacher_cache.pipeline.promote.retrain import Changes, Look
     from teacher_cache.storage.format.identity import CacheIdentity
     from teacher_cache.storage.look.info import CacheInfo
     from teacher_cache.storage.look.stats import RecallStats

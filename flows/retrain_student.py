@@ -27,7 +27,7 @@ from teacher_cache.storage.observe.logs import log_fields
 if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
     from teacher_cache.pipeline.promote.gate import PromoteResult
-    from teacher_cache.pipeline.promote.retrain import Look
+    from teacher_cache.pipeline.promote.look import Look
     from teacher_cache.pipeline.train.loop import StepProgress
 
 __all__ = ["ARTIFACT", "retrain_student"]

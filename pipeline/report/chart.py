@@ -1,6 +1,6 @@
-"""A chart as Vega-Lite takes it, the colours of both themes, and the forms that several charts share.
+"""A chart of a report: an Altair chart, its rows, the colours of both themes, and the forms that charts share.
 
-A spec says ``$image`` where it means a colour of the theme.
+A chart says ``$image`` for a colour of the theme.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import altair as alt
+
 from teacher_cache.storage.look.stats import Distribution
 
 __all__ = [
@@ -18,11 +20,11 @@ __all__ = [
     "PALETTES",
     "Chart",
     "Theme",
-    "coloured",
     "dots",
     "finite",
     "histogram",
-    "quantity",
+    "series_colour",
+    "series_shape",
     "spec_of",
     "tips",
     "vega_config",
@@ -87,11 +89,12 @@ class Chart:
 
     Attributes:
         name: of the chart, and of its rows in the spec.
-        caption: what it shows, of how many; below it.
-        alt: what it is, for who does not see it.
+        caption: the text below the chart: what it shows, of how many.
+        alt: description for people who do not see it.
         spec: Vega-Lite, with ``data: {"name": name}``.
         columns: field and heading of each column.
-        rows: values in the order of the columns; None is not known.
+        rows: values in the order of the columns; None if not known.
+        canvas: drawn on a canvas, for thousands of marks.
     """
 
     name: str
@@ -103,15 +106,15 @@ class Chart:
     canvas: bool = False
 
     def records(self) -> list[dict[str, Any]]:
-        """The rows as Vega-Lite takes them."""
+        """Return the rows as Vega-Lite takes them."""
         fields = [field for field, _ in self.columns]
         return [dict(zip(fields, row, strict=True)) for row in self.rows]
 
 
 def vega_config(theme: Theme) -> dict[str, Any]:
-    """Vega-Lite's config of a theme: colours of text and lines, the system's font, nothing around the plot."""
+    """Return Vega-Lite's config of a theme: colours of text and lines, the system's font, no frame."""
     colour = PALETTES[theme]
-    # without roles of their own: the figure around it has the name, and thousands of nameless marks help nobody
+    # no ARIA roles: the figure around the plot has the name
     text = {"labelColor": colour["muted"], "titleColor": colour["ink"], "titleFontWeight": 600, "aria": False}
     return {
         "background": "transparent",
@@ -133,137 +136,130 @@ def vega_config(theme: Theme) -> dict[str, Any]:
     }
 
 
-def spec_of(name: str, **parts: Any) -> dict[str, Any]:
-    """A spec of the width that there is, on the rows of that name."""
-    return {"data": {"name": name}, "width": "container", **parts}
+def spec_of(name: str, chart: Any, **properties: Any) -> dict[str, Any]:
+    """Return the Vega-Lite of an Altair chart on the rows of that name, as wide as its container."""
+    chart = chart.properties(data=alt.NamedData(name), width="container", **properties)
+    with alt.data_transformers.enable(consolidate_datasets=False):  # page.js hands the rows out by name
+        spec: dict[str, Any] = chart.to_dict()
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN; a loss may be one."""
+    """Return the value, or None if it is not finite: JSON has no NaN, and a loss may be one."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def quantity(field: str, title: str | None, **more: Any) -> dict[str, Any]:
-    """An encoding by a numeric field."""
-    return {"field": field, "type": "quantitative", "title": title, **more}
-
-
-def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[dict[str, Any]]:
-    """What hovering shows: columns by their headings, numbers in d3's formats."""
+def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[alt.Tooltip]:
+    """Return the tooltip of each column under its heading, numbers in d3's formats."""
     return [
-        {
-            "field": field,
-            "title": title,
-            **({"type": "quantitative", "format": formats[field]} if field in formats else {"type": "nominal"}),
-        }
+        alt.Tooltip(f"{field}:Q", title=title, format=formats[field])
+        if field in formats
+        else alt.Tooltip(f"{field}:N", title=title)
         for field, title in columns
     ]
 
 
-def coloured(names: Sequence[str], field: str = "series", legend: bool | None = None) -> dict[str, Any]:
-    """Colour and shape by name, in the order given."""
-    shown: dict[str, Any] = {} if (len(names) > 1 if legend is None else legend) else {"legend": None}
-    names = list(names)
-    base = {"field": field, "type": "nominal", **shown}
-    return {
-        "color": {**base, "scale": {"domain": names, "range": _SERIES[: len(names)]}},
-        "shape": {**base, "scale": {"domain": names, "range": _SHAPES[: len(names)]}},
-    }
+def series_colour(names: Sequence[str], field: str = "series") -> alt.Color:
+    """Return the colour by name, in the order given; a single name needs no legend."""
+    scale = alt.Scale(domain=list(names), range=_SERIES[: len(names)])
+    return alt.Color(f"{field}:N", scale=scale, **_legend(names))
+
+
+def series_shape(names: Sequence[str], field: str = "series") -> alt.Shape:
+    """Return the shape by name, which says the same as the colour."""
+    scale = alt.Scale(domain=list(names), range=_SHAPES[: len(names)])
+    return alt.Shape(f"{field}:N", scale=scale, **_legend(names))
+
+
+def _legend(names: Sequence[str]) -> dict[str, Any]:
+    return {} if len(names) > 1 else {"legend": None}
 
 
 def dots(
-    name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption: str, alt: str, at_100: bool
+    name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption: str, alt_text: str, at_100: bool
 ) -> Chart | None:
-    """Numbers with their intervals, a line per metric; rows are (metric, series, value, low, high).
+    """Return numbers with their intervals, one line per metric, or None if no number is known.
 
-    None where no number is known.
+    Args:
+        heading: title of the axis of values.
+        rows: (metric, series, value, low, high).
+        of: heading of the series.
+        at_100: whether to draw a line at 100.
     """
     known = [value for row in rows for value in row[2:] if value is not None]
     if not known:
         return None
     ends = [min(known), max(known), *([100.0] if at_100 else [])]
-    columns = (
-        ("metric", "metric"),
-        ("series", of),
-        ("value", heading),
-        ("low", "95 % from"),
-        ("high", "95 % to"),
-    )
+    columns = (("metric", "metric"), ("series", of), ("value", heading), ("low", "95 % from"), ("high", "95 % to"))
     series = list(dict.fromkeys(row[1] for row in rows))
     metrics = list(dict.fromkeys(row[0] for row in rows))
-    metric = {
-        "field": "metric",
-        "type": "nominal",
-        "sort": metrics,
-        "title": None,
-        "axis": {"ticks": False, "domain": False},
+    # a fixed domain: a layer may have no rows, and Vega warns of what has no extent
+    axis: dict[str, Any] = {
+        "title": heading,
+        "scale": alt.Scale(domain=[min(ends), max(ends)], nice=True, zero=False),
+        "axis": alt.Axis(tickCount=8),
     }
-    place = {"y": metric, "yOffset": {"field": "series", "type": "nominal", "sort": series}}
-    look = coloured(series)
-    # a domain by itself: a layer may have no rows, and Vega warns of what has no extent
-    x = {"scale": {"domain": [min(ends), max(ends)], "nice": True, "zero": False}, "axis": {"tickCount": 8}}
-    layers: list[dict[str, Any]] = []
-    if at_100:
-        line = {"type": "rule", "color": "$ink", "strokeDash": [4, 3], "strokeWidth": 1.2}
-        layers.append(
-            {"data": {"values": [{"at": 100}]}, "mark": line, "encoding": {"x": quantity("at", heading, **x)}}
+    base = alt.Chart().encode(
+        y=alt.Y("metric:N", sort=metrics, title=None, axis=alt.Axis(ticks=False, domain=False)),
+        yOffset=alt.YOffset("series:N", sort=series),
+        color=series_colour(series),
+    )
+    intervals = (
+        base.transform_filter("isValid(datum.low) && isValid(datum.high)")
+        .mark_rule(strokeWidth=2.5, opacity=0.75)
+        .encode(x=alt.X("low:Q", **axis), x2="high:Q")
+    )
+    points = (
+        base.transform_filter("isValid(datum.value)")
+        .mark_point(filled=True, size=75, opacity=1)
+        .encode(
+            x=alt.X("value:Q", **axis),
+            shape=series_shape(series),
+            tooltip=tips(columns, {"value": ".1f", "low": ".1f", "high": ".1f"}),
         )
-    layers += [
-        {
-            "transform": [{"filter": "isValid(datum.low) && isValid(datum.high)"}],
-            "mark": {"type": "rule", "strokeWidth": 2.5, "opacity": 0.75},
-            "encoding": {**place, "x": quantity("low", heading, **x), "x2": {"field": "high"}, "color": look["color"]},
-        },
-        {
-            "transform": [{"filter": "isValid(datum.value)"}],
-            "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
-            "encoding": {
-                **place,
-                "x": quantity("value", heading, **x),
-                **look,
-                "tooltip": tips(columns, {"value": ".1f", "low": ".1f", "high": ".1f"}),
-            },
-        },
-    ]
-    # a number, not a step: Vega-Lite warns of steps where the width is the container's
-    spec = spec_of(name, height=len(metrics) * (14 * len(series) + 10), layer=layers)
-    return Chart(name, caption, alt, spec, columns, tuple(rows))
+    )
+    layers = [intervals, points]
+    if at_100:
+        even = alt.Chart(alt.InlineData(values=[{"at": 100}]))
+        layers.insert(
+            0, even.mark_rule(color="$ink", strokeDash=[4, 3], strokeWidth=1.2).encode(x=alt.X("at:Q", **axis))
+        )
+    # a number, not a step: Vega-Lite warns of steps if the width is the container's
+    spec = spec_of(name, alt.layer(*layers), height=len(metrics) * (14 * len(series) + 10))
+    return Chart(name, caption, alt_text, spec, columns, tuple(rows))
 
 
 def histogram(
-    name: str, title: str, found: Sequence[tuple[str, str, Distribution | None]], caption: str, alt: str
+    name: str, title: str, series: Sequence[tuple[str, str, Distribution | None]], caption: str, alt_text: str
 ) -> Chart | None:
-    """Histograms laid over each other; found are (series, colour, distribution)."""
-    there = [(series, colour, each) for series, colour, each in found if each is not None and each.count]
-    if not there:
+    """Return histograms laid over each other, or None without any; series are (name, colour, distribution)."""
+    known = [(label, colour, values) for label, colour, values in series if values is not None and values.count]
+    if not known:
         return None
     columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("share", "share"))
-    rows: list[tuple[Any, ...]] = []
-    for series, _, each in there:
-        least, greatest = each.least, each.greatest
-        if least == greatest:  # numpy's bins of equal numbers
-            least, greatest = least - 0.5, greatest + 0.5
-        width = (greatest - least) / len(each.histogram)
-        for number, count in enumerate(each.histogram):
-            start = least + number * width
-            rows.append((series, start, start + width, count, count / each.count))
-    colour = {
-        "field": "series",
-        "type": "nominal",
-        "scale": {"domain": [series for series, _, _ in there], "range": [colour for _, colour, _ in there]},
-    }
-    spec = spec_of(
-        name,
-        height=190,
-        mark={"type": "bar", "fillOpacity": 0.45, "strokeWidth": 1, "binSpacing": 0},
-        encoding={
-            "x": quantity("from", title, bin={"binned": True}, scale={"zero": False}),
-            "x2": {"field": "to"},
-            # of so many images and many more captions: counts would not compare
-            "y": quantity("share", "share in a bin", stack=None, axis={"format": "%", "tickCount": 4}),
-            "color": colour,
-            "stroke": colour,
-            "tooltip": tips(columns, {"from": ".3f", "to": ".3f", "count": ",d", "share": ".1%"}),
-        },
+    scale = alt.Scale(domain=[label for label, _, _ in known], range=[colour for _, colour, _ in known])
+    bars = (
+        alt.Chart()
+        .mark_bar(fillOpacity=0.45, strokeWidth=1, binSpacing=0)
+        .encode(
+            x=alt.X("from:Q", title=title, bin=alt.BinParams(binned=True), scale=alt.Scale(zero=False)),
+            x2="to:Q",
+            # counts of images and of many more captions would not compare
+            y=alt.Y("share:Q", title="share in a bin", stack=None, axis=alt.Axis(format="%", tickCount=4)),
+            color=alt.Color("series:N", scale=scale),
+            stroke=alt.Stroke("series:N", scale=scale),
+            tooltip=tips(columns, {"from": ".3f", "to": ".3f", "count": ",d", "share": ".1%"}),
+        )
     )
-    return Chart(name, caption, alt, spec, columns, tuple(rows))
+    rows = [row for label, _, values in known for row in _bins(label, values)]
+    return Chart(name, caption, alt_text, spec_of(name, bars, height=190), columns, tuple(rows))
+
+
+def _bins(label: str, values: Distribution) -> Iterable[tuple[Any, ...]]:
+    least, greatest = values.least, values.greatest
+    if least == greatest:  # as numpy's bins of equal numbers
+        least, greatest = least - 0.5, greatest + 0.5
+    width = (greatest - least) / len(values.histogram)
+    for number, count in enumerate(values.histogram):
+        start = least + number * width
+        yield label, start, start + width, count, count / values.count

@@ -1,9 +1,11 @@
-"""The charts of a report: Vega-Lite specs that name their rows, and the rows. No torch, no browser."""
+"""The charts of a report, and its main chart as a picture. No torch, no browser."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+import altair as alt
 
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
@@ -12,27 +14,28 @@ from teacher_cache.pipeline.report.chart import (
     MOST_SERIES,
     PALETTES,
     Chart,
-    coloured,
     dots,
     finite,
     histogram,
-    quantity,
+    series_colour,
+    series_shape,
     spec_of,
     tips,
     vega_config,
 )
 from teacher_cache.pipeline.report.data import ReportData, RunReport, of_other_data
-from teacher_cache.storage.errors import UsageError
 
 __all__ = ["all_charts", "main_chart", "main_chart_png", "newest_evaluations"]
 
 _TOWERS = {"image": "image", "text": "caption"}
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 _PNG_WIDTH, _PNG_SCALE = 560, 2.0
+# what page.js sets on the map
+_MAP_SETTINGS = {"query": "", "split": "", "tower": "", "chosen": -1}
 
 
 def all_charts(data: ReportData) -> dict[str, Chart]:
-    """Every chart that there is data for, by its name."""
+    """Return every chart that there is data for, by its name."""
     made = (
         _retention(data),
         _teacher_recall(data),
@@ -48,14 +51,14 @@ def all_charts(data: ReportData) -> dict[str, Chart]:
 
 
 def main_chart(data: ReportData) -> dict[str, Any]:
-    """The one picture that sums the report up, as a whole Vega-Lite spec with its data and light colours.
+    """Return the chart that sums the report up: a whole Vega-Lite spec with its data, in light colours.
 
-    What the students retain, with intervals; without an evaluated student the teacher's recall and the cosines of true
-    and random pairs; of a cache that is not sealed how far it is.
+    It shows what the students keep of the teacher. Without an evaluated student it shows the teacher's recall and the
+    cosines of true and random pairs, for an unfinished cache the share of committed chunks.
     """
-    kept = _retention(data)
-    found = [kept] if kept else [chart for chart in (_teacher_recall(data), _pair_cosines(data)) if chart]
-    parts = [_alone(chart) for chart in found or [_progress(data)]]
+    retention = _retention(data)
+    charts = [retention] if retention else [chart for chart in (_teacher_recall(data), _pair_cosines(data)) if chart]
+    parts = [_alone(chart) for chart in charts or [_progress(data)]]
     spec = parts[0] if len(parts) == 1 else {"vconcat": parts, "resolve": {"scale": {"color": "independent"}}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -65,33 +68,27 @@ def main_chart(data: ReportData) -> dict[str, Any]:
 
 
 def main_chart_png(data: ReportData) -> bytes:
-    """:func:`main_chart` as a PNG, drawn without a browser.
+    """Return :func:`main_chart` as a PNG, drawn without a browser."""
+    import vl_convert
 
-    Raises:
-        UsageError: vl-convert-python is not installed.
-    """
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise UsageError("a report's charts need vl-convert-python: pip install 'teacher-cache[report]'") from error
     return bytes(vl_convert.vegalite_to_png(json.dumps(main_chart(data)), scale=_PNG_SCALE))
 
 
 def newest_evaluations(run: RunReport, manifest_digest: str) -> list[EvaluateResult]:
-    """The newest evaluation of a run with a student on each split; the splits it was not chosen on first.
+    """Return the newest evaluation of a run's student on each split, splits that it was chosen on last.
 
     Args:
-        manifest_digest: of the cache that the report is of; what was measured on other data is left out.
+        manifest_digest: of the report's cache; evaluations on other data are left out.
     """
     newest: dict[str, EvaluateResult] = {}
-    for found in run.evaluations:
-        if found.student is not None and not of_other_data(found, manifest_digest):
-            newest.setdefault(found.split, found)
-    return sorted(newest.values(), key=lambda found: found.chosen_on == found.split)
+    for evaluation in run.evaluations:
+        if evaluation.student is not None and not of_other_data(evaluation, manifest_digest):
+            newest.setdefault(evaluation.split, evaluation)
+    return sorted(newest.values(), key=lambda evaluation: evaluation.chosen_on == evaluation.split)
 
 
 def _alone(chart: Chart) -> dict[str, Any]:
-    """The spec of a chart by itself: its width a number, its data in it, its colours the light ones."""
+    """Return a chart's spec with a fixed width, its data and the light colours."""
 
     def light(value: Any) -> Any:
         if isinstance(value, dict):
@@ -104,12 +101,12 @@ def _alone(chart: Chart) -> dict[str, Any]:
 
     spec = {key: value for key, value in chart.spec.items() if key != "width"}
     title = {"text": chart.alt, "subtitle": [], "offset": 12}
-    # rows are not spoken to: a caption that begins with a dollar sign is no colour
+    # rows stay as they are: a caption may begin with a dollar sign
     return {"title": title, "width": _PNG_WIDTH, **light(spec), "data": {"values": chart.records()}}
 
 
 def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tuple[Any, ...]]:
-    """A row for each of the six numbers and their mean, where there is one."""
+    """Return a row for each of the six recalls, and for their mean if there is one."""
     rows = []
     for direction, words in _DIRECTIONS.items():
         for name in (f"R@{k}" for k in RECALL_KS):
@@ -124,24 +121,24 @@ def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tu
 
 
 def _retention(data: ReportData) -> Chart | None:
-    found = [(run, each) for run in data.runs for each in newest_evaluations(run, data.info.manifest_digest)]
-    if not found:
+    measured = [(run, result) for run in data.runs for result in newest_evaluations(run, data.info.manifest_digest)]
+    if not measured:
         return None
     rows: list[tuple[Any, ...]] = []
     chosen = False
-    for run, each in found[:MOST_SERIES]:
-        assert each.retention is not None  # there is a student
-        mark = " *" if each.chosen_on == each.split else ""
+    for run, result in measured[:MOST_SERIES]:
+        assert result.retention is not None  # there is a student
+        mark = " *" if result.chosen_on == result.split else ""
         chosen = chosen or bool(mark)
-        rows += _metric_rows(f"{run.name}, {each.split}{mark}", each.retention, each.retention_intervals)
+        rows += _metric_rows(f"{run.name}, {result.split}{mark}", result.retention, result.retention_intervals)
     caption = (
         "Share of the teacher's recall that each student keeps, with its 95 % interval over images; at the dashed line "
         "student and teacher are even."
     )
     if chosen:
         caption += " * The checkpoint was chosen on this very split: no test result."
-    if len(found) > MOST_SERIES:
-        caption += f" {MOST_SERIES} of {len(found)} evaluations."
+    if len(measured) > MOST_SERIES:
+        caption += f" {MOST_SERIES} of {len(measured)} evaluations."
     return dots(
         "retention", "% of the teacher's", rows, "student", caption, "What the students keep of the teacher", True
     )
@@ -158,14 +155,13 @@ def _teacher_recall(data: ReportData) -> Chart | None:
         caption += " are each other's gallery."
     seen: set[str] = set()
     for run in data.runs:
-        for each in run.evaluations:
-            # of other bytes than these it would be another teacher's, or other rows
-            if each.split not in seen and each.cache_manifest_digest == data.info.manifest_digest:
+        for result in run.evaluations:
+            # another digest means another teacher or other rows
+            if result.split not in seen and result.cache_manifest_digest == data.info.manifest_digest:
                 if len(seen) + 1 < MOST_SERIES:
-                    rows += _metric_rows(
-                        f"split {each.split}, {each.images:,} images", each.teacher, each.teacher_intervals
-                    )
-                seen.add(each.split)
+                    series = f"split {result.split}, {result.images:,} images"
+                    rows += _metric_rows(series, result.teacher, result.teacher_intervals)
+                seen.add(result.split)
     if not rows:
         return None
     if seen:
@@ -199,7 +195,7 @@ def _tower_cosines(data: ReportData) -> Chart | None:
         "cosines",
         "cosine of two random rows",
         [("two images", "$image", stats.image.cosine), ("two captions", "$text", stats.text.cosine)],
-        "How close two random rows of one tower are: what all embeddings share, they share for nothing.",
+        "How close two random rows of one tower are. What all embeddings share says nothing about a pair.",
         "Cosines within each tower",
     )
 
@@ -237,59 +233,44 @@ def _map(data: ReportData) -> Chart | None:
         for at, p in enumerate(points)
     )
     names = list(_TOWERS.values())
-    look = {
-        "color": {"field": "tower", "type": "nominal", "scale": {"domain": names, "range": ["$image", "$text"]}},
-        "shape": {"field": "tower", "type": "nominal", "scale": {"domain": names, "range": ["circle", "triangle-up"]}},
-    }
-    place = {axis: quantity(axis, None, axis=None, scale=_whole([getattr(p, axis) for p in points])) for axis in "xy"}
     small = 26 if len(points) > 1500 else 48
-    # with and without something searched for: hits stand out, the rest steps back
-    found = "query != '' && indexof(lower(datum.label), query) >= 0"
-    spec = spec_of(
-        "map",
-        height=460,
-        params=[
-            {"name": "query", "value": ""},
-            {"name": "split", "value": ""},
-            {"name": "tower", "value": ""},
-            {"name": "chosen", "value": -1},
-        ],
-        transform=[{"filter": "(split == '' || datum.split == split) && (tower == '' || datum.tower == tower)"}],
-        layer=[
-            {
-                "name": "points",
-                "params": [
-                    {
-                        "name": "window",
-                        "select": {"type": "interval", "zoom": "wheel![event.ctrlKey || event.shiftKey]"},
-                        "bind": "scales",
-                    }
-                ],
-                "mark": {"type": "point", "filled": True},
-                "encoding": {
-                    **place,
-                    **look,
-                    "opacity": {"condition": {"test": f"query == '' || ({found})", "value": 0.75}, "value": 0.12},
-                    "size": {"condition": {"test": found, "value": 3 * small}, "value": small},
-                },
-            },
-            {
-                "transform": [{"filter": "datum.index == chosen"}],
-                "mark": {"type": "point", "size": 340, "stroke": "$ink", "strokeWidth": 2.5, "shape": "circle"},
-                "encoding": place,
-            },
-        ],
+    # hits of a search stand out, other points step back
+    hit = "query != '' && indexof(lower(datum.label), query) >= 0"
+    base = alt.Chart().encode(
+        **{
+            axis: channel(f"{axis}:Q", title=None, axis=None, scale=_whole([getattr(point, axis) for point in points]))
+            for axis, channel in (("x", alt.X), ("y", alt.Y))
+        }
     )
+    window = alt.selection_interval(name="window", bind="scales", zoom="wheel![event.ctrlKey || event.shiftKey]")
+    marks = (
+        base.mark_point(filled=True)
+        .encode(
+            color=alt.Color("tower:N", scale=alt.Scale(domain=names, range=["$image", "$text"])),
+            shape=alt.Shape("tower:N", scale=alt.Scale(domain=names, range=["circle", "triangle-up"])),
+            opacity=alt.condition(f"query == '' || ({hit})", alt.value(0.75), alt.value(0.12)),
+            size=alt.condition(hit, alt.value(3 * small), alt.value(small)),
+        )
+        .properties(name="points")
+        .add_params(window)
+    )
+    ring = base.transform_filter("datum.index == chosen").mark_point(
+        size=340, stroke="$ink", strokeWidth=2.5, shape="circle"
+    )
+    settings = [alt.param(name=name, value=value) for name, value in _MAP_SETTINGS.items()]
+    shown = alt.layer(marks, ring).add_params(*settings)
+    shown = shown.transform_filter("(split == '' || datum.split == split) && (tower == '' || datum.tower == tower)")
+    spec = spec_of("map", shown, height=460)
     of = "" if images == data.row_map.images_of else f" of {data.row_map.images_of:,}"
     caption = f"{images:,}{of} images and {len(points) - images:,} captions. {data.row_map.method}"
     return Chart("map", caption, "Map of images and captions", spec, columns, rows, canvas=True)
 
 
-def _whole(values: list[float]) -> dict[str, Any]:
-    """A scale on which all values have some room: the same whatever is filtered."""
+def _whole(values: list[float]) -> alt.Scale:
+    """Return a scale with some room around all values, whatever is filtered."""
     least, greatest = min(values), max(values)
     room = 0.04 * (greatest - least) or 1.0
-    return {"domain": [least - room, greatest + room], "nice": False, "zero": False}
+    return alt.Scale(domain=[least - room, greatest + room], nice=False, zero=False)
 
 
 def _losses(data: ReportData) -> Chart | None:
@@ -306,27 +287,21 @@ def _losses(data: ReportData) -> Chart | None:
         return None
     columns = (("run", "student"), ("part", "loss"), ("step", "step"), ("epoch", "epoch"), ("value", "value"))
     names = [run.name for run in runs[:MOST_SERIES]]
-    dash: dict[str, Any] = {
-        "field": "run",
-        "type": "nominal",
-        "scale": {"domain": names, "range": DASHES[: len(names)]},
-    }
-    if len(names) == 1:
-        dash["legend"] = None
-    spec = spec_of(
-        "losses",
-        height=220,
-        params=[{"name": "part", "value": parts[0]}, {"name": "above0", "value": False}],
-        transform=[{"filter": "datum.part == part && (!above0 || datum.value > 0)"}],
-        mark={"type": "line", "strokeWidth": 1.6},
-        encoding={
-            "x": quantity("step", "step"),
-            "y": quantity("value", "loss", scale={"type": "linear", "zero": False}),
-            "color": coloured(names, "run")["color"],
-            "strokeDash": dash,
-            "tooltip": tips(columns, {"value": ".4f"}),
-        },
+    legend: dict[str, Any] = {} if len(names) > 1 else {"legend": None}
+    lines = (
+        alt.Chart()
+        .mark_line(strokeWidth=1.6)
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title="loss", scale=alt.Scale(type="linear", zero=False)),
+            color=series_colour(names, "run"),
+            strokeDash=alt.StrokeDash("run:N", scale=alt.Scale(domain=names, range=DASHES[: len(names)]), **legend),
+            tooltip=tips(columns, {"value": ".4f"}),
+        )
+        .add_params(alt.param(name="part", value=parts[0]), alt.param(name="above0", value=False))
+        .transform_filter("datum.part == part && (!above0 || datum.value > 0)")
     )
+    spec = spec_of("losses", lines, height=220)
     steps, of = sum(len(run.steps) for run in runs[:MOST_SERIES]), sum(run.steps_of for run in runs[:MOST_SERIES])
     caption = f"{steps:,} of {of:,} steps, evenly spaced." if steps < of else f"All {steps:,} steps."
     caption += " A gap is a loss that was not finite." if any(row[-1] is None for row in rows) else ""
@@ -362,30 +337,22 @@ def _selection(data: ReportData) -> Chart | None:
         ("best", "best"),
     )
     names = [run.name for run in runs[:MOST_SERIES]]
-    look = coloured(names, "run")
-    place = {
-        "x": quantity("epoch", "epoch", axis={"tickMinStep": 1, "format": "d"}, scale={"zero": False}),
-        "y": quantity("recall", "mean recall, %", scale={"zero": False}),
-        "color": look["color"],
-    }
-    spec = spec_of(
-        "selection",
-        height=220,
-        layer=[
-            {"mark": {"type": "line", "strokeWidth": 1.4, "opacity": 0.7}, "encoding": place},
-            {
-                "mark": {"type": "point", "filled": True, "size": 55, "opacity": 1},
-                "encoding": {**place, "shape": look["shape"], "tooltip": tips(columns, {"recall": ".1f"})},
-            },
-            {
-                "transform": [{"filter": "datum.best == 'kept'"}],
-                "mark": {"type": "point", "size": 260, "strokeWidth": 2, "shape": "circle", "filled": False},
-                "encoding": place,
-            },
-        ],
+    base = alt.Chart().encode(
+        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(zero=False)),
+        y=alt.Y("recall:Q", title="mean recall, %", scale=alt.Scale(zero=False)),
+        color=series_colour(names, "run"),
     )
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(
+        shape=series_shape(names, "run"), tooltip=tips(columns, {"recall": ".1f"})
+    )
+    ring = base.transform_filter("datum.best == 'kept'").mark_point(
+        size=260, strokeWidth=2, shape="circle", filled=False
+    )
+    spec = spec_of("selection", alt.layer(base.mark_line(strokeWidth=1.4, opacity=0.7), points, ring), height=220)
     splits = ", ".join(dict.fromkeys(row[2] for row in rows))
-    caption = f"Mean of the six recalls behind each epoch on split {splits}; the ring is the epoch that was kept."
+    caption = (
+        f"Mean of the six recalls after each epoch on split {splits}; the ring marks the checkpoint that was kept."
+    )
     return Chart("selection", caption + _of_runs(len(runs)), "Recall by epoch", spec, columns, rows)
 
 
@@ -402,9 +369,9 @@ def _shipped(data: ReportData) -> Chart | None:
     for table in data.deployments:
         for row in table.rows:
             name = f"{table.student}: {row.name}" if len(data.deployments) > 1 else row.name
-            kept = row.retention.mean if row.retention else None
-            share = kept.share if kept else 100.0  # the teacher keeps all of itself
-            between = kept.interval if kept else None
+            mean = row.retention.mean if row.retention else None
+            share = mean.share if mean else 100.0  # the teacher keeps all of itself
+            between = mean.interval if mean else None
             ends = (between.low, between.high) if between else (None, None)
             rate = row.cost.images[max(row.cost.images)].per_second
             rows.append((name, rate, share, *ends, row.bytes / 1e6))
@@ -412,32 +379,20 @@ def _shipped(data: ReportData) -> Chart | None:
         return None
     names = list(dict.fromkeys(row[0] for row in rows))[:MOST_SERIES]
     shown = tuple(row for row in rows if row[0] in names)
-    look = coloured(names, "name")
-    x = {"x": quantity("rate", "images/s, largest batch", scale={"zero": True})}
-    y = {"title": "% of the teacher's mean recall", "scale": {"zero": False}}
-    spec = spec_of(
-        "shipped",
-        height=250,
-        layer=[
-            {
-                "transform": [{"filter": "isValid(datum.low)"}],
-                "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.75},
-                "encoding": {**x, "y": {**quantity("low", None), **y}, "y2": {"field": "high"}, "color": look["color"]},
-            },
-            {
-                "mark": {"type": "point", "filled": True, "opacity": 1},
-                "encoding": {
-                    **x,
-                    "y": {**quantity("kept", None), **y},
-                    **look,
-                    "size": quantity("megabytes", "MB", scale={"range": [50, 420]}, legend=None),
-                    "tooltip": tips(
-                        columns, {"rate": ",.0f", "kept": ".1f", "low": ".1f", "high": ".1f", "megabytes": ".1f"}
-                    ),
-                },
-            },
-        ],
+    base = alt.Chart().encode(
+        x=alt.X("rate:Q", title="images/s, largest batch", scale=alt.Scale(zero=True)),
+        color=series_colour(names, "name"),
     )
+    y: dict[str, Any] = {"title": "% of the teacher's mean recall", "scale": alt.Scale(zero=False)}
+    intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, opacity=0.75)
+    formats = {"rate": ",.0f", "kept": ".1f", "low": ".1f", "high": ".1f", "megabytes": ".1f"}
+    points = base.mark_point(filled=True, opacity=1).encode(
+        y=alt.Y("kept:Q", **y),
+        shape=series_shape(names, "name"),
+        size=alt.Size("megabytes:Q", title="MB", scale=alt.Scale(range=[50, 420]), legend=None),
+        tooltip=tips(columns, formats),
+    )
+    spec = spec_of("shipped", alt.layer(intervals.encode(y=alt.Y("low:Q", **y), y2="high:Q"), points), height=250)
     caption = "Up and to the right is better, with 95 % intervals; larger marks are larger files."
     if len(shown) < len(rows):
         caption += f" {len(shown)} of {len(rows)} models."
@@ -453,13 +408,13 @@ def _progress(data: ReportData) -> Chart:
         )
         for part in data.info.coverage
     )
-    spec = spec_of(
-        "progress",
-        height=26 * len(rows),
-        mark={"type": "bar", "color": "$image"},
-        encoding={
-            "y": {"field": "part", "type": "nominal", "sort": None, "title": None},
-            "x": quantity("done", "chunks committed, %", scale={"domain": [0, 100]}),
-        },
+    bars = (
+        alt.Chart()
+        .mark_bar(color="$image")
+        .encode(
+            y=alt.Y("part:N", sort=None, title=None),
+            x=alt.X("done:Q", title="chunks committed, %", scale=alt.Scale(domain=[0, 100])),
+        )
     )
+    spec = spec_of("progress", bars, height=26 * len(rows))
     return Chart("progress", "", "How far the cache is", spec, columns, rows)

@@ -105,7 +105,7 @@
     if (name === "losses" && $("loss-log").checked) spec.encoding.y.scale = { type: "log" };
     const { config } = data.themes[now];
     // a finger that drags the map would no longer scroll the page
-    if (name === "map" && matchMedia("(pointer: coarse)").matches) delete spec.layer[0].params;
+    if (name === "map" && matchMedia("(pointer: coarse)").matches) spec.params = spec.params.filter((param) => !param.select);
     const result = await vegaEmbed(element, { ...spec, datasets: { [name]: records(chart) } }, {
       actions: false,
       ast: true, // the interpreter: the page's policy forbids to compile code

@@ -22,7 +22,6 @@ from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
 from teacher_cache.pipeline.report.charts import all_charts, newest_evaluations
 from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8, of_other_data
 from teacher_cache.storage.cli.app import byte_size, counted
-from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.info import CacheInfo
 
 __all__ = ["render_report"]
@@ -33,16 +32,10 @@ _TABS = ("Overview", "Coverage", "Distributions", "Map", "Retrieval", "Students"
 
 
 def render_report(data: ReportData) -> str:
-    """The whole page, to be written as UTF-8.
+    """Return the whole page, to be written as UTF-8."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-    Raises:
-        UsageError: jinja2 or vl-convert-python is not installed.
-    """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise UsageError("a report needs jinja2: pip install 'teacher-cache[report]'") from error
     charts = all_charts(data)
     scripts = [(_HERE / "page.js").read_text(encoding="utf-8")]
     if charts:
@@ -86,10 +79,8 @@ def render_report(data: ReportData) -> str:
 @functools.cache
 def _libraries() -> str:
     """Vega, Vega-Lite and Vega-Embed with its interpreter of expressions, as one script, with their licences."""
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise UsageError("a report's charts need vl-convert-python: pip install 'teacher-cache[report]'") from error
+    import vl_convert
+
     script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     # either would end the script early, or change the bytes that are hashed
     if "</script" in script.lower() or "<!--" in script or "\r" in script:

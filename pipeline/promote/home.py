@@ -1,0 +1,118 @@
+"""The home folder of retrainings: numbered caches, runs and deployed students, found again after a crash.
+
+home/
+  caches/0002.cache     one for each state of the dataset; rows of an earlier one are copied
+  runs/0002             the student trained from it
+  deployed/0002         the files of a student that passed
+  students/             the registry: champion, challengers, why each passed or not
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.promote.registry import Candidate, StudentRegistry
+from teacher_cache.pipeline.settings.promote import RetrainConfig
+from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.manifest_file import read_manifest
+
+__all__ = ["Home", "NumberedCache"]
+
+_CACHE = re.compile(r"^(\d{4,})\.cache$")
+_RUN = re.compile(r"^(\d{4,})(-\d+)?$")
+
+
+@dataclass(frozen=True)
+class NumberedCache:
+    """A cache below a home.
+
+    Attributes:
+        manifest: None if it cannot be read.
+        free: there is no manifest at all: its planning was stopped, and the number may be used again.
+        unread: why a manifest that exists cannot be read.
+    """
+
+    number: int
+    location: str
+    manifest: CacheManifest | None
+    free: bool = False
+    unread: str | None = None
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the cache is finished."""
+        return self.manifest is not None and self.manifest.sealed
+
+
+class Home:
+    """The folders of a home, by absolute paths: registry and runs are read from any working folder.
+
+    Raises:
+        UsageError: the home is a URL.
+    """
+
+    def __init__(self, config: RetrainConfig) -> None:
+        if "://" in config.home:
+            raise UsageError(f"home {config.home}: runs are written to a local folder; give URLs as caches alone")
+        self.folder = str(Path(config.home).absolute())
+        self.caches = (config.caches or f"{self.folder}/caches").rstrip("/")
+        self.registry = StudentRegistry(f"{self.folder}/students")
+
+    def cache(self, number: int) -> str:
+        """Return the location of a cache."""
+        return f"{self.caches}/{number:04d}.cache"
+
+    def numbered_caches(self) -> list[NumberedCache]:
+        """Return all caches, ordered by number."""
+        matches = [(name, _CACHE.match(name)) for name in open_files(self.caches).folders()]
+        caches = [_read(int(match[1]), f"{self.caches}/{name}") for name, match in matches if match]
+        return sorted(caches, key=lambda cache: cache.number)
+
+    def next_number(self, caches: list[NumberedCache]) -> int:
+        """Return a number that neither a cache nor a run has."""
+        runs = [int(match[1]) for path in Path(f"{self.folder}/runs").glob("*") if (match := _RUN.match(path.name))]
+        return max([0, *(cache.number for cache in caches if not cache.free), *runs]) + 1
+
+    def run_names(self, number: int) -> Iterator[str]:
+        """Yield the folders of runs from a cache: 0002, 0002-2, 0002-3 and so on."""
+        return _numbered(f"{self.folder}/runs/{number:04d}")
+
+    def deployed_names(self, run: str) -> Iterator[str]:
+        """Yield the folders for the files of a run's student."""
+        return _numbered(f"{self.folder}/deployed/{Path(run).name}")
+
+    def verdict(self, run: str) -> Candidate | None:
+        """Return the latest verdict for the run. A pass that was never promoted is ignored: it was killed first."""
+        if not RunFolder(run).exists():
+            return None
+        digest = RunFolder(run).read().cache_manifest_digest
+        promoted = {promotion.candidate for promotion in self.registry.promotions()}
+        settled = [
+            student
+            for student in self.registry.candidates()
+            if Path(student.run) == Path(run)
+            and student.cache_manifest_digest == digest
+            and (not student.passed or student.number in promoted)
+        ]
+        return settled[-1] if settled else None
+
+
+def _read(number: int, location: str) -> NumberedCache:
+    try:
+        return NumberedCache(number, location, read_manifest(open_files(location)))
+    except CacheNotFoundError:
+        return NumberedCache(number, location, None, free=True)
+    except (CacheCorruptError, CacheFormatError) as error:
+        return NumberedCache(number, location, None, unread=str(error))
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{again}" for again in itertools.count(2))

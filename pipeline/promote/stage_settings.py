@@ -1,0 +1,97 @@
+"""Settings of each stage of a retraining, made from one :class:`RetrainConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.settings.base import Checkpoint
+from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
+from teacher_cache.pipeline.settings.run_file import check_config
+from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.storage.errors import UsageError
+
+__all__ = ["StageSettings"]
+
+_SET_HERE = {
+    "precompute": {
+        *("dataset", "teacher", "pretrained", "precision", "dtype", "decoder", "views", "cache", "reuse", "device")
+    },
+    "train": {"cache", "student", "out", "init", "device"},
+    "deploy": {"run", "out", "checkpoint", "cache", "split", "teacher", "pretrained"},
+}
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """The stages of a retraining as settings that their commands take.
+
+    Attributes:
+        config: the retraining's settings.
+    """
+
+    config: RetrainConfig
+
+    def check(self) -> TrainConfig:
+        """Check the settings of every stage before hours of work, and return those of the training.
+
+        Raises:
+            UsageError: a setting cannot be used, or is set by retraining itself.
+        """
+        config = self.config
+        for stage, given in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
+            if taken := sorted(set(given) & _SET_HERE[stage]):
+                raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
+        self.deployment("run", "out", "last")
+        self.encoding({})
+        return self.training("cache", "out", "champion")
+
+    def encoding(self, stored: dict[str, Any], crops: dict[str, Any] | None = None) -> PrecomputeConfig:
+        """Return the settings of precompute.
+
+        Args:
+            stored: settings that decide how the cache stores its rows.
+            crops: how the previous cache draws random crops; settings of the user go first.
+        """
+        names = ("dataset", "teacher", "pretrained", "precision", "device")
+        fixed = {"cache": "cache", **{name: getattr(self.config, name) for name in names}, **stored}
+        return check_config(PrecomputeConfig, (crops or {}) | self.config.precompute | fixed, "precompute")
+
+    def training(self, cache: str, out: str, init: str | None) -> TrainConfig:
+        """Return the settings of train.
+
+        Args:
+            init: checkpoint to start from; None for random weights, of which no layer is locked.
+        """
+        config = self.config
+        fixed: dict[str, Any] = {"cache": cache, "student": config.student, "out": out, "device": config.device}
+        if init is None:
+            fixed["lock_image_unlocked_groups"] = None
+        return check_config(TrainConfig, config.train | fixed | {"init": init}, "train")
+
+    def comparison(self, run: str, registry: str) -> PromoteConfig:
+        """Return the settings of promote."""
+        config = self.config
+        return PromoteConfig(
+            run=run,
+            registry=registry,
+            checkpoint=self.checkpoint(run),
+            split=config.split,
+            margin=config.margin,
+            min_retention=config.min_retention,
+            device=config.device,
+        )
+
+    def deployment(self, run: str, out: str, checkpoint: Checkpoint) -> DeployConfig:
+        """Return the settings of deploy."""
+        config = self.config
+        fixed = {"run": run, "out": out, "checkpoint": checkpoint, "split": config.split}
+        teacher = {"teacher": config.teacher, "pretrained": config.pretrained}
+        return check_config(DeployConfig, config.deploy | fixed | teacher, "deploy")
+
+    def checkpoint(self, run: str) -> Checkpoint:
+        """Return best, or last where the best was chosen on the split that students are compared on."""
+        return "last" if RunFolder(run).read().config.select_split in (None, self.config.split) else "best"
