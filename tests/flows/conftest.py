@@ -81,7 +81,8 @@ class Serve:
 
     def command(self) -> list[str]:
         """What ``teacher_cache.flows.serve`` says to type, first the setting, then the commands."""
-        return [line.strip() for line in self.log.read_text().splitlines() if line.startswith("  ")]
+        hint = self.log.read_text().partition("In another terminal:")[2]
+        return [line.strip() for line in hint.splitlines() if line.startswith("  ")]
 
     def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, "PREFECT_HOME": str(self.folder / "client"), "PREFECT_API_URL": self.api}
