@@ -46,7 +46,7 @@ test: install  ## every promise at reduced counts, in at most 10 minutes on 2 co
 	$(PYTEST) -m "not slow"
 
 test-all: install  ## every test at full counts: kills, injections, S3, Ray, browser, PostgreSQL
-	TEACHER_CACHE_TESTS=all $(PYTEST)
+	$(PYTEST)
 
 lint: install  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/ruff check .

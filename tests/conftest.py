@@ -43,12 +43,19 @@ from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.latency_proxy import LatencyProxy, start_latency_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
+from tests.slow import mark_slow
 
 # a busy machine is no finding
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m "not slow" is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test`` leaves to ``make test-all``."""
+    mark_slow(items)
 
 
 def shared(name: str) -> Path:

@@ -135,3 +135,12 @@ def test_no_file_is_overlong_and_none_is_a_junk_drawer() -> None:
         if path.suffix == ".py" and path.exists():
             assert path.name != "utils.py"
             assert len(path.read_text().splitlines()) <= 520, name
+
+
+def test_every_entry_of_the_slow_tests_names_a_test() -> None:
+    from tests.slow import CASES
+
+    for entry in CASES:
+        file, _, function = entry.partition("::")
+        source = (ROOT / "tests" / file).read_text()
+        assert not function or f"def {function}(" in source, f"tests/slow.py: {entry}"
