@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Is the service of this container well? ``healthcheck [server|worker]``: exit 0, or 1 with the reason.
+"""Check the service of this container: ``healthcheck [server|worker]`` exits with 0, or with 1 and the reason.
 
-Without a word it looks at what the container runs. Any command but these two is well as long as it runs: it ends when
-it is done.
+Without an argument it checks the service that the container runs. Any other command is healthy while it runs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 
 def url(role: str) -> str:
-    """What to ask: the server whether it reaches its database, the worker whether it still polls for runs."""
+    """Return the URL that tells whether the server reaches its database, or the worker still polls for runs."""
     if role == "server":
         return f"http://127.0.0.1:{os.environ.get('PREFECT_SERVER_API_PORT', '4200')}/api/ready"
     # served by `prefect worker start --with-healthcheck` alone
@@ -23,7 +22,7 @@ def url(role: str) -> str:
 
 
 def role_of(command: list[str]) -> str | None:
-    """``server`` or ``worker`` if a command starts one of Prefect's, else None."""
+    """Return ``server`` or ``worker`` if a command starts one of Prefect's, else None."""
     for role in ("server", "worker"):
         if any(pair == (role, "start") for pair in itertools.pairwise(command)):
             return role
@@ -31,7 +30,7 @@ def role_of(command: list[str]) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Ask, and say what is wrong. A proxy of the environment is not asked: the service is in this container."""
+    """Ask the service, past any proxy, and print what is wrong."""
     role = arguments[0] if arguments else role_of(Path("/proc/1/cmdline").read_text().split("\0"))
     if role is None:
         return 0

@@ -1,8 +1,8 @@
 """Flow ``deploy-student``: export a run's student, prove each file, measure all of them, and ship one folder.
 
-A file that fails its gate fails the flow with the reason, and nothing is shipped; that is not tried again, since the
-same weights fail the same gate. All of it runs on the CPU, where teacher and student are timed in turns: runs beside
-it on the same machine cost it precision, which is one reason why ``teacher_cache.flows.serve`` runs one at a time.
+A file that fails its gate fails the flow with the reason. Nothing is shipped then, and the flow is not retried: the
+same weights fail the same gate. Teacher and student are timed in turns on the CPU, and other runs beside them would
+spoil the times: ``teacher_cache.flows.serve`` runs one flow at a time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def deploy_student(
     *,
     out: Annotated[
         str | None,
-        Field(description="Folder to write; must not be there yet. runs/deployed/NAME-OF-THIS-FLOW-RUN if left out."),
+        Field(description="Folder to write; it must not exist. Default: runs/deployed/NAME-OF-THIS-FLOW-RUN."),
     ] = None,
     timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Give up after this long, with nothing shipped; never if left out.")
+        float | None, Field(gt=0, description="Time limit in seconds, after which nothing is shipped. Default: none.")
     ] = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -62,11 +62,11 @@ def deploy_student(
 
 @task(name="deploy", task_run_name="deploy-{config.out}", **TRIED_AGAIN)
 def deploy_run(config: DeployConfig) -> DeployResult:
-    """Export, prove, measure and write; or raise and leave nothing behind."""
+    """Export, check, measure and write; on an error nothing is left behind."""
     from teacher_cache.pipeline.deploy.record import require_packages
 
     require_packages()
-    # here, not above: prefect deploy imports this file too and needs no torch
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.deploy.run import deploy
 
     return deploy(config, LoggedProgress(get_run_logger()))
@@ -74,6 +74,6 @@ def deploy_run(config: DeployConfig) -> DeployResult:
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(result: DeployResult) -> None:
-    """Leave the table in Markdown and as a picture."""
+    """Leave the table as Markdown and as a picture."""
     leave_image(ARTIFACT, (Path(result.out) / "table.png").read_bytes, result.out)
     create_markdown_artifact(deployment_text(result), key=ARTIFACT)

@@ -1,11 +1,11 @@
-"""One flow run at a time on a GPU, whichever deployments, workers and hosts share the server.
+"""One flow run at a time on a GPU, across deployments, workers and hosts of one server.
 
-A GPU is a global concurrency limit of Prefect with one slot, ``gpu:UUID``, made when it is first wanted; give it more
-slots in the UI to let runs share it. The UUID is the card's own, the same in every container that sees the card; where
-torch tells none the limit is ``gpu:0@HOST``, and containers, each a host of its own, take no turns.
+A GPU is a global concurrency limit of Prefect with one slot, ``gpu:UUID``, made at its first use; give it more slots
+in the UI to let runs share it. The UUID is the card's, the same in every container. If torch tells none the limit is
+``gpu:0@HOST``, and containers, each a host of its own, take no turns.
 
-A run holds its slots from loading the first model to the last forward pass. They are leased: those of a run that was
-killed are free after two minutes. On a CPU there is no limit.
+A run holds its slots from loading the first model to the last forward pass. They are leased: the slots of a killed run
+are free after two minutes. A CPU has no limit.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _LEASE_SECONDS = 120.0  # renewed all the while; how long a killed run still hol
 
 
 def gpu_limits(device: str, devices: int = 1) -> list[str]:
-    """Names of the limits of the GPUs that a stage will use, none for a CPU: ``gpu:UUID``, else ``gpu:N@HOST``.
+    """Return the names of the limits of a stage's GPUs: ``gpu:UUID``, else ``gpu:N@HOST``; none for a CPU.
 
     Args:
         device: as in the settings: auto, cpu, cuda or cuda:N.
-        devices: how many; the first ones of the machine where there are several.
+        devices: number of GPUs, from the first one of the machine.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the machine has no such device.
     """
     if device == "cpu":
         return []
-    # here, not above: prefect deploy imports this file too and needs no torch
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.models.device import device_uuid, resolve_device
 
-    found = resolve_device(device)
-    if found.type != "cuda":
+    resolved = resolve_device(device)
+    if resolved.type != "cuda":
         return []
-    first = found.index or 0
+    first = resolved.index or 0
     # CUDA counts what it may see: two workers that each see one card both call theirs cuda:0
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
@@ -58,23 +58,23 @@ def gpu_limits(device: str, devices: int = 1) -> list[str]:
 
 @contextlib.contextmanager
 def device_slots(device: str, devices: int = 1) -> Iterator[None]:
-    """Hold the GPUs of a stage while the block runs; wait until they are free.
+    """Hold the GPUs of a stage while the block runs. Waits until they are free.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the machine has no such device.
     """
     names = gpu_limits(device, devices)
     if not names:
         yield
         return
     for name in names:
-        # one that is there may have been given more slots: it stays as it is
+        # an existing limit may have more slots
         with contextlib.suppress(ObjectAlreadyExists), get_client(sync_client=True) as client:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     logger = get_run_logger()
     logger.info(f"waits for {', '.join(names)}")
-    # all of them in one request, so that two runs cannot each hold one and wait for the other's; not strict: a server
-    # that is away for minutes must not end a training that runs
+    # one request, so that two runs cannot each hold one GPU and wait for the other's; not strict: an absent server
+    # must not end a running training
     with concurrency(names, occupy=1, lease_duration=_LEASE_SECONDS):
         logger.info(f"holds {', '.join(names)}")
         yield

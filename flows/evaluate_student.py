@@ -1,4 +1,4 @@
-"""Flow ``evaluate-student``: recall of a run's student beside its teacher's, and what it keeps of it.
+"""Flow ``evaluate-student``: recall of a run's student beside its teacher's, and its retention.
 
 The student runs on the images of the split; the teacher's rows come from its cache.
 """
@@ -34,10 +34,10 @@ def evaluate_student(
     *,
     run: Annotated[str, Field(description="Folder of the training run whose student is measured.")],
     timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Give up measuring after this long; never if left out.")
+        float | None, Field(gt=0, description="Time limit of the measurement in seconds. Default: none.")
     ] = None,
     report: Annotated[
-        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
     ] = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def evaluate_student(
 
 @task(name="evaluate", task_run_name="evaluate-{config.split}", **TRIED_AGAIN)
 def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
-    """Recall of the cached teacher and of a run's student, on one split."""
-    # here, not above: prefect deploy imports this file too and needs no torch
+    """Measure the cached teacher and a run's student on one split."""
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.evaluate.retrieval import evaluate
 
     return evaluate(config, LoggedProgress(get_run_logger()))
@@ -71,7 +71,7 @@ def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(measured: EvaluateResult, run: str, image_root: str | None, report: bool) -> None:
-    """Leave the numbers in Markdown, and with ``report`` the page and its chart."""
+    """Leave a Markdown artifact of the numbers, and with ``report`` the page and its chart."""
     text = f"# {code(run)}\n\n{recall_text(measured)}"
     if report:
         text += leave_report(ARTIFACT, measured.cache, Path(run) / "report.html", [run], image_root).line()

@@ -1,4 +1,4 @@
-"""What a flow run leaves for people to read, in Markdown."""
+"""Markdown texts of flow runs: caches, training runs, recalls, deployments and retrainings."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_te
 
 
 def code(value: Any) -> str:
-    """A value as it is, also in a cell of a table: names of files and splits may hold anything."""
+    """Return a value as inline code that is safe in a table cell: file and split names may hold anything."""
     return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
 
 
 def cache_text(info: CacheInfo, recall: RecallStats | None) -> str:
-    """What a finished cache is of, and how well its teacher finds its own pairs.
+    """Return the text of a finished cache: its identity and the teacher's own recall.
 
     Args:
-        recall: of the teacher; None where its captions are prompts of classes.
+        recall: of the teacher; None if the captions are prompts of classes.
     """
     lines = [f"# {code(info.location)}", "", *identity_table(info.identity), ""]
     if recall is not None:
@@ -43,7 +43,7 @@ def cache_text(info: CacheInfo, recall: RecallStats | None) -> str:
 
 
 def identity_table(identity: CacheIdentity) -> list[str]:
-    """A cache's identity in brief: what made its rows."""
+    """Return a cache's identity as a table."""
     teacher, preprocess, views, dataset = identity.teacher, identity.preprocess, identity.views, identity.dataset
     size = " x ".join(map(str, preprocess.image_size))
     splits = ", ".join(f"{code(name)} {images:,}" for name, images in dataset.splits.items())
@@ -63,7 +63,7 @@ def identity_table(identity: CacheIdentity) -> list[str]:
 
 
 def run_text(record: RunRecord, measured: EvaluateResult | None) -> str:
-    """A finished training run: what was trained, the loss of each epoch, and what the student keeps of its teacher."""
+    """Return the text of a finished training run: student, losses by epoch, and recall beside the teacher's."""
     out = record.config.out
     lines = [
         f"# {code(out)}",
@@ -93,7 +93,7 @@ def _epochs(record: RunRecord, names: list[str], selected: bool) -> Iterable[lis
 
 
 def recall_text(measured: EvaluateResult) -> str:
-    """Recall of teacher and student side by side, and what was retained with its interval; in percent."""
+    """Return the recalls of teacher and student in percent, and the retention with its interval."""
     of = f"{measured.images:,} images, {measured.captions:,} captions"
     if measured.quarantined:
         of += f", {measured.quarantined:,} quarantined ones left out"
@@ -107,7 +107,7 @@ def recall_text(measured: EvaluateResult) -> str:
 
 
 def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
-    # here, not above: it brings numpy and FAISS, and deploying a flow needs neither
+    # imported here: deploying a flow needs neither numpy nor FAISS
     from teacher_cache.pipeline.evaluate.recall import mean_recall
 
     student, kept = measured.student, measured.retention
@@ -125,7 +125,7 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
                 row[2] = f"{student[direction][name]:.1f}"
                 row[3] = retained(kept[direction][name], spans and spans[direction][name])
             yield row
-    means = [f"{mean_recall(found):.1f}" if found else "-" for found in (measured.teacher, student)]
+    means = [f"{mean_recall(recalls):.1f}" if recalls else "-" for recalls in (measured.teacher, student)]
     yield ["mean", *means, retained(kept["mean"], spans and spans["mean"]) if kept else "-"]
     for name, tower in (measured.towers or {}).items():
         kept_by_it = retained(tower.retention["mean"], None)
@@ -133,7 +133,7 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
 
 
 def deployment_text(result: DeployResult) -> str:
-    """A deployed student: its table, what each file had to pass, and what has no int8 file."""
+    """Return the text of a deployed student: its table, the gates, and towers without an int8 file."""
     from teacher_cache.pipeline.deploy.table import to_markdown
 
     table = result.table
@@ -148,7 +148,7 @@ def deployment_text(result: DeployResult) -> str:
 
 
 def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None, candidate: Candidate | None) -> str:
-    """What a retraining found and did, and why the student was promoted or not."""
+    """Return the text of a retraining: the changes, the work done, and the reason of the verdict."""
     lines = [f"# {outcome}", "", f"{code(found.cache)}: {found.images:,} images, {found.captions:,} captions."]
     if found.unread is not None:
         lines += ["", found.unread]

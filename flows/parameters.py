@@ -19,19 +19,18 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def parameters_of(config: type[BaseModel], filled_by_config: Collection[str] = ()) -> Callable[[_Function], _Function]:
-    """Give a function ``f(*, own, **settings)`` one keyword parameter for each setting of ``config``.
+    """Give a function ``f(*, own, **settings)`` one keyword parameter per setting of ``config``.
 
     Names, types, limits, defaults and descriptions come from the model, so there is one place to change them.
     A parameter of the function's own stands in for the setting of the same name; the others come last. Their
     descriptions are read from ``Annotated[..., Field(description=...)]``.
 
-    A flow hands on all its parameters, so a setting left alone would arrive as if somebody had chosen its default.
-    For settings that the model works out of others that would be wrong: those of ``filled_by_config`` are None until
-    they are given, and the model takes None as not given.
+    A flow passes all its parameters, so an untouched setting would look chosen. Settings that the model derives from
+    others, ``filled_by_config``, are therefore None by default, and the model reads None as not set.
 
     Args:
         config: the model of the stage.
-        filled_by_config: settings whose value the model finds itself when they are None.
+        filled_by_config: settings that the model derives if they are None.
 
     Prefect reads types and limits from the signature, descriptions only from ``Args:`` in the docstring, which
     is why both are made here.
@@ -67,6 +66,6 @@ def _parameter(name: str, field: FieldInfo, filled_by_config: bool) -> inspect.P
 
 
 def _description(parameter: inspect.Parameter) -> str:
-    found = [item.description for item in parameter.annotation.__metadata__ if isinstance(item, FieldInfo)]
-    assert found, f"{parameter.name} has no description"
-    return str(found[-1])
+    texts = [item.description for item in parameter.annotation.__metadata__ if isinstance(item, FieldInfo)]
+    assert texts, f"{parameter.name} has no description"
+    return str(texts[-1])

@@ -1,8 +1,8 @@
 """Flow ``precompute-teacher``: plan the cache, encode its pending chunks span by span, seal it.
 
-The store says what is done, not Prefect: nothing is cached or persisted here, and a run after a stopped one
-finds in the cache which chunks are left. Spans run one after another in one process: the device is what
-limits them, and the teacher is loaded once. With the executor ``ray`` one task hands all chunks to a cluster.
+The cache records what is done, not Prefect: a run after a stopped one reads from the cache which chunks are missing.
+Spans run one after another in one process, since the device limits them and the teacher is loaded once. With the
+executor ``ray`` one task hands all chunks to a cluster.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ARTIFACT = "precompute-teacher"
 def precompute_teacher(
     *,
     chunks_per_span: Annotated[
-        int | None, Field(gt=0, description="Chunks that one task run encodes; for about 16 task runs if left out.")
+        int | None, Field(gt=0, description="Number of chunks per task run. Default: about 16 task runs.")
     ] = None,
     report: Annotated[
-        bool, Field(description="Write the report page beside the cache, and leave its main chart as an artifact.")
+        bool, Field(description="Report page beside the cache and main chart as an artifact. Default: true.")
     ] = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def precompute_teacher(
 
 @task(name="plan", task_run_name="plan", **TRIED_AGAIN)
 def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) -> list[Span]:
-    """Write the cache's manifest and tables, or check them, and say what is still to be encoded.
+    """Write the cache's manifest and tables, or check them, and return the spans to encode.
 
     Args:
-        share: of the flow's progress: none of its way, since nobody knows how long that is, but what is being done.
+        share: shows the stage but moves nothing, since its length is unknown.
     """
-    # here, not above: prefect deploy imports this file too and needs no torch
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
     from teacher_cache.pipeline.precompute.executors import open_executor
     from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
@@ -99,7 +99,7 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
     """Encode the chunks of one span; when it returns, each of them is committed. Returns how many this run encoded.
 
     Args:
-        share: of the flow's progress, that is this span's.
+        share: this span's part of the flow's progress.
     """
     from teacher_cache.pipeline.precompute.encode import encode_shared
 
@@ -123,7 +123,7 @@ def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
 def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
-    """Seal the finished cache and say what is in it."""
+    """Seal the finished cache and return its summary."""
     from teacher_cache.pipeline.precompute.run import summarize
 
     result = summarize(cache, chunks_encoded, seconds, reuse)
@@ -133,17 +133,17 @@ def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> 
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(cache: str, report: bool) -> None:
-    """Leave what the finished cache is, in Markdown, and with ``report`` its page and chart."""
+    """Leave a Markdown artifact of the finished cache, and with ``report`` its page and chart."""
     from teacher_cache.storage.look.info import describe_cache
 
-    left = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
-    recall = left.recall if left and left.collected else teacher_recall(cache)
-    text = cache_text(describe_cache(cache), recall) + (left.line() if left else "")
+    page = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
+    recall = page.recall if page and page.collected else teacher_recall(cache)
+    text = cache_text(describe_cache(cache), recall) + (page.line() if page else "")
     create_markdown_artifact(text, key=f"{ARTIFACT}-report")
 
 
 def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
-    """The result as rows of a table artifact."""
+    """Return the result as rows of a table artifact."""
     rows: dict[str, Any] = {
         "cache": result.cache,
         "teacher": result.teacher,
@@ -168,7 +168,7 @@ def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
 
 
 def problems_text(result: PrecomputeResult) -> str:
-    """The problems by name, as markdown."""
+    """Return the problems by name, as Markdown."""
     if not result.problem_details:
         return f"`{result.cache}`: no problems."
     return f"`{result.cache}`\n\n" + "\n".join(f"- `{line}`" for line in result.problem_details)

@@ -1,7 +1,7 @@
 """Progress of a stage: lines in the log of its task run, and a progress artifact that moves with it.
 
-The work never waits for the server: Prefect's client tries a request again and again, and one to a server that accepts
-and does not answer lasts minutes. So a thread sends it, and of what came meanwhile only the newest.
+The work never waits for the server: a request of Prefect's client to a server that accepts and does not answer lasts
+minutes. A thread sends the moves, and skips all but the newest.
 """
 
 from __future__ import annotations
@@ -33,34 +33,33 @@ class _Logger(Protocol):
 
 
 class Share(BaseModel, frozen=True):
-    """What one stage moves of a progress artifact. Plain values, since task parameters are sent to the server."""
+    """The part of a progress artifact that one stage moves. Plain values: task parameters are sent to the server."""
 
     artifact: UUID
-    what: str = Field(description="Shown in front of the stage: the cache, or the run.")
-    first: float = Field(0.0, description="Per cent when the stage begins.")
-    last: float = Field(100.0, description="Per cent when it ends.")
+    what: str = Field(description="Cache or run, shown before the stage.")
+    first: float = Field(0.0, description="Percent at which the stage begins.")
+    last: float = Field(100.0, description="Percent at which the stage ends.")
 
     def move(self, done: int, total: int, note: str) -> None:
-        """Say how far the stage is; a server that is away raises what Prefect's client raises, after minutes."""
+        """Move the artifact. Raises what Prefect's client raises, after minutes, if the server does not answer."""
         percent = self.first + (self.last - self.first) * (done / total if total else 1.0)
         _update(self.artifact, percent, f"`{self.what}`: {note}")
 
     def part(self, first: float, last: float) -> Share:
-        """A stage within this one, between two shares of it from 0 to 1."""
+        """Return the share of a stage within this one, between two fractions of it."""
         width = self.last - self.first
         return self.model_copy(update={"first": self.first + width * first, "last": self.first + width * last})
 
 
 def start_progress(key: str, what: str) -> Share:
-    """A new progress artifact, at 0 %, of the flow run that calls."""
+    """Create a progress artifact of the calling flow run, at 0 %."""
     # a coroutine only where the caller is one
     artifact = cast(UUID, create_progress_artifact(0.0, key=f"{key}-progress", description=f"`{what}`"))
     return Share(artifact=artifact, what=what)
 
 
 def _update(artifact: UUID, percent: float, description: str) -> None:
-    # settings of its own make a client of its own: without, get_client gives out the one with which the engine, in
-    # another thread, reports the run's states, and which is closed when the run ends
+    # own settings make an own client: the shared one belongs to the engine's thread and is closed with the run
     with get_client(httpx_settings={}, sync_client=True) as client:
         client.update_artifact(artifact, ArtifactUpdate(data=percent, description=description))
 
@@ -73,9 +72,9 @@ class _Move:
 
 
 class _Mover:
-    """Sends the newest move of each artifact, one at a time, in a thread that is there only while one is to be sent.
+    """Sender of the newest move of each artifact, one at a time, in a thread that lives while there is one to send.
 
-    One for the process, so that a late move of one stage cannot overtake the first of the next.
+    One per process, so that a late move of one stage cannot overtake the first of the next.
     """
 
     def __init__(self) -> None:
@@ -86,7 +85,7 @@ class _Mover:
         self.rests_until = float("-inf")
 
     def put(self, artifact: UUID, move: _Move) -> None:
-        """Have a move sent, in place of one of the same artifact that still waits. Returns at once."""
+        """Queue a move in place of a waiting one of the same artifact. Returns at once."""
         with self._changed:
             self._waiting[artifact] = move
             if self._thread is None:
@@ -95,7 +94,7 @@ class _Mover:
                 self._thread.start()
 
     def settled(self, seconds: float) -> bool:
-        """Wait, so long at most, until all is sent or has failed; False if it is not."""
+        """Wait until all moves are sent or failed. Return False if that takes longer than the given seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, seconds)
 
@@ -127,13 +126,13 @@ _mover = _Mover()
 
 
 class LoggedProgress:
-    """Call it with (stage, done, total) as often as you like; it never waits for the server.
+    """Progress callback of a stage: (stage, done, total). It never waits for the server.
 
-    It writes a line every 30 seconds and moves the artifact every 2. An artifact that cannot be moved is no reason to
-    end hours of work: the log says so, once, and it is tried again a minute later, then after two minutes, and so on.
+    It writes a line every 30 seconds and moves the artifact every 2. If the artifact cannot be moved, the log says so
+    once, and moving is tried again after one minute, two minutes and so on.
 
     Args:
-        share: what to move; None for lines alone.
+        share: what to move; None for lines only.
     """
 
     def __init__(self, logger: _Logger, share: Share | None = None) -> None:
@@ -143,10 +142,10 @@ class LoggedProgress:
         self._failed = False
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Move a stage on.
+        """Report the progress of a stage.
 
         Args:
-            note: written behind the numbers: a loss, a rate.
+            note: text after the numbers, for example a loss.
         """
         now = time.monotonic()
         text = f"{stage}: {done:,} of {total:,} {note}".rstrip()
@@ -158,7 +157,7 @@ class LoggedProgress:
             self._move(self._share, done, total, text)
 
     def end(self, note: str) -> None:
-        """Move the artifact to where the stage ends; wait for that, but only for seconds."""
+        """Move the artifact to the end of the stage. Waits a few seconds at most."""
         if self._share is None:
             return
         self._move(self._share, 1, 1, note, last=True)
@@ -166,7 +165,7 @@ class LoggedProgress:
             self._cannot("the server does not answer")
 
     def _move(self, share: Share, done: int, total: int, text: str, last: bool = False) -> None:
-        # the run's context goes with it: Prefect's events name the run that moved an artifact
+        # Prefect's events name the run of the context
         context = contextvars.copy_context()
         _mover.put(
             share.artifact,

@@ -1,8 +1,6 @@
-"""The report (``teacher_cache.pipeline.report``) of a flow run: its page beside what the run made, its main chart in
-Prefect.
+"""The report of a flow run: its page beside the result, its main chart as a Prefect artifact.
 
-The run has made what it was for before this begins, so nothing here fails it: what cannot be made is named in the log,
-with the reason.
+A failure here does not fail the run, which has done its work: the log names it with the reason.
 """
 
 from __future__ import annotations
@@ -38,12 +36,12 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class ReportLeft:
-    """What there is of a report.
+    """The parts of a report that were made.
 
     Attributes:
-        collected: its data could be read.
-        page: the file; None where none was written.
-        recall: the teacher's own; None for a cache of prompts, or where nothing was collected.
+        collected: the data could be read.
+        page: the file; None if none was written.
+        recall: of the teacher; None for a cache of prompts, or if nothing was collected.
     """
 
     collected: bool = False
@@ -51,12 +49,12 @@ class ReportLeft:
     recall: RecallStats | None = None
 
     def line(self) -> str:
-        """Where the page lies, as Markdown; empty where there is none."""
+        """Return a Markdown line with the page's path; empty without a page."""
         return "" if self.page is None else f"\n\nReport: {code(self.page)}"
 
 
 def page_beside(cache: str) -> Path | None:
-    """Where the report of a cache goes: ``f8k.report.html`` beside ``f8k.cache``; None for one that lies at a URL."""
+    """Return the path of a cache's report, ``f8k.report.html`` beside ``f8k.cache``; None for a cache at a URL."""
     return None if "://" in cache else Path(cache.rstrip("/").removesuffix(".cache") + ".report.html")
 
 
@@ -66,7 +64,7 @@ def leave_report(
     """Write the page of a cache and leave its main chart as an image artifact ``key-chart``.
 
     Args:
-        page: where to write it; None: only the chart, and no picture is read and no map made.
+        page: where to write it; None makes the chart only, without pictures and map.
         runs: training runs that are shown.
     """
     logger = get_run_logger()
@@ -83,17 +81,14 @@ def leave_report(
 
 
 def teacher_recall(location: str) -> RecallStats | None:
-    """The teacher's own recall, of a part of a large cache, without a report; None where it cannot be said."""
+    """Return the teacher's own recall without a report, sampled for a large cache; None if it is undefined."""
     from teacher_cache.storage.look.stats import cache_stats
 
     return _attempt("recall of the teacher", lambda: cache_stats(location, most=_RECALL_IMAGES).recall)
 
 
 def leave_image(key: str, make: Callable[[], bytes], of: str) -> None:
-    """Leave a picture, a PNG, as the image artifact ``key-chart``; if it cannot be made, the log says why.
-
-    The server keeps it in its database: it is there when the file is gone, and for who cannot see the file.
-    """
+    """Store a PNG as the image artifact ``key-chart`` in the server's database. The log says why if it fails."""
 
     def leave() -> None:
         create_image_artifact(image_url=image_uri(make()), key=f"{key}-chart", description=code(of))
@@ -102,22 +97,22 @@ def leave_image(key: str, make: Callable[[], bytes], of: str) -> None:
 
 
 def image_uri(png: bytes) -> str:
-    """A picture as the ``data:`` URI that Prefect's UI shows, in fewer colours where it is large.
+    """Return a picture as a ``data:`` URI for Prefect's UI, in fewer colours if it is large.
 
     Raises:
-        ValueError: it is larger than 200 kB even so.
+        ValueError: the picture is still larger than 200 kB.
     """
-    found = _as_uri(png)
-    if len(found) > _REDUCED_FROM:
+    uri = _as_uri(png)
+    if len(uri) > _REDUCED_FROM:
         from PIL import Image
 
         reduced = io.BytesIO()
         with Image.open(io.BytesIO(png)) as image:
             image.convert("RGB").quantize(_COLOURS).save(reduced, "PNG", optimize=True)
-        found = _as_uri(reduced.getvalue())
-    if len(found) > _MOST_BYTES:
-        raise ValueError(f"a picture of {len(found):,} bytes, {_MOST_BYTES:,} at most are left in Prefect's database")
-    return found
+        uri = _as_uri(reduced.getvalue())
+    if len(uri) > _MOST_BYTES:
+        raise ValueError(f"a picture of {len(uri):,} bytes; Prefect's database takes at most {_MOST_BYTES:,}")
+    return uri
 
 
 def _as_uri(png: bytes) -> str:
@@ -125,7 +120,7 @@ def _as_uri(png: bytes) -> str:
 
 
 def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str | None) -> ReportData:
-    # here, not above: the extra may be missing, and prefect deploy imports this file too
+    # imported here: the extra may be missing, and prefect deploy imports this file
     from teacher_cache.pipeline.report.collect import collect_report
 
     # a chart shows neither map nor pictures, and those of a cache at a URL are thousands of requests
@@ -154,6 +149,6 @@ def _attempt(what: str, make: Callable[[], _Made]) -> _Made | None:
         get_run_logger().warning(f"no {what}: {error}. It needs: pip install 'teacher-cache[report]'")
     except UsageError as error:
         get_run_logger().warning(f"no {what}: {error}")
-    except Exception as error:  # whatever it is, the run did what it was for
+    except Exception as error:  # the run has done its work
         get_run_logger().warning(f"no {what}: {type(error).__name__}: {error}", exc_info=True)
     return None

@@ -1,7 +1,7 @@
 """Flow ``retrain-student``: look for new data; encode it, train, measure beside the champion, ship and promote.
 
-Meant for a schedule: nothing new means nothing done, in seconds. The folders say what is done, not Prefect, so that a
-run after a crashed one goes on where that stopped. Training is not tried again at once, as in ``train-student``.
+Meant for a schedule: without new data it ends in seconds. The folders record what is done, not Prefect: a run after a
+crashed one resumes it. Training is not retried at once, as in ``train-student``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ARTIFACT = "retrain-student"
 def retrain_student(
     *,
     timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Give up training after this long; never if left out.")
+        float | None, Field(gt=0, description="Time limit of the training in seconds. Default: none.")
     ] = None,
     report: Annotated[
-        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
     ] = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def retrain_student(
 
 @task(name="look", task_run_name="look", **TRIED_AGAIN)
 def look(config: RetrainConfig) -> Look:
-    """Read the dataset and what was made before."""
-    # here, not above: prefect deploy imports this file too and needs no torch
+    """Read the dataset and the home, and log what is to be done."""
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     logger = get_run_logger()
@@ -94,7 +94,7 @@ def look(config: RetrainConfig) -> Look:
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
 def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
-    """Make the cache of the dataset as it is now, unless it is there, and verify it; old rows are copied."""
+    """Make the cache of the dataset as it is now, unless it is finished, and verify it. Old rows are copied."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     return Retraining(config).encode(found, LoggedProgress(get_run_logger()))
@@ -102,7 +102,7 @@ def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
 
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
 def train(config: RetrainConfig, found: Look) -> str:
-    """Train the student, or go on with a run that died."""
+    """Train the student, or resume a run that died."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     progress = LoggedProgress(get_run_logger())
@@ -115,7 +115,7 @@ def train(config: RetrainConfig, found: Look) -> str:
 
 @task(name="promote", task_run_name="promote", **TRIED_AGAIN)
 def promote(config: RetrainConfig, found: Look) -> PromoteResult:
-    """Measure the student beside the champion; ship and promote it if it passes."""
+    """Compare the student with the champion; ship and promote it if it passes."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     result = Retraining(config).promote(found, LoggedProgress(get_run_logger()))
@@ -127,7 +127,7 @@ def promote(config: RetrainConfig, found: Look) -> PromoteResult:
 def describe(
     outcome: str, found: Look, encoded: PrecomputeResult | None, verdict: PromoteResult | None, report: bool
 ) -> None:
-    """Leave what was done in Markdown, and with ``report`` the page and its chart."""
+    """Leave a Markdown artifact of the retraining, and with ``report`` the page and its chart."""
     text = retraining_text(outcome, found, encoded, verdict.candidate if verdict else found.judged)
     if report and verdict is not None:
         text += leave_report(ARTIFACT, found.cache, Path(found.run) / "report.html", [found.run]).line()

@@ -1,8 +1,7 @@
-"""How often and when a task is tried again, after failures that another try can cure
-(``teacher_cache.storage.files.transient``).
+"""Retries of tasks after transient failures (``teacher_cache.storage.files.transient``).
 
-A wrong setting, a cache of another teacher or a loss that is not finite fails the same way again, and a full
-disk or a missing right wants a person; retrying those only hides them for minutes.
+A wrong setting, a cache of another teacher or a loss that is not finite fails the same way again; a full disk or a
+missing right needs a person. Those are not retried.
 """
 
 from __future__ import annotations
@@ -21,17 +20,16 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 
 
 def retry_transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Prefect's ``retry_condition_fn``: the state of a failed try holds its exception.
+    """Return whether to retry: Prefect's ``retry_condition_fn``. The state of a failed try holds its exception.
 
-    A ``timeout_seconds`` that ran out is final, though its error is a TimeoutError as a slow network's is: the same
-    work would take as long again.
+    An elapsed ``timeout_seconds`` is final, although it is a TimeoutError: the work would take as long again.
     """
     if isinstance(state.data, TaskRunTimeoutError):
         return False
     return isinstance(state.data, BaseException) and is_transient(state.data)
 
 
-# options of a task that may be tried again; the store says what is done, so Prefect keeps no results
+# options of a task that may be retried; the store records what is done, so Prefect keeps no results
 TRIED_AGAIN: dict[str, Any] = {
     "retries": RETRIES,
     "retry_delay_seconds": RETRY_DELAYS,

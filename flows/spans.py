@@ -1,4 +1,4 @@
-"""A span: neighbouring chunks that one task run encodes. Small enough to lose, large enough to be worth a run."""
+"""Spans: neighbouring chunks that one task run encodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, refs: Sequence[ChunkRef]) -> Span:
-        """The span of these chunks, which are of one tower and view."""
+        """Return the span of chunks of one tower and view."""
         return cls(tower=refs[0].tower, view=refs[0].view, chunks=tuple(ref.chunk for ref in refs))
 
     @property
@@ -34,12 +34,12 @@ class Span(BaseModel, frozen=True):
         return f"{self.tower}-{middle}{self.chunks[0]:06d}-{self.chunks[-1]:06d}"
 
     def refs(self) -> list[ChunkRef]:
-        """The chunks as the cache knows them."""
+        """Return the chunks as the cache names them."""
         return [ChunkRef(self.tower, self.view, chunk) for chunk in self.chunks]
 
 
 def default_chunks_per_span(pending: Sequence[ChunkRef]) -> int:
-    """As few chunks a span as give at most 16 spans, each within one tower and view."""
+    """Return the smallest span size that gives at most 16 spans, each within one tower and view."""
     groups: dict[tuple[Tower, int], int] = {}
     for ref in pending:
         groups[ref.tower, ref.view] = groups.get((ref.tower, ref.view), 0) + 1

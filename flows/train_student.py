@@ -1,8 +1,7 @@
 """Flow ``train-student``: train one student from a finished cache, and measure it if a split is given.
 
-Training is not retried at once, since its usual failures (a wrong setting, a damaged cache, a loss that is not
-finite) come back the same. A run whose worker died is gone on with by running the flow again with the same ``out``,
-or by retrying the flow run: it takes up the run folder where its last checkpoint left it.
+Training is not retried at once: its usual failures (a wrong setting, a damaged cache, a loss that is not finite) would
+come back. Run the flow again with the same ``out``, or retry the flow run, to resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -45,22 +44,21 @@ def train_student(
     out: Annotated[
         str | None,
         Field(
-            description="Folder of the run, with none in it or an unfinished one to go on with; "
-            "runs/NAME-OF-THIS-FLOW-RUN if left out."
+            description="Folder of the run; an unfinished run in it is resumed. Default: runs/NAME-OF-THIS-FLOW-RUN."
         ),
     ] = None,
     evaluate_split: Annotated[
-        str | None, Field(description="Split to measure teacher and student on afterwards; none if left out.")
+        str | None, Field(description="Split to measure teacher and student on afterwards. Default: none.")
     ] = None,
     evaluate_checkpoint: Annotated[
         Literal["last", "best"],
-        Field(description="What of the run is measured then: the last checkpoint, or the best on select_split."),
+        Field(description="Checkpoint to measure: last, or best on select_split. Default: last."),
     ] = "last",
     report: Annotated[
-        bool, Field(description="Write the report page into the run, and leave its main chart as an artifact.")
+        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
     ] = True,
     timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Give up training after this long; never if left out.")
+        float | None, Field(gt=0, description="Time limit of the training in seconds. Default: none.")
     ] = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -91,15 +89,15 @@ def train_student(
 
 
 def default_out() -> str:
-    """``runs/`` and the name of the flow run; retrying the flow run goes on in the same folder."""
+    """Return ``runs/`` and the name of the flow run: a retry resumes in the same folder."""
     return f"runs/{flow_run.name}"
 
 
 def goes_on(out: str, run_count: int) -> bool:
-    """Whether to go on with what lies in a run folder.
+    """Return whether to resume the run in a folder.
 
-    An unfinished run with something saved is one whose worker died. A finished one is left to be refused, unless
-    this very flow run finished it and is tried again (``run_count`` above 1) for what came behind.
+    An unfinished run with a checkpoint is resumed. A finished one is refused later, unless this flow run finished it
+    and is retried (``run_count`` above 1) for a later step.
     """
     folder = RunFolder(out)
     return folder.resumable() or (run_count > 1 and folder.exists())
@@ -107,12 +105,12 @@ def goes_on(out: str, run_count: int) -> bool:
 
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
 def train_run(config: TrainConfig, share: Share) -> RunRecord:
-    """Train to the end of the last epoch, from the first step or from where a run that died was saved.
+    """Train to the end of the last epoch, from the first step or the last checkpoint.
 
     Args:
-        share: the flow's progress, which moves with the steps.
+        share: the flow's progress.
     """
-    # here, not above: prefect deploy imports this file too and needs no torch
+    # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.train.loop import StepProgress, train
 
     logger = get_run_logger()
@@ -132,7 +130,7 @@ def train_run(config: TrainConfig, share: Share) -> RunRecord:
 
 
 def evaluate_config(config: TrainConfig, split: str, checkpoint: Literal["last", "best"]) -> EvaluateConfig:
-    """How the student that was just trained is measured beside the cached teacher, on one split."""
+    """Return the settings to measure the trained student beside the cached teacher."""
     return EvaluateConfig(
         cache=config.cache,
         run=str(RunFolder(config.out).path),
@@ -146,7 +144,7 @@ def evaluate_config(config: TrainConfig, split: str, checkpoint: Literal["last",
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(record: RunRecord, measured: EvaluateResult | None, report: bool) -> None:
-    """Leave the run in Markdown, and with ``report`` the page and its chart."""
+    """Leave a Markdown artifact of the run, and with ``report`` the page and its chart."""
     config, text = record.config, run_text(record, measured)
     if report:
         page = RunFolder(config.out).path / "report.html"
@@ -155,7 +153,7 @@ def describe(record: RunRecord, measured: EvaluateResult | None, report: bool) -
 
 
 def summary_table(record: RunRecord, measured: EvaluateResult | None) -> list[dict[str, Any]]:
-    """The run as rows of a table artifact: what was trained, the loss of each epoch, and what was measured."""
+    """Return the run as rows of a table artifact: student, losses by epoch, and recalls."""
     rows: dict[str, Any] = {
         "checkpoint": f"{record.config.out}/{record.checkpoint}",
         "cache": record.config.cache,

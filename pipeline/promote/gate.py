@@ -1,4 +1,4 @@
-"""The gate between a trained student and the champion: both on the same images, promoted only if not worse."""
+"""The gate between a trained student and the champion: both are measured on the same images."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 
 NOT_SHIPPED = "could not be shipped"
-"""How the reason of a student begins that passed the comparison and failed a gate of shipping."""
+"""First words of the reason if a student passed the comparison and failed a gate of deploy."""
 
 
 class PromoteResult(BaseModel, frozen=True):
-    """What was measured and decided."""
+    """The result of a comparison."""
 
     registry: str
     candidate: Candidate
-    promotion: Promotion | None = Field(description="None where it was rejected.")
+    promotion: Promotion | None = Field(description="Promotion. None if the student was rejected.")
 
     @property
     def outcome(self) -> Literal["promoted", "rejected"]:
-        """In a word."""
+        """The verdict in a word."""
         return "promoted" if self.promotion else "rejected"
 
 
@@ -61,14 +61,14 @@ def promote(
     ship: Callable[[], str] | None = None,
     keep_unchanged: bool = False,
 ) -> PromoteResult:
-    """Measure a student, beside the champion if there is one; keep it in the registry; promote it if it passes.
+    """Measure a student against the champion, store it in the registry, and promote it if it passes.
 
-    The champion is measured anew, on the images and captions of this cache: its old numbers may be of other ones.
+    The champion is measured again on the images and captions of this cache.
 
     Args:
-        ship: called once it has passed, before it is promoted; deploys it and returns the folder. A gate that it fails
-            (``DeploymentError``) rejects the student; anything else that it raises leaves the registry as it is.
-        keep_unchanged: keep a student with the champion's own weights as rejected, rather than refuse it.
+        ship: called after the student has passed, before it is promoted; deploys it and returns the folder. A
+            ``DeploymentError`` rejects the student; any other error leaves the registry as it is.
+        keep_unchanged: store a student with the champion's own weights as rejected instead of refusing it.
 
     Raises:
         UsageError: the run is not finished, has no such checkpoint, is the champion already, was chosen on this split,
@@ -78,7 +78,7 @@ def promote(
     registry = StudentRegistry(config.registry)
     folder = RunFolder(config.run)
     record = folder.read()
-    folder.require_finished(record)  # or training would remove the champion's weights with its next checkpoint
+    folder.require_finished(record)  # the next checkpoint of a training would remove the champion's weights
     path = folder.checkpoint_path(config.checkpoint)
     weights = weights_file_sha256(path)
     champion = registry.champion()
@@ -95,7 +95,7 @@ def promote(
         _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
 
-    wanted = EvaluateConfig(
+    settings = EvaluateConfig(
         cache=config.cache,
         run=config.run,
         checkpoint=config.checkpoint,
@@ -106,11 +106,11 @@ def promote(
         device=config.device,
         workers=config.workers,
     )
-    measured = measure(wanted, progress)
+    measured = measure(settings, progress)
     assert measured.student_ranks is not None  # a run was named
     comparison = None
     if champion is not None and champion_path is not None:
-        ranks = student_ranks(wanted, measured.split, champion_path, measured.depth, progress)
+        ranks = student_ranks(settings, measured.split, champion_path, measured.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
     passed, reason = decide(measured.result, comparison, config.min_retention)
     if champion is not None and unchanged:
@@ -124,7 +124,7 @@ def promote(
     candidate = registry.add(
         _lineage(record, measured.result, weights)
         | {
-            # of the whole way: a registry is read from any folder
+            # absolute: a registry is read from any folder
             "run": str(Path(config.run).absolute()),
             "deployed": deployed,
             "comparison": comparison,
@@ -139,13 +139,12 @@ def promote(
 def compare(
     challenger: RetrievalRanks, champion: RetrievalRanks, text_image: NDArray[np.int64], number: int, margin: float
 ) -> Comparison:
-    """Both on the same queries and the same resamples of the images
-    (``teacher_cache.pipeline.evaluate.intervals.bootstrap_share``).
+    """Compare both on the same queries and the same resamples of the images.
 
     Args:
         text_image: (captions,) position of each caption's image.
         number: of the champion.
-        margin: percent that the interval may reach below 100.
+        margin: in percent, how far below 100 the interval may start.
     """
     recalls = recall_of_ranks(champion)
     return Comparison(
@@ -159,22 +158,22 @@ def compare(
 
 
 def decide(
-    found: EvaluateResult, comparison: Comparison | None, min_retention: float | None = None
+    result: EvaluateResult, comparison: Comparison | None, min_retention: float | None = None
 ) -> tuple[bool, str]:
-    """Whether a challenger passes, and why.
+    """Return whether a challenger passes, and why.
 
-    A test of non-inferiority: it passes if the lower end of the interval of its share of the champion's mean recall
-    is at least 100 - margin percent (Piaggio et al. 2012, CONSORT's extension to non-inferiority trials).
+    A test of non-inferiority: the challenger passes if the interval of its share of the champion's mean recall starts
+    at 100 - margin percent or above (Piaggio et al. 2012, CONSORT's extension to non-inferiority trials).
     """
-    kept = found.retention["mean"] if found.retention else None
-    if min_retention is not None and (kept is None or kept < min_retention):
-        return False, f"keeps {_percent(kept)} of the teacher's mean recall, at least {min_retention:g} % wanted"
+    share = result.retention["mean"] if result.retention else None
+    if min_retention is not None and (share is None or share < min_retention):
+        return False, f"keeps {_percent(share)} of the teacher's mean recall, at least {min_retention:g} % wanted"
     if comparison is None:
         return True, "the first: there was no champion to compare it with"
     least = 100 - comparison.margin
     if comparison.interval is None or comparison.share is None:
         return False, (
-            f"champion {comparison.champion} finds nothing in some resamples of {found.images} images, so that no "
+            f"champion {comparison.champion} finds nothing in some resamples of {result.images} images, so that no "
             "interval can be given; measure on more"
         )
     reason = (
@@ -186,14 +185,15 @@ def decide(
 
 
 def roll_back(location: str, to: int | None = None) -> tuple[Candidate, Promotion]:
-    """Make an earlier champion the champion again, if its weights are still what they were.
+    """Make an earlier champion the champion again if its weights are unchanged.
 
     Args:
         location: of the registry.
-        to: number of the student; the champion before the present one if left out.
+        to: number of the student. Default: the previous champion.
 
     Raises:
-        UsageError: no such earlier champion, its checkpoint is gone or changed, or another became champion meanwhile.
+        UsageError: there is no such earlier champion, its checkpoint is gone or changed, or another student became
+            champion meanwhile.
     """
     registry = StudentRegistry(location)
     now, earlier = registry.champion(), registry.earlier_champion(to)
@@ -201,10 +201,10 @@ def roll_back(location: str, to: int | None = None) -> tuple[Candidate, Promotio
     return earlier, registry.promote(earlier, now, "rollback")
 
 
-def _lineage(record: RunRecord, found: EvaluateResult, weights_sha256: str) -> dict[str, Any]:
-    assert found.student is not None  # a run was measured
+def _lineage(record: RunRecord, result: EvaluateResult, weights_sha256: str) -> dict[str, Any]:
+    assert result.student is not None  # a run was measured
     return {
-        "checkpoint": found.checkpoint,
+        "checkpoint": result.checkpoint,
         "weights_sha256": weights_sha256,
         "student": record.config.student,
         "student_parameters": record.student_parameters,
@@ -212,23 +212,23 @@ def _lineage(record: RunRecord, found: EvaluateResult, weights_sha256: str) -> d
         "cache": record.config.cache,
         "cache_manifest_digest": record.cache_manifest_digest,
         "settings": record.config.model_dump(mode="json"),
-        "averaged": tuple(each.run for each in record.averaged),
-        "split": found.split,
-        "measured_on": found.cache_manifest_digest,
-        "images": found.images,
-        "captions": found.captions,
-        "recalls": found.student,
-        "mean_recall": mean_recall(found.student),
-        "retention": found.retention["mean"] if found.retention else None,
-        "retention_interval": found.retention_intervals.mean if found.retention_intervals else None,
+        "averaged": tuple(run.run for run in record.averaged),
+        "split": result.split,
+        "measured_on": result.cache_manifest_digest,
+        "images": result.images,
+        "captions": result.captions,
+        "recalls": result.student,
+        "mean_recall": mean_recall(result.student),
+        "retention": result.retention["mean"] if result.retention else None,
+        "retention_interval": result.retention_intervals.mean if result.retention_intervals else None,
     }
 
 
 def checkpoint_of(student: Candidate) -> Path:
-    """Folder of a student's checkpoint, proven to hold its weights.
+    """Return the folder of a student's checkpoint after checking its weights.
 
     Raises:
-        UsageError: it is gone, or holds others.
+        UsageError: the checkpoint is gone, or holds other weights.
     """
     path = Path(student.run) / student.checkpoint
     if not (path / CHECKPOINT_WEIGHTS).exists():
@@ -246,26 +246,26 @@ def checkpoint_of(student: Candidate) -> Path:
 
 
 def _require_deployed(deployed: str, checkpoint: Path, weights_sha256: str) -> None:
-    """That a folder was made of a checkpoint: its weights are a copy of the checkpoint's file."""
+    """Check that a folder was deployed from a checkpoint: its weights are a copy of the checkpoint's file."""
     made = Deployment.read(deployed)
     if made.weights.sha256 != weights_sha256:
         raise UsageError(
             f"{deployed}: was made of {made.run}/{made.checkpoint} with weights {made.weights.sha256[:12]}, not of "
             f"{checkpoint} with {weights_sha256[:12]}. Deploy this one first"
         )
-    there, here = tuple(made.preprocess["size"]), checkpoint_image_size(checkpoint)
-    if there != here:
+    deployed_size, size = tuple(made.preprocess["size"]), checkpoint_image_size(checkpoint)
+    if deployed_size != size:
         raise UsageError(
-            f"{deployed}: was made of {made.run}/{made.checkpoint}, which sees {there[0]} x {there[1]} pixels, and "
-            f"{checkpoint} sees {here[0]} x {here[1]}. Deploy this one first"
+            f"{deployed}: was made of {made.run}/{made.checkpoint}, which sees {deployed_size[0]} x {deployed_size[1]} "
+            f"pixels, and {checkpoint} sees {size[0]} x {size[1]}. Deploy this one first"
         )
 
 
 def _same_size(champion: Candidate, checkpoint: Path) -> bool:
-    """Whether a champion sees images of the size that a checkpoint's student does; resize changes that alone."""
+    """Return whether champion and checkpoint have the same image size; resize changes only that."""
     try:
         return checkpoint_image_size(Path(champion.run) / champion.checkpoint) == checkpoint_image_size(checkpoint)
-    except FileNotFoundError:  # it is gone, which is said by name when it is measured
+    except FileNotFoundError:  # checkpoint_of reports a champion that is gone
         return True
 
 

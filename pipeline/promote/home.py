@@ -47,7 +47,7 @@ class NumberedCache:
 
     @property
     def sealed(self) -> bool:
-        """Whether the cache is finished."""
+        """True if the cache is finished."""
         return self.manifest is not None and self.manifest.sealed
 
 

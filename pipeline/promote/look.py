@@ -1,4 +1,4 @@
-"""What a retraining would do: the dataset against the caches, runs and students of a home. Writes nothing."""
+"""The work of a retraining: the dataset against the caches, runs and students of a home. Writes nothing."""
 
 from __future__ import annotations
 

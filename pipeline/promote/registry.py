@@ -1,12 +1,12 @@
-"""Which student is in use, and every one that was tried: candidates with their lineage, and promotions. No torch.
+"""The registry of students: candidates with their lineage, and promotions. No torch.
 
     students/
-      candidates/0003.json    a student that was measured against the champion of its day, and what came of it
-      promotions/0002.json    from then on this candidate is the champion
+      candidates/0003.json    a student, its comparison with the champion of its day, and the verdict
+      promotions/0002.json    makes a candidate the champion
 
-Both are written once and never changed. The champion is the candidate of the promotion with the greatest number, so
-that a promotion is one file that appears: whoever reads sees the old champion or the new one. Of two promotions that
-start from the same champion one is refused, in a folder and on S3. A rollback is a promotion, too.
+Both are written once and never changed. The champion is the candidate of the promotion with the greatest number: a
+promotion is one new file, and readers see the old champion or the new one. Of two promotions that start from the same
+champion one is refused, in a folder and on S3. A rollback is a promotion, too.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 class Comparison(BaseModel, frozen=True):
-    """A challenger beside the champion: the same images and captions, the same resamples."""
+    """A challenger against the champion: the same images and captions, the same resamples."""
 
     champion: int = Field(description="Number of the candidate that was champion.")
     champion_recalls: dict[str, dict[str, float]]
     share: float | None = Field(description="The challenger's mean recall as percent of the champion's.")
-    interval: Interval | None = Field(description="Where that lies with the level; None where it cannot be said.")
+    interval: Interval | None = Field(description="Interval of the share at this level. None if it is undefined.")
     level: float
-    margin: float = Field(description="Percent that the interval may reach below 100.")
+    margin: float = Field(description="Margin in percent: how far below 100 the interval may start.")
 
 
 class Candidate(BaseModel, frozen=True):
@@ -45,28 +45,28 @@ class Candidate(BaseModel, frozen=True):
 
     number: int = Field(ge=1)
     date: str = Field(description="UTC.")
-    run: str = Field(description="Folder of the training run, whole.")
-    checkpoint: str = Field(description="Its folder, relative to the run.")
-    weights_sha256: str = Field(description="Of the checkpoint's weights.")
-    deployed: str | None = Field(description="Folder that deploy made of it.")
+    run: str = Field(description="Absolute folder of the training run.")
+    checkpoint: str = Field(description="Folder of the checkpoint, relative to the run.")
+    weights_sha256: str = Field(description="SHA-256 of the checkpoint's weights.")
+    deployed: str | None = Field(description="Folder that deploy made of the student.")
     student: str
     student_parameters: int
     teacher: str
     cache: str
-    cache_manifest_digest: str = Field(description="Of the cache that it learned from.")
-    settings: dict[str, Any] = Field(description="Of its training; of a mean of runs, of the first one's.")
-    averaged: tuple[str, ...] = Field((), description="Folders of the runs whose mean it is, if it is one.")
+    cache_manifest_digest: str = Field(description="Manifest digest of the cache that the student learned from.")
+    settings: dict[str, Any] = Field(description="Settings of the training; for a mean of runs those of the first.")
+    averaged: tuple[str, ...] = Field((), description="Folders of the averaged runs, for a mean of runs.")
     split: str
-    measured_on: str = Field(description="Manifest digest of the cache whose split it was measured on.")
+    measured_on: str = Field(description="Manifest digest of the cache of the split.")
     images: int
     captions: int
     recalls: dict[str, dict[str, float]]
     mean_recall: float
     retention: float | None = Field(description="Mean recall as percent of the teacher's.")
     retention_interval: Interval | None
-    comparison: Comparison | None = Field(description="None for the first, which had no champion beside it.")
+    comparison: Comparison | None = Field(description="Comparison with the champion. None for the first student.")
     passed: bool
-    reason: str = Field(description="Why it passed or was rejected.")
+    reason: str = Field(description="Reason of the verdict.")
 
 
 class Promotion(BaseModel, frozen=True):
@@ -75,9 +75,9 @@ class Promotion(BaseModel, frozen=True):
     number: int = Field(ge=1)
     date: str = Field(description="UTC.")
     candidate: int
-    before: int | None = Field(description="The champion until then.")
+    before: int | None = Field(description="Number of the previous champion.")
     kind: Literal["gate", "rollback"]
-    nonce: str = Field(description="Tells this writing of the file from another's.")
+    nonce: str = Field(description="Random text that tells this file from another writer's.")
 
 
 class Students(BaseModel, frozen=True):
@@ -90,10 +90,10 @@ class Students(BaseModel, frozen=True):
 
 
 class StudentRegistry:
-    """Candidates and promotions below a folder or URL. Any number of processes may use one at a time.
+    """Candidates and promotions below a folder or URL. Any number of processes may use one at once.
 
     Args:
-        location: a folder or any URL that a cache may be at; made by the first candidate.
+        location: a folder or a URL, as of a cache; made by the first candidate.
     """
 
     def __init__(self, location: str) -> None:
@@ -101,23 +101,23 @@ class StudentRegistry:
         self._files = open_files(location)
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """All of them, the oldest first."""
+        """Return all candidates, oldest first."""
         return tuple(self._read(key, Candidate) for key in self._keys(_CANDIDATES))
 
     def promotions(self) -> tuple[Promotion, ...]:
-        """All of them, the oldest first."""
+        """Return all promotions, oldest first."""
         return tuple(self._read(key, Promotion) for key in self._keys(_PROMOTIONS))
 
     def champion(self) -> Candidate | None:
-        """The candidate of the last promotion; None before the first."""
+        """Return the candidate of the last promotion, or None before the first."""
         keys = self._keys(_PROMOTIONS)
         return self.candidate(self._read(keys[-1], Promotion).candidate) if keys else None
 
     def candidate(self, number: int) -> Candidate:
-        """One of them.
+        """Return a candidate by number.
 
         Raises:
-            UsageError: there is none of this number.
+            UsageError: there is no such candidate.
         """
         try:
             return self._read(_key(_CANDIDATES, number), Candidate)
@@ -128,10 +128,10 @@ class StudentRegistry:
             ) from None
 
     def add(self, fields: dict[str, Any]) -> Candidate:
-        """Keep a candidate under the next free number.
+        """Store a candidate under the next free number.
 
         Args:
-            fields: of :class:`Candidate`, but ``number`` and ``date``.
+            fields: of :class:`Candidate`, without ``number`` and ``date``.
         """
         number = len(self._keys(_CANDIDATES)) + 1
         while True:
@@ -141,13 +141,13 @@ class StudentRegistry:
             number += 1
 
     def promote(self, candidate: Candidate, before: Candidate | None, kind: Literal["gate", "rollback"]) -> Promotion:
-        """Make a candidate the champion, if ``before`` still is.
+        """Make a candidate the champion if ``before`` still is.
 
         Args:
-            before: the champion that the decision was made against; None where there was none.
+            before: the champion that the decision was made against, if there was one.
 
         Raises:
-            UsageError: meanwhile another one became champion.
+            UsageError: another student became champion meanwhile.
         """
         promotions = self._keys(_PROMOTIONS)
         was = before.number if before else None
@@ -168,13 +168,13 @@ class StudentRegistry:
         return made
 
     def earlier_champion(self, number: int | None = None) -> Candidate:
-        """A candidate that was champion before the present one.
+        """Return a candidate that was champion before the present one.
 
         Args:
-            number: of the candidate; the last one before if left out. Going back twice goes back two steps.
+            number: of the candidate. Default: the previous champion; going back twice goes back two steps.
 
         Raises:
-            UsageError: there is no earlier champion, or this one never was champion.
+            UsageError: there is no earlier champion, or this candidate never was champion.
         """
         promotions = self.promotions()
         if not promotions:
@@ -202,7 +202,7 @@ class StudentRegistry:
 
 
 def _line(promotions: tuple[Promotion, ...]) -> list[int]:
-    """Champions up to the present one; a rollback takes back those behind its own."""
+    """Return the champions up to the present one; a rollback removes those after its own."""
     line: list[int] = []
     for promotion in promotions:
         if promotion.kind == "rollback" and promotion.candidate in line:

@@ -42,8 +42,8 @@ class StageSettings:
             UsageError: a setting cannot be used, or is set by retraining itself.
         """
         config = self.config
-        for stage, given in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
-            if taken := sorted(set(given) & _SET_HERE[stage]):
+        for stage, names in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
+            if taken := sorted(set(names) & _SET_HERE[stage]):
                 raise UsageError(f"{stage}: {', '.join(taken)}: set by retraining itself; leave it out")
         self.deployment("run", "out", "last")
         self.encoding({})
