@@ -236,12 +236,11 @@ def _map(data: ReportData) -> Chart | None:
     small = 26 if len(points) > 1500 else 48
     # hits of a search stand out, other points step back
     hit = "query != '' && indexof(lower(datum.label), query) >= 0"
-    base = alt.Chart().encode(
-        **{
-            axis: channel(f"{axis}:Q", title=None, axis=None, scale=_whole([getattr(point, axis) for point in points]))
-            for axis, channel in (("x", alt.X), ("y", alt.Y))
-        }
-    )
+    place: dict[str, Any] = {
+        axis: channel(f"{axis}:Q", title=None, axis=None, scale=_whole([getattr(point, axis) for point in points]))
+        for axis, channel in (("x", alt.X), ("y", alt.Y))
+    }
+    base = alt.Chart().encode(**place)
     window = alt.selection_interval(name="window", bind="scales", zoom="wheel![event.ctrlKey || event.shiftKey]")
     marks = (
         base.mark_point(filled=True)
