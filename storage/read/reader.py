@@ -124,7 +124,7 @@ class EmbeddingReader:
 
     @cached_property
     def captions(self) -> pa.Table:
-        """Table of one row per caption, those of an image side by side - row, image_row, text."""
+        """Table of one row per caption, grouped by image - row, image_row, text."""
         return self._table(CAPTIONS)
 
     @cached_property

@@ -42,7 +42,7 @@ class RowPlaces:
     def check(
         self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and views as int64 arrays; views have the shape () or that of the rows.
+        """Return rows and views as int64 arrays; views have the shape () or the shape of the rows.
 
         Raises:
             ValueError: The number of views is neither 1 nor the number of rows.

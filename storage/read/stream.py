@@ -96,7 +96,7 @@ def stream_rows(
 
 
 class _Sight:
-    """Groups of batches that were looked at and not yielded yet: those of a bounded number of rows."""
+    """Groups of batches that were looked at and not yielded yet, of a bounded number of rows."""
 
     def __init__(self, chunks: StreamChunks, groups: Iterator[_Group], read_ahead_bytes: int) -> None:
         row_bytes = max(1, chunks.nbytes // chunks.places.chunk_rows)
@@ -132,7 +132,7 @@ class _Sight:
 def _load(
     chunks: StreamChunks, ahead: ReadAhead[int, None], group: _Group, later: Iterator[_Group], most_ahead: int
 ) -> None:
-    """Load the chunks of a group, and request those of later groups within the budget."""
+    """Load the chunks of a group, and request chunks of later groups within the budget."""
     needed = chunks.to_load(group.numbers)
     ahead.ask(needed)
     room = max(0, most_ahead - ahead.beside(needed))

@@ -126,14 +126,14 @@ class StreamChunks:
         raise NotImplementedError
 
     def to_load(self, numbers: list[int]) -> list[int]:
-        """Return those of some chunks that have to be loaded."""
+        """Return the chunks that have to be loaded."""
         return numbers
 
     def expect(self, numbers: list[int]) -> None:
         """Prepare for chunks that a later group of batches needs."""
 
     def unreadable(self, numbers: list[int]) -> list[int]:
-        """Return those of some chunks that have to be loaded again: they stayed mapped, and cannot be read now."""
+        """Return the chunks that have to be loaded again: they stayed mapped and cannot be read now."""
         return []
 
     def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:

@@ -163,34 +163,39 @@ def test_next_windows_chunks_are_there_before_they_are_needed(mapped: str) -> No
     stream.close()  # type: ignore[attr-defined]
 
 
-def test_a_budget_bounds_what_is_read_ahead(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more chunks than the two windows in sight, and half of the budget of one chunk is none."""
-    held: list[int] = []
+@pytest.mark.parametrize(
+    ("budget", "most"), [(0, 2 * WINDOW), (4096 * CHUNKS, CHUNKS), (2 * 4096, 4)], ids=["windows", "all", "one by one"]
+)
+def test_a_budget_bounds_what_is_read_ahead(
+    mapped: str, monkeypatch: pytest.MonkeyPatch, budget: int, most: int
+) -> None:
+    """Two windows without a budget; with batches of one chunk and a budget of two, these, and one that is leaving."""
+    in_memory: set[int] = set()
+    peak, lock = [0], threading.Lock()
     load, release = ChunkRegion.map, ChunkRegion.release
-    lock = threading.Lock()
 
     def mapping(region: ChunkRegion, number: int, path: str, nbytes: int) -> bytes:
         with lock:
-            held.append(number)
-            most[0] = max(most[0], len(held))
+            in_memory.add(number)
+            peak[0] = max(peak[0], len(in_memory))
         return load(region, number, path, nbytes)
 
     def releasing(region: ChunkRegion, number: int) -> None:
-        with lock:
-            held.remove(number)
         release(region, number)
+        with lock:
+            in_memory.discard(number)
 
     monkeypatch.setattr("teacher_cache.storage.read.stream._GROUP_ROWS", 64)
     monkeypatch.setattr(ChunkRegion, "map", mapping)
     monkeypatch.setattr(ChunkRegion, "release", releasing)
-    for budget, wanted in ((0, 2 * WINDOW), (4096 * CHUNKS, CHUNKS)):
-        held, most = [], [0]
-        reader = EmbeddingReader(mapped, memory_bytes=1)
-        for _ in reader.stream("image", epoch(reader, 0), read_ahead_bytes=budget):
-            pass
-        assert held == []
-        assert most[0] <= wanted
-        assert reader.objects_read == CHUNKS
+    reader = EmbeddingReader(mapped, memory_bytes=1)
+    in_order = [np.arange(start, start + 64) for start in range(0, IMAGES - 64, 64)]
+    order, threads = (in_order, 1) if most == 4 else (epoch(reader, 0), None)
+    for _ in reader.stream("text", order, read_ahead_bytes=budget, threads=threads):
+        pass
+    assert in_memory == set()
+    assert peak[0] <= most
+    assert reader.objects_read == CHUNKS
 
 
 def fill_views(location: str, chunk_rows: int, dtype: Literal["float16", "int8"]) -> str:
@@ -283,30 +288,6 @@ def test_a_stream_of_more_than_fits_in_memory(remote: str, monkeypatch: pytest.M
     for rows, values in zip(order, reader.stream("text", order), strict=True):
         np.testing.assert_array_equal(values, [known_row("text", row) for row in rows])
     assert reader.chunks.held_bytes <= 2 * 4096
-
-
-def test_no_more_is_read_ahead_than_the_budget(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of one chunk each, and room for two more: never more than three are mapped, and what is leaving."""
-    here: set[int] = set()
-    most = [0]
-    load, release = ChunkRegion.map, ChunkRegion.release
-
-    def mapping(region: ChunkRegion, number: int, path: str, nbytes: int) -> bytes:
-        here.add(number)
-        most[0] = max(most[0], len(here))
-        return load(region, number, path, nbytes)
-
-    def releasing(region: ChunkRegion, number: int) -> None:
-        release(region, number)
-        here.discard(number)
-
-    monkeypatch.setattr("teacher_cache.storage.read.stream._GROUP_ROWS", 64)
-    monkeypatch.setattr(ChunkRegion, "map", mapping)
-    monkeypatch.setattr(ChunkRegion, "release", releasing)
-    order = [np.arange(start, start + 64) for start in range(0, IMAGES - 64, 64)]
-    for _ in EmbeddingReader(mapped, 1).stream("text", order, read_ahead_bytes=2 * 4096, threads=1):
-        pass
-    assert most[0] <= 4
 
 
 def test_batches_are_not_looked_at_without_end(mapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
