@@ -122,10 +122,10 @@ class TableRows:
                 for group, first, stop in self._groups_of(number, range(*self._starts[number : number + 2])):
                     end = int(np.searchsorted(ascending, stop))
                     if end > done:
-                        pieces.append(self._group(number, group).take(pa.array(ascending[done:end] - first)))
+                        pieces.append(_picked(self._group(number, group), ascending[done:end] - first))
                     done = end
         table = self._joined(pieces)
-        return table if (np.diff(order) == 1).all() else table.take(pa.array(np.argsort(order)))
+        return table if (np.diff(order) == 1).all() else table.combine_chunks().take(pa.array(np.argsort(order)))
 
     def parts(self) -> Iterator[pa.Table]:
         """Yield all rows, one row group after another; none stays in memory. Files of a store are fetched ahead.
@@ -187,6 +187,13 @@ class TableRows:
     def _read(self, number: int, part: _Part, group: int) -> pa.Table:
         with named_errors(self._files, self._keys[number]):
             return part.file.read_row_group(group, columns=self._columns, use_threads=False)
+
+
+def _picked(group: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """Return some rows of a row group, ascending; without a copy if these are all."""
+    if np.array_equal(rows, np.arange(len(group))):
+        return group
+    return group.take(pa.array(rows))
 
 
 def _covering(starts: NDArray[np.int64], rows: range) -> list[int]:

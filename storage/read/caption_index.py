@@ -29,10 +29,11 @@ class CaptionIndex:
 
     def __init__(self, images: int, owners: Iterable[NDArray[np.int64]], where: str) -> None:
         # one number for all images, until an image has another one
-        self._counts: NDArray[np.unsignedinteger] = np.broadcast_to(np.uint8(0), images)
-        # the row behind the last image has a block too
-        self._firsts = np.zeros(images // _BLOCK + 2, np.int64)
         self._images, start = images, 0
+        # the row behind the last image has a block too
+        blocks = images // _BLOCK + 1
+        self._counts: NDArray[np.unsignedinteger] = np.broadcast_to(np.uint8(0), (blocks, _BLOCK))
+        self._firsts = np.zeros(blocks + 1, np.int64)
         for counts in _counts_in_blocks(images, owners, where):
             block, sums = start // _BLOCK, counts.reshape(-1, _BLOCK).sum(axis=1)
             self._firsts[block + 1 : block + 1 + len(sums)] = self._firsts[block] + sums.cumsum()
@@ -44,16 +45,16 @@ class CaptionIndex:
             return
         dtype = np.promote_types(self._counts.dtype, np.min_scalar_type(int(counts.max())))
         if start == 0:
-            self._counts = np.broadcast_to(counts[0].astype(dtype), self._images)
-        if self._is_constant and (counts == self._counts[0]).all():
+            self._counts = np.broadcast_to(counts[0].astype(dtype), self._counts.shape)
+        if self._is_constant and (counts == self._counts[0, 0]).all():
             return
         if self._is_constant or dtype != self._counts.dtype:
             self._counts = np.array(self._counts, dtype, order="C")
-        self._counts[start : start + len(counts)] = counts
+        self._counts.reshape(-1)[start : start + len(counts)] = counts
 
     @property
     def _is_constant(self) -> bool:
-        return self._counts.strides == (0,)
+        return self._counts.strides == (0, 0)
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of captions of each of some images, (len(rows),) int64.
@@ -63,7 +64,7 @@ class CaptionIndex:
         """
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._images:
             raise IndexError(f"images are 0 to {self._images - 1}, asked for {rows.min()} to {rows.max()}")
-        return self._counts[rows].astype(np.int64)
+        return self._counts[rows // _BLOCK, rows % _BLOCK].astype(np.int64)
 
     def starts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the first caption's row of each of some images, (len(rows),) int64; without captions, the next one.
@@ -72,13 +73,12 @@ class CaptionIndex:
             rows: Images; the number behind the last image is valid too.
         """
         if self._is_constant:
-            return rows * int(self._counts[0] if self._images else 0)
+            return rows * int(self._counts[0, 0])
         out = np.empty(len(rows), np.int64)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
             blocks, which = np.unique(part // _BLOCK, return_inverse=True)
-            images = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
-            counts = self._counts[np.minimum(images, self._images - 1)]
+            counts = self._counts[blocks]
             before = counts.cumsum(axis=1, dtype=np.int64) - counts
             out[start : start + len(part)] = self._firsts[part // _BLOCK] + before[which, part % _BLOCK]
         return out
