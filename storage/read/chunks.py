@@ -118,7 +118,7 @@ class ChunkSource:
         """Refuse a chunk that the cache does not have.
 
         Raises:
-            IndexError: There is no such chunk, or it is not sealed yet.
+            IndexError: There is no such chunk.
         """
         if ref not in self.commits:
             raise IndexError(f"{self.files.location}: no chunk {ref.name} that can be read")

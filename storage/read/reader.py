@@ -12,14 +12,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from teacher_cache.storage.errors import CacheCorruptError, UsageError
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.commit_records import CommitRecords
-from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, QuarantinedRow, quarantined_rows
+from teacher_cache.storage.format.commits import (
+    ChunkCommit,
+    ChunkRef,
+    QuarantinedRow,
+    all_chunks,
+    committed_chunks,
+    quarantined_rows,
+)
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, incomplete_message
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
@@ -30,7 +39,6 @@ from teacher_cache.storage.format.tables import (
 )
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
-from teacher_cache.storage.read.opening import readable_manifest
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
 from teacher_cache.storage.read.row_set import RowSet
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
@@ -41,7 +49,7 @@ _DEFAULT_MEMORY_BYTES = 2 << 30
 
 
 class EmbeddingReader:
-    """A sealed cache, for training and evaluation. Where views are still being added, the sealed ones can be read.
+    """A sealed cache, for training and evaluation.
 
     Chunks are read whole, proven and kept in memory; the least recently used ones leave when ``memory_bytes`` is
     reached, so that a cache that fits is read once. Streams of a local cache also leave as many bytes of each array
@@ -70,12 +78,13 @@ class EmbeddingReader:
             commits: Its commit records, where the caller has read them.
 
         Raises:
-            CacheNotFoundError, CacheFormatError, CacheCorruptError, CacheIncompleteError, CacheMismatchError: See
-                :func:`teacher_cache.storage.read.opening.readable_manifest`.
+            CacheNotFoundError, CacheFormatError, CacheCorruptError: There is no cache, or none that can be read.
+            CacheIncompleteError: The cache is not sealed; the message says how many chunks are committed.
+            CacheMismatchError: The manifest has another digest.
         """
         self.location = location
         self.files = open_files(location)
-        self.manifest = manifest or readable_manifest(self.files, manifest_digest)
+        self.manifest = manifest or _sealed_manifest(self.files, manifest_digest)
         self.chunks = ChunkSource(self.files, self.manifest, memory_bytes, commits)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -265,7 +274,7 @@ class EmbeddingReader:
             array: ``"embedding"`` (unit norm), ``"norm"`` (before normalizing), or of images ``"view"`` (crop box).
 
         Raises:
-            IndexError: The cache does not have a row or view, or it is not sealed yet.
+            IndexError: The cache does not have a row or view.
             ValueError: The number of views is not that of the rows, or there is no such array.
             CacheCorruptError: A chunk is damaged or missing, or a row was quarantined. Never another row's data,
                 never NaN.
@@ -330,7 +339,7 @@ class EmbeddingReader:
         """Return all rows of one chunk, read-only, of the dtype of :meth:`take`; quarantined rows are NaN.
 
         Raises:
-            IndexError: There is no such chunk, or it is not sealed yet.
+            IndexError: There is no such chunk.
             ValueError: There is no such array.
             CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`take`.
         """
@@ -358,6 +367,23 @@ class EmbeddingReader:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`take`.
         """
         return self.chunks.commits
+
+
+def _sealed_manifest(files: CacheFiles, digest: str | None) -> CacheManifest:
+    try:
+        manifest = read_manifest(files)
+    except OSError as error:
+        raise read_error(f"{files.location}/{MANIFEST_KEY}", error) from error
+    if not manifest.sealed:
+        refs = all_chunks(manifest.layout)
+        done = len(committed_chunks(files, refs))
+        raise CacheIncompleteError(incomplete_message(files.location, manifest, done, len(refs)))
+    if digest not in (None, manifest.digest):
+        raise CacheMismatchError(
+            f"{files.location}: its manifest is {manifest.digest[:12]}, {str(digest)[:12]} was asked for. It was "
+            "repaired with other bytes, or is another cache."
+        )
+    return manifest
 
 
 def _reopened(

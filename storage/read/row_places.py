@@ -46,7 +46,7 @@ class RowPlaces:
 
         Raises:
             ValueError: The number of views is neither 1 nor the number of rows.
-            IndexError: A row or view does not exist, or is not sealed yet.
+            IndexError: A row or view does not exist.
         """
         rows, views = np.asarray(rows, np.int64), np.asarray(view, np.int64)
         if views.shape not in ((), rows.shape):
