@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.location import LocalFiles, begun_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["PixelsPlan", "PixelsResult", "make_pixels", "plan_pixels"]
@@ -192,7 +191,7 @@ def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | No
     images = StudentImages(plan.reader, plan.source, plan.preprocess)
     with ThreadPoolExecutor(plan.threads) as decoders:
         try:
-            for chunk, views, seen in _ahead(plan, images, decoders):
+            for chunk, views, seen in _decoded_ahead(plan, images, decoders):
                 parts = [future.result() for future in seen]
                 for index, view in enumerate(views):
                     data = b"".join(part[index] for part in parts)
@@ -232,18 +231,18 @@ def _versions(decoder: str | None) -> str:
 _Work = tuple[int, tuple[int, ...], list[Future[list[bytes]]]]
 
 
-def _ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor) -> Iterator[_Work]:
-    """Each chunk to make with its images' pixels, the next one already being decoded."""
-    waiting: deque[_Work] = deque()
+def _decoded_ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor) -> Iterator[_Work]:
+    """Yield each chunk to make with its images' pixels, while the next one is decoded."""
     samples = CachedSamples(plan.reader, kept_chunks=1)
-    for chunk, views in plan.todo:
+
+    def decode(work: tuple[int, tuple[int, ...]]) -> _Work:
+        chunk, views = work
         rows = plan.rows[chunk * plan.record.chunk_rows : (chunk + 1) * plan.record.chunk_rows]
         crops = [stored_crops(plan.reader, rows, np.full(len(rows), view)) for view in views]
         jobs = zip(samples.records(rows), zip(*crops, strict=True), strict=True)
-        waiting.append((chunk, views, [decoders.submit(_pixels, images, image, regions) for image, regions in jobs]))
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
+        return chunk, views, [decoders.submit(_pixels, images, image, regions) for image, regions in jobs]
+
+    return begun_ahead(decode, plan.todo, ahead=1)
 
 
 def _pixels(images: StudentImages, image: SampleRecord, crops: tuple[Crop | None, ...]) -> list[bytes]:

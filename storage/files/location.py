@@ -19,7 +19,7 @@ from teacher_cache.storage.files.local import LocalFiles, ObjectStat
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE, CacheFiles
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["LocalFiles", "ObjectStat", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
+__all__ = ["LocalFiles", "ObjectStat", "begun_ahead", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -75,6 +75,21 @@ def in_parallel(
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="requests") as pool:
         yield from results_ahead(pool, call, items, threads)
+
+
+def begun_ahead(begin: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int) -> Iterator[_Result]:
+    """Yield ``begin(item)`` of each item in order, when the next ``ahead`` items were begun too.
+
+    Args:
+        begin: starts work in other threads, and returns its futures.
+        ahead: number of items begun before their turn.
+    """
+    waiting: deque[_Result] = deque()
+    for item in items:
+        waiting.append(begin(item))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def results_ahead(
