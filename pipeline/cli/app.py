@@ -13,71 +13,29 @@ import sys
 import click
 
 from teacher_cache.pipeline.train.stop_signals import interrupt
-from teacher_cache.storage.cli.app import app, commands_in
+from teacher_cache.storage.cli.app import app, register
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
 from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, stop_json_logs
 
 __all__ = ["app", "main"]
 
-commands_in(
-    "Cache",
-    "teacher_cache.pipeline.cli.caches",
-    {
-        "precompute": "Run a teacher once over a dataset and keep its embeddings.",
-        "import": "Make a cache from embeddings that clip-retrieval wrote.",
-        "verify": "Check every byte of a cache; with --sample, random rows against the teacher.",
-        "repair": "Restore damaged files of a cache and encode damaged chunks again.",
-    },
-    first=True,
-)
-commands_in(
-    "Student",
-    "teacher_cache.pipeline.cli.student",
-    {"student": "Make, average, resize or time a student: inherit, mean, resize, pixels, cost."},
-)
-commands_in(
-    "Student",
-    "teacher_cache.pipeline.cli.train",
-    {"train": "Train a student from a finished cache."},
-)
-commands_in(
-    "Student",
-    "teacher_cache.pipeline.cli.evaluate",
-    {
-        "evaluate": "Measure the recall of a teacher and its student, and what the student retains.",
-        "zero-shot": "Measure the zero-shot accuracy of a student, a teacher or both.",
-    },
-)
-commands_in(
-    "Ship",
-    "teacher_cache.pipeline.cli.deploy",
-    {
-        "deploy": "Ship a student: ONNX, int8, open_clip weights, tokenizer and a table of measurements.",
-        "infer": "Score texts against images with a deployed student.",
-    },
-)
-commands_in(
-    "Ship",
-    "teacher_cache.pipeline.cli.champions",
-    {
-        "promote": "Make a student the champion if it is not worse than the champion.",
-        "students": "List champions and challengers, or roll back to an earlier champion.",
-    },
-)
-commands_in(
-    "Operate",
-    "teacher_cache.pipeline.cli.champions",
-    {"retrain": "Retrain and promote a student if the dataset has changed."},
-)
-commands_in(
-    "Operate",
-    "teacher_cache.pipeline.cli.report",
-    {"report": "Write one HTML page about a cache and its students."},
-)
-commands_in(
-    "Operate",
-    "teacher_cache.pipeline.cli.demo",
-    {"demo": "Run the main job on built-in scenes: precompute, train, evaluate."},
+register(
+    "teacher_cache.pipeline.cli",
+    ("Cache", "precompute", "caches", "Run a teacher once over a dataset and keep its embeddings."),
+    ("Cache", "import", "caches", "Make a cache from embeddings that clip-retrieval wrote."),
+    ("Cache", "verify", "caches", "Check every byte of a cache; with --sample, random rows against the teacher."),
+    ("Cache", "repair", "caches", "Restore damaged files of a cache and encode damaged chunks again."),
+    ("Student", "student", "student", "Make, average, resize or time a student: inherit, mean, resize, pixels, cost."),
+    ("Student", "train", "train", "Train a student from a finished cache."),
+    ("Student", "evaluate", "evaluate", "Measure the recall of a teacher and its student, and the retention."),
+    ("Student", "zero-shot", "evaluate", "Measure the zero-shot accuracy of a student, a teacher or both."),
+    ("Ship", "deploy", "deploy", "Ship a student: ONNX, int8, open_clip weights, tokenizer, a table of measurements."),
+    ("Ship", "infer", "deploy", "Score texts against images with a deployed student."),
+    ("Ship", "promote", "champions", "Make a student the champion if it is not worse than the champion."),
+    ("Ship", "students", "champions", "List champions and challengers, or roll back to an earlier champion."),
+    ("Operate", "retrain", "champions", "Retrain and promote a student if the dataset has changed."),
+    ("Operate", "report", "report", "Write one HTML page about a cache and its students."),
+    ("Operate", "demo", "demo", "Run the main job on built-in scenes: precompute, train, evaluate."),
 )
 
 

@@ -81,7 +81,7 @@ def precompute(settings: Settings[PrecomputeConfig], dry_run: bool, as_json: boo
         *("precision", "batch_size", "device"),
     ),
     argument="folder",
-    example="import embeddings --dataset coco:data --teacher local-dir:teacher --cache coco.cache",
+    example="import folder --dataset coco:data --teacher bundled:scenes --cache a.cache",
 )
 @json_flag
 def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:

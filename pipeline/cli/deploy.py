@@ -14,7 +14,7 @@ from rich.console import Console
 from teacher_cache.pipeline.cli.options import Settings, settings_command
 from teacher_cache.pipeline.deploy.record import require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
-from teacher_cache.storage.cli.app import Argument, command, json_flag, print_json, print_lines
+from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_json, print_lines
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
@@ -75,9 +75,9 @@ class Inference(BaseModel):
 @click.argument(
     "images", cls=Argument, nargs=-1, required=True, metavar="IMAGE...", described="Image files, or folders of images."
 )
-@click.option("--text", multiple=True, required=True, help="Text to compare the images with. Give several.")
-@click.option("--student", required=True, help="Folder of a deployed student.")
-@click.option("--variant", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True, help="Weights.")
+@option("--text", "Text to compare the images with. Give several.", multiple=True, required=True)
+@option("--student", "Folder of a deployed student.", required=True)
+@option("--variant", "Weights of the student.", "fp32", type=click.Choice(["fp32", "int8"]))
 @json_flag
 def infer(
     images: tuple[str, ...], text: tuple[str, ...], student: str, variant: Literal["fp32", "int8"], as_json: bool

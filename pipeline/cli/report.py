@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 from pydantic import BaseModel, Field
 
 from teacher_cache.storage.cli.app import (
@@ -15,6 +14,7 @@ from teacher_cache.storage.cli.app import (
     cache_argument,
     command,
     json_flag,
+    option,
     print_json,
     print_lines,
     seed_option,
@@ -39,20 +39,14 @@ class ReportResult(BaseModel, frozen=True):
 
 @command("report", example="report coco.cache --run runs/a --deployed deployed/a --out report.html")
 @cache_argument()
-@click.option("--run", "runs", multiple=True, help="Folder of a training run to show. May be repeated.")
-@click.option("--deployed", multiple=True, help="Folder of a deployed student to show. May be repeated.")
-@click.option("--out", default="report.html", show_default=True, help="HTML file to write or replace.")
-@click.option("--image-root", help="Folder or URL of the images, if they moved. Default: the recorded place.")
-@click.option("--split", help="Split of statistics, map and pairs. Default: all.")
-@click.option(
-    "--most",
-    type=click.IntRange(2),
-    default=20_000,
-    show_default=True,
-    help="Maximum number of images to read, with their captions. More are sampled.",
-)
+@option("--run", "Folder of a training run to show. May be repeated.", multiple=True)
+@option("--deployed", "Folder of a deployed student to show. May be repeated.", multiple=True)
+@option("--out", "HTML file to write or replace.", "report.html")
+@option("--image-root", "Folder or URL of the images, if they moved. Default: the recorded place.")
+@option("--split", "Split of statistics, map and pairs. Default: all.")
+@option("--most", "Maximum number of images to read, with their captions. More are sampled.", 20_000, least=2)
 @seed_option
-@click.option("--data", help="JSON file to write with everything that the page shows, pictures included.")
+@option("--data", "JSON file to write with everything that the page shows, pictures included.")
 @json_flag
 def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any) -> None:
     """Show coverage, statistics, a map, pairs, quarantine and training.
@@ -67,7 +61,7 @@ def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any
     from teacher_cache.pipeline.report.page import render_report
 
     with StageProgress() as progress:
-        runs, deployed = options.pop("runs"), options.pop("deployed")
+        runs, deployed = options.pop("run"), options.pop("deployed")
         collected = collect_report(cache, runs, deployed, **options, progress=progress)
         progress("draw", 0, 1)
         page = render_report(collected).encode()

@@ -23,7 +23,7 @@ __all__ = ["student"]
 @settings_command(
     "inherit",
     InheritConfig,
-    example="student inherit --teacher local-dir:teacher --student effnet-lite0-t3 --out start",
+    example="student inherit --teacher local-dir:teacher --student vit-s-32 --out start",
 )
 @json_flag
 def _inherit(settings: Settings[InheritConfig], as_json: bool) -> None:

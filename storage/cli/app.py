@@ -7,7 +7,7 @@ shows its help, so that ``info`` and ``--help`` wait for nothing that they do no
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -29,15 +29,16 @@ __all__ = [
     "byte_size",
     "cache_argument",
     "command",
-    "commands_in",
     "complete_cache",
     "complete_location",
     "counted",
     "every_command",
     "json_flag",
+    "option",
     "print_json",
     "print_lines",
     "rates",
+    "register",
     "seed_option",
     "view_option",
 ]
@@ -175,41 +176,36 @@ app = Group(
 )
 
 
-def commands_in(panel: str, module: str, summaries: Mapping[str, str], first: bool = False) -> None:
-    """Register the commands of a module, by name with their summaries, in a panel of ``--help``.
+def register(package: str, *commands: tuple[str, str, str, str]) -> None:
+    """Register commands as (panel, name, module, summary), before those that a panel has already.
 
     Args:
-        first: list them before the commands that the panel has.
+        package: the package of the modules.
     """
-    entries = {name: _Entry(panel, module, summary) for name, summary in summaries.items()}
-    app.entries = entries | app.entries if first else app.entries | entries
+    entries = {name: _Entry(panel, f"{package}.{module}", summary) for panel, name, module, summary in commands}
+    app.entries = entries | app.entries
 
 
-commands_in(
-    "Cache",
-    "teacher_cache.storage.cli.compare",
-    {
-        "gc": "List files that belong to no chunk: cut-off writes, claims of ended processes, unknown files.",
-        "export": "Write embeddings as npy and parquet, in the layout of clip-retrieval and autofaiss.",
-    },
+register(
+    "teacher_cache.storage.cli",
+    (
+        "Cache",
+        "gc",
+        "compare",
+        "List files that belong to no chunk: cut-off writes, claims of ended processes.",
+    ),
+    (
+        "Cache",
+        "export",
+        "compare",
+        "Write embeddings as npy and parquet, as clip-retrieval and autofaiss read them.",
+    ),
+    ("Look inside", "ls", "info", "List the caches below a path or URL."),
+    ("Look inside", "info", "info", "Show what a cache holds and how much of it is done."),
+    ("Look inside", "stats", "rows", "Summarize the embeddings: norms, cosines, duplicates, rank."),
+    ("Look inside", "look", "rows", "Show random images, or the neighbours of one image or caption."),
+    ("Look inside", "diff", "compare", "Compare two caches."),
 )
-commands_in(
-    "Look inside",
-    "teacher_cache.storage.cli.info",
-    {
-        "ls": "List the caches below a path or URL.",
-        "info": "Show what a cache holds and how much of it is done.",
-    },
-)
-commands_in(
-    "Look inside",
-    "teacher_cache.storage.cli.rows",
-    {
-        "stats": "Summarize the embeddings: norms, cosines, duplicates, rank.",
-        "look": "Show random images with their nearest captions, or the neighbours of one image or caption.",
-    },
-)
-commands_in("Look inside", "teacher_cache.storage.cli.compare", {"diff": "Compare two caches."})
 
 
 def every_command() -> Iterator[tuple[str, click.Command]]:
@@ -264,17 +260,25 @@ def json_flag(function: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
 
 
-def seed_option(function: _F) -> _F:
-    """Add ``--seed`` to a command that draws rows."""
-    return click.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random rows."
-    )(function)
+def option(
+    name: str, described: str, default: Any = None, least: int | None = None, **settings: Any
+) -> Callable[[_F], _F]:
+    """Return a decorator that adds an option.
+
+    Args:
+        default: shown in the help unless None.
+        least: minimum of an integer.
+    """
+    if least is not None:
+        settings |= {"type": click.IntRange(least), "metavar": "N"}
+    if default is not None:
+        described += f" Default: {default}."
+        settings["default"] = default
+    return click.option(name, help=described, **settings)
 
 
-def view_option(function: _F) -> _F:
-    """Add ``--view`` to a command that reads image embeddings."""
-    described = "View of the images. 0 is the evaluation crop."
-    return click.option("--view", type=click.IntRange(0), default=0, show_default=True, help=described)(function)
+seed_option = option("--seed", "Seed of the random rows.", 0, least=0)
+view_option = option("--view", "View of the images; 0 is the evaluation crop.", 0, least=0)
 
 
 def counted(number: int, noun: str) -> str:

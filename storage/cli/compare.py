@@ -14,6 +14,7 @@ from teacher_cache.storage.cli.app import (
     command,
     counted,
     json_flag,
+    option,
     print_json,
     print_lines,
     seed_option,
@@ -34,13 +35,7 @@ _SHOWN = 5
 @cache_argument("a")
 @cache_argument("b", "Folder or URL of the other cache.", metavar="OTHER")
 @view_option
-@click.option(
-    "--rows",
-    type=click.IntRange(1),
-    default=20_000,
-    show_default=True,
-    help="Maximum number of images whose embeddings are compared. More are sampled.",
-)
+@option("--rows", "Maximum number of images whose embeddings are compared. More are sampled.", 20_000, least=1)
 @seed_option
 @json_flag
 def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None:
@@ -60,8 +55,8 @@ def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None
 
 @command("gc", example="gc caches/coco.cache --delete")
 @cache_argument()
-@click.option("--delete", is_flag=True, help="Delete what writers and processes left behind.")
-@click.option("--unknown", is_flag=True, help="Delete unknown files too, with --delete. Look at them first.")
+@option("--delete", "Delete what writers and processes left behind.", is_flag=True)
+@option("--unknown", "Delete unknown files too, with --delete. Look at them first.", is_flag=True)
 @json_flag
 def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
     """Change nothing without --delete."""
@@ -76,19 +71,11 @@ def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
 
 @command("export", example="export caches/coco.cache --out exported --split train")
 @cache_argument()
-@click.option("--out", required=True, help="New local folder.")
-@click.option("--split", help="Split to export. Default: all.")
-@click.option(
-    "--captions",
-    type=click.Choice(["first", "all"]),
-    default="first",
-    show_default=True,
-    help="Captions of each image. all repeats the image for each.",
-)
+@option("--out", "New local folder.", required=True)
+@option("--split", "Split to export. Default: all.")
+@option("--captions", "Captions of each image. all repeats the image.", "first", type=click.Choice(["first", "all"]))
 @view_option
-@click.option(
-    "--rows-per-file", type=click.IntRange(1), default=1_000_000, show_default=True, help="Rows of each npy file."
-)
+@option("--rows-per-file", "Number of rows of each npy file.", 1_000_000, least=1)
 @json_flag
 def export(
     cache: str,

@@ -6,7 +6,6 @@ import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +16,7 @@ from teacher_cache.storage.cli.app import (
     command,
     counted,
     json_flag,
+    option,
     print_json,
     print_lines,
     rates,
@@ -36,7 +36,7 @@ _COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "si
 
 @command("ls", example="ls caches")
 @cache_argument("location", "Folder or URL to search. Default: the current folder.", metavar="[PATH]", default=".")
-@click.option("--depth", type=click.IntRange(0), default=4, show_default=True, help="Levels of folders to search.")
+@option("--depth", "Levels of folders to search.", 4, least=0)
 @json_flag
 def ls(location: str, depth: int, as_json: bool) -> None:
     """Exit 1 if one of the caches cannot be used. Only manifests are read."""
@@ -113,45 +113,48 @@ def info(cache: str, as_json: bool) -> None:
         Console().print(_info_table(described))
 
 
-def _info_table(found: CacheInfo) -> Table:
+def _info_table(cache_info: CacheInfo) -> Table:
     from teacher_cache.storage.format.manifest import (  # pydantic: not for ls and --help
         IMPORTED,
         IMPORTED_ROWS,
         finished_by,
     )
 
-    identity, layout = found.identity, found.layout
-    table = Table(title=escape(found.location), show_header=False, title_justify="left")
+    identity, layout = cache_info.identity, cache_info.layout
+    table = Table(title=escape(cache_info.location), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    verb = finished_by(found.made_with)
-    state = "complete" if found.sealed else f"not complete: run the same {verb} command again to finish it"
+    verb = finished_by(cache_info.made_with)
+    state = "complete" if cache_info.sealed else f"not complete: run the same {verb} command again to finish it"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
     teacher = identity.teacher
     rows = {
-        "state": f"{found.chunks_committed:,} of {found.chunks:,} chunks, {state}",
-        "coverage": "\n".join(_coverage(part, layout.views) for part in found.coverage),
-        "remaining": _remaining(found),
+        "state": f"{cache_info.chunks_committed:,} of {cache_info.chunks:,} chunks, {state}",
+        "coverage": "\n".join(_coverage(part, layout.views) for part in cache_info.coverage),
+        "remaining": _remaining(cache_info),
         "teacher": f"{teacher.name}{' ' + teacher.pretrained if teacher.pretrained else ''}, {teacher.precision}, "
         f"weights {teacher.weights_sha256[:12]}, logit scale {teacher.logit_scale:.2f}",
-        "dataset": f"{found.dataset}",
+        "dataset": f"{cache_info.dataset}",
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
         "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}",
         "views": _views(identity.views),
-        "seal": f"commits {found.seal.commits_sha256[:12]}" if found.seal else "",
+        "seal": f"commits {cache_info.seal.commits_sha256[:12]}" if cache_info.seal else "",
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
-        "size": f"{found.target_bytes / 1e6:,.1f} MB of targets",
-        "images in": _accounts(found),
-        "quarantine": _quarantine(found),
-        "problems": ", ".join(f"{kind} {count:,}" for kind, count in found.problems.items()) or "none in the dataset",
-        "imported": found.made_with.get(IMPORTED, ""),
-        "cost": _cost(found),
+        "size": f"{cache_info.target_bytes / 1e6:,.1f} MB of targets",
+        "images in": _accounts(cache_info),
+        "quarantine": _quarantine(cache_info),
+        "problems": ", ".join(f"{kind} {count:,}" for kind, count in cache_info.problems.items())
+        or "none in the dataset",
+        "imported": cache_info.made_with.get(IMPORTED, ""),
+        "cost": _cost(cache_info),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
         f"{identity.preprocess.interpolation}, {identity.preprocess.resize_mode}",
-        "identity": found.identity_digest,
-        "manifest": found.manifest_digest,
+        "identity": cache_info.identity_digest,
+        "manifest": cache_info.manifest_digest,
         "made with": ", ".join(
-            f"{name} {version}" for name, version in found.made_with.items() if name not in (IMPORTED, IMPORTED_ROWS)
+            f"{name} {version}"
+            for name, version in cache_info.made_with.items()
+            if name not in (IMPORTED, IMPORTED_ROWS)
         ),
     }
     for name, value in rows.items():
@@ -168,23 +171,25 @@ def _coverage(part: Coverage, views: int) -> str:
     return f"{name:<8} {bar:░<{_BAR}} {int(1000 * share) / 10:g} %, {part.rows_committed:,} of {part.rows:,}"
 
 
-def _remaining(found: CacheInfo) -> str:
-    if found.chunks_committed == found.chunks:
+def _remaining(cache_info: CacheInfo) -> str:
+    if cache_info.chunks_committed == cache_info.chunks:
         return ""
-    if found.remaining_seconds is None:
+    if cache_info.remaining_seconds is None:
         return "not known: no rate yet"
-    return f"about {timedelta(seconds=round(found.remaining_seconds))} for one process, at the rates below"
+    return f"about {timedelta(seconds=round(cache_info.remaining_seconds))} for one process, at the rates below"
 
 
-def _quarantine(found: CacheInfo) -> str:
-    if found.quarantine is None:
-        count = f"{found.images_quarantined:,} images" if found.images_quarantined is not None else "not counted"
+def _quarantine(cache_info: CacheInfo) -> str:
+    if cache_info.quarantine is None:
+        count = (
+            f"{cache_info.images_quarantined:,} images" if cache_info.images_quarantined is not None else "not counted"
+        )
         return f"{count}; too many records to read for the reasons, which are in commits/image"
-    if not found.quarantine:
+    if not cache_info.quarantine:
         return "none"
-    shown = ", ".join(f"{row.sample_id} (row {row.row})" for row in found.quarantined_rows[:3])
-    more = ", ..." if sum(found.quarantine.values()) > 3 else ""
-    return f"{', '.join(f'{kind} {count:,}' for kind, count in found.quarantine.items())}: {shown}{more}"
+    shown = ", ".join(f"{row.sample_id} (row {row.row})" for row in cache_info.quarantined_rows[:3])
+    more = ", ..." if sum(cache_info.quarantine.values()) > 3 else ""
+    return f"{', '.join(f'{kind} {count:,}' for kind, count in cache_info.quarantine.items())}: {shown}{more}"
 
 
 def _views(views: ViewsIdentity) -> str:
@@ -197,19 +202,19 @@ def _views(views: ViewsIdentity) -> str:
     )
 
 
-def _accounts(found: CacheInfo) -> str:
+def _accounts(cache_info: CacheInfo) -> str:
     """Return what became of each image of the dataset; both sides add up."""
-    total = found.layout.image_rows + found.lost_images
-    rows = f"{found.layout.image_rows:,} with a row (encoded or quarantined: known when complete)"
-    if found.images_encoded is not None:
-        rows = f"{found.images_encoded:,} encoded + {found.images_quarantined:,} quarantined"
-    return f"{total:,} = {rows} + {found.lost_images:,} without a row"
+    total = cache_info.layout.image_rows + cache_info.lost_images
+    rows = f"{cache_info.layout.image_rows:,} with a row (encoded or quarantined: known when complete)"
+    if cache_info.images_encoded is not None:
+        rows = f"{cache_info.images_encoded:,} encoded + {cache_info.images_quarantined:,} quarantined"
+    return f"{total:,} = {rows} + {cache_info.lost_images:,} without a row"
 
 
-def _cost(found: CacheInfo) -> str:
-    if not found.encode_seconds:
+def _cost(cache_info: CacheInfo) -> str:
+    if not cache_info.encode_seconds:
         return "nothing encoded yet"
-    speed = rates(found.images_per_second, found.captions_per_second)
-    about = "about " if found.notes_read < found.notes else ""
-    basis = f", from {found.notes_read:,} of {found.notes:,} notes" if about else ""
-    return f"{about}{found.encode_seconds:,.1f} s ({speed}){basis}"
+    speed = rates(cache_info.images_per_second, cache_info.captions_per_second)
+    about = "about " if cache_info.notes_read < cache_info.notes else ""
+    basis = f", from {cache_info.notes_read:,} of {cache_info.notes:,} notes" if about else ""
+    return f"{about}{cache_info.encode_seconds:,.1f} s ({speed}){basis}"

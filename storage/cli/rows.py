@@ -16,6 +16,7 @@ from teacher_cache.storage.cli.app import (
     command,
     counted,
     json_flag,
+    option,
     print_json,
     print_lines,
     seed_option,
@@ -35,23 +36,12 @@ _QUANTILES = ("1 %", "50 %", "99 %")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-_split = click.option("--split", help="Split to read. Default: all.")
-
-
 @command("stats", example="stats caches/coco.cache --split test")
 @cache_argument()
-@_split
+@option("--split", "Split to read. Default: all.")
 @view_option
-@click.option(
-    "--rows",
-    type=click.IntRange(2),
-    default=20_000,
-    show_default=True,
-    help="Maximum number of images to read, with their captions. More are sampled.",
-)
-@click.option(
-    "--near", type=click.FloatRange(0, 1), default=0.99, show_default=True, help="Minimum cosine of near-duplicates."
-)
+@option("--rows", "Maximum number of images to read, with their captions. More are sampled.", 20_000, least=2)
+@option("--near", "Minimum cosine of near-duplicates.", 0.99, type=click.FloatRange(0, 1), metavar="X")
 @seed_option
 @json_flag
 def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed: int, as_json: bool) -> None:
@@ -76,19 +66,12 @@ def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed
     required=False,
     described="Image whose neighbours to show. Write id: before a sample_id that is a number. Default: random images.",
 )
-@click.option("--text-row", type=int, help="Row of a caption whose neighbours to show.")
-@click.option("--count", type=click.IntRange(1), default=5, show_default=True, help="Number of images to show.")
-@click.option(
-    "--rows",
-    type=click.IntRange(1),
-    help="Maximum number of rows to compare with. Of more, whole chunks are sampled. "
-    "Default: 200,000 for random images, else 1,000,000.",
-)
+@option("--text-row", "Row of a caption whose neighbours to show.", least=0)
+@option("--count", "Number of images to show.", 5, least=1)
+@option("--rows", "Maximum number of rows to compare with. Default: 200,000, or 1,000,000 for one row.", least=1)
 @view_option
-@click.option("--split", help="Split of the random images. Default: all.")
-@click.option(
-    "--nearest", type=click.IntRange(1), default=3, show_default=True, help="Nearest captions of each random image."
-)
+@option("--split", "Split of the random images. Default: all.")
+@option("--nearest", "Number of nearest captions of each random image.", 3, least=1)
 @seed_option
 @json_flag
 def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **options: Any) -> None:

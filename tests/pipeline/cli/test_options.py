@@ -56,6 +56,7 @@ def test_examples_can_be_parsed() -> None:
     for name, command in every_command():
         words = shlex.split(command.example)  # type: ignore[attr-defined]
         assert " ".join(words).startswith(name)
+        assert len(f"Example: teacher-cache {command.example}") <= 100, name  # type: ignore[attr-defined]
         command.make_context(name, words[len(name.split()) :])
 
 
