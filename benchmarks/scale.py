@@ -1,10 +1,9 @@
-"""What a precompute over many machines costs: measured per chunk here, worked out for larger ones, and simulated.
+"""What a precompute over many machines costs: measured per chunk here.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scale.py measure --out /tmp/scale
-    PYTHONPATH=. python benchmarks/scale.py simulate
 
 ``measure`` counts every request of a small run against SeaweedFS, weighs real chunks of 4,096 rows, times tables,
-listings and seals of growing caches, and the driver's loop over Ray with workers that do nothing. All on loopback.
+listings and seals of growing caches. All on loopback.
 ``benchmarks/scale.md`` says what came out and what follows.
 """
 
@@ -24,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scale_simulation import Fleet, simulate
 
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
-from teacher_cache.pipeline.precompute.plan import default_chunk_rows, plan_precompute
+from teacher_cache.pipeline.precompute.encode import encode_shared
+from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.files.location import open_files
@@ -52,12 +50,9 @@ def main() -> None:
     measure.add_argument("--out", type=Path, required=True)
     measure.add_argument("--only", nargs="*", choices=sorted(MEASURED), default=sorted(MEASURED))
     steps.add_parser("tables").add_argument("rows", type=int)
-    steps.add_parser("simulate")
     given = parser.parse_args()
     if given.step == "tables":
         measure_tables(given.rows)
-    elif given.step == "simulate":
-        show_simulations()
     else:
         given.out.mkdir(parents=True, exist_ok=True)
         for name in given.only:
@@ -92,15 +87,17 @@ def measure_requests(out: Path) -> None:
         )
         live = load_teacher(config.teacher, device="cpu")
         pending = count(proxy, "plan a cache of 48 chunks", lambda: plan_precompute(config, live))
-        worker = EncodeWorker()
-        count(proxy, "start a worker", lambda: worker.start(config, str(out)))
+
+        def encode(refs: Sequence[ChunkRef]) -> int:
+            return encode_shared(config, live, refs)
+
         for tower in ("image", "text"):
             mine = [ref for ref in pending if ref.tower == tower]
-            count(proxy, f"a span of 8 {tower} chunks", lambda mine=mine: worker.encode(mine[:8]))
-            count(proxy, f"a span of 1 {tower} chunk", lambda mine=mine: worker.encode(mine[8:9]))
+            count(proxy, f"a span of 8 {tower} chunks", lambda mine=mine: encode(mine[:8]))
+            count(proxy, f"a span of 1 {tower} chunk", lambda mine=mine: encode(mine[8:9]))
         done = count(proxy, "plan again, 18 chunks done", lambda: plan_precompute(config, live))
         for first in range(0, len(done), 8):
-            worker.encode(done[first : first + 8])
+            encode(done[first : first + 8])
         proxy.requests.clear()
         count(proxy, "seal 48 chunks", lambda: EmbeddingWriter(config.cache).seal())
         count(proxy, "verify 48 chunks", lambda: verify_cache(config.cache))
@@ -109,8 +106,6 @@ def measure_requests(out: Path) -> None:
 def count(proxy: FaultProxy, what: str, call: Callable[[], Any]) -> Any:
     proxy.requests.clear()
     made = call()
-    if isinstance(made, Outcome) and made.error is not None:
-        raise made.error
     kinds: Counter[str] = Counter()
     for request in proxy.requests:
         key = request.key.partition("/")[2]
@@ -283,84 +278,8 @@ def measure_store(out: Path) -> None:
             print(f"  {len(proxy.requests)} requests: {dict(Counter(request.method for request in proxy.requests))}")
 
 
-# ---------------------------------------------------------------- the driver
-
-
-class IdleWorker(EncodeWorker):
-    """Does nothing: what is left is the driver's loop and Ray."""
-
-    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
-        return Outcome()
-
-    def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
-        return Outcome(len(refs))
-
-
-def measure_driver(out: Path) -> None:
-    import ray
-
-    from teacher_cache.pipeline.precompute.ray_executor import RayExecutor
-
-    for workers in (1, 2):
-        cache = str(out / f"driver-{workers}-{time.time_ns()}")
-        plan_known_cache(cache, images=80_000, captions=80_000, chunk_rows=4)
-        refs = all_chunks(EmbeddingWriter(cache).manifest.layout)
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
-        config = PrecomputeConfig(dataset="flickr:/d", teacher="bundled:scenes", cache=cache, device="cpu")
-        try:
-            executor = RayExecutor(worker=IdleWorker)
-            executor.encode(config, refs[:64])  # processes are there now, though each run has actors of its own
-            with seconds(f"{workers} actors: hand out {len(refs):,} chunks"):
-                executor.encode(config, refs)
-        finally:
-            ray.shutdown()
-
-
-# ---------------------------------------------------------------- worked out
-
-# assumptions, as are the images/s of one GPU below: a small teacher and a large one. Captions go four times as fast
-SPAN_SECONDS = 0.5  # the first batch is decoded, the last chunk is written: nothing overlaps
-LOADS_SECONDS = 60.0  # from a new machine's start to its first batch
-DRIVER_SECONDS = 0.0006  # measured: processor time of the driver for a span
-
-
-def show_simulations() -> None:
-    print("images        workers  images/s  lost after    hours   ideal   busy   losses  again  driver   chunks/s")
-    for images, workers, rate, lost_hours in (
-        (10_000_000, 10, 2_000.0, 720.0),
-        (10_000_000, 1_000, 2_000.0, 720.0),
-        (1_000_000_000, 10, 2_000.0, 720.0),
-        (1_000_000_000, 1_000, 2_000.0, 720.0),
-        (1_000_000_000, 10, 200.0, 720.0),
-        (1_000_000_000, 1_000, 200.0, 720.0),
-        (1_000_000_000, 1_000, 200.0, 24.0),
-        (1_000_000_000, 1_000, 200.0, 1.0),
-        (1_000_000_000, 10_000, 200.0, 720.0),
-    ):
-        rows = default_chunk_rows(images)
-        chunks = -(-images // rows)
-        fleet = Fleet(
-            workers=workers,
-            image_seconds=rows / rate,
-            text_seconds=rows / rate / 4,
-            span_seconds=SPAN_SECONDS,
-            driver_seconds=DRIVER_SECONDS,
-            lost_after_seconds=3600 * lost_hours,
-            new_after_seconds=LOADS_SECONDS,
-        )
-        ideal = chunks * (fleet.image_seconds + fleet.text_seconds) / workers / 3600
-        came = simulate(fleet, chunks, chunks)
-        print(
-            f"{images:>13,}  {workers:>6,}  {rate:8,.0f}  {lost_hours:>8,.0f} h  {came.hours:7.2f} {ideal:7.2f} "
-            f"{100 * came.busy:5.1f} %  {came.losses:>6,} {came.again:>6,}  {100 * came.driver:4.1f} %  "
-            f"{2 * chunks / came.hours / 3600:9.1f}",
-            flush=True,
-        )
-
-
 MEASURED: dict[str, Callable[[Path], None]] = {
     "chunks": measure_chunks,
-    "driver": measure_driver,
     "files": measure_files,
     "requests": measure_requests,
     "store": measure_store,

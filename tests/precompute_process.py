@@ -88,13 +88,13 @@ def passes_of(out: Path) -> Path:
 
 
 def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
-    import teacher_cache.pipeline.precompute.encode
+    import teacher_cache.pipeline.precompute.chunk_work
     from teacher_cache.pipeline.models.teacher import LiveTeacher
     from teacher_cache.storage.files.remote import RemoteFiles
 
     sync, decode, images, texts = (
         os.fsync,
-        teacher_cache.pipeline.precompute.encode.open_image,
+        teacher_cache.pipeline.precompute.chunk_work.open_image,
         LiveTeacher.encode_images,
         LiveTeacher.encode_texts,
     )
@@ -144,6 +144,6 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         return made
 
     os.fsync = fsync
-    teacher_cache.pipeline.precompute.encode.open_image = open_image
+    teacher_cache.pipeline.precompute.chunk_work.open_image = open_image
     LiveTeacher.encode_images, LiveTeacher.encode_texts = encode_images, encode_texts  # type: ignore[method-assign]
     RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]

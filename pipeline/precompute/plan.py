@@ -22,7 +22,7 @@ from teacher_cache.pipeline.precompute.reuse import require_reusable
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
@@ -248,13 +248,16 @@ def plan_dataset(
 
 
 def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
-    """Cut pending chunks into spans for separate tasks; a span stays within one tower and view."""
+    """Cut pending chunks into spans for separate tasks, each within one tower.
+
+    The views of the same images stay together, whatever their number: an image is read once for all of them.
+    """
     spans: list[list[ChunkRef]] = []
-    for ref in pending:
-        if spans and len(spans[-1]) < chunks_per_span and spans[-1][-1][:2] == ref[:2]:
-            spans[-1].append(ref)
+    for stretch in stretches_of(pending):
+        if spans and len(spans[-1]) + len(stretch) <= chunks_per_span and spans[-1][0].tower == stretch[0].tower:
+            spans[-1].extend(stretch)
         else:
-            spans.append([ref])
+            spans.append(stretch)
     return spans
 
 

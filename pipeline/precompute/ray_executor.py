@@ -1,10 +1,10 @@
-"""Encode on a Ray cluster: an actor per GPU, or per CPU where there is none, each with its teacher. Imports ray.
+"""Encoding on a Ray cluster: an actor per GPU, or per CPU where there is none, each with its teacher. Imports ray.
 
-The driver hands out spans of chunks (``teacher_cache.pipeline.precompute.handout``) as actors become free, and moves
-no rows: actors read the dataset and write the cache themselves, so both have to be reachable from every node, as has
-the teacher. Nodes that join get actors, also where Ray's autoscaler adds them for ``workers`` that have no place yet;
-the chunks of an actor or node that is lost go to others. Should the driver be lost, its actors end with it and the
-next run goes on.
+Actors are processes that share a cache by claims, like several ``precompute`` started by hand. The driver starts and
+replaces them and moves no rows: actors read the dataset and write the cache themselves, so every node has to reach
+both, and the teacher. Nodes that join get actors, also where Ray's autoscaler adds them for ``workers`` that have no
+place yet. The chunks of an actor or node that is lost are taken over by others. If the driver is lost, its actors end
+with it and the next run continues.
 
 Nodes need this package in the driver's version. Credentials are the nodes' own, by the standard chain: a role, files,
 or the environment that ``ray start`` was given. None are sent: all users of a cluster see a job's environment.
@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,22 +30,89 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
-from teacher_cache.pipeline.precompute.handout import Handout
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.precompute.encode import RowTally, encode_claimed
 from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
-from teacher_cache.pipeline.precompute.row_tally import RowTally
+from teacher_cache.pipeline.precompute.reuse import known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.files.processes import ProcessName, this_process
+from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.format.commits import ChunkRef, stretches_of
+from teacher_cache.storage.write.claims import claimed_by
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["RayExecutor"]
+__all__ = ["EncodeActor", "Outcome", "RayExecutor"]
 
 _WAIT_SECONDS = 1.0
-_LOOK_SECONDS = 5.0  # how often the cluster is asked for room: nodes join and leave
+_LOOK_SECONDS = 5.0  # how often the cluster is asked for room, and the cache for commits
 _PATIENCE_SECONDS = 600.0  # without any actor alive: an autoscaler may need minutes for a machine with a GPU
 _STARTS_LOST = 3  # in a row, with no actor alive
+_TRIES = 3  # actors that a chunk may end; transient errors of an actor while nothing is committed
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of an actor ended. An error is a value: nothing is raised across the process border.
+
+    Attributes:
+        encoded: chunks that this actor encoded.
+        error: what stopped it, or None.
+        transient: whether another try, here or elsewhere, may succeed.
+    """
+
+    encoded: frozenset[ChunkRef] = frozenset()
+    error: Exception | None = None
+    transient: bool = False
+
+
+class EncodeActor:
+    """One teacher on one device. For one call at a time."""
+
+    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
+        """Load the teacher and open the planned cache, which has to be the teacher's.
+
+        Args:
+            folder: where the run was started: relative paths are relative to it, on machines that have it.
+        """
+
+        def begin() -> set[ChunkRef]:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+            self._config = config
+            self._teacher: LiveTeacher = load_teacher(
+                config.teacher, config.pretrained, config.device, config.precision, config.decoder
+            )
+            self._writer = EmbeddingWriter(config.cache)
+            self._teacher.require(self._writer.manifest.identity, config.cache)
+            self._known = known_rows(config.reuse, self._writer)
+            return set()
+
+        return _outcome(begin)
+
+    def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
+        """Encode these chunks with all others who do; when it returns without error, each is committed."""
+        return _outcome(lambda: encode_claimed(self._config, self._teacher, refs, None, self._known, self._writer))
+
+
+def _outcome(call: Callable[[], set[ChunkRef]]) -> Outcome:
+    try:
+        return Outcome(frozenset(call()))
+    except Exception as error:
+        return Outcome(error=_portable(error), transient=is_transient(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error as another process can rebuild it: its cause is lost, and some libraries' errors altogether."""
+    where = f"(a worker on {socket.gethostname()})"
+    with contextlib.suppress(Exception):
+        rebuilt = deepcopy(error)  # as the other process rebuilds it
+        if type(rebuilt) is type(error) and str(rebuilt) == str(error):
+            if rebuilt.args == (str(error),):
+                rebuilt.args = (f"{error} {where}",)
+            return rebuilt
+    return OSError(f"{type(error).__name__}: {error} {where}")
 
 
 @dataclass(frozen=True)
@@ -77,9 +148,26 @@ class _Slot:
 
 @dataclass
 class _Member:
+    """An actor, with its node and process once it has begun."""
+
     actor: Any
+    refs: list[ChunkRef]
     node: str | None = None
-    span: Sequence[ChunkRef] = ()
+    process: ProcessName | None = None
+    errors: int = 0
+    left_at_error: int = 0
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The loss of an actor that was encoding.
+
+    Attributes:
+        why: None if its node was lost with it, which says nothing about its chunks.
+    """
+
+    process: ProcessName
+    why: ChildProcessError | None
 
 
 class RayExecutor:
@@ -94,7 +182,7 @@ class RayExecutor:
     """
 
     def __init__(
-        self, address: str | None = None, workers: int | None = None, worker: type[EncodeWorker] = EncodeWorker
+        self, address: str | None = None, workers: int | None = None, worker: type[EncodeActor] = EncodeActor
     ) -> None:
         self._address, self._workers, self._worker = address, workers, worker
         self._connected = False
@@ -107,7 +195,7 @@ class RayExecutor:
         """
         if ray.is_initialized():
             return self
-        here = threading.current_thread() is threading.main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread()
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             # the actors' output stays in Ray's logs: stdout is for results
@@ -118,7 +206,7 @@ class RayExecutor:
                 f"no Ray cluster {where} ({error}). Start one with ray start --head, or use --executor local"
             ) from error
         finally:
-            if here:
+            if in_main_thread:
                 signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
         self._connected = True
         return self
@@ -147,69 +235,136 @@ class RayExecutor:
             Exception: of an actor, when it would come again, or has come three times.
         """
         slot = self._slot(config)
-        given = config.model_copy(
-            update={"device": "cuda" if slot.gpus else "cpu", "decode_threads": config.decode_threads or slot.cpus}
-        )
-        writer = EmbeddingWriter(config.cache)
-        tally = RowTally(writer.manifest.layout, refs, progress)
-        handout = Handout(refs)
-        encoded = 0
-        crew = _Crew(self._worker, slot, given, self._workers)
-        with tally, contextlib.ExitStack() as leaving:
+        device = "cuda" if slot.gpus else "cpu"
+        per_actor = config.model_copy(update={"device": device, "decode_threads": config.decode_threads or slot.cpus})
+        chunks = _Chunks(config.cache, refs, progress)
+        crew = _Crew(self._worker, slot, per_actor, self._workers, refs)
+        with chunks.tally, contextlib.ExitStack() as leaving:
             leaving.callback(crew.dismiss)
-            while handout.left:
-                crew.grow(handout.waiting)
-                for member, outcome in crew.finished():
-                    span, member.span = member.span, ()
-                    if isinstance(outcome, Outcome):
-                        encoded += outcome.encoded
-                        if outcome.error is None:
-                            handout.done(span)
-                            tally.add(span)
-                        elif outcome.transient:
-                            handout.give_back(span, outcome.error)
-                        else:
-                            raise outcome.error
-                    elif span:
-                        there = [ref for ref in span if writer.is_sound(ref)]
-                        encoded += len(there)
-                        tally.add(there)
-                        handout.done(there)
-                        handout.give_back([ref for ref in span if ref not in there], outcome)
-                for member in crew.idle():
-                    crew.give(member, handout.take(crew.size))
-        return encoded
+            while not chunks.all_done or crew.encoding:
+                if not chunks.all_done:
+                    crew.grow(chunks.stretches_left)
+                for member, result in crew.results():
+                    if isinstance(result, _Lost):
+                        chunks.lose(result)
+                    elif chunks.take(member, result):
+                        crew.encode(member)
+                chunks.look()
+            return chunks.encoded
 
     def _slot(self, config: PrecomputeConfig) -> _Slot:
         return _Slot.of(config, list(_nodes().values()))
 
 
+class _Chunks:
+    """The chunks of one run, as the driver sees them: which are committed, and which ended an actor."""
+
+    def __init__(self, cache: str, refs: Sequence[ChunkRef], progress: Progress | None) -> None:
+        self._writer = EmbeddingWriter(cache)
+        self._refs = refs
+        self.tally = RowTally(self._writer.manifest.layout, refs, progress)
+        self.all_done = not refs
+        self._left = set(refs)
+        self._damaged = self._writer.committed(refs)  # their records say nothing until all is done
+        self._reported: set[ChunkRef] = set()
+        self._all_reported = True
+        self._deaths: Counter[ChunkRef] = Counter()
+        self._looked = time.monotonic()
+
+    @property
+    def stretches_left(self) -> int:
+        """Number of claims that there is still to make."""
+        return len(stretches_of(self._left))
+
+    @property
+    def encoded(self) -> int:
+        """Number of chunks that the actors encoded; those that none reported are of an actor that was lost."""
+        return len(self._reported if self._all_reported else self._refs)
+
+    def take(self, member: _Member, outcome: Outcome) -> bool:
+        """Count what an actor did, and return whether it is to try again.
+
+        Raises:
+            Exception: of the actor, when it would come again, or has come three times while nothing was committed.
+        """
+        self._reported |= outcome.encoded
+        if outcome.error is None:
+            self.all_done = True
+            self._count(self._left)
+            return False
+        if len(self._left) < member.left_at_error:
+            member.errors = 0
+        member.errors, member.left_at_error = member.errors + 1, len(self._left)
+        if not outcome.transient or member.errors >= _TRIES:
+            raise outcome.error
+        self._all_reported = False
+        return not self.all_done
+
+    def lose(self, lost: _Lost) -> None:
+        """Count the loss of an actor against the chunks that it had claimed and not committed.
+
+        Raises:
+            ChildProcessError: one of them has ended three actors.
+        """
+        self._all_reported = False
+        if lost.why is None:
+            return
+        uncommitted = [ref for ref in self._refs if ref in self._left]
+        done = self._writer.committed(uncommitted) - self._damaged
+        claimed = claimed_by(self._writer.files, lost.process, [ref for ref in uncommitted if ref not in done])
+        self._deaths.update(claimed)
+        for ref in claimed:
+            if self._deaths[ref] >= _TRIES:
+                raise ChildProcessError(
+                    f"chunk {ref.name} ended {_TRIES} workers one after another, so it is not tried again; {lost.why}"
+                ) from lost.why
+
+    def look(self) -> None:
+        """Count what was committed since the last look, now and then."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            began = time.monotonic()
+            self._count(self._writer.committed(list(self._left)) - self._damaged)
+            # a large cache is looked at less often
+            self._looked = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def _count(self, refs: set[ChunkRef]) -> None:
+        self.tally.add(sorted(refs))
+        self._left = self._left - refs
+
+
 class _Crew:
     """The actors of one run."""
 
-    def __init__(self, worker: type[EncodeWorker], slot: _Slot, config: PrecomputeConfig, workers: int | None) -> None:
+    def __init__(
+        self,
+        worker: type[EncodeActor],
+        slot: _Slot,
+        config: PrecomputeConfig,
+        workers: int | None,
+        refs: Sequence[ChunkRef],
+    ) -> None:
         class OnRay(worker):  # type: ignore[valid-type,misc]
-            def begin(self, config: PrecomputeConfig, folder: str) -> tuple[str, Outcome]:
-                return ray.get_runtime_context().get_node_id(), self.start(config, folder)
+            def begin(self, config: PrecomputeConfig, folder: str) -> tuple[str, ProcessName, Outcome]:
+                return ray.get_runtime_context().get_node_id(), this_process(), self.start(config, folder)
 
         options = {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "max_restarts": 0, "max_task_retries": 0}
-        # not restarted by Ray: an actor that a chunk ended would get the same chunk and end again
+        # not restarted by Ray: the driver counts what an actor ended of
         self._actor = ray.remote(OnRay).options(**options, scheduling_strategy="SPREAD")
-        self._slot, self._config, self._workers = slot, config, workers
+        self._slot, self._config, self._workers, self._refs = slot, config, workers, list(refs)
         self._busy: dict[Any, _Member] = {}
-        self._idle: list[_Member] = []
+        self._started = 0
         self._wanted = 0
         self._looked = -float("inf")
         self._alive_at = time.monotonic()
         self._starts_lost = 0
 
     @property
-    def size(self) -> int:
-        """Actors that have begun."""
-        return len(self._idle) + sum(member.node is not None for member in self._busy.values())
+    def encoding(self) -> int:
+        """Number of actors that have begun."""
+        return sum(member.node is not None for member in self._busy.values())
 
-    def grow(self, chunks: int) -> None:
-        """Ask for actors, as many as there may be and as there are chunks waiting for one.
+    def grow(self, stretches: int) -> None:
+        """Start actors: as many as there may be, and no more than there are stretches of rows to claim.
 
         Raises:
             ChildProcessError: none has been alive for long, and none has a place.
@@ -219,23 +374,32 @@ class _Crew:
             self._looked = now
             room = sum(self._slot.room(node) for node in _nodes().values())
             self._wanted = self._workers or room
-        starting = len(self._busy) + len(self._idle) - self.size
-        for _ in range(min(self._wanted - self.size, chunks) - starting):
-            member = _Member(self._actor.remote())
-            self._busy[member.actor.begin.remote(self._config, str(Path.cwd()))] = member
-        if self.size:
+        for _ in range(min(self._wanted, stretches) - len(self._busy)):
+            self._start()
+        if self.encoding:
             self._alive_at = now
         elif now - self._alive_at > _PATIENCE_SECONDS:
-            have = list(_nodes().values())
-            gpus, cpus = (sum(node.get(name, 0) for node in have) for name in ("GPU", "CPU"))
+            nodes = list(_nodes().values())
+            gpus, cpus = (sum(node.get(name, 0) for node in nodes) for name in ("GPU", "CPU"))
             raise ChildProcessError(
-                f"no worker was given a place on the Ray cluster for {_PATIENCE_SECONDS:g} s: {self._slot} are wanted "
-                f"on one node, {len(have)} nodes have {gpus:g} GPU and {cpus:g} CPU in all. Add nodes, or free "
+                f"no worker was given a place on the Ray cluster for {_PATIENCE_SECONDS:g} s: {self._slot} are needed "
+                f"on one node, {len(nodes)} nodes have {gpus:g} GPU and {cpus:g} CPU in all. Add nodes, or free "
                 "some, and run the same command again"
             )
 
-    def finished(self) -> Iterator[tuple[_Member, Outcome | ChildProcessError | None]]:
-        """Actors whose call has ended, with its outcome. Of one that was lost, why; None if its node was lost with it.
+    def _start(self) -> None:
+        # each begins elsewhere, so that they meet claimed chunks only towards the end
+        first = int(len(self._refs) * (self._started * _GOLDEN % 1))
+        self._started += 1
+        member = _Member(self._actor.remote(), self._refs[first:] + self._refs[:first])
+        self._busy[member.actor.begin.remote(self._config, str(Path.cwd()))] = member
+
+    def encode(self, member: _Member) -> None:
+        """Let an actor encode what is left."""
+        self._busy[member.actor.encode.remote(member.refs)] = member
+
+    def results(self) -> Iterator[tuple[_Member, Outcome | _Lost]]:
+        """Wait a second at most, and yield the actors whose encoding has ended, with its outcome or their loss.
 
         Raises:
             Exception: what kept one after another from beginning.
@@ -249,70 +413,63 @@ class _Crew:
         for call in ready:
             member = self._busy.pop(call)
             try:
-                came = ray.get(call)
+                result = ray.get(call)
             except RayTaskError:
-                raise  # not of the work: that comes back as an Outcome
+                raise  # not of the work, whose errors are Outcomes
             except RayError as error:
-                yield member, self._lost(member, error)
+                if lost := self._lost(member, error):
+                    yield member, lost
                 continue
-            if isinstance(came, Outcome):
-                outcome = came
+            if isinstance(result, Outcome):
+                yield member, result
             else:
-                node, outcome = came
-                if outcome.error is not None and outcome.transient:
-                    self._give_up(member, outcome.error)
-                    continue
-                member.node = node
-                self._starts_lost = 0
-            self._idle.append(member)
-            yield member, outcome
+                self._begun(member, *result)
 
-    def idle(self) -> list[_Member]:
-        """Actors that have nothing to do."""
-        return list(self._idle)
-
-    def give(self, member: _Member, span: Sequence[ChunkRef]) -> None:
-        """Let an actor encode these."""
-        if span:
-            self._idle.remove(member)
-            member.span = span
-            self._busy[member.actor.encode.remote(list(span))] = member
+    def _begun(self, member: _Member, node: str, process: ProcessName, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            if not outcome.transient:
+                raise outcome.error
+            self._give_up(member, outcome.error)
+            return
+        member.node, member.process = node, process
+        self._starts_lost = 0
+        self.encode(member)
 
     def dismiss(self) -> None:
         """End all of them."""
-        for member in [*self._busy.values(), *self._idle]:
+        for member in self._busy.values():
             ray.kill(member.actor)
 
-    def _lost(self, member: _Member, error: RayError) -> ChildProcessError | None:
+    def _lost(self, member: _Member, error: RayError) -> _Lost | None:
         why = ChildProcessError(f"the last one on Ray node {member.node}: {_first_line(error)}")
-        if member.node is None:
+        if member.process is None:
             self._give_up(member, why)
             return None
         ray.kill(member.actor)  # where it only cannot be reached, it would go on beside the one that takes its place
         self._looked = -float("inf")
-        gone = member.node not in _nodes() or (isinstance(error, RayActorError) and error.preempted)
-        return None if gone else why
+        node_lost = member.node not in _nodes() or (isinstance(error, RayActorError) and error.preempted)
+        return _Lost(member.process, None if node_lost else why)
 
     def _give_up(self, member: _Member, why: Exception) -> None:
-        """Of an actor that could not begin.
+        """End an actor that could not begin.
 
         Raises:
             Exception: ``why``, when this came several times in a row and no other actor works.
         """
         ray.kill(member.actor)
         self._starts_lost += 1
-        if self._starts_lost >= _STARTS_LOST and not self.size:
+        if self._starts_lost >= _STARTS_LOST and not self.encoding:
             raise why
 
 
 def _nodes() -> dict[str, dict[str, float]]:
-    """What each node that is alive has, by its id."""
+    """Return the resources of each node that is alive, by its id."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
 def _first_line(error: RayError) -> str:
-    """The line of Ray's message that says what happened; the first one and the ids say little."""
+    """Return the line of Ray's message that names the cause, which is seldom its first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(("The actor is dead because", "Worker exit"))]
-    return (said or lines or [type(error).__name__])[0][:300]
+    causes = [line for line in lines if line.startswith(("The actor is dead because", "Worker exit"))]
+    return (causes or lines or [type(error).__name__])[0][:300]

@@ -35,6 +35,7 @@ __all__ = [
     "proven_commit",
     "quarantined_rows",
     "read_commit",
+    "stretches_of",
     "target_bytes",
 ]
 
@@ -86,6 +87,14 @@ def all_chunks(layout: Layout) -> list[ChunkRef]:
     """Every chunk of a cache: images view by view, then texts."""
     images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.image_chunks)]
     return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
+
+
+def stretches_of(refs: Iterable[ChunkRef]) -> list[list[ChunkRef]]:
+    """Group chunks by the rows that they hold: the views of the same images, in the order of the first of each."""
+    stretches: dict[tuple[str, int], list[ChunkRef]] = {}
+    for ref in refs:
+        stretches.setdefault((ref.tower, ref.chunk), []).append(ref)
+    return list(stretches.values())
 
 
 class ObjectDigest(BaseModel, frozen=True, extra="forbid"):

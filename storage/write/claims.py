@@ -27,7 +27,7 @@ from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 
-__all__ = ["CLAIMS", "PLAN", "Claims", "clear_claims", "left_claims"]
+__all__ = ["CLAIMS", "PLAN", "Claims", "claim_name", "claimed_by", "clear_claims", "left_claims"]
 
 CLAIMS = "claims"
 PLAN = "plan"  # held by the process that writes the first manifest
@@ -36,6 +36,11 @@ _BEATS_MISSED = 4  # a process that was silent this long is given up
 _LIST_SECONDS = 5.0
 _FEW_CHUNKS = 16  # a listing is a request per 1,000 commits of the whole cache: not for these
 _GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
+
+
+def claim_name(ref: ChunkRef) -> str:
+    """Return the name by which a chunk is claimed: that of its rows, so the views of the same images share it."""
+    return f"{ref.tower}/{ref.chunk:06d}"
 
 
 class _Claim(BaseModel):
@@ -49,7 +54,7 @@ class _Claim(BaseModel):
 class Claims:
     """The claims of one process on one cache, as a context manager: leaving it gives all of them back.
 
-    Not for several threads at once. Names are those of chunks (``ChunkRef.name``) or any other word.
+    Not for several threads at once. Names are those of :func:`claim_name` or any other word.
     """
 
     def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:
@@ -81,8 +86,12 @@ class Claims:
         if self._beating.ident is not None:
             self._files.delete(self._beat_key)
 
-    def take(self, name: str) -> bool:
-        """Claim a name; False while a living process has it. Whoever gets it looks whether the work is done."""
+    def take(self, name: str, takeovers: int | None = None) -> bool:
+        """Claim a name and return whether that succeeded; the caller then looks whether the work is done.
+
+        Args:
+            takeovers: number of earlier holders that may have ended without finishing. Default: any.
+        """
         attempt = 0
         while True:
             key = f"{CLAIMS}/{name.replace('/', '-')}.{attempt}.json"
@@ -90,7 +99,7 @@ class Claims:
                 return True
             if self._create(key):
                 return True
-            if not self._stale(key):
+            if attempt == takeovers or not self._stale(key):
                 return False
             attempt += 1
 
@@ -102,28 +111,32 @@ class Claims:
         """
         return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
 
-    def share(self, refs: Iterable[ChunkRef], done: Callable[[ChunkRef], bool]) -> Iterator[ChunkRef]:
-        """The chunks among ``refs`` that this process is to encode, each claimed just before it is given out.
+    def share(
+        self, stretches: Iterable[list[ChunkRef]], done: Callable[[ChunkRef], bool], takeovers: int | None = None
+    ) -> Iterator[list[ChunkRef]]:
+        """Yield the chunks that this process is to encode, by stretch of rows, each claimed just before.
 
-        Those that are done, or in the hands of another process, are passed over; call again for those. Which are done
-        a listing of all commits says, now and then; where ``refs`` is a short sequence, a look at each chunk that was
-        claimed, and nothing is listed.
+        Chunks that are done, or of another process, are passed over; call again for those. A listing of all commits
+        says now and then which may be done. A short sequence is not listed: each chunk is looked at once claimed.
+
+        Args:
+            takeovers: as for :meth:`take`; 0 leaves the stretches of processes that ended.
         """
-        few = isinstance(refs, Sequence) and len(refs) <= _FEW_CHUNKS
-        listed, taken = -float("inf"), set[str]()
+        few = isinstance(stretches, Sequence) and len(stretches) <= _FEW_CHUNKS
+        listed, committed = -float("inf"), set[str]()
         pause = _LIST_SECONDS
-        for ref in refs:
+        for stretch in stretches:
             if not few and time.monotonic() - listed > pause:
                 began = time.monotonic()
-                taken = {key.removesuffix(".json") for key in self._files.list(COMMITS)}
+                committed = set(self._files.list(COMMITS))
                 listed = time.monotonic()
                 pause = max(_LIST_SECONDS, 20 * (listed - began))  # a large cache is listed less often
-            committed = ref.commit_key.removesuffix(".json") in taken
-            if committed and done(ref):
+            pending = [ref for ref in stretch if not (ref.commit_key in committed and done(ref))]
+            if not pending or not self.take(claim_name(pending[0]), takeovers):
                 continue
-            # looked at once more after the claim: its last holder gave it back because the chunk was done
-            if self.take(ref.name) and not done(ref):
-                yield ref
+            # looked at once more after the claim: its last holder gave it back because the chunks were done
+            if pending := [ref for ref in pending if not done(ref)]:
+                yield pending
 
     def _create(self, key: str) -> bool:
         if self._beating.ident is None:
@@ -190,6 +203,25 @@ def clear_claims(files: CacheFiles) -> None:
     """Remove all claims of a complete cache, those of killed processes included: no work is left to claim."""
     for _ in in_parallel(files, files.delete, files.list(CLAIMS)):
         pass
+
+
+def claimed_by(files: CacheFiles, process: ProcessName, refs: Iterable[ChunkRef]) -> list[ChunkRef]:
+    """Return those of some chunks that a process has claimed; of one that ended, what it was working on."""
+    keys: dict[str, list[str]] = {}
+    for key in files.list(CLAIMS):
+        keys.setdefault(key.removeprefix(f"{CLAIMS}/").partition(".")[0], []).append(key)
+    return [
+        ref
+        for ref in refs
+        if any(_holder(files, key) == process for key in keys.get(claim_name(ref).replace("/", "-"), ()))
+    ]
+
+
+def _holder(files: CacheFiles, key: str) -> ProcessName | None:
+    try:
+        return _Claim.model_validate_json(files.read(key)).process
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def left_claims(files: CacheFiles) -> list[str]:

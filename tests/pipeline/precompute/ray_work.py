@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
+from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.executors import Executor
 from teacher_cache.pipeline.precompute.run import precompute, summarize
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest
 from tests.object_store import ObjectStore
 
@@ -37,47 +38,53 @@ _STORE_BYTES = 80_000_000
 _SECONDS = 240  # a bound for a machine under load, not an expectation
 
 
-class WatchedWorker(EncodeWorker):
-    """Slow, and writes down what it does: a line per forward pass and one per commit, by process."""
+def watched_actor(deadly: str = "") -> Any:
+    """A class of actors that are slow and write down what they do: a line per forward pass and one per commit.
 
-    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
-        outcome = super().start(config, folder)
-        if outcome.error is None:
-            log = log_folder() / str(os.getpid())
-            images, texts, write = self._teacher.encode_images, self._teacher.encode_texts, self._writer.write
+    Args:
+        deadly: chunk of which an actor dies before it is written.
+    """
+    from teacher_cache.pipeline.precompute.ray_executor import EncodeActor, Outcome
 
-            def noted(line: str) -> None:
-                with log.open("a") as file:
-                    file.write(line + "\n")
+    class WatchedActor(EncodeActor):
+        def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
+            outcome = super().start(config, folder)
+            if outcome.error is None:
+                watch(self._teacher, self._writer, deadly)
+            return outcome
 
-            def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
-                def call(batch: Any) -> Any:
-                    time.sleep(0.05)
-                    until(lambda: not hold().exists())
-                    encoded = encode(batch)
-                    noted("pass")
-                    return encoded
-
-                return call
-
-            def watched_write(ref: ChunkRef, *others: Any) -> Any:
-                made = write(ref, *others)
-                noted(ref.name)
-                return made
-
-            log.touch()
-            self._teacher.encode_images, self._teacher.encode_texts = watched(images), watched(texts)  # type: ignore[method-assign]
-            self._writer.write = watched_write  # type: ignore[method-assign]
-        return outcome
+    return WatchedActor
 
 
-class PoisonedWorker(WatchedWorker):
-    """Dies of one chunk."""
+def watch(teacher: LiveTeacher, writer: EmbeddingWriter, deadly: str) -> None:
+    """Have a teacher wait and a writer die, and both write down what they do."""
+    log = log_folder() / str(os.getpid())
+    images, texts, write = teacher.encode_images, teacher.encode_texts, writer.write
 
-    def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
-        if POISON in [ref.name for ref in refs]:
+    def noted(line: str) -> None:
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+    def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
+        def call(batch: Any) -> Any:
+            time.sleep(0.05)
+            until(lambda: not hold().exists())
+            encoded = encode(batch)
+            noted("pass")
+            return encoded
+
+        return call
+
+    def watched_write(ref: ChunkRef, *others: Any) -> Any:
+        if ref.name == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode(refs)
+        made = write(ref, *others)
+        noted(ref.name)
+        return made
+
+    log.touch()
+    teacher.encode_images, teacher.encode_texts = watched(images), watched(texts)  # type: ignore[method-assign]
+    writer.write = watched_write  # type: ignore[method-assign]
 
 
 def log_folder() -> Path:
@@ -162,7 +169,7 @@ class Runs:
             os.kill(victim, signal.SIGKILL)
             return {"victim": victim}
 
-        return self.watched("killed", WatchedWorker, kill)
+        return self.watched("killed", watched_actor(), kill)
 
     def node_lost(self) -> dict[str, Any]:
         """One of two nodes is lost in the middle; another one joins a little later."""
@@ -177,11 +184,11 @@ class Runs:
             hold().unlink()
             return {"before": sorted(before)}
 
-        return self.watched("node-lost", WatchedWorker, lose)
+        return self.watched("node-lost", watched_actor(), lose)
 
     def poisoned(self) -> dict[str, Any]:
         """A chunk that ends every actor."""
-        return self.watched("poisoned", PoisonedWorker, dict, workers=1)
+        return self.watched("poisoned", watched_actor(POISON), dict, workers=1)
 
     def refused(self) -> dict[str, Any]:
         """An error that would come again, at the actors alone: a photograph that changed after planning."""
@@ -190,12 +197,12 @@ class Runs:
             photo = Path(self.spec["photos"]) / "images" / "0007.jpg"
             photo.write_bytes(photo.read_bytes() + b"\0")
 
-        return self.watched("refused", WatchedWorker, dict, planned=change, workers=1)
+        return self.watched("refused", watched_actor(), dict, planned=change, workers=1)
 
     def watched(
         self,
         name: str,
-        worker: type[EncodeWorker],
+        worker: Any,
         meanwhile: Callable[[], dict[str, Any]],
         planned: Callable[[], None] = lambda: None,
         workers: int | None = None,

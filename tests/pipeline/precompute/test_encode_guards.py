@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import teacher_cache.pipeline.precompute.chunk_work
 import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
@@ -53,14 +54,20 @@ def planned(
     return settings, teacher, plan_precompute(settings, teacher)
 
 
+VIEWS = 3
+
+
 def test_each_row_is_read_decoded_and_encoded_once(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in the model itself: not a probe, not a padded row, not a second pass."""
-    settings, teacher, refs = planned
+    """Count in the model itself: no probe, no padded row, no second pass; each image opened and decoded once."""
+    settings, teacher, _ = planned
+    settings = settings.model_copy(update={"views": VIEWS, "cache": str(tmp_path / "three views")})
+    refs = plan_precompute(settings, teacher)
     counts: Counter[str] = Counter()
+    opened: Counter[str] = Counter()
     decode, read, tokenize = (
-        teacher_cache.pipeline.precompute.encode.open_image,
+        teacher_cache.pipeline.precompute.chunk_work.open_image,
         ImageSource.read,
         ClipTokenizer.__call__,
     )
@@ -71,6 +78,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
 
     def reading(self: ImageSource, *where: Any) -> bytes:
         counts["read"] += 1
+        opened[str(where[0])] += 1
         return read(self, *where)
 
     def tokenizing(self: ClipTokenizer, texts: list[str]) -> Any:
@@ -80,7 +88,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     def count(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
 
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "open_image", decoding)
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "open_image", decoding)
     monkeypatch.setattr(ImageSource, "read", reading)
     monkeypatch.setattr(ClipTokenizer, "__call__", tokenizing)
     model: Any = teacher.model
@@ -88,15 +96,17 @@ def test_each_row_is_read_decoded_and_encoded_once(
     model.ln_final.register_forward_hook(count("captions"))
     encode_chunks(settings, teacher, refs)
     assert counts == {
-        "read": 2 * IMAGES,  # a pass over the images for each of the two views
-        "decoded": 2 * IMAGES,
-        "images": 2 * IMAGES,
-        "tokenized": 2 * IMAGES + 5,  # and the five texts by which the tokenizer is known
-        "tokenizer calls": 5 * 2 + 1 + 1,  # one a batch
+        "read": IMAGES,
+        "decoded": IMAGES,
+        "images": VIEWS * IMAGES,
+        "tokenized": 2 * IMAGES,
+        "tokenizer calls": 5 * 2 + 1,  # one a batch
         "captions": 2 * IMAGES,
-        "images batches": 2 * (2 + 2 + 2),  # chunks of 8, 8 and 5
+        "images batches": VIEWS * (2 + 2 + 2),  # chunks of 8, 8 and 5
         "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2
     }
+    assert set(opened.values()) == {1}
+    assert len(opened) == IMAGES
 
 
 def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
@@ -120,8 +130,8 @@ def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
 
     images = [ref for ref in refs if ref.tower == "image"]
     monkeypatch.setattr(LiveTeacher, "encode_shown", encode_shown)
-    # as teacher_cache.pipeline.precompute.encode sees torch; a stack of images would be a copy
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "torch", _Torch(empty=buffers))
+    # as teacher_cache.pipeline.precompute.chunk_work sees torch; a stack of images would be a copy
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "torch", _Torch(empty=buffers))
     encode_chunks(settings, teacher, images)
     assert seen == made
     assert len(seen) == 12
@@ -155,13 +165,13 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(
 ) -> None:
     """With a store that hangs: two more chunks are encoded meanwhile, and no third, which would fill the memory."""
     settings, teacher, refs = planned
-    images = [ref for ref in refs if ref.tower == "image"]
+    captions = [ref for ref in refs if ref.tower == "text"]
     passes, during = threading.Semaphore(0), []
     counts: Counter[str] = Counter()
-    write, encode = EmbeddingWriter.write, LiveTeacher.encode_images
+    write, encode = EmbeddingWriter.write, LiveTeacher.encode_texts
 
-    def encode_images(self: LiveTeacher, pixels: torch.Tensor) -> Encoded:
-        encoded = encode(self, pixels)
+    def encode_texts(self: LiveTeacher, tokens: torch.Tensor) -> Encoded:
+        encoded = encode(self, tokens)
         counts["passes"] += 1
         passes.release()
         return encoded
@@ -174,11 +184,11 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(
         assert threading.current_thread() is not threading.main_thread()
         return write(self, ref, *what)
 
-    monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
+    monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
     monkeypatch.setattr(EmbeddingWriter, "write", hanging_write)
-    encode_chunks(settings, teacher, images)
+    encode_chunks(settings, teacher, captions)
     assert during == [6]  # the chunk that is written, and two behind it, of two batches each
-    assert counts["passes"] == 12
+    assert counts["passes"] == 5 * 2 + 1
 
 
 def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
@@ -242,6 +252,37 @@ def test_a_chunk_that_another_may_have_written_too_is_looked_at_once_more(
     assert written == {ref.name: 2 if ref.tower == "text" else 1 for ref in refs}
     writer = EmbeddingWriter(settings.cache)
     assert all(writer.is_sound(ref) for ref in refs)
+
+
+def test_stopped_between_the_views_of_a_stretch_it_resumes_to_the_same_bytes(
+    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """View 0 is committed, view 1 is not: the next run reads the images again for view 1 alone."""
+    settings, teacher, refs = planned
+    encode_chunks(settings, teacher, refs)
+    other = settings.model_copy(update={"cache": str(tmp_path / "stopped")})
+    plan_precompute(other, teacher)
+    write, passes = EmbeddingWriter.write, []
+
+    def stop(self: EmbeddingWriter, ref: ChunkRef, *rest: Any) -> Any:
+        if ref == ChunkRef("image", 1, 0):
+            raise OSError("no space left")
+        return write(self, ref, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingWriter, "write", stop)
+        with pytest.raises(OSError, match="no space left"):
+            encode_shared(other, teacher, refs)
+    pending = EmbeddingWriter(other.cache).pending()
+    assert ChunkRef("image", 0, 0) not in pending
+    assert ChunkRef("image", 1, 0) in pending
+    model: Any = teacher.model
+    model.visual.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    assert encode_shared(other, teacher, pending) == len(pending)
+    assert sum(passes) == sum(8 if ref.chunk < 2 else 5 for ref in pending if ref.tower == "image")
+    for cache in (settings.cache, other.cache):
+        EmbeddingWriter(cache).seal()
+    assert cache_digest(other.cache) == cache_digest(settings.cache)
 
 
 def test_a_teacher_is_probed_once(

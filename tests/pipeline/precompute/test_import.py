@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import ImageOps
 
-import teacher_cache.pipeline.precompute.encode
+import teacher_cache.pipeline.precompute.chunk_work
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, decoded_size
 from teacher_cache.pipeline.models.teacher import LiveTeacher
@@ -123,7 +123,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     images, texts, decode = (
         LiveTeacher.encode_images,
         LiveTeacher.encode_texts,
-        teacher_cache.pipeline.precompute.encode.open_image,
+        teacher_cache.pipeline.precompute.chunk_work.open_image,
     )
 
     def encode_images(self: LiveTeacher, pixels: Any) -> Any:
@@ -140,7 +140,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
     monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
     monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "open_image", decoding)
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "open_image", decoding)
     return counts
 
 
@@ -258,7 +258,7 @@ def test_another_teachers_rows_are_refused(home: Home, tmp_path: Path) -> None:
 def test_rows_of_mirrored_images_are_refused(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(
-            teacher_cache.pipeline.precompute.encode,
+            teacher_cache.pipeline.precompute.chunk_work,
             "open_image",
             lambda data, decoder: ImageOps.mirror(decode_image(data)),
         )

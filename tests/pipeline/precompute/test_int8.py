@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher
@@ -167,13 +166,17 @@ def test_whole_chunks_are_copied_bit_for_bit(home: Path, tmp_path: Path, monkeyp
     write_photos(tmp_path / "more", IMAGES + 6)
     shutil.copy(home / "photos" / "images" / f"{BROKEN:04d}.jpg", tmp_path / "more" / "images" / f"{BROKEN:04d}.jpg")
     taught = {"image": 0, "text": 0}
-    encoded = teacher_cache.pipeline.precompute.encode._Chunk._encoded
+    images, texts = LiveTeacher.encode_images, LiveTeacher.encode_texts
 
-    def count(self: Any, teacher: LiveTeacher, inputs: list[Any], shown: Any) -> Any:
-        taught[self.ref.tower] += len(inputs)
-        return encoded(self, teacher, inputs, shown)
+    def count(tower: str, encode: Any) -> Any:
+        def call(self: LiveTeacher, batch: Any) -> Any:
+            taught[tower] += len(batch)
+            return encode(self, batch)
 
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode._Chunk, "_encoded", count)
+        return call
+
+    monkeypatch.setattr(LiveTeacher, "encode_images", count("image", images))
+    monkeypatch.setattr(LiveTeacher, "encode_texts", count("text", texts))
     asked = settings(home, tmp_path / "c", dtype="int8") | {"dataset": f"flickr:{tmp_path / 'more'}"}
     made = precompute(PrecomputeConfig(**asked, reuse=str(home / "int8.cache")))
     assert made.rows_reused == {"image": 32, "text": 96}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import teacher_cache.pipeline.precompute.encode
+import teacher_cache.pipeline.precompute.chunk_work
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction_shown, prove_sample
@@ -150,7 +150,7 @@ def test_another_teachers_rows_under_this_identity_are_found(home: Home, tmp_pat
 def test_mirrored_crops_are_found(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(
-            teacher_cache.pipeline.precompute.encode,
+            teacher_cache.pipeline.precompute.chunk_work,
             "open_image",
             lambda data, decoder: ImageOps.mirror(decode_image(data)),
         )

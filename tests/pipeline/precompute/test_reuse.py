@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import teacher_cache.pipeline.precompute.encode
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
@@ -315,7 +314,7 @@ def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, mon
         return write(self, *arguments, **named)
 
     asked = settings(home, "after", str(tmp_path / "broken"), reuse=reuse, chunk_rows=8)
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode.EmbeddingWriter, "write", stop_at_the_fifth)
+    monkeypatch.setattr(EmbeddingWriter, "write", stop_at_the_fifth)
     with pytest.raises(OSError, match="no space left"):
         precompute(asked)
     monkeypatch.undo()

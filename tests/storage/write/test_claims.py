@@ -20,7 +20,7 @@ import pytest
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks
-from teacher_cache.storage.write.claims import CLAIMS, Claims, clear_claims
+from teacher_cache.storage.write.claims import CLAIMS, Claims, claimed_by, clear_claims
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache
 
@@ -183,18 +183,38 @@ def test_shared_chunks_are_given_out_once_and_done_ones_never(tmp_path: Path, ma
     manifest = plan_known_cache(tmp_path / "c", images=16, captions=16)
     writer = EmbeddingWriter(str(tmp_path / "c"))
     refs = all_chunks(manifest.layout)
+    stretches = [[ref] for ref in refs]
     writer.write(refs[0], known_arrays(writer, refs[0]))
 
     def done(ref: ChunkRef) -> bool:
         return writer.is_committed(ref)
 
     with Claims(writer.files) as mine, Claims(writer.files) as others:
-        first, second = mine.share(many(refs), done), others.share(many(refs), done)
-        given = [next(first), next(second), next(first), next(second)]
-        assert given == refs[1:5]
+        first, second = mine.share(many(stretches), done), others.share(many(stretches), done)
+        shared = [next(first), next(second), next(first), next(second)]
+        assert shared == stretches[1:5]
         writer.write(refs[5], known_arrays(writer, refs[5]))  # by a third one, that gave its claim back
-        assert list(first) == refs[6:]
+        assert list(first) == stretches[6:]
         assert list(second) == []
+
+
+def test_the_views_of_the_same_images_are_one_claim(tmp_path: Path) -> None:
+    views = [ChunkRef("image", view, 3) for view in range(3)]
+    files = LocalFiles(str(tmp_path))
+    with Claims(files) as mine, Claims(files) as others:
+        assert list(mine.share([views], lambda ref: ref.view == 1)) == [[views[0], views[2]]]
+        assert list(others.share([views[2:]], lambda ref: False)) == []
+        assert [key for key in files.list(CLAIMS) if "alive" not in key] == [f"{CLAIMS}/image-000003.0.json"]
+        assert claimed_by(files, this_process(), [*views, ChunkRef("text", 0, 3)]) == views
+
+
+def test_a_name_that_ended_many_processes_is_taken_by_who_accepts_it(tmp_path: Path) -> None:
+    foreign_claim(tmp_path, "text-000000", started=this_process().started - 1)
+    files = LocalFiles(str(tmp_path))
+    with Claims(files) as claims:
+        assert not claims.take("text/000000", takeovers=0)
+        assert claims.take("text/000000", takeovers=1)
+    assert claims.take("text/000000")
 
 
 def test_a_few_chunks_cost_no_listing_of_all_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +222,8 @@ def test_a_few_chunks_cost_no_listing_of_all_commits(tmp_path: Path, monkeypatch
     monkeypatch.setattr(LocalFiles, "list", lambda self, prefix="": listed.append(prefix) or [])
     for count, listings in ((16, 0), (17, 1)):
         with Claims(files) as claims:
-            refs = [ChunkRef("text", 0, number) for number in range(count)]
-            assert list(claims.share(refs, lambda ref: False)) == refs
+            stretches = [[ChunkRef("text", 0, number)] for number in range(count)]
+            assert list(claims.share(stretches, lambda ref: False)) == stretches
         assert listed == [COMMITS] * listings
 
 

@@ -1,4 +1,4 @@
-"""What a worker of a fan-out says of its errors: they go to another process, so nothing may be lost on the way."""
+"""Actors of a Ray cluster: their errors go to another process, and nothing of them may be lost on the way."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.precompute.encode_worker import EncodeWorker, Outcome
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'teacher-cache[ray]'")
+from teacher_cache.pipeline.precompute.ray_executor import EncodeActor, Outcome
 
 
 class NotPortable(Exception):
@@ -37,23 +39,23 @@ def config(tiny_teacher: Path, tmp_path: Path) -> PrecomputeConfig:
     return config
 
 
-def started(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> EncodeWorker:
-    monkeypatch.chdir(Path.cwd())  # the worker goes where the run was started
-    worker = EncodeWorker()
-    assert worker.start(config, str(Path.cwd())) == Outcome()
-    return worker
+def started(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> EncodeActor:
+    monkeypatch.chdir(Path.cwd())  # the actor goes where the run was started
+    actor = EncodeActor()
+    assert actor.start(config, str(Path.cwd())) == Outcome()
+    return actor
 
 
-def test_it_encodes_what_is_left_of_its_span(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
-    assert worker.encode(refs[:3]) == Outcome(encoded=3)
-    assert worker.encode(refs[2:5]) == Outcome(encoded=2)
+def test_it_encodes_what_is_left(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
+    assert actor.encode(refs[:3]) == Outcome(encoded=frozenset(refs[:3]))
+    assert actor.encode(refs[2:5]) == Outcome(encoded=frozenset(refs[3:5]))
     assert EmbeddingWriter(config.cache).pending() == refs[5:]
 
 
 def test_a_cache_of_another_teacher_is_refused_at_the_start(config: PrecomputeConfig, tmp_path: Path) -> None:
     other = make_model_folder(tmp_path / "other", seed=1)
-    outcome = EncodeWorker().start(config.model_copy(update={"teacher": f"local-dir:{other}"}), str(Path.cwd()))
+    outcome = EncodeActor().start(config.model_copy(update={"teacher": f"local-dir:{other}"}), str(Path.cwd()))
     assert isinstance(outcome.error, CacheMismatchError)
     assert "weights_sha256" in str(outcome.error)
     assert not outcome.transient
@@ -75,13 +77,13 @@ def test_an_error_survives_the_way_to_the_driver(
     kind: type[Exception],
     transient: bool,
 ) -> None:
-    worker, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
+    actor, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
 
     def fail(*others: object) -> None:
         raise error
 
-    monkeypatch.setattr("teacher_cache.pipeline.precompute.encode_worker.encode_shared", fail)
-    outcome: Outcome = pickle.loads(pickle.dumps(worker.encode(refs)))
+    monkeypatch.setattr("teacher_cache.pipeline.precompute.ray_executor.encode_claimed", fail)
+    outcome: Outcome = pickle.loads(pickle.dumps(actor.encode(refs)))
     assert type(outcome.error) is kind
     assert str(error) in str(outcome.error)
     assert outcome.transient is transient

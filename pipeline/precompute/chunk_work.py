@@ -1,0 +1,411 @@
+"""The work on a stretch of rows: a chunk of captions, or the chunks of all views of the same images.
+
+An image is read once and decoded once; one job makes the crops of all its views. A batch holds rows of one chunk, and
+which ones depends on that chunk alone, so that an interrupted and resumed run writes the bytes of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decoded_size
+from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
+from teacher_cache.pipeline.data.tokens import order_by_length
+from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
+from teacher_cache.pipeline.precompute.reuse import KnownRows
+from teacher_cache.storage.format.arrays import ARRAYS, array_dtype, chunk_shape
+from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
+from teacher_cache.storage.format.journal import ChunkCost
+from teacher_cache.storage.format.layout import SCALE, Layout
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.observe.logs import event, logger
+from teacher_cache.storage.observe.telemetry import telemetry
+from teacher_cache.storage.write.writer import EmbeddingWriter
+
+__all__ = ["Batch", "ChunkWork", "Inputs", "Prepared", "StretchReader"]
+
+_LOG = logger("precompute")
+_NO_CROP = (np.nan,) * 5
+
+
+class Prepared(NamedTuple):
+    """One view of an image, ready for the teacher.
+
+    Attributes:
+        crop: as ``image/view`` holds it.
+        lost: reason and detail of a view that cannot be encoded.
+    """
+
+    sample_id: str
+    crop: tuple[float, ...]
+    lost: tuple[str, str] | None = None
+
+
+class ChunkWork:
+    """One chunk while it is being encoded: its rows' arrays, what was quarantined, and what it cost.
+
+    Args:
+        known: source of rows that need no teacher.
+        sharing: number of chunks that are encoded together; each accounts for its part of the seconds.
+    """
+
+    def __init__(self, ref: ChunkRef, layout: Layout, known: KnownRows | None, sharing: int = 1) -> None:
+        self.ref, self.rows = ref, ref.rows(layout)
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: np.full(
+                (len(self.rows), *chunk_shape(layout, ref.tower, name)[1:]), np.nan, array_dtype(ref.tower, name)
+            )
+            for name in ARRAYS[ref.tower]
+        }
+        self.crops_known = False
+        self.known = self._fill_known(known)
+        self._quarantined: list[QuarantinedRow] = []
+        self.sharing = sharing
+        self._pending, self._encoded_rows = len(self.rows), 0
+        self._started: float | None = None
+        self._decode_wait_seconds = self._teacher_seconds = 0.0
+
+    def _fill_known(self, known: KnownRows | None) -> NDArray[np.bool_]:
+        """Copy the known rows into the arrays and return which they are."""
+        if known is None:
+            return np.zeros(len(self.rows), np.bool_)
+        is_known, arrays = known.take(self.ref, self.rows)
+        if SCALE in arrays:
+            self.arrays = arrays  # rounded already: another scale would round them a second time
+        else:
+            for name, values in arrays.items():
+                self.arrays[name][is_known] = values
+        self.crops_known = "view" in arrays
+        return is_known
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row was put."""
+        return self._pending == 0
+
+    def start(self, at: float) -> None:
+        """Note when the first of its inputs was requested."""
+        if self._started is None:
+            self._started = at
+
+    def spend(self, decode_wait_seconds: float, teacher_seconds: float) -> None:
+        """Add to what the chunk cost."""
+        self._decode_wait_seconds += decode_wait_seconds
+        self._teacher_seconds += teacher_seconds
+
+    def put(self, batch: Batch, prepared: Sequence[Prepared], encoded: Encoded | None, teacher: LiveTeacher) -> None:
+        """Store the embeddings of one batch, and quarantine its rows that have none.
+
+        Args:
+            prepared: one per image; empty for captions, and where crops are known.
+            encoded: None of known rows, which are stored already.
+
+        Raises:
+            FloatingPointError: the teacher's features of a caption are not finite.
+        """
+        self._pending -= len(batch.rows)
+        at = batch.rows - self.rows.start
+        if encoded is not None:
+            self._encoded_rows += len(batch.rows)
+            self.arrays["embedding"][at], self.arrays["norm"][at] = encoded.embedding, encoded.norm
+        if prepared:
+            self.arrays["view"][at] = np.array([item.crop for item in prepared], np.float32)
+        if encoded is None and not prepared:
+            return
+        finite = np.isfinite(self.arrays["embedding"][at]).all(axis=1) & np.isfinite(self.arrays["norm"][at])
+        if self.ref.tower == "text":
+            if not finite.all():
+                raise self._overflow(teacher, int(batch.rows[~finite][0]))
+            return
+        for row, item, is_finite in zip(batch.rows.tolist(), prepared, finite, strict=True):
+            if item.lost or not is_finite:
+                self._quarantine(row, item)
+
+    def _quarantine(self, row: int, item: Prepared) -> None:
+        reason, detail = item.lost or ("not-finite", "the teacher's features are NaN, infinite or zero")
+        self._quarantined.append(QuarantinedRow(row=row, sample_id=item.sample_id, reason=reason, detail=detail))
+        for values in self.arrays.values():
+            values[row - self.rows.start] = np.nan
+
+    def _overflow(self, teacher: LiveTeacher, row: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{self.ref.tower} row {row}: the teacher's features are not finite in {teacher.precision}. "
+            "Use --precision bf16 or fp32 and a new cache."
+        )
+
+    def write(self, writer: EmbeddingWriter, teacher: LiveTeacher) -> None:
+        """Write and commit the chunk.
+
+        Raises:
+            FloatingPointError: most of its images have features that are not finite: the arithmetic is at fault.
+        """
+        assert self._started is not None  # its last batch started it
+        odd = [row.row for row in self._quarantined if row.reason == "not-finite"]
+        if len(odd) > 1 and 2 * len(odd) > len(self.rows) - len(self._quarantined) + len(odd):
+            raise self._overflow(teacher, odd[0])
+        cost = ChunkCost(
+            rows=len(self.rows),
+            encoded_rows=self._encoded_rows if self._encoded_rows < len(self.rows) else None,
+            seconds=(time.perf_counter() - self._started) / self.sharing,
+            decode_wait_seconds=self._decode_wait_seconds,
+            teacher_seconds=self._teacher_seconds,
+            device=str(teacher.device),
+        )
+        began = time.perf_counter()
+        writer.write(self.ref, self.arrays, self._quarantined, cost)
+        self._report(cost, time.perf_counter() - began)
+
+    def _report(self, cost: ChunkCost, write_seconds: float) -> None:
+        telemetry().written(self.ref.tower, write_seconds)
+        telemetry().bad_samples(Counter(row.reason for row in self._quarantined))
+        where = {"chunk": self.ref.name, "rows": [self.rows.start, self.rows.stop]}
+        for lost in self._quarantined:
+            event(_LOG, logging.WARNING, "row quarantined", chunk=self.ref.name, **lost.model_dump())
+        seconds = cost.model_dump(include={"seconds", "decode_wait_seconds", "teacher_seconds"})
+        counted = {"quarantined": len(self._quarantined), "write_seconds": write_seconds}
+        event(_LOG, logging.INFO, "chunk committed", **where, **seconds, **counted)
+
+
+class Batch:
+    """Rows of one chunk that share a forward pass, or that are known.
+
+    Args:
+        order: rank of its last row among the rows of the stretch: batches are encoded in this order.
+    """
+
+    def __init__(self, chunk: ChunkWork, rows: NDArray[np.int64], known: bool, order: int) -> None:
+        self.chunk, self.rows, self.known, self.order = chunk, rows, known, order
+        self.pixels: torch.Tensor | None = None
+        self.requested_at = 0.0
+        self._futures: list[Future[Any]] = []
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether its images are looked at: to be decoded, or where rows are known, for their sizes."""
+        return self.chunk.ref.tower == "image" and not (self.known and self.chunk.crops_known)
+
+    def request(self, pool: ThreadPoolExecutor, inputs: Inputs) -> None:
+        """Let the threads prepare the inputs."""
+        self.requested_at = time.perf_counter()
+        self._futures = inputs.submit(pool, self)
+
+    def tokens(self) -> Any:
+        """Wait for the token ids, (rows, context_length) int64."""
+        return self._futures[0].result()
+
+    def prepared(self) -> list[Prepared]:
+        """Wait for the images and return what is known of each."""
+        return [future.result()[self.chunk.ref.view] for future in self._futures]
+
+
+class Inputs(Protocol):
+    """Source of the inputs of a stretch's batches."""
+
+    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
+        """Start what a batch has to wait for."""
+        ...
+
+
+class _Captions:
+    """Token ids of captions: one job a batch, since threads cannot tokenize side by side."""
+
+    def __init__(self, table: TableRows, tokenizer: Callable[[list[str]], Any]) -> None:
+        self._table, self._tokenizer = table, tokenizer
+
+    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
+        """See :class:`Inputs`."""
+        if batch.known:
+            return []
+        texts = _take(self._table, batch.rows)["text"].to_pylist()
+        return [_submit(pool, "text", lambda: self._tokenizer(texts))]
+
+
+class _Images:
+    """Images of one stretch. One job per image writes the crops of all views to their places in the batches' buffers.
+
+    Args:
+        batches: all of the stretch, whose buffers are allocated when their first image is requested.
+    """
+
+    def __init__(self, loader: _ImageLoader, batches: Sequence[Batch]) -> None:
+        self._loader = loader
+        self._places: defaultdict[int, list[tuple[Batch, int]]] = defaultdict(list)
+        for batch in batches:
+            if batch.needs_images:
+                for index, row in enumerate(batch.rows.tolist()):
+                    self._places[row].append((batch, index))
+        self._jobs: dict[int, Future[dict[int, Prepared]]] = {}
+
+    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
+        """See :class:`Inputs`."""
+        if not batch.needs_images:
+            return []
+        fresh = batch.rows[[row not in self._jobs for row in batch.rows.tolist()]]
+        for row, sample in zip(fresh.tolist(), self._loader.samples(fresh) if len(fresh) else (), strict=True):
+            self._jobs[row] = _submit(pool, "image", self._loader.job(sample, self._places.pop(row)))
+        return [self._jobs[row] for row in batch.rows.tolist()]
+
+
+class _ImageLoader:
+    """Images from bytes to crops, as the teacher sees them. Safe for several threads.
+
+    Args:
+        fetchers: threads that read ahead where each image is a request.
+    """
+
+    def __init__(
+        self, teacher: LiveTeacher, writer: EmbeddingWriter, source: ImageSource, fetchers: ThreadPoolExecutor | None
+    ) -> None:
+        self._preprocess = teacher.preprocess
+        self._shown = teacher.preprocess.shown()
+        self._pinned = teacher.device.type == "cuda"
+        self._views, self._table = writer.manifest.identity.views, writer.samples
+        # where this run found the images: the folder may have moved since the cache was planned
+        self._source = source
+        self._fetchers = fetchers
+
+    def samples(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return the samples of some rows, and start to fetch their images where each is a request."""
+        samples: list[dict[str, Any]] = _take(self._table, rows).to_pylist()
+        if self._fetchers is not None:
+            for sample in samples:
+                sample["content"] = self._fetchers.submit(self._fetch, sample)
+        return samples
+
+    def job(self, sample: dict[str, Any], places: list[tuple[Batch, int]]) -> Callable[[], dict[int, Prepared]]:
+        """Return the job that prepares an image for these places: by view, None where only its crop is needed."""
+        by_view: dict[int, NDArray[np.uint8] | None] = {
+            batch.chunk.ref.view: None if batch.known else self._buffer(batch)[index] for batch, index in places
+        }
+        return lambda: self._prepare(sample, by_view)
+
+    def _buffer(self, batch: Batch) -> NDArray[np.uint8]:
+        if batch.pixels is None:
+            shape = (len(batch.rows), *self._preprocess.size, 3)
+            batch.pixels = torch.empty(*shape, dtype=torch.uint8, pin_memory=self._pinned)
+        pixels: NDArray[np.uint8] = batch.pixels.numpy()
+        return pixels
+
+    def _prepare(self, sample: dict[str, Any], by_view: dict[int, NDArray[np.uint8] | None]) -> dict[int, Prepared]:
+        """Decode an image once and write each view to its place; a lost view stays black.
+
+        Raises:
+            OSError: the bytes cannot be read just now; another try may, so the row is not given up.
+            CacheMismatchError: they are not the bytes that the cache was planned with.
+        """
+        data = self._fetch(sample) if self._fetchers is None else sample["content"].result()
+        try:
+            if all(place is None for place in by_view.values()):
+                size, image = decoded_size(data), None
+            else:
+                image = open_image(data, self._preprocess.decoder)
+                size = image.size
+        except MemoryError:
+            raise
+        except Exception as error:
+            return {view: self._lost(sample, place, error) for view, place in by_view.items()}
+        return {view: self._view(sample, view, image, size, place) for view, place in by_view.items()}
+
+    def _view(
+        self, sample: dict[str, Any], view: int, image: Any, size: tuple[int, int], place: NDArray[np.uint8] | None
+    ) -> Prepared:
+        try:
+            if view > 0 or place is None:
+                self._preprocess.require_evaluable(*size)
+            if view == 0:
+                row = self._preprocess.evaluation_crop(*size)
+                if place is not None:
+                    place[:] = self._shown(image)
+            else:
+                crop = draw_crop(self._views, sample["content_sha256"], view, *size)
+                row = crop.as_row()
+                if place is not None:
+                    place[:] = crop_shown(image, crop, self._preprocess)
+        except MemoryError:
+            raise  # the machine's fault, not the image's
+        except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
+            return self._lost(sample, place, error)
+        return Prepared(sample["sample_id"], row)
+
+    def _lost(self, sample: dict[str, Any], place: NDArray[np.uint8] | None, error: Exception) -> Prepared:
+        # it keeps its place, black, so that its neighbours' batch is the same with and without it
+        if place is not None:
+            place[:] = 0
+        if isinstance(error, UndecodableImageError):
+            return Prepared(sample["sample_id"], _NO_CROP, ("undecodable-image", str(error)))
+        return Prepared(sample["sample_id"], _NO_CROP, ("untransformable-image", f"{type(error).__name__}: {error}"))
+
+    def _fetch(self, sample: dict[str, Any]) -> bytes:
+        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
+        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
+        return data
+
+
+class StretchReader:
+    """Batches of stretches of rows, with the source of their inputs.
+
+    Args:
+        known: rows that need no teacher.
+        fetchers: threads that read images ahead where each is a request.
+    """
+
+    def __init__(
+        self,
+        teacher: LiveTeacher,
+        writer: EmbeddingWriter,
+        source: ImageSource,
+        known: KnownRows | None,
+        fetchers: ThreadPoolExecutor | None,
+    ) -> None:
+        self._known, self._layout, self._captions = known, writer.manifest.layout, writer.captions
+        self._text_inputs = _Captions(writer.captions, teacher.tokenizer)
+        self._loader = _ImageLoader(teacher, writer, source, fetchers)
+
+    def batches(self, stretch: Sequence[ChunkRef]) -> Iterator[tuple[Batch, Inputs]]:
+        """Yield the batches of chunks of the same rows: known rows first, then in the order in which rows are read."""
+        order = self._order(stretch[0])
+        chunks = [ChunkWork(ref, self._layout, self._known, len(stretch)) for ref in stretch]
+        # a batch's buffer must not outlive its turn, so none is held here
+        waiting = deque(sorted(self._cut(chunks, order), key=lambda batch: (not batch.known, batch.order)))
+        inputs = _Images(self._loader, list(waiting)) if stretch[0].tower == "image" else self._text_inputs
+        while waiting:
+            yield waiting.popleft(), inputs
+
+    def _cut(self, chunks: Iterable[ChunkWork], order: NDArray[np.int64]) -> Iterator[Batch]:
+        size = self._layout.batch_rows
+        for chunk in chunks:
+            for known in (True, False):
+                ranks = np.flatnonzero(chunk.known[order] == known)
+                for start in range(0, len(ranks), size):
+                    part = ranks[start : start + size]
+                    yield Batch(chunk, chunk.rows.start + order[part], known, int(part[-1]))
+
+    def _order(self, ref: ChunkRef) -> NDArray[np.int64]:
+        """Return the order of a chunk's rows: captions of similar length share a batch, padded to its longest."""
+        rows = ref.rows(self._layout)
+        if ref.tower == "image" or self._layout.text_order is None:
+            return np.arange(len(rows))
+        return order_by_length(self._captions.read(rows)["text"])
+
+
+def _submit(pool: ThreadPoolExecutor, tower: str, job: Callable[[], Any]) -> Future[Any]:
+    future = pool.submit(telemetry().prepared(tower, job))
+    telemetry().queued(future)
+    return future
+
+
+def _take(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:
+    first = int(rows.min())
+    return table.read(range(first, int(rows.max()) + 1)).take(pa.array(rows - first))
