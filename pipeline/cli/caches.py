@@ -303,7 +303,7 @@ def _import_lines(result: ImportResult) -> list[str]:
     ]
     unused = {
         "of images that are not in the dataset": matched.strange,
-        "ambiguous": matched.ambiguous,
+        "named by different rows": matched.ambiguous,
         "not finite or zero": matched.unusable,
     }
     if any(unused.values()):

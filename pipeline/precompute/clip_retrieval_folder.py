@@ -8,23 +8,21 @@
 ``image_path`` is the path of the file, or the key of a member of a tar. Nothing in such a folder says what made it:
 :mod:`teacher_cache.pipeline.precompute.import_folder` proves that before a row is used.
 
-How rows find their images and captions:
+How rows find their images and captions, without a guess:
 
-- An image by ``sample_id``, where there is one and the dataset has it; else by its whole path, or key; else by a tail
-  of the path that is the image's ``uri`` (``/old/place/images/7.jpg`` for ``images/7.jpg``), if the path has the tail
-  of one image only and no other path has this image's. What is ambiguous is no match.
-- A path that is there again (an image is repeated for each of its captions) must have the same row each time: keys of
-  tars repeat too, for other images.
-- A caption by its text alone, white space around it left out, since a text is all that a teacher sees of a caption.
-- Rows with NaN or infinity, or all zeros, count as not there.
+- An image by ``sample_id``, where the folder has one; else by its path, as the dataset has it or with the dataset's
+  folder in front; a member of a tar by its key. A name that two images of the dataset have is no match.
+- A path that is repeated (an image for each of its captions) must have the same row each time.
+- A caption by its text, white space around it left out, since a text is all that a teacher sees of a caption.
+- Rows with NaN or infinity, or all zeros, count as missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from array import array
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import long_texts
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["ForeignFolder", "ForeignRows", "MatchCounts", "match_rows", "path_tails"]
+__all__ = ["ForeignFolder", "ForeignRows", "MatchCounts", "match_rows"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,20 +49,16 @@ _FILES: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _ROWS_AT_ONCE = 65_536
 # twice what rounding a unit vector to float16 moves its norm by, and half of what a cache allows
 _ROUNDING = 2**-10
-_AMBIGUOUS = -2
-_BY_TAIL, _BY_PATH, _BY_ID = 1, 2, 3
 
 
 class MatchCounts(BaseModel, frozen=True):
-    """How the rows of a folder and those of a dataset found each other."""
+    """Counts of the rows of a folder that have an image or caption in the dataset, and of those that have none."""
 
-    folder_rows: int = Field(description="Of all parts.")
+    folder_rows: int = Field(description="Number of rows in all parts.")
     images: int = Field(description="Images of the dataset with a usable row in the folder.")
-    captions: int = Field(description="Captions of the dataset with one.")
+    captions: int = Field(description="Captions of the dataset with a usable row in the folder.")
     strange: int = Field(description="Rows of the folder whose image the dataset does not have.")
-    ambiguous: int = Field(
-        description="Rows of the folder that could be of several images, or of one that others name."
-    )
+    ambiguous: int = Field(description="Images of the dataset that several different rows of the folder name.")
     unusable: int = Field(description="Images and captions whose row is NaN, infinite or zero.")
 
 
@@ -278,9 +272,9 @@ def match_rows(
         "text": np.full(captions.num_rows, -1, np.int64),
     }
     if "image" in folder.towers:
-        sources["image"], strange, ambiguous = _match_images(folder, _Names(samples, image_root), progress)
+        strange, ambiguous = _match_images(folder, sources["image"], _Names(samples, image_root), progress)
     if "text" in folder.towers:
-        sources["text"] = _match_captions(folder, captions["text"])
+        _match_captions(folder, sources["text"], long_texts(captions["text"]))
     unusable, sha256 = _check(folder, sources, progress)
     counts = MatchCounts(
         folder_rows=folder.rows,
@@ -293,109 +287,81 @@ def match_rows(
     return ForeignRows(folder, sources, counts, sha256)
 
 
-def path_tails(path: str) -> Iterator[str]:
-    """The path, and what follows each of its slashes."""
-    if "/" not in path:
-        path = path.replace("\\", "/")  # written on Windows
-    yield path
-    at = path.find("/")
-    while at >= 0:
-        yield path[at + 1 :]
-        at = path.find("/", at + 1)
-
-
 class _Names:
-    """The images of a dataset by what a folder may call them."""
+    """Images of a dataset by the names that a folder may have for them."""
 
     def __init__(self, samples: pa.Table, image_root: str) -> None:
-        self._root = f"{image_root.rstrip('/')}/"
-        self.ids: dict[str, int] = {}
-        self._tails: dict[str, int] = {}
-        columns = (samples[name].to_pylist() for name in ("sample_id", "uri", "offset"))
-        for row, (sample_id, uri, offset) in enumerate(zip(*columns, strict=True)):
-            self.ids[sample_id] = row
-            # of a member of a tar the key counts; its uri is the tar
-            name = uri if offset < 0 else sample_id.removeprefix(f"{uri}/")
-            self._tails[name] = _AMBIGUOUS if name in self._tails else row
+        ids, uris, offsets = (samples[name].to_pylist() for name in ("sample_id", "uri", "offset"))
+        # of a member of a tar the key counts; its uri is the tar
+        paths = [
+            uri if offset < 0 else sample_id.removeprefix(f"{uri}/")
+            for sample_id, uri, offset in zip(ids, uris, offsets, strict=True)
+        ]
+        root = f"{image_root.rstrip('/')}/"
+        self._ids, self._paths = _unique(ids), _unique(paths)
+        self._whole = _unique(
+            [f"{root}{path}" if offset < 0 else None for path, offset in zip(paths, offsets, strict=True)]
+        )
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def rows(self, table: pa.Table) -> NDArray[np.int64]:
+        """Return the image of each row of a part's ``sample_id`` and ``image_path``; -1 for none."""
+        rows = _index(table["sample_id"], self._ids)
+        for names in (self._paths, self._whole):
+            rows = np.where(rows >= 0, rows, _index(table["image_path"], names))
+        return rows
 
-    def find(self, path: str) -> tuple[int, int] | None:
-        """(row, or that it is ambiguous; how it was found), or None."""
-        for whole in (path.removeprefix(self._root), path):
-            if self._tails.get(whole, _AMBIGUOUS) != _AMBIGUOUS:
-                return self._tails[whole], _BY_PATH
-        hits = {row for tail in path_tails(path) if (row := self._tails.get(tail)) is not None}
-        if not hits:
-            return None
-        return (hits.pop() if len(hits) == 1 else _AMBIGUOUS), _BY_TAIL
+
+def _unique(names: Sequence[str | None]) -> pa.Array:
+    """Return the names, null in place of each that is not unique."""
+    counts = Counter(names)
+    return pa.array([name if counts[name] == 1 else None for name in names], pa.large_string())
+
+
+def _index(values: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
+    """Return where each value is among some names; -1 for none."""
+    at = pc.fill_null(pc.index_in(long_texts(values), value_set=names, skip_nulls=True), -1)
+    return np.asarray(at.to_numpy(), np.int64)
 
 
 def _match_images(
-    folder: ForeignFolder, names: _Names, progress: Progress | None
-) -> tuple[NDArray[np.int64], int, int]:
-    """Folder's rows by image, rows of no image, rows that are ambiguous."""
-    found, how = array("q", [-1]) * len(names), bytearray(len(names))
-    named: list[str | None] = [None] * len(names)
-    repeats = array("q"), array("q"), bytearray()  # image, the folder's row, how it was found
-    strange = ambiguous = 0
+    folder: ForeignFolder, sources: NDArray[np.int64], names: _Names, progress: Progress | None
+) -> tuple[int, int]:
+    """Fill in the folder's row of each image; return the rows of no image, and the images of different rows."""
+    strange, different = 0, set[int]()
     for first, table in folder.columns("sample_id", "image_path"):
-        pairs = zip(table["sample_id"].to_pylist(), table["image_path"].to_pylist(), strict=True)
-        for number, (sample_id, path) in enumerate(pairs, first):
-            hit, name = None, path
-            if sample_id is not None and (row := names.ids.get(sample_id)) is not None:
-                hit, name = (row, _BY_ID), sample_id
-            elif path is not None:
-                hit = names.find(path)
-            if hit is None:
-                strange += 1
-                continue
-            row, rank = hit
-            if row == _AMBIGUOUS or rank < how[row]:
-                ambiguous += 1
-            elif rank > how[row]:
-                found[row], how[row], named[row] = number, rank, name
-            elif name == named[row]:
-                for column, value in zip(repeats, (row, number, rank), strict=True):
-                    column.append(value)
-            else:
-                found[row] = _AMBIGUOUS
-                ambiguous += 1
+        rows = names.rows(table)
+        strange += int((rows < 0).sum())
+        numbers = first + np.flatnonzero(rows >= 0)
+        rows = rows[rows >= 0]
+        fresh, at = np.unique(rows, return_index=True)
+        fresh, at = fresh[sources[fresh] < 0], at[sources[fresh] < 0]
+        sources[fresh] = numbers[at]
+        repeated = sources[rows] != numbers
+        rows, numbers = rows[repeated], numbers[repeated]
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            one, other = (folder.take("image", at)[0].view(np.uint16) for at in (sources[rows[part]], numbers[part]))
+            different.update(rows[part][(one != other).any(axis=1)].tolist())
         if progress is not None:
             progress("match rows", first + table.num_rows, folder.rows)
-    sources = np.array(found, np.int64)
-    rows, numbers = np.array(repeats[0], np.int64), np.array(repeats[1], np.int64)
-    current = np.frombuffer(bytes(how), np.uint8)[rows] == np.frombuffer(bytes(repeats[2]), np.uint8)
-    rows, numbers = rows[current], numbers[current]
-    differ = np.zeros(len(rows), np.bool_)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        here = slice(start, start + _ROWS_AT_ONCE)
-        firsts = sources[rows[here]]
-        one, other = folder.take("image", np.maximum(firsts, 0))[0], folder.take("image", numbers[here])[0]
-        differ[here] = (firsts >= 0) & (one.view(np.uint16) != other.view(np.uint16)).any(axis=1)
-    sources[rows[differ]] = _AMBIGUOUS
-    return np.maximum(sources, -1), strange, ambiguous + int(differ.sum())
+    sources[list(different)] = -1
+    return strange, len(different)
 
 
-def _match_captions(folder: ForeignFolder, texts: pa.ChunkedArray) -> NDArray[np.int64]:
-    sources, texts = np.full(len(texts), -1, np.int64), long_texts(texts)
+def _match_captions(folder: ForeignFolder, sources: NDArray[np.int64], texts: pa.ChunkedArray) -> None:
     for first, table in folder.columns("caption"):
-        left = np.flatnonzero(sources < 0)
-        there = pc.utf8_trim_whitespace(long_texts(table["caption"]))
-        at = pc.index_in(texts.take(pa.array(left)), value_set=there, skip_nulls=True)
-        found = at.to_numpy(zero_copy_only=False) if isinstance(at, pa.Array) else at.to_numpy()
-        hit = ~np.isnan(found.astype(np.float64))
-        sources[left[hit]] = first + found[hit].astype(np.int64)
-    return sources
+        pending = np.flatnonzero(sources < 0)
+        captions = pc.utf8_trim_whitespace(long_texts(table["caption"])).combine_chunks()
+        at = _index(texts.take(pa.array(pending)), captions)
+        sources[pending[at >= 0]] = first + at[at >= 0]
 
 
 def _check(
     folder: ForeignFolder, sources: dict[Tower, NDArray[np.int64]], progress: Progress | None
 ) -> tuple[int, str]:
-    """Take matches whose rows cannot be used out of ``sources``; how many, and a digest of all others."""
-    total = hashlib.sha256()
-    wanted, done, unusable = sum(int((numbers >= 0).sum()) for numbers in sources.values()), 0, 0
+    """Take matches whose rows cannot be used out of ``sources``; return their number, and a digest of all others."""
+    digest = hashlib.sha256()
+    total, done, unusable = sum(int((numbers >= 0).sum()) for numbers in sources.values()), 0, 0
     for tower, numbers in sources.items():
         matched = np.flatnonzero(numbers >= 0)
         for start in range(0, len(matched), _ROWS_AT_ONCE):
@@ -403,10 +369,10 @@ def _check(
             embedding, norm, usable = folder.take(tower, numbers[rows])
             numbers[rows[~usable]] = -1
             unusable += int((~usable).sum())
-            total.update(tower.encode())
+            digest.update(tower.encode())
             for values in (rows[usable].astype("<i8"), embedding[usable].astype("<f2"), norm[usable].astype("<f4")):
-                total.update(values.tobytes())
+                digest.update(values.tobytes())
             done += len(rows)
             if progress is not None:
-                progress("check rows", done, wanted)
-    return unusable, total.hexdigest()
+                progress("check rows", done, total)
+    return unusable, digest.hexdigest()

@@ -1,8 +1,7 @@
-"""What a precompute will take, before it is run: rows and bytes from the dataset's lists, hours from a short probe.
+"""Forecast of a precompute: counts and bytes from the dataset's lists, hours from one timed batch of each tower.
 
-The probe is ``precompute`` itself, on a few images in a temporary folder, so that reading, decoding, the teacher and
-writing overlap as they will. When the cache pays for itself follows from the teacher's own time in it: distilling
-without a cache runs the teacher on each image and one caption of it in every epoch.
+When the cache pays for itself follows from the teacher's own time: distilling without a cache runs the teacher on each
+image and one caption of it in every epoch.
 
 Which rows an earlier cache has is not guessed from a sample: every file is read for its digest, as precompute will.
 """
@@ -11,22 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet, data_folder
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, digest_threads, list_samples
-from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
     Progress,
@@ -35,7 +38,6 @@ from teacher_cache.pipeline.precompute.plan import (
     asked_views,
     dataset_identity,
     dataset_tables,
-    library_versions,
     new_layout,
     origin_of_reused,
     read_dataset,
@@ -47,64 +49,63 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, target_bytes
-from teacher_cache.storage.format.identity import CacheIdentity, ViewsIdentity
-from teacher_cache.storage.format.journal import read_note
 from teacher_cache.storage.format.layout import Layout, Tower
-from teacher_cache.storage.format.manifest import CacheManifest, Source
+from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
-from teacher_cache.storage.write.plan import plan_cache, require_same_plan
-from teacher_cache.storage.write.writer import EmbeddingWriter
+from teacher_cache.storage.write.plan import require_same_plan
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
 
-_PROBE_BATCHES = 4  # per chunk of the probe; of its two chunks the first warms up
+_PROBE_BATCHES = 8  # read, for the bytes of tables; of these one is timed, and one warms up
 
 
 class ProbeRate(BaseModel, frozen=True):
-    """Of one tower, measured."""
+    """Seconds of one tower, measured."""
 
-    rows: int = Field(description="That were timed.")
-    seconds_per_row: float = Field(description="Wall clock: reading, decoding, teacher and writing, as they overlap.")
-    teacher_seconds_per_row: float = Field(description="In the forward pass alone.")
+    rows: int = Field(description="Number of rows in the timed batch.")
+    seconds_per_row: float = Field(
+        description="Wall clock of a row: reading, decoding and the teacher, overlapped where the teacher is on a GPU."
+    )
+    teacher_seconds_per_row: float = Field(description="Seconds of a row in the forward pass alone.")
 
 
 class Forecast(BaseModel, frozen=True):
-    """The answer of ``teacher-cache precompute --dry-run``."""
+    """Answer of ``teacher-cache precompute --dry-run``."""
 
     cache: str
     dataset: str
     teacher: str
     device: str
     precision: str
-    images: int = Field(description="Listed by the dataset; those that cannot be read will get no row.")
+    images: int = Field(description="Images that the dataset lists; those that cannot be read will get no row.")
     captions: int
     views: int
     chunks: int
     image_chunk_rows: int
     text_chunk_rows: int
-    target_bytes: int = Field(description="Of the embeddings.")
-    table_bytes: int = Field(description="Of samples and captions, about.")
-    there_bytes: int = Field(0, description="Of both, that a cache there has already.")
-    free_bytes: int | None = Field(description="Where the cache will lie, if that is a local folder.")
-    committed_rows: int = Field(description="Image views and captions that a cache there has already.")
+    target_bytes: int = Field(description="Bytes of the embeddings.")
+    table_bytes: int = Field(description="Bytes of samples and captions, estimated.")
+    there_bytes: int = Field(0, description="Bytes of both that the cache has already.")
+    free_bytes: int | None = Field(description="Free bytes where the cache will lie; None for a URL.")
+    committed_rows: int = Field(description="Image views and captions that the cache has already.")
     reuse: str | None = Field(None, description="Finished cache that rows are copied from.")
     rows_reused: dict[Tower, int] = Field(
-        description="Copied from it, by tower: image views, and captions. The time that takes is not counted."
+        description="Rows copied from it by tower: image views, and captions. The time that takes is not counted."
     )
-    rows_to_encode: dict[Tower, int] = Field(description="That the teacher has to encode, by tower.")
+    rows_to_encode: dict[Tower, int] = Field(description="Rows by tower that the teacher has to encode.")
     probe_images: int
     probe_captions: int
     probe_lost: int = Field(description="Images of the probe that could not be read.")
     image: ProbeRate
     text: ProbeRate
-    check_seconds: float = Field(description="Reading every file once for its digest, before the teacher begins.")
-    encode_seconds: float = Field(description="Of what is left to encode, by one process.")
+    check_seconds: float = Field(description="Seconds to read every file once for its digest, before the teacher.")
+    encode_seconds: float = Field(description="Seconds to encode the remaining rows, by one process.")
     online_epoch_seconds: float = Field(
-        description="What the teacher would take in each epoch of training without a cache: each image, one caption."
+        description="Seconds of the teacher in each epoch of training without a cache: each image, one caption."
     )
     epochs_to_pay: int | None = Field(
-        description="Student epochs, over all students, from which on the cache is cheaper."
+        description="Number of student epochs, over all students, from which on the cache is cheaper."
     )
 
     @property
@@ -119,10 +120,10 @@ class Forecast(BaseModel, frozen=True):
 
 
 def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progress | None = None) -> Forecast:
-    """Measure a little and say what ``precompute`` with the same settings will take. Writes nothing that stays.
+    """Measure a little and say what ``precompute`` with the same settings will take. Writes nothing.
 
     Args:
-        probe: images to encode, and as many captions; by default eight batches.
+        probe: images to read. Default: eight batches. One batch of them, and one of captions, is timed.
         progress: called with (stage, done, total).
 
     Raises:
@@ -132,53 +133,19 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         CacheError: a cache to copy rows from cannot be read, or is not finished.
     """
     refuse_to_mix(config.cache)
-    views = asked_views(config)
+    asked_views(config)  # a setting that cannot be used should not cost the loading of a teacher
     spec = DatasetSpec.parse(config.dataset)
-    listed, planned = list_samples(spec), None
+    listed = list_samples(spec)
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    origin = origin_of_reused(config, teacher)
-    began = time.perf_counter()
-    if config.reuse is not None:
-        planned = read_dataset(config, teacher, progress)
-        listed = planned.dataset
-    check_all = time.perf_counter() - began
-    there = _there(config, teacher, spec, listed, planned)
-    known = _known(config, planned, None if there is None else there[0])
-    embed_dim, rows = teacher.identity().embed_dim, (len(listed.samples), listed.num_captions)
-    layout = new_layout(config, teacher.device.type, embed_dim, views.count, *rows)
-    committed: list[ChunkRef] = []
-    if there is not None:
-        manifest, committed = there
-        layout = manifest.layout
-    pending = sorted(set(all_chunks(layout)) - set(committed))
-    if there is not None:
-        require_one_origin(config, origin, there[0], pending)
-    wanted = probe or 2 * _PROBE_BATCHES * layout.batch_rows
-    drawn = np.random.default_rng(0).choice(len(listed.samples), min(wanted, len(listed.samples)), replace=False)
-    source = ImageSource(data_folder(spec.root))
-    began = time.perf_counter()
-    samples, digests, lost = _read(source, [listed.samples[number] for number in np.sort(drawn)])
-    check = (time.perf_counter() - began) / len(drawn)
-    if progress is not None:
-        progress("probe: read", len(samples), len(drawn))
-    if not samples:
-        raise UsageError(f"{spec}: not one of the {len(drawn)} images of the probe can be read, the first: {lost}")
-    part = SampleSet(spec.kind, source.root, samples=samples)
-    image, text, per_image, per_caption = _probe(config, teacher, spec, part, listed, digests, layout, progress)
-
-    tables = round(per_image * layout.image_rows + per_caption * layout.text_rows)
-    done: dict[Tower, int] = {"image": 0, "text": 0}
-    for ref in committed:
-        done[ref.tower] += len(ref.rows(layout))
-    copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
-    left: dict[Tower, int] = {
-        "image": layout.image_rows * layout.views - done["image"] - copied["image"],
-        "text": layout.text_rows - done["text"] - copied["text"],
-    }
-    encode = left["image"] * image.seconds_per_row + left["text"] * text.seconds_per_row
-    check = check_all if planned else check * len(listed.samples)
+    work = _count(config, teacher, spec, listed, progress)
+    listed, layout = work.listed, work.layout
+    read = _read_probe(spec, listed, probe or _PROBE_BATCHES * layout.batch_rows, progress)
+    image, text = _time_towers(config, teacher, read, work, progress)
+    tables = _table_bytes(read, layout)
+    check = read.seconds_per_image * len(listed.samples) if work.check_seconds is None else work.check_seconds
+    encode = work.left["image"] * image.seconds_per_row + work.left["text"] * text.seconds_per_row
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(
         cache=config.cache,
@@ -195,15 +162,15 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         target_bytes=target_bytes(layout, all_chunks(layout)),
         table_bytes=tables,
         # a manifest is written after its tables
-        there_bytes=target_bytes(layout, committed) + (tables if there is not None else 0),
+        there_bytes=target_bytes(layout, work.committed) + (tables if work.planned else 0),
         free_bytes=_free_bytes(config.cache),
-        committed_rows=sum(done.values()),
+        committed_rows=sum(_rows_by_tower(layout, work.committed).values()),
         reuse=config.reuse,
-        rows_reused=copied,
-        rows_to_encode=left,
-        probe_images=len(samples),
+        rows_reused=work.copied,
+        rows_to_encode=work.left,
+        probe_images=len(read.part.samples),
         probe_captions=text.rows,
-        probe_lost=len(drawn) - len(samples),
+        probe_lost=read.lost,
         image=image,
         text=text,
         check_seconds=check,
@@ -218,8 +185,76 @@ def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | No
     return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
 
 
-def _read(source: ImageSource, samples: Sequence[Sample]) -> tuple[list[Sample], list[str], str]:
-    """Those that can be read, with their digests; and why the first of the others cannot."""
+@dataclass(frozen=True)
+class _Work:
+    """Rows of a cache to come: all, committed, copied and left.
+
+    Attributes:
+        planned: whether a cache is there.
+        check_seconds: what reading every file took, where it was done.
+    """
+
+    listed: SampleSet
+    layout: Layout
+    planned: bool
+    committed: list[ChunkRef]
+    copied: dict[Tower, int]
+    left: dict[Tower, int]
+    check_seconds: float | None
+
+
+def _count(
+    config: PrecomputeConfig, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet, progress: Progress | None
+) -> _Work:
+    origin = origin_of_reused(config, teacher)
+    planned, check_seconds = None, None
+    if config.reuse is not None:
+        began = time.perf_counter()
+        planned = read_dataset(config, teacher, progress)
+        listed, check_seconds = planned.dataset, time.perf_counter() - began
+    have = _there(config, teacher, spec, listed, planned)
+    committed: list[ChunkRef] = []
+    rows = len(listed.samples), listed.num_captions
+    layout = new_layout(config, teacher.device.type, teacher.identity().embed_dim, asked_views(config).count, *rows)
+    if have is not None:
+        manifest, committed = have
+        layout = manifest.layout
+    pending = sorted(set(all_chunks(layout)) - set(committed))
+    if have is not None:
+        require_one_origin(config, origin, have[0], pending)
+    known = _known(config, planned, None if have is None else have[0])
+    copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
+    waiting = _rows_by_tower(layout, pending)
+    left: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
+    return _Work(listed, layout, have is not None, committed, copied, left, check_seconds)
+
+
+def _rows_by_tower(layout: Layout, refs: Sequence[ChunkRef]) -> dict[Tower, int]:
+    rows: dict[Tower, int] = {"image": 0, "text": 0}
+    for ref in refs:
+        rows[ref.tower] += len(ref.rows(layout))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Some images of the dataset that can be read, with their digests.
+
+    Attributes:
+        lost: number of images that cannot be read.
+    """
+
+    source: ImageSource
+    part: SampleSet
+    digests: list[str]
+    lost: int
+    seconds_per_image: float
+
+
+def _read_probe(spec: DatasetSpec, listed: SampleSet, count: int, progress: Progress | None) -> _Probe:
+    source = ImageSource(data_folder(spec.root))
+    drawn = np.random.default_rng(0).choice(len(listed.samples), min(count, len(listed.samples)), replace=False)
+    samples = [listed.samples[number] for number in np.sort(drawn)]
 
     def digest(sample: Sample) -> str | OSError:
         try:
@@ -227,77 +262,79 @@ def _read(source: ImageSource, samples: Sequence[Sample]) -> tuple[list[Sample],
         except OSError as error:
             return error
 
+    began = time.perf_counter()
     with ThreadPoolExecutor(digest_threads(source, samples)) as pool:
-        found = list(pool.map(digest, samples))
-    pairs = [(sample, each) for sample, each in zip(samples, found, strict=True) if isinstance(each, str)]
-    lost = next(
-        (f"{sample.uri}: {each}" for sample, each in zip(samples, found, strict=True) if not isinstance(each, str)), ""
-    )
-    return [sample for sample, _ in pairs], [each for _, each in pairs], lost
-
-
-def _probe(
-    config: PrecomputeConfig,
-    teacher: LiveTeacher,
-    spec: DatasetSpec,
-    part: SampleSet,
-    listed: SampleSet,
-    digests: list[str],
-    like: Layout,
-    progress: Progress | None,
-) -> tuple[ProbeRate, ProbeRate, float, float]:
-    """Rates of images and captions, and bytes of tables per image and per caption: precompute on some images."""
-    images = len(part.samples)
-    # as many captions as images: those of a few say as much
-    texts = [sample.captions[0] for sample in part.samples if sample.captions]
-    if len(texts) < images:  # of labelled images one has all captions
-        texts = list(islice(chain.from_iterable(sample.captions for sample in listed.samples), images))
-    captions = len(texts)
-    spread = [replace(sample, captions=tuple(texts[at::images])) for at, sample in enumerate(part.samples)]
-    few = replace(part, samples=spread)
-    tables = dataset_tables(few, digests)
-    # all captions of an image, which are more alike than those of several, where there are more of them
-    whole = dataset_tables(part, digests) if part.num_captions > captions else tables
-    sizes = {name: sum(len(data) for data, _ in table_files(name, table).values()) for name, table in whole.items()}
-    per_caption = sizes.pop(CAPTIONS) / max(whole[CAPTIONS].num_rows, 1)
-    targets = asked_targets(config)
-    identity = CacheIdentity(
-        teacher=teacher.identity(),
-        preprocess=teacher.preprocess.identity(),
-        tokenizer=teacher.tokenizer_identity(),
-        views=ViewsIdentity(policy="evaluation"),
-        targets=targets,
-        dataset=dataset_identity(spec, tables),
-    )
-    with tempfile.TemporaryDirectory(prefix="teacher-cache-probe-") as folder:
-        chunks = {"image_chunk_rows": -(-images // 2), "text_chunk_rows": max(-(-captions // 2), 1)}
-        layout = like.model_copy(update={"views": 1, "image_rows": images, "text_rows": captions, **chunks})
-        cache = str(Path(folder) / "probe.cache")
-        source = Source(dataset=str(spec), image_root=part.root)
-        plan_cache(cache, identity, layout, source, tables, library_versions())
-        mine = config.model_copy(update={"cache": cache, "reuse": None})  # the teacher is what is timed
-        rates = {tower: _rate(mine, teacher, tower, progress) for tower in ("image", "text")}
-    return rates["image"], rates["text"], sum(sizes.values()) / images, per_caption
-
-
-def _rate(config: PrecomputeConfig, teacher: LiveTeacher, tower: Tower, progress: Progress | None) -> ProbeRate:
-    writer = EmbeddingWriter(config.cache)
-    refs = [ref for ref in writer.pending() if ref.tower == tower]
-    if not refs:
-        return ProbeRate(rows=0, seconds_per_row=0.0, teacher_seconds_per_row=0.0)
-    if len(refs) > 1:
-        encode_chunks(config, teacher, refs[:1])  # the first pass allocates and chooses kernels
-    timed = refs[-1]
-    encode_chunks(config, teacher, [timed])
-    rows = len(timed.rows(writer.manifest.layout))
-    # by its note, from the first image asked for to the commit: opening a cache is paid once, not for each chunk
-    cost = read_note(writer.files, timed.name)
+        results = list(zip(samples, pool.map(digest, samples), strict=True))
+    seconds = (time.perf_counter() - began) / len(samples)
+    readable = [(sample, result) for sample, result in results if isinstance(result, str)]
     if progress is not None:
-        progress(f"probe: {tower}s", rows, rows)
+        progress("probe: read", len(readable), len(samples))
+    if not readable:
+        sample, why = results[0]
+        raise UsageError(
+            f"{spec}: not one of the {len(samples)} images of the probe can be read, the first: {sample.uri}: {why}"
+        )
+    part = SampleSet(spec.kind, source.root, samples=[sample for sample, _ in readable])
+    return _Probe(source, part, [result for _, result in readable], len(samples) - len(readable), seconds)
+
+
+def _table_bytes(probe: _Probe, layout: Layout) -> int:
+    """Estimate the bytes of all tables from those of the probe."""
+    tables = dataset_tables(probe.part, probe.digests)
+    sizes = {name: sum(len(data) for data, _ in table_files(name, table).values()) for name, table in tables.items()}
+    per_caption: float = sizes.pop(CAPTIONS) / max(tables[CAPTIONS].num_rows, 1)
+    per_image: float = sum(sizes.values()) / len(probe.digests)
+    return round(per_image * layout.image_rows + per_caption * layout.text_rows)
+
+
+def _time_towers(
+    config: PrecomputeConfig, teacher: LiveTeacher, probe: _Probe, work: _Work, progress: Progress | None
+) -> tuple[ProbeRate, ProbeRate]:
+    """Time one batch of images and one of captions, after another one that allocates and chooses kernels."""
+    batch_rows = work.layout.batch_rows
+    shown = teacher.preprocess.shown()
+
+    def decode(sample: Sample) -> NDArray[np.uint8] | None:
+        try:
+            return shown(open_image(probe.source.read(sample.uri, sample.offset, sample.length), config.decoder))
+        except Exception:  # precompute quarantines it, or names it
+            return None
+
+    def prepare(pool: ThreadPoolExecutor, samples: Sequence[Sample]) -> torch.Tensor:
+        pixels = [image for image in pool.map(decode, samples) if image is not None]
+        return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
+
+    own = (sample.captions[0] for sample in probe.part.samples if sample.captions)
+    # of labelled images one has all captions
+    every = chain.from_iterable(sample.captions for sample in work.listed.samples)
+    texts = list(islice(own, batch_rows)) or list(islice(every, batch_rows))
+    threads = max(config.decode_threads or os.cpu_count() or 1, probe.source.fetches(probe.part.samples[0].uri))
+    with ThreadPoolExecutor(threads) as pool:
+        samples = probe.part.samples[:batch_rows]
+        image = _time(teacher, partial(prepare, pool, samples), teacher.encode_shown, work.layout.views)
+    if progress is not None:
+        progress("probe: images", image.rows, len(samples))
+    text = _time(teacher, lambda: teacher.tokenizer(texts) if texts else torch.empty(0), teacher.encode_texts, 1)
+    if progress is not None:
+        progress("probe: captions", text.rows, len(texts))
+    return image, text
+
+
+def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[Any], Encoded], views: int) -> ProbeRate:
+    """Time one batch: its preparation, of which each view takes its part, and its forward pass."""
+    began = time.perf_counter()
+    batch = prepare()
+    prepared = (time.perf_counter() - began) / views
+    if not len(batch):
+        return ProbeRate(rows=0, seconds_per_row=0.0, teacher_seconds_per_row=0.0)
+    encode(batch).embedding  # noqa: B018 - waits for the device
+    began = time.perf_counter()
+    encode(batch).embedding  # noqa: B018
+    encoded = time.perf_counter() - began
+    # on a CPU decoders and teacher share the cores
+    seconds = prepared + encoded if teacher.device.type == "cpu" else max(prepared, encoded)
     return ProbeRate(
-        rows=rows,
-        seconds_per_row=cost.seconds / rows,
-        teacher_seconds_per_row=cost.teacher_seconds / rows,
+        rows=len(batch), seconds_per_row=seconds / len(batch), teacher_seconds_per_row=encoded / len(batch)
     )
 
 

@@ -1,30 +1,24 @@
-"""A cache from the rows of another tool's folder: plan it, prove a sample of the rows, then write them.
+"""A cache from the rows of another tool's folder: prove a sample of the rows, plan, write, seal.
 
-What made such rows is not known from the folder, so that the cache's identity is a claim until it is tried: seeded
-random rows, of those that would be used, are compared with what the live teacher makes of the very images and captions
-(``teacher_cache.pipeline.precompute.sample_proof`` says how many rows show what). One that is wrong, and nothing is
-written. Rows that the folder lacks are encoded, so that what comes out is a whole cache like any other; its manifest
-says that rows were imported.
+The folder does not say what made such rows, so that the cache's identity is a claim until it is tried. Seeded random
+rows, of those that would be used, go through the proof of ``verify --sample``
+(``teacher_cache.pipeline.precompute.sample_proof`` says how many rows show what). If one is wrong, nothing is written.
+Rows that the folder lacks are encoded, so the result is a whole cache like any other; its manifest says that rows were
+imported.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
-import torch
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, require_content
-from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
-from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder, ForeignRows, MatchCounts, match_rows
 from teacher_cache.pipeline.precompute.encode import encode_shared
@@ -37,10 +31,11 @@ from teacher_cache.pipeline.precompute.plan import (
     read_dataset,
 )
 from teacher_cache.pipeline.precompute.run import summarize
-from teacher_cache.pipeline.precompute.sample_proof import cosine, draw_rows
+from teacher_cache.pipeline.precompute.sample_proof import Place, SampleProof, WrongRow, draw_rows
 from teacher_cache.pipeline.settings.precompute import ImportConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS
 from teacher_cache.storage.format.manifest_file import read_manifest
@@ -50,11 +45,10 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 __all__ = ["ImportResult", "import_rows"]
 
 _ROWS_NAMED = 5
-_NEARLY = 0.5  # of the way from rows of something else to the right ones: likely the same weights, otherwise used
 
 
 class ImportResult(BaseModel, frozen=True):
-    """What an import did and what the cache holds now."""
+    """Result of an import, with what the cache holds now."""
 
     cache: str
     folder: str
@@ -63,19 +57,21 @@ class ImportResult(BaseModel, frozen=True):
     teacher: str
     images: int = Field(description="Rows of the image tower, quarantined ones included.")
     captions: int
-    images_imported: int = Field(description="With the folder's row.")
+    images_imported: int = Field(description="Images with the folder's row.")
     captions_imported: int
-    images_encoded: int = Field(description="By the teacher, since the folder has no usable row of them.")
+    images_encoded: int = Field(
+        description="Images that the teacher encoded, since the folder has no usable row of them."
+    )
     captions_encoded: int
     quarantined: int = Field(description="Images that cannot be used, whether or not the folder has a row of them.")
     images_proven: int = Field(description="Rows of the folder that were compared with the live teacher's.")
     captions_proven: int
-    least_cosine: float | None = Field(description="Over all rows that were compared.")
+    least_cosine: float | None = Field(description="Least cosine of all rows that were compared.")
     matched: MatchCounts
     lost_images: int = Field(description="Images of the dataset that got no row.")
     problems: dict[str, int]
     chunks: int
-    chunks_written: int = Field(description="By this run; the others were there.")
+    chunks_written: int = Field(description="Chunks that this run wrote.")
     seconds: float
 
 
@@ -109,8 +105,6 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         raise UsageError(_nothing_matched(folder, planned))
     _require_these_rows(config.cache, known)
     proof = _prove(config, teacher, planned, known, progress)
-    if proof.wrong:
-        raise CacheMismatchError(_refusal(config, teacher, known, proof))
     images, texts = proof.compared["image"], proof.compared["text"]
     said = (
         f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
@@ -142,7 +136,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         quarantined=len(quarantined),
         images_proven=images,
         captions_proven=texts,
-        least_cosine=min(proof.cosines, default=None),
+        least_cosine=min((cosine for cosine, _ in proof.cosines), default=None),
         matched=known.counts,
         lost_images=made.lost_images,
         problems=made.problems,
@@ -156,10 +150,10 @@ def _nothing_matched(folder: ForeignFolder, planned: PlannedDataset) -> str:
     first = planned.tables[SAMPLES].slice(0, 1).to_pylist()[0]
     name = first["uri"] if first["offset"] < 0 else first["sample_id"]
     _, table = next(folder.columns("image_path", "caption"))
-    found = next((repr(row[name]) for row in table.slice(0, 1).to_pylist() for name in row if row[name]), "nothing")
+    example = next((repr(row[name]) for row in table.slice(0, 1).to_pylist() for name in row if row[name]), "nothing")
     return (
-        f"{folder.location}: none of its {folder.rows:,} rows is of {planned.spec}. The folder's first is {found}, the "
-        f"dataset's first image {name!r}; a path has to end in that. Name the dataset that it was made of"
+        f"{folder.location}: none of its {folder.rows:,} rows is of {planned.spec}. The folder's first is {example}, "
+        f"the dataset's first image {name!r} in {planned.dataset.root}. Name both as they were then"
     )
 
 
@@ -186,146 +180,71 @@ def _require_these_rows(cache: str, known: ForeignRows) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Wrong:
-    tower: Tower
-    row: int
-    named: str
-    source: int
-    cosine: float
-    strange: float  # cosine of the live row with the folder's of another image or caption
-    shifted: bool  # whether a row beside the folder's would be right
+class _FolderRows:
+    """Rows of a folder, as a proof takes them."""
 
+    # what becomes of an image that cannot be decoded is decided when its chunk is written
+    quarantined: Mapping[Place, QuarantinedRow] | None = None
 
-@dataclass
-class _Proof:
-    compared: dict[Tower, int] = field(default_factory=lambda: {"image": 0, "text": 0})
-    cosines: list[float] = field(default_factory=list)
-    wrong: list[_Wrong] = field(default_factory=list)
+    def __init__(self, planned: PlannedDataset, known: ForeignRows) -> None:
+        self._samples, self._captions, self._known = planned.tables[SAMPLES], planned.tables[CAPTIONS], known
+
+    def sample(self, row: int) -> dict[str, Any]:
+        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
+        sample: dict[str, Any] = self._samples.slice(row, 1).to_pylist()[0]
+        return sample
+
+    def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
+        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
+        captions = self._captions.take(pa.array(rows)).to_pylist()
+        return [(self.sample(caption["image_row"])["sample_id"], caption["text"]) for caption in captions]
+
+    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
+        return self._known.of(tower, rows)[1]
+
+    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
+        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
 
 
 def _prove(
     config: ImportConfig, teacher: LiveTeacher, planned: PlannedDataset, known: ForeignRows, progress: Progress | None
-) -> _Proof:
-    """Compare seeded random known rows with what the teacher makes of the same images and captions now.
-
-    An image that cannot be decoded is passed over: what becomes of it is decided when its chunk is written.
+) -> SampleProof:
+    """Compare seeded random known rows with what the teacher makes of the same images and captions.
 
     Raises:
-        CacheMismatchError: not one image that was drawn can be decoded, or one changed since it was digested.
+        CacheMismatchError: a row is not the teacher's, not one drawn image can be decoded, or one has changed.
     """
-    keep_freed_memory(teacher.device)
-    proof = _Proof()
+    proof = SampleProof(_FolderRows(planned, known), teacher, ImageSource(planned.dataset.root), config.threshold)
     batch_rows = config.batch_size or default_batch_rows(teacher.device.type)
-    with ThreadPoolExecutor(config.decode_threads or os.cpu_count() or 1) as pool:
-        see = _Eye(teacher, planned)
-        for tower in get_args(Tower):
-            there = np.flatnonzero(known.sources[tower] >= 0)
-            drawn = there[draw_rows(tower, len(there), config.sample, config.seed)]
-            for start in range(0, len(drawn), batch_rows):
-                rows = drawn[start : start + batch_rows]
-                if tower == "image":
-                    seen = list(pool.map(see.image, rows.tolist()))
-                    rows = rows[[pixels is not None for pixels in seen]]
-                    pixels = [pixels for pixels in seen if pixels is not None]
-                    live = teacher.encode_images(torch.stack(pixels)).embedding if pixels else None
-                else:
-                    live = teacher.encode_texts(see.texts(rows)).embedding
-                if live is not None:
-                    _compare(proof, tower, rows, live, known, see, config.threshold)
-                if progress is not None:
-                    progress(f"prove {tower}s", min(start + batch_rows, len(drawn)), len(drawn))
-            if len(drawn) and not proof.compared[tower]:
-                raise CacheMismatchError(
-                    f"{config.dataset}: not one of {len(drawn)} images that were drawn can be decoded, so that no row "
-                    f"of {config.folder} is proven. Repair the images, or run teacher-cache precompute."
-                )
+    for tower in get_args(Tower):
+        rows = np.flatnonzero(known.sources[tower] >= 0)
+        drawn = rows[draw_rows(tower, len(rows), config.sample, config.seed)]
+        proof.compare(tower, drawn, np.zeros_like(drawn), batch_rows, progress)
+        if len(drawn) and not proof.compared[tower]:
+            raise CacheMismatchError(
+                f"{config.dataset}: not one of {len(drawn)} images that were drawn can be decoded, so that no row "
+                f"of {config.folder} is proven. Repair the images, or run teacher-cache precompute."
+            )
+    if proof.wrong:
+        raise CacheMismatchError(_refusal(config, teacher, known, proof))
     return proof
 
 
-class _Eye:
-    """Images and captions of a dataset by row, as the teacher takes them."""
+def _refusal(config: ImportConfig, teacher: LiveTeacher, known: ForeignRows, proof: SampleProof) -> str:
+    def named(wrong: WrongRow) -> str:
+        what = "image row" if wrong.tower == "image" else "caption row"
+        source = known.sources[wrong.tower][wrong.row]
+        return f"{what} {wrong.row} ({wrong.sample_id}), the folder's row {source}: {wrong.cosine:.4f}"
 
-    def __init__(self, teacher: LiveTeacher, planned: PlannedDataset) -> None:
-        self._samples, self._captions = planned.tables[SAMPLES], planned.tables[CAPTIONS]
-        self._source = ImageSource(planned.dataset.root)
-        self._preprocess, self._tokenizer = teacher.preprocess, teacher.tokenizer
-        self._transform = teacher.preprocess.transform()
-
-    def image(self, row: int) -> torch.Tensor | None:
-        sample = self._samples.slice(row, 1).to_pylist()[0]
-        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
-        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
-        try:
-            return self._transform(open_image(data, self._preprocess.decoder))
-        except (UndecodableImageError, ValueError):
-            return None
-
-    def texts(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        tokens = torch.as_tensor(self._tokenizer([self._captions["text"][int(row)].as_py() for row in rows]))
-        return tokens
-
-    def named(self, tower: Tower, row: int) -> str:
-        if tower == "image":
-            return f"image row {row} ({self._samples['sample_id'][row].as_py()})"
-        text = self._captions["text"][row].as_py()
-        return f"caption row {row} ({text[:40]!r})"
-
-
-def _compare(
-    proof: _Proof,
-    tower: Tower,
-    rows: NDArray[np.int64],
-    live: NDArray[Any],
-    known: ForeignRows,
-    see: _Eye,
-    threshold: float,
-) -> None:
-    given = known.of(tower, rows)[1]
-    mine_and_theirs = zip(live.astype(np.float32), given.astype(np.float32), strict=True)
-    others = np.roll(given, 1, axis=0).astype(np.float32)
-    for row, (mine, theirs), other in zip(rows.tolist(), mine_and_theirs, others, strict=True):
-        found = cosine(theirs, mine)
-        proof.compared[tower] += 1
-        proof.cosines.append(found)
-        if found >= threshold:  # NaN counts as wrong
-            continue
-        source = int(known.sources[tower][row])
-        beside = np.array([number for number in (source - 1, source + 1) if 0 <= number < known.folder.rows], np.int64)
-        values, _, usable = known.folder.take(tower, beside)
-        shifted = any(cosine(value.astype(np.float32), mine) >= threshold for value in values[usable])
-        named = see.named(tower, row)
-        proof.wrong.append(_Wrong(tower, row, named, source, found, cosine(other, mine), shifted))
-
-
-def _refusal(config: ImportConfig, teacher: LiveTeacher, known: ForeignRows, proof: _Proof) -> str:
-    worst = sorted(proof.wrong, key=lambda wrong: wrong.cosine)[:_ROWS_NAMED]
-    named = "; ".join(f"{wrong.named}, the folder's row {wrong.source}: {wrong.cosine:.4f}" for wrong in worst)
+    worst = sorted(proof.wrong, key=lambda wrong: wrong.cosine or 0.0)[:_ROWS_NAMED]
     counts = " and ".join(
         f"{sum(wrong.tower == tower for wrong in proof.wrong):,} of {compared:,} {what}"
         for (tower, compared), what in zip(proof.compared.items(), ("image rows", "caption rows"), strict=True)
         if compared
     )
     return (
-        f"{config.folder}: {counts} that were drawn are not what {teacher.name} makes of them (cosine below "
-        f"{config.threshold:g}). The worst: {named}. {_likely(proof.wrong)} Nothing was written."
-    )
-
-
-def _likely(wrong: Sequence[_Wrong]) -> str:
-    """What such differences come from, by how they look."""
-    shifted = sum(one.shifted for one in wrong)
-    if 2 * shifted > len(wrong):
-        return f"For {shifted:,} of them the row beside it is the right one: rows and metadata are shifted."
-    pairs = [(one.cosine, one.strange) for one in wrong]
-    middle, strange = (float(np.median(values)) for values in zip(*pairs, strict=True))
-    said = f"Their median is {middle:.3f}, that of rows of something else {strange:.3f}"
-    if middle - strange >= _NEARLY * (1 - strange):
-        return (
-            f"{said}: likely the same weights with another activation (QuickGELU or GELU), precision, crop or resize, "
-            "mirrored images, or images that changed since."
-        )
-    return (
-        f"{said}: likely another teacher (or other weights of it), or rows of other images and captions than the "
-        "metadata says."
+        f"{config.folder}: {counts} that were drawn are not what {teacher.name} makes of them now (cosine below "
+        f"{config.threshold:g}). The worst: {'; '.join(map(named, worst))}. Another teacher, activation or precision "
+        "made these rows, or they are not in the order of their metadata. Nothing was written."
     )

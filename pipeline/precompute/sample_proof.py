@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -39,11 +39,22 @@ from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["ProofResult", "ProvenReport", "WrongRow", "cosine", "draw_rows", "fraction_shown", "prove_sample"]
+__all__ = [
+    "Place",
+    "ProofResult",
+    "ProvableRows",
+    "ProvenReport",
+    "SampleProof",
+    "WrongRow",
+    "cosine",
+    "draw_rows",
+    "fraction_shown",
+    "prove_sample",
+]
 
 _LOG = logger("verify")
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
-_Place = tuple[int, int]  # row and view
+Place = tuple[int, int]  # row and view
 _BOX_TOLERANCE = 1e-3  # of the stored crop, in source pixels: float32 of numbers below 2^16
 
 
@@ -53,37 +64,37 @@ class WrongRow(BaseModel, frozen=True):
     tower: Tower
     view: int
     row: int
-    sample_id: str = Field(description="Of the image, for a caption too.")
-    cosine: float | None = Field(description="Between cached and live row; None where there are not both.")
+    sample_id: str = Field(description="Id of the image, for a caption too.")
+    cosine: float | None = Field(description="Cosine of stored and live row; None where one of them is missing.")
     what: str
 
 
 class ProofResult(BaseModel, frozen=True):
-    """What a sampled proof compared."""
+    """Result of a sampled proof."""
 
     cache: str
     ok: bool
     teacher: str
     device: str
-    precision: str = Field(description="Of the live teacher.")
+    precision: str = Field(description="Precision of the live teacher.")
     seed: int
     threshold: float
-    images_compared: int = Field(description="Each one view of an image.")
+    images_compared: int = Field(description="Number of views of images that were compared.")
     captions_compared: int
-    quarantined_checked: int = Field(description="Drawn image rows without embedding, of which the reason was tried.")
-    least_cosine: float | None = Field(description="Over all rows compared.")
+    quarantined_checked: int = Field(description="Drawn image rows without embedding, whose reason was checked.")
+    least_cosine: float | None = Field(description="Least cosine of all rows compared.")
     least_cosine_row: str | None
     wrong: tuple[WrongRow, ...]
     seconds: float
 
 
 def fraction_shown(rows: int, probability: float = 0.99) -> float:
-    """The least fraction of wrong rows that a sample of so many shows with this probability: 1 - (1 - p)^(1 / N)."""
+    """Return the least fraction of wrong rows that a sample shows with this probability: 1 - (1 - p)^(1 / N)."""
     return 1.0 if not rows else 1 - (1 - probability) ** (1 / rows)
 
 
 class ProvenReport(IntegrityReport):
-    """What ``verify --sample`` prints as JSON: ``ok`` speaks for both."""
+    """Output of ``verify --sample`` as JSON: ``ok`` speaks for both."""
 
     proof: ProofResult
 
@@ -117,20 +128,15 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
     live = load_teacher(name, tag, config.device, precision, identity.preprocess.decoder)
     same = identity.teacher.model_copy(update={"precision": live.precision})
     live.require(identity.model_copy(update={"teacher": same}), cache)
-    keep_freed_memory(live.device)
 
-    proof = _Proof(reader, live, ImageSource(root), config.threshold)
+    proof = SampleProof(_CacheRows(reader), live, ImageSource(root), config.threshold)
     for tower in get_args(Tower):
         views = reader.views if tower == "image" else 1
-        rows = draw_rows(tower, layout.rows(tower) * views, config.sample, config.seed)
-        for start in range(0, len(rows), layout.batch_rows):
-            part = rows[start : start + layout.batch_rows]
-            if tower == "image":
-                proof.images(part)
-            else:
-                proof.captions(part)
-            if progress is not None:
-                progress(f"prove {tower}s", start + len(part), len(rows))
+        drawn = draw_rows(tower, layout.rows(tower) * views, config.sample, config.seed)
+        proof.compare(tower, drawn % layout.rows(tower), drawn // layout.rows(tower), layout.batch_rows, progress)
+    for wrong in proof.wrong:
+        chunk = ChunkRef(wrong.tower, wrong.view, wrong.row // layout.chunk_rows(wrong.tower)).name
+        event(_LOG, logging.ERROR, "row is not the teacher's", chunk=chunk, **wrong.model_dump())
     least = min(proof.cosines, default=None)
     return ProofResult(
         cache=cache,
@@ -151,72 +157,143 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
 
 
 def draw_rows(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.int64]:
-    """Seeded numbers below ``count`` in order, at most ``sample`` of them; each tower has its own stream.
+    """Draw at most ``sample`` seeded numbers below ``count``, ascending; each tower has its own stream.
 
-    Of images they are counted on from view to view.
+    Rows of images are numbered on from view to view.
     """
     rng = np.random.default_rng([seed, _STREAMS[tower]])
     return np.sort(rng.choice(count, min(sample, count), replace=False)).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One view of an image as it is taken today."""
+class ProvableRows(Protocol):
+    """Rows that are to be proven, and what the teacher is given for each.
 
-    row: int
-    view: int
-    sample_id: str
-    pixels: torch.Tensor | None
-    crop: tuple[float, ...]
-    failure: str = ""
+    Attributes:
+        quarantined: by row and view; None where what cannot be decoded is passed over.
+    """
 
-    @property
-    def place(self) -> _Place:
-        return self.row, self.view
+    quarantined: Mapping[Place, QuarantinedRow] | None
+
+    def sample(self, row: int) -> dict[str, Any]:
+        """Return a row of the samples table."""
+
+    def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
+        """Return the sample_id and text of some captions."""
+
+    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """Return embeddings, (rows, dim)."""
+
+    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any] | None:
+        """Return crops as ``image/view`` holds them, or None where none are stored."""
 
 
-class _Proof:
-    def __init__(self, reader: EmbeddingReader, teacher: LiveTeacher, source: ImageSource, threshold: float) -> None:
-        self._reader, self._teacher, self._source, self._threshold = reader, teacher, source, threshold
-        self._transform = teacher.preprocess.transform()
-        self._lost = {
+class _CacheRows:
+    """Rows of a finished cache."""
+
+    def __init__(self, reader: EmbeddingReader) -> None:
+        self._reader = reader
+        self.quarantined: Mapping[Place, QuarantinedRow] | None = {
             (row, view): record for view in range(reader.views) for row, record in reader.quarantined_in(view).items()
         }
+
+    def sample(self, row: int) -> dict[str, Any]:
+        """See :class:`ProvableRows`."""
+        sample: dict[str, Any] = self._reader.samples.slice(row, 1).to_pylist()[0]
+        return sample
+
+    def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
+        """See :class:`ProvableRows`."""
+        captions = self._reader.table_rows(CAPTIONS, rows).to_pylist()
+        samples = self._reader.samples["sample_id"]
+        return [(samples[caption["image_row"]].as_py(), caption["text"]) for caption in captions]
+
+    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """See :class:`ProvableRows`."""
+        return self._reader.take(tower, rows, views)
+
+    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any] | None:
+        """See :class:`ProvableRows`."""
+        return self._reader.take("image", rows, views, array="view")
+
+    def crop(self, row: int, view: int, sample: dict[str, Any], size: tuple[int, int]) -> Crop:
+        """Return the stored crop, or the drawn one of a row that has none."""
+        if self.quarantined and (row, view) in self.quarantined:
+            return draw_crop(self._reader.manifest.identity.views, sample["content_sha256"], view, *size)
+        return Crop.from_row(self._reader.take("image", np.array([row]), view, array="view")[0])
+
+
+@dataclass(frozen=True)
+class _Live:
+    """One view of an image as it is taken today."""
+
+    place: Place
+    sample_id: str
+    pixels: torch.Tensor | None
+    crop: tuple[float, ...] = ()
+    failure: str = ""
+
+
+class SampleProof:
+    """Comparison of rows with what the live teacher makes of the same images and captions."""
+
+    def __init__(self, rows: ProvableRows, teacher: LiveTeacher, source: ImageSource, threshold: float) -> None:
+        keep_freed_memory(teacher.device)
+        self._rows, self._teacher, self._source, self._threshold = rows, teacher, source, threshold
+        self._transform = teacher.preprocess.transform()
         self.compared: dict[Tower, int] = {"image": 0, "text": 0}
         self.quarantined_checked = 0
         self.cosines: list[tuple[float, str]] = []
         self.wrong: list[WrongRow] = []
 
-    def images(self, drawn: NDArray[np.int64]) -> None:
-        images = self._reader.manifest.layout.image_rows
-        seen = [self._see(int(row), int(view)) for view, row in zip(*np.divmod(drawn, images), strict=True)]
-        usable = [item for item in seen if item.pixels is not None]
-        for item in seen:
-            if item.pixels is None and item.place not in self._lost:
-                self._add("image", item, None, f"has an embedding, but its image is unusable here: {item.failure}")
-        live: dict[_Place, NDArray[Any]] = {}
+    def compare(
+        self,
+        tower: Tower,
+        rows: NDArray[np.int64],
+        views: NDArray[np.int64],
+        batch_rows: int,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Compare some rows of one tower.
+
+        Raises:
+            CacheMismatchError: an image is not the one that was digested.
+            OSError: an image cannot be read.
+        """
+        for start in range(0, len(rows), batch_rows):
+            part = slice(start, start + batch_rows)
+            if tower == "image":
+                self._images(rows[part], views[part])
+            else:
+                self._captions(rows[part])
+            if progress is not None:
+                progress(f"prove {tower}s", min(start + batch_rows, len(rows)), len(rows))
+
+    def _images(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
+        live = [self._look(int(row), int(view)) for row, view in zip(rows, views, strict=True)]
+        quarantined = self._rows.quarantined or {}
+        usable = [item for item in live if item.pixels is not None]
+        encoded: dict[Place, NDArray[Any]] = {}
         if usable:
-            pixels = [item.pixels for item in usable if item.pixels is not None]
-            encoded = self._teacher.encode_images(torch.stack(pixels)).embedding
-            live = {item.place: embedding for item, embedding in zip(usable, encoded, strict=True)}
-        for item in seen:
-            if item.place in self._lost:
-                self._check_quarantined(item, self._lost[item.place], live.get(item.place))
-        self._compare("image", [item for item in usable if item.place not in self._lost], live)
+            batch = torch.stack([item.pixels for item in usable if item.pixels is not None])
+            encoded = {
+                item.place: row for item, row in zip(usable, self._teacher.encode_images(batch).embedding, strict=True)
+            }
+        for item in live:
+            if item.place in quarantined:
+                self._check_quarantined(item, quarantined[item.place], encoded.get(item.place))
+            elif item.pixels is None and self._rows.quarantined is not None:
+                self._add("image", item, None, f"has an embedding, but its image is unusable here: {item.failure}")
+        self._compare("image", [item for item in usable if item.place not in quarantined], encoded)
 
-    def captions(self, rows: NDArray[np.int64]) -> None:
-        captions = self._reader.table_rows(CAPTIONS, rows).to_pylist()
-        samples = self._reader.samples["sample_id"]
-        seen = [
-            _Seen(int(row), 0, samples[caption["image_row"]].as_py(), None, ())
-            for row, caption in zip(rows, captions, strict=True)
-        ]
-        tokens = self._teacher.tokenizer([caption["text"] for caption in captions])
+    def _captions(self, rows: NDArray[np.int64]) -> None:
+        captions = self._rows.captions(rows)
+        live = [_Live((int(row), 0), sample_id, None) for row, (sample_id, _) in zip(rows, captions, strict=True)]
+        tokens = self._teacher.tokenizer([text for _, text in captions])
         encoded = self._teacher.encode_texts(tokens).embedding
-        self._compare("text", seen, {item.place: row for item, row in zip(seen, encoded, strict=True)})
+        self._compare("text", live, {item.place: row for item, row in zip(live, encoded, strict=True)})
 
-    def _see(self, row: int, view: int) -> _Seen:
-        sample = self._reader.samples.slice(row, 1).to_pylist()[0]
+    def _look(self, row: int, view: int) -> _Live:
+        sample = self._rows.sample(row)
         sample_id, where = sample["sample_id"], self._source.resolve(sample["uri"])
         named = f"image row {row} ({sample_id}): {where}"
         try:
@@ -227,61 +304,60 @@ class _Proof:
             ) from error
         require_content(data, sample["content_sha256"], named)
         try:
-            preprocess = self._teacher.preprocess
-            image = open_image(data, preprocess.decoder)
-            if view == 0:
-                evaluation_crop = preprocess.evaluation_crop(*image.size)
-                return _Seen(row, view, sample_id, self._transform(image), evaluation_crop)
-            preprocess.require_evaluable(*image.size)
-            crop = self._crop(row, view, sample["content_sha256"], image.size)
-            return _Seen(row, view, sample_id, replay(image, crop, preprocess), crop.as_row())
+            return _Live((row, view), sample_id, *self._taken(row, view, sample, data))
         except (MemoryError, CacheError):
             raise
         except UndecodableImageError as error:
-            return _Seen(row, view, sample_id, None, (), str(error))
+            return _Live((row, view), sample_id, None, failure=str(error))
         except Exception as error:  # as precompute: a transform may fail on odd images in any way
-            return _Seen(row, view, sample_id, None, (), f"{type(error).__name__}: {error}")
+            return _Live((row, view), sample_id, None, failure=f"{type(error).__name__}: {error}")
 
-    def _crop(self, row: int, view: int, content_sha256: str, size: tuple[int, int]) -> Crop:
-        """The stored one, or the one that was drawn for a row that has none."""
-        if (row, view) in self._lost:
-            return draw_crop(self._reader.manifest.identity.views, content_sha256, view, *size)
-        return Crop.from_row(self._reader.take("image", np.array([row]), view, array="view")[0])
+    def _taken(
+        self, row: int, view: int, sample: dict[str, Any], data: bytes
+    ) -> tuple[torch.Tensor, tuple[float, ...]]:
+        preprocess = self._teacher.preprocess
+        image = open_image(data, preprocess.decoder)
+        if view == 0:
+            return self._transform(image), preprocess.evaluation_crop(*image.size)
+        preprocess.require_evaluable(*image.size)
+        assert isinstance(self._rows, _CacheRows)  # only a cache has further views
+        crop = self._rows.crop(row, view, sample, image.size)
+        return replay(image, crop, preprocess), crop.as_row()
 
-    def _check_quarantined(self, item: _Seen, recorded: QuarantinedRow, live: NDArray[Any] | None) -> None:
+    def _check_quarantined(self, item: _Live, recorded: QuarantinedRow, encoded: NDArray[Any] | None) -> None:
         self.quarantined_checked += 1
-        if live is None:
+        if encoded is None:
             fails = recorded.reason != "not-finite"
         else:
-            fails = recorded.reason == "not-finite" and not np.isfinite(live).all()
+            fails = recorded.reason == "not-finite" and not np.isfinite(encoded).all()
         if not fails:
-            today = "it can be encoded here" if live is not None else f"here it fails otherwise: {item.failure}"
+            today = "it can be encoded here" if encoded is not None else f"here it fails otherwise: {item.failure}"
             self._add("image", item, None, f"quarantined as {recorded.reason} ({recorded.detail}), but {today}")
 
-    def _compare(self, tower: Tower, seen: Sequence[_Seen], live: dict[_Place, NDArray[Any]]) -> None:
-        if not seen:
+    def _compare(self, tower: Tower, live: Sequence[_Live], encoded: dict[Place, NDArray[Any]]) -> None:
+        if not live:
             return
-        rows = np.array([item.row for item in seen])
-        views = np.array([item.view for item in seen])
-        cached = self._reader.take(tower, rows, views).astype(np.float32)
-        crops = self._reader.take("image", rows, views, array="view") if tower == "image" else None
-        for number, item in enumerate(seen):
-            found = cosine(cached[number], live[item.place].astype(np.float32))
+        rows, views = np.array([item.place for item in live]).T
+        stored = self._rows.stored(tower, rows, views).astype(np.float32)
+        crops = self._rows.crops(rows, views) if tower == "image" else None
+        for number, item in enumerate(live):
+            similarity = cosine(stored[number], encoded[item.place].astype(np.float32))
             self.compared[tower] += 1
-            named = f"{tower} row {item.row}" + (f", view {item.view}" if item.view else "")
-            self.cosines.append((found, f"{named} ({item.sample_id})"))
-            if not found >= self._threshold:  # NaN counts as wrong
-                self._add(tower, item, found, f"cosine {found:.4f} with the live teacher's row")
+            row, view = item.place
+            named = f"{tower} row {row}" + (f", view {view}" if view else "")
+            self.cosines.append((similarity, f"{named} ({item.sample_id})"))
+            if not similarity >= self._threshold:  # NaN counts as wrong
+                self._add(tower, item, similarity, f"cosine {similarity:.4f} with the live teacher's row")
             elif crops is not None and not np.allclose(crops[number], item.crop, rtol=0, atol=_BOX_TOLERANCE):
-                self._add(tower, item, found, f"crop {crops[number].tolist()} is stored, {list(item.crop)} is taken")
+                self._add(
+                    tower, item, similarity, f"crop {crops[number].tolist()} is stored, {list(item.crop)} is taken"
+                )
 
-    def _add(self, tower: Tower, item: _Seen, cosine: float | None, what: str) -> None:
-        wrong = WrongRow(tower=tower, view=item.view, row=item.row, sample_id=item.sample_id, cosine=cosine, what=what)
-        self.wrong.append(wrong)
-        chunk = ChunkRef(tower, item.view, item.row // self._reader.manifest.layout.chunk_rows(tower)).name
-        event(_LOG, logging.ERROR, "row is not the teacher's", chunk=chunk, **wrong.model_dump())
+    def _add(self, tower: Tower, item: _Live, cosine: float | None, what: str) -> None:
+        row, view = item.place
+        self.wrong.append(WrongRow(tower=tower, view=view, row=row, sample_id=item.sample_id, cosine=cosine, what=what))
 
 
 def cosine(cached: NDArray[np.float32], live: NDArray[np.float32]) -> float:
-    """Of two rows (dim,); NaN where one of them is zero or not finite."""
+    """Return the cosine of two rows (dim,); NaN where one of them is zero or not finite."""
     return float(cached @ live / (np.linalg.norm(cached) * np.linalg.norm(live)))

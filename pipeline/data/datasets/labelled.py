@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -75,23 +75,22 @@ def read(
     class_names: str = "",
     split: str = "",
 ) -> Iterator[Record]:
-    """Samples of a labelled dataset; see the module and :func:`class_prompts`."""
+    """Read the samples of a labelled dataset; see the module and :func:`class_prompts`."""
     listing = list_images(root, form, split, name)
-    found = class_prompts(listing, prompts, templates, class_names)
+    classes = class_prompts(listing, prompts, templates, class_names)
     yield from listing.problems
     holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
-    captions = tuple(chain.from_iterable(found.prompts))
+    captions = tuple(chain.from_iterable(classes.prompts))
     for number, image in enumerate(listing.images):
-        has = captions if number == holder else ()
-        yield Sample(image.sample_id, image.uri, image.split, has, image.offset, image.length)
+        yield replace(image, captions=captions if number == holder else ())
 
 
 def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "") -> Listing:
-    """Images of one split with their classes.
+    """List the images of one split with their classes.
 
     Args:
-        name: of the dataset in torchvision.
-        split: a published split; all images if left out, where there is but one, or if ``all``.
+        name: name of the dataset in torchvision.
+        split: a published split, or ``all``. Default: the only one.
 
     Raises:
         UsageError: no such form, no images, no such split, or several splits and none named.
@@ -105,67 +104,73 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
 
         return list_torchvision(root, name, split)
     where = f"{form}:{root}"
-    images: list[Sample] = []
-    keys: list[str] = []
-    met: list[tuple[Problem, str | None]] = []
-    for record, its_split, key in _listed(root, form):
-        if isinstance(record, Problem):
-            met.append((record, its_split))
-        else:
-            images.append(record)
-            keys.append(key)
-    splits = Counter(image.split for image in images)
-    shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(splits.items()))
-    if split not in ("", ALL_SPLITS):
-        keep = [number for number, image in enumerate(images) if image.split == split]
-        if not keep:
-            raise UsageError(f"{where}: no image of split {printable(split)!r}; there are {shown or 'no images'}")
-    elif len(splits) > 1 and not split:
+    listed = list(_listed(root, form))
+    images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
+    images = _of_split(where, images, split)
+    # what is wrong with images that are not measured would look like a loss of those that are
+    problems = [
+        record
+        for record, its_split, _ in listed
+        if isinstance(record, Problem) and (split in ("", ALL_SPLITS) or its_split in (split, None))
+    ]
+    samples, keys = [image for image, _ in images], [key for _, key in images]
+    if form == "imagefolder":
+        own = {folder: folder.replace("_", " ") for folder in imagefolder.class_folders(root)}
+        return Listing(where, samples, keys, problems, own, True)
+    own, named = _numbered_classes(where, root, sorted({int(key) for key in keys}))
+    file = _beside(root, _TEMPLATES)
+    templates = templates_in(file) if file else ()
+    return Listing(where, samples, keys, problems, own, named, templates, order_of="any")
+
+
+def _of_split(where: str, images: list[tuple[Sample, str]], split: str) -> list[tuple[Sample, str]]:
+    """Return the images of one split, with their classes.
+
+    Raises:
+        UsageError: no such split, or several and none named.
+    """
+    counts = Counter(image.split for image, _ in images)
+    shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(counts.items()))
+    if split == ALL_SPLITS or (not split and len(counts) <= 1):
+        return images
+    if not split:
         raise UsageError(
             f"{where}: images of several splits, {shown}; name one behind the dataset, ?split=NAME, or take "
             f"?split={ALL_SPLITS}; of zero-shot --split does the same"
         )
-    else:
-        keep = list(range(len(images)))
-    # what is wrong with images that are not measured would look like a loss of those that are
-    anywhere = split in ("", ALL_SPLITS)
-    problems = [problem for problem, its_split in met if anywhere or its_split in (split, None)]
-    if form == "imagefolder":
-        own = {folder: folder.replace("_", " ") for folder in imagefolder.class_folders(root)}
-        return Listing(where, [images[at] for at in keep], [keys[at] for at in keep], problems, own, True)
-    names = _beside(root, _NAMES)
+    of_split = [(image, key) for image, key in images if image.split == split]
+    if not of_split:
+        raise UsageError(f"{where}: no image of split {printable(split)!r}; there are {shown or 'no images'}")
+    return of_split
+
+
+def _numbered_classes(where: str, root: str, numbers: list[int]) -> tuple[dict[str, str], bool]:
+    """Return the names of numbered classes, and whether a file beside the tars names them.
+
+    Raises:
+        UsageError: the file has an empty line, or too few.
+    """
+    file = _beside(root, _NAMES)
+    names = _lines(file) if file else []
     # blank lines would move every class behind them
-    lines = _lines(names) if names else []
-    if any(not line for line in lines):
-        raise UsageError(f"{names}: an empty line, which would be a class without a name; remove it")
-    numbers = sorted({int(keys[at]) for at in keep})
-    if lines and numbers and numbers[-1] >= len(lines):
-        raise UsageError(f"{where}: label {numbers[-1]}, and {names} has {len(lines)} names, of 0 to {len(lines) - 1}")
-    own = {str(n): line for n, line in enumerate(lines)} if lines else {str(n): str(n) for n in numbers}
-    templates = _beside(root, _TEMPLATES)
-    return Listing(
-        where,
-        [images[at] for at in keep],
-        [keys[at] for at in keep],
-        problems,
-        own,
-        bool(lines),
-        templates_in(templates) if templates else (),
-        order_of="any",
-    )
+    if not all(names):
+        raise UsageError(f"{file}: an empty line, which would be a class without a name; remove it")
+    if not names:
+        return {str(number): str(number) for number in numbers}, False
+    if numbers and numbers[-1] >= len(names):
+        raise UsageError(f"{where}: label {numbers[-1]}, and {file} has {len(names)} names, of 0 to {len(names) - 1}")
+    return {str(number): name for number, name in enumerate(names)}, True
 
 
 def class_prompts(listing: Listing, prompts: str = "", templates: str = "", class_names: str = "") -> ClassPrompts:
-    """The classes of a dataset and their prompts.
+    """Match the classes of a dataset and fill in their prompts.
 
     Args:
-        prompts: a prompt set, for its templates and, where it has some, its class names.
-        templates: a name or a file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_templates`); wins over
-        those of ``prompts``, these
-            over the dataset's own, and ``photo`` is what is left.
-        class_names: a JSON file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_class_names`) or
-        ``imagenet``; wins over the names of
-            ``prompts``, these over the dataset's own.
+        prompts: prompt set, for its templates and, where it has some, its class names.
+        templates: name or file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_templates`). Default: those of
+            ``prompts``, else the dataset's own, else ``photo``.
+        class_names: JSON file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_class_names`) or ``imagenet``.
+            Default: the names of ``prompts``, else the dataset's own.
 
     Raises:
         UsageError: a class that cannot be matched for sure; names or templates that cannot be used; fewer than two
@@ -188,17 +193,17 @@ def class_prompts(listing: Listing, prompts: str = "", templates: str = "", clas
         fill = known.templates
     else:
         fill = listing.templates or read_templates("photo")
-    found = []
+    by_class = []
     for name in classes.names:
-        kept, problems = clean_captions(name, filled(fill, name))
+        texts, problems = clean_captions(name, filled(fill, name))
         if problems:
             raise UsageError(f"{listing.where}: a prompt of class {printable(name)!r}: {problems[0].detail}")
-        found.append(kept)
-    return ClassPrompts(classes, tuple(found), fill)
+        by_class.append(texts)
+    return ClassPrompts(classes, tuple(by_class), fill)
 
 
 def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] | None, class_names: str) -> Classes:
-    """The classes, by whatever leaves no doubt.
+    """Match the classes by what leaves no doubt.
 
     Raises:
         UsageError: nothing does.
@@ -230,20 +235,20 @@ def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] |
 
 
 def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
-    """Images and problems with split and class; a problem that may be of any split has None."""
+    """Yield images and problems with split and class; a problem that may be of any split has None."""
     if form == "webdataset":
         yield from webdataset.read_labels(root)
         return
-    for each, split, folder in imagefolder.read_classes(root):
-        if isinstance(each, Problem):
-            yield each, split, ""
+    for path, split, folder in imagefolder.read_classes(root):
+        if isinstance(path, Problem):
+            yield path, split, ""
             continue
-        for record in sample_or_problem(each, each, split, [folder]):
+        for record in sample_or_problem(path, path, split, [folder]):
             yield record, split, folder
 
 
 def _beside(root: str, name: str) -> Path | None:
-    """A text file of clip-benchmark's layout: in the root, or above it when that is the folder of a split."""
+    """Find a text file of clip-benchmark's layout: in the root, or above it when that is the folder of a split."""
     if "://" in root:
         return None
     folder = Path(data_folder(root))
@@ -256,7 +261,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_there(root: str, image: Sample) -> bool:
-    """Whether its file can be opened; a server is believed."""
+    """Check that an image's file can be opened; one behind a URL is assumed to be there."""
     if "://" in root or "://" in image.uri:
         return True
     path = Path(data_folder(root)) / image.uri

@@ -244,7 +244,7 @@ def match_classes(
     same_order: bool = False,
     prompts: str = "",
 ) -> Classes:
-    """Which class of a list each class of a dataset is.
+    """Match each class of a dataset with a class of a list.
 
     Args:
         where: the dataset, for messages.
@@ -269,8 +269,8 @@ def match_classes(
         if nameless:
             raise UsageError(f"{where}: the class names have none for {_some(nameless)}, of {len(own)} classes; add it")
         return _classes(names, "file")
-    found, how = _numbers(where, own, list(names), same_order, prompts)
-    return Classes(tuple(names), found, how)
+    positions, how = _numbers(where, own, list(names), same_order, prompts)
+    return Classes(tuple(names), positions, how)
 
 
 def _classes(names: dict[str, str], how: str) -> Classes:
@@ -281,44 +281,56 @@ def _classes(names: dict[str, str], how: str) -> Classes:
 def _numbers(
     where: str, own: dict[str, str], names: list[str], same_order: bool, prompts: str
 ) -> tuple[dict[str, int], str]:
-    """Position in the list of each class of the dataset, and how it was found."""
+    """Return the position in the list of each class of the dataset, and how it was found."""
     if same_order:
         if len(own) != len(names):
             raise UsageError(f"{where}: {len(own)} classes and {len(names)} class names in order. {_remedy(own)}")
         return {key: number for number, key in enumerate(own)}, "place"
     plain = [_plain(name) for name in names]
-    repeated = Counter(plain)
-    by_name = {key: plain.index(_plain(name)) for key, name in own.items() if repeated[_plain(name)] == 1}
+    by_name = _positions_by_name(own, plain)
     if len(by_name) == len(own):
         return by_name, "name"
-    if all(_WORDNET_ID.fullmatch(key) for key in own) and prompts == "imagenet1k":
-        order = {key: number for number, key in enumerate(_imagenet_ids())}
-        unknown = [key for key in own if key not in order]
-        if unknown:
-            raise UsageError(f"{where}: {_some(unknown)} are none of ImageNet's 1,000 WordNet ids; {_remedy(own)}")
-        return {key: order[key] for key in own}, "WordNet id"
+    if prompts == "imagenet1k" and all(_WORDNET_ID.fullmatch(key) for key in own):
+        return _positions_by_wordnet_id(where, own), "WordNet id"
     published = _PUBLISHED_FOLDERS.get(prompts, "").split()
     if published and set(own) == set(published):
         return {key: published.index(key) for key in own}, "place"
     if all(_by_number(key, name, plain) for key, name in own.items()):
-        # folders that count from 1 would be one off; only all of 0 ... n-1 leave no doubt
-        if sorted(int(key) for key in own) != list(range(len(names))):
-            raise UsageError(
-                f"{where}: the classes are numbers, {len(own)} from {min(own, key=int)} to {max(own, key=int)}; by "
-                f"number they must be 0 to {len(names) - 1}, for as many class names. {_remedy(own)}"
-            )
-        return {key: int(key) for key in own}, "number"
+        return _positions_by_number(where, own, len(names)), "number"
     unmatched = [key for key in own if key not in by_name]
     taken = set(by_name.values())
-    left = [name for number, name in enumerate(names) if number not in taken]
+    unused = [name for number, name in enumerate(names) if number not in taken]
     raise UsageError(
         f"{where}: no class name is surely that of {_some(unmatched)} ({len(unmatched)} of {len(own)} classes); the "
-        f"{f'{prompts} ' if prompts else ''}names that no class has are {_some(left)}. {_remedy(own)}"
+        f"{f'{prompts} ' if prompts else ''}names that no class has are {_some(unused)}. {_remedy(own)}"
     )
 
 
+def _positions_by_name(own: dict[str, str], plain: list[str]) -> dict[str, int]:
+    """Return the positions of the classes whose name is in the list, once."""
+    counts = Counter(plain)
+    return {key: plain.index(_plain(name)) for key, name in own.items() if counts[_plain(name)] == 1}
+
+
+def _positions_by_wordnet_id(where: str, own: dict[str, str]) -> dict[str, int]:
+    order = {key: number for number, key in enumerate(_imagenet_ids())}
+    if unknown := [key for key in own if key not in order]:
+        raise UsageError(f"{where}: {_some(unknown)} are none of ImageNet's 1,000 WordNet ids; {_remedy(own)}")
+    return {key: order[key] for key in own}
+
+
+def _positions_by_number(where: str, own: dict[str, str], count: int) -> dict[str, int]:
+    # folders that count from 1 would be one off; only all of 0 ... n-1 leave no doubt
+    if sorted(int(key) for key in own) != list(range(count)):
+        raise UsageError(
+            f"{where}: the classes are numbers, {len(own)} from {min(own, key=int)} to {max(own, key=int)}; by "
+            f"number they must be 0 to {count - 1}, for as many class names. {_remedy(own)}"
+        )
+    return {key: int(key) for key in own}
+
+
 def _by_number(key: str, name: str, plain: list[str]) -> bool:
-    """Whether a class is a number and its own name no other than that number, or than the one at that place."""
+    """Check that a class is a number, and its own name that number or the name at that place of the list."""
     if not (key.isascii() and key.isdigit()):
         return False
     return name.lstrip("0") == key.lstrip("0") or _plain(name) in plain[int(key) : int(key) + 1]

@@ -33,6 +33,7 @@ import fsspec
 from teacher_cache.pipeline.data.datasets.records import (
     SPLIT_NAMES,
     Problem,
+    ProblemKind,
     Record,
     contents,
     data_folder,
@@ -75,7 +76,7 @@ class _Entry(tarfile.TarInfo):
 
 @dataclass
 class _Member:
-    """What one key of a tar has, while the tar is read."""
+    """Members of one key of a tar, while the tar is read."""
 
     offset: int = -1
     length: int = -1
@@ -84,7 +85,7 @@ class _Member:
     passed_over: str = ""  # a member that ends as an image does, but not from the first dot on
 
     def lost(self, uri: str) -> Problem | None:
-        """What to say of an image that nobody else will miss."""
+        """Return the problem of an image that no other message would name."""
         if self.offset >= 0 or not self.passed_over:
             return None
         ending = PurePosixPath(self.passed_over).name.partition(".")[2]
@@ -246,51 +247,67 @@ def _read_members(
             # an extended header may give another size than the header that was looked at
             if entry.size < 0:
                 raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
-            place, dot, ending = PurePosixPath(entry.name).name.partition(".")
-            ending = ending.lower()
-            if entry.isdir() or not dot or not place:
+            key, ending = _key_of(entry.name)
+            if entry.isdir() or not key:
                 continue  # extended attributes: nothing of an image and its captions
-            parent = entry.name.removeprefix("./").rpartition("/")[0]
-            key = f"{parent}/{place}" if parent else place
             if ending not in _IMAGE_ENDINGS and ending not in text_endings:
-                # a mask beside its image, or an image with a dot in its name
+                # a mask beside its image, or an image with a dot in its name; class labels and the like
                 if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
                     members.setdefault(key, _Member()).passed_over = entry.name
-                continue  # class labels and the like
-            where = printable(f"{uri}/{entry.name}")
-            image = ending in _IMAGE_ENDINGS
-            if not entry.isreg() or entry.issparse():
-                detail = "a link or a sparse member, not a plain file; its bytes are not in one piece here"
-                yield Problem("bad-record", where, detail, lost_image=image)
                 continue
-            member = members.setdefault(key, _Member())
-            if (image and member.offset >= 0) or ending in member.captions:
-                detail = f"the key {printable(key)!r} has its {'image' if image else ending} already; the first stays"
-                yield Problem("duplicate-id", where, detail, lost_image=image)
-                continue
-            member.endings.append(ending)
-            if image:
-                member.offset, member.length = entry.offset_data, entry.size
-                continue
-            if entry.size > _MOST_TEXT_BYTES:
-                detail = f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
-                yield Problem("bad-record", where, detail, lost_image=False)
-                continue
-            content = archive.extractfile(entry)
-            assert content is not None  # a regular member
-            text = content.read().decode("utf-8-sig", errors="surrogateescape")
-            captions = _json_captions(text) if ending == "json" else text
-            if captions is None:
-                detail = "not a JSON object with a text 'caption' or a list of texts 'captions'"
-                yield Problem("bad-record", where, detail, lost_image=False)
-            elif isinstance(captions, list):
-                member.captions[ending] = captions
-            else:
-                member.captions[ending] = captions.splitlines() if lines else [captions]
+            problem = _add_member(archive, entry, key, ending, members, lines)
+            if problem is not None:
+                kind, detail = problem
+                lost_image = ending in _IMAGE_ENDINGS
+                yield Problem(kind, printable(f"{uri}/{entry.name}"), detail, lost_image)
         # tarfile takes a cut or a broken header for the end; the end of a whole tar is a block of zeros
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """Split a member's path at the first dot of its name: key and ending; an empty key where there is none."""
+    place, dot, ending = PurePosixPath(name).name.partition(".")
+    if not dot or not place:
+        return "", ""
+    parent = name.removeprefix("./").rpartition("/")[0]
+    return f"{parent}/{place}" if parent else place, ending.lower()
+
+
+def _add_member(
+    archive: tarfile.TarFile,
+    entry: tarfile.TarInfo,
+    key: str,
+    ending: str,
+    members: dict[str, _Member],
+    lines: bool,
+) -> tuple[ProblemKind, str] | None:
+    """Add an image or a text to its key; return kind and detail of what is wrong with it."""
+    image = ending in _IMAGE_ENDINGS
+    if not entry.isreg() or entry.issparse():
+        return "bad-record", "a link or a sparse member, not a plain file; its bytes are not in one piece here"
+    member = members.setdefault(key, _Member())
+    if (image and member.offset >= 0) or ending in member.captions:
+        what = "image" if image else ending
+        return "duplicate-id", f"the key {printable(key)!r} has its {what} already; the first stays"
+    member.endings.append(ending)
+    if image:
+        member.offset, member.length = entry.offset_data, entry.size
+        return None
+    if entry.size > _MOST_TEXT_BYTES:
+        return "bad-record", f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
+    content = archive.extractfile(entry)
+    assert content is not None  # a regular member
+    text = content.read().decode("utf-8-sig", errors="surrogateescape")
+    if ending != "json":
+        member.captions[ending] = text.splitlines() if lines else [text]
+        return None
+    captions = _json_captions(text)
+    if captions is None:
+        return "bad-record", "not a JSON object with a text 'caption' or a list of texts 'captions'"
+    member.captions[ending] = captions
+    return None
 
 
 def _json_captions(text: str) -> list[str] | None:

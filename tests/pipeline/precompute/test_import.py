@@ -86,11 +86,11 @@ class Home:
         return values
 
     def like_clip_retrieval(self, to: Path, **changes: Any) -> Path:
-        """One caption per image, paths of another machine, seven rows a file."""
+        """Write a folder with one caption per image and seven rows a file."""
         return write_folder(
             to,
             **{
-                "paths": [f"/mnt/old/images/{row:04d}.jpg" for row in range(IMAGES)],
+                "paths": [f"images/{row:04d}.jpg" for row in range(IMAGES)],
                 "image": self.rows("image"),
                 "captions": [f"picture {row}, of colours\n" for row in range(IMAGES)],
                 "text": self.rows("text")[::2],
@@ -225,10 +225,16 @@ def permuted(image: np.ndarray[Any, Any], text: np.ndarray[Any, Any]) -> tuple[A
     [
         (
             lambda image, text: (np.roll(image, 1, axis=0), np.roll(text, 1, axis=0)),
-            r"20 of 20 image rows and 20 of 20 caption rows .* the row beside it is the right one: rows and metadata",
+            r"20 of 20 image rows and 20 of 20 caption rows .* or they are not in the order of their metadata",
         ),
-        (permuted, r"0 of 20 image rows and 20 of 20 caption rows .*caption row \d+ \('picture \d+, of colours'\)"),
-        (lambda image, text: (image[:, ::-1], text), r"20 of 20 image rows and 0 of 20 .* likely another teacher"),
+        (
+            permuted,
+            r"0 of 20 image rows and 20 of 20 caption rows .*caption row \d+ \(\d+\.jpg\), the folder's row \d+: ",
+        ),
+        (
+            lambda image, text: (image[:, ::-1], text),
+            r"20 of 20 image rows and 0 of 20 .* Another teacher, activation or",
+        ),
     ],
     ids=["shifted", "permuted captions", "other rows"],
 )
@@ -264,9 +270,8 @@ def test_rows_of_mirrored_images_are_refused(home: Home, tmp_path: Path, monkeyp
         )
         home.precompute(tmp_path / "mirrored")
     folder = home.like_clip_retrieval(tmp_path / "f", image=home.rows("image", tmp_path / "mirrored"))
-    with pytest.raises(CacheMismatchError, match=r"20 of 20 image rows and 0 of 20 caption rows") as refused:
+    with pytest.raises(CacheMismatchError, match=r"20 of 20 image rows and 0 of 20 caption rows"):
         home.bring(folder, tmp_path / "c")
-    assert "likely the same weights with another activation" in str(refused.value)
     assert not (tmp_path / "c").exists()
 
 
@@ -326,7 +331,7 @@ def _size_or_why(look: Callable[[bytes], tuple[int, int]], data: bytes) -> tuple
 def test_a_folder_of_other_images_is_refused(home: Home, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "f", ["/x/a.png", "/x/b.png"], home.rows("image")[:2])
     with pytest.raises(
-        UsageError, match=r"none of its 2 rows is of flickr:.* first is '/x/a.png', .* 'images/0000.jpg'; a"
+        UsageError, match=r"none of its 2 rows is of flickr:.* first is '/x/a.png', .* 'images/0000.jpg' in /"
     ):
         home.bring(folder, tmp_path / "c")
     assert not (tmp_path / "c").exists()
