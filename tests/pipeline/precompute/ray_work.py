@@ -250,8 +250,10 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     spec = json.load(sys.stdin)
     found: dict[str, Any] = {"local": local(spec)}
+    from ray._private import services
     from ray.cluster_utils import Cluster
 
+    services.get_node = _patient(services.get_node)
     head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     os.environ["RAY_ADDRESS"] = cluster.address
@@ -265,6 +267,22 @@ def main() -> None:
         cluster.shutdown()
     out.write(json.dumps(found))
     out.flush()
+
+
+def _patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a look for a node that waits: Ray itself gives a node that starts 30 seconds, whatever the load."""
+
+    def call(*arguments: Any) -> Any:
+        stop = time.monotonic() + _SECONDS
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > stop:
+                    raise
+                time.sleep(0.5)
+
+    return call
 
 
 @contextlib.contextmanager
