@@ -92,7 +92,7 @@ class ChunkWork:
 
     @property
     def complete(self) -> bool:
-        """Whether every row was put."""
+        """True once every row was stored."""
         return self._pending == 0
 
     def start(self, at: float) -> None:
@@ -193,7 +193,7 @@ class Batch:
 
     @property
     def needs_images(self) -> bool:
-        """Whether its images are looked at: to be decoded, or where rows are known, for their sizes."""
+        """True if its images are opened: to decode them, or for their sizes where the rows are known."""
         return self.chunk.ref.tower == "image" and not (self.known and self.chunk.crops_known)
 
     def request(self, pool: ThreadPoolExecutor, inputs: Inputs) -> None:

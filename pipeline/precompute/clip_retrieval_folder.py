@@ -130,7 +130,7 @@ class ForeignFolder:
         return _Part(metadata, rows, arrays)
 
     def columns(self, *names: str) -> Iterator[tuple[int, pa.Table]]:
-        """(number of its first row, these columns as strings) of each part; a column that is not there is all null.
+        """Yield each part's first row number and its columns as strings; a missing column is all null.
 
         Raises:
             UsageError: a file cannot be read, or a column holds no text.
@@ -151,7 +151,7 @@ class ForeignFolder:
     def take(
         self, tower: Tower, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
-        """Rows as a cache holds them.
+        """Return rows as a cache holds them.
 
         Returns:
             Embedding, (rows, dim) float16 of unit norm: float16 rows that are so already keep their bits, others are
@@ -169,7 +169,7 @@ class ForeignFolder:
 
 
 def _numbered(root: Path, name: str, ending: str) -> dict[int, Path]:
-    """Files ``name/name_N.ending`` by number, in its order.
+    """Find files ``name/name_N.ending`` by number, in its order.
 
     Raises:
         UsageError: two of them have the same number.
@@ -226,8 +226,7 @@ class ForeignRows:
     sha256: str
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
-        """As :class:`teacher_cache.pipeline.precompute.reuse.KnownRows`: embedding and norm of view 0, as
-        :meth:`of`."""
+        """Return embedding and norm of view 0, as :class:`teacher_cache.pipeline.precompute.reuse.KnownRows` does."""
         if ref.view > 0:
             return np.zeros(len(rows), np.bool_), {}
         known, embedding, norm = self.of(ref.tower, np.arange(rows.start, rows.stop))
@@ -236,7 +235,7 @@ class ForeignRows:
     def of(
         self, tower: Tower, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float16], NDArray[np.float32]]:
-        """Which of the dataset's rows are known; embedding and norm of these, as :meth:`ForeignFolder.take`.
+        """Return which of the dataset's rows are known, and their embedding and norm as :meth:`ForeignFolder.take`.
 
         Raises:
             CacheMismatchError: the folder has changed since it was matched.

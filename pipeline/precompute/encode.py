@@ -112,7 +112,7 @@ def encode_claimed(
 
 
 class RowTally:
-    """Rows done, by this process and by others, out of those of some chunks; reported to a progress and to telemetry.
+    """Rows done by this process and by others, out of those of some chunks; reported to a progress and to telemetry.
 
     As a context manager it takes back what it reported to telemetry when an error ends the block, since the next try
     counts all of them again.
@@ -273,7 +273,7 @@ class _Encoder:
 
 
 class _Writers:
-    """Chunks on their way to the disk or store; whoever adds one waits while two stretches of rows are."""
+    """Chunks on their way to the disk or store. Adding one waits while two stretches of rows are on their way."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""Who encodes the chunks of a cache: this process, or workers on many machines behind the same three calls.
+"""Executors: this process, or workers on many machines, behind the same two calls.
 
 An executor decides where and when. What is done the store says, and what the rows are the teacher: a cache is the same,
 byte for byte, whichever executor made it, and neither its identity nor its manifest names one.
@@ -21,15 +21,15 @@ __all__ = ["Executor", "LocalExecutor", "open_executor"]
 
 
 class Executor(Protocol):
-    """Plans a cache and encodes its chunks. A context manager: leaving it lets go of all that it holds."""
+    """Planning of a cache and encoding of its chunks. A context manager: leaving it releases what it holds."""
 
     def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
-        """As :func:`teacher_cache.pipeline.precompute.plan.plan_precompute`, for the devices that are going to
+        """Plan the cache, as :func:`teacher_cache.pipeline.precompute.plan.plan_precompute`, for the devices that will
         encode."""
         ...
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:
-        """Encode chunks of a planned cache. When it returns each is committed, by whomever.
+        """Encode chunks of a planned cache. When it returns each is committed, by any process.
 
         Returns:
             How many of them this executor encoded.
@@ -77,7 +77,7 @@ class LocalExecutor:
 
 
 def open_executor(config: PrecomputeConfig) -> Executor:
-    """The executor that ``config`` names.
+    """Open the executor that ``config`` names.
 
     Raises:
         UsageError: it is not known, or needs a package that is not installed.

@@ -110,12 +110,12 @@ class Forecast(BaseModel, frozen=True):
 
     @property
     def needed_bytes(self) -> int:
-        """What is still to be written."""
+        """Bytes that are still to be written."""
         return max(self.target_bytes + self.table_bytes - self.there_bytes, 0)
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for it; True where that is not known."""
+        """True if there is room for it, or where that is not known."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
@@ -181,7 +181,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
 
 
 def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | None:
-    """The first number of epochs whose teacher would take longer than the cache; None without a teacher's time."""
+    """Return the first number of epochs for which the teacher takes longer than the cache; None without its time."""
     return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
 
 
@@ -341,7 +341,7 @@ def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[An
 def _known(
     config: PrecomputeConfig, planned: PlannedDataset | None, there: CacheManifest | None
 ) -> CachedRows | CachedChunks | None:
-    """What can be copied from the cache that is named, if one is.
+    """Return what can be copied from the cache that ``config.reuse`` names.
 
     Raises:
         CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
@@ -368,7 +368,7 @@ def _there(
     listed: SampleSet,
     planned: PlannedDataset | None,
 ) -> tuple[CacheManifest, list[ChunkRef]] | None:
-    """The cache that is there, if there is one, and its committed chunks.
+    """Return the manifest of an existing cache, and its committed chunks.
 
     Raises:
         CacheMismatchError: it is of another teacher, dtype, crops, chunks or batches; of other captions or splits, or

@@ -117,14 +117,14 @@ def _portable(error: Exception) -> Exception:
 
 @dataclass(frozen=True)
 class _Slot:
-    """What Ray sets aside for one actor."""
+    """Resources that Ray reserves for one actor."""
 
     cpus: int
     gpus: int
 
     @classmethod
     def of(cls, config: PrecomputeConfig, nodes: list[dict[str, float]]) -> _Slot:
-        """A GPU and its share of the node's cores, or ``decode_threads`` cores, one if that is left out.
+        """Return a GPU and its share of the node's cores, or ``decode_threads`` cores. Default: one.
 
         Raises:
             UsageError: a numbered device: Ray chooses which one.
@@ -138,7 +138,7 @@ class _Slot:
         return cls(config.decode_threads or max(1, share), 1)
 
     def room(self, node: dict[str, float]) -> int:
-        """How many fit on a node that has nothing else to do."""
+        """Return how many fit on an idle node."""
         places = int(node.get("CPU", 0) // self.cpus)
         return min(places, int(node.get("GPU", 0) // self.gpus)) if self.gpus else places
 

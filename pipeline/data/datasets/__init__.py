@@ -33,7 +33,7 @@ ADAPTERS: dict[str, str] = {
 
 
 def adapter(kind: str) -> Adapter:
-    """The ``read`` function of one kind of dataset, which refuses options that the kind does not have.
+    """Return the ``read`` function of one kind of dataset, which refuses options that the kind does not have.
 
     Raises:
         UsageError: the kind is not known, or (when called) an option is not; the message lists those that are.

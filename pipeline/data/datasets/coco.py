@@ -34,7 +34,7 @@ _PREFIX = "captions_"
 
 
 def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
-    """Samples of every captions file, or of some.
+    """Read the samples of every captions file, or of some.
 
     Args:
         root: the folder that holds ``annotations/``.

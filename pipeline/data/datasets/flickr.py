@@ -58,7 +58,7 @@ _CAPTION_COLUMNS = ("caption", "comment")
 
 
 def read(root: str, *, captions: str = "", images: str = "") -> Iterator[Record]:
-    """Samples of one folder of Flickr8k or Flickr30k.
+    """Read the samples of one folder of Flickr8k or Flickr30k.
 
     Args:
         root: the folder.

@@ -37,7 +37,7 @@ _LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
 
 
 def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[Record]:
-    """Samples of every class folder.
+    """Read the samples of every class folder.
 
     Args:
         root: the folder.

@@ -40,7 +40,7 @@ _FOLDERS = (
 
 
 def read(root: str, *, images: str = "") -> Iterator[Record]:
-    """Samples of one file of Karpathy's.
+    """Read the samples of one file of Karpathy's.
 
     Args:
         root: the JSON file, or the folder that holds it and no other.
@@ -103,7 +103,7 @@ def _name(entry: object) -> tuple[str, str]:
 
 
 def _image_folders(folder: Path, images: str, entries: list[object]) -> dict[str, str]:
-    """The folder for each filepath of the file; a filepath with none keeps its published place."""
+    """Map each filepath of the file to its folder; a filepath without one keeps its published place."""
     names: dict[str, list[str]] = {}
     for entry in entries:
         name, filepath = _name(entry)

@@ -196,7 +196,7 @@ def read_templates(what: str) -> tuple[str, ...]:
 
 
 def templates_in(path: Path) -> tuple[str, ...]:
-    """The templates of a text file, one per line; ``{c}`` is read as ``{}``, as clip-benchmark writes it.
+    """Read the templates of a text file, one per line; ``{c}`` is read as ``{}``, as clip-benchmark writes it.
 
     Raises:
         UsageError: none in it, or one without ``{}``.
@@ -212,13 +212,13 @@ def templates_in(path: Path) -> tuple[str, ...]:
 
 
 def filled(templates: Sequence[str], name: str) -> tuple[str, ...]:
-    """The prompts of one class."""
+    """Fill in the prompts of one class."""
     # not str.format: a template may hold other braces
     return tuple(template.replace("{}", name).strip() for template in templates)
 
 
 def read_class_names(path: str) -> dict[str, str] | list[str]:
-    """A user's class names: ``{"folder or label": "name"}``, or a list of names as prompt sets have them.
+    """Read a user's class names: ``{"folder or label": "name"}``, or a list of names as prompt sets have them.
 
     Raises:
         UsageError: not there, not JSON, or something else in it.
@@ -355,7 +355,7 @@ def _plain(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _imagenet_ids() -> list[str]:
-    """The 1,000 WordNet ids in order, as timm (which open_clip needs) ships them."""
+    """Read the 1,000 WordNet ids in order, as timm (which open_clip needs) ships them."""
     return Path(str(distribution("timm").locate_file("timm/data/_info/imagenet_synsets.txt"))).read_text().split()
 
 

@@ -1,4 +1,4 @@
-"""What every dataset adapter yields: samples with their captions, and the problems met on the way."""
+"""Records that every dataset adapter yields: samples with their captions, and problems."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind
 def sample_or_problem(
     sample_id: str, uri: str, split: str, captions: Iterable[str], offset: int = -1, length: int = -1
 ) -> Iterator[Record]:
-    """The sample with its clean captions, or the problem that it has none or a name no cache can hold."""
+    """Yield the sample with its clean captions, or the problem that it has none or a name no cache can hold."""
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
         found = _unfit_name(text)
         if found:
@@ -173,7 +173,7 @@ def uri_below(folder: str, name: str) -> str | None:
 
 
 def local_folder(kind: str, root: str) -> Path:
-    """The root as a folder on this machine.
+    """Return the root as a folder on this machine.
 
     Raises:
         UsageError: it is a URL, a file, or not there.
@@ -188,7 +188,7 @@ def local_folder(kind: str, root: str) -> Path:
 
 
 def data_folder(root: str) -> str:
-    """The folder that relative uris start from.
+    """Return the folder that relative uris start from.
 
     That is ``root`` itself, the folder of the file that ``root`` names (a table, a JSON, a tar), or what stands
     before the first brace of ``shards/{000..003}.tar``.
@@ -205,7 +205,7 @@ def data_folder(root: str) -> str:
 
 
 def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) -> str | None:
-    """Which of the folders below ``root`` holds the images.
+    """Find the folder below ``root`` that holds the images.
 
     Args:
         root: the dataset's root.
@@ -232,7 +232,7 @@ def _is_file(path: str) -> bool:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file for reading bytes; never a pipe, a socket or a device.
+    """Open a file for reading bytes; never a pipe, a socket or a device.
 
     Opening one of those may wait for ever, or do something to hardware, so the look comes before the opening.
 
@@ -262,7 +262,7 @@ def _require_regular(path: str | Path, mode: int) -> None:
 
 
 def contents(folder: Path, most: int = 12) -> str:
-    """What a folder holds, for a message that says what was found."""
+    """List what a folder holds, for a message."""
     names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
     if not names:
         return "nothing"
@@ -270,7 +270,7 @@ def contents(folder: Path, most: int = 12) -> str:
 
 
 def open_text(path: Path) -> Any:
-    """A text file as UTF-8 with or without a byte-order mark; broken bytes become lone surrogates.
+    """Open a text file as UTF-8 with or without a byte-order mark; broken bytes become lone surrogates.
 
     :func:`clean_captions` finds those again.
     """
@@ -278,7 +278,7 @@ def open_text(path: Path) -> Any:
 
 
 def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The JSON object of one file, with lists under ``keys``.
+    """Read the JSON object of one file, with lists under ``keys``.
 
     Raises:
         UsageError: not JSON, or not an object with a list under each key.
@@ -298,7 +298,7 @@ def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a dataset says of itself.
+    """Images of a dataset, with its classes.
 
     Attributes:
         images: without captions, in order.

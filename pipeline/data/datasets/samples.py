@@ -137,13 +137,13 @@ class ImageSource:
         self.root = root
 
     def resolve(self, uri: str) -> str:
-        """The path or URL that ``uri`` stands for, relative ones below ``root``."""
+        """Return the path or URL that ``uri`` stands for, relative ones below ``root``."""
         if "://" in uri or Path(uri).is_absolute():
             return uri
         return f"{self.root.rstrip('/')}/{uri}"
 
     def fetches(self, uri: str) -> int:
-        """How many such images are worth reading at once by threads of their own: 0 where a file answers at once."""
+        """Return the number of such images to read at once by threads of their own; 0 for files of this machine."""
         scheme, mark, _ = self.resolve(uri).partition("://")
         return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
 
@@ -158,7 +158,7 @@ class ImageSource:
             yield pool
 
     def read(self, uri: str, offset: int = -1, length: int = -1) -> bytes:
-        """The image's bytes as stored, not decoded.
+        """Read the image's bytes as stored, not decoded.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -306,12 +306,12 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
 
 
 def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
-    """How many of a dataset's images are read at once for their digests."""
+    """Return the number of a dataset's images to read at once for their digests."""
     return max((source.fetches(sample.uri) for sample in samples[:1]), default=0) or _HASH_THREADS
 
 
 def list_samples(spec: DatasetSpec) -> SampleSet:
-    """What a dataset lists, without a look at its images: those that are missing or cannot be read are in it.
+    """List a dataset without looking at its images: missing and unreadable ones are listed too.
 
     Raises:
         UsageError, ConnectionError: see :func:`load_samples`.
@@ -333,7 +333,7 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
 
 
 def _records(spec: DatasetSpec) -> Iterator[Record]:
-    """What the adapter finds.
+    """Yield the records of the adapter.
 
     Raises:
         UsageError, ConnectionError: see :func:`load_samples`.

@@ -102,7 +102,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a scene shows, before jitter and noise. No two objects share a shape, a colour or a cell."""
+    """Contents of a scene, before jitter and noise. No two objects share a shape, a colour or a cell."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -111,7 +111,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """What a rendered folder was made from; two folders with equal settings hold equal scenes."""
+    """Settings of a rendered folder; two folders with equal settings hold equal scenes."""
 
     seed: int = 2024
     train: int = 1800
@@ -141,7 +141,7 @@ class SceneSettings:
 
 
 def read(root: str, **options: str) -> Iterator[Record]:
-    """The samples of ``scenes:PATH`` in the order train, dev, test; renders them on first use.
+    """Read the samples of ``scenes:PATH`` in the order train, dev, test; render them on first use.
 
     The images are rendered into a hidden folder beside PATH that becomes PATH in one rename, so a killed
     render leaves PATH as it was and the next call starts anew. Several processes may call at once: each
@@ -176,7 +176,7 @@ def _samples(images: list[Any]) -> Iterator[Record]:
 
 
 def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
-    """The images listed in ``captions.json``, once its settings are proven to be the ones asked for."""
+    """Read the images listed in ``captions.json``, whose settings must be the requested ones."""
     try:
         with open_text(path / "captions.json") as file:
             index = json.load(file)
@@ -227,14 +227,14 @@ def _render_folder(path: Path, settings: SceneSettings) -> None:
 
 
 def describe_scene(seed: int, split: str, index: int) -> Scene:
-    """What scene ``index`` of a split shows; a function of its arguments alone."""
+    """Describe scene ``index`` of a split; a function of its arguments alone."""
     if index % 5 == 1:
         return _twin(_draw_scene(_generator(seed, split, index - 1, 0)), _generator(seed, split, index, 0))
     return _draw_scene(_generator(seed, split, index, 0))
 
 
 def render_scene(seed: int, split: str, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """One scene as a 64 x 64 RGB image with its four captions; a function of its arguments alone.
+    """Render one scene as a 64 x 64 RGB image with its four captions; a function of its arguments alone.
 
     Args:
         seed: of the dataset; another seed gives other scenes.
@@ -271,7 +271,7 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def _twin(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene with the colours, the places or (where they differ) the sizes of two shapes exchanged."""
+    """Exchange the colours, the places or (where they differ) the sizes of two shapes."""
     first, second, *others = _shuffled(rng, scene.objects)
     exchange = ["colour", "place"] + ["size"] * (first.size != second.size)
     match _pick(rng, exchange):

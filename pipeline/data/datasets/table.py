@@ -49,7 +49,7 @@ _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeEr
 
 @dataclass
 class _Image:
-    """What the rows of one path say."""
+    """Rows of one path, put together."""
 
     sample_id: str
     split: str
@@ -68,7 +68,7 @@ class _Row:
 def read(
     root: str, *, path: str | None = None, caption: str | None = None, split: str | None = None, id: str | None = None
 ) -> Iterator[Record]:
-    """Samples of one table.
+    """Read the samples of one table.
 
     Args:
         root: the table, a local file or a URL. ``.parquet`` is Parquet, anything else is text with a header,
@@ -121,7 +121,7 @@ def read(
 
 
 def _open(root: str) -> Any:
-    """The table's bytes, to be closed by the caller."""
+    """Open the table's bytes; the caller closes them."""
     try:
         return fsspec.open(root, "rb").open() if "://" in root else open_regular(root)
     except IsADirectoryError:
@@ -145,14 +145,14 @@ def _difference(image: _Image, sample_id: str, split: str) -> str:
 
 
 def _captions(value: Any) -> list[str]:
-    """A cell's captions; nothing in a cell is an empty caption, to be counted as one."""
+    """Return a cell's captions; an empty cell is an empty caption, and counted as one."""
     if isinstance(value, list):
         return ["" if caption is None else str(caption) for caption in value]
     return ["" if value is None else str(value)]
 
 
 def _find_columns(root: str, header: Sequence[str], wanted: dict[str, str | None]) -> dict[str, int]:
-    """Where each role's column is."""
+    """Find each role's column."""
     found: dict[str, int] = {}
     lowered = [column.strip().lower() for column in header]
     shown = printable(", ".join(header)) or "none"
@@ -233,7 +233,7 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str |
 
 
 def _raise_transient(root: str, error: BaseException) -> None:
-    """What another try can cure stays so: half a table now and a whole one then would be two datasets."""
+    """Raise a transient error as such: half a table now and a whole one later would be two datasets."""
     if is_transient(error):
         raise ConnectionError(f"{root}: {type(error).__name__}: {error}. Run the same command again.") from error
 
@@ -254,7 +254,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _holds_pictures(table: pq.ParquetFile, column: str) -> bool:
-    """Whether bytes of a column are no paths, which have no zero byte; seen by the first value that there is."""
+    """Check whether a column of bytes holds pictures: its first value has a zero byte, which no path has."""
     with contextlib.suppress(*_BROKEN_PARQUET):  # said when the rows are read
         for batch in table.iter_batches(batch_size=1, columns=[column]):
             if value := batch.column(0)[0].as_py():

@@ -101,7 +101,7 @@ class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
     protocol = "torchvision"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """The image as PPM, or PGM where it is grey; of one that torchvision cannot decode, why, which is no image.
+        """Return the image as PPM, or PGM if grey; the reason, where torchvision cannot decode it.
 
         Raises:
             FileNotFoundError: the dataset is not there any more, or has fewer images.
@@ -123,7 +123,7 @@ class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
 
 
 def _open(name: str, root: str, split: str) -> tuple[Any, str]:
-    """The dataset and the split that it is of."""
+    """Return the dataset and its split."""
     where = f"torchvision:{name}:{root}"
     if name not in TORCHVISION:
         raise UsageError(
@@ -156,7 +156,7 @@ def _opened(name: str, root: str, split: str) -> Any:
 
 
 def _words(name: str, category: str) -> str:
-    """What a category of a dataset is called in a prompt."""
+    """Return the name of a category in a prompt."""
     if name == "Caltech256":  # 002.american-flag; -101 marks those that Caltech101 has too
         return _CALTECH256_MARKS.sub("", category).replace("-", " ")
     slash = " " if name == "SUN397" else "/"  # apartment_building/outdoor; but F-16A/B
@@ -164,7 +164,7 @@ def _words(name: str, category: str) -> str:
 
 
 def _files(dataset: Any) -> list[str | Path] | None:
-    """The file of each image, where torchvision keeps a list of them."""
+    """Return the file of each image, where torchvision keeps a list of them."""
     for attribute in ("_image_files", "_images", "_samples", "samples"):
         found = getattr(dataset, attribute, None)
         if isinstance(found, list) and found and len(found) == len(dataset):
@@ -175,7 +175,7 @@ def _files(dataset: Any) -> list[str | Path] | None:
 
 
 def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
-    """The label of each image, without decoding one where the dataset keeps a list of them."""
+    """Return the label of each image, without decoding one where the dataset keeps a list of them."""
     found: Any = None
     for attribute in ("targets", "labels", "_labels", "y"):
         found = getattr(dataset, attribute, None)

@@ -94,7 +94,7 @@ class _Member:
 
 
 def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") -> Iterator[Record]:
-    """Samples of all tars.
+    """Read the samples of all tars.
 
     Args:
         root: a folder, a tar, or a pattern with braces.

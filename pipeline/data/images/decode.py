@@ -57,7 +57,7 @@ class UndecodableImageError(Exception):
 
 
 def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
-    """The image in these bytes, all its pixels decoded, in a mode that open_clip's transform takes.
+    """Decode the image in these bytes, all its pixels, in a mode that open_clip's transform takes.
 
     Args:
         shrink_to: for people to look at: a large JPEG is decoded at a half, a quarter or an eighth of its size, where
@@ -95,7 +95,7 @@ def decoded_size(data: bytes) -> tuple[int, int]:
 
 
 def identified_image(data: bytes) -> Image.Image:
-    """The image in these bytes by its header, no pixels decoded yet; :func:`load_image` decodes them.
+    """Open the image in these bytes by its header; :func:`load_image` decodes its pixels.
 
     Raises:
         UndecodableImageError: by the header alone, as :func:`decode_image`.
@@ -117,7 +117,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def load_image(image: Image.Image) -> Image.Image:
-    """The same of an image that a caller opened or made with Pillow.
+    """Decode an image that a caller opened or made with Pillow, as :func:`decode_image` does.
 
     Raises:
         UndecodableImageError: as :func:`decode_image`.
@@ -158,7 +158,7 @@ def what_pillow_raises() -> Iterator[None]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image itself, or the upper half of its 16 bits.
+    """Return the image itself, or the upper half of its 16 bits.
 
     Raises:
         UndecodableImageError: it has 32 bits a pixel of grey.
@@ -173,7 +173,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def size_in_words(width: int, height: int) -> str:
-    """For a message."""
+    """Name an error for a message."""
     return f"{width:,} x {height:,} pixels"
 
 

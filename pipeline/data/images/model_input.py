@@ -1,4 +1,4 @@
-"""What one model sees of an image: size, crop and colours, and the evaluation transform in Pillow and numpy. No torch.
+"""Input of one model: size, crop and colours, and the evaluation transform in Pillow and numpy. No torch.
 
 The transform is open_clip's for evaluation: the same calls of Pillow that torchvision makes for an image of Pillow's,
 then the same float32 arithmetic. :class:`teacher_cache.pipeline.data.images.preprocess.Preprocess` is open_clip's own,
@@ -52,7 +52,7 @@ class ModelInput:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """As open_clip's ``preprocess_cfg``."""
+        """Return the settings as open_clip's ``preprocess_cfg``."""
         return {
             "size": list(self.size),
             "mode": "RGB",
@@ -64,7 +64,7 @@ class ModelInput:
         }
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """The part of the transform that moves pixels: to an RGB image of ``size``.
+        """Apply the part of the transform that moves pixels: to an RGB image of ``size``.
 
         Args:
             image: as :func:`teacher_cache.pipeline.data.images.decode.decode_image` gives it, in any of its modes.
@@ -83,7 +83,7 @@ class ModelInput:
         )
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
-        """The whole transform: float32 (3, height, width), with the model's mean and std taken out. Raises as above."""
+        """Apply the whole transform: float32 (3, height, width), normalised by mean and std. Raises as above."""
         shown = np.asarray(self.picture(image)).transpose(2, 0, 1)
         # float32 throughout, in torchvision's order of operations, so that no bit differs
         scaled = np.ascontiguousarray(shown).astype(np.float32) / np.float32(255)
@@ -113,7 +113,7 @@ class ModelInput:
         return round(height / ratio), round(width / ratio)
 
     def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
-        """The region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
+        """Return the region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
 
         Follows open_clip's transform to its rounding: the image is resized to whole pixels, and the crop starts
         at a whole pixel of the resized image. With resize_mode ``longest`` the region reaches beyond the image,
@@ -166,5 +166,5 @@ def _centre_cropped(image: Image.Image, size: tuple[int, int], fill: int) -> Ima
 
 
 def _centre(have: int, want: int) -> int:
-    """Where a centred crop starts, in resized pixels; negative where open_clip pads."""
+    """Return where a centred crop starts, in resized pixels; negative where open_clip pads."""
     return round((have - want) / 2) if have >= want else -((want - have) // 2)

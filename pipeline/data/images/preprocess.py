@@ -42,12 +42,12 @@ class Preprocess(ModelInput):
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> Preprocess:
-        """The one that open_clip attached to a model when it built it."""
+        """Take the preprocessing that open_clip attached to a model when it built it."""
         config: dict[str, Any] = model.visual.preprocess_cfg  # type: ignore[assignment,union-attr]
         return cls.from_config(config)
 
     def decoded_by(self, decoder: str | None) -> Preprocess:
-        """The same with the decoder of a cache.
+        """Return the same preprocessing with the decoder of a cache.
 
         Args:
             decoder: as :class:`teacher_cache.storage.format.identity.PreprocessIdentity` has it: None is Pillow.
@@ -67,11 +67,11 @@ class Preprocess(ModelInput):
         return _Transform(self._of_open_clip(), self)
 
     def shown(self) -> Callable[[Image.Image | ScaledJpeg], NDArray[np.uint8]]:
-        """The part of :meth:`transform` that moves pixels: to RGB uint8 (height, width, 3). It raises as that does."""
+        """Return the part of :meth:`transform` that moves pixels: RGB uint8 (height, width, 3). Raises as that does."""
         return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
 
     def scaled(self, image: ScaledJpeg) -> torch.Tensor:
-        """As :meth:`shown` of a JPEG that is decoded as it is resized: RGB uint8 (3, height, width)."""
+        """Return :meth:`shown` of a JPEG that is decoded as it is resized: RGB uint8 (3, height, width)."""
         self.require_resizable(*image.size)
         height, width = self.resized(*image.size)
         seen = image.resized((width, height), self._resampling())
@@ -81,7 +81,7 @@ class Preprocess(ModelInput):
         return seen
 
     def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
-        """The rest of :meth:`transform`, for the evaluation crop and any other region alike.
+        """Apply the rest of :meth:`transform`, to the evaluation crop or any other region.
 
         Args:
             shown: RGB of ``size``; as an array uint8 (height, width, 3), writable.
@@ -115,7 +115,7 @@ class Preprocess(ModelInput):
         return image_transform_v2(config, is_train=False)
 
     def identity(self) -> PreprocessIdentity:
-        """What a cache records of it."""
+        """Return what a cache records of the preprocessing."""
         from teacher_cache.storage.format.identity import PreprocessIdentity
 
         return PreprocessIdentity(
@@ -131,7 +131,7 @@ class Preprocess(ModelInput):
         )
 
     def _probe(self) -> str:
-        """A 12 x 12 grid of pixels of two probe images after the transform, one byte a channel, base64.
+        """Return a 12 x 12 grid of pixels of two probe images after the transform, one byte a channel, base64.
 
         The images are noise, one shrunk and one enlarged, so that any other filter, crop or scale shows in most of
         the pixels by far more than the one level that two correct implementations of the same filter may differ.
@@ -152,7 +152,7 @@ class Preprocess(ModelInput):
 
 
 def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
-    """What a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``.
+    """Return what a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``.
 
     All but the size, which is the student's own, and the decoder, which is that of the images of each cache.
     """
@@ -161,7 +161,7 @@ def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What a model sees, for images that can be resized in bounded memory; a class, so that workers can get it."""
+    """Transform to pixels, for images that can be resized in bounded memory; a class, so that workers can get it."""
 
     apply: Any
     preprocess: Preprocess

@@ -73,7 +73,7 @@ def _decode_jpeg() -> Any:
 
 
 def open_image(data: bytes, decoder: str = PILLOW) -> Image.Image | ScaledJpeg:
-    """The image in these bytes as a decoder has it: decoded by Pillow, or a JPEG that is decoded when it is resized.
+    """Open the image in these bytes: decoded by Pillow, or a JPEG that is decoded when it is resized.
 
     Raises:
         UndecodableImageError: :mod:`teacher_cache.pipeline.data.images.decode` says why; a JPEG's, if its data is
@@ -90,7 +90,7 @@ def open_image(data: bytes, decoder: str = PILLOW) -> Image.Image | ScaledJpeg:
 
 
 class ScaledJpeg:
-    """A JPEG in colour, of which each region is decoded at the scale that it is wanted at. For one thread.
+    """JPEG in colour whose regions are each decoded at the scale that they need. For one thread.
 
     Attributes:
         size: (width, height) in pixels, of the source image.
@@ -104,7 +104,7 @@ class ScaledJpeg:
     def resized(
         self, size: tuple[int, int], resample: Image.Resampling, box: tuple[int, int, int, int] | None = None
     ) -> Tensor:
-        """As Pillow's ``Image.crop(box)``, then ``resize`` to (width, height) ``size``.
+        """Crop to ``box`` and resize to (width, height) ``size``, as Pillow does.
 
         Args:
             resample: bicubic or bilinear, both antialiased.
@@ -130,7 +130,7 @@ class ScaledJpeg:
         return _resized(pixels, Box(*(edge * eighths / 8 for edge in region)), size, resample)
 
     def _at(self, eighths: int) -> NDArray[np.uint8]:
-        """All of the image at so many eighths of its size, rounded up: (height, width, 3).
+        """Decode all of the image at a number of eighths of its size, rounded up: (height, width, 3).
 
         Raises:
             ValueError: libjpeg is not content with the data, if only by a warning.
@@ -145,7 +145,7 @@ class ScaledJpeg:
 
 
 def _eighths(region: Box, size: tuple[int, int]) -> int:
-    """The scale, in eighths, at which a region has ``MARGIN`` times the pixels, along both edges, that it gets."""
+    """Return the scale, in eighths, at which a region has ``MARGIN`` times the pixels of ``size`` along both edges."""
     width, height = region.right - region.left, region.bottom - region.top
     for eighths in _EIGHTHS:
         if width * eighths >= 8 * MARGIN * size[0] and height * eighths >= 8 * MARGIN * size[1]:

@@ -1,4 +1,4 @@
-"""Views: which crop of an image the teacher saw, drawn once, stored, and replayed by whoever looks at it again.
+"""Views: the crops of an image that the teacher saw, drawn once, stored, and replayed for students.
 
 View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`). The
 views after it are random resized crops, perhaps mirrored, in whole pixels of the source image. The box that was drawn
@@ -44,12 +44,12 @@ class Crop:
     flip: bool
 
     def as_row(self) -> tuple[float, float, float, float, float]:
-        """As ``image/view`` holds it: top, left, height, width, and 1.0 if mirrored."""
+        """Return the crop as ``image/view`` holds it: top, left, height, width, and 1.0 if mirrored."""
         return float(self.top), float(self.left), float(self.height), float(self.width), float(self.flip)
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Crop:
-        """From what ``image/view`` holds of a view after view 0.
+        """Read what ``image/view`` holds of a view after view 0.
 
         Raises:
             ValueError: not a box of whole pixels.
@@ -61,12 +61,12 @@ class Crop:
         return cls(int(top), int(left), int(height), int(width), bool(flip))
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether an image of this size has all of the region."""
+        """Check that an image of this size has all of the region."""
         return self.top + self.height <= height and self.left + self.width <= width
 
 
 def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int, height: int) -> Crop:
-    """The crop of one view of one image.
+    """Draw the crop of one view of one image.
 
     The algorithm is that of torchvision's ``RandomResizedCrop.get_params`` (torchvision 0.29,
     ``torchvision/transforms/transforms.py``), which open_clip trains with: ten tries to find a box of a random area
@@ -93,7 +93,7 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
 
 
 def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
-    """What a model sees of a crop, at its own resolution: teacher and students alike.
+    """Return what a model sees of a crop, at its own resolution: teacher and students alike.
 
     :func:`crop_shown`, then normalised; in the order of open_clip's training transform.
 
@@ -107,7 +107,7 @@ def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) 
 
 
 def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """The part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
+    """Apply the part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
 
     Args:
         image: as the decoder gives it: upright only if its pixels are, in the mode that it has.
@@ -132,7 +132,7 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
 
 
 def _scaled(image: ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
-    """As :func:`crop_shown`: RGB uint8 (3, height, width)."""
+    """Return :func:`crop_shown` as RGB uint8 (3, height, width)."""
     _require_within(image.size, crop)
     height, width = preprocess.size
     resample = Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
@@ -177,6 +177,6 @@ def _uniforms(seed: int, content_sha256: str, view: int) -> Callable[[], float]:
 
 
 def _exact(value: int) -> int:
-    """The next lower number that float32 holds exactly: the same one, for any image but a very long strip."""
+    """Return the next lower number that float32 holds exactly: the same one, except for a very long strip."""
     spare = max(value.bit_length() - _EXACT_BITS, 0)
     return value >> spare << spare
