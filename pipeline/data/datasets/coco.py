@@ -48,16 +48,16 @@ def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
     files = _captions_files(folder, splits)
     tables = {split: read_json_object(path, ("images", "annotations")) for split, path in files.items()}
     places = {split: _places(split, images) for split in tables}
-    found = {
+    folders = {
         split: image_folder(folder, places[split], [str(_get(entry, "file_name")) for entry in table["images"][:50]])
         for split, table in tables.items()
     }
-    if not any(found.values()):
+    if not any(folders.values()):
         looked = ", ".join(f"{place}/" for split in tables for place in places[split])
         raise UsageError(f"{root}: no folder of images; looked for {looked}; found {contents(folder)}")
     for split, table in tables.items():
         # a split whose images were never downloaded: each of them is reported as a missing file
-        yield from _read_split(split, files[split].name, found[split] or places[split][0], table)
+        yield from _read_split(split, files[split].name, folders[split] or places[split][0], table)
 
 
 def _captions_files(folder: Path, splits: str) -> dict[str, Path]:
@@ -67,11 +67,11 @@ def _captions_files(folder: Path, splits: str) -> dict[str, Path]:
     files = {path.stem.removeprefix(_PREFIX): path for path in sorted(annotations.glob(f"{_PREFIX}*.json"))}
     if not files:
         raise UsageError(f"{annotations}: no captions_*.json; found {contents(annotations)}")
-    wanted = [split for split in splits.split(",") if split]
-    for split in wanted:
+    names = [split for split in splits.split(",") if split]
+    for split in names:
         if split not in files:
             raise UsageError(f"{annotations}: no captions_{split}.json; there are splits {', '.join(files)}")
-    return {split: path for split, path in files.items() if not wanted or split in wanted}
+    return {split: path for split, path in files.items() if not names or split in names}
 
 
 def _places(split: str, images: str) -> tuple[str, ...]:
@@ -115,9 +115,9 @@ def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[o
 
 
 def _id(entry: object, key: str) -> int | str | None:
-    found = _get(entry, key)
+    value = _get(entry, key)
     # true would be the image 1
-    return found if isinstance(found, int | str) and not isinstance(found, bool) else None
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _get(entry: object, key: str) -> object:

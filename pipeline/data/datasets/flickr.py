@@ -119,13 +119,13 @@ def _captions_file(folder: Path, captions: str) -> Path:
         if not (folder / captions).is_file():
             raise UsageError(f"{folder}: no file {captions}; found {contents(folder)}")
         return folder / captions
-    found = [place / name for place in _text_folders(folder) for name in _CAPTION_FILES if (place / name).is_file()]
-    if not found:
+    files = [place / name for place in _text_folders(folder) for name in _CAPTION_FILES if (place / name).is_file()]
+    if not files:
         raise UsageError(f"{folder}: none of {', '.join(_CAPTION_FILES)}; found {contents(folder)}")
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
+    if len(files) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in files)
         raise UsageError(f"{folder}: several files of captions ({names}); choose with ?captions=FILE")
-    return found[0]
+    return files[0]
 
 
 def _listed(folder: Path) -> Iterator[tuple[Path, str, int, str]]:

@@ -52,11 +52,11 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
     """
     fill = read_templates(templates)
     names = _class_names(root, class_folders(root), classes)
-    for found, split, folder in read_classes(root):
-        if isinstance(found, Problem):
-            yield found
+    for path, split, folder in read_classes(root):
+        if isinstance(path, Problem):
+            yield path
         else:
-            yield from sample_or_problem(found, found, split, filled(fill, names[folder]))
+            yield from sample_or_problem(path, path, split, filled(fill, names[folder]))
 
 
 def class_folders(root: str) -> list[str]:
@@ -66,10 +66,10 @@ def class_folders(root: str) -> list[str]:
         UsageError: there are none.
     """
     folder = local_folder("imagefolder", root)
-    found = _class_folders(folder)[0]
-    if not found:
+    folders = _class_folders(folder)[0]
+    if not folders:
         raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}")
-    return sorted({path.name for _, path in found})
+    return sorted({path.name for _, path in folders})
 
 
 def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:

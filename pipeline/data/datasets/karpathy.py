@@ -111,14 +111,14 @@ def _image_folders(folder: Path, images: str, entries: list[object]) -> dict[str
         if name and len(listed) < 50:
             listed.append(name)
     places = {filepath: _places(filepath, images) for filepath in names}
-    found = {filepath: image_folder(folder, places[filepath], listed) for filepath, listed in names.items()}
-    if not any(found.values()):
+    folders = {filepath: image_folder(folder, places[filepath], listed) for filepath, listed in names.items()}
+    if not any(folders.values()):
         looked = ", ".join(f"{place}/" for several in places.values() for place in several)
         raise UsageError(
             f"{folder}: no folder of images; looked for {looked or 'none, as the file lists no image'}; "
             f"found {contents(folder)}; give it with ?images=FOLDER"
         )
-    return {filepath: found[filepath] or places[filepath][0] for filepath in names}
+    return {filepath: folders[filepath] or places[filepath][0] for filepath in names}
 
 
 def _places(filepath: str, images: str) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
     left out with a ``bad-record`` problem. All other text is kept as it is: line breaks, NUL, HTML entities,
     ``<end_of_text>``; the tokenizer knows what it makes of them. No problem from here loses the image.
     """
-    kept: list[str] = []
+    texts: list[str] = []
     problems: list[Problem] = []
     for number, caption in enumerate(captions):
         text, replaced = _NOT_TEXT.subn("\ufffd", caption.strip())
@@ -113,8 +113,8 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
         if kind is not None:
             problems.append(Problem(kind, printable(sample_id), detail, lost_image=False))
         if text and len(text) <= MAX_CAPTION_CHARACTERS:
-            kept.append(text)
-    return tuple(kept), problems
+            texts.append(text)
+    return tuple(texts), problems
 
 
 def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind | None, str]:
@@ -132,15 +132,15 @@ def sample_or_problem(
 ) -> Iterator[Record]:
     """Yield the sample with its clean captions, or the problem that it has none or a name no cache can hold."""
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
-        found = _unfit_name(text)
-        if found:
-            detail = f"the {what} {printable(text)!r} holds {found}"
+        unfit = _unfit_name(text)
+        if unfit:
+            detail = f"the {what} {printable(text)!r} holds {unfit}"
             yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
             return
-    kept, problems = clean_captions(sample_id, captions)
+    texts, problems = clean_captions(sample_id, captions)
     yield from problems
-    if kept:
-        yield Sample(sample_id, uri, split, kept, offset, length)
+    if texts:
+        yield Sample(sample_id, uri, split, texts, offset, length)
     else:
         yield Problem("no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True)
 
@@ -181,10 +181,10 @@ def local_folder(kind: str, root: str) -> Path:
     path = Path(root)
     if path.is_dir():
         return path
-    found = "a URL, and this form is read from a local folder" if "://" in root else "no folder"
+    what = "a URL, and this form is read from a local folder" if "://" in root else "no folder"
     if path.is_file():
-        found = "a file"
-    raise UsageError(f"{root} is {found}; write {kind}:FOLDER")
+        what = "a file"
+    raise UsageError(f"{root} is {what}; write {kind}:FOLDER")
 
 
 def data_folder(root: str) -> str:
@@ -216,12 +216,12 @@ def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) ->
         The first candidate with one of the names in it; else the first that is there and is not the root, so
         that its images are reported missing one by one; else None.
     """
-    there = [folder for folder in candidates if (root / folder).is_dir()]
-    for folder in there:
+    existing = [folder for folder in candidates if (root / folder).is_dir()]
+    for folder in existing:
         below = (uri_below(str(root / folder), name) for name in names)
         if any(path is not None and _is_file(path) for path in below):
             return folder
-    return next((folder for folder in there if folder != "."), None)
+    return next((folder for folder in existing if folder != "."), None)
 
 
 def _is_file(path: str) -> bool:
@@ -257,8 +257,8 @@ def _require_regular(path: str | Path, mode: int) -> None:
         raise IsADirectoryError(f"{path} is a folder, not a file")
     if not stat.S_ISREG(mode):
         kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-        found = next((name for test, name in kinds if test(mode)), "a device")
-        raise OSError(f"{path} is {found}, not a file; it is not opened")
+        kind = next((name for test, name in kinds if test(mode)), "a device")
+        raise OSError(f"{path} is {kind}, not a file; it is not opened")
 
 
 def contents(folder: Path, most: int = 12) -> str:

@@ -184,16 +184,16 @@ class ImageSource:
 def _read_file(path: str, offset: int, length: int) -> bytes:
     with open_regular(path) as file:
         # not file.read(length) alone: it would set aside what the dataset claims, whatever the file holds
-        there = max(os.fstat(file.fileno()).st_size - max(offset, 0), 0)
-        wanted = there if length < 0 else min(there, length)
-        if wanted > MAX_IMAGE_BYTES:
-            raise _too_large(path, wanted)
+        available = max(os.fstat(file.fileno()).st_size - max(offset, 0), 0)
+        size = available if length < 0 else min(available, length)
+        if size > MAX_IMAGE_BYTES:
+            raise _too_large(path, size)
         file.seek(max(offset, 0))
-        return file.read(wanted)
+        return file.read(size)
 
 
-def _too_large(target: str, found: int) -> OSError:
-    return OSError(f"{target}: {found:,} bytes; an image may have {MAX_IMAGE_BYTES:,}")
+def _too_large(target: str, size: int) -> OSError:
+    return OSError(f"{target}: {size:,} bytes; an image may have {MAX_IMAGE_BYTES:,}")
 
 
 def _fetch(url: str, offset: int, length: int) -> bytes:
@@ -283,7 +283,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
         return hashlib.sha256(data).hexdigest()
 
-    found = SampleSet(spec.kind, source.root, problems=listed.problems)
+    usable = SampleSet(spec.kind, source.root, problems=listed.problems)
     digests: list[str] = []
     with ThreadPoolExecutor(digest_threads(source, listed.samples)) as pool:
         results = (
@@ -293,16 +293,16 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         )
         for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
             if isinstance(result, Problem):
-                found.problems.append(_shown(result))
+                usable.problems.append(_shown(result))
             else:
-                found.samples.append(sample)
+                usable.samples.append(sample)
                 digests.append(result)
             if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
                 progress(number + 1, len(listed.samples))
-    if not found.samples:
-        met = f"; the first problem: {found.problems[0].where}: {found.problems[0].detail}" if found.problems else ""
+    if not usable.samples:
+        met = f"; the first problem: {usable.problems[0].where}: {usable.problems[0].detail}" if usable.problems else ""
         raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
-    return found, digests
+    return usable, digests
 
 
 def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:

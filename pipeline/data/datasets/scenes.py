@@ -180,14 +180,14 @@ def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
     try:
         with open_text(path / "captions.json") as file:
             index = json.load(file)
-        found, images = dict(index["scenes"]), list(index["images"])
+        recorded, images = dict(index["scenes"]), list(index["images"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path}/captions.json is not the list of a scenes dataset; use another path") from error
-    wanted = asdict(settings)
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    requested = asdict(settings)
+    differing = [name for name in requested if recorded.get(name) != requested[name]]
     if differing:
         differences = ", ".join(
-            f"{name} {printable(str(found.get(name)))} (asked for {wanted[name]})" for name in differing
+            f"{name} {printable(str(recorded.get(name)))} (asked for {requested[name]})" for name in differing
         )
         raise UsageError(
             f"{path}: rendered with {differences}. Ask for the recorded settings, or render to another path."

@@ -82,20 +82,20 @@ def read(
         UsageError: the table is not there or not readable, or has no such column.
     """
     name = root.rstrip("/").rpartition("/")[2]
-    wanted = {"path": path, "caption": caption, "split": split, "id": id}
+    options = {"path": path, "caption": caption, "split": split, "id": id}
     images: dict[str, _Image] = {}
     unusable: list[tuple[Problem, str | None]] = []
     with _open(root) as file:
         rows = _parquet_rows if root.lower().endswith((".parquet", ".pq")) else _text_rows
-        for row in rows(file, root, name, wanted):
+        for row in rows(file, root, name, options):
             image_path = row.values.get("path")
             uri = None if image_path in (None, "") else str(image_path).strip()
             if row.detail or not uri:
                 problem = Problem("bad-record", row.where, row.detail or "no path in it", lost_image=False)
                 unusable.append((problem, uri))
                 continue
-            given = row.values.get("id")
-            sample_id = uri if given in (None, "") else str(given)
+            own_id = row.values.get("id")
+            sample_id = uri if own_id in (None, "") else str(own_id)
             row_split = str(row.values.get("split") or "")
             if uri not in images and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
                 detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
@@ -127,10 +127,10 @@ def _open(root: str) -> Any:
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
     except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
-        found = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         if is_transient(error):
-            raise ConnectionError(f"{root}: {found}. Run the same command again.") from error
-        raise UsageError(f"{root}: no table there that can be read ({found}); write table:FILE") from error
+            raise ConnectionError(f"{root}: {reason}. Run the same command again.") from error
+        raise UsageError(f"{root}: no table there that can be read ({reason}); write table:FILE") from error
 
 
 def _difference(image: _Image, sample_id: str, split: str) -> str:
@@ -151,30 +151,30 @@ def _captions(value: Any) -> list[str]:
     return ["" if value is None else str(value)]
 
 
-def _find_columns(root: str, header: Sequence[str], wanted: dict[str, str | None]) -> dict[str, int]:
+def _find_columns(root: str, header: Sequence[str], options: dict[str, str | None]) -> dict[str, int]:
     """Find each role's column."""
-    found: dict[str, int] = {}
+    columns: dict[str, int] = {}
     lowered = [column.strip().lower() for column in header]
     shown = printable(", ".join(header)) or "none"
     for role, names in _COLUMNS.items():
-        asked = wanted[role]
-        if asked:
-            if asked not in header:
-                raise UsageError(f"{root}: no column {asked!r} for {role}=; its columns are {shown}")
-            found[role] = header.index(asked)
-        elif asked is None:
+        option = options[role]
+        if option:
+            if option not in header:
+                raise UsageError(f"{root}: no column {option!r} for {role}=; its columns are {shown}")
+            columns[role] = header.index(option)
+        elif option is None:
             index = next((lowered.index(name) for name in names if name in lowered), None)
             if index is not None:
-                found[role] = index
-        if role in _REQUIRED and role not in found:
+                columns[role] = index
+        if role in _REQUIRED and role not in columns:
             raise UsageError(
                 f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
                 f"name one with ?{role}=COLUMN"
             )
-    return found
+    return columns
 
 
-def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
+def _text_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | None]) -> Iterator[_Row]:
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         first = text.readline()
         delimiter = "\t" if "\t" in first else ","
@@ -182,7 +182,7 @@ def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | No
             header = next(csv.reader([first], delimiter=delimiter), [])
         except csv.Error as error:
             raise UsageError(f"{root}: the first line is no header ({error}); name the columns in it") from error
-        columns = _find_columns(root, header, wanted)
+        columns = _find_columns(root, header, options)
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         begin = 2
         while True:
@@ -205,14 +205,14 @@ def _text_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | No
             yield _Row(where, values, detail)
 
 
-def _parquet_rows(file: IO[bytes], root: str, name: str, wanted: dict[str, str | None]) -> Iterator[_Row]:
+def _parquet_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | None]) -> Iterator[_Row]:
     try:
         table = pq.ParquetFile(file)
         header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]
     except _BROKEN_PARQUET as error:
         _raise_transient(root, error)
         raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
-    columns = {role: header[index] for role, index in _find_columns(root, header, wanted).items()}
+    columns = {role: header[index] for role, index in _find_columns(root, header, options).items()}
     kind = table.schema_arrow.field(columns["path"]).type
     if pa.types.is_nested(kind) or (_is_binary(kind) and _holds_pictures(table, columns["path"])):
         raise UsageError(

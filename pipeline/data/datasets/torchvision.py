@@ -74,10 +74,10 @@ def list_torchvision(root: str, name: str, split: str = "") -> Listing:
     dataset, split = _open(name, root, split)
     labels = _labels(where, dataset)
     classes = list(getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or [])
-    names = [each[0] if isinstance(each, tuple) else str(each) for each in classes]
+    names = [item[0] if isinstance(item, tuple) else str(item) for item in classes]
     named = len(names) > int(labels.max()) and len(set(names)) == len(names)
     if named:
-        own = {each: _words(name, each) for each in names}
+        own = {class_name: _words(name, class_name) for class_name in names}
     else:
         own = {str(number): str(number) for number in range(int(labels.max()) + 1)}
     keys = list(own)
@@ -132,13 +132,13 @@ def _open(name: str, root: str, split: str) -> tuple[Any, str]:
         )
     if not Path(root).is_dir():
         raise UsageError(f"{where}: no folder {root}; name the one that was given to torchvision as its root")
-    wanted = (split or TORCHVISION[name]) if TORCHVISION[name] else ""
-    if name in _BY_FLAG and wanted not in ("train", "test"):
-        raise UsageError(f"{where}: no split {printable(wanted)!r}; there are 'train' and 'test'")
+    its_split = (split or TORCHVISION[name]) if TORCHVISION[name] else ""
+    if name in _BY_FLAG and its_split not in ("train", "test"):
+        raise UsageError(f"{where}: no split {printable(its_split)!r}; there are 'train' and 'test'")
     if not TORCHVISION[name] and split not in ("", "all"):
         raise UsageError(f"{where}: torchvision has no splits of it; leave split ({printable(split)!r}) out")
     try:
-        return _opened(name, str(Path(root).resolve()), wanted), wanted
+        return _opened(name, str(Path(root).resolve()), its_split), its_split
     except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(
             f"{where}: torchvision cannot open it ({printable(str(error))}); {root} holds {contents(Path(root))}. "
@@ -166,9 +166,9 @@ def _words(name: str, category: str) -> str:
 def _files(dataset: Any) -> list[str | Path] | None:
     """Return the file of each image, where torchvision keeps a list of them."""
     for attribute in ("_image_files", "_images", "_samples", "samples"):
-        found = getattr(dataset, attribute, None)
-        if isinstance(found, list) and found and len(found) == len(dataset):
-            paths = [each[0] if isinstance(each, tuple) else each for each in found]
+        listed = getattr(dataset, attribute, None)
+        if isinstance(listed, list) and listed and len(listed) == len(dataset):
+            paths = [item[0] if isinstance(item, tuple) else item for item in listed]
             if all(isinstance(path, (str, Path)) for path in paths):
                 return paths
     return None
@@ -176,16 +176,16 @@ def _files(dataset: Any) -> list[str | Path] | None:
 
 def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
     """Return the label of each image, without decoding one where the dataset keeps a list of them."""
-    found: Any = None
+    targets: Any = None
     for attribute in ("targets", "labels", "_labels", "y"):
-        found = getattr(dataset, attribute, None)
-        if found is not None and len(found) == len(dataset):
+        targets = getattr(dataset, attribute, None)
+        if targets is not None and len(targets) == len(dataset):
             break
     else:
         pairs = getattr(dataset, "_samples", None)
-        found = [pair[1] for pair in pairs] if pairs else [dataset[index][1] for index in range(len(dataset))]
+        targets = [pair[1] for pair in pairs] if pairs else [dataset[index][1] for index in range(len(dataset))]
     try:
-        labels = np.array([int(label) for label in found], np.int64)
+        labels = np.array([int(label) for label in targets], np.int64)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: images without a label ({error}); name another split") from error
     if not len(labels) or labels.min() < 0:

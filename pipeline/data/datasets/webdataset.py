@@ -118,8 +118,8 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
         for key, member in members.items():
             sample_id = f"{uri}/{key}" if ids == "tar" else key
             # an empty .txt beside a .json that has a caption says nothing
-            there = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
-            captions = next((some for some in there if any(map(str.strip, some))), there[0] if there else None)
+            texts = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
+            captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else None)
             if (problem := member.lost(uri)) is not None:
                 yield problem
             elif member.offset >= 0:
@@ -153,8 +153,8 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
             if member.offset < 0:
                 continue
             if not (label.isascii() and label.isdigit()):
-                found = f"the label {printable(label)!r}" if label else "no label"
-                detail = f"{found} in KEY.cls beside the image; the number of its class is wanted"
+                label_text = f"the label {printable(label)!r}" if label else "no label"
+                detail = f"{label_text} in KEY.cls beside the image; the number of its class is wanted"
                 yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
                 continue
             for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
