@@ -191,7 +191,7 @@ def test_a_forecast_says_which_rows_meet_the_teacher_and_prices_them_alone(
 
     taught.clear()
     found = forecast(asked, probe=8)
-    assert taught == {"image": 8, "text": 8}  # the probe's rows are not copied, though the earlier cache has them
+    assert taught == {"image": 2 * 8, "text": 2 * 8}  # the probe's batch, to warm up and to be timed
     assert found.image.teacher_seconds_per_row > 0
     assert cache_digest(tmp_path / "new") == before
     assert found.reuse == asked.reuse
