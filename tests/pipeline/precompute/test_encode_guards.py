@@ -99,8 +99,8 @@ def test_each_row_is_read_decoded_and_encoded_once(
         "read": IMAGES,
         "decoded": IMAGES,
         "images": VIEWS * IMAGES,
-        "tokenized": 2 * IMAGES,
-        "tokenizer calls": 5 * 2 + 1,  # one a batch
+        "tokenized": 2 * IMAGES + 5,  # and the five texts that identify the tokenizer
+        "tokenizer calls": 5 * 2 + 1 + 1,  # one a batch
         "captions": 2 * IMAGES,
         "images batches": VIEWS * (2 + 2 + 2),  # chunks of 8, 8 and 5
         "captions batches": 5 * 2 + 1,  # five chunks of 8 and one of 2
