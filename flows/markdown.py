@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+    from teacher_cache.pipeline.evaluate.sampled import SampledRecall
     from teacher_cache.pipeline.models.run_record import RunRecord
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
     from teacher_cache.pipeline.promote.look import Changes, Look
     from teacher_cache.pipeline.promote.registry import Candidate
     from teacher_cache.storage.format.identity import CacheIdentity
     from teacher_cache.storage.look.info import CacheInfo
-    from teacher_cache.storage.look.stats import RecallStats
 
 __all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "retraining_text", "run_text"]
 
@@ -24,7 +24,7 @@ def code(value: Any) -> str:
     return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
 
 
-def cache_text(info: CacheInfo, recall: RecallStats | None) -> str:
+def cache_text(info: CacheInfo, recall: SampledRecall | None) -> str:
     """Return the text of a finished cache: its identity and the teacher's own recall.
 
     Args:

@@ -21,8 +21,8 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import LocalFiles
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.evaluate.sampled import SampledRecall
     from teacher_cache.pipeline.report.data import ReportData
-    from teacher_cache.storage.look.stats import RecallStats
 
 __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
@@ -30,7 +30,6 @@ __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_besid
 _MOST_BYTES = 200_000
 _REDUCED_FROM = 50_000
 _COLOURS = 64
-_RECALL_IMAGES = 5000
 _Made = TypeVar("_Made")
 
 
@@ -46,7 +45,7 @@ class ReportLeft:
 
     collected: bool = False
     page: str | None = None
-    recall: RecallStats | None = None
+    recall: SampledRecall | None = None
 
     def line(self) -> str:
         """Return a Markdown line with the page's path; empty without a page."""
@@ -77,14 +76,14 @@ def leave_report(
     else:
         written = _attempt("report page", lambda: _write_page(data, page))
     leave_image(key, lambda: _chart(data), runs[0] if runs else location)
-    return ReportLeft(collected=True, page=written, recall=data.stats.recall if data.stats else None)
+    return ReportLeft(collected=True, page=written, recall=data.recall)
 
 
-def teacher_recall(location: str) -> RecallStats | None:
+def teacher_recall(location: str) -> SampledRecall | None:
     """Return the teacher's own recall without a report, sampled for a large cache; None if it is undefined."""
-    from teacher_cache.storage.look.stats import cache_stats
+    from teacher_cache.pipeline.evaluate.sampled import sampled_recall
 
-    return _attempt("recall of the teacher", lambda: cache_stats(location, most=_RECALL_IMAGES).recall)
+    return _attempt("recall of the teacher", lambda: sampled_recall(location))
 
 
 def leave_image(key: str, make: Callable[[], bytes], of: str) -> None:

@@ -27,6 +27,7 @@ from teacher_cache.pipeline.evaluate.cost.measure import measure_cost, processor
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
 from teacher_cache.pipeline.evaluate.cost.results import CostModel, CostResult, ModelFacts
 from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel
+from teacher_cache.pipeline.evaluate.embed import BytesEncoder, CachedTeacher, embed
 from teacher_cache.pipeline.evaluate.encoders import StudentEncoder, TeacherEncoder
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_accuracy_share, bootstrap_share
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
@@ -153,37 +154,36 @@ def _with_recalls(
     """The models with their ranks, and the gates that the files passed."""
     split, deployment = subject.split, subject.deployment
 
-    def embed(
+    def embedded(
         name: str, images: Callable[[list[bytes]], NDArray[np.float32]], encoder: ZeroShotEncoder
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return split.embed(
-            images,
-            encoder.embed_texts,
-            batch_size=_EMBEDDED_AT_ONCE,
-            progress=lambda stage, done, total: progress(f"{name}: {stage}", done, total),
+        return embed(
+            split,
+            BytesEncoder(images, encoder.embed_texts, _EMBEDDED_AT_ONCE),
+            lambda stage, done, total: progress(f"{name}: {stage}", done, total),
         )
 
     models = [_teacher(subject, threads)]
     student = StudentEncoder(subject.checkpoint, _CPU)
-    image, text = embed(
+    image, text = embedded(
         "student fp32", lambda images: student.embed_images([decode_image(data) for data in images]), student
     )
-    models.append(_student(subject, student, split.ranks(image, text), threads))
+    models.append(_student(subject, student, split.ranks(image, text, device="cpu"), threads))
     gates = [require_weights(subject.folder, split, image, text)]
     for variant in deployment.towers:
         towers = towers_of(deployment, variant)
         onnx = OnnxStudent(subject.folder, towers, threads)
         name = _name(towers)
-        found_image, found_text = embed(name, onnx.embed_images, onnx)
+        found_image, found_text = embedded(name, onnx.embed_images, onnx)
         if variant == "fp32":
             gates += [
                 require_features("image.onnx", found_image, image),
                 require_features("text.onnx", found_text, text),
             ]
-            ranks = split.ranks(found_image, found_text)
+            ranks = split.ranks(found_image, found_text, device="cpu")
         else:
             require_finite(name, found_image, found_text)
-            ranks = split.ranks(found_image, found_text)
+            ranks = split.ranks(found_image, found_text, device="cpu")
             gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
         arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
         int8 = sum(report.parameters_int8 for report in subject.reports.values())
@@ -220,7 +220,7 @@ def _teacher(subject: Subject, threads: int) -> _Model:
         probe=_probe(
             "teacher_cache.pipeline.evaluate.cost.torch_models:load_teacher_model", subject.teacher_probe, threads
         ),
-        ranks=subject.split.teacher_ranks(),
+        ranks=subject.split.ranks(*embed(subject.split, CachedTeacher()), device="cpu"),
     )
 
 

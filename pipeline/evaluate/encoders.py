@@ -1,4 +1,4 @@
-"""Teacher and student as zero-shot classification sees them: images and texts to unit rows (ZeroShotEncoder)."""
+"""Teacher and student as encoders of pictures and texts, for zero-shot classification (ZeroShotEncoder)."""
 
 from __future__ import annotations
 

@@ -1,259 +1,235 @@
-"""The nearest rows of a gallery, exactly: FAISS proposes in float32, float64 decides. Bounded memory; no torch."""
+"""How many rows of a gallery come before a query's best match: FAISS proposes in float32, float64 decides. No torch."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["nearest_parts", "searches_on_gpu", "top_k"]
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.look.nearest import exact_scores
 
-_QUERIES_AT_ONCE = 4096
-_WORK_BYTES = 128 << 20
-# candidates beyond k: enough that a near-tie at the k-th place seldom needs the whole gallery
-_SPARE = 32
-_GPU_MOST = 2048  # faiss-gpu keeps its candidates in registers and shared memory, and refuses more
-_GPU_PROVEN = 16  # queries of each part whose scores by the GPU are computed again
+__all__ = ["Engine", "Matches", "find_engine", "row_lengths", "rows_ahead"]
+
+_SPARE = 32  # candidates beyond the depth: near ties at the last place seldom need more
+_MOST_CANDIDATES = 256  # FAISS is slow beyond, and refuses more than 2,048 on a GPU: deeper ranks are counted
+_QUERIES_AT_ONCE = 4_096
+_WORK_BYTES = 64 << 20
+_GPU_PROVEN = 16  # queries of each block whose GPU scores are computed again
+
+_Floats = NDArray[np.float32]
+_Rows = NDArray[np.int64]
+_Search = Callable[[_Floats, int], tuple[_Floats, _Rows]]
 
 
-def top_k(queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The k nearest rows of the gallery by inner product, best first, equal scores by row number.
+@dataclass(frozen=True)
+class Engine:
+    """FAISS's exhaustive inner-product search on one device.
 
-    Exact: FAISS's exhaustive search (float32; on the GPU where faiss-gpu finds one) proposes, and every query whose
-    order is within float32's rounding error of a tie is decided anew by scores in float64.
+    Attributes:
+        name: build and version, as results record it.
+        gpu: number of the CUDA device; None for the CPU.
+    """
+
+    name: str
+    gpu: int | None = None
+
+    def searcher(self, gallery: _Floats) -> _Search:
+        """Return a function of (queries, k) that gives the scores and rows of the k nearest, best first."""
+        import faiss
+
+        if self.gpu is None:  # in the caller's array: an index would be a copy of it
+            return lambda queries, k: faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
+        config = faiss.GpuIndexFlatConfig()
+        config.device = self.gpu
+        config.useFloat16 = False  # the error bound is float32's
+        resources = faiss.StandardGpuResources()
+        index = faiss.GpuIndexFlatIP(resources, gallery.shape[1], config)
+        index.add(gallery)
+
+        def search(queries: _Floats, k: int, resources: object = resources) -> tuple[_Floats, _Rows]:
+            # the index uses the resources without owning them: the default argument keeps them alive
+            found: tuple[_Floats, _Rows] = index.search(queries, k)
+            return found
+
+        return search
+
+
+def find_engine(device: str = "auto") -> Engine:
+    """Return the engine of a device, which never searches on another one.
 
     Args:
-        queries: (n, dim) float32.
-        gallery: (m, dim) float32.
-        k: may exceed m.
-
-    Returns:
-        (n, min(k, m)) row numbers.
+        device: auto, cpu, cuda or cuda:N. auto is the GPU where faiss-gpu finds one, else the CPU.
 
     Raises:
-        ValueError: widths differ, or a value is not finite.
+        UsageError: the device is unknown, or FAISS is not installed or cannot use it.
     """
-    found = np.empty((len(queries), min(k, len(gallery))), np.int64)
-    for start, rows in nearest_parts(queries, gallery, k):
-        found[start : start + len(rows)] = rows
-    return found
-
-
-def searches_on_gpu() -> bool:
-    """Whether FAISS is there, is built for GPUs, and finds one."""
     try:
         import faiss
-    except ImportError:
-        return False
-    return _gpus(faiss) > 0
+    except ImportError as error:
+        raise UsageError(
+            "recall needs FAISS, which is not installed: pip install 'teacher-cache[cpu]', or [gpu] for faiss-gpu"
+        ) from error
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
+    # faiss-cpu may lack the names, and faiss-gpu may run on a machine without a GPU
+    gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise UsageError(
+            f"device {device!r} asked for, but FAISS {faiss.__version__} finds {gpus} GPUs: recall on a GPU needs "
+            "faiss-gpu (pip install 'teacher-cache[gpu]') and that GPU. Or use --device cpu"
+        )
+    if kind == "cpu" or not gpus:
+        return Engine(f"faiss-cpu {faiss.__version__}")
+    return Engine(f"faiss-gpu {faiss.__version__}", int(number or 0))
 
 
-def nearest_parts(
-    queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """:func:`top_k` of some queries after the other: the first query of the part, and its rows (part, min(k, m)).
+@dataclass(frozen=True)
+class Matches:
+    """Queries of one direction, each with its best match in the gallery.
 
-    Besides the two arrays it holds some 0.5 GB at most, whatever n, m and k are; never all scores.
-
-    Raises:
-        ValueError: as :func:`top_k`.
-    """
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} must both be (rows, dim) of one dim")
-    gallery = np.ascontiguousarray(gallery, np.float32)
-    k = min(k, len(gallery))
-    lengths = [_lengths(part) for part in _blocks(gallery)]
-    if not all(np.isfinite(part).all() for part in [*lengths, *map(_lengths, _blocks(queries))]):
-        raise ValueError("queries and gallery must be finite")
-    if k < 1 or not len(queries):
-        return
-    exact = _Exact(gallery, max(float(part.max()) for part in lengths))
-    asked = min(k + _SPARE, len(gallery))
-    # FAISS holds up to twice the candidates while it looks
-    step = max(1, min(_QUERIES_AT_ONCE, _WORK_BYTES // (36 * asked)))
-    for start in range(0, len(queries), step):
-        yield start, exact.nearest(np.ascontiguousarray(queries[start : start + step], np.float32), k, asked)
-
-
-class _Exact:
-    """One gallery, asked with parts of the queries.
-
-    Args:
-        longest: norm of its longest row.
+    Attributes:
+        queries: (n, dim) float32.
+        score: (n,) float64 inner product with the best match.
+        row: (n,) the match's row in the gallery; the lowest of equal ones.
     """
 
-    def __init__(self, gallery: NDArray[np.float32], longest: float) -> None:
-        self._gallery, self._longest = gallery, longest
-        self._search = _Search(gallery)
+    queries: _Floats
+    score: NDArray[np.float64]
+    row: _Rows
 
-    def nearest(self, queries: NDArray[np.float32], k: int, asked: int) -> NDArray[np.int64]:
-        """(n, k) rows, by ``asked`` >= k candidates."""
-        dim = self._gallery.shape[1]
-        reach = _lengths(queries) * self._longest
-        # A float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7), and by what
-        # underflows. Where it may overflow, FAISS is not believed at all.
-        error = np.where(reach < 2.0**120, dim * (2.0**-24 * reach + 2.0**-126), np.inf)
-        scores, rows = self._search(queries, asked, error)
-        if asked > 1:
-            # of two scores, each may be off
-            with np.errstate(invalid="ignore"):  # infinities, where it overflowed
-                clear = (scores[:, :k] - _next(scores, k) > 2 * error[:, None]).all(axis=1)
-        else:
-            clear = np.isfinite(error)
-        result: NDArray[np.int64] = rows[:, :k].copy()
-        near = np.flatnonzero(~clear & np.isfinite(error))
-        order, kth = self._rescored(queries[near], rows[near], k)
-        result[near] = order
-        # sure when nothing beyond the candidates can reach the k-th score, or there is nothing beyond
-        sure = np.full(len(near), asked == len(self._gallery)) | (scores[near, -1] + error[near] < kth)
-        for part in _blocks_of(np.concatenate([near[~sure], np.flatnonzero(np.isinf(error))]), self._whole_step):
-            result[part] = self._of_all(queries[part], k)
-        return result
+    def part(self, index: slice | _Rows) -> Matches:
+        """Return some of the queries."""
+        return Matches(self.queries[index], self.score[index], self.row[index])
 
-    @property
-    def _whole_step(self) -> int:
-        return max(1, _WORK_BYTES // (8 * len(self._gallery)))
-
-    def _rescored(
-        self, queries: NDArray[np.float32], rows: NDArray[np.int64], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The best k of the candidates by float64 score, then row; and the k-th score."""
-        best = np.empty((len(queries), k), np.int64)
-        kth = np.empty(len(queries))
-        for part in _blocks_of(np.arange(len(queries)), max(1, _WORK_BYTES // (8 * rows.shape[1]))):
-            candidates = rows[part]
-            scores = self._scores(queries[part], candidates)
-            order = np.lexsort((candidates, -scores), axis=1)[:, :k]
-            best[part] = np.take_along_axis(candidates, order, axis=1)
-            kth[part] = np.take_along_axis(scores, order[:, -1:], axis=1)[:, 0]
-        return best, kth
-
-    def _scores(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n, candidates) float64."""
-        scores = np.empty(rows.shape)
-        vectors = max(1, _WORK_BYTES // (12 * self._gallery.shape[1]))
-        wide = min(rows.shape[1], vectors) or 1
-        for part in _blocks_of(np.arange(len(queries)), max(1, vectors // wide)):
-            wanted = queries[part].astype(np.float64)
-            for start in range(0, rows.shape[1], wide):
-                some = self._gallery[rows[part, start : start + wide]].astype(np.float64)
-                # einsum adds in one order whatever the rows are, so that equal vectors get equal scores
-                scores[part, start : start + wide] = np.einsum("nd,ncd->nc", wanted, some)
-        return scores
-
-    def _of_all(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-        """(n, k) rows, by the whole gallery: where far more of it is near-tied than was proposed."""
-        wide = queries.astype(np.float64)
-        scores = np.empty((len(queries), len(self._gallery)))
-        at = 0
-        for part in _blocks(self._gallery):
-            scores[:, at : at + len(part)] = wide @ part.T.astype(np.float64)
-            at += len(part)
-        # BLAS adds in another order than einsum, which has the last word: off by this at most, each of the two
-        dim = self._gallery.shape[1]
-        error = dim * (2.0**-53 * _lengths(queries) * self._longest + 2.0**-1022)
-        best = np.empty((len(queries), k), np.int64)
-        for query, some in enumerate(scores):
-            least = np.partition(some, len(some) - k)[len(some) - k]
-            candidates = np.flatnonzero(some >= least - 4 * error[query])
-            best[query] = self._rescored(queries[query : query + 1], candidates[None], k)[0][0]
-        return best
-
-
-class _Search:
-    """FAISS's exhaustive search by inner product, on a GPU or on the CPU.
-
-    The CPU searches in the caller's array, without an index, which would be a copy of it.
-    """
-
-    def __init__(self, gallery: NDArray[np.float32]) -> None:
-        import faiss
-
-        self._faiss: Any = faiss
-        self._gallery = gallery
-        self._gpu = self._gpu_index()
-
-    def __call__(
-        self, queries: NDArray[np.float32], k: int, error: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Scores (n, k) and rows (n, k), best first.
+    def ahead(self, gallery: _Floats, query: _Rows, row: _Rows) -> _Rows:
+        """Count in float64, for each query, the listed rows that come before its match; equal scores go by row.
 
         Args:
-            error: (n,) by which a score in float32 may be off.
+            query, row: (p,) pairs of a query and a row of the gallery.
         """
-        if self._gpu is not None and k <= _GPU_MOST:
-            scores, rows = self._gpu.search(queries, k)
-            off = self._off(queries, scores, rows, error)
-            if off is None:
-                return scores, rows
-            self._leave_gpu(f"its scores are off by {off:.1e}, more than float32 explains (TF32?)")
-        found: tuple[NDArray[np.float32], NDArray[np.int64]] = self._faiss.knn(
-            queries, self._gallery, k, metric=self._faiss.METRIC_INNER_PRODUCT
+        scores, best = exact_scores(self.queries, gallery, query, row), self.score[query]
+        before = (scores > best) | ((scores == best) & (row < self.row[query]))
+        return np.bincount(query[before], minlength=len(self.queries))
+
+
+def rows_ahead(matches: Matches, gallery: _Floats, depth: int, engine: Engine) -> _Rows:
+    """Count, for each query, the rows of the gallery that come before its best match.
+
+    Exact: as all scores in float64 would say, equal ones ordered by row. Memory is bounded at any size.
+
+    Args:
+        gallery: (m, dim) float32, contiguous.
+        depth: how far to count.
+
+    Returns:
+        (n,) counts; one of ``depth`` or more may be short of the true one.
+
+    Raises:
+        UsageError: the GPU's scores are less exact than float32.
+    """
+    ahead = np.empty(len(matches.queries), np.int64)
+    longest = float(row_lengths(gallery).max())
+    with _torch_threads():
+        search = engine.searcher(gallery)
+        for block in _blocks(len(ahead), _QUERIES_AT_ONCE):
+            part = matches.part(block)
+            reach = row_lengths(part.queries) * longest
+            ahead[block], open_ = _searched(part, gallery, reach, depth, engine, search)
+            rest = np.flatnonzero(open_)
+            if len(rest):
+                ahead[block.start + rest] = _counted(part.part(rest), gallery, reach[rest], depth)
+    return ahead
+
+
+def _searched(
+    matches: Matches, gallery: _Floats, reach: NDArray[np.float64], depth: int, engine: Engine, search: _Search
+) -> tuple[_Rows, NDArray[np.bool_]]:
+    """Count by FAISS's candidates; also return which queries those leave open."""
+    dim, k = gallery.shape[1], min(depth + _SPARE, _MOST_CANDIDATES, len(gallery))
+    # A float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7; 1.01 for its
+    # denominator), and by what underflows. Where it may overflow, FAISS is not asked.
+    error = 1.01 * dim * (2.0**-24 * reach + 2.0**-126)
+    open_ = reach >= 2.0**120
+    ahead = np.zeros(len(reach), np.int64)
+    asked = np.flatnonzero(~open_)
+    if not len(asked):
+        return ahead, open_
+    part, error = matches.part(asked), error[asked]
+    scores, rows = search(np.ascontiguousarray(part.queries), k)
+    if engine.gpu is not None:
+        _require_float32(part.queries, gallery, scores, rows, error)
+    low, high = (part.score - error)[:, None], (part.score + error)[:, None]
+    query, place = np.nonzero((scores >= low) & (scores <= high))
+    ahead[asked] = (scores > high).sum(axis=1) + part.ahead(gallery, query, rows[query, place])
+    # rows beyond the candidates may come before the match too, unless the last candidate is clearly behind it
+    open_[asked] = (scores[:, -1:] >= low)[:, 0] & (ahead[asked] < depth) & (k < len(gallery))
+    return ahead, open_
+
+
+def _counted(matches: Matches, gallery: _Floats, reach: NDArray[np.float64], depth: int) -> _Rows:
+    """Count by all scores in float64, for queries that FAISS leaves open: collapsed students, ranks far down."""
+    dim = gallery.shape[1]
+    # BLAS adds in another order than exact_scores, which decides: each may be off by half of this
+    error = 2.02 * dim * (2.0**-53 * reach + 2.0**-1022)
+    low, high = matches.score - error, matches.score + error
+    ahead = np.zeros(len(reach), np.int64)
+    for rows in _blocks(len(gallery), max(1, _WORK_BYTES // (8 * dim))):
+        columns = gallery[rows].astype(np.float64).T
+        still = np.flatnonzero(ahead < depth)
+        for some in _blocks(len(still), max(1, _WORK_BYTES // (8 * columns.shape[1]))):
+            queries = still[some]
+            scores = matches.queries[queries].astype(np.float64) @ columns
+            above = scores > high[queries, None]
+            query, row = np.nonzero((scores >= low[queries, None]) & ~above)
+            ahead[queries] += above.sum(axis=1) + matches.part(queries).ahead(gallery, query, row + rows.start)
+    return ahead
+
+
+def _require_float32(
+    queries: _Floats, gallery: _Floats, scores: _Floats, rows: _Rows, error: NDArray[np.float64]
+) -> None:
+    """Check some of a GPU's scores: in TF32 or float16 they are off by more than the bound allows for.
+
+    Raises:
+        UsageError: they are.
+    """
+    some = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
+    query, place = np.repeat(some, min(rows.shape[1], 64)), np.tile(np.arange(min(rows.shape[1], 64)), len(some))
+    off = np.abs(scores[query, place] - exact_scores(queries, gallery, query, rows[query, place]))
+    # rounding errors cancel: in practice their sum grows with the root of dim, the bound with dim
+    if (off > error[query] * min(1.0, 4 / np.sqrt(gallery.shape[1]))).any():
+        raise UsageError(
+            f"faiss-gpu: scores are off by {off.max():.1e}, more than float32 explains (TF32?), so that recall would "
+            "not be exact. Use --device cpu"
         )
-        return found
-
-    def _gpu_index(self) -> Any:
-        faiss = self._faiss
-        if not _gpus(faiss):
-            return None
-        try:
-            config = faiss.GpuIndexFlatConfig()
-            config.useFloat16 = False  # rows are kept as they are; the error bound is float32's
-            self._resources = faiss.StandardGpuResources()  # must outlive the index
-            index = faiss.GpuIndexFlatIP(self._resources, self._gallery.shape[1], config)
-            index.add(self._gallery)
-        except RuntimeError as error:
-            self._leave_gpu(str(error).strip().splitlines()[-1])
-            return None
-        return index
-
-    def _off(
-        self,
-        queries: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        error: NDArray[np.float64],
-    ) -> float | None:
-        """How far scores of some queries are off, where that is more than sums in float32 are in practice."""
-        some = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
-        near = rows[some, : min(rows.shape[1], 64)]
-        exact = np.einsum("nd,ncd->nc", queries[some].astype(np.float64), self._gallery[near].astype(np.float64))
-        off = np.abs(scores[some, : near.shape[1]] - exact).max(axis=1)
-        # rounding errors cancel: their sum grows with the root of dim, and the bound with dim. TF32's are above
-        dim = self._gallery.shape[1]
-        most = error[some] * min(1.0, 4 / np.sqrt(dim))
-        return None if (off <= most).all() else float(off.max())
-
-    def _leave_gpu(self, why: str) -> None:
-        self._gpu = self._resources = None
-        warnings.warn(f"faiss-gpu: {why}. Going on with the CPU, to the same result.", RuntimeWarning, stacklevel=2)
 
 
-def _gpus(faiss: Any) -> int:
-    # the build for CPUs may lack the names, and a build for GPUs may run where there is none
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+@contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Let FAISS use no more threads than torch was told to, while the block runs; its own limit holds too."""
+    import faiss
+
+    torch: Any = sys.modules.get("torch")
+    before = faiss.omp_get_max_threads()
+    if torch is not None:
+        faiss.omp_set_num_threads(min(before, torch.get_num_threads()))
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
-def _next(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-    """The score after each of the first k; behind the last of the gallery there is none, and that is far."""
-    if scores.shape[1] > k:
-        return scores[:, 1 : k + 1]
-    return np.pad(scores[:, 1:], ((0, 0), (0, 1)), constant_values=-np.inf)
+def row_lengths(rows: _Floats) -> NDArray[np.float64]:
+    """Return the (rows,) norms in float64; not finite where a value is not."""
+    return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)))
 
 
-def _lengths(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(rows,) norms in float64; not finite where a value is not."""
-    lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-    return lengths
-
-
-def _blocks(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    step = max(1, _WORK_BYTES // (8 * max(rows.shape[1], 1)))
-    return (rows[start : start + step] for start in range(0, len(rows), step))
-
-
-def _blocks_of(positions: NDArray[np.int64], step: int) -> Iterator[NDArray[np.int64]]:
-    return (positions[start : start + step] for start in range(0, len(positions), step))
+def _blocks(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))

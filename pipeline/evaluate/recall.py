@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.evaluate.faiss_search import nearest_parts, searches_on_gpu, top_k
-from teacher_cache.storage.look.nearest import unit_rows
-from teacher_cache.storage.look.ranks import first_positive_ranks as rows_before
+from teacher_cache.pipeline.evaluate.faiss_search import Matches, find_engine, row_lengths, rows_ahead
+from teacher_cache.storage.look.nearest import exact_scores
 
 __all__ = [
     "RECALL_KS",
@@ -21,86 +20,102 @@ __all__ = [
     "recall_of_ranks",
     "retention",
     "retrieval_recall",
-    "top_k",
 ]
 
 RECALL_KS = (1, 5, 10)
 
+Recalls = dict[str, dict[str, float]]
+
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Where each query found the first of its positives: 1 for the best place, 0 for none down to ``depth``.
+    """Rank of the first positive of each query: 1 is the best place, 0 stands for none down to ``depth``.
 
     Attributes:
         i2t: (images,) int32; any caption of the image is a positive. An image without captions has none: 0.
         t2i: (captions,) int32; the caption's image is the positive.
-        depth: how many places were looked at; all of a smaller gallery.
+        depth: number of places that were looked at.
+        engine: library that searched, and its version.
     """
 
     i2t: NDArray[np.int32]
     t2i: NDArray[np.int32]
     depth: int
+    engine: str = ""
 
 
 def first_positive_ranks(
-    image: NDArray[Any], text: NDArray[Any], text_image: NDArray[np.int64], depth: int, cosine: bool = False
+    image: NDArray[np.float32],
+    text: NDArray[np.float32],
+    text_image: NDArray[np.int64],
+    depth: int | None = None,
+    device: str = "auto",
 ) -> RetrievalRanks:
-    """Rank of the best positive of each image and of each caption, by inner product, equal scores by row number.
+    """Rank the best positive of each image and of each caption by inner product, equal scores by row number.
 
-    Exact and in bounded memory, never all scores: counted (``teacher_cache.storage.look.ranks``), or searched for
-    (``teacher_cache.pipeline.evaluate.faiss_search``) where faiss-gpu finds a GPU. Both ways give the same ranks.
+    Exact: as all scores in float64 would say. Memory is bounded: never all scores at once.
 
     Args:
-        image: (images, dim) of any float type, normalised.
+        image: (images, dim) float32, normalised.
         text: (captions, dim) likewise.
         text_image: (captions,) position of each caption's image in ``image``.
-        depth: places to look at, at least 1; may exceed the gallery.
-        cosine: the rows need not be of unit norm; made so some at a time
-        (``teacher_cache.storage.look.nearest.unit_rows``).
+        depth: number of places to look at; may exceed the gallery. Default: all, which takes several times as long.
+        device: auto, cpu, cuda or cuda:N, for FAISS.
 
     Raises:
         ValueError: no images or no captions, a position outside, depth below 1, other widths, or a value that is not
             finite.
+        UsageError: FAISS cannot use the device.
+    """
+    image, text = (np.ascontiguousarray(rows, np.float32) for rows in (image, text))
+    _require_ranks(image, text, text_image, depth)
+    engine = find_engine(device)
+    depth = max(len(image), len(text)) if depth is None else depth
+    score = exact_scores(text, image, np.arange(len(text)), text_image)
+    best, first = _best_captions(score, text_image, len(image))
+    i2t = rows_ahead(Matches(image, best, first), text, depth, engine)
+    t2i = rows_ahead(Matches(text, score, text_image), image, depth, engine)
+    i2t[np.isinf(best)] = depth
+    return RetrievalRanks(_from_one(i2t, depth), _from_one(t2i, depth), depth, engine.name)
+
+
+def _best_captions(
+    score: NDArray[np.float64], text_image: NDArray[np.int64], images: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return score and row of each image's best caption, the first of equal ones; infinity where it has none."""
+    order = np.lexsort((-score, text_image))
+    has_caption, start = np.unique(text_image[order], return_index=True)
+    best, first = np.full(images, np.inf), np.zeros(images, np.int64)
+    best[has_caption], first[has_caption] = score[order[start]], order[start]
+    return best, first
+
+
+def _from_one(ahead: NDArray[np.int64], depth: int) -> NDArray[np.int32]:
+    return np.where(ahead < depth, ahead + 1, 0).astype(np.int32)
+
+
+def _require_ranks(
+    image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], depth: int | None
+) -> None:
+    """Check what :func:`first_positive_ranks` is given.
+
+    Raises:
+        ValueError: as there.
     """
     if not len(image) or not len(text):
         raise ValueError(f"recall of {len(image)} images and {len(text)} captions is not defined")
+    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+        raise ValueError(f"images {image.shape} and captions {text.shape} must both be (rows, dim) of one dim")
     if text_image.shape != (len(text),) or text_image.min() < 0 or text_image.max() >= len(image):
         raise ValueError(f"text_image must give each of {len(text)} captions a position in 0 ... {len(image) - 1}")
-    if depth < 1:
+    if depth is not None and depth < 1:
         raise ValueError(f"depth is {depth}, at least 1 wanted")
-    if not searches_on_gpu():
-        i2t, t2i = rows_before(image, text, text_image, depth, cosine)
-        return RetrievalRanks(_from_one(i2t, depth), _from_one(t2i, depth), depth)
-    image, text = (unit_rows(rows) if cosine else np.asarray(rows, np.float32) for rows in (image, text))
-    images = np.arange(len(image))
-    return RetrievalRanks(
-        i2t=_first_positive(image, text, images, text_image, depth),
-        t2i=_first_positive(text, image, text_image, images, depth),
-        depth=depth,
-    )
+    if not all(np.isfinite(row_lengths(rows)).all() for rows in (image, text)):
+        raise ValueError("images and captions must be finite")
 
 
-def _from_one(before: NDArray[np.int64], depth: int) -> NDArray[np.int32]:
-    return np.where(before < depth, before + 1, 0).astype(np.int32)
-
-
-def _first_positive(
-    queries: NDArray[np.float32],
-    gallery: NDArray[np.float32],
-    query_group: NDArray[np.int64],
-    gallery_group: NDArray[np.int64],
-    depth: int,
-) -> NDArray[np.int32]:
-    ranks = np.zeros(len(queries), np.int32)
-    for start, rows in nearest_parts(queries, gallery, depth):
-        here = slice(start, start + len(rows))
-        hits = gallery_group[rows] == query_group[here, None]
-        ranks[here] = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
-    return ranks
-
-
-def recall_of_ranks(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> dict[str, dict[str, float]]:
-    """Share of queries, in percent, with a positive among the first K.
+def recall_of_ranks(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> Recalls:
+    """Return the share of queries, in percent, with a positive among the first K.
 
     Args:
         ks: cut-offs, none beyond ``ranks.depth``; one beyond the gallery counts the whole gallery.
@@ -114,15 +129,15 @@ def recall_of_ranks(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> dic
     if min(ks) < 1 or max(ks) > ranks.depth:
         raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
     return {
-        direction: {f"R@{k}": 100 * int(((found > 0) & (found <= k)).sum()) / len(found) for k in ks}
-        for direction, found in (("i2t", ranks.i2t), ("t2i", ranks.t2i))
+        direction: {f"R@{k}": 100 * int(((rank > 0) & (rank <= k)).sum()) / len(rank) for k in ks}
+        for direction, rank in (("i2t", ranks.i2t), ("t2i", ranks.t2i))
     }
 
 
 def retrieval_recall(
     image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], ks: Sequence[int] = RECALL_KS
-) -> dict[str, dict[str, float]]:
-    """Image-to-text and text-to-image recall of one gallery.
+) -> Recalls:
+    """Return image-to-text and text-to-image recall of one gallery, in percent.
 
     Args:
         image: (images, dim) normalised.
@@ -130,21 +145,21 @@ def retrieval_recall(
         text_image: (captions,) position of each caption's image in ``image``.
 
     Returns:
-        ``{"i2t": {"R@1", ...}, "t2i": {...}}`` in percent; i2t counts any caption of the image as found.
+        ``{"i2t": {"R@1", ...}, "t2i": {...}}``; i2t counts any caption of the image as found.
 
     Raises:
-        ValueError: as :func:`first_positive_ranks`.
+        ValueError, UsageError: as :func:`first_positive_ranks`.
     """
     return recall_of_ranks(first_positive_ranks(image, text, text_image, max(ks)), ks)
 
 
-def mean_recall(recalls: dict[str, dict[str, float]]) -> float:
-    """Mean of all recalls of both directions, in percent: one number for a whole table."""
+def mean_recall(recalls: Recalls) -> float:
+    """Return the mean of all recalls of both directions, in percent: one number for a whole table."""
     return float(np.mean([value for side in recalls.values() for value in side.values()]))
 
 
-def retention(student: dict[str, dict[str, float]], teacher: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Student as a share of teacher, in percent, per metric and of the mean recall (``mean``).
+def retention(student: Recalls, teacher: Recalls) -> dict[str, Any]:
+    """Return the student's share of the teacher, in percent, per metric and of the mean recall (``mean``).
 
     None where the teacher's own recall is 0.
     """

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
+from teacher_cache.pipeline.evaluate.embed import CachedTeacher, Embedded, embed
+from teacher_cache.pipeline.evaluate.faiss_search import find_engine
 from teacher_cache.pipeline.evaluate.intervals import (
     LEVEL,
     RESAMPLES,
@@ -36,8 +38,6 @@ __all__ = ["EvaluateResult", "Measured", "TowerResult", "evaluate", "measure", "
 
 Progress = Callable[[str, int, int], None]
 Recalls = dict[str, dict[str, float]]
-# of images and of captions
-_Rows = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class TowerResult(BaseModel, frozen=True):
@@ -53,18 +53,18 @@ class EvaluateResult(BaseModel, frozen=True):
     split: str
     images: int
     captions: int
-    quarantined: int = Field(description="Images of the split left out because they have no embedding.")
+    quarantined: int = Field(description="Images of the split without an embedding, which are left out.")
     cache: str
     cache_manifest_digest: str
-    accepted_mismatches: tuple[str, ...] = Field(description="Between this cache and that of the run.")
+    accepted_mismatches: tuple[str, ...] = Field(description="Differences between this cache and that of the run.")
     run: str | None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
-    chosen_on: str | None = Field(None, description="Split that this checkpoint was chosen on, for one that was.")
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if it was.")
     teacher: Recalls
     student: Recalls | None
     retention: dict[str, Any] | None
     towers: dict[Literal["image", "text"], TowerResult] | None = Field(
-        None, description="Each tower by itself, where that was asked for; projected to the teacher's width."
+        None, description="Recall of each tower by itself, projected to the teacher's width; with --towers."
     )
     student_parameters: int | None
     interval_level: float = Field(LEVEL, description="Share of the bootstrap's resamples within each interval.")
@@ -72,12 +72,13 @@ class EvaluateResult(BaseModel, frozen=True):
     teacher_intervals: RecallIntervals
     student_intervals: RecallIntervals | None
     retention_intervals: RecallIntervals | None = Field(
-        description="Student and teacher on the same resamples. None for a number that some resample does not have."
+        description="Intervals of the retention, on the same resamples; None where a resample has nothing to divide by."
     )
-    ranks: str | None = Field(None, description="File that the rank of every query was written to.")
+    ranks: str | None = Field(None, description="File with the rank of every query.")
+    engine: str | None = Field(None, description="Library that searched, and its version: faiss-cpu or faiss-gpu.")
     seconds: float
-    date: str | None = Field(None, description="And time at which it was measured, UTC; older versions name none.")
-    not_kept: str | None = Field(None, description="Why it was not left in the run, where that failed.")
+    date: str | None = Field(None, description="Date and time of the measurement, UTC.")
+    not_kept: str | None = Field(None, description="Reason why the result is not saved in the run, if that failed.")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Measured:
 
     Attributes:
         student_ranks: None without a run.
-        depth: how far down ranks were looked for.
+        depth: number of places at which ranks end.
     """
 
     result: EvaluateResult
@@ -96,44 +97,99 @@ class Measured:
     depth: int
 
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
-    """Recall of the cached teacher on a split, and of a run's student with what it retains.
+@dataclass(frozen=True)
+class _Run:
+    """A run and the checkpoint of it that is measured."""
 
-    Without a run no model is built and no torch imported. With one the result is left in its folder too
+    path: str
+    folder: RunFolder
+    record: RunRecord
+    checkpoint: Path
+
+    @property
+    def checkpoint_name(self) -> str:
+        return self.checkpoint.relative_to(self.folder.path).as_posix()
+
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
+    """Measure the recall of the cached teacher on a split, and of a run's student with what it retains.
+
+    Without a run no model is built and no torch imported. With one the result is saved in its folder too
     (``RunFolder.keep_evaluation``), where that can be written.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, ranks that cannot
-            be written where they are wanted, or towers of no run, or of one that has no space in common with the
-            teacher.
+        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, a device that FAISS
+            cannot use, ranks that cannot be written, or towers of no run, or of one that has no space in common with
+            the teacher.
         CacheMismatchError: the run was trained on another cache than the one given.
         CacheError: the cache is missing, unfinished or damaged.
     """
     return measure(config, progress).result
 
 
+def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
+    """As :func:`evaluate`, with the ranks of all queries."""
+    started = time.perf_counter()
+    find_engine(config.device)  # before what takes long
+    run = _open_run(config)
+    rank_path = _rank_path(config.ranks)
+    split = open_split(config)
+    if config.towers:
+        _require_common_space(run, split.accepted_mismatches)
+    depth = RANK_DEPTH if rank_path else max(RECALL_KS)
+    teacher_rows = embed(split, CachedTeacher())
+    teacher = split.ranks(*teacher_rows, depth, config.device)
+    student = towers = None
+    if run is not None:
+        own, in_teacher_space = _student_rows(config, split, run.checkpoint, progress)
+        student = split.ranks(*own, depth, config.device)
+        if in_teacher_space is not None:
+            towers = _each_tower(split, in_teacher_space, teacher_rows, recall_of_ranks(teacher), config.device)
+    if rank_path:
+        names = (run.path, run.checkpoint_name) if run else (None, None)
+        write_rank_table(rank_path, split, teacher, student, *names)
+    result = _result(config, split, run, teacher, student).model_copy(
+        update={"towers": towers, "seconds": time.perf_counter() - started}
+    )
+    return Measured(result if run is None else _saved(run.folder, result), split, teacher, student, depth)
+
+
 def student_ranks(
     config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, depth: int, progress: Progress | None = None
 ) -> RetrievalRanks:
-    """Ranks of the student of a checkpoint's folder on the images and captions of a split.
+    """Rank the student of a checkpoint's folder on the images and captions of a split.
 
     Args:
         config: batch size, device and workers are taken from it.
-        depth: how far down to look.
+        depth: number of places to look at.
     """
-    own, _ = _embedded(config, split, checkpoint, progress)
-    return split.ranks(*own, depth)
+    own, _ = _student_rows(config, split, checkpoint, progress)
+    return split.ranks(*own, depth, config.device)
 
 
-def _embedded(
+def _open_run(config: EvaluateConfig) -> _Run | None:
+    if not config.run:
+        return None
+    folder = RunFolder(config.run)
+    return _Run(config.run, folder, folder.read(), folder.checkpoint_path(config.checkpoint))
+
+
+def _rank_path(ranks: str | None) -> Path | None:
+    path = out_file("--ranks", ranks, "ranks.parquet") if ranks else None
+    if path is not None and path.suffix != ".parquet":
+        raise UsageError(f"--ranks {ranks}: a Parquet file is written; let its name end in .parquet")
+    return path
+
+
+def _student_rows(
     config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, progress: Progress | None
-) -> tuple[_Rows, _Rows | None]:
-    """A student's images and captions of a split, in its own space and, for its towers, in the teacher's."""
+) -> tuple[Embedded, Embedded | None]:
+    """Embed a split with a student: in its own space and, with ``towers``, in the teacher's."""
     # torch only from here on: the teacher's recall needs none
     from teacher_cache.pipeline.data.batches.inputs import InputLoader
     from teacher_cache.pipeline.data.batches.student_images import StudentImages
     from teacher_cache.pipeline.data.datasets.samples import ImageSource
-    from teacher_cache.pipeline.evaluate.encode import encode_rows, projected
+    from teacher_cache.pipeline.evaluate.student_rows import StudentRows, projected
     from teacher_cache.pipeline.models.device import image_memory_format, keep_freed_memory, resolve_device
     from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 
@@ -144,75 +200,52 @@ def _embedded(
     images = StudentImages(split.reader, ImageSource(split.image_root), model.preprocess)
     tokenizer = student_tokenizer(model_config)
     with closing(InputLoader(split.reader, tokenizer, images, images, config.workers, device)) as inputs:
-        image, text = encode_rows(
-            model.to(device),
-            split.image_rows,
-            split.captions,
-            inputs,
-            device,
-            config.batch_size,
-            progress,
-        )
-    return (image, text), projected(model, image, text) if config.towers else None
+        own = embed(split, StudentRows(model.to(device), inputs, device, config.batch_size), progress)
+    return own, projected(model, own) if config.towers else None
 
 
-def _each_tower(split: EvaluationSplit, rows: _Rows, teacher: Recalls) -> dict[Literal["image", "text"], TowerResult]:
-    """Of a student's images and captions in the teacher's space."""
-    image, text = rows
+def _each_tower(
+    split: EvaluationSplit, student: Embedded, teacher: Embedded, recalls: Recalls, device: str
+) -> dict[Literal["image", "text"], TowerResult]:
+    """Measure each tower of a student, in the teacher's space, with the teacher's rows for the other one."""
 
     def alone(images: NDArray[np.float32], captions: NDArray[np.float32]) -> TowerResult:
-        recall = recall_of_ranks(split.ranks(images, captions))
-        return TowerResult(recall=recall, retention=retention(recall, teacher))
+        recall = recall_of_ranks(split.ranks(images, captions, device=device))
+        return TowerResult(recall=recall, retention=retention(recall, recalls))
 
-    return {"image": alone(image, split.teacher_text()), "text": alone(split.teacher_image(), text)}
+    return {"image": alone(student[0], teacher[1]), "text": alone(teacher[0], student[1])}
 
 
-def _require_common_space(run: str | None, record: RunRecord | None, accepted: tuple[str, ...]) -> None:
-    if record is None:
+def _require_common_space(run: _Run | None, accepted: tuple[str, ...]) -> None:
+    if run is None:
         raise UsageError("towers are of a student, and no run is named: give --run, or leave --towers out")
-    for losses in (config.losses for config in (record.config, *(each.config for each in record.averaged))):
+    record = run.record
+    for losses in (config.losses for config in (record.config, *(member.config for member in record.averaged))):
         if not in_teacher_space(losses):
             trained_by = ", ".join(name for name, weight in losses.items() if weight > 0)
             raise UsageError(
-                f"{run}: trained by {trained_by}, which leaves it a space of its own: its rows cannot stand beside the "
-                f"teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
+                f"{run.path}: trained by {trained_by}, which leaves it a space of its own: its rows cannot stand "
+                f"beside the teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
             )
-    others = [name for name in (each.partition(":")[0] for each in accepted) if name.partition(".")[0] == "teacher"]
+    others = [name for name in (field.partition(":")[0] for field in accepted) if name.partition(".")[0] == "teacher"]
     if others:
         raise UsageError(
-            f"{run}: of another teacher than this cache's ({', '.join(others)}), so that its rows cannot stand beside "
-            "them as --towers wants. Leave --towers out, or measure on a cache of its own teacher."
+            f"{run.path}: of another teacher than this cache's ({', '.join(others)}), so that its rows cannot stand "
+            "beside them as --towers wants. Leave --towers out, or measure on a cache of its own teacher."
         )
 
 
-def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
-    """As :func:`evaluate`, with the ranks of all queries."""
-    started = time.perf_counter()
-    run = config.run
-    folder = RunFolder(run) if run else None
-    record = folder.read() if folder else None
-    path = folder.checkpoint_path(config.checkpoint) if folder else None
-    rank_path = out_file("--ranks", config.ranks, "ranks.parquet") if config.ranks else None
-    if rank_path is not None and rank_path.suffix != ".parquet":
-        raise UsageError(f"--ranks {config.ranks}: a Parquet file is written; let its name end in .parquet")
-    split = open_split(config)
-    if config.towers:
-        _require_common_space(run, record, split.accepted_mismatches)
-    depth = RANK_DEPTH if rank_path else max(RECALL_KS)
-    teacher_ranks = split.teacher_ranks(depth)
-    teacher = recall_of_ranks(teacher_ranks)
-    ranks = student = kept = towers = None
-    if path is not None and record is not None:
-        own, in_teachers_space = _embedded(config, split, path, progress)
-        ranks = split.ranks(*own, depth)
-        student = recall_of_ranks(ranks)
-        kept = retention(student, teacher)
-        towers = _each_tower(split, in_teachers_space, teacher) if in_teachers_space else None
-    checkpoint = path.relative_to(folder.path).as_posix() if folder and path else None
-    if rank_path:
-        write_rank_table(rank_path, split, teacher_ranks, ranks, run, checkpoint)
-    text_image = split.text_image
-    result = EvaluateResult(
+def _result(
+    config: EvaluateConfig,
+    split: EvaluationSplit,
+    run: _Run | None,
+    teacher: RetrievalRanks,
+    student: RetrievalRanks | None,
+) -> EvaluateResult:
+    """Return the result of ranks."""
+    teacher_recall, text_image = recall_of_ranks(teacher), split.text_image
+    student_recall = recall_of_ranks(student) if student else None
+    return EvaluateResult(
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.caption_rows),
@@ -220,39 +253,37 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
         cache=split.cache,
         cache_manifest_digest=split.reader.manifest.digest,
         accepted_mismatches=split.accepted_mismatches,
-        run=run,
-        checkpoint=checkpoint,
-        chosen_on=record.chosen_on(config.checkpoint) if record else None,
-        teacher=teacher,
-        student=student,
-        retention=kept,
-        towers=towers,
-        student_parameters=record.student_parameters if record else None,
-        teacher_intervals=bootstrap_recalls(teacher_ranks, text_image),
-        student_intervals=bootstrap_recalls(ranks, text_image) if ranks else None,
-        retention_intervals=bootstrap_share(ranks, teacher_ranks, text_image) if ranks else None,
+        run=config.run,
+        checkpoint=run.checkpoint_name if run else None,
+        chosen_on=run.record.chosen_on(config.checkpoint) if run else None,
+        teacher=teacher_recall,
+        student=student_recall,
+        retention=retention(student_recall, teacher_recall) if student_recall else None,
+        student_parameters=run.record.student_parameters if run else None,
+        teacher_intervals=bootstrap_recalls(teacher, text_image),
+        student_intervals=bootstrap_recalls(student, text_image) if student else None,
+        retention_intervals=bootstrap_share(student, teacher, text_image) if student else None,
         ranks=config.ranks,
-        seconds=time.perf_counter() - started,
+        engine=teacher.engine,
+        seconds=0,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    result = result if folder is None else _kept(folder, result)
-    return Measured(result, split, teacher_ranks, ranks, depth)
 
 
-def _kept(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
-    """The result, left in the run; a folder that cannot be written costs the file, not what was measured.
+def _saved(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
+    """Save the result in the run folder; if that fails, return it with the reason.
 
-    Measured without its towers, it keeps those of an earlier result that is otherwise the same.
+    One measured without its towers keeps those of an earlier result that is otherwise the same.
     """
     of = (result.split, str(result.checkpoint), result.cache_manifest_digest)
-    left = result
+    saved = result
     if result.towers is None:
         with contextlib.suppress(OSError, ValidationError):
             earlier = EvaluateResult.model_validate_json(folder.evaluation_path(*of).read_bytes())
             if (earlier.teacher, earlier.student) == (result.teacher, result.student):
-                left = result.model_copy(update={"towers": earlier.towers})
+                saved = result.model_copy(update={"towers": earlier.towers})
     try:
-        folder.keep_evaluation(*of, (left.model_dump_json(indent=2) + "\n").encode())
+        folder.keep_evaluation(*of, (saved.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
         return result.model_copy(update={"not_kept": f"{error.filename or folder.path}: {error.strerror or error}"})
     return result

@@ -147,7 +147,7 @@ def _retention(data: ReportData) -> Chart | None:
 def _teacher_recall(data: ReportData) -> Chart | None:
     rows: list[tuple[Any, ...]] = []
     caption = "Recall of the teacher's own embeddings in percent; any caption of an image counts."
-    recall = data.stats.recall if data.stats else None
+    recall = data.recall
     if recall is not None:
         of = f"among {recall.images:,} images"
         rows += _metric_rows(of, recall.model_dump(), None)

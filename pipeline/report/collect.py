@@ -1,7 +1,7 @@
-"""Everything that a report shows of a cache, collected as plain data. No torch, no FAISS.
+"""Everything that a report shows of a cache, collected as plain data. No torch.
 
-Embeddings are read once (``teacher_cache.storage.look.stats.stats_and_rows``): statistics, map and pairs are of the
-same rows.
+Embeddings are read once (``teacher_cache.storage.look.stats.read_drawn``): statistics, recall, map and pairs are of
+the same rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.evaluate.sampled import SampledRecall, rank_rows
 from teacher_cache.pipeline.report.data import (
     CoverageCell,
     CoverageMap,
@@ -35,7 +36,7 @@ from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_cache
-from teacher_cache.storage.look.stats import CacheStats, stats_and_rows
+from teacher_cache.storage.look.stats import CacheStats, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["collect_report"]
@@ -94,21 +95,24 @@ def collect_report(
         notes.insert(0, f"No statistics, map and pairs yet: {error}")
         reader = None
     stats: CacheStats | None = None
+    recall: SampledRecall | None = None
     on_map: RowMap | None = None
     hardest: tuple[RetrievedPair, ...] = ()
     best: tuple[RetrievedPair, ...] = ()
     pairs_of = 0
     if reader is not None:
-        stats, read, ranks = stats_and_rows(location, split, most=most, seed=seed, progress=progress)
-        if ranks is not None:
-            hardest, best, pairs_of = retrieved_pairs(reader, ranks, _PAIRS)
+        drawn = read_drawn(location, split, most=most, seed=seed, progress=progress)
+        stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn)
+        if ranked is not None:
+            recall = ranked.recall
+            hardest, best, pairs_of = retrieved_pairs(reader, ranked, _PAIRS)
         if map_images:
             if progress is not None:
                 progress("map", 0, 1)
-            on_map = row_map(reader, read, map_images, seed, captions=not stats.without_caption)
+            on_map = row_map(reader, drawn.usable, map_images, seed, captions=not stats.without_caption)
             if progress is not None:
                 progress("map", 1, 1)
-        notes += _notes(stats, None if ranks is None else len(ranks.rows.images), on_map)
+        notes += _notes(stats, recall.images if recall else None, on_map)
     lost, lost_of = _lost(location, states, reader)
     if lost_of > len(lost):
         notes.append(f"The first {len(lost):,} of {lost_of:,} quarantined images are named; commits/image has all.")
@@ -131,6 +135,7 @@ def collect_report(
         info=info.model_copy(update={"location": as_utf8(location)}),
         coverage=_coverage(states),
         stats=stats and stats.model_copy(update={"location": as_utf8(location)}),
+        recall=recall,
         row_map=on_map,
         hardest=hardest,
         best=best,

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.storage.look.info import CacheInfo
 from teacher_cache.storage.look.stats import CacheStats
@@ -133,6 +134,7 @@ class ReportData(BaseModel, frozen=True):
     info: CacheInfo
     coverage: tuple[CoverageMap, ...]
     stats: CacheStats | None = Field(description="None where the cache is not sealed.")
+    recall: SampledRecall | None = Field(None, description="The teacher's own, among the images that were read.")
     row_map: RowMap | None
     hardest: tuple[RetrievedPair, ...]
     best: tuple[RetrievedPair, ...]

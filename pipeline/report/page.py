@@ -176,7 +176,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         found.append(("Images", f"{info.images_encoded:,}", f"of {images:,} have an embedding"))
     found.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
     found.append(("Targets", byte_size(info.target_bytes), counted(info.layout.views, "view") + " an image"))
-    recall = data.stats.recall if data.stats else None
+    recall = data.recall
     if recall is not None:
         both = f"{recall.i2t['R@1']:.1f} / {recall.t2i['R@1']:.1f} %"
         found.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))

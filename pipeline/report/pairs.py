@@ -1,4 +1,4 @@
-"""The queries that the teacher ranks worst and best, of those that the recall in the statistics counts."""
+"""The queries that the teacher ranks worst and best, of those that the recall counts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.pipeline.evaluate.sampled import RankedRows
 from teacher_cache.pipeline.report.data import RetrievedPair
 from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.look.nearest import exact_scores, nearest
-from teacher_cache.storage.look.ranks import NO_POSITIVE
-from teacher_cache.storage.look.stats import Ranks
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["retrieved_pairs"]
@@ -20,7 +19,7 @@ _Rows = NDArray[np.int64]
 
 
 def retrieved_pairs(
-    reader: EmbeddingReader, ranks: Ranks, count: int
+    reader: EmbeddingReader, ranked: RankedRows, count: int
 ) -> tuple[tuple[RetrievedPair, ...], tuple[RetrievedPair, ...], int]:
     """The hardest queries, the best ones, and how many they were chosen from.
 
@@ -35,44 +34,43 @@ def retrieved_pairs(
     best: list[RetrievedPair] = []
     of = 0
     for direction in ("i2t", "t2i"):
-        queries, own, cosine, rank = _own(ranks, direction)
+        queries, own, cosine, rank = _own(ranked, direction)
         of += len(queries)
         worst = np.lexsort((queries, cosine, -rank))[:count]
-        right = np.flatnonzero(rank == 0)
+        right = np.flatnonzero(rank == 1)
         right = right[np.lexsort((queries[right], -cosine[right]))]
         image = queries if direction == "i2t" else own
         once = np.sort(np.unique(image[right], return_index=True)[1])
         for at, into in ((worst, hardest), (right[once[:count]], best)):
-            into.extend(_described(reader, ranks, direction, queries[at], own[at], cosine[at], rank[at]))
+            into.extend(_described(reader, ranked, direction, queries[at], own[at], cosine[at], rank[at]))
     return tuple(hardest), tuple(best), of
 
 
-def _own(ranks: Ranks, direction: str) -> tuple[_Rows, _Rows, NDArray[np.float64], _Rows]:
-    """Queries that have a match, their best match, its cosine and its rank from 0; all by position."""
-    rows = ranks.rows
+def _own(ranked: RankedRows, direction: str) -> tuple[_Rows, _Rows, NDArray[np.float64], _Rows]:
+    """Queries that have a match, their best match, its cosine and its rank; all by position."""
+    rows = ranked.rows
     captions = np.arange(len(rows.texts))
     cosines = exact_scores(rows.texts, rows.images, captions, rows.text_image)
     if direction == "t2i":
-        return captions, rows.text_image, cosines, ranks.t2i
+        return captions, rows.text_image, cosines, ranked.ranks.t2i.astype(np.int64)
     # of an image's captions the one of the greatest cosine, of equal ones the first: what its rank was counted for
     order = np.lexsort((captions, -cosines, rows.text_image))
     queries, first = np.unique(rows.text_image[order], return_index=True)
     own = order[first]
-    rank = ranks.i2t[queries]
-    assert (rank != NO_POSITIVE).all()
+    rank = ranked.ranks.i2t[queries].astype(np.int64)
     return queries, own, cosines[own], rank
 
 
 def _described(
     reader: EmbeddingReader,
-    ranks: Ranks,
+    ranked: RankedRows,
     direction: Literal["i2t", "t2i"],
     queries: _Rows,
     own: _Rows,
     cosine: NDArray[np.float64],
     rank: _Rows,
 ) -> list[RetrievedPair]:
-    rows = ranks.rows
+    rows = ranked.rows
     wanted, gallery = (rows.images, rows.texts) if direction == "i2t" else (rows.texts, rows.images)
     found, scores = nearest(wanted[queries], [(np.arange(len(gallery)), gallery)], 1)
     image, caption = (queries, own) if direction == "i2t" else (own, queries)
@@ -88,10 +86,10 @@ def _described(
             image_row=int(rows.image_rows[image[at]]),
             caption_row=int(caption_rows[at]),
             caption=texts[at],
-            rank=int(rank[at]) + 1,
+            rank=int(rank[at]),
             cosine=float(cosine[at]),
-            first_image_row=int(rows.image_rows[found[at, 0]]) if direction == "t2i" and rank[at] else None,
-            first_caption=others[at] if rank[at] else None,
+            first_image_row=int(rows.image_rows[found[at, 0]]) if direction == "t2i" and rank[at] > 1 else None,
+            first_caption=others[at] if rank[at] > 1 else None,
             first_cosine=float(scores[at, 0]),
         )
         for at in range(len(queries))

@@ -17,8 +17,9 @@ from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherSource
-from teacher_cache.pipeline.evaluate.encode import encode_rows
-from teacher_cache.pipeline.evaluate.recall import mean_recall, retrieval_recall
+from teacher_cache.pipeline.evaluate.embed import embed
+from teacher_cache.pipeline.evaluate.recall import mean_recall, recall_of_ranks
+from teacher_cache.pipeline.evaluate.student_rows import StudentRows
 from teacher_cache.pipeline.models.device import image_memory_format, keep_depthwise_float32
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord, Selection
@@ -274,11 +275,11 @@ class _Trainer:
 
     def _select(self) -> Selection:
         """Measure the student on the select split."""
-        select, student = self._cache.select_rows, self._state.student
+        split = self._cache.select_split
         with measured_weights(self._state.average):
-            image, text = encode_rows(student, select.rows, select.captions, self._inputs, self._fabric.device)
-        recalls = retrieval_recall(image, text, select.text_image)
-        return Selection(split=str(self._config.select_split), mean_recall=mean_recall(recalls), recalls=recalls)
+            rows = embed(split, StudentRows(self._state.student, self._inputs, self._fabric.device))
+        recalls = recall_of_ranks(split.ranks(*rows))
+        return Selection(split=split.name, mean_recall=mean_recall(recalls), recalls=recalls)
 
 
 def _prepare(student: Student, config: TrainConfig, fabric: Fabric, inputs: InputLoader) -> None:

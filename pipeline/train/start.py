@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lightning_fabric import Fabric
-from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import handed_on
+from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.models.student import Student, build_student, load_initial, student_config
@@ -22,11 +21,10 @@ from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.expected import expected_identity
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
-from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.row_set import RowSet
 
-__all__ = ["SelectRows", "TrainingCache", "new_record", "new_student", "recorded_start", "training_images"]
+__all__ = ["TrainingCache", "new_record", "new_student", "recorded_start", "training_images"]
 
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "
@@ -38,15 +36,6 @@ def recorded_start(run: RunFolder) -> RunRecord | None:
     """Return the record of a run that has a checkpoint. Its files may have moved or changed since it began."""
     record = run.read()
     return record if record.checkpoint is not None else None
-
-
-@dataclass(frozen=True)
-class SelectRows:
-    """The select split: its images, its captions, and for each caption the place of its image."""
-
-    rows: NDArray[Any]
-    captions: list[str]
-    text_image: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -93,11 +82,9 @@ class TrainingCache:
         return ImageSource(self.config.image_root or self.reader.manifest.source.image_root)
 
     @cached_property
-    def select_rows(self) -> SelectRows:
+    def select_split(self) -> EvaluationSplit:
         """The select split."""
-        rows = self.reader.image_rows(self.config.select_split)
-        caption_rows, text_image = self.reader.caption_rows(rows)
-        return SelectRows(rows, self.reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist(), text_image)
+        return EvaluationSplit.of(self.reader, str(self.config.select_split))
 
 
 def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingReader:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.look.sampling import require_view
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
@@ -73,8 +74,7 @@ def export_rows(
     """
     folder = _new_folder(out)
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
-    if not 0 <= view < reader.views:
-        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
+    require_view(reader, view)
     images = reader.image_rows(split)
     offsets = reader.caption_offsets
     counts = offsets[images + 1] - offsets[images]

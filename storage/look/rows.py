@@ -12,7 +12,7 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import nearest, unit_rows
-from teacher_cache.storage.look.sampling import row_blocks
+from teacher_cache.storage.look.sampling import require_view, row_blocks
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
@@ -134,8 +134,7 @@ def find_neighbours(
     if (image is None) == (text_row is None):
         raise UsageError("neighbours of what? Give a row or sample_id of an image, or --text-row N, and not both")
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
-    if not 0 <= view < reader.views:
-        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
+    require_view(reader, view)
     tower: Tower
     if image is not None:
         tower, row = "image", _row_of(reader, image)

@@ -8,15 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["draw_rows", "row_blocks", "stored_rows"]
+__all__ = ["draw_rows", "require_view", "row_blocks", "stored_rows"]
 
-_CHUNKS_DRAWN = (
-    64  # a chunk is read whole for whatever is wanted of it, so that rows of all chunks would cost all of them
-)
+_CHUNKS_DRAWN = 64  # a chunk is read whole: rows of all chunks would cost all of them
+
+
+def require_view(reader: EmbeddingReader, view: int) -> None:
+    """Check that a cache has a view of its images.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if not 0 <= view < reader.views:
+        raise UsageError(f"{reader.location}: no view {view}; views 0 to {reader.views - 1} can be read")
 
 
 def draw_rows(rows: NDArray[np.int64], chunk_rows: int, most: int, seed: int) -> NDArray[np.int64]:

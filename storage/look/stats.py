@@ -1,4 +1,4 @@
-"""What the embeddings of a cache look like: norms, cosines, duplicates, rank, and the teacher's own recall.
+"""What the embeddings of a cache look like: norms, cosines, duplicates, rank.
 
 Above a stated number of rows a part of them is drawn, and the result says so.
 """
@@ -7,42 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.nearest import near_pairs, unit_rows
-from teacher_cache.storage.look.ranks import first_positive_ranks, recall_of_ranks
-from teacher_cache.storage.look.sampling import draw_rows, stored_rows
+from teacher_cache.storage.look.sampling import draw_rows, require_view, stored_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = [
     "CacheStats",
     "Distribution",
+    "DrawnRows",
     "NearPair",
-    "Ranks",
     "ReadRows",
-    "RecallStats",
     "TowerStats",
     "cache_stats",
     "effective_rank",
-    "stats_and_rows",
+    "read_drawn",
+    "stats_of",
 ]
 
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 20
-_RECALL_KS = (1, 5, 10)
-_RECALL_IMAGES = 5000
 _PAIRS_NAMED = 20
 _MEMORY_BYTES = 64 << 20  # each chunk is read once
 _DEAD = 0.01  # of the median dimension's standard deviation
 
 Progress = Callable[[str, int, int], None]
 _Floats = NDArray[np.float32]
+_Rows = NDArray[np.int64]
 
 
 class Distribution(BaseModel, frozen=True):
@@ -100,15 +97,6 @@ class NearPair(BaseModel, frozen=True):
     same_bytes: bool = Field(description="Their files are equal.")
 
 
-class RecallStats(BaseModel, frozen=True):
-    """The teacher's own recall in percent, among the images that were read and their captions."""
-
-    images: int
-    captions: int
-    i2t: dict[str, float]
-    t2i: dict[str, float]
-
-
 class CacheStats(BaseModel, frozen=True):
     """The answer of ``teacher-cache stats``."""
 
@@ -135,12 +123,11 @@ class CacheStats(BaseModel, frozen=True):
     near_images: int = Field(description="Images with a near-duplicate among those read.")
     near_pairs: int
     nearest_pairs: tuple[NearPair, ...] = Field(description="The nearest of them.")
-    recall: RecallStats | None
 
 
 @dataclass(frozen=True)
 class ReadRows:
-    """Rows that statistics were made of, those without an embedding left out.
+    """Rows of a cache that have an embedding: some images, with their captions.
 
     Attributes:
         image_rows: (images,) rows of the cache, ascending.
@@ -149,40 +136,116 @@ class ReadRows:
         images, texts: (images, dim) and (captions, dim), float32 of unit norm.
     """
 
-    image_rows: NDArray[np.int64]
-    caption_rows: NDArray[np.int64]
-    text_image: NDArray[np.int64]
+    image_rows: _Rows
+    caption_rows: _Rows
+    text_image: _Rows
     images: _Floats
     texts: _Floats
 
-    def of_images(self, kept: NDArray[np.int64]) -> ReadRows:
-        """Some of the images, by position and ascending, with their captions."""
+    def of_images(self, positions: _Rows) -> ReadRows:
+        """Return some of the images, by position and ascending, with their captions."""
         number = np.full(len(self.images), -1)
-        number[kept] = np.arange(len(kept))
-        mine = number[self.text_image] >= 0
+        number[positions] = np.arange(len(positions))
+        captions = number[self.text_image] >= 0
         return ReadRows(
-            image_rows=self.image_rows[kept],
-            caption_rows=self.caption_rows[mine],
-            text_image=number[self.text_image[mine]],
-            images=self.images[kept],
-            texts=self.texts[mine],
+            image_rows=self.image_rows[positions],
+            caption_rows=self.caption_rows[captions],
+            text_image=number[self.text_image[captions]],
+            images=self.images[positions],
+            texts=self.texts[captions],
         )
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """How many rows came before the first positive of each query; ``teacher_cache.storage.look.ranks.NO_POSITIVE``
-    where it has none.
+class DrawnRows:
+    """Rows of a cache as they are stored, quarantined ones included: all images of a small one, else some.
 
     Attributes:
-        rows: what was compared, all with all.
-        i2t: (images,).
-        t2i: (captions,).
+        every: (n,) rows of all images that were drawn from, ascending.
+        image_rows: (images,) rows that were drawn, ascending.
+        caption_rows: (captions,) rows of all their captions.
+        text_image: (captions,) position of each caption's image in ``image_rows``.
+        images, image_norms, texts, text_norms: stored rows and norms.
     """
 
-    rows: ReadRows
-    i2t: NDArray[np.int64]
-    t2i: NDArray[np.int64]
+    reader: EmbeddingReader
+    split: str | None
+    view: int
+    seed: int
+    every: _Rows
+    image_rows: _Rows
+    caption_rows: _Rows
+    text_image: _Rows
+    images: NDArray[np.floating]
+    image_norms: _Floats
+    texts: NDArray[np.floating]
+    text_norms: _Floats
+
+    @property
+    def without_caption(self) -> int:
+        """Number of images drawn that no caption is of."""
+        return int((np.diff(self.reader.caption_offsets)[self.image_rows] == 0).sum())
+
+    @cached_property
+    def usable(self) -> ReadRows:
+        """Rows that have an embedding."""
+        images = _usable(self.images)
+        captions = images[self.text_image] & _usable(self.texts)
+        return ReadRows(
+            image_rows=self.image_rows[images],
+            caption_rows=self.caption_rows[captions],
+            text_image=(np.cumsum(images) - 1)[self.text_image[captions]],
+            images=unit_rows(self.images[images]),
+            texts=unit_rows(self.texts[captions]),
+        )
+
+
+def read_drawn(
+    location: str,
+    split: str | None = None,
+    view: int = 0,
+    most: int = 20_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> DrawnRows:
+    """Read embeddings of a sealed cache: images, with all their captions.
+
+    Args:
+        split: split to read. Default: all.
+        view: view of the images.
+        most: number of images to read; of more, that many are drawn.
+        seed: seed of the draw.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: no such split or view.
+        CacheError: as ``EmbeddingReader`` raises it.
+    """
+    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    require_view(reader, view)
+    usable = reader.image_rows(split)
+    # quarantined rows are drawn too, so that they are counted
+    lost = np.array(sorted(reader.quarantined_in(view)), np.int64)
+    if split is not None and len(lost):
+        splits = reader.table_rows(SAMPLES, lost)["split"].to_pylist()
+        lost = lost[[name == split for name in splits]]
+    every = np.union1d(usable, lost)
+    rows = draw_rows(every, reader.manifest.layout.image_chunk_rows, most, seed)
+    caption_rows, text_image = reader.caption_rows(rows)
+    return DrawnRows(
+        reader=reader,
+        split=split,
+        view=view,
+        seed=seed,
+        every=every,
+        image_rows=rows,
+        caption_rows=caption_rows,
+        text_image=text_image,
+        images=stored_rows(reader, "image", rows, view, progress=_stage(progress, "read images")),
+        image_norms=stored_rows(reader, "image", rows, view, "norm"),
+        texts=stored_rows(reader, "text", caption_rows, progress=_stage(progress, "read captions")),
+        text_norms=stored_rows(reader, "text", caption_rows, 0, "norm"),
+    )
 
 
 def cache_stats(
@@ -197,97 +260,50 @@ def cache_stats(
     """Read embeddings of a sealed cache and sum them up.
 
     Args:
-        split: images of one split, or of all.
-        view: of the images.
-        most: images that are read; of more, so many are drawn. Their captions are read all.
         near: cosine from which on two images are near-duplicates.
-        seed: of what is drawn.
-        progress: called with (stage, done, total).
+        split, view, most, seed, progress: as :func:`read_drawn` takes them.
 
     Raises:
         UsageError: no such split or view.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    return stats_and_rows(location, split, view, most, near, seed, progress)[0]
+    return stats_of(read_drawn(location, split, view, most, seed, progress), near, progress)
 
 
-def stats_and_rows(
-    location: str,
-    split: str | None = None,
-    view: int = 0,
-    most: int = 20_000,
-    near: float = 0.99,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[CacheStats, ReadRows, Ranks | None]:
-    """:func:`cache_stats`, with the rows it read and the ranks behind its recall; None where there is no recall.
+def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = None) -> CacheStats:
+    """Sum up rows that were read.
 
-    Raises:
-        UsageError, CacheError: as :func:`cache_stats`.
+    Args:
+        near: cosine from which on two images are near-duplicates.
+        progress: called with (stage, done, total).
     """
-    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
-    if not 0 <= view < reader.views:
-        raise UsageError(f"{location}: no view {view}; views 0 to {reader.views - 1} can be read")
-    layout = reader.manifest.layout
-    usable = reader.image_rows(split)
-    # quarantined rows are among those that are looked at, so that they are counted
-    lost = np.array(sorted(reader.quarantined_in(view)), np.int64)
-    if split is not None and len(lost):
-        splits = reader.table_rows(SAMPLES, lost)["split"].to_pylist()
-        lost = lost[[name == split for name in splits]]
-    every = np.union1d(usable, lost)
-    rows = draw_rows(every, layout.image_chunk_rows, most, seed)
-    image = stored_rows(reader, "image", rows, view, progress=_stage(progress, "read images"))
-    image_norm = stored_rows(reader, "image", rows, view, "norm")
-    caption_rows, position = reader.caption_rows(rows)
-    text = stored_rows(reader, "text", caption_rows, progress=_stage(progress, "read captions"))
-    text_norm = stored_rows(reader, "text", caption_rows, 0, "norm")
-
-    there = _usable(image)
-    have_image = there[position] & _usable(text)
-    read = ReadRows(
-        image_rows=rows[there],
-        caption_rows=caption_rows[have_image],
-        text_image=(np.cumsum(there) - 1)[position[have_image]],
-        images=unit_rows(image[there]),
-        texts=unit_rows(text[have_image]),
-    )
-    images, texts, place = read.images, read.texts, read.text_image
-    random = np.random.default_rng([seed, 1])
-    true = random_cosines = np.empty(0, np.float32)
-    bare = int((np.diff(reader.caption_offsets)[rows] == 0).sum())
-    if len(texts) and not bare:
-        true = _cosines(images, texts, place)
-        if len(images) > 1:
-            other = (place + random.integers(1, len(images), len(place))) % len(images)
-            random_cosines = _cosines(images, texts, other)
-    pairs, partners, nearest_pairs, cosines = near_pairs(images, near, _PAIRS_NAMED)
-    every_caption = int(np.diff(reader.caption_offsets)[every].sum())
-    towers = {
-        "image": _tower("image", image, image_norm, len(every), random, progress),
-        "text": _tower("text", text, text_norm, every_caption, random, progress),
-    }
-    ranks = None if bare else _ranks(read, random, progress)
-    stats = CacheStats(
-        location=location,
+    reader, rows = drawn.reader, drawn.usable
+    random = np.random.default_rng([drawn.seed, 1])
+    true, other = _pair_cosines(drawn, random)
+    pairs, partners, nearest_pairs, cosines = near_pairs(rows.images, near, _PAIRS_NAMED)
+    captions = int(np.diff(reader.caption_offsets)[drawn.every].sum())
+    image = _tower(drawn.images, drawn.image_norms, len(drawn.every), random)
+    _report(progress, "sum up", 1, 2)
+    text = _tower(drawn.texts, drawn.text_norms, captions, random)
+    _report(progress, "sum up", 2, 2)
+    return CacheStats(
+        location=reader.location,
         manifest_digest=reader.manifest.digest,
-        split=split,
-        view=view,
-        seed=seed,
-        sampled=len(rows) < len(every),
-        image=towers["image"],
-        text=towers["text"],
-        without_caption=bare,
+        split=drawn.split,
+        view=drawn.view,
+        seed=drawn.seed,
+        sampled=len(drawn.image_rows) < len(drawn.every),
+        image=image,
+        text=text,
+        without_caption=drawn.without_caption,
         true_pairs=Distribution.of(true),
-        random_pairs=Distribution.of(random_cosines),
-        separation=_separation(true, random_cosines),
+        random_pairs=Distribution.of(other),
+        separation=_separation(true, other),
         near_cosine=near,
         near_images=int((partners > 0).sum()),
         near_pairs=pairs,
-        nearest_pairs=_named(reader, read.image_rows, nearest_pairs, cosines),
-        recall=None if ranks is None else _recall(ranks),
+        nearest_pairs=_named(reader, rows.image_rows, nearest_pairs, cosines),
     )
-    return stats, read, ranks
 
 
 def effective_rank(rows: NDArray[np.floating]) -> float | None:
@@ -307,6 +323,11 @@ def effective_rank(rows: NDArray[np.floating]) -> float | None:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)
+
+
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(name, done, total)
 
@@ -324,14 +345,19 @@ def _cosines(images: _Floats, texts: _Floats, place: NDArray[np.int64]) -> _Floa
     )
 
 
-def _tower(
-    tower: Tower,
-    stored: NDArray[np.floating],
-    norm: _Floats,
-    total: int,
-    random: np.random.Generator,
-    progress: Progress | None,
-) -> TowerStats:
+def _pair_cosines(drawn: DrawnRows, random: np.random.Generator) -> tuple[_Floats, _Floats]:
+    """Cosines of each caption with its own image, and with a random other one; none where images have no captions."""
+    rows, none = drawn.usable, np.empty(0, np.float32)
+    images, place = rows.images, rows.text_image
+    if not len(rows.texts) or drawn.without_caption:
+        return none, none
+    true = _cosines(images, rows.texts, place)
+    if len(images) < 2:
+        return true, none
+    return true, _cosines(images, rows.texts, (place + random.integers(1, len(images), len(place))) % len(images))
+
+
+def _tower(stored: NDArray[np.floating], norm: _Floats, total: int, random: np.random.Generator) -> TowerStats:
     usable = _usable(stored)
     rows = unit_rows(stored[usable])
     dead = np.empty(0, np.int64)
@@ -345,8 +371,6 @@ def _tower(
     _, counts = np.unique(
         np.ascontiguousarray(stored[usable]).view(f"V{stored.dtype.itemsize * stored.shape[1]}"), return_counts=True
     )
-    if progress is not None:
-        progress("sum up", 1 if tower == "image" else 2, 2)
     return TowerStats(
         rows=total,
         rows_read=len(stored),
@@ -383,22 +407,4 @@ def _named(
             same_bytes=digests[2 * at] == digests[2 * at + 1],
         )
         for at in range(len(pairs))
-    )
-
-
-def _ranks(read: ReadRows, random: np.random.Generator, progress: Progress | None) -> Ranks | None:
-    if len(read.images) > _RECALL_IMAGES:
-        read = read.of_images(np.sort(random.choice(len(read.images), _RECALL_IMAGES, replace=False)))
-    if not len(read.texts):
-        return None
-    ranks = first_positive_ranks(read.images, read.texts, read.text_image, progress=_stage(progress, "recall"))
-    return Ranks(read, *ranks)
-
-
-def _recall(ranks: Ranks) -> RecallStats:
-    return RecallStats(
-        images=len(ranks.i2t),
-        captions=len(ranks.t2i),
-        i2t=recall_of_ranks(ranks.i2t, _RECALL_KS),
-        t2i=recall_of_ranks(ranks.t2i, _RECALL_KS),
     )

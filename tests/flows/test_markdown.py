@@ -15,9 +15,9 @@ from teacher_cache.flows.markdown import cache_text, code, recall_text, run_text
 from teacher_cache.flows.report_artifacts import image_uri, page_beside
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
+from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
 from teacher_cache.storage.look.info import describe_cache
-from teacher_cache.storage.look.stats import RecallStats
 from tests.conftest import make_identity
 from tests.pipeline.train.train_work import train_config
 
@@ -135,7 +135,7 @@ def test_a_run_shows_its_epochs_and_which_one_was_the_best():
 
 def test_a_cache_says_what_made_it(known_cache):
     info = describe_cache(str(known_cache))
-    recall = RecallStats(images=10, captions=25, i2t=dict.fromkeys(CUTS, 12.34), t2i=dict.fromkeys(CUTS, 56.0))
+    recall = SampledRecall(images=10, captions=25, i2t=dict.fromkeys(CUTS, 12.34), t2i=dict.fromkeys(CUTS, 56.0))
     text = cache_text(info, recall)
     for line in (
         f"# `{known_cache}`",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
@@ -18,10 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from teacher_cache.pipeline.evaluate.embed import BytesEncoder, CachedTeacher, embed
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_recalls, bootstrap_share
 from teacher_cache.pipeline.evaluate.rank_table import RANK_DEPTH
 from teacher_cache.pipeline.evaluate.recall import recall_of_ranks
-from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate, measure, student_ranks
 from teacher_cache.pipeline.evaluate.split import open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
@@ -187,7 +189,8 @@ def test_each_tower_beside_the_teachers_other_one(home: Path, measured: Evaluate
     projected = [rows @ weights[f"{name}.weight"].numpy().T for name, rows in zip(("image", "text"), own, strict=True)]
     image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in projected)
     positive = split.text_image == np.arange(len(split.image_rows))[:, None]
-    pairs = {"image": (image, split.teacher_text()), "text": (split.teacher_image(), text)}
+    teacher_image, teacher_text = embed(split, CachedTeacher())
+    pairs = {"image": (image, teacher_text), "text": (teacher_image, text)}
     for name, (images, captions) in pairs.items():
         tower = (result.towers or {})[name]  # type: ignore[index]
         for direction, ranks in (
@@ -262,7 +265,7 @@ def test_a_place_that_cannot_be_is_refused_before_anything_is_measured(
 
 def test_intervals_are_those_of_the_ranks(home: Path, measured: EvaluateResult) -> None:
     split = open_split(settings(home))
-    teacher = split.teacher_ranks()
+    teacher = split.ranks(*embed(split, CachedTeacher()))
     image, text = student_rows(home, split.sample_ids, split.captions)
     student = split.ranks(image, text)
     assert measured.teacher_intervals == bootstrap_recalls(teacher, split.text_image)
@@ -301,14 +304,48 @@ def test_a_split_measures_any_encoder_as_evaluate_does(home: Path, measured: Eva
             return model.encode_text(tokenizer(texts), normalize=True).numpy()
 
     steps: list[tuple[str, int, int]] = []
-    image, text = split.embed(encode_images, encode_texts, 50, lambda *at: steps.append(at))
+    image, text = embed(split, BytesEncoder(encode_images, encode_texts, 50), lambda *at: steps.append(at))
     assert sizes == [50, 13, 50, 50, 26]
     assert steps[-1] == ("captions", 126, 126)
     assert (image.shape, text.shape, image.dtype) == ((63, 12), (126, 12), np.float32)
     assert recall_of_ranks(split.ranks(image, text)) == measured.student
-    assert recall_of_ranks(split.teacher_ranks()) == measured.teacher
+    assert recall_of_ranks(split.ranks(*embed(split, CachedTeacher()))) == measured.teacher
     with pytest.raises(ValueError, match=r"62 rows of images and 126 of captions: .* has 63 and 126 in split 'test'"):
         split.ranks(image[1:], text)
+
+
+def test_evaluate_embeds_a_split_by_one_function(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and student alike, and each once: towers and ranks take the rows that are there."""
+    encoders: list[str] = []
+
+    def counted(split: Any, encoder: Any, progress: Any = None) -> Any:
+        encoders.append(type(encoder).__name__)
+        return embed(split, encoder, progress)
+
+    monkeypatch.setattr("teacher_cache.pipeline.evaluate.retrieval.embed", counted)
+    config = settings(home, towers=True)
+    measured = measure(config)
+    assert encoders == ["CachedTeacher", "StudentRows"]
+    checkpoint = RunFolder(str(home / "run")).checkpoint_path()
+    again = student_ranks(config, measured.split, checkpoint, 10)  # as promote measures the champion
+    assert measured.student_ranks is not None
+    assert again.t2i.tolist() == measured.student_ranks.t2i.tolist()
+    assert encoders[2:] == ["StudentRows"]
+    evaluate(EvaluateConfig(cache=str(home / "c"), split="test"))
+    assert encoders[3:] == ["CachedTeacher"]
+
+
+def test_an_encoder_that_gives_other_rows_is_refused(home: Path) -> None:
+    split = open_split(settings(home))
+    short = BytesEncoder(lambda images: np.zeros((1, 4)), lambda texts: np.zeros((len(texts), 4)), 256)
+    with pytest.raises(ValueError, match="the encoder gave 1 rows for 63 images"):
+        embed(split, short)
+
+
+def test_the_result_names_the_engine_and_the_device_is_never_another(home: Path, measured: EvaluateResult) -> None:
+    assert measured.engine == f"faiss-cpu {faiss.__version__}"
+    with pytest.raises(UsageError, match="device 'cuda' asked for, but FAISS"):
+        evaluate(EvaluateConfig(cache=str(home / "c"), split="test", device="cuda"))
 
 
 def test_the_bytes_of_an_image_are_proven(home: Path, tmp_path: Path) -> None:

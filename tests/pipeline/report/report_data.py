@@ -15,6 +15,7 @@ from teacher_cache.pipeline.evaluate.cost.results import ModelCost, ModelFacts, 
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.recall import mean_recall, retention
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
+from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
 from teacher_cache.pipeline.report.data import (
     CoverageCell,
@@ -32,7 +33,7 @@ from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import Seal
 from teacher_cache.storage.look.info import CacheInfo, Coverage
-from teacher_cache.storage.look.stats import CacheStats, Distribution, NearPair, RecallStats, TowerStats
+from teacher_cache.storage.look.stats import CacheStats, Distribution, NearPair, TowerStats
 from tests.conftest import make_identity
 
 __all__ = ["HOSTILE", "RTL", "odd_report", "report_data", "unfinished_report"]
@@ -58,6 +59,12 @@ def report_data(**changes: Any) -> ReportData:
             _coverage("text", 0, 15),
         ),
         stats=_stats(),
+        recall=SampledRecall(
+            images=IMAGES - 1,
+            captions=CAPTIONS - 3,
+            i2t={"R@1": 78.2, "R@5": 95.1, "R@10": 99.0},
+            t2i={"R@1": 70.6, "R@5": 92.8, "R@10": 98.3},
+        ),
         row_map=_row_map(),
         hardest=_pairs(hard=True),
         best=_pairs(hard=False),
@@ -98,6 +105,7 @@ def unfinished_report() -> ReportData:
         info=info,
         coverage=(CoverageMap(tower="image", view=0, chunks=10, cells=cells),),
         stats=None,
+        recall=None,
         row_map=None,
         hardest=(),
         best=(),
@@ -219,12 +227,6 @@ def _stats() -> CacheStats:
         near_images=2,
         near_pairs=1,
         nearest_pairs=(NearPair(rows=(7, 8), sample_ids=("img-7", "img-8"), cosine=0.9987, same_bytes=True),),
-        recall=RecallStats(
-            images=IMAGES - 1,
-            captions=CAPTIONS - 3,
-            i2t={"R@1": 78.2, "R@5": 95.1, "R@10": 99.0},
-            t2i={"R@1": 70.6, "R@5": 92.8, "R@10": 98.3},
-        ),
     )
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.evaluate.sampled import rank_rows
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.report.collect import collect_report
 from teacher_cache.pipeline.report.data import ReportData, RetrievedPair
@@ -31,7 +32,7 @@ from teacher_cache.storage.errors import CacheNotFoundError, UsageError
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.look.nearest import unit_rows
-from teacher_cache.storage.look.stats import cache_stats, stats_and_rows
+from teacher_cache.storage.look.stats import cache_stats, read_drawn
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache, write_photos
@@ -108,11 +109,11 @@ def test_points_and_pairs_name_what_they_are_of(photos: Path) -> None:
         assert (caption["text"], caption["image_row"]) == (pair.caption, pair.image_row)
 
 
-def test_collecting_needs_neither_torch_nor_faiss_nor_onnx(known_cache: Path) -> None:
+def test_collecting_needs_neither_torch_nor_onnx(known_cache: Path) -> None:
     code = """
 import sys
 class Absent:
-    names = ("torch", "torchvision", "open_clip", "faiss", "safetensors", "lightning_fabric", "tensorboard", "prefect",
+    names = ("torch", "torchvision", "open_clip", "safetensors", "lightning_fabric", "tensorboard", "prefect",
              "s3fs", "onnx", "onnxruntime", "tokenizers", "timm", "matplotlib", "altair", "jinja2")
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
@@ -138,7 +139,7 @@ def test_a_split_is_all_that_statistics_map_and_pairs_are_of(photos: Path) -> No
 
 
 def test_what_is_drawn_is_said_and_is_the_same_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.storage.look.stats._RECALL_IMAGES", 9)
+    monkeypatch.setattr("teacher_cache.pipeline.evaluate.sampled._IMAGES", 9)
     found = collect_report(str(photos), most=12, map_images=5, seed=3)
     read = found.stats.image.rows_read if found.stats else 0
     usable = read - (found.stats.image.missing if found.stats else 0)
@@ -318,9 +319,9 @@ def test_pairs_are_those_of_the_whole_matrix(
     ]
     cache = make(tmp_path_factory.mktemp("pairs") / "c", pictures, lost=(4,))
     reader = EmbeddingReader(cache)
-    _, _, ranks = stats_and_rows(cache)
-    assert ranks is not None
-    found = retrieved_pairs(reader, ranks, count)
+    ranked = rank_rows(read_drawn(cache))
+    assert ranked is not None
+    found = retrieved_pairs(reader, ranked, count)
     wanted = naive_pairs(reader, count)
     assert found[2] == wanted[2]
     for here, there in zip(found[:2], wanted[:2], strict=True):

@@ -90,7 +90,7 @@ def test_stopped_while_it_measures_it_has_saved_the_last_step(home: Path, config
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("teacher_cache.pipeline.train.loop.encode_rows", stopped)
+        patched.setattr("teacher_cache.pipeline.train.loop.embed", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert_goes_on(home, config, 8)

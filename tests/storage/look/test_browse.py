@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.evaluate.recall import top_k
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import QuarantinedRow
@@ -25,6 +24,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
 from tests.storage.look.test_look import fill
+from tests.storage.look.test_stats import naive_nearest
 
 run = CliRunner()
 
@@ -36,10 +36,10 @@ def known(tower: str, rows: int) -> Any:
 def test_neighbours_of_an_image_are_those_of_the_whole_matrix(known_cache: Path) -> None:
     images, texts = known("image", 10), known("text", 25)
     found = find_neighbours(str(known_cache), image="3", k=4)
-    order = [row for row in top_k(images[3:4], images, 10)[0].tolist() if row != 3][:4]
+    order = [row for row in naive_nearest(images[3:4], images, 10)[0].tolist() if row != 3][:4]
     assert [near.row for near in found.images] == order
     assert [near.cosine for near in found.images] == pytest.approx((images[order] @ images[3]).tolist(), abs=1e-6)
-    assert [near.row for near in found.captions] == top_k(images[3:4], texts, 4)[0].tolist()
+    assert [near.row for near in found.captions] == naive_nearest(images[3:4], texts, 4)[0].tolist()
     assert [near.sample_id for near in found.images] == [f"img-{row}" for row in order]
     assert [near.text for near in found.captions] == [f"img {near.row}" for near in found.captions]
     assert found.image is not None
@@ -58,8 +58,8 @@ def test_neighbours_of_a_caption(known_cache: Path) -> None:
     found = find_neighbours(str(known_cache), text_row=7, k=30)
     assert found.caption is not None
     assert (found.caption.text, found.caption.sample_id) == ("img 7", "img-2")
-    assert [near.row for near in found.images] == top_k(texts[7:8], images, 10)[0].tolist()
-    assert [near.row for near in found.captions] == top_k(texts[7:8], texts, 25)[0].tolist()[1:]
+    assert [near.row for near in found.images] == naive_nearest(texts[7:8], images, 10)[0].tolist()
+    assert [near.row for near in found.captions] == naive_nearest(texts[7:8], texts, 25)[0].tolist()[1:]
 
 
 def test_a_sample_shows_captions_of_the_image_and_the_nearest_of_all(known_cache: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_sample_shows_captions_of_the_image_and_the_nearest_of_all(known_cache
     images, texts = known("image", 10), known("text", 25)
     assert len({image.row for image in found.images}) == 3
     for image in found.images:
-        nearest = top_k(images[image.row : image.row + 1], texts, 4)[0].tolist()
+        nearest = naive_nearest(images[image.row : image.row + 1], texts, 4)[0].tolist()
         assert [caption.row for caption in image.nearest_captions] == nearest
         assert {caption.image_row for caption in image.captions} == {image.row}
     assert sample_images(str(known_cache), count=3, seed=1).images != sample_images(str(known_cache), count=3).images

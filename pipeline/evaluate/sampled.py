@@ -1,0 +1,69 @@
+"""The cached teacher's ranks among rows drawn from a whole cache: for reports, not for comparing students. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel
+
+from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, first_positive_ranks, recall_of_ranks
+from teacher_cache.storage.look.stats import DrawnRows, ReadRows, read_drawn
+
+__all__ = ["RankedRows", "SampledRecall", "rank_rows", "sampled_recall"]
+
+_IMAGES = 5_000
+
+
+class SampledRecall(BaseModel, frozen=True):
+    """The teacher's own recall in percent, among some images and their captions."""
+
+    images: int
+    captions: int
+    i2t: dict[str, float]
+    t2i: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """Images and captions that were ranked among each other, down to the last place."""
+
+    rows: ReadRows
+    ranks: RetrievalRanks
+
+    @property
+    def recall(self) -> SampledRecall:
+        """Recall among these rows."""
+        recalls = recall_of_ranks(self.ranks, (1, 5, 10))
+        return SampledRecall(images=len(self.ranks.i2t), captions=len(self.ranks.t2i), **recalls)
+
+
+def rank_rows(drawn: DrawnRows, depth: int | None = None) -> RankedRows | None:
+    """Rank rows that were read, or 5,000 images of more and their captions.
+
+    Args:
+        depth: number of places to look at. Default: all.
+
+    Returns:
+        None where no caption has an embedding, or where images have no caption: those of labelled images are prompts.
+    """
+    rows = drawn.usable
+    if drawn.without_caption or not len(rows.texts):
+        return None
+    if len(rows.images) > _IMAGES:
+        random = np.random.default_rng([drawn.seed, 2])
+        rows = rows.of_images(np.sort(random.choice(len(rows.images), _IMAGES, replace=False)))
+        if not len(rows.texts):
+            return None
+    return RankedRows(rows, first_positive_ranks(rows.images, rows.texts, rows.text_image, depth))
+
+
+def sampled_recall(location: str) -> SampledRecall | None:
+    """Return the teacher's own recall among all images of a sealed cache, or 5,000 of more.
+
+    Raises:
+        CacheError: as ``EmbeddingReader`` raises it.
+        UsageError: FAISS is not installed.
+    """
+    ranked = rank_rows(read_drawn(location, most=_IMAGES), depth=10)
+    return ranked.recall if ranked else None
