@@ -1,4 +1,4 @@
-"""Exact recall in both directions against clip-benchmark, the search by FAISS, and one bare product of the embeddings.
+"""Exact recall in both directions against clip-benchmark, and one bare product of the embeddings.
 
 Two sizes, 512 wide: COCO's validation set (5,000 images, 25,000 captions) and its training set (118,287 and 591,435).
 Random unit rows, the captions around their images. Of the large one a share is measured and multiplied, as notes say.
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,10 +28,11 @@ SMALL, LARGE = 5_000, 118_287
 KS = (1, 5, 10)
 BATCH = 64  # clip-benchmark's default
 LARGE_BATCH = 8  # its one-hot matrices of 64 queries x 10 x 591,435 would take 3 GB, and again as much multiplied
+RANKED = 4_096  # queries of each direction that are ranked at the large size
+PRODUCT_IMAGES = 2_048  # that are multiplied with all captions there
 SHARE = 8  # of clip-benchmark's batches one in so many is run
 PUBLISHED = "clip-benchmark's recall_at_k"
 PRODUCT = "one float32 product by numpy"
-FLAT = "FAISS's flat index, both ways"
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -44,18 +44,10 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def at_validation_size(settings: Settings, images: int) -> list[Row]:
-    import faiss
-
     from teacher_cache.pipeline.evaluate.recall import retrieval_recall
 
     image, text, owner = embeddings(images)
     near = embeddings(images, collapsed=True)
-
-    def searched() -> None:
-        for queries, gallery in ((image, text), (text, image)):
-            index = faiss.IndexFlatIP(DIM)
-            index.add(gallery)
-            index.search(queries, max(KS))
 
     exact = partial(retrieval_recall, image, text, owner)
     seconds = interleave(
@@ -63,13 +55,12 @@ def at_validation_size(settings: Settings, images: int) -> list[Row]:
             "ours": exact,
             "product": partial(product, image, text),
             "collapsed": partial(retrieval_recall, *near),
-            "faiss": searched,
         },
         settings.rounds,
     )
-    found: list[float] = []
+    theirs: list[float] = []
     beside = interleave(
-        {"ours": exact, "theirs": lambda: found.append(published(image, text, owner, SHARE))},
+        {"ours": exact, "theirs": lambda: theirs.append(published(image, text, owner, SHARE))},
         min(settings.rounds, 3),
         warm_up=False,
     )
@@ -77,10 +68,9 @@ def at_validation_size(settings: Settings, images: int) -> list[Row]:
     queries = images + len(text)
     memory = {way: child(way, images)["bytes"] for way in ("ours", "published")}
     return [
-        speed(f"recall, {size}", PUBLISHED, beside["ours"], found, queries, "queries/s", 3.0, _PUBLISHED_NOTE),
-        times(f"recall, {size}", PRODUCT, seconds["ours"], seconds["product"], 1.3, _PRODUCT_NOTE),
+        speed(f"recall, {size}", PUBLISHED, beside["ours"], theirs, queries, "queries/s", 3.0, _PUBLISHED_NOTE),
+        times(f"recall, {size}", PRODUCT, seconds["ours"], seconds["product"], note=_PRODUCT_NOTE),
         times(f"recall of a collapsed student, {size}", PRODUCT, seconds["collapsed"], seconds["product"], note=_NEAR),
-        speed(f"recall, {size}", FLAT, seconds["ours"], seconds["faiss"], queries, "queries/s", note=_FLAT_NOTE),
         peak(f"peak memory, {size}", memory["ours"], memory["published"], note="beyond the embeddings; both measured"),
     ]
 
@@ -89,8 +79,7 @@ _PUBLISHED_NOTE = (
     f"from the embeddings on, batches of {BATCH}; its scores in full, "
     f"of its batches one in {SHARE} and their time x {SHARE}"
 )
-_PRODUCT_NOTE = "all scores once, which both directions share, in tiles that are thrown away"
-_FLAT_NOTE = "10 nearest in float32, as they come: without the ranks, ties in float64 and checks that ours has"
+_PRODUCT_NOTE = "all scores once, in tiles that are thrown away; FAISS multiplies once per direction"
 _NEAR = "all rows within 0.01 of one direction, as at a student's start: float32 tells few scores apart"
 
 
@@ -98,11 +87,11 @@ def at_training_size(settings: Settings, images: int) -> list[Row]:
     found = child("large", images, min(settings.rounds, 2))
     texts = CAPTIONS * images
     size = f"{images:,} images x {texts:,} captions"
-    share = f"measured on {found['images']:,} of the images against all captions and multiplied"
+    share = f"measured on {found['queries_ours']:,} queries of each direction and multiplied"
     theirs = [bare + found["published"] for bare in found["product"]]
     held = 5 * images * texts
     return [
-        times(f"recall, {size}", PRODUCT, found["ours"], found["product"], 1.3, share),
+        times(f"recall, {size}", PRODUCT, found["ours"], found["product"], note=share),
         speed(
             f"recall, {size}",
             PUBLISHED,
@@ -219,26 +208,19 @@ def published_at_large(image: Floats, text: Floats, owner: Rows) -> tuple[float,
     return seconds, LARGE_BATCH
 
 
-class _Enough(Exception):
-    """The share is counted."""
+def ranked_share(image: Floats, text: Floats, owner: Rows) -> float:
+    """Seconds of ranking all queries of both directions, from those of some."""
+    from teacher_cache.pipeline.evaluate.faiss_search import Matches, find_engine, rows_ahead
+    from teacher_cache.storage.look.nearest import exact_scores
 
-
-def counted_share(image: Floats, text: Floats, owner: Rows) -> tuple[float, int]:
-    """Seconds of counting all, from those of what comes first and of some images; and how many these were."""
-    from teacher_cache.storage.look.ranks import first_positive_ranks
-
-    marks: list[tuple[int, float]] = []
-
-    def progress(done: int, total: int) -> None:
-        marks.append((done, time.perf_counter()))
-        if done:
-            raise _Enough
-
-    started = time.perf_counter()
-    with suppress(_Enough):
-        first_positive_ranks(image, text, owner, max(KS), progress=progress)
-    (_, ready), (images, done) = marks
-    return ready - started + (done - ready) * len(image) / images, images
+    engine, seconds = find_engine("cpu"), 0.0
+    some = np.arange(min(RANKED, len(image)))
+    for queries, gallery, match in ((image, text, CAPTIONS * some), (text, image, owner[some])):
+        started = time.perf_counter()
+        matches = Matches(queries[some], exact_scores(queries, gallery, some, match), match)
+        rows_ahead(matches, gallery, max(KS), engine)
+        seconds += (time.perf_counter() - started) * len(queries) / len(some)
+    return seconds
 
 
 def child(way: str, images: int, rounds: int = 1) -> dict[str, Any]:
@@ -262,13 +244,12 @@ def in_child(way: str, images: int, rounds: int) -> dict[str, Any]:
         return {"bytes": status_bytes("VmHWM") - before}
     found: dict[str, Any] = {"ours": [], "product": []}
     for _ in range(rounds):
-        seconds, share = counted_share(image, text, owner)
-        found["ours"].append(seconds)
+        found["ours"].append(ranked_share(image, text, owner))
         found.setdefault("bytes", status_bytes("VmHWM") - before)
         started = time.perf_counter()
-        product(image[:share], text)
-        found["product"].append((time.perf_counter() - started) * images / share)
-    found["images"] = share
+        product(image[:PRODUCT_IMAGES], text)
+        found["product"].append((time.perf_counter() - started) * images / PRODUCT_IMAGES)
+    found["queries_ours"] = min(RANKED, images)
     found["published"], found["queries"] = published_at_large(image, text, owner)
     return found
 

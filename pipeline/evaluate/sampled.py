@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +39,14 @@ class RankedRows:
         return SampledRecall(images=len(self.ranks.i2t), captions=len(self.ranks.t2i), **recalls)
 
 
-def rank_rows(drawn: DrawnRows, depth: int | None = None) -> RankedRows | None:
+def rank_rows(
+    drawn: DrawnRows, depth: int | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> RankedRows | None:
     """Rank rows that were read, or 5,000 images of more and their captions.
 
     Args:
         depth: number of places to look at. Default: all.
+        progress: called with ("recall", done, total).
 
     Returns:
         None where no caption has an embedding, or where images have no caption: those of labelled images are prompts.
@@ -55,7 +59,11 @@ def rank_rows(drawn: DrawnRows, depth: int | None = None) -> RankedRows | None:
         rows = rows.of_images(np.sort(random.choice(len(rows.images), _IMAGES, replace=False)))
         if not len(rows.texts):
             return None
-    return RankedRows(rows, first_positive_ranks(rows.images, rows.texts, rows.text_image, depth))
+    report = progress or (lambda stage, done, total: None)
+    report("recall", 0, 1)
+    ranks = first_positive_ranks(rows.images, rows.texts, rows.text_image, depth)
+    report("recall", 1, 1)
+    return RankedRows(rows, ranks)
 
 
 def sampled_recall(location: str) -> SampledRecall | None:

@@ -102,7 +102,7 @@ def collect_report(
     pairs_of = 0
     if reader is not None:
         drawn = read_drawn(location, split, most=most, seed=seed, progress=progress)
-        stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn)
+        stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn, progress=progress)
         if ranked is not None:
             recall = ranked.recall
             hardest, best, pairs_of = retrieved_pairs(reader, ranked, _PAIRS)
