@@ -82,6 +82,28 @@ def test_intervals_equal_a_slow_loop_over_the_same_draws(monkeypatch: pytest.Mon
     same(shares.mean, [retention(one, other)["mean"] for one, other in drawn])
 
 
+def test_intervals_are_those_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    teacher = rng.random(200) < 0.8
+    student = teacher & (rng.random(200) < 0.9)
+
+    def share(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+        return 100 * ours.sum(axis=axis) / theirs.sum(axis=axis)
+
+    theirs = stats.bootstrap(
+        (student.astype(float), teacher.astype(float)),
+        share,
+        paired=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    ours = bootstrap_accuracy_share(student, teacher)
+    assert ours is not None
+    assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+
+
 def test_the_block_size_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).standard_normal((101, 3)).round(3)
     whole = resampled_sums(values, 64, seed=9)
