@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 RECALL_KS = (1, 5, 10)
+_ALL_PLACES = int(np.iinfo(np.int32).max)
 
 Recalls = dict[str, dict[str, float]]
 
@@ -34,7 +35,7 @@ class RetrievalRanks:
     Attributes:
         i2t: (images,) int32; any caption of the image is a positive. An image without captions has none: 0.
         t2i: (captions,) int32; the caption's image is the positive.
-        depth: number of places that were looked at.
+        depth: number of places that were looked at; more than any gallery has for all of them.
         engine: library that searched, and its version.
     """
 
@@ -70,7 +71,7 @@ def first_positive_ranks(
     image, text = (np.ascontiguousarray(rows, np.float32) for rows in (image, text))
     _require_ranks(image, text, text_image, depth)
     engine = find_engine(device)
-    depth = max(len(image), len(text)) if depth is None else depth
+    depth = _ALL_PLACES if depth is None else depth
     score = exact_scores(text, image, np.arange(len(text)), text_image)
     best, first = _best_captions(score, text_image, len(image))
     i2t = rows_ahead(Matches(image, best, first), text, depth, engine)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: which class's prompts is an image nearest to.
+"""Zero-shot classification: the class whose prompts are nearest to an image.
 
 As CLIP does it (Radford et al. 2021, section 3.1.4): every prompt of a class is encoded and normalised, their mean is
 normalised again, and an image belongs to the class of the highest cosine. What is measured is anything that embeds
@@ -11,17 +11,24 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.evaluate.encoders import StudentEncoder, TeacherEncoder
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledImages, UnusableImageError, open_labelled
+from teacher_cache.pipeline.evaluate.labelled_images import (
+    LabelledDataset,
+    LabelledImages,
+    UnusableImageError,
+    open_labelled,
+)
 from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher_rows
 from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -49,26 +56,26 @@ class ZeroShotResult(BaseModel, frozen=True):
     """Accuracies in percent."""
 
     dataset: str
-    split: str = Field("", description="As asked for; empty for all images, or for torchvision's test split.")
+    split: str = Field("", description="Split; empty for all images, or for torchvision's test split.")
     images: int
     classes: int
-    prompt_set: str = Field("", description="Name of the set whose templates or class names were used.")
+    prompt_set: str = Field("", description="Name of the prompt set whose templates or class names were used.")
     matched_by: str = Field(
-        "own names", description="How the dataset's classes found theirs in the list: name, number, WordNet id, ..."
+        "own names", description="Key that matched the dataset's classes with the list: name, number, WordNet id, ..."
     )
-    prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
-    lost_images: int = Field(0, description="Of the dataset, that are in no usable file; their reasons come first.")
+    prompts: tuple[str, ...] = Field(description="Prompts of the first class: the templates, filled in.")
+    lost_images: int = Field(0, description="Number of images in no usable file; their reasons come first.")
     undecodable: tuple[str, ...] = Field(description="Images left out, with the reason; the first 20.")
     undecodable_images: int
     teacher: dict[str, float] | None
     student: dict[str, float] | None
     teacher_name: str | None
-    cache: str | None = Field(None, description="That the teacher's rows were read from.")
+    cache: str | None = Field(None, description="Cache of the teacher's rows.")
     cache_manifest_digest: str | None = None
     teacher_ran: bool = Field(True, description="False when all of its rows were in the cache.")
     run: str | None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
-    chosen_on: str | None = Field(None, description="Split that this checkpoint was chosen on, for one that was.")
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if it was.")
     seconds: float
 
 
@@ -76,15 +83,15 @@ class ZeroShotEncoder(Protocol):
     """Anything that puts images and texts into one space. Both give unit rows, float32 (n, dim)."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Of images of any size, as decoded; a ValueError says that one of them cannot be brought into its size."""
+        """Embed decoded images of any size; raise ValueError if one cannot be resized."""
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Of texts as they are."""
+        """Embed texts."""
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Where each image's true class came in.
+    """The place of each image's true class among all classes.
 
     Attributes:
         labels: (images,) int64, the number of each image's class.
@@ -103,17 +110,16 @@ class Classification:
         return np.flatnonzero(self.place >= 0).astype(np.int64)
 
     def hits(self, rows: NDArray[np.int64] | None = None, k: int = 1) -> NDArray[np.bool_]:
-        """Whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
+        """Return whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
 
         Args:
             rows: those of :func:`common_rows`, to compare models on the same images; all classified ones if left out.
         """
         place = self.place[self.rows if rows is None else rows]
-        found: NDArray[np.bool_] = (place >= 0) & (place < k)
-        return found
+        return np.asarray((place >= 0) & (place < k))
 
     def accuracies(self, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
-        """``top-1``, ``top-5`` and ``mean per class`` (of top-1, over the classes that have images), in percent.
+        """Return ``top-1``, ``top-5`` and ``mean per class`` (of top-1, over the classes that have images), in percent.
 
         Raises:
             ValueError: no image was classified.
@@ -156,9 +162,9 @@ def classify_dataset(
     lost: dict[int, str] = {}
     with ThreadPoolExecutor(_DECODED_AT_ONCE) as pool:
         for batch in _batches(pool, dataset, batch_size, lost):
-            kept, rows = _embed(encoder, dataset, batch, lost)
-            if kept:
-                place[kept] = places(rows @ weights.T, labels[kept])
+            numbers, rows = _embed(encoder, dataset, batch, lost)
+            if numbers:
+                place[numbers] = places(rows @ weights.T, labels[numbers])
             if progress is not None:
                 progress(batch[-1][0] + 1, len(labels))
     if progress is not None:
@@ -171,7 +177,7 @@ def classify_dataset(
 def classify_rows(
     image: NDArray[np.float32], weights: NDArray[np.float32], labels: NDArray[np.int64], lost: dict[int, str]
 ) -> Classification:
-    """Classify images whose rows are there already.
+    """Classify images by rows that were embedded before.
 
     Args:
         image: (images, dim) unit rows; those in ``lost`` are not looked at.
@@ -179,26 +185,26 @@ def classify_rows(
         lost: images without a row, with the reason.
     """
     place = np.full(len(labels), -1, np.int64)
-    kept = np.setdiff1d(np.arange(len(labels)), np.fromiter(lost, np.int64, len(lost)))
-    for start in range(0, len(kept), 4096):
-        part = kept[start : start + 4096]
+    usable = np.setdiff1d(np.arange(len(labels)), np.fromiter(lost, np.int64, len(lost)))
+    for start in range(0, len(usable), 4096):
+        part = usable[start : start + 4096]
         place[part] = places(image[part] @ weights.T, labels[part])
     return Classification(labels, place, dict(sorted(lost.items())))
 
 
-def common_rows(*found: Classification) -> NDArray[np.int64]:
-    """Numbers of the images that all of these classified, ascending.
+def common_rows(*results: Classification) -> NDArray[np.int64]:
+    """Return the numbers of the images that all of these classified, ascending.
 
     Raises:
         ValueError: they are not of one dataset.
     """
-    if any(not np.array_equal(each.labels, found[0].labels) for each in found):
+    if any(not np.array_equal(result.labels, results[0].labels) for result in results):
         raise ValueError("classifications of different datasets cannot be compared")
-    return np.flatnonzero(np.all([each.place >= 0 for each in found], axis=0)).astype(np.int64)
+    return np.flatnonzero(np.all([result.place >= 0 for result in results], axis=0)).astype(np.int64)
 
 
 def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many classes come before the true one: (images,), 0 for the first place; equal scores by class number.
+    """Count the classes that score above the true one: (images,), 0 for the first place; equal scores by class number.
 
     Raises:
         FloatingPointError: scores that are not finite.
@@ -210,14 +216,13 @@ def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np
         raise FloatingPointError("scores of images are not finite: the model's features are NaN or infinite")
     true = np.take_along_axis(scores, labels[:, None], axis=1)
     before = (scores > true) | ((scores == true) & (np.arange(scores.shape[1]) < labels[:, None]))
-    found: NDArray[np.int64] = before.sum(axis=1).astype(np.int64)
-    return found
+    return np.asarray(before.sum(axis=1), np.int64)
 
 
 def class_weights(
     encode: Callable[[Sequence[str]], NDArray[np.float32]], prompts: Sequence[Sequence[str]], batch_size: int = 256
 ) -> NDArray[np.float32]:
-    """One normalised vector per class: float32 (classes, dim), the mean of its normalised prompts.
+    """Return one normalised vector per class: float32 (classes, dim), the mean of its normalised prompts.
 
     Args:
         encode: texts to normalised rows, float32 (texts, dim).
@@ -235,7 +240,7 @@ def class_weights(
 
 
 def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.float32]:
-    """The normalised mean of each class's prompts: float32 (classes, dim).
+    """Return the normalised mean of each class's prompts: float32 (classes, dim).
 
     Args:
         rows: (prompts, dim) unit, those of a class side by side.
@@ -245,6 +250,63 @@ def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.fl
     sums = np.add.reduceat(rows.astype(np.float64), starts, axis=0)
     weights: NDArray[np.float32] = (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
     return weights
+
+
+@dataclass
+class _Models:
+    """The models that are asked for, with what they measure.
+
+    Attributes:
+        found: classification by "teacher" and "student".
+        rows: the teacher's cached rows, where a cache is named.
+    """
+
+    config: ZeroShotConfig
+    dataset: LabelledDataset
+    progress: Callable[[str, int, int], None] | None
+    found: dict[str, Classification] = field(default_factory=dict)
+    rows: TeacherRows | None = None
+
+    def measure(self, checkpoint: Path | None) -> None:
+        """Classify by teacher and student."""
+        config, dataset = self.config, self.dataset
+        device = resolve_device(config.device)
+        keep_freed_memory(device)
+        if config.cache is not None:
+            self.rows = teacher_rows(config, dataset, self.progress)
+            weights = mean_rows(self.rows.prompts, [len(texts) for texts in dataset.prompts])
+            self.found["teacher"] = classify_rows(self.rows.image, weights, dataset.images.labels, self.rows.lost)
+        elif config.teacher is not None:
+            teacher = load_teacher(config.teacher, config.pretrained, config.device)
+            self._classify("teacher", TeacherEncoder(teacher), device)
+        if checkpoint is not None:
+            self._classify("student", StudentEncoder(checkpoint, device), device)
+
+    def _classify(self, name: str, encoder: ZeroShotEncoder, device: torch.device) -> None:
+        batch_size = self.config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
+
+        def report(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{name} images", done, total)
+
+        dataset = self.dataset
+        self.found[name] = classify_dataset(encoder, dataset.images, dataset.prompts, batch_size, report)
+
+    def accuracies(self) -> tuple[int, dict[str, dict[str, float]]]:
+        """Return on how many images all models were measured, and the accuracies of each.
+
+        Raises:
+            UsageError: no image can be used by all.
+        """
+        same = common_rows(*self.found.values())
+        if not len(same):
+            raise UsageError(f"{self.config.dataset}: not one image can be used by teacher and student both")
+        return len(same), {name: result.accuracies(same) for name, result in self.found.items()}
+
+    def lost(self) -> list[str]:
+        """Return the reason for each image that a model could not use, in order."""
+        lost = {row: reason for result in self.found.values() for row, reason in result.lost.items()}
+        return [lost[row] for row in sorted(lost)]
 
 
 def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] | None = None) -> ZeroShotResult:
@@ -267,60 +329,31 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     # before the hours that a teacher may take
     folder = RunFolder(config.run) if config.run is not None else None
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
-    chosen_on = folder.read().chosen_on(config.checkpoint) if folder is not None else None
-    device = resolve_device(config.device)
-    keep_freed_memory(device)
-    batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
     dataset = open_labelled(config)
-    found: dict[str, Classification] = {}
-    rows: TeacherRows | None = None
-
-    def stage(name: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(name, done, total) if progress is not None else None
-
-    if config.cache is not None:
-        rows = teacher_rows(config, dataset, progress)
-        weights = mean_rows(rows.prompts, [len(texts) for texts in dataset.prompts])
-        found["teacher"] = classify_rows(rows.image, weights, dataset.images.labels, rows.lost)
-    elif config.teacher is not None:
-        teacher = TeacherEncoder(load_teacher(config.teacher, config.pretrained, config.device))
-        found["teacher"] = classify_dataset(
-            teacher, dataset.images, dataset.prompts, batch_size, stage("teacher images")
-        )
-        del teacher
-    if checkpoint is not None:
-        found["student"] = classify_dataset(
-            StudentEncoder(checkpoint, device),
-            dataset.images,
-            dataset.prompts,
-            batch_size,
-            stage("student images"),
-        )
-    same = common_rows(*found.values())
-    if not len(same):
-        raise UsageError(f"{config.dataset}: not one image can be used by teacher and student both")
-    lost = {row: reason for each in found.values() for row, reason in each.lost.items()}
-    measured = {name: each.accuracies(same) for name, each in found.items()}
+    models = _Models(config, dataset, progress)
+    models.measure(checkpoint)
+    images, accuracies = models.accuracies()
+    lost, rows = models.lost(), models.rows
     return ZeroShotResult(
         dataset=config.dataset,
         split=config.split,
-        images=len(same),
+        images=images,
         classes=len(dataset.prompts),
         prompt_set=config.prompts,
         matched_by=dataset.found.classes.matched_by,
         prompts=dataset.prompts[0],
         lost_images=len(dataset.lost_images),
-        undecodable=(*dataset.lost_images, *(lost[row] for row in sorted(lost)))[:_PROBLEMS_SHOWN],
+        undecodable=(*dataset.lost_images, *lost)[:_PROBLEMS_SHOWN],
         undecodable_images=len(lost),
-        teacher=measured.get("teacher"),
-        student=measured.get("student"),
-        teacher_name=rows.teacher if rows is not None else config.teacher,
+        teacher=accuracies.get("teacher"),
+        student=accuracies.get("student"),
+        teacher_name=rows.teacher if rows else config.teacher,
         cache=config.cache,
-        cache_manifest_digest=rows.manifest_digest if rows is not None else None,
-        teacher_ran=rows.encoded if rows is not None else config.teacher is not None,
+        cache_manifest_digest=rows.manifest_digest if rows else None,
+        teacher_ran=rows.encoded if rows else config.teacher is not None,
         run=config.run,
         checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
-        chosen_on=chosen_on,
+        chosen_on=folder.read().chosen_on(config.checkpoint) if folder else None,
         seconds=time.perf_counter() - started,
     )
 
@@ -331,7 +364,7 @@ _Batch = list[tuple[int, Image.Image]]
 def _batches(
     pool: ThreadPoolExecutor, dataset: LabelledImages, batch_size: int, lost: dict[int, str]
 ) -> Iterator[_Batch]:
-    """Decoded images with their numbers; what cannot be decoded goes into ``lost``."""
+    """Yield decoded images with their numbers; what cannot be decoded goes into ``lost``."""
 
     def decode(index: int) -> Image.Image | str:
         try:
@@ -343,12 +376,12 @@ def _batches(
     batch: _Batch = []
     pixels = 0
     while part := list(islice(waiting, min(_DECODED_AT_ONCE, batch_size - len(batch)))):
-        for index, found in zip(part, pool.map(decode, part), strict=True):
-            if isinstance(found, str):
-                lost[index] = found
+        for index, decoded in zip(part, pool.map(decode, part), strict=True):
+            if isinstance(decoded, str):
+                lost[index] = decoded
             else:
-                batch.append((index, found))
-                pixels += found.width * found.height
+                batch.append((index, decoded))
+                pixels += decoded.width * decoded.height
         if len(batch) == batch_size or pixels > _BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
@@ -359,7 +392,7 @@ def _batches(
 def _embed(
     encoder: ZeroShotEncoder, dataset: LabelledImages, batch: _Batch, lost: dict[int, str]
 ) -> tuple[list[int], NDArray[np.float32]]:
-    """Numbers and rows of the images that the encoder takes; the others go into ``lost``.
+    """Return numbers and rows of the images that the encoder takes; the others go into ``lost``.
 
     Raises:
         ValueError: the encoder refuses the batch and none of its images.
@@ -371,10 +404,10 @@ def _embed(
         if not refused:
             raise
     lost.update({index: f"{dataset.sample_id(index)}: {reason}" for index, reason in refused.items()})
-    kept = [(index, image) for index, image in batch if index not in refused]
-    if not kept:
+    batch = [(index, image) for index, image in batch if index not in refused]
+    if not batch:
         return [], np.empty((0, 0), np.float32)
-    return [index for index, _ in kept], encoder.embed_images([image for _, image in kept])
+    return [index for index, _ in batch], encoder.embed_images([image for _, image in batch])
 
 
 def _refusal(encoder: ZeroShotEncoder, image: Image.Image) -> str:

@@ -372,3 +372,10 @@ def test_retention_is_a_share_of_the_teacher() -> None:
     assert shares["i2t"] == {"R@1": 50.0, "R@5": pytest.approx(110.0)}
     assert shares["t2i"] == {"R@1": None, "R@5": 50.0}
     assert shares["mean"] == pytest.approx(100 * (25 + 88 + 10 + 35) / (50 + 80 + 70))
+
+
+def test_ranks_of_all_places_serve_any_cut_off() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    ranks = first_positive_ranks(rows, rows[[0, 2, 1]], np.arange(3))
+    assert ranks.t2i.tolist() == [1, 3, 3]
+    assert recall_of_ranks(ranks, (1, 10))["t2i"] == {"R@1": 100 / 3, "R@10": 100.0}
