@@ -113,7 +113,6 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
             {model.name: model.probe for model in models},
             batches=_BATCHES,
             rounds=config.rounds,
-            threads=threads,
             progress=progress,
         )
     finally:

@@ -42,5 +42,5 @@ CAPTIONS = (
 
 
 def captions(count: int) -> list[str]:
-    """The first so many of ``CAPTIONS``, from the start again if there are not enough."""
+    """Return the first ``count`` of ``CAPTIONS``, from the start again if there are fewer."""
     return [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]

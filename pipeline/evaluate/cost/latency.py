@@ -19,19 +19,19 @@ _LOW, _HIGH = 5.0, 95.0
 
 
 class Ratio(BaseModel, frozen=True):
-    """How many times as fast one entry is as another, of the ratios of all rounds."""
+    """Speed of one entry as a multiple of another's, over the ratios of all rounds."""
 
     median: float
-    low: float = Field(description="A twentieth of the rounds has a lower ratio; the spread, no error of the median.")
-    high: float = Field(description="A twentieth of the rounds has a higher one.")
+    low: float = Field(description="Ratio that a twentieth of the rounds is below; the spread, no error of the median.")
+    high: float = Field(description="Ratio that a twentieth of the rounds is above.")
     rounds: int
 
 
 class Timing(BaseModel, frozen=True):
-    """What calls of one entry took."""
+    """Durations of the calls of one entry."""
 
-    batch: int = Field(gt=0, description="Images, or captions, per call.")
-    seconds: tuple[float, ...] = Field(min_length=1, description="One a round, in their order.")
+    batch: int = Field(gt=0, description="Number of images, or captions, per call.")
+    seconds: tuple[float, ...] = Field(min_length=1, description="Seconds of each round, in order.")
 
     @computed_field(description="Median of the calls, in milliseconds.")  # type: ignore[prop-decorator]
     @property
@@ -95,11 +95,11 @@ def interleaved(
                 seconds[name].append(took)
         if progress is not None and number >= 0:
             progress(number + 1)
-    return {name: Timing(batch=batch, seconds=tuple(found)) for name, found in seconds.items()}
+    return {name: Timing(batch=batch, seconds=tuple(taken)) for name, taken in seconds.items()}
 
 
 def speed_ratio(timing: Timing, reference: Timing) -> Ratio:
-    """How many times as many images, or captions, a second as the reference, round by round.
+    """Return the speed as a multiple of the reference's, round by round.
 
     Args:
         timing, reference: of one :func:`interleaved` run, or of two whose batches differ.

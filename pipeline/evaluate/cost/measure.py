@@ -1,4 +1,4 @@
-"""What models cost, side by side: size, FLOPs, latency, images and captions per second, peak memory.
+"""Cost of models, side by side: size, FLOPs, latency, images and captions per second, peak memory.
 
 All models of one comparison are timed in turns (``teacher_cache.pipeline.evaluate.cost.latency``), whatever runs them:
 torch, ONNX Runtime. No torch at import: a model brings what it needs.
@@ -35,9 +35,6 @@ def measure_cost(
     reference: str | None = None,
     batches: Sequence[int] = (1, 32),
     rounds: int = 15,
-    device: str = "cpu",
-    threads: int | None = None,
-    made_with: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CostResult:
     """Time models in turns: for each tower and batch, every round runs each model once.
@@ -47,15 +44,14 @@ def measure_cost(
     Args:
         models: by name, loaded.
         facts: of those for which there are some.
-        memory: how to load, in a fresh process, those whose peak memory is wanted.
-        reference: the model that the others are compared with; the first one if left out.
+        memory: requests that load a model in a fresh process, for those whose peak memory is measured.
+        reference: model that the others are compared with. Default: the first one.
         batches: images, and captions, per call.
         rounds: measured calls at each batch; four times as many at batch 1.
-        device, threads, made_with: what is recorded, versions of libraries by name; they choose nothing here.
         progress: called with (stage, done, in all).
 
     Raises:
-        UsageError: no model, an unknown reference, or one of those named in ``facts`` or ``memory`` is not there.
+        UsageError: no model, or an unknown reference or name in ``facts`` or ``memory``.
         ChildProcessError: a process that measures memory failed.
     """
     started = time.perf_counter()
@@ -67,49 +63,59 @@ def measure_cost(
             f"cost of {', '.join(unknown) or 'no batch'} asked for, but there are the models "
             f"{', '.join(models) or '(none)'}; name some of these and one batch or more"
         )
-    peaks: dict[str, PeakMemory] = {}
-    for number, (name, request) in enumerate(memory.items()):
-        _report(progress, "peak memory", number, len(memory))
-        peaks[name] = measure_peak_memory(request)
-        _report(progress, "peak memory", number + 1, len(memory))
-    times: dict[str, dict[int, dict[str, Timing]]] = {tower: {} for tower in _TOWERS}
+    report = progress or (lambda stage, done, total: None)
+    peaks = _peaks(memory, report)
     counts = {batch: rounds * (_ROUNDS_OF_SINGLE if batch == 1 else 1) for batch in sorted(set(batches))}
-    for tower, found in times.items():
-        for batch, count in counts.items():
-
-            def report(done: int, stage: str = f"{tower} by {batch}", count: int = count) -> None:
-                _report(progress, stage, done, count)
-
-            work = {name: getattr(model, tower)(batch) for name, model in models.items()}
-            # two rounds: what is compiled, packed or planned at a first call may be used from the second one on
-            found[batch] = interleaved(work, count, warmup=2, batch=batch, progress=report)
+    times = {tower: _tower_times(models, tower, counts, report) for tower in _TOWERS}
     return CostResult(
         models={
             name: ModelCost(
                 facts=facts.get(name, ModelFacts()),
-                **{tower: {batch: found[name] for batch, found in times[tower].items()} for tower in _TOWERS},
+                **{tower: {batch: timings[name] for batch, timings in times[tower].items()} for tower in _TOWERS},
                 memory=peaks.get(name),
             )
             for name in models
         },
         reference=reference,
-        speed={
-            name: SpeedRatios(
-                **{
-                    tower: {batch: speed_ratio(found[name], found[reference]) for batch, found in times[tower].items()}
-                    for tower in _TOWERS
-                }
-            )
-            for name in models
-            if name != reference
-        },
+        speed={name: _speed(times, name, reference) for name in models if name != reference},
         memory_batch=max(batches),
         rounds=counts,
-        device=device,
-        threads=threads,
-        made_with={"python": platform.python_version(), **(made_with or {})},
+        made_with={"python": platform.python_version()},
         seconds=time.perf_counter() - started,
     )
+
+
+def _peaks(memory: Mapping[str, ProbeRequest], report: Progress) -> dict[str, PeakMemory]:
+    peaks: dict[str, PeakMemory] = {}
+    for number, (name, request) in enumerate(memory.items()):
+        report("peak memory", number, len(memory))
+        peaks[name] = measure_peak_memory(request)
+        report("peak memory", number + 1, len(memory))
+    return peaks
+
+
+def _tower_times(
+    models: Mapping[str, CostModel], tower: str, counts: Mapping[int, int], report: Progress
+) -> dict[int, dict[str, Timing]]:
+    """Time one tower of all models, by batch."""
+    times: dict[int, dict[str, Timing]] = {}
+    for batch, count in counts.items():
+
+        def done(rounds: int, stage: str = f"{tower} by {batch}", count: int = count) -> None:
+            report(stage, rounds, count)
+
+        work = {name: getattr(model, tower)(batch) for name, model in models.items()}
+        # two rounds: what is compiled, packed or planned at a first call may be used from the second one on
+        times[batch] = interleaved(work, count, warmup=2, batch=batch, progress=done)
+    return times
+
+
+def _speed(times: Mapping[str, Mapping[int, Mapping[str, Timing]]], name: str, reference: str) -> SpeedRatios:
+    ratios = {
+        tower: {batch: speed_ratio(timings[name], timings[reference]) for batch, timings in of_tower.items()}
+        for tower, of_tower in times.items()
+    }
+    return SpeedRatios(**ratios)
 
 
 def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
@@ -126,50 +132,56 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
 
     import torch  # takes seconds
 
-    from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel, load_student_model, load_teacher_model
     from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
 
     device = resolve_device(config.device)
     keep_freed_memory(device)  # as precompute and train do
-    threads = torch.get_num_threads()
-    models: dict[str, TorchModel] = {}
     loaders: dict[str, dict[str, Any]] = {}
+    if config.teacher is not None:
+        loaders["teacher"] = {"name": config.teacher, "pretrained": config.pretrained, "device": config.device}
+    if checkpoint is not None:
+        loaders["student"] = {"folder": str(checkpoint), "device": config.device}
+    before = torch.get_num_threads()
     try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        if config.teacher is not None:
-            loaders["teacher"] = {"name": config.teacher, "pretrained": config.pretrained, "device": config.device}
-            models["teacher"] = load_teacher_model(**loaders["teacher"])
-        if checkpoint is not None:
-            loaders["student"] = {"folder": str(checkpoint), "device": config.device}
-            models["student"] = load_student_model(**loaders["student"])
-        result = measure_cost(
-            models,
-            {name: model.facts() for name, model in models.items()},
-            {
-                name: ProbeRequest(
-                    loader=f"teacher_cache.pipeline.evaluate.cost.torch_models:load_{name}_model",
-                    arguments=arguments,
-                    batch=max(config.batch),
-                    threads=torch.get_num_threads(),
-                )
-                for name, arguments in loaders.items()
-            },
-            batches=config.batch,
-            rounds=config.rounds,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-            threads=torch.get_num_threads() if device.type == "cpu" else None,
-            made_with={"torch": torch.__version__},
-            progress=progress,
-        )
+        torch.set_num_threads(config.threads or before)
+        result = _measure_loaded(config, loaders, torch.get_num_threads(), progress)
+        threads = torch.get_num_threads() if device.type == "cpu" else None
     finally:
-        torch.set_num_threads(threads)
-    where = checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None
-    return result.model_copy(update={"run": config.run, "checkpoint": where, "teacher_name": config.teacher})
+        torch.set_num_threads(before)
+    return result.model_copy(
+        update={
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+            "threads": threads,
+            "made_with": {**result.made_with, "torch": torch.__version__},
+            "run": config.run,
+            "checkpoint": checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
+            "teacher_name": config.teacher,
+        }
+    )
+
+
+def _measure_loaded(
+    config: CostConfig, loaders: Mapping[str, dict[str, Any]], threads: int, progress: Progress | None
+) -> CostResult:
+    """Load teacher and student by their arguments, and measure them."""
+    from teacher_cache.pipeline.evaluate.cost import torch_models
+
+    models = {name: getattr(torch_models, f"load_{name}_model")(**arguments) for name, arguments in loaders.items()}
+    probes = {
+        name: ProbeRequest(
+            loader=f"{torch_models.__name__}:load_{name}_model",
+            arguments=arguments,
+            batch=max(config.batch),
+            threads=threads,
+        )
+        for name, arguments in loaders.items()
+    }
+    facts = {name: model.facts() for name, model in models.items()}
+    return measure_cost(models, facts, probes, batches=config.batch, rounds=config.rounds, progress=progress)
 
 
 def processor() -> str:
-    """The processor's name and its cores, as far as the system tells."""
+    """Return the processor's name and its number of cores, as far as the system tells."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -177,8 +189,3 @@ def processor() -> str:
     except OSError:
         pass  # not Linux
     return f"{name}, {os.cpu_count()} cores"
-
-
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)

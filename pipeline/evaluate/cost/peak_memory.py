@@ -23,15 +23,15 @@ __all__ = ["PeakMemory", "ProbeRequest", "measure_peak_memory"]
 
 
 class ProbeRequest(BaseModel, frozen=True):
-    """What to load and run."""
+    """A model to load, and the calls to make."""
 
     loader: str = Field(
         description="MODULE:FUNCTION that returns a teacher_cache.pipeline.evaluate.cost.results.CostModel."
     )
-    arguments: dict[str, Any] = Field({}, description="Its keyword arguments, as JSON has them.")
-    batch: int = Field(32, gt=0, description="Images, then captions, per call.")
-    calls: int = Field(2, gt=0, description="Of each tower: the second meets what the first one left.")
-    threads: int | None = Field(None, gt=0, description="Of torch, where the loader's module brings it.")
+    arguments: dict[str, Any] = Field({}, description="Keyword arguments of the loader, as JSON has them.")
+    batch: int = Field(32, gt=0, description="Number of images, then of captions, per call.")
+    calls: int = Field(2, gt=0, description="Number of calls of each tower: the second meets what the first one left.")
+    threads: int | None = Field(None, gt=0, description="Number of torch's threads, if the loader imports torch.")
 
 
 class PeakMemory(BaseModel, frozen=True):
@@ -41,13 +41,13 @@ class PeakMemory(BaseModel, frozen=True):
     model needs.
     """
 
-    imported_bytes: int = Field(description="Before the model is loaded: Python and the libraries.")
-    loading_peak_bytes: int = Field(description="The most while the model is loaded.")
-    loaded_bytes: int = Field(description="With the model loaded and nothing encoded.")
+    imported_bytes: int = Field(description="Bytes before the model is loaded: Python and the libraries.")
+    loading_peak_bytes: int = Field(description="Peak while the model is loaded.")
+    loaded_bytes: int = Field(description="Bytes with the model loaded and nothing encoded.")
     encoding_peak_bytes: int = Field(
-        description="The most while it encodes; on other systems than Linux while it is loaded, too."
+        description="Peak while it encodes; on other systems than Linux while it is loaded, too."
     )
-    cuda_peak_bytes: int | None = Field(None, description="The most that torch allocated on the GPU, if it used it.")
+    cuda_peak_bytes: int | None = Field(None, description="Peak of torch's allocations on the GPU, if it used one.")
 
     @computed_field(description="The most at any moment.")  # type: ignore[prop-decorator]
     @property

@@ -1,4 +1,4 @@
-"""What a cost measurement returns."""
+"""The results of a cost measurement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class CostModel(Protocol):
     """A model that can be timed. Inputs are made and moved before the call, which is over when it returns."""
 
     def images(self, batch: int) -> Callable[[], object]:
-        """A call that embeds so many images."""
+        """Return a call that embeds that many images."""
         ...
 
     def texts(self, batch: int) -> Callable[[], object]:
-        """A call that embeds so many captions."""
+        """Return a call that embeds that many captions."""
         ...
 
 
@@ -37,15 +37,15 @@ class TowerFlops(BaseModel, frozen=True):
 
 
 class ModelFacts(BaseModel, frozen=True):
-    """What a model weighs and computes; None is not known, or not asked."""
+    """Size and work of a model; None where it is not known or not measured."""
 
     parameters: int | None = None
     weights_bytes: int | None = Field(
         None,
-        description="Of its weights on disk, as stored: perhaps float16, a factorised embedding multiplied out.",
+        description="Bytes of the weights on disk, as stored: perhaps float16, a factorised embedding multiplied out.",
     )
     state_bytes: int | None = Field(
-        None, description="Of its parameters and buffers as they are computed with; a factorised embedding as factors."
+        None, description="Bytes of parameters and buffers in memory; a factorised embedding as factors."
     )
     flops: TowerFlops | None = None
 
@@ -60,7 +60,7 @@ class ModelCost(BaseModel, frozen=True):
 
 
 class SpeedRatios(BaseModel, frozen=True):
-    """How many times as fast as the reference, by images, or captions, per call."""
+    """Speed as a multiple of the reference's, by images, or captions, per call."""
 
     images: dict[int, Ratio]
     texts: dict[int, Ratio]
@@ -70,12 +70,12 @@ class CostResult(BaseModel, frozen=True):
     """Models in the order in which they were given."""
 
     models: dict[str, ModelCost]
-    reference: str = Field(description="The model that the others are compared with.")
-    speed: dict[str, SpeedRatios] = Field(description="Of each model but the reference.")
+    reference: str = Field(description="Model that the others are compared with.")
+    speed: dict[str, SpeedRatios] = Field(description="Speed of each model but the reference.")
     memory_batch: int = Field(description="Images, then captions, per call while memory was measured.")
     rounds: dict[int, int] = Field(description="Rounds by images, or captions, per call.")
-    device: str = Field(description="What it was measured on.")
-    threads: int | None = Field(description="Of torch on a CPU; None is not known.")
+    device: str = Field("cpu", description="Name of the processor or GPU.")
+    threads: int | None = Field(None, description="Number of torch's threads on a CPU, if known.")
     made_with: dict[str, str]
     run: str | None = None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")

@@ -56,18 +56,18 @@ class TorchModel:
         self._model.visual.to(memory_format=self._format)
 
     def images(self, batch: int) -> Callable[[], object]:
-        """A call that embeds the same random pixels, (batch, 3, height, width), into unit rows on the CPU."""
+        """Return a call that embeds the same random pixels, (batch, 3, height, width), into unit rows on the CPU."""
         drawn = torch.randn(batch, 3, *self._size, generator=torch.Generator().manual_seed(0))
         pixels = drawn.to(self._device).to(memory_format=self._format)
         return lambda: self._finish(self._model.encode_image, pixels)
 
     def texts(self, batch: int) -> Callable[[], object]:
-        """A call that embeds that many of ``CAPTIONS``; the longest of them sets the length, where it may."""
+        """Return a call that embeds that many of ``CAPTIONS``; the longest sets the length, where it may."""
         tokens = self._tokens(batch).to(self._device)
         return lambda: self._finish(self._encode_text, tokens)
 
     def facts(self) -> ModelFacts:
-        """What it weighs and computes."""
+        """Return its size and its FLOPs."""
         state = self._model.state_dict().values()
         file = self._weights_file
         return ModelFacts(
@@ -102,7 +102,7 @@ class TorchModel:
 
 
 def load_teacher_model(name: str, pretrained: str | None = None, device: str = "auto") -> TorchModel:
-    """A teacher to measure; see :func:`teacher_cache.pipeline.models.teacher.load_teacher`.
+    """Load a teacher to measure; see :func:`teacher_cache.pipeline.models.teacher.load_teacher`.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -114,7 +114,7 @@ def load_teacher_model(name: str, pretrained: str | None = None, device: str = "
 
 
 def load_student_model(folder: str, device: str = "auto") -> TorchModel:
-    """A student's checkpoint to measure.
+    """Load a student's checkpoint to measure.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -125,7 +125,7 @@ def load_student_model(folder: str, device: str = "auto") -> TorchModel:
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of one call, 2 for a multiplication and its addition.
+    """Count the FLOPs of one call, 2 for a multiplication and its addition.
 
     Two kernels would hide work from the counter, and neither is used while it counts: the fused encoder layer of
     ``nn.MultiheadAttention`` (a third of a ViT) and fused attention on a CPU (1 to 3 % of a CLIP's towers). What a
