@@ -1,7 +1,7 @@
 """The one way to embed a split: its images and captions through any encoder, in order. No torch.
 
-An encoder is the cache (:class:`CachedTeacher`), a torch student (``student_rows.StudentRows``), or two functions of stored
-bytes and of captions (:class:`BytesEncoder`), an ONNX student say. Whatever it is, it sees the rows that ``evaluate``
+An encoder is the cache (:class:`CachedTeacher`), a torch student (``student_rows.StudentRows``), or two functions of
+stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's. All see the rows that ``evaluate``
 measures on.
 """
 
