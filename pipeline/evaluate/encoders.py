@@ -27,7 +27,7 @@ class TeacherEncoder:
         self._pixels = _Pixels(teacher.preprocess)
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Unit rows, float32 (images, dim).
+        """Return unit rows, float32 (images, dim).
 
         Raises:
             ValueError: an image is too long a strip to be resized.
@@ -35,7 +35,7 @@ class TeacherEncoder:
         return unit_rows(self._teacher.encode_images(self._pixels(images)).embedding)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit rows, float32 (texts, dim)."""
+        """Return unit rows, float32 (texts, dim)."""
         return unit_rows(self._teacher.encode_texts(self._teacher.tokenizer(list(texts))).embedding)
 
 
@@ -56,7 +56,7 @@ class StudentEncoder:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Unit rows, float32 (images, dim).
+        """Return unit rows, float32 (images, dim).
 
         Raises:
             ValueError: an image is too long a strip to be resized.
@@ -66,7 +66,7 @@ class StudentEncoder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit rows, float32 (texts, dim)."""
+        """Return unit rows, float32 (texts, dim)."""
         tokens = self._student.shorten(self._tokenizer(list(texts)))
         return np.asarray(self._student.encode_text(tokens.to(self._device)).float().cpu().numpy())
 

@@ -1,4 +1,4 @@
-"""How many rows of a gallery come before a query's best match: FAISS proposes in float32, float64 decides. No torch."""
+"""Rank of a query's best match in a gallery: FAISS proposes in float32, float64 decides. No torch."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Engine:
 
         def search(queries: _Floats, k: int, resources: object = resources) -> tuple[_Floats, _Rows]:
             # the index uses the resources without owning them: the default argument keeps them alive
-            found: tuple[_Floats, _Rows] = index.search(queries, k)
-            return found
+            scores, rows = index.search(queries, k)
+            return scores, rows
 
         return search
 
@@ -158,18 +158,18 @@ def _searched(
     error = 1.01 * dim * (2.0**-24 * reach + 2.0**-126)
     open_ = reach >= 2.0**120
     ahead = np.zeros(len(reach), np.int64)
-    asked = np.flatnonzero(~open_)
-    if not len(asked):
+    searched = np.flatnonzero(~open_)
+    if not len(searched):
         return ahead, open_
-    part, error = matches.part(asked), error[asked]
+    part, error = matches.part(searched), error[searched]
     scores, rows = search(np.ascontiguousarray(part.queries), k)
     if engine.gpu is not None:
         _require_float32(part.queries, gallery, scores, rows, error)
     low, high = (part.score - error)[:, None], (part.score + error)[:, None]
     query, place = np.nonzero((scores >= low) & (scores <= high))
-    ahead[asked] = (scores > high).sum(axis=1) + part.ahead(gallery, query, rows[query, place])
+    ahead[searched] = (scores > high).sum(axis=1) + part.ahead(gallery, query, rows[query, place])
     # rows beyond the candidates may come before the match too, unless the last candidate is clearly behind it
-    open_[asked] = (scores[:, -1:] >= low)[:, 0] & (ahead[asked] < depth) & (k < len(gallery))
+    open_[searched] = (scores[:, -1:] >= low)[:, 0] & (ahead[searched] < depth) & (k < len(gallery))
     return ahead, open_
 
 
@@ -183,8 +183,8 @@ def _counted(matches: Matches, gallery: _Floats, reach: NDArray[np.float64], dep
     for rows in _blocks(len(gallery), max(1, _WORK_BYTES // (8 * dim))):
         columns = gallery[rows].astype(np.float64).T
         still = np.flatnonzero(ahead < depth)
-        for some in _blocks(len(still), max(1, _WORK_BYTES // (8 * columns.shape[1]))):
-            queries = still[some]
+        for block in _blocks(len(still), max(1, _WORK_BYTES // (8 * columns.shape[1]))):
+            queries = still[block]
             scores = matches.queries[queries].astype(np.float64) @ columns
             above = scores > high[queries, None]
             query, row = np.nonzero((scores >= low[queries, None]) & ~above)
@@ -200,8 +200,9 @@ def _require_float32(
     Raises:
         UsageError: they are.
     """
-    some = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
-    query, place = np.repeat(some, min(rows.shape[1], 64)), np.tile(np.arange(min(rows.shape[1], 64)), len(some))
+    proven = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
+    places = min(rows.shape[1], 64)
+    query, place = np.repeat(proven, places), np.tile(np.arange(places), len(proven))
     off = np.abs(scores[query, place] - exact_scores(queries, gallery, query, rows[query, place]))
     # rounding errors cancel: in practice their sum grows with the root of dim, the bound with dim
     if (off > error[query] * min(1.0, 4 / np.sqrt(gallery.shape[1]))).any():

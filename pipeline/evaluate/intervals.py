@@ -1,11 +1,11 @@
-"""How far a measurement may be off: bootstrap intervals of recall, accuracy and what a student keeps. No torch.
+"""Bootstrap intervals of recall, accuracy and retention. No torch.
 
 Images are drawn with replacement, each with all its captions, since captions of one image are hit or missed
 together (cluster bootstrap; Field & Welsh 2007, "Bootstrapping clustered data"). The interval is between percentiles
 of what the resamples measure (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13). Student and
 teacher are measured on the same resamples, so that the chance in which images are hard cancels in their ratio.
 
-It is the uncertainty of having these images and not others. Another seed of training is not in it.
+An interval is the uncertainty of having these images and not others. Another seed of training is not in it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BLOCK_BYTES = 64 << 20
 
 
 class Interval(BaseModel, frozen=True):
-    """Between two percentiles of the resamples; in percent."""
+    """Two percentiles of the resamples; in percent."""
 
     low: float
     high: float
@@ -49,11 +49,11 @@ class RecallIntervals(BaseModel, frozen=True):
 
     i2t: dict[str, Interval | None]
     t2i: dict[str, Interval | None]
-    mean: Interval | None = Field(description="Of the mean of all recalls, or of its share.")
+    mean: Interval | None = Field(description="Interval of the mean of all recalls, or of its share.")
 
 
 def resampled_sums(values: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Sums of each column over images drawn with replacement, as many as there are.
+    """Sum each column over images drawn with replacement, as many as there are.
 
     The draws depend on the number of images, ``resamples`` and ``seed`` alone: equal for teacher and student.
 
@@ -91,7 +91,7 @@ def bootstrap_recalls(
     seed: int = 0,
     level: float = LEVEL,
 ) -> RecallIntervals:
-    """Of each recall that ``teacher_cache.pipeline.evaluate.recall.recall_of_ranks`` gives, and of their mean.
+    """Return an interval for each recall of ``recall.recall_of_ranks``, and for their mean.
 
     Args:
         text_image: (captions,) position of each caption's image.
@@ -113,7 +113,7 @@ def bootstrap_share(
     seed: int = 0,
     level: float = LEVEL,
 ) -> RecallIntervals:
-    """Of the student's share of each of the teacher's recalls, and of that of the means (``metrics.retention``).
+    """Return an interval for each share of ``recall.retention``.
 
     Both are measured on the same resamples.
 
@@ -133,7 +133,7 @@ def bootstrap_share(
 
 
 def bootstrap_accuracy(hits: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """Of the share of images that were classified well, in percent.
+    """Return an interval for the share of images that were classified well, in percent.
 
     Args:
         hits: (images,) bool.
@@ -142,15 +142,15 @@ def bootstrap_accuracy(hits: NDArray[Any], resamples: int = RESAMPLES, seed: int
         ValueError: no images.
     """
     sums = resampled_sums(hits[:, None], resamples, seed)
-    found = _interval(100 * sums[:, 0] / len(hits), level)
-    assert found is not None  # nothing is divided by what was drawn
-    return found
+    interval = _interval(100 * sums[:, 0] / len(hits), level)
+    assert interval is not None  # nothing is divided by what was drawn
+    return interval
 
 
 def bootstrap_accuracy_share(
     student: NDArray[Any], teacher: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Interval | None:
-    """Of the student's accuracy as a share of the teacher's, in percent, on the same resamples.
+    """Return an interval for the student's accuracy as a share of the teacher's, in percent, on the same resamples.
 
     Args:
         student, teacher: (images,) bool, whether the same images were classified well.
@@ -170,7 +170,7 @@ def bootstrap_accuracy_share(
 def _recalls(
     ranks: RetrievalRanks, text_image: NDArray[np.int64], ks: Sequence[int], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """(resamples, 2 * ks) shares of 1, those of i2t first; NaN in a resample without captions."""
+    """Return (resamples, 2 * ks) shares of 1, those of i2t first; NaN in a resample without captions."""
     if min(ks) < 1 or max(ks) > ranks.depth:
         raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
     if text_image.shape != ranks.t2i.shape:
@@ -192,11 +192,11 @@ def _percent(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[n
 
 
 def _named(values: NDArray[np.float64], mean: NDArray[np.float64], ks: Sequence[int], level: float) -> RecallIntervals:
-    found = [_interval(column, level) for column in values.T]
+    intervals = [_interval(column, level) for column in values.T]
     names = [f"R@{k}" for k in ks]
     return RecallIntervals(
-        i2t=dict(zip(names, found[: len(ks)], strict=True)),
-        t2i=dict(zip(names, found[len(ks) :], strict=True)),
+        i2t=dict(zip(names, intervals[: len(ks)], strict=True)),
+        t2i=dict(zip(names, intervals[len(ks) :], strict=True)),
         mean=_interval(mean, level),
     )
 

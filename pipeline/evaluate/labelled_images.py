@@ -37,17 +37,17 @@ class LabelledImages(Protocol):
 
     @property
     def name(self) -> str:
-        """As asked for, for messages."""
+        """Name for messages."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(images,) the number of each image's class."""
+        """Number of each image's class, (images,)."""
 
     def sample_id(self, index: int) -> str:
-        """What names an image for people."""
+        """Return the name of an image for people."""
 
     def image(self, index: int) -> Image.Image:
-        """One image, decoded.
+        """Decode one image.
 
         Raises:
             UnusableImageError: its bytes are no image; it is left out and named.
@@ -65,18 +65,18 @@ class FileImages:
         self._source = ImageSource(root)
 
     def sample_id(self, index: int) -> str:
-        """That of the sample."""
+        """Return the sample's."""
         return self._samples[index].sample_id
 
     def image(self, index: int) -> Image.Image:
-        """One image, decoded by the rules of ``teacher_cache.pipeline.data.images.preprocess``."""
+        """Decode one image by the rules of ``teacher_cache.pipeline.data.images.preprocess``."""
         sample = self._samples[index]
         return decode_image(self._source.read(sample.uri, sample.offset, sample.length))
 
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """What is classified, among which classes, by which prompts.
+    """Labelled images with the prompts of their classes.
 
     Attributes:
         images: their labels are positions in ``found.prompts``.
@@ -94,7 +94,7 @@ class LabelledDataset:
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
-        """Those of each class."""
+        """Prompts of each class."""
         return self.found.prompts
 
 
@@ -110,11 +110,11 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
     spec = DatasetSpec.parse(config.dataset)
     if spec.kind in FORMS:
         return _files(config, spec)
-    given = [name for name in ("prompts", "templates", "class_names", "split") if getattr(config, name)]
-    if given:
+    unusable = [name for name in ("prompts", "templates", "class_names", "split") if getattr(config, name)]
+    if unusable:
         raise UsageError(
-            f"{spec}: the captions of this kind are its prompts, so {', '.join(given)} cannot be set; labelled images "
-            f"are imagefolder:PATH, webdataset:PATH and torchvision:NAME:PATH"
+            f"{spec}: the captions of this kind are its prompts, so {', '.join(unusable)} cannot be set; labelled "
+            f"images are imagefolder:PATH, webdataset:PATH and torchvision:NAME:PATH"
         )
     return _by_captions(spec)
 
@@ -134,7 +134,7 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
     cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
     if not listing.images:
-        met = "".join(f"; the first problem: {each.where}: {each.detail}" for each in listing.problems[:1])
+        met = "".join(f"; the first problem: {problem.where}: {problem.detail}" for problem in listing.problems[:1])
         raise UsageError(f"{spec}: no image of any class{met}")
     found = class_prompts(
         listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")

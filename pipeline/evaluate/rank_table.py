@@ -28,7 +28,7 @@ from teacher_cache.storage.files.location import LocalFiles
 __all__ = ["RANK_DEPTH", "write_rank_table"]
 
 RANK_DEPTH = 100
-"""How far down ranks are looked for where they are to be written."""
+"""Number of places that a rank table looks at."""
 
 
 def write_rank_table(
@@ -71,5 +71,5 @@ def write_rank_table(
 
 
 def _ranks(i2t: NDArray[np.int32], t2i: NDArray[np.int32]) -> pa.Array:
-    found = np.concatenate([i2t, t2i])
-    return pa.array(found, pa.int32(), mask=found == 0)
+    ranks = np.concatenate([i2t, t2i])
+    return pa.array(ranks, pa.int32(), mask=ranks == 0)

@@ -128,7 +128,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
 
 
 def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
-    """As :func:`evaluate`, with the ranks of all queries."""
+    """Measure as :func:`evaluate` does, and return the ranks of all queries too."""
     started = time.perf_counter()
     find_engine(config.device)  # before what takes long
     run = _open_run(config)

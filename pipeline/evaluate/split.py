@@ -85,7 +85,7 @@ class EvaluationSplit:
 
     @cached_property
     def sample_ids(self) -> list[str]:
-        """Of each image, in order."""
+        """Name of each image, in order."""
         ids: list[str] = self.reader.table_rows(SAMPLES, self.image_rows)["sample_id"].to_pylist()
         return ids
 
@@ -126,7 +126,7 @@ class EvaluationSplit:
         return CachedImages(self.reader, ImageSource(self.image_root), self.image_rows.tolist())
 
     def image_bytes(self, position: int) -> bytes:
-        """Stored bytes of one image, proven to be those that the teacher saw. Safe for several threads.
+        """Read one image, proven to be the one that the teacher saw. Safe for several threads.
 
         Raises:
             OSError: it cannot be read where ``image_root`` says.

@@ -33,7 +33,7 @@ _WAY_OUT = "Name another --cache, or ask for what this one holds (teacher-cache 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What a teacher made of a labelled dataset.
+    """The teacher's rows of a labelled dataset.
 
     Attributes:
         image: (images, dim) float32 of unit norm; zeros for those in ``lost``.
@@ -53,7 +53,7 @@ class TeacherRows:
 
 
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
-    """Rows of the cache; it is made first, or finished, where it is not there and a teacher is named.
+    """Read the rows of the cache; first make or finish it, if it is incomplete and a teacher is named.
 
     A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, with its
     decoder and in its precision; a new one is made in fp32.
@@ -94,8 +94,8 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
         )
         encoded = precompute(made, progress).chunks_encoded > 0
         reader = EmbeddingReader(config.cache)
-    asked = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
-    reader.identity.require(reader.identity.model_copy(update={"dataset": asked}), config.cache, _WAY_OUT)
+    dataset_now = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
+    reader.identity.require(reader.identity.model_copy(update={"dataset": dataset_now}), config.cache, _WAY_OUT)
     if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
         precision, decoder = reader.identity.teacher.precision, reader.identity.preprocess.decoder
         load_teacher(config.teacher, config.pretrained, config.device, precision, decoder).require(
@@ -115,7 +115,7 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
 
 
 def _planned(cache: str) -> CacheManifest | None:
-    """The manifest of a cache that was begun there: another size of batches, decoder or precision would be refused."""
+    """Return the manifest of a cache that was begun: another batch size, decoder or precision would be refused."""
     try:
         return read_manifest(open_files(cache))
     except CacheNotFoundError:

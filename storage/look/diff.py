@@ -80,7 +80,9 @@ class CacheDiff(BaseModel, frozen=True):
     manifest_a: str
     manifest_b: str
     identity: tuple[FieldDifference, ...] = Field(description="Fields that make two caches different ones.")
-    names: tuple[FieldDifference, ...] = Field(description="Of the teacher and the kind of dataset; these may differ.")
+    names: tuple[FieldDifference, ...] = Field(
+        description="Names of teacher and kind of dataset; these may differ."
+    )
     layout: tuple[FieldDifference, ...] = Field(description="Shapes of chunks and the like.")
     images_added: int = Field(description="Their sample_id is in b only.")
     images_removed: int = Field(description="In a only.")
@@ -190,12 +192,12 @@ class _Side:
         self.offsets = np.searchsorted(self.captions["image_row"].to_numpy(), edges, side="left").astype(np.int64)
 
     def rows_in(self, other: _Side) -> _Rows:
-        """For each row the other cache's row of the same sample_id, -1 where it has none."""
+        """Return for each row the other cache's row of the same sample_id, -1 where it has none."""
         found = pc.index_in(self.samples["sample_id"], value_set=other.samples["sample_id"].combine_chunks())
         return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int64)
 
     def caption_rows(self, rows: _Rows) -> tuple[_Rows, _Rows]:
-        """All captions of some images, and the place of the image of each among ``rows``."""
+        """Return all captions of some images, and the place of each one's image among ``rows``."""
         starts = self.offsets[rows]
         counts = self.offsets[rows + 1] - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -203,7 +205,7 @@ class _Side:
 
 
 def _changes(a: _Side, b: _Side, rows_a: _Rows, rows_b: _Rows) -> dict[str, NDArray[np.bool_]]:
-    """For each image of both caches what is not the same."""
+    """Return for each image of both caches what is not the same."""
     changes = {}
     for name, column in (("content", "content_sha256"), ("split", "split")):
         equal = pc.equal(a.samples[column].take(rows_a), b.samples[column].take(rows_b))
@@ -222,7 +224,7 @@ def _changes(a: _Side, b: _Side, rows_a: _Rows, rows_b: _Rows) -> dict[str, NDAr
 
 @dataclass(frozen=True)
 class _Compared:
-    """What the rows of both say; without drift the reason why not."""
+    """The comparison of the rows of both; without drift, the reason."""
 
     images: Drift | None = None
     captions: Drift | None = None
@@ -290,7 +292,7 @@ def _drift(
     ids: pa.ChunkedArray,
     owners: _Rows,
 ) -> Drift:
-    """Of pairs of rows; ``owners`` are the rows of their images in ``a``, whose names ``ids`` has."""
+    """Compare pairs of rows; ``owners`` are the rows of their images in ``a``, whose names ``ids`` has."""
     cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
     for start in range(0, len(rows_a), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)

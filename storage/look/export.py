@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class ExportResult(BaseModel, frozen=True):
-    """What was written; ``export.json`` in the folder holds the same."""
+    """The record of an export; ``export.json`` in the folder holds the same."""
 
     out: str
     cache: str
@@ -102,9 +102,9 @@ def export_rows(
             progress("export", written, 2 * len(image_rows))
 
     for part in range(parts):
-        here = slice(part * rows_per_file, (part + 1) * rows_per_file)
+        rows = slice(part * rows_per_file, (part + 1) * rows_per_file)
         number = str(part).zfill(len(str(parts)))  # as clip-retrieval pads them: int(log10(parts)) + 1
-        image_part, text_part = image_rows[here], text_rows[here]
+        image_part, text_part = image_rows[rows], text_rows[rows]
         _write_npy(folder / "img_emb" / f"img_emb_{number}.npy", reader, "image", image_part, view, count)
         _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
         table = _metadata(reader, image_part, text_part)
@@ -165,7 +165,7 @@ def _write_npy(
 
 
 def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
-    """image_path and caption, as clip-retrieval names them, and where the pair lies in the cache."""
+    """Return image_path and caption, as clip-retrieval names them, and the place of the pair in the cache."""
     samples = reader.table_rows(SAMPLES, image_rows)
     root = reader.manifest.source.image_root
     paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
@@ -184,7 +184,7 @@ def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows:
 
 
 def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all, at its name."""
+    """Write a file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
     try:
         write(unfinished)

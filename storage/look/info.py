@@ -1,4 +1,4 @@
-"""What a cache is and how far it is, from its manifest, commit names and journal; embeddings are never read.
+"""State of a cache, from its manifest, commit names and journal; embeddings are never read.
 
 Nor is more read of a large cache than of a small one: beyond :data:`NOTES_READ` notes and :data:`COMMITS_READ` records
 the cost is an estimate and the quarantined rows are not named, and both are said.
@@ -51,7 +51,7 @@ _ROWS_NAMED = 20
 
 
 class Coverage(BaseModel, frozen=True):
-    """How far one view of the images, or the captions, are."""
+    """Progress of one view of the images, or of the captions."""
 
     tower: Literal["image", "text"]
     view: int
@@ -62,7 +62,7 @@ class Coverage(BaseModel, frozen=True):
 
 
 class ChunkState(NamedTuple):
-    """A chunk, and what its commit says."""
+    """A chunk, and the state that its commit records."""
 
     ref: ChunkRef
     committed: bool
@@ -94,11 +94,11 @@ class CacheInfo(BaseModel, frozen=True):
     )
     quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="The first of them.")
     lost_images: int
-    problems: dict[str, int] = Field(description="Of the dataset, met while it was read, by kind.")
-    target_bytes: int = Field(description="Of all chunk objects when complete.")
+    problems: dict[str, int] = Field(description="Problems met while the dataset was read, by kind.")
+    target_bytes: int = Field(description="Bytes of all chunk objects when complete.")
     encode_seconds: float = Field(description="Sum over the committed chunks' journal notes.")
-    notes: int = Field(description="In the journal.")
-    notes_read: int = Field(description="Of those; where fewer, the seconds are scaled up from them.")
+    notes: int = Field(description="Notes in the journal.")
+    notes_read: int = Field(description="Notes that were read; the seconds are scaled up from them.")
     images_per_second: float | None
     captions_per_second: float | None
     remaining_seconds: float | None = Field(
@@ -154,7 +154,7 @@ def describe_cache(location: str) -> CacheInfo:
 
 
 def count_committed(location: str) -> tuple[int, int]:
-    """(committed chunks, all chunks) of a cache, by its commit records alone.
+    """Count committed chunks and all chunks of a cache, by its commit records alone.
 
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
@@ -165,7 +165,7 @@ def count_committed(location: str) -> tuple[int, int]:
 
 
 def chunk_states(location: str) -> tuple[ChunkState, ...]:
-    """What is committed and quarantined, chunk by chunk: images view by view, then captions, as ``all_chunks`` goes.
+    """Return what is committed and quarantined, chunk by chunk: images view by view, then captions.
 
     Reads what :func:`describe_cache` reads of the commits, and no embedding.
 

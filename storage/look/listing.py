@@ -31,9 +31,11 @@ class ListedCache(BaseModel, frozen=True):
     sealed: bool | None = None
     chunks: int | None = None
     chunks_committed: int | None = Field(None, description="All of a sealed cache, whose commits are not listed.")
-    committed_bytes: int | None = Field(None, description="Of the chunk objects that are committed.")
-    modified: datetime | None = Field(None, description="When the manifest was last written: planned, or sealed.")
-    problem: str | None = Field(None, description="Why the manifest cannot be used.")
+    committed_bytes: int | None = Field(None, description="Bytes of the chunk objects that are committed.")
+    modified: datetime | None = Field(
+        None, description="Time at which the manifest was planned, or sealed."
+    )
+    problem: str | None = Field(None, description="Reason why the manifest cannot be used.")
 
 
 class CacheListing(BaseModel, frozen=True):
@@ -41,7 +43,7 @@ class CacheListing(BaseModel, frozen=True):
 
     location: str
     caches: tuple[ListedCache, ...]
-    folders: int = Field(description="Looked into, the caches not counted.")
+    folders: int = Field(description="Folders looked into, the caches not counted.")
     not_entered: int = Field(description="Folders at the greatest depth, which may hold more.")
 
 
@@ -131,7 +133,7 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
 
 
 def _may_enter(files: CacheFiles, key: str) -> bool:
-    """Whether the folder of a file that may not be read tells at least that it is there."""
+    """Return whether a file that may not be read exists."""
     try:
         files.stat(key)
     except OSError:
@@ -140,7 +142,7 @@ def _may_enter(files: CacheFiles, key: str) -> bool:
 
 
 def _of_another_tool(data: bytes) -> bool:
-    """Whether it is JSON that never was ours: many tools have a manifest.json."""
+    """Return whether this is JSON of another tool: many have a manifest.json."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Nearest rows by inner product, exact and in bounded memory, with numpy alone; for looking at a cache.
 
 Blocks of float32 scores propose; whatever lies within float32's rounding error of a tie is decided by float64 scores
-and then by the lower row, so that on the same rows the answers are those of ``teacher_cache.pipeline.evaluate.recall``.
+and then by the lower row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Rows = NDArray[np.int64]
 
 
 def unit_rows(rows: NDArray[Any]) -> _Floats:
-    """float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
+    """Return float32 rows of unit norm: float16 storage moved the norm by up to 2^-11."""
     unit: _Floats = rows.astype(np.float32)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     return unit
@@ -40,7 +40,7 @@ def _margin(queries: _Floats, longest: float) -> NDArray[np.float64]:
 
 
 def paired_scores(left: _Floats, right: _Floats) -> NDArray[np.float64]:
-    """(p,) float64 inner products of rows side by side; equal vectors get equal scores, whatever their rows are.
+    """Return (p,) float64 inner products of rows side by side; equal vectors get equal scores.
 
     Args:
         left, right: (p, dim) each.
@@ -65,7 +65,7 @@ def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -
 
 
 def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -> tuple[_Rows, NDArray[np.float64]]:
-    """The k nearest rows of a gallery that comes in blocks: best first, equal scores by row number.
+    """Find the k nearest rows of a gallery that comes in blocks: best first, equal scores by row number.
 
     Holds at most max(8 k, 4,096) rows per query and a block, however many are tied.
 
@@ -86,13 +86,13 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
         longest = max(longest, float(np.linalg.norm(block.astype(np.float64), axis=1).max(initial=0.0)))
         margin = _margin(queries, longest)
         scores = queries @ block.T
-        for at, here in enumerate(scores):
-            all_scores = np.concatenate([rough[at], here])
+        for at, row_scores in enumerate(scores):
+            all_scores = np.concatenate([rough[at], row_scores])
             least = np.partition(all_scores, -k)[-k] if len(all_scores) > k else -np.inf
-            held, new = rough[at] >= least - margin[at], here >= least - margin[at]
+            held, new = rough[at] >= least - margin[at], row_scores >= least - margin[at]
             rows[at] = np.concatenate([rows[at][held], numbers[new]])
             kept[at] = np.concatenate([kept[at][held], block[new]])
-            rough[at] = np.concatenate([rough[at][held], here[new]])
+            rough[at] = np.concatenate([rough[at][held], row_scores[new]])
             if len(rows[at]) > max(8 * k, _KEPT_ROWS):  # near-ties, of a collapsed teacher say
                 order, _ = _best(queries, at, rows[at], kept[at], k)
                 rows[at], kept[at], rough[at] = rows[at][order], kept[at][order], rough[at][order]
@@ -105,14 +105,14 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
 
 
 def _best(queries: _Floats, at: int, rows: _Rows, kept: _Floats, k: int) -> tuple[_Rows, NDArray[np.float64]]:
-    """Places of the best k of one query's rows, by float64 score and then row, and their scores."""
+    """Return places of the best k of one query's rows, by float64 score and then row, and their scores."""
     exact = exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
     order = np.lexsort((rows, -exact))[:k]
     return order, exact[order]
 
 
 def near_pairs(rows: _Floats, least: float, most: int) -> tuple[int, _Rows, _Rows, NDArray[np.float64]]:
-    """Pairs of different rows with a cosine of at least ``least``, each once.
+    """Find pairs of different rows with a cosine of at least ``least``, each once.
 
     Args:
         rows: (n, dim) of unit norm.

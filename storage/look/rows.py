@@ -1,4 +1,4 @@
-"""Rows of a cache as people know them: an image by its sample_id with its captions, and what lies near it."""
+"""Images and captions of a cache by name, and their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CaptionRow(BaseModel, frozen=True):
     row: int
     text: str
     image_row: int
-    sample_id: str = Field(description="Of its image.")
-    cosine: float | None = Field(description="With what it is shown beside; None where there is no embedding.")
+    sample_id: str = Field(description="Name of its image.")
+    cosine: float | None = Field(description="Cosine with the row it is shown beside; None without an embedding.")
 
 
 class ImageRow(BaseModel, frozen=True):
@@ -40,10 +40,12 @@ class ImageRow(BaseModel, frozen=True):
     sample_id: str
     uri: str
     split: str
-    cosine: float | None = Field(None, description="With what it is shown beside.")
-    norm: float | None = Field(None, description="Of the teacher's output; of the image that was asked for.")
-    captions: tuple[CaptionRow, ...] = Field((), description="Its own; of the image that was asked for.")
-    nearest_captions: tuple[CaptionRow, ...] = Field((), description="Of all images, its own among them.")
+    cosine: float | None = Field(None, description="Cosine with the row it is shown beside.")
+    norm: float | None = Field(None, description="Norm of the teacher's output; of the image that was asked for.")
+    captions: tuple[CaptionRow, ...] = Field((), description="Its own captions; of the image that was asked for.")
+    nearest_captions: tuple[CaptionRow, ...] = Field(
+        (), description="Nearest captions, its own among them."
+    )
 
 
 class RowSample(BaseModel, frozen=True):
@@ -61,8 +63,8 @@ class Neighbours(BaseModel, frozen=True):
 
     location: str
     view: int
-    image: ImageRow | None = Field(description="What was asked for.")
-    caption: CaptionRow | None = Field(description="What was asked for.")
+    image: ImageRow | None = Field(description="Row that was asked for.")
+    caption: CaptionRow | None = Field(description="Row that was asked for.")
     images_compared: int
     captions_compared: int
     images: tuple[ImageRow, ...]
@@ -78,7 +80,7 @@ def sample_images(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RowSample:
-    """Random images of a sealed cache, each with its captions and those nearest to it.
+    """Show random images of a sealed cache, each with its captions and those nearest to it.
 
     Args:
         count: images; fewer where there are fewer.
@@ -118,7 +120,7 @@ def find_neighbours(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Neighbours:
-    """The images and captions nearest to one row by cosine, best first.
+    """Find the images and captions nearest to one row by cosine, best first.
 
     Args:
         image: a row number, or a sample_id; ``id:`` before one that is a number. Or else:
@@ -195,7 +197,7 @@ def _nearest(
     progress: Progress | None,
     always: NDArray[np.int64] | None = None,
 ) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
-    """Rows and cosines for each query, and with how many rows it was compared: those drawn, and ``always``."""
+    """Return rows and cosines for each query, and the number of rows compared: those drawn, and ``always``."""
     more = np.empty(0, np.int64) if always is None else always
     compared = 0
 
@@ -216,7 +218,7 @@ def _nearest(
 
 
 def _image(reader: EmbeddingReader, row: int, view: int) -> ImageRow:
-    """With its captions, and their cosines with this view of it."""
+    """Return an image with its captions, and their cosines with this view of it."""
     shown = _images(reader, np.array([row]), None)[0]
     rows = np.arange(*reader.caption_offsets[row : row + 2])
     query = unit_rows(reader.take("image", np.array([row]), view))
@@ -237,10 +239,10 @@ def _captions(
     reader: EmbeddingReader, rows: NDArray[np.int64], cosines: NDArray[np.float64] | None
 ) -> tuple[CaptionRow, ...]:
     fields = reader.table_rows(CAPTIONS, rows).to_pylist()
-    owners = np.array([each["image_row"] for each in fields], np.int64)
+    owners = np.array([caption["image_row"] for caption in fields], np.int64)
     ids = reader.table_rows(SAMPLES, owners)["sample_id"].to_pylist()
     scores = [None] * len(rows) if cosines is None else cosines.tolist()
     return tuple(
-        CaptionRow(**each, sample_id=sample_id, cosine=score)
-        for each, sample_id, score in zip(fields, ids, scores, strict=True)
+        CaptionRow(**caption, sample_id=sample_id, cosine=score)
+        for caption, sample_id, score in zip(fields, ids, scores, strict=True)
     )

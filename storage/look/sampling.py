@@ -29,7 +29,7 @@ def require_view(reader: EmbeddingReader, view: int) -> None:
 
 
 def draw_rows(rows: NDArray[np.int64], chunk_rows: int, most: int, seed: int) -> NDArray[np.int64]:
-    """At most so many of ``rows``, ascending: all where there are no more, else equal parts of random chunks.
+    """Draw at most ``most`` of the rows, ascending: equal parts of random chunks.
 
     Args:
         rows: ascending.
@@ -42,12 +42,12 @@ def draw_rows(rows: NDArray[np.int64], chunk_rows: int, most: int, seed: int) ->
     chunks = np.split(rows, np.flatnonzero(np.diff(rows // chunk_rows)) + 1)
     share = -(-most // min(len(chunks), _CHUNKS_DRAWN))
     drawn: list[NDArray[np.int64]] = []
-    left = most
+    missing = most
     for number in random.permutation(len(chunks)):
-        part = random.choice(chunks[number], min(share, left, len(chunks[number])), replace=False)
+        part = random.choice(chunks[number], min(share, missing, len(chunks[number])), replace=False)
         drawn.append(part)
-        left -= len(part)
-        if not left:
+        missing -= len(part)
+        if not missing:
             break
     return np.sort(np.concatenate(drawn))
 
@@ -60,7 +60,7 @@ def stored_rows(
     array: str = "embedding",
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[Any]:
-    """Rows of one array as they are stored, the quarantined ones NaN; ``rows`` ascending.
+    """Read rows of one array as they are stored, the quarantined ones NaN; ``rows`` ascending.
 
     Args:
         progress: called with (chunks read, chunks in all).
@@ -72,8 +72,8 @@ def stored_rows(
     parts = []
     chunks = np.unique(rows // size)
     for number, chunk in enumerate(chunks):
-        here = rows[np.searchsorted(rows, chunk * size) : np.searchsorted(rows, (chunk + 1) * size)]
-        parts.append(reader.chunk(ChunkRef(tower, view, int(chunk)), array)[here - chunk * size])
+        in_chunk = rows[np.searchsorted(rows, chunk * size) : np.searchsorted(rows, (chunk + 1) * size)]
+        parts.append(reader.chunk(ChunkRef(tower, view, int(chunk)), array)[in_chunk - chunk * size])
         if progress is not None:
             progress(number + 1, len(chunks))
     if parts:
@@ -90,7 +90,7 @@ def row_blocks(
     view: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Row numbers and embeddings chunk by chunk, the quarantined ones left out.
+    """Yield row numbers and embeddings chunk by chunk, without the quarantined ones.
 
     Args:
         most: rows in all, above which whole chunks are drawn at random; None reads every chunk.
@@ -100,12 +100,12 @@ def row_blocks(
     count = -(-layout.rows(tower) // layout.chunk_rows(tower))
     chunks = np.arange(count)
     if most is not None and layout.rows(tower) > most:
-        wanted = max(1, most // layout.chunk_rows(tower))
-        chunks = np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+        drawn = max(1, most // layout.chunk_rows(tower))
+        chunks = np.sort(np.random.default_rng(seed).permutation(count)[:drawn])
     for number, chunk in enumerate(chunks):
         ref = ChunkRef(tower, view if tower == "image" else 0, int(chunk))
         values = reader.chunk(ref)
-        there = ~np.isnan(values[:, 0])
-        yield np.asarray(ref.rows(layout), np.int64)[there], values[there]
+        usable = ~np.isnan(values[:, 0])
+        yield np.asarray(ref.rows(layout), np.int64)[usable], values[usable]
         if progress is not None:
             progress(number + 1, len(chunks))

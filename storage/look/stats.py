@@ -1,4 +1,4 @@
-"""What the embeddings of a cache look like: norms, cosines, duplicates, rank.
+"""Statistics of a cache's embeddings: norms, cosines, duplicates, rank.
 
 Above a stated number of rows a part of them is drawn, and the result says so.
 """
@@ -55,7 +55,7 @@ class Distribution(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, values: NDArray[np.floating]) -> Distribution | None:
-        """Of finite numbers; None of none."""
+        """Return the distribution of finite numbers; None of none."""
         if not len(values):
             return None
         wide = values.astype(np.float64)
@@ -73,12 +73,12 @@ class Distribution(BaseModel, frozen=True):
 class TowerStats(BaseModel, frozen=True):
     """The rows of one tower that were read."""
 
-    rows: int = Field(description="In the cache, or in the split.")
+    rows: int = Field(description="Rows in the cache, or in the split.")
     rows_read: int
-    missing: int = Field(description="Of those read, NaN: quarantined.")
-    zero: int = Field(description="Of those read, without a direction. A writer refuses them.")
-    norm: Distribution | None = Field(description="Of the teacher's output before it was normalised.")
-    cosine: Distribution | None = Field(description="Of random pairs of rows of this tower.")
+    missing: int = Field(description="Rows read that are NaN: quarantined.")
+    zero: int = Field(description="Rows read that are zero. A writer refuses them.")
+    norm: Distribution | None = Field(description="Norm of the teacher's output before it was normalised.")
+    cosine: Distribution | None = Field(description="Cosine of random pairs of rows of this tower.")
     equal_rows: int = Field(description="Rows whose embedding another row has too, bit for bit.")
     dead_dimensions: tuple[int, ...] = Field(
         description="Dimensions whose standard deviation is below 1 % of the median dimension's."
@@ -119,10 +119,10 @@ class CacheStats(BaseModel, frozen=True):
     separation: float | None = Field(
         description="Probability that a true pair has a greater cosine than a random one (area under the ROC curve)."
     )
-    near_cosine: float = Field(description="From which on two images count as near-duplicates.")
+    near_cosine: float = Field(description="Cosine from which on two images count as near-duplicates.")
     near_images: int = Field(description="Images with a near-duplicate among those read.")
     near_pairs: int
-    nearest_pairs: tuple[NearPair, ...] = Field(description="The nearest of them.")
+    nearest_pairs: tuple[NearPair, ...] = Field(description="Nearest of these pairs.")
 
 
 @dataclass(frozen=True)
@@ -365,9 +365,9 @@ def _tower(stored: NDArray[np.floating], norm: _Floats, total: int, random: np.r
     if len(rows) > 1:
         deviation = rows.std(axis=0)
         dead = np.flatnonzero(deviation < _DEAD * np.median(deviation))
-        left = random.integers(0, len(rows), min(4 * len(rows), 50_000))
-        right = (left + random.integers(1, len(rows), len(left))) % len(rows)
-        cosine = _cosines(rows, rows[left], right)
+        first = random.integers(0, len(rows), min(4 * len(rows), 50_000))
+        other = (first + random.integers(1, len(rows), len(first))) % len(rows)
+        cosine = _cosines(rows, rows[first], other)
     _, counts = np.unique(
         np.ascontiguousarray(stored[usable]).view(f"V{stored.dtype.itemsize * stored.shape[1]}"), return_counts=True
     )

@@ -1,1 +1,1 @@
-"""What a model costs: parameters, FLOPs, latency, memory."""
+"""Parameters, FLOPs, latency and memory of a model."""
