@@ -80,9 +80,7 @@ class CacheDiff(BaseModel, frozen=True):
     manifest_a: str
     manifest_b: str
     identity: tuple[FieldDifference, ...] = Field(description="Fields that make two caches different ones.")
-    names: tuple[FieldDifference, ...] = Field(
-        description="Names of teacher and kind of dataset; these may differ."
-    )
+    names: tuple[FieldDifference, ...] = Field(description="Names of teacher and kind of dataset; these may differ.")
     layout: tuple[FieldDifference, ...] = Field(description="Shapes of chunks and the like.")
     images_added: int = Field(description="Their sample_id is in b only.")
     images_removed: int = Field(description="In a only.")

@@ -32,9 +32,7 @@ class ListedCache(BaseModel, frozen=True):
     chunks: int | None = None
     chunks_committed: int | None = Field(None, description="All of a sealed cache, whose commits are not listed.")
     committed_bytes: int | None = Field(None, description="Bytes of the chunk objects that are committed.")
-    modified: datetime | None = Field(
-        None, description="Time at which the manifest was planned, or sealed."
-    )
+    modified: datetime | None = Field(None, description="Time at which the manifest was planned, or sealed.")
     problem: str | None = Field(None, description="Reason why the manifest cannot be used.")
 
 

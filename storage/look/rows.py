@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +44,7 @@ class ImageRow(BaseModel, frozen=True):
     cosine: float | None = Field(None, description="Cosine with the row it is shown beside.")
     norm: float | None = Field(None, description="Norm of the teacher's output; of the image that was asked for.")
     captions: tuple[CaptionRow, ...] = Field((), description="Its own captions; of the image that was asked for.")
-    nearest_captions: tuple[CaptionRow, ...] = Field(
-        (), description="Nearest captions, its own among them."
-    )
+    nearest_captions: tuple[CaptionRow, ...] = Field((), description="Nearest captions, its own among them.")
 
 
 class RowSample(BaseModel, frozen=True):
@@ -97,15 +96,16 @@ def sample_images(
     rows = np.sort(np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False))
     embeddings = unit_rows(reader.take("image", rows))
     own, _ = reader.caption_rows(rows)
-    found, compared = _nearest(reader, "text", embeddings, captions, most, seed, 0, progress, own)
+    compared = _Compared(reader, "text", most, seed, 0, progress, own)
+    nearest_captions = compared.nearest(embeddings, captions)
     return RowSample(
         location=location,
         split=split,
         seed=seed,
-        captions_compared=compared,
+        captions_compared=compared.count,
         images=tuple(
             _image(reader, int(row), 0).model_copy(update={"nearest_captions": _captions(reader, *near)})
-            for row, near in zip(rows, found, strict=True)
+            for row, near in zip(rows, nearest_captions, strict=True)
         ),
     )
 
@@ -154,9 +154,9 @@ def find_neighbours(
     compared: dict[Tower, int] = {}
     for other in ("image", "text"):
         # one more than asked for: the row itself is among them
-        asked = k + (other == tower)
-        found, compared[other] = _nearest(reader, other, query, asked, most, seed, view, progress)
-        rows, cosines = found[0]
+        others = _Compared(reader, other, most, seed, view, progress)
+        ((rows, cosines),) = others.nearest(query, k + (other == tower))
+        compared[other] = others.count
         keep = rows != row if other == tower else np.ones(len(rows), bool)
         near[other] = rows[keep][:k], cosines[keep][:k]
     return Neighbours(
@@ -186,35 +186,40 @@ def _require_row(reader: EmbeddingReader, tower: Tower, row: int) -> None:
         raise UsageError(f"{reader.location}: no {tower} row {row}; rows are 0 to {rows - 1}{hint}")
 
 
-def _nearest(
-    reader: EmbeddingReader,
-    tower: Tower,
-    queries: _Floats,
-    k: int,
-    most: int,
-    seed: int,
-    view: int,
-    progress: Progress | None,
-    always: NDArray[np.int64] | None = None,
-) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float64]]], int]:
-    """Return rows and cosines for each query, and the number of rows compared: those drawn, and ``always``."""
-    more = np.empty(0, np.int64) if always is None else always
-    compared = 0
+@dataclass
+class _Compared:
+    """The rows that queries are compared with: those drawn, and ``always``.
 
-    def blocks() -> Iterator[tuple[NDArray[np.int64], _Floats]]:
-        nonlocal compared
-        name = "compare images" if tower == "image" else "compare captions"
-        stage = None if progress is None else lambda done, total: progress(name, done, total)
-        if len(more):
-            compared += len(more)
-            yield more, unit_rows(reader.take(tower, more))
-        for rows, values in row_blocks(reader, tower, most, seed, view, stage):
-            drawn = ~np.isin(rows, more)
-            compared += int(drawn.sum())
+    Attributes:
+        count: number of them; known once they were read.
+    """
+
+    reader: EmbeddingReader
+    tower: Tower
+    most: int
+    seed: int
+    view: int
+    progress: Progress | None
+    always: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    count: int = 0
+
+    def nearest(self, queries: _Floats, k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Return rows and cosines of the k nearest of each query."""
+        rows, cosines = nearest(queries, self._blocks(), k)
+        return list(zip(rows, cosines, strict=True))
+
+    def _blocks(self) -> Iterator[tuple[NDArray[np.int64], _Floats]]:
+        if len(self.always):
+            self.count += len(self.always)
+            yield self.always, unit_rows(self.reader.take(self.tower, self.always))
+        for rows, values in row_blocks(self.reader, self.tower, self.most, self.seed, self.view, self._stage()):
+            drawn = ~np.isin(rows, self.always)
+            self.count += int(drawn.sum())
             yield rows[drawn], unit_rows(values[drawn])
 
-    rows, cosines = nearest(queries, blocks(), k)
-    return list(zip(rows, cosines, strict=True)), compared
+    def _stage(self) -> Callable[[int, int], None] | None:
+        progress, name = self.progress, "compare images" if self.tower == "image" else "compare captions"
+        return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _image(reader: EmbeddingReader, row: int, view: int) -> ImageRow:
