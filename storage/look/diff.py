@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
-from teacher_cache.storage.look.nearest import unit_rows
+from teacher_cache.storage.look.nearest import paired_scores, unit_rows
 from teacher_cache.storage.look.sampling import draw_rows
 from teacher_cache.storage.look.stats import Distribution
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -114,66 +115,46 @@ def diff_caches(
         UsageError: neither has such a view.
         CacheError: one of them cannot be read.
     """
-    first, second = _Side(a), _Side(b)
-    views = max(side.manifest.layout.views for side in (first, second))
+    pair = _Pair(a, b)
+    first, second = pair.a.manifest, pair.b.manifest
+    views = max(first.layout.views, second.layout.views)
     if not 0 <= view < views:
         raise UsageError(f"neither {a} nor {b} has a view {view}; views 0 to {views - 1} can be compared")
     identity = tuple(
-        FieldDifference(field=each.field, a=each.found, b=each.wanted)
-        for each in first.manifest.identity.differences(second.manifest.identity)
+        FieldDifference(field=difference.field, a=difference.found, b=difference.wanted)
+        for difference in first.identity.differences(second.identity)
     )
-    row_b = first.rows_in(second)
-    common = np.flatnonzero(row_b >= 0)
-    ids = first.samples["sample_id"]
-    added = np.setdiff1d(np.arange(second.samples.num_rows), row_b[common])
-    changes = _changes(first, second, common, row_b[common])
-    changed = np.flatnonzero(np.any(list(changes.values()), axis=0))
-    found = _compare(first, second, common, row_b[common], changes, view, most, seed, progress)
-    layout = _fields(first.manifest.layout.fields(), second.manifest.layout.fields())
-    moved = int((row_b[common] != common).sum())
-    chunks = None if layout or moved or len(added) or len(common) < len(row_b) else found.other_chunks
-    differs = [
-        len(identity),
-        len(layout),
-        len(added),
-        int((row_b < 0).sum()),
-        len(changed),
-        found.images_in_one,
-        chunks,
-    ]
-    differs += [drift.compared - drift.equal for drift in (found.images, found.captions) if drift is not None]
-    other = any(differs) or first.manifest.sealed != second.manifest.sealed
+    layout = _fields(first.layout.fields(), second.layout.fields())
+    rows = _compare(pair, view, most, seed, progress)
+    moved, same_rows = int((pair.rows_b != pair.rows_a).sum()), not len(pair.added) and not len(pair.removed)
+    chunks = rows.other_chunks if same_rows and not moved and not layout else None
+    counts = [len(identity), len(layout), len(pair.added), len(pair.removed), len(pair.changed)]
+    counts += [rows.images_in_one, chunks or 0]
+    counts += [drift.compared - drift.equal for drift in (rows.images, rows.captions) if drift is not None]
+    differs = any(counts) or first.sealed != second.sealed
     return CacheDiff(
         a=a,
         b=b,
-        same=not other and found.reason is None and chunks == 0,
-        differs=other,
-        manifest_a=first.manifest.digest,
-        manifest_b=second.manifest.digest,
+        same=not differs and rows.reason is None and chunks == 0,
+        differs=differs,
+        manifest_a=first.digest,
+        manifest_b=second.digest,
         identity=identity,
-        names=_names(first.manifest, second.manifest),
+        names=_names(first, second),
         layout=layout,
-        images_added=len(added),
-        images_removed=int((row_b < 0).sum()),
-        images_changed=len(changed),
+        images_added=len(pair.added),
+        images_removed=len(pair.removed),
+        images_changed=len(pair.changed),
         images_moved=moved,
-        images_in_one=found.images_in_one,
-        added=tuple(second.samples["sample_id"].take(added[:_NAMED]).to_pylist()),
-        removed=tuple(ids.take(np.flatnonzero(row_b < 0)[:_NAMED]).to_pylist()),
-        changed=tuple(
-            RowChange(
-                sample_id=ids[int(common[at])].as_py(),
-                row_a=int(common[at]),
-                row_b=int(row_b[common[at]]),
-                what=tuple(name for name, where in changes.items() if where[at]),
-            )
-            for at in changed[:_NAMED]
-        ),
-        images=found.images,
-        captions=found.captions,
+        images_in_one=rows.images_in_one,
+        added=pair.b.ids(pair.added[:_NAMED]),
+        removed=pair.a.ids(pair.removed[:_NAMED]),
+        changed=pair.named_changes(),
+        images=rows.images,
+        captions=rows.captions,
         other_chunks=chunks,
-        sampled=found.sampled,
-        not_compared=found.reason,
+        sampled=rows.sampled,
+        not_compared=rows.reason,
     )
 
 
@@ -191,8 +172,12 @@ class _Side:
 
     def rows_in(self, other: _Side) -> _Rows:
         """Return for each row the other cache's row of the same sample_id, -1 where it has none."""
-        found = pc.index_in(self.samples["sample_id"], value_set=other.samples["sample_id"].combine_chunks())
-        return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int64)
+        rows = pc.index_in(self.samples["sample_id"], value_set=other.samples["sample_id"].combine_chunks())
+        return np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), np.int64)
+
+    def ids(self, rows: _Rows) -> tuple[str, ...]:
+        """Return the sample_ids of some rows."""
+        return tuple(self.samples["sample_id"].take(pa.array(rows)).to_pylist())
 
     def caption_rows(self, rows: _Rows) -> tuple[_Rows, _Rows]:
         """Return all captions of some images, and the place of each one's image among ``rows``."""
@@ -202,22 +187,63 @@ class _Side:
         return np.repeat(starts, counts) + within, np.repeat(np.arange(len(rows)), counts)
 
 
-def _changes(a: _Side, b: _Side, rows_a: _Rows, rows_b: _Rows) -> dict[str, NDArray[np.bool_]]:
-    """Return for each image of both caches what is not the same."""
-    changes = {}
-    for name, column in (("content", "content_sha256"), ("split", "split")):
-        equal = pc.equal(a.samples[column].take(rows_a), b.samples[column].take(rows_b))
-        changes[name] = ~np.asarray(equal.to_numpy(zero_copy_only=False), bool)
-    counts_a, counts_b = np.diff(a.offsets)[rows_a], np.diff(b.offsets)[rows_b]
-    captions = counts_a != counts_b
-    alike = np.flatnonzero(~captions)
-    text_a, place = a.caption_rows(rows_a[alike])
-    text_b, _ = b.caption_rows(rows_b[alike])
-    texts_a, texts_b = (long_texts(side.captions["text"]) for side in (a, b))
-    equal = pc.equal(texts_a.take(text_a), texts_b.take(text_b))
-    captions[alike[place[~np.asarray(equal.to_numpy(zero_copy_only=False), bool)]]] = True
-    changes["captions"] = captions
-    return changes
+class _Pair:
+    """Two caches, and the images that both have.
+
+    Attributes:
+        rows_a, rows_b: (n,) rows of the images in both, ascending in ``a``.
+        added, removed: rows of the others, in ``b`` and in ``a``.
+    """
+
+    def __init__(self, a: str, b: str) -> None:
+        self.a, self.b = _Side(a), _Side(b)
+        self.row_b = self.a.rows_in(self.b)
+        self.rows_a = np.flatnonzero(self.row_b >= 0)
+        self.rows_b = self.row_b[self.rows_a]
+        self.added = np.setdiff1d(np.arange(self.b.samples.num_rows), self.rows_b)
+        self.removed = np.flatnonzero(self.row_b < 0)
+
+    @cached_property
+    def changes(self) -> dict[str, NDArray[np.bool_]]:
+        """For each image in both, whether content, split and captions are not the same."""
+        return {
+            "content": self._differ("content_sha256"),
+            "split": self._differ("split"),
+            "captions": self._captions_differ(),
+        }
+
+    @property
+    def changed(self) -> _Rows:
+        """Positions of the images that are not the same."""
+        return np.flatnonzero(np.any(list(self.changes.values()), axis=0))
+
+    def named_changes(self) -> tuple[RowChange, ...]:
+        """Return the first of the changed images."""
+        return tuple(
+            RowChange(
+                sample_id=self.a.ids(self.rows_a[at : at + 1])[0],
+                row_a=int(self.rows_a[at]),
+                row_b=int(self.rows_b[at]),
+                what=tuple(name for name, where in self.changes.items() if where[at]),
+            )
+            for at in self.changed[:_NAMED]
+        )
+
+    def _differ(self, column: str) -> NDArray[np.bool_]:
+        return _unequal(self.a.samples[column].take(self.rows_a), self.b.samples[column].take(self.rows_b))
+
+    def _captions_differ(self) -> NDArray[np.bool_]:
+        differ = np.diff(self.a.offsets)[self.rows_a] != np.diff(self.b.offsets)[self.rows_b]
+        alike = np.flatnonzero(~differ)  # as many captions in both
+        text_a, place = self.a.caption_rows(self.rows_a[alike])
+        text_b, _ = self.b.caption_rows(self.rows_b[alike])
+        texts_a, texts_b = (long_texts(side.captions["text"]) for side in (self.a, self.b))
+        differ[alike[place[_unequal(texts_a.take(text_a), texts_b.take(text_b))]]] = True
+        return differ
+
+
+def _unequal(a: pa.ChunkedArray, b: pa.ChunkedArray) -> NDArray[np.bool_]:
+    return np.asarray(~np.asarray(pc.equal(a, b).to_numpy(zero_copy_only=False), bool))
 
 
 @dataclass(frozen=True)
@@ -232,97 +258,92 @@ class _Compared:
     reason: str | None = None
 
 
-def _compare(
-    a: _Side,
-    b: _Side,
-    rows_a: _Rows,
-    rows_b: _Rows,
-    changes: dict[str, NDArray[np.bool_]],
-    view: int,
-    most: int,
-    seed: int,
-    progress: Progress | None,
-) -> _Compared:
-    widths = a.manifest.layout.embed_dim, b.manifest.layout.embed_dim
+def _compare(pair: _Pair, view: int, most: int, seed: int, progress: Progress | None) -> _Compared:
+    widths = [side.manifest.layout.embed_dim for side in (pair.a, pair.b)]
     if widths[0] != widths[1]:
         return _Compared(reason=f"the embeddings are {widths[0]} and {widths[1]} wide")
     try:
-        reader_a, reader_b = (EmbeddingReader(side.location, memory_bytes=_MEMORY_BYTES) for side in (a, b))
+        a, b = (EmbeddingReader(side.location, memory_bytes=_MEMORY_BYTES) for side in (pair.a, pair.b))
     except CacheIncompleteError as error:
         return _Compared(reason=str(error))
-    if view >= min(reader_a.views, reader_b.views):
-        return _Compared(reason=f"there is no view {view} in both: {reader_a.views} and {reader_b.views} views")
-    commits_a, commits_b = reader_a.commits(), reader_b.commits()
-    shared = commits_a.keys() & commits_b.keys()
-    other_chunks = len(commits_a.keys() ^ commits_b.keys())
-    other_chunks += sum(commits_a[ref].objects != commits_b[ref].objects for ref in shared)
-    lost_a, lost_b = (np.array(list(reader.quarantined_in(view)), np.int64) for reader in (reader_a, reader_b))
-    there_a, there_b = ~np.isin(rows_a, lost_a), ~np.isin(rows_b, lost_b)
-    in_one = int((there_a != there_b).sum())
-    usable = ~changes["content"] & there_a & there_b
+    if view >= min(a.views, b.views):
+        return _Compared(reason=f"there is no view {view} in both: {a.views} and {b.views} views")
+    other_chunks = _other_chunks(a, b)
+    has_a, has_b = (
+        ~np.isin(rows, np.array(list(reader.quarantined_in(view)), np.int64))
+        for rows, reader in ((pair.rows_a, a), (pair.rows_b, b))
+    )
+    in_one = int((has_a != has_b).sum())
+    usable = ~pair.changes["content"] & has_a & has_b
     if not usable.any():
         reason = f"no image of the same sample_id and bytes has an embedding of view {view} in both"
         return _Compared(images_in_one=in_one, other_chunks=other_chunks, reason=reason)
-    same_a = rows_a[usable]
-    drawn = draw_rows(same_a, a.manifest.layout.image_chunk_rows, most, seed)
-    number_b = np.full(a.manifest.layout.image_rows, -1, np.int64)
-    number_b[rows_a] = rows_b
-    ids = a.samples["sample_id"]
-    images = _drift(reader_a, reader_b, "image", drawn, number_b[drawn], view, ids, drawn)
-    if progress is not None:
-        progress("compare", 1, 2)
-    same_captions = np.setdiff1d(drawn, rows_a[changes["captions"]])
-    text_a, place = a.caption_rows(same_captions)
-    text_b, _ = b.caption_rows(number_b[same_captions])
-    captions = _drift(reader_a, reader_b, "text", text_a, text_b, 0, ids, same_captions[place])
-    if progress is not None:
-        progress("compare", 2, 2)
-    return _Compared(images, captions, len(drawn) < len(same_a), in_one, other_chunks)
+    same = pair.rows_a[usable]
+    drawn = draw_rows(same, pair.a.manifest.layout.image_chunk_rows, most, seed)
+    report = progress or (lambda stage, done, total: None)
+    images = _drift(pair, _Moved(a, b, "image", view), drawn, pair.row_b[drawn], drawn)
+    report("compare", 1, 2)
+    same_captions = np.setdiff1d(drawn, pair.rows_a[pair.changes["captions"]])
+    text_a, place = pair.a.caption_rows(same_captions)
+    text_b, _ = pair.b.caption_rows(pair.row_b[same_captions])
+    captions = _drift(pair, _Moved(a, b, "text", 0), text_a, text_b, same_captions[place])
+    report("compare", 2, 2)
+    return _Compared(images, captions, len(drawn) < len(same), in_one, other_chunks)
 
 
-def _drift(
-    a: EmbeddingReader,
-    b: EmbeddingReader,
-    tower: Tower,
-    rows_a: _Rows,
-    rows_b: _Rows,
-    view: int,
-    ids: pa.ChunkedArray,
-    owners: _Rows,
-) -> Drift:
-    """Compare pairs of rows; ``owners`` are the rows of their images in ``a``, whose names ``ids`` has."""
-    cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
-    for start in range(0, len(rows_a), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        left, right = a.take(tower, rows_a[part], view), b.take(tower, rows_b[part], view)
-        cosines[part] = np.einsum("nd,nd->n", unit_rows(left).astype(np.float64), unit_rows(right).astype(np.float64))
-        equal[part] = (left == right).all(axis=1)
-    cosines[equal] = 1.0
+def _other_chunks(a: EmbeddingReader, b: EmbeddingReader) -> int:
+    """Count the chunks whose bytes differ by the commit records."""
+    commits_a, commits_b = a.commits(), b.commits()
+    in_one = commits_a.keys() ^ commits_b.keys()
+    shared = commits_a.keys() & commits_b.keys()
+    return len(in_one) + sum(commits_a[ref].objects != commits_b[ref].objects for ref in shared)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The embeddings of one tower and view in both caches."""
+
+    a: EmbeddingReader
+    b: EmbeddingReader
+    tower: Tower
+    view: int
+
+    def cosines(self, rows_a: _Rows, rows_b: _Rows) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return cosines of pairs of rows, and whether they are equal bit for bit."""
+        cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
+        for start in range(0, len(rows_a), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            in_a = self.a.take(self.tower, rows_a[part], self.view)
+            in_b = self.b.take(self.tower, rows_b[part], self.view)
+            cosines[part] = paired_scores(unit_rows(in_a), unit_rows(in_b))
+            equal[part] = (in_a == in_b).all(axis=1)
+        cosines[equal] = 1.0
+        return cosines, equal
+
+
+def _drift(pair: _Pair, moved: _Moved, rows_a: _Rows, rows_b: _Rows, owners: _Rows) -> Drift:
+    """Compare pairs of rows; ``owners`` are the rows of their images in ``a``."""
+    cosines, equal = moved.cosines(rows_a, rows_b)
     worst = np.lexsort((rows_a, cosines))[:_NAMED]
+    worst = worst[~equal[worst]]
     return Drift(
         compared=len(rows_a),
         equal=int(equal.sum()),
         cosine=Distribution.of(cosines),
         worst=tuple(
-            DriftedRow(
-                row_a=int(rows_a[at]),
-                row_b=int(rows_b[at]),
-                sample_id=ids[int(owners[at])].as_py(),
-                cosine=float(cosines[at]),
-            )
-            for at in worst
-            if not equal[at]
+            DriftedRow(row_a=int(rows_a[at]), row_b=int(rows_b[at]), sample_id=name, cosine=float(cosines[at]))
+            for at, name in zip(worst, pair.a.ids(owners[worst]), strict=True)
         ),
     )
 
 
 def _names(a: CacheManifest, b: CacheManifest) -> tuple[FieldDifference, ...]:
-    here, there = a.identity.fields(), b.identity.fields()
-    pairs = {f"{part}.{name}": (here[part].get(name), there[part].get(name)) for part, name in _NAMES}
+    in_a, in_b = a.identity.fields(), b.identity.fields()
+    pairs = {f"{part}.{name}": (in_a[part].get(name), in_b[part].get(name)) for part, name in _NAMES}
     return tuple(
-        FieldDifference(field=field, a=json.dumps(left), b=json.dumps(right))
-        for field, (left, right) in pairs.items()
-        if left != right
+        FieldDifference(field=name, a=json.dumps(value), b=json.dumps(other))
+        for name, (value, other) in pairs.items()
+        if value != other
     )
 
 

@@ -62,7 +62,7 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
     files = open_files(location)
     if "://" not in location and not Path(location).is_dir():
         raise CacheNotFoundError(f"{location}: no such folder. Check the path; ls looks for caches in and below it.")
-    found: list[ListedCache] = []
+    caches: list[ListedCache] = []
     queue: deque[tuple[str, int]] = deque([("", 0)])
     seen: set[str] = set()
     entered = beyond = 0
@@ -75,7 +75,7 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
             seen.add(real)
         cache = _cache_at(files, folder)
         if cache is not None:
-            found.append(cache)
+            caches.append(cache)
             continue
         if level > depth:
             beyond += 1
@@ -84,7 +84,7 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
         queue += [(f"{folder}/{name}" if folder else name, level + 1) for name in files.folders(folder)]
     return CacheListing(
         location=location,
-        caches=tuple(sorted(found, key=lambda cache: cache.location)),
+        caches=tuple(sorted(caches, key=lambda cache: cache.location)),
         folders=entered,
         not_entered=beyond,
     )
@@ -113,8 +113,9 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
     refs = all_chunks(layout)
     committed = set(refs)
     if not manifest.sealed:
-        there = {name.removeprefix(f"{folder}/") for name in files.list(f"{folder}/{COMMITS}" if folder else COMMITS)}
-        committed = {ref for ref in refs if ref.commit_key in there}
+        keys = files.list(f"{folder}/{COMMITS}" if folder else COMMITS)
+        committed_keys = {key.removeprefix(f"{folder}/") for key in keys}
+        committed = {ref for ref in refs if ref.commit_key in committed_keys}
     return ListedCache(
         location=where,
         teacher=" ".join(filter(None, (manifest.identity.teacher.name, manifest.identity.teacher.pretrained))),
