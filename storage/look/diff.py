@@ -233,7 +233,7 @@ class _Pair:
         return _unequal(self.a.samples[column].take(self.rows_a), self.b.samples[column].take(self.rows_b))
 
     def _captions_differ(self) -> NDArray[np.bool_]:
-        differ = np.diff(self.a.offsets)[self.rows_a] != np.diff(self.b.offsets)[self.rows_b]
+        differ: NDArray[np.bool_] = np.diff(self.a.offsets)[self.rows_a] != np.diff(self.b.offsets)[self.rows_b]
         alike = np.flatnonzero(~differ)  # as many captions in both
         text_a, place = self.a.caption_rows(self.rows_a[alike])
         text_b, _ = self.b.caption_rows(self.rows_b[alike])
