@@ -116,8 +116,8 @@ def describe_cache(location: str) -> CacheInfo:
     files = open_files(location)
     manifest = read_manifest(files)
     refs = all_chunks(manifest.layout)
-    there = set(files.list(COMMITS))
-    committed = [ref for ref in refs if ref.commit_key in there]
+    commit_keys = set(files.list(COMMITS))
+    committed = [ref for ref in refs if ref.commit_key in commit_keys]
     coverage = _coverage(manifest.layout, refs, committed)
     costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
     seal = manifest.seal
@@ -175,15 +175,15 @@ def chunk_states(location: str) -> tuple[ChunkState, ...]:
     files = open_files(location)
     manifest = read_manifest(files)
     refs = all_chunks(manifest.layout)
-    there = set(files.list(COMMITS))
-    lost = _quarantined_by_chunk(files, manifest, [ref for ref in refs if ref.commit_key in there])
+    commit_keys = set(files.list(COMMITS))
+    lost = _quarantined_by_chunk(files, manifest, [ref for ref in refs if ref.commit_key in commit_keys])
 
     def quarantined(ref: ChunkRef) -> tuple[QuarantinedRow, ...] | None:
         if ref.tower == "text":
             return ()
         return None if lost is None else lost.get(ref, ())
 
-    return tuple(ChunkState(ref, ref.commit_key in there, quarantined(ref)) for ref in refs)
+    return tuple(ChunkState(ref, ref.commit_key in commit_keys, quarantined(ref)) for ref in refs)
 
 
 def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:
