@@ -1,1 +1,47 @@
 """Recall by FAISS, zero-shot accuracy and cost of teacher and student."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.evaluate.embed import BytesEncoder as BytesEncoder
+    from teacher_cache.pipeline.evaluate.embed import CachedTeacher as CachedTeacher
+    from teacher_cache.pipeline.evaluate.recall import first_positive_ranks as first_positive_ranks
+    from teacher_cache.pipeline.evaluate.recall import recall_of_ranks as recall_of_ranks
+    from teacher_cache.pipeline.evaluate.recall import retention as retention
+    from teacher_cache.pipeline.evaluate.recall import retrieval_recall as retrieval_recall
+    from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult as EvaluateResult
+    from teacher_cache.pipeline.evaluate.retrieval import evaluate as evaluate
+    from teacher_cache.pipeline.evaluate.split import EvaluationSplit as EvaluationSplit
+    from teacher_cache.pipeline.evaluate.split import open_split as open_split
+
+__all__ = [
+    "BytesEncoder",
+    "CachedTeacher",
+    "EvaluateResult",
+    "EvaluationSplit",
+    "evaluate",
+    "first_positive_ranks",
+    "open_split",
+    "recall_of_ranks",
+    "retention",
+    "retrieval_recall",
+]
+
+_HOMES = {
+    "BytesEncoder": "embed",
+    "CachedTeacher": "embed",
+    "EvaluateResult": "retrieval",
+    "EvaluationSplit": "split",
+    "evaluate": "retrieval",
+    "open_split": "split",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'recall')}"), name)
