@@ -203,7 +203,11 @@ def test_class_weights_equal_open_clips(tiny_teacher: Path) -> None:
     teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     names = ["cat", "dog", "guinea pig"]
     templates = open_clip.SIMPLE_IMAGENET_TEMPLATES
-    wanted = open_clip.build_zero_shot_classifier(teacher.model, teacher.tokenizer, names, templates).T.numpy()
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        return torch.as_tensor(teacher.tokenizer(texts))
+
+    wanted = open_clip.build_zero_shot_classifier(teacher.model, tokenizer, names, templates).T.numpy()
     prompts = [[template(name) for template in templates] for name in names]
     exact = class_weights(lambda texts: teacher.text_features(teacher.tokenizer(list(texts))).numpy(), prompts)
     np.testing.assert_allclose(exact, wanted, atol=1e-5)
