@@ -89,20 +89,20 @@ class ForeignFolder:
         if not root.is_dir():
             raise UsageError(f"{location} is no folder; give the one that holds img_emb, text_emb and metadata")
         metadata = _numbered(root, "metadata", "parquet")
-        found = {tower: _numbered(root, name, "npy") for tower, name in _FILES.items()}
-        self.towers: tuple[Tower, ...] = tuple(tower for tower, files in found.items() if files)
+        files = {tower: _numbered(root, name, "npy") for tower, name in _FILES.items()}
+        self.towers: tuple[Tower, ...] = tuple(tower for tower, numbered in files.items() if numbered)
         if not metadata or not self.towers:
             raise UsageError(
                 f"{location}: metadata/metadata_N.parquet and img_emb/img_emb_N.npy or text_emb/text_emb_N.npy are "
                 f"wanted, as clip-retrieval and teacher-cache export write them; found {contents(root)}"
             )
         for tower in self.towers:
-            if odd := sorted(set(metadata) ^ set(found[tower])):
+            if odd := sorted(set(metadata) ^ set(files[tower])):
                 raise UsageError(
                     f"{location}: part {odd[0]} has only one of metadata and {_FILES[tower]} ({len(odd)} such parts). "
                     "Was the run that wrote it stopped? Delete what is half there: the teacher encodes those rows"
                 )
-        self._parts = [self._part(metadata[number], {t: found[t][number] for t in self.towers}) for number in metadata]
+        self._parts = [self._part(metadata[number], {t: files[t][number] for t in self.towers}) for number in metadata]
         self._stops = np.cumsum([part.rows for part in self._parts])
         self.rows = int(self._stops[-1])
         widths = {array.shape[1] for part in self._parts for array in part.arrays.values()}
@@ -116,11 +116,11 @@ class ForeignFolder:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{metadata}: cannot be read as parquet: {printable(str(error))}") from error
-        wanted = {"image": "image_path", "text": "caption"}
+        columns = {"image": "image_path", "text": "caption"}
         for tower in files:
-            if wanted[tower] not in schema.names:
+            if columns[tower] not in schema.names:
                 raise UsageError(
-                    f"{metadata}: no column {wanted[tower]!r}, which says what the rows of {_FILES[tower]} are of; "
+                    f"{metadata}: no column {columns[tower]!r}, which says what the rows of {_FILES[tower]} are of; "
                     f"its columns are {printable(', '.join(schema.names))}"
                 )
         arrays = {tower: _mapped(path) for tower, path in files.items()}
@@ -139,9 +139,9 @@ class ForeignFolder:
         for part in self._parts:
             try:
                 with pq.ParquetFile(part.metadata) as file:
-                    there = [name for name in names if name in file.schema_arrow.names]
-                    table = file.read(columns=there)
-                columns = {name: pc.cast(table[name], pa.string()) for name in there}
+                    present = [name for name in names if name in file.schema_arrow.names]
+                    table = file.read(columns=present)
+                columns = {name: pc.cast(table[name], pa.string()) for name in present}
             except (pa.ArrowException, OSError) as error:
                 raise UsageError(f"{part.metadata}: cannot be read: {printable(str(error))}") from error
             missing = {name: pa.nulls(part.rows, pa.string()) for name in names if name not in columns}
@@ -162,9 +162,9 @@ class ForeignFolder:
         norm, usable = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
         part_of = np.searchsorted(self._stops, rows, side="right")
         for number in np.unique(part_of):
-            part, here = self._parts[number], part_of == number
-            local = rows[here] - (self._stops[number] - part.rows)
-            embedding[here], norm[here], usable[here] = _normalised(np.asarray(part.arrays[tower][local]))
+            part, of_part = self._parts[number], part_of == number
+            local = rows[of_part] - (self._stops[number] - part.rows)
+            embedding[of_part], norm[of_part], usable[of_part] = _normalised(np.asarray(part.arrays[tower][local]))
         return embedding, norm, usable
 
 
@@ -175,15 +175,15 @@ def _numbered(root: Path, name: str, ending: str) -> dict[int, Path]:
         UsageError: two of them have the same number.
     """
     pattern = re.compile(rf"{name}_(\d{{1,18}})\.{ending}")
-    found: dict[int, Path] = {}
+    by_number: dict[int, Path] = {}
     for path in sorted((root / name).glob(f"{name}_*.{ending}")):
         number = pattern.fullmatch(path.name)
         if number is None or not path.is_file():
             continue
-        if int(number[1]) in found:
-            raise UsageError(f"{path}: {found[int(number[1])].name} has this number too. Keep the files of one run")
-        found[int(number[1])] = path
-    return dict(sorted(found.items()))
+        if int(number[1]) in by_number:
+            raise UsageError(f"{path}: {by_number[int(number[1])].name} has this number too. Keep the files of one run")
+        by_number[int(number[1])] = path
+    return dict(sorted(by_number.items()))
 
 
 def _mapped(path: Path) -> NDArray[Any]:
@@ -205,9 +205,9 @@ def _normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.flo
         # a norm below the least normal float32 has lost its digits
         usable = np.isfinite(norm) & (norm >= np.finfo(np.float32).tiny)
         unit = (values / norm[:, None]).astype(np.float16)
-        kept = (np.abs(norm - 1) <= _ROUNDING) & (rows.dtype.itemsize == 2)
-    unit[kept] = rows[kept]
-    norm[kept] = 1
+        is_unit = (np.abs(norm - 1) <= _ROUNDING) & (rows.dtype.itemsize == 2)
+    unit[is_unit] = rows[is_unit]
+    norm[is_unit] = 1
     return unit, norm, usable
 
 

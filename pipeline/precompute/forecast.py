@@ -145,7 +145,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     image, text = _time_towers(config, teacher, read, work, progress)
     tables = _table_bytes(read, layout)
     check = read.seconds_per_image * len(listed.samples) if work.check_seconds is None else work.check_seconds
-    encode = work.left["image"] * image.seconds_per_row + work.left["text"] * text.seconds_per_row
+    encode = work.to_encode["image"] * image.seconds_per_row + work.to_encode["text"] * text.seconds_per_row
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(
         cache=config.cache,
@@ -167,7 +167,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         committed_rows=sum(_rows_by_tower(layout, work.committed).values()),
         reuse=config.reuse,
         rows_reused=work.copied,
-        rows_to_encode=work.left,
+        rows_to_encode=work.to_encode,
         probe_images=len(read.part.samples),
         probe_captions=text.rows,
         probe_lost=read.lost,
@@ -187,7 +187,7 @@ def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | No
 
 @dataclass(frozen=True)
 class _Work:
-    """Rows of a cache to come: all, committed, copied and left.
+    """Rows of a cache to come: all, committed, copied and to encode.
 
     Attributes:
         planned: whether a cache is there.
@@ -199,7 +199,7 @@ class _Work:
     planned: bool
     committed: list[ChunkRef]
     copied: dict[Tower, int]
-    left: dict[Tower, int]
+    to_encode: dict[Tower, int]
     check_seconds: float | None
 
 
@@ -225,8 +225,8 @@ def _count(
     known = _known(config, planned, None if have is None else have[0])
     copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
     waiting = _rows_by_tower(layout, pending)
-    left: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
-    return _Work(listed, layout, have is not None, committed, copied, left, check_seconds)
+    to_encode: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
+    return _Work(listed, layout, have is not None, committed, copied, to_encode, check_seconds)
 
 
 def _rows_by_tower(layout: Layout, refs: Sequence[ChunkRef]) -> dict[Tower, int]:
@@ -383,16 +383,16 @@ def _there(
     teacher.require(manifest.identity, cache)
     have = manifest.identity.dataset
     if planned is not None:
-        asked = planned.identity.dataset
+        dataset = planned.identity.dataset
     elif have.images == len(listed.samples):
         # all but the images' digests, for which every file would be read
-        asked = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
-        asked = asked.model_copy(update={"samples_sha256": have.samples_sha256})
+        dataset = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
+        dataset = dataset.model_copy(update={"samples_sha256": have.samples_sha256})
     else:
         most = {"images": min(have.images, len(listed.samples)), "captions": min(have.captions, listed.num_captions)}
-        asked = have.model_copy(update=most)
-    wanted = {"dataset": asked, "targets": asked_targets(config), "views": asked_views(config)}
-    identity = manifest.identity.model_copy(update=wanted)
+        dataset = have.model_copy(update=most)
+    changes = {"dataset": dataset, "targets": asked_targets(config), "views": asked_views(config)}
+    identity = manifest.identity.model_copy(update=changes)
     require_same_plan(manifest, identity, asked_layout(config, identity, teacher.device.type), cache)
     names = set(files.list(COMMITS))
     return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]

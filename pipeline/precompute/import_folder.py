@@ -106,7 +106,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     _require_these_rows(config.cache, known)
     proof = _prove(config, teacher, planned, known, progress)
     images, texts = proof.compared["image"], proof.compared["text"]
-    said = (
+    origin = (
         f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
@@ -114,7 +114,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         config,
         teacher.device.type,
         planned,
-        library_versions(teacher.preprocess.decoder) | {IMPORTED: said, IMPORTED_ROWS: known.sha256},
+        library_versions(teacher.preprocess.decoder) | {IMPORTED: origin, IMPORTED_ROWS: known.sha256},
     )
     _require_these_rows(config.cache, known)  # another process may have planned it meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
