@@ -1,1 +1,42 @@
 """Log lines, progress bars, metrics, and secrets kept out of texts."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teacher_cache.storage.observe.logs import event as event
+    from teacher_cache.storage.observe.logs import logger as logger
+    from teacher_cache.storage.observe.logs import say as say
+    from teacher_cache.storage.observe.progress import StageProgress as StageProgress
+    from teacher_cache.storage.observe.safe_text import printable as printable
+    from teacher_cache.storage.observe.safe_text import redact as redact
+    from teacher_cache.storage.observe.telemetry import observed as observed
+
+__all__ = [
+    "StageProgress",
+    "event",
+    "logger",
+    "observed",
+    "printable",
+    "redact",
+    "say",
+]
+
+_HOMES = {
+    "StageProgress": "progress",
+    "event": "logs",
+    "logger": "logs",
+    "observed": "telemetry",
+    "printable": "safe_text",
+    "redact": "safe_text",
+    "say": "logs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
