@@ -381,9 +381,9 @@ def test_the_commands_log_json_alone_with_run_chunk_and_row(
 
     cache = tmp_path / "c"
     chosen = settings(make_photos(IMAGES), tiny_teacher, cache)
-    del chosen["device"]
+    del chosen["device"], chosen["chunk_rows"]
     flags = [word for name, each in chosen.items() for word in (f"--{name.replace('_', '-')}", str(each))]
-    said = run("precompute", *flags, "--metrics-port", "0")
+    said = run("precompute", *flags, "--set", f"chunk_rows={CHUNK}", "--metrics-port", "0")
     assert {line["run"] for line in said} == {"night-3"}
     committed = [line for line in said if line["message"] == "chunk committed"]
     assert Counter(line["chunk"].split("/")[0] for line in committed) == {"image": 3, "text": 5}
