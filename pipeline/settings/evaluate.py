@@ -54,12 +54,12 @@ class ZeroShotConfig(StageConfig):
     templates: str = Field(
         "",
         description="Templates: photo, simple or openai (3, 7 and 80 templates), a prompt set, or a file with one "
-        "template per line and {} for the class. Default: those of --prompts, else of the dataset, else photo.",
+        "template per line and {} for the class. Default: the prompt set's, else the dataset's, else photo.",
     )
     class_names: str = Field(
         "",
-        description="JSON file with class names: an object {folder or label: name}, or a list. Default: those of "
-        "--prompts, else of the dataset.",
+        description="JSON file with class names: an object {folder or label: name}, or a list. Default: the prompt "
+        "set's, else the dataset's.",
     )
     split: str = Field(
         "", description="Published split to measure on, or all. Required where there are several splits."

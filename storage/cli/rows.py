@@ -45,7 +45,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 @seed_option
 @json_flag
 def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed: int, as_json: bool) -> None:
-    """Compare the cosines of true pairs with those of random pairs."""
+    """Compare true pairs of image and caption with random pairs."""
     from teacher_cache.storage.look.stats import cache_stats
     from teacher_cache.storage.observe.progress import StageProgress
 
