@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from teacher_cache.storage.observe.telemetry import PrometheusTelemetry
+from teacher_cache.storage.observe.telemetry import Metrics
 from tests.container_files import DOCKER, PROJECT, compose
 
 SECRETS = {"POSTGRES_PASSWORD": "p", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -21,15 +21,19 @@ def services() -> dict[str, Any]:
 
 def known() -> dict[str, set[str]]:
     """Labels by name of each sample that a scrape can bring."""
-    counting = PrometheusTelemetry()
-    counting.prepared("image", lambda: None)()
-    counting.encoded("image", 1, 0.0, 0.0)
-    counting.writing(1)
-    counting.written("image", 0.0)
-    counting.bad_samples({"kind": 1})
-    counting.wanted("image", 1)
-    counting.done("image", 1)
-    counting.step(1, 0.0, 0.0, 0.0)
+    counting = Metrics()
+    for message, fields in {
+        "input queued": {},
+        "input prepared": {"tower": "image", "seconds": 0.0},
+        "batch encoded": {"tower": "image", "num_rows": 1, "decode_wait_seconds": 0.0, "teacher_seconds": 0.0},
+        "chunks in flight": {"chunks": 1},
+        "chunk committed": {"chunk": "image/v0/000000", "write_seconds": 0.0},
+        "row quarantined": {"reason": "undecodable-image"},
+        "rows planned": {"tower": "image", "num_rows": 1},
+        "rows done": {"tower": "image", "num_rows": 1},
+        "step finished": {"num_samples": 1, "loss": 0.0, "data_wait_seconds": 0.0, "seconds": 0.0},
+    }.items():
+        counting(message, fields)
     found: dict[str, set[str]] = {}
     for family in counting.registry.collect():
         for sample in family.samples:

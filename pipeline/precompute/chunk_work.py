@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +31,7 @@ from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.format.layout import SCALE, Layout
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.observe.logs import event, logger
-from teacher_cache.storage.observe.telemetry import telemetry
+from teacher_cache.storage.observe.telemetry import submit_input
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["Batch", "ChunkWork", "Inputs", "Prepared", "StretchReader"]
@@ -168,8 +168,6 @@ class ChunkWork:
         self._report(cost, time.perf_counter() - began)
 
     def _report(self, cost: ChunkCost, write_seconds: float) -> None:
-        telemetry().written(self.ref.tower, write_seconds)
-        telemetry().bad_samples(Counter(row.reason for row in self._quarantined))
         where = {"chunk": self.ref.name, "rows": [self.rows.start, self.rows.stop]}
         for lost in self._quarantined:
             event(_LOG, logging.WARNING, "row quarantined", chunk=self.ref.name, **lost.model_dump())
@@ -229,7 +227,7 @@ class _Captions:
         if batch.known:
             return []
         texts = _take(self._table, batch.rows)["text"].to_pylist()
-        return [_submit(pool, "text", lambda: self._tokenizer(texts))]
+        return [submit_input(pool, "text", lambda: self._tokenizer(texts))]
 
 
 class _Images:
@@ -254,7 +252,7 @@ class _Images:
             return []
         fresh = batch.rows[[row not in self._jobs for row in batch.rows.tolist()]]
         for row, sample in zip(fresh.tolist(), self._loader.samples(fresh) if len(fresh) else (), strict=True):
-            self._jobs[row] = _submit(pool, "image", self._loader.job(sample, self._places.pop(row)))
+            self._jobs[row] = submit_input(pool, "image", self._loader.job(sample, self._places.pop(row)))
         return [self._jobs[row] for row in batch.rows.tolist()]
 
 
@@ -398,12 +396,6 @@ class StretchReader:
         if ref.tower == "image" or self._layout.text_order is None:
             return np.arange(len(rows))
         return order_by_length(self._captions.read(rows)["text"])
-
-
-def _submit(pool: ThreadPoolExecutor, tower: str, job: Callable[[], Any]) -> Future[Any]:
-    future = pool.submit(telemetry().prepared(tower, job))
-    telemetry().queued(future)
-    return future
 
 
 def _take(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:

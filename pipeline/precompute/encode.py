@@ -9,6 +9,7 @@ of the same images.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -34,11 +35,13 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import requests_at_once
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.observe.telemetry import telemetry
+from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.write.claims import Claims, claim_name
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["RowTally", "encode_chunks", "encode_claimed", "encode_shared"]
+
+_LOG = logger("precompute")
 
 _BATCHES_AHEAD = 4
 _WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher has to
@@ -112,10 +115,10 @@ def encode_claimed(
 
 
 class RowTally:
-    """Rows done by this process and by others, out of those of some chunks; reported to a progress and to telemetry.
+    """Rows done by this process and by others, out of those of some chunks; reported to a progress and counted.
 
-    As a context manager it takes back what it reported to telemetry when an error ends the block, since the next try
-    counts all of them again.
+    As a context manager it takes back what it has counted when an error ends the block, since the next try counts all
+    of them again.
     """
 
     def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
@@ -133,12 +136,12 @@ class RowTally:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for tower, rows in self._done.items() if error is not None else ():
-            telemetry().done(tower, -rows)
+            event(_LOG, logging.DEBUG, "rows done", tower=tower, num_rows=-rows)
 
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk."""
         self._done[ref.tower] += rows
-        telemetry().done(ref.tower, rows)
+        event(_LOG, logging.DEBUG, "rows done", tower=ref.tower, num_rows=rows)
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
@@ -237,7 +240,7 @@ class _Encoder:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 if fetchers is not None:
                     fetchers.shutdown(wait=False, cancel_futures=True)
-                telemetry().writing(0)
+                event(_LOG, logging.DEBUG, "chunks in flight", chunks=0)
                 raise
 
     def _launch(self, batch: Batch) -> _Launched:
@@ -266,7 +269,9 @@ class _Encoder:
         seconds = launched.seconds + time.perf_counter() - began if on_device is None else on_device
         chunk.spend(launched.decode_wait_seconds, seconds)
         of_teacher = None if batch.known else seconds
-        telemetry().encoded(chunk.ref.tower, len(batch.rows), launched.decode_wait_seconds, of_teacher)
+        waited = launched.decode_wait_seconds
+        counted = {"num_rows": len(batch.rows), "decode_wait_seconds": waited, "teacher_seconds": of_teacher}
+        event(_LOG, logging.DEBUG, "batch encoded", tower=chunk.ref.tower, **counted)
         self._tally.add_rows(chunk.ref, len(batch.rows))
         if chunk.complete:
             writers.submit(chunk.sharing, lambda: chunk.write(self._writer, self._teacher))
@@ -284,13 +289,13 @@ class _Writers:
         while len(self._writing) >= _WRITES_AHEAD * sharing:
             self._wait()
         self._writing.append(self._pool.submit(write))
-        telemetry().writing(len(self._writing))
+        event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
 
     def drain(self) -> None:
         """Wait until all are written."""
         while self._writing:
             self._wait()
-            telemetry().writing(len(self._writing))
+            event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
 
     def _wait(self) -> None:
         self._writing.popleft().result()

@@ -29,7 +29,6 @@ from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Sourc
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
 from teacher_cache.storage.observe.logs import event, logger
-from teacher_cache.storage.observe.telemetry import telemetry
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -105,7 +104,6 @@ def plan_precompute(
 
 
 def _tell_problems(dataset: SampleSet) -> None:
-    telemetry().bad_samples(Counter(problem.kind for problem in dataset.problems))
     for problem in dataset.problems:
         event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
 
@@ -243,7 +241,7 @@ def plan_dataset(
     for ref in pending:
         wanted[ref.tower] += len(ref.rows(writer.manifest.layout))
     for tower, rows in wanted.items():
-        telemetry().wanted(tower, rows)
+        event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=rows)
     return pending
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
 from teacher_cache.pipeline.train.resume import EpochSums
 from teacher_cache.pipeline.train.step import StepValues
-from teacher_cache.storage.observe.telemetry import telemetry
+from teacher_cache.storage.observe.logs import event, logger
 
 __all__ = ["EpochMeter"]
+
+_LOG = logger("train")
 
 
 class EpochMeter:
@@ -42,7 +45,8 @@ class EpochMeter:
             sums.values[name] = sums.values.get(name, 0.0) + value
         spent = ended - self._started
         sums.seconds = self._seconds + spent
-        telemetry().step(rows, values.loss, self._arrived - self._waiting, ended - self._arrived)
+        timed = {"data_wait_seconds": self._arrived - self._waiting, "seconds": ended - self._arrived}
+        event(_LOG, logging.DEBUG, "step finished", num_samples=rows, loss=values.loss, **timed)
         self.rate = (sums.steps - self._first) * self._batch_size / spent
         self.wait_share = (sums.waited - self._waited) / spent
 

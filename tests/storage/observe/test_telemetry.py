@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +31,15 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe import telemetry as module
-from teacher_cache.storage.observe.logs import RUN
+from teacher_cache.storage.observe import logs
+from teacher_cache.storage.observe.logs import RUN, event, events_are_counted, logger
 from teacher_cache.storage.observe.telemetry import (
     METRICS_HOST,
     METRICS_PORT,
-    PrometheusTelemetry,
-    Telemetry,
+    Metrics,
     observed,
     require_metrics,
-    telemetry,
+    submit_input,
 )
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
@@ -115,7 +116,7 @@ def test_a_precompute_can_be_asked_while_it_works(
     rows = [each.get(("teacher_cache_rows_total", (("tower", "image"),)), 0.0) for each in seen]
     assert rows == sorted(rows)
     assert len(set(rows)) > 2
-    assert telemetry().__class__ is Telemetry
+    assert not events_are_counted()
     with pytest.raises(OSError, match="refused"):
         scrape(url)
 
@@ -166,7 +167,7 @@ def test_each_process_of_a_run_has_a_port_of_its_own(
         taken = rf"metrics cannot be served on 127.0.0.1:{port}: Address already in use"
         # every run of a machine may have the environment: none fails for it
         with observed(), observed():
-            assert type(telemetry()) is Telemetry
+            assert not events_are_counted()
         (warning,) = capsys.readouterr().err.splitlines()
         assert re.match(f"warning: {taken}", warning)
         monkeypatch.setenv("TEACHER_CACHE_METRICS_REQUIRED", "")  # so that it is put back
@@ -202,45 +203,56 @@ def test_a_taken_port_ends_the_command_that_named_it(
 
 
 def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job is handed on as it is, and prometheus-client is not imported."""
+    """A job is submitted as it is, no record is made of an event, and prometheus-client is not imported."""
     monkeypatch.delenv(METRICS_PORT, raising=False)
+    monkeypatch.setattr(logging.Logger, "makeRecord", fail)
 
     def job() -> None: ...
 
-    with observed():
-        assert telemetry().prepared("image", job) is job
+    with observed(), ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(pool, "submit", lambda job: job)
+        assert submit_input(pool, "image", job) is job
+        event(logger("precompute"), logging.INFO, "chunk committed", chunk="image/v0/000000")
     code = "import sys, teacher_cache.pipeline.precompute.run, teacher_cache.pipeline.train.loop; sys.exit('prometheus_client' in sys.modules)"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
 def counted(name: str, **labels: str) -> float | None:
     """What the run at hand has counted so far."""
-    counting = telemetry()
-    assert isinstance(counting, PrometheusTelemetry)
-    return counting.registry.get_sample_value(f"teacher_cache_{name}", labels)
+    assert isinstance(logs._count, Metrics)
+    return logs._count.registry.get_sample_value(f"teacher_cache_{name}", labels)
 
 
+@pytest.mark.usefixtures("any_port")
 def test_a_job_that_fails_or_is_cancelled_leaves_the_queue() -> None:
-    counting = PrometheusTelemetry()
-
-    def depth() -> float | None:
-        return counting.registry.get_sample_value("teacher_cache_queue_depth", {"queue": "decode"})
+    go_on = threading.Event()
 
     def fails() -> None:
+        go_on.wait()
         raise OSError("gone")
 
-    job: Future[None] = Future()
-    never: Future[None] = Future()
-    for future in (job, never):
-        counting.queued(future)
-    assert depth() == 2
-    with pytest.raises(OSError, match="gone") as found:
-        counting.prepared("image", fails)()
-    job.set_exception(found.value)
-    assert depth() == 1
-    never.cancel()
-    assert depth() == 0
-    assert counting.registry.get_sample_value("teacher_cache_decode_seconds_count", {"tower": "image"}) == 1
+    with observed(), ThreadPoolExecutor(1) as pool:
+        job, never = submit_input(pool, "image", fails), submit_input(pool, "image", fails)
+        assert counted("queue_depth", queue="decode") == 2
+        never.cancel()
+        go_on.set()
+        with pytest.raises(OSError, match="gone"):
+            job.result()
+        pool.shutdown()
+        assert counted("queue_depth", queue="decode") == 0
+        assert counted("decode_seconds_count", tower="image") == 1
+
+
+def test_events_without_a_metric_or_with_more_fields_are_no_error() -> None:
+    metrics = Metrics()
+    metrics("checkpoint saved", {"step": 3})
+    metrics("chunk committed", {"chunk": "text/000001", "write_seconds": 0.5, "rows": [0, 8]})
+    metrics("row quarantined", {"chunk": "image/v0/000000", "row": 7, "reason": "undecodable-image"})
+    metrics("problem in the dataset", {"kind": "missing-file", "where": "a", "detail": "b", "lost_image": True})
+    value_of = metrics.registry.get_sample_value
+    assert value_of("teacher_cache_write_seconds_sum", {"tower": "text"}) == 0.5
+    for kind in ("undecodable-image", "missing-file"):
+        assert value_of("teacher_cache_bad_samples_total", {"kind": kind}) == 1
 
 
 @pytest.mark.usefixtures("any_port")
@@ -286,7 +298,7 @@ def test_a_run_that_fails_leaves_no_queue(
     def overflow(*_: object) -> None:
         nonlocal waiting
         waiting = counted("queue_depth", queue="decode")
-        telemetry().writing(1)
+        event(logger("precompute"), logging.DEBUG, "chunks in flight", chunks=1)
         raise FloatingPointError("infinite")
 
     with observed():
@@ -333,7 +345,7 @@ def test_gpus_are_told_of_once_torch_has_started_them(monkeypatch: pytest.Monkey
         utilization=unknown,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    counting = PrometheusTelemetry()
+    counting = Metrics()
     started = False
     memory = {"device": "1", "kind": "reserved"}
     assert counting.registry.get_sample_value("teacher_cache_gpu_memory_bytes", memory) is None
@@ -350,9 +362,7 @@ def test_a_gpu_in_use_is_told_of() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     kept = torch.zeros(1_000_000, device="cuda")
-    found = PrometheusTelemetry().registry.get_sample_value(
-        "teacher_cache_gpu_memory_bytes", {"device": "0", "kind": "allocated"}
-    )
+    found = Metrics().registry.get_sample_value("teacher_cache_gpu_memory_bytes", {"device": "0", "kind": "allocated"})
     assert found is not None
     assert found >= kept.nbytes
 
@@ -401,4 +411,3 @@ def test_the_commands_log_json_alone_with_run_chunk_and_row(
     finished = [line for line in said if line["message"] == "epoch finished"]
     assert [(line["run"], line["step"], line["num_rows"]) for line in finished] == [(out, 3, 15)]
     assert [line["checkpoint"] for line in said if line["message"] == "checkpoint saved"] == ["checkpoints/epoch-0001"]
-    assert module.telemetry().__class__ is Telemetry
