@@ -49,22 +49,22 @@ def retrain_student(
 ) -> dict[str, Any]:
     """Retrain if the dataset has changed, and promote the student if it is not worse than the champion."""
     config = RetrainConfig(**settings)
-    found = look(config)
+    state = look(config)
     encoded = verdict = None
-    if found.judged is None:
+    if state.judged is None:
         with device_slots(config.device, config.train.get("devices", 1)), log_fields(run=flow_run.name):
-            encoded = encode(config, found)
-            train.with_options(timeout_seconds=timeout_seconds)(config, found)
-            verdict = promote(config, found)
+            encoded = encode(config, state)
+            train.with_options(timeout_seconds=timeout_seconds)(config, state)
+            verdict = promote(config, state)
     outcome = verdict.outcome if verdict else "nothing-new"
-    describe(outcome, found, encoded, verdict, report)
-    candidate = verdict.candidate if verdict else found.judged
+    describe(outcome, state, encoded, verdict, report)
+    candidate = verdict.candidate if verdict else state.judged
     return {
         "outcome": outcome,
-        "cache": found.cache,
-        "changes": found.changes and found.changes.model_dump(),
+        "cache": state.cache,
+        "changes": state.changes and state.changes.model_dump(),
         "rows_reused": encoded and encoded.rows_reused,
-        "run": found.run,
+        "run": state.run,
         "student": candidate and candidate.number,
         "reason": candidate and candidate.reason,
     }
@@ -77,31 +77,31 @@ def look(config: RetrainConfig) -> Look:
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     logger = get_run_logger()
-    found = Retraining(config).look(LoggedProgress(logger))
-    if found.judged is not None:
-        logger.info(f"nothing new: student {found.judged.number} was trained from {found.cache}, which is up to date")
-    elif found.changes is not None:
-        changes = found.changes
+    state = Retraining(config).look(LoggedProgress(logger))
+    if state.judged is not None:
+        logger.info(f"nothing new: student {state.judged.number} was trained from {state.cache}, which is up to date")
+    elif state.changes is not None:
+        changes = state.changes
         logger.info(
             f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
             f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
         )
-    for notice in (found.unread, found.not_reused, found.unshipped):
+    for notice in (state.unread, state.not_reused, state.unshipped):
         if notice is not None:
             logger.warning(notice)
-    return found
+    return state
 
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
-def encode(config: RetrainConfig, found: Look) -> PrecomputeResult | None:
+def encode(config: RetrainConfig, state: Look) -> PrecomputeResult | None:
     """Make the cache of the dataset as it is now, unless it is finished, and verify it. Old rows are copied."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
-    return Retraining(config).encode(found, LoggedProgress(get_run_logger()))
+    return Retraining(config).encode(state, LoggedProgress(get_run_logger()))
 
 
 @task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
-def train(config: RetrainConfig, found: Look) -> str:
+def train(config: RetrainConfig, state: Look) -> str:
     """Train the student, or resume a run that died."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
@@ -110,25 +110,25 @@ def train(config: RetrainConfig, found: Look) -> str:
     def say(at: StepProgress) -> None:
         progress("step", at.step, at.total_steps, f"loss {at.loss:.3f}")
 
-    return Retraining(config).train(found, say)
+    return Retraining(config).train(state, say)
 
 
 @task(name="promote", task_run_name="promote", **TRIED_AGAIN)
-def promote(config: RetrainConfig, found: Look) -> PromoteResult:
+def promote(config: RetrainConfig, state: Look) -> PromoteResult:
     """Compare the student with the champion; ship and promote it if it passes."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
-    result = Retraining(config).promote(found, LoggedProgress(get_run_logger()))
+    result = Retraining(config).promote(state, LoggedProgress(get_run_logger()))
     get_run_logger().info(f"student {result.candidate.number} {result.outcome}: {result.candidate.reason}")
     return result
 
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(
-    outcome: str, found: Look, encoded: PrecomputeResult | None, verdict: PromoteResult | None, report: bool
+    outcome: str, state: Look, encoded: PrecomputeResult | None, verdict: PromoteResult | None, report: bool
 ) -> None:
     """Leave a Markdown artifact of the retraining, and with ``report`` the page and its chart."""
-    text = retraining_text(outcome, found, encoded, verdict.candidate if verdict else found.judged)
+    text = retraining_text(outcome, state, encoded, verdict.candidate if verdict else state.judged)
     if report and verdict is not None:
-        text += leave_report(ARTIFACT, found.cache, Path(found.run) / "report.html", [found.run]).line()
+        text += leave_report(ARTIFACT, state.cache, Path(state.run) / "report.html", [state.run]).line()
     create_markdown_artifact(text, key=ARTIFACT)

@@ -180,8 +180,7 @@ What each file had to pass, and did:
 - `table.md`, `table.json`, `table.png`: the table above
 
 ## Use
-With onnxruntime; torch is not imported (where it shall not be installed either: `pip install --no-deps teacher-cache`
-beside onnxruntime, tokenizers, ftfy, pillow, numpy and pydantic, and click and rich for the command):
+With onnxruntime and without torch (`pip install 'teacher-cache[runtime]'`):
 ```python
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 

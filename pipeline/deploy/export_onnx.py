@@ -34,7 +34,7 @@ _MOST_BYTES = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class ExportedTowers:
-    """What :func:`export_towers` wrote.
+    """The files that :func:`export_towers` wrote.
 
     Attributes:
         image: image.onnx: ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim).
@@ -51,11 +51,11 @@ class ExportedTowers:
 
 
 def export_towers(student: Student, folder: Path) -> ExportedTowers:
-    """Write ``image.onnx`` and ``text.onnx``; they compute what ``encode_image`` and ``encode_text`` do.
+    """Write ``image.onnx`` and ``text.onnx``, which compute ``encode_image`` and ``encode_text``.
 
-    The features are the student's own, of unit norm; its projections to the teacher's width are not part of them.
-    Writes into ``folder``, which must be there, over files of these names; making that atomic is up to the caller.
-    That the files are right is for the caller to prove (``teacher_cache.pipeline.deploy.gates``).
+    The features are the student's own, of unit norm, without its projections to the teacher's width. Files of these
+    names in ``folder`` are replaced. The caller makes that atomic and checks the files
+    (``teacher_cache.pipeline.deploy.gates``).
 
     Args:
         student: on any device, in any mode; a copy is exported, it stays as it is.

@@ -1,4 +1,4 @@
-"""What each file of a deployment has to pass before it is shipped; a file that fails says by how much."""
+"""Gates that each file of a deployment passes before it is shipped. An error says by how much a file fails."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _WEIGHTS_ROWS = 32
 
 
 def require_finite_weights(checkpoint: Path, student: Student) -> None:
-    """The weights of a checkpoint are numbers: before a file is made of them.
+    """Check that the weights of a checkpoint are finite, before a file is made of them.
 
     Raises:
-        DeploymentError: names the first tensor that has others.
+        DeploymentError: a tensor is not; the message names the first.
     """
     wrong = [name for name, tensor in student.model.state_dict().items() if not torch.isfinite(tensor).all()]
     if wrong:
@@ -47,14 +47,14 @@ def require_finite_weights(checkpoint: Path, student: Student) -> None:
 
 
 def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[np.float32]) -> Gate:
-    """A float32 file makes the features of the model it was made from, on every row that recall is measured on.
+    """Check that a float32 file gives the features of its model, on every row that recall is measured on.
 
     Args:
         found: (rows, dim), by the file.
         torch_rows: the same inputs by the model.
 
     Raises:
-        DeploymentError: one row does not.
+        DeploymentError: a row differs.
     """
     least = least_cosine(found, torch_rows)
     require_parity(file, least)
@@ -64,13 +64,13 @@ def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[
 def require_weights(
     folder: Path, split: EvaluationSplit, image: NDArray[np.float32], text: NDArray[np.float32]
 ) -> Gate:
-    """``model.safetensors``, loaded as anybody loads it, by open_clip alone, is the student that was trained.
+    """Check that ``model.safetensors``, loaded by open_clip alone, is the trained student.
 
     Args:
-        image, text: rows of the split by the student that was trained.
+        image, text: rows of the split by the trained student.
 
     Raises:
-        DeploymentError: it is not.
+        DeploymentError: it gives other features.
     """
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -88,7 +88,7 @@ def require_weights(
 
 
 def require_finite(name: str, *features: NDArray[np.float32]) -> None:
-    """Features of quantised files are numbers, so that recall is defined.
+    """Check that the features of quantised files are finite, so that recall is defined.
 
     Raises:
         DeploymentError: some are not.
@@ -102,13 +102,13 @@ def require_finite(name: str, *features: NDArray[np.float32]) -> None:
 
 
 def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most: float) -> Gate:
-    """Quantised files lose no more than ``most`` points of any recall against the float32 files.
+    """Check that quantised files lose at most ``most`` points of any recall against the float32 files.
 
     Args:
         name: of the files, for the message.
 
     Raises:
-        DeploymentError: one recall loses more; names it with both values.
+        DeploymentError: a recall loses more; the message names it with both values.
     """
     ours, theirs = recall_of_ranks(found), recall_of_ranks(fp32)
     losses = {
@@ -133,21 +133,21 @@ def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most:
 
 
 WANTED_COSINE = 0.99999
-"""What float32 artefacts are held to: rounding costs 1e-6 at most, a wrong operator or weight far more."""
+"""Minimum cosine of float32 artefacts: rounding costs at most 1e-6, a wrong operator or weight far more."""
 
 
 def least_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """The least cosine between row i of ``a`` and row i of ``b``, in float64.
+    """Return the smallest cosine between row i of ``a`` and row i of ``b``, in float64.
 
     Args:
-        a: (rows, dim), at least one row; of any length, it is divided out.
-        b: the same shape, the same rows in the same order.
+        a: (rows, dim), at least one row, of any norm.
+        b: the same rows in the same order.
 
     Returns:
-        From -1 to 1. NaN if any value is not finite or a row is zero, which no gate lets through.
+        From -1 to 1. NaN, which no gate lets through, if a value is not finite or a row is zero.
 
     Raises:
-        ValueError: other shapes, or no rows: nothing would have been compared.
+        ValueError: the shapes differ, or there are no rows.
     """
     # min of numpy gives NaN if one is NaN
     return float(row_cosines(a, b).min())
@@ -157,24 +157,24 @@ def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
     """(rows,) cosine of row i of ``a`` and row i of ``b``; see :func:`least_cosine`."""
     if a.shape != b.shape or a.ndim != 2 or not len(a):
         raise ValueError(f"rows of the same shape are wanted, at least one: found {a.shape} and {b.shape}")
-    left, right = a.astype(np.float64), b.astype(np.float64)
+    first, second = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines: NDArray[np.float64] = (left * right).sum(1) / (
-            np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        cosines: NDArray[np.float64] = (first * second).sum(1) / (
+            np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
         )
     return cosines
 
 
 def require_parity(name: str, least: float, wanted: float = WANTED_COSINE) -> None:
-    """Let an artefact pass, or say by how much it fails.
+    """Check an artefact's smallest cosine.
 
     Args:
         name: of the artefact, for the message.
         least: its :func:`least_cosine` to the model it was made from.
-        wanted: passes above it; at it or below, and as NaN, it fails.
+        wanted: the cosine must be above this; NaN fails.
 
     Raises:
-        DeploymentError: it fails.
+        DeploymentError: it fails; the message says by how much.
     """
     if not least > wanted:
         raise DeploymentError(

@@ -50,16 +50,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured on what.
+    """A deployment to measure, with teacher and split.
 
     Attributes:
-        folder: of the deployment, its files written.
-        reports: what is int8 in which tower.
-        checkpoint: that the files were made from.
-        chosen_on: the split that it was chosen on, if it was.
+        folder: of the deployment, with its files.
+        reports: of quantised towers.
+        checkpoint: the files were made from it.
+        chosen_on: the split that the checkpoint was chosen on, if any.
         teacher: on the CPU.
-        teacher_probe: how another process loads the teacher, to measure its memory.
-        zero_shot: labelled images, if accuracy is wanted.
+        teacher_probe: arguments with which another process loads the teacher, to measure its memory.
+        zero_shot: labelled images to measure accuracy on, if any.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class Subject:
 
 @dataclass
 class _Model:
-    """One row of the table while it is measured."""
+    """A row of the table while it is measured."""
 
     name: str
     engine: str
@@ -92,12 +92,10 @@ class _Model:
 
 
 def measure(config: DeployConfig, subject: Subject, progress: Progress) -> StudentTable:
-    """Every number of the table, once the files have passed their gates.
-
-    All on the CPU, where ONNX Runtime is. Gates come before what takes long.
+    """Check the files by their gates, then measure every number of the table, on the CPU.
 
     Raises:
-        DeploymentError: a file is not what it has to be; the message says by how much.
+        DeploymentError: a file fails its gate; the message says by how much.
         OSError: an image cannot be read.
     """
     split, zero_shot = subject.split, subject.zero_shot
@@ -150,7 +148,7 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
 def _with_recalls(
     subject: Subject, threads: int, max_recall_loss: float, progress: Progress
 ) -> tuple[list[_Model], list[Gate]]:
-    """The models with their ranks, and the gates that the files passed."""
+    """Return the models with their ranks, and the gates that the files passed."""
     split, deployment = subject.split, subject.deployment
 
     def embedded(
@@ -204,7 +202,7 @@ def _with_recalls(
 
 
 def _teacher(subject: Subject, threads: int) -> _Model:
-    """Recall from its cached rows; what it costs from the running model."""
+    """Return the teacher: recall from its cached rows, cost from the running model."""
     teacher = subject.teacher
     timed = TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, _CPU)
     facts = timed.facts()
@@ -242,7 +240,7 @@ def _student(subject: Subject, encoder: StudentEncoder, ranks: RetrievalRanks, t
 
 
 def without_folders(dataset: str) -> str:
-    """``imagefolder:cifar10`` of ``imagefolder:/home/me/cifar10``: the table goes to others."""
+    """Return ``imagefolder:cifar10`` for ``imagefolder:/home/me/cifar10``: others read the table."""
     kind, _, rest = dataset.partition(":")
     if kind == "torchvision":
         return f"{kind}:{rest.partition(':')[0]}"
@@ -265,7 +263,7 @@ def _cosine(found: NDArray[np.float32], reference: NDArray[np.float32]) -> Cosin
 
 
 def _classify(models: list[_Model], zero_shot: LabelledDataset | None, progress: Progress) -> NDArray[np.int64] | None:
-    """Zero-shot places of each model; returns the images that all of them classified."""
+    """Classify the labelled images with each model. Return the images that all of them classified."""
     if zero_shot is None:
         return None
     for model in models:
@@ -284,11 +282,11 @@ def _row(
     model: _Model, teacher: _Model, cost: CostResult, split: EvaluationSplit, common: NDArray[np.int64] | None
 ) -> TableRow:
     recalls = recall_of_ranks(model.ranks)
-    kept: Retention | None = None
+    retained: Retention | None = None
     if model is not teacher:
         shares = retention(recalls, recall_of_ranks(teacher.ranks))
         between = bootstrap_share(model.ranks, teacher.ranks, split.text_image)
-        kept = Retention(
+        retained = Retention(
             **{
                 direction: {
                     name: Retained(share=share, interval=getattr(between, direction)[name])
@@ -316,7 +314,7 @@ def _row(
         recalls=recalls,
         mean_recall=mean_recall(recalls),
         cosine=model.cosine,
-        retention=kept,
+        retention=retained,
         zero_shot=accuracy,
         zero_shot_retention=kept_accuracy,
     )

@@ -23,13 +23,13 @@ runtime_package("onnxruntime")  # now: a library's memory is not the model's
 
 
 class OnnxStudent:
-    """Embeds as ``teacher_cache.pipeline.evaluate.zero_shot.ZeroShotEncoder`` and is timed as
+    """A student that embeds as ``teacher_cache.pipeline.evaluate.zero_shot.ZeroShotEncoder`` and is timed as
     ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.
 
     Args:
         folder: of the deployment.
-        variants: which file of each tower.
-        threads: of a run; None for one a core.
+        variants: variant of each tower's file.
+        threads: threads of a run. Default: one per core.
     """
 
     def __init__(self, folder: Path, variants: Mapping[Tower, Variant], threads: int | None = None) -> None:
@@ -47,25 +47,25 @@ class OnnxStudent:
         return self._towers["text"].embed_texts(texts)
 
     def images(self, batch: int) -> Callable[[], object]:
-        """A call that embeds the same random pixels, in one run."""
+        """Return a call that embeds the same random pixels in one run."""
         runtime = self._towers["image"]
         height, width = runtime.deployment.preprocess["size"]
         pixels = np.random.default_rng(0).standard_normal((batch, 3, height, width)).astype(np.float32)
         return lambda: runtime.embed_pixels(pixels)
 
     def texts(self, batch: int) -> Callable[[], object]:
-        """A call that embeds that many of ``teacher_cache.pipeline.evaluate.cost.captions.CAPTIONS``, in one run."""
+        """Return a call that embeds captions of ``teacher_cache.pipeline.evaluate.cost.captions`` in one run."""
         runtime = self._towers["text"]
         tokens = runtime.tokens(captions(batch))
         return lambda: runtime.embed_tokens(tokens)
 
 
 def towers_of(deployment: Deployment, variant: Variant) -> dict[Tower, Variant]:
-    """The file of each tower in a variant; fp32 for a tower that has no int8 file."""
+    """Return the variant of each tower's file: fp32 for a tower without an int8 file."""
     made = deployment.towers.get(variant, {})
     return {tower: variant if tower in made else "fp32" for tower in deployment.towers["fp32"]}
 
 
 def load_onnx_student(folder: str, variants: dict[Tower, Variant], threads: int | None = None) -> OnnxStudent:
-    """For a process that measures memory; arguments as JSON has them."""
+    """Load a student in a process that measures memory. The arguments come from JSON."""
     return OnnxStudent(Path(folder), variants, threads)

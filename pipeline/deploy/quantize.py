@@ -59,11 +59,11 @@ _REASONS = {
 
 
 class NotQuantisable(DeploymentError):
-    """A tower of which no file was written, since it would be int8 in name only."""
+    """A tower without an int8 file, since the file would be int8 in name only."""
 
 
 def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
-    """How :func:`quantize_tower` does it: static, with calibration, if more than a patch embedding is convolved."""
+    """Return the method of :func:`quantize_tower`: static, with calibration, for more than one convolution."""
     kinds = Counter(node.op_type for node in onnx.load(tower).graph.node)
     return "static" if kinds["Conv"] > 1 else "dynamic"
 
@@ -119,28 +119,28 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
 
 
 def _require_int8(source: Path, report: Int8Report) -> None:
-    """Refuse what is int8 in name only.
+    """Check that a file is int8 in more than its name.
 
     Raises:
         NotQuantisable: see :func:`quantize_tower`.
     """
     what = f"{source.name}: cannot be quantised: "
-    kept = "; ".join(f"{kind}: {reason}" for kind, reason in report.kept_float.items())
+    float_sizes = "; ".join(f"{kind}: {reason}" for kind, reason in report.kept_float.items())
     if report.share_int8 < LEAST_SHARE:
         raise NotQuantisable(
             f"{what}{report.parameters_int8:,} of {report.parameters:,} parameters became int8, at least "
-            f"{LEAST_SHARE:.0%} are wanted. Kept in float: {kept}. Use the float file."
+            f"{LEAST_SHARE:.0%} are wanted. Kept in float: {float_sizes}. Use the float file."
         )
     if not report.int8_operators:
-        found = ", ".join(f"{count} {kind}" for kind, count in report.float_operators.items()) or "none"
+        operators = ", ".join(f"{count} {kind}" for kind, count in report.float_operators.items()) or "none"
         raise NotQuantisable(
-            f"{what}its weights are stored as int8, but nothing is multiplied in int8 (operators: {found}). "
+            f"{what}its weights are stored as int8, but nothing is multiplied in int8 (operators: {operators}). "
             "Use the float file."
         )
 
 
 def _patches_by_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Convolutions whose patches do not overlap as a product of matrices, which has a fast int8 form; in place."""
+    """Replace convolutions without overlap by matrix products, which are fast in int8. Changes the model."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
@@ -194,11 +194,11 @@ def _report(method: Literal["static", "dynamic"], source: Path, target: Path, im
     after = _float_parameters(model)
     int8 = _int8_parameters(model)
     parameters = sum(before.values())
-    kept: Counter[str] = Counter()
+    float_sizes: Counter[str] = Counter()
     consumers = {name: node.op_type for node in reversed(model.graph.node) for name in node.input}
     for name, size in after.items():
         if size > 1 and name in before and name in consumers:
-            kept[consumers[name]] += size
+            float_sizes[consumers[name]] += size
     running = _running_operators(target)
     return Int8Report(
         method=method,
@@ -212,13 +212,13 @@ def _report(method: Literal["static", "dynamic"], source: Path, target: Path, im
         float_operators={kind: count for kind, count in sorted(running.items()) if kind in _FLOAT},
         kept_float={
             kind: f"{size:,} parameters: {_REASONS.get(kind, 'ONNX Runtime has no int8 form of these')}"
-            for kind, size in kept.most_common()
+            for kind, size in float_sizes.most_common()
         },
     )
 
 
 def _float_parameters(model: onnx.ModelProto) -> dict[str, int]:
-    """Sizes of float tensors of one dimension or more; single numbers are constants of the computation."""
+    """Return the sizes of float tensors that are no scalars."""
     return {
         tensor.name: int(np.prod(tensor.dims))
         for tensor in model.graph.initializer
@@ -227,7 +227,7 @@ def _float_parameters(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _int8_parameters(model: onnx.ModelProto) -> int:
-    """How many numbers are stored as int8 and used as weights; not scales, not zero points."""
+    """Count the weights stored as int8, without scales and zero points."""
     position = {"DequantizeLinear": 0, "Gather": 0, "MatMulInteger": 1, "ConvInteger": 1}
     weights = {node.input[position[node.op_type]] for node in model.graph.node if node.op_type in position}
     return sum(
@@ -238,7 +238,7 @@ def _int8_parameters(model: onnx.ModelProto) -> int:
 
 
 def _running_operators(path: Path) -> Counter[str]:
-    """What ONNX Runtime makes of a graph, before layouts that depend on the processor."""
+    """Count the operators of ONNX Runtime's optimised graph, before layouts that depend on the processor."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""A deployed student on disk: which files it has, what they were made of, and the proof that they are these. No torch.
+"""The record of a deployed student on disk: its files, their origin and digests. No torch.
 
     deploy.json                 this module's record
     image.onnx  text.onnx       ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim),
@@ -42,7 +42,7 @@ Variant = Literal["fp32", "int8"]
 
 
 class DeploymentError(CacheError):
-    """An artefact that is not what it has to be: another file than deployed, or one that fails its parity gate."""
+    """An artefact that differs from the deployed file, or fails its gate."""
 
 
 class Artefact(BaseModel, frozen=True):
@@ -54,21 +54,21 @@ class Artefact(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, path: Path) -> Artefact:
-        """Of a file as it is now."""
+        """Return the artefact of a file."""
         data = path.read_bytes()
         return cls(file=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 class Tokenization(BaseModel, frozen=True):
-    """How text becomes ``tokens``."""
+    """The conversion of text to ``tokens``."""
 
     artefact: Artefact = Field(description="tokenizer.json.")
-    clean: Literal["lower", "whitespace", "canonicalize"] = Field(description="open_clip's text cleaning, by its name.")
-    context_length: int = Field(description="Most tokens, the start and end tokens counted; longer text is cut.")
+    clean: Literal["lower", "whitespace", "canonicalize"] = Field(description="Name of open_clip's text cleaning.")
+    context_length: int = Field(description="Maximum number of tokens, start and end included; longer text is cut.")
     start_token: int
-    end_token: int = Field(description="The highest id; behind it rows are padded with 0.")
+    end_token: int = Field(description="Id of the end token, the highest one; rows are padded with 0 after it.")
     shortens: bool = Field(
-        description="Whether ``tokens`` may be shorter than context_length, cut behind the longest text of the batch."
+        description="True if ``tokens`` may be shorter than context_length, cut after the longest text of the batch."
     )
 
 
@@ -79,29 +79,29 @@ class Deployment(BaseModel):
 
     format: Literal["teacher-cache-deployment"] = "teacher-cache-deployment"
     format_version: Literal[1] = 1
-    name: str = Field(description="Of the student.")
+    name: str = Field(description="Name of the student.")
     teacher: str
     parameters: int
     embed_dim: int
-    logit_scale: float = Field(description="The student's multiplier of cosines, learned.")
+    logit_scale: float = Field(description="Learned multiplier of cosines.")
     preprocess: dict[str, Any] = Field(description="open_clip's preprocess_cfg: size, mean, std, interpolation, ...")
     tokenization: Tokenization
     towers: dict[Variant, dict[Literal["image", "text"], Artefact]] = Field(
-        description="By precision, then tower. A tower without an int8 file is in ``not_quantised``."
+        description="Files by precision and tower. A tower without an int8 file is in ``not_quantised``."
     )
-    not_quantised: dict[str, str] = Field({}, description="Tower and why it has no int8 file.")
+    not_quantised: dict[str, str] = Field({}, description="Reason why a tower has no int8 file, by tower.")
     weights: Artefact = Field(description="model.safetensors, for open_clip.")
     run: str
     checkpoint: str
-    cache_manifest_digest: str = Field(description="Of the cache that the student learned from.")
+    cache_manifest_digest: str = Field(description="Manifest digest of the cache that the student learned from.")
     made_with: dict[str, str]
 
     @classmethod
     def read(cls, folder: str | Path) -> Deployment:
-        """The record of a folder; its files are not looked at.
+        """Return the record of a folder without reading its files.
 
         Raises:
-            UsageError: no deployment here, or one that cannot be read.
+            UsageError: there is no deployment, or its record cannot be read.
         """
         path = Path(folder) / RECORD
         try:
@@ -114,32 +114,32 @@ class Deployment(BaseModel):
             raise UsageError(f"{path}: {error}") from error
 
     def write(self, folder: Path) -> None:
-        """Write the record; the last thing to be written."""
+        """Write the record. Called last."""
         (folder / RECORD).write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
     def artefacts(self) -> tuple[Artefact, ...]:
-        """All files whose bytes the record proves."""
+        """Return all files whose digests the record holds."""
         towers = (artefact for made in self.towers.values() for artefact in made.values())
         return (*towers, self.tokenization.artefact, self.weights)
 
     def tower(self, folder: str | Path, tower: Literal["image", "text"], variant: Variant) -> bytes:
-        """The ONNX file of one tower, proven.
+        """Return the checked bytes of a tower's ONNX file.
 
         Raises:
-            UsageError: this tower has no file of this variant; says why.
+            UsageError: this tower has no file of this variant; the message says why.
             DeploymentError: the file is not the one that was deployed.
         """
-        found = self.towers.get(variant, {}).get(tower)
-        if found is None:
+        artefact = self.towers.get(variant, {}).get(tower)
+        if artefact is None:
             why = self.not_quantised.get(tower, "it was not made")
             raise UsageError(f"{folder}: no {variant} file of the {tower} tower: {why}. Use fp32.")
-        return self.proven(folder, found)
+        return self.proven(folder, artefact)
 
     def proven(self, folder: str | Path, artefact: Artefact) -> bytes:
-        """A file's bytes, proven to be those that were deployed.
+        """Return a file's bytes after checking their digest.
 
         Raises:
-            DeploymentError: it is missing or has other bytes.
+            DeploymentError: the file is missing or has other bytes.
         """
         path = Path(folder) / artefact.file
         try:
@@ -155,7 +155,7 @@ class Deployment(BaseModel):
 
 
 def require_packages() -> None:
-    """Refuse to deploy without what it takes: before torch is imported, and before the minutes that the rest takes.
+    """Check that the packages of deploy are installed, before torch is imported and minutes of work.
 
     Raises:
         UsageError: a package is not installed.

@@ -1,6 +1,6 @@
-"""Ship a run's student: files for open_clip and ONNX Runtime, each proven, and one table of what all of it is worth.
+"""Ship a run's student: files for open_clip and ONNX Runtime, each checked, and one table of size, speed and recall.
 
-Nothing lies in the output folder before everything has passed: a command that fails, or is killed, ships nothing.
+The output folder appears when everything has passed: a command that fails or is killed ships nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["WEIGHTS", "DeployResult", "calibration_batches", "deploy", "write_fi
 
 
 class DeployResult(BaseModel, frozen=True):
-    """What was shipped, and its table."""
+    """The result of a deployment."""
 
     out: str
     deployment: Deployment
@@ -54,17 +54,17 @@ class DeployResult(BaseModel, frozen=True):
 
 
 def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | None = None) -> DeployResult:
-    """Export a run's student, prove each file against the trained model, measure all, and write them as one folder.
+    """Export a run's student, check each file against the trained model, measure all, and write them as one folder.
 
     Args:
-        progress: called with (stage, done, of how many).
+        progress: called with (stage, done, total).
 
     Raises:
-        UsageError: ``out`` is there, no such checkpoint or split, a teacher that cannot be loaded, an architecture that
-            cannot be exported.
+        UsageError: ``out`` exists, there is no such checkpoint or split, the teacher cannot be loaded, or the
+            architecture cannot be exported.
         CacheMismatchError: the teacher is not the cache's, or the cache not the run's.
-        DeploymentError: weights that are no numbers; or a file failed its gate, the message says by how much. Nothing
-            is written.
+        DeploymentError: weights are not finite, or a file failed its gate; the message says by how much. Nothing is
+            written.
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
@@ -88,10 +88,9 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         rows = split.reader.image_rows(record.config.split)
         calibration = calibration_batches(split, rows, student.preprocess.to_config(), config.calibration_images)
     run_name = run.path.resolve().name
-    name = f"{Path(record.config.student).stem}-{run_name}"
     with new_folder(out) as folder:
         deployment, reports = write_files(
-            folder, student, student_config, checkpoint, record, name, run_name, calibration, report
+            folder, student, student_config, checkpoint, record, run_name, calibration, report
         )
         del student
         chosen_on = record.chosen_on(config.checkpoint)
@@ -115,11 +114,11 @@ def _as_evaluated(config: DeployConfig) -> EvaluateConfig:
 
 
 def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher, dict[str, Any]]:
-    """The teacher of the cache, on the CPU, to be timed beside its student; and how to load it again.
+    """Return the cache's teacher on the CPU, to be timed beside its student, and the arguments to load it again.
 
     Raises:
-        UsageError: it cannot be loaded.
-        CacheMismatchError: it is another one.
+        UsageError: the teacher cannot be loaded.
+        CacheMismatchError: it is another teacher.
     """
     identity = split.reader.manifest.identity
     recorded = identity.teacher
@@ -150,25 +149,25 @@ def write_files(
     config: dict[str, Any],
     checkpoint: Path,
     record: RunRecord,
-    name: str,
     run: str,
     calibration: Callable[[], Iterator[NDArray[np.float32]]] | None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Deployment, dict[_Tower, Int8Report]]:
-    """Write everything but the table and the model card into a folder, its record last.
+    """Write all files but the table and the model card, the record last.
 
     Args:
-        student: as loaded from ``checkpoint``; its open_clip model config is ``config``.
+        student: as loaded from ``checkpoint``.
+        config: open_clip model config of the student.
         record: of the run.
-        name, run: what the student and its run are called; no paths, since the record goes to others.
-        calibration: batches of pixels, (batch, 3, height, width), from the start at each call; None for no int8.
-        progress: called with (stage, done, of how many).
+        run: name of the run; no path, since others read the record.
+        calibration: returns batches of pixels, (batch, 3, height, width), from the start; None for no int8.
+        progress: called with (stage, done, total).
 
     Returns:
-        The record, and what is int8 in which tower.
+        The record, and the report of each quantised tower.
 
     Raises:
-        UsageError: an architecture, or tokenizer, that cannot be exported.
+        UsageError: the architecture or tokenizer cannot be exported.
     """
     progress("export", 0, 4)
     towers = export_towers(student, folder)
@@ -195,7 +194,7 @@ def write_files(
     plain = {key: settings[key] for key in ("model_cfg", "preprocess_cfg")}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")
     deployment = Deployment(
-        name=name,
+        name=f"{Path(record.config.student).stem}-{run}",
         teacher=record.teacher,
         parameters=student.num_parameters,
         embed_dim=student.embed_dim,
@@ -218,12 +217,12 @@ def write_files(
 def calibration_batches(
     split: EvaluationSplit, rows: NDArray[np.int64], preprocess: dict[str, Any], images: int
 ) -> Callable[[], Iterator[NDArray[np.float32]]]:
-    """Batches of a split's images as the student sees them: float32 (batch, 3, height, width), 16 at a time.
+    """Return a call that yields images as the student sees them: float32 (batch, 3, height, width), 16 at a time.
 
     Args:
-        split: knows where the images of the cache are.
-        rows: of the cache, to take them from; training images, so that what is measured is not what was fitted.
-        images: how many, drawn evenly over ``rows``.
+        split: locates the images of the cache.
+        rows: rows of the cache to take images from; of training images, since the others are measured.
+        images: number of images, evenly spaced over ``rows``.
     """
     taken = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64)]
     seen = ModelInput.from_config(preprocess)

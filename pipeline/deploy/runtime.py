@@ -1,4 +1,4 @@
-"""A deployed student at work: images and texts to features, classes and search. ONNX Runtime, Pillow, numpy; no torch.
+"""The runtime of a deployed student: images and texts to features, classes and search. No torch.
 
     student = StudentRuntime("deployed/a")
     student.classify(["cat.jpg"], ["a photo of a cat", "a photo of a dog"])      # [[0.98, 0.02]]
@@ -32,7 +32,7 @@ ImageLike: TypeAlias = Image.Image | str | Path | bytes
 def probabilities(
     image_features: NDArray[np.float32], text_features: NDArray[np.float32], scale: float = 100.0
 ) -> NDArray[np.float32]:
-    """softmax over texts of scale x cosine, as CLIP's paper classifies.
+    """Return the softmax over texts of scale x cosine, as in CLIP's paper.
 
     Args:
         image_features: (images, dim), each of unit norm; ``text_features`` (texts, dim) alike.
@@ -53,9 +53,9 @@ def probabilities(
 
 
 class StudentRuntime:
-    """A deployed student. Each tower is read, proven and loaded when it is first used.
+    """A deployed student. Each tower is read, checked and loaded at its first use.
 
-    May be used by several threads at once. Nothing is written.
+    Several threads may use it at once. Nothing is written.
 
     Attributes:
         deployment: its record; ``embed_dim`` is the width of all features here.
@@ -63,11 +63,11 @@ class StudentRuntime:
     Args:
         folder: of a deployment.
         variant: fp32, or int8 for towers that have an int8 file.
-        threads: for one run of one tower; None leaves it to ONNX Runtime, which takes all cores.
-        batch_size: images or texts of one run; memory grows with it.
+        threads: threads of one run of one tower. Default: all cores.
+        batch_size: number of images or texts per run; memory grows with it.
 
     Raises:
-        UsageError: no deployment here, an unknown variant, or onnxruntime is not installed.
+        UsageError: there is no deployment, the variant is unknown, or onnxruntime is not installed.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class StudentRuntime:
         self._tokens: StudentTokens | None = None
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
-        """One image as the model takes it: float32 (3, height, width).
+        """Return an image as the model takes it: float32 (3, height, width).
 
         Raises:
             UndecodableImageError: begins with the path, where there is one; what is undecodable says
@@ -111,14 +111,14 @@ class StudentRuntime:
             raise UndecodableImageError(f"{where}{error}") from error
 
     def embed_pixels(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Features of images as :meth:`pixels` gives them, stacked: float32 (images, dim), each of unit norm."""
+        """Return features of stacked :meth:`pixels`: float32 (images, dim), each of unit norm."""
         return self._run("image", pixels)
 
     def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
-        """Features of images, in their order: float32 (images, dim), each of unit norm.
+        """Return features of images, in their order: float32 (images, dim), each of unit norm.
 
-        Where int8 scales are found in each run (towers of matrix products alone), a feature depends a little on the
-        other images of its run; ``batch_size=1`` makes it a function of the image alone. Texts alike.
+        Dynamic int8 scales (towers without convolutions) make a feature depend a little on the other images of its
+        run; ``batch_size=1`` prevents that. The same holds for texts.
 
         Raises:
             UndecodableImageError: one of them cannot be decoded; says which. To go on without it, call :meth:`pixels`
@@ -140,7 +140,7 @@ class StudentRuntime:
         return np.concatenate(features)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Features of texts, in their order: float32 (texts, dim), each of unit norm.
+        """Return features of texts, in their order: float32 (texts, dim), each of unit norm.
 
         A text longer than the context length is cut, as in training.
 
@@ -160,19 +160,19 @@ class StudentRuntime:
         return features
 
     def tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Texts as the model takes them: int64 (texts, length), as short as the longest of them allows."""
+        """Return texts as the model takes them: int64 (texts, length), as short as the longest text allows."""
         _require_several("texts", texts)
         tokens = self._tokens or self._load_tokens()
         return tokens.shortened(tokens(texts))
 
     def embed_tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features of texts as :meth:`tokens` gives them: float32 (texts, dim), each of unit norm."""
+        """Return features of :meth:`tokens`: float32 (texts, dim), each of unit norm."""
         return self._run("text", tokens)
 
     def classify(
         self, images: Sequence[ImageLike], queries: Sequence[str], scale: float = 100.0
     ) -> NDArray[np.float32]:
-        """How likely each query is for each image, if one of them is right: softmax over queries of scale x cosine.
+        """Return the probability of each query for each image: softmax over queries of scale x cosine.
 
         Args:
             queries: whole texts, such as ``a photo of a cat``.
@@ -189,12 +189,12 @@ class StudentRuntime:
         return probabilities(self.embed_images(images), self.embed_texts(queries), scale)
 
     def search(self, index: Any, text: str, k: int = 10) -> list[tuple[int, float]]:
-        """The rows of an index that are nearest to a text.
+        """Return the rows of an index that are nearest to a text.
 
         Args:
             index: features of images, float (rows, dim); or a FAISS index of them by inner product; or anything with
                 its ``search(float32 (1, dim), k)`` to scores and rows, both (1, k).
-            k: how many; fewer come back from an index with fewer rows.
+            k: maximum number of rows.
 
         Returns:
             (row, cosine), best first.
@@ -207,8 +207,8 @@ class StudentRuntime:
         dim = self.deployment.embed_dim
         width = index.shape[-1] if isinstance(index, np.ndarray) else getattr(index, "d", dim)
         if width != dim or (isinstance(index, np.ndarray) and index.ndim != 2):
-            found = f"shape {index.shape}" if isinstance(index, np.ndarray) else f"width {width}"
-            raise ValueError(f"the index has {found}, the student's features have width {dim}; index its own features")
+            actual = f"shape {index.shape}" if isinstance(index, np.ndarray) else f"width {width}"
+            raise ValueError(f"the index has {actual}, the student's features have width {dim}; index its own features")
         query = self.embed_texts([text])
         if isinstance(index, np.ndarray):
             scores = index.astype(np.float32, copy=False) @ query[0]
@@ -255,13 +255,13 @@ class StudentRuntime:
 
 def _model_input(deployment: Deployment) -> ModelInput:
     try:
-        found = ModelInput.from_config(deployment.preprocess)
+        model_input = ModelInput.from_config(deployment.preprocess)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{RECORD}: its preprocess cannot be used ({error!r}). Copy it again.") from error
-    if found.resize_mode not in RESIZE_MODES:
+    if model_input.resize_mode not in RESIZE_MODES:
         modes = ", ".join(RESIZE_MODES)
-        raise UsageError(f"{RECORD}: resize_mode {found.resize_mode!r} is none of {modes}. Update teacher-cache.")
-    return found
+        raise UsageError(f"{RECORD}: resize_mode {model_input.resize_mode!r} is none of {modes}. Update teacher-cache.")
+    return model_input
 
 
 def _require_several(what: str, values: Any) -> None:

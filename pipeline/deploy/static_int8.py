@@ -39,7 +39,7 @@ _KINDS = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "AveragePool")
 
 @dataclass
 class _Ranges:
-    """Of each tensor over all images: least, most; and the mean image of each convolution's input."""
+    """The range of each tensor over all images, and the mean image of each convolution's input."""
 
     least: dict[str, float]
     most: dict[str, float]
@@ -48,14 +48,14 @@ class _Ranges:
 
 
 def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) -> tuple[onnx.ModelProto | None, int]:
-    """A tower with int8 weights (per output channel, 7 bits) and uint8 activations, as QDQ nodes.
+    """Return a tower with int8 weights (per output channel, 7 bits) and uint8 activations, as QDQ nodes.
 
     Args:
         source: a float tower.
         calibration: batches of its input; one is held at a time.
 
     Returns:
-        The model, or None if there was no image; and how many images there were.
+        The model, or None without images; and the number of images.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
     for number, node in enumerate(model.graph.node):
@@ -99,22 +99,22 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     tapped.graph.initializer.append(numpy_helper.from_array(np.array([0]), "batch_axis"))
-    wanted: list[tuple[str, str]] = []
+    reductions: list[tuple[str, str]] = []
     for kind, names in (("ReduceMin", tensors), ("ReduceMax", tensors), ("ReduceMean", inputs)):
         for name in names:
             reduced = f"{kind}/{name}"
             axes = ["batch_axis"] if kind == "ReduceMean" else []
             tapped.graph.node.append(helper.make_node(kind, [name, *axes], [reduced], keepdims=0))
             tapped.graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, None))
-            wanted.append((kind, name))
+            reductions.append((kind, name))
     least: dict[str, float] = defaultdict(lambda: np.inf)
     most: dict[str, float] = defaultdict(lambda: -np.inf)
     total: dict[str, NDArray[np.float64]] = {}
     images = 0
     session = _session(tapped)
     for batch in calibration:
-        values = session.run([f"{kind}/{name}" for kind, name in wanted], {graph.input[0].name: batch})
-        for (kind, name), value in zip(wanted, values, strict=True):
+        values = session.run([f"{kind}/{name}" for kind, name in reductions], {graph.input[0].name: batch})
+        for (kind, name), value in zip(reductions, values, strict=True):
             if kind == "ReduceMin":
                 least[name] = min(least[name], float(value))
             elif kind == "ReduceMax":
@@ -126,22 +126,22 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
 
 
 def _behind_relu(model: onnx.ModelProto, ranges: _Ranges) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Ranges by tensor; what goes into one ReLU and nowhere else has the range of what comes out."""
+    """Return the range by tensor; a tensor with one ReLU as its only consumer has that ReLU's range."""
     consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for name in node.input:
             consumers[name].append(node)
-    found = {}
+    by_tensor = {}
     for name in ranges.least:
         next_nodes = consumers[name]
         only_relu = len(next_nodes) == 1 and next_nodes[0].op_type in ("Clip", "Relu")
         source = next_nodes[0].output[0] if only_relu else name
-        found[name] = (np.float32(ranges.least[source]), np.float32(ranges.most[source]))
-    return {name: (np.array(low), np.array(high)) for name, (low, high) in found.items()}
+        by_tensor[name] = (np.float32(ranges.least[source]), np.float32(ranges.most[source]))
+    return {name: (np.array(low), np.array(high)) for name, (low, high) in by_tensor.items()}
 
 
 def _left_float(model: onnx.ModelProto) -> list[str]:
-    """Names of the leading convolutions, and of additions of a constant, which would be rounded for nothing."""
+    """Return the names of the leading convolutions, and of additions of a constant: these stay float."""
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     most = LEADING_SHARE * sum(size for size in sizes.values())
     names, held, leading = [], 0, True

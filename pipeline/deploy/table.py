@@ -1,4 +1,4 @@
-"""What of an int8 tower really is int8. No onnx: a table of students can be read without it."""
+"""The int8 report and the table of a deployed student. No onnx: a table of students can be read without it."""
 
 from __future__ import annotations
 
@@ -30,29 +30,27 @@ __all__ = [
 
 
 class Int8Report(BaseModel, frozen=True):
-    """What a quantised tower really is, read from its file and from the graph that ONNX Runtime makes of it."""
+    """The int8 parts of a quantised tower, read from its file and from ONNX Runtime's graph."""
 
     method: Literal["static", "dynamic"]
-    parameters: int = Field(description="Of the float tower; batch norms are folded away.")
-    parameters_int8: int = Field(description="Of these, how many are stored as int8.")
+    parameters: int = Field(description="Number of parameters of the float tower, batch norms folded in.")
+    parameters_int8: int = Field(description="Number of parameters stored as int8.")
     share_int8: float = Field(description="parameters_int8 / parameters.")
     bytes: int
-    float_bytes: int = Field(description="Of the float file.")
-    calibration_images: int = Field(description="0 if dynamic.")
-    int8_operators: dict[str, int] = Field(
-        description="By kind: operators that multiply in int8 as ONNX Runtime runs it."
-    )
+    float_bytes: int = Field(description="Size of the float file in bytes.")
+    calibration_images: int = Field(description="Number of calibration images; 0 for the dynamic method.")
+    int8_operators: dict[str, int] = Field(description="Number of operators that multiply in int8, by kind.")
     float_operators: dict[str, int] = Field(
-        description="By kind: operators that multiply in float, those of two activations as in attention among them."
+        description="Number of operators that multiply in float, by kind; those of two activations included."
     )
-    kept_float: dict[str, str] = Field(description="By operator: how many parameters it keeps in float, and why.")
+    kept_float: dict[str, str] = Field(description="Number of parameters kept in float and the reason, by operator.")
 
 
 Recalls = dict[str, dict[str, float]]
 
 
 class Cosine(BaseModel, frozen=True):
-    """Rows of the split against the torch student's of the same inputs."""
+    """Cosines of the split's rows with those of the torch student."""
 
     mean: float
     least: float
@@ -61,12 +59,12 @@ class Cosine(BaseModel, frozen=True):
 class Retained(BaseModel, frozen=True):
     """A share of the teacher's number, in percent, with its interval of 95 % over images."""
 
-    share: float | None = Field(description="None where the teacher's own number is 0.")
+    share: float | None = Field(description="Share in percent. None if the teacher's number is 0.")
     interval: Interval | None
 
 
 class Retention(BaseModel, frozen=True):
-    """Of each recall, and of the mean of all six."""
+    """The retained share of each recall, and of the mean of all six."""
 
     i2t: dict[str, Retained]
     t2i: dict[str, Retained]
@@ -74,25 +72,25 @@ class Retention(BaseModel, frozen=True):
 
 
 class TableRow(BaseModel, frozen=True):
-    """One of teacher fp32, student fp32, ONNX fp32, ONNX int8."""
+    """A model: teacher fp32, student fp32, ONNX fp32 or ONNX int8."""
 
     name: str
     engine: str
-    bytes: int = Field(description="Of the files with weights.")
+    bytes: int = Field(description="Size of the files with weights in bytes.")
     parameters: int
-    int8_share: float | None = Field(None, description="Share of the parameters that are stored as int8, of int8 rows.")
+    int8_share: float | None = Field(None, description="Share of the parameters stored as int8, for int8 rows.")
     cost: ModelCost
-    speed: SpeedRatios | None = Field(description="Against the teacher, round by round; None for the teacher itself.")
+    speed: SpeedRatios | None = Field(description="Speed against the teacher, by round. None for the teacher itself.")
     recalls: Recalls
     mean_recall: float
-    cosine: dict[str, Cosine] | None = Field(None, description="By tower; None for teacher and torch student.")
-    retention: Retention | None = Field(None, description="None for the teacher itself.")
+    cosine: dict[str, Cosine] | None = Field(None, description="Cosines by tower. None for teacher and torch student.")
+    retention: Retention | None = Field(None, description="Retention. None for the teacher itself.")
     zero_shot: dict[str, float] | None = None
-    zero_shot_retention: Retained | None = Field(None, description="Of top-1.")
+    zero_shot_retention: Retained | None = Field(None, description="Retention of top-1.")
 
 
 class Gate(BaseModel, frozen=True):
-    """One thing that a file had to pass before it was shipped, and did."""
+    """A check that a file passed before it was shipped."""
 
     name: str
     found: float
@@ -100,32 +98,32 @@ class Gate(BaseModel, frozen=True):
 
 
 class StudentTable(BaseModel, frozen=True):
-    """All rows, and what they were measured on."""
+    """All rows, with the data and machine of the measurement."""
 
     student: str
     teacher: str
     run: str
     checkpoint: str
-    chosen_on: str | None = Field(description="Split that the checkpoint was chosen on, for one that was.")
+    chosen_on: str | None = Field(description="Split that the checkpoint was chosen on, if any.")
     cache_manifest_digest: str
     split: str
     images: int
     captions: int
-    quarantined: int = Field(description="Images of the split left out because they have no embedding.")
-    teacher_precision: str = Field(description="Arithmetic that the teacher's cached embeddings were made in.")
+    quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
+    teacher_precision: str = Field(description="Precision of the teacher's cached embeddings.")
     zero_shot_dataset: str | None
     zero_shot_images: int | None
-    zero_shot_lost: int = Field(description="Labelled images that some model could not use; left out for all.")
+    zero_shot_lost: int = Field(description="Number of labelled images that some model could not use.")
     zero_shot_classes: int | None
-    zero_shot_prompts: tuple[str, ...] = Field(description="Of the first class: the templates, filled in.")
-    rounds: dict[int, int] = Field(description="By images, or captions, per call.")
+    zero_shot_prompts: tuple[str, ...] = Field(description="Prompts of the first class.")
+    rounds: dict[int, int] = Field(description="Number of rounds, by images or captions per call.")
     threads: int
     date: str
     hardware: str
     versions: dict[str, str]
     rows: tuple[TableRow, ...]
     gates: tuple[Gate, ...]
-    int8: dict[str, Int8Report] = Field(description="By tower that has an int8 file: what of it really is.")
+    int8: dict[str, Int8Report] = Field(description="Reports of int8 files, by tower.")
 
 
 def _size(row: TableRow) -> str:
@@ -197,7 +195,7 @@ def _retention(row: TableRow) -> str:
 
 
 def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
-    """Heading and cell of each column, in order."""
+    """Return heading and cell of each column, in order."""
     first = table.rows[0]
     columns: list[tuple[str, Callable[[TableRow], str]]] = [
         ("MB", _size),
@@ -234,7 +232,7 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
 
 
 def to_markdown(table: StudentTable) -> str:
-    """The table in Markdown: a row a model; below it what it was measured on."""
+    """Return the table in Markdown, a row per model, with the conditions of the measurement below it."""
     columns = _columns(table)
     lines = ["| | " + " | ".join(heading for heading, _ in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
@@ -243,7 +241,7 @@ def to_markdown(table: StudentTable) -> str:
 
 
 def describe(table: StudentTable) -> str:
-    """What the numbers mean and where they come from, in sentences."""
+    """Return the meaning and origin of the numbers, in sentences."""
     chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
     rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [
@@ -274,7 +272,7 @@ def describe(table: StudentTable) -> str:
 
 
 def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
-    """Headings and, for each model, its cells; the first is its name."""
+    """Return the headings, and the cells of each model; the first cell is its name."""
     columns = _columns(table)
     return ["", *(heading for heading, _ in columns)], [
         [row.name, *(cell(row) for _, cell in columns)] for row in table.rows
@@ -282,7 +280,7 @@ def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(table: StudentTable) -> Table:
-    """The same, turned: a column a model, since a terminal has more lines than columns."""
+    """Return the table transposed, a column per model: a terminal has more lines than columns."""
     headings, rows = cells(table)
     title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
     shown = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -7,9 +7,11 @@ the same rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import groupby
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -49,84 +51,94 @@ _MAP_SIDE, _PAIR_SIDE = 80, 224  # pixels; pictures of pairs are few and are loo
 Progress = Callable[[str, int, int], None]
 
 
+class ReportOptions(TypedDict, total=False):
+    """Options of :func:`collect_report`: images to read and to show."""
+
+    image_root: str | None
+    """Folder of the images. Default: where the cache was made from them."""
+    split: str | None
+    """Split for statistics, map and pairs. Default: all images."""
+    most: int
+    """Maximum number of images to read; of more, a sample is drawn. Default: 20,000."""
+    map_images: int
+    """Maximum number of images on the map; 0 for no map. Default: 2,000."""
+    pictures: bool
+    """Whether to show pictures of the images. Default: true."""
+    seed: int
+    """Seed of what is drawn. Default: 0."""
+
+
+_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, map_images=2_000, pictures=True, seed=0)
+
+
+@dataclass(frozen=True)
+class _Embeddings:
+    """Statistics, map and pairs of a cache's embeddings; empty while the cache is not sealed."""
+
+    stats: CacheStats | None = None
+    recall: SampledRecall | None = None
+    row_map: RowMap | None = None
+    hardest: tuple[RetrievedPair, ...] = ()
+    best: tuple[RetrievedPair, ...] = ()
+    pairs_of: int = 0
+
+    def sides(self, lost: Sequence[LostImage]) -> dict[int, int]:
+        """Return the longest side in pixels of each picture, by image row."""
+        sides = dict.fromkeys(_rows_of_pairs(self.hardest + self.best), _PAIR_SIDE)
+        sides |= {image.row: _PAIR_SIDE for image in lost}
+        for alike in self.stats.nearest_pairs if self.stats is not None else ():
+            sides |= dict.fromkeys(alike.rows, _PAIR_SIDE)
+        for point in self.row_map.points if self.row_map is not None else ():
+            sides.setdefault(point.image_row, _MAP_SIDE)
+        return sides
+
+
 def collect_report(
     location: str,
     runs: Sequence[str] = (),
     deployed: Sequence[str] = (),
     *,
-    image_root: str | None = None,
-    split: str | None = None,
-    most: int = 20_000,
-    map_images: int = 2_000,
-    pictures: bool = True,
-    seed: int = 0,
     progress: Progress | None = None,
+    **options: Unpack[ReportOptions],
 ) -> ReportData:
     """Read a cache, the runs that learned from it and students deployed from those.
 
-    Of a cache that is not sealed there are no statistics, map, pairs and pictures; a note says what to do.
+    A cache that is not sealed has no statistics, map, pairs and pictures; a note says what to do.
 
     Args:
         runs, deployed: folders.
-        image_root: where the images are now, if not where the cache found them.
-        split: images of one split, or of all, for statistics, map and pairs.
-        most: images that are read; of more, so many are drawn.
-        map_images: images on the map, at most; 0: no map.
-        pictures: whether to read those of the images that are shown.
-        seed: of what is drawn.
         progress: called with (stage, done, total).
+        options: see :class:`ReportOptions`.
 
     Raises:
-        UsageError: no such split, a folder that is no run, or one that is no deployed student.
+        UsageError: there is no such split, or a folder is no run or no deployed student.
         CacheError: the cache is missing, damaged or cannot be read.
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    settings: ReportOptions = {**_DEFAULTS, **options}
     info = describe_cache(location)
     notes: list[str] = []
     # folders first: a wrong name is found before the minutes that the rest takes
-    run_reports, said = read_runs(runs, info.manifest_digest)
-    notes += said
-    tables, said = read_deployments(deployed, info.manifest_digest)
-    notes += said
+    run_reports, run_notes = read_runs(runs, info.manifest_digest)
+    tables, table_notes = read_deployments(deployed, info.manifest_digest)
+    notes += run_notes + table_notes
     states = chunk_states(location)
     try:
         reader = EmbeddingReader(location)
     except CacheIncompleteError as error:
         notes.insert(0, f"No statistics, map and pairs yet: {error}")
         reader = None
-    stats: CacheStats | None = None
-    recall: SampledRecall | None = None
-    on_map: RowMap | None = None
-    hardest: tuple[RetrievedPair, ...] = ()
-    best: tuple[RetrievedPair, ...] = ()
-    pairs_of = 0
-    if reader is not None:
-        drawn = read_drawn(location, split, most=most, seed=seed, progress=progress)
-        stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn, progress=progress)
-        if ranked is not None:
-            recall = ranked.recall
-            hardest, best, pairs_of = retrieved_pairs(reader, ranked, _PAIRS)
-        if map_images:
-            if progress is not None:
-                progress("map", 0, 1)
-            on_map = row_map(reader, drawn.usable, map_images, seed, captions=not stats.without_caption)
-            if progress is not None:
-                progress("map", 1, 1)
-        notes += _notes(stats, recall.images if recall else None, on_map)
+    shown = _Embeddings() if reader is None else _embeddings(reader, settings, notes, progress)
     lost, lost_of = _lost(location, states, reader)
     if lost_of > len(lost):
         notes.append(f"The first {len(lost):,} of {lost_of:,} quarantined images are named; commits/image has all.")
-    shown: dict[int, str] = {}
-    if reader is not None and pictures:
-        sides = dict.fromkeys(_rows_of_pairs(hardest + best), _PAIR_SIDE)
-        sides |= {image.row: _PAIR_SIDE for image in lost}
-        for alike in stats.nearest_pairs if stats is not None else ():
-            sides |= dict.fromkeys(alike.rows, _PAIR_SIDE)
-        for point in on_map.points if on_map is not None else ():
-            sides.setdefault(point.image_row, _MAP_SIDE)
-        images = CachedImages(reader, ImageSource(image_root or reader.manifest.source.image_root), sides)
+    pictures: dict[int, str] = {}
+    if reader is not None and settings["pictures"]:
+        sides = shown.sides(lost)
+        root = settings["image_root"] or reader.manifest.source.image_root
+        images = CachedImages(reader, ImageSource(root), sides)
         stage = None if progress is None else lambda done, total: progress("pictures", done, total)
-        shown, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
+        pictures, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
         notes += [missing] if missing else []
     return ReportData(
         location=location,
@@ -134,22 +146,41 @@ def collect_report(
         version=version("teacher-cache"),
         info=info.model_copy(update={"location": as_utf8(location)}),
         coverage=_coverage(states),
-        stats=stats and stats.model_copy(update={"location": as_utf8(location)}),
-        recall=recall,
-        row_map=on_map,
-        hardest=hardest,
-        best=best,
-        pairs_of=pairs_of,
+        stats=shown.stats and shown.stats.model_copy(update={"location": as_utf8(location)}),
+        recall=shown.recall,
+        row_map=shown.row_map,
+        hardest=shown.hardest,
+        best=shown.best,
+        pairs_of=shown.pairs_of,
         lost=lost,
         runs=run_reports,
         deployments=tables,
-        pictures=shown,
+        pictures=pictures,
         notes=tuple(notes),
     )
 
 
+def _embeddings(
+    reader: EmbeddingReader, settings: ReportOptions, notes: list[str], progress: Progress | None
+) -> _Embeddings:
+    """Read embeddings once for statistics, pairs and map. Adds to the notes."""
+    seed = settings["seed"]
+    drawn = read_drawn(reader.location, settings["split"], most=settings["most"], seed=seed, progress=progress)
+    stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn, progress=progress)
+    recall = ranked.recall if ranked else None
+    hardest, best, pairs_of = ((), (), 0) if ranked is None else retrieved_pairs(reader, ranked, _PAIRS)
+    on_map = None
+    if settings["map_images"]:
+        report = progress or (lambda stage, done, total: None)
+        report("map", 0, 1)
+        on_map = row_map(reader, drawn.usable, settings["map_images"], seed, captions=not stats.without_caption)
+        report("map", 1, 1)
+    notes += _notes(stats, recall.images if recall else None, on_map)
+    return _Embeddings(stats, recall, on_map, hardest, best, pairs_of)
+
+
 def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list[str]:
-    """What was drawn and left out."""
+    """Return notes on samples and missing parts."""
     notes = []
     read, rows = stats.image.rows_read, stats.image.rows
     if stats.sampled:
@@ -179,12 +210,12 @@ def _rows_of_pairs(pairs: Sequence[RetrievedPair]) -> list[int]:
 
 
 def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
-    """A map of each view, and of the captions; a cell is as many chunks as make at most so many cells."""
+    """Return a map of each view and of the captions, with a limited number of cells."""
     maps = []
     for (tower, view), group in groupby(states, lambda state: (state.ref.tower, state.ref.view)):
-        here = list(group)
-        size = -(-len(here) // _CELLS)
-        parts = [here[first : first + size] for first in range(0, len(here), size)]
+        chunks = list(group)
+        size = -(-len(chunks) // _CELLS)
+        parts = [chunks[first : first + size] for first in range(0, len(chunks), size)]
         cells = tuple(
             CoverageCell(
                 first_chunk=part[0].ref.chunk,
@@ -194,7 +225,7 @@ def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
             )
             for part in parts
         )
-        maps.append(CoverageMap(tower=tower, view=view, chunks=len(here), cells=cells))
+        maps.append(CoverageMap(tower=tower, view=view, chunks=len(chunks), cells=cells))
     return tuple(maps)
 
 
@@ -207,14 +238,14 @@ def _quarantined(part: Sequence[ChunkState]) -> int | None:
 def _lost(
     location: str, states: Sequence[ChunkState], reader: EmbeddingReader | None
 ) -> tuple[tuple[LostImage, ...], int]:
-    """The first quarantined images, each once, and how many there are."""
-    found: dict[int, QuarantinedRow] = {}
+    """Return the first quarantined images, each once, and how many there are."""
+    quarantined: dict[int, QuarantinedRow] = {}
     if reader is not None and any(state.quarantined is None for state in states):
-        found = {row.row: row for row in reader.quarantined}  # whoever reads embeddings reads all commits
+        quarantined = {row.row: row for row in reader.quarantined}
     for state in states:
         for row in state.quarantined or ():
-            found.setdefault(row.row, row)
-    named = [found[row] for row in sorted(found)[:_LOST_NAMED]]
+            quarantined.setdefault(row.row, row)
+    named = [quarantined[row] for row in sorted(quarantined)[:_LOST_NAMED]]
     if not named:
         return (), 0
     files = open_files(location)
@@ -224,7 +255,7 @@ def _lost(
         LostImage(row=row.row, sample_id=row.sample_id, uri=uri, reason=_reason(row))
         for row, uri in zip(named, uris, strict=True)
     )
-    return lost, len(found)
+    return lost, len(quarantined)
 
 
 def _reason(row: QuarantinedRow) -> str:

@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: collected once, drawn by ``teacher_cache.pipeline.report.page``."""
+"""The data of a report: collected once, drawn by ``teacher_cache.pipeline.report.page``."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class MapPoint(BaseModel, frozen=True):
     y: float
     tower: Literal["image", "text"]
     row: int
-    image_row: int = Field(description="Its own, or that of its image: the key of its picture.")
-    label: str = Field(description="The caption, or the sample_id.")
+    image_row: int = Field(description="Row of the image, the key of its picture.")
+    label: str = Field(description="Caption, or sample_id of an image.")
     split: str
 
 
@@ -72,21 +72,21 @@ class RowMap(BaseModel, frozen=True):
     """Images and captions in two dimensions."""
 
     points: tuple[MapPoint, ...]
-    method: str = Field(description="How, in a sentence, with the seed.")
-    images_of: int = Field(description="Images in the cache; more than there are points where some were drawn.")
+    method: str = Field(description="Method of the projection, in a sentence with the seed.")
+    images_of: int = Field(description="Number of images in the cache, of which the points may be a sample.")
 
 
 class RetrievedPair(BaseModel, frozen=True):
-    """A query, its own match, and what the teacher found first."""
+    """A query, its own match, and the teacher's first result."""
 
     direction: Literal["i2t", "t2i"]
     image_row: int
     caption_row: int
     caption: str
-    rank: int = Field(description="Of the first own match, from 1.")
-    cosine: float = Field(description="Of image and caption.")
-    first_image_row: int | None = Field(description="For t2i: what came first, if that was another image.")
-    first_caption: str | None = Field(description="For i2t: what came first, if that was another's caption.")
+    rank: int = Field(description="Rank of the first own match, from 1.")
+    cosine: float = Field(description="Cosine of image and caption.")
+    first_image_row: int | None = Field(description="For t2i: row of the first result, if it was another image.")
+    first_caption: str | None = Field(description="For i2t: first result, if it was another image's caption.")
     first_cosine: float
 
 
@@ -100,13 +100,13 @@ class LostImage(BaseModel, frozen=True):
 
 
 class Step(BaseModel, frozen=True):
-    """A step of training; of long runs, some of them evenly spaced."""
+    """A step of training; long runs have a sample, evenly spaced."""
 
     step: int
     epoch: int
     loss: float
     learning_rate: float | None
-    parts: dict[str, float] = Field({}, description="Each named loss before weighting.")
+    parts: dict[str, float] = Field({}, description="Losses by name, before weighting.")
 
 
 class RunReport(BaseModel, frozen=True):
@@ -116,31 +116,31 @@ class RunReport(BaseModel, frozen=True):
     record: RunRecord
     steps: tuple[Step, ...]
     steps_of: int
-    evaluations: tuple[EvaluateResult, ...] = Field(description="As evaluate left them in the run; newest first.")
-    same_cache: bool = Field(description="Trained on the very bytes that this report is of.")
+    evaluations: tuple[EvaluateResult, ...] = Field(description="Evaluations in the run folder, newest first.")
+    same_cache: bool = Field(description="True if the run was trained on the report's cache.")
 
 
-def of_other_data(found: EvaluateResult, manifest_digest: str) -> bool:
-    """Whether an evaluation is of another cache than the report, of other data or another teacher's."""
-    return bool(found.accepted_mismatches) and found.cache_manifest_digest != manifest_digest
+def of_other_data(result: EvaluateResult, manifest_digest: str) -> bool:
+    """Return whether an evaluation is of another cache with other data or another teacher."""
+    return bool(result.accepted_mismatches) and result.cache_manifest_digest != manifest_digest
 
 
 class ReportData(BaseModel, frozen=True):
-    """One report. Pictures are named by the row of their image, and each is there once."""
+    """A report. Each picture is stored once, by the row of its image."""
 
     location: Shown
     made: str = Field(description="Date and time, UTC.")
     version: str
     info: CacheInfo
     coverage: tuple[CoverageMap, ...]
-    stats: CacheStats | None = Field(description="None where the cache is not sealed.")
-    recall: SampledRecall | None = Field(None, description="The teacher's own, among the images that were read.")
+    stats: CacheStats | None = Field(description="Statistics. None if the cache is not sealed.")
+    recall: SampledRecall | None = Field(None, description="Recall of the teacher among the images that were read.")
     row_map: RowMap | None
     hardest: tuple[RetrievedPair, ...]
     best: tuple[RetrievedPair, ...]
-    pairs_of: int = Field(description="Queries that the pairs were chosen from, both directions.")
+    pairs_of: int = Field(description="Number of queries that the pairs were chosen from, in both directions.")
     lost: tuple[LostImage, ...]
     runs: tuple[RunReport, ...]
     deployments: tuple[StudentTable, ...]
-    pictures: dict[int, str] = Field(description="Data URIs, by row of the image.")
-    notes: tuple[Shown, ...] = Field(description="What is drawn, left out or missing, and what to do about it.")
+    pictures: dict[int, str] = Field(description="Pictures as data URIs, by row of the image.")
+    notes: tuple[Shown, ...] = Field(description="Notes on samples and missing parts, with the remedy.")

@@ -91,7 +91,7 @@ def _libraries() -> str:
 def _policy(scripts: list[str]) -> str:
     """Content-Security-Policy: these scripts, inline styles and pictures in the page; nothing is loaded or sent."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{each}'" for each in hashes)
+    allowed = " ".join(f"'sha256-{item}'" for item in hashes)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -99,7 +99,7 @@ def _policy(scripts: list[str]) -> str:
 
 
 def _variables() -> str:
-    """The palettes as CSS variables: by the system's setting, or by the page's own switch."""
+    """Return the palettes as CSS variables, by the system's setting or by the page's switch."""
     light, dark = ("".join(f"--{name}:{value};" for name, value in PALETTES[theme].items()) for theme in PALETTES)
     return (
         f":root{{color-scheme:light;{light}}}\n"
@@ -109,7 +109,7 @@ def _variables() -> str:
 
 
 def _block(data: ReportData, charts: dict[str, Chart]) -> str:
-    """The JSON block: specs, rows by name of their chart, pictures by row, themes."""
+    """Return the JSON block: specs, rows by chart, pictures by row, themes."""
     content = {
         "charts": {
             name: {
@@ -145,7 +145,7 @@ def _quarantined(info: CacheInfo) -> int | None:
 
 
 def _unread(info: CacheInfo) -> bool:
-    """Some images may be quarantined that nobody has counted: too many commit records, and no seal over all."""
+    """Return whether quarantined images were not counted: there are too many commit records and no seal."""
     return info.quarantine is None and not info.sealed
 
 
@@ -158,14 +158,14 @@ def _badge(info: CacheInfo) -> str:
 
 
 def _reasons(data: ReportData) -> Counter[str]:
-    """How often which: of all quarantined images, or of those shown where no more is known."""
+    """Count the reasons of all quarantined images, or of the shown ones if no more are known."""
     if data.info.quarantine is not None:
         return Counter(data.info.quarantine)
     return Counter(lost.reason.partition(":")[0] for lost in data.lost)
 
 
 def _facts(data: ReportData) -> list[tuple[str, str, str]]:
-    """What is looked for first: (what, the number, what it is of)."""
+    """Return the main facts: (name, number, what the number is of)."""
     info, found = data.info, []
     images = info.identity.dataset.images
     if info.images_encoded is None:
@@ -180,20 +180,20 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
     if recall is not None:
         both = f"{recall.i2t['R@1']:.1f} / {recall.t2i['R@1']:.1f} %"
         found.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))
-    kept = [
-        (run, each, each.retention["mean"])
+    shares = [
+        (run, item, item.retention["mean"])
         for run in data.runs
-        for each in newest_evaluations(run, info.manifest_digest)
-        if each.retention and each.retention["mean"] is not None
+        for item in newest_evaluations(run, info.manifest_digest)
+        if item.retention and item.retention["mean"] is not None
     ]
     # a number from the split that the checkpoint was chosen on only where there is no other
-    kept = [one for one in kept if one[1].chosen_on != one[1].split] or kept
-    if kept:
-        run, each, share = max(kept, key=lambda one: one[2])
-        between = each.retention_intervals.mean if each.retention_intervals else None
+    shares = [one for one in shares if one[1].chosen_on != one[1].split] or shares
+    if shares:
+        run, item, share = max(shares, key=lambda one: one[2])
+        between = item.retention_intervals.mean if item.retention_intervals else None
         interval = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
-        chosen = ", chosen on it" if each.chosen_on == each.split else ""
-        found.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {each.split}{chosen}{interval}"))
+        chosen = ", chosen on it" if item.chosen_on == item.split else ""
+        found.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {item.split}{chosen}{interval}"))
     lost = _quarantined(info)
     if _unread(info):
         words = "images, of those that are sealed" if lost is not None else "the commit records were not read"
@@ -206,7 +206,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The identity card: groups of (name, value)."""
+    """Return the identity card: groups of (name, value)."""
     info, made = data.info, data.info.identity
     teacher, pixels, views, rows = made.teacher, made.preprocess, made.views, made.dataset
     size = " x ".join(str(side) for side in pixels.image_size)
@@ -273,7 +273,7 @@ def _state(cell: CoverageCell) -> str:
 
 
 def _covered(part: CoverageMap) -> dict[str, Any]:
-    """The cells of one grid, with what is said of each, and the ranges of equal ones as a table."""
+    """Return the cells of one grid with their titles, and the ranges of equal cells as a table."""
     name = f"Images, view {part.view}" if part.tower == "image" else "Captions"
     shown: list[tuple[str, str]] = []
     ranges: list[list[Any]] = []  # state, first and last chunk, committed, quarantined rows
@@ -307,7 +307,7 @@ def _covered(part: CoverageMap) -> dict[str, Any]:
 
 
 def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of all evaluations, the teacher's line above the students' of its split."""
+    """Return headings and rows of all evaluations, the teacher above the students of its split."""
     metrics = [(direction, name) for direction in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10")]
     headings = ["student", "split", "checkpoint", "keeps of the mean", *(f"{d} {n}" for d, n in metrics)]
 
@@ -322,36 +322,36 @@ def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     teachers: set[tuple[str, str]] = set()
     for run in data.runs:
-        for each in run.evaluations:
-            on = f"{each.split}: {each.images:,} images, {each.captions:,} captions"
-            if of_other_data(each, data.info.manifest_digest):
-                on += f", of {as_utf8(each.cache)}"
-            if (each.split, each.cache_manifest_digest) not in teachers:
-                teachers.add((each.split, each.cache_manifest_digest))
-                rows.append(["teacher", on, "–", "–", *values(each.teacher, each.teacher_intervals)])
-            if each.student is None or each.retention is None:
+        for item in run.evaluations:
+            on = f"{item.split}: {item.images:,} images, {item.captions:,} captions"
+            if of_other_data(item, data.info.manifest_digest):
+                on += f", of {as_utf8(item.cache)}"
+            if (item.split, item.cache_manifest_digest) not in teachers:
+                teachers.add((item.split, item.cache_manifest_digest))
+                rows.append(["teacher", on, "–", "–", *values(item.teacher, item.teacher_intervals)])
+            if item.student is None or item.retention is None:
                 continue
-            chosen = f", chosen on {each.chosen_on}" if each.chosen_on else ""
-            if each.chosen_on == each.split:
+            chosen = f", chosen on {item.chosen_on}" if item.chosen_on else ""
+            if item.chosen_on == item.split:
                 chosen += ": no test result"
-            checkpoint = (each.checkpoint or "–").rpartition("/")[2] + chosen
-            kept = _share(each.retention, each.retention_intervals.mean if each.retention_intervals else None)
-            rows.append([run.name, on, checkpoint, kept, *values(each.student, each.student_intervals)])
-            for which, tower in (each.towers or {}).items():
+            checkpoint = (item.checkpoint or "–").rpartition("/")[2] + chosen
+            share = _share(item.retention, item.retention_intervals.mean if item.retention_intervals else None)
+            rows.append([run.name, on, checkpoint, share, *values(item.student, item.student_intervals)])
+            for which, tower in (item.towers or {}).items():
                 alone = f"{run.name}, {which} tower by itself"
                 rows.append([alone, on, checkpoint, _share(tower.retention), *values(tower.recall, None)])
     return headings, rows
 
 
 def _share(retention: dict[str, Any], between: Interval | None = None) -> str:
-    """What is kept of the teacher's mean recall, with its interval if there is one."""
+    """Return the share of the teacher's mean recall, with its interval if there is one."""
     share = retention["mean"]
     ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
     return ("–" if share is None else f"{share:.1f} %") + ends
 
 
 def _turned(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A column a model: a page has more lines than columns."""
+    """Return the table transposed, one column per model: a page has more lines than columns."""
     return [row[0] for row in rows], [
         [heading, *(row[at] for row in rows)] for at, heading in enumerate(headings) if at
     ]

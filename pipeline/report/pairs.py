@@ -21,7 +21,7 @@ _Rows = NDArray[np.int64]
 def retrieved_pairs(
     reader: EmbeddingReader, ranked: RankedRows, count: int
 ) -> tuple[tuple[RetrievedPair, ...], tuple[RetrievedPair, ...], int]:
-    """The hardest queries, the best ones, and how many they were chosen from.
+    """Return the hardest queries, the best ones, and how many they were chosen from.
 
     Hardest: the worst rank first, of equal ones the least cosine. Best: of those that found their own at once, the
     greatest cosine first, one for each image. In both equal ones go by row; image to text comes before text to image.
@@ -47,7 +47,7 @@ def retrieved_pairs(
 
 
 def _own(ranked: RankedRows, direction: str) -> tuple[_Rows, _Rows, NDArray[np.float64], _Rows]:
-    """Queries that have a match, their best match, its cosine and its rank; all by position."""
+    """Return queries that have a match, their best match, its cosine and its rank; all by position."""
     rows = ranked.rows
     captions = np.arange(len(rows.texts))
     cosines = exact_scores(rows.texts, rows.images, captions, rows.text_image)
@@ -71,14 +71,14 @@ def _described(
     rank: _Rows,
 ) -> list[RetrievedPair]:
     rows = ranked.rows
-    wanted, gallery = (rows.images, rows.texts) if direction == "i2t" else (rows.texts, rows.images)
-    found, scores = nearest(wanted[queries], [(np.arange(len(gallery)), gallery)], 1)
+    chosen, gallery = (rows.images, rows.texts) if direction == "i2t" else (rows.texts, rows.images)
+    rows_found, scores = nearest(chosen[queries], [(np.arange(len(gallery)), gallery)], 1)
     image, caption = (queries, own) if direction == "i2t" else (own, queries)
     caption_rows = rows.caption_rows[caption]
     texts = reader.table_rows(CAPTIONS, caption_rows)["text"].to_pylist()
     others: list[str | None] = [None] * len(queries)
     if direction == "i2t":
-        firsts = rows.caption_rows[found[:, 0]]
+        firsts = rows.caption_rows[rows_found[:, 0]]
         others = reader.table_rows(CAPTIONS, firsts)["text"].to_pylist()
     return [
         RetrievedPair(
@@ -88,7 +88,7 @@ def _described(
             caption=texts[at],
             rank=int(rank[at]),
             cosine=float(cosine[at]),
-            first_image_row=int(rows.image_rows[found[at, 0]]) if direction == "t2i" and rank[at] > 1 else None,
+            first_image_row=int(rows.image_rows[rows_found[at, 0]]) if direction == "t2i" and rank[at] > 1 else None,
             first_caption=others[at] if rank[at] > 1 else None,
             first_cosine=float(scores[at, 0]),
         )

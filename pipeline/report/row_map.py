@@ -21,11 +21,11 @@ _DIGITS = 3
 
 
 def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, captions: bool = True) -> RowMap | None:
-    """A map of some images and the first caption of each; None without images.
+    """Return a map of some images and the first caption of each, or None without images.
 
     Args:
         reader: of the cache that ``read`` is of.
-        most: images; of more, so many are drawn.
+        most: maximum number of images; of more, a sample is drawn.
         seed: of what is drawn.
         captions: False where they are prompts of classes and belong to no image.
     """
@@ -67,7 +67,7 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
 
 
 def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], str]:
-    """Places in two dimensions, tower after tower, and how they were found, in words. The same for the same rows.
+    """Return places in two dimensions, tower after tower, and the method in words. Deterministic.
 
     Images and captions of CLIP lie in two cones far from each other (Liang et al. 2022, "Mind the Gap"), which would
     be all that a map shows; so each tower is centred on its own mean first and brought back to unit norm. Then PCA,

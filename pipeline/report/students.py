@@ -23,13 +23,13 @@ _NO_LOSS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "logit_scale"
 
 
 def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunReport, ...], list[str]]:
-    """Each run in the order asked for, and what is to be said of them.
+    """Return the runs in the given order, and notes on them.
 
     Args:
-        manifest_digest: of the cache that is reported on.
+        manifest_digest: of the report's cache.
 
     Raises:
-        UsageError: a folder that holds no run.
+        UsageError: a folder holds no run.
     """
     notes: list[str] = []
     names = [Path(path).resolve().name for path in paths]
@@ -44,16 +44,16 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
                 f"{path}: not measured yet, or by an older version: teacher-cache evaluate --run {path} --split SPLIT "
                 "leaves recall and retention in the run."
             )
-        elsewhere = sorted({each.cache for each in evaluations if of_other_data(each, manifest_digest)})
+        elsewhere = sorted({result.cache for result in evaluations if of_other_data(result, manifest_digest)})
         if elsewhere:
             notes.append(f"{path}: also measured on {', '.join(elsewhere)}: rows of the table that say so, no more.")
-        kept = thinned([line["epoch"] for line in lines], _STEPS)
+        shown = thinned([line["epoch"] for line in lines], _STEPS)
         reports.append(
             RunReport(
                 # two runs of one name are told apart by the folders that they lie in
                 name=name if names.count(name) == 1 else str(path),
                 record=record,
-                steps=tuple(_step(lines[at]) for at in kept),
+                steps=tuple(_step(lines[at]) for at in shown),
                 steps_of=len(lines),
                 evaluations=evaluations,
                 same_cache=record.cache_manifest_digest == manifest_digest,
@@ -63,11 +63,11 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
 
 
 def thinned(epochs: Sequence[int], most: int) -> list[int]:
-    """Which of the steps to keep, evenly spaced, with the first one and the last one of each epoch.
+    """Return the positions of evenly spaced steps, with the first one and the last one of each epoch.
 
     Args:
-        epochs: of each step, in order.
-        most: steps to keep; of more epochs than that, some evenly spaced ones have theirs.
+        epochs: epoch of each step, in order.
+        most: maximum number of steps; with more epochs than that, some evenly spaced ones are shown.
     """
     total = len(epochs)
     if total <= most:
@@ -87,25 +87,25 @@ def _step(line: dict[str, Any]) -> Step:
 
 
 def _evaluations(folder: RunFolder, notes: list[str]) -> tuple[EvaluateResult, ...]:
-    """Newest first; a file that cannot be read is a note."""
-    found = []
+    """Read evaluations, newest first; a file that cannot be read becomes a note."""
+    results = []
     for path in folder.evaluation_files():
         try:
-            found.append(EvaluateResult.model_validate_json(path.read_bytes()))
+            results.append(EvaluateResult.model_validate_json(path.read_bytes()))
         except (OSError, ValidationError) as error:
             why = error.strerror if isinstance(error, OSError) else f"{error.error_count()} fields do not fit"
             notes.append(f"{path}: not an evaluation that can be shown ({why}). Run teacher-cache evaluate again.")
-    return tuple(sorted(found, key=lambda result: result.date or "", reverse=True))
+    return tuple(sorted(results, key=lambda result: result.date or "", reverse=True))
 
 
 def read_deployments(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[StudentTable, ...], list[str]]:
-    """The table of each deployed student, and what is to be said of them.
+    """Return the table of each deployed student, and notes on them.
 
     Args:
-        manifest_digest: of the cache that is reported on.
+        manifest_digest: of the report's cache.
 
     Raises:
-        UsageError: a folder without a table.
+        UsageError: a folder holds no table.
     """
     tables, notes = [], []
     for path in paths:

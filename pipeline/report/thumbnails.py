@@ -1,6 +1,6 @@
-"""Small pictures of a cache's images, for a page that is one file: JPEG in data URIs. No torch.
+"""Small pictures of a cache's images as JPEG in data URIs. No torch.
 
-Nothing but pixels gets into them: photographs carry where they were taken and by whom.
+They hold pixels only: photographs carry where they were taken and by whom.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRIES = 8  # images in a row of a store that does not answer, each after some s
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
-    """A JPEG of an image, its longest side at most ``side`` pixels: upright by its EXIF, transparency on white.
+    """Return a JPEG whose longest side has at most ``side`` pixels: upright by its EXIF, transparency on white.
 
     Raises:
         UndecodableImageError: as ``teacher_cache.pipeline.data.images.decode.decode_image``.
@@ -58,16 +58,16 @@ def collect_pictures(
     lost: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[int, str], str | None]:
-    """Data URIs by row, and a sentence about those that could not be read.
+    """Return data URIs by row, and a sentence about images that could not be read.
 
-    The sentence names no folder, since pages are mailed; where the first one was looked for is a warning of the log.
+    The sentence names no folder, since pages are mailed; the log has the path of the first one.
 
     Args:
         sides: longest side in pixels, by row.
-        lost: rows among them that the teacher could not be given: where they cannot be decoded nothing is said.
-        progress: called with (images, of how many).
+        lost: quarantined rows; if they cannot be decoded there is no note.
+        progress: called with (done, total).
     """
-    found: dict[int, str] = {}
+    pictures: dict[int, str] = {}
     failed: list[tuple[int, Exception]] = []
     unanswered = 0
 
@@ -90,12 +90,12 @@ def collect_pictures(
             for row, result in zip(part, pool.map(picture, part), strict=True):
                 unanswered = unanswered + 1 if isinstance(result, ConnectionError) else 0
                 if isinstance(result, str):
-                    found[row] = result
+                    pictures[row] = result
                 elif result is not None:
                     failed.append((row, result))
             if progress is not None:
                 progress(min(start + _AT_ONCE, len(rows)), len(rows))
-    return found, _said(images, failed, len(rows))
+    return pictures, _said(images, failed, len(rows))
 
 
 def _said(images: CachedImages, failed: list[tuple[int, Exception]], wanted: int) -> str | None:
@@ -111,7 +111,7 @@ def _said(images: CachedImages, failed: list[tuple[int, Exception]], wanted: int
 
 
 def _why(error: Exception) -> str:
-    """What went wrong, without the paths and URLs that the error's own text has."""
+    """Return the reason without the paths and URLs of the error's text."""
     if isinstance(error, CacheMismatchError):
         return "is not the image that the cache was made of"
     if isinstance(error, UndecodableImageError):
