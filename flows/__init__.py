@@ -1,1 +1,1 @@
-"""Prefect flows: when and with what retries; all that is done lies in ``pipeline``."""
+"""Prefect flows: when, and with which retries."""
