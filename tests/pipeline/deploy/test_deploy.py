@@ -383,4 +383,4 @@ def test_a_missing_package_is_named_before_torch_is_loaded(
         "teacher_cache.pipeline.deploy.record.find_spec", lambda name: None if name == "onnxscript" else object()
     )
     with pytest.raises(UsageError, match=r"onnxscript.*teacher-cache\[deploy\]"):
-        cli_deploy.deploy(run=str(trained), out=str(tmp_path / "out"))
+        cli_deploy.deploy.main(["--run", str(trained), "--out", str(tmp_path / "out")], standalone_mode=False)

@@ -263,7 +263,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert clip_tokens.runtime_package("json") is json
 
 
-BLOCKED = ("torch", "torchvision", "open_clip", "timm", "transformers", "regex", "onnx", "faiss", "pyarrow", "zarr")
+BLOCKED = ("torch", "torchvision", "open_clip", "timm", "transformers", "onnx", "faiss", "pyarrow", "zarr")
 
 _WITHOUT_TORCH = """
 import sys
