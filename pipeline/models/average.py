@@ -1,8 +1,8 @@
 """The mean of students that began at the same weights: one student, as small and as fast as each of them.
 
-Runs that begin at one trained model and differ in their seed end near enough to each other for the mean of their
-weights to be a model too, which errs less than they do on the average, and often less than the best of them (Wortsman
-et al. 2022, "Model soups": the uniform soup). Runs that also differ in losses or learning rate may be averaged; whether
+Runs that begin at one trained model and differ in their seed end close together. The mean of their weights is a model
+too, better than they are on average and often better than the best of them (Wortsman et al. 2022, "Model soups": the
+uniform soup). Runs that also differ in losses or learning rate may be averaged; whether
 that helps is to be measured. BatchNorm's statistics are averaged like the weights.
 """
 
@@ -58,7 +58,7 @@ def soup(config: MeanConfig) -> RunRecord:
         update={
             "config": first.config.model_copy(update={"out": config.out}),
             "accepted_mismatches": tuple(
-                dict.fromkeys(each for record in records for each in record.accepted_mismatches)
+                dict.fromkeys(mismatch for record in records for mismatch in record.accepted_mismatches)
             ),
             "view": "; ".join(dict.fromkeys(record.view for record in records)),
             "steps": sum(record.steps for record in records),
@@ -80,7 +80,7 @@ def soup(config: MeanConfig) -> RunRecord:
 
 @torch.no_grad()
 def mean_student(checkpoints: list[Path]) -> Student:
-    """A student whose every weight, and BatchNorm statistic, is the mean of those in checkpoints of one architecture.
+    """Return the mean of students of one architecture: every weight, and every BatchNorm statistic.
 
     Of a factorised token embedding each factor is the mean. Summed in float64. What is no floating-point number, as the
     number of batches that a BatchNorm saw, is the first one's.
@@ -108,13 +108,13 @@ def mean_student(checkpoints: list[Path]) -> Student:
 
 
 def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
-    """That these runs can have a mean, by their records."""
+    """Check by their records that the runs can have a mean."""
     if len(folders) < 2:
-        found = f"only {folders[0].path}" if folders else "none"
-        raise UsageError(f"a mean is of two runs or more, found {found}. Name others that began at the same --init")
+        named = f"only {folders[0].path}" if folders else "none"
+        raise UsageError(f"a mean is of two runs or more, found {named}. Name others that began at the same --init")
     for folder, record in zip(folders, records, strict=True):
         if record.averaged:
-            of = " ".join(each.run for each in record.averaged)
+            of = " ".join(one.run for one in record.averaged)
             raise UsageError(f"{folder.path}: is a mean itself; name the runs that it is the mean of: {of}")
         folder.require_finished(record)
         if record.config.init is None:
@@ -139,18 +139,18 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
 
 
 def _apart(one: RunRecord, other: RunRecord) -> str | None:
-    """Why two runs are not known to have begun at the same weights; None if they are.
+    """Return why two runs are not known to have begun at the same weights. None: they are.
 
-    By the digest of those weights; a run of an older version, which has none, by the name of its ``--init``.
+    Runs are compared by the digest of those weights. Older versions recorded none: then by the name of ``--init``.
     """
-    there, here = one.initial_weights_sha256, other.initial_weights_sha256
+    first, second = one.initial_weights_sha256, other.initial_weights_sha256
     names = f"one began at --init {one.config.init}, the other at --init {other.config.init}"
-    if there is None or here is None:
+    if first is None or second is None:
         older = "older versions did not record the weights, and the names are not the same"
         return f"{names}; {older}" if one.config.init != other.config.init else None
-    if there == here:
+    if first == second:
         return None
-    digests = f"{names}, with weights {there[:12]} and {here[:12]}"
+    digests = f"{names}, with weights {first[:12]} and {second[:12]}"
     if one.config.init != other.config.init:
         return digests
     # an --init of another width's teacher leaves the projections to the seed
@@ -158,12 +158,12 @@ def _apart(one: RunRecord, other: RunRecord) -> str | None:
 
 
 def _require_different(averaged: tuple[AveragedRun, ...]) -> None:
-    """That no two of them are the same weights, whatever their folders are called."""
+    """Check that no two runs have the same weights, whatever their folders are called."""
     seen: dict[str, str] = {}
-    for each in averaged:
-        if each.weights_sha256 in seen:
+    for run in averaged:
+        if run.weights_sha256 in seen:
             raise UsageError(
-                f"{each.run}: the very weights of {seen[each.weights_sha256]}, which would count double. Name each run "
+                f"{run.run}: the very weights of {seen[run.weights_sha256]}, which would count double. Name each run "
                 "once, and train each with another --seed"
             )
-        seen[each.weights_sha256] = each.run
+        seen[run.weights_sha256] = run.run

@@ -1,4 +1,4 @@
-"""Which device a stage runs on: the one asked for, or an error."""
+"""Devices, and the settings of a model that depend on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device of this name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
         UsageError: the device is unknown or not in this machine. There is no fallback.
@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_uuid(index: int) -> str | None:
-    """The UUID of a CUDA device, as ``nvidia-smi -L`` shows it behind ``GPU-``; None where torch tells none.
+    """Return the UUID of a CUDA device, as ``nvidia-smi -L`` shows it after ``GPU-``. None: torch knows none.
 
     Args:
         index: as torch counts, among the devices that it may see.
@@ -51,7 +51,7 @@ def device_uuid(index: int) -> str | None:
 
 
 def image_memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last for a convolutional trunk, whose kernels want it on a CPU and on a GPU; else as it is.
+    """Return channels last for a convolutional trunk, whose kernels are faster so on CPU and GPU; else no change.
 
     A transformer has one convolution, over patches, and gains nothing.
 
@@ -93,10 +93,10 @@ def keep_depthwise_float32(model: nn.Module) -> int:
     Returns:
         How many convolutions do so from now on.
     """
-    found = [module for module in model.modules() if isinstance(module, nn.Conv2d) and _depthwise(module)]
-    for convolution in found:
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and _depthwise(module)]
+    for convolution in convolutions:
         convolution.forward = _Float32(convolution.forward)  # type: ignore[assignment, method-assign]
-    return len(found)
+    return len(convolutions)
 
 
 def _depthwise(convolution: nn.Conv2d) -> bool:

@@ -49,12 +49,12 @@ class FactorizedEmbedding(nn.Module):
         nn.init.normal_(self.factors.weight, std=_INIT_STD * math.sqrt(width / rank))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 token ids of any shape to (..., width)."""
+        """Embed int64 token ids of any shape: (..., width)."""
         embedded: Tensor = self.projection(self.factors(tokens))
         return embedded
 
     def dense(self) -> Tensor:
-        """The (vocab_size, width) matrix that an ordinary embedding of the same function has; detached."""
+        """Return the (vocab_size, width) matrix of the equivalent ordinary embedding, detached."""
         return self.factors.weight.detach() @ self.projection.weight.detach().T
 
 
@@ -82,13 +82,13 @@ def factorize(model: nn.Module, rank: Any, what: str) -> None:
 
 
 def factors_of(model: nn.Module) -> FactorizedEmbedding | None:
-    """The factorised token embedding of a model, if it has one."""
-    found = getattr(text_tower(model), "token_embedding", None)
-    return found if isinstance(found, FactorizedEmbedding) else None
+    """Return the factorised token embedding of a model, if it has one."""
+    embedding = getattr(text_tower(model), "token_embedding", None)
+    return embedding if isinstance(embedding, FactorizedEmbedding) else None
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state as plain open_clip knows it: the product in place of the factors."""
+    """Return the model's state as plain open_clip knows it: the product in place of the factors."""
     state: dict[str, Tensor] = dict(model.state_dict())
     embedding = factors_of(model)
     if embedding is not None:
@@ -100,7 +100,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def principal_directions(rows: Tensor, rank: int, weights: Tensor | None = None) -> Tensor:
-    """The ``rank`` orthonormal directions on which the rows, projected, lose least of their squared length.
+    """Return the ``rank`` orthonormal directions on which the projected rows lose least of their squared length.
 
     These are the right singular vectors of the (weighted) matrix, without taking its mean away; found as eigenvectors
     of the small Gram matrix, in float64 (Eckart and Young 1936).
@@ -123,6 +123,6 @@ def principal_directions(rows: Tensor, rank: int, weights: Tensor | None = None)
 
 
 def text_tower(model: nn.Module) -> nn.Module:
-    """Where an open_clip model keeps its text tower: ``model.text``, or the model itself if it is a CLIP."""
+    """Return the text tower of an open_clip model: ``model.text``, or the model itself if it is a CLIP."""
     tower = getattr(model, "text", None)
     return tower if isinstance(tower, nn.Module) else model

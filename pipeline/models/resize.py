@@ -70,7 +70,7 @@ def resize(config: ResizeConfig) -> RunRecord:
 
 
 def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
-    """The same weights in a student of images of ``size`` x ``size`` pixels, in evaluation mode.
+    """Return a student with the same weights for images of ``size`` x ``size`` pixels, in evaluation mode.
 
     Of open_clip's VisionTransformer the positions are interpolated, as open_clip does for weights of another size:
     bicubic, antialiased, the class token's left as it is.
@@ -107,7 +107,7 @@ def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
 
 
 def _require_patches(student: Student, size: int) -> None:
-    """That a transformer sees all of a square image of this size, and has a square grid of positions to begin with."""
+    """Check that a transformer's patches fill a square image of this size, and that its own grid is square."""
     visual: Any = student.model.visual
     if visual.grid_size[0] != visual.grid_size[1] or visual.patch_size[0] != visual.patch_size[1]:
         of = " of ".join(f"{height} x {width}" for height, width in (student.preprocess.size, visual.patch_size))
@@ -117,7 +117,7 @@ def _require_patches(student: Student, size: int) -> None:
         )
     patch = visual.patch_size[0]
     if size % patch:
-        near = [each * patch for each in (size // patch, size // patch + 1) if each not in (0, visual.grid_size[0])]
+        near = [edge * patch for edge in (size // patch, size // patch + 1) if edge not in (0, visual.grid_size[0])]
         raise UsageError(
             f"image_size {size}: no multiple of this student's patches of {patch} pixels. Choose "
             f"{' or '.join(map(str, near))}"

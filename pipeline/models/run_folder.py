@@ -48,7 +48,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process trains in this folder while the block runs; a process that dies frees it.
+        """Hold the folder's lock within the block: no other process trains here. A process that dies releases it.
 
         Raises:
             UsageError: one does already, or this file system cannot tell.
@@ -56,7 +56,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("a") as file:
             try:
-                # a record lock: forked decoders do not hold it on when their parent was killed
+                # a record lock: processes started meanwhile do not hold it when this one was killed
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
@@ -87,22 +87,22 @@ class RunFolder:
         """
         if not self.exists():
             # other trainers name theirs so too, and these are not ours to remove
-            there = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
-            if there:
+            names = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
+            if names:
                 raise UsageError(
-                    f"{self.path}: holds {' and '.join(there)}, but no {_RECORD}, so it is no run of ours. Choose "
+                    f"{self.path}: holds {' and '.join(names)}, but no {_RECORD}, so it is no run of ours. Choose "
                     "another --out; nothing was changed."
                 )
             return
-        found = self.read()
-        if found.checkpoint is not None:
-            way_out = "" if found.finished else "Go on with it by --resume, or choose another"
+        record = self.read()
+        if record.checkpoint is not None:
+            way_out = "" if record.finished else "Go on with it by --resume, or choose another"
             raise UsageError(
                 f"{self.path}: holds a run already. {way_out or 'Choose another'} --out, or delete the folder."
             )
 
     def require_resumable(self, config: TrainConfig) -> RunRecord:
-        """The record of a run that these settings may go on with, or have finished.
+        """Return the record of a run that these settings may resume, or have finished.
 
         Raises:
             UsageError: no run here, one with other settings, a mean of runs, or one without a point to go on from.
@@ -114,8 +114,8 @@ class RunFolder:
                 f"from it: --init {self.path / str(record.checkpoint)} and another --out."
             )
         differ = [
-            f"{name} is {asked!r}, the run has {recorded!r}"
-            for name, (asked, recorded) in other_settings(config, record.config).items()
+            f"{name} is {value!r}, the run has {recorded!r}"
+            for name, (value, recorded) in other_settings(config, record.config).items()
         ]
         if differ:
             raise UsageError(
@@ -130,11 +130,11 @@ class RunFolder:
         return record
 
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether a run was begun here."""
         return (self.path / _RECORD).exists()
 
     def resumable(self) -> bool:
-        """Whether an unfinished run lies here that :meth:`require_resumable` would let go on."""
+        """Return whether an unfinished run lies here that :meth:`require_resumable` would accept."""
         if not self.exists():
             return False
         record = self.read()
@@ -148,7 +148,7 @@ class RunFolder:
         self._files.write(_RECORD, (record.model_dump_json(indent=2) + "\n").encode())
 
     def read(self) -> RunRecord:
-        """The record.
+        """Read the record.
 
         Raises:
             UsageError: no run here, or one that cannot be read.
@@ -181,26 +181,26 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines of ``log.jsonl``, a step each; one that is not whole yet, or was torn, is left out."""
+        """Return the steps in ``log.jsonl``, without a line that is not whole."""
         try:
             lines = (self.path / _LOG).read_bytes().splitlines()
         except FileNotFoundError:
             return []
-        found = []
+        steps = []
         for line in lines:
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+                steps.append(json.loads(line))
+        return steps
 
     def keep_evaluation(self, split: str, checkpoint: str, cache_manifest_digest: str, data: bytes) -> Path:
-        """Leave what was measured in the run, whole or not at all, instead of an earlier one of the same.
+        """Save an evaluation in the run, in place of an earlier one of the same split, checkpoint and cache.
 
         Args:
             checkpoint: its folder, relative to the run.
-            cache_manifest_digest: of the cache that it was measured on; of another than the run's it is in the name.
+            cache_manifest_digest: of the cache that it was measured on. Another cache than the run's is in the name.
 
         Returns:
-            Where it is.
+            The file.
 
         Raises:
             OSError: the folder cannot be written.
@@ -210,22 +210,22 @@ class RunFolder:
         return path
 
     def evaluation_path(self, split: str, checkpoint: str, cache_manifest_digest: str) -> Path:
-        """Where :meth:`keep_evaluation` leaves it, by the same arguments: ``evaluations/SPLIT-CHECKPOINT.json``."""
+        """Return the file that :meth:`keep_evaluation` writes: ``evaluations/SPLIT-CHECKPOINT.json``."""
         other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
         # a split may be called anything
         return self.path / _EVALUATIONS / f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
 
     def evaluation_files(self) -> list[Path]:
-        """What :meth:`keep_evaluation` left, by name."""
+        """List the files of :meth:`keep_evaluation`, by name."""
         return sorted((self.path / _EVALUATIONS).glob("*.json"))
 
     def sync_log(self) -> None:
-        """Have all logged steps on disk."""
+        """Sync all logged steps to disk."""
         if (self.path / _LOG).exists():
             sync(self.path / _LOG)
 
     def cut_log(self, steps: int) -> None:
-        """Drop the lines behind so many steps, and a torn last one, so that a run that goes on has each step once."""
+        """Keep the lines of the first ``steps`` steps: a run that resumes logs the later ones again."""
         if not (self.path / _LOG).exists():
             return
         lines = (self.path / _LOG).read_bytes().splitlines(keepends=True)
@@ -240,10 +240,10 @@ class RunFolder:
     ) -> RunRecord:
         """Save a checkpoint, switch the record to it, then remove those that it replaces.
 
-        A crash leaves the record with the checkpoints that it names; what more lies beside them goes with the next.
+        After a crash the record names whole checkpoints; others are removed with the next one.
 
         Args:
-            best: of this very moment, with what saves its model; switched to together with the other.
+            best: the best epoch so far, if this is it, and the function that saves its model.
         """
         changes: dict[str, Any] = {"checkpoint": self._save(f"{_CHECKPOINTS}/{name}", save)}
         if best is not None:
@@ -277,11 +277,11 @@ class RunFolder:
 
     @staticmethod
     def best_checkpoint(epoch: int) -> str:
-        """Where the model of the best epoch, counted from 0, lies in the run."""
+        """Return where the model of the best epoch, counted from 0, lies in the run."""
         return f"{_CHECKPOINTS}/best-epoch-{epoch + 1:04d}"
 
     def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
-        """Folder of the newest or the best checkpoint.
+        """Return the folder of the newest or the best checkpoint.
 
         Raises:
             UsageError: the run has none yet.

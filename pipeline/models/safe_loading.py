@@ -1,4 +1,4 @@
-"""Models from files that anybody may have written: nothing in them is run, and what is wrong is one UsageError.
+"""Models from untrusted files: nothing in them is run, and a file that cannot be used is one UsageError.
 
 Weights come from safetensors, or from a pickle that torch reads with ``weights_only=True``: that reader builds tensors
 and refuses every other name. Tokenizers of ``transformers`` may bring Python of their own; that is never asked for,
@@ -28,7 +28,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 
 @contextmanager
 def foreign_model(what: str) -> Iterator[None]:
-    """Whatever open_clip, torch, timm or safetensors raise for files that are not theirs, as one line.
+    """Turn errors of open_clip, torch, timm or safetensors for unusable files into one line.
 
     Raises:
         UsageError: begins with ``what``.
@@ -46,8 +46,8 @@ def foreign_model(what: str) -> Iterator[None]:
         ) from error
     # EOFError, KeyError, StopIteration, BadZipFile ...: each library has its own for a file that is not what it says
     except Exception as error:
-        found = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{what} cannot be loaded: {printable(found)}") from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{what} cannot be loaded: {printable(text)}") from error
 
 
 def require_plain_settings(config: Any, what: str) -> None:

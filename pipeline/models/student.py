@@ -85,11 +85,11 @@ class Student(nn.Module):
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) float32 to (batch, embed_dim), normalised."""
+        """Embed (batch, 3, height, width) float32 pixels: (batch, embed_dim), normalised."""
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(batch, length) int64 to (batch, embed_dim), normalised; at full length or as :meth:`shorten` gives them."""
+        """Embed (batch, length) int64 tokens, at full length or shortened: (batch, embed_dim), normalised."""
         encode = encode_by_length if self._shortens else encode_text
         return F.normalize(encode(self.model, tokens).float(), dim=-1)
 
@@ -99,7 +99,7 @@ class Student(nn.Module):
         return shorten(tokens) if self._shortens else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
-        """Both towers and both projections of one batch; there may be several captions to an image."""
+        """Run both towers and both projections on a batch. An image may have several captions."""
         image, text = self.encode_image(pixels), self.encode_text(tokens)
         return StudentOutput(
             image,
@@ -123,7 +123,7 @@ class Student(nn.Module):
         self.train(self.training)
 
     def preprocess_to_learn(self, size: int | None) -> Preprocess:
-        """How images are shown to the student while it learns.
+        """Return the preprocessing of images to learn from.
 
         Args:
             size: pixels a side, no more than its own; None for its own.
@@ -181,7 +181,7 @@ class Student(nn.Module):
             self.train(training)
 
     def train(self, mode: bool = True) -> Student:
-        """As every module's; locked layers stay in evaluation mode."""
+        """Set the mode of all layers but the locked ones, which stay in evaluation mode."""
         super().train(mode)
         for module in self._locked:
             module.eval()
@@ -194,17 +194,17 @@ class Student(nn.Module):
 
     @property
     def shortens(self) -> bool:
-        """Whether :meth:`shorten` leaves anything out, and so whether texts may be shorter than the context length."""
+        """True if texts may be shorter than the context length."""
         return self._shortens
 
     @property
     def num_parameters(self) -> int:
-        """Of the open_clip model: what is shipped, without the projections."""
+        """Number of parameters of the open_clip model, without the projections."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def presets() -> dict[str, Path]:
-    """Shipped student configs by name."""
+    """Return the shipped student configs by name."""
     # in an installed wheel they lie in the package, in a clone at the top
     packaged = Path(__file__).parents[1] / "configs" / "students"
     folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs" / "students"
@@ -212,7 +212,7 @@ def presets() -> dict[str, Path]:
 
 
 def student_config(name: str) -> dict[str, Any]:
-    """The open_clip model config of a student, with ``token_embedding_rank`` if its token embedding is factorised.
+    """Return the open_clip model config of a student, ``token_embedding_rank`` included.
 
     Args:
         name: a shipped preset, the path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
@@ -249,7 +249,7 @@ def student_config(name: str) -> dict[str, Any]:
 
 
 def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], teacher_dim: int) -> Student:
-    """A student with random weights, seeded by torch's global generator.
+    """Build a student with random weights, seeded by torch's global generator.
 
     Args:
         config: open_clip model config; a top-level ``token_embedding_rank`` factorises the token embedding.
@@ -297,13 +297,13 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
 
 
 def checkpoint_origin(folder: Path) -> dict[str, Any]:
-    """What :func:`save_student` was told of a checkpoint; empty where that was not copied with it."""
+    """Return the ``origin`` of a checkpoint; empty where that file was not copied with it."""
     path = folder / _ORIGIN
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
-    """A student from its checkpoint, in evaluation mode, and its model config as :func:`student_config` gives it.
+    """Load a student from its checkpoint, in evaluation mode, and its model config as :func:`student_config` gives it.
 
     Raises:
         UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
@@ -357,36 +357,36 @@ def load_initial(student: Student, folder: str) -> None:
         student.text_projection.load_state_dict(initial.text_projection.state_dict())
 
 
-def architecture_differences(there: Student, here: Student) -> list[str]:
-    """Why two students cannot share weights: each setting that differs, with both values; none if they can."""
-    left, right = _architecture(there.config, there), _architecture(here.config, here)
+def architecture_differences(other: Student, student: Student) -> list[str]:
+    """Return each setting that keeps two students from sharing weights, with both values."""
+    theirs, own = _architecture(other.config, other), _architecture(student.config, student)
     return [
-        f"{name} is {left.get(name, 'not set')} there and {right.get(name, 'not set')} in the student"
-        for name in sorted({*left, *right})
-        if left.get(name) != right.get(name)
+        f"{name} is {theirs.get(name, 'not set')} there and {own.get(name, 'not set')} in the student"
+        for name in sorted({*theirs, *own})
+        if theirs.get(name) != own.get(name)
     ]
 
 
 def student_tokenizer(config: dict[str, Any]) -> Any:
-    """The tokenizer that a model config names, at its context length."""
+    """Load the tokenizer that a model config names, at its context length."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CHECKPOINT_CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
         return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As open_clip knows it."""
+    """Return a model config without our own key."""
     return {name: value for name, value in config.items() if name != RANK_KEY}
 
 
 def _checkpoint_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """The model config in a checkpoint's open_clip_config.json, our own key with it."""
+    """Return the model config in a checkpoint's open_clip_config.json, our own key included."""
     config = dict(settings["model_cfg"])
     return {**config, RANK_KEY: settings[RANK_KEY]} if RANK_KEY in settings else config
 
 
 def _architecture(config: dict[str, Any], student: Student) -> dict[str, Any]:
-    """What two students must share to share weights, flat: ``vision_cfg.layers`` and so on."""
+    """Return the settings that two students must share to share weights, flat: ``vision_cfg.layers`` and so on."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}

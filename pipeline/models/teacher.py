@@ -1,4 +1,4 @@
-"""Frozen teachers: load any open_clip model, prove what it is, and encode with it."""
+"""Frozen teachers: any open_clip model, its identity, and encoding with it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 
 
 
 class Encoded:
-    """Embeddings of one batch, as they go into a cache. A GPU may still be working on them: who looks at them waits.
+    """Embeddings of one batch, as they go into a cache. Reading them waits for a GPU that still works on them.
 
     Args:
         embedding: (batch, embed_dim) float16, unit norm; on the device.
@@ -69,7 +69,7 @@ class Encoded:
         return self._norm.numpy()
 
     def device_seconds(self) -> float | None:
-        """What a GPU worked on it, waits for Python's launches included; None of a CPU: it works while this is made."""
+        """Return the seconds that a GPU worked on them, waits for launches included. None: on a CPU."""
         if self._there is None or self._started is None:
             return None
         self._wait()
@@ -114,7 +114,7 @@ class LiveTeacher:
         return self._finish(self.model.encode_image, pixels)
 
     def encode_shown(self, shown: torch.Tensor) -> Encoded:
-        """As :meth:`encode_images`, of (batch, height, width, 3) uint8 before normalising, which the device does."""
+        """Embed (batch, height, width, 3) uint8 pixels, which the device normalises."""
         return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
 
     def encode_texts(self, tokens: torch.Tensor | NDArray[np.int64]) -> Encoded:
@@ -122,11 +122,11 @@ class LiveTeacher:
         return self._finish(*self._text(tokens))
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As :meth:`encode_images`, (batch, embed_dim) float32 of unit norm on the CPU, nothing rounded to float16."""
+        """Embed pixels as (batch, embed_dim) float32 of unit norm on the CPU, not rounded to float16."""
         return self._features(self.model.encode_image, pixels)[0].cpu()
 
     def text_features(self, tokens: torch.Tensor | NDArray[np.int64]) -> torch.Tensor:
-        """As :meth:`encode_texts`, (batch, embed_dim) float32 of unit norm on the CPU."""
+        """Embed tokens as (batch, embed_dim) float32 of unit norm on the CPU."""
         return self._features(*self._text(tokens))[0].cpu()
 
     def _text(self, tokens: Any) -> tuple[Any, torch.Tensor]:
@@ -139,7 +139,7 @@ class LiveTeacher:
         return Encoded(features.half(), norm.squeeze(-1), started)
 
     def _features(self, encode: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised features and, (batch, 1), their norms before; float32."""
+        """Return normalised features and, (batch, 1), their norms before; float32."""
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.precision != "fp32":
             cast = torch.autocast(self.device.type, _DTYPES[self.precision])
@@ -156,7 +156,7 @@ class LiveTeacher:
             return int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
 
     def identity(self) -> TeacherIdentity:
-        """What a cache records of the teacher."""
+        """Return the teacher's part of a cache's identity."""
         bias = getattr(self.model, "logit_bias", None)
         return TeacherIdentity(
             name=self.name,
@@ -180,7 +180,7 @@ class LiveTeacher:
 
     @cached_property
     def _parts_of_identity(self) -> dict[str, Any]:
-        """Found out once: the probes take a tenth of a second, and every span of chunks begins with the comparison."""
+        """Parts of the identity, computed once: the probes take a tenth of a second."""
         return {
             "teacher": self.identity(),
             "preprocess": self.preprocess.identity(),
@@ -188,7 +188,7 @@ class LiveTeacher:
         }
 
     def tokenizer_identity(self) -> TokenizerIdentity:
-        """What a cache records of the tokenizer."""
+        """Return the tokenizer's part of a cache's identity."""
         return TokenizerIdentity(
             name=getattr(self.tokenizer, "name", type(self.tokenizer).__name__),
             context_length=int(self.model.context_length),  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def load_teacher(
 
 
 def recorded_name(name: str) -> str:
-    """The name as a cache records it: of a local folder without the path to it."""
+    """Return the name as a cache records it: of a local folder without the path to it."""
     local = name.removeprefix("local-dir:")
     return name if local == name else f"local-dir:{Path(local).name}"
 
@@ -267,12 +267,12 @@ def recorded_name(name: str) -> str:
 def cached_teacher(
     name: str, pretrained: str | None, device: str, precision: Precision, decoder: str | None = None
 ) -> LiveTeacher:
-    """The same as :func:`load_teacher`, loaded once per process: for callers that encode part by part."""
+    """Return :func:`load_teacher`, loaded once per process, for callers that encode part by part."""
     return load_teacher(name, pretrained, device, precision, decoder)
 
 
 def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:
-    """Whether a teacher is the one that a cache is of, as far as can be told without building it.
+    """Return whether a teacher is the cache's, as far as can be known without building it.
 
     A model folder is proven by its weights and its config; a built-in name with its tag, and a model of a hub, are
     taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows. Precision is not looked at: it is
@@ -301,7 +301,7 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """A point in a GPU's work, behind all that it was given so far; None of a CPU."""
+    """Record a point in a GPU's work, after everything queued so far. None: a CPU."""
     if device.type != "cuda":
         return None
     event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -310,7 +310,7 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _activations(model: torch.nn.Module) -> str:
-    """Names of the activation modules that the model really holds, for example ``GELU`` or ``QuickGELU``."""
-    found = {type(module).__name__ for module in model.modules()}
-    names = sorted(name for name in found if name.endswith(("GELU", "ReLU", "ReLU6", "SiLU", "Swish")))
+    """Return the names of the model's activation modules, for example ``GELU`` or ``QuickGELU``."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    names = sorted(name for name in kinds if name.endswith(("GELU", "ReLU", "ReLU6", "SiLU", "Swish")))
     return "+".join(names) or "none"

@@ -21,7 +21,7 @@ _GROUP = 64  # captions that fill a CPU's cores; fewer go with the next longer o
 
 
 def can_shorten(model: nn.Module) -> bool:
-    """Whether this model's text features depend on nothing behind the end-of-text token."""
+    """Return whether this model's text features depend on nothing after the end-of-text token."""
     # only open_clip's own class: others pool another position, or look both ways
     if type(model) is not CLIP or model.text_pool_type != "argmax" or model.attn_mask is None:
         return False
@@ -37,7 +37,7 @@ def shorten(tokens: Tensor) -> Tensor:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
+    """Return text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
     if tokens.shape[1] == model.context_length:
         features: Tensor = model.encode_text(tokens)
         return features
@@ -45,7 +45,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
-    """As :func:`encode_text`, captions of like length together, each group at its own; for models that ``can_shorten``.
+    """Encode captions in groups of similar length, each group at its own length; for models that ``can_shorten``.
 
     On a CPU. A GPU takes all at once: several launches, and a look at the lengths, cost it more than padding does.
     """
@@ -63,7 +63,7 @@ def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_any_length(model: Any, tokens: Tensor) -> Tensor:
-    """As :func:`encode_text`, by one path for all lengths; only for models that ``can_shorten``."""
+    """Encode captions by one path for all lengths; for models that ``can_shorten``."""
     length = tokens.shape[1]
     shorter = {
         "model.positional_embedding": model.positional_embedding[:length],

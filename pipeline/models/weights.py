@@ -1,4 +1,4 @@
-"""One digest for the weights of a model, by which two of them are told apart. No model is built."""
+"""Weights files, and the digest that tells two sets of weights apart. No model is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["digest_tensors", "write_weights"]
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
+    """Return the sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous()

@@ -1,23 +1,143 @@
-"""What rank 0 of a run writes: its logs, its checkpoints and its record."""
+"""Checkpoints of a run, and the point in them from which it resumes with the very next batch. No pickle.
+
+Beside the model of a checkpoint, in ``resume/``:
+
+    state.json              step, the sums of the epoch so far, the cache's manifest digest
+    weights.safetensors     the student's parameters and buffers, projections included
+    optimizer.safetensors   AdamW's moments by parameter: ``exp_avg:model.visual.proj``
+    average.safetensors     the averaged parameters, if there is an average
+    queue.safetensors       the teacher's rows in the queue, if there is one
+
+No state of a random generator: the order of the rows, the captions and the dropout of a step are functions of the
+seed and the step.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.pipeline.models.run_folder import RunFolder
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from teacher_cache.pipeline.models.run_folder import RESUME, RunFolder
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
-from teacher_cache.pipeline.models.student import save_student
-from teacher_cache.pipeline.train.optimizer import measured_weights
-from teacher_cache.pipeline.train.resume import TrainState, save_resume_point
-from teacher_cache.pipeline.train.step_log import StepLog
+from teacher_cache.pipeline.models.student import Student, save_student
+from teacher_cache.pipeline.models.weights import write_weights
+from teacher_cache.pipeline.train.losses import TeacherQueue
+from teacher_cache.pipeline.train.optimizer import WeightAverage, measured_weights
+from teacher_cache.pipeline.train.step_log import EpochSums, StepLog
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import event, logger
 
-__all__ = ["RunWriter"]
+__all__ = ["ResumePoint", "RunWriter", "TrainState", "load_resume_point", "save_resume_point"]
 
 _LOG = logger("train")
+
+_STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE, _QUEUE = (
+    "state.json",
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "average.safetensors",
+    "queue.safetensors",
+)
+
+
+class ResumePoint(BaseModel):
+    """Progress of a run.
+
+    Attributes:
+        step: steps taken, which is the number of the next one from 0.
+        epoch: number of the epoch that the next step belongs to, from 0.
+        sums: of that epoch; 0 steps at its start.
+        average_updates: updates of the weight average, if there is one.
+        cache_manifest_digest: of the cache that the run learns from.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    sums: EpochSums = Field(default_factory=EpochSums)
+    average_updates: int = 0
+    cache_manifest_digest: str = ""
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes from step to step, on its device."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
+    queue: TeacherQueue | None = None
+    point: ResumePoint = field(default_factory=ResumePoint)
+
+
+def save_resume_point(folder: Path, state: TrainState) -> None:
+    """Write a resume point into ``folder``, an unfinished checkpoint that no record names yet."""
+    folder = folder / RESUME
+    folder.mkdir()
+    write_weights(_on_cpu(state.student.state_dict()), folder / _WEIGHTS)
+    moments = {
+        f"{key}:{name}": value
+        for name, parameter in state.student.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
+    write_weights(_on_cpu(moments), folder / _OPTIMIZER)
+    if state.average is not None:
+        state.point.average_updates = state.average.updates
+        write_weights(_on_cpu(state.average.state()), folder / _AVERAGE)
+    if state.queue is not None:
+        write_weights(_on_cpu(state.queue.state_dict()), folder / _QUEUE)
+    (folder / _STATE).write_text(state.point.model_dump_json(indent=2) + "\n")
+
+
+def load_resume_point(folder: Path, state: TrainState) -> None:
+    """Load weights, moments, average, queue and progress from a checkpoint into a state as the run began with it.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        UsageError: the checkpoint is of another student, or cannot be read.
+    """
+    folder = folder / RESUME
+    try:
+        state.point = ResumePoint.model_validate_json((folder / _STATE).read_bytes())
+        state.student.load_state_dict(load_file(folder / _WEIGHTS))
+        _load_moments(state, load_file(folder / _OPTIMIZER))
+        if state.average is not None:
+            state.average.load(load_file(folder / _AVERAGE), state.point.average_updates)
+        if state.queue is not None:
+            state.queue.load_state_dict(load_file(folder / _QUEUE))
+    except (OSError, ValidationError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: no point that this run could go on from: {type(error).__name__}: {error}. "
+            "Train anew with another --out."
+        ) from error
+
+
+def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
+    names = {parameter: name for name, parameter in state.student.named_parameters()}
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition(":")
+        by_name.setdefault(name, {})[kind] = value
+    # torch numbers the parameters through all groups, in their order
+    ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
+    loaded: dict[str, Any] = state.optimizer.state_dict()
+    loaded["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    state.optimizer.load_state_dict(loaded)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # clone: safetensors refuses tensors that share memory, as tied weights do
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 class RunWriter:

@@ -12,7 +12,7 @@ __all__ = ["gather_features"]
 
 
 def gather_features(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The rows of every rank, joined in the order of ranks; differentiable. The same tensors when there is one process.
+    """Join the rows of every rank, in the order of ranks; differentiable. One process gets its own tensors back.
 
     With it each rank computes the loss of the joined batch, and DistributedDataParallel gives each parameter the
     gradient that one process would compute of that batch. Why:

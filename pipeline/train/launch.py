@@ -1,4 +1,4 @@
-"""Run work on one device here, on several in processes that Fabric launches, or as one of those that torchrun did."""
+"""Start of a run's work: on one device here, on several by Fabric, or as one of torchrun's processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def launched_rank() -> int | None:
-    """The rank of this process among those that torchrun started for one run; None if nobody did."""
+    """Return the rank of this process among torchrun's. None: torchrun did not start it."""
     if all(os.environ.get(name) for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
         return int(os.environ["RANK"])
     return None
@@ -80,7 +80,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         raise UsageError(
             f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
         )
-    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again
+    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again;
+    # nor forkserver: Fabric tells its processes the port by the environment, which a running server would not pass on
     strategy = DDPStrategy(start_method="spawn")
     fabric = Fabric(
         accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision, plugins=plugins
@@ -113,20 +114,20 @@ def _launched(
     progress: Progress | None,
 ) -> None:
     processes = int(os.environ["WORLD_SIZE"])
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
     if device.index is not None or config.devices != 1:
         raise UsageError("torchrun starts a process for each device: leave --devices out, and choose cards by torchrun")
-    if processes % here:
+    if processes % local:
         raise UsageError(
-            f"torchrun started {here} of {processes} processes on this machine: the same number on each is wanted. "
+            f"torchrun started {local} of {processes} processes on this machine: the same number on each is wanted. "
             "Give every machine the same --nproc-per-node"
         )
     if config.batch_size % processes:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
     fabric = Fabric(
         accelerator=device.type,
-        devices=here,
-        num_nodes=processes // here,
+        devices=local,
+        num_nodes=processes // local,
         strategy=DDPStrategy(),
         precision=precision,
         plugins=[TorchElasticEnvironment()],
@@ -159,7 +160,7 @@ def _rank(
 def _relayed(
     receivers: list[Connection], senders: list[Connection], progress: Progress | None, errors: list[BaseException]
 ) -> Iterator[None]:
-    """Read what the ranks say while the block runs, and what is left when it ends."""
+    """Relay messages of the ranks while the block runs, and the last ones when it ends."""
     over = threading.Event()
 
     def read() -> None:
@@ -189,12 +190,12 @@ def _relayed(
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Take back what Fabric sets for its processes: the next launch chooses a port of its own."""
-    kept = os.environ.copy()
+    """Restore the environment that Fabric changes: the next launch chooses a port of its own."""
+    before = os.environ.copy()
     try:
         yield
     finally:
         for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
-            if name in kept:
-                os.environ[name] = kept[name]
+            if name in before:
+                os.environ[name] = before[name]

@@ -25,14 +25,13 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord, Selection
 from teacher_cache.pipeline.models.student import Student, student_tokenizer
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.pipeline.train.checkpoints import RunWriter
+from teacher_cache.pipeline.train.checkpoints import ResumePoint, RunWriter, TrainState, load_resume_point
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.losses import TeacherQueue
-from teacher_cache.pipeline.train.meter import EpochMeter
 from teacher_cache.pipeline.train.optimizer import WeightAverage, adamw, measured_weights
-from teacher_cache.pipeline.train.resume import EpochSums, ResumePoint, TrainState, load_resume_point
 from teacher_cache.pipeline.train.start import TrainingCache, new_record, new_student, recorded_start, training_images
 from teacher_cache.pipeline.train.step import StepValues, TrainStep
+from teacher_cache.pipeline.train.step_log import EpochMeter, EpochSums
 from teacher_cache.pipeline.train.stop_signals import StopRequests
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields
@@ -154,7 +153,7 @@ def _train_rank(
 
 
 def _workers(config: TrainConfig, world_size: int) -> int | None:
-    """Return the decoding processes of a rank. By default all ranks together have those of one."""
+    """Return the decoding processes of a rank. By default all ranks together have as many as one device alone."""
     if config.workers is not None or world_size == 1:
         return config.workers
     return max(1, min(8, (os.cpu_count() or 1) // 2) // world_size)

@@ -334,7 +334,7 @@ LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
 
 
 def weighted_sum(batch: LossInputs, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss, and each named loss before weighting (detached, for the log)."""
+    """Return the training loss, and each named loss before weighting (detached, for the log)."""
     parts = {name: LOSSES[name](batch) for name, weight in weights.items() if weight > 0}
     total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
     return total, {name: value.detach() for name, value in parts.items()}
@@ -421,6 +421,6 @@ class TeacherQueue:
 
     def _joined(self, held: Tensor, new: Tensor) -> Tensor:
         new = new.detach().to(self._device)[-self.most_rows :]
-        kept = held[max(len(held) + len(new) - self.most_rows, 0) :]
+        newest = held[max(len(held) + len(new) - self.most_rows, 0) :]
         # a tensor of its own, not a view of a longer one: saving a view saves all of it
-        return torch.cat([kept.to(new.dtype), new])
+        return torch.cat([newest.to(new.dtype), new])

@@ -1,5 +1,4 @@
-"""Decode the images of a split once and keep what a student sees of them
-(:mod:`teacher_cache.pipeline.data.batches.ready_pixels`)."""
+"""Ready pixels, made: each image of a split is decoded once, and what a student sees of it is stored."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ _CHUNK_ROWS = 64
 
 
 class PixelsResult(BaseModel, frozen=True):
-    """What a folder holds now, and what this call did for it."""
+    """Result of making pixels: the folder's contents, and this call's share."""
 
     out: str
     images: int
@@ -64,7 +63,7 @@ class PixelsResult(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class PixelsPlan:
-    """What is to be made, before any image is decoded.
+    """Plan of the pixels to make, before any image is decoded.
 
     Attributes:
         rows: of the cache, ascending, int64.
@@ -84,17 +83,17 @@ class PixelsPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all pixels, the padding of the last chunk of each view included."""
+        """Size of all pixels, the padding of the last chunk of each view included."""
         return self.record.views * self.record.chunks * self.record.chunk_bytes
 
     @property
     def chunks_to_make(self) -> int:
-        """Of one view each."""
+        """Number of chunks to make, of one view each."""
         return sum(len(views) for _, views in self.todo)
 
     @property
     def bytes_to_write(self) -> int:
-        """That this call adds."""
+        """Bytes that this call adds."""
         return self.chunks_to_make * self.record.chunk_bytes
 
     def __str__(self) -> str:
@@ -108,7 +107,7 @@ class PixelsPlan:
 
 
 def plan_pixels(config: PixelsConfig) -> PixelsPlan:
-    """Look at cache, student and folder; nothing is written.
+    """Plan pixels from cache, student and folder. Nothing is written.
 
     Raises:
         UsageError: a setting that cannot be used, or a disk without the room.
@@ -171,7 +170,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
 
 
 def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | None = None) -> PixelsResult:
-    """Make the chunks of a plan that are not there.
+    """Make the missing chunks of a plan.
 
     Each chunk is written whole and then committed: a kill costs the chunks in flight, and another call makes those.
     Of an image all missing views are made from one decoding. Memory: two chunks of all missing views.
@@ -250,7 +249,7 @@ def _pixels(images: StudentImages, image: SampleRecord, crops: tuple[Crop | None
 
 
 def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> None:
-    """The record first, then what follows from it; a call that finds one without the other writes it again."""
+    """Write the record, then the files that follow from it. Missing ones are written again."""
     metadata = _zarr_metadata(record)
     for key, data in {RECORD: record.to_bytes(), ROWS_KEY: rows_bytes(rows), **metadata}.items():
         try:
@@ -262,7 +261,7 @@ def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> 
 
 
 def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
-    """The ``zarr.json`` files, by key in the folder, as zarr-python writes them."""
+    """Return the ``zarr.json`` files, by key in the folder, as zarr-python writes them."""
     import zarr
     from zarr.codecs import BytesCodec
     from zarr.storage import MemoryStore
@@ -292,27 +291,27 @@ def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
     return {f"pixels.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
 
 
-def _continued(wanted: PixelsRecord, found: PixelsRecord, out: str) -> PixelsRecord:
-    """The record to go on with: the one that is there, with the views that are wanted and it has not.
+def _continued(new: PixelsRecord, old: PixelsRecord, out: str) -> PixelsRecord:
+    """Return the record to continue with: of the two, the one with more views.
 
     Raises:
-        CacheMismatchError: it is of something else.
+        CacheMismatchError: the old one is of something else.
     """
-    shared = min(wanted.views, found.views)
+    shared = min(new.views, old.views)
     ours, theirs = (
         record.model_dump(exclude={"cache", "views"}) | {"crops_sha256": record.crops_sha256[: shared - 1]}
-        for record in (wanted, found)
+        for record in (new, old)
     )
     differ = [f"{name} is {theirs[name]!r}, wanted {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
     if differ:
         raise CacheMismatchError(
             f"{out}: holds other pixels: {'; '.join(differ)}. Choose another --out, or delete the folder."
         )
-    return wanted if wanted.views > found.views else found
+    return new if new.views > old.views else old
 
 
 def _finished(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> bool:
-    """Whether a chunk is committed and its file is there at its length; its bytes are proven by whoever reads them."""
+    """Return whether a chunk is committed and its file has its length. Its bytes are proven when they are read."""
     try:
         path = Path(files.location) / chunk_key(view, chunk)
         whole = path.stat().st_size == record.chunk_bytes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 
 from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
 from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
@@ -19,17 +21,28 @@ from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.models.student import Student, build_student, load_initial, student_config
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.pipeline.train.expected import expected_identity
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.row_set import RowSet
 
-__all__ = ["TrainingCache", "new_record", "new_student", "recorded_start", "training_images"]
+__all__ = [
+    "TrainingCache",
+    "expected_identity",
+    "new_record",
+    "new_student",
+    "recorded_start",
+    "training_images",
+]
 
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "
     "which every checkpoint then records."
 )
+
+_FILES = ("run.json", "origin.json")
 
 
 def recorded_start(run: RunFolder) -> RunRecord | None:
@@ -97,7 +110,7 @@ def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingRea
 
 
 def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -> Student:
-    """Build the student with the weights of its first step; those of ``begun`` are loaded later.
+    """Build the student with the weights of its first step. A checkpoint is loaded later.
 
     Raises:
         UsageError: the student, its ``init`` or its locked layers cannot be used.
@@ -154,3 +167,36 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
 
 def _absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).resolve())
+
+
+def expected_identity(place: str) -> CacheIdentity:
+    """Return the identity of a cache, of a run, or in what ``info --json`` printed.
+
+    Args:
+        place: folder or URL of a cache; folder of a run or of a checkpoint; or a JSON file with an ``identity``, as
+            ``teacher-cache info --json`` prints and as a cache's manifest is.
+
+    Raises:
+        UsageError: none of these.
+        CacheError: a cache whose manifest cannot be used.
+    """
+    folder = Path(place)
+    if folder.is_file():
+        return _identity_in(folder)
+    for name in _FILES:
+        if (folder / name).is_file():
+            return _identity_in(folder / name)
+    try:
+        return read_manifest(open_files(place)).identity
+    except CacheNotFoundError as error:
+        raise UsageError(
+            f"{place}: no cache, no run and no JSON file with an identity (teacher-cache info CACHE --json prints one)"
+        ) from error
+
+
+def _identity_in(path: Path) -> CacheIdentity:
+    try:
+        fields = json.loads(path.read_bytes())
+        return CacheIdentity.model_validate(fields["identity"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, ValidationError) as error:
+        raise UsageError(f"{path}: no identity in it ({type(error).__name__}: {error})") from error

@@ -31,7 +31,7 @@ _LOG = logger("train")
 
 @dataclass(frozen=True)
 class StepValues:
-    """What one step came to: the loss, each named loss before weighting, and how far the weights were moved.
+    """Values of one step: the loss, each named loss before weighting, and how far the weights moved.
 
     Attributes:
         grad_norm: of all gradients, before clipping.
@@ -164,10 +164,10 @@ class TrainStep:
         return total.detach(), parts, logit_scale.detach()
 
     def _slopes_of_parts(self, slope: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
-        """The gradient by the rows of each of this rank's parts, out of that by the rows of all ranks."""
-        mine = slope.tensor_split(self._fabric.world_size)[self._fabric.global_rank]
+        """Return the gradient by the rows of each of this rank's parts, given that by the rows of all ranks."""
+        own = slope.tensor_split(self._fabric.world_size)[self._fabric.global_rank]
         # DDP takes the mean over ranks, while each feature has its gradient on one rank alone
-        return torch.split(mine * self._fabric.world_size, rows)
+        return torch.split(own * self._fabric.world_size, rows)
 
     def _forward(self, step: int, part: int, pixels: Tensor, tokens: Tensor) -> StudentOutput:
         device = self._fabric.device
@@ -180,12 +180,12 @@ class TrainStep:
         return output
 
     def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
-        """The mean of as many losses as an image has captions: all images with the first of theirs, the second, ..."""
+        """Return the mean over the captions of an image: the loss of all images with their first, their second, ..."""
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
         queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
-        each = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text))
-        found = [
+        by_caption = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text))
+        losses = [
             weighted_sum(
                 LossInputs(
                     student_image=image,
@@ -193,7 +193,7 @@ class TrainStep:
                     projected_image=projected_image,
                     projected_text=projected,
                     teacher_image=teacher_image,
-                    teacher_text=wanted,
+                    teacher_text=taught,
                     student_logit_scale=logit_scale,
                     teacher_logit_scale=self._teacher_logit_scale,
                     label_smoothing=self._config.label_smoothing,
@@ -203,16 +203,16 @@ class TrainStep:
                 ),
                 self._config.losses,
             )
-            for own, projected, wanted in zip(*each, teacher_text.unbind(1), strict=True)
+            for own, projected, taught in zip(*by_caption, teacher_text.unbind(1), strict=True)
         ]
-        totals, parts = zip(*found, strict=True)
+        totals, parts = zip(*losses, strict=True)
         return torch.stack(totals).mean(), {
             name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]
         }
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        """BatchNorm's running statistics move in the second pass over a part, not in both."""
+        """Restore the buffers after the block: BatchNorm's running statistics move in the second pass only."""
         saved = [buffer.clone() for buffer in self._student.buffers()]
         yield
         for buffer, value in zip(self._student.buffers(), saved, strict=True):

@@ -1,17 +1,23 @@
-"""What a run writes down of each step: ``log.jsonl`` with what repeats itself, TensorBoard with the timings too."""
+"""Logs of steps and epochs: ``log.jsonl`` with the reproducible values, TensorBoard with the timings too."""
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
 from torch.utils.tensorboard import SummaryWriter
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import EpochRecord
+from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
 from teacher_cache.pipeline.train.step import StepValues
+from teacher_cache.storage.observe.logs import event, logger
 
-__all__ = ["FOLDER", "StepLog"]
+__all__ = ["FOLDER", "EpochMeter", "EpochSums", "StepLog"]
+
+_LOG = logger("train")
 
 FOLDER = "tensorboard"
 _FLUSH_SECONDS = 30
@@ -74,3 +80,70 @@ class StepLog:
     def close(self) -> None:
         """Write what is left; the log takes no more."""
         self._writer.close()
+
+
+class EpochSums(BaseModel):
+    """Sums over the steps of an epoch so far.
+
+    Attributes:
+        seconds, waited: of training, and of waiting for batches. Time between two processes of a run does not count.
+    """
+
+    steps: int = 0
+    values: dict[str, float] = Field(default_factory=dict)
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+class EpochMeter:
+    """Adds the steps of an epoch to its sums, and times them.
+
+    Call :meth:`batch_arrived`, :meth:`step_taken` and :meth:`wait` in this order. What happens between the last two,
+    such as writing a checkpoint, is no wait for data.
+
+    Attributes:
+        rate: samples per second of this epoch in this process.
+        wait_share: share of the seconds in which it waited for batches.
+    """
+
+    def __init__(self, sums: EpochSums, batch_size: int) -> None:
+        self._sums, self._batch_size = sums, batch_size
+        self._first, self._seconds, self._waited = sums.steps, sums.seconds, sums.waited
+        self._started = self._waiting = self._arrived = time.perf_counter()
+        self.rate = self.wait_share = 0.0
+
+    def batch_arrived(self) -> None:
+        """Add the wait for a batch."""
+        self._arrived = time.perf_counter()
+        self._sums.waited += self._arrived - self._waiting
+
+    def step_taken(self, values: StepValues, rows: int) -> None:
+        """Add a step on ``rows`` rows of this process."""
+        sums, ended = self._sums, time.perf_counter()
+        sums.steps += 1
+        for name, value in {"loss": values.loss, **values.parts}.items():
+            sums.values[name] = sums.values.get(name, 0.0) + value
+        spent = ended - self._started
+        sums.seconds = self._seconds + spent
+        timed = {"data_wait_seconds": self._arrived - self._waiting, "seconds": ended - self._arrived}
+        event(_LOG, logging.DEBUG, "step finished", num_samples=rows, loss=values.loss, **timed)
+        self.rate = (sums.steps - self._first) * self._batch_size / spent
+        self.wait_share = (sums.waited - self._waited) / spent
+
+    def wait(self) -> None:
+        """Begin to wait for the next batch."""
+        self._waiting = time.perf_counter()
+
+    @staticmethod
+    def finished(epoch: int, sums: EpochSums, batch_size: int, selection: Selection | None) -> EpochRecord:
+        """Return the means of a finished epoch."""
+        means = {name: total / sums.steps for name, total in sums.values.items()}
+        return EpochRecord(
+            epoch=epoch,
+            loss=means.pop("loss"),
+            parts=means,
+            seconds=sums.seconds,
+            samples_per_second=sums.steps * batch_size / sums.seconds,
+            data_wait_share=sums.waited / sums.seconds,
+            selection=selection,
+        )

@@ -1,4 +1,4 @@
-"""What a cache knows of its images and captions, by row, without its tables in memory. No torch."""
+"""Images and captions of a cache by row, without its tables in memory. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPEN_FILES, _OPEN_FAR = 256, 64
 
 
 class SampleRecord(NamedTuple):
-    """One row of the samples table: what is needed to read an image, to prove it, and to name it."""
+    """One row of the samples table: enough to read an image, to prove it, and to name it."""
 
     row: int
     sample_id: str
@@ -35,7 +35,7 @@ class SampleRecord(NamedTuple):
 
 
 def sample_records(samples: pa.Table) -> list[SampleRecord]:
-    """Rows of the samples table as records, in their order."""
+    """Return rows of the samples table as records, in order."""
     columns = (samples[name].to_pylist() for name in SampleRecord._fields)
     return [SampleRecord(*values) for values in zip(*columns, strict=True)]
 
@@ -43,14 +43,14 @@ def sample_records(samples: pa.Table) -> list[SampleRecord]:
 class CachedSamples:
     """Samples and captions of the rows that a run uses, read from the tables by chunks.
 
-    Rows are asked for in the order of an epoch, or ascending. What it holds is that of ``kept_chunks`` chunks of
-    images, and of either table two groups of rows or a single larger one
-    (:class:`teacher_cache.storage.format.table_rows.TableRows`). Behind a URL it also holds the tables' files,
-    compressed, up to 64 of either, of a million rows each; of more, and of more than 256 in a folder, some are fetched
-    or opened, and proven, again and again. For one thread at a time.
+    Callers go through the rows in the order of an epoch, or ascending. In memory are ``kept_chunks`` chunks of images,
+    and two groups of rows of either table or a single larger one
+    (:class:`teacher_cache.storage.format.table_rows.TableRows`). Behind a URL the tables' files are in memory too,
+    compressed, up to 64 of either, of a million rows each. Further files, and in a folder those beyond 256, are opened
+    and proven repeatedly. For one thread at a time.
 
     Args:
-        kept_chunks: of images, at least as many as one window of the shuffle has.
+        kept_chunks: chunks of images, at least as many as one window of the shuffle has.
     """
 
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
@@ -63,7 +63,7 @@ class CachedSamples:
         self._texts = ByChunk(self._size, kept_chunks, self._captions_of)
 
     def records(self, rows: NDArray[np.int64]) -> list[SampleRecord]:
-        """Of some images, in their order.
+        """Return the records of images, in order.
 
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: the table is damaged or cannot be read.
@@ -71,17 +71,17 @@ class CachedSamples:
         return sample_records(_taken(rows, self._records.of(rows))) if len(rows) else []
 
     def texts(self, image_rows: NDArray[np.int64], caption_rows: NDArray[np.int64]) -> list[str]:
-        """Captions of some images, image by image, in their order.
+        """Return captions of images, image by image, in order.
 
         Args:
-            caption_rows: (images, captions) of the captions, each row of them of the image at the same place.
+            caption_rows: (images, captions), one row for each image.
 
         Raises:
             As :meth:`records`.
         """
-        owners, wanted = np.repeat(image_rows, caption_rows.shape[1]), caption_rows.ravel()
-        parts = [(first, captions, here) for _, (first, captions), here in self._texts.of(owners)]
-        return _taken(wanted, parts)["text"].to_pylist() if parts else []
+        owners, rows = np.repeat(image_rows, caption_rows.shape[1]), caption_rows.ravel()
+        parts = [(first, captions, places) for _, (first, captions), places in self._texts.of(owners)]
+        return _taken(rows, parts)["text"].to_pylist() if parts else []
 
     def _rows(self, chunk: int) -> range:
         return range(chunk * self._size, min((chunk + 1) * self._size, self._images))
@@ -105,14 +105,14 @@ class CachedSamples:
 
 
 def _taken(rows: NDArray[np.int64], parts: list[tuple[int, pa.Table, NDArray[np.intp]]]) -> pa.Table:
-    """Rows of a table in their order, from parts of it: the first row of each, its rows, and where they are wanted."""
+    """Return rows of a table in order, from parts of it: first row, rows, and their positions in the result."""
     places, before = np.empty(len(rows), np.int64), 0
-    for first, part, here in parts:
-        places[here] = rows[here] - first + before
+    for first, part, positions in parts:
+        places[positions] = rows[positions] - first + before
         before += len(part)
     return pa.concat_tables(part for _, part, _ in parts).take(pa.array(places))
 
 
 def _copied(table: pa.Table) -> pa.Table:
-    """The same rows in memory of their own: a slice would keep all that it was cut from."""
+    """Copy the rows: a slice would keep the whole table in memory."""
     return table.take(pa.array(np.arange(len(table)))).combine_chunks()

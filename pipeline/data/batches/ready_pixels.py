@@ -6,9 +6,9 @@
       row                       (images,) int64, ascending: the image's row in the cache
     commits/v0/000000.json      one record per finished chunk, written after it: a crc32c of each image
 
-It is scratch that ``student pixels`` can make again, no part of the cache. A chunk is ``chunk_rows`` images of
-one view, raw bytes without a codec, so that one image is one read at an offset. No digest of a chunk could be proven
-by such a read: each image has its own. What is not committed does not count, whatever Zarr would read there.
+The folder is scratch, no part of the cache; ``teacher-cache student pixels`` can make it again. A chunk is
+``chunk_rows`` images of one view, raw bytes without a codec, so that one image is one read at an offset. Such a read
+could not prove a digest of the chunk, so each image has its own. A chunk without a commit does not count.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """JSON with its own digest; a field that is None is left out, so that one added later changes no record."""
+        """Return JSON with its own digest. Fields that are None are left out, so that a new field changes no record."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return json.dumps({**fields, "digest": digest_of(fields)}, indent=1).encode() + b"\n"
 
@@ -85,42 +85,46 @@ class _Record(BaseModel):
 
 
 class PixelsRecord(_Record):
-    """``pixels.json``: which images, which regions of them, as seen by whom."""
+    """``pixels.json``: the images, their regions, and the student's preprocessing."""
 
     format: Literal["teacher-cache-pixels"] = "teacher-cache-pixels"
     format_version: int = _VERSION
-    cache: str = Field(description="Where the rows and crops came from. Another place does not matter.")
+    cache: str = Field(description="Location of the cache. It may move.")
     split: str
     images: int = Field(gt=0)
     views: int = Field(gt=0)
     chunk_rows: int = Field(gt=0)
-    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = Field(description="Height and width.")
+    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = Field(
+        description="Height and width in pixels."
+    )
     interpolation: str
     resize_mode: str
     fill_color: int
-    rows_sha256: str = Field(description="Over the rows, int64, little endian.")
-    images_sha256: str = Field(description="Over the digests of the images' files, in the order of the rows.")
-    crops_sha256: tuple[str, ...] = Field(description="Per view from 1 on: over the stored boxes, in the same order.")
-    decoder: str = Field(description="Versions of what decoded and resized; another one may differ by one level.")
-    decoded_by: str | None = Field(None, description="As the cache's identity says; left out for Pillow.")
+    rows_sha256: str = Field(description="Digest over the rows, int64, little endian.")
+    images_sha256: str = Field(description="Digest over the digests of the images' files, in the order of the rows.")
+    crops_sha256: tuple[str, ...] = Field(description="Digest over the stored boxes, for each view from 1 on.")
+    decoder: str = Field(
+        description="Versions of the libraries that decoded and resized; others may differ by one level."
+    )
+    decoded_by: str | None = Field(None, description="Decoder, as the cache's identity names it. Default: Pillow.")
 
     @property
     def row_bytes(self) -> int:
-        """One view of one image."""
+        """Size of one view of one image."""
         return 3 * self.size[0] * self.size[1]
 
     @property
     def chunk_bytes(self) -> int:
-        """A chunk's file; the last one is padded, as Zarr has it."""
+        """Size of a chunk's file. The last one is padded, as Zarr has it."""
         return self.chunk_rows * self.row_bytes
 
     @property
     def chunks(self) -> int:
-        """Of each view."""
+        """Number of chunks of each view."""
         return -(-self.images // self.chunk_rows)
 
     def seen_by(self) -> dict[str, Any]:
-        """The parts that are the student's."""
+        """Return the fields that are the student's."""
         return {
             "size": self.size,
             "interpolation": self.interpolation,
@@ -129,7 +133,7 @@ class PixelsRecord(_Record):
         }
 
     def made_of(self, view: int) -> str:
-        """Digest of all that the bytes of one view depend on; views that come later leave it as it is."""
+        """Return the digest of everything that the bytes of one view depend on. Later views do not change it."""
         fields = self.model_dump(mode="json", exclude={"cache", "split", "views", "crops_sha256"}, exclude_none=True)
         return digest_of({**fields, "crops": self.crops_sha256[view - 1] if view else None})
 
@@ -139,40 +143,40 @@ class PixelsCommit(_Record):
 
     view: int
     chunk: int
-    made_of: str = Field(description="PixelsRecord.made_of: a record that was copied from elsewhere does not fit.")
+    made_of: str = Field(description="PixelsRecord.made_of, so that a commit copied from elsewhere does not fit.")
     crc32c: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        description="Of each image's bytes, without the padding."
+        description="Checksum of each image's bytes, without the padding."
     )
 
 
 def chunk_key(view: int, chunk: int) -> str:
-    """Where a chunk's bytes lie in the folder, as Zarr names it."""
+    """Return the key of a chunk's bytes in the folder, as Zarr names it."""
     return f"pixels.zarr/pixels/c/{chunk}/{view}/0/0/0"
 
 
 def commit_key(view: int, chunk: int) -> str:
-    """Where its commit lies."""
+    """Return the key of a chunk's commit."""
     return f"commits/v{view}/{chunk:06d}.json"
 
 
 def rows_bytes(rows: NDArray[np.int64]) -> bytes:
-    """Rows as the array ``row`` holds them."""
+    """Return rows as the array ``row`` holds them."""
     return rows.astype("<i8").tobytes()
 
 
 def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
-    """See :class:`PixelsRecord`."""
-    found, at, done = hashlib.sha256(), 0, 0
+    """Return the ``images_sha256`` of a :class:`PixelsRecord`."""
+    total, at, done = hashlib.sha256(), 0, 0
     for part in reader.column(SAMPLES, "content_sha256"):
-        some = rows[done : np.searchsorted(rows, at + len(part))]
-        digests = part.take(pa.array(some - at)).to_pylist()
-        found.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())
-        at, done = at + len(part), done + len(some)
-    return found.hexdigest()
+        of_part = rows[done : np.searchsorted(rows, at + len(part))]
+        digests = part.take(pa.array(of_part - at)).to_pylist()
+        total.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())
+        at, done = at + len(part), done + len(of_part)
+    return total.hexdigest()
 
 
 def region_digests(reader: EmbeddingReader, rows: NDArray[np.int64], views: int) -> tuple[str, ...]:
-    """``PixelsRecord.crops_sha256`` of the first so many views.
+    """Return the ``crops_sha256`` of a :class:`PixelsRecord` for the first views.
 
     Raises:
         CacheCorruptError: as ``EmbeddingReader.take``.
@@ -182,10 +186,10 @@ def region_digests(reader: EmbeddingReader, rows: NDArray[np.int64], views: int)
 
 
 def local_pixels(folder: str) -> LocalFiles:
-    """The files of a folder of pixels.
+    """Return the files of a folder of pixels.
 
     Raises:
-        UsageError: a URL.
+        UsageError: the folder is a URL.
     """
     if "://" in folder:
         raise UsageError(
@@ -196,7 +200,7 @@ def local_pixels(folder: str) -> LocalFiles:
 
 
 def read_record(files: LocalFiles) -> PixelsRecord:
-    """What a folder holds, finished or not.
+    """Read the record of a folder, finished or not.
 
     Raises:
         CacheNotFoundError: no pixels were ever begun here.
@@ -221,10 +225,10 @@ def read_record(files: LocalFiles) -> PixelsRecord:
 
 
 def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> PixelsCommit | None:
-    """The commit of a chunk, proven to be of this chunk of these pixels; None when there is none.
+    """Read the commit of a chunk, proven to be of this chunk of these pixels. None: the chunk has none.
 
     Raises:
-        CacheCorruptError: there is one, and it is damaged or belongs elsewhere.
+        CacheCorruptError: it is damaged or belongs elsewhere.
     """
     key = commit_key(view, chunk)
     where, remedy = f"{files.location}/{key}", f"Delete it and {_AGAIN}"
@@ -234,12 +238,12 @@ def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) 
         return None
     commit: PixelsCommit = PixelsCommit._parse(data, where, remedy)
     rows = min(record.chunk_rows, record.images - chunk * record.chunk_rows)
-    wanted = (view, chunk, record.made_of(view), rows)
-    found = (commit.view, commit.chunk, commit.made_of, len(commit.crc32c))
-    if found != wanted:
+    expected = (view, chunk, record.made_of(view), rows)
+    read = (commit.view, commit.chunk, commit.made_of, len(commit.crc32c))
+    if read != expected:
         raise CacheCorruptError(
-            f"{where}: is of view {found[0]}, chunk {found[1]}, {found[3]} images, made of {found[2][:12]}; wanted "
-            f"view {view}, chunk {chunk}, {rows} images, made of {wanted[2][:12]}. {remedy}"
+            f"{where}: is of view {read[0]}, chunk {read[1]}, {read[3]} images, made of {read[2][:12]}; wanted "
+            f"view {view}, chunk {chunk}, {rows} images, made of {expected[2][:12]}. {remedy}"
         )
     return commit
 
@@ -302,19 +306,19 @@ class ReadyPixels:
                 f"{self._folder}: holds {record.views} views, this run uses {views}. Add the others by "
                 f"teacher-cache student pixels --views {views}, or lower --views."
             )
-        there = self._rows < reader.manifest.layout.image_rows
-        wanted: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
-        found = record.seen_by()
-        found["decoder"] = record.decoded_by or PILLOW
-        wanted["decoder"] = reader.manifest.identity.preprocess.decoder or PILLOW
-        found["images_sha256"] = record.images_sha256
-        wanted["images_sha256"] = images_sha256(reader, self._rows[there])
-        for view, digest in enumerate(region_digests(reader, self._rows[there], views), start=1):
-            found[f"crops_sha256 of view {view}"] = record.crops_sha256[view - 1]
-            wanted[f"crops_sha256 of view {view}"] = digest
-        differ = [f"{name} is {found[name]}, wanted {wanted[name]}" for name in wanted if found[name] != wanted[name]]
+        rows = self._rows[self._rows < reader.manifest.layout.image_rows]
+        expected: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
+        made = record.seen_by()
+        made["decoder"] = record.decoded_by or PILLOW
+        expected["decoder"] = reader.manifest.identity.preprocess.decoder or PILLOW
+        made["images_sha256"] = record.images_sha256
+        expected["images_sha256"] = images_sha256(reader, rows)
+        for view, digest in enumerate(region_digests(reader, rows, views), start=1):
+            made[f"crops_sha256 of view {view}"] = record.crops_sha256[view - 1]
+            expected[f"crops_sha256 of view {view}"] = digest
+        differ = [f"{name} is {made[name]}, wanted {value}" for name, value in expected.items() if made[name] != value]
         if differ:
-            sizes = "Give pixels and train the same train_image_size. " if found["size"] != wanted["size"] else ""
+            sizes = "Give pixels and train the same train_image_size. " if made["size"] != expected["size"] else ""
             raise CacheMismatchError(
                 f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. "
                 f"{sizes}{_OTHER}"

@@ -1,4 +1,4 @@
-"""The images that a cache was made of: their stored bytes, proven. No torch, no decoding."""
+"""Stored bytes of a cache's images, proven. No torch, no decoding."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class StoredImages:
         self._ahead: dict[int, Future[bytes]] = {}
 
     def named(self, image: SampleRecord) -> str:
-        """The image as messages name it: row, sample_id and where it lies."""
+        """Return the image's name for messages: row, sample_id and where it lies."""
         return f"row {image.row} ({image.sample_id}): {self._source.resolve(image.uri)}"
 
     def named_within(self, image: SampleRecord) -> str:
-        """The same for who is elsewhere: row, sample_id and, if it is relative, the uri; no folder of this machine."""
+        """Return its name without folders of this machine: row, sample_id and, if it is relative, the uri."""
         where = "" if "://" in image.uri or Path(image.uri).is_absolute() else f", {image.uri}"
         return f"row {image.row} ({image.sample_id}{where})"
 
     def read(self, image: SampleRecord) -> bytes:
-        """The bytes that the teacher's image was decoded from.
+        """Return the bytes that the teacher's image was decoded from.
 
         Raises:
             OSError: the image cannot be read where the source says; ConnectionError where another try may help.
@@ -50,9 +50,9 @@ class StoredImages:
 
     @contextmanager
     def ahead(self, images: Sequence[SampleRecord]) -> Iterator[None]:
-        """Within it :meth:`read` of these waits less: where each read is a request, many of them are under way.
+        """Prefetch images for :meth:`read` within the block, where each read is a request.
 
-        Their bytes are in memory until they are read. Of files on this machine nothing is read ahead.
+        Their bytes are in memory until they are read. Files on this machine are not prefetched.
         """
         with self._source.threads(images[0].uri) if images else nullcontext() as pool:
             if pool is not None:
@@ -62,8 +62,8 @@ class StoredImages:
                 yield
             finally:
                 for image in images:
-                    if (left := self._ahead.pop(image.row, None)) is not None:
-                        left.cancel()
+                    if (unread := self._ahead.pop(image.row, None)) is not None:
+                        unread.cancel()
 
     def _read(self, image: SampleRecord) -> bytes:
         named = self.named(image)
@@ -85,13 +85,13 @@ class CachedImages:
     Args:
         reader: of the cache.
         source: where the images are.
-        rows: the only ones that will be asked for; others are a KeyError.
+        rows: those that can be read; others raise KeyError.
     """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, rows: Collection[int]) -> None:
-        wanted = sorted(set(rows))
-        self._places = {row: place for place, row in enumerate(wanted)}
-        self._samples = reader.table_rows(SAMPLES, np.array(wanted, np.int64))
+        ordered = sorted(set(rows))
+        self._places = {row: place for place, row in enumerate(ordered)}
+        self._samples = reader.table_rows(SAMPLES, np.array(ordered, np.int64))
         self._images = StoredImages(source)
 
     def _record(self, row: int) -> SampleRecord:

@@ -48,7 +48,7 @@ _TEXTS_AT_ONCE = 1024
 
 
 class InheritResult(BaseModel, frozen=True):
-    """What an inherited student is made of; ``origin.json`` in its folder holds the same."""
+    """Origins of an inherited student's parts; ``origin.json`` in its folder holds the same."""
 
     out: str
     student: str
@@ -126,7 +126,7 @@ def inherit_weights(
     trunk: TrunkWeights | None = None,
     counts: Tensor | None = None,
 ) -> list[InheritedPart]:
-    """Overwrite a fresh student's weights, in place, by the teacher's and those of a trunk.
+    """Overwrite a new student's weights, in place, by the teacher's and a trunk's.
 
     Args:
         student: projects to the teacher's width.
@@ -154,7 +154,7 @@ def inherit_weights(
 def token_counts(
     texts: list[str], tokenizer: Any, vocab_size: int, progress: Callable[[str, int, int], None] | None = None
 ) -> Tensor:
-    """How often each token occurs in captions, up to and with the end-of-text token of each: (vocab_size,) int64."""
+    """Count each token in captions, up to and with the end-of-text token: (vocab_size,) int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         tokens = torch.as_tensor(tokenizer(texts[start : start + _TEXTS_AT_ONCE]))

@@ -49,7 +49,7 @@ class TowerShape:
 
 
 def tower_shape(transformer: Any) -> TowerShape | None:
-    """The sizes of open_clip's ``Transformer``; None for anything else, or for other blocks in it."""
+    """Return the sizes of open_clip's ``Transformer``. None: anything else, or other blocks in it."""
     blocks = getattr(transformer, "resblocks", None)
     if blocks is None or not len(blocks) or not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
         return None
@@ -58,7 +58,7 @@ def tower_shape(transformer: Any) -> TowerShape | None:
 
 
 def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, tower: str) -> tuple[int, ...]:
-    """Which layers of the teacher become the student's, counted from 0, ascending.
+    """Choose the layers of the teacher for the student, counted from 0, ascending.
 
     At even distances with the first and the last among them, halves rounded down: 3 of 6 are 0, 2, 5. A single layer
     is the first one: only that one has learned to read embeddings.
@@ -84,12 +84,12 @@ def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, t
 
 
 def most_important(scores: Tensor, keep: int) -> Tensor:
-    """Indices of the ``keep`` highest scores, ascending; of equal ones the first."""
+    """Return the indices of the ``keep`` highest scores, ascending; of equal ones the first."""
     return torch.sort(scores, descending=True, stable=True).indices[:keep].sort().values
 
 
 def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
-    """Squared L2 norm of the weights that write to or read from each channel of the residual stream.
+    """Return the squared L2 norm of the weights that write to or read from each channel of the residual stream.
 
     Args:
         matrices: (n, width) each. Every one counts as much as any other, however many rows it has: each is divided by
@@ -108,7 +108,7 @@ def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
 
 
 def block_matrices(state: dict[str, Tensor], layer: int) -> list[Tensor]:
-    """What one block reads from and writes to the residual stream: (n, width) each."""
+    """Return the matrices by which a block reads from and writes to the residual stream: (n, width) each."""
     block = f"transformer.resblocks.{layer}."
     return [
         state[block + "attn.in_proj_weight"],
@@ -121,7 +121,7 @@ def block_matrices(state: dict[str, Tensor], layer: int) -> list[Tensor]:
 def shrink_blocks(
     state: dict[str, Tensor], old: TowerShape, new: TowerShape, layers: tuple[int, ...], channels: Tensor
 ) -> dict[str, Tensor]:
-    """The blocks of the smaller tower.
+    """Return the blocks of the smaller tower.
 
     In each block whole heads are kept, and MLP channels, each by the norm of its own weights on the kept channels.
 
@@ -162,6 +162,6 @@ def shrink_blocks(
 
 
 def _norm(weights: Tensor, keep: int) -> Tensor:
-    """Squared L2 norm over all dimensions but one, as a share of the whole."""
+    """Return the squared L2 norm over all dimensions but one, as a share of the whole."""
     squares = weights.double().square().transpose(0, keep).flatten(1).sum(1)
     return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,5 +1,4 @@
-"""The teacher's towers into a student's, part by part; ``teacher_cache.pipeline.models.inherit.run`` puts them
-together."""
+"""A student's towers from the teacher's, part by part. ``inherit.run`` puts them together."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _HEADS = ("head.proj", "attnpool.c_proj")
 
 
 class InheritedPart(BaseModel, frozen=True):
-    """Where one part of the student comes from."""
+    """Origin of one part of the student."""
 
     part: str
     parameters: int
@@ -58,15 +57,15 @@ class Directions:
 
     @classmethod
     def between(cls, teacher: nn.Module, student: nn.Module, teacher_dim: int, embed_dim: int) -> Directions:
-        """Principal directions of the teacher's two projections, each counting as much as the other."""
+        """Return the principal directions of the teacher's two projections, which count alike."""
         if embed_dim >= teacher_dim:
             return cls(wider=embed_dim > teacher_dim)
-        found = [_text_projection(text_tower(teacher)), _image_projection(teacher.visual)]
-        matrices = [matrix / matrix.norm() for matrix in found if matrix is not None]
+        projections = [_text_projection(text_tower(teacher)), _image_projection(teacher.visual)]
+        matrices = [matrix / matrix.norm() for matrix in projections if matrix is not None]
         return cls(principal_directions(torch.cat(matrices), embed_dim)) if matrices else cls(wider=True)
 
     def project(self, matrix: Tensor) -> Tensor:
-        """(n, teacher_dim) to (n, embed_dim)."""
+        """Project (n, teacher_dim) to (n, embed_dim)."""
         return matrix if self.matrix is None else matrix @ self.matrix
 
 
@@ -77,50 +76,46 @@ def inherit_text(
     layers: tuple[int, ...] | None,
     counts: Tensor | None,
 ) -> list[InheritedPart]:
-    """The student's text tower from the teacher's."""
-    mine, theirs = text_tower(student.model), text_tower(teacher.model)
-    wanted, state = _text_state(mine), _text_state(theirs)
-    old, new = tower_shape(getattr(theirs, "transformer", None)), tower_shape(getattr(mine, "transformer", None))
-    reason = _misfit(old, new) or _text_misfit(wanted, state, student.config, teacher.architecture)
+    """Give the student's text tower the teacher's weights."""
+    tower, taught = text_tower(student.model), text_tower(teacher.model)
+    new_state, state = _text_state(tower), _text_state(taught)
+    old, new = tower_shape(getattr(taught, "transformer", None)), tower_shape(getattr(tower, "transformer", None))
+    reason = _misfit(old, new) or _text_misfit(new_state, state, student.config, teacher.architecture)
     if reason is not None:
         if layers is not None:
             raise UsageError(f"--text-layers: the teacher's text tower does not fit: {reason}")
-        return [_random("text tower", _parameters(wanted), reason)]
+        return [_random("text tower", _parameters(new_state), reason)]
     assert old is not None
     assert new is not None
     chosen = choose_layers(old.layers, new.layers, layers, "text")
     embedding, positions = state["token_embedding.weight"], state["positional_embedding"]
-    projection = _text_projection(theirs)
+    projection = _text_projection(taught)
     readers = [] if projection is None else [projection.T]
     blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
     channels = most_important(residual_importance([embedding, positions, *blocks, *readers]), new.width)
-    context = wanted["positional_embedding"].shape[0]
+    context = new_state["positional_embedding"].shape[0]
     smaller = {
         **{name: state[name][..., channels] for name in state if name.startswith(("ln_final.", "cls_emb"))},
         "positional_embedding": positions[:context, channels],
         **shrink_blocks(state, old, new, chosen, channels),
     }
-    parts = []
-    body = {
-        name: value for name, value in wanted.items() if not name.startswith(("token_embedding", "text_projection"))
-    }
+    outside = ("token_embedding", "text_projection")
+    body = {name: value for name, value in new_state.items() if not name.startswith(outside)}
     reason = _other_tensors(smaller, body)
     if reason is not None:
-        return [_random("text tower", _parameters(wanted), reason)]
+        return [_random("text tower", _parameters(new_state), reason)]
     tokens = _inherit_tokens(student.model, embedding[:, channels], counts)
-    parts.append(
-        InheritedPart(part="token embedding", parameters=_parameters(wanted, "token_embedding"), source=tokens)
-    )
     source = f"teacher {_layers(chosen)}{_cut(old, new)}"
-    parts.append(InheritedPart(part="text transformer", parameters=_parameters(body), source=source, layers=chosen))
-    if "text_projection" in wanted and projection is not None and not directions.wider:
+    parts = [
+        InheritedPart(part="token embedding", parameters=_parameters(new_state, "token_embedding"), source=tokens),
+        InheritedPart(part="text transformer", parameters=_parameters(body), source=source, layers=chosen),
+    ]
+    if "text_projection" in new_state and projection is not None and not directions.wider:
         smaller["text_projection"] = directions.project(projection[channels])
-        parts.append(_projection("text projection", wanted["text_projection"].numel(), directions))
-    elif _parameters(wanted, "text_projection"):
-        parts.append(
-            _random("text projection", _parameters(wanted, "text_projection"), "the teacher's has another form")
-        )
-    mine.load_state_dict(smaller, strict=False)
+        parts.append(_projection("text projection", new_state["text_projection"].numel(), directions))
+    elif size := _parameters(new_state, "text_projection"):
+        parts.append(_random("text projection", size, "the teacher's has another form"))
+    tower.load_state_dict(smaller, strict=False)
     return parts
 
 
@@ -131,41 +126,47 @@ def inherit_image(
     layers: tuple[int, ...] | None,
     trunk: TrunkWeights | None,
 ) -> list[InheritedPart]:
-    """The student's image tower from the teacher's, or its trunk from a file."""
-    mine: Any = student.model.visual
-    theirs: Any = teacher.model.visual
-    if layers is not None and (trunk is not None or not _is_transformer(mine) or not _is_transformer(theirs)):
+    """Give the student's image tower the teacher's weights, or its trunk the weights of a file."""
+    transformers = _is_transformer(student.model.visual) and _is_transformer(teacher.model.visual)
+    if layers is not None and (trunk is not None or not transformers):
         raise UsageError("--image-layers: only a vision transformer takes layers of its teacher's vision transformer")
     if trunk is not None:
         return _load_trunk(student, trunk)
-    if _is_transformer(mine) and _is_transformer(theirs):
-        return _inherit_transformer(student, theirs, directions, layers)
-    wanted, state = dict(mine.state_dict()), dict(theirs.state_dict())
-    head = next((name for name in _HEADS if f"{name}.weight" in wanted and f"{name}.weight" in state), "")
-    body = {name: value for name, value in wanted.items() if not head or not name.startswith(head)}
-    old_name, new_name = (_image_name(model.visual, config) for model, config in _both(teacher, student))
+    if transformers:
+        return _inherit_transformer(student, teacher.model.visual, directions, layers)
+    return _copy_tower(student, teacher, directions)
+
+
+def _copy_tower(student: Student, teacher: LiveTeacher, directions: Directions) -> list[InheritedPart]:
+    """Copy an image tower of the same architecture, its last layer projected to the student's width."""
+    tower: Any = student.model.visual
+    taught: Any = teacher.model.visual
+    old_name = _image_name(taught, teacher.architecture)
+    new_name = _image_name(tower, student.config)
+    new, old = dict(tower.state_dict()), dict(taught.state_dict())
+    head = next((name for name in _HEADS if f"{name}.weight" in new and f"{name}.weight" in old), None)
+    body = {name: value for name, value in new.items() if head is None or not name.startswith(head)}
     reason = None if old_name == new_name else f"the teacher's is {old_name}, not {new_name}"
-    reason = reason or _other_tensors({name: state[name] for name in body if name in state}, body)
+    reason = reason or _other_tensors({name: old[name] for name in body if name in old}, body)
     if reason is not None:
-        hint = "; --trunk-weights can give it others" if hasattr(mine, "trunk") else ""
-        return [_random("image tower", _parameters(mine), reason + hint)]
-    copied = {name: state[name] for name in body}
-    parts = [
-        InheritedPart(part="image trunk", parameters=_parameters(mine, exclude=head), source=f"teacher {new_name}")
-    ]
-    if head:
-        heads = {name: state[name] for name in wanted if name not in body and name in state}
-        if directions.wider or len(heads) < len(wanted) - len(body):
-            parts.append(_random("image projection", _parameters(mine, head), "the teacher's has another form"))
+        hint = "; --trunk-weights can give it others" if hasattr(tower, "trunk") else ""
+        return [_random("image tower", _parameters(tower), reason + hint)]
+    copied = {name: old[name] for name in body}
+    trunk = _parameters(tower, exclude=head or "")
+    parts = [InheritedPart(part="image trunk", parameters=trunk, source=f"teacher {new_name}")]
+    if head is not None:
+        heads = {name: old[name] for name in new if name not in body and name in old}
+        if directions.wider or len(heads) < len(new) - len(body):
+            parts.append(_random("image projection", _parameters(tower, head), "the teacher's has another form"))
         else:
-            copied.update({name: directions.project(value.T).T for name, value in heads.items()})
-            parts.append(_projection("image projection", _parameters(mine, head), directions))
-    mine.load_state_dict(copied, strict=False)
+            copied |= {name: directions.project(value.T).T for name, value in heads.items()}
+            parts.append(_projection("image projection", _parameters(tower, head), directions))
+    tower.load_state_dict(copied, strict=False)
     return parts
 
 
 def inherit_scale(student: Any, teacher: Any) -> InheritedPart:
-    """logit_scale, and logit_bias where both have one."""
+    """Copy logit_scale, and logit_bias where both have one."""
     student.logit_scale.copy_(teacher.logit_scale)
     parameters = student.logit_scale.numel()
     bias, taught = getattr(student, "logit_bias", None), getattr(teacher, "logit_bias", None)
@@ -177,7 +178,7 @@ def inherit_scale(student: Any, teacher: Any) -> InheritedPart:
 
 
 def _inherit_tokens(model: nn.Module, embedding: Tensor, counts: Tensor | None) -> str:
-    """The token embedding, (vocab_size, width), whole or as factors; returns where it comes from, in words."""
+    """Copy the token embedding, (vocab_size, width), whole or as factors. Return its origin, in words."""
     factors = factors_of(model)
     if factors is None:
         text_tower(model).token_embedding.weight.copy_(embedding)  # type: ignore[union-attr,operator]
@@ -189,9 +190,9 @@ def _inherit_tokens(model: nn.Module, embedding: Tensor, counts: Tensor | None) 
     factors.factors.weight.copy_(embedding @ directions)
     factors.projection.weight.copy_(directions)
     squares = weights.double() * embedding.double().square().sum(1)
-    kept = weights.double() * (embedding @ directions).double().square().sum(1)
+    retained = weights.double() * (embedding @ directions).double().square().sum(1)
     how = "all tokens alike" if counts is None else "tokens by the root of how often they occur"
-    share = float(kept.sum() / squares.sum())
+    share = float(retained.sum() / squares.sum())
     return f"teacher, rank {directions.shape[1]} of {directions.shape[0]}: {share:.1%} of its squared norm, {how}"
 
 
@@ -211,21 +212,21 @@ def _load_trunk(student: Student, weights: TrunkWeights) -> list[InheritedPart]:
 def _inherit_transformer(
     student: Student, theirs: Any, directions: Directions, layers: tuple[int, ...] | None
 ) -> list[InheritedPart]:
-    mine: Any = student.model.visual
-    wanted, state = dict(mine.state_dict()), dict(theirs.state_dict())
-    old, new = tower_shape(theirs.transformer), tower_shape(mine.transformer)
+    tower: Any = student.model.visual
+    new_state, state = dict(tower.state_dict()), dict(theirs.state_dict())
+    old, new = tower_shape(theirs.transformer), tower_shape(tower.transformer)
     reason = _misfit(old, new)
     if reason is not None:
         if layers is not None:
             raise UsageError(f"--image-layers: the teacher's image tower does not fit: {reason}")
-        return [_random("image tower", _parameters(mine), reason)]
+        return [_random("image tower", _parameters(tower), reason)]
     assert old is not None
     assert new is not None
     chosen = choose_layers(old.layers, new.layers, layers, "image")
     patches, note = state["conv1.weight"], ""
-    if patches.shape[2:] != wanted["conv1.weight"].shape[2:]:
-        note = f", patches resampled from {patches.shape[-1]} to {mine.patch_size[0]}"
-        patches = resample_patch_embed(patches, list(mine.patch_size))
+    if patches.shape[2:] != new_state["conv1.weight"].shape[2:]:
+        note = f", patches resampled from {patches.shape[-1]} to {tower.patch_size[0]}"
+        patches = resample_patch_embed(patches, list(tower.patch_size))
     positions = {"visual.positional_embedding": state["positional_embedding"]}
     resize_pos_embed(positions, student.model)  # to the student's grid; does nothing if it is the same
     position = positions["visual.positional_embedding"]
@@ -240,18 +241,18 @@ def _inherit_transformer(
         "positional_embedding": position[:, channels],
         **shrink_blocks(state, old, new, chosen, channels),
     }
-    body = {name: value for name, value in wanted.items() if name != "proj"}
+    body = {name: value for name, value in new_state.items() if name != "proj"}
     reason = _other_tensors(smaller, body)
     if reason is not None:
-        return [_random("image tower", _parameters(mine), reason)]
+        return [_random("image tower", _parameters(tower), reason)]
     source = f"teacher {_layers(chosen)}{_cut(old, new)}{note}"
     parts = [InheritedPart(part="image transformer", parameters=_parameters(body), source=source, layers=chosen)]
     if directions.wider:
-        parts.append(_random("image projection", wanted["proj"].numel(), "the teacher's embed_dim is smaller"))
+        parts.append(_random("image projection", new_state["proj"].numel(), "the teacher's embed_dim is smaller"))
     else:
         smaller["proj"] = directions.project(state["proj"][channels])
-        parts.append(_projection("image projection", wanted["proj"].numel(), directions))
-    mine.load_state_dict(smaller, strict=False)
+        parts.append(_projection("image projection", new_state["proj"].numel(), directions))
+    tower.load_state_dict(smaller, strict=False)
     return parts
 
 
@@ -267,22 +268,22 @@ def _misfit(old: TowerShape | None, new: TowerShape | None) -> str | None:
 
 
 def _text_misfit(
-    wanted: dict[str, Tensor], state: dict[str, Tensor], mine: dict[str, Any], theirs: dict[str, Any]
+    new: dict[str, Tensor], state: dict[str, Tensor], config: dict[str, Any], taught_config: dict[str, Any]
 ) -> str | None:
     own, taught_tokens = (
         f"{one['text_cfg'].get('vocab_size', 49408)} of {one['text_cfg'].get('hf_tokenizer_name') or 'CLIP'}"
-        for one in (mine, theirs)
+        for one in (config, taught_config)
     )
     if own != taught_tokens:
         return f"its tokens are others: {own}, the teacher's {taught_tokens}"
-    context, taught = wanted["positional_embedding"].shape[0], state["positional_embedding"].shape[0]
+    context, taught = new["positional_embedding"].shape[0], state["positional_embedding"].shape[0]
     return f"its captions have {context} tokens, the teacher's {taught}" if context > taught else None
 
 
-def _other_tensors(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
-    """Why these are not the tensors wanted; None if they are."""
-    for name in sorted({*given, *wanted}):
-        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (wanted, given)]
+def _other_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """Return why these are not the expected tensors. None: they are."""
+    for name in sorted({*tensors, *expected}):
+        shapes = [tuple(one[name].shape) if name in one else "not there" for one in (expected, tensors)]
         if shapes[0] != shapes[1]:
             return f"it is built in another way: {name} is {shapes[0]}, the teacher's {shapes[1]}"
     return None
@@ -293,13 +294,13 @@ def _text_state(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def _text_projection(tower: Any) -> Tensor | None:
-    """(width, embed_dim), where the tower's projection is a plain matrix."""
+    """Return (width, embed_dim), where the tower's projection is a plain matrix."""
     projection = getattr(tower, "text_projection", None)
     return projection.detach() if isinstance(projection, nn.Parameter) else None
 
 
 def _image_projection(visual: Any) -> Tensor | None:
-    """(channels, embed_dim) of any image tower that ends in a plain matrix."""
+    """Return (channels, embed_dim) of any image tower that ends in a plain matrix."""
     state = visual.state_dict()
     heads = [state[f"{name}.weight"].T for name in _HEADS if f"{name}.weight" in state]
     return state["proj"] if "proj" in state else heads[0] if heads else None
@@ -309,16 +310,12 @@ def _is_transformer(visual: Any) -> bool:
     return all(hasattr(visual, name) for name in ("conv1", "class_embedding", "transformer", "proj"))
 
 
-def _both(teacher: LiveTeacher, student: Student) -> tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
-    return (teacher.model, teacher.architecture), (student.model, student.config)
-
-
 def _image_name(visual: Any, config: dict[str, Any]) -> str:
     return str(config["vision_cfg"].get("timm_model_name") or type(visual).__name__)
 
 
 def _parameters(part: nn.Module | dict[str, Tensor], prefix: str = "", exclude: str = "") -> int:
-    """How many parameters there are; buffers do not count."""
+    """Count the parameters, without buffers."""
     named = dict(part.named_parameters()) if isinstance(part, nn.Module) else part
     return sum(
         value.numel()

