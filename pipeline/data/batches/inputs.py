@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from multiprocessing import forkserver
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +97,17 @@ def start_fork_server() -> Any:
     context.set_forkserver_preload([__name__])
     forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep new processes from running the user's script again: nothing that they get comes from it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _start_worker(worker: int) -> None:
@@ -222,7 +236,9 @@ class InputLoader:
 
 
 def _made(loader: DataLoader[Any]) -> Generator[Any]:
-    for batch in loader:
+    with _hidden_main():
+        batches = iter(loader)  # the first one starts the processes
+    for batch in batches:
         if isinstance(batch, Exception):
             raise batch
         yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,10 @@ def test_training_repeats_itself(cache: Path, student_file: Path, tmp_path: Path
 
 
 def test_no_teacher_is_imported_built_or_needed(make_photos: MakePhotos, student_file: Path, tmp_path: Path) -> None:
-    """A process of its own, in which every import and every model built is watched; the teacher's files are gone."""
+    """A script of its own, in which every import and every model built is watched; the teacher's files are gone.
+
+    It has no ``if __name__ == "__main__"``: workers do not run it again.
+    """
     teacher, cache = make_model_folder(tmp_path / "teacher"), tmp_path / "c"
     dataset = f"flickr:{make_photos(20)}"
     precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=str(cache), device="cpu"))
@@ -107,9 +111,16 @@ assert "teacher_cache.pipeline.models.teacher" not in sys.modules, "the teacher'
 assert "teacher_cache.pipeline.precompute.run" not in sys.modules
 assert built == [12], f"models of these widths were built: {built}"
 """
-    settings = config(cache, student_file, tmp_path / "run")
+    settings = config(cache, student_file, tmp_path / "run", workers=1)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [sys.executable, "-c", code, settings.model_dump_json()], capture_output=True, text=True, check=False
+        [sys.executable, str(script), settings.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
 
