@@ -178,7 +178,7 @@ def _ready_tokens(
         texts = writer.captions.read(ref.rows(layout))["text"]
         listed = (texts.take(order_by_length(texts)) if by_length else texts).to_pylist()
         for at in range(0, len(listed), layout.batch_rows):
-            tokens: torch.Tensor = teacher.tokenizer(listed[at : at + layout.batch_rows])
+            tokens = torch.as_tensor(teacher.tokenizer(listed[at : at + layout.batch_rows]))
             batches.append(shorten(tokens).to(teacher.device))
     return batches
 

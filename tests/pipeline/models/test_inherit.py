@@ -392,7 +392,7 @@ def test_a_student_of_13_6_million_begins_near_its_teacher(tmp_path: Path) -> No
     assert (result.parameters, result.teacher_parameters) == (13_560_065, 35_312_833)
     assert {part.part for part in result.parts if part.random} == {"image projection"}
     teacher, (student, config) = teacher_at(folder), load_student(out)
-    tokens = student_tokenizer(config)(captions)
+    tokens = torch.as_tensor(student_tokenizer(config)(captions))
     with torch.no_grad():
         wanted = F.normalize(teacher.model.encode_text(tokens), dim=-1)  # type: ignore[operator]
         own = student.encode_text(student.shorten(tokens))
