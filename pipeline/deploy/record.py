@@ -4,7 +4,7 @@
     image.onnx  text.onnx       ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim),
                                 and ``tokens`` int64 (batch, length) to ``text_features``; both of unit norm, any batch
     image.int8.onnx  text.int8.onnx     the same with int8 weights, where the tower can be quantised
-    tokenizer.json              of Hugging Face's tokenizers
+    tokenizer.json              in the format of Hugging Face's tokenizers
     model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
     README.md  table.*          the model card and its table
 
