@@ -294,15 +294,3 @@ def test_evaluation_looks_at_the_evaluation_crop(home: Path, tiny_teacher: Path,
     precompute(config(home / "photos", tiny_teacher, tmp_path / "one"))
     one, four = (evaluate(EvaluateConfig(cache=str(cache))) for cache in (tmp_path / "one", home / "c"))
     assert one.teacher == four.teacher
-
-
-def test_views_that_were_added_since_do_not_keep_a_run_from_being_measured(
-    home: Path, tiny_teacher: Path, tmp_path: Path
-) -> None:
-    precompute(config(home / "photos", tiny_teacher, tmp_path / "c"))
-    train(training(tmp_path, tmp_path / "run", epochs=1))
-    before = evaluate(EvaluateConfig(run=str(tmp_path / "run"), device="cpu", workers=0))
-    precompute(config(home / "photos", tiny_teacher, tmp_path / "c", views=2))
-    after = evaluate(EvaluateConfig(run=str(tmp_path / "run"), device="cpu", workers=0))
-    assert (after.student, after.teacher) == (before.student, before.teacher)
-    assert after.accepted_mismatches == ()
