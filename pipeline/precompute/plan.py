@@ -98,8 +98,9 @@ def plan_precompute(
     planned = read_dataset(config, teacher, progress)
     _tell_problems(planned.dataset)
     made_with = library_versions(teacher.preprocess.decoder) | origin
-    pending = plan_dataset(config, encode_on or teacher.device.type, planned, made_with)
-    require_one_origin(config, origin, read_manifest(open_files(config.cache)), pending)
+    writer = _planned(config, encode_on or teacher.device.type, planned, made_with)
+    pending = _pending(writer)
+    require_one_origin(config, origin, writer.manifest, pending)
     return pending
 
 
@@ -209,39 +210,52 @@ def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progr
 def plan_dataset(
     config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
 ) -> list[ChunkRef]:
-    """As :func:`plan_precompute`, of a dataset that was read.
+    """Plan as :func:`plan_precompute` does, for a dataset that was read.
 
     Args:
         device: type of the one that will encode, as torch names it.
         made_with: what a manifest that is written now says; one that is there is left.
     """
-    spec, dataset, tables, identity = planned.spec, planned.dataset, planned.tables, planned.identity
+    return _pending(_planned(config, device, planned, made_with))
+
+
+def _planned(
+    config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
+) -> EmbeddingWriter:
+    """Write manifest and tables, or check them against the existing ones; return a writer of the cache."""
+    identity, source = planned.identity, Source(dataset=str(planned.spec), image_root=planned.dataset.root)
+
+    def plan(layout: Layout) -> CacheManifest:
+        return plan_cache(config.cache, identity, layout, source, planned.tables, made_with)
+
     layout = asked_layout(config, identity, device)
-    source = Source(dataset=str(spec), image_root=dataset.root)
     try:
         try:
-            plan_cache(config.cache, identity, layout, source, tables, made_with)
+            manifest = plan(layout)
         except CacheMismatchError:
             now = asked_layout(config, identity, device)
             if now == layout:
                 raise
-            # another process planned it meanwhile, by the defaults of its own device
-            plan_cache(config.cache, identity, now, source, tables, made_with)
+            manifest = plan(now)  # another process planned it meanwhile, by the defaults of its own device
     except CacheMismatchError as error:
-        lost = [problem for problem in dataset.problems if problem.lost_image]
+        lost = [problem for problem in planned.dataset.problems if problem.lost_image]
         if not lost:
             raise
         # most often the reason: a share that is not mounted, a server that is down
         raise CacheMismatchError(
             f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
         ) from error
-    writer = EmbeddingWriter(config.cache)
+    return EmbeddingWriter(config.cache, manifest)
+
+
+def _pending(writer: EmbeddingWriter) -> list[ChunkRef]:
+    """Return the chunks that are still to be encoded, after their rows are reported to telemetry."""
     pending = writer.pending()
-    wanted = Counter({"image": 0, "text": 0})
+    rows = Counter({"image": 0, "text": 0})
     for ref in pending:
-        wanted[ref.tower] += len(ref.rows(writer.manifest.layout))
-    for tower, rows in wanted.items():
-        event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=rows)
+        rows[ref.tower] += len(ref.rows(writer.manifest.layout))
+    for tower, count in rows.items():
+        event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=count)
     return pending
 
 

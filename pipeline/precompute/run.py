@@ -14,12 +14,11 @@ from teacher_cache.pipeline.precompute.plan import Progress
 from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.commits import all_chunks, quarantined_rows
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import PROBLEMS, read_table
-from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.look.info import encode_rates
 from teacher_cache.storage.observe.telemetry import observed
-from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.place import require_place
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -98,20 +97,12 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
     writer = EmbeddingWriter(cache)
     before = writer.manifest
     manifest = writer.seal()
-    problems: Counter[str] = Counter()
-    details: list[str] = []
-    for row in read_table(writer.files, manifest, PROBLEMS).to_pylist():
-        problems[row["kind"]] += 1
-        details.append(f"{row['kind']}: {row['where']}: {row['detail']}")
-    quarantined = EmbeddingReader(cache).quarantined
-    for item in quarantined:
-        problems[item.reason] += 1
-        details.append(f"{item.reason}: {item.sample_id}: {item.detail}")
-    known = known_rows(reuse, writer) if chunks_encoded else None
-    reused: dict[Tower, int] = {"image": 0, "text": 0}
-    if known is not None:
-        reused = count_known(known, manifest.layout, (ref for ref in all_chunks(manifest.layout) if ref.view == 0))
-    info = describe_cache(cache)
+    assert writer.commits is not None  # it has just sealed them
+    quarantined = quarantined_rows(writer.commits.with_quarantined()).values()
+    problems = read_table(writer.files, manifest, PROBLEMS).to_pylist()
+    met = [(problem["kind"], problem["where"], problem["detail"]) for problem in problems]
+    met += [(row.reason, row.sample_id, row.detail) for row in quarantined]
+    rates = encode_rates(writer.files)
     return PrecomputeResult(
         cache=cache,
         manifest_digest=manifest.digest,
@@ -124,12 +115,20 @@ def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None
         splits=manifest.identity.dataset.splits,
         chunks=manifest.layout.num_chunks,
         chunks_encoded=chunks_encoded,
-        rows_reused=reused,
+        rows_reused=_rows_reused(reuse if chunks_encoded else None, writer),
         quarantined=len(quarantined),
         lost_images=manifest.lost_images,
-        problems=dict(sorted(problems.items())),
-        problem_details=tuple(details[:_PROBLEMS_SHOWN]),
+        problems=dict(sorted(Counter(kind for kind, _, _ in met).items())),
+        problem_details=tuple(": ".join(problem) for problem in met[:_PROBLEMS_SHOWN]),
         seconds=seconds,
-        images_per_second=info.images_per_second,
-        captions_per_second=info.captions_per_second,
+        images_per_second=rates["image"],
+        captions_per_second=rates["text"],
     )
+
+
+def _rows_reused(reuse: str | None, writer: EmbeddingWriter) -> dict[Tower, int]:
+    """Count the rows of view 0 and the captions that the cache ``reuse`` has too."""
+    known, layout = known_rows(reuse, writer), writer.manifest.layout
+    if known is None:
+        return {"image": 0, "text": 0}
+    return count_known(known, layout, (ref for ref in all_chunks(layout) if ref.view == 0))

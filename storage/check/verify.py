@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from teacher_cache.storage.format.commits import (
     ChunkCommit,
     ChunkRef,
     all_chunks,
+    commits_sha256,
     committed_chunks,
     proven_commit,
     quarantined_rows,
@@ -104,72 +106,97 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     """
     files = open_files(location)
     manifest, findings = sound_manifest(files)
-    objects = nbytes = 0
-
-    for key, wanted in manifest.files.items():
-        try:
-            nbytes += len(read_static(files, key, wanted))
-            objects += 1
-        except _FAULTS as error:
-            findings.append(_fault(key, error))
-    damaged = {finding.key.partition("/")[0] for finding in findings}
-    tables: dict[Tower, pa.Table] = {}
-    if SAMPLES not in damaged:
-        tables["image"] = read_table(files, manifest, SAMPLES)
-    if CAPTIONS not in damaged:
-        tables["text"] = read_table(files, manifest, CAPTIONS)
+    sizes, faults = _check_static(files, manifest)
+    findings += faults
+    tables = _sound_tables(files, manifest, findings)
     findings += _check_tables(manifest, tables)
-
     refs = all_chunks(manifest.layout)
-    commits: dict[ChunkRef, ChunkCommit] = {}
-    sound = uncommitted = 0
-    told: list[Finding] = []
-    seen = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, CHUNKS_AT_ONCE)
-    for number, (ref, proof) in enumerate(zip(refs, seen, strict=True)):
-        if progress is not None:
-            progress(number + 1, len(refs))
-        findings += proof.findings
-        if proof.commit is not None:
-            commits[ref] = proof.commit
-            objects += len(proof.commit.objects)
-            nbytes += proof.nbytes
-            sound += not proof.findings
-        elif not proof.findings:
-            uncommitted += 1
-            if manifest.sealed:
-                message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
-                findings.append(Finding(kind="missing", key=ref.commit_key, message=message))
-            continue
-        rows = ref.rows(manifest.layout)
-        where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
-        _tell(location, proof.findings, **where)
-        told += proof.findings
-        if not proof.findings:
-            event(_LOG, logging.INFO, "chunk sound", cache=location, **where)
-
-    if not manifest.sealed:
-        message = incomplete_message(location, manifest, len(refs) - uncommitted, len(refs))
-        findings.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
-    if manifest.seal is not None:
-        findings += _check_seal(files, manifest, manifest.seal, commits)
-    findings += _check_journal(files, refs)
-    findings += _unknown_files(files, manifest, refs)
-    _tell(location, [finding for finding in findings if finding not in told])
-    event(_LOG, logging.INFO, "cache verified", cache=location, chunks=len(refs), sound=sound, findings=len(findings))
+    chunks = _check_chunks(files, manifest, tables, progress)
+    later = []
+    if manifest.seal is None:
+        message = incomplete_message(location, manifest, len(refs) - chunks.pending, len(refs))
+        later.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
+    else:
+        later += _check_seal(files, manifest.seal, chunks.commits)
+    later += _check_journal(files, refs)
+    later += _unknown_files(files, manifest, refs)
+    _tell(location, findings + later)
+    findings += chunks.findings + later
+    counts = {"chunks": len(refs), "sound": chunks.sound, "findings": len(findings)}
+    event(_LOG, logging.INFO, "cache verified", cache=location, **counts)
     return IntegrityReport(
         location=location,
         ok=not findings,
         manifest_digest=manifest.digest,
         images=manifest.layout.image_rows,
         captions=manifest.layout.text_rows,
-        quarantined=len(quarantined_rows(commits.values())),
+        quarantined=len(quarantined_rows(chunks.commits.values())),
         lost_images=manifest.lost_images,
         chunks=len(refs),
-        chunks_sound=sound,
-        objects_read=objects,
-        bytes_read=nbytes,
+        chunks_sound=chunks.sound,
+        objects_read=len(sizes) + sum(len(commit.objects) for commit in chunks.commits.values()),
+        bytes_read=sum(sizes) + chunks.nbytes,
         findings=tuple(findings),
     )
+
+
+def _check_static(files: CacheFiles, manifest: CacheManifest) -> tuple[list[int], list[Finding]]:
+    """Return the sizes of the sound files that the manifest names, and findings about the others."""
+    sizes, findings = list[int](), list[Finding]()
+    for key, recorded in manifest.files.items():
+        try:
+            sizes.append(len(read_static(files, key, recorded)))
+        except _FAULTS as error:
+            findings.append(_fault(key, error))
+    return sizes, findings
+
+
+def _sound_tables(files: CacheFiles, manifest: CacheManifest, findings: list[Finding]) -> dict[Tower, pa.Table]:
+    """Return the tables without a finding."""
+    damaged = {finding.key.partition("/")[0] for finding in findings}
+    names: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
+    return {tower: read_table(files, manifest, name) for tower, name in names.items() if name not in damaged}
+
+
+@dataclass
+class _Chunks:
+    """What a look at all chunks gave: sound commit records in order, findings, and counts."""
+
+    commits: dict[ChunkRef, ChunkCommit] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    pending: int = 0
+    nbytes: int = 0
+    sound: int = 0
+
+    def add(self, ref: ChunkRef, proof: _Proof) -> None:
+        """Count one chunk."""
+        self.findings += proof.findings
+        self.nbytes += proof.nbytes
+        if proof.commit is not None:
+            self.commits[ref] = proof.commit
+            self.sound += not proof.findings
+        self.pending += proof.commit is None and not proof.findings
+
+
+def _check_chunks(
+    files: CacheFiles,
+    manifest: CacheManifest,
+    tables: dict[Tower, pa.Table],
+    progress: Callable[[int, int], None] | None,
+) -> _Chunks:
+    """Prove every chunk, and log each as it is proven."""
+    refs, chunks = all_chunks(manifest.layout), _Chunks()
+    proofs = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, CHUNKS_AT_ONCE)
+    for number, (ref, proof) in enumerate(zip(refs, proofs, strict=True), 1):
+        if progress is not None:
+            progress(number, len(refs))
+        chunks.add(ref, proof)
+        rows = ref.rows(manifest.layout)
+        where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
+        _tell(files.location, proof.findings, **where)
+        if proof.commit is not None and not proof.findings:
+            event(_LOG, logging.INFO, "chunk sound", cache=files.location, **where)
+    return chunks
 
 
 def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
@@ -285,7 +312,7 @@ def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, tab
 
 
 class _Proof(NamedTuple):
-    """What was seen of one chunk: without a commit and without findings there is no record."""
+    """What a look at one chunk gave: neither commit nor findings if it is still to be encoded."""
 
     commit: ChunkCommit | None
     findings: list[Finding]
@@ -297,7 +324,9 @@ def _prove(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, table: pa.
         data = files.read(ref.commit_key)
         commit = proven_commit(data, files.location, manifest, ref)
     except FileNotFoundError:
-        return _Proof(None, [])
+        message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
+        lost = Finding(kind="missing", key=ref.commit_key, message=message)
+        return _Proof(None, [lost] if manifest.sealed else [])
     except _FAULTS as error:
         return _Proof(None, [_fault(ref.commit_key, error)])
     findings, nbytes = _check_chunk(files, manifest, ref, commit)
@@ -359,11 +388,9 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
     return findings
 
 
-def _check_seal(
-    files: CacheFiles, manifest: CacheManifest, seal: Seal, commits: dict[ChunkRef, ChunkCommit]
-) -> list[Finding]:
-    """Return what is wrong with the seal, given all sound commit records."""
-    if _is_sealed_with(files, manifest):
+def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkCommit]) -> list[Finding]:
+    """Return what is wrong with the seal, given all sound commit records in order."""
+    if commits_sha256(commits.values()) == seal.commits_sha256:
         lost = len(quarantined_rows(commits.values()))
         if lost == seal.images_quarantined:
             return []
@@ -371,7 +398,7 @@ def _check_seal(
         return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
     message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
     findings = [Finding(kind="damaged", key=COMMITS, message=message)]
-    # the seal is over all records; which one it is, if each is sound by itself, only the notes can say
+    # the seal is over all records; which of them is wrong, if each is sound by itself, only the notes can say
     for ref, commit in commits.items():
         try:
             note = read_note(files, ref.name)

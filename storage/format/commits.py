@@ -7,6 +7,7 @@ nothing that two equal runs would write differently; seconds and host go to the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -31,6 +32,7 @@ __all__ = [
     "ObjectDigest",
     "QuarantinedRow",
     "all_chunks",
+    "commits_sha256",
     "committed_chunks",
     "proven_commit",
     "quarantined_rows",
@@ -211,6 +213,14 @@ def quarantined_rows(commits: Iterable[ChunkCommit]) -> dict[int, QuarantinedRow
             for row in commit.quarantined:
                 found.setdefault(row.row, row)
     return dict(sorted(found.items()))
+
+
+def commits_sha256(commits: Iterable[ChunkCommit]) -> str:
+    """Return the digest that a seal holds: sha256 over key and bytes of commit records, in the order of all chunks."""
+    total = hashlib.sha256()
+    for commit in commits:
+        total.update(commit.ref.commit_key.encode() + b"\0" + commit.to_bytes())
+    return total.hexdigest()
 
 
 def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:

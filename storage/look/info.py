@@ -153,6 +153,11 @@ def describe_cache(location: str) -> CacheInfo:
     )
 
 
+def encode_rates(files: CacheFiles) -> dict[Tower, float | None]:
+    """Return the rows per second that the teacher encoded, by tower, from the journal; None where nothing is noted."""
+    return {tower: _tower_cost(files, tower).rows_per_second for tower in ARRAYS}
+
+
 def count_committed(location: str) -> tuple[int, int]:
     """Count committed chunks and all chunks of a cache, by its commit records alone.
 

@@ -54,9 +54,16 @@ __all__ = ["EmbeddingWriter"]
 class EmbeddingWriter:
     """Writes the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, manifest: CacheManifest | None = None) -> None:
+        """Open a planned cache.
+
+        Args:
+            manifest: manifest of this cache, where the caller has read it.
+        """
         self.files = open_files(location)
-        self.manifest = read_manifest(self.files)
+        self.manifest = manifest or read_manifest(self.files)
+        self.commits: CommitRecords | None = None
+        """Commit records of all chunks, once the cache is sealed by this writer."""
         self.samples = TableRows(self.files, self.manifest, SAMPLES)
         """One row per image, read as asked for."""
         self.captions = TableRows(self.files, self.manifest, CAPTIONS)
@@ -199,14 +206,14 @@ class EmbeddingWriter:
         return self.manifest
 
     def _sealed(self) -> CacheManifest:
-        """Return the manifest with the seal over the commits as they are now."""
+        """Return the manifest with the seal over the commits as they are now, which are kept."""
         layout, records = self.manifest.layout, CommitRecords(self.manifest)
         digest = records.read(self.files)
         if len(records) < layout.num_chunks:
             raise CacheIncompleteError(
                 incomplete_message(self.files.location, self.manifest, len(records), layout.num_chunks)
             )
-        lost = len(quarantined_rows(records.with_quarantined()))
+        self.commits, lost = records, len(quarantined_rows(records.with_quarantined()))
         seal = Seal(
             commits_sha256=digest,
             images_encoded=layout.image_rows - lost,

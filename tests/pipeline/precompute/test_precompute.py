@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -26,7 +28,8 @@ from teacher_cache.pipeline.precompute.run import precompute, summarize
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
-from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef
+from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -345,3 +348,30 @@ def test_spans_stay_in_one_tower() -> None:
     assert [len(span) for span in spans] == [3, 2, 2]
     assert spans[1][-1] == "image/v0/000004"
     assert spans[2][0] == "text/000000"
+
+
+def test_a_new_cache_costs_two_parses_of_the_manifest_and_one_read_of_each_commit(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: Counter[str] = Counter()
+    for record in (CacheManifest, ChunkCommit):
+        parse = record.from_bytes
+
+        def counted(data: bytes, where: str, *more: str, parse: Any = parse) -> Any:
+            parsed[where if where.endswith(".json") else "manifest"] += 1
+            return parse(data, where, *more)
+
+        monkeypatch.setattr(record, "from_bytes", counted)
+    result = precompute(
+        PrecomputeConfig(
+            dataset=f"flickr:{make_photos(images=20)}",
+            teacher=f"local-dir:{tiny_teacher}",
+            cache=str(tmp_path / "c"),
+            chunk_rows=8,
+            views=2,
+            device="cpu",
+        )
+    )
+    assert parsed.pop("manifest") <= 2
+    assert len(parsed) == result.chunks == 11
+    assert max(parsed.values()) == 1
