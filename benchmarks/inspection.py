@@ -27,7 +27,7 @@ from teacher_cache.storage.format.identity import (
     TokenizerIdentity,
     ViewsIdentity,
     canonical_json,
-    digest_of,
+    with_digest,
 )
 from teacher_cache.storage.format.journal import ChunkNote, note_key
 from teacher_cache.storage.format.layout import Layout
@@ -115,7 +115,7 @@ def make(folder: Path, images: int, captions: int) -> None:
         ).model_dump(mode="json")
         for key, data in (
             (ref.commit_key, commit),
-            (note_key(ref.name), canonical_json({**note, "digest": digest_of(note)}) + b"\n"),
+            (note_key(ref.name), canonical_json(with_digest(note)) + b"\n"),
         ):
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
             (folder / key).write_bytes(data)

@@ -24,6 +24,8 @@ __all__ = [
     "ViewsIdentity",
     "canonical_json",
     "digest_of",
+    "with_digest",
+    "without_digest",
 ]
 
 
@@ -35,6 +37,26 @@ def canonical_json(value: Any) -> bytes:
 def digest_of(value: Any) -> str:
     """sha256, in hex, of :func:`canonical_json`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def with_digest(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with their own digest as the last one."""
+    return {**fields, "digest": digest_of(fields)}
+
+
+def without_digest(fields: Any) -> dict[str, Any]:
+    """Return parsed fields without their digest, which is proven.
+
+    Raises:
+        ValueError: not an object, or not the content that the digest was made of.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"an object is expected, not {type(fields).__name__}")
+    content = {name: value for name, value in fields.items() if name != "digest"}
+    actual, recorded = digest_of(content), str(fields.get("digest"))
+    if recorded != actual:
+        raise ValueError(f"content has digest {actual[:12]}, {recorded[:12]} is recorded in it")
+    return content
 
 
 class Record(BaseModel):

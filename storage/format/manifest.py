@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
-from teacher_cache.storage.format.identity import CacheIdentity, Record, digest_of
+from teacher_cache.storage.format.identity import CacheIdentity, Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.older_manifest import newer_fields, older_fields
 
@@ -143,7 +143,7 @@ class CacheManifest(Record):
 
     def to_bytes(self) -> bytes:
         """Return the bytes of ``manifest.json``: indented for people, its own digest as the last field."""
-        return (json.dumps({**self.fields(), "digest": self.digest}, indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(with_digest(self.fields()), indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, location: str, key: str = MANIFEST_KEY) -> CacheManifest:
@@ -172,16 +172,10 @@ class CacheManifest(Record):
                 f"{where}: format version {version!r}, this teacher-cache reads 1 to {FORMAT_VERSION}. "
                 "Install a newer teacher-cache."
             )
-        recorded = fields.pop("digest", None)
         try:
-            actual = digest_of(fields)
-        except ValueError as error:  # NaN, half a surrogate pair: JSON's parser lets them in
-            raise CacheCorruptError(f"{where}: {error}. {_RESTORE}") from error
-        if recorded != actual:
-            raise CacheCorruptError(
-                f"{where}: content has digest {actual[:12]}, {str(recorded)[:12]} is recorded in it. "
-                f"It was edited or damaged. {_RESTORE}"
-            )
+            fields = without_digest(fields)
+        except ValueError as error:  # also NaN and half a surrogate pair, which JSON's parser lets in
+            raise CacheCorruptError(f"{where}: {error}. It was edited or damaged. {_RESTORE}") from error
         try:
             return cls.model_validate(fields if version == FORMAT_VERSION else newer_fields(fields, where))
         except ValidationError as error:

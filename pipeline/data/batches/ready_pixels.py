@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
@@ -39,7 +39,7 @@ from teacher_cache.storage.errors import (
 )
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.location import LocalFiles
-from teacher_cache.storage.format.identity import digest_of
+from teacher_cache.storage.format.identity import digest_of, with_digest, without_digest
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -68,20 +68,17 @@ class _Record(BaseModel):
     def to_bytes(self) -> bytes:
         """Return JSON with its own digest. Fields that are None are left out, so that a new field changes no record."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps({**fields, "digest": digest_of(fields)}, indent=1).encode() + b"\n"
+        return json.dumps(with_digest(fields), indent=1).encode() + b"\n"
 
     @classmethod
     def _parse(cls, data: bytes, where: str, remedy: str) -> Any:
         try:
-            fields = json.loads(data)
-            recorded = fields.pop("digest")
-            if recorded != digest_of(fields):
-                raise CacheCorruptError(f"{where}: does not have the digest that it carries. {remedy}")
+            fields = without_digest(json.loads(data))
             if fields.get("format_version", _VERSION) != _VERSION:
                 raise CacheFormatError(f"{where}: of format {fields['format_version']}, {_VERSION} is known. {remedy}")
             return cls.model_validate(fields)
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ValidationError) as error:
-            raise CacheCorruptError(f"{where}: cannot be used ({type(error).__name__}: {error}). {remedy}") from error
+        except (ValueError, RecursionError) as error:  # pydantic's error is a ValueError
+            raise CacheCorruptError(f"{where}: cannot be used ({error}). {remedy}") from error
 
 
 class PixelsRecord(_Record):
