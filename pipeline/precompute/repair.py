@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -85,54 +85,18 @@ def repair(
         if progress is not None:
             progress("verify chunks", done, total)
 
-    plan = plan_repair(cache, checked)
-    left: list[str] = []
-    if plan.manifest.imported_sha256:
-        left = [ref.name for ref in plan.chunks if ref.view == 0]
-        chunks = tuple(ref for ref in plan.chunks if ref.view > 0)
-        # a seal over commits that are not there, or not right, could not be
-        plan = replace(plan, chunks=chunks, seal=plan.seal and not left)
-    if plan.empty:
-        return RepairResult(
-            cache=cache,
-            ok=plan.report.ok,
-            done=(),
-            chunks_encoded=0,
-            manifest_digest=plan.manifest.digest,
-            replaced_manifest_digest=None,
-            left=tuple(left),
-            findings=plan.report.findings,
-            seconds=time.perf_counter() - started,
-        )
-    needs_dataset = plan.tables or any(ref.tower == "image" for ref in plan.chunks)
-    spec = _dataset(plan, dataset) if needs_dataset else None
-    tables, contents = _tables(plan, spec, progress) if spec and plan.tables else ({}, {})
-    live = _teacher(plan, teacher, pretrained, device) if plan.chunks else None
-    if spec is not None and plan.chunks:
-        _require_images(plan, spec, tables.get(SAMPLES))
-
-    # from here on it writes
-    done = restore(plan)
-    files = open_files(cache)
-    for key, data in contents.items():
-        files.write(key, data)
-        done.append(f"{key}: made again from {spec}")
-    if live is not None:
-        from teacher_cache.pipeline.precompute.encode import encode_chunks
-
-        # not encode_shared: that passes over chunks which are sound by themselves, and an old one put back is
-        config = PrecomputeConfig(
-            dataset=str(spec or plan.manifest.source.dataset), teacher=live.name, cache=cache, device=device
-        )
-        encode_chunks(config, live, plan.chunks, progress)
-        done += [f"{ref.name}: encoded again" for ref in plan.chunks]
-    replaced = None
-    if plan.seal:
-        sealed = EmbeddingWriter(cache).seal()
-        if sealed != plan.manifest:
-            done.append("manifest.json: sealed with the commit records as they are now")
+    plan, imported = _without_imported(plan_repair(cache, checked))
+    report, done, replaced = plan.report, list[str](), None
+    if not plan.empty:
+        sources = _sources(plan, dataset, teacher, pretrained, device, progress)
+        # from here on it writes
+        done = restore(plan) + _write_tables(cache, sources) + _encode(plan, sources, device, progress)
+        if plan.seal:
+            sealed = EmbeddingWriter(cache).seal()
+            if sealed != plan.manifest:
+                done.append("manifest.json: sealed with the commit records as they are now")
             replaced = plan.manifest.digest if plan.manifest.seal not in (None, sealed.seal) else None
-    report = verify_cache(cache, checked)
+        report = verify_cache(cache, checked)
     return RepairResult(
         cache=cache,
         ok=report.ok,
@@ -140,10 +104,72 @@ def repair(
         chunks_encoded=len(plan.chunks),
         manifest_digest=report.manifest_digest,
         replaced_manifest_digest=replaced,
-        left=tuple(left),
+        left=imported,
         findings=report.findings,
         seconds=time.perf_counter() - started,
     )
+
+
+def _without_imported(plan: RepairPlan) -> tuple[RepairPlan, tuple[str, ...]]:
+    """Return the plan without chunks of imported rows, and the names of those chunks."""
+    if not plan.manifest.imported_sha256:
+        return plan, ()
+    imported = tuple(ref.name for ref in plan.chunks if ref.view == 0)
+    chunks = tuple(ref for ref in plan.chunks if ref.view > 0)
+    # without these chunks there is nothing that a seal could be over
+    return replace(plan, chunks=chunks, seal=plan.seal and not imported), imported
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a repair is made from: the dataset, bytes of damaged tables, and the teacher of damaged chunks."""
+
+    spec: DatasetSpec | None
+    tables: dict[str, bytes]
+    teacher: LiveTeacher | None
+
+
+def _sources(
+    plan: RepairPlan,
+    dataset: str | None,
+    teacher: str | None,
+    pretrained: str | None,
+    device: str,
+    progress: Progress | None,
+) -> _Sources:
+    """Open and prove all that the repair needs, before anything is written. Raises as :func:`repair`."""
+    needs_dataset = plan.tables or any(ref.tower == "image" for ref in plan.chunks)
+    spec = _dataset(plan, dataset) if needs_dataset else None
+    tables, contents = _tables(plan, spec, progress) if spec and plan.tables else ({}, {})
+    live = _teacher(plan, teacher, pretrained, device) if plan.chunks else None
+    if spec is not None and plan.chunks:
+        _require_images(plan, spec, tables.get(SAMPLES))
+    return _Sources(spec, contents, live)
+
+
+def _write_tables(cache: str, sources: _Sources) -> list[str]:
+    """Write the damaged tables again; return a line for each file."""
+    files = open_files(cache)
+    for key, data in sources.tables.items():
+        files.write(key, data)
+    return [f"{key}: made again from {sources.spec}" for key in sources.tables]
+
+
+def _encode(plan: RepairPlan, sources: _Sources, device: str, progress: Progress | None) -> list[str]:
+    """Encode the damaged chunks again; return a line for each."""
+    if sources.teacher is None:
+        return []
+    from teacher_cache.pipeline.precompute.encode import encode_chunks
+
+    # encode_shared would pass over chunks that are sound by themselves, and an old one put back is
+    config = PrecomputeConfig(
+        dataset=str(sources.spec or plan.manifest.source.dataset),
+        teacher=sources.teacher.name,
+        cache=plan.report.location,
+        device=device,
+    )
+    encode_chunks(config, sources.teacher, plan.chunks, progress)
+    return [f"{ref.name}: encoded again" for ref in plan.chunks]
 
 
 def teacher_of(

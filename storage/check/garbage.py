@@ -1,6 +1,6 @@
-"""What lies in a cache and belongs to nothing: half-written files, claims of ended processes, files nobody knows.
+"""Garbage of a cache: half-written files, claims of ended processes, and files that are no part of a cache.
 
-Format 1 has no removed rows, so that no chunk is ever garbage; what ``precompute`` has not committed yet is its own.
+A chunk is never garbage: a sealed cache needs all of them, and uncommitted ones belong to a running ``precompute``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Garbage", "GarbageReport", "collect_garbage", "known_keys"]
 
 
 class Garbage(BaseModel, frozen=True):
-    """One object that nothing needs."""
+    """An object that nothing needs."""
 
     key: str
     kind: Literal["partial", "claim", "unknown-file"] = Field(
-        description="A write that was cut off, a claim of an ended process, or a file that is no part of a cache."
+        description="Reason: an interrupted write, a claim of an ended process, or a file that is no part of a cache."
     )
     nbytes: int
 
@@ -34,25 +34,24 @@ class GarbageReport(BaseModel, frozen=True):
     """The answer of ``teacher-cache gc``."""
 
     location: str
-    deleted: bool = Field(description="False for a look: nothing was touched.")
+    deleted: bool = Field(description="Whether the objects were deleted.")
     found: tuple[Garbage, ...]
     nbytes: int
-    left: int = Field(0, description="Unknown files that were not deleted with the others.")
+    left: int = Field(0, description="Number of unknown files that were not deleted.")
 
 
 def collect_garbage(location: str, delete: bool = False, unknown: bool = False) -> GarbageReport:
-    """Find what belongs to nothing, and delete it if asked to; safe beside processes that read and write the cache.
+    """Find garbage, and delete it on request. Safe while other processes read and write the cache.
 
-    Files of a cache, damaged ones too, are never deleted: ``repair`` mends them. Neither is what lies in a cache within
-    this folder.
+    Files of a cache are never deleted: ``repair`` mends damaged ones. Caches inside this folder are left alone.
 
     Args:
-        delete: what cut-off writes and ended processes left.
-        unknown: files that no cache has, too; they may be somebody's.
+        delete: delete what interrupted writes and ended processes left.
+        unknown: delete files that are no part of a cache too.
 
     Raises:
-        CacheNotFoundError: no cache here, so that every file would be unknown.
-        CacheCorruptError, CacheFormatError: the manifest cannot be used, so that nobody knows what belongs here.
+        CacheNotFoundError: there is no cache, so every file would be unknown.
+        CacheCorruptError, CacheFormatError: the manifest cannot be used, so what belongs to the cache is unknown.
     """
     files = open_files(location)
     keys = files.list()

@@ -1,8 +1,7 @@
-"""Mending a cache, the part that needs no teacher: what is wrong, what each finding needs, and what can be restored.
+"""The part of a repair that needs no teacher: a plan of what each finding needs, and what can be restored at once.
 
-Manifest and backup come from each other, Zarr metadata from the layout; notes of the journal are dropped. Tables are
-made again from the dataset and chunks by the teacher: ``teacher_cache.pipeline.precompute.repair``. Nothing unknown is
-ever deleted.
+Manifest and backup are restored from each other, Zarr metadata from the layout, and damaged notes are dropped. Tables
+come from the dataset and chunks from the teacher: ``teacher_cache.pipeline.precompute.repair``. Unknown files stay.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ _TABLES = (f"{SAMPLES}/", f"{CAPTIONS}/", f"{PROBLEMS}/")
 
 @dataclass(frozen=True)
 class RepairPlan:
-    """What a cache needs.
+    """The work that mends a cache.
 
     Attributes:
-        manifest: the sound one, of ``manifest.json`` and its backup.
-        root: manifest, backup or both, to be written anew.
-        metadata: Zarr's files, with the bytes that they should have.
-        tables: parquet files, which only the dataset can bring back.
-        notes: damaged notes of the journal, to be dropped.
-        chunks: to be encoded again.
-        seal: the manifest has to be sealed with the commit records that there will be.
-        left: what a repair does not touch.
+        report: the verification that the plan is made from.
+        manifest: the sound one of ``manifest.json`` and its backup.
+        root: keys of manifest and backup to write again.
+        metadata: bytes of damaged Zarr files, by key.
+        tables: keys of damaged parquet files, which only the dataset can bring back.
+        notes: keys of damaged notes to drop.
+        chunks: chunks to encode again.
+        seal: whether the manifest must be sealed with the new commit records.
+        left: findings that a repair does not touch.
     """
 
     report: IntegrityReport
@@ -58,7 +58,7 @@ class RepairPlan:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing that a repair could do."""
+        """True if a repair has nothing to do."""
         return not (self.root or self.metadata or self.tables or self.notes or self.chunks or self.seal)
 
 
@@ -140,10 +140,10 @@ def _remedy(finding: Finding, manifest: CacheManifest, chunk_of: dict[str, Chunk
 
 
 def _suspects(files: CacheFiles, refs: list[ChunkRef], damaged: set[ChunkRef], notes: Collection[str]) -> set[ChunkRef]:
-    """Return the chunks that may be older ones, put back, where the commit records are not those of the seal.
+    """Return the chunks that may be older states put back, when the commit records do not match the seal.
 
-    A chunk with a damaged note may be one; so may a chunk without a note, if no damaged chunk explains the seal. Where
-    every note is that of its record, the seal is behind: a repair was interrupted.
+    They are those with a damaged note, and those without a note if no damaged chunk explains the mismatch. If every
+    note matches its record, only the seal is out of date: a repair was interrupted.
     """
     sound = set(files.list(JOURNAL)).difference(notes)
     unnoted = {ref for ref in refs if note_key(ref.name) not in sound}
@@ -151,7 +151,7 @@ def _suspects(files: CacheFiles, refs: list[ChunkRef], damaged: set[ChunkRef], n
 
 
 def restore(plan: RepairPlan) -> list[str]:
-    """Do what needs neither dataset nor teacher; each object is replaced atomically, beside readers too.
+    """Restore what needs neither dataset nor teacher. Each object is replaced atomically, also while others read.
 
     Returns:
         One line per object.
@@ -159,7 +159,7 @@ def restore(plan: RepairPlan) -> list[str]:
     files = open_files(plan.report.location)
     done = []
     if plan.root:
-        manifest, wrong = sound_manifest(files)  # as they are now: a run may have sealed the cache meanwhile
+        manifest, wrong = sound_manifest(files)  # read again: a run may have sealed the cache meanwhile
         if wrong:
             write_manifest(files, manifest)
         for key in (finding.key for finding in wrong):

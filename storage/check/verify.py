@@ -1,7 +1,7 @@
-"""Verifying a cache: every digest, every value, every count; each finding names the object it is about.
+"""Verification of a cache: every digest, value and count. Each finding names its object.
 
-One damaged object never ends the work: what can still be proven is, and with a damaged manifest the rest is proven
-against its backup. An object that cannot be read is a finding of its own kind, since its bytes may be sound.
+A damaged object does not stop the verification, and a damaged manifest is replaced by its backup. An object that cannot
+be read has a kind of finding of its own, since its bytes may be sound.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ __all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
 
 _LOG = logger("verify")
 
-# what one object can do to its reader; a store that does not answer at all ends the work instead
+# errors about a single object; a store that does not answer ends the verification instead
 _FAULTS = (OSError, CacheCorruptError, CacheFormatError, CacheAccessError)
 
 
 class Finding(BaseModel, frozen=True):
-    """One thing that is wrong."""
+    """A fault of one object."""
 
     kind: str = Field(
-        description="incomplete, missing, damaged, unreadable, not-finite, not-unit-norm, counts or unknown-file."
+        description="Kind: incomplete, missing, damaged, unreadable, not-finite, not-unit-norm, counts or unknown-file."
     )
-    key: str = Field(description="The object concerned, relative to the cache.")
+    key: str = Field(description="Key of the object, relative to the cache.")
     message: str
 
 
 class IntegrityReport(BaseModel, frozen=True):
-    """What ``verify`` saw. ``ok`` only when the cache is complete and nothing at all is wrong."""
+    """The result of ``verify``. ``ok`` means that the cache is complete and has no finding."""
 
     location: str
     ok: bool
@@ -81,7 +81,7 @@ class IntegrityReport(BaseModel, frozen=True):
     images: int
     captions: int
     quarantined: int
-    lost_images: int = Field(description="Images of the dataset that never got a row, for a named reason.")
+    lost_images: int = Field(description="Images of the dataset without a row, each for a named reason.")
     chunks: int
     chunks_sound: int
     objects_read: int
@@ -92,16 +92,15 @@ class IntegrityReport(BaseModel, frozen=True):
 def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
     """Read all of a cache and prove it.
 
-    Checked: the digests of manifest and backup, tables and Zarr metadata, every commit record, every byte of every
-    chunk (sha256), finite values, unit norm, quarantined rows NaN (of int8 -128) and no others, row counts of the
-    tables, the seal, the journal's notes, and that there is no object that nobody accounts for.
+    Checked are the digests of manifest, backup, tables and Zarr metadata, every commit record, every byte of every
+    chunk (sha256), finite values, unit norms, that quarantined rows alone are NaN (int8: -128), the row counts of the
+    tables, the seal, and the journal. Objects that are no part of the cache are findings too.
 
     Args:
-        progress: called with (chunks checked, chunks in all).
+        progress: called with (chunks checked, all chunks).
 
     Raises:
-        CacheNotFoundError, CacheFormatError, CacheCorruptError: neither a manifest nor a backup of it that could
-            be checked against.
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: neither manifest nor backup can be used.
         CacheUnreachableError: the store does not answer.
     """
     files = open_files(location)
@@ -160,7 +159,7 @@ def _sound_tables(files: CacheFiles, manifest: CacheManifest, findings: list[Fin
 
 @dataclass
 class _Chunks:
-    """What a look at all chunks gave: sound commit records in order, findings, and counts."""
+    """All chunks once proven: their sound commit records in order, findings, and counts."""
 
     commits: dict[ChunkRef, ChunkCommit] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -206,13 +205,13 @@ def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
 
 
 def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
-    """The manifest that a cache is to be proven against, and what is wrong with ``manifest.json`` and its backup.
+    """Return the manifest to verify against, and findings about ``manifest.json`` and its backup.
 
-    One of the two is enough. Where both can be read and differ, the one that the commit records were sealed with
-    counts, and else ``manifest.json``.
+    One of the two is enough. If both can be read and differ, the one that matches the commit records is used, else
+    ``manifest.json``.
 
     Raises:
-        CacheNotFoundError: neither is there.
+        CacheNotFoundError: neither exists.
         CacheFormatError: both are of another format.
         CacheCorruptError: neither can be used.
     """
@@ -270,7 +269,7 @@ def _committed(files: CacheFiles, manifest: CacheManifest) -> int:
 
 
 def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
-    """Return whether there is a seal and it is that of the commit records."""
+    """Return whether the manifest has a seal that matches the commit records."""
     if manifest.seal is None:
         return False
     try:
@@ -278,14 +277,14 @@ def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
     except CacheUnreachableError:
         raise
     except _FAULTS:
-        return False  # which record it is, is found one by one
+        return False  # the damaged record is named when the chunks are proven
 
 
 def _fault(key: str, error: Exception) -> Finding:
-    """What reading an object came to, as a finding.
+    """Return the error that an object raised as a finding.
 
     Raises:
-        CacheUnreachableError: that is not about this object.
+        CacheUnreachableError: the error is about the store, not about this object.
     """
     if isinstance(error, CacheUnreachableError):
         raise error
@@ -312,7 +311,7 @@ def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, tab
 
 
 class _Proof(NamedTuple):
-    """What a look at one chunk gave: neither commit nor findings if it is still to be encoded."""
+    """A chunk once proven. A chunk that is still to be encoded has neither commit nor findings."""
 
     commit: ChunkCommit | None
     findings: list[Finding]
@@ -413,7 +412,7 @@ def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkComm
 
 
 def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
-    """Notes that are not as they were written. One that is missing costs nothing and is no finding."""
+    """Return findings about damaged notes. A missing note is no finding: it decides nothing."""
     there = set(files.list(JOURNAL))
 
     def fault_of(ref: ChunkRef) -> Finding | None:
@@ -428,7 +427,7 @@ def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
 
 
 def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:
-    """Objects that no commit, manifest or journal accounts for; those of chunks in the making are known."""
+    """Return findings about objects that no commit, manifest or journal names. Uncommitted chunks are known."""
     known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
     for ref in refs:
         known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))

@@ -1,1 +1,1 @@
-"""What lies in a cache: identity, manifest, arrays, commits, tables, journal."""
+"""The format of a cache: identity, manifest, arrays, commits, tables, journal."""

@@ -38,7 +38,7 @@ __all__ = [
     "zarr_metadata",
 ]
 
-# crc32c of any message followed by its own crc32c, little endian: one pass over the object, no copy of it
+# crc32c of any message followed by its own crc32c, little endian: one pass over the object without a copy
 _CRC_RESIDUE = 0x48674BC7
 
 _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -53,28 +53,28 @@ _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
-    """Dtype of an array as encoders make it."""
+    """Return the dtype of an array as encoders make it."""
     return np.dtype(ARRAYS[tower][name])
 
 
 def given_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
-    """Dtype of an array as readers give it: as it is stored, embeddings of int8 as float32."""
+    """Return the dtype of an array as readers return it: the stored one, or float32 for int8 embeddings."""
     stored = stored_dtype(layout, tower, name)
     return np.dtype("<f4") if stored == np.int8 else stored
 
 
 def stored_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
-    """Dtype of an array on disk."""
+    """Return the dtype of an array on disk."""
     return np.dtype(stored_arrays(layout, tower)[name])
 
 
 def _fill(dtype: np.dtype[Any]) -> float | int:
-    """What stands where nothing was written: never a number that could be read as a value."""
+    """Return the fill value of an array: never a number that could be read as a value."""
     return NO_EMBEDDING if dtype.kind == "i" else np.nan
 
 
 def zarr_metadata(layout: Layout) -> dict[str, bytes]:
-    """The ``zarr.json`` files of ``targets.zarr``, by key in the cache, as zarr-python writes them."""
+    """Return the ``zarr.json`` files of ``targets.zarr`` as zarr-python writes them, by key in the cache."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
@@ -104,16 +104,15 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
 
 
 def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, ObjectDigest]:
-    """One chunk object and its digests.
+    """Return one chunk object and its digests.
 
     Args:
-        values: rows of the chunk, at most ``shape[0]`` of them; a short chunk is padded with what zarr
-            fills up with, NaN or -128.
-        shape: of the whole chunk.
+        values: rows of the chunk, at most ``shape[0]``. A short chunk is padded with the fill value, NaN or -128.
+        shape: shape of the whole chunk.
         dtype: stored dtype.
 
     Raises:
-        ValueError: the rows have another shape or dtype than the array; nothing is cast in silence.
+        ValueError: the rows have another shape or dtype than the array. Nothing is cast silently.
     """
     if values.dtype != dtype or values.shape[1:] != shape[1:] or len(values) > shape[0]:
         raise ValueError(f"chunk is {values.shape} {values.dtype}, at most {shape} {dtype} wanted")
@@ -130,7 +129,7 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
 def decode_object(
     data: bytes | memoryview, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
 ) -> NDArray[Any]:
-    """The rows of a chunk object, padding included; a read-only view of ``data``, no copy.
+    """Return the rows of a chunk object, with padding, as a read-only view of ``data``.
 
     Raises:
         CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's).
@@ -145,14 +144,15 @@ def decode_object(
 
 
 def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str, look_for_nan: bool = False) -> bool:
-    """Prove the array's bytes of a chunk object, and the checksum that lies behind them, against the commit.
+    """Prove the array bytes of a chunk object, and the checksum behind them, against the commit.
 
     Args:
-        body: contiguous, of any shape; not copied.
-        stored: the object's last four bytes.
+        body: contiguous array of any shape, not copied.
+        stored: last four bytes of the object.
+        look_for_nan: whether to look for NaN, or for -128 in int8.
 
     Returns:
-        Whether some value is NaN, of int8 -128, if that is looked for; the padding of a short chunk is.
+        Whether a value is NaN, or -128 in int8, if ``look_for_nan``. The padding of a short chunk counts.
 
     Raises:
         CacheCorruptError: these are not the bytes that were committed.
@@ -171,5 +171,5 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     return has
 
 
-_PROVEN_AT_ONCE = 1 << 20  # bytes that stay in a cache while they are looked at more than once
+_PROVEN_AT_ONCE = 1 << 20  # bytes: a block that stays in the CPU cache for checksum and NaN
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

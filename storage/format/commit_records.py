@@ -1,6 +1,6 @@
-"""The commit records of a cache in memory: what one says in some two hundred bytes, and a record again when asked for.
+"""Commit records of a cache in memory, about two hundred bytes each.
 
-A reader keeps them for as long as it is open, in each process that reads; as objects of Python they are 3.5 kB each.
+A reader keeps them while it is open, in each process that reads. As Python objects they would take 3.5 kB each.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ __all__ = ["CommitRecords"]
 
 
 class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
-    """Those of some or all chunks of one cache, in the order of
-    :func:`teacher_cache.storage.format.commits.all_chunks`.
+    """Commit records of one cache, in the order of :func:`teacher_cache.storage.format.commits.all_chunks`.
 
     Args:
-        manifest: of the cache; records are of its encoder and its rows, as
-            :func:`teacher_cache.storage.format.commits.read_commit` proves.
+        manifest: manifest of the cache, against which each record is proven.
     """
 
     def __init__(self, manifest: CacheManifest) -> None:
@@ -51,7 +49,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
     def read(self, files: CacheFiles) -> str:
         """Read all commits; return the sha256 over key and bytes of each, in the order of the chunks.
 
-        One request for each; of an object store many at once (``teacher_cache.storage.files.location.in_parallel``).
+        Each record is one request; in an object store many run at once.
 
         Raises:
             CacheCorruptError: a record is damaged or belongs elsewhere.
@@ -66,21 +64,21 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         return total.hexdigest()
 
     def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
-        """What the bytes of one object of a chunk are.
+        """Return the digests of one object of a chunk.
 
         Raises:
-            KeyError: no record of this chunk, or no such array.
+            KeyError: there is no record of this chunk, or no such array.
         """
         found, at = self._record(ref), self._objects[ref.tower][array]
         sha256 = found["sha256"][at].tobytes().hex()
         return ObjectDigest(nbytes=int(found["nbytes"][at]), crc32c=int(found["crc32c"][at]), sha256=sha256)
 
     def quarantined(self, ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
-        """The rows of a chunk that have no embedding."""
+        """Return the rows of a chunk that have no embedding."""
         return self._quarantined.get(ref, ())
 
     def with_quarantined(self) -> Iterator[ChunkCommit]:
-        """The records that name quarantined rows."""
+        """Return the records that name quarantined rows."""
         return (self[ref] for ref in self._quarantined)
 
     def __getitem__(self, ref: ChunkRef) -> ChunkCommit:
@@ -131,6 +129,6 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
 
 
 def _row(objects: int) -> np.dtype[Any]:
-    """A chunk's record; in bytes without a type, since those of a text end at the last one that is not zero."""
+    """Return the dtype of one record. Digests are void bytes: numpy's byte strings would lose trailing zeros."""
     digests = [("nbytes", "<i8", (objects,)), ("crc32c", "<u4", (objects,)), ("sha256", "V32", (objects,))]
     return np.dtype([("there", "?"), ("rows_sha256", "V32"), *digests])

@@ -1,8 +1,7 @@
 """Commit records: one small file per finished chunk, written last.
 
-Whoever finds a commit may trust the chunk beside it, once its bytes have the recorded checksum. Records hold
-nothing that two equal runs would write differently; seconds and host go to the journal
-(``teacher_cache.storage.format.journal``).
+A chunk with a commit may be trusted once its bytes have the recorded checksum. Records hold nothing that two equal runs
+would write differently: seconds and host go to the journal (``teacher_cache.storage.format.journal``).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ __all__ = [
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 COMMITS = "commits"
-_FEW_CHUNKS = 16  # so many are looked at one by one; a listing is a request per 1,000 commits of the whole cache
+_FEW_CHUNKS = 16  # up to this number they are looked up one by one; a listing is a request per 1,000 commits
 
 
 class ChunkRef(NamedTuple):
@@ -55,7 +54,7 @@ class ChunkRef(NamedTuple):
 
     @property
     def commit_key(self) -> str:
-        """Where its commit record lies."""
+        """Key of its commit record."""
         return f"{COMMITS}/{self.name}.json"
 
     @property
@@ -65,15 +64,15 @@ class ChunkRef(NamedTuple):
         return f"{self.tower}/{middle}{self.chunk:06d}"
 
     def rows(self, layout: Layout) -> range:
-        """The rows that it holds; the last chunk of a tower may be short."""
+        """Return the rows that it holds. The last chunk of a tower may be short."""
         size, total = layout.chunk_rows(self.tower), layout.rows(self.tower)
         return range(self.chunk * size, min((self.chunk + 1) * size, total))
 
     def object_keys(self, layout: Layout | None = None) -> dict[str, str]:
-        """Array name to object key of each Zarr object of this chunk.
+        """Return the key of each Zarr object of this chunk, by array name.
 
         Args:
-            layout: of the cache; left out, the objects that a chunk has in every cache.
+            layout: layout of the cache. Default: the objects that a chunk has in every cache.
         """
         if self.tower == "image":
             parts = {"embedding": f"{self.chunk}/{self.view}/0", "norm": f"{self.chunk}/{self.view}"}
@@ -86,7 +85,7 @@ class ChunkRef(NamedTuple):
 
 
 def all_chunks(layout: Layout) -> list[ChunkRef]:
-    """Every chunk of a cache: images view by view, then texts."""
+    """Return every chunk of a cache: images view by view, then captions."""
     images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.image_chunks)]
     return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
 
@@ -100,15 +99,15 @@ def stretches_of(refs: Iterable[ChunkRef]) -> list[list[ChunkRef]]:
 
 
 class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
-    """What the bytes of one Zarr object are."""
+    """Size and digests of one Zarr object."""
 
     nbytes: int = Field(gt=0, lt=2**63)
-    crc32c: int = Field(ge=0, lt=2**32, description="Of the array's bytes, as in the object's own last four.")
-    sha256: _Sha256 = Field(description="Of the whole object.")
+    crc32c: int = Field(ge=0, lt=2**32, description="Checksum of the array's bytes, equal to the object's last four.")
+    sha256: _Sha256 = Field(description="Digest of the whole object.")
 
 
 class QuarantinedRow(BaseModel, frozen=True, extra="forbid"):
-    """A row that the teacher could not be given: its embedding is NaN and no reader returns it."""
+    """A row without an embedding: it is NaN, and no reader returns it."""
 
     row: int
     sample_id: str
@@ -126,20 +125,18 @@ class ChunkCommit(BaseModel):
     chunk: int = Field(ge=0)
     rows: tuple[int, int] = Field(description="First row and one past the last.")
     generation: Literal[0] = Field(0, description="Always 0. Part of the records' bytes since the first version.")
-    encoder_digest: str = Field(description="How its rows were made: CacheIdentity.encoder_digest.")
-    rows_sha256: _Sha256 = Field(
-        description="Of what its rows were made: teacher_cache.storage.format.tables.chunk_rows_sha256."
-    )
-    objects: dict[str, ObjectDigest] = Field(description="By array name: embedding, norm, view, scale.")
+    encoder_digest: str = Field(description="Digest of how its rows were made: CacheIdentity.encoder_digest.")
+    rows_sha256: _Sha256 = Field(description="Digest of what its rows were made from: tables.chunk_rows_sha256.")
+    objects: dict[str, ObjectDigest] = Field(description="Objects by array name: embedding, norm, view, scale.")
     quarantined: tuple[QuarantinedRow, ...] = ()
 
     @property
     def ref(self) -> ChunkRef:
-        """The chunk that this record is of."""
+        """Chunk of this record."""
         return ChunkRef(self.tower, self.view, self.chunk)
 
     def to_bytes(self) -> bytes:
-        """One line of JSON with its own digest."""
+        """Return one line of JSON with its own digest."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return canonical_json(with_digest(fields)) + b"\n"
 
@@ -157,10 +154,10 @@ class ChunkCommit(BaseModel):
 
 
 def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit | None:
-    """The commit of a chunk, proven to be of this chunk and this cache; None when there is none.
+    """Return the commit of a chunk, proven to be of this chunk and this cache; None if there is none.
 
     Raises:
-        CacheCorruptError: there is a record, and it is damaged or belongs elsewhere.
+        CacheCorruptError: the record is damaged or belongs elsewhere.
     """
     try:
         data = files.read(ref.commit_key)
@@ -170,10 +167,10 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
 
 
 def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit:
-    """The record that these bytes are, proven to be of this chunk and this cache.
+    """Parse a commit record, and prove that it is of this chunk and this cache.
 
     Raises:
-        CacheCorruptError: they are damaged or belong elsewhere.
+        CacheCorruptError: the bytes are damaged or belong elsewhere.
     """
     where = f"{location}/{ref.commit_key}"
     commit = ChunkCommit.from_bytes(data, where)
@@ -193,7 +190,7 @@ def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: Chun
 
 
 def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
-    """Those that have a commit record, in whatever state: by a listing, or where they are few by a look at each."""
+    """Return the chunks that have a commit record, damaged ones included. Few chunks need no listing."""
     if len(refs) <= _FEW_CHUNKS:
         there = in_parallel(files, lambda ref: files.exists(ref.commit_key), refs)
         return {ref for ref, found in zip(refs, there, strict=True) if found}
@@ -220,7 +217,7 @@ def commits_sha256(commits: Iterable[ChunkCommit]) -> str:
 
 
 def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
-    """Bytes of the objects of some chunks; the last one of a tower is padded, so that all are of one size."""
+    """Return the bytes of the objects of some chunks. The last chunk of a tower is padded, so all have one size."""
     counts = Counter(ref.tower for ref in refs)
     return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
 

@@ -1,4 +1,4 @@
-"""The identity of a cache: what its rows are of, and how two of them are compared, field by field. No file access."""
+"""The identity of a cache: what its rows are and how they were made, compared field by field. No file access."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no white space: equal values give equal bytes."""
+    """Return UTF-8 JSON with sorted keys and no white space: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def digest_of(value: Any) -> str:
-    """sha256, in hex, of :func:`canonical_json`."""
+    """Return the sha256, in hex, of :func:`canonical_json`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
@@ -60,19 +60,19 @@ def without_digest(fields: Any) -> dict[str, Any]:
 
 
 class Record(BaseModel):
-    """A part of what is on disk: frozen, and without fields that are not known."""
+    """Base of what is stored on disk: frozen, and unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def fields(self) -> dict[str, Any]:
-        """As JSON values, fields that are None left out: one added later does not change what is on disk today."""
+        """Return JSON values without fields that are None, so a new field changes no existing digest."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
 class TeacherIdentity(Record):
     """The frozen teacher."""
 
-    name: str = Field(description="As asked for: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
+    name: str = Field(description="Name of the model: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
     pretrained: str | None = Field(None, description="open_clip's pretrained tag, for a built-in name.")
     weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
     architecture: dict[str, Any] = Field(description="open_clip's model config.")
@@ -92,12 +92,12 @@ class PreprocessIdentity(Record):
     interpolation: str = Field(description="bicubic, bilinear or random, as open_clip names them.")
     resize_mode: str = Field(description="shortest (then centre crop), longest (then pad) or squash.")
     fill_color: int = Field(description="Padding of resize_mode longest, 0-255.")
-    antialias: bool = Field(description="Whether shrinking low-passes first.")
+    antialias: bool = Field(description="Filter: whether images are low-passed before they shrink.")
     probe: str = Field(
         description="Block means of the probe images' pixels, base64; compared with a tolerance, so that "
         "Pillow and pillow-simd, one level apart here and there, count as the same."
     )
-    decoder: str | None = Field(None, description="What made the pixels, if not Pillow: jpeg-scaled.")
+    decoder: str | None = Field(None, description="Decoder, if not Pillow: jpeg-scaled.")
 
 
 class TokenizerIdentity(Record):
@@ -109,7 +109,7 @@ class TokenizerIdentity(Record):
 
 
 class ViewsIdentity(Record):
-    """Which crops of an image the teacher saw."""
+    """The crops of an image that the teacher saw."""
 
     policy: Literal["evaluation", "random-resized-crop"] = Field(
         description="evaluation: the one plain evaluation crop; else how the views after it were drawn."
@@ -118,25 +118,25 @@ class ViewsIdentity(Record):
     scale: tuple[float, float] | None = Field(None, description="Least and greatest share of the image's area.")
     ratio: tuple[float, float] | None = Field(None, description="Least and greatest width / height of a crop.")
     flip: float | None = Field(None, ge=0, le=1, description="Probability that a crop is mirrored.")
-    seed: int | None = Field(None, ge=0, description="Of the draws; the boxes themselves are stored too.")
+    seed: int | None = Field(None, ge=0, description="Seed of the draws. The boxes are stored too.")
 
     def holds(self, wanted: ViewsIdentity) -> bool:
-        """Whether each view that is wanted is among these, drawn in the same way."""
+        """Return whether these views include all of ``wanted``, drawn in the same way."""
         same_draws = wanted.model_copy(update={"count": self.count}) == self
         return wanted.count <= self.count and (wanted.count == 1 or same_draws)
 
 
 class TargetsIdentity(Record):
-    """What is stored of the teacher's output."""
+    """The stored form of the teacher's output."""
 
     dtype: Literal["float16", "int8"] = Field(
-        "float16", description="Of the stored embeddings; int8 has a scale for each column of each chunk."
+        "float16", description="Storage type of the embeddings; int8 has a scale for each column of each chunk."
     )
     normalized: bool = Field(True, description="Rows have unit L2 norm; the norm is kept beside them.")
 
     @property
     def layout_dtype(self) -> Literal["int8"] | None:
-        """As ``teacher_cache.storage.format.layout.Layout`` has it: None of float16."""
+        """Dtype as ``Layout.embedding_dtype`` has it: None for float16."""
         return None if self.dtype == "float16" else self.dtype
 
 
@@ -179,7 +179,7 @@ class CacheIdentity(Record):
 
     @property
     def encoder_digest(self) -> str:
-        """The same over teacher, preprocessing, tokenizer and targets alone: how a row is made, of whatever it is."""
+        """sha256 over teacher, preprocessing, tokenizer and targets alone: how a row is made, whatever the dataset."""
         proven = self._proven()
         return digest_of({part: proven[part] for part in ("teacher", "preprocess", "tokenizer", "targets")})
 
@@ -190,37 +190,39 @@ class CacheIdentity(Record):
         return fields
 
     def differences(self, wanted: CacheIdentity) -> list[IdentityDifference]:
-        """Every field in which ``wanted`` differs."""
-        here, there = self.fields(), wanted.fields()
-        found = []
-        for part in here:
-            for name in sorted({*here[part], *there[part]}):
-                mine, asked = here[part].get(name), there[part].get(name)
+        """Return every field in which ``wanted`` differs."""
+        own, other = self.fields(), wanted.fields()
+        different = []
+        for part in own:
+            for name in sorted({*own[part], *other[part]}):
+                stored, expected = own[part].get(name), other[part].get(name)
                 if (part, name) in _NAMES_ONLY:
                     continue
                 if (part, name) == _PROBE:
-                    if not _probes_agree(str(mine), str(asked)):
-                        found.append(IdentityDifference(f"{part}.{name}", "these pixels of the probe images", "others"))
-                elif mine != asked:
-                    found.append(IdentityDifference(f"{part}.{name}", _short(mine), _short(asked)))
-        return found
+                    if not _probes_agree(str(stored), str(expected)):
+                        different.append(
+                            IdentityDifference(f"{part}.{name}", "these pixels of the probe images", "others")
+                        )
+                elif stored != expected:
+                    different.append(IdentityDifference(f"{part}.{name}", _short(stored), _short(expected)))
+        return different
 
     def require(
         self, wanted: CacheIdentity, location: str, way_out: str = _WAY_OUT, accept: Collection[str] = ()
     ) -> tuple[str, ...]:
-        """Refuse to go on when this identity is not ``wanted``.
+        """Check that this identity is ``wanted``.
 
         Args:
-            location: of the cache, for the message.
+            location: location of the cache, for the message.
             way_out: last sentence of the message.
             accept: fields (``teacher.precision``), or parts (``dataset``) with all their fields, that may differ.
 
         Returns:
-            A line for each difference that was accepted.
+            A line for each accepted difference.
 
         Raises:
             CacheMismatchError: names the cache, each field that differs with both values, and the way out.
-            UsageError: ``accept`` names what is no field.
+            UsageError: ``accept`` names an unknown field.
         """
         parts = type(self).model_fields
         known = {f"{part}.{name}" for part in parts for name in type(getattr(self, part)).model_fields}

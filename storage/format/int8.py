@@ -1,4 +1,4 @@
-"""int8 embeddings: a whole number for each value, and for each column of a chunk what one step is.
+"""int8 embeddings: a whole number for each value, and a scale for each column of a chunk.
 
 Symmetric, by the greatest magnitude of the column (Krishnamoorthi 2018, Quantizing deep convolutional networks for
 efficient inference, section 2.2, with a column for a channel): ``step = max |x| / 127``, ``q = round(x / step)``, so
@@ -42,7 +42,7 @@ def quantize(rows: NDArray[np.float16]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 
 def dequantize(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What was stored, as numbers: float32 (rows, dim), NaN for :data:`NO_EMBEDDING`.
+    """Return stored rows as float32 (rows, dim), with NaN for :data:`NO_EMBEDDING`.
 
     Args:
         stored: (rows, dim).
@@ -57,7 +57,7 @@ def dequantize(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[n
 
 
 def unit_dequantized(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows as readers give them: float32 of unit norm, NaN for a row without embedding.
+    """Return rows as readers do: float32 of unit norm, NaN for a row without embedding.
 
     Norms are summed in float64, so that the order of the sum, which differs between machines, is lost in rounding.
 
@@ -75,5 +75,5 @@ def unit_dequantized(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDA
 
 
 def norm_slack(step: NDArray[Any]) -> float:
-    """By how much rounding may have moved the norm of a row: half the length of (1, dim) ``step``."""
+    """Return the bound on how far rounding moved the norm of a row: half the length of (1, dim) ``step``."""
     return float(np.linalg.norm(step.astype(np.float64))) / 2

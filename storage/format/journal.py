@@ -1,8 +1,8 @@
-"""The journal: when, where and how fast each chunk was made. Observation only; never read to decide anything.
+"""The journal: when, where and how fast each chunk was made. It is never read to decide anything.
 
-Kept apart from commits so that all the rest of a cache is the same, byte for byte, whoever made it and
-however often the work was interrupted. A note carries its own digest and that of the commit that it is about, which
-is how ``verify`` can name a chunk that was put back in an older state.
+It is kept apart from the commits, so that the rest of a cache is the same, byte for byte, on every machine and after
+every interruption. A note carries its own digest and that of its commit. By it, ``verify`` names a chunk that was put
+back in an older state.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ JOURNAL = "journal"
 
 
 class ChunkCost(BaseModel):
-    """What one chunk took."""
+    """The cost of one chunk."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     rows: int = Field(ge=0)
     encoded_rows: int | None = Field(
-        None, ge=0, description="Of those, that the teacher saw, where others were copied; left out: all of them."
+        None, ge=0, description="Rows that the teacher encoded; others were copied. Default: all."
     )
     seconds: float = Field(ge=0, description="Wall clock from first decode to commit.")
-    decode_wait_seconds: float = Field(0.0, ge=0, description="Of those, the teacher waiting for pixels or tokens.")
-    teacher_seconds: float = Field(0.0, ge=0, description="Of those, in the forward pass.")
+    decode_wait_seconds: float = Field(0.0, ge=0, description="Seconds that the teacher waited for pixels or tokens.")
+    teacher_seconds: float = Field(0.0, ge=0, description="Seconds of the forward pass.")
     write_seconds: float = Field(0.0, ge=0, description="Digest, write, sync and commit.")
     device: str = ""
     host: str = Field(default_factory=socket.gethostname)
@@ -43,39 +43,39 @@ class ChunkCost(BaseModel):
 
 
 class ChunkNote(ChunkCost):
-    """A cost as it is kept: with the chunk and the commit that it is of."""
+    """A cost as it is stored, with its chunk and its commit."""
 
     chunk: str = Field(description="ChunkRef.name.")
-    commit_sha256: str = Field(description="Of the commit record that was written just before.")
+    commit_sha256: str = Field(description="Digest of the commit record that was written just before.")
 
     def is_of(self, commit: ChunkCommit) -> bool:
-        """Whether this very record was noted."""
+        """Return whether the note is about this very record."""
         return self.commit_sha256 == _commit_sha256(commit)
 
 
 def note_key(name: str) -> str:
-    """Where the note of a chunk lies, by ``ChunkRef.name``."""
+    """Return the key of the note of a chunk, by ``ChunkRef.name``."""
     return f"{JOURNAL}/{name}.json"
 
 
 def write_cost(files: CacheFiles, ref: ChunkRef, cost: ChunkCost, commit: ChunkCommit) -> None:
-    """Note what a chunk took, after its commit; encoding it again replaces the note."""
+    """Write the cost of a chunk after its commit. Encoding the chunk again replaces the note."""
     note = ChunkNote(**cost.model_dump(), chunk=ref.name, commit_sha256=_commit_sha256(commit))
     files.write(note_key(ref.name), _note_bytes(note.model_dump(mode="json", exclude_none=True)))
 
 
 def read_note(files: CacheFiles, name: str) -> ChunkNote:
-    """The note of one chunk.
+    """Return the note of one chunk.
 
     Raises:
         FileNotFoundError: there is none.
-        CacheCorruptError: it is not as it was written, or of another chunk.
+        CacheCorruptError: it is damaged, or of another chunk.
     """
     where = f"{files.location}/{note_key(name)}"
     data = files.read(note_key(name))
     try:
         fields = without_digest(json.loads(data))
-        # bytes, not values: white space or another way to write a number is damage too
+        # bytes, not values: other white space or another form of a number is damage too
         if data != _note_bytes(fields):
             raise CacheCorruptError(f"{where}: not the bytes that were written. {_REMEDY}")
         note = ChunkNote.model_validate(fields)
@@ -87,7 +87,7 @@ def read_note(files: CacheFiles, name: str) -> ChunkNote:
 
 
 def read_cost(files: CacheFiles, name: str) -> ChunkCost | None:
-    """What one chunk took, by its note; None when that is damaged or cannot be read."""
+    """Return the cost of one chunk, or None if its note is damaged or cannot be read."""
     try:
         return read_note(files, name)
     except ConnectionError:

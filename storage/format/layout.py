@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from teacher_cache.storage.format.identity import Record
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["ARRAYS", "CRC_BYTES", "SCALE", "VIEW_FIELDS", "Layout", "Tower", "chunk_shape", "stored_arrays"]
 
 CRC_BYTES = 4
-"""Of the checksum behind each chunk object."""
+"""Bytes of the checksum behind each chunk object."""
 
 # tower -> array -> dtype, as encoders make them; shapes follow from the layout
 ARRAYS: dict[Tower, dict[str, str]] = {
@@ -23,18 +20,18 @@ ARRAYS: dict[Tower, dict[str, str]] = {
 }
 VIEW_FIELDS = ("top", "left", "height", "width", "flip")
 SCALE = "scale"
-"""The array that a cache of int8 embeddings has besides: what one step of each column is, chunk by chunk."""
+"""Name of the array that int8 caches have in addition: the scale of each column, chunk by chunk."""
 
 
 def stored_arrays(layout: Layout, tower: Tower) -> dict[str, str]:
-    """Name and dtype of each array on disk: those of :data:`ARRAYS`, or int8 embeddings with their scales."""
+    """Return the dtype of each array on disk by name: :data:`ARRAYS`, or int8 embeddings with their scales."""
     if layout.embedding_dtype is None:
         return ARRAYS[tower]
     return {**ARRAYS[tower], "embedding": "|i1", SCALE: "<f4"}
 
 
 def chunk_shape(layout: Layout, tower: Tower, name: str) -> tuple[int, ...]:
-    """Rows and columns of one chunk as readers and writers see it: the axis of the one view left out."""
+    """Return the shape of one chunk as readers and writers see it, without the axis of the single view."""
     if name == SCALE:
         return (1, layout.embed_dim)
     tail = {"embedding": (layout.embed_dim,), "norm": (), "view": (len(VIEW_FIELDS),)}[name]
@@ -53,21 +50,21 @@ class Layout(Record):
     text_rows: int = Field(ge=0)
     image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
     text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
-    batch_rows: int = Field(gt=0, description="Rows per forward pass: another number rounds otherwise.")
+    batch_rows: int = Field(gt=0, description="Rows per forward pass. Another number rounds differently.")
     text_order: Literal["characters"] | None = Field(
         None,
-        description="How a chunk's captions share forward passes: the shortest first; by row where left out.",
+        description="Order in which a chunk's captions share forward passes: the shortest first. Default: by row.",
     )
     embedding_dtype: Literal["int8"] | None = Field(
-        None, description="How embeddings are stored, if not in float16; then each chunk has an object of scales too."
+        None, description="Storage type of the embeddings, if not float16. Each chunk then has an object of scales."
     )
 
     def rows(self, tower: Literal["image", "text"]) -> int:
-        """All rows of a tower."""
+        """Return the number of rows of a tower."""
         return self.image_rows if tower == "image" else self.text_rows
 
     def chunk_rows(self, tower: Literal["image", "text"]) -> int:
-        """Rows of a whole chunk of a tower."""
+        """Return the number of rows of a whole chunk of a tower."""
         return self.image_chunk_rows if tower == "image" else self.text_chunk_rows
 
     @property
@@ -81,7 +78,7 @@ class Layout(Record):
         return -(-self.text_rows // self.text_chunk_rows)
 
     def chunks(self, tower: Literal["image", "text"]) -> int:
-        """Chunks of a tower, per view."""
+        """Return the number of chunks of a tower, per view."""
         return self.image_chunks if tower == "image" else self.text_chunks
 
     @property

@@ -50,9 +50,9 @@ def finished_by(made_with: dict[str, str]) -> Literal["import", "precompute"]:
 
 
 class Source(Record):
-    """Where the images were read from; not part of the identity, since a dataset may be moved."""
+    """The place that the images were read from. It is not part of the identity, since a dataset may move."""
 
-    dataset: str = Field(description="The dataset as asked for, KIND:PATH.")
+    dataset: str = Field(description="Dataset as named for precompute, KIND:PATH.")
     image_root: str = Field(description="Folder or URL that relative uris in the samples table start from.")
 
 
@@ -128,7 +128,7 @@ class CacheManifest(Record):
 
     @property
     def sealed(self) -> bool:
-        """Whether the cache is complete and its bytes are fixed."""
+        """True once the cache is complete and its bytes are fixed."""
         return self.seal is not None
 
     @property

@@ -1,4 +1,4 @@
-"""What the rows of one chunk must be: one rule for those who write them and those who verify them."""
+"""Rules for the rows of one chunk, shared by writers and ``verify``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ UNIT_NORM_TOLERANCE = 2e-3
 def wrong_rows(
     rows: range, arrays: dict[str, NDArray[Any]], quarantined: Collection[int]
 ) -> Iterator[tuple[str, str, str]]:
-    """Every rule that the rows of a chunk break: (array, kind of finding, one sentence with the first row).
+    """Yield each rule that the rows of a chunk break: (array, kind of finding, one sentence with the first row).
 
-    Encoded rows are finite in every array and of unit norm, of int8 as far as rounding allows; quarantined rows are
-    NaN, of int8 -128, in every array.
+    Encoded rows are finite in every array and of unit norm, for int8 as far as rounding allows. Quarantined rows are
+    NaN in every array, or -128 in int8.
 
     Args:
-        rows: of the chunk.
-        arrays: by name, one entry per row of the chunk, padding cut off; of int8 embeddings with their ``scale``.
-        quarantined: rows that have no embedding.
+        rows: rows of the chunk.
+        arrays: arrays by name without padding; int8 embeddings with their ``scale``.
+        quarantined: rows without an embedding.
     """
     tolerance = UNIT_NORM_TOLERANCE
     if SCALE in arrays:
@@ -59,15 +59,15 @@ def wrong_rows(
 
 
 def is_nan(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where there is no value: NaN, or -128 of int8, which has no NaN."""
-    found: NDArray[np.bool_] = values == NO_EMBEDDING if values.dtype == np.int8 else np.isnan(values)
-    return found
+    """Return a mask of missing values: NaN, or -128 in int8."""
+    mask: NDArray[np.bool_] = values == NO_EMBEDDING if values.dtype == np.int8 else np.isnan(values)
+    return mask
 
 
 def has_nan(values: NDArray[Any]) -> bool:
-    """Whether :func:`is_nan` is true anywhere, of a contiguous array: ten times as fast as ``np.isnan`` for float16.
+    """Return whether :func:`is_nan` is true anywhere in a contiguous array; ten times as fast for float16.
 
-    As integers, NaNs of IEEE 754 are what lies above infinity, those with the sign bit above minus infinity.
+    Read as integers, NaNs are larger than infinity, or than minus infinity if their sign bit is set (IEEE 754).
     """
     if not values.size:
         return False
@@ -78,7 +78,7 @@ def has_nan(values: NDArray[Any]) -> bool:
 
 @cache
 def _infinities(dtype: np.dtype[Any]) -> list[tuple[np.dtype[Any], int]]:
-    """Infinity as a signed integer and minus infinity as an unsigned one, with the dtypes to look by."""
+    """Return infinity as a signed and minus infinity as an unsigned integer, each with its dtype."""
     infinity = np.array(np.inf, dtype)
     wholes = [np.dtype(f"{dtype.byteorder}{kind}{dtype.itemsize}") for kind in "iu"]
     return [(whole, int(bound.view(whole))) for whole, bound in zip(wholes, (infinity, -infinity), strict=True)]
