@@ -1,4 +1,4 @@
-"""Plan a cache: read the dataset, prove the teacher, write manifest and tables, say what is still to be encoded."""
+"""Planning of a cache: read the dataset, prove the teacher, write manifest and tables, list the pending chunks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Progress = Callable[[str, int, int], None]
 _LOG = logger("precompute")
 
 CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
-"""Settings of precompute, by what the identity calls each (``teacher_cache.storage.format.identity.ViewsIdentity``)."""
+"""Settings of precompute, and their names in the identity (``ViewsIdentity``)."""
 # milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
 _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
@@ -67,7 +67,7 @@ _CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curv
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """A dataset as a cache of it will be: its files read and digested, nothing written."""
+    """A dataset whose files are read and digested, with the tables and identity that a cache of it has."""
 
     spec: DatasetSpec
     dataset: SampleSet
@@ -78,20 +78,20 @@ class PlannedDataset:
 def plan_precompute(
     config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None, encode_on: str | None = None
 ) -> list[ChunkRef]:
-    """Write the cache's manifest and tables, or check them against what is there; plan the views that it lacks.
+    """Write the cache's manifest and tables, or check them against the existing cache.
 
-    A cache that has more views than are asked for is taken as it is.
+    A cache with more views than ``config`` names is taken as it is.
 
     Args:
-        encode_on: type of device, as torch names it, that is going to encode, if it is not this teacher's.
+        encode_on: type of the device that will encode, as torch names it. Default: the teacher's.
 
     Returns:
         The chunks that are still to be encoded.
 
     Raises:
         UsageError: crop settings without random crops.
-        CacheMismatchError: the cache there is another one, or its random crops were drawn otherwise; or rows are
-            missing that an import began, which the teacher would make with other bytes.
+        CacheMismatchError: the cache is another one, has fewer views, or crops that were drawn differently; or it
+            was begun by an import, and the teacher would make other bytes of the missing rows.
     """
     refuse_to_mix(config.cache)
     origin = origin_of_reused(config, teacher)
@@ -110,7 +110,7 @@ def _tell_problems(dataset: SampleSet) -> None:
 
 
 def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str, str]:
-    """What a cache says of rows that it copies from one that had imported them. Reads manifests alone.
+    """Return what a cache records about rows that it copies from one that imported them. Reads manifests alone.
 
     Raises:
         NotReusableError: the rows of the cache to copy from are another teacher's, or made otherwise.
@@ -137,16 +137,16 @@ def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str
 def require_one_origin(
     config: PrecomputeConfig, origin: dict[str, str], there: CacheManifest, pending: Sequence[ChunkRef]
 ) -> None:
-    """Refuse to put imported rows and the teacher's own into one cache. Reads nothing, writes nothing.
+    """Check that imported rows and the teacher's own do not get into one cache. Reads and writes nothing.
 
     Args:
-        origin: of :func:`origin_of_reused`.
+        origin: result of :func:`origin_of_reused`.
         there: manifest of the cache to fill.
-        pending: its chunks that are still to be filled.
+        pending: its pending chunks.
 
     Raises:
-        CacheMismatchError: imported rows would be copied into a cache that was begun without them; or those of an
-            imported one are missing, which only the import has.
+        CacheMismatchError: imported rows would be copied into a cache that was begun without them; or rows are
+            missing that only the import has.
     """
     if origin and pending and IMPORTED not in there.made_with:
         raise CacheMismatchError(
@@ -158,7 +158,7 @@ def require_one_origin(
 
 
 def refuse_to_mix(cache: str) -> None:
-    """Leave imported rows that are not all there yet to the import that has them.
+    """Check that the cache is not an unfinished import, which only the import can finish.
 
     Raises:
         CacheMismatchError: the remedy is in the message.
@@ -181,7 +181,7 @@ def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
 
 
 def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
-    """Read and digest a dataset's files, and say what a cache of it by this teacher is. Writes nothing.
+    """Read and digest a dataset's files, and return what a cache of it by this teacher is. Writes nothing.
 
     Raises:
         UsageError: crop settings without random crops; or as
@@ -213,8 +213,8 @@ def plan_dataset(
     """Plan as :func:`plan_precompute` does, for a dataset that was read.
 
     Args:
-        device: type of the one that will encode, as torch names it.
-        made_with: what a manifest that is written now says; one that is there is left.
+        device: type of the device that will encode, as torch names it.
+        made_with: versions of the libraries, for a new manifest.
     """
     return _pending(_planned(config, device, planned, made_with))
 
@@ -274,7 +274,7 @@ def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[
 
 
 def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
-    """Samples, captions and problems as a cache lists them; of one dataset always the same."""
+    """Return samples, captions and problems as a cache lists them. They are the same for the same dataset."""
     samples = dataset.samples
     counts = [len(sample.captions) for sample in samples]
     texts = [caption for sample in samples for caption in sample.captions]
@@ -305,7 +305,7 @@ def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table
 
 
 def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
-    """What a cache's identity says of its rows."""
+    """Return the part of a cache's identity that is about its rows."""
     samples, captions = tables[SAMPLES], tables[CAPTIONS]
     return DatasetIdentity(
         kind=spec.kind,
@@ -318,7 +318,7 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
 
 
 def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
-    """What is stored of the teacher's output: as asked for, as the cache that is there has it, or by default."""
+    """Return the stored form of the teacher's output: that of ``config``, else of the existing cache, else float16."""
     if config.dtype is not None:
         return TargetsIdentity(dtype=config.dtype)
     try:
@@ -328,7 +328,7 @@ def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
 
 
 def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
-    """Return number and settings of the views: those of ``config``, else of the cache, else of the reused one.
+    """Return number and settings of the views: from ``config``, else the existing cache, else the reused one.
 
     Raises:
         UsageError: crop settings without random crops.
@@ -391,7 +391,7 @@ def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
 
 
 def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
-    """That of a new cache, its chunks and batches as those of the cache that is there where that is not asked for."""
+    """Return the layout: chunks and batches from ``config``, else from the existing cache, else by default."""
     rows = identity.dataset
     fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
     try:
@@ -410,7 +410,7 @@ def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str)
 def new_layout(
     config: PrecomputeConfig, device: str, embed_dim: int, views: int, image_rows: int, text_rows: int
 ) -> Layout:
-    """The layout of a cache that is not there yet: chunks and batches as asked for, or by rows and type of device."""
+    """Return the layout of a new cache: chunks and batches from ``config``, else by rows and type of device."""
     return Layout(
         embed_dim=embed_dim,
         views=views,
@@ -425,7 +425,7 @@ def new_layout(
 
 
 def default_chunk_rows(rows: int) -> int:
-    """4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
+    """Return 4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
     size = _CHUNK_ROWS
     while size > 64 and rows < 16 * size:
         size //= 2
@@ -433,16 +433,16 @@ def default_chunk_rows(rows: int) -> int:
 
 
 def default_batch_rows(device: str) -> int:
-    """Rows per forward pass on a type of device, as torch names it."""
+    """Return the rows per forward pass on a type of device, as torch names it."""
     # on a CPU the activations of a few images still fit its caches; more only cost memory
     return 16 if device == "cpu" else 256
 
 
 def library_versions(decoder: str = PILLOW) -> dict[str, str]:
-    """What made the pixels and the rows, for a manifest.
+    """Return the versions of the libraries that make the pixels and the rows, for a manifest.
 
     Args:
-        decoder: of the images.
+        decoder: decoder of the images.
     """
     names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
     if decoder == JPEG_SCALED:

@@ -1,8 +1,8 @@
-"""Mend a damaged cache: what is wrong and nothing else, from its backup, its dataset and its teacher.
+"""Repair of a damaged cache from its backup, its dataset and its teacher. Sound objects stay as they are.
 
-On top of ``teacher_cache.storage.check.repair``. torch and the teacher are loaded only if a chunk has to be encoded
-again. All that could refuse the work (another teacher, another dataset, a moved image) does so before anything is
-written. Chunks of imported rows are left: the teacher would give other bytes, and an import brings back the very ones.
+It builds on ``teacher_cache.storage.check.repair``. torch and the teacher are loaded only if a chunk must be encoded
+again. Another teacher, another dataset or a moved image is refused before anything is written. Chunks of imported rows
+are left to the import: the teacher would make other bytes.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Progress = Callable[[str, int, int], None]
 
 
 class RepairResult(BaseModel, frozen=True):
-    """What a repair did and how the cache is now."""
+    """The result of a repair, and the state of the cache."""
 
     cache: str
-    ok: bool = Field(description="Whether the cache is complete and sound now.")
-    done: tuple[str, ...] = Field(description="One line per object or chunk; empty when there was nothing to repair.")
+    ok: bool = Field(description="State of the cache: complete and sound.")
+    done: tuple[str, ...] = Field(description="Lines, one per mended object or chunk.")
     chunks_encoded: int
     manifest_digest: str
     replaced_manifest_digest: str | None = Field(
-        description="Of the sealed cache that was there, when chunks came back with other bytes."
+        description="Digest of the sealed cache before, if chunks came back with other bytes."
     )
-    left: tuple[str, ...] = Field((), description="Damaged chunks of imported rows, which an import makes again.")
-    findings: tuple[Finding, ...] = Field(description="What is still wrong: unknown files, or an unfinished cache.")
+    left: tuple[str, ...] = Field((), description="Damaged chunks of imported rows, which the import makes again.")
+    findings: tuple[Finding, ...] = Field(description="Remaining findings: unknown files, or an unfinished cache.")
     seconds: float
 
 
@@ -61,16 +61,15 @@ def repair(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> RepairResult:
-    """Verify a cache, mend what is damaged, and verify it again. A sound cache is left as it is.
+    """Verify a cache, mend what is damaged, and verify it again. A sound cache is not changed.
 
-    Safe to stop and to call again; readers and other repairs may be at work on the cache. Files that nothing accounts
-    for are named and kept.
+    Safe to stop and to call again, and while other processes read or repair the cache. Unknown files are kept.
 
     Args:
-        dataset: KIND:PATH, where the dataset is now; left out, where the cache found it. Read for damaged tables and
-            for the images of damaged chunks only.
-        teacher, pretrained: as for precompute; left out, the one that the manifest names.
-        device: of the teacher.
+        dataset: place of the dataset, KIND:PATH, read for damaged tables and images of damaged chunks. Default: the
+            place that the manifest names.
+        teacher, pretrained: as for precompute. Default: the teacher that the manifest names.
+        device: device of the teacher.
         progress: called with (stage, done, total).
 
     Raises:
@@ -175,10 +174,10 @@ def _encode(plan: RepairPlan, sources: _Sources, device: str, progress: Progress
 def teacher_of(
     manifest: CacheManifest, cache: str, teacher: str | None, pretrained: str | None
 ) -> tuple[str, str | None]:
-    """Name and pretrained tag of a cache's teacher: as given, else as the manifest has them.
+    """Return name and pretrained tag of a cache's teacher: the arguments, else those of the manifest.
 
     Raises:
-        UsageError: the manifest knows the name of a folder, not where it lies.
+        UsageError: the manifest has the name of a folder, but not its place.
     """
     recorded = manifest.identity.teacher
     if teacher is not None:
@@ -200,7 +199,7 @@ def _dataset(plan: RepairPlan, given: str | None) -> DatasetSpec:
 def _tables(
     plan: RepairPlan, spec: DatasetSpec, progress: Progress | None
 ) -> tuple[dict[str, pa.Table], dict[str, bytes]]:
-    """The dataset's tables, and the bytes of the parquet files that are damaged.
+    """Return the dataset's tables, and the bytes of the damaged parquet files.
 
     Raises:
         CacheMismatchError: it is another dataset, or the bytes come out differently.
@@ -238,7 +237,7 @@ def _tables(
 
 
 def _teacher(plan: RepairPlan, teacher: str | None, pretrained: str | None, device: str) -> LiveTeacher:
-    """The teacher, proven to be the cache's.
+    """Load the teacher and prove that it is the cache's.
 
     Raises:
         UsageError, CacheMismatchError: see :func:`repair`.
@@ -253,13 +252,13 @@ def _teacher(plan: RepairPlan, teacher: str | None, pretrained: str | None, devi
 
 
 def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | None) -> None:
-    """Refuse a dataset that is not the one of the damaged image chunks.
+    """Check that the dataset holds the images of the damaged chunks.
 
     Args:
         samples: made again, where the cache's own table is damaged.
 
     Raises:
-        CacheMismatchError: an image is not there, or is another one.
+        CacheMismatchError: an image is missing, or is another one.
     """
     from teacher_cache.pipeline.data.datasets.records import data_folder
     from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content

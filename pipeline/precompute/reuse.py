@@ -1,12 +1,11 @@
-"""Rows that need no teacher, since they are known: those of an earlier cache, of a dataset that grew or changed since.
+"""Rows that are copied from an earlier cache instead of encoded, bit for bit.
 
-They are copied bit for bit. An image's row depends on its bytes, a caption's on its text, and both on the teacher with
-its preprocessing, tokenizer and arithmetic. So they are found by content, wherever their rows are now: images that were
-added move those behind them.
+An image's row depends on its bytes, a caption's on its text, and both on the teacher with its preprocessing, tokenizer
+and arithmetic. So rows are matched by content: images that were added move those behind them.
 
-Rows of int8 share their scales with the others of their chunk, and in another one would be rounded a second time. Of
-such a cache whole chunks are copied, of the same images or captions in the same order, and no others: what is added
-behind the rest costs the teacher what is new and the last chunk before it, what is put between costs all that moves.
+Int8 rows share their scales with the rest of their chunk, and in another chunk would be rounded a second time. So an
+int8 cache gives whole chunks, of the same images or captions in the same order. Rows added at the end cost the teacher
+the new ones and the last chunk before them; rows inserted in between cost all rows that move.
 """
 
 from __future__ import annotations
@@ -47,29 +46,29 @@ _NOWHERE = -1
 
 
 class NotReusableError(CacheMismatchError):
-    """A cache whose rows this teacher would not make."""
+    """The rows of a cache are not those that this teacher would make."""
 
 
 class KnownRows(Protocol):
-    """Where rows of a cache come from that are not encoded."""
+    """Source of rows that are not encoded."""
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
-        """Which of the rows of a chunk are known, and what is known of them.
+        """Return which rows of a chunk are known, and their arrays.
 
         Returns:
-            (rows,) bool; and by array name the known rows in order: ``embedding`` and ``norm``, for images ``view`` too
-            where the crop is known. A row that would be quarantined is not known. With ``scale`` all rows are known,
-            their embeddings int8, and all arrays there.
+            (rows,) bool; and the known rows by array name: ``embedding`` and ``norm``, for images also ``view`` if
+            the crop is known. A row that would be quarantined is not known. With ``scale``, all rows are known and
+            the embeddings are int8.
         """
 
 
 class CachedRows:
-    """Rows of a finished cache by the rows of another one. Holds 8 bytes for each row of the cache to fill.
+    """Rows of a finished cache, matched to the rows of another one. Holds 8 bytes for each row of the cache to fill.
 
     Args:
-        location: of the finished cache.
-        identity: of the cache to fill.
-        column: of one of its tables, by the table's name and its own.
+        location: location of the finished cache.
+        identity: identity of the cache to fill.
+        column: reads one of its columns, by the names of table and column.
 
     Raises:
         NotReusableError: its rows are another teacher's, or made otherwise.
@@ -87,7 +86,7 @@ class CachedRows:
         self._lost: dict[int, NDArray[np.int64]] = {}
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
-        """As :class:`KnownRows`, with the crops.
+        """Return known rows as :class:`KnownRows` does, with the crops.
 
         Raises:
             CacheError: a chunk of the earlier cache cannot be read, or is damaged.
@@ -106,31 +105,31 @@ class CachedRows:
         return known, {name: values[finite] for name, values in arrays.items()}
 
     def count(self, ref: ChunkRef, rows: range) -> int:
-        """How many rows of a chunk :meth:`take` gives; no row is read for it."""
+        """Return the number of rows of a chunk that :meth:`take` gives, without reading rows."""
         there = self._there(ref, rows)
         if ref.tower == "image" and there.any():
             there &= ~np.isin(self._old["image"][rows.start : rows.stop], self._lost_in(ref.view))
         return int(there.sum())
 
     def _lost_in(self, view: int) -> NDArray[np.int64]:
-        """Rows quarantined in a view, for which all commits are looked through once."""
+        """Return the rows quarantined in a view. All commits are searched once."""
         if view not in self._lost:
             self._lost[view] = np.fromiter(self._reader.quarantined_in(view), np.int64)
         return self._lost[view]
 
     def _there(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
-        """Which rows of a chunk the earlier cache has, quarantined ones included."""
+        """Return which rows of a chunk the earlier cache has, quarantined ones included."""
         found: NDArray[np.bool_] = self._old[ref.tower][rows.start : rows.stop] != _NOWHERE
         return found & (ref.view < self._views)
 
 
 class CachedChunks:
-    """Whole chunks of a finished cache of int8 by the chunks of another one.
+    """Whole chunks of a finished int8 cache, matched to the chunks of another one.
 
     Args:
-        location: of the finished cache.
-        identity: of the cache to fill.
-        rows_sha256: of what some rows of it are made: ``teacher_cache.storage.format.tables.chunk_rows_sha256``.
+        location: location of the finished cache.
+        identity: identity of the cache to fill.
+        rows_sha256: digests some of its rows, as ``teacher_cache.storage.format.tables.chunk_rows_sha256``.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
@@ -141,7 +140,7 @@ class CachedChunks:
         require_reusable(self._reader.manifest, location, identity)
         self._views = _views_alike(self._reader, identity)
         self._rows_sha256 = rows_sha256
-        # one that has quarantined rows is looked at again
+        # chunks with quarantined rows are encoded again
         self._old = {
             (ref.tower, ref.view, commit.rows_sha256): ref
             for ref, commit in self._reader.commits().items()
@@ -149,14 +148,14 @@ class CachedChunks:
         }
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
-        """As :class:`KnownRows`: all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
+        """Return all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
         old = self._find(ref, rows)
         if old is None:
             return np.zeros(len(rows), np.bool_), {}
         return np.ones(len(rows), np.bool_), self._reader.stored_chunk(old)
 
     def count(self, ref: ChunkRef, rows: range) -> int:
-        """How many rows of a chunk :meth:`take` gives: all or none; no row is read for it."""
+        """Return the number of rows of a chunk that :meth:`take` gives, all or none, without reading rows."""
         return len(rows) if self._find(ref, rows) is not None else 0
 
     def _find(self, ref: ChunkRef, rows: range) -> ChunkRef | None:
@@ -166,7 +165,7 @@ class CachedChunks:
 
 
 def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:
-    """The rows of the cache ``reuse``, if one is named, for the cache of ``writer``; see :class:`CachedRows`.
+    """Return the rows of the cache ``reuse``, if one is named, for the cache of ``writer``; see :class:`CachedRows`.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
@@ -187,12 +186,12 @@ def cached_rows(
     column: Callable[[str, str], pa.ChunkedArray],
     rows_sha256: Callable[[Tower, range], str],
 ) -> CachedRows | CachedChunks:
-    """Of a finished cache, what another one can copy: rows, or of int8 whole chunks.
+    """Return what another cache can copy from a finished one: rows, or whole chunks of int8.
 
     Args:
-        identity: of the cache to fill.
-        column: of one of its tables, by the table's name and its own.
-        rows_sha256: of what some of its rows are made.
+        identity: identity of the cache to fill.
+        column: reads one of its columns, by the names of table and column.
+        rows_sha256: digests some of its rows.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
@@ -203,11 +202,11 @@ def cached_rows(
 
 
 def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
-    """How many rows of some chunks are copied, by tower; an image's views are rows of their own.
+    """Return how many rows of some chunks are copied, by tower. Each view of an image counts as a row.
 
     Args:
-        layout: of the cache to fill.
-        refs: chunks of it.
+        layout: layout of the cache to fill.
+        refs: its chunks to count.
     """
     found: dict[Tower, int] = {"image": 0, "text": 0}
     for ref in refs:
@@ -216,25 +215,27 @@ def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable
 
 
 def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
-    """Refuse a cache whose rows a teacher would not make again.
+    """Check that a teacher would make the rows of a cache again.
 
     Args:
-        have: of the cache to copy from, at ``location``.
-        identity: of the cache to fill.
+        have: manifest of the cache to copy from, at ``location``.
+        identity: identity of the cache to fill.
 
     Raises:
         NotReusableError: teacher, preprocessing, tokenizer or what is stored differ.
     """
-    mine = have.identity
-    like = identity.model_copy(update={"dataset": mine.dataset, "views": mine.views})
+    stored = have.identity
+    like = identity.model_copy(update={"dataset": stored.dataset, "views": stored.views})
     try:
-        mine.require(like, location, f"Its rows cannot be reused: {_way_out(mine, like)}, and the teacher encodes all.")
+        stored.require(
+            like, location, f"Its rows cannot be reused: {_way_out(stored, like)}, and the teacher encodes all."
+        )
     except CacheMismatchError as error:
         raise NotReusableError(str(error)) from None
 
 
 def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
-    """What to do where rows cannot be copied; to ask for them as they are is offered where that is all it takes."""
+    """Return what to do if rows cannot be copied: the flags of the other cache if they suffice, else no --reuse."""
     flags = {"targets.dtype": f"--dtype {have.targets.dtype}"}
     if have.preprocess.decoder != wanted.preprocess.decoder:
         decoder = f"--decoder {have.preprocess.decoder or PILLOW}"
@@ -247,7 +248,7 @@ def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
 
 
 def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
-    """How many views of a cache another one draws in the same way."""
+    """Return the number of views of a cache that another one draws in the same way."""
     alike = {"count": 0}
     views = have.manifest.identity.views.model_copy(update=alike)
     # crops are drawn from the settings and the bytes of an image; the evaluation crop is view 0 of all
@@ -257,8 +258,8 @@ def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
 def _places(
     column: Callable[[str, str], pa.ChunkedArray], there: EmbeddingReader, table: str, name: str
 ) -> NDArray[np.int64]:
-    """Where each value of a column of one cache is first among those of another one; -1 where it is not."""
-    # both columns are let go of afterwards: what is kept of a row is its place
+    """Return the first place of each value of a column in the same column of another cache; -1 if it is not in it."""
+    # both columns are freed afterwards: only the place of a row is kept
     among = long_texts(read_table(there.files, there.manifest, table, [name])[name]).combine_chunks()
     found = pc.index_in(long_texts(column(table, name)), value_set=among)
     places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)

@@ -1,5 +1,4 @@
-"""Run the teacher once: plan the cache (``teacher_cache.pipeline.precompute.plan``), encode what is pending
-(``teacher_cache.pipeline.precompute.encode``), seal it."""
+"""The whole precompute: plan the cache (``plan``), encode the pending chunks (``encode``), seal."""
 
 from __future__ import annotations
 
@@ -28,36 +27,35 @@ _PROBLEMS_SHOWN = 50
 
 
 class PrecomputeResult(BaseModel, frozen=True):
-    """What a run of precompute did and what the cache holds now."""
+    """The result of a run of precompute, and the content of the cache."""
 
     cache: str
     manifest_digest: str
     replaced_manifest_digest: str | None = Field(
-        description="Of the sealed cache that was there, when damaged chunks came back with other bytes."
+        description="Digest of the sealed cache before, if damaged chunks came back with other bytes."
     )
     identity_digest: str
     teacher: str
     images: int = Field(description="Rows of the image tower, quarantined ones included.")
     captions: int
-    views: int = Field(description="Of each image; those that were there before are counted too.")
+    views: int = Field(description="Views of each image.")
     splits: dict[str, int]
     chunks: int
-    chunks_encoded: int = Field(description="By this run; the others were there.")
+    chunks_encoded: int = Field(description="Chunks encoded by this run.")
     rows_reused: dict[Tower, int] = Field(
-        description="By tower, of view 0, that the named cache has: copied by the runs that named it. 0 where this run "
-        "encoded nothing."
+        description="Rows of view 0 and captions that the reused cache has, by tower. 0 if this run encoded nothing."
     )
-    quarantined: int = Field(description="Images with a row that could not be encoded in every view; counted once.")
-    lost_images: int = Field(description="Images of the dataset that got no row.")
-    problems: dict[str, int] = Field(description="Everything that was wrong, counted by kind.")
-    problem_details: tuple[str, ...] = Field(description="The first 50, by name.")
+    quarantined: int = Field(description="Images without an embedding in some view, each counted once.")
+    lost_images: int = Field(description="Images of the dataset without a row.")
+    problems: dict[str, int] = Field(description="Problems of the dataset and of encoding, counted by kind.")
+    problem_details: tuple[str, ...] = Field(description="First 50 problems, by name.")
     seconds: float
-    images_per_second: float | None = Field(description="Of the teacher, over all chunks of the cache.")
+    images_per_second: float | None = Field(description="Speed of the teacher over all chunks.")
     captions_per_second: float | None
 
 
 def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> PrecomputeResult:
-    """Make the cache that ``config`` describes, or finish the one that is there.
+    """Make the cache that ``config`` describes, or finish an existing one.
 
     Safe to stop at any moment and to call again: only chunks without a sound commit are encoded. Several processes
     may be started on one cache: they share its chunks, and each returns when all is done.
@@ -74,7 +72,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         ChildProcessError: the executor's workers ended again and again, or there is no place for one.
     """
     started = time.perf_counter()
-    # a slip should cost neither the loading of a teacher nor the reading of a dataset
+    # a typing error is found before a teacher is loaded or a dataset read
     DatasetSpec.parse(config.dataset)
     require_place(open_files(config.cache))
     with observed(cache=config.cache):
@@ -85,11 +83,11 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
 
 
 def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
-    """Seal a finished cache and say what is in it.
+    """Seal a finished cache and return what is in it.
 
     Args:
-        chunks_encoded, seconds: of the run that asks.
-        reuse: the cache that rows were copied from.
+        chunks_encoded, seconds: work and time of this run.
+        reuse: cache that rows were copied from.
 
     Raises:
         CacheIncompleteError: chunks are missing.

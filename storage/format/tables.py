@@ -62,14 +62,14 @@ _ROWS_PER_FILE = 1_000_000
 FILES_AT_ONCE = 4
 """Files of a table that are requested from a store at once; each is in memory while it is proven."""
 ROWS_PER_GROUP = 65_536
-"""Rows of a parquet file's row groups, of which one is the least that can be read."""
+"""Rows per row group of a parquet file, the smallest unit that can be read."""
 _BLOCK_BYTES = 1 << 20
-# what of a row its embedding is made of; where an image lies or which split it is in changes nothing
+# the columns that an embedding is made from; the place or the split of an image changes nothing
 _MADE_OF = {"image": ["sample_id", "content_sha256"], "text": ["text"]}
 
 
 def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str, tuple[bytes, int]]:
-    """A table as parquet files of the cache: ``NAME/000000.parquet`` and on, with bytes and rows.
+    """Return a table as parquet files of the cache, ``NAME/000000.parquet`` and on, with bytes and rows.
 
     At least one file, even when the table is empty.
 
@@ -87,7 +87,7 @@ def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str
 
 
 def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A table of the cache, all rows of all columns or of some; each file proven by its digest.
+    """Read a table of the cache, all rows of all columns or of some. Each file is proven by its digest.
 
     Raises:
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
@@ -99,36 +99,36 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
 
 
 def long_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of texts as one of more than 2 GiB has to be, for ``take``, ``combine_chunks`` and look-ups in it."""
+    """Cast to large_string: ``take`` and ``combine_chunks`` overflow on string columns above 2 GiB."""
     return column.cast(pa.large_string())
 
 
 def table_keys(manifest: CacheManifest, name: str) -> list[str]:
-    """The parquet files of a table, in the order of their rows."""
+    """Return the parquet files of a table, in the order of their rows."""
     return sorted(key for key in manifest.files if key.startswith(f"{name}/"))
 
 
 def samples_sha256(samples: pa.Table) -> str:
-    """``DatasetIdentity.samples_sha256``: over sample_id, split and content of each image, in row order."""
+    """Return ``DatasetIdentity.samples_sha256``: over sample_id, split and content of each image, in row order."""
     return _digest_rows(samples.select(["sample_id", "split", "content_sha256"]))
 
 
 def captions_sha256(captions: pa.Table) -> str:
-    """``DatasetIdentity.captions_sha256``: over image row and text of each caption, in row order."""
+    """Return ``DatasetIdentity.captions_sha256``: over image row and text of each caption, in row order."""
     return _digest_rows(captions.select(["image_row", "text"]))
 
 
 def chunk_rows_sha256(rows: pa.Table, tower: Literal["image", "text"]) -> str:
-    """``ChunkCommit.rows_sha256``: over what the rows of a chunk were made of, in row order.
+    """Return ``ChunkCommit.rows_sha256``: over what the rows of a chunk were made from, in row order.
 
     Args:
-        rows: of the chunk; samples for the image tower, captions for the text tower.
+        rows: rows of the chunk; samples for the image tower, captions for the text tower.
     """
     return _digest_rows(rows.select(_MADE_OF[tower]))
 
 
 def _digest_rows(table: pa.Table) -> str:
-    """sha256 over one line of canonical JSON per row."""
+    """Return the sha256 over one line of canonical JSON per row."""
     total = hashlib.sha256()
     for batch in table.to_batches(max_chunksize=65_536):
         columns = [column.to_pylist() for column in batch.columns]
@@ -142,14 +142,14 @@ def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def parquet_file(source: pa.NativeFile) -> pq.ParquetFile:
-    """A parquet file to be read from this thread."""
+    """Open a parquet file that this thread reads."""
     # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
     # the process (exit -6) now and then
     return pq.ParquetFile(source, pre_buffer=False)
 
 
 def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
-    """The bytes of a file that the manifest names, proven.
+    """Read a file that the manifest names, and prove its bytes.
 
     Raises:
         CacheCorruptError: it is missing or has other bytes.
@@ -163,7 +163,7 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
 
 
 def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
-    """A file that the manifest names, open and proven: in a folder block by block, without its bytes in memory.
+    """Open and prove a file that the manifest names; in a folder block by block, without its bytes in memory.
 
     Raises:
         CacheCorruptError: it is missing or has other bytes.
@@ -186,7 +186,7 @@ def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFil
 
 @contextmanager
 def named_errors(files: CacheFiles, key: str) -> Iterator[None]:
-    """Errors of arrow, which know no name, with the file's."""
+    """Add the file's name to errors of arrow, which have none."""
     try:
         yield
     except OSError as error:

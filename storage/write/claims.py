@@ -1,13 +1,12 @@
-"""Claims: which process works on which chunk, so that several that were started on one cache share its work.
+"""Claims: which process works on which chunk, so that several processes share the work on one cache.
 
-A claim is an object that only one process can create. It saves work and guards nothing: two processes that
-encode the same chunk write the same bytes if they are alike (libraries, threads, device), so that a claim that is lost
-or taken over too early costs time only. Where they are not, objects of one may lie beside the record of the other: who
-encoded a chunk that was ``contested`` looks at it once more.
+A claim is an object that only one process can create. It saves work and guards nothing: two processes that encode the
+same chunk write the same bytes if they are alike (libraries, threads, device), so a lost claim costs time only. If they
+are not alike, objects of one may lie beside the record of the other: a chunk that was ``contested`` is checked again.
 
-A process shows that it lives by a beat, an object of its own that it changes every few seconds. A claim is
-stale when its process has ended, if that can be asked here, or else when its beat has not changed for a while
-by the clock of the one who looks; no two clocks are compared. The next attempt's claim then takes over.
+A process shows that it is alive by a beat, an object that it changes every few seconds. A claim is stale when its
+process has ended, if this machine can tell, or when its beat has not changed for a while by the clock of the process
+that looks. No two clocks are compared. The claim of the next attempt then takes over.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["CLAIMS", "PLAN", "Claims", "claim_name", "claimed_by", "clear_claims
 CLAIMS = "claims"
 PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0
-_BEATS_MISSED = 4  # a process that was silent this long is given up
+_BEATS_MISSED = 4  # a process that misses this many is given up
 _LIST_SECONDS = 5.0
 _FEW_CHUNKS = 16  # a listing is a request per 1,000 commits of the whole cache: not for these
 _GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
@@ -78,7 +77,7 @@ class Claims:
         if self._beating.ident is not None:
             self._beating.join()
         if isinstance(error, CacheUnreachableError):
-            return  # a store that was just given up is not asked again: claims of an ended process are taken over
+            return  # the store was just given up; claims of an ended process are taken over
         if self._in_doubt is not None and self._is_mine(self._in_doubt):
             self._held.append(self._in_doubt)
         for _ in in_parallel(self._files, self._files.delete, self._held):
@@ -104,10 +103,10 @@ class Claims:
             attempt += 1
 
     def contested(self, name: str) -> bool:
-        """Whether another process may be at work on a name that this one has.
+        """Return whether another process may be at work on a name that this one holds.
 
-        So it is where a store has no exclusive creation, and where the name was taken over: from a process that was
-        given up, but may only have been held up.
+        That is so if the store has no exclusive creation, or if the name was taken over from a process that may still
+        be alive.
         """
         return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
 
@@ -200,7 +199,7 @@ class Claims:
 
 
 def clear_claims(files: CacheFiles) -> None:
-    """Remove all claims of a complete cache, those of killed processes included: no work is left to claim."""
+    """Remove all claims of a complete cache, also those of killed processes."""
     for _ in in_parallel(files, files.delete, files.list(CLAIMS)):
         pass
 
@@ -225,7 +224,7 @@ def _holder(files: CacheFiles, key: str) -> ProcessName | None:
 
 
 def left_claims(files: CacheFiles) -> list[str]:
-    """Keys of claims and beats whose process has ended; of a process that cannot be asked, after a day of silence."""
+    """Return the keys of claims and beats whose process has ended, or has been silent for a day."""
     left, ended, living = [], set[str](), set[str]()
     keys = files.list(CLAIMS)
     beats = [key for key in keys if key.startswith(f"{CLAIMS}/alive/")]

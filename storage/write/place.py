@@ -1,4 +1,4 @@
-"""Whether a cache can be begun at a location, found out before hours are spent on what goes into it."""
+"""The check of a location before a cache is started in it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _NAMED = 3
 
 
 def require_place(files: CacheFiles) -> None:
-    """Refuse to begin a cache among other things, or where nothing can be written; one that is there is no reason.
+    """Check that a cache can be created here: the folder is empty or already holds this cache, and is writable.
 
-    In a folder of photographs, or of caches, all of them would be files that the cache knows nothing of. Of a store
-    folders alone are looked at, and not whether it can be written.
+    In a folder of photographs, or of caches, all of them would be unknown files of the cache. In an object store only
+    the folders are checked, not whether it is writable.
 
     Raises:
-        UsageError: the folder holds something else; names some of it.
-        CacheAccessError: this user may not write there.
+        UsageError: the folder holds something else, which the message names.
+        CacheAccessError: this user may not write in the folder.
     """
     if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):
         return
     if isinstance(files, LocalFiles):
         folder = Path(files.path(""))
-        there = _names(folder)
+        names = _names(folder)
         _require_writable(folder)
     else:
-        there = files.folders()
-    others = sorted(name for name in there if name not in _OWN and not PARTIAL.match(name))
+        names = files.folders()
+    others = sorted(name for name in names if name not in _OWN and not PARTIAL.match(name))
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Create a cache: identity, layout and tables, before the first chunk; or take up one that was begun."""
+"""Planning of a cache: identity, layout and tables before the first chunk, or the check of an existing cache."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
-    """Bytes, and rows of a parquet file, of every file that is written when a cache is planned, by key."""
+    """Return bytes and rows (of parquet files) of every file that is written when a cache is planned, by key."""
     contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
     for name in (SAMPLES, CAPTIONS, PROBLEMS):
         contents.update(table_files(name, tables[name]))
@@ -146,6 +146,6 @@ def _start(
         problems=dict(sorted(counts.items())),
         made_with=made_with,
     )
-    # manifest last: whoever finds it may trust the tables and the metadata that it names
+    # manifest last: once it exists, the tables and metadata that it names can be trusted
     write_manifest(files, manifest)
     return manifest

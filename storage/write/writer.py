@@ -1,4 +1,4 @@
-"""Writing a cache: plan it once, then one whole chunk per call, commit record last, seal at the end."""
+"""Writer of a cache: one whole chunk per call, its commit record last, and a seal at the end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = ["EmbeddingWriter"]
 
 
 class EmbeddingWriter:
-    """Writes the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
+    """Writer of the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
 
     def __init__(self, location: str, manifest: CacheManifest | None = None) -> None:
         """Open a planned cache.
@@ -65,16 +65,16 @@ class EmbeddingWriter:
         self.commits: CommitRecords | None = None
         """Commit records of all chunks, once the cache is sealed by this writer."""
         self.samples = TableRows(self.files, self.manifest, SAMPLES)
-        """One row per image, read as asked for."""
+        """Samples table, read by rows."""
         self.captions = TableRows(self.files, self.manifest, CAPTIONS)
-        """One row per caption, read as asked for."""
+        """Captions table, read by rows."""
 
     def table(self, tower: Tower) -> TableRows:
-        """Of what a tower's rows are made: the samples, or the captions."""
+        """Return the table that a tower's rows are made from: samples or captions."""
         return self.samples if tower == "image" else self.captions
 
     def rows_sha256(self, ref: ChunkRef) -> str:
-        """``ChunkCommit.rows_sha256`` of a chunk, by the tables.
+        """Return ``ChunkCommit.rows_sha256`` of a chunk, from the tables.
 
         Raises:
             CacheCorruptError: a table is missing or damaged.
@@ -82,9 +82,9 @@ class EmbeddingWriter:
         return chunk_rows_sha256(self.table(ref.tower).read(ref.rows(self.manifest.layout)), ref.tower)
 
     def pending(self) -> list[ChunkRef]:
-        """Chunks that are not done. Done means: committed, and every byte has the committed checksum.
+        """Return the chunks that are not committed with sound bytes.
 
-        Reads all committed chunks once; a damaged one counts as pending, so running again repairs it.
+        Reads all committed chunks once. A damaged chunk is pending, so running again repairs it.
         """
         refs = all_chunks(self.manifest.layout)
         committed = self.committed(refs)
@@ -92,15 +92,15 @@ class EmbeddingWriter:
         return [ref for ref in refs if ref not in committed or not next(sound)]
 
     def committed(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
-        """Those of some chunks that have a commit record, in whatever state."""
+        """Return the chunks that have a commit record, damaged ones included."""
         return committed_chunks(self.files, refs)
 
     def is_committed(self, ref: ChunkRef) -> bool:
-        """Whether the chunk has a commit record, in whatever state."""
+        """Return whether the chunk has a commit record, sound or damaged."""
         return self.files.exists(ref.commit_key)
 
     def is_sound(self, ref: ChunkRef) -> bool:
-        """Whether the chunk is committed, of these very rows, and every byte has the committed checksum."""
+        """Return whether the chunk is committed, of the tables' rows, and every byte has the committed checksum."""
         layout = self.manifest.layout
         try:
             commit = read_commit(self.files, self.manifest, ref)
@@ -126,11 +126,11 @@ class EmbeddingWriter:
 
         Args:
             arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
-                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order. A cache of
-                int8 rounds the embeddings here; it takes them rounded too, of another cache, bit for bit:
-                ``embedding`` (rows, dim) int8 with ``scale`` (1, dim) float32.
-            quarantined: rows without embedding; theirs must be NaN, all others must not be.
-            cost: noted in the journal.
+                ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order. An int8
+                cache quantizes the embeddings here, or takes those of another cache bit for bit: ``embedding``
+                (rows, dim) int8 with ``scale`` (1, dim) float32.
+            quarantined: rows without embedding, which must be NaN; all others must not be.
+            cost: cost to write to the journal.
 
         Raises:
             ValueError: wrong arrays, shapes, dtypes or number of rows; a row that is not finite or not of
@@ -150,7 +150,7 @@ class EmbeddingWriter:
             for name in stored
         }
         started = time.perf_counter()
-        # all of them before the commit, in whatever order
+        # in any order, but all of them before the commit
         keys = ref.object_keys(layout)
         for _ in in_parallel(self.files, lambda name: self.files.write(keys[name], encoded[name][0]), list(keys)):
             pass
@@ -164,7 +164,7 @@ class EmbeddingWriter:
             objects={name: digest for name, (_, digest) in encoded.items()},
             quarantined=tuple(quarantined),
         )
-        # commit record last: whoever finds it may trust the chunk before it
+        # commit record last: once it exists, the chunk can be trusted
         self.files.write(ref.commit_key, commit.to_bytes())
         if cost is not None:
             spent = time.perf_counter() - started
@@ -200,7 +200,7 @@ class EmbeddingWriter:
         if sealed != self.manifest:
             write_manifest(self.files, sealed)
             self.manifest = sealed
-        # of processes that were killed beside this one
+        # also those of killed processes
         clear_claims(self.files)
         self.files.remove_partials()
         return self.manifest
