@@ -69,7 +69,7 @@ def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
     assert (found["deleted"], found["nbytes"]) == (False, sum(sizes.values()))
     shown = run.invoke(app, ["gc", str(known_cache)]).stdout
     assert "unknown-file: notes.txt (11 B)" in shown
-    assert "nothing was touched, --delete removes them" in shown
+    assert "found; --delete removes them" in shown
     assert cache_digest(known_cache) == littered
 
     known = sum(sizes[key] for key, kind in left.items() if kind != "unknown-file")
