@@ -76,7 +76,7 @@ def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
     done = run.invoke(app, ["gc", str(known_cache), "--delete"]).stdout.splitlines()
     assert done[-2:] == [
         f"{known_cache}: 3 files, {known} B deleted",
-        "2 unknown files left; look at them, --delete --unknown removes them too",
+        "2 unknown files kept; look at them, --delete --unknown removes them too",
     ]
     assert (known_cache / "notes.txt").read_text() == "of a person"
     done = run.invoke(app, ["gc", str(known_cache), "--delete", "--unknown"]).stdout.splitlines()
