@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+import teacher_cache.storage.format.manifest
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheMismatchError
 from teacher_cache.storage.files.location import open_files
