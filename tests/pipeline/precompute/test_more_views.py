@@ -127,7 +127,9 @@ def test_more_views_of_a_finished_cache_are_refused_with_the_command_that_makes_
         forecast(home.config(cache, **asked))
     assert states(cache) == before
     command = str(no.value).partition(": teacher-cache ")[2].replace("--cache NEW", f"--cache {tmp_path / 'new'}")
-    done = CliRunner().invoke(app, [*shlex.split(command), "--device", "cpu", "--batch-size", "4", "--chunk-rows", "8"])
+    done = CliRunner().invoke(
+        app, [*shlex.split(command), "--device", "cpu", "--batch-size", "4", "--set", "chunk_rows=8"]
+    )
     assert done.exit_code == 0, done.output
     assert contents(tmp_path / "new") == contents(home.three)
 
