@@ -435,7 +435,7 @@ def test_int8_rows_are_the_folders_up_to_half_a_step(home: Home, tmp_path: Path)
     folder, cache = home.like_clip_retrieval(tmp_path / "f", image=image), tmp_path / "c"
     settings = home.settings(folder, cache, dtype="int8")
     del settings["folder"]
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    flags = [f"--set={name}={value}" for name, value in settings.items()]
     done = CliRunner().invoke(app, ["import", str(folder), *flags, "--json"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)

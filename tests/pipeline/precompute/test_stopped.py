@@ -133,7 +133,7 @@ def test_every_command_ends_with_a_line_and_1(
 ) -> None:
     from teacher_cache.pipeline.cli import app as cli
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)  # the handler runs before
 

@@ -59,7 +59,7 @@ def digest(photos: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def command(photos: Path, teacher: Path, cache: str) -> list[str]:
-    flags = (f"--{name.replace('_', '-')}={value}" for name, value in settings(photos, teacher, cache).items())
+    flags = (f"--set={name}={value}" for name, value in settings(photos, teacher, cache).items())
     return [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "precompute", *flags]
 
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(known_cache: Path,
         export_rows(str(known_cache), str(tmp_path / "v"), view=1)
     assert not (tmp_path / "v").exists()
     done = run.invoke(app, ["export", str(known_cache), "--out", str(tmp_path / "w"), "--captions", "some"])
-    assert isinstance(done.exception, UsageError)
+    assert (done.exit_code, "'some' is not one of 'first', 'all'" in done.stderr) == (2, True)
     shown = run.invoke(app, ["export", str(known_cache), "--out", str(tmp_path / "p")]).stdout
     assert "10 pairs of 10 images, 8 wide, float16, in 1 part; 0 quarantined left out" in shown
 
