@@ -100,8 +100,8 @@ students = Group("students", commands=[_list, _rollback], no_args_is_help=True)
     "retrain",
     RetrainConfig,
     flags=(
-        *("dataset", "teacher", "pretrained", "home", "caches", "student", "start", "split", "margin"),
-        *("min_retention", "max_removed", "ship", "device"),
+        *("dataset", "teacher", "pretrained", "home", "caches", "dtype", "decoder", "student"),
+        *("start", "split", "margin", "min_retention", "max_removed", "ship", "device"),
     ),
     example="retrain configs/retrain.toml",
 )
