@@ -56,7 +56,7 @@ def closure(wanted: Iterable[str]) -> dict[str, Distribution]:
 
 
 def licence_of(found: Distribution) -> str:
-    """What a distribution says of its licence, in a line."""
+    """Return the licence of a distribution in one line."""
     metadata = found.metadata
     if expression := metadata.get("License-Expression"):
         return str(expression)

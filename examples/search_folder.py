@@ -40,7 +40,7 @@ def kept_features(path: Path, student_key: str) -> dict[tuple[str, int, int], np
 
 
 def index_folder(folder: Path, student: StudentRuntime) -> tuple[faiss.IndexFlatIP, list[str]]:
-    """An index of all pictures below a folder, and their names by row."""
+    """Index all pictures below a folder; return the index and the names by row."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of pictures")
     record = (student.folder / RECORD).read_bytes() + student.variant.encode()

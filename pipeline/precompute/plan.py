@@ -185,7 +185,7 @@ def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progr
 
     Raises:
         UsageError: crop settings without random crops; or as
-        ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
+            ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
     """
     views = asked_views(config)
 

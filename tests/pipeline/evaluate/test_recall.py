@@ -77,9 +77,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
 @given(
     seed=st.integers(0, 2**32 - 1),
     kinds=st.tuples(st.sampled_from(sorted(KINDS)), st.sampled_from(sorted(KINDS))),
-    images=st.integers(1, 25),
-    captions=st.integers(1, 70),
-    dim=st.integers(1, 24),
+    sizes=st.tuples(st.integers(1, 25), st.integers(1, 70), st.integers(1, 24)),
     depth=st.one_of(st.none(), st.integers(1, 80)),
     spare=st.sampled_from([0, 1, 32]),
     at_once=st.sampled_from([3, 4096]),
@@ -88,9 +86,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
 def test_ranks_equal_those_of_all_scores_in_float64(
     seed: int,
     kinds: tuple[str, str],
-    images: int,
-    captions: int,
-    dim: int,
+    sizes: tuple[int, int, int],
     depth: int | None,
     spare: int,
     at_once: int,
@@ -98,6 +94,7 @@ def test_ranks_equal_those_of_all_scores_in_float64(
 ) -> None:
     """Any number of captions per image or none, ties of all kinds, depths beyond the gallery, blocks of any size."""
     rng = np.random.default_rng(seed)
+    images, captions, dim = sizes
     image, text = KINDS[kinds[0]](rng, images, dim), KINDS[kinds[1]](rng, captions, dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faiss_search, "_SPARE", spare)

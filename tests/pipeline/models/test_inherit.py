@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from teacher_cache.pipeline.models.factorized import factors_of
 from teacher_cache.pipeline.models.inherit.run import InheritResult, inherit, inherit_weights, token_counts
@@ -107,6 +107,28 @@ def test_an_equal_student_becomes_the_teacher(wide: Path) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in student.model.state_dict().items())
 
 
+def hide(name: str, value: Tensor, target: Tensor, stream: Tensor, hidden: Tensor, head_channels: Tensor) -> None:
+    """Copy a parameter of a narrow model into the channels of a wide one that it is hidden in."""
+    if name.endswith("in_proj_weight"):
+        target.view(3, 48, 48)[:, head_channels[:, None], stream] = value.view(3, 32, 32)
+    elif name.endswith("in_proj_bias"):
+        target.view(3, 48)[:, head_channels] = value.view(3, 32)
+    elif name.endswith("out_proj.weight"):
+        target[stream[:, None], head_channels] = value
+    elif name.endswith("c_fc.weight"):
+        target[hidden[:, None], stream] = value
+    elif name.endswith("c_fc.bias"):
+        target[hidden] = value
+    elif name.endswith("c_proj.weight"):
+        target[stream[:, None], hidden] = value
+    elif name.endswith(("token_embedding.weight", "positional_embedding")):
+        target[:, stream] = value
+    elif name == "logit_scale":
+        target.copy_(value)
+    else:  # (width, ...): norms, biases, class embedding, patches, projections
+        target[stream] = value
+
+
 def test_layers_and_embedding_of_a_narrow_teacher_hidden_in_a_wide_one_are_found(wide: Path, tmp_path: Path) -> None:
     """A wide teacher with all but some channels, heads and layers at zero computes what its student should."""
     torch.manual_seed(3)
@@ -125,24 +147,7 @@ def test_layers_and_embedding_of_a_narrow_teacher_hidden_in_a_wide_one_are_found
     for name, value in narrow.state_dict().items():
         # layers 1 and 2 of the wide teacher are the narrow one's two
         target = state[name.replace("resblocks.1.", "resblocks.2.").replace("resblocks.0.", "resblocks.1.")]
-        if name.endswith("in_proj_weight"):
-            target.view(3, 48, 48)[:, head_channels[:, None], stream] = value.view(3, 32, 32)
-        elif name.endswith("in_proj_bias"):
-            target.view(3, 48)[:, head_channels] = value.view(3, 32)
-        elif name.endswith("out_proj.weight"):
-            target[stream[:, None], head_channels] = value
-        elif name.endswith("c_fc.weight"):
-            target[hidden[:, None], stream] = value
-        elif name.endswith("c_fc.bias"):
-            target[hidden] = value
-        elif name.endswith("c_proj.weight"):
-            target[stream[:, None], hidden] = value
-        elif name.endswith(("token_embedding.weight", "positional_embedding")):
-            target[:, stream] = value
-        elif name == "logit_scale":
-            target.copy_(value)
-        else:  # (width, ...): norms, biases, class embedding, patches, projections
-            target[stream] = value
+        hide(name, value, target, stream, hidden, head_channels)
     teacher.model.load_state_dict(state)
     student = fresh(narrow_config, teacher)
     parts = inherit_weights(student, teacher, text_layers=(1, 2), image_layers=(1, 2))
