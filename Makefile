@@ -45,8 +45,8 @@ demo: install  ## precompute, train and evaluate on shipped scenes: one table in
 test: install  ## every promise at reduced counts, in at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
-test-all: install  ## every test at full counts: kills, injections, S3, Ray, browser, PostgreSQL
-	$(PYTEST)
+test-all: test  ## every test: make test, then the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
+	$(PYTEST) -m slow
 
 lint: install  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/ruff check .
