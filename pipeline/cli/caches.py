@@ -102,7 +102,9 @@ def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
         print_lines(*_import_lines(result))
 
 
-@settings_command("verify", ProofConfig, argument="cache", example="verify coco.cache --sample 459")
+@settings_command(
+    "verify", ProofConfig, argument="cache", optional=["sample"], example="verify coco.cache --sample 459"
+)
 @log_format_option
 @json_flag
 def verify(settings: Settings[ProofConfig], as_json: bool) -> None:

@@ -54,6 +54,7 @@ def settings_command(
     kind: type[_C],
     flags: Sequence[str] | None = None,
     argument: str | None = None,
+    optional: Sequence[str] = (),
     example: str = "",
 ) -> Callable[[_Callback], click.Command]:
     """Return a decorator that makes a command of a function whose first argument is :class:`Settings`.
@@ -62,6 +63,7 @@ def settings_command(
         flags: fields that are options, in this order; the other fields are for the run file and ``--set``. By default
             all fields are options.
         argument: a required field that is typed without a flag.
+        optional: required fields that this command can do without.
         example: words after ``teacher-cache``, shown below the help.
     """
     names = [field for field in (flags or kind.model_fields) if field != argument]
@@ -71,9 +73,9 @@ def settings_command(
     if name in RUN_FILE_STAGES:
         described = "TOML file with a table per stage. Options win over it."
         params.append(Argument(["run_file"], described, type=Path, required=False, metavar="[RUN.toml]"))
-    params += [_option(field, kind.model_fields[field]) for field in names]
+    params += [_option(field, kind.model_fields[field], field not in optional) for field in names]
     if set(kind.model_fields) - {*names, argument}:
-        params.append(_set_option(kind, names))
+        params.append(_set_option(kind, [*names, argument]))
     fields = {*names, argument}
 
     def decorate(function: _Callback) -> click.Command:
@@ -115,7 +117,7 @@ class _SettingsCommand(Command):
             raise click.UsageError(f"No such option {error.option_name!r}.{advice}", ctx) from error
 
 
-def _set_option(kind: type[StageConfig], flags: Sequence[str]) -> click.Option:
+def _set_option(kind: type[StageConfig], flags: Sequence[str | None]) -> click.Option:
     others = [name for name in kind.model_fields if name not in flags]
     described = f"Any other setting, also from the run file: {', '.join(others)}."
     return click.Option(["--set", "assignments"], multiple=True, metavar="NAME=VALUE", help=described)
@@ -129,10 +131,10 @@ def _argument(name: str, field: FieldInfo) -> Argument:
     return Argument([name], str(field.description), required=True, **settings)
 
 
-def _option(name: str, field: FieldInfo) -> click.Option:
+def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     """Return the flag of a field. It has no default of its own, so that a run file counts where nothing is typed."""
     flag = "--" + name.replace("_", "-")
-    settings: dict[str, Any] = {"help": _help(field)}
+    settings: dict[str, Any] = {"help": _help(field, may_be_required)}
     kind = _without_none(field.annotation)
     items = get_args(kind)
     if kind is bool:
@@ -157,11 +159,11 @@ def _without_none(annotation: Any) -> Any:
     return kinds[0] if NoneType in get_args(annotation) else annotation
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: FieldInfo, may_be_required: bool) -> str:
     """Return the description, with the default or the word required unless the description says it."""
     text = " ".join(str(field.description).split())
     if field.is_required():
-        return f"{text} [required]"
+        return f"{text} [required]" if may_be_required else text
     if "Default:" in text or field.default is False or field.default in (None, (), ""):
         return text
     if isinstance(field.default, tuple):

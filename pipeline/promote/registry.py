@@ -1,7 +1,7 @@
 """The registry of students: candidates with their lineage, and promotions. No torch.
 
     students/
-      candidates/0003.json    a student, its comparison with the champion of its day, and the verdict
+      candidates/000003.json  a student, its comparison with the champion of its day, and the verdict
       promotions/0002.json    makes a candidate the champion
 
 Both are written once and never changed. The champion is the candidate of the promotion with the greatest number: a

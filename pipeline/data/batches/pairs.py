@@ -103,8 +103,9 @@ def views_used(reader: EmbeddingReader, views: int | None) -> int:
     """
     if views is not None and views > reader.views:
         raise UsageError(
-            f"{reader.location}: {views} views asked for, this cache has {reader.views}. Add some with "
-            f"teacher-cache precompute --views {views}, or lower --views."
+            f"{reader.location}: {views} views asked for, this cache has {reader.views}. Set views to at "
+            f"most {reader.views}, or make a cache with more: teacher-cache precompute --views {views} "
+            "--reuse OLD --cache NEW."
         )
     return views or reader.views
 
