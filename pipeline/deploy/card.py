@@ -1,4 +1,4 @@
-"""The table of a deployed student as a picture: bars for what counts, all numbers below. Needs matplotlib."""
+"""Picture of a deployed student's table (bars, and all numbers below), and its model card. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32
 
 @dataclass(frozen=True)
 class _Panel:
-    """Bars of one number.
+    """One bar chart: a number for each row of the table.
 
     Attributes:
-        between: ends of its interval, where it has one.
+        between: ends of the number's interval, or None.
     """
 
     title: str
@@ -42,7 +42,7 @@ def draw_table(table: StudentTable, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("a picture of the table needs matplotlib: pip install 'teacher-cache[deploy]'") from error
-    # Figure and canvas by themselves: pyplot would pick a backend and keep global state
+    # no pyplot: it picks a backend and keeps global state
     figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2.2])
@@ -52,7 +52,7 @@ def draw_table(table: StudentTable, path: Path) -> None:
     axes = bars.subplots(1, len(panels), sharey=True)
     for axis, panel in zip(axes, panels, strict=True):
         _draw_bars(axis, panel, table.rows)
-    axes[0].invert_yaxis()  # shared by all of them
+    axes[0].invert_yaxis()  # all axes share it
     _draw_numbers(numbers.subplots(), table)
     figure.savefig(path, metadata={"Software": None})
 
@@ -82,7 +82,7 @@ def _kept(row: TableRow) -> Retained | None:
 
 
 def _share(kept: Retained | None) -> float:
-    """100 for the teacher itself."""
+    """Return the share in percent: 100 for the teacher itself."""
     return 100.0 if kept is None else kept.share or 0.0
 
 
@@ -112,7 +112,7 @@ def _colour(row: TableRow) -> str:
 def _draw_numbers(axis: Any, table: StudentTable) -> None:
     headings, rows = cells(table)
     axis.axis("off")
-    # turned, as in the terminal: it has more columns than fit side by side
+    # transposed, as in the terminal: the columns do not fit side by side
     grid = axis.table(
         cellText=[[row[index] for row in rows] for index in range(1, len(headings))],
         rowLabels=headings[1:],
@@ -129,11 +129,10 @@ def _draw_numbers(axis: Any, table: StudentTable) -> None:
 
 
 def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[AveragedRun]) -> str:
-    """Markdown, with the head that model hubs read.
+    """Return the model card in Markdown, with the YAML header that model hubs read.
 
     Args:
-        table: goes in whole.
-        averaged: the runs whose mean this student is, if it is one.
+        averaged: runs whose mean this student is; empty for a single run.
     """
     size = "x".join(str(edge) for edge in deployment.preprocess["size"])
     files = [
@@ -148,7 +147,7 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
     ]
     files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
-    # the last of those that have both towers, since the runtime takes both of one variant
+    # the runtime needs both towers of one variant
     smallest = [variant for variant, made in deployment.towers.items() if len(made) == 2][-1]
     dense = deployment.weights.bytes > 1.1 * 4 * deployment.parameters
     multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""

@@ -1,8 +1,8 @@
-"""A student's towers as ONNX: normalised features, any batch, text of any length where the architecture allows it.
+"""ONNX export of a student's towers: normalised features, any batch, any text length where the architecture allows it.
 
 The graphs come from torch.export (``dynamo=True``): batch norms are folded into their convolutions, padding is
-computed once, GELU and LayerNorm stay single nodes. Everything in them that is about this machine or this run is taken
-out, so that one student gives the same bytes each time.
+computed once, GELU and LayerNorm stay single nodes. Paths and names of this machine and run are removed, so that
+exporting a student twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["OPSET", "ExportedTowers", "export_towers"]
 
 OPSET = 20  # the first with Gelu as one node; ONNX Runtime 1.17 and newer run it
 
-# protobuf's limit on one message; a larger model needs its weights in a second file
+# protobuf's limit on one message
 _MOST_BYTES = 2**31 - 2**20
 
 
@@ -58,7 +58,7 @@ def export_towers(student: Student, folder: Path) -> ExportedTowers:
     (``teacher_cache.pipeline.deploy.gates``).
 
     Args:
-        student: on any device, in any mode; a copy is exported, it stays as it is.
+        student: on any device, in any mode. It is not changed: a copy is exported.
 
     Raises:
         UsageError: a tower does not fit into one file (2 GiB), or torch cannot export it.
@@ -68,7 +68,7 @@ def export_towers(student: Student, folder: Path) -> ExportedTowers:
     context_length = int(frozen.config["text_cfg"].get("context_length", 77))
     shortens = frozen.shortens
     batch = torch.export.Dim("batch", min=1)
-    # the end of the text has to fit in: 2 = start and end
+    # 2: start and end token
     length = torch.export.Dim("length", min=2, max=context_length)
     towers: list[tuple[str, nn.Module, Tensor, dict[int, Any]]] = [
         ("image", _Image(frozen), torch.zeros(2, 3, height, width), {0: batch}),
@@ -105,7 +105,7 @@ class _Text(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.shortens:
             return self.student.encode_text(tokens)
-        # not encode_text: it asks whether the length is the full one, and the graph is for all of them
+        # encode_text branches on the length; the graph has to work for every length
         features = encode_any_length(self.student.model, tokens)
         return nn.functional.normalize(features.float(), dim=-1)
 
@@ -143,19 +143,19 @@ def _export(name: str, module: nn.Module, example: Tensor, dynamic: dict[int, An
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Take out stack traces with paths, and names of Python objects."""
+    """Remove stack traces, which have paths, and the names of Python objects."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    # shapes of inner values: ONNX Runtime infers them again
+    # ONNX Runtime infers the shapes of inner values again
     graph.ClearField("value_info")
     graph.name = "tower"
 
 
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Without torch's fused attention, which has no ONNX form."""
+    """Disable torch's fused attention, which has no ONNX form, within the block."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -166,13 +166,13 @@ def _no_fast_path() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on its own insides."""
+    """Silence the exporter's notes on its internals within the block."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # torch.export and onnxscript use what torch and Python themselves deprecate
+            # torch.export and onnxscript call deprecated functions of torch and Python
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             yield

@@ -1,4 +1,4 @@
-"""Gates that each file of a deployment passes before it is shipped. An error says by how much a file fails."""
+"""Gates that each file of a deployment must pass before it is shipped. An error says by how much a file fails."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _WEIGHTS_ROWS = 32
 
 
 def require_finite_weights(checkpoint: Path, student: Student) -> None:
-    """Check that the weights of a checkpoint are finite, before a file is made of them.
+    """Check that the weights of a checkpoint are finite.
 
     Raises:
-        DeploymentError: a tensor is not; the message names the first.
+        DeploymentError: a tensor is not finite; the message names the first.
     """
     wrong = [name for name, tensor in student.model.state_dict().items() if not torch.isfinite(tensor).all()]
     if wrong:
@@ -47,11 +47,11 @@ def require_finite_weights(checkpoint: Path, student: Student) -> None:
 
 
 def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[np.float32]) -> Gate:
-    """Check that a float32 file gives the features of its model, on every row that recall is measured on.
+    """Check that a float32 file gives the same features as its model, on every row that recall is measured on.
 
     Args:
-        found: (rows, dim), by the file.
-        torch_rows: the same inputs by the model.
+        found: (rows, dim) features from the file.
+        torch_rows: features of the same inputs from the model.
 
     Raises:
         DeploymentError: a row differs.
@@ -67,10 +67,10 @@ def require_weights(
     """Check that ``model.safetensors``, loaded by open_clip alone, is the trained student.
 
     Args:
-        image, text: rows of the split by the trained student.
+        image, text: features of the split from the trained student.
 
     Raises:
-        DeploymentError: it gives other features.
+        DeploymentError: its features differ.
     """
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -80,7 +80,7 @@ def require_weights(
     with torch.inference_mode():
         found_image = F.normalize(model.encode_image(pixels), dim=-1).numpy()
         found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
-    # numpy's min: Python's lets NaN through
+    # Python's min ignores NaN, numpy's returns it
     least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
     name = "model.safetensors in open_clip"
     require_parity(name, least)
@@ -91,7 +91,7 @@ def require_finite(name: str, *features: NDArray[np.float32]) -> None:
     """Check that the features of quantised files are finite, so that recall is defined.
 
     Raises:
-        DeploymentError: some are not.
+        DeploymentError: a feature is not finite.
     """
     wrong = sum(int((~np.isfinite(rows)).any(axis=1).sum()) for rows in features)
     if wrong:
@@ -105,10 +105,10 @@ def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most:
     """Check that quantised files lose at most ``most`` points of any recall against the float32 files.
 
     Args:
-        name: of the files, for the message.
+        name: name of the files, for the message.
 
     Raises:
-        DeploymentError: a recall loses more; the message names it with both values.
+        DeploymentError: a recall loses more; the message has both values.
     """
     ours, theirs = recall_of_ranks(found), recall_of_ranks(fp32)
     losses = {
@@ -117,7 +117,7 @@ def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most:
         for metric, value in recalls.items()
     }
     (direction, metric), loss = max(losses.items(), key=lambda item: item[1])
-    # recalls are shares of whole numbers: a point lost exactly may be a rounding error above one
+    # 1e-9: a loss of exactly the maximum may be rounded up
     if loss > most + 1e-9:
         raise DeploymentError(
             f"{name}: {direction} {metric} is {ours[direction][metric]:.2f}, and {theirs[direction][metric]:.2f} in "
@@ -144,17 +144,16 @@ def least_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
         b: the same rows in the same order.
 
     Returns:
-        From -1 to 1. NaN, which no gate lets through, if a value is not finite or a row is zero.
+        From -1 to 1. NaN, which fails every gate, if a value is not finite or a row is zero.
 
     Raises:
         ValueError: the shapes differ, or there are no rows.
     """
-    # min of numpy gives NaN if one is NaN
     return float(row_cosines(a, b).min())
 
 
 def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(rows,) cosine of row i of ``a`` and row i of ``b``; see :func:`least_cosine`."""
+    """Return the cosine of row i of ``a`` and row i of ``b``, (rows,); see :func:`least_cosine`."""
     if a.shape != b.shape or a.ndim != 2 or not len(a):
         raise ValueError(f"rows of the same shape are wanted, at least one: found {a.shape} and {b.shape}")
     first, second = a.astype(np.float64), b.astype(np.float64)
@@ -169,12 +168,12 @@ def require_parity(name: str, least: float, wanted: float = WANTED_COSINE) -> No
     """Check an artefact's smallest cosine.
 
     Args:
-        name: of the artefact, for the message.
-        least: its :func:`least_cosine` to the model it was made from.
-        wanted: the cosine must be above this; NaN fails.
+        name: name of the artefact, for the message.
+        least: :func:`least_cosine` to the model it was made from.
+        wanted: threshold that the cosine must exceed; NaN fails.
 
     Raises:
-        DeploymentError: it fails; the message says by how much.
+        DeploymentError: the cosine is too small; the message says by how much.
     """
     if not least > wanted:
         raise DeploymentError(

@@ -1,4 +1,4 @@
-"""Measure a student before it is shipped: the same images, captions and rounds for teacher, student and ONNX files."""
+"""Measurement of a student before it is shipped: teacher, student and ONNX files on the same images and captions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from teacher_cache.storage.errors import UsageError
 __all__ = ["Subject", "measure"]
 
 _BATCHES = (1, 32)
-_EMBEDDED_AT_ONCE = 16  # decoded photographs, and a layer's activations, of so many are in memory at once
+_EMBEDDED_AT_ONCE = 16  # bounds the memory of decoded photographs and activations
 _CPU = torch.device("cpu")
 
 Progress = Callable[[str, int, int], None]
@@ -53,12 +53,12 @@ class Subject:
     """A deployment to measure, with teacher and split.
 
     Attributes:
-        folder: of the deployment, with its files.
-        reports: of quantised towers.
-        checkpoint: the files were made from it.
-        chosen_on: the split that the checkpoint was chosen on, if any.
-        teacher: on the CPU.
-        teacher_probe: arguments with which another process loads the teacher, to measure its memory.
+        folder: folder of the deployment.
+        reports: int8 reports of the quantised towers.
+        checkpoint: checkpoint that the files were made from.
+        chosen_on: split that the checkpoint was chosen on, if any.
+        teacher: the teacher, on the CPU.
+        teacher_probe: arguments to load the teacher in another process, which measures its memory.
         zero_shot: labelled images to measure accuracy on, if any.
     """
 
@@ -92,7 +92,7 @@ class _Model:
 
 
 def measure(config: DeployConfig, subject: Subject, progress: Progress) -> StudentTable:
-    """Check the files by their gates, then measure every number of the table, on the CPU.
+    """Check the gates of all files, then measure every number of the table, on the CPU.
 
     Raises:
         DeploymentError: a file fails its gate; the message says by how much.
@@ -202,7 +202,7 @@ def _with_recalls(
 
 
 def _teacher(subject: Subject, threads: int) -> _Model:
-    """Return the teacher: recall from its cached rows, cost from the running model."""
+    """Return the teacher: recall from its cached embeddings, cost from the loaded model."""
     teacher = subject.teacher
     timed = TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, _CPU)
     facts = timed.facts()
@@ -240,7 +240,7 @@ def _student(subject: Subject, encoder: StudentEncoder, ranks: RetrievalRanks, t
 
 
 def without_folders(dataset: str) -> str:
-    """Return ``imagefolder:cifar10`` for ``imagefolder:/home/me/cifar10``: others read the table."""
+    """Return ``imagefolder:cifar10`` for ``imagefolder:/home/me/cifar10``: the table is published."""
     kind, _, rest = dataset.partition(":")
     if kind == "torchvision":
         return f"{kind}:{rest.partition(':')[0]}"

@@ -1,4 +1,4 @@
-"""A deployed student as it is measured: by ONNX Runtime, each tower from its own file. No torch."""
+"""A deployed student to measure: ONNX Runtime runs each tower from its own file. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["OnnxStudent", "Tower", "load_onnx_student", "towers_of"]
 
 Tower = Literal["image", "text"]
 
-runtime_package("onnxruntime")  # now: a library's memory is not the model's
+runtime_package("onnxruntime")  # imported now: its memory does not count as the model's
 
 
 class OnnxStudent:
@@ -27,7 +27,7 @@ class OnnxStudent:
     ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.
 
     Args:
-        folder: of the deployment.
+        folder: folder of the deployment.
         variants: variant of each tower's file.
         threads: threads of a run. Default: one per core.
     """
@@ -39,7 +39,7 @@ class OnnxStudent:
         """See :meth:`StudentRuntime.embed_images`."""
         try:
             return self._towers["image"].embed_images(images)
-        except UndecodableImageError as error:  # too long a strip: what ZeroShotEncoder has a ValueError for
+        except UndecodableImageError as error:  # ZeroShotEncoder wants a ValueError for too long a strip
             raise ValueError(str(error)) from error
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:

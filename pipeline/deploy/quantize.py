@@ -1,11 +1,11 @@
-"""int8 forms of exported towers, by ONNX Runtime: what was quantised, what was not, and why. No torch.
+"""int8 quantization of exported towers by ONNX Runtime, with a report of what stays float and why. No torch.
 
 Transformers are quantised dynamically: weights beforehand, activations by their range in each call. Convolutional
-towers get fixed ranges from calibration images (``teacher_cache.pipeline.deploy.static_int8``), which is what makes
-convolutions faster. A file that would be int8 in name only is not written.
+towers get fixed ranges from calibration images (``teacher_cache.pipeline.deploy.static_int8``), since only fixed ranges
+make convolutions faster. A file that would be int8 in name only is not written.
 
-Weights use 7 of the 8 bits: on x86 processors without VNNI, sums of two products of 8-bit values do not fit into the
-16 bits that they have (onnxruntime's ``reduce_range``), and the same file would give other features there.
+Weights use 7 of the 8 bits (onnxruntime's ``reduce_range``): x86 processors without VNNI add two products of 8-bit
+values in 16 bits, which overflow, so the same file would give different features on them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from teacher_cache.storage.errors import UsageError
 __all__ = ["NotQuantisable", "quantisation_of", "quantize_tower"]
 
 LEAST_SHARE = 0.5
-"""Below this share of int8 parameters a file is not called int8."""
+"""Minimum share of int8 parameters in an int8 file."""
 
-# operators of an optimised graph that multiply in int8, and those that do so in float
+# operators of an optimised graph that multiply: in int8, and in float
 _INT8 = {
     "ConvInteger",
     "DynamicQuantizeMatMul",
@@ -63,7 +63,7 @@ class NotQuantisable(DeploymentError):
 
 
 def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
-    """Return the method of :func:`quantize_tower`: static, with calibration, for more than one convolution."""
+    """Return the method of :func:`quantize_tower`: static, with calibration, for two or more convolutions."""
     kinds = Counter(node.op_type for node in onnx.load(tower).graph.node)
     return "static" if kinds["Conv"] > 1 else "dynamic"
 
@@ -71,20 +71,20 @@ def quantisation_of(tower: Path) -> Literal["static", "dynamic"]:
 def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.float32]] | None = None) -> Int8Report:
     """Write the int8 form of an exported tower.
 
-    Which way is chosen from the graph, see :func:`quantisation_of`. The same source and calibration give the same
-    bytes. A dynamic tower takes the ranges of activations over the whole batch, so its features depend a little on
-    what else is in the batch. Whether the features are good enough is for the caller to measure.
+    The graph decides the method, see :func:`quantisation_of`. The same source and calibration give the same bytes. A
+    dynamic tower takes the ranges of activations over the whole batch, so a feature depends a little on the other
+    inputs of the batch. The caller measures whether the features are good enough.
 
     Args:
-        source: as ``teacher_cache.pipeline.deploy.export_onnx`` wrote it.
-        target: where to; written only if the tower was quantised.
-        calibration: batches of images as the student sees them, (batch, 3, height, width); gone through once, one at a
-            time. Needed for a static tower, not touched for a dynamic one. Some 128 images are enough; train images,
-            so that what is measured on others stays honest.
+        source: file written by ``teacher_cache.pipeline.deploy.export_onnx``.
+        target: file to write; written only if the tower was quantised.
+        calibration: batches of the student's input, (batch, 3, height, width), read once, one at a time. Required for
+            a static tower, not read for a dynamic one. About 128 training images are enough; images of the measured
+            split would flatter the result.
 
     Raises:
         NotQuantisable: less than half of the parameters became int8, or ONNX Runtime would multiply in float.
-        UsageError: the tower needs calibration and there are no images.
+        UsageError: the tower needs calibration and no images were passed.
     """
     method = quantisation_of(source)
     images = 0
@@ -119,7 +119,7 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
 
 
 def _require_int8(source: Path, report: Int8Report) -> None:
-    """Check that a file is int8 in more than its name.
+    """Check that enough parameters are int8 and that the file multiplies in int8.
 
     Raises:
         NotQuantisable: see :func:`quantize_tower`.
@@ -140,7 +140,7 @@ def _require_int8(source: Path, report: Int8Report) -> None:
 
 
 def _patches_by_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace convolutions without overlap by matrix products, which are fast in int8. Changes the model."""
+    """Replace convolutions without overlap by matrix products, which are fast in int8. Works in place."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
@@ -164,7 +164,7 @@ def _patches_by_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
         rows, columns = size[2] // height, size[3] // width
         name = node.output[0]
         for part, values in (
-            # 0 keeps the batch as it is
+            # 0 keeps the batch dimension
             ("split", np.array([0, channels, rows, height, columns, width])),
             ("flat", np.array([0, rows * columns, channels * height * width])),
             ("grid", np.array([0, outputs, rows, columns])),
@@ -218,7 +218,7 @@ def _report(method: Literal["static", "dynamic"], source: Path, target: Path, im
 
 
 def _float_parameters(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the sizes of float tensors that are no scalars."""
+    """Return the sizes of float tensors by name, scalars left out."""
     return {
         tensor.name: int(np.prod(tensor.dims))
         for tensor in model.graph.initializer
@@ -258,7 +258,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice, which it gives through the root logger, and the handler that this would add."""
+    """Silence the quantiser within the block. It logs to the root logger, which would add a handler."""
     root = logging.getLogger()
     silent, level = logging.NullHandler(), root.level
     root.addHandler(silent)

@@ -8,7 +8,7 @@
     model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
     README.md  table.*          the model card and its table
 
-The record names all files that count.
+The record lists every file that is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Variant = Literal["fp32", "int8"]
 
 
 class DeploymentError(CacheError):
-    """An artefact that differs from the deployed file, or fails its gate."""
+    """A file that differs from the deployed one, or fails its gate."""
 
 
 class Artefact(BaseModel, frozen=True):
@@ -155,7 +155,7 @@ class Deployment(BaseModel):
 
 
 def require_packages() -> None:
-    """Check that the packages of deploy are installed, before torch is imported and minutes of work.
+    """Check that the packages of deploy are installed. Called before hours of work.
 
     Raises:
         UsageError: a package is not installed.
@@ -166,9 +166,11 @@ def require_packages() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what made and measured a deployment."""
+    """Return the versions of Python and of the libraries that make and measure a deployment."""
     modules = {"torch": "torch", "open_clip_torch": "open_clip", "onnx": "onnx", "onnxruntime": "onnxruntime"}
     modules |= {"tokenizers": "tokenizers", "pillow": "PIL", "numpy": "numpy"}
-    # of the modules: a distribution may have another name, such as onnxruntime-gpu or pillow-simd
-    found = {name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()}
-    return {"python": platform.python_version(), **found}
+    # versions of modules: a distribution may have another name, such as onnxruntime-gpu or pillow-simd
+    by_package = {
+        name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()
+    }
+    return {"python": platform.python_version(), **by_package}

@@ -1,6 +1,6 @@
-"""Ship a run's student: files for open_clip and ONNX Runtime, each checked, and one table of size, speed and recall.
+"""Deployment of a run's student: checked files for open_clip and ONNX Runtime, and a table of size, speed and recall.
 
-The output folder appears when everything has passed: a command that fails or is killed ships nothing.
+The output folder appears after all gates have passed. A command that fails or is killed leaves none.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class DeployResult(BaseModel, frozen=True):
 
 
 def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | None = None) -> DeployResult:
-    """Export a run's student, check each file against the trained model, measure all, and write them as one folder.
+    """Export a run's student, check each file against the trained model, measure, and write one folder.
 
     Args:
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: ``out`` exists, there is no such checkpoint or split, the teacher cannot be loaded, or the
-            architecture cannot be exported.
-        CacheMismatchError: the teacher is not the cache's, or the cache not the run's.
+        UsageError: ``out`` exists, the checkpoint or split does not, the teacher cannot be loaded, or the architecture
+            cannot be exported.
+        CacheMismatchError: the cache was made by another teacher, or the run was trained on another cache.
         DeploymentError: weights are not finite, or a file failed its gate; the message says by how much. Nothing is
             written.
         OSError: an image cannot be read.
@@ -114,11 +114,11 @@ def _as_evaluated(config: DeployConfig) -> EvaluateConfig:
 
 
 def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher, dict[str, Any]]:
-    """Return the cache's teacher on the CPU, to be timed beside its student, and the arguments to load it again.
+    """Return the cache's teacher on the CPU, and the arguments to load it again.
 
     Raises:
         UsageError: the teacher cannot be loaded.
-        CacheMismatchError: it is another teacher.
+        CacheMismatchError: the cache was made by another teacher.
     """
     identity = split.reader.manifest.identity
     recorded = identity.teacher
@@ -130,7 +130,7 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher,
         )
     pretrained = config.pretrained or (None if config.teacher else recorded.pretrained)
     teacher = load_teacher(name, pretrained, device="cpu", decoder=identity.preprocess.decoder)
-    # its arithmetic is fp32 here, whatever the cache was made in
+    # the table times the teacher in fp32, whatever the cache was made in
     teacher.require(
         identity.model_copy(update={"teacher": recorded.model_copy(update={"precision": "fp32"})}), split.cache
     )
@@ -156,11 +156,11 @@ def write_files(
     """Write all files but the table and the model card, the record last.
 
     Args:
-        student: as loaded from ``checkpoint``.
+        student: student loaded from ``checkpoint``.
         config: open_clip model config of the student.
-        record: of the run.
-        run: name of the run; no path, since others read the record.
-        calibration: returns batches of pixels, (batch, 3, height, width), from the start; None for no int8.
+        record: record of the run.
+        run: name of the run; not its path, since the record is published.
+        calibration: call that yields batches of pixels, (batch, 3, height, width); None for no int8 files.
         progress: called with (stage, done, total).
 
     Returns:
@@ -188,7 +188,7 @@ def write_files(
                 made.setdefault("int8", {})[tower] = Artefact.of(out)
             progress("export", 1 + done, 4)
     tokenization = tokenization_of(student_tokenizer(config), folder, towers.shortens)
-    # the checkpoint's own bytes: what was measured during training is what is shipped
+    # a copy: promote compares its sha256 with the checkpoint's
     shutil.copyfile(checkpoint / CHECKPOINT_WEIGHTS, folder / WEIGHTS)
     settings = json.loads((checkpoint / CONFIG).read_text())
     plain = {key: settings[key] for key in ("model_cfg", "preprocess_cfg")}
@@ -217,16 +217,16 @@ def write_files(
 def calibration_batches(
     split: EvaluationSplit, rows: NDArray[np.int64], preprocess: dict[str, Any], images: int
 ) -> Callable[[], Iterator[NDArray[np.float32]]]:
-    """Return a call that yields images as the student sees them: float32 (batch, 3, height, width), 16 at a time.
+    """Return a call that yields batches of the student's input: float32 (16 or fewer, 3, height, width).
 
     Args:
-        split: locates the images of the cache.
-        rows: rows of the cache to take images from; of training images, since the others are measured.
+        split: any split of the cache; locates the images.
+        rows: cache rows of training images, since the others are measured.
         images: number of images, evenly spaced over ``rows``.
     """
     taken = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64)]
     seen = ModelInput.from_config(preprocess)
-    # not those of the split, which holds no others
+    # split.images holds only the images of the split
     stored = CachedImages(split.reader, ImageSource(split.image_root), taken.tolist())
 
     def batches() -> Iterator[NDArray[np.float32]]:

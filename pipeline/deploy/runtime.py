@@ -26,7 +26,7 @@ from teacher_cache.storage.errors import UsageError
 __all__ = ["ImageLike", "StudentRuntime", "probabilities"]
 
 ImageLike: TypeAlias = Image.Image | str | Path | bytes
-"""An image of Pillow's, the path of a file, or the bytes of one."""
+"""A Pillow image, the path of an image file, or its bytes."""
 
 
 def probabilities(
@@ -35,7 +35,7 @@ def probabilities(
     """Return the softmax over texts of scale x cosine, as in CLIP's paper.
 
     Args:
-        image_features: (images, dim), each of unit norm; ``text_features`` (texts, dim) alike.
+        image_features, text_features: (images, dim) and (texts, dim), unit norm.
         scale: 100 is the paper's ceiling on the learned logit scale, which CLIP's own models reached.
 
     Returns:
@@ -47,7 +47,7 @@ def probabilities(
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: {scale} found, a positive number wanted")
     cosines = image_features.astype(np.float64) @ text_features.astype(np.float64).T
-    # less each row's largest, so that exp cannot overflow
+    # subtract each row's maximum, so that exp cannot overflow
     weights = np.exp(scale * (cosines - cosines.max(axis=1, keepdims=True)))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
@@ -58,12 +58,12 @@ class StudentRuntime:
     Several threads may use it at once. Nothing is written.
 
     Attributes:
-        deployment: its record; ``embed_dim`` is the width of all features here.
+        deployment: record of the deployment; ``embed_dim`` is the width of all features.
 
     Args:
-        folder: of a deployment.
+        folder: folder of a deployment.
         variant: fp32, or int8 for towers that have an int8 file.
-        threads: threads of one run of one tower. Default: all cores.
+        threads: number of threads per run. Default: all cores.
         batch_size: number of images or texts per run; memory grows with it.
 
     Raises:
@@ -93,8 +93,7 @@ class StudentRuntime:
         """Return an image as the model takes it: float32 (3, height, width).
 
         Raises:
-            UndecodableImageError: begins with the path, where there is one; what is undecodable says
-                :mod:`teacher_cache.pipeline.data.images.decode`.
+            UndecodableImageError: as :mod:`teacher_cache.pipeline.data.images.decode` raises it, the path first.
             OSError: the file cannot be read.
         """
         try:
@@ -117,15 +116,15 @@ class StudentRuntime:
     def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
         """Return features of images, in their order: float32 (images, dim), each of unit norm.
 
-        Dynamic int8 scales (towers without convolutions) make a feature depend a little on the other images of its
-        run; ``batch_size=1`` prevents that. The same holds for texts.
+        With dynamic int8 (towers without convolutions) a feature depends a little on the other images of its run;
+        ``batch_size=1`` prevents that. The same holds for texts.
 
         Raises:
-            UndecodableImageError: one of them cannot be decoded; says which. To go on without it, call :meth:`pixels`
-                on each and then :meth:`embed_pixels`.
-            OSError: one of the files cannot be read.
+            UndecodableImageError: an image cannot be decoded; the message says which. To skip such images, call
+                :meth:`pixels` for each image, then :meth:`embed_pixels`.
+            OSError: a file cannot be read.
             UsageError: the image tower has no file of this variant.
-            DeploymentError: its file is not the one that was deployed.
+            DeploymentError: the file is not the one that was deployed.
         """
         _require_several("images", images)
         features = [np.empty((0, self.deployment.embed_dim), np.float32)]
@@ -151,7 +150,7 @@ class StudentRuntime:
         _require_several("texts", texts)
         tokens = self._tokens or self._load_tokens()
         ids = tokens(texts)
-        # neighbours in length together: a short text does not pay for a long one's padding
+        # batches of similar length: less padding
         order = np.argsort(ids.argmax(axis=1), kind="stable")
         features = np.empty((len(texts), self.deployment.embed_dim), np.float32)
         for start in range(0, len(texts), self.batch_size):
@@ -192,8 +191,8 @@ class StudentRuntime:
         """Return the rows of an index that are nearest to a text.
 
         Args:
-            index: features of images, float (rows, dim); or a FAISS index of them by inner product; or anything with
-                its ``search(float32 (1, dim), k)`` to scores and rows, both (1, k).
+            index: image features, float (rows, dim); or a FAISS inner-product index of them; or any object with a
+                method ``search(float32 (1, dim), k)`` that returns scores and rows, both (1, k).
             k: maximum number of rows.
 
         Returns:
@@ -215,7 +214,7 @@ class StudentRuntime:
             best = np.argsort(-scores, kind="stable")[:k]
             return [(int(row), float(scores[row])) for row in best]
         found_scores, found_rows = index.search(query, k)
-        # FAISS fills up with row -1 where it has fewer
+        # FAISS pads with row -1
         return [(int(row), float(score)) for row, score in zip(found_rows[0], found_scores[0], strict=True) if row >= 0]
 
     def _run(self, tower: Literal["image", "text"], values: NDArray[Any]) -> NDArray[np.float32]:
@@ -230,14 +229,14 @@ class StudentRuntime:
     def _load(self, tower: Literal["image", "text"]) -> Any:
         data = self.deployment.tower(self.folder, tower, self.variant)
         options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; its warnings are notes on its own optimiser
-        # its threads wait for work spinning: within a run, but not behind it, where other programs want the cores
+        options.log_severity_level = 3  # errors only: warnings are about its optimiser
+        # idle threads spin during a run, not after it, when other programs need the cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:
             session = self._onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its own exceptions share no base; the bytes are proven, so it is the version
+        except Exception as error:  # onnxruntime's exceptions share no base; the digest was right, so it is the version
             made_with = ", ".join(f"{name} {version}" for name, version in self.deployment.made_with.items())
             raise UsageError(
                 f"{self.folder}: onnxruntime {self._onnxruntime.__version__} cannot load the {tower} tower ({error}). "

@@ -1,15 +1,15 @@
-"""int8 convolutions with fixed ranges: calibrate, quantise, take the rounding of weights out of the mean. No torch.
+"""Static int8 quantization of convolutions: calibrate, quantise, correct the biases. No torch.
 
-Four things keep an EfficientNet-Lite close to its float self (docs/design/010-deployment.md has the numbers):
+Four measures keep an EfficientNet-Lite close to its float form (docs/design/010-deployment.md has the numbers):
 
-- The leading convolutions stay float. They hold a thousandth of the parameters and most of the error: their few
-  weights round the pixels that everything else is computed from.
-- The range of a convolution is that of the ReLU behind it. The rounding to int8 then clips as the ReLU did.
-- Rounded weights shift the mean of each output channel. The shift is known: the convolution of the mean input with
-  the rounding errors. It is taken out of the bias (Nagel et al. 2019, Data-Free Quantization, section 4.2, with means
-  from images).
-- Products with matrices, the last layer among them, give float: it is normalised next, and a short vector would have
-  few steps of a range that fits all images.
+- The leading convolutions stay float. They hold a thousandth of the parameters but cause most of the error, since
+  everything else is computed from their output.
+- A convolution followed by a ReLU has the ReLU's range. Rounding to int8 then clips as the ReLU did.
+- Rounded weights shift the mean of each output channel by the convolution of the mean input with the rounding errors.
+  This shift is subtracted from the bias (Nagel et al. 2019, Data-Free Quantization, section 4.2; the means come from
+  images).
+- Matrix products, such as the last layer, return float. The features are normalised next, and a range that fits all
+  images has few int8 steps for a short vector.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from onnxruntime.quantization.calibrate import TensorsData
 __all__ = ["quantize_static"]
 
 LEADING_SHARE = 0.0015
-"""Share of the parameters that leading convolutions may hold and stay float."""
+"""Maximum share of the parameters in leading convolutions that stay float."""
 
-# what is quantised; others stay float between dequantised values
+# operators to quantise
 _KINDS = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "AveragePool")
 
 
 @dataclass
 class _Ranges:
-    """The range of each tensor over all images, and the mean image of each convolution's input."""
+    """The range of each tensor over all images, and the mean input of each convolution."""
 
     least: dict[str, float]
     most: dict[str, float]
@@ -52,14 +52,14 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
 
     Args:
         source: a float tower.
-        calibration: batches of its input; one is held at a time.
+        calibration: batches of the tower's input; one is held at a time.
 
     Returns:
-        The model, or None without images; and the number of images.
+        The model, None without images; and the number of images.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
     for number, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{number}"  # what stays float is excluded by name
+        node.name = f"{node.op_type}_{number}"  # nodes that stay float are excluded by name
     ranges = _calibrate(model, calibration)
     if not ranges.images:
         return None, 0
@@ -85,7 +85,7 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
 
 
 def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]]) -> _Ranges:
-    """Run the float tower with reductions added to it, so that no activation outlives its layer."""
+    """Run the float tower and reduce each activation inside the graph, so that none is kept."""
     graph = model.graph
     constant = {tensor.name for tensor in graph.initializer}
     tensors = {
@@ -126,7 +126,7 @@ def _calibrate(model: onnx.ModelProto, calibration: Iterable[NDArray[np.float32]
 
 
 def _behind_relu(model: onnx.ModelProto, ranges: _Ranges) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return the range by tensor; a tensor with one ReLU as its only consumer has that ReLU's range."""
+    """Return the range of each tensor; a tensor whose only consumer is a ReLU has the ReLU's range."""
     consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for name in node.input:
@@ -141,7 +141,7 @@ def _behind_relu(model: onnx.ModelProto, ranges: _Ranges) -> dict[str, tuple[NDA
 
 
 def _left_float(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the leading convolutions, and of additions of a constant: these stay float."""
+    """Return the names of nodes that stay float: leading convolutions, and additions of a constant."""
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
     most = LEADING_SHARE * sum(size for size in sizes.values())
     names, held, leading = [], 0, True
@@ -157,7 +157,7 @@ def _left_float(model: onnx.ModelProto) -> list[str]:
 
 
 def _correct_biases(plain: onnx.ModelProto, quantized: onnx.ModelProto, mean: dict[str, NDArray[np.float64]]) -> None:
-    """Take the mean effect of rounded weights out of the int32 biases, in place."""
+    """Subtract the mean effect of rounded weights from the int32 biases, in place."""
     weights = {tensor.name: tensor for tensor in plain.graph.initializer}
     stored = {tensor.name: tensor for tensor in quantized.graph.initializer}
     makers = {name: node for node in quantized.graph.node for name in node.output}
@@ -168,12 +168,12 @@ def _correct_biases(plain: onnx.ModelProto, quantized: onnx.ModelProto, mean: di
             continue
         weight_maker, bias_maker = makers.get(node.input[1]), makers.get(node.input[2])
         if weight_maker is None or bias_maker is None:
-            continue  # left float
+            continue  # stays float
         exact = numpy_helper.to_array(weights[before[node.name].input[1]])
         scale = numpy_helper.to_array(stored[weight_maker.input[1]])
         rounded = numpy_helper.to_array(stored[weight_maker.input[0]]) * scale.reshape(-1, 1, 1, 1)
         own = node.name
-        # convolution is linear: that of the mean image is the mean of those of all images, padded borders included
+        # convolution is linear: the mean image gives the mean of all outputs, padded borders included
         for what, value in (("error", exact - rounded), ("mean", mean[before[node.name].input[0]][None])):
             constants.append(numpy_helper.from_array(value.astype(np.float32), f"{own}/{what}"))
         convolution = helper.make_node("Conv", [f"{own}/mean", f"{own}/error"], [f"{own}/out"])
@@ -201,7 +201,7 @@ def _correct_biases(plain: onnx.ModelProto, quantized: onnx.ModelProto, mean: di
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # other programs share the cores: wait asleep
+    # idle threads must not spin: other programs share the cores
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(prefix="teacher-cache-int8-") as folder:
         path = Path(folder) / "model.onnx"

@@ -1,4 +1,4 @@
-"""The int8 report and the table of a deployed student. No onnx: a table of students can be read without it."""
+"""The int8 report and the table of a deployed student. No onnx: reading a table does not need it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Int8Report(BaseModel, frozen=True):
     calibration_images: int = Field(description="Number of calibration images; 0 for the dynamic method.")
     int8_operators: dict[str, int] = Field(description="Number of operators that multiply in int8, by kind.")
     float_operators: dict[str, int] = Field(
-        description="Number of operators that multiply in float, by kind; those of two activations included."
+        description="Number of operators that multiply in float, by kind, products of two activations included."
     )
     kept_float: dict[str, str] = Field(description="Number of parameters kept in float and the reason, by operator.")
 
@@ -50,14 +50,14 @@ Recalls = dict[str, dict[str, float]]
 
 
 class Cosine(BaseModel, frozen=True):
-    """Cosines of the split's rows with those of the torch student."""
+    """Cosines between this file's features and the torch student's, over the rows of the split."""
 
     mean: float
     least: float
 
 
 class Retained(BaseModel, frozen=True):
-    """A share of the teacher's number, in percent, with its interval of 95 % over images."""
+    """A share of the teacher's number, in percent, with its 95 % interval over images."""
 
     share: float | None = Field(description="Share in percent. None if the teacher's number is 0.")
     interval: Interval | None
@@ -84,9 +84,9 @@ class TableRow(BaseModel, frozen=True):
     recalls: Recalls
     mean_recall: float
     cosine: dict[str, Cosine] | None = Field(None, description="Cosines by tower. None for teacher and torch student.")
-    retention: Retention | None = Field(None, description="Retention. None for the teacher itself.")
+    retention: Retention | None = Field(None, description="Shares of the teacher's recalls. None for the teacher.")
     zero_shot: dict[str, float] | None = None
-    zero_shot_retention: Retained | None = Field(None, description="Retention of top-1.")
+    zero_shot_retention: Retained | None = Field(None, description="Share of the teacher's top-1 accuracy.")
 
 
 class Gate(BaseModel, frozen=True):
@@ -113,7 +113,7 @@ class StudentTable(BaseModel, frozen=True):
     teacher_precision: str = Field(description="Precision of the teacher's cached embeddings.")
     zero_shot_dataset: str | None
     zero_shot_images: int | None
-    zero_shot_lost: int = Field(description="Number of labelled images that some model could not use.")
+    zero_shot_lost: int = Field(description="Number of labelled images that at least one model could not use.")
     zero_shot_classes: int | None
     zero_shot_prompts: tuple[str, ...] = Field(description="Prompts of the first class.")
     rounds: dict[int, int] = Field(description="Number of rounds, by images or captions per call.")
@@ -132,8 +132,8 @@ def _size(row: TableRow) -> str:
 
 def _latency(tower: str, batch: int) -> Callable[[TableRow], str]:
     def show(row: TableRow) -> str:
-        found = _timing(row, tower, batch)
-        return f"{found.p50_ms:.1f} / {found.p95_ms:.1f}"
+        timing = _timing(row, tower, batch)
+        return f"{timing.p50_ms:.1f} / {timing.p95_ms:.1f}"
 
     return show
 
@@ -146,15 +146,15 @@ def _ratio(tower: str, batch: int) -> Callable[[TableRow], str]:
     def show(row: TableRow) -> str:
         if row.speed is None:
             return "-"
-        found: Ratio = getattr(row.speed, tower)[batch]
-        return f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
+        ratio: Ratio = getattr(row.speed, tower)[batch]
+        return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
     return show
 
 
 def _timing(row: TableRow, tower: str, batch: int) -> Timing:
-    found: Timing = getattr(row.cost, tower)[batch]
-    return found
+    timing: Timing = getattr(row.cost, tower)[batch]
+    return timing
 
 
 def _flops(part: str) -> Callable[[TableRow], str]:
@@ -177,17 +177,17 @@ def _cosine(tower: str) -> Callable[[TableRow], str]:
     def show(row: TableRow) -> str:
         if row.cosine is None:
             return "-"
-        found = row.cosine[tower]
-        return f"{found.mean:.5f} (least {found.least:.5f})"
+        cosine = row.cosine[tower]
+        return f"{cosine.mean:.5f} (least {cosine.least:.5f})"
 
     return show
 
 
-def _retained(found: Retained | None) -> str:
-    if found is None or found.share is None:
+def _retained(retained: Retained | None) -> str:
+    if retained is None or retained.share is None:
         return "-"
-    between = "" if found.interval is None else f" ({found.interval.low:.1f} to {found.interval.high:.1f})"
-    return f"{found.share:.1f} %{between}"
+    between = "" if retained.interval is None else f" ({retained.interval.low:.1f} to {retained.interval.high:.1f})"
+    return f"{retained.share:.1f} %{between}"
 
 
 def _retention(row: TableRow) -> str:
@@ -195,7 +195,7 @@ def _retention(row: TableRow) -> str:
 
 
 def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
-    """Return heading and cell of each column, in order."""
+    """Return each column in order: its heading, and the function that gives its cell of a row."""
     first = table.rows[0]
     columns: list[tuple[str, Callable[[TableRow], str]]] = [
         ("MB", _size),
@@ -241,7 +241,7 @@ def to_markdown(table: StudentTable) -> str:
 
 
 def describe(table: StudentTable) -> str:
-    """Return the meaning and origin of the numbers, in sentences."""
+    """Return sentences on what the numbers mean and how they were measured, one a line."""
     chosen = f", chosen on {table.chosen_on}" if table.chosen_on else ""
     rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [

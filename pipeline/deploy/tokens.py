@@ -1,9 +1,9 @@
 """A student's tokenizer on disk: ``tokenizer.json``, in the format of Hugging Face's tokenizers. No torch.
 
-CLIP's is read by the class that the student was trained with
-(:class:`teacher_cache.pipeline.data.tokens.ClipTokenizer`). Other programs can read the file by Hugging Face's
-library: the ids are the same for ordinary text, without a start or end token in it. Any other tokenizer is read by that
-library here too, and proven on probe texts when it is written.
+CLIP's tokenizer is read by the class that the student was trained with
+(:class:`teacher_cache.pipeline.data.tokens.ClipTokenizer`). Hugging Face's library can read the file too; the ids are
+the same unless a text contains a start or end token. Any other tokenizer is read by that library, and checked on probe
+texts when it is written.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PROBE_TEXTS = (
 
 
 def runtime_package(name: str) -> Any:
-    """Import a package that only the use of a deployed student needs.
+    """Import a package that only the runtime of a deployed student needs.
 
     Raises:
-        UsageError: it is not installed; says what to install.
+        UsageError: the package is not installed; the message says what to install.
     """
     try:
         return import_module(name)
@@ -56,11 +56,11 @@ class StudentTokens:
     """A deployed student's tokenizer: texts to token ids, as in training.
 
     Args:
-        tokenization: of the deployment's record.
-        data: the bytes of its ``tokenizer.json``.
+        tokenization: tokenization of the deployment's record.
+        data: bytes of ``tokenizer.json``.
 
     Raises:
-        UsageError: a package is not installed, or the bytes are no tokenizer.
+        UsageError: a package is not installed, or the bytes are not a tokenizer.
     """
 
     def __init__(self, tokenization: Tokenization, data: bytes) -> None:
@@ -80,14 +80,14 @@ class StudentTokens:
             raise UsageError(f"{file}: not a tokenizer of Hugging Face's: {type(error).__name__}: {error}") from error
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Return int64 (texts, context_length): start token, the text cut to what fits, end token, zeros."""
+        """Return int64 (texts, context_length): start token, the text cut to fit, end token, zeros."""
         return self._encode(texts)
 
     def shortened(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return (texts, length) without the padding behind the longest text, where the text tower allows it."""
+        """Return the tokens cut after the longest text, (texts, length), if the text tower allows it."""
         if not self.tokenization.shortens or len(tokens) == 0:
             return tokens
-        # the end token has the highest id, and the first one is where the features are read
+        # the end token has the highest id; features are read at the first one
         return tokens[:, : int(tokens.argmax(axis=1).max()) + 1]
 
 
@@ -99,9 +99,9 @@ class _OtherTokens:
         tokenizers = runtime_package("tokenizers")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # this library raises a plain Exception for a file of another kind or version
+        except Exception as error:  # the library raises a plain Exception
             raise ValueError(str(error)) from error
-        # some files bring their own cutting and padding
+        # a file may configure its own
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -115,18 +115,18 @@ class _OtherTokens:
 
 
 def tokenization_of(tokenizer: Any, folder: Path, shortens: bool) -> Tokenization:
-    """Write a student's tokenizer as ``tokenizer.json``, proven on probe texts.
+    """Write a student's tokenizer as ``tokenizer.json``, and check it on probe texts.
 
     Args:
         tokenizer: a ``ClipTokenizer``, or open_clip's ``HFTokenizer`` around a fast tokenizer of transformers.
-        folder: of the deployment; a ``tokenizer.json`` in it is replaced.
+        folder: folder of the deployment; an existing ``tokenizer.json`` is replaced.
         shortens: whether the exported text tower takes fewer tokens than the context length.
 
     Returns:
-        What :class:`StudentTokens` needs to know of it.
+        The settings that :class:`StudentTokens` reads.
 
     Raises:
-        UsageError: this tokenizer cannot be written, or what was written gives other ids; then no file is left.
+        UsageError: this tokenizer cannot be written, or the file gives other ids. No file remains.
     """
     kind = type(tokenizer).__name__
     clean: Clean
@@ -172,7 +172,7 @@ def _clean_of(tokenizer: Any, kind: str) -> Clean:
 
 
 def _from_transformers(tokenizer: Any, kind: str) -> tuple[dict[str, Any], int, int]:
-    """Return the file that a fast tokenizer of transformers is made of; its start and end token."""
+    """Return the content of a transformers tokenizer's file, and its start and end token."""
     inner = getattr(tokenizer, "tokenizer", None)
     backend = getattr(inner, "backend_tokenizer", None)
     if inner is None or backend is None:

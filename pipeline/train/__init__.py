@@ -1,4 +1,4 @@
-"""Cache to student."""
+"""Training of a student from a cache."""
 
 from __future__ import annotations
 

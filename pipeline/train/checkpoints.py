@@ -1,15 +1,14 @@
-"""Checkpoints of a run, and the point in them from which it resumes with the very next batch. No pickle.
+"""Checkpoints of a run. A run resumes from one with the next batch. No pickle.
 
-Beside the model of a checkpoint, in ``resume/``:
+A checkpoint has, beside the model, a folder ``resume/``:
 
     state.json              step, the sums of the epoch so far, the cache's manifest digest
     weights.safetensors     the student's parameters and buffers, projections included
     optimizer.safetensors   AdamW's moments by parameter: ``exp_avg:model.visual.proj``
-    average.safetensors     the averaged parameters, if there is an average
-    queue.safetensors       the teacher's rows in the queue, if there is one
+    average.safetensors     the averaged parameters, if any
+    queue.safetensors       the teacher's rows in the queue, if any
 
-No state of a random generator: the order of the rows, the captions and the dropout of a step are functions of the
-seed and the step.
+No state of a random generator is saved: the rows, captions and dropout of a step are functions of seed and step.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class ResumePoint(BaseModel):
     """Progress of a run.
 
     Attributes:
-        step: steps taken, which is the number of the next one from 0.
-        epoch: number of the epoch that the next step belongs to, from 0.
-        sums: of that epoch; 0 steps at its start.
-        average_updates: updates of the weight average, if there is one.
-        cache_manifest_digest: of the cache that the run learns from.
+        step: number of steps taken.
+        epoch: epoch of the next step, from 0.
+        sums: sums over that epoch so far.
+        average_updates: number of updates of the weight average.
+        cache_manifest_digest: manifest digest of the cache that the run learns from.
     """
 
     step: int = 0
@@ -79,7 +78,7 @@ class TrainState:
 
 
 def save_resume_point(folder: Path, state: TrainState) -> None:
-    """Write a resume point into ``folder``, an unfinished checkpoint that no record names yet."""
+    """Write a resume point into ``folder``, a checkpoint that the run's record does not name yet."""
     folder = folder / RESUME
     folder.mkdir()
     write_weights(_on_cpu(state.student.state_dict()), folder / _WEIGHTS)
@@ -98,13 +97,13 @@ def save_resume_point(folder: Path, state: TrainState) -> None:
 
 
 def load_resume_point(folder: Path, state: TrainState) -> None:
-    """Load weights, moments, average, queue and progress from a checkpoint into a state as the run began with it.
+    """Load weights, moments, average, queue and progress from a checkpoint into a fresh state.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        UsageError: the checkpoint is of another student, or cannot be read.
+        UsageError: the checkpoint belongs to another student, or cannot be read.
     """
     folder = folder / RESUME
     try:
@@ -128,7 +127,7 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         by_name.setdefault(name, {})[kind] = value
-    # torch numbers the parameters through all groups, in their order
+    # torch numbers the parameters across all groups
     ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
     loaded: dict[str, Any] = state.optimizer.state_dict()
     loaded["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
@@ -136,17 +135,17 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # clone: safetensors refuses tensors that share memory, as tied weights do
+    # clone: safetensors refuses tied weights, which share memory
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 class RunWriter:
-    """Writes one run while it trains. Only rank 0 has one.
+    """Writer of one run's log and checkpoints. Only rank 0 has one.
 
-    A run that resumes drops the log lines and the files that its checkpoint does not name.
+    On resume, log lines after the checkpoint and files that the record does not name are removed.
 
     Args:
-        record: as the run begins or resumes; replaced with each checkpoint.
+        record: record at the start or resume of the run; replaced with each checkpoint.
     """
 
     def __init__(self, run: RunFolder, record: RunRecord, state: TrainState) -> None:
@@ -167,12 +166,12 @@ class RunWriter:
         return time.monotonic() - self._saved_at >= config.checkpoint_seconds
 
     def save_step(self) -> None:
-        """Save the run after the current step, unless that is saved already."""
+        """Save the run after the current step, unless it is already saved."""
         if self._state.point.step > self._record.steps:
             self._save(f"step-{self._state.point.step:08d}")
 
     def finish_epoch(self, finished: EpochRecord) -> None:
-        """Log an epoch and save the run, as the best epoch too if it is. The state is at the next epoch's start."""
+        """Log a finished epoch and save the run, also as the best epoch if it is. Call with the state of the next epoch."""
         point, before, selection = self._state.point, self._record, finished.selection
         self.log.epoch(point.step, finished)
         event(

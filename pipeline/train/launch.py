@@ -1,4 +1,4 @@
-"""Start of a run's work: on one device here, on several by Fabric, or as one of torchrun's processes."""
+"""Launch of a run: on one device in this process, on several by Fabric, or in a process of torchrun."""
 
 from __future__ import annotations
 
@@ -27,45 +27,44 @@ __all__ = ["launch", "launched_rank"]
 
 Progress = Callable[[Any], None]
 
-# what torchrun tells each process that it starts, on one machine or on many
+# environment variables that torchrun sets
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# what the command line, or a flow, tells apart; each of them is made of its text alone
+# error classes that callers distinguish; each can be rebuilt from its text
 _ERRORS = (CacheError, UsageError, OSError, FloatingPointError)
 
-# how many processes there are is said once, by who started them
+# Fabric would log the number of processes once more
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def launched_rank() -> int | None:
-    """Return the rank of this process among torchrun's. None: torchrun did not start it."""
+    """Return the rank of this process among torchrun's, or None if torchrun did not start it."""
     if all(os.environ.get(name) for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
         return int(os.environ["RANK"])
     return None
 
 
 def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress: Progress | None = None) -> None:
-    """Call ``work(fabric, config, report, *args)`` on every device that the settings ask for, and wait for all.
+    """Call ``work(fabric, config, report, *args)`` on every device of the settings, and wait for all.
 
-    One device: in this process. Several: in new processes, which Fabric starts and joins into a group (NCCL on
-    CUDA, gloo on CPUs); ``work`` and ``args`` travel there by pickle, ``report`` of rank 0 comes back to
-    ``progress``. When one of them fails the others end and its error is raised here: of its own class where that is
-    one of ``_ERRORS``, else as torch's text of it.
+    One device is used in this process. For several, Fabric starts new processes and joins them into a group (NCCL on
+    CUDA, gloo on CPUs). ``work`` and ``args`` are pickled; rank 0 reports to ``progress``. If a process fails, the
+    others are ended and its error is raised here: with its own class if that is in ``_ERRORS``, else as torch's error.
 
-    Started by torchrun, this process is one of the group and calls ``work`` for its device; rank 0 tells the progress.
+    Under torchrun, this process calls ``work`` for its own device.
 
-    Metrics are served by each process, if asked: on the port, and the ones after it
+    If metrics are on, each process serves them, on the port plus its local rank
     (``teacher_cache.storage.observe.telemetry``).
 
     Raises:
-        UsageError: a device is not there, the port of metrics is taken, or torchrun's processes cannot share a batch.
+        UsageError: a device is missing, the port of metrics is taken, or torchrun's processes cannot share a batch.
     """
     device = resolve_device(config.device)
     precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
     if launched_rank() is not None:
         _launched(config, device, precision, work, args, progress)
         return
-    # named, since in a job of Slurm's Fabric would otherwise take the job's processes for its own
+    # explicit: in a Slurm job Fabric would take the job's processes for its own
     plugins: Any = [LightningEnvironment()]
     if config.devices == 1:
         index: Any = [device.index or 0] if device.type == "cuda" else 1
@@ -80,8 +79,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
         raise UsageError(
             f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
         )
-    # spawn, not a second run of this command: a flow, a test or a notebook is no command that could be run again;
-    # nor forkserver: Fabric tells its processes the port by the environment, which a running server would not pass on
+    # spawn: flows, tests and notebooks cannot be started again as a command, and a fork server that already runs
+    # would not pass on the port, which Fabric sets in the environment
     strategy = DDPStrategy(start_method="spawn")
     fabric = Fabric(
         accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision, plugins=plugins
@@ -95,7 +94,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
             fabric.launch(_rank, senders, device.type, config, work, args)
         except (ProcessRaisedException, ProcessExitedException) as error:
             failed: BaseException | None = error
-        except BaseException:  # Ctrl-C: nobody else would end them
+        except BaseException:  # Ctrl-C: the ranks would go on
             for child in set(multiprocessing.active_children()) - before:
                 child.terminate()
             raise
@@ -160,7 +159,7 @@ def _rank(
 def _relayed(
     receivers: list[Connection], senders: list[Connection], progress: Progress | None, errors: list[BaseException]
 ) -> Iterator[None]:
-    """Relay messages of the ranks while the block runs, and the last ones when it ends."""
+    """Relay the messages of the ranks during the block; the last ones when it ends."""
     over = threading.Event()
 
     def read() -> None:
@@ -183,7 +182,7 @@ def _relayed(
         yield
     finally:
         over.set()
-        reader.join(timeout=10)  # a rank killed in mid-message leaves half of one
+        reader.join(timeout=10)  # half a message of a killed rank blocks the reader
         for pipe in [*receivers, *senders] if not reader.is_alive() else []:
             pipe.close()
 

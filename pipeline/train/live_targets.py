@@ -1,4 +1,4 @@
-"""A running teacher as the source of targets: what distillation costs without a cache, and what a cache must equal."""
+"""A running teacher as the source of targets: the baseline for a cache's speed and for its values."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ __all__ = ["LiveTeacherSource"]
 
 
 class LiveTeacherSource:
-    """A teacher that encodes each batch's images and captions, through the crops that the cache stores.
+    """A teacher that encodes each batch's images and captions, with the crops that the cache stores.
 
-    The second implementation of :class:`teacher_cache.pipeline.data.batches.targets.TeacherSource`. The cache tells
-    it which image, caption and crop a row is; no embedding is read. Targets are float32, where the cache rounded them
-    to float16 or int8.
+    Implements :class:`teacher_cache.pipeline.data.batches.targets.TeacherSource`. The cache gives the image, caption
+    and crop of each row; no embedding is read. Targets are float32; those of a cache are rounded to float16 or int8.
     """
 
     def __init__(
         self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource, window_chunks: int = 16
     ) -> None:
-        """Take a teacher in the place of a cache.
+        """Check that the cache was made by this teacher.
 
         Args:
-            window_chunks: chunks in a window of the shuffle that the pairs come from.
+            window_chunks: number of chunks in a shuffle window of the pairs.
 
         Raises:
-            CacheMismatchError: the cache is of another teacher.
+            CacheMismatchError: the cache was made by another teacher.
         """
         teacher.require(reader.manifest.identity, reader.location)
         self.logit_scale = teacher.logit_scale
@@ -46,7 +45,7 @@ class LiveTeacherSource:
         """Yield the targets of each batch, in order.
 
         Raises:
-            OSError, CacheMismatchError: an image cannot be read or is another one.
+            OSError, CacheMismatchError: an image cannot be read, or has changed.
             CacheError: the cache is damaged.
         """
         for pairs in batches:

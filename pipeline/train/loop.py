@@ -1,4 +1,4 @@
-"""Training of a student from a cache. The teacher is not loaded, not imported, not needed."""
+"""Training of a student from a cache, without the teacher."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StepProgress:
     """Progress of a run after a step.
 
     Attributes:
-        samples_per_second, data_wait_share: of this epoch, in this process.
-        eta_seconds: to the end of the last step at this speed; measurements on the select split not counted.
+        samples_per_second, data_wait_share: mean over this epoch in this process.
+        eta_seconds: time to the last step at this speed, without measurements on the select split.
     """
 
     step: int
@@ -79,20 +79,20 @@ def train(
 ) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
-    With one view in the cache the student sees the evaluation crop, as its teacher did; with several it replays the
-    stored crops, each image's by turns. A run that was killed resumes from its last checkpoint, with the losses of an
-    unbroken run on the same kind of device. On one device a SIGTERM or SIGINT takes effect after the current step,
-    which is saved; a second one takes effect at once (``teacher_cache.pipeline.train.stop_signals``).
+    With one view in the cache the student sees the evaluation crop, as the teacher did. With several it replays the
+    stored crops of each image in turn. A killed run resumes from its last checkpoint, with the same losses as an
+    unbroken run on the same kind of device. On one device a SIGTERM or SIGINT takes effect after the current step is
+    saved; a second one takes effect at once (``teacher_cache.pipeline.train.stop_signals``).
 
     Args:
-        resume: resume the run in ``config.out``; a finished one is left as it is.
-        teacher_source: makes the source of the targets. Default: the cache itself. With several devices it has to be
-            a function that can be pickled.
+        resume: resume the run in ``config.out``; a finished run is not changed.
+        teacher_source: function that makes the source of the targets. Default: the cache. With several devices it must
+            be picklable.
 
     Raises:
-        CacheMismatchError: the cache is not what ``config.expect`` names, or not the one that the run began with.
+        CacheMismatchError: the cache differs from ``config.expect``, or from the one that the run began with.
         UsageError: a setting cannot be used (unknown student, split or device, fewer images than a batch, a run
-            in the folder already; for ``resume``: no run there, or one with other settings).
+            in the folder already; for ``resume``: no run in the folder, or one with other settings).
         CacheError: the cache is missing, unfinished or damaged.
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
     """
@@ -100,20 +100,20 @@ def train(
     if resume:
         record = run.require_resumable(config)
         if record.finished:
-            if not launched_rank():  # of torchrun's processes rank 0 alone cleans
-                with run.locked():  # killed at its very end, it may have more than it names
+            if not launched_rank():  # under torchrun only rank 0 cleans up
+                with run.locked():  # a run killed at its very end may have unnamed files
                     run.remove_unnamed(record)
             return TrainResult(str(run.path), record)
     else:
         _require_queue_used(config)
-        if not launched_rank():  # rank 0 of torchrun's processes may have begun it already
+        if not launched_rank():  # under torchrun rank 0 may have begun the run already
             run.require_free()
     launch(config, _train_rank, resume, teacher_source, progress=progress)
     return TrainResult(str(run.path), run.read())
 
 
 def _require_queue_used(config: TrainConfig) -> None:
-    # here, not among the settings: runs of earlier versions have it so
+    # not checked in the settings: records of earlier versions have such settings
     if config.queue_rows and not config.losses.get("queue"):
         losses = ", ".join(f"{name} = {weight:g}" for name, weight in {**config.losses, "queue": 1.0}.items())
         raise UsageError(
@@ -133,7 +133,7 @@ def _train_rank(
     cache = TrainingCache.open(config, run, begun)
     student = new_student(fabric, cache, begun)
     images = training_images(cache, student)
-    # rank 0 alone writes
+    # only rank 0 writes
     lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
     with lock, log_fields(run=str(run.path), cache=config.cache):
         record = new_record(cache, student, recorded_start(run) if resume else None)
@@ -153,7 +153,7 @@ def _train_rank(
 
 
 def _workers(config: TrainConfig, world_size: int) -> int | None:
-    """Return the decoding processes of a rank. By default all ranks together have as many as one device alone."""
+    """Return the number of decoding processes per rank. By default the ranks share the number for one device."""
     if config.workers is not None or world_size == 1:
         return config.workers
     return max(1, min(8, (os.cpu_count() or 1) // 2) // world_size)
@@ -212,7 +212,7 @@ class _Trainer:
                 self._writer.log.close()
 
     def _epoch(self) -> None:
-        """Train to the end of the current epoch, then measure and save it."""
+        """Train to the end of the current epoch, then measure and save the student."""
         epoch, one_device = self._state.point.epoch, self._fabric.world_size == 1
         self._model.train()
         with StopRequests(self._save_step, active=one_device) as stop:
@@ -220,7 +220,7 @@ class _Trainer:
             if not self._measures(epoch):
                 self._finish_epoch(epoch, None)
                 return
-            self._save_step()  # a signal takes effect at once during the measurement, which may take minutes
+            self._save_step()  # the measurement may take minutes, in which signals are not delayed
         selection = self._select() if self._writer is not None else None
         with StopRequests(active=one_device):
             self._finish_epoch(epoch, selection)
@@ -282,7 +282,7 @@ class _Trainer:
 
 
 def _prepare(student: Student, config: TrainConfig, fabric: Fabric, inputs: InputLoader) -> None:
-    """Change the student in place for this device; its weights stay."""
+    """Prepare the student for this device in place, without changing its weights."""
     student.model.visual.to(memory_format=image_memory_format(student.model))
     if config.precision == "bf16" and fabric.device.type == "cpu":
         keep_depthwise_float32(student)
@@ -293,7 +293,7 @@ def _prepare(student: Student, config: TrainConfig, fabric: Fabric, inputs: Inpu
 
 
 def _freeze_unused(student: Student, tokens: torch.Tensor) -> None:
-    """Freeze parameters that no output depends on: DDP would wait for their gradient in every step."""
+    """Freeze parameters that no output depends on: DDP would wait for their gradients."""
     size = student.preprocess.size
     student.eval()
     sum(value.sum() for value in student(torch.zeros(1, 3, *size), tokens)).backward()
@@ -303,7 +303,7 @@ def _freeze_unused(student: Student, tokens: torch.Tensor) -> None:
 
 
 def _compile(student: Student) -> None:
-    """Compile the towers in place: parameters keep their names, and a checkpoint is the same."""
+    """Compile the towers in place, which keeps the names of parameters in checkpoints."""
     model: Any = student.model
     model.visual.compile()
     text = getattr(model, "text", None) or model.transformer

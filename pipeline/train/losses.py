@@ -4,14 +4,13 @@ Shapes: student ``u`` (images) and ``v`` (texts), teacher ``p`` and ``q``, all (
 ``i`` of each belonging to the same pair. ``logit_scale`` is the multiplier of cosines, after exp. A training
 run is a weighted sum of the losses named in ``LOSSES``.
 
-Two spaces. Losses that compare the student's features with each other (``contrastive``, ``relational``,
-``relational_mse``) take them in the student's own space, which is what is evaluated and shipped. Losses that
-compare them with the teacher's (``feature``, ``cosine``, ``interactive``, ``queue``) take them projected to the
-teacher's width.
+Losses that compare the student's features with each other (``contrastive``, ``relational``, ``relational_mse``) take
+them in the student's own space, which is evaluated and shipped. Losses that compare them with the teacher's
+(``feature``, ``cosine``, ``interactive``, ``queue``) take them projected to the teacher's width.
 
 MobileCLIP's loss (Vasu et al. 2024, "Multi-Modal Reinforced Training") is ``(1 - lambda) * contrastive + lambda *
-relational``. Theirs is the KL divergence from the teacher's softmax, ``relational`` the cross-entropy: the difference
-is the entropy of the teacher's softmax, a constant of the batch, so that the gradients are the same.
+relational``. Theirs is the KL divergence from the teacher's softmax, ``relational`` the cross-entropy. They differ by
+the entropy of the teacher's softmax, a constant of the batch, so the gradients are the same.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One batch as every loss sees it.
+    """The input of all losses for one batch.
 
     Attributes:
         student_image, student_text: (batch, student_dim), the student's own space, normalised.
@@ -49,10 +48,10 @@ class LossInputs:
         teacher_image, teacher_text: (batch, teacher_dim), normalised, from the cache.
         student_logit_scale: scalar tensor, after exp; trained.
         teacher_logit_scale: the teacher's, after exp.
-        label_smoothing: of the contrastive loss.
-        temperature: of the relational_mse loss; both softmaxes are taken of logits divided by it.
-        queue_image, queue_text: (queued, teacher_dim), normalised, rows of the teacher for the queue loss, this
-            batch's among them; row ``i`` of both belongs to the same pair. None where there is no queue.
+        label_smoothing: label smoothing of the contrastive loss.
+        temperature: divisor of the logits in the relational_mse loss.
+        queue_image, queue_text: (queued, teacher_dim), normalised, the teacher's rows for the queue loss, those of this
+            batch included; row ``i`` of both belongs to the same pair. None without a queue.
     """
 
     student_image: Tensor
@@ -82,18 +81,18 @@ def _check_widths(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> None:
 
 
 def _full(features: Tensor) -> Tensor:
-    """At least float32: autocast's halves are widened; float64, with which gradients are checked, stays."""
+    """Return features as float32, or as float64 if they are (gradient checks use it)."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _logits(images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """(images, texts): cosine times logit_scale, in float32 whatever autocast says."""
+    """Return cosine times logit_scale, (images, texts), in float32 under any autocast."""
     with torch.autocast(images.device.type, enabled=False):
         return logit_scale * _full(images) @ _full(texts).T
 
 
 def feature_loss(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """MSE(u, p) + MSE(v, q), element means: CLIP-KD's FD (Yang et al. 2024, eq. 4), there with weight 2000.
+    """Return MSE(u, p) + MSE(v, q), element means: CLIP-KD's FD (Yang et al. 2024, eq. 4; weight 2000 there).
 
     Args:
         u, v: the student's features in the teacher's space.
@@ -110,11 +109,11 @@ def feature_loss(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def cosine_loss(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Mean over the rows of (1 - cos(u, p)) + (1 - cos(v, q)).
+    """Return the mean over the rows of (1 - cos(u, p)) + (1 - cos(v, q)).
 
-    Of normalised rows this is ``feature`` times dim / 2, so its weight means the same at any width: 8 here are
-    4 x dim there, 2048 at width 512. The cosine is taken of the rows as they are, so that the rounding of float16
-    targets (norms up to 5e-4 off) moves nothing.
+    For normalised rows this is ``feature`` times dim / 2, so its weight means the same at any width: weight 8 equals
+    weight 4 x dim of ``feature``, 2048 at width 512. The cosine normalises the rows, so the norms of float16 targets
+    (up to 5e-4 off) do not matter.
 
     Args:
         u, v: the student's features in the teacher's space.
@@ -135,11 +134,11 @@ def cosine_loss(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Tensor:
 def relational_loss(
     u: Tensor, v: Tensor, p: Tensor, q: Tensor, logit_scale: Tensor | float, teacher_logit_scale: float
 ) -> Tensor:
-    """Cross-entropy of the student's image-text softmax against the teacher's, both directions, mean.
+    """Return the cross-entropy of the student's image-text softmax against the teacher's, mean of both directions.
 
-    open_clip's ``DistillClipLoss``, TinyCLIP's affinity mimicking, CLIP-KD's CRD. The widths of student and
-    teacher may differ. At its least it is the mean entropy of the teacher's softmax, not 0; less that entropy it is
-    the KL divergence, with the same gradient.
+    This is open_clip's ``DistillClipLoss``, TinyCLIP's affinity mimicking and CLIP-KD's CRD. The widths of student and
+    teacher may differ. The minimum is the mean entropy of the teacher's softmax, not 0; minus that entropy it is the
+    KL divergence, with the same gradient.
 
     Returns:
         Scalar >= 0, in nats.
@@ -165,14 +164,14 @@ def relational_mse_loss(
     teacher_logit_scale: float,
     temperature: float = 2.0,
 ) -> Tensor:
-    """MSE(softmax(s u vT / T), softmax(st p qT / T)), element mean, image to text: the guide's step 2, weight 0.1.
+    """Return MSE(softmax(s u vT / T), softmax(st p qT / T)), element mean: the guide's step 2, weight 0.1.
 
-    One direction only, as there: each image's probabilities over the texts of the batch. The widths of student and
-    teacher may differ.
+    As in the guide, one direction only: each image's probabilities over the texts of the batch. The widths of student
+    and teacher may differ.
 
     Args:
         logit_scale, teacher_logit_scale: s and st.
-        temperature: T > 0; the guide's 2.
+        temperature: T > 0; 2 in the guide.
 
     Returns:
         Scalar in [0, 2 / batch]; 0 when all probabilities agree.
@@ -188,7 +187,7 @@ def relational_mse_loss(
 
 
 def contrastive_loss(u: Tensor, v: Tensor, logit_scale: Tensor | float, label_smoothing: float = 0.0) -> Tensor:
-    """CLIP's symmetric cross-entropy (Radford et al. 2021, fig. 3): each row's own pair against the batch.
+    """Return CLIP's symmetric cross-entropy (Radford et al. 2021, fig. 3): each row's own pair against the batch.
 
     Args:
         label_smoothing: share of the target spread evenly over the batch.
@@ -208,12 +207,11 @@ def contrastive_loss(u: Tensor, v: Tensor, logit_scale: Tensor | float, label_sm
 
 
 def interactive_loss(u: Tensor, v: Tensor, p: Tensor, q: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """CLIP-KD's ICL (Yang et al. 2024): the student's features tell the teacher's of the other tower apart.
+    """Return CLIP-KD's ICL (Yang et al. 2024): each student row picks its match among the teacher's other tower.
 
-    The mean of two cross-entropies, each in one direction as in the paper and its code: the student is the anchor,
-    the teacher's rows are what it chooses from. Student images against the teacher's texts, student texts against
-    the teacher's images; never the teacher's rows against the student's. Here the temperature is the student's
-    logit_scale, which contrastive trains too; the authors' code trains one of its own.
+    The mean of two cross-entropies: student images against the teacher's texts, and student texts against the teacher's
+    images. As in the paper and its code, the student is always the anchor. The temperature is the student's
+    logit_scale, which contrastive trains too; the authors' code trains a separate one.
 
     Args:
         u, v: the student's features in the teacher's space.
@@ -242,17 +240,17 @@ def queue_loss(
     logit_scale: Tensor | float,
     teacher_logit_scale: float,
 ) -> Tensor:
-    """Relational against a queue of cached teacher rows: a small batch gets as many negatives as rows are queued.
+    """Return the relational loss against a queue of cached teacher rows: more negatives for a small batch.
 
     Cross-entropy of softmax(s u queue_textT) against softmax(st p queue_textT), and of softmax(s v queue_imageT)
-    against softmax(st q queue_imageT), mean; SEED's loss (Fang et al. 2021) across two towers. All in the teacher's
-    space: only there do rows of other batches lie, for the student of an earlier step is gone. At its least it is
-    the mean entropy of the teacher's softmaxes, not 0.
+    against softmax(st q queue_imageT), mean; SEED's loss (Fang et al. 2021) across two towers. All rows are in the
+    teacher's space, since the student's features of earlier batches are out of date. The minimum is the mean entropy of
+    the teacher's softmaxes, not 0.
 
     Args:
         u, v: the student's features in the teacher's space.
         p, q: the teacher's.
-        queue_image, queue_text: (queued, dim); the batch's own rows should be among them, so push first.
+        queue_image, queue_text: (queued, dim); push the batch's own rows before.
 
     Returns:
         Scalar >= 0, in nats.
@@ -320,8 +318,7 @@ def _relational_mse(batch: LossInputs) -> Tensor:
     return relational_mse_loss(*_student(batch), *_teacher(batch), *_scales(batch), batch.temperature)
 
 
-# the name in a run file -> the loss of one batch; teacher_cache.pipeline.settings.recipes.LOSS_NAMES has the same
-# names without torch
+# by name in a run file; teacher_cache.pipeline.settings.recipes.LOSS_NAMES has the same names without torch
 LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "contrastive": _contrastive,
     "cosine": _cosine,
@@ -341,26 +338,24 @@ def weighted_sum(batch: LossInputs, weights: dict[str, float]) -> tuple[Tensor, 
 
 
 class TeacherQueue:
-    """The last ``rows`` pairs of teacher embeddings that were pushed: first in, first out.
+    """A first-in, first-out queue of the last ``rows`` pairs of teacher embeddings.
 
-    Nothing in it is learned, and nothing in it is stale: a teacher's row is the same at every step, unlike the
-    momentum encoder's of MoCo (He et al. 2020). Its content is a function of what was pushed, in that order. With
-    several ranks each pushes the gathered rows of all, so that all queues are equal.
+    Its rows never become stale: the teacher does not change, unlike the momentum encoder of MoCo (He et al. 2020). With
+    several ranks each pushes the gathered rows of all ranks, so that all queues are equal.
 
-    A step pushes its own teacher rows, then reads ``rows()``, so that every pair of the batch has its match among
-    the queued ones.
+    A step pushes its own teacher rows, then reads ``rows()``, so that the match of every pair is in the queue.
     """
 
     def __init__(self, rows: int, dim: int, device: torch.device | str = "cpu") -> None:
         """Make an empty queue.
 
         Args:
-            rows: most pairs that are kept, > 0.
+            rows: maximum number of pairs, > 0.
             dim: width of the teacher's embeddings.
-            device: where rows are kept and returned.
+            device: device of the rows.
 
         Raises:
-            ValueError: ``rows`` is not > 0.
+            ValueError: ``rows`` is below 1.
         """
         if rows < 1:
             raise ValueError(f"a queue of {rows} rows holds nothing; wanted at least 1")
@@ -370,17 +365,17 @@ class TeacherQueue:
         self._text = torch.empty(0, dim, device=self._device)
 
     def __len__(self) -> int:
-        """Pairs held now."""
+        """Return the number of pairs in the queue."""
         return len(self._image)
 
     def push(self, image: Tensor, text: Tensor) -> None:
-        """Add pairs at the end; the oldest leave when there are more than ``most_rows``.
+        """Add pairs at the end, and remove the oldest beyond ``most_rows``.
 
-        Rows got before stay as they were: nothing is overwritten in place, so a loss of an earlier step can still be
+        Tensors that ``rows()`` returned before are not changed, so a loss of an earlier step can still be
         differentiated.
 
         Args:
-            image, text: (batch, dim), row ``i`` of both of the same pair; detached here.
+            image, text: (batch, dim), row ``i`` of both belongs to the same pair; detached here.
 
         Raises:
             ValueError: shapes differ, or are not ``dim`` wide.
@@ -389,18 +384,18 @@ class TeacherQueue:
         self._image, self._text = self._joined(self._image, image), self._joined(self._text, text)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Images and texts, (pairs held, dim) each, oldest first."""
+        """Return images and texts, (pairs, dim) each, oldest first."""
         return self._image, self._text
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the queue is: ``image`` and ``text``, as ``rows()``."""
+        """Return ``image`` and ``text``, as ``rows()``."""
         return {"image": self._image, "text": self._text}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from ``state_dict()``, on this queue's device.
+        """Load a ``state_dict()`` onto this queue's device.
 
         Raises:
-            ValueError: of another width, or more rows than this queue keeps.
+            ValueError: the width differs, or there are more rows than this queue holds.
         """
         image, text = state["image"], state["text"]
         self._require(image, text)
@@ -409,7 +404,7 @@ class TeacherQueue:
                 f"the saved queue holds {len(image)} rows, this one keeps {self.most_rows}. Resume with the queue_rows "
                 "that the run was started with."
             )
-        # copies: what was saved belongs to the caller
+        # copies: the state belongs to the caller
         self._image = image.detach().to(self._device, copy=True)
         self._text = text.detach().to(self._device, copy=True)
 
@@ -422,5 +417,5 @@ class TeacherQueue:
     def _joined(self, held: Tensor, new: Tensor) -> Tensor:
         new = new.detach().to(self._device)[-self.most_rows :]
         newest = held[max(len(held) + len(new) - self.most_rows, 0) :]
-        # a tensor of its own, not a view of a longer one: saving a view saves all of it
+        # a copy: saving a view would save the whole tensor
         return torch.cat([newest.to(new.dtype), new])
