@@ -170,7 +170,5 @@ def versions() -> dict[str, str]:
     modules = {"torch": "torch", "open_clip_torch": "open_clip", "onnx": "onnx", "onnxruntime": "onnxruntime"}
     modules |= {"tokenizers": "tokenizers", "pillow": "PIL", "numpy": "numpy"}
     # versions of modules: a distribution may have another name, such as onnxruntime-gpu or pillow-simd
-    by_package = {
-        name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()
-    }
-    return {"python": platform.python_version(), **by_package}
+    packages = {name: str(getattr(import_module(module), "__version__", "unknown")) for name, module in modules.items()}
+    return {"python": platform.python_version(), **packages}

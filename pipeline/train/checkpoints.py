@@ -171,7 +171,7 @@ class RunWriter:
             self._save(f"step-{self._state.point.step:08d}")
 
     def finish_epoch(self, finished: EpochRecord) -> None:
-        """Log a finished epoch and save the run, also as the best epoch if it is. Call with the state of the next epoch."""
+        """Log a finished epoch and save the run, also as the best if it is. The state is at the next epoch."""
         point, before, selection = self._state.point, self._record, finished.selection
         self.log.epoch(point.step, finished)
         event(

@@ -1,4 +1,4 @@
-"""Ready pixels, made: each image of a split is decoded once, and what a student sees of it is stored."""
+"""Creation of ready pixels: each image of a split is decoded once, and the student's input is stored."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _CHUNK_ROWS = 64
 
 
 class PixelsResult(BaseModel, frozen=True):
-    """Result of making pixels: the folder's contents, and this call's share."""
+    """Result of making pixels: totals of the folder, and the chunks that this call made."""
 
     out: str
     images: int
@@ -66,9 +66,9 @@ class PixelsPlan:
     """Plan of the pixels to make, before any image is decoded.
 
     Attributes:
-        rows: of the cache, ascending, int64.
-        todo: (chunk, its views that are not finished), in the order in which they are made.
-        free_bytes: of the disk that the folder is on.
+        rows: rows of the cache, ascending, int64.
+        todo: (chunk, its unfinished views), in the order of work.
+        free_bytes: free space of the folder's disk.
     """
 
     out: str
@@ -83,12 +83,12 @@ class PixelsPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of all pixels, the padding of the last chunk of each view included."""
+        """Size of all pixels in bytes, including the padding of each view's last chunk."""
         return self.record.views * self.record.chunks * self.record.chunk_bytes
 
     @property
     def chunks_to_make(self) -> int:
-        """Number of chunks to make, of one view each."""
+        """Number of chunks to make; a chunk has one view."""
         return sum(len(views) for _, views in self.todo)
 
     @property
@@ -110,9 +110,9 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     """Plan pixels from cache, student and folder. Nothing is written.
 
     Raises:
-        UsageError: a setting that cannot be used, or a disk without the room.
-        CacheMismatchError: the folder holds pixels of something else; names each field and both values.
-        CacheError: the cache, or the folder's record, cannot be used.
+        UsageError: a setting cannot be used, or the disk is too full.
+        CacheMismatchError: the folder holds other pixels; the message names each field with both values.
+        CacheError: the cache or the folder's record cannot be used.
     """
     files = local_pixels(config.out)
     reader = EmbeddingReader(config.cache)
@@ -145,7 +145,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     try:
         record = _continued(record, read_record(files), config.out)
     except CacheNotFoundError:
-        # what a killed call left unfinished is not listed, and no reason to refuse
+        # unfinished files of a killed call are not listed
         if Path(config.out).is_file() or files.list():
             raise UsageError(f"{config.out}: is there and holds no ready pixels. Name a new folder by --out.") from None
     todo = tuple(
@@ -172,15 +172,15 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
 def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | None = None) -> PixelsResult:
     """Make the missing chunks of a plan.
 
-    Each chunk is written whole and then committed: a kill costs the chunks in flight, and another call makes those.
-    Of an image all missing views are made from one decoding. Memory: two chunks of all missing views.
+    Each chunk is written, then committed: a kill loses the chunks in flight, which the next call makes again. An image
+    is decoded once for all its missing views. Memory: two chunks of all missing views.
 
     Args:
-        progress: called with ("pixels", chunks finished, all chunks).
+        progress: called with ("pixels", done chunks, all chunks).
 
     Raises:
-        OSError: an image cannot be read or decoded, or the disk is full; what is finished stays.
-        CacheMismatchError: an image is not the one that the cache was made of.
+        OSError: an image cannot be read or decoded, or the disk is full; finished chunks stay.
+        CacheMismatchError: an image has changed since the cache was made.
     """
     files, record = local_pixels(plan.out), plan.record
     files.remove_partials()
@@ -201,7 +201,7 @@ def make_pixels(plan: PixelsPlan, progress: Callable[[str, int, int], None] | No
                         crc32c=tuple(crc32c(part[index]) for part in parts),
                     )
                     files.write(chunk_key(view, chunk), data + bytes(record.chunk_bytes - len(data)))
-                    # last: whoever finds it may trust the chunk before it
+                    # last: a commit proves that its chunk is complete
                     files.write(commit_key(view, chunk), commit.to_bytes())
                     done += 1
                     if progress is not None:
@@ -231,7 +231,7 @@ _Work = tuple[int, tuple[int, ...], list[Future[list[bytes]]]]
 
 
 def _decoded_ahead(plan: PixelsPlan, images: StudentImages, decoders: ThreadPoolExecutor) -> Iterator[_Work]:
-    """Yield each chunk to make with its images' pixels, while the next one is decoded."""
+    """Yield the pixels of each chunk to make, while the next chunk is decoded."""
     samples = CachedSamples(plan.reader, kept_chunks=1)
 
     def decode(work: tuple[int, tuple[int, ...]]) -> _Work:
@@ -249,7 +249,7 @@ def _pixels(images: StudentImages, image: SampleRecord, crops: tuple[Crop | None
 
 
 def _begin(files: LocalFiles, record: PixelsRecord, rows: NDArray[np.int64]) -> None:
-    """Write the record, then the files that follow from it. Missing ones are written again."""
+    """Write the record, then the row numbers and Zarr metadata, where they are missing or differ."""
     metadata = _zarr_metadata(record)
     for key, data in {RECORD: record.to_bytes(), ROWS_KEY: rows_bytes(rows), **metadata}.items():
         try:
@@ -286,16 +286,16 @@ def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
         },
     }
     for name, settings in arrays.items():
-        # no codec: one image is then one read at an offset
+        # uncompressed: an image is one read at an offset
         root.create_array(name, fill_value=0, compressors=None, **settings)
     return {f"pixels.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
 
 
 def _continued(new: PixelsRecord, old: PixelsRecord, out: str) -> PixelsRecord:
-    """Return the record to continue with: of the two, the one with more views.
+    """Return the record with more views.
 
     Raises:
-        CacheMismatchError: the old one is of something else.
+        CacheMismatchError: the old record describes other pixels.
     """
     shared = min(new.views, old.views)
     ours, theirs = (
@@ -311,7 +311,7 @@ def _continued(new: PixelsRecord, old: PixelsRecord, out: str) -> PixelsRecord:
 
 
 def _finished(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> bool:
-    """Return whether a chunk is committed and its file has its length. Its bytes are proven when they are read."""
+    """Return whether a chunk is committed and its file has the right size. Reading checks the bytes."""
     try:
         path = Path(files.location) / chunk_key(view, chunk)
         whole = path.stat().st_size == record.chunk_bytes

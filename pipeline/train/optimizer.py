@@ -13,7 +13,7 @@ __all__ = ["WeightAverage", "adamw", "learning_rate_share", "measured_weights"]
 
 
 def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Return the share of the peak learning rate at a step from 0: linear warm-up, then cosine to 0."""
+    """Return the share of the peak learning rate at a step (from 0): linear warm-up, then cosine to 0."""
     warmup = math.ceil(total_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / warmup
@@ -33,14 +33,13 @@ def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torc
 
 
 class WeightAverage:
-    """Exponential moving average of a module's parameters. Its buffers (BatchNorm's statistics) are the module's own.
+    """Exponential moving average of a module's parameters. Buffers, such as BatchNorm's statistics, are not averaged.
 
-    After ``n`` updates the average moves by ``1 - min(decay, (1 + n) / (10 + n))``: young averages move fast, so
-    that the random weights of the start are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage,
-    which timm and EMA implementations since have kept).
+    After ``n`` updates the average moves by ``1 - min(decay, (1 + n) / (10 + n))``. Early averages move fast, so that
+    the random initial weights are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage and of timm).
 
     Args:
-        module: on its device already.
+        module: module, already on its device.
         decay: below 1; 0.999 averages over about the last 1,000 steps.
     """
 
@@ -52,18 +51,18 @@ class WeightAverage:
         self._average = [parameter.detach().clone() for parameter in self._live]
 
     def decay_at(self, updates: int) -> float:
-        """Return the decay of the update that follows ``updates`` others."""
+        """Return the decay of the next update after ``updates`` updates."""
         return min(self._decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the weights of this step. Call after the optimizer."""
+        """Add the weights of this step. Call after the optimizer's step."""
         torch._foreach_lerp_(self._average, self._live, 1 - self.decay_at(self.updates))
         self.updates += 1
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the module the averaged weights within the block, to be measured or saved."""
+        """Swap the averaged weights into the module within the block, to measure or save it."""
         saved = [parameter.detach().clone() for parameter in self._live]
         self._copy(self._average, self._live)
         try:
@@ -72,14 +71,14 @@ class WeightAverage:
             self._copy(saved, self._live)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the averages by the names of their parameters."""
+        """Return the averages by parameter name."""
         return dict(zip(self._names, self._average, strict=True))
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
-        """Continue from a :meth:`state` after ``updates`` updates.
+        """Load a :meth:`state` that was taken after ``updates`` updates.
 
         Raises:
-            KeyError: it lacks a parameter.
+            KeyError: the state lacks a parameter.
         """
         self._copy([state[name] for name in self._names], self._average)
         self.updates = updates
@@ -92,5 +91,5 @@ class WeightAverage:
 
 
 def measured_weights(average: WeightAverage | None) -> contextlib.AbstractContextManager[None]:
-    """Give the student, within the block, the weights that are measured and shipped: the average, if there is one."""
+    """Swap the weights to measure and ship into the student within the block: the average, if there is one."""
     return average.in_place() if average is not None else contextlib.nullcontext()

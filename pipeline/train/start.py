@@ -46,7 +46,7 @@ _FILES = ("run.json", "origin.json")
 
 
 def recorded_start(run: RunFolder) -> RunRecord | None:
-    """Return the record of a run that has a checkpoint. Its files may have moved or changed since it began."""
+    """Return the record of a run, or None if it has no checkpoint yet."""
     record = run.read()
     return record if record.checkpoint is not None else None
 
@@ -56,7 +56,7 @@ class TrainingCache:
     """A cache opened and checked for one run.
 
     Attributes:
-        rows: images to learn from.
+        rows: rows of the training images.
         accepted: differences from the expected identity that the settings accept.
     """
 
@@ -67,10 +67,10 @@ class TrainingCache:
 
     @classmethod
     def open(cls, config: TrainConfig, run: RunFolder, begun: RunRecord | None) -> TrainingCache:
-        """Open the cache of a new run, or the very one that ``begun`` learned from.
+        """Open the cache of a new run, or the same cache that ``begun`` learned from.
 
         Raises:
-            CacheMismatchError: another cache than expected, or than the run's.
+            CacheMismatchError: the cache differs from the expected one, or from the run's.
             UsageError: a split cannot be used.
         """
         reader = _opened(run, config.cache, begun)
@@ -91,7 +91,7 @@ class TrainingCache:
 
     @property
     def source(self) -> ImageSource:
-        """Return where the images are."""
+        """Source of the images."""
         return ImageSource(self.config.image_root or self.reader.manifest.source.image_root)
 
     @cached_property
@@ -110,7 +110,7 @@ def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingRea
 
 
 def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -> Student:
-    """Build the student with the weights of its first step. A checkpoint is loaded later.
+    """Build the student with its initial weights. A checkpoint is loaded later.
 
     Raises:
         UsageError: the student, its ``init`` or its locked layers cannot be used.
@@ -127,11 +127,11 @@ def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -
 
 
 def training_images(cache: TrainingCache, student: Student) -> StudentImages | ReadyPixels:
-    """Return the images that the student learns from: decoded in each epoch, or ready pixels.
+    """Return the training images: decoded in each epoch, or ready pixels.
 
     Raises:
-        UsageError: the student takes no images of ``train_image_size``.
-        CacheError: the ready pixels are of something else, or damaged.
+        UsageError: the student cannot take images of ``train_image_size``.
+        CacheError: the ready pixels do not match, or are damaged.
     """
     config, reader = cache.config, cache.reader
     seen = student.preprocess_to_learn(config.train_image_size)
@@ -141,9 +141,9 @@ def training_images(cache: TrainingCache, student: Student) -> StudentImages | R
 
 
 def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) -> RunRecord:
-    """Return the record of the run: a new one, or that of ``begun`` with the settings of today."""
+    """Return the record of the run: a new one, or ``begun`` with the current settings."""
     config, reader = cache.config, cache.reader
-    # absolute, so that the run can be measured from any folder
+    # absolute: the run may be measured from another folder
     places = {"cache": _absolute(config.cache), "pixels": config.pixels and _absolute(config.pixels)}
     config = config.model_copy(update=places)
     image_root = _absolute(cache.source.root)
@@ -170,15 +170,15 @@ def _absolute(location: str) -> str:
 
 
 def expected_identity(place: str) -> CacheIdentity:
-    """Return the identity of a cache, of a run, or in what ``info --json`` printed.
+    """Return the identity of a cache or run, or the one in a JSON file.
 
     Args:
-        place: folder or URL of a cache; folder of a run or of a checkpoint; or a JSON file with an ``identity``, as
-            ``teacher-cache info --json`` prints and as a cache's manifest is.
+        place: folder or URL of a cache; folder of a run or checkpoint; or a JSON file with an ``identity``, such as a
+            manifest or the output of ``teacher-cache info --json``.
 
     Raises:
-        UsageError: none of these.
-        CacheError: a cache whose manifest cannot be used.
+        UsageError: the place is none of these.
+        CacheError: the cache's manifest cannot be used.
     """
     folder = Path(place)
     if folder.is_file():

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, the loss of the whole batch, backward; in parts and over devices if asked."""
+"""One optimizer step: forward, loss of the whole batch, backward; optionally in parts and on several devices."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _LOG = logger("train")
 
 @dataclass(frozen=True)
 class StepValues:
-    """Values of one step: the loss, each named loss before weighting, and how far the weights moved.
+    """Values of one step for the logs.
 
     Attributes:
-        grad_norm: of all gradients, before clipping.
-        logit_scale: the student's, after exp, that the loss was computed with.
+        parts: each named loss before weighting.
+        grad_norm: norm of all gradients, before clipping.
+        logit_scale: the student's logit scale in the loss, after exp.
     """
 
     loss: float
@@ -46,24 +47,24 @@ class StepValues:
 
 
 class TrainStep:
-    """Moves a student by one batch at a time.
+    """A training step: trains a student on one batch per call.
 
-    A batch in parts has the loss and the gradient of the batch in one piece, since contrastive and relational
-    losses compare every pair with every other (GradCache: Gao et al. 2021, "Scaling Deep Contrastive Learning
-    Batch Size under Memory Limited Setup"; open_clip's ``accum_freq`` does the same): features of all parts
-    without a graph, the loss on all of them with its gradient by each feature, then each part again with a
-    graph, which this gradient is sent through. BatchNorm normalises within each part, so a student that has it
-    learns from other statistics; its running ones move once per part.
+    A batch in parts has the same loss and gradient as the whole batch, although contrastive and relational losses
+    compare every pair with every other. Three passes do it (GradCache: Gao et al. 2021, "Scaling Deep Contrastive
+    Learning Batch Size under Memory Limited Setup"; open_clip's ``accum_freq`` does the same): the features of all
+    parts without a graph; the loss on all features, with its gradient by each feature; then each part again with a
+    graph, through which this gradient is propagated. BatchNorm normalises within each part, so its statistics differ
+    from those of the whole batch; the running statistics are updated once per part.
 
-    Several devices hold a slice of the batch each and compute the same loss, on the features of all of them.
+    Each of several devices has a slice of the batch, and computes the same loss on the features of all devices.
 
-    Random numbers (dropout) are a function of (seed, step, rank, part): the second pass over a part sees those of the
-    first, and a run that goes on from a checkpoint those that it would have seen.
+    Random numbers (dropout) are a function of (seed, step, rank, part). So both passes over a part see the same ones,
+    and a resumed run sees those of an unbroken run.
 
     Args:
-        model: the student as Fabric set it up, with its optimizer.
-        teacher_logit_scale: the teacher's, after exp.
-        queue: rows of the teacher for the queue loss; the same on every rank.
+        model: the student as set up by Fabric, with its optimizer.
+        teacher_logit_scale: the teacher's logit scale, after exp.
+        queue: queue of the teacher's rows for the queue loss; the same on every rank.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class TrainStep:
         """Train on one batch.
 
         Args:
-            step: of the run, from 0.
+            step: step of the run, from 0.
             pixels, tokens, targets: this device's slice of the batch; tokens (batch, captions, length).
-            pairs: the whole batch, to be named if something is wrong with it.
+            pairs: rows of the whole batch, for messages.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the student has not been moved.
-            ValueError: targets and tokens are not of the same captions.
+            FloatingPointError: the loss or the gradient is not finite; the student is not changed.
+            ValueError: targets and tokens differ in their number of captions.
         """
         if targets.text.shape[:2] != tokens.shape[:2]:
             raise ValueError(
@@ -108,7 +109,7 @@ class TrainStep:
             targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
         )
         if self._queue is not None:
-            # before the loss: each pair of the batch has its match among those queued
+            # before the loss, so that the match of each pair is in the queue
             image, text = teacher
             self._queue.push(image.repeat_interleave(text.shape[1], dim=0), text.flatten(0, 1))
         size, captions = config.micro_batch or len(pixels), tokens.shape[1]
@@ -119,7 +120,7 @@ class TrainStep:
         norm = self._fabric.clip_gradients(
             self._model, self._optimizer, max_norm=config.clip_grad_norm, error_if_nonfinite=False
         )
-        # one wait for the device
+        # one transfer: each waits for the device
         values = torch.stack([total, norm.to(total), logit_scale, *parts.values()]).tolist()  # type: ignore[union-attr]
         loss, grad_norm, scale = values[:3]
         named = dict(zip(parts, values[3:], strict=True))
@@ -136,7 +137,7 @@ class TrainStep:
         output = self._forward(step, 0, pixels, tokens)
         total, parts = self._loss(gather_features(*output[:4]), output.logit_scale, teacher)
         if self._fabric.world_size > 1:
-            # DDP waits for a gradient of everything in the output, also of what no loss looks at
+            # DDP waits for a gradient of every output, including those that no loss uses
             self._fabric.backward(total + 0.0 * sum(value.sum() for value in output))
         else:
             self._fabric.backward(total)
@@ -159,14 +160,14 @@ class TrainStep:
             with self._fabric.no_backward_sync(self._model, enabled=not last):
                 output = self._forward(step, part, *inputs)
                 sent = sum((value * slope[part]).sum() for value, slope in zip(output[:4], feature_slopes, strict=True))
-                # every part computes logit_scale anew from the one parameter; its gradient counts once
+                # every part computes logit_scale from the same parameter: its gradient counts once
                 self._fabric.backward(sent + output.logit_scale * (slopes[4] if last else 0.0))
         return total.detach(), parts, logit_scale.detach()
 
     def _slopes_of_parts(self, slope: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
-        """Return the gradient by the rows of each of this rank's parts, given that by the rows of all ranks."""
+        """Return this rank's gradient by part, from the gradient by the rows of all ranks."""
         own = slope.tensor_split(self._fabric.world_size)[self._fabric.global_rank]
-        # DDP takes the mean over ranks, while each feature has its gradient on one rank alone
+        # DDP averages over ranks, but a feature has its gradient on one rank only
         return torch.split(own * self._fabric.world_size, rows)
 
     def _forward(self, step: int, part: int, pixels: Tensor, tokens: Tensor) -> StudentOutput:
@@ -180,7 +181,7 @@ class TrainStep:
         return output
 
     def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
-        """Return the mean over the captions of an image: the loss of all images with their first, their second, ..."""
+        """Return the mean of the losses of all images with their first caption, their second caption, ..."""
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
         queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
@@ -212,7 +213,7 @@ class TrainStep:
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        """Restore the buffers after the block: BatchNorm's running statistics move in the second pass only."""
+        """Restore the buffers after the block: only the second pass updates BatchNorm's statistics."""
         saved = [buffer.clone() for buffer in self._student.buffers()]
         yield
         for buffer, value in zip(self._student.buffers(), saved, strict=True):

@@ -1,4 +1,4 @@
-"""Logs of steps and epochs: ``log.jsonl`` with the reproducible values, TensorBoard with the timings too."""
+"""Logs of steps and epochs: reproducible values in ``log.jsonl``; TensorBoard has timings too."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _FLUSH_SECONDS = 30
 
 
 class StepLog:
-    """Both logs of one run; only the process of rank 0 has one.
+    """Both logs of one run. Only rank 0 has one.
 
     Args:
-        first_step: the step after which this process goes on; TensorBoard drops what an earlier process wrote beyond.
+        first_step: last step before this process; TensorBoard drops later steps of an earlier process.
     """
 
     def __init__(self, run: RunFolder, first_step: int = 0) -> None:
@@ -39,7 +39,7 @@ class StepLog:
     def step(
         self, step: int, epoch: int, values: StepValues, samples_per_second: float, data_wait_share: float
     ) -> None:
-        """Write down one step; steps count from 1."""
+        """Log one step; steps count from 1."""
         self._run.log(
             {
                 "step": step,
@@ -64,7 +64,7 @@ class StepLog:
             self._writer.add_scalar(name, value, step)
 
     def epoch(self, step: int, record: EpochRecord) -> None:
-        """Write down the means of an epoch, and what was measured behind it, at its last step."""
+        """Log the means of an epoch, and the measurement after it, at its last step."""
         self._writer.add_scalar("epoch/loss", record.loss, step)
         if record.selection is not None:
             self._writer.add_scalar("select/mean_recall", record.selection.mean_recall, step)
@@ -73,12 +73,12 @@ class StepLog:
                     self._writer.add_scalar(f"select/{direction}_{name}", value, step)
 
     def flush(self) -> None:
-        """Have all steps on disk, so that what a resume point knows is in both logs."""
+        """Write all steps to disk. Called before a resume point is saved."""
         self._writer.flush()
         self._run.sync_log()
 
     def close(self) -> None:
-        """Write what is left; the log takes no more."""
+        """Write all steps and close TensorBoard's file."""
         self._writer.close()
 
 
@@ -86,7 +86,7 @@ class EpochSums(BaseModel):
     """Sums over the steps of an epoch so far.
 
     Attributes:
-        seconds, waited: of training, and of waiting for batches. Time between two processes of a run does not count.
+        seconds, waited: seconds of training, and of waiting for batches; pauses between processes do not count.
     """
 
     steps: int = 0
@@ -96,14 +96,14 @@ class EpochSums(BaseModel):
 
 
 class EpochMeter:
-    """Adds the steps of an epoch to its sums, and times them.
+    """Timer of an epoch's steps, which adds them to its sums.
 
-    Call :meth:`batch_arrived`, :meth:`step_taken` and :meth:`wait` in this order. What happens between the last two,
-    such as writing a checkpoint, is no wait for data.
+    Call :meth:`batch_arrived`, :meth:`step_taken` and :meth:`wait` in this order. Time between the last two, such as
+    writing a checkpoint, does not count as waiting.
 
     Attributes:
         rate: samples per second of this epoch in this process.
-        wait_share: share of the seconds in which it waited for batches.
+        wait_share: share of that time spent waiting for batches.
     """
 
     def __init__(self, sums: EpochSums, batch_size: int) -> None:
@@ -113,12 +113,12 @@ class EpochMeter:
         self.rate = self.wait_share = 0.0
 
     def batch_arrived(self) -> None:
-        """Add the wait for a batch."""
+        """End the wait for a batch."""
         self._arrived = time.perf_counter()
         self._sums.waited += self._arrived - self._waiting
 
     def step_taken(self, values: StepValues, rows: int) -> None:
-        """Add a step on ``rows`` rows of this process."""
+        """Add a step on ``rows`` samples of this process."""
         sums, ended = self._sums, time.perf_counter()
         sums.steps += 1
         for name, value in {"loss": values.loss, **values.parts}.items():
@@ -131,7 +131,7 @@ class EpochMeter:
         self.wait_share = (sums.waited - self._waited) / spent
 
     def wait(self) -> None:
-        """Begin to wait for the next batch."""
+        """Start the wait for the next batch."""
         self._waiting = time.perf_counter()
 
     @staticmethod

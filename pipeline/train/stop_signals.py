@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in a loop of steps: delayed to the end of a step, when what it learned is saved."""
+"""Delay of SIGTERM and SIGINT in a training loop, until the current step is saved."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _ONE_REQUEST_SECONDS = 0.5
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise KeyboardInterrupt: a command ends at SIGTERM as it does at Ctrl-C."""
+    """Raise KeyboardInterrupt, so that SIGTERM ends a command as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 class StopRequests:
     """A block in which the first SIGTERM or SIGINT is delayed; a second one takes effect at once.
 
-    To take effect, the handler from before is restored and the signal is sent again. Only signals that end this
-    program are delayed: those handled by Python, by the system or by :func:`interrupt`. Other handlers, such as
-    Prefect's, stay in place, and nothing is delayed outside the main thread, which alone can have handlers.
+    For a signal to take effect, the previous handler is restored and the signal is sent again. Only signals that end
+    the program are delayed: those handled by Python, by the system or by :func:`interrupt`. Other handlers, such as
+    Prefect's, stay in place. Outside the main thread nothing is delayed: Python allows handlers only there.
 
     Args:
         save: called before a delayed signal takes effect, between two steps.
         active: whether to delay signals.
 
     Attributes:
-        request: the delayed signal. None: none came.
+        request: the delayed signal, or None.
     """
 
     def __init__(self, save: Callable[[], None] = lambda: None, active: bool = True) -> None:
@@ -61,16 +61,16 @@ class StopRequests:
             self._act()
 
     def may_act(self) -> None:
-        """Save and let a delayed signal take effect. Call between two steps."""
+        """Save, then let a delayed signal take effect. Call between two steps."""
         if self.request is not None:
             self._save()
             self._act()
 
     def between_steps(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the items. A signal that comes while the next one is awaited does not wait for it.
+        """Yield the items. A signal during the wait for the next item takes effect without that item.
 
         Raises:
-            RuntimeError, OSError, EOFError: as torch raises them when its workers are gone without a signal here.
+            RuntimeError, OSError, EOFError: torch's workers ended, but not by a signal to this process.
         """
         iterator = iter(items)
         while True:
@@ -83,7 +83,7 @@ class StopRequests:
             except StopIteration:
                 return
             except (_MayActError, RuntimeError, OSError, EOFError):
-                self.may_act()  # the processes that make the items may have ended by the same signal
+                self.may_act()  # the same signal may have ended the workers
                 raise
             yield item
 
@@ -106,4 +106,4 @@ class StopRequests:
 
 
 class _MayActError(BaseException):
-    """The end of a wait for the next item. Not an Exception, so that nothing on the way catches it."""
+    """The end of a wait for the next item. Not an Exception, so that no handler catches it."""

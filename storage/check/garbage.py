@@ -34,7 +34,7 @@ class GarbageReport(BaseModel, frozen=True):
     """The answer of ``teacher-cache gc``."""
 
     location: str
-    deleted: bool = Field(description="Whether the objects were deleted.")
+    deleted: bool = Field(description="True if the objects were deleted.")
     found: tuple[Garbage, ...]
     nbytes: int
     left: int = Field(0, description="Number of unknown files that were not deleted.")
@@ -55,25 +55,25 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
     """
     files = open_files(location)
     keys = files.list()
-    found = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
-    found += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
+    garbage = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
+    garbage += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
     known = known_keys(files)
     within = tuple(
         key.removesuffix(MANIFEST_KEY) for key in keys if key.endswith(f"/{MANIFEST_KEY}") and key not in known
     )
-    found += [
+    garbage += [
         Garbage(key=key, kind="unknown-file", nbytes=_size(files, key))
         for key in keys
         if key not in known and not key.startswith((f"{CLAIMS}/", *within))
     ]
-    left = 0
+    not_deleted = 0
     if delete:
-        going = [each for each in found if unknown or each.kind != "unknown-file"]
-        left, found = len(found) - len(going), going
-        for each in found:
-            files.delete(each.key)
-    nbytes = sum(each.nbytes for each in found)
-    return GarbageReport(location=location, deleted=delete, found=tuple(found), nbytes=nbytes, left=left)
+        deleted = [item for item in garbage if unknown or item.kind != "unknown-file"]
+        not_deleted, garbage = len(garbage) - len(deleted), deleted
+        for item in deleted:
+            files.delete(item.key)
+    nbytes = sum(item.nbytes for item in garbage)
+    return GarbageReport(location=location, deleted=delete, found=tuple(garbage), nbytes=nbytes, left=not_deleted)
 
 
 def known_keys(files: CacheFiles) -> set[str]:
