@@ -1,4 +1,4 @@
-"""Recall by FAISS, zero-shot accuracy and cost of teacher and student."""
+"""Recall, zero-shot accuracy and cost of teacher and student."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The one way to embed a split: its images and captions through any encoder, in order. No torch.
+"""Embedding of a split: its images and captions through any encoder, in order. No torch.
 
 An encoder is the cache (:class:`CachedTeacher`), a torch student (``student_rows.StudentRows``), or two functions of
-stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's. All see the rows that ``evaluate``
-measures on.
+stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's. All embed the same rows.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Embedded = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class SplitEncoder(Protocol):
-    """A model, or what it left, that gives unit rows of a split in batches, in order."""
+    """A model, or a cache of its embeddings, that yields unit rows of a split in batches, in order."""
 
     def images(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
         """Yield the rows of all images, (batch, dim)."""
@@ -44,8 +43,8 @@ def embed(split: EvaluationSplit, encoder: SplitEncoder, progress: Progress | No
         progress: called with ("images" or "captions", done, total) after each batch.
 
     Raises:
-        OSError, CacheMismatchError: an image cannot be read, or is another one; as ``EvaluationSplit.image_bytes``.
-        ValueError: the encoder gives another number of rows than the split has.
+        OSError, CacheMismatchError: an image cannot be read, or has changed; see ``EvaluationSplit.image_bytes``.
+        ValueError: the encoder's number of rows differs from the split's.
     """
     return (
         _gathered("images", len(split.image_rows), encoder.images(split), progress),
@@ -70,7 +69,7 @@ def _gathered(
 
 
 class CachedTeacher:
-    """The teacher by its cached rows; view 0, the evaluation crop. No model runs."""
+    """The teacher's cached rows of view 0, the evaluation crop. No model runs."""
 
     def images(self, split: EvaluationSplit) -> Iterator[NDArray[np.float32]]:
         """Yield unit rows of the images."""
@@ -90,7 +89,7 @@ class BytesEncoder:
     """Two functions that embed stored bytes of images, and captions, into unit rows.
 
     Attributes:
-        batch_size: images, or captions, per call.
+        batch_size: number of images, or captions, per call.
     """
 
     encode_images: Callable[[list[bytes]], NDArray[Any]]
@@ -98,7 +97,7 @@ class BytesEncoder:
     batch_size: int = 256
 
     def images(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
-        """Yield rows of the images, whose bytes are proven by the cache."""
+        """Yield rows of the images, after checking their bytes against the cache."""
         for positions in self._batches(range(len(split.image_rows))):
             yield self.encode_images([split.image_bytes(at) for at in positions])
 

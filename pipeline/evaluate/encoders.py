@@ -1,4 +1,4 @@
-"""Teacher and student as encoders of pictures and texts, for zero-shot classification (ZeroShotEncoder)."""
+"""Teacher and student as encoders of images and texts for zero-shot classification (ZeroShotEncoder)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["StudentEncoder", "TeacherEncoder"]
 
 
 class TeacherEncoder:
-    """A live teacher. Its rows are rounded to float16, as in a cache of float16, so that both give the same numbers."""
+    """A live teacher. Rows are rounded to float16, so that they equal those of a float16 cache."""
 
     def __init__(self, teacher: LiveTeacher) -> None:
         self._teacher = teacher
@@ -40,13 +40,13 @@ class TeacherEncoder:
 
 
 class StudentEncoder:
-    """The student of a checkpoint: an open_clip model folder of a run."""
+    """The student of a run's checkpoint folder."""
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
-        """Load it.
+        """Load the student.
 
         Raises:
-            UsageError: no checkpoint, or one that cannot be used.
+            UsageError: the checkpoint is missing or cannot be used.
         """
         student, architecture = load_student(checkpoint)
         self._student = student.to(device).eval()
@@ -72,7 +72,7 @@ class StudentEncoder:
 
 
 class _Pixels:
-    """Decoded images to one batch of model input, by as many threads as there are cores."""
+    """Transform of decoded images to one batch of model input, in a thread pool."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._transform = preprocess.transform()

@@ -1,4 +1,4 @@
-"""Rank of a query's best match in a gallery: FAISS proposes in float32, float64 decides. No torch."""
+"""Exact ranks of queries: FAISS proposes candidates in float32, float64 scores decide. No torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from teacher_cache.storage.look.nearest import exact_scores
 
 __all__ = ["Engine", "Matches", "find_engine", "row_lengths", "rows_ahead"]
 
-_SPARE = 32  # candidates beyond the depth: near ties at the last place seldom need more
-_MOST_CANDIDATES = 256  # FAISS is slow beyond, and refuses more than 2,048 on a GPU: deeper ranks are counted
+_SPARE = 32  # candidates beyond the depth, for near ties at the last place
+_MOST_CANDIDATES = 256  # FAISS is slow beyond, and limited to 2,048 on a GPU; deeper ranks are counted in float64
 _QUERIES_AT_ONCE = 4_096
 _WORK_BYTES = 64 << 20
-_GPU_PROVEN = 16  # queries of each block whose GPU scores are computed again
+_GPU_PROVEN = 16  # queries per block whose GPU scores are checked
 
 _Floats = NDArray[np.float32]
 _Rows = NDArray[np.int64]
@@ -32,7 +32,7 @@ class Engine:
     """FAISS's exhaustive inner-product search on one device.
 
     Attributes:
-        name: build and version, as results record it.
+        name: build and version of FAISS, for results.
         gpu: number of the CUDA device; None for the CPU.
     """
 
@@ -43,17 +43,17 @@ class Engine:
         """Return a function of (queries, k) that gives the scores and rows of the k nearest, best first."""
         import faiss
 
-        if self.gpu is None:  # in the caller's array: an index would be a copy of it
+        if self.gpu is None:  # knn searches the array itself; an index would copy it
             return lambda queries, k: faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)
         config = faiss.GpuIndexFlatConfig()
         config.device = self.gpu
-        config.useFloat16 = False  # the error bound is float32's
+        config.useFloat16 = False  # the error bound assumes float32
         resources = faiss.StandardGpuResources()
         index = faiss.GpuIndexFlatIP(resources, gallery.shape[1], config)
         index.add(gallery)
 
         def search(queries: _Floats, k: int, resources: object = resources) -> tuple[_Floats, _Rows]:
-            # the index uses the resources without owning them: the default argument keeps them alive
+            # the index does not own the resources: the default argument keeps them alive
             scores, rows = index.search(queries, k)
             return scores, rows
 
@@ -61,10 +61,10 @@ class Engine:
 
 
 def find_engine(device: str = "auto") -> Engine:
-    """Return the engine of a device, which never searches on another one.
+    """Return the engine of a device, without falling back to another device.
 
     Args:
-        device: auto, cpu, cuda or cuda:N. auto is the GPU where faiss-gpu finds one, else the CPU.
+        device: auto, cpu, cuda or cuda:N. auto: the GPU if faiss-gpu finds one, else the CPU.
 
     Raises:
         UsageError: the device is unknown, or FAISS is not installed or cannot use it.
@@ -78,7 +78,7 @@ def find_engine(device: str = "auto") -> Engine:
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
-    # faiss-cpu may lack the names, and faiss-gpu may run on a machine without a GPU
+    # faiss-cpu may lack these names
     gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
     if kind == "cuda" and int(number or 0) >= gpus:
         raise UsageError(
@@ -97,7 +97,7 @@ class Matches:
     Attributes:
         queries: (n, dim) float32.
         score: (n,) float64 inner product with the best match.
-        row: (n,) the match's row in the gallery; the lowest of equal ones.
+        row: (n,) row of the match in the gallery; the lowest of equal scores.
     """
 
     queries: _Floats
@@ -105,11 +105,11 @@ class Matches:
     row: _Rows
 
     def part(self, index: slice | _Rows) -> Matches:
-        """Return some of the queries."""
+        """Return a subset of the queries."""
         return Matches(self.queries[index], self.score[index], self.row[index])
 
     def ahead(self, gallery: _Floats, query: _Rows, row: _Rows) -> _Rows:
-        """Count in float64, for each query, the listed rows that come before its match; equal scores go by row.
+        """Count for each query, in float64, the listed rows that come before its match; ties are ordered by row.
 
         Args:
             query, row: (p,) pairs of a query and a row of the gallery.
@@ -122,14 +122,14 @@ class Matches:
 def rows_ahead(matches: Matches, gallery: _Floats, depth: int, engine: Engine) -> _Rows:
     """Count, for each query, the rows of the gallery that come before its best match.
 
-    Exact: as all scores in float64 would say, equal ones ordered by row. Memory is bounded at any size.
+    The counts are exact: they equal those of all scores in float64, ties ordered by row. Memory is bounded.
 
     Args:
         gallery: (m, dim) float32, contiguous.
-        depth: how far to count.
+        depth: count at which to stop.
 
     Returns:
-        (n,) counts; one of ``depth`` or more may be short of the true one.
+        (n,) counts. A count of ``depth`` or more may be smaller than the true one.
 
     Raises:
         UsageError: the GPU's scores are less exact than float32.
@@ -151,10 +151,10 @@ def rows_ahead(matches: Matches, gallery: _Floats, depth: int, engine: Engine) -
 def _searched(
     matches: Matches, gallery: _Floats, reach: NDArray[np.float64], depth: int, engine: Engine, search: _Search
 ) -> tuple[_Rows, NDArray[np.bool_]]:
-    """Count by FAISS's candidates; also return which queries those leave open."""
+    """Count among FAISS's candidates; also return which queries these do not decide."""
     dim, k = gallery.shape[1], min(depth + _SPARE, _MOST_CANDIDATES, len(gallery))
-    # A float32 sum of dim products is off by less than dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7; 1.01 for its
-    # denominator), and by what underflows. Where it may overflow, FAISS is not asked.
+    # The error of a float32 sum of dim products is below dim * 2^-24 * |q| |g| (Higham 2002, eq. 3.7; 1.01 for its
+    # denominator) plus underflow. Queries whose sums may overflow are not searched by FAISS.
     error = 1.01 * dim * (2.0**-24 * reach + 2.0**-126)
     open_ = reach >= 2.0**120
     ahead = np.zeros(len(reach), np.int64)
@@ -168,15 +168,15 @@ def _searched(
     low, high = (part.score - error)[:, None], (part.score + error)[:, None]
     query, place = np.nonzero((scores >= low) & (scores <= high))
     ahead[searched] = (scores > high).sum(axis=1) + part.ahead(gallery, query, rows[query, place])
-    # rows beyond the candidates may come before the match too, unless the last candidate is clearly behind it
+    # rows beyond the candidates may come before the match, unless the last candidate clearly comes after it
     open_[searched] = (scores[:, -1:] >= low)[:, 0] & (ahead[searched] < depth) & (k < len(gallery))
     return ahead, open_
 
 
 def _counted(matches: Matches, gallery: _Floats, reach: NDArray[np.float64], depth: int) -> _Rows:
-    """Count by all scores in float64, for queries that FAISS leaves open: collapsed students, ranks far down."""
+    """Count among all scores in float64, for queries that FAISS does not decide: collapsed students, deep ranks."""
     dim = gallery.shape[1]
-    # BLAS adds in another order than exact_scores, which decides: each may be off by half of this
+    # BLAS adds in another order than exact_scores, which decides: each has up to half this error
     error = 2.02 * dim * (2.0**-53 * reach + 2.0**-1022)
     low, high = matches.score - error, matches.score + error
     ahead = np.zeros(len(reach), np.int64)
@@ -195,16 +195,16 @@ def _counted(matches: Matches, gallery: _Floats, reach: NDArray[np.float64], dep
 def _require_float32(
     queries: _Floats, gallery: _Floats, scores: _Floats, rows: _Rows, error: NDArray[np.float64]
 ) -> None:
-    """Check some of a GPU's scores: in TF32 or float16 they are off by more than the bound allows for.
+    """Check a sample of the GPU's scores: the errors of TF32 and float16 exceed the bound.
 
     Raises:
-        UsageError: they are.
+        UsageError: an error exceeds the bound.
     """
     proven = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
     places = min(rows.shape[1], 64)
     query, place = np.repeat(proven, places), np.tile(np.arange(places), len(proven))
     off = np.abs(scores[query, place] - exact_scores(queries, gallery, query, rows[query, place]))
-    # rounding errors cancel: in practice their sum grows with the root of dim, the bound with dim
+    # rounding errors cancel: their sum grows with the root of dim, the bound with dim
     if (off > error[query] * min(1.0, 4 / np.sqrt(gallery.shape[1]))).any():
         raise UsageError(
             f"faiss-gpu: scores are off by {off.max():.1e}, more than float32 explains (TF32?), so that recall would "
@@ -214,7 +214,7 @@ def _require_float32(
 
 @contextmanager
 def _torch_threads() -> Iterator[None]:
-    """Let FAISS use no more threads than torch was told to, while the block runs; its own limit holds too."""
+    """Limit FAISS to torch's number of threads within the block. FAISS's own limit holds too."""
     import faiss
 
     torch: Any = sys.modules.get("torch")
@@ -228,7 +228,7 @@ def _torch_threads() -> Iterator[None]:
 
 
 def row_lengths(rows: _Floats) -> NDArray[np.float64]:
-    """Return the (rows,) norms in float64; not finite where a value is not."""
+    """Return the norm of each row in float64, (rows,); not finite if a value is not."""
     return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)))
 
 

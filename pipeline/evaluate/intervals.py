@@ -1,11 +1,11 @@
 """Bootstrap intervals of recall, accuracy and retention. No torch.
 
 Images are drawn with replacement, each with all its captions, since captions of one image are hit or missed
-together (cluster bootstrap; Field & Welsh 2007, "Bootstrapping clustered data"). The interval is between percentiles
-of what the resamples measure (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13). Student and
-teacher are measured on the same resamples, so that the chance in which images are hard cancels in their ratio.
+together (cluster bootstrap; Field & Welsh 2007, "Bootstrapping clustered data"). The interval lies between percentiles
+of the resamples' values (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13). Student and teacher are
+measured on the same resamples, so that hard images in a resample cancel in their ratio.
 
-An interval is the uncertainty of having these images and not others. Another seed of training is not in it.
+An interval is the uncertainty from the choice of images. It does not include the variance between training seeds.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _BLOCK_BYTES = 64 << 20
 
 
 class Interval(BaseModel, frozen=True):
-    """Two percentiles of the resamples; in percent."""
+    """The bounds of an interval, in percent."""
 
     low: float
     high: float
 
 
 class RecallIntervals(BaseModel, frozen=True):
-    """An interval for each number of a recall table; None where some resample has nothing to divide by."""
+    """An interval for each number of a recall table; None if the denominator of a resample is 0."""
 
     i2t: dict[str, Interval | None]
     t2i: dict[str, Interval | None]
@@ -53,15 +53,15 @@ class RecallIntervals(BaseModel, frozen=True):
 
 
 def resampled_sums(values: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Sum each column over images drawn with replacement, as many as there are.
+    """Sum each column over resamples of the images, drawn with replacement.
 
-    The draws depend on the number of images, ``resamples`` and ``seed`` alone: equal for teacher and student.
+    The draws depend only on the number of images, ``resamples`` and ``seed``: teacher and student have the same.
 
     Args:
         values: (images, columns).
 
     Returns:
-        (resamples, columns). The work takes some 200 MB besides, whatever the sizes are.
+        (resamples, columns). Working memory: about 200 MB at any size.
 
     Raises:
         ValueError: no images or no resamples.
@@ -77,7 +77,7 @@ def resampled_sums(values: NDArray[Any], resamples: int = RESAMPLES, seed: int =
         part = sums[start : start + step]
         drawn = rng.integers(0, images, (len(part), images))
         drawn += images * np.arange(len(part))[:, None]
-        # how often each image is in each resample: multinomial counts
+        # number of times that each image is in each resample
         counts = np.bincount(drawn.reshape(-1), minlength=len(part) * images).reshape(len(part), images)
         part[:] = counts.astype(np.float64) @ wide
     return sums
@@ -95,10 +95,10 @@ def bootstrap_recalls(
 
     Args:
         text_image: (captions,) position of each caption's image.
-        level: share of the resamples that lie within.
+        level: share of the resamples within the interval.
 
     Raises:
-        ValueError: a cut-off beyond ``ranks.depth``, as many positions as captions wanted, or no images.
+        ValueError: a cut-off is beyond ``ranks.depth``, ``text_image`` has another length, or there are no images.
     """
     recalls = _recalls(ranks, text_image, ks, resamples, seed)
     return _named(100 * recalls, 100 * recalls.mean(axis=1), ks, level)
@@ -121,7 +121,7 @@ def bootstrap_share(
         student, teacher: ranks of the same queries.
 
     Raises:
-        ValueError: as :func:`bootstrap_recalls`, or the two are of other queries.
+        ValueError: as :func:`bootstrap_recalls`, or student and teacher have different queries.
     """
     if student.i2t.shape != teacher.i2t.shape or student.t2i.shape != teacher.t2i.shape:
         raise ValueError(
@@ -133,17 +133,17 @@ def bootstrap_share(
 
 
 def bootstrap_accuracy(hits: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """Return an interval for the share of images that were classified well, in percent.
+    """Return an interval for the share of correctly classified images, in percent.
 
     Args:
-        hits: (images,) bool.
+        hits: (images,) bool, True if correct.
 
     Raises:
         ValueError: no images.
     """
     sums = resampled_sums(hits[:, None], resamples, seed)
     interval = _interval(100 * sums[:, 0] / len(hits), level)
-    assert interval is not None  # nothing is divided by what was drawn
+    assert interval is not None  # the denominator is fixed
     return interval
 
 
@@ -153,13 +153,13 @@ def bootstrap_accuracy_share(
     """Return an interval for the student's accuracy as a share of the teacher's, in percent, on the same resamples.
 
     Args:
-        student, teacher: (images,) bool, whether the same images were classified well.
+        student, teacher: (images,) bool, True if correct, for the same images.
 
     Returns:
-        None where the teacher is never right in some resample.
+        The interval, or None if the teacher has no correct image in a resample.
 
     Raises:
-        ValueError: no images, or other ones.
+        ValueError: there are no images, or the numbers of images differ.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher classified other images: {student.shape} and {teacher.shape}")
@@ -170,7 +170,7 @@ def bootstrap_accuracy_share(
 def _recalls(
     ranks: RetrievalRanks, text_image: NDArray[np.int64], ks: Sequence[int], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Return (resamples, 2 * ks) shares of 1, those of i2t first; NaN in a resample without captions."""
+    """Return recalls from 0 to 1, (resamples, 2 * ks), i2t first; t2i is NaN in a resample without captions."""
     if min(ks) < 1 or max(ks) > ranks.depth:
         raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
     if text_image.shape != ranks.t2i.shape:

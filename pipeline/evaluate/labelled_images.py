@@ -1,11 +1,11 @@
 """Labelled images for zero-shot classification, with the prompts of their classes.
 
-What a dataset is called:
+Names of datasets:
 
-    imagefolder:PATH          a folder per class, perhaps below a folder per split
+    imagefolder:PATH          a folder per class, optionally below a folder per split
     webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
-    torchvision:NAME:PATH     a dataset of torchvision that lies at PATH; nothing is downloaded
-    KIND:PATH                 any other adapter: images with the same captions are of one class, and these its prompts
+    torchvision:NAME:PATH     a torchvision dataset at PATH; nothing is downloaded
+    KIND:PATH                 any other adapter: images with the same captions form a class, with these as its prompts
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UnusableImageError = UndecodableImageError
 
 
 class LabelledImages(Protocol):
-    """Images, each of one class; several threads may ask for them at once."""
+    """Images, each of one class. Thread-safe."""
 
     @property
     def name(self) -> str:
@@ -44,13 +44,13 @@ class LabelledImages(Protocol):
         """Number of each image's class, (images,)."""
 
     def sample_id(self, index: int) -> str:
-        """Return the name of an image for people."""
+        """Return the name of an image, for messages."""
 
     def image(self, index: int) -> Image.Image:
         """Decode one image.
 
         Raises:
-            UnusableImageError: its bytes are no image; it is left out and named.
+            UnusableImageError: its bytes cannot be decoded; callers skip and report it.
             OSError: it cannot be read.
         """
 
@@ -65,7 +65,7 @@ class FileImages:
         self._source = ImageSource(root)
 
     def sample_id(self, index: int) -> str:
-        """Return the sample's."""
+        """Return the ``sample_id`` of the image's sample."""
         return self._samples[index].sample_id
 
     def image(self, index: int) -> Image.Image:
@@ -79,10 +79,11 @@ class LabelledDataset:
     """Labelled images with the prompts of their classes.
 
     Attributes:
-        images: their labels are positions in ``found.prompts``.
-        lost_images: images of it that were left out, and why; those that cannot be decoded come to light later.
-        spec: the same as a dataset that can be cached; None where its images are in no files.
-        samples, digests: its files, as ``load_samples`` found them; None and empty without a spec.
+        images: images with labels, which are positions in ``found.prompts``.
+        found: classes and prompts.
+        lost_images: reasons for images that were skipped while listing; undecodable ones are not known yet.
+        spec: spec with which the dataset can be cached, or None.
+        samples, digests: results of ``load_samples`` for ``spec``; None and empty without one.
     """
 
     images: LabelledImages
@@ -102,7 +103,7 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
     """Read a labelled dataset and match its classes.
 
     Raises:
-        UsageError: a dataset or setting that cannot be used, or a class that cannot be matched for sure.
+        UsageError: the dataset or a setting cannot be used, or a class has no certain match.
     """
     if config.dataset.startswith("torchvision:"):
         name, _, path = config.dataset.removeprefix("torchvision:").partition(":")
@@ -121,7 +122,7 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
 
 def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     options = dict(spec.options)
-    # what imagefolder calls them when it is a dataset of captions
+    # names of the options in an imagefolder of captions
     aliases = {"templates": "templates", "classes": "class_names", "split": "split"}
     name = options.pop("name", "") if spec.kind == "torchvision" else ""
     unknown = sorted(set(options) - set(aliases))
@@ -136,17 +137,17 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
     if not listing.images:
         met = "".join(f"; the first problem: {problem.where}: {problem.detail}" for problem in listing.problems[:1])
         raise UsageError(f"{spec}: no image of any class{met}")
-    found = class_prompts(
+    matched = class_prompts(
         listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")
     )
     key: dict[str, str] = {}
     for image, own in zip(listing.images, listing.keys, strict=True):
-        key.setdefault(image.sample_id, own)  # of two with one name the first one stays
+        key.setdefault(image.sample_id, own)  # of two with one name the first counts
     samples, digests = load_samples(cached)
-    labels = np.array([found.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
+    labels = np.array([matched.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
     return LabelledDataset(
         FileImages(config.dataset, samples.samples, samples.root, labels),
-        found,
+        matched,
         tuple(f"{problem.where}: {problem.detail}" for problem in samples.problems if problem.lost_image),
         cached,
         samples,
@@ -155,10 +156,10 @@ def _files(config: ZeroShotConfig, spec: DatasetSpec) -> LabelledDataset:
 
 
 def _by_captions(spec: DatasetSpec) -> LabelledDataset:
-    """Images whose captions are the prompts of their class.
+    """Read images whose captions are the prompts of their class.
 
     Raises:
-        UsageError: an image without captions, or all with the same ones.
+        UsageError: an image has no captions, or all images have the same ones.
     """
     samples, _ = load_samples(spec)
     bare = next((sample.sample_id for sample in samples.samples if not sample.captions), None)

@@ -1,14 +1,14 @@
-"""The rank of every query as a parquet file: which queries a student lost, and which it won, against its teacher.
+"""The rank of every query as a parquet file, to compare a student with its teacher query by query.
 
     direction       ``i2t`` (the query is an image) or ``t2i`` (it is a caption); all of i2t first
     query           position of the image, or of the caption, in the split
-    sample_id       of the image
-    caption         the text, for t2i; null for i2t
-    teacher_rank    of the first positive, from 1; null where there is none down to ``depth``
-    student_rank    likewise; the column is left out where no student was measured
+    sample_id       sample_id of the image
+    caption         text of the caption for t2i; null for i2t
+    teacher_rank    rank of the first positive, from 1; null if there is none down to ``depth``
+    student_rank    the same for the student; no such column without a student
 
-The file's metadata has ``depth``, ``split``, ``cache``, ``cache_manifest_digest``, ``run`` and ``checkpoint``. Lost at
-R@1 is ``teacher_rank = 1 AND (student_rank IS NULL OR student_rank > 1)`` in whatever reads parquet.
+The file's metadata has ``depth``, ``split``, ``cache``, ``cache_manifest_digest``, ``run`` and ``checkpoint``. The
+queries that a student loses at R@1: ``teacher_rank = 1 AND (student_rank IS NULL OR student_rank > 1)``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from teacher_cache.storage.files.location import LocalFiles
 __all__ = ["RANK_DEPTH", "write_rank_table"]
 
 RANK_DEPTH = 100
-"""Number of places that a rank table looks at."""
+"""Depth of the ranks in a rank table."""
 
 
 def write_rank_table(
@@ -39,11 +39,11 @@ def write_rank_table(
     run: str | None = None,
     checkpoint: str | None = None,
 ) -> None:
-    """Write the table whole or not at all; what was there is replaced.
+    """Write the table atomically; an existing file is replaced.
 
     Args:
-        teacher, student: ranks of this split, of one depth.
-        run, checkpoint: where the student comes from; for the metadata.
+        teacher, student: ranks on this split, with the same depth.
+        run, checkpoint: origin of the student, for the metadata.
     """
     images, captions = len(teacher.i2t), len(teacher.t2i)
     ids = pa.array(split.sample_ids, pa.string())

@@ -1,4 +1,4 @@
-"""Recall at K, exact; retention. Pure functions of arrays; no torch."""
+"""Exact recall at K, and retention. Pure functions of arrays; no torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Recalls = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Rank of the first positive of each query: 1 is the best place, 0 stands for none down to ``depth``.
+    """Rank of the first positive of each query, from 1; 0 if there is none down to ``depth``.
 
     Attributes:
-        i2t: (images,) int32; any caption of the image is a positive. An image without captions has none: 0.
+        i2t: (images,) int32; every caption of the image is a positive. 0 for an image without captions.
         t2i: (captions,) int32; the caption's image is the positive.
-        depth: number of places that were looked at; more than any gallery has for all of them.
-        engine: library that searched, and its version.
+        depth: greatest rank that was searched; a number above every gallery size if all were.
+        engine: search library and its version.
     """
 
     i2t: NDArray[np.int32]
@@ -52,20 +52,20 @@ def first_positive_ranks(
     depth: int | None = None,
     device: str = "auto",
 ) -> RetrievalRanks:
-    """Rank the best positive of each image and of each caption by inner product, equal scores by row number.
+    """Rank the best positive of each image and of each caption by inner product, ties by row number.
 
-    Exact: as all scores in float64 would say. Memory is bounded: never all scores at once.
+    The ranks are exact: they equal those of all scores in float64. Memory is bounded.
 
     Args:
         image: (images, dim) float32, normalised.
-        text: (captions, dim) likewise.
+        text: (captions, dim) float32, normalised.
         text_image: (captions,) position of each caption's image in ``image``.
-        depth: number of places to look at; may exceed the gallery. Default: all, which takes several times as long.
+        depth: greatest rank to search; may exceed the gallery. Default: all, which takes several times as long.
         device: auto, cpu, cuda or cuda:N, for FAISS.
 
     Raises:
-        ValueError: no images or no captions, a position outside, depth below 1, other widths, or a value that is not
-            finite.
+        ValueError: there are no images or captions, a position is out of range, depth is below 1, the widths differ, or
+            a value is not finite.
         UsageError: FAISS cannot use the device.
     """
     image, text = (np.ascontiguousarray(rows, np.float32) for rows in (image, text))
@@ -83,7 +83,7 @@ def first_positive_ranks(
 def _best_captions(
     score: NDArray[np.float64], text_image: NDArray[np.int64], images: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return score and row of each image's best caption, the first of equal ones; infinity where it has none."""
+    """Return score and row of each image's best caption, the first of equal ones; score infinity without captions."""
     order = np.lexsort((-score, text_image))
     has_caption, start = np.unique(text_image[order], return_index=True)
     best, first = np.full(images, np.inf), np.zeros(images, np.int64)
@@ -98,10 +98,10 @@ def _from_one(ahead: NDArray[np.int64], depth: int) -> NDArray[np.int32]:
 def _require_ranks(
     image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], depth: int | None
 ) -> None:
-    """Check what :func:`first_positive_ranks` is given.
+    """Check the arguments of :func:`first_positive_ranks`.
 
     Raises:
-        ValueError: as there.
+        ValueError: an argument cannot be used.
     """
     if not len(image) or not len(text):
         raise ValueError(f"recall of {len(image)} images and {len(text)} captions is not defined")
@@ -122,10 +122,10 @@ def recall_of_ranks(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> Rec
         ks: cut-offs, none beyond ``ranks.depth``; one beyond the gallery counts the whole gallery.
 
     Returns:
-        ``{"i2t": {"R@1", ...}, "t2i": {...}}``. An image without captions counts as one that found nothing.
+        ``{"i2t": {"R@1", ...}, "t2i": {...}}``. An image without captions counts as a miss.
 
     Raises:
-        ValueError: a cut-off below 1, or beyond what was looked at.
+        ValueError: a cut-off is below 1 or beyond ``ranks.depth``.
     """
     if min(ks) < 1 or max(ks) > ranks.depth:
         raise ValueError(f"cut-offs {tuple(ks)}: ranks were looked for down to {ranks.depth}")
@@ -146,7 +146,7 @@ def retrieval_recall(
         text_image: (captions,) position of each caption's image in ``image``.
 
     Returns:
-        ``{"i2t": {"R@1", ...}, "t2i": {...}}``; i2t counts any caption of the image as found.
+        ``{"i2t": {"R@1", ...}, "t2i": {...}}``; for i2t any caption of the image is a hit.
 
     Raises:
         ValueError, UsageError: as :func:`first_positive_ranks`.
@@ -155,14 +155,14 @@ def retrieval_recall(
 
 
 def mean_recall(recalls: Recalls) -> float:
-    """Return the mean of all recalls of both directions, in percent: one number for a whole table."""
+    """Return the mean of all recalls of both directions, in percent."""
     return float(np.mean([value for side in recalls.values() for value in side.values()]))
 
 
 def retention(student: Recalls, teacher: Recalls) -> dict[str, Any]:
-    """Return the student's share of the teacher, in percent, per metric and of the mean recall (``mean``).
+    """Return the student's share of the teacher's recall, in percent, per metric and for the mean (``mean``).
 
-    None where the teacher's own recall is 0.
+    A share is None if the teacher's recall is 0.
     """
 
     def share(part: float, whole: float) -> float | None:

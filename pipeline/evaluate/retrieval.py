@@ -1,4 +1,4 @@
-"""Measure teacher and student on one split. The teacher's rows come from its cache: no model is built for it."""
+"""Recall of teacher and student on one split. The teacher's embeddings come from its cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Recalls = dict[str, dict[str, float]]
 
 
 class TowerResult(BaseModel, frozen=True):
-    """One tower of a student, with the teacher's cached rows for what the other one would embed; in percent."""
+    """Recall of one tower of a student against the teacher's cached rows of the other tower, in percent."""
 
     recall: Recalls
     retention: dict[str, Any]
@@ -53,13 +53,13 @@ class EvaluateResult(BaseModel, frozen=True):
     split: str
     images: int
     captions: int
-    quarantined: int = Field(description="Images of the split without an embedding, which are left out.")
+    quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
     cache: str
     cache_manifest_digest: str
-    accepted_mismatches: tuple[str, ...] = Field(description="Differences between this cache and that of the run.")
+    accepted_mismatches: tuple[str, ...] = Field(description="Differences between this cache and the run's cache.")
     run: str | None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
-    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if it was.")
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
     teacher: Recalls
     student: Recalls | None
     retention: dict[str, Any] | None
@@ -68,14 +68,14 @@ class EvaluateResult(BaseModel, frozen=True):
     )
     student_parameters: int | None
     interval_level: float = Field(LEVEL, description="Share of the bootstrap's resamples within each interval.")
-    interval_resamples: int = Field(RESAMPLES, description="Resamples of the images, each with all its captions.")
+    interval_resamples: int = Field(RESAMPLES, description="Number of bootstrap resamples of the images.")
     teacher_intervals: RecallIntervals
     student_intervals: RecallIntervals | None
     retention_intervals: RecallIntervals | None = Field(
-        description="Intervals of the retention, on the same resamples; None where a resample has nothing to divide by."
+        description="Intervals of the retention, on the same resamples; None if a resample's denominator is 0."
     )
     ranks: str | None = Field(None, description="File with the rank of every query.")
-    engine: str | None = Field(None, description="Library that searched, and its version: faiss-cpu or faiss-gpu.")
+    engine: str | None = Field(None, description="Search library and its version: faiss-cpu or faiss-gpu.")
     seconds: float
     date: str | None = Field(None, description="Date and time of the measurement, UTC.")
     not_kept: str | None = Field(None, description="Reason why the result is not saved in the run, if that failed.")
@@ -83,11 +83,11 @@ class EvaluateResult(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Measured:
-    """A result with what it was worked out of.
+    """A result with its split and ranks.
 
     Attributes:
-        student_ranks: None without a run.
-        depth: number of places at which ranks end.
+        student_ranks: ranks of the student; None without a run.
+        depth: greatest rank that was searched.
     """
 
     result: EvaluateResult
@@ -99,7 +99,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run and the checkpoint of it that is measured."""
+    """A run and the checkpoint to measure."""
 
     path: str
     folder: RunFolder
@@ -112,25 +112,24 @@ class _Run:
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
-    """Measure the recall of the cached teacher on a split, and of a run's student with what it retains.
+    """Measure the recall of the cached teacher on a split, and the recall and retention of a run's student.
 
-    Without a run no model is built and no torch imported. With one the result is saved in its folder too
-    (``RunFolder.keep_evaluation``), where that can be written.
+    Without a run no model is built and torch is not imported. With a run the result is also saved in its folder
+    (``RunFolder.keep_evaluation``), if that is writable.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, a run without such a checkpoint, a device that FAISS
-            cannot use, ranks that cannot be written, or towers of no run, or of one that has no space in common with
-            the teacher.
-        CacheMismatchError: the run was trained on another cache than the one given.
+        UsageError: neither cache nor run is set, the split or checkpoint does not exist, FAISS cannot use the device,
+            ranks cannot be written, or ``towers`` is set without a run or for a run outside the teacher's space.
+        CacheMismatchError: the run was trained on another cache.
         CacheError: the cache is missing, unfinished or damaged.
     """
     return measure(config, progress).result
 
 
 def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
-    """Measure as :func:`evaluate` does, and return the ranks of all queries too."""
+    """Measure as :func:`evaluate` does, and also return the ranks of all queries."""
     started = time.perf_counter()
-    find_engine(config.device)  # before what takes long
+    find_engine(config.device)  # checked before the long work
     run = _open_run(config)
     rank_path = _rank_path(config.ranks)
     split = open_split(config)
@@ -157,11 +156,11 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
 def student_ranks(
     config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, depth: int, progress: Progress | None = None
 ) -> RetrievalRanks:
-    """Rank the student of a checkpoint's folder on the images and captions of a split.
+    """Rank a checkpoint's student on the images and captions of a split.
 
     Args:
-        config: batch size, device and workers are taken from it.
-        depth: number of places to look at.
+        config: settings with batch size, device and workers; others are not used.
+        depth: greatest rank to search.
     """
     own, _ = _student_rows(config, split, checkpoint, progress)
     return split.ranks(*own, depth, config.device)
@@ -185,7 +184,7 @@ def _student_rows(
     config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, progress: Progress | None
 ) -> tuple[Embedded, Embedded | None]:
     """Embed a split with a student: in its own space and, with ``towers``, in the teacher's."""
-    # torch only from here on: the teacher's recall needs none
+    # imported here: the teacher's recall needs no torch
     from teacher_cache.pipeline.data.batches.inputs import InputLoader
     from teacher_cache.pipeline.data.batches.student_images import StudentImages
     from teacher_cache.pipeline.data.datasets.samples import ImageSource
@@ -196,7 +195,7 @@ def _student_rows(
     device = resolve_device(config.device)
     keep_freed_memory(device)
     model, model_config = load_student(checkpoint)
-    model.model.visual.to(memory_format=image_memory_format(model.model))  # as it was trained
+    model.model.visual.to(memory_format=image_memory_format(model.model))  # as in training
     images = StudentImages(split.reader, ImageSource(split.image_root), model.preprocess)
     tokenizer = student_tokenizer(model_config)
     with closing(InputLoader(split.reader, tokenizer, images, images, config.workers, device)) as inputs:
@@ -207,7 +206,7 @@ def _student_rows(
 def _each_tower(
     split: EvaluationSplit, student: Embedded, teacher: Embedded, recalls: Recalls, device: str
 ) -> dict[Literal["image", "text"], TowerResult]:
-    """Measure each tower of a student, in the teacher's space, with the teacher's rows for the other one."""
+    """Measure each tower of a student in the teacher's space, with the teacher's rows for the other tower."""
 
     def alone(images: NDArray[np.float32], captions: NDArray[np.float32]) -> TowerResult:
         recall = recall_of_ranks(split.ranks(images, captions, device=device))
@@ -242,7 +241,7 @@ def _result(
     teacher: RetrievalRanks,
     student: RetrievalRanks | None,
 ) -> EvaluateResult:
-    """Return the result of ranks."""
+    """Return the result for the ranks of teacher and student."""
     teacher_recall, text_image = recall_of_ranks(teacher), split.text_image
     student_recall = recall_of_ranks(student) if student else None
     return EvaluateResult(
@@ -273,7 +272,7 @@ def _result(
 def _saved(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
     """Save the result in the run folder; if that fails, return it with the reason.
 
-    One measured without its towers keeps those of an earlier result that is otherwise the same.
+    If ``towers`` were not measured, those of an earlier result with the same recalls are saved with it.
     """
     of = (result.split, str(result.checkpoint), result.cache_manifest_digest)
     saved = result

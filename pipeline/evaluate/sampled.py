@@ -1,4 +1,4 @@
-"""The cached teacher's ranks among rows drawn from a whole cache: for reports, not for comparing students. No torch."""
+"""Ranks and recall of the cached teacher on a sample of a cache, for reports. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IMAGES = 5_000
 
 
 class SampledRecall(BaseModel, frozen=True):
-    """The teacher's own recall in percent, among some images and their captions."""
+    """Recall of the teacher in percent, among a sample of images and their captions."""
 
     images: int
     captions: int
@@ -27,7 +27,7 @@ class SampledRecall(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class RankedRows:
-    """Images and captions that were ranked among each other, down to the last place."""
+    """A sample of images and captions, with their ranks among each other."""
 
     rows: ReadRows
     ranks: RetrievalRanks
@@ -42,14 +42,14 @@ class RankedRows:
 def rank_rows(
     drawn: DrawnRows, depth: int | None = None, progress: Callable[[str, int, int], None] | None = None
 ) -> RankedRows | None:
-    """Rank rows that were read, or 5,000 images of more and their captions.
+    """Rank the rows of a sample; of more than 5,000 images, a random 5,000 and their captions.
 
     Args:
-        depth: number of places to look at. Default: all.
+        depth: greatest rank to search. Default: all.
         progress: called with ("recall", done, total).
 
     Returns:
-        None where no caption has an embedding, or where images have no caption: those of labelled images are prompts.
+        The ranks, or None if no caption has an embedding or an image has no caption, as in a labelled dataset.
     """
     rows = drawn.usable
     if drawn.without_caption or not len(rows.texts):
@@ -67,7 +67,7 @@ def rank_rows(
 
 
 def sampled_recall(location: str) -> SampledRecall | None:
-    """Return the teacher's own recall among all images of a sealed cache, or 5,000 of more.
+    """Return the teacher's recall among the images of a sealed cache, or among a random 5,000 of more.
 
     Raises:
         CacheError: as ``EmbeddingReader`` raises it.

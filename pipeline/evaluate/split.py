@@ -1,6 +1,6 @@
-"""A split of a cache as the thing to measure on: the same images and captions for teacher and every student. No torch.
+"""A split of a cache to measure on: the same images and captions for teacher and students. No torch.
 
-Whoever can embed images and captions, in whatever runtime, is measured on the very rows that ``evaluate`` takes::
+Any function that embeds images and captions can be measured on the same rows as ``evaluate``::
 
     split = open_split(EvaluateConfig(run="runs/a", split="dev"))
     student = split.ranks(*embed(split, BytesEncoder(encode_images, encode_captions)))
@@ -30,18 +30,18 @@ __all__ = ["EvaluationSplit", "open_split"]
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """Images of one split that have an embedding, with all their captions. Positions count from 0 within it.
+    """The images of one split that have an embedding, with all their captions. Positions count from 0 within it.
 
     Attributes:
-        cache: its location.
-        name: of the split.
-        image_rows: (images,) rows of the cache, ascending; quarantined ones are left out.
-        caption_rows: (captions,) rows of the cache, those of an image side by side.
+        cache: location of the cache.
+        name: name of the split.
+        image_rows: (images,) rows of the cache, ascending, without quarantined images.
+        caption_rows: (captions,) rows of the cache; captions of an image are adjacent.
         text_image: (captions,) position of each caption's image in ``image_rows``.
-        quarantined: images of the split that are left out because they have no embedding.
-        image_root: where relative uris start from.
-        accepted_mismatches: between this cache and that of the run, accepted by the settings.
-        reader: of the cache.
+        quarantined: number of the split's images without an embedding, which are left out.
+        image_root: base of relative uris.
+        accepted_mismatches: differences between this cache and the run's that the settings accept.
+        reader: reader of the cache.
     """
 
     cache: str
@@ -61,11 +61,11 @@ class EvaluationSplit:
         """Return a split of an open cache.
 
         Args:
-            image_root: where relative uris start from. Default: as the cache says.
-            accepted: mismatches that were accepted.
+            image_root: base of relative uris. Default: that of the cache.
+            accepted: accepted mismatches.
 
         Raises:
-            UsageError: an unknown split, or one without an embedding.
+            UsageError: the split is unknown or has no embedding.
         """
         rows = reader.image_rows(name)
         if not len(rows):
@@ -102,15 +102,15 @@ class EvaluationSplit:
         depth: int = max(RECALL_KS),
         device: str = "auto",
     ) -> RetrievalRanks:
-        """Rank anybody's embeddings of these images and captions.
+        """Rank embeddings of these images and captions, from any model.
 
         Args:
             image: (images, dim) unit norm, in the order of ``image_rows``; dim need not be the teacher's.
             text: (captions, dim) unit norm, in the order of ``caption_rows``.
-            depth, device: as ``teacher_cache.pipeline.evaluate.recall.first_positive_ranks`` takes them.
+            depth, device: see ``teacher_cache.pipeline.evaluate.recall.first_positive_ranks``.
 
         Raises:
-            ValueError: another number of rows, other widths, or a value that is not finite.
+            ValueError: the number of rows is wrong, the widths differ, or a value is not finite.
             UsageError: FAISS cannot use the device.
         """
         if len(image) != len(self.image_rows) or len(text) != len(self.caption_rows):
@@ -126,11 +126,11 @@ class EvaluationSplit:
         return CachedImages(self.reader, ImageSource(self.image_root), self.image_rows.tolist())
 
     def image_bytes(self, position: int) -> bytes:
-        """Read one image, proven to be the one that the teacher saw. Safe for several threads.
+        """Read one image and check that the teacher saw the same bytes. Thread-safe.
 
         Raises:
-            OSError: it cannot be read where ``image_root`` says.
-            CacheMismatchError: it is there and is another image.
+            OSError: it cannot be read below ``image_root``.
+            CacheMismatchError: it is another image.
         """
         return self.images.read(int(self.image_rows[position]))
 
@@ -139,11 +139,11 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
     """Return the split that ``evaluate`` measures with the same settings.
 
     Args:
-        way_out: what to do where the cache is not the run's. Default: ``evaluate``'s flags.
+        way_out: advice for the error if the cache is not the run's. Default: ``evaluate``'s flags.
 
     Raises:
-        UsageError: neither cache nor run given, an unknown split, one without an embedding or with bare images.
-        CacheMismatchError: the run was trained on another cache than the one given.
+        UsageError: neither cache nor run is set, or the split is unknown, has no embedding or images without captions.
+        CacheMismatchError: the run was trained on another cache.
         CacheError: the cache is missing, unfinished or damaged.
     """
     record = RunFolder(config.run).read() if config.run else None
@@ -156,10 +156,10 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
         f"{config.run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
         "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
     )
-    # view 0 alone is measured on, and that is the evaluation crop in every cache
+    # views may differ: view 0, the only one measured, is the evaluation crop in every cache
     expected = record.identity.model_copy(update={"views": reader.manifest.identity.views})
     accepted = reader.manifest.identity.require(expected, reader.location, way_out, config.accept_mismatch)
-    # images of another dataset are where its own cache has them
+    # another dataset's images are below its own root
     root = reader.manifest.source.image_root if accepted else record.image_root
     return _with_captions(EvaluationSplit.of(reader, config.split, config.image_root or root, accepted))
 

@@ -1,4 +1,4 @@
-"""A torch student as an encoder of a split (``embed.SplitEncoder``). Reaches no teacher: training measures by it."""
+"""A torch student as an encoder of a split (``embed.SplitEncoder``). Imports no teacher, since training uses it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["StudentRows", "projected"]
 
 @dataclass(frozen=True)
 class StudentRows:
-    """A student that embeds a split, by pixels as it was trained on.
+    """A student that embeds a split with the pixels of its training.
 
     Attributes:
-        student: on ``device``; measured in evaluation mode and left in the mode that it came in.
+        student: student on ``device``; switched to evaluation mode while it embeds.
         inputs: loader of pixels and tokens for this student.
-        batch_size: images, or captions, per forward pass.
+        batch_size: number of images, or captions, per forward pass.
     """
 
     student: Student
@@ -41,7 +41,7 @@ class StudentRows:
 
         Raises:
             OSError: an image cannot be read.
-            FloatingPointError: a feature is no finite number.
+            FloatingPointError: a feature is not finite.
         """
         with _evaluating(self.student):
             for pixels in self.inputs.evaluation_crops(split.image_rows, self.batch_size):
@@ -51,7 +51,7 @@ class StudentRows:
         """Yield features of the captions.
 
         Raises:
-            FloatingPointError: a feature is no finite number.
+            FloatingPointError: a feature is not finite.
         """
         with _evaluating(self.student):
             for start in range(0, len(split.captions), self.batch_size):
@@ -81,9 +81,9 @@ def _finite(what: str, features: Tensor) -> NDArray[np.float32]:
 
 
 def projected(student: Student, rows: Embedded) -> Embedded:
-    """Return a student's features in the teacher's space, float32 (rows, teacher_dim), normalised; by the CPU.
+    """Return a student's features in the teacher's space, float32 (rows, teacher_dim), normalised; runs on the CPU.
 
-    Where the widths are the same that is the student's own space: the very arrays come back.
+    If the widths are equal the spaces are the same, and the same arrays are returned.
     """
     if student.embed_dim == student.teacher_dim:
         return rows

@@ -1,8 +1,8 @@
 """Zero-shot classification: the class whose prompts are nearest to an image.
 
-As CLIP does it (Radford et al. 2021, section 3.1.4): every prompt of a class is encoded and normalised, their mean is
-normalised again, and an image belongs to the class of the highest cosine. What is measured is anything that embeds
-images and texts (:class:`ZeroShotEncoder`): a teacher, a student, its ONNX files.
+As in CLIP (Radford et al. 2021, section 3.1.4): every prompt of a class is encoded and normalised, their mean is
+normalised again, and an image belongs to the class of the highest cosine. Any :class:`ZeroShotEncoder` can be measured:
+a teacher, a student, its ONNX files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 _DECODED_AT_ONCE = os.cpu_count() or 1
 _PROBLEMS_SHOWN = 20
-_BATCH_PIXELS = 1 << 26  # of decoded images that wait for the encoder: 256 MiB, whatever size the pictures are
+_BATCH_PIXELS = 1 << 26  # of decoded images that wait for the encoder: 256 MiB
 
 
 class ZeroShotResult(BaseModel, frozen=True):
@@ -61,29 +61,30 @@ class ZeroShotResult(BaseModel, frozen=True):
     classes: int
     prompt_set: str = Field("", description="Name of the prompt set whose templates or class names were used.")
     matched_by: str = Field(
-        "own names", description="Key that matched the dataset's classes with the list: name, number, WordNet id, ..."
+        "own names",
+        description="Key that matched the classes with the prompt set: name, number, WordNet id, ...",
     )
-    prompts: tuple[str, ...] = Field(description="Prompts of the first class: the templates, filled in.")
-    lost_images: int = Field(0, description="Number of images in no usable file; their reasons come first.")
-    undecodable: tuple[str, ...] = Field(description="Images left out, with the reason; the first 20.")
+    prompts: tuple[str, ...] = Field(description="Prompts of the first class, from the templates.")
+    lost_images: int = Field(0, description="Number of images without a usable file.")
+    undecodable: tuple[str, ...] = Field(description="First 20 images left out, with the reason; lost images first.")
     undecodable_images: int
     teacher: dict[str, float] | None
     student: dict[str, float] | None
     teacher_name: str | None
     cache: str | None = Field(None, description="Cache of the teacher's rows.")
     cache_manifest_digest: str | None = None
-    teacher_ran: bool = Field(True, description="False when all of its rows were in the cache.")
+    teacher_ran: bool = Field(True, description="False if all of the teacher's rows were in the cache.")
     run: str | None
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
-    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if it was.")
+    chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
     seconds: float
 
 
 class ZeroShotEncoder(Protocol):
-    """Anything that puts images and texts into one space. Both give unit rows, float32 (n, dim)."""
+    """An encoder of images and texts into one space. Both methods return unit rows, float32 (n, dim)."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Embed decoded images of any size; raise ValueError if one cannot be resized."""
+        """Embed decoded images of any size. Raise ValueError if one cannot be resized."""
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embed texts."""
@@ -94,10 +95,10 @@ class Classification:
     """The place of each image's true class among all classes.
 
     Attributes:
-        labels: (images,) int64, the number of each image's class.
-        place: (images,) int64, how many classes scored higher than the true one: 0 for the first place. Of equal
-            scores the lower class number comes first. -1 for an image that was not classified.
-        lost: images that were not classified, by number, with the reason.
+        labels: (images,) int64, class number of each image.
+        place: (images,) int64, number of classes that come before the true one: those with a higher score, or an equal
+            score and a lower number. -1 for an image that was not classified.
+        lost: reason by number of each image that was not classified.
     """
 
     labels: NDArray[np.int64]
@@ -113,13 +114,13 @@ class Classification:
         """Return whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
 
         Args:
-            rows: those of :func:`common_rows`, to compare models on the same images; all classified ones if left out.
+            rows: image numbers, as of :func:`common_rows`. Default: all classified images.
         """
         place = self.place[self.rows if rows is None else rows]
         return np.asarray((place >= 0) & (place < k))
 
     def accuracies(self, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
-        """Return ``top-1``, ``top-5`` and ``mean per class`` (of top-1, over the classes that have images), in percent.
+        """Return ``top-1``, ``top-5`` and ``mean per class`` (of top-1, over classes with images), in percent.
 
         Raises:
             ValueError: no image was classified.
@@ -146,14 +147,15 @@ def classify_dataset(
     """Classify every image of a dataset.
 
     Args:
-        dataset: its labels are positions in ``prompts``.
-        prompts: those of each class.
-        batch_size: images, or prompts, per call of the encoder; fewer where images are large.
-        progress: called with (images done, images in all).
+        dataset: images with labels, which are positions in ``prompts``.
+        prompts: prompts of each class.
+        batch_size: number of images, or prompts, per call of the encoder; fewer for large images.
+        progress: called with (done, total) images.
 
     Raises:
-        UsageError: not one image can be used.
-        ValueError: a label without prompts, or scores that are not finite.
+        UsageError: no image can be used.
+        ValueError: a label has no prompts.
+        FloatingPointError: scores are not finite.
         OSError: an image cannot be read.
     """
     weights = class_weights(encoder.embed_texts, prompts, batch_size)
@@ -168,7 +170,7 @@ def classify_dataset(
             if progress is not None:
                 progress(batch[-1][0] + 1, len(labels))
     if progress is not None:
-        progress(len(labels), len(labels))  # the last ones may have been lost
+        progress(len(labels), len(labels))  # the last images may be lost
     if len(lost) == len(labels):
         raise UsageError(f"{dataset.name}: not one image can be used; the first: {next(iter(lost.values()))}")
     return Classification(labels, place, dict(sorted(lost.items())))
@@ -177,12 +179,12 @@ def classify_dataset(
 def classify_rows(
     image: NDArray[np.float32], weights: NDArray[np.float32], labels: NDArray[np.int64], lost: dict[int, str]
 ) -> Classification:
-    """Classify images by rows that were embedded before.
+    """Classify images from their embeddings.
 
     Args:
-        image: (images, dim) unit rows; those in ``lost`` are not looked at.
-        weights: (classes, dim), of :func:`class_weights`.
-        lost: images without a row, with the reason.
+        image: (images, dim) unit rows; those in ``lost`` are ignored.
+        weights: (classes, dim), as from :func:`class_weights`.
+        lost: reason by number of each image without a row.
     """
     place = np.full(len(labels), -1, np.int64)
     usable = np.setdiff1d(np.arange(len(labels)), np.fromiter(lost, np.int64, len(lost)))
@@ -193,10 +195,10 @@ def classify_rows(
 
 
 def common_rows(*results: Classification) -> NDArray[np.int64]:
-    """Return the numbers of the images that all of these classified, ascending.
+    """Return the numbers of the images that are classified in all results, ascending.
 
     Raises:
-        ValueError: they are not of one dataset.
+        ValueError: the results are of different datasets.
     """
     if any(not np.array_equal(result.labels, results[0].labels) for result in results):
         raise ValueError("classifications of different datasets cannot be compared")
@@ -204,11 +206,11 @@ def common_rows(*results: Classification) -> NDArray[np.int64]:
 
 
 def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the classes that score above the true one: (images,), 0 for the first place; equal scores by class number.
+    """Count the classes that come before the true one, (images,); ties are ordered by class number.
 
     Raises:
-        FloatingPointError: scores that are not finite.
-        ValueError: a label without a column.
+        FloatingPointError: a score is not finite.
+        ValueError: a label has no column.
     """
     if len(labels) and (labels.min() < 0 or labels.max() >= scores.shape[1]):
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, and {scores.shape[1]} classes have prompts")
@@ -222,14 +224,14 @@ def places(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np
 def class_weights(
     encode: Callable[[Sequence[str]], NDArray[np.float32]], prompts: Sequence[Sequence[str]], batch_size: int = 256
 ) -> NDArray[np.float32]:
-    """Return one normalised vector per class: float32 (classes, dim), the mean of its normalised prompts.
+    """Return the normalised mean of each class's encoded prompts: float32 (classes, dim).
 
     Args:
-        encode: texts to normalised rows, float32 (texts, dim).
-        prompts: those of each class.
+        encode: function from texts to normalised rows, float32 (texts, dim).
+        prompts: prompts of each class.
 
     Raises:
-        ValueError: a class without prompts.
+        ValueError: a class has no prompts.
     """
     counts = [len(texts) for texts in prompts]
     if not counts or not min(counts):
@@ -243,8 +245,8 @@ def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.fl
     """Return the normalised mean of each class's prompts: float32 (classes, dim).
 
     Args:
-        rows: (prompts, dim) unit, those of a class side by side.
-        counts: prompts of each class.
+        rows: (prompts, dim) unit rows, ordered by class.
+        counts: number of prompts of each class.
     """
     starts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
     sums = np.add.reduceat(rows.astype(np.float64), starts, axis=0)
@@ -254,28 +256,28 @@ def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.fl
 
 @dataclass
 class _Models:
-    """The models that are asked for, with what they measure.
+    """The models to measure, with their results.
 
     Attributes:
-        found: classification by "teacher" and "student".
-        rows: the teacher's cached rows, where a cache is named.
+        results: classification by "teacher" and "student".
+        rows: the teacher's cached rows, if a cache is set.
     """
 
     config: ZeroShotConfig
     dataset: LabelledDataset
     progress: Callable[[str, int, int], None] | None
-    found: dict[str, Classification] = field(default_factory=dict)
+    results: dict[str, Classification] = field(default_factory=dict)
     rows: TeacherRows | None = None
 
     def measure(self, checkpoint: Path | None) -> None:
-        """Classify by teacher and student."""
+        """Classify with teacher and student."""
         config, dataset = self.config, self.dataset
         device = resolve_device(config.device)
         keep_freed_memory(device)
         if config.cache is not None:
             self.rows = teacher_rows(config, dataset, self.progress)
             weights = mean_rows(self.rows.prompts, [len(texts) for texts in dataset.prompts])
-            self.found["teacher"] = classify_rows(self.rows.image, weights, dataset.images.labels, self.rows.lost)
+            self.results["teacher"] = classify_rows(self.rows.image, weights, dataset.images.labels, self.rows.lost)
         elif config.teacher is not None:
             teacher = load_teacher(config.teacher, config.pretrained, config.device)
             self._classify("teacher", TeacherEncoder(teacher), device)
@@ -283,50 +285,50 @@ class _Models:
             self._classify("student", StudentEncoder(checkpoint, device), device)
 
     def _classify(self, name: str, encoder: ZeroShotEncoder, device: torch.device) -> None:
-        batch_size = self.config.batch_size or (16 if device.type == "cpu" else 256)  # as precompute has it, and why
+        batch_size = self.config.batch_size or (16 if device.type == "cpu" else 256)  # as in precompute
 
         def report(done: int, total: int) -> None:
             if self.progress is not None:
                 self.progress(f"{name} images", done, total)
 
         dataset = self.dataset
-        self.found[name] = classify_dataset(encoder, dataset.images, dataset.prompts, batch_size, report)
+        self.results[name] = classify_dataset(encoder, dataset.images, dataset.prompts, batch_size, report)
 
     def accuracies(self) -> tuple[int, dict[str, dict[str, float]]]:
-        """Return on how many images all models were measured, and the accuracies of each.
+        """Return the number of images that all models classified, and each model's accuracies on them.
 
         Raises:
-            UsageError: no image can be used by all.
+            UsageError: there is no such image.
         """
-        same = common_rows(*self.found.values())
+        same = common_rows(*self.results.values())
         if not len(same):
             raise UsageError(f"{self.config.dataset}: not one image can be used by teacher and student both")
-        return len(same), {name: result.accuracies(same) for name, result in self.found.items()}
+        return len(same), {name: result.accuracies(same) for name, result in self.results.items()}
 
     def lost(self) -> list[str]:
         """Return the reason for each image that a model could not use, in order."""
-        lost = {row: reason for result in self.found.values() for row, reason in result.lost.items()}
+        lost = {row: reason for result in self.results.values() for row, reason in result.lost.items()}
         return [lost[row] for row in sorted(lost)]
 
 
 def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] | None = None) -> ZeroShotResult:
-    """Classify the images of a dataset by the prompts of their classes, with a student, a teacher or both.
+    """Measure zero-shot classification of a dataset by a student, a teacher or both.
 
-    Both are measured on the same images: those that either cannot decode are left out for the two of them.
+    Both are measured on the same images: an image that one of them cannot use is left out for both.
 
     Args:
-        progress: called with (stage, images done, images in all).
+        progress: called with (stage, done, total) images.
 
     Raises:
-        UsageError: neither model named, a run without such a checkpoint, a dataset of one class, a class that cannot
-            be matched with its name for sure, or a setting that cannot be used.
-        CacheError: the cache is damaged, or of something else than is asked for.
+        UsageError: no model is set, the run has no such checkpoint, the dataset has one class, a class has no certain
+            match, or a setting cannot be used.
+        CacheError: the cache is damaged, or does not match the settings.
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
     if config.run is None and config.teacher is None and config.cache is None:
         raise UsageError("nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of")
-    # before the hours that a teacher may take
+    # checked first: a teacher may take hours
     folder = RunFolder(config.run) if config.run is not None else None
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
     dataset = open_labelled(config)
@@ -364,7 +366,7 @@ _Batch = list[tuple[int, Image.Image]]
 def _batches(
     pool: ThreadPoolExecutor, dataset: LabelledImages, batch_size: int, lost: dict[int, str]
 ) -> Iterator[_Batch]:
-    """Yield decoded images with their numbers; what cannot be decoded goes into ``lost``."""
+    """Yield batches of decoded images with their numbers; add undecodable ones to ``lost``."""
 
     def decode(index: int) -> Image.Image | str:
         try:
@@ -392,10 +394,10 @@ def _batches(
 def _embed(
     encoder: ZeroShotEncoder, dataset: LabelledImages, batch: _Batch, lost: dict[int, str]
 ) -> tuple[list[int], NDArray[np.float32]]:
-    """Return numbers and rows of the images that the encoder takes; the others go into ``lost``.
+    """Return numbers and rows of the images that the encoder accepts; add the others to ``lost``.
 
     Raises:
-        ValueError: the encoder refuses the batch and none of its images.
+        ValueError: the encoder refuses the batch but none of its images.
     """
     try:
         return [index for index, _ in batch], encoder.embed_images([image for _, image in batch])

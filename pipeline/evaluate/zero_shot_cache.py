@@ -1,7 +1,7 @@
-"""The teacher's rows of labelled images and of their classes' prompts, kept in a cache like any other's.
+"""A cache of the teacher's rows of labelled images and of their classes' prompts.
 
-Evaluating a teacher on a dataset a second time then runs no teacher: its images and prompts are proven by the cache's
-digests, and the teacher that is asked for by its files.
+With it a second evaluation runs no teacher. The cache's digests check that images and prompts are the same, and the
+teacher's files that the teacher is.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class TeacherRows:
     """The teacher's rows of a labelled dataset.
 
     Attributes:
-        image: (images, dim) float32 of unit norm; zeros for those in ``lost``.
-        prompts: (prompts of all classes, dim) float32 of unit norm, those of a class side by side.
-        lost: images without a row, by number, with the reason.
-        teacher: its name.
-        manifest_digest: of the cache.
-        encoded: whether the teacher ran just now.
+        image: (images, dim) float32 unit rows; zeros for images in ``lost``.
+        prompts: (prompts of all classes, dim) float32 unit rows, ordered by class.
+        lost: reason by number of each image without a row.
+        teacher: name of the teacher.
+        manifest_digest: manifest digest of the cache.
+        encoded: True if the teacher ran in this call.
     """
 
     image: NDArray[np.float32]
@@ -53,15 +53,15 @@ class TeacherRows:
 
 
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
-    """Read the rows of the cache; first make or finish it, if it is incomplete and a teacher is named.
+    """Read the rows of the cache. If it is missing or incomplete and a teacher is set, make or finish it first.
 
-    A cache that was begun is finished in batches of the size that it began with, whatever ``batch_size`` says, with its
-    decoder and in its precision; a new one is made in fp32.
+    An incomplete cache is finished with the batch size, decoder and precision that it began with; ``batch_size`` is
+    ignored. A new one is made in fp32.
 
     Raises:
-        UsageError: the dataset is one of captions.
-        CacheNotFoundError, CacheIncompleteError: no such cache, and no teacher to make it.
-        CacheMismatchError: it is of other images, prompts or another teacher; names what differs.
+        UsageError: the dataset has captions instead of labels.
+        CacheNotFoundError, CacheIncompleteError: the cache is missing or incomplete, and no teacher is set.
+        CacheMismatchError: images, prompts or teacher differ; the message says which.
     """
     assert config.cache is not None
     if dataset.spec is None or dataset.samples is None:
@@ -115,7 +115,7 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
 
 
 def _planned(cache: str) -> CacheManifest | None:
-    """Return the manifest of a cache that was begun: another batch size, decoder or precision would be refused."""
+    """Return the manifest of a cache that was begun, or None."""
     try:
         return read_manifest(open_files(cache))
     except CacheNotFoundError:

@@ -1,4 +1,4 @@
-"""Champions, challengers and retraining."""
+"""Promotion of students: champions, challengers and retraining."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 
 NOT_SHIPPED = "could not be shipped"
-"""First words of the reason if a student passed the comparison and failed a gate of deploy."""
+"""Start of the reason if a student passes the comparison but fails a gate of deploy."""
 
 
 class PromoteResult(BaseModel, frozen=True):
@@ -51,7 +51,7 @@ class PromoteResult(BaseModel, frozen=True):
 
     @property
     def outcome(self) -> Literal["promoted", "rejected"]:
-        """The verdict in a word."""
+        """Verdict: promoted or rejected."""
         return "promoted" if self.promotion else "rejected"
 
 
@@ -66,19 +66,19 @@ def promote(
     The champion is measured again on the images and captions of this cache.
 
     Args:
-        ship: called after the student has passed, before it is promoted; deploys it and returns the folder. A
-            ``DeploymentError`` rejects the student; any other error leaves the registry as it is.
-        keep_unchanged: store a student with the champion's own weights as rejected instead of refusing it.
+        ship: deploys the student and returns the folder; called if it passes the comparison, before its promotion.
+            A ``DeploymentError`` rejects the student; any other error leaves the registry unchanged.
+        keep_unchanged: store a student with the champion's weights as rejected, instead of raising.
 
     Raises:
-        UsageError: the run is not finished, has no such checkpoint, is the champion already, was chosen on this split,
-            or the champion's checkpoint is gone or changed.
+        UsageError: the run is not finished, has no such checkpoint, or is the champion already; the checkpoint was
+            chosen on this split; or the champion's checkpoint is gone or changed.
         CacheError: as ``evaluate`` raises it.
     """
     registry = StudentRegistry(config.registry)
     folder = RunFolder(config.run)
     record = folder.read()
-    folder.require_finished(record)  # the next checkpoint of a training would remove the champion's weights
+    folder.require_finished(record)  # a running training would remove the champion's checkpoint
     path = folder.checkpoint_path(config.checkpoint)
     weights = weights_file_sha256(path)
     champion = registry.champion()
@@ -124,7 +124,7 @@ def promote(
     candidate = registry.add(
         _lineage(record, measured.result, weights)
         | {
-            # absolute: a registry is read from any folder
+            # absolute: the registry may be read from another folder
             "run": str(Path(config.run).absolute()),
             "deployed": deployed,
             "comparison": comparison,
@@ -139,12 +139,12 @@ def promote(
 def compare(
     challenger: RetrievalRanks, champion: RetrievalRanks, text_image: NDArray[np.int64], number: int, margin: float
 ) -> Comparison:
-    """Compare both on the same queries and the same resamples of the images.
+    """Compare challenger and champion on the same queries and the same resamples of the images.
 
     Args:
         text_image: (captions,) position of each caption's image.
-        number: of the champion.
-        margin: in percent, how far below 100 the interval may start.
+        number: number of the champion.
+        margin: percent below 100 at which the interval may start.
     """
     recalls = recall_of_ranks(champion)
     return Comparison(
@@ -162,8 +162,8 @@ def decide(
 ) -> tuple[bool, str]:
     """Return whether a challenger passes, and why.
 
-    A test of non-inferiority: the challenger passes if the interval of its share of the champion's mean recall starts
-    at 100 - margin percent or above (Piaggio et al. 2012, CONSORT's extension to non-inferiority trials).
+    This is a non-inferiority test: the challenger passes if the interval of its share of the champion's mean recall
+    starts at 100 - margin percent or above (Piaggio et al. 2012, CONSORT's extension to non-inferiority trials).
     """
     share = result.retention["mean"] if result.retention else None
     if min_retention is not None and (share is None or share < min_retention):
@@ -185,15 +185,15 @@ def decide(
 
 
 def roll_back(location: str, to: int | None = None) -> tuple[Candidate, Promotion]:
-    """Make an earlier champion the champion again if its weights are unchanged.
+    """Make an earlier champion the champion again, if its weights are unchanged.
 
     Args:
-        location: of the registry.
+        location: location of the registry.
         to: number of the student. Default: the previous champion.
 
     Raises:
-        UsageError: there is no such earlier champion, its checkpoint is gone or changed, or another student became
-            champion meanwhile.
+        UsageError: no such champion exists, its checkpoint is gone or changed, or another student became champion
+            meanwhile.
     """
     registry = StudentRegistry(location)
     now, earlier = registry.champion(), registry.earlier_champion(to)
@@ -228,7 +228,7 @@ def checkpoint_of(student: Candidate) -> Path:
     """Return the folder of a student's checkpoint after checking its weights.
 
     Raises:
-        UsageError: the checkpoint is gone, or holds other weights.
+        UsageError: the checkpoint is gone, or has other weights.
     """
     path = Path(student.run) / student.checkpoint
     if not (path / CHECKPOINT_WEIGHTS).exists():
@@ -246,7 +246,7 @@ def checkpoint_of(student: Candidate) -> Path:
 
 
 def _require_deployed(deployed: str, checkpoint: Path, weights_sha256: str) -> None:
-    """Check that a folder was deployed from a checkpoint: its weights are a copy of the checkpoint's file."""
+    """Check that a folder was deployed from a checkpoint, by the digest of its weights and its image size."""
     made = Deployment.read(deployed)
     if made.weights.sha256 != weights_sha256:
         raise UsageError(
@@ -262,7 +262,7 @@ def _require_deployed(deployed: str, checkpoint: Path, weights_sha256: str) -> N
 
 
 def _same_size(champion: Candidate, checkpoint: Path) -> bool:
-    """Return whether champion and checkpoint have the same image size; resize changes only that."""
+    """Return whether champion and checkpoint have the same image size; ``resize`` keeps the weights."""
     try:
         return checkpoint_image_size(Path(champion.run) / champion.checkpoint) == checkpoint_image_size(checkpoint)
     except FileNotFoundError:  # checkpoint_of reports a champion that is gone

@@ -1,10 +1,10 @@
-"""The home folder of retrainings: numbered caches, runs and deployed students, found again after a crash.
+"""The home folder of retrainings: numbered caches, runs and deployed students.
 
 home/
-  caches/0002.cache     one for each state of the dataset; rows of an earlier one are copied
+  caches/0002.cache     the cache of one state of the dataset; reuses rows of earlier caches
   runs/0002             the student trained from it
   deployed/0002         the files of a student that passed
-  students/             the registry: champion, challengers, why each passed or not
+  students/             the registry of students
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class NumberedCache:
     """A cache below a home.
 
     Attributes:
-        manifest: None if it cannot be read.
-        free: there is no manifest at all: its planning was stopped, and the number may be used again.
-        unread: why a manifest that exists cannot be read.
+        manifest: manifest; None if it is missing or cannot be read.
+        free: True if there is no manifest, because planning was interrupted. The number may be used again.
+        unread: reason why an existing manifest cannot be read.
     """
 
     number: int
@@ -52,7 +52,7 @@ class NumberedCache:
 
 
 class Home:
-    """The folders of a home, by absolute paths: registry and runs are read from any working folder.
+    """The folders of a home. Paths are absolute, so that they are valid from any working directory.
 
     Raises:
         UsageError: the home is a URL.
@@ -85,7 +85,7 @@ class Home:
         return _numbered(f"{self.folder}/runs/{number:04d}")
 
     def deployed_names(self, run: str) -> Iterator[str]:
-        """Yield the folders for the files of a run's student."""
+        """Yield the folders for deployments of a run: NAME, NAME-2, NAME-3 and so on."""
         return _numbered(f"{self.folder}/deployed/{Path(run).name}")
 
     def verdict(self, run: str) -> Candidate | None:

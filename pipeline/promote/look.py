@@ -1,4 +1,4 @@
-"""The work of a retraining: the dataset against the caches, runs and students of a home. Writes nothing."""
+"""The look at dataset and home that decides the work of a retraining. Writes nothing."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
 
 
 class Changes(BaseModel, frozen=True):
-    """The dataset against the newest finished cache."""
+    """Differences between the dataset and the newest finished cache."""
 
-    new_images: int = Field(description="Number of images whose bytes the cache has no row of.")
-    removed_images: int = Field(description="Number of the cache's images that are gone or have other bytes.")
-    new_captions: int = Field(description="Number of texts that the cache lacks, edited ones included.")
-    removed_captions: int = Field(description="Number of the cache's texts that are gone.")
+    new_images: int = Field(description="Number of images whose bytes are not in the cache.")
+    removed_images: int = Field(description="Number of the cache's images that were removed or changed.")
+    new_captions: int = Field(description="Number of texts that are not in the cache.")
+    removed_captions: int = Field(description="Number of the cache's texts that were removed or changed.")
 
 
 class Look(BaseModel, frozen=True):
@@ -50,27 +50,27 @@ class Look(BaseModel, frozen=True):
     changes: Changes | None = Field(
         description="Changes since the newest finished cache. None if no cache is finished."
     )
-    cache: str = Field(description="Location of the cache of the dataset as it is now.")
+    cache: str = Field(description="Location of the cache of the present dataset.")
     cache_finished: bool
     dtype: StoredDtype = Field(description="Storage type of that cache.")
     decoder: Decoder = Field(description="Image decoder of that cache.")
-    views: int = Field(description="Number of crops per image of that cache.")
+    views: int = Field(description="Number of crops per image in that cache.")
     crops: dict[str, Any] = Field(description="Settings of random crops, by the names of precompute.")
     reuse: str | None = Field(description="Cache that rows are copied from: the newest with this dtype and decoder.")
     not_reused: str | None = Field(description="Reason why no rows of the teacher's newest finished cache are copied.")
     unread: str | None = Field(
-        None, description="Reason why the newest cache cannot be read, and which cache decides the defaults instead."
+        None, description="Reason why the newest cache cannot be read, with the source of the defaults instead."
     )
     run: str = Field(description="Folder of the training run.")
     judged: Candidate | None = Field(
-        description="Verdict on the student of this cache and these settings. If there is one, nothing is to be done."
+        description="Verdict on the student of this cache and these settings. With one, there is nothing to do."
     )
     unshipped: str | None = Field(
-        None, description="Reason why a student that was judged before is not shipped, if shipping is on."
+        None, description="Reason why the judged student is not shipped, if shipping is on, with the remedy."
     )
 
     def storage_settings(self) -> dict[str, Any]:
-        """Return the settings of precompute that decide where and how the cache stores its rows."""
+        """Return the precompute settings of the cache's location and storage."""
         return {name: getattr(self, name) for name in (*_DEFAULTS, "cache", "reuse")}
 
 
@@ -103,7 +103,7 @@ def look_at(
     judged = home.verdict(run)
     champion = home.registry.champion()
     if judged is None and champion is not None:
-        checkpoint_of(champion)  # it will be measured, after hours of work
+        checkpoint_of(champion)  # checked before hours of work: it is measured after them
     reuse, not_reused = state.reusable(number)
     return Look(
         images=identity.images,
@@ -124,11 +124,11 @@ def look_at(
 
 @dataclass(frozen=True)
 class _State:
-    """The caches of a home against a dataset.
+    """The caches of a home, to match with a dataset.
 
     Attributes:
-        caches: all of them, ordered by number.
-        identity: of the dataset as it is now.
+        caches: all caches, ordered by number.
+        identity: identity of the present dataset.
     """
 
     settings: StageSettings
@@ -148,26 +148,26 @@ class _State:
 
     @cached_property
     def source(self) -> NumberedCache | None:
-        """The cache that decides settings which are left open: the present one, else the newest of any teacher."""
+        """The cache that decides unset settings: the present one, else the newest of any teacher."""
         return self.present or (self.sealed[-1] if self.sealed else None)
 
     @cached_property
     def stored(self) -> dict[str, Any]:
-        """Views, dtype and decoder: as set, else as the source has them, else the defaults."""
+        """Views, dtype and decoder: from the settings, else from the source, else the defaults."""
         previous = _as_stored(self.source.manifest) if self.source and self.source.manifest else _DEFAULTS
         return {name: getattr(self.settings.config, name) or value for name, value in previous.items()}
 
     @property
     def crops(self) -> dict[str, Any]:
-        """How the source draws random crops, by the names of precompute. Empty for one view."""
+        """Settings of the source's random crops, by the names of precompute. Empty for one view."""
         manifest = self.source.manifest if self.source else None
         return _crops(manifest) if manifest and self.stored["views"] > 1 else {}
 
     def reusable(self, number: int) -> tuple[str | None, str | None]:
-        """Return the cache to copy rows from, or why none of the teacher's other caches is one.
+        """Return the cache to copy rows from, or the reason why none of the teacher's other caches can be used.
 
         Args:
-            number: of the cache that rows are copied to.
+            number: number of the cache to copy rows to.
         """
         others = [cache for cache in self.sealed if cache.number != number and self._is_by_teacher(cache)]
         reasons = [(cache, self._unlike(cache)) for cache in others]
@@ -202,7 +202,7 @@ class _State:
         return cache.manifest is not None and self._is_by(cache.manifest)
 
     def _unlike(self, other: NumberedCache) -> str | None:
-        """Return why no row of another cache can be copied, or None if rows can. Views are copied one by one."""
+        """Return why no row of another cache can be copied, or None. The number of views may differ."""
         assert other.manifest is not None  # it is finished
         stored = _as_stored(other.manifest)
         names = [name for name in ("dtype", "decoder") if stored[name] != self.stored[name]]
@@ -254,7 +254,7 @@ def _run(
         if not folder.exists():
             return name
         record = folder.read()
-        # its start was decided when it began: the champion may be this very run by now
+        # init as recorded: by now the champion may be this run
         settings_now = settings.training(record.config.cache, name, record.config.init)
         same = record.student_config == student and not other_settings(settings_now, record.config)
         if same and record.cache_manifest_digest == digest:
@@ -263,20 +263,20 @@ def _run(
 
 
 def _as_stored(manifest: CacheManifest) -> dict[str, Any]:
-    """Return how a cache stores its rows, by the names of the settings."""
+    """Return the storage settings of a cache, by their names in precompute."""
     identity = manifest.identity
     decoder = identity.preprocess.decoder or PILLOW
     return {"views": manifest.layout.views, "dtype": identity.targets.dtype, "decoder": decoder}
 
 
 def _crops(manifest: CacheManifest) -> dict[str, Any]:
-    """Return how a cache draws random crops, by the names of precompute; empty without random crops."""
+    """Return the settings of a cache's random crops, by the names of precompute; empty without them."""
     drawn = manifest.identity.views.fields()
     return {setting: drawn[name] for setting, name in CROP_SETTINGS.items() if name in drawn}
 
 
 def _unshipped(judged: Candidate) -> str | None:
-    """Return how to ship a judged student. Its verdict stands although the settings of shipping have changed."""
+    """Return how to ship a judged student: its verdict stands, even if the shipping settings have changed."""
     deploy = f"teacher-cache deploy --run {judged.run} --out FOLDER"
     if judged.passed and judged.deployed is None:
         return f"student {judged.number} was promoted without being shipped. Ship it by {deploy}"
@@ -305,6 +305,6 @@ def _changes(before: NumberedCache, tables: dict[str, pa.Table]) -> Changes:
 
 
 def _missing(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
-    """Count the values that are not among others. An empty column may have no type."""
+    """Count the values that are not in ``among``."""
     present = pc.is_in(long_texts(values), value_set=long_texts(among).combine_chunks())
     return len(values) - int(pc.sum(present).as_py() or 0)

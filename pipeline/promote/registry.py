@@ -4,9 +4,9 @@
       candidates/000003.json  a student, its comparison with the champion of its day, and the verdict
       promotions/0002.json    makes a candidate the champion
 
-Both are written once and never changed. The champion is the candidate of the promotion with the greatest number: a
-promotion is one new file, and readers see the old champion or the new one. Of two promotions that start from the same
-champion one is refused, in a folder and on S3. A rollback is a promotion, too.
+Both are written once and never changed. The champion is the candidate of the promotion with the greatest number. A
+promotion creates one file, so readers see either the old champion or the new one. If two processes replace the same
+champion, one of them is refused, in a folder and on S3. A rollback is a promotion too.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 class Comparison(BaseModel, frozen=True):
-    """A challenger against the champion: the same images and captions, the same resamples."""
+    """A comparison of a challenger with the champion, on the same images, captions and resamples."""
 
     champion: int = Field(description="Number of the candidate that was champion.")
     champion_recalls: dict[str, dict[str, float]]
     share: float | None = Field(description="The challenger's mean recall as percent of the champion's.")
     interval: Interval | None = Field(description="Interval of the share at this level. None if it is undefined.")
     level: float
-    margin: float = Field(description="Margin in percent: how far below 100 the interval may start.")
+    margin: float = Field(description="Percent below 100 at which the interval may start.")
 
 
 class Candidate(BaseModel, frozen=True):
-    """A student that was measured to be promoted."""
+    """A student that was measured for promotion."""
 
     number: int = Field(ge=1)
-    date: str = Field(description="UTC.")
+    date: str = Field(description="Date and time, UTC.")
     run: str = Field(description="Absolute folder of the training run.")
     checkpoint: str = Field(description="Folder of the checkpoint, relative to the run.")
     weights_sha256: str = Field(description="SHA-256 of the checkpoint's weights.")
@@ -54,10 +54,10 @@ class Candidate(BaseModel, frozen=True):
     teacher: str
     cache: str
     cache_manifest_digest: str = Field(description="Manifest digest of the cache that the student learned from.")
-    settings: dict[str, Any] = Field(description="Settings of the training; for a mean of runs those of the first.")
+    settings: dict[str, Any] = Field(description="Settings of the training; of the first run, for a mean of runs.")
     averaged: tuple[str, ...] = Field((), description="Folders of the averaged runs, for a mean of runs.")
     split: str
-    measured_on: str = Field(description="Manifest digest of the cache of the split.")
+    measured_on: str = Field(description="Manifest digest of the cache that was measured on.")
     images: int
     captions: int
     recalls: dict[str, dict[str, float]]
@@ -73,11 +73,11 @@ class Promotion(BaseModel, frozen=True):
     """A change of the champion."""
 
     number: int = Field(ge=1)
-    date: str = Field(description="UTC.")
+    date: str = Field(description="Date and time, UTC.")
     candidate: int
     before: int | None = Field(description="Number of the previous champion.")
     kind: Literal["gate", "rollback"]
-    nonce: str = Field(description="Random text that tells this file from another writer's.")
+    nonce: str = Field(description="Random text that makes this file differ from another writer's.")
 
 
 class Students(BaseModel, frozen=True):
@@ -90,10 +90,10 @@ class Students(BaseModel, frozen=True):
 
 
 class StudentRegistry:
-    """Candidates and promotions below a folder or URL. Any number of processes may use one at once.
+    """A registry of candidates and promotions. Several processes may use it at once.
 
     Args:
-        location: a folder or a URL, as of a cache; made by the first candidate.
+        location: folder or URL, as for a cache; created by the first candidate.
     """
 
     def __init__(self, location: str) -> None:
@@ -131,7 +131,7 @@ class StudentRegistry:
         """Store a candidate under the next free number.
 
         Args:
-            fields: of :class:`Candidate`, without ``number`` and ``date``.
+            fields: fields of :class:`Candidate` without ``number`` and ``date``.
         """
         number = len(self._keys(_CANDIDATES)) + 1
         while True:
@@ -144,7 +144,7 @@ class StudentRegistry:
         """Make a candidate the champion if ``before`` still is.
 
         Args:
-            before: the champion that the decision was made against, if there was one.
+            before: champion at the time of the comparison, if any.
 
         Raises:
             UsageError: another student became champion meanwhile.
@@ -171,7 +171,8 @@ class StudentRegistry:
         """Return a candidate that was champion before the present one.
 
         Args:
-            number: of the candidate. Default: the previous champion; going back twice goes back two steps.
+            number: number of the candidate. Default: the previous champion; a second call after a rollback goes back
+                one more.
 
         Raises:
             UsageError: there is no earlier champion, or this candidate never was champion.
@@ -202,7 +203,7 @@ class StudentRegistry:
 
 
 def _line(promotions: tuple[Promotion, ...]) -> list[int]:
-    """Return the champions up to the present one; a rollback removes those after its own."""
+    """Return the champions up to the present one; a rollback removes those after its candidate."""
     line: list[int] = []
     for promotion in promotions:
         if promotion.kind == "rollback" and promotion.candidate in line:

@@ -1,8 +1,8 @@
-"""Retraining: look for new data, encode only that, train, compare with the champion, ship and promote what passes.
+"""Retraining: encode new data, train, compare the student with the champion, ship and promote it if it passes.
 
-Every step looks for what an earlier call left, so that calling again after a crash goes on. One retraining at a time
-works in a home (:mod:`~teacher_cache.pipeline.promote.home`). The teacher is known by its name and precision: changed
-weights need another name.
+Every step resumes the work of an earlier call, so retraining can be called again after a crash. One retraining at a
+time works in a home (:mod:`~teacher_cache.pipeline.promote.home`). A teacher is identified by its name and precision:
+new weights need a new name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RetrainResult(BaseModel, frozen=True):
 
 
 class Retraining:
-    """The steps of one retraining, in order. Each may be called again after a crash.
+    """The steps of one retraining, in the order of calls. Each may be called again after a crash.
 
     Raises:
         UsageError: a setting cannot be used.
@@ -70,7 +70,7 @@ class Retraining:
 
     @property
     def registry(self) -> StudentRegistry:
-        """The students of this home."""
+        """Registry of this home's students."""
         return self.home.registry
 
     def look(self, progress: Progress | None = None) -> Look:
@@ -78,15 +78,15 @@ class Retraining:
         return look_at(self._settings, self.home, self._student, _stage(progress, "look at the dataset"))
 
     def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult | None:
-        """Make the cache of the dataset as it is now, unless it is finished, and verify it.
+        """Make the cache of the present dataset, unless it is finished, and verify it.
 
-        If preprocessing or weights differ from those of the cache to copy from, all rows are encoded.
+        If its preprocessing or weights differ from those of the cache to copy from, all rows are encoded.
 
         Returns:
-            None if the cache was finished before.
+            Result of precompute, or None if the cache was finished before.
 
         Raises:
-            CacheCorruptError: the cache does not verify.
+            CacheCorruptError: verification failed.
             CacheError, UsageError, OSError, FloatingPointError: as ``precompute`` raises them.
         """
         made = None
@@ -105,12 +105,12 @@ class Retraining:
         return made
 
     def train(self, look: Look, progress: Callable[[Any], None] | None = None) -> str:
-        """Train the student, or go on with its training. Return the run.
+        """Train the student, or resume its training. Return the run.
 
         Raises:
             CacheError, UsageError, FloatingPointError: as ``train`` raises them.
         """
-        # imported here: looking needs no training loop
+        # imported here: look() does not need torch's training loop
         from teacher_cache.pipeline.train.loop import train
 
         folder = RunFolder(look.run)
@@ -130,7 +130,7 @@ class Retraining:
         return promote(config, progress, ship, keep_unchanged=True)
 
     def _init(self, cache: str) -> str | None:
-        """Return the champion's checkpoint if it is the same student and sees the cache's pixels."""
+        """Return the champion's checkpoint if its architecture and pixel normalisation are those of the student."""
         champion = self.registry.champion() if self.config.start == "champion" else None
         if champion is None or RunFolder(champion.run).read().student_config != self._student:
             return None
@@ -140,8 +140,8 @@ class Retraining:
         return folder if all(tuple(learned[name]) == tuple(cached[name]) for name in ("mean", "std")) else None
 
     def _deploy(self, run: str, progress: Progress | None) -> str:
-        """Deploy the run's student, unless a call that was killed before the promotion has done so."""
-        # imported here: a retraining that finds nothing new needs no ONNX
+        """Deploy the run's student, unless an earlier call did so before it was killed."""
+        # imported here: without new data no ONNX is needed
         from teacher_cache.pipeline.deploy.run import deploy
 
         checkpoint = self._settings.checkpoint(run)
@@ -156,13 +156,13 @@ class Retraining:
 
 
 def retrain(config: RetrainConfig, progress: Progress | None = None) -> RetrainResult:
-    """Bring cache, student and champion up to the dataset as it is now. Call it again after a crash.
+    """Update cache, student and champion to the present dataset. May be called again after a crash.
 
     Args:
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: a setting cannot be used, and nothing is written; or another process retrains in this home.
+        UsageError: a setting cannot be used (nothing is written), or another process retrains in this home.
         CacheError, OSError, FloatingPointError: as the steps raise them.
     """
     started = time.perf_counter()

@@ -27,19 +27,19 @@ _SET_HERE = {
 
 @dataclass(frozen=True)
 class StageSettings:
-    """The stages of a retraining as settings that their commands take.
+    """The settings of a retraining's stages, as their commands take them.
 
     Attributes:
-        config: the retraining's settings.
+        config: settings of the retraining.
     """
 
     config: RetrainConfig
 
     def check(self) -> TrainConfig:
-        """Check the settings of every stage before hours of work, and return those of the training.
+        """Check the settings of every stage, and return the training settings. Called before hours of work.
 
         Raises:
-            UsageError: a setting cannot be used, or is set by retraining itself.
+            UsageError: a setting cannot be used, or retraining sets it itself.
         """
         config = self.config
         for stage, names in (("precompute", config.precompute), ("train", config.train), ("deploy", config.deploy)):
@@ -53,8 +53,8 @@ class StageSettings:
         """Return the settings of precompute.
 
         Args:
-            stored: settings that decide how the cache stores its rows.
-            crops: how the previous cache draws random crops; settings of the user go first.
+            stored: location and storage settings of the cache.
+            crops: random crop settings of the previous cache; the user's settings take precedence.
         """
         names = ("dataset", "teacher", "pretrained", "precision", "device")
         fixed = {"cache": "cache", **{name: getattr(self.config, name) for name in names}, **stored}
@@ -64,7 +64,7 @@ class StageSettings:
         """Return the settings of train.
 
         Args:
-            init: checkpoint to start from; None for random weights, of which no layer is locked.
+            init: checkpoint to start from; None for random weights, with no locked layers.
         """
         config = self.config
         fixed: dict[str, Any] = {"cache": cache, "student": config.student, "out": out, "device": config.device}
@@ -93,5 +93,5 @@ class StageSettings:
         return check_config(DeployConfig, config.deploy | fixed | teacher, "deploy")
 
     def checkpoint(self, run: str) -> Checkpoint:
-        """Return best, or last where the best was chosen on the split that students are compared on."""
+        """Return "best", or "last" if the best was chosen on the comparison split or there is no select split."""
         return "last" if RunFolder(run).read().config.select_split in (None, self.config.split) else "best"

@@ -1,6 +1,6 @@
-"""A chart of a report: an Altair chart, its rows, the colours of both themes, and the forms that charts share.
+"""A chart of a report: its spec and rows, the colours of both themes, and helpers that charts share.
 
-A chart says ``$image`` for a colour of the theme.
+Specs name colours of the theme with a dollar sign: ``$image``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 
 Theme = Literal["light", "dark"]
 
-# after Okabe & Ito 2008, "Color Universal Design", darker or lighter until each has a contrast of 3:1 to its ground;
-# text has 4.5:1 and more. Shapes and dashes say the same as the colours.
+# after Okabe & Ito 2008, "Color Universal Design", adjusted to a contrast of 3:1 with the background (text: 4.5:1);
+# shapes and dashes repeat the information of the colours
 PALETTES: dict[Theme, dict[str, str]] = {
     "light": {
         "ground": "#f6f7f8",
@@ -85,16 +85,16 @@ MOST_SERIES = len(_SERIES)
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of some rows.
+    """A chart with its data.
 
     Attributes:
-        name: of the chart, and of its rows in the spec.
-        caption: the text below the chart: what it shows, of how many.
-        alt: description for people who do not see it.
-        spec: Vega-Lite, with ``data: {"name": name}``.
+        name: name of the chart, and of its data in the spec.
+        caption: text below the chart.
+        alt: alternative text for screen readers.
+        spec: Vega-Lite spec, with ``data: {"name": name}``.
         columns: field and heading of each column.
-        rows: values in the order of the columns; None if not known.
-        canvas: drawn on a canvas, for thousands of marks.
+        rows: values in the order of the columns; None if unknown.
+        canvas: True to draw on a canvas, for thousands of marks.
     """
 
     name: str
@@ -112,9 +112,9 @@ class Chart:
 
 
 def vega_config(theme: Theme) -> dict[str, Any]:
-    """Return Vega-Lite's config of a theme: colours of text and lines, the system's font, no frame."""
+    """Return the Vega-Lite config of a theme: colours of text and lines, system font, no frame."""
     colour = PALETTES[theme]
-    # no ARIA roles: the figure around the plot has the name
+    # no ARIA roles: the surrounding figure has the name
     text = {"labelColor": colour["muted"], "titleColor": colour["ink"], "titleFontWeight": 600, "aria": False}
     return {
         "background": "transparent",
@@ -137,20 +137,20 @@ def vega_config(theme: Theme) -> dict[str, Any]:
 
 
 def spec_of(name: str, chart: Any, **properties: Any) -> dict[str, Any]:
-    """Return the Vega-Lite of an Altair chart on the rows of that name, as wide as its container."""
+    """Return the Vega-Lite spec of an Altair chart, with named data and the width of its container."""
     chart = chart.properties(data=alt.NamedData(name), width="container", **properties)
-    with alt.data_transformers.enable(consolidate_datasets=False):  # page.js hands the rows out by name
+    with alt.data_transformers.enable(consolidate_datasets=False):  # page.js supplies the rows by name
         spec: dict[str, Any] = chart.to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 
 def finite(value: float | None) -> float | None:
-    """Return the value, or None if it is not finite: JSON has no NaN, and a loss may be one."""
+    """Return the value, or None if it is not finite: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[alt.Tooltip]:
-    """Return the tooltip of each column under its heading, numbers in d3's formats."""
+    """Return a tooltip for each column, with numbers in d3 formats."""
     return [
         alt.Tooltip(f"{field}:Q", title=title, format=formats[field])
         if field in formats
@@ -160,13 +160,13 @@ def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[al
 
 
 def series_colour(names: Sequence[str], field: str = "series") -> alt.Color:
-    """Return the colour by name, in the order given; a single name needs no legend."""
+    """Return the colour encoding of series, in the order of ``names``. A single series has no legend."""
     scale = alt.Scale(domain=list(names), range=_SERIES[: len(names)])
     return alt.Color(f"{field}:N", scale=scale, **_legend(names))
 
 
 def series_shape(names: Sequence[str], field: str = "series") -> alt.Shape:
-    """Return the shape by name, which says the same as the colour."""
+    """Return the shape encoding of series, which repeats the colours."""
     scale = alt.Scale(domain=list(names), range=_SHAPES[: len(names)])
     return alt.Shape(f"{field}:N", scale=scale, **_legend(names))
 
@@ -178,13 +178,13 @@ def _legend(names: Sequence[str]) -> dict[str, Any]:
 def dots(
     name: str, heading: str, rows: list[tuple[Any, ...]], of: str, caption: str, alt_text: str, at_100: bool
 ) -> Chart | None:
-    """Return numbers with their intervals, one line per metric, or None if no number is known.
+    """Return a dot chart of values with intervals, one line per metric, or None if all values are unknown.
 
     Args:
-        heading: title of the axis of values.
+        heading: title of the value axis.
         rows: (metric, series, value, low, high).
         of: heading of the series.
-        at_100: whether to draw a line at 100.
+        at_100: draw a line at 100.
     """
     known = [value for row in rows for value in row[2:] if value is not None]
     if not known:
@@ -193,7 +193,7 @@ def dots(
     columns = (("metric", "metric"), ("series", of), ("value", heading), ("low", "95 % from"), ("high", "95 % to"))
     series = list(dict.fromkeys(row[1] for row in rows))
     metrics = list(dict.fromkeys(row[0] for row in rows))
-    # a fixed domain: a layer may have no rows, and Vega warns of what has no extent
+    # a fixed domain: Vega warns if a layer without rows has no extent
     axis: dict[str, Any] = {
         "title": heading,
         "scale": alt.Scale(domain=[min(ends), max(ends)], nice=True, zero=False),
@@ -224,7 +224,7 @@ def dots(
         layers.insert(
             0, even.mark_rule(color="$ink", strokeDash=[4, 3], strokeWidth=1.2).encode(x=alt.X("at:Q", **axis))
         )
-    # a number, not a step: Vega-Lite warns of steps if the width is the container's
+    # not a step: Vega-Lite warns of steps with a container's width
     spec = spec_of(name, alt.layer(*layers), height=len(metrics) * (14 * len(series) + 10))
     return Chart(name, caption, alt_text, spec, columns, tuple(rows))
 
@@ -232,7 +232,7 @@ def dots(
 def histogram(
     name: str, title: str, series: Sequence[tuple[str, str, Distribution | None]], caption: str, alt_text: str
 ) -> Chart | None:
-    """Return histograms laid over each other, or None without any; series are (name, colour, distribution)."""
+    """Return overlaid histograms, or None without data. Series are (name, colour, distribution)."""
     known = [(label, colour, values) for label, colour, values in series if values is not None and values.count]
     if not known:
         return None
@@ -244,7 +244,7 @@ def histogram(
         .encode(
             x=alt.X("from:Q", title=title, bin=alt.BinParams(binned=True), scale=alt.Scale(zero=False)),
             x2="to:Q",
-            # counts of images and of many more captions would not compare
+            # shares: counts of images and of many more captions cannot be compared
             y=alt.Y("share:Q", title="share in a bin", stack=None, axis=alt.Axis(format="%", tickCount=4)),
             color=alt.Color("series:N", scale=scale),
             stroke=alt.Stroke("series:N", scale=scale),
@@ -257,7 +257,7 @@ def histogram(
 
 def _bins(label: str, values: Distribution) -> Iterable[tuple[Any, ...]]:
     least, greatest = values.least, values.greatest
-    if least == greatest:  # as numpy's bins of equal numbers
+    if least == greatest:  # as in numpy
         least, greatest = least - 0.5, greatest + 0.5
     width = (greatest - least) / len(values.histogram)
     for number, count in enumerate(values.histogram):

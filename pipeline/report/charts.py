@@ -35,7 +35,7 @@ _MAP_SETTINGS = {"query": "", "split": "", "tower": "", "chosen": -1}
 
 
 def all_charts(data: ReportData) -> dict[str, Chart]:
-    """Return every chart that there is data for, by its name."""
+    """Return all charts that have data, by name."""
     made = (
         _retention(data),
         _teacher_recall(data),
@@ -51,10 +51,10 @@ def all_charts(data: ReportData) -> dict[str, Chart]:
 
 
 def main_chart(data: ReportData) -> dict[str, Any]:
-    """Return the chart that sums the report up: a whole Vega-Lite spec with its data, in light colours.
+    """Return the chart that summarizes the report: a complete Vega-Lite spec with its data, in light colours.
 
-    It shows what the students keep of the teacher. Without an evaluated student it shows the teacher's recall and the
-    cosines of true and random pairs, for an unfinished cache the share of committed chunks.
+    It shows the students' retention. Without an evaluated student it shows the teacher's recall and the cosines of true
+    and random pairs; for an unfinished cache, the share of committed chunks.
     """
     retention = _retention(data)
     charts = [retention] if retention else [chart for chart in (_teacher_recall(data), _pair_cosines(data)) if chart]
@@ -75,10 +75,10 @@ def main_chart_png(data: ReportData) -> bytes:
 
 
 def newest_evaluations(run: RunReport, manifest_digest: str) -> list[EvaluateResult]:
-    """Return the newest evaluation of a run's student on each split, splits that it was chosen on last.
+    """Return the newest evaluation of a run's student on each split; a split that it was chosen on comes last.
 
     Args:
-        manifest_digest: of the report's cache; evaluations on other data are left out.
+        manifest_digest: manifest digest of the report's cache; evaluations on other data are left out.
     """
     newest: dict[str, EvaluateResult] = {}
     for evaluation in run.evaluations:
@@ -96,17 +96,17 @@ def _alone(chart: Chart) -> dict[str, Any]:
         if isinstance(value, list):
             return [light(inner) for inner in value]
         if isinstance(value, str) and value.startswith("$"):
-            return PALETTES["light"].get(value[1:], value)  # the name of a run may begin so, too
+            return PALETTES["light"].get(value[1:], value)  # a run's name may begin with $ too
         return value
 
     spec = {key: value for key, value in chart.spec.items() if key != "width"}
     title = {"text": chart.alt, "subtitle": [], "offset": 12}
-    # rows stay as they are: a caption may begin with a dollar sign
+    # not light(rows): a caption may begin with $
     return {"title": title, "width": _PNG_WIDTH, **light(spec), "data": {"values": chart.records()}}
 
 
 def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tuple[Any, ...]]:
-    """Return a row for each of the six recalls, and for their mean if there is one."""
+    """Return a row for each of the six recalls, and for their mean, if any."""
     rows = []
     for direction, words in _DIRECTIONS.items():
         for name in (f"R@{k}" for k in RECALL_KS):
@@ -234,7 +234,7 @@ def _map(data: ReportData) -> Chart | None:
     )
     names = list(_TOWERS.values())
     small = 26 if len(points) > 1500 else 48
-    # hits of a search stand out, other points step back
+    # emphasize hits of the search
     hit = "query != '' && indexof(lower(datum.label), query) >= 0"
     place: dict[str, Any] = {
         axis: channel(f"{axis}:Q", title=None, axis=None, scale=_whole([getattr(point, axis) for point in points]))
@@ -266,7 +266,7 @@ def _map(data: ReportData) -> Chart | None:
 
 
 def _whole(values: list[float]) -> alt.Scale:
-    """Return a scale with some room around all values, whatever is filtered."""
+    """Return a scale over all values with a margin, independent of filters."""
     least, greatest = min(values), max(values)
     room = 0.04 * (greatest - least) or 1.0
     return alt.Scale(domain=[least - room, greatest + room], nice=False, zero=False)
@@ -279,7 +279,7 @@ def _losses(data: ReportData) -> Chart | None:
         for step in run.steps:
             values = {"total": step.loss, **step.parts}
             rows += [(run.name, part, step.step, step.epoch, finite(value)) for part, value in values.items()]
-    # a part that is never finite has no axis
+    # a loss that is never finite has no axis
     parts = list(dict.fromkeys(row[1] for row in rows if row[-1] is not None))
     rows = [row for row in rows if row[1] in parts]
     if not rows:

@@ -1,7 +1,7 @@
-"""Everything that a report shows of a cache, collected as plain data. No torch.
+"""Collection of a report's data. No torch.
 
-Embeddings are read once (``teacher_cache.storage.look.stats.read_drawn``): statistics, recall, map and pairs are of
-the same rows.
+Embeddings are read once (``teacher_cache.storage.look.stats.read_drawn``): statistics, recall, map and pairs use the
+same rows.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ __all__ = ["collect_report"]
 _CELLS = 400
 _PAIRS = 12  # each way
 _LOST_NAMED = 200
-_MAP_SIDE, _PAIR_SIDE = 80, 224  # pixels; pictures of pairs are few and are looked at
+_MAP_SIDE, _PAIR_SIDE = 80, 224  # pixels
 
 Progress = Callable[[str, int, int], None]
 
 
 class ReportOptions(TypedDict, total=False):
-    """Options of :func:`collect_report`: images to read and to show."""
+    """Options of :func:`collect_report`."""
 
     image_root: str | None
-    """Folder of the images. Default: where the cache was made from them."""
+    """Folder of the images. Default: that of the cache."""
     split: str | None
     """Split for statistics, map and pairs. Default: all images."""
     most: int
-    """Maximum number of images to read; of more, a sample is drawn. Default: 20,000."""
+    """Maximum number of images to read; a sample if there are more. Default: 20,000."""
     map_images: int
     """Maximum number of images on the map; 0 for no map. Default: 2,000."""
     pictures: bool
     """Whether to show pictures of the images. Default: true."""
     seed: int
-    """Seed of what is drawn. Default: 0."""
+    """Seed of samples. Default: 0."""
 
 
 _DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, map_images=2_000, pictures=True, seed=0)
@@ -73,7 +73,7 @@ _DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, map_images=2
 
 @dataclass(frozen=True)
 class _Embeddings:
-    """Statistics, map and pairs of a cache's embeddings; empty while the cache is not sealed."""
+    """Statistics, map and pairs of a cache's embeddings; empty if the cache is not sealed."""
 
     stats: CacheStats | None = None
     recall: SampledRecall | None = None
@@ -101,9 +101,9 @@ def collect_report(
     progress: Progress | None = None,
     **options: Unpack[ReportOptions],
 ) -> ReportData:
-    """Read a cache, the runs that learned from it and students deployed from those.
+    """Read a cache, runs that were trained on it, and deployed students.
 
-    A cache that is not sealed has no statistics, map, pairs and pictures; a note says what to do.
+    Without a sealed cache there are no statistics, map, pairs and pictures; a note says what to do.
 
     Args:
         runs, deployed: folders.
@@ -111,14 +111,14 @@ def collect_report(
         options: see :class:`ReportOptions`.
 
     Raises:
-        UsageError: there is no such split, or a folder is no run or no deployed student.
+        UsageError: the split does not exist, or a folder has no run or no deployed student.
         CacheError: the cache is missing, damaged or cannot be read.
         ModuleNotFoundError: scikit-learn is not installed.
     """
     settings: ReportOptions = {**_DEFAULTS, **options}
     info = describe_cache(location)
     notes: list[str] = []
-    # folders first: a wrong name is found before the minutes that the rest takes
+    # folders first: a wrong name fails before minutes of work
     run_reports, run_notes = read_runs(runs, info.manifest_digest)
     tables, table_notes = read_deployments(deployed, info.manifest_digest)
     notes += run_notes + table_notes
@@ -210,7 +210,7 @@ def _rows_of_pairs(pairs: Sequence[RetrievedPair]) -> list[int]:
 
 
 def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
-    """Return a map of each view and of the captions, with a limited number of cells."""
+    """Return a coverage map of each view and of the captions, with at most ``_CELLS`` cells each."""
     maps = []
     for (tower, view), group in groupby(states, lambda state: (state.ref.tower, state.ref.view)):
         chunks = list(group)
@@ -238,7 +238,7 @@ def _quarantined(part: Sequence[ChunkState]) -> int | None:
 def _lost(
     location: str, states: Sequence[ChunkState], reader: EmbeddingReader | None
 ) -> tuple[tuple[LostImage, ...], int]:
-    """Return the first quarantined images, each once, and how many there are."""
+    """Return the first quarantined images, without duplicates, and the number of all."""
     quarantined: dict[int, QuarantinedRow] = {}
     if reader is not None and any(state.quarantined is None for state in states):
         quarantined = {row.row: row for row in reader.quarantined}

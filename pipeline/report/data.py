@@ -30,7 +30,7 @@ __all__ = [
 
 
 def as_utf8(text: str) -> str:
-    """Text that can be written: of a path whose bytes are no UTF-8 each of those is a question mark."""
+    """Return the text with a question mark for each byte of a path that is not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
@@ -39,16 +39,18 @@ Shown = Annotated[str, AfterValidator(as_utf8)]
 
 
 class CoverageCell(BaseModel, frozen=True):
-    """Some chunks that follow each other; one where there are few."""
+    """One or more adjacent chunks, drawn as one cell."""
 
     first_chunk: int
     chunks: int
     committed: int
-    quarantined: int | None = Field(description="Rows without an embedding; None where the commits were not read.")
+    quarantined: int | None = Field(
+        description="Number of rows without an embedding. None if the commits were not read."
+    )
 
 
 class CoverageMap(BaseModel, frozen=True):
-    """One view of the images, or the captions."""
+    """The coverage of one view of the images, or of the captions."""
 
     tower: Literal["image", "text"]
     view: int
@@ -72,8 +74,8 @@ class RowMap(BaseModel, frozen=True):
     """Images and captions in two dimensions."""
 
     points: tuple[MapPoint, ...]
-    method: str = Field(description="Method of the projection, in a sentence with the seed.")
-    images_of: int = Field(description="Number of images in the cache, of which the points may be a sample.")
+    method: str = Field(description="Description of the projection, with the seed.")
+    images_of: int = Field(description="Number of images that the points were sampled from.")
 
 
 class RetrievedPair(BaseModel, frozen=True):
@@ -83,10 +85,10 @@ class RetrievedPair(BaseModel, frozen=True):
     image_row: int
     caption_row: int
     caption: str
-    rank: int = Field(description="Rank of the first own match, from 1.")
+    rank: int = Field(description="Rank of the query's best own match, from 1.")
     cosine: float = Field(description="Cosine of image and caption.")
-    first_image_row: int | None = Field(description="For t2i: row of the first result, if it was another image.")
-    first_caption: str | None = Field(description="For i2t: first result, if it was another image's caption.")
+    first_image_row: int | None = Field(description="Row of the first result for t2i, if it is another image.")
+    first_caption: str | None = Field(description="First result for i2t, if it is another image's caption.")
     first_cosine: float
 
 
@@ -100,7 +102,7 @@ class LostImage(BaseModel, frozen=True):
 
 
 class Step(BaseModel, frozen=True):
-    """A step of training; long runs have a sample, evenly spaced."""
+    """A training step. Long runs have evenly spaced ones only."""
 
     step: int
     epoch: int
@@ -110,9 +112,9 @@ class Step(BaseModel, frozen=True):
 
 
 class RunReport(BaseModel, frozen=True):
-    """One student."""
+    """A run with its logged steps and evaluations."""
 
-    name: Shown = Field(description="Folder of the run, short.")
+    name: Shown = Field(description="Name of the run's folder; its path if two runs share a name.")
     record: RunRecord
     steps: tuple[Step, ...]
     steps_of: int
@@ -121,12 +123,12 @@ class RunReport(BaseModel, frozen=True):
 
 
 def of_other_data(result: EvaluateResult, manifest_digest: str) -> bool:
-    """Return whether an evaluation is of another cache with other data or another teacher."""
+    """Return whether an evaluation is on a cache with other data or another teacher."""
     return bool(result.accepted_mismatches) and result.cache_manifest_digest != manifest_digest
 
 
 class ReportData(BaseModel, frozen=True):
-    """A report. Each picture is stored once, by the row of its image."""
+    """The data of a report."""
 
     location: Shown
     made: str = Field(description="Date and time, UTC.")

@@ -1,8 +1,8 @@
-"""A report as one HTML page that needs nothing else: no network, no server. No torch.
+"""A report as one self-contained HTML page, without network or server. No torch.
 
-What the page says lies in it once: text in the HTML, and one JSON block with the rows of the charts, their specs and
-the pictures, which the page's script hands out by name. Its Content-Security-Policy lets the scripts run that are in
-it, by their hashes, and lets nothing be loaded: what a caption or a path says can do no harm.
+The page has text in its HTML, and one JSON block with the charts' rows and specs and the pictures, which the page's
+script reads by name. Its Content-Security-Policy allows only its own scripts, by their hashes, and forbids loading, so
+that captions and paths cannot inject code.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def render_report(data: ReportData) -> str:
 
 @functools.cache
 def _libraries() -> str:
-    """Vega, Vega-Lite and Vega-Embed with its interpreter of expressions, as one script, with their licences."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, with their licences."""
     import vl_convert
 
     script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
@@ -89,7 +89,7 @@ def _libraries() -> str:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Content-Security-Policy: these scripts, inline styles and pictures in the page; nothing is loaded or sent."""
+    """Return the Content-Security-Policy: only these scripts, inline styles and data URIs for pictures."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{item}'" for item in hashes)
     return (
@@ -99,7 +99,7 @@ def _policy(scripts: list[str]) -> str:
 
 
 def _variables() -> str:
-    """Return the palettes as CSS variables, by the system's setting or by the page's switch."""
+    """Return the palettes as CSS variables, selected by the system's setting or the page's switch."""
     light, dark = ("".join(f"--{name}:{value};" for name, value in PALETTES[theme].items()) for theme in PALETTES)
     return (
         f":root{{color-scheme:light;{light}}}\n"
@@ -126,7 +126,7 @@ def _block(data: ReportData, charts: dict[str, Chart]) -> str:
         "themes": {theme: {"colours": PALETTES[theme], "config": vega_config(theme)} for theme in PALETTES},
     }
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # JSON that is no HTML: nothing in it can end the block or begin a tag
+    # escaped, so that no text can end the block or begin a tag
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -137,20 +137,20 @@ def _name(location: str) -> str:
 
 
 def _quarantined(info: CacheInfo) -> int | None:
-    """Images without an embedding, in all that is committed where its records were read, else in what is sealed."""
+    """Return the number of images without an embedding, from the commit records if they were read, else the seal."""
     if info.quarantine is None:
         return info.images_quarantined
-    # a record that is damaged names none: then the seal knows more
+    # damaged records name no images: then the seal has more
     return max(sum(info.quarantine.values()), info.images_quarantined or 0)
 
 
 def _unread(info: CacheInfo) -> bool:
-    """Return whether quarantined images were not counted: there are too many commit records and no seal."""
+    """Return whether quarantined images are not counted: too many commit records, and no seal."""
     return info.quarantine is None and not info.sealed
 
 
 def _badge(info: CacheInfo) -> str:
-    """Problems of the dataset and quarantined images, as the tab shows them; empty where there are none."""
+    """Return the number of dataset problems and quarantined images for the tab; empty if there are none."""
     known = sum(info.problems.values()) + (_quarantined(info) or 0)
     if _unread(info):
         return f"{known:,}+" if known else "?"
@@ -158,42 +158,42 @@ def _badge(info: CacheInfo) -> str:
 
 
 def _reasons(data: ReportData) -> Counter[str]:
-    """Count the reasons of all quarantined images, or of the shown ones if no more are known."""
+    """Count the reasons of all quarantined images, or of the shown ones if the others are unknown."""
     if data.info.quarantine is not None:
         return Counter(data.info.quarantine)
     return Counter(lost.reason.partition(":")[0] for lost in data.lost)
 
 
 def _facts(data: ReportData) -> list[tuple[str, str, str]]:
-    """Return the main facts: (name, number, what the number is of)."""
-    info, found = data.info, []
+    """Return the main facts: (name, number, explanation)."""
+    info, facts = data.info, []
     images = info.identity.dataset.images
     if info.images_encoded is None:
         done = 100 * info.chunks_committed / info.chunks if info.chunks else 100.0
-        found.append(("Committed", f"{done:.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
-        found.append(("Images", f"{images:,}", "in the dataset"))
+        facts.append(("Committed", f"{done:.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
+        facts.append(("Images", f"{images:,}", "in the dataset"))
     else:
-        found.append(("Images", f"{info.images_encoded:,}", f"of {images:,} have an embedding"))
-    found.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
-    found.append(("Targets", byte_size(info.target_bytes), counted(info.layout.views, "view") + " an image"))
+        facts.append(("Images", f"{info.images_encoded:,}", f"of {images:,} have an embedding"))
+    facts.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
+    facts.append(("Targets", byte_size(info.target_bytes), counted(info.layout.views, "view") + " an image"))
     recall = data.recall
     if recall is not None:
         both = f"{recall.i2t['R@1']:.1f} / {recall.t2i['R@1']:.1f} %"
-        found.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))
+        facts.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))
     shares = [
         (run, item, item.retention["mean"])
         for run in data.runs
         for item in newest_evaluations(run, info.manifest_digest)
         if item.retention and item.retention["mean"] is not None
     ]
-    # a number from the split that the checkpoint was chosen on only where there is no other
+    # prefer splits that the checkpoint was not chosen on
     shares = [one for one in shares if one[1].chosen_on != one[1].split] or shares
     if shares:
         run, item, share = max(shares, key=lambda one: one[2])
         between = item.retention_intervals.mean if item.retention_intervals else None
         interval = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
         chosen = ", chosen on it" if item.chosen_on == item.split else ""
-        found.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {item.split}{chosen}{interval}"))
+        facts.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {item.split}{chosen}{interval}"))
     lost = _quarantined(info)
     if _unread(info):
         words = "images, of those that are sealed" if lost is not None else "the commit records were not read"
@@ -201,12 +201,12 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         words = "images without an embedding" if lost else "every image is there"
     else:
         words = "images without an embedding so far"
-    found.append(("Quarantined", "–" if lost is None else f"{lost:,}", words))
-    return found
+    facts.append(("Quarantined", "–" if lost is None else f"{lost:,}", words))
+    return facts
 
 
 def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the identity card: groups of (name, value)."""
+    """Return the identity: groups of (name, value)."""
     info, made = data.info, data.info.identity
     teacher, pixels, views, rows = made.teacher, made.preprocess, made.views, made.dataset
     size = " x ".join(str(side) for side in pixels.image_size)
@@ -273,7 +273,7 @@ def _state(cell: CoverageCell) -> str:
 
 
 def _covered(part: CoverageMap) -> dict[str, Any]:
-    """Return the cells of one grid with their titles, and the ranges of equal cells as a table."""
+    """Return the cells of a grid with their titles, and a table of ranges of equal cells."""
     name = f"Images, view {part.view}" if part.tower == "image" else "Captions"
     shown: list[tuple[str, str]] = []
     ranges: list[list[Any]] = []  # state, first and last chunk, committed, quarantined rows
@@ -307,17 +307,17 @@ def _covered(part: CoverageMap) -> dict[str, Any]:
 
 
 def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of all evaluations, the teacher above the students of its split."""
+    """Return headings and rows of the evaluations table. The teacher's row is above the students of its split."""
     metrics = [(direction, name) for direction in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10")]
     headings = ["student", "split", "checkpoint", "keeps of the mean", *(f"{d} {n}" for d, n in metrics)]
 
     def values(recalls: Any, intervals: Any) -> list[str]:
-        found = []
+        texts = []
         for direction, name in metrics:
             between = getattr(intervals, direction)[name] if intervals else None
             ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
-            found.append(f"{recalls[direction][name]:.1f}{ends}")
-        return found
+            texts.append(f"{recalls[direction][name]:.1f}{ends}")
+        return texts
 
     rows: list[list[str]] = []
     teachers: set[tuple[str, str]] = set()

@@ -1,4 +1,4 @@
-"""The queries that the teacher ranks worst and best, of those that the recall counts."""
+"""The queries that the teacher ranks worst and best."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _Rows = NDArray[np.int64]
 def retrieved_pairs(
     reader: EmbeddingReader, ranked: RankedRows, count: int
 ) -> tuple[tuple[RetrievedPair, ...], tuple[RetrievedPair, ...], int]:
-    """Return the hardest queries, the best ones, and how many they were chosen from.
+    """Return the hardest queries, the best ones, and the number of all queries.
 
-    Hardest: the worst rank first, of equal ones the least cosine. Best: of those that found their own at once, the
-    greatest cosine first, one for each image. In both equal ones go by row; image to text comes before text to image.
+    Hardest: by descending rank, then ascending cosine. Best: queries of rank 1 by descending cosine, one per image.
+    Ties are ordered by row. Image to text comes before text to image.
 
     Args:
-        reader: of the cache that was ranked.
-        count: of each direction, at most.
+        reader: reader of the ranked cache.
+        count: maximum number of queries per direction.
     """
     hardest: list[RetrievedPair] = []
     best: list[RetrievedPair] = []
@@ -47,13 +47,13 @@ def retrieved_pairs(
 
 
 def _own(ranked: RankedRows, direction: str) -> tuple[_Rows, _Rows, NDArray[np.float64], _Rows]:
-    """Return queries that have a match, their best match, its cosine and its rank; all by position."""
+    """Return the positions of queries that have a match and of their best match, its cosine and its rank."""
     rows = ranked.rows
     captions = np.arange(len(rows.texts))
     cosines = exact_scores(rows.texts, rows.images, captions, rows.text_image)
     if direction == "t2i":
         return captions, rows.text_image, cosines, ranked.ranks.t2i.astype(np.int64)
-    # of an image's captions the one of the greatest cosine, of equal ones the first: what its rank was counted for
+    # an image's rank is that of its caption with the greatest cosine, the first of equal ones
     order = np.lexsort((captions, -cosines, rows.text_image))
     queries, first = np.unique(rows.text_image[order], return_index=True)
     own = order[first]

@@ -1,4 +1,4 @@
-"""Images and captions in two dimensions, for people to look at: neighbours stay neighbours, distances say little."""
+"""Images and captions in two dimensions. Neighbours stay neighbours; large distances have little meaning."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 __all__ = ["place_rows", "row_map"]
 
 _DIMENSIONS = 50
-_FEW, _MANY = 10, 6_000  # points: below, t-SNE has no neighbourhoods to keep; above, it takes minutes
+_FEW, _MANY = 10, 6_000  # limits of t-SNE: fewer points have no neighbourhoods, more take minutes
 _PERPLEXITY = 30.0
 _DIGITS = 3
 
 
 def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, captions: bool = True) -> RowMap | None:
-    """Return a map of some images and the first caption of each, or None without images.
+    """Return a map of images and the first caption of each, or None without images.
 
     Args:
-        reader: of the cache that ``read`` is of.
-        most: maximum number of images; of more, a sample is drawn.
-        seed: of what is drawn.
-        captions: False where they are prompts of classes and belong to no image.
+        reader: reader of the cache.
+        read: rows to place.
+        most: maximum number of images; a sample if there are more.
+        seed: seed of the sample.
+        captions: False to leave captions out, where they are prompts of classes.
     """
     total = len(read.images)
     if not total:
@@ -69,9 +70,9 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
 def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], str]:
     """Return places in two dimensions, tower after tower, and the method in words. Deterministic.
 
-    Images and captions of CLIP lie in two cones far from each other (Liang et al. 2022, "Mind the Gap"), which would
-    be all that a map shows; so each tower is centred on its own mean first and brought back to unit norm. Then PCA,
-    and t-SNE (van der Maaten & Hinton 2008) from its first two components.
+    CLIP's images and captions lie in two distant cones (Liang et al. 2022, "Mind the Gap"), and a map would show only
+    these. So each tower is centred on its own mean and normalised again. PCA follows, then t-SNE (van der Maaten &
+    Hinton 2008), which starts from the first two components.
 
     Args:
         towers: (rows, dim) each, of unit norm.
@@ -81,7 +82,7 @@ def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], 
     _, singular, axes = np.linalg.svd(rows, full_matrices=False)
     keep = int((singular > 1e-6 * max(float(singular[0]), 1e-30)).sum())
     axes = axes[: min(_DIMENSIONS, keep)]
-    # the sign of an axis is the algorithm's whim
+    # the sign of an axis is arbitrary
     axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
     components = rows @ axes.T
     centred = "each tower centred on its own mean, since the gap between the two would hide all else"
@@ -97,10 +98,10 @@ def place_rows(towers: list[NDArray[np.float32]]) -> tuple[NDArray[np.float64], 
     places = TSNE(
         n_components=2,
         perplexity=perplexity,
-        # from where the principal components are nothing is left to chance
+        # a deterministic start
         init=(1e-4 * start / start[:, 0].std()).astype(np.float32),  # as small as Kobak & Berens 2019 ask for
-        max_iter=500,  # twice as many take the map no further than the eye sees
-        n_jobs=1,  # the same sums in the same order
+        max_iter=500,  # 1,000 make no visible difference
+        n_jobs=1,  # deterministic order of sums
     ).fit_transform(components.astype(np.float32))
     how = f"{centred}, {components.shape[1]} principal components, then t-SNE, perplexity {perplexity:g}."
     return np.asarray(places, np.float64), f"{how} Near each other means alike; distances across the map mean little."

@@ -1,4 +1,4 @@
-"""Runs and deployed students as a report shows them, read from their folders. No torch."""
+"""Runs and deployed students of a report, read from their folders. No torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _NO_LOSS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "logit_scale"
 
 
 def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunReport, ...], list[str]]:
-    """Return the runs in the given order, and notes on them.
+    """Return the runs in the order of ``paths``, and notes on them.
 
     Args:
-        manifest_digest: of the report's cache.
+        manifest_digest: manifest digest of the report's cache.
 
     Raises:
-        UsageError: a folder holds no run.
+        UsageError: a folder has no run.
     """
     notes: list[str] = []
     names = [Path(path).resolve().name for path in paths]
@@ -50,7 +50,7 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
         shown = thinned([line["epoch"] for line in lines], _STEPS)
         reports.append(
             RunReport(
-                # two runs of one name are told apart by the folders that they lie in
+                # the path distinguishes two runs with one name
                 name=name if names.count(name) == 1 else str(path),
                 record=record,
                 steps=tuple(_step(lines[at]) for at in shown),
@@ -63,11 +63,11 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
 
 
 def thinned(epochs: Sequence[int], most: int) -> list[int]:
-    """Return the positions of evenly spaced steps, with the first one and the last one of each epoch.
+    """Return the positions of evenly spaced steps, including the first step and the last of each epoch.
 
     Args:
         epochs: epoch of each step, in order.
-        most: maximum number of steps; with more epochs than that, some evenly spaced ones are shown.
+        most: maximum number of steps; with more epochs, only the last steps of evenly spaced epochs.
     """
     total = len(epochs)
     if total <= most:
@@ -102,10 +102,10 @@ def read_deployments(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[
     """Return the table of each deployed student, and notes on them.
 
     Args:
-        manifest_digest: of the report's cache.
+        manifest_digest: manifest digest of the report's cache.
 
     Raises:
-        UsageError: a folder holds no table.
+        UsageError: a folder has no table.
     """
     tables, notes = [], []
     for path in paths:

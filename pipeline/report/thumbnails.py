@@ -1,6 +1,6 @@
 """Small pictures of a cache's images as JPEG in data URIs. No torch.
 
-They hold pixels only: photographs carry where they were taken and by whom.
+They hold pixels only: the metadata of photographs may have their place and author.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _QUALITY = 72
 _WHITE = (255, 255, 255)
 _THREADS = 4
 _AT_ONCE = 16
-_TRIES = 8  # images in a row of a store that does not answer, each after some seconds, before the others are given up
+_TRIES = 8  # consecutive connection errors before the other images are skipped
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
-    """Return a JPEG whose longest side has at most ``side`` pixels: upright by its EXIF, transparency on white.
+    """Return a JPEG whose longest side has at most ``side`` pixels, turned upright by EXIF, with a white background.
 
     Raises:
         UndecodableImageError: as ``teacher_cache.pipeline.data.images.decode.decode_image``.
@@ -39,7 +39,7 @@ def thumbnail(data: bytes, side: int) -> bytes:
     with suppress(UndecodableImageError), what_pillow_raises():
         image = ImageOps.exif_transpose(image)  # a broken EXIF turns nothing
     with what_pillow_raises():
-        # a new image: Pillow saves a JPEG's comment, and more, of one that it opened
+        # a new image: Pillow would save metadata of the opened one
         plain = Image.new("RGB", image.size, _WHITE)
         if image.has_transparency_data:
             layer = image.convert("RGBA")
@@ -58,13 +58,13 @@ def collect_pictures(
     lost: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[int, str], str | None]:
-    """Return data URIs by row, and a sentence about images that could not be read.
+    """Return data URIs by row, and a note on images that could not be read, if any.
 
-    The sentence names no folder, since pages are mailed; the log has the path of the first one.
+    The note names no folder, since pages are shared; the log has the path of the first image.
 
     Args:
         sides: longest side in pixels, by row.
-        lost: quarantined rows; if they cannot be decoded there is no note.
+        lost: quarantined rows; no note if they cannot be decoded.
         progress: called with (done, total).
     """
     pictures: dict[int, str] = {}
@@ -95,15 +95,15 @@ def collect_pictures(
                     failed.append((row, result))
             if progress is not None:
                 progress(min(start + _AT_ONCE, len(rows)), len(rows))
-    return pictures, _said(images, failed, len(rows))
+    return pictures, _note(images, failed, len(rows))
 
 
-def _said(images: CachedImages, failed: list[tuple[int, Exception]], wanted: int) -> str | None:
+def _note(images: CachedImages, failed: list[tuple[int, Exception]], total: int) -> str | None:
     if not failed:
         return None
     row, first = failed[0]
-    count = f"{len(failed):,} of {wanted:,} pictures are missing. The first one: "
-    # the others name the image themselves
+    count = f"{len(failed):,} of {total:,} pictures are missing. The first one: "
+    # other errors name the image themselves
     named = f"{images.named(row)}: " if isinstance(first, UndecodableImageError) else ""
     _LOG.warning("%s%s%s", count, named, first)
     way_out = "Were the images moved? Name the folder that has them with --image-root."

@@ -38,9 +38,9 @@ CAPTIONS = (
     "a young woman ties her running shoes on the steps of a stadium .",
     "a small bird sits on a branch .",
 )
-"""Captions of the lengths that those of Flickr8k have: 8 to 22 tokens, 13 on average and 14 the first one."""
+"""Captions as long as those of Flickr8k: 8 to 22 tokens, 13 on average; the first one has 14."""
 
 
 def captions(count: int) -> list[str]:
-    """Return the first ``count`` of ``CAPTIONS``, from the start again if there are fewer."""
+    """Return the first ``count`` of ``CAPTIONS``, repeated if there are fewer."""
     return [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]

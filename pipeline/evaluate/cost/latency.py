@@ -1,8 +1,8 @@
-"""How long calls take, measured in turns: each round runs every entry once, so that all of them meet the same machine.
+"""Latency of calls, interleaved: each round runs every entry once, so that all entries share the machine's conditions.
 
-A machine is slower in one minute than in the next: a neighbour, a clock that drops, a page cache. Two models timed one
-after the other differ by that too; two that alternate differ by it only within a round, and the ratios of the
-rounds say how much is left. No torch: what is called is up to the caller.
+The speed of a machine changes from minute to minute: other processes, clock frequency, page cache. Models timed one
+after the other differ by that too. Interleaved models differ by it only within a round, and the spread of the rounds'
+ratios shows how much. No torch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LOW, _HIGH = 5.0, 95.0
 
 
 class Ratio(BaseModel, frozen=True):
-    """Speed of one entry as a multiple of another's, over the ratios of all rounds."""
+    """Speed of one entry as a multiple of another's: percentiles over the ratios of all rounds."""
 
     median: float
-    low: float = Field(description="Ratio that a twentieth of the rounds is below; the spread, no error of the median.")
-    high: float = Field(description="Ratio that a twentieth of the rounds is above.")
+    low: float = Field(description="5th percentile of the rounds' ratios: their spread, not the error of the median.")
+    high: float = Field(description="95th percentile of the rounds' ratios.")
     rounds: int
 
 
@@ -39,10 +39,10 @@ class Timing(BaseModel, frozen=True):
         """Median of the calls, in milliseconds."""
         return 1e3 * float(np.percentile(self.seconds, 50))
 
-    @computed_field(description="95th percentile, between neighbours if it must; close to the longest of few calls.")  # type: ignore[prop-decorator]
+    @computed_field(description="95th percentile in milliseconds, interpolated; with few calls close to the longest.")  # type: ignore[prop-decorator]
     @property
     def p95_ms(self) -> float:
-        """95th percentile of the calls, in milliseconds; linear between neighbours."""
+        """95th percentile of the calls, in milliseconds, linearly interpolated."""
         return 1e3 * float(np.percentile(self.seconds, _HIGH))
 
     @computed_field(description="Images, or captions, per second at the median.")  # type: ignore[prop-decorator]
@@ -61,24 +61,24 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time every entry once a round, in an order that is drawn anew for each round.
+    """Time every entry once per round, in a new random order each round.
 
-    Random, not rotated: in a rotation each entry always runs behind the same one, and on what that left in the caches.
+    In a rotation each entry would always run after the same one, with the CPU caches which that one filled.
 
     Args:
-        work: by name. A call is over when it returns, so one that uses a GPU waits for it.
-        rounds: measured calls of each entry.
-        warmup: rounds before these that are not measured: kernels are chosen and memory is taken at the first call.
-        batch: images, or captions, that a call handles; of all entries.
-        seed: of the orders.
-        clock: seconds, never going back.
-        progress: called with the number of measured rounds that are done.
+        work: calls by name. A call that uses a GPU must wait for it before it returns.
+        rounds: number of measured calls of each entry.
+        warmup: number of rounds before, which are not measured: first calls choose kernels and allocate memory.
+        batch: number of images, or captions, per call.
+        seed: seed of the orders.
+        clock: monotonic clock in seconds.
+        progress: called with the number of measured rounds so far.
 
     Returns:
-        By name, in the order of ``work``. The n-th seconds of all entries are of the same round.
+        Timings by name, in the order of ``work``. The n-th seconds of all entries belong to the same round.
 
     Raises:
-        ValueError: no round, or a negative warmup.
+        ValueError: ``rounds`` is below 1, or ``warmup`` is negative.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be >= 1 and warmup >= 0, found {rounds} and {warmup}")
@@ -102,10 +102,10 @@ def speed_ratio(timing: Timing, reference: Timing) -> Ratio:
     """Return the speed as a multiple of the reference's, round by round.
 
     Args:
-        timing, reference: of one :func:`interleaved` run, or of two whose batches differ.
+        timing, reference: timings from one :func:`interleaved` run, or from two whose batches differ.
 
     Raises:
-        ValueError: not the same number of rounds, so they are of different runs; or a call took no time.
+        ValueError: the numbers of rounds differ, or a call took no time.
     """
     if len(timing.seconds) != len(reference.seconds):
         raise ValueError(

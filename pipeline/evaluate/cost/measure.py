@@ -1,7 +1,7 @@
 """Cost of models, side by side: size, FLOPs, latency, images and captions per second, peak memory.
 
-All models of one comparison are timed in turns (``teacher_cache.pipeline.evaluate.cost.latency``), whatever runs them:
-torch, ONNX Runtime. No torch at import: a model brings what it needs.
+All models of one comparison are timed interleaved (``teacher_cache.pipeline.evaluate.cost.latency``), whether torch or
+ONNX Runtime runs them. No torch at import.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from teacher_cache.storage.errors import UsageError
 __all__ = ["cost", "measure_cost", "processor"]
 
 _TOWERS = ("images", "texts")
-_ROUNDS_OF_SINGLE = 4  # times as many: they are short, and their 95th percentile is what a user waits for
+_ROUNDS_OF_SINGLE = 4  # times as many: calls at batch 1 are short, and users wait for their 95th percentile
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,18 +37,18 @@ def measure_cost(
     rounds: int = 15,
     progress: Progress | None = None,
 ) -> CostResult:
-    """Time models in turns: for each tower and batch, every round runs each model once.
+    """Time models interleaved: for each tower and batch, every round runs each model once.
 
-    Memory comes first and in processes of its own, one after the other, so that nothing runs beside what is timed.
+    Peak memory is measured first, in a process per model, so that nothing else runs during the timing.
 
     Args:
-        models: by name, loaded.
-        facts: of those for which there are some.
-        memory: requests that load a model in a fresh process, for those whose peak memory is measured.
+        models: loaded models by name.
+        facts: size and FLOPs by name, where known.
+        memory: requests to load a model in a fresh process, by name of the models whose peak memory is measured.
         reference: model that the others are compared with. Default: the first one.
-        batches: images, and captions, per call.
-        rounds: measured calls at each batch; four times as many at batch 1.
-        progress: called with (stage, done, in all).
+        batches: numbers of images, and of captions, per call.
+        rounds: number of measured calls at each batch; four times as many at batch 1.
+        progress: called with (stage, done, total).
 
     Raises:
         UsageError: no model, or an unknown reference or name in ``facts`` or ``memory``.
@@ -105,7 +105,7 @@ def _tower_times(
             report(stage, rounds, count)
 
         work = {name: getattr(model, tower)(batch) for name, model in models.items()}
-        # two rounds: what is compiled, packed or planned at a first call may be used from the second one on
+        # two rounds: what a first call compiles or packs may take effect only in the second
         times[batch] = interleaved(work, count, warmup=2, batch=batch, progress=done)
     return times
 
@@ -119,10 +119,10 @@ def _speed(times: Mapping[str, Mapping[int, Mapping[str, Timing]]], name: str, r
 
 
 def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
-    """Measure a teacher, a run's student or both, in float32; no images and no captions of a dataset are needed.
+    """Measure a teacher, a run's student or both, in float32. No dataset is needed.
 
     Raises:
-        UsageError: neither named, a run without such a checkpoint, or a model or device that cannot be used.
+        UsageError: neither is set, the run has no such checkpoint, or a model or device cannot be used.
         ChildProcessError: a process that measures memory failed.
     """
     if config.run is None and config.teacher is None:
@@ -163,7 +163,7 @@ def cost(config: CostConfig, progress: Progress | None = None) -> CostResult:
 def _measure_loaded(
     config: CostConfig, loaders: Mapping[str, dict[str, Any]], threads: int, progress: Progress | None
 ) -> CostResult:
-    """Load teacher and student by their arguments, and measure them."""
+    """Load teacher and student, and measure them."""
     from teacher_cache.pipeline.evaluate.cost import torch_models
 
     models = {name: getattr(torch_models, f"load_{name}_model")(**arguments) for name, arguments in loaders.items()}
@@ -181,7 +181,7 @@ def _measure_loaded(
 
 
 def processor() -> str:
-    """Return the processor's name and its number of cores, as far as the system tells."""
+    """Return the name of the processor, where the system has it, and its number of cores."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,8 +1,8 @@
-"""Peak memory of a model in a process of its own: ``python -m teacher_cache.pipeline.evaluate.cost.peak_memory``, a
-request in, a reply out, JSON.
+"""Peak memory of a model in its own process: ``python -m teacher_cache.pipeline.evaluate.cost.peak_memory``, with a
+request as JSON on stdin and the result as JSON on stdout.
 
-In the process that compares models, one would stand on the memory of the others. No torch here: what a deployed student
-needs without it can be measured as well.
+In the process that compares models, the memory of the other models would count too. No torch here, so that a deployed
+student can be measured without it.
 """
 
 from __future__ import annotations
@@ -28,37 +28,36 @@ class ProbeRequest(BaseModel, frozen=True):
     loader: str = Field(
         description="MODULE:FUNCTION that returns a teacher_cache.pipeline.evaluate.cost.results.CostModel."
     )
-    arguments: dict[str, Any] = Field({}, description="Keyword arguments of the loader, as JSON has them.")
+    arguments: dict[str, Any] = Field({}, description="Keyword arguments of the loader, as JSON.")
     batch: int = Field(32, gt=0, description="Number of images, then of captions, per call.")
-    calls: int = Field(2, gt=0, description="Number of calls of each tower: the second meets what the first one left.")
+    calls: int = Field(2, gt=0, description="Number of calls of each tower: the first one may leave memory allocated.")
     threads: int | None = Field(None, gt=0, description="Number of torch's threads, if the loader imports torch.")
 
 
 class PeakMemory(BaseModel, frozen=True):
-    """Resident bytes of the process; libraries and files that it maps are among them.
+    """Resident bytes of the process, mapped libraries and files included.
 
-    Under the C library's own habits: what ``teacher_cache.pipeline.models.device.keep_freed_memory`` makes it keep, no
-    model needs.
+    Measured without ``teacher_cache.pipeline.models.device.keep_freed_memory``, which keeps memory that no model needs.
     """
 
     imported_bytes: int = Field(description="Bytes before the model is loaded: Python and the libraries.")
     loading_peak_bytes: int = Field(description="Peak while the model is loaded.")
     loaded_bytes: int = Field(description="Bytes with the model loaded and nothing encoded.")
     encoding_peak_bytes: int = Field(
-        description="Peak while it encodes; on other systems than Linux while it is loaded, too."
+        description="Peak while it encodes. On systems other than Linux, peak since the start."
     )
     cuda_peak_bytes: int | None = Field(None, description="Peak of torch's allocations on the GPU, if it used one.")
 
-    @computed_field(description="The most at any moment.")  # type: ignore[prop-decorator]
+    @computed_field(description="Peak of loading and encoding.")  # type: ignore[prop-decorator]
     @property
     def peak_bytes(self) -> int:
-        """The most at any moment."""
+        """Peak of loading and encoding."""
         return max(self.loading_peak_bytes, self.encoding_peak_bytes)
 
-    @computed_field(description="Encoding, without what libraries hold: weights and activations.")  # type: ignore[prop-decorator]
+    @computed_field(description="Peak of encoding without Python and libraries: weights and activations.")  # type: ignore[prop-decorator]
     @property
     def encoding_bytes(self) -> int:
-        """While it encodes, without what libraries hold: weights and activations."""
+        """Peak of encoding without Python and libraries: weights and activations."""
         return self.encoding_peak_bytes - self.imported_bytes
 
 
@@ -66,12 +65,11 @@ def measure_peak_memory(request: ProbeRequest) -> PeakMemory:
     """Run a request in a fresh process.
 
     Raises:
-        ChildProcessError: the process failed or was killed, perhaps for want of memory; its last words are quoted.
+        ChildProcessError: the process failed or was killed, perhaps for lack of memory. The message has its last line.
     """
-    # as this process finds its modules
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     done = subprocess.run(
-        # -P: a folder of the name pipeline, where the user happens to be, is not ours
+        # -P: do not import a folder named pipeline from the working directory
         [sys.executable, "-P", "-m", "teacher_cache.pipeline.evaluate.cost.peak_memory"],
         input=request.model_dump_json(),
         env={**os.environ, "PYTHONPATH": paths},
@@ -89,7 +87,7 @@ def measure_peak_memory(request: ProbeRequest) -> PeakMemory:
 
 
 def probe(request: ProbeRequest) -> PeakMemory:
-    """Load and encode in this process, which should have done nothing else."""
+    """Load a model and encode in this process, which must be fresh."""
     module, _, function = request.loader.partition(":")
     load = getattr(importlib.import_module(module), function)
     torch = sys.modules.get("torch")
@@ -113,14 +111,14 @@ def probe(request: ProbeRequest) -> PeakMemory:
 
 
 def _resident_bytes() -> tuple[int, int]:
-    """Now, and the most so far."""
+    """Return the resident bytes now, and their peak so far."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        # not Linux; macOS counts bytes, and of now it tells nothing
+        # not Linux: only the peak is known; macOS counts bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak
-    # not ru_maxrss: Linux hands it on to a child, which then has its parent's peak if that was higher
+    # not ru_maxrss: on Linux a child inherits its parent's peak
     kilobytes = {
         name: int(rest.split()[0])
         for name, _, rest in (line.partition(":") for line in status.splitlines())
@@ -130,7 +128,7 @@ def _resident_bytes() -> tuple[int, int]:
 
 
 def _forget_peak() -> None:
-    # not Linux, or not allowed: the peak of encoding is then that of loading too, if that was higher
+    # not Linux, or not allowed: the peak of encoding then includes loading
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
 

@@ -14,7 +14,7 @@ __all__ = ["CostModel", "CostResult", "ModelCost", "ModelFacts", "SpeedRatios", 
 
 
 class CostModel(Protocol):
-    """A model that can be timed. Inputs are made and moved before the call, which is over when it returns."""
+    """A model that can be timed. Inputs are made and moved to the device before the timed call."""
 
     def images(self, batch: int) -> Callable[[], object]:
         """Return a call that embeds that many images."""
@@ -26,14 +26,13 @@ class CostModel(Protocol):
 
 
 class TowerFlops(BaseModel, frozen=True):
-    """FLOPs, 2 x multiply-adds, of one image and of one text
-    (``teacher_cache.pipeline.evaluate.cost.torch_models``)."""
+    """FLOPs (2 x multiply-adds) of one image and of one text."""
 
-    image: int = Field(description="One image at the model's own size.")
-    text: int = Field(description="One text at the full context, as published figures count.")
-    text_tokens: int = Field(description="Tokens of the full context.")
-    caption: int = Field(description="A usual caption as it is encoded: without padding, where that is sound.")
-    caption_tokens: int = Field(description="Tokens that are encoded for that caption.")
+    image: int = Field(description="FLOPs of one image at the model's own size.")
+    text: int = Field(description="FLOPs of one text at the full context length, as in published figures.")
+    text_tokens: int = Field(description="Number of tokens of the full context.")
+    caption: int = Field(description="FLOPs of a typical caption, without padding where the model allows that.")
+    caption_tokens: int = Field(description="Number of tokens encoded for that caption.")
 
 
 class ModelFacts(BaseModel, frozen=True):
@@ -42,16 +41,16 @@ class ModelFacts(BaseModel, frozen=True):
     parameters: int | None = None
     weights_bytes: int | None = Field(
         None,
-        description="Bytes of the weights on disk, as stored: perhaps float16, a factorised embedding multiplied out.",
+        description="Size of the weights file in bytes: may be float16, with a factorised embedding multiplied out.",
     )
     state_bytes: int | None = Field(
-        None, description="Bytes of parameters and buffers in memory; a factorised embedding as factors."
+        None, description="Size of parameters and buffers in memory in bytes; a factorised embedding as factors."
     )
     flops: TowerFlops | None = None
 
 
 class ModelCost(BaseModel, frozen=True):
-    """One model. Timings by images, or captions, per call."""
+    """The cost of one model. Timings are by number of images, or captions, per call."""
 
     facts: ModelFacts
     images: dict[int, Timing]
@@ -60,20 +59,20 @@ class ModelCost(BaseModel, frozen=True):
 
 
 class SpeedRatios(BaseModel, frozen=True):
-    """Speed as a multiple of the reference's, by images, or captions, per call."""
+    """Speed as a multiple of the reference's, by number of images, or captions, per call."""
 
     images: dict[int, Ratio]
     texts: dict[int, Ratio]
 
 
 class CostResult(BaseModel, frozen=True):
-    """Models in the order in which they were given."""
+    """The cost of all models, in the order of the request."""
 
     models: dict[str, ModelCost]
     reference: str = Field(description="Model that the others are compared with.")
     speed: dict[str, SpeedRatios] = Field(description="Speed of each model but the reference.")
-    memory_batch: int = Field(description="Images, then captions, per call while memory was measured.")
-    rounds: dict[int, int] = Field(description="Rounds by images, or captions, per call.")
+    memory_batch: int = Field(description="Number of images, then of captions, per call while memory was measured.")
+    rounds: dict[int, int] = Field(description="Number of rounds, by number of images or captions per call.")
     device: str = Field("cpu", description="Name of the processor or GPU.")
     threads: int | None = Field(None, description="Number of torch's threads on a CPU, if known.")
     made_with: dict[str, str]

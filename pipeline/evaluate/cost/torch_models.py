@@ -1,9 +1,8 @@
-"""Teachers and students as ``teacher_cache.pipeline.evaluate.cost.measure`` measures them: both towers by the same
-code, on inputs that are ready.
+"""Teachers and students in torch, to be measured by ``teacher_cache.pipeline.evaluate.cost.measure``.
 
-Decoding and tokenizing are no part of it: they are the same work for every model of one input size. Pixels are random,
-since no kernel here is faster for one picture than for another; captions are those of
-``teacher_cache.pipeline.evaluate.cost.captions``, since their lengths count.
+Decoding and tokenizing are not timed: they are the same work for every model of one input size. Pixels are random,
+since no kernel's speed depends on the picture. Captions are those of
+``teacher_cache.pipeline.evaluate.cost.captions``, since their lengths matter.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ __all__ = ["TorchModel", "count_flops", "load_student_model", "load_teacher_mode
 class TorchModel:
     """An open_clip model in float32: a ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.
 
-    A convolutional image tower is laid out as its kernels want it, teacher and student alike: a third faster on a CPU.
+    A convolutional image tower gets the memory layout of its kernels: a third faster on a CPU.
 
     Args:
         model: in evaluation mode; moved to ``device``.
         size: height and width in pixels.
         tokenizer: texts to int64 (batch, context_length).
-        weights_file: its safetensors file, if it has one.
+        weights_file: the model's safetensors file, if any.
     """
 
     def __init__(
@@ -56,18 +55,18 @@ class TorchModel:
         self._model.visual.to(memory_format=self._format)
 
     def images(self, batch: int) -> Callable[[], object]:
-        """Return a call that embeds the same random pixels, (batch, 3, height, width), into unit rows on the CPU."""
+        """Return a call that embeds random pixels, (batch, 3, height, width), into unit rows on the CPU."""
         drawn = torch.randn(batch, 3, *self._size, generator=torch.Generator().manual_seed(0))
         pixels = drawn.to(self._device).to(memory_format=self._format)
         return lambda: self._finish(self._model.encode_image, pixels)
 
     def texts(self, batch: int) -> Callable[[], object]:
-        """Return a call that embeds that many of ``CAPTIONS``; the longest sets the length, where it may."""
+        """Return a call that embeds that many of ``CAPTIONS``, cut after the longest one if the model allows that."""
         tokens = self._tokens(batch).to(self._device)
         return lambda: self._finish(self._encode_text, tokens)
 
     def facts(self) -> ModelFacts:
-        """Return its size and its FLOPs."""
+        """Return the model's size and FLOPs."""
         state = self._model.state_dict().values()
         file = self._weights_file
         return ModelFacts(
@@ -97,7 +96,7 @@ class TorchModel:
 
     def _finish(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         with torch.inference_mode():
-            # on the CPU the call is over for a GPU too
+            # cpu() waits for the GPU
             return F.normalize(encode(inputs).float(), dim=-1).cpu()
 
 
@@ -125,14 +124,14 @@ def load_student_model(folder: str, device: str = "auto") -> TorchModel:
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Count the FLOPs of one call, 2 for a multiplication and its addition.
+    """Count the FLOPs of one call, 2 per multiply-add.
 
-    Two kernels would hide work from the counter, and neither is used while it counts: the fused encoder layer of
-    ``nn.MultiheadAttention`` (a third of a ViT) and fused attention on a CPU (1 to 3 % of a CLIP's towers). What a
-    causal mask leaves unused counts, since kernels compute it.
+    Two kernels would hide work from the counter and are disabled: the fused encoder layer of ``nn.MultiheadAttention``
+    (a third of a ViT), and fused attention on a CPU (1 to 3 % of a CLIP's towers). Masked attention scores count, since
+    kernels compute them.
 
     Args:
-        run: any torch computation. It needs no gradient and is run without one.
+        run: any torch computation; run without gradients.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
