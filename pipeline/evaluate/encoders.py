@@ -20,7 +20,7 @@ __all__ = ["StudentEncoder", "TeacherEncoder"]
 
 
 class TeacherEncoder:
-    """A live teacher. Rows are rounded to float16, so that they equal those of a float16 cache."""
+    """A live teacher. Rows are rounded to float16, as in a float16 cache."""
 
     def __init__(self, teacher: LiveTeacher) -> None:
         self._teacher = teacher

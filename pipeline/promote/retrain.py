@@ -130,7 +130,7 @@ class Retraining:
         return promote(config, progress, ship, keep_unchanged=True)
 
     def _init(self, cache: str) -> str | None:
-        """Return the champion's checkpoint if its architecture and pixel normalisation are those of the student."""
+        """Return the champion's checkpoint if it has the student's architecture and the cache's pixel normalisation."""
         champion = self.registry.champion() if self.config.start == "champion" else None
         if champion is None or RunFolder(champion.run).read().student_config != self._student:
             return None
