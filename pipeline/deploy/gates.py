@@ -80,7 +80,7 @@ def require_weights(
     with torch.inference_mode():
         found_image = F.normalize(model.encode_image(pixels), dim=-1).numpy()
         found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
-    # Python's min ignores NaN, numpy's returns it
+    # Python's min may ignore NaN, numpy's returns it
     least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
     name = "model.safetensors in open_clip"
     require_parity(name, least)

@@ -82,7 +82,7 @@ def _libraries() -> str:
     import vl_convert
 
     script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-    # either would end the script early, or change the bytes that are hashed
+    # these would end the script early, or change the hashed bytes
     if "</script" in script.lower() or "<!--" in script or "\r" in script:
         raise RuntimeError("the bundle of this vl-convert-python cannot be put into a page as it is")
     return f"/*\n{(_HERE / 'licences.txt').read_text(encoding='utf-8')}*/\n{script}"

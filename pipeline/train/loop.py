@@ -133,7 +133,6 @@ def _train_rank(
     cache = TrainingCache.open(config, run, begun)
     student = new_student(fabric, cache, begun)
     images = training_images(cache, student)
-    # only rank 0 writes
     lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
     with lock, log_fields(run=str(run.path), cache=config.cache):
         record = new_record(cache, student, recorded_start(run) if resume else None)

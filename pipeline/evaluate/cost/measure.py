@@ -105,7 +105,7 @@ def _tower_times(
             report(stage, rounds, count)
 
         work = {name: getattr(model, tower)(batch) for name, model in models.items()}
-        # two rounds: what a first call compiles or packs may take effect only in the second
+        # two rounds: what the first call compiles or packs may be used only from the second
         times[batch] = interleaved(work, count, warmup=2, batch=batch, progress=done)
     return times
 
