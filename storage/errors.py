@@ -3,14 +3,14 @@
     CacheError
        |- CacheNotFoundError     no cache was ever started at this path
        |- CacheIncompleteError   started, chunks missing; precompute again resumes
-       |- CacheMismatchError     sound, but another teacher, dataset, preprocessing or layout than asked for
+       |- CacheMismatchError     sound, but made with another teacher, dataset, preprocessing or layout
        |- CacheFormatError       written by a newer version, or not a cache manifest at all
        |- CacheCorruptError      bytes disagree with their digest; teacher-cache repair mends it
        |- CacheUnreachableError  the store did not answer in all tries; run the same command again
        `- CacheAccessError       the store refuses: credentials, rights, bucket or region have to change
 
-UsageError stands apart: a setting, name or path that the caller has to change. MissingPackageError is one that an
-install line cures.
+UsageError stands apart: the caller has to change a setting, name or path. MissingPackageError is a UsageError that
+names the install command.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class UsageError(ValueError):
     """A setting, name or path from the caller cannot be used; the command line exits 2."""
 
 
-# the extra of pyproject.toml that brings a module
+# modules of each extra in pyproject.toml
 _EXTRAS = {
     "train": "torch torchvision open_clip timm PIL safetensors lightning_fabric tensorboard faiss scipy",
     "flows": "prefect",

@@ -31,7 +31,7 @@ class Garbage(BaseModel, frozen=True):
 
 
 class GarbageReport(BaseModel, frozen=True):
-    """The answer of ``teacher-cache gc``."""
+    """Result of ``teacher-cache gc``."""
 
     location: str
     deleted: bool = Field(description="True if the objects were deleted.")
@@ -43,11 +43,11 @@ class GarbageReport(BaseModel, frozen=True):
 def collect_garbage(location: str, delete: bool = False, unknown: bool = False) -> GarbageReport:
     """Find garbage, and delete it on request. Safe while other processes read and write the cache.
 
-    Files of a cache are never deleted: ``repair`` mends damaged ones. Caches inside this folder are left alone.
+    Files of a cache are never deleted: ``repair`` mends damaged ones. Caches inside this folder are skipped.
 
     Args:
-        delete: delete what interrupted writes and ended processes left.
-        unknown: delete files that are no part of a cache too.
+        delete: delete half-written files and claims of ended processes.
+        unknown: with ``delete``, also delete files that are no part of a cache.
 
     Raises:
         CacheNotFoundError: there is no cache, so every file would be unknown.
@@ -77,7 +77,7 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
 
 
 def known_keys(files: CacheFiles) -> set[str]:
-    """Return the keys that a cache may have, whether their objects exist or not.
+    """Return all keys that a cache may have, including those of objects that do not exist.
 
     Raises:
         CacheNotFoundError, CacheCorruptError, CacheFormatError: as :func:`collect_garbage`.

@@ -1,4 +1,4 @@
-"""The part of a repair that needs no teacher: a plan of what each finding needs, and what can be restored at once.
+"""Repair without a teacher: the plan of a repair, and the restoring of what the cache itself determines.
 
 Manifest and backup are restored from each other, Zarr metadata from the layout, and damaged notes are dropped. Tables
 come from the dataset and chunks from the teacher: ``teacher_cache.pipeline.precompute.repair``. Unknown files stay.
@@ -36,7 +36,7 @@ class RepairPlan:
 
     Attributes:
         report: the verification that the plan is made from.
-        manifest: the sound one of ``manifest.json`` and its backup.
+        manifest: sound manifest, from ``manifest.json`` or its backup.
         root: keys of manifest and backup to write again.
         metadata: bytes of damaged Zarr files, by key.
         tables: keys of damaged parquet files, which only the dataset can bring back.
@@ -72,7 +72,7 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
 
     Raises:
         CacheError: as ``verify_cache``: no manifest can be used.
-        CacheAccessError: an object cannot be read, so that it may be sound.
+        CacheAccessError: an object cannot be read; its bytes may be sound.
         CacheCorruptError: Zarr's metadata is damaged, and this zarr writes other bytes than the recorded ones.
     """
     report = verify_cache(location, progress)
@@ -86,12 +86,12 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
         findings[_remedy(finding, manifest, chunk_of)].append(finding)
     keys = {remedy: tuple(finding.key for finding in part) for remedy, part in findings.items()}
     damaged = {chunk_of[key] for key in keys.get("encode", ())}
-    seal, left = "seal" in findings, findings["none"]
+    seal, untouched = "seal" in findings, findings["none"]
     if seal:
         damaged |= _suspects(files, refs, damaged, keys.get("drop", ()))
     if "finish" in findings:
         if len(committed_chunks(files, refs)) < len(refs):
-            left, damaged = left + findings["finish"] + findings["encode"], set()
+            untouched, damaged = untouched + findings["finish"] + findings["encode"], set()
         else:
             seal = True
     return RepairPlan(
@@ -103,7 +103,7 @@ def plan_repair(location: str, progress: Callable[[int, int], None] | None = Non
         notes=keys.get("drop", ()),
         chunks=tuple(ref for ref in refs if ref in damaged),
         seal=seal or bool(damaged),
-        left=tuple(left),
+        left=tuple(untouched),
     )
 
 
@@ -122,7 +122,7 @@ def _require_readable(report: IntegrityReport) -> None:
 
 
 def _remedy(finding: Finding, manifest: CacheManifest, chunk_of: dict[str, ChunkRef]) -> _Remedy:
-    """Return what mends one finding."""
+    """Return the remedy of one finding."""
     key = finding.key
     if finding.kind == "unknown-file":
         return "none"
@@ -140,10 +140,10 @@ def _remedy(finding: Finding, manifest: CacheManifest, chunk_of: dict[str, Chunk
 
 
 def _suspects(files: CacheFiles, refs: list[ChunkRef], damaged: set[ChunkRef], notes: Collection[str]) -> set[ChunkRef]:
-    """Return the chunks that may be older states put back, when the commit records do not match the seal.
+    """Return the chunks that an older copy may have replaced. Called when the commit records do not match the seal.
 
-    They are those with a damaged note, and those without a note if no damaged chunk explains the mismatch. If every
-    note matches its record, only the seal is out of date: a repair was interrupted.
+    A chunk is suspect if its note is damaged, or if it has no note and no damaged chunk explains the mismatch. If
+    every note matches its record, only the seal is out of date: a repair was interrupted.
     """
     sound = set(files.list(JOURNAL)).difference(notes)
     unnoted = {ref for ref in refs if note_key(ref.name) not in sound}
@@ -151,7 +151,7 @@ def _suspects(files: CacheFiles, refs: list[ChunkRef], damaged: set[ChunkRef], n
 
 
 def restore(plan: RepairPlan) -> list[str]:
-    """Restore what needs neither dataset nor teacher. Each object is replaced atomically, also while others read.
+    """Restore what needs neither dataset nor teacher. Replaces each object atomically, so others may read meanwhile.
 
     Returns:
         One line per object.
@@ -178,11 +178,11 @@ def _metadata(location: str, manifest: CacheManifest, keys: Collection[str]) -> 
         return {}
     made = zarr_metadata(manifest.layout)
     for key in keys:
-        found, wanted = hashlib.sha256(made.get(key, b"")).hexdigest(), manifest.files[key].sha256
-        if found != wanted:
+        actual, recorded = hashlib.sha256(made.get(key, b"")).hexdigest(), manifest.files[key].sha256
+        if actual != recorded:
             raise CacheCorruptError(
-                f"{location}/{key}: damaged, and zarr {version('zarr')} writes other bytes (sha256 {found[:12]}, "
-                f"{wanted[:12]} is recorded). Repair with zarr {manifest.made_with.get('zarr', 'of that time')}, or "
+                f"{location}/{key}: damaged, and zarr {version('zarr')} writes other bytes (sha256 {actual[:12]}, "
+                f"{recorded[:12]} is recorded). Repair with zarr {manifest.made_with.get('zarr', 'of that time')}, or "
                 "restore a copy of the file."
             )
     return {key: made[key] for key in keys}

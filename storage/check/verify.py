@@ -1,7 +1,7 @@
 """Verification of a cache: every digest, value and count. Each finding names its object.
 
-A damaged object does not stop the verification, and a damaged manifest is replaced by its backup. An object that cannot
-be read has a kind of finding of its own, since its bytes may be sound.
+Verification continues after a damaged object, and uses the backup of a damaged manifest. An object that cannot be read
+is reported as unreadable, not as damaged: its bytes may be sound.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ class IntegrityReport(BaseModel, frozen=True):
 
 
 def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
-    """Read all of a cache and prove it.
+    """Read and check all of a cache.
 
-    Checked are the digests of manifest, backup, tables and Zarr metadata, every commit record, every byte of every
-    chunk (sha256), finite values, unit norms, that quarantined rows alone are NaN (int8: -128), the row counts of the
-    tables, the seal, and the journal. Objects that are no part of the cache are findings too.
+    Checks the digests of manifest, backup, tables and Zarr metadata, every commit record, every byte of every chunk
+    (sha256), finite values, unit norms, the row counts of the tables, the seal, and the journal. Only quarantined rows
+    may be NaN (int8: -128). Unknown files are findings too.
 
     Args:
         progress: called with (chunks checked, all chunks).
@@ -119,7 +119,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
         later += _check_seal(files, manifest.seal, chunks.commits)
     later += _check_journal(files, refs)
     later += _unknown_files(files, manifest, refs)
-    _tell(location, findings + later)
+    _log_findings(location, findings + later)
     findings += chunks.findings + later
     counts = {"chunks": len(refs), "sound": chunks.sound, "findings": len(findings)}
     event(_LOG, logging.INFO, "cache verified", cache=location, **counts)
@@ -159,7 +159,7 @@ def _sound_tables(files: CacheFiles, manifest: CacheManifest, findings: list[Fin
 
 @dataclass
 class _Chunks:
-    """All chunks once proven: their sound commit records in order, findings, and counts."""
+    """Result of proving all chunks: sound commit records in order, findings, and counts."""
 
     commits: dict[ChunkRef, ChunkCommit] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -183,7 +183,7 @@ def _check_chunks(
     tables: dict[Tower, pa.Table],
     progress: Callable[[int, int], None] | None,
 ) -> _Chunks:
-    """Prove every chunk, and log each as it is proven."""
+    """Prove every chunk and log each result at once."""
     refs, chunks = all_chunks(manifest.layout), _Chunks()
     proofs = in_parallel(files, lambda ref: _prove(files, manifest, ref, tables.get(ref.tower)), refs, CHUNKS_AT_ONCE)
     for number, (ref, proof) in enumerate(zip(refs, proofs, strict=True), 1):
@@ -192,14 +192,14 @@ def _check_chunks(
         chunks.add(ref, proof)
         rows = ref.rows(manifest.layout)
         where = {"chunk": ref.name, "rows": [rows.start, rows.stop]}
-        _tell(files.location, proof.findings, **where)
+        _log_findings(files.location, proof.findings, **where)
         if proof.commit is not None and not proof.findings:
             event(_LOG, logging.INFO, "chunk sound", cache=files.location, **where)
     return chunks
 
 
-def _tell(location: str, found: Sequence[Finding], **where: Any) -> None:
-    for finding in found:
+def _log_findings(location: str, findings: Sequence[Finding], **where: Any) -> None:
+    for finding in findings:
         about = finding.model_dump(exclude={"message"})
         event(_LOG, logging.ERROR, finding.message, cache=location, **where, **about)
 
@@ -215,24 +215,24 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         CacheFormatError: both are of another format.
         CacheCorruptError: neither can be used.
     """
-    found: dict[str, CacheManifest] = {}
+    manifests: dict[str, CacheManifest] = {}
     faults: dict[str, Exception] = {}
     findings: list[Finding] = []
     for key in (MANIFEST_KEY, BACKUP_KEY):
         try:
             data = files.read(key)
-            found[key] = CacheManifest.from_bytes(data, files.location, key)
+            manifests[key] = CacheManifest.from_bytes(data, files.location, key)
         except _FAULTS as error:
             faults[key] = error
             findings.append(_fault(key, error))
             continue
-        if data != found[key].to_bytes():
+        if data != manifests[key].to_bytes():
             findings.append(_other_bytes(key))
-    main, backup = found.get(MANIFEST_KEY), found.get(BACKUP_KEY)
+    main, backup = manifests.get(MANIFEST_KEY), manifests.get(BACKUP_KEY)
     if main is None and backup is None:
         raise _rootless(files.location, faults)
     if main is None or backup is None:
-        return next(iter(found.values())), findings
+        return next(iter(manifests.values())), findings
     if main == backup:
         return main, findings
     if main == backup.model_copy(update={"seal": None}):
@@ -243,8 +243,8 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
     newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
     wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)
-    message = f"{wrong}: digest {found[wrong].digest[:12]}, {right} has {found[right].digest[:12]}"
-    return found[right], [*findings, Finding(kind="damaged", key=wrong, message=message)]
+    message = f"{wrong}: digest {manifests[wrong].digest[:12]}, {right} has {manifests[right].digest[:12]}"
+    return manifests[right], [*findings, Finding(kind="damaged", key=wrong, message=message)]
 
 
 def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
@@ -277,11 +277,11 @@ def _is_sealed_with(files: CacheFiles, manifest: CacheManifest) -> bool:
     except CacheUnreachableError:
         raise
     except _FAULTS:
-        return False  # the damaged record is named when the chunks are proven
+        return False  # proving the chunks reports the damaged record
 
 
 def _fault(key: str, error: Exception) -> Finding:
-    """Return the error that an object raised as a finding.
+    """Convert the error of one object to a finding.
 
     Raises:
         CacheUnreachableError: the error is about the store, not about this object.
@@ -311,7 +311,7 @@ def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, tab
 
 
 class _Proof(NamedTuple):
-    """A chunk once proven. A chunk that is still to be encoded has neither commit nor findings."""
+    """Result of proving one chunk. A chunk that is not encoded yet has neither commit nor findings."""
 
     commit: ChunkCommit | None
     findings: list[Finding]
@@ -377,18 +377,18 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
     }
     for tower, table in tables.items():
         name, digest, recorded = checks[tower]
-        rows, wanted, found = table["row"].to_numpy(), manifest.layout.rows(tower), digest(table)
-        if not np.array_equal(rows, np.arange(wanted)):
-            message = f"{name}: {len(rows)} rows in the table, rows 0 to {wanted - 1} wanted in order"
+        rows, planned, actual = table["row"].to_numpy(), manifest.layout.rows(tower), digest(table)
+        if not np.array_equal(rows, np.arange(planned)):
+            message = f"{name}: {len(rows)} rows in the table, rows 0 to {planned - 1} wanted in order"
             findings.append(Finding(kind="counts", key=name, message=message))
-        if found != recorded:
-            message = f"{name}: rows have sha256 {found[:12]}, the identity names {recorded[:12]}"
+        if actual != recorded:
+            message = f"{name}: rows have sha256 {actual[:12]}, the identity names {recorded[:12]}"
             findings.append(Finding(kind="damaged", key=name, message=message))
     return findings
 
 
 def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkCommit]) -> list[Finding]:
-    """Return what is wrong with the seal, given all sound commit records in order."""
+    """Return findings about the seal, given all sound commit records in order."""
     if commits_sha256(commits.values()) == seal.commits_sha256:
         lost = len(quarantined_rows(commits.values()))
         if lost == seal.images_quarantined:
@@ -397,7 +397,7 @@ def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkComm
         return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
     message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
     findings = [Finding(kind="damaged", key=COMMITS, message=message)]
-    # the seal is over all records; which of them is wrong, if each is sound by itself, only the notes can say
+    # the seal covers all records together; if each is sound by itself, only the notes tell which one is wrong
     for ref, commit in commits.items():
         try:
             note = read_note(files, ref.name)
@@ -412,8 +412,8 @@ def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkComm
 
 
 def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
-    """Return findings about damaged notes. A missing note is no finding: it decides nothing."""
-    there = set(files.list(JOURNAL))
+    """Return findings about damaged notes. A missing note is ignored: nothing depends on it."""
+    existing = set(files.list(JOURNAL))
 
     def fault_of(ref: ChunkRef) -> Finding | None:
         try:
@@ -422,8 +422,8 @@ def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
             return _fault(note_key(ref.name), error)
         return None
 
-    found = in_parallel(files, fault_of, [ref for ref in refs if note_key(ref.name) in there])
-    return [finding for finding in found if finding is not None]
+    faults = in_parallel(files, fault_of, [ref for ref in refs if note_key(ref.name) in existing])
+    return [finding for finding in faults if finding is not None]
 
 
 def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:

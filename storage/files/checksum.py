@@ -1,4 +1,4 @@
-"""CRC-32C of the objects of a cache, computed outside Python's lock."""
+"""CRC-32C of the objects of a cache, computed without the GIL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def crc32c(data: bytes | NDArray[Any], before: int = 0) -> int:
     """Return the CRC-32C (RFC 3720) of bytes, or of a contiguous array of any shape and dtype. Nothing is copied.
 
     Args:
-        before: checksum of the bytes in front of them.
+        before: checksum of the preceding bytes.
     """
     if isinstance(data, bytes):
         return int(_extended(data, before))

@@ -53,7 +53,7 @@ class LocalFiles:
         try:
             return path.read_bytes()
         except OSError as error:
-            if error.filename is None:  # a disk's EIO comes from the read, which knows no name
+            if error.filename is None:  # EIO of a failing disk carries no file name
                 error.filename = str(path)
             raise
 
@@ -68,13 +68,13 @@ class LocalFiles:
             partial.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object only if there is none. A kill leaves nothing, the whole object, or a ``.partial-*`` file.
+        """Create the object if it does not exist. A kill leaves nothing, the whole object, or a ``.partial-*`` file.
 
         On a file system without hard links (FAT, some network mounts) the target is claimed with an empty file and
         then replaced: a kill between the two system calls leaves an empty object, which exists.
         """
         target = self._root / key
-        if target.exists():  # spares the write; the race is decided by the link
+        if target.exists():  # saves the write; link() decides the race
             return False
         with _partial_of(target, data) as partial:
             return _link(partial, target)
@@ -127,7 +127,7 @@ class LocalFiles:
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder with the names of its files. Links to folders are followed; no folder comes twice.
+    """Yield each folder with the names of its files. Follows links to folders, and visits each folder once.
 
     Raises:
         OSError, CacheAccessError: a folder cannot be listed, so its contents are unknown.
@@ -136,7 +136,7 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
     def failed(error: OSError) -> None:
         if isinstance(error, PermissionError):
             raise read_error(str(top), error) from error
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # gone meanwhile, or never there
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # deleted meanwhile, or never existed
             raise error
 
     seen = set[tuple[int, int]]()
@@ -171,7 +171,7 @@ def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield partial
     except OSError as error:
-        error.filename = error.filename or str(target)  # a full disk does not say where
+        error.filename = error.filename or str(target)  # ENOSPC carries no file name
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def _link(partial: Path, target: Path) -> bool:
     try:
         os.link(partial, target)
     except OSError as error:
-        # NFS may repeat a link whose answer was lost, and then report the first one as another's
+        # NFS may retry a link whose reply was lost, and then report our own first link as an existing file
         if partial.stat().st_nlink == 2:
             return True
         if isinstance(error, FileExistsError):

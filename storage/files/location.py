@@ -1,6 +1,6 @@
-"""The files of a cache by its location, and parallel reads where that pays.
+"""Opening of a cache's files by location, and parallel requests to object stores.
 
-Everything in a cache is a small file or a chunk, written once and whole. Two implementations keep the same promises:
+Everything in a cache is a small file or a chunk, written once and whole. Two implementations give the same guarantees:
 a local folder, and an object store (``s3://``, ``gs://``, ``az://``).
 """
 
@@ -53,7 +53,7 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
 
 
 def requests_at_once(files: CacheFiles) -> int:
-    """Return the number of parallel requests that this location is worth: 1 for a folder."""
+    """Return the number of parallel requests to use for this location: 1 for a folder."""
     return 1 if isinstance(files, LocalFiles) else REQUESTS_AT_ONCE
 
 
@@ -63,11 +63,11 @@ def in_parallel(
     """Yield ``call(item)`` of each item in order: one by one in a folder, many in parallel in a store.
 
     Args:
-        call: is run by several threads.
-        most: maximum number of parallel calls, where the memory of each matters.
+        call: called from several threads.
+        most: maximum number of parallel calls, to bound their memory.
 
     Raises:
-        Whatever a call raises, in its turn; calls that have not begun by then are dropped.
+        Exception: the error of a call, at its place in the order. Calls that have not started are cancelled.
     """
     threads = min(most, requests_at_once(files))
     if threads < 2:
@@ -78,11 +78,11 @@ def in_parallel(
 
 
 def begun_ahead(begin: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int) -> Iterator[_Result]:
-    """Yield ``begin(item)`` of each item in order, when the next ``ahead`` items were begun too.
+    """Yield ``begin(item)`` of each item in order, after the next ``ahead`` items were started too.
 
     Args:
         begin: starts work in other threads, and returns its futures.
-        ahead: number of items begun before their turn.
+        ahead: number of items started before their turn.
     """
     waiting: deque[_Result] = deque()
     for item in items:
@@ -101,7 +101,7 @@ def results_ahead(
         ahead: number of items submitted before their turn.
 
     Raises:
-        Whatever a call raises, in its turn; calls that have not begun by then are dropped.
+        Exception: the error of a call, at its place in the order. Calls that have not started are cancelled.
     """
     waiting: deque[Future[_Result]] = deque()
     try:

@@ -1,4 +1,4 @@
-"""Names of processes that write, and whether they still run: for files that a kill left behind."""
+"""Names of writing processes, which tell whether the owner of a leftover file still runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of a place for objects by key, and the number of parallel reads it gets."""
+"""Interface of a store of objects by key, and limits of parallel requests to it."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class CacheFiles(Protocol):
         """
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object only if there is none, atomically and durably. Exactly one of several writers wins.
+        """Create the object if it does not exist, atomically and durably. Exactly one of several writers wins.
 
-        Put something unique (a random name) into the bytes: a store without metadata recognises the caller's own
-        object by its bytes when the answer to a put was lost.
+        Include something unique (a random name) in the bytes: if the reply to a put is lost, a store without metadata
+        recognises the caller's own object by its bytes.
 
         Returns:
-            True if this call made the object; False if another one exists, which is left as it is.
+            True if this call created the object; False if one existed, which is unchanged.
 
         Raises:
-            UsageError: this kind of location cannot promise it.
+            UsageError: this kind of location has no exclusive creation.
         """
 
     def exists(self, key: str) -> bool:

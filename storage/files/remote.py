@@ -1,4 +1,4 @@
-"""A cache at a URL: every object is one put, and requests that fail for the moment are sent again."""
+"""A cache at a URL: each object is one put, and transient failures are retried."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is sent, and how long it may take.
+    """Limits of a request: number of tries, pauses between them, and time until an answer.
 
-    Pauses double from one try to the next, each shortened at random by up to half.
+    Pauses double with each try, and are shortened at random by up to half.
     """
 
     tries: int = 6
@@ -40,12 +40,12 @@ class RetryPolicy:
     def pause_seconds(self, failures: int) -> float:
         """Return the pause after that many failures in a row."""
         whole = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** (failures - 1))
-        # the global generator's state belongs to the caller who seeded it
+        # not the global generator, which the caller may have seeded
         return whole * (0.5 + random.SystemRandom().random() / 2)
 
 
 RETRY = RetryPolicy()
-"""Policy of a location that is given none: about 15 seconds of pauses before it gives up."""
+"""Default policy: about 15 seconds of pauses before it gives up."""
 
 _MARK = "created-by"  # metadata of an object made by create()
 _ONE_PUT_BYTES = 64 << 20  # a larger object goes part after part, each with its own time limit
@@ -68,7 +68,7 @@ class RemoteFiles:
         self._retry = retry
         scheme, _, rest = location.partition("://")
         self._can_create = scheme in CREATING
-        # a server's part of an HTTP URL and a bucket are opened; the rest is in front of each key
+        # the store is opened for the server or bucket; the rest of the URL is a prefix of each key
         self._root = (rest if scheme == "memory" else rest.partition("/")[2]).strip("/")
         self._create_is_proven = False
         self._bucket_exists = False
@@ -102,10 +102,9 @@ class RemoteFiles:
         self._try("write", key, put)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object only if there is none. The server decides: a put with ``If-None-Match: *``.
+        """Create the object if it does not exist. The server decides: a put with ``If-None-Match: *``.
 
-        The first call proves that the server refuses a second put, with an object of its own: some servers ignore
-        the condition.
+        The first call checks with a probe object that the server refuses a second put: some ignore the condition.
         """
         if not self._create_is_proven:
             self._prove_create(key)
@@ -113,8 +112,8 @@ class RemoteFiles:
         return self._create(key, data, key)
 
     def _create(self, key: str, data: bytes, named: str) -> bool:
-        # A put may succeed and its answer get lost; sent again, by us or by a proxy, it meets its own object. A mark
-        # in the object's metadata tells; where a store keeps none, its bytes do, after a failure.
+        # A put may succeed although its reply is lost; the retry, by us or by a proxy, then finds our own object.
+        # A mark in its metadata identifies it; in a store without metadata, its bytes do.
         mark = secrets.token_hex(16)
         is_unsure = False
 
@@ -210,11 +209,11 @@ class RemoteFiles:
         return 0
 
     def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None) -> _Result:
-        """Return the call's result, after as many tries as it takes.
+        """Return the call's result. Retries transient failures.
 
         Args:
-            call: is given the store and the key's path in it.
-            named: key that errors name instead.
+            call: takes the store and the key's path in it.
+            named: key to name in errors. Default: ``key``.
 
         Raises:
             FileNotFoundError: the object does not exist.

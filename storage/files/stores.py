@@ -1,4 +1,4 @@
-"""Object stores as obstore opens them, and the meaning of their errors."""
+"""Opening of object stores by obstore, and parsing of its errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 _S3 = {"s3", "s3a"}
 CREATING = _S3 | {"memory", "gs", "az", "azure", "abfs", "abfss", "adl"}
-"""URL schemes of the stores that decide themselves which of several writers creates an object."""
+"""URL schemes of the stores with exclusive creation: exactly one of several writers creates an object."""
 
 CREDENTIAL_ADVICE = (
     "Give credentials by the standard chain: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, "
@@ -49,11 +49,11 @@ _process: int | None = None
 def open_store(url: str, answer_seconds: float = _ANSWER_SECONDS) -> Any:
     """Return obstore's store for the bucket of a URL. Its connections are shared within the process.
 
-    Another environment (endpoint, credentials) opens another store.
+    A changed environment (endpoint, credentials) opens a new store.
 
     Args:
         url: only scheme and bucket are used.
-        answer_seconds: longest wait for an answer to begin or to go on.
+        answer_seconds: maximum wait for the next bytes of an answer.
 
     Raises:
         UsageError: no store has this scheme, or this process was forked from one that has used a store.
@@ -63,7 +63,7 @@ def open_store(url: str, answer_seconds: float = _ANSWER_SECONDS) -> Any:
     if url.startswith("memory://"):
         return _memory
     with _stores_lock:
-        if _process not in (None, os.getpid()):  # the threads that do obstore's work are not in the child
+        if _process not in (None, os.getpid()):  # obstore's threads do not exist in a forked child
             raise UsageError(
                 f"{url}: this process was forked from one that has used an object store, and cannot use it. Start "
                 "workers by forkserver or spawn"
@@ -76,7 +76,7 @@ def open_store(url: str, answer_seconds: float = _ANSWER_SECONDS) -> Any:
 
 
 def forget_store(url: str, answer_seconds: float = _ANSWER_SECONDS) -> None:
-    """Let the next caller open the store anew: refused credentials may have been renewed."""
+    """Make the next caller open the store again: refused credentials may have been renewed."""
     with _stores_lock:
         _stores.pop(_key(url, answer_seconds), None)
 
@@ -115,10 +115,10 @@ def _connect(url: str, answer_seconds: float) -> Any:
 
 
 def _s3_settings() -> dict[str, Any]:
-    """Return what obstore does not read from the environment itself.
+    """Return the settings that obstore does not read from the environment.
 
-    Profiles, ``~/.aws``, roles and single sign-on are read by botocore, whose import takes 0.4 s; a process with keys
-    in its environment does without.
+    botocore reads profiles, ``~/.aws``, roles and single sign-on. Its import takes 0.4 s, and is skipped if the
+    environment has keys.
     """
     environment = os.environ
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
@@ -162,7 +162,7 @@ _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _SYSTEM_ERROR = re.compile(r'message: "([^"]+)"')
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
-# whatever their status is: a broken upload is a 400, two conditional puts at the same moment are a 409
+# transient with any status: a broken upload is a 400, two simultaneous conditional puts are a 409
 _TRANSIENT_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
@@ -187,7 +187,7 @@ _CREDENTIAL_CODES = {
 
 
 class Failure(NamedTuple):
-    """The content of an obstore error. obstore has one class for most of them, so the text is parsed."""
+    """Content of an obstore error, parsed from its text: obstore has one class for most errors."""
 
     status: int
     """HTTP status of the answer; 0 without an answer."""
@@ -200,7 +200,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Read an error that obstore raised."""
+        """Parse an error of obstore."""
         shown, _, debug = str(error).partition("\n\nDebug source:")
         status, code = _first(_STATUS, shown), _first(_CODE, shown)
         if status:

@@ -1,4 +1,4 @@
-"""Errors that another try can cure: a lost connection, a stale file handle, a busy server."""
+"""Transient errors, which a retry can cure: a lost connection, a stale file handle, a busy server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TRANSIENT_NAMES = {
     "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"},
     "httpx": {"TransportError"},
 }
-# subclasses of the above that say something about the address or the certificate
+# subclasses of the above for a wrong address or certificate
 _PERMANENT_NAMES = {
     "aiohttp": {"ClientSSLError", "InvalidURL"},
     "requests": {"SSLError"},
@@ -57,7 +57,7 @@ def is_transient(error: BaseException) -> bool:
     """
     if _is_named(error, _PERMANENT_NAMES):
         return False
-    # a store that was given up, and the time-outs of asyncio and fsspec, are among these
+    # subclasses: CacheUnreachableError, and the time-outs of asyncio and fsspec
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
@@ -76,7 +76,7 @@ def read_error(where: str, error: OSError) -> CacheError:
     """Return the error to raise for an object of a cache that exists and cannot be read.
 
     Args:
-        where: its place, for an error without a file name.
+        where: path to name if the error has no file name.
     """
     if isinstance(error, CacheError):
         return error
