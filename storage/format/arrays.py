@@ -1,10 +1,9 @@
 """The Zarr side of a cache: array metadata made by zarr-python, chunk objects encoded and decoded here.
 
-A chunk object is what zarr's ``bytes`` (little endian) and ``crc32c`` codecs make of it: the row-major bytes
-of the whole chunk, the last one padded, and four bytes of checksum. Encoding it here lets one write be atomic
-on every kind of storage, and lets one read prove the bytes against the commit instead of against themselves:
-a chunk swapped with its neighbour has a valid checksum of its own. That zarr-python reads the same values is
-a test.
+A chunk object is encoded as by zarr's ``bytes`` (little endian) and ``crc32c`` codecs: the row-major bytes of the
+whole chunk, the last one padded, and four bytes of checksum. Encoding here makes each write atomic on every kind of
+storage. It also checks each read against the commit record: a chunk swapped with its neighbour has a valid checksum
+of its own. A test checks that zarr-python reads the same values.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _DIMENSIONS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def array_dtype(tower: Tower, name: str) -> np.dtype[Any]:
-    """Return the dtype of an array as encoders make it."""
+    """Return the dtype of an array as encoders produce it."""
     return np.dtype(ARRAYS[tower][name])
 
 
@@ -69,7 +68,7 @@ def stored_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
 
 
 def _fill(dtype: np.dtype[Any]) -> float | int:
-    """Return the fill value of an array: never a number that could be read as a value."""
+    """Return the fill value of an array, which is never a valid value."""
     return NO_EMBEDDING if dtype.kind == "i" else np.nan
 
 
@@ -157,16 +156,16 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     Raises:
         CacheCorruptError: these are not the bytes that were committed.
     """
-    values, found, has = body.reshape(-1), 0, False
+    values, computed, has = body.reshape(-1), 0, False
     step = _PROVEN_AT_ONCE // body.dtype.itemsize
     for start in range(0, len(values), step):
         block = values[start : start + step]
-        found = crc32c(block, found)
+        computed = crc32c(block, computed)
         has = has or (look_for_nan and has_nan(block))
     beside = int.from_bytes(stored, "little")
-    if len(stored) != CRC_BYTES or not found == beside == wanted.crc32c:
+    if len(stored) != CRC_BYTES or not computed == beside == wanted.crc32c:
         raise CacheCorruptError(
-            f"{where}: checksum {found:08x}, {beside:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
+            f"{where}: checksum {computed:08x}, {beside:08x} stored beside it, {wanted.crc32c:08x} committed. {_REMEDY}"
         )
     return has
 

@@ -69,9 +69,9 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         Raises:
             KeyError: there is no record of this chunk, or no such array.
         """
-        found, at = self._record(ref), self._objects[ref.tower][array]
-        sha256 = found["sha256"][at].tobytes().hex()
-        return ObjectDigest(nbytes=int(found["nbytes"][at]), crc32c=int(found["crc32c"][at]), sha256=sha256)
+        record, at = self._record(ref), self._objects[ref.tower][array]
+        sha256 = record["sha256"][at].tobytes().hex()
+        return ObjectDigest(nbytes=int(record["nbytes"][at]), crc32c=int(record["crc32c"][at]), sha256=sha256)
 
     def quarantined(self, ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
         """Return the rows of a chunk that have no embedding."""
@@ -82,14 +82,14 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         return (self[ref] for ref in self._quarantined)
 
     def __getitem__(self, ref: ChunkRef) -> ChunkCommit:
-        found, rows = self._record(ref), ref.rows(self._manifest.layout)
+        record, rows = self._record(ref), ref.rows(self._manifest.layout)
         return ChunkCommit(
             tower=ref.tower,
             view=ref.view,
             chunk=ref.chunk,
             rows=(rows.start, rows.stop),
             encoder_digest=self._manifest.identity.encoder_digest,
-            rows_sha256=found["rows_sha256"].tobytes().hex(),
+            rows_sha256=record["rows_sha256"].tobytes().hex(),
             objects={name: self.digest(ref, name) for name in self._objects[ref.tower]},
             quarantined=self.quarantined(ref),
         )
@@ -99,13 +99,13 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
             return False
         table = self._tables[ref.tower]
         is_one = 0 <= ref.view < table.shape[0] and 0 <= ref.chunk < table.shape[1]
-        return is_one and bool(table["there"][ref.view, ref.chunk])
+        return is_one and bool(table["committed"][ref.view, ref.chunk])
 
     def __iter__(self) -> Iterator[ChunkRef]:
         return (ref for ref in all_chunks(self._manifest.layout) if ref in self)
 
     def __len__(self) -> int:
-        return sum(int(table["there"].sum()) for table in self._tables.values())
+        return sum(int(table["committed"].sum()) for table in self._tables.values())
 
     def _record(self, ref: ChunkRef) -> Any:
         if ref not in self:
@@ -131,4 +131,4 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
 def _row(objects: int) -> np.dtype[Any]:
     """Return the dtype of one record. Digests are void bytes: numpy's byte strings would lose trailing zeros."""
     digests = [("nbytes", "<i8", (objects,)), ("crc32c", "<u4", (objects,)), ("sha256", "V32", (objects,))]
-    return np.dtype([("there", "?"), ("rows_sha256", "V32"), *digests])
+    return np.dtype([("committed", "?"), ("rows_sha256", "V32"), *digests])

@@ -42,7 +42,7 @@ __all__ = [
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 COMMITS = "commits"
-_FEW_CHUNKS = 16  # up to this number they are looked up one by one; a listing is a request per 1,000 commits
+_FEW_CHUNKS = 16  # up to this number, one request per chunk; a listing is a request per 1,000 commits of the cache
 
 
 class ChunkRef(NamedTuple):
@@ -91,7 +91,7 @@ def all_chunks(layout: Layout) -> list[ChunkRef]:
 
 
 def stretches_of(refs: Iterable[ChunkRef]) -> list[list[ChunkRef]]:
-    """Group chunks by the rows that they hold: the views of the same images, in the order of the first of each."""
+    """Group chunks that hold the same rows (views of the same images), in order of first appearance."""
     stretches: dict[tuple[str, int], list[ChunkRef]] = {}
     for ref in refs:
         stretches.setdefault((ref.tower, ref.chunk), []).append(ref)
@@ -145,7 +145,7 @@ class ChunkCommit(BaseModel):
         """Parse and prove a record.
 
         Raises:
-            CacheCorruptError: not a commit record, or not the content that its digest was made of.
+            CacheCorruptError: not a commit record, or its content does not match its digest.
         """
         try:
             return cls.model_validate(without_digest(json.loads(data)))
@@ -154,7 +154,7 @@ class ChunkCommit(BaseModel):
 
 
 def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit | None:
-    """Return the commit of a chunk, proven to be of this chunk and this cache; None if there is none.
+    """Return the commit record of a chunk, proven to belong to this chunk and cache; None if there is none.
 
     Raises:
         CacheCorruptError: the record is damaged or belongs elsewhere.
@@ -167,7 +167,7 @@ def read_commit(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef) -> Ch
 
 
 def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: ChunkRef) -> ChunkCommit:
-    """Parse a commit record, and prove that it is of this chunk and this cache.
+    """Parse a commit record, and prove that it belongs to this chunk and cache.
 
     Raises:
         CacheCorruptError: the bytes are damaged or belong elsewhere.
@@ -183,33 +183,33 @@ def proven_commit(data: bytes, location: str, manifest: CacheManifest, ref: Chun
             f"{where}: made by encoder {commit.encoder_digest[:12]} (teacher, preprocessing, tokenizer and dtype), "
             f"this cache is of {encoder[:12]}"
         )
-    wanted = set(ref.object_keys(manifest.layout))
-    if set(commit.objects) != wanted:
-        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(wanted)} wanted")
+    expected = set(ref.object_keys(manifest.layout))
+    if set(commit.objects) != expected:
+        raise CacheCorruptError(f"{where}: names objects {sorted(commit.objects)}, {sorted(expected)} wanted")
     return commit
 
 
 def committed_chunks(files: CacheFiles, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
-    """Return the chunks that have a commit record, damaged ones included. Few chunks need no listing."""
+    """Return the chunks that have a commit record, sound or damaged."""
     if len(refs) <= _FEW_CHUNKS:
-        there = in_parallel(files, lambda ref: files.exists(ref.commit_key), refs)
-        return {ref for ref, found in zip(refs, there, strict=True) if found}
+        exist = in_parallel(files, lambda ref: files.exists(ref.commit_key), refs)
+        return {ref for ref, exists in zip(refs, exist, strict=True) if exists}
     listed = set(files.list(COMMITS))
     return {ref for ref in refs if ref.commit_key in listed}
 
 
 def quarantined_rows(commits: Iterable[ChunkCommit]) -> dict[int, QuarantinedRow]:
-    """Return the image rows without an embedding in some view, each once, with the reason of the first such view."""
-    found: dict[int, QuarantinedRow] = {}
+    """Return the image rows without an embedding in some view, by row, with the reason in the first such view."""
+    rows: dict[int, QuarantinedRow] = {}
     for commit in sorted(commits, key=lambda commit: commit.ref):
         if commit.tower == "image":
             for row in commit.quarantined:
-                found.setdefault(row.row, row)
-    return dict(sorted(found.items()))
+                rows.setdefault(row.row, row)
+    return dict(sorted(rows.items()))
 
 
 def commits_sha256(commits: Iterable[ChunkCommit]) -> str:
-    """Return the digest that a seal holds: sha256 over key and bytes of commit records, in the order of all chunks."""
+    """Return the digest for the seal: sha256 over key and bytes of each commit record, in the order of the chunks."""
     total = hashlib.sha256()
     for commit in commits:
         total.update(commit.ref.commit_key.encode() + b"\0" + commit.to_bytes())
@@ -217,7 +217,7 @@ def commits_sha256(commits: Iterable[ChunkCommit]) -> str:
 
 
 def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
-    """Return the bytes of the objects of some chunks. The last chunk of a tower is padded, so all have one size."""
+    """Return the total bytes of the objects of chunks. All chunks of a tower have one size: the last one is padded."""
     counts = Counter(ref.tower for ref in refs)
     return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
 

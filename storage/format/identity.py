@@ -1,4 +1,4 @@
-"""The identity of a cache: what its rows are and how they were made, compared field by field. No file access."""
+"""The identity of a cache: how its rows were made and from what, compared field by field. No file access."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def digest_of(value: Any) -> str:
 
 
 def with_digest(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields with their own digest as the last one."""
+    """Return the fields with their digest added as the last one."""
     return {**fields, "digest": digest_of(fields)}
 
 
 def without_digest(fields: Any) -> dict[str, Any]:
-    """Return parsed fields without their digest, which is proven.
+    """Check the digest of parsed fields, and return the fields without it.
 
     Raises:
-        ValueError: not an object, or not the content that the digest was made of.
+        ValueError: not an object, or its content does not match its digest.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"an object is expected, not {type(fields).__name__}")
@@ -60,7 +60,7 @@ def without_digest(fields: Any) -> dict[str, Any]:
 
 
 class Record(BaseModel):
-    """Base of what is stored on disk: frozen, and unknown fields are refused."""
+    """Base of models that are stored on disk: frozen, and without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,7 +76,7 @@ class TeacherIdentity(Record):
     pretrained: str | None = Field(None, description="open_clip's pretrained tag, for a built-in name.")
     weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
     architecture: dict[str, Any] = Field(description="open_clip's model config.")
-    activation: str = Field(description="The activation really found in the built model: GELU, QuickGELU, ...")
+    activation: str = Field(description="Activation of the built model: GELU, QuickGELU, ...")
     embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")
     logit_scale: float = Field(gt=0, description="The multiplier of cosines, after exp.")
@@ -84,7 +84,7 @@ class TeacherIdentity(Record):
 
 
 class PreprocessIdentity(Record):
-    """Image file to teacher input, proven by the pixels that it makes of fixed probe images."""
+    """Image file to teacher input, checked by the pixels that it makes of fixed probe images."""
 
     image_size: tuple[int, int] = Field(description="Height and width of the teacher's input, pixels.")
     mean: tuple[float, ...] = Field(description="Subtracted from each channel, in [0, 1].")
@@ -101,7 +101,7 @@ class PreprocessIdentity(Record):
 
 
 class TokenizerIdentity(Record):
-    """Caption to token ids, proven by the ids of fixed probe texts."""
+    """Caption to token ids, checked by the ids of fixed probe texts."""
 
     name: str = Field(description="Class of the tokenizer.")
     context_length: int = Field(gt=0, description="Tokens per caption after padding.")
@@ -151,7 +151,7 @@ class DatasetIdentity(Record):
     captions_sha256: str = Field(description="Over image row and text of each caption, in row order.")
 
 
-# shown to people, proven by other fields: the same weights under another name are the same teacher
+# for display only: the same weights under another name are the same teacher
 _NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
 
 # two correct decoders and resizers differ by a level or two in single pixels, far less in a block's mean
@@ -174,12 +174,12 @@ class CacheIdentity(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 over all fields but mere names and ``preprocess.probe``, which has a tolerance instead."""
+        """sha256 over all fields except display names and ``preprocess.probe``, which is compared with a tolerance."""
         return digest_of(self._proven())
 
     @property
     def encoder_digest(self) -> str:
-        """sha256 over teacher, preprocessing, tokenizer and targets alone: how a row is made, whatever the dataset."""
+        """sha256 over teacher, preprocessing, tokenizer and targets: how a row is made, for any dataset."""
         proven = self._proven()
         return digest_of({part: proven[part] for part in ("teacher", "preprocess", "tokenizer", "targets")})
 
@@ -229,14 +229,14 @@ class CacheIdentity(Record):
         unknown = sorted(set(accept) - known - set(parts))
         if unknown:
             raise UsageError(f"{', '.join(unknown)}: no field of an identity; there are {', '.join(sorted(known))}")
-        found = self.differences(wanted)
-        accepted = [each for each in found if {each.field, each.field.partition(".")[0]} & set(accept)]
-        refused = [str(each) for each in found if each not in accepted]
+        differences = self.differences(wanted)
+        accepted = [item for item in differences if {item.field, item.field.partition(".")[0]} & set(accept)]
+        refused = [str(item) for item in differences if item not in accepted]
         if refused:
             raise CacheMismatchError(
                 f"{location}: this cache is not the one asked for. " + "; ".join(refused) + f". {way_out}"
             )
-        return tuple(str(each) for each in accepted)
+        return tuple(str(item) for item in accepted)
 
 
 class IdentityDifference(NamedTuple):
@@ -256,5 +256,7 @@ def _short(value: Any) -> str:
 
 
 def _probes_agree(a: str, b: str) -> bool:
-    left, right = base64.b64decode(a), base64.b64decode(b)
-    return len(left) == len(right) and all(abs(x - y) <= _PROBE_TOLERANCE for x, y in zip(left, right, strict=True))
+    means_a, means_b = base64.b64decode(a), base64.b64decode(b)
+    if len(means_a) != len(means_b):
+        return False
+    return all(abs(x - y) <= _PROBE_TOLERANCE for x, y in zip(means_a, means_b, strict=True))

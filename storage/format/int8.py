@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 __all__ = ["NO_EMBEDDING", "dequantize", "norm_slack", "quantize", "unit_dequantized"]
 
 NO_EMBEDDING = -128
-"""In each column of a row without embedding, and of padding: int8 has no NaN. No value is ever rounded to it."""
+"""Value in rows without an embedding and in padding, since int8 has no NaN. Embeddings use -127 to 127."""
 
 _GREATEST = 127
 
@@ -28,10 +28,10 @@ def quantize(rows: NDArray[np.float16]) -> tuple[NDArray[np.int8], NDArray[np.fl
         rows: (rows, dim) float16; those without embedding are NaN.
 
     Returns:
-        (rows, dim) int8, :data:`NO_EMBEDDING` where a value is NaN; and (1, dim) float32, the step of each column, 0 of
-        one that holds nothing but zeros. A pure function of the rows: equal chunks give equal bytes.
+        (rows, dim) int8, :data:`NO_EMBEDDING` where a value is NaN; and (1, dim) float32, the step of each column, 0
+        for a column of zeros. A pure function of the rows: equal chunks give equal bytes.
     """
-    wide = rows.astype(np.float64)  # so that no quotient is rounded across the middle between two steps
+    wide = rows.astype(np.float64)  # a float32 quotient could round to the wrong step
     lost = np.isnan(wide)
     wide[lost] = 0
     step = (np.abs(wide).max(axis=0, initial=0, keepdims=True) / _GREATEST).astype(np.float32)
@@ -46,12 +46,12 @@ def dequantize(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[n
 
     Args:
         stored: (rows, dim).
-        step: (1, dim), or (rows, dim) of rows of several chunks.
+        step: (1, dim), or (rows, dim) for rows of several chunks.
     """
     values = stored.astype(np.float32)
     values *= step
     lost = stored == NO_EMBEDDING
-    if lost.any():  # to look is cheap, to write by a mask is not
+    if lost.any():  # the check is cheap, the masked write is not
         values[lost] = np.nan
     return values
 
@@ -59,21 +59,21 @@ def dequantize(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[n
 def unit_dequantized(stored: NDArray[np.int8], step: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return rows as readers do: float32 of unit norm, NaN for a row without embedding.
 
-    Norms are summed in float64, so that the order of the sum, which differs between machines, is lost in rounding.
+    Norms are summed in float64. Rounding to float32 then hides the order of the sum, which differs between machines.
 
     Args:
         stored: (rows, dim).
-        step: (1, dim), or (rows, dim) of rows of several chunks.
+        step: (1, dim), or (rows, dim) for rows of several chunks.
     """
     values = dequantize(stored, step)
     norms = np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # a row of zeros stays one: a writer refuses it, and a reader must not make a direction of it
+        # a row of zeros stays zero: it has no direction
         factors = np.where(norms > 0, 1 / norms, norms).astype(np.float32)
     values *= factors[:, None]
     return values
 
 
 def norm_slack(step: NDArray[Any]) -> float:
-    """Return the bound on how far rounding moved the norm of a row: half the length of (1, dim) ``step``."""
+    """Return the maximum change of a row's norm by rounding: half the length of (1, dim) ``step``."""
     return float(np.linalg.norm(step.astype(np.float64))) / 2

@@ -1,8 +1,8 @@
-"""The journal: when, where and how fast each chunk was made. It is never read to decide anything.
+"""The journal: when, where and how fast each chunk was made. No row depends on it.
 
-It is kept apart from the commits, so that the rest of a cache is the same, byte for byte, on every machine and after
-every interruption. A note carries its own digest and that of its commit. By it, ``verify`` names a chunk that was put
-back in an older state.
+It is separate from the commits, so that the rest of a cache is the same, byte for byte, on every machine and after
+every interruption. A note carries its own digest and that of its commit: with them, ``verify`` names a chunk that was
+replaced by an older copy.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class ChunkCost(BaseModel):
 
 
 class ChunkNote(ChunkCost):
-    """A cost as it is stored, with its chunk and its commit."""
+    """The stored cost of a chunk, with the names of chunk and commit."""
 
     chunk: str = Field(description="ChunkRef.name.")
     commit_sha256: str = Field(description="Digest of the commit record that was written just before.")
 
     def is_of(self, commit: ChunkCommit) -> bool:
-        """Return whether the note is about this very record."""
+        """Return whether the note belongs to exactly this record."""
         return self.commit_sha256 == _commit_sha256(commit)
 
 
@@ -69,13 +69,13 @@ def read_note(files: CacheFiles, name: str) -> ChunkNote:
 
     Raises:
         FileNotFoundError: there is none.
-        CacheCorruptError: it is damaged, or of another chunk.
+        CacheCorruptError: it is damaged, or belongs to another chunk.
     """
     where = f"{files.location}/{note_key(name)}"
     data = files.read(note_key(name))
     try:
         fields = without_digest(json.loads(data))
-        # bytes, not values: other white space or another form of a number is damage too
+        # bytes, not values: different white space or number formats are damage too
         if data != _note_bytes(fields):
             raise CacheCorruptError(f"{where}: not the bytes that were written. {_REMEDY}")
         note = ChunkNote.model_validate(fields)

@@ -1,7 +1,7 @@
-"""The manifest: what a cache is of, how it is laid out, and which rows it holds. No file access.
+"""The manifest: identity, layout and tables of a cache. No file access.
 
-The manifest is the root of the cache's digests: it carries its own, those of the tables and, once the cache is sealed,
-one over all commit records. Those carry the digest of every chunk.
+The manifest is the root of the cache's digests. It carries its own, those of the tables and, once the cache is sealed,
+one over all commit records. Each commit record carries the digests of its chunk.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ class CacheManifest(Record):
         except (ValueError, RecursionError) as error:
             raise CacheCorruptError(f"{where}: not JSON ({error}). {_RESTORE}") from error
         if not isinstance(fields, dict) or fields.get("format") != "teacher-cache":
-            found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+            actual = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
             raise CacheFormatError(
-                f"{where}: format is {found!r}, 'teacher-cache' wanted. Is this another tool's folder?"
+                f"{where}: format is {actual!r}, 'teacher-cache' wanted. Is this another tool's folder?"
             )
         version = fields.get("format_version")
         if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
@@ -183,6 +183,6 @@ class CacheManifest(Record):
 
 
 def incomplete_message(location: str, manifest: CacheManifest, done: int, total: int) -> str:
-    """Return the one message that reports an unfinished cache."""
+    """Return the message about an unfinished cache."""
     command = finished_by(manifest.made_with)
     return f"{location}: {done} of {total} chunks are there. Run the same {command} command again to finish it."

@@ -1,7 +1,7 @@
-"""The files ``manifest.json`` and its backup: one function to read them and one to write them.
+"""Reading and writing of ``manifest.json`` and its backup.
 
-The backup is written first, so that it is never older than the manifest. If one of the two is damaged, the other says
-what the cache is.
+The backup is written first, so that it is never older than the manifest. If one of the two is damaged, the other
+describes the cache.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["read_manifest", "write_manifest"]
 def read_manifest(files: CacheFiles) -> CacheManifest:
     """Return the manifest of the cache at this location. Read it once in a run and hand it on.
 
-    A process that is killed while it plans a cache leaves the backup alone, which is then the manifest.
+    If a process was killed while it planned the cache, only the backup exists, and is returned.
 
     Raises:
         CacheNotFoundError: there is no cache.
-        CacheFormatError: it is of a format that this version does not read.
+        CacheFormatError: this version does not read its format.
         CacheCorruptError: the manifest is damaged, or missing from a sealed cache.
     """
     try:

@@ -1,7 +1,7 @@
 """Manifests of format versions 1 and 2, which keep one seal in a list of generations.
 
-Version 1 holds float16 rows and version 2 int8 rows. Both differ from version 3 in this list alone. Only caches of one
-generation are read: versions that wrote them could also add views as a second one, which no cache has any more.
+Version 1 holds float16 rows and version 2 int8 rows. Both differ from version 3 in this list only. Older versions could
+add views to a cache as a second generation. No such cache exists now, and only caches of one generation are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["newer_fields", "older_fields"]
 
 
 def newer_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of an older manifest as version 3 has them.
+    """Convert the fields of an older manifest to version 3.
 
     Raises:
         CacheFormatError: it has several generations, or its one generation does not hold all rows.
@@ -39,7 +39,7 @@ def newer_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def older_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a manifest as versions 1 and 2 have them, in their order."""
+    """Convert the fields of a manifest to versions 1 and 2, in their order."""
     names = ("format", "format_version", "identity_digest", "identity", "layout", "source", "files")
     generation: dict[str, Any] = {
         "number": 0,

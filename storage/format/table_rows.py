@@ -44,22 +44,20 @@ class _Part:
 
 
 class TableRows:
-    """Rows of the samples, captions or problems of a cache, by number, with few of them in memory.
+    """Rows of the samples, captions or problems table of a cache, by number, in bounded memory.
 
-    Only parquet files and row groups that hold the rows are read. The groups that were read last stay in memory, at
-    most 131,072 rows of them or a single larger one (a million rows, in files that earlier versions wrote), and
-    ``open_files`` open files; so memory does not grow with the table. A file is proven by its digest whenever it is
-    opened: once, if rows are read in order. In a folder it then stays open, so that later reads are of the very file
-    that was proven, even if another one replaces it. From an object store the whole file is fetched, since it is
-    proven as a whole, and stays in memory compressed.
+    Reads only the parquet files and row groups that hold the rows. The row groups read last stay in memory: at most
+    131,072 rows, or one larger group (a million rows, in files of earlier versions). ``open_files`` files stay open.
+    Each time a file is opened, its digest is checked. A local file then stays open, so later reads are from the
+    checked file even if it is replaced. A file of an object store is fetched whole and stays in memory, compressed.
 
     Threads may share it: they read one after another.
 
     Args:
         files, manifest: The cache.
         name: The table.
-        open_files: Files that stay open. Two are enough for rows in order; in another order files would be opened,
-            and proven, again and again.
+        open_files: Maximum number of open files. Two are enough for rows in order; other orders need more, or open and
+            check files again and again.
         columns: Columns to read. Default: all.
     """
 
@@ -190,14 +188,14 @@ class TableRows:
 
 
 def _picked(group: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
-    """Return some rows of a row group, ascending; without a copy if these are all."""
+    """Return rows of a row group, ascending; without a copy if they are all of its rows."""
     if np.array_equal(rows, np.arange(len(group))):
         return group
     return group.take(pa.array(rows))
 
 
 def _covering(starts: NDArray[np.int64], rows: range) -> list[int]:
-    """Return the ranges between neighbouring ``starts`` that hold some of the rows."""
+    """Return the indices of the ranges between neighbouring ``starts`` that hold any of the rows."""
     return [at for at, (first, stop) in enumerate(pairwise(starts)) if first < rows.stop and rows.start < stop]
 
 

@@ -64,7 +64,7 @@ FILES_AT_ONCE = 4
 ROWS_PER_GROUP = 65_536
 """Rows per row group of a parquet file, the smallest unit that can be read."""
 _BLOCK_BYTES = 1 << 20
-# the columns that an embedding is made from; the place or the split of an image changes nothing
+# columns that an embedding depends on; location and split of an image do not matter
 _MADE_OF = {"image": ["sample_id", "content_sha256"], "text": ["text"]}
 
 
@@ -74,7 +74,7 @@ def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str
     At least one file, even when the table is empty.
 
     Args:
-        one_group: all rows of a file in one row group, which are the bytes that earlier versions wrote.
+        one_group: write one row group per file, as earlier versions did.
     """
     table = table.cast(SCHEMAS[name])
     files, group = {}, _ROWS_PER_FILE if one_group else ROWS_PER_GROUP
@@ -87,7 +87,7 @@ def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str
 
 
 def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a table of the cache, all rows of all columns or of some. Each file is proven by its digest.
+    """Read all rows of a table of the cache, and check the digest of each file.
 
     Raises:
         CacheCorruptError: a file is missing or does not have the bytes that the manifest names.
@@ -143,8 +143,8 @@ def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 def parquet_file(source: pa.NativeFile) -> pq.ParquetFile:
     """Open a parquet file that this thread reads."""
-    # no pre-buffering: arrow's I/O threads would let go of these bytes after the interpreter has ended, and abort
-    # the process (exit -6) now and then
+    # no pre-buffering: arrow's I/O threads may release the bytes after the interpreter has ended, which aborts the
+    # process (exit -6)
     return pq.ParquetFile(source, pre_buffer=False)
 
 
@@ -163,7 +163,7 @@ def read_static(files: CacheFiles, key: str, wanted: StaticFile) -> bytes:
 
 
 def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFile:
-    """Open and prove a file that the manifest names; in a folder block by block, without its bytes in memory.
+    """Open a file that the manifest names, and prove its bytes. A local file is read in blocks, not into memory.
 
     Raises:
         CacheCorruptError: it is missing or has other bytes.
@@ -171,15 +171,15 @@ def open_static(files: CacheFiles, key: str, wanted: StaticFile) -> pa.NativeFil
     if not isinstance(files, LocalFiles):
         with named_errors(files, key):
             return pa.BufferReader(read_static(files, key, wanted))
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with named_errors(files, key):
             file = pa.OSFile(os.fsencode(files.path(key)))  # bytes: a folder's name need not be UTF-8
             while block := file.read(_BLOCK_BYTES):
-                found.update(block)
+                digest.update(block)
     except FileNotFoundError as error:
         raise _missing(files, key) from error
-    _require_digest(files, key, found.hexdigest(), wanted)
+    _require_digest(files, key, digest.hexdigest(), wanted)
     file.seek(0)
     return file
 
@@ -198,10 +198,10 @@ def _missing(files: CacheFiles, key: str) -> CacheCorruptError:
     return CacheCorruptError(f"{files.location}/{key}: missing. {_REMEDY}")
 
 
-def _require_digest(files: CacheFiles, key: str, found: str, wanted: StaticFile) -> None:
-    if found != wanted.sha256:
+def _require_digest(files: CacheFiles, key: str, actual: str, wanted: StaticFile) -> None:
+    if actual != wanted.sha256:
         raise CacheCorruptError(
-            f"{files.location}/{key}: sha256 is {found[:12]}, the manifest names {wanted.sha256[:12]}. {_REMEDY}"
+            f"{files.location}/{key}: sha256 is {actual[:12]}, the manifest names {wanted.sha256[:12]}. {_REMEDY}"
         )
 
 

@@ -28,8 +28,8 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
 
 _NAMED = 20
-_MEMORY_BYTES = 64 << 20  # of a block of rows each chunk is read once
-_BLOCK_ROWS = 8_192  # held in float64 of both caches: 0.2 GB at a width of 1,024
+_MEMORY_BYTES = 64 << 20  # each chunk is read once per block of rows
+_BLOCK_ROWS = 8_192  # in float64, of both caches: 0.2 GB at a width of 1,024
 _NAMES = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
 
 Progress = Callable[[str, int, int], None]
@@ -45,12 +45,12 @@ class FieldDifference(BaseModel, frozen=True):
 
 
 class RowChange(BaseModel, frozen=True):
-    """An image of both caches that is not the same in both."""
+    """An image of both caches that differs."""
 
     sample_id: str
     row_a: int
     row_b: int
-    what: tuple[str, ...] = Field(description="content, split or captions.")
+    what: tuple[str, ...] = Field(description="Parts that differ: content, split, captions.")
 
 
 class DriftedRow(BaseModel, frozen=True):
@@ -63,52 +63,52 @@ class DriftedRow(BaseModel, frozen=True):
 
 
 class Drift(BaseModel, frozen=True):
-    """How far embeddings have moved, of rows made of the same image or the same caption."""
+    """Differences of embeddings between rows of the same image or caption."""
 
     compared: int
-    equal: int = Field(description="Bit for bit.")
+    equal: int = Field(description="Rows equal bit for bit.")
     cosine: Distribution | None
     worst: tuple[DriftedRow, ...]
 
 
 class CacheDiff(BaseModel, frozen=True):
-    """The answer of ``teacher-cache diff``: what of cache ``a`` is otherwise in cache ``b``."""
+    """Result of ``teacher-cache diff``: the differences between caches ``a`` and ``b``."""
 
     a: str
     b: str
-    same: bool = Field(description="Nothing here differs, and neither does a byte of any chunk.")
-    differs: bool = Field(description="Something does. Neither this nor same: as far as it was compared, nothing does.")
+    same: bool = Field(description="True if no field differs and all chunks are equal byte for byte.")
+    differs: bool = Field(description="True if something differs. Not implied by same=False: see not_compared.")
     manifest_a: str
     manifest_b: str
-    identity: tuple[FieldDifference, ...] = Field(description="Fields that make two caches different ones.")
-    names: tuple[FieldDifference, ...] = Field(description="Names of teacher and kind of dataset; these may differ.")
-    layout: tuple[FieldDifference, ...] = Field(description="Shapes of chunks and the like.")
-    images_added: int = Field(description="Their sample_id is in b only.")
-    images_removed: int = Field(description="In a only.")
+    identity: tuple[FieldDifference, ...] = Field(description="Identity fields that differ.")
+    names: tuple[FieldDifference, ...] = Field(description="Names of teacher and dataset that differ; not counted.")
+    layout: tuple[FieldDifference, ...] = Field(description="Layout fields that differ, such as chunk shapes.")
+    images_added: int = Field(description="Images whose sample_id is in b only.")
+    images_removed: int = Field(description="Images whose sample_id is in a only.")
     images_changed: int
-    images_moved: int = Field(description="In both, as another row.")
-    images_in_one: int = Field(description="In both, but only one has an embedding of the view.")
-    added: tuple[str, ...] = Field(description="The first sample_ids.")
+    images_moved: int = Field(description="Images of both caches with different rows.")
+    images_in_one: int = Field(description="Images of both caches with an embedding of the view in only one.")
+    added: tuple[str, ...] = Field(description="First sample_ids added.")
     removed: tuple[str, ...]
     changed: tuple[RowChange, ...]
     images: Drift | None
     captions: Drift | None
     other_chunks: int | None = Field(
-        description="Chunks of other bytes by their commit records: all views, norms and crops. None where rows moved, "
-        "the layout is another, or a cache is not finished."
+        description="Chunks with different bytes by their commit records: all views, norms and crops. None if rows "
+        "moved, the layouts differ, or a cache is not finished."
     )
-    sampled: bool = Field(description="Not all rows that both have were compared.")
-    not_compared: str | None = Field(description="Why no embeddings were compared.")
+    sampled: bool = Field(description="True if only a sample of the common rows was compared.")
+    not_compared: str | None = Field(description="Reason why no embeddings were compared.")
 
 
 def diff_caches(
     a: str, b: str, view: int = 0, most: int = 20_000, seed: int = 0, progress: Progress | None = None
 ) -> CacheDiff:
-    """Compare two caches; embeddings only where both can be read and are of one width. Without, they are not the same.
+    """Compare two caches. ``same`` is False if embeddings cannot be compared: unfinished caches, or other widths.
 
     Args:
-        view: of the images whose embeddings are compared.
-        most: images whose embeddings are compared, with their captions; of more, so many are drawn.
+        view: view of the images to compare.
+        most: maximum number of images whose embeddings are compared, with their captions. More are sampled.
         progress: called with (stage, done, total).
 
     Raises:
@@ -159,7 +159,7 @@ def diff_caches(
 
 
 class _Side:
-    """One of the two, with its tables."""
+    """One of the two caches, with its tables."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -171,7 +171,7 @@ class _Side:
         self.offsets = np.searchsorted(self.captions["image_row"].to_numpy(), edges, side="left").astype(np.int64)
 
     def rows_in(self, other: _Side) -> _Rows:
-        """Return for each row the other cache's row of the same sample_id, -1 where it has none."""
+        """Return, for each row, the other cache's row of the same sample_id; -1 if it has none."""
         rows = pc.index_in(self.samples["sample_id"], value_set=other.samples["sample_id"].combine_chunks())
         return np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), np.int64)
 
@@ -180,7 +180,7 @@ class _Side:
         return tuple(self.samples["sample_id"].take(pa.array(rows)).to_pylist())
 
     def caption_rows(self, rows: _Rows) -> tuple[_Rows, _Rows]:
-        """Return all captions of some images, and the place of each one's image among ``rows``."""
+        """Return all caption rows of some images, and the position in ``rows`` of each caption's image."""
         starts = self.offsets[rows]
         counts = self.offsets[rows + 1] - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -205,7 +205,7 @@ class _Pair:
 
     @cached_property
     def changes(self) -> dict[str, NDArray[np.bool_]]:
-        """For each image in both, whether content, split and captions are not the same."""
+        """Masks over the images in both caches: different content, split or captions."""
         return {
             "content": self._differ("content_sha256"),
             "split": self._differ("split"),
@@ -214,7 +214,7 @@ class _Pair:
 
     @property
     def changed(self) -> _Rows:
-        """Positions of the images that are not the same."""
+        """Positions of the images that differ."""
         return np.flatnonzero(np.any(list(self.changes.values()), axis=0))
 
     def named_changes(self) -> tuple[RowChange, ...]:
@@ -234,7 +234,7 @@ class _Pair:
 
     def _captions_differ(self) -> NDArray[np.bool_]:
         differ: NDArray[np.bool_] = np.diff(self.a.offsets)[self.rows_a] != np.diff(self.b.offsets)[self.rows_b]
-        alike = np.flatnonzero(~differ)  # as many captions in both
+        alike = np.flatnonzero(~differ)  # equal numbers of captions
         text_a, place = self.a.caption_rows(self.rows_a[alike])
         text_b, _ = self.b.caption_rows(self.rows_b[alike])
         texts_a, texts_b = (long_texts(side.captions["text"]) for side in (self.a, self.b))
@@ -248,7 +248,7 @@ def _unequal(a: pa.ChunkedArray, b: pa.ChunkedArray) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Compared:
-    """The comparison of the rows of both; without drift, the reason."""
+    """Comparison of the rows of both caches; without drift, the reason why."""
 
     images: Drift | None = None
     captions: Drift | None = None

@@ -1,7 +1,7 @@
 """A cache as plain files for other tools: the folders that clip-retrieval writes and autofaiss reads.
 
-``img_emb/img_emb_N.npy``, ``text_emb/text_emb_N.npy`` and ``metadata/metadata_N.parquet``, row by row of the same pair;
-numbers padded with zeros, so that the order of names is that of rows.
+``img_emb/img_emb_N.npy``, ``text_emb/text_emb_N.npy`` and ``metadata/metadata_N.parquet``: equal rows of the three are
+one pair. Numbers are padded with zeros, so that files sort by row.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def export_rows(
     rows_per_file: int = 1_000_000,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write the rows of a sealed cache as npy and parquet: float16 as they are stored, or made of int8.
+    """Write the rows of a sealed cache as npy and parquet. Embeddings are float16, as stored or dequantized from int8.
 
     Args:
-        out: a folder that is not there yet, or empty. Complete once it holds ``export.json``.
-        captions: the first of each image, or all of them, the image repeated for each.
-        view: of the images.
+        out: new or empty folder. The export is complete once ``export.json`` exists in it.
+        captions: the first of each image, or all, with the image repeated for each.
+        view: view of the images.
         progress: called with (``export``, rows done, rows in all).
 
     Raises:
-        UsageError: the folder holds something, is a URL, there is no such split or view, or images without a caption.
+        UsageError: the folder is not empty or is a URL, the cache has no such split or view, or images have no caption.
         CacheError: as ``EmbeddingReader`` raises it.
     """
     folder = _new_folder(out)
@@ -153,7 +153,7 @@ def _write_npy(
 ) -> None:
     def write(unfinished: Path) -> None:
         header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), reader.embed_dim)}
-        # not a memory map: on a full disk that ends the process by SIGBUS, and a write raises OSError
+        # not a memory map: on a full disk a write raises OSError, a memory map ends the process by SIGBUS
         with unfinished.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -165,7 +165,7 @@ def _write_npy(
 
 
 def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
-    """Return image_path and caption, as clip-retrieval names them, and the place of the pair in the cache."""
+    """Return image_path and caption, as clip-retrieval names them, and the rows of the pair in the cache."""
     samples = reader.table_rows(SAMPLES, image_rows)
     root = reader.manifest.source.image_root
     paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
@@ -192,7 +192,7 @@ def _put(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        error.filename = error.filename or str(path)  # ENOSPC carries no file name
         raise
     finally:
         unfinished.unlink(missing_ok=True)

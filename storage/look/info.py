@@ -1,7 +1,7 @@
-"""State of a cache, from its manifest, commit names and journal; embeddings are never read.
+"""State of a cache, from its manifest, commit names and journal. No embedding is read.
 
-Nor is more read of a large cache than of a small one: beyond :data:`NOTES_READ` notes and :data:`COMMITS_READ` records
-the cost is an estimate and the quarantined rows are not named, and both are said.
+Reads are bounded: beyond :data:`NOTES_READ` notes the cost is an estimate, and beyond :data:`COMMITS_READ` commit
+records the quarantined rows are not named. The result says so.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ __all__ = [
 ]
 
 NOTES_READ = 1000
-"""Notes of the journal, per tower, that are read at most; more are estimated from so many evenly spaced ones."""
+"""Maximum number of journal notes read per tower. If there are more, evenly spaced ones are read."""
 
 COMMITS_READ = 1000
-"""Commit records of images that are read for the reasons of quarantine, at most."""
+"""Maximum number of commit records of images read for the reasons of quarantine."""
 
 _ROWS_NAMED = 20
 
@@ -62,20 +62,20 @@ class Coverage(BaseModel, frozen=True):
 
 
 class ChunkState(NamedTuple):
-    """A chunk, and the state that its commit records."""
+    """State of a chunk, from its commit record."""
 
     ref: ChunkRef
     committed: bool
     quarantined: tuple[QuarantinedRow, ...] | None
-    """None where too many records would have to be read."""
+    """None if too many records would have to be read."""
 
 
 class CacheInfo(BaseModel, frozen=True):
-    """The answer of ``teacher-cache info``."""
+    """Result of ``teacher-cache info``."""
 
     location: str
     format_version: int
-    sealed: bool = Field(description="Complete, and its bytes fixed.")
+    sealed: bool = Field(description="True if the cache is complete and its bytes are fixed.")
     manifest_digest: str
     identity_digest: str
     identity: CacheIdentity
@@ -87,12 +87,12 @@ class CacheInfo(BaseModel, frozen=True):
     chunks_committed: int
     coverage: tuple[Coverage, ...] = Field(description="Views of the images in order, then captions.")
     images_encoded: int | None = Field(description="Images with an embedding in every view; None until sealed.")
-    images_quarantined: int | None = Field(description="Images without one in some view, each counted once.")
+    images_quarantined: int | None = Field(description="Images without an embedding in some view; None until sealed.")
     quarantine: dict[str, int] | None = Field(
-        description="Images without an embedding in some committed chunk, by reason; None where too many records "
-        "would have to be read."
+        description="Images without an embedding in some committed chunk, by reason; None if too many records would "
+        "have to be read."
     )
-    quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="The first of them.")
+    quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="First quarantined rows.")
     lost_images: int
     problems: dict[str, int] = Field(description="Problems met while the dataset was read, by kind.")
     target_bytes: int = Field(description="Bytes of all chunk objects when complete.")
@@ -102,13 +102,13 @@ class CacheInfo(BaseModel, frozen=True):
     images_per_second: float | None
     captions_per_second: float | None
     remaining_seconds: float | None = Field(
-        description="For the rows that are left, at these rates and by one process; None when a rate is not known."
+        description="Estimated seconds until complete, by one process at these rates; None if a rate is not known."
     )
     made_with: dict[str, str]
 
 
 def describe_cache(location: str) -> CacheInfo:
-    """Read what a cache says of itself.
+    """Return the state of a cache.
 
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
@@ -154,7 +154,7 @@ def describe_cache(location: str) -> CacheInfo:
 
 
 def encode_rates(files: CacheFiles) -> dict[Tower, float | None]:
-    """Return the rows per second that the teacher encoded, by tower, from the journal; None where nothing is noted."""
+    """Return the rows per second that the teacher encoded, by tower; None without journal notes."""
     return {tower: _tower_cost(files, tower).rows_per_second for tower in ARRAYS}
 
 
@@ -170,9 +170,9 @@ def count_committed(location: str) -> tuple[int, int]:
 
 
 def chunk_states(location: str) -> tuple[ChunkState, ...]:
-    """Return what is committed and quarantined, chunk by chunk: images view by view, then captions.
+    """Return the state of every chunk: images view by view, then captions.
 
-    Reads what :func:`describe_cache` reads of the commits, and no embedding.
+    Reads the same commit records as :func:`describe_cache`, and no embedding.
 
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
@@ -227,7 +227,7 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
         return read_cost(files, key.removeprefix(f"{JOURNAL}/").removesuffix(".json"))
 
     costs = [cost for cost in in_parallel(files, cost_of, read) if cost is not None]
-    # the teacher is what chunks share one after the other; wall clocks of neighbours overlap
+    # not wall clock: chunks overlap, but take turns at the teacher
     seconds = sum(cost.teacher_seconds + cost.decode_wait_seconds for cost in costs)
     rows = sum(cost.rows if cost.encoded_rows is None else cost.encoded_rows for cost in costs)
     return _Cost(
@@ -244,17 +244,17 @@ def _quarantined(
     by_chunk = _quarantined_by_chunk(files, manifest, committed)
     if by_chunk is None:
         return None
-    found: dict[int, QuarantinedRow] = {}
+    by_row: dict[int, QuarantinedRow] = {}
     for rows in by_chunk.values():
         for row in rows:
-            found.setdefault(row.row, row)
-    return dict(sorted(found.items()))
+            by_row.setdefault(row.row, row)
+    return dict(sorted(by_row.items()))
 
 
 def _quarantined_by_chunk(
     files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
 ) -> dict[ChunkRef, tuple[QuarantinedRow, ...]] | None:
-    """Of the committed chunks of images, view by view; None where too many records would have to be read."""
+    """Return the quarantined rows of committed image chunks; None if too many records would have to be read."""
     images = [ref for ref in committed if ref.tower == "image"]
     # a sealed cache without quarantined rows says so in its manifest
     if manifest.seal is not None and not manifest.seal.images_quarantined:
@@ -275,8 +275,8 @@ def _quarantined_by_chunk(
 def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:
     total = 0.0
     for part in coverage:
-        left, rate = part.rows - part.rows_committed, rates[part.tower]
-        if left and rate is None:
+        pending, rate = part.rows - part.rows_committed, rates[part.tower]
+        if pending and rate is None:
             return None
-        total += left / rate if rate else 0.0
+        total += pending / rate if rate else 0.0
     return total

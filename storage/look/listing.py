@@ -1,4 +1,4 @@
-"""The caches under a path or URL: of what, how far and how large, from manifests and names alone."""
+"""List of the caches below a path or URL: contents, progress and size, from manifests and file names alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CacheListing", "ListedCache", "list_caches"]
 
 
 class ListedCache(BaseModel, frozen=True):
-    """One line of ``teacher-cache ls``; what cannot be known of a damaged cache is None."""
+    """One line of ``teacher-cache ls``; unknown fields of a damaged cache are None."""
 
     location: str
     teacher: str | None = None
@@ -30,30 +30,30 @@ class ListedCache(BaseModel, frozen=True):
     views: int | None = None
     sealed: bool | None = None
     chunks: int | None = None
-    chunks_committed: int | None = Field(None, description="All of a sealed cache, whose commits are not listed.")
+    chunks_committed: int | None = Field(None, description="Committed chunks; all for a sealed cache, unchecked.")
     committed_bytes: int | None = Field(None, description="Bytes of the chunk objects that are committed.")
     modified: datetime | None = Field(None, description="Time at which the manifest was planned, or sealed.")
     problem: str | None = Field(None, description="Reason why the manifest cannot be used.")
 
 
 class CacheListing(BaseModel, frozen=True):
-    """The answer of ``teacher-cache ls``."""
+    """Result of ``teacher-cache ls``."""
 
     location: str
     caches: tuple[ListedCache, ...]
-    folders: int = Field(description="Folders looked into, the caches not counted.")
-    not_entered: int = Field(description="Folders at the greatest depth, which may hold more.")
+    folders: int = Field(description="Number of folders searched, without the caches.")
+    not_entered: int = Field(description="Number of folders beyond the depth, which may hold more caches.")
 
 
 def list_caches(location: str, depth: int = 4) -> CacheListing:
-    """Find caches at and below a location, and read what each says of itself; never an embedding.
+    """Find the caches at and below a location. No embedding is read.
 
-    A folder with a ``manifest.json`` of ours is a cache, and is not entered. One manifest per cache is read, and the
-    names of the commits of those that are not complete. A folder that several links lead to is looked into once, and
-    one below the location that may not be entered counts as empty.
+    A folder with our ``manifest.json`` is a cache, and is not searched further. Reads one manifest per cache and, if
+    the cache is unfinished, the names of its commits. A folder behind several links is searched once. A folder without
+    read permission counts as empty.
 
     Args:
-        depth: levels of folders below the location that are looked into.
+        depth: levels of folders below the location to search.
 
     Raises:
         CacheNotFoundError: a local path that does not exist.
@@ -132,7 +132,7 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
 
 
 def _may_enter(files: CacheFiles, key: str) -> bool:
-    """Return whether a file that may not be read exists."""
+    """Return whether the folder of an unreadable file may be entered."""
     try:
         files.stat(key)
     except OSError:

@@ -1,7 +1,7 @@
 """Nearest rows by inner product, exact and in bounded memory, with numpy alone; for looking at a cache.
 
-Blocks of float32 scores propose; whatever lies within float32's rounding error of a tie is decided by float64 scores
-and then by the lower row.
+Float32 scores select candidates, block by block. Candidates within float32's rounding error are ranked by float64
+scores, then by row number.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def paired_scores(left: _Floats, right: _Floats) -> NDArray[np.float64]:
     Args:
         left, right: (p, dim) each.
     """
-    # einsum adds in one order, where BLAS adds in others at the edges of its blocks
+    # einsum adds in one order; BLAS uses another order at the edges of its blocks
     return np.asarray(np.einsum("pd,pd->p", left.astype(np.float64), right.astype(np.float64)))
 
 
 def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -> NDArray[np.float64]:
-    """:func:`paired_scores` of some queries and rows, in blocks.
+    """Return :func:`paired_scores` of selected queries and rows, computed in blocks.
 
     Args:
         queries, gallery: (n, dim) and (m, dim).
-        query, row: (p,) and (p,): which of either.
+        query, row: (p,) indices into ``queries`` and into ``gallery``.
     """
     out = np.empty(len(query))
     step = max(1, _BLOCK_BYTES // (16 * queries.shape[1]))
@@ -67,7 +67,7 @@ def exact_scores(queries: _Floats, gallery: _Floats, query: _Rows, row: _Rows) -
 def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -> tuple[_Rows, NDArray[np.float64]]:
     """Find the k nearest rows of a gallery that comes in blocks: best first, equal scores by row number.
 
-    Holds at most max(8 k, 4,096) rows per query and a block, however many are tied.
+    Holds at most max(8 k, 4,096) rows per query and one block, even with many ties.
 
     Args:
         queries: (n, dim).
@@ -78,7 +78,7 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
         (n, min(k, all rows)) row numbers, and their scores in float64.
     """
     rows = [np.empty(0, np.int64) for _ in queries]
-    kept = [np.empty((0, queries.shape[1]), np.float32) for _ in queries]
+    vectors = [np.empty((0, queries.shape[1]), np.float32) for _ in queries]
     rough = [np.empty(0, np.float32) for _ in queries]
     total, longest = 0, 0.0
     for numbers, block in blocks:
@@ -91,22 +91,22 @@ def nearest(queries: _Floats, blocks: Iterable[tuple[_Rows, _Floats]], k: int) -
             least = np.partition(all_scores, -k)[-k] if len(all_scores) > k else -np.inf
             held, new = rough[at] >= least - margin[at], row_scores >= least - margin[at]
             rows[at] = np.concatenate([rows[at][held], numbers[new]])
-            kept[at] = np.concatenate([kept[at][held], block[new]])
+            vectors[at] = np.concatenate([vectors[at][held], block[new]])
             rough[at] = np.concatenate([rough[at][held], row_scores[new]])
-            if len(rows[at]) > max(8 * k, _KEPT_ROWS):  # near-ties, of a collapsed teacher say
-                order, _ = _best(queries, at, rows[at], kept[at], k)
-                rows[at], kept[at], rough[at] = rows[at][order], kept[at][order], rough[at][order]
-    found = np.empty((len(queries), min(k, total)), np.int64)
-    best = np.empty(found.shape)
+            if len(rows[at]) > max(8 * k, _KEPT_ROWS):  # many near-ties, as from a collapsed teacher
+                order, _ = _best(queries, at, rows[at], vectors[at], k)
+                rows[at], vectors[at], rough[at] = rows[at][order], vectors[at][order], rough[at][order]
+    best_rows = np.empty((len(queries), min(k, total)), np.int64)
+    best_scores = np.empty(best_rows.shape)
     for at in range(len(queries)):
-        order, best[at] = _best(queries, at, rows[at], kept[at], k)
-        found[at] = rows[at][order]
-    return found, best
+        order, best_scores[at] = _best(queries, at, rows[at], vectors[at], k)
+        best_rows[at] = rows[at][order]
+    return best_rows, best_scores
 
 
-def _best(queries: _Floats, at: int, rows: _Rows, kept: _Floats, k: int) -> tuple[_Rows, NDArray[np.float64]]:
-    """Return places of the best k of one query's rows, by float64 score and then row, and their scores."""
-    exact = exact_scores(queries, kept, np.full(len(rows), at), np.arange(len(rows)))
+def _best(queries: _Floats, at: int, rows: _Rows, vectors: _Floats, k: int) -> tuple[_Rows, NDArray[np.float64]]:
+    """Return the positions of the best k rows of one query, by float64 score and then row, and their scores."""
+    exact = exact_scores(queries, vectors, np.full(len(rows), at), np.arange(len(rows)))
     order = np.lexsort((rows, -exact))[:k]
     return order, exact[order]
 
@@ -116,28 +116,28 @@ def near_pairs(rows: _Floats, least: float, most: int) -> tuple[int, _Rows, _Row
 
     Args:
         rows: (n, dim) of unit norm.
-        most: pairs that are returned; the nearest ones.
+        most: maximum number of pairs returned, the nearest ones.
 
     Returns:
-        How many pairs there are; (n,) the number of near rows of each row; (p, 2) the returned pairs, nearest first;
-        (p,) their cosines.
+        Number of all pairs; (n,) number of near rows of each row; (p, 2) returned pairs, nearest first; (p,) their
+        cosines.
     """
     partners = np.zeros(len(rows), np.int64)
-    found = np.empty((0, 2), np.int64)
+    nearest_pairs = np.empty((0, 2), np.int64)
     cosines = np.empty(0)
     pairs = 0
     step = max(1, _BLOCK_BYTES // (4 * max(len(rows), 1)))
     for start in range(0, len(rows), step):
         stop = min(start + step, len(rows))
         scores = rows[start:stop] @ rows[start:].T
-        left, right = np.nonzero(scores >= least)
-        keep = right > left
-        left, right = left[keep] + start, right[keep] + start
-        pairs += len(left)
-        np.add.at(partners, left, 1)
-        np.add.at(partners, right, 1)
-        found = np.concatenate([found, np.stack([left, right], axis=1)])
-        cosines = np.concatenate([cosines, np.minimum(scores[left - start, right - start], 1.0)])
-        order = np.lexsort((found[:, 1], found[:, 0], -cosines))[:most]
-        found, cosines = found[order], cosines[order]
-    return pairs, partners, found, cosines
+        first, second = np.nonzero(scores >= least)
+        keep = second > first
+        first, second = first[keep] + start, second[keep] + start
+        pairs += len(first)
+        np.add.at(partners, first, 1)
+        np.add.at(partners, second, 1)
+        nearest_pairs = np.concatenate([nearest_pairs, np.stack([first, second], axis=1)])
+        cosines = np.concatenate([cosines, np.minimum(scores[first - start, second - start], 1.0)])
+        order = np.lexsort((nearest_pairs[:, 1], nearest_pairs[:, 0], -cosines))[:most]
+        nearest_pairs, cosines = nearest_pairs[order], cosines[order]
+    return pairs, partners, nearest_pairs, cosines

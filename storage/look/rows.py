@@ -42,28 +42,28 @@ class ImageRow(BaseModel, frozen=True):
     uri: str
     split: str
     cosine: float | None = Field(None, description="Cosine with the row it is shown beside.")
-    norm: float | None = Field(None, description="Norm of the teacher's output; of the image that was asked for.")
-    captions: tuple[CaptionRow, ...] = Field((), description="Its own captions; of the image that was asked for.")
+    norm: float | None = Field(None, description="Norm of the teacher's output; None for neighbours.")
+    captions: tuple[CaptionRow, ...] = Field((), description="Its own captions; empty for neighbours.")
     nearest_captions: tuple[CaptionRow, ...] = Field((), description="Nearest captions, its own among them.")
 
 
 class RowSample(BaseModel, frozen=True):
-    """The answer of ``teacher-cache look``."""
+    """Result of ``teacher-cache look`` for random images."""
 
     location: str
     split: str | None
     seed: int
-    captions_compared: int = Field(description="Fewer than there are: of random chunks.")
+    captions_compared: int = Field(description="Captions compared: all, or those of random chunks.")
     images: tuple[ImageRow, ...]
 
 
 class Neighbours(BaseModel, frozen=True):
-    """The answer of ``teacher-cache look``. What was asked for is not among them."""
+    """Result of ``teacher-cache look`` for one row, which is not among its neighbours."""
 
     location: str
     view: int
-    image: ImageRow | None = Field(description="Row that was asked for.")
-    caption: CaptionRow | None = Field(description="Row that was asked for.")
+    image: ImageRow | None = Field(description="Image whose neighbours these are, or None.")
+    caption: CaptionRow | None = Field(description="Caption whose neighbours these are, or None.")
     images_compared: int
     captions_compared: int
     images: tuple[ImageRow, ...]
@@ -82,9 +82,9 @@ def sample_images(
     """Show random images of a sealed cache, each with its captions and those nearest to it.
 
     Args:
-        count: images; fewer where there are fewer.
-        captions: nearest ones.
-        most: captions to compare with, above which whole chunks of them are drawn.
+        count: maximum number of images.
+        captions: number of nearest captions of each image.
+        most: maximum number of captions to compare with; of more, random chunks are used.
         progress: called with (stage, done, total).
 
     Raises:
@@ -123,14 +123,14 @@ def find_neighbours(
     """Find the images and captions nearest to one row by cosine, best first.
 
     Args:
-        image: a row number, or a sample_id; ``id:`` before one that is a number. Or else:
-        text_row: a row of the captions.
-        view: of all images.
-        most: rows of each tower to compare with, above which whole chunks are drawn.
+        image: row number or sample_id; write ``id:`` before a sample_id that is a number.
+        text_row: row of a caption, instead of an image.
+        view: view of all images.
+        most: maximum number of rows of each tower to compare with; of more, random chunks are used.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: no such row, sample_id or view, neither or both asked for, or a row that was quarantined.
+        UsageError: no such row, sample_id or view; image and text_row are both set, or neither; a quarantined row.
         CacheError: as ``EmbeddingReader`` raises it.
     """
     if (image is None) == (text_row is None):
@@ -153,7 +153,7 @@ def find_neighbours(
     near: dict[Tower, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
     compared: dict[Tower, int] = {}
     for other in ("image", "text"):
-        # one more than asked for: the row itself is among them
+        # one more than k: the row itself is among the results
         others = _Compared(reader, other, most, seed, view, progress)
         ((rows, cosines),) = others.nearest(query, k + (other == tower))
         compared[other] = others.count
@@ -188,10 +188,10 @@ def _require_row(reader: EmbeddingReader, tower: Tower, row: int) -> None:
 
 @dataclass
 class _Compared:
-    """The rows that queries are compared with: those drawn, and ``always``.
+    """The rows that queries are compared with: rows of drawn chunks, and ``always``.
 
     Attributes:
-        count: number of them; known once they were read.
+        count: number of rows compared so far.
     """
 
     reader: EmbeddingReader
@@ -204,7 +204,7 @@ class _Compared:
     count: int = 0
 
     def nearest(self, queries: _Floats, k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Return rows and cosines of the k nearest of each query."""
+        """Return rows and cosines of the k nearest rows of each query."""
         rows, cosines = nearest(queries, self._blocks(), k)
         return list(zip(rows, cosines, strict=True))
 

@@ -1,4 +1,4 @@
-"""Rows drawn from a cache to look at: all of a small one, and of a large one some of some chunks."""
+"""Samples of a cache's rows: all rows of a small cache, rows of random chunks of a large one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["draw_rows", "require_view", "row_blocks", "stored_rows"]
 
-_CHUNKS_DRAWN = 64  # a chunk is read whole: rows of all chunks would cost all of them
+_CHUNKS_DRAWN = 64  # chunks are read whole: rows from all chunks would mean reading the whole cache
 
 
 def require_view(reader: EmbeddingReader, view: int) -> None:
     """Check that a cache has a view of its images.
 
     Raises:
-        UsageError: it has not.
+        UsageError: the cache has no such view.
     """
     if not 0 <= view < reader.views:
         raise UsageError(f"{reader.location}: no view {view}; views 0 to {reader.views - 1} can be read")
@@ -34,7 +34,7 @@ def draw_rows(rows: NDArray[np.int64], chunk_rows: int, most: int, seed: int) ->
     Args:
         rows: ascending.
         chunk_rows: rows per chunk.
-        seed: of the chunks and of the rows within them.
+        seed: seed of the draw of chunks and of rows within them.
     """
     if len(rows) <= most:
         return rows
@@ -60,9 +60,10 @@ def stored_rows(
     array: str = "embedding",
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[Any]:
-    """Read rows of one array as they are stored, the quarantined ones NaN; ``rows`` ascending.
+    """Read rows of one array; quarantined rows are NaN.
 
     Args:
+        rows: ascending.
         progress: called with (chunks read, chunks in all).
 
     Raises:
@@ -93,7 +94,7 @@ def row_blocks(
     """Yield row numbers and embeddings chunk by chunk, without the quarantined ones.
 
     Args:
-        most: rows in all, above which whole chunks are drawn at random; None reads every chunk.
+        most: maximum number of rows; if there are more, random chunks are read. None reads every chunk.
         progress: called with (chunks read, chunks in all).
     """
     layout = reader.manifest.layout

@@ -1,6 +1,6 @@
 """Statistics of a cache's embeddings: norms, cosines, duplicates, rank.
 
-Above a stated number of rows a part of them is drawn, and the result says so.
+Above a maximum number of rows a sample is drawn, and the result says so.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Rows = NDArray[np.int64]
 
 
 class Distribution(BaseModel, frozen=True):
-    """Numbers, summed up."""
+    """Summary of numbers."""
 
     count: int
     mean: float
@@ -55,7 +55,7 @@ class Distribution(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, values: NDArray[np.floating]) -> Distribution | None:
-        """Return the distribution of finite numbers; None of none."""
+        """Return the distribution of finite numbers; None if there are none."""
         if not len(values):
             return None
         wide = values.astype(np.float64)
@@ -71,7 +71,7 @@ class Distribution(BaseModel, frozen=True):
 
 
 class TowerStats(BaseModel, frozen=True):
-    """The rows of one tower that were read."""
+    """Statistics of the rows read from one tower."""
 
     rows: int = Field(description="Rows in the cache, or in the split.")
     rows_read: int
@@ -79,7 +79,7 @@ class TowerStats(BaseModel, frozen=True):
     zero: int = Field(description="Rows read that are zero. A writer refuses them.")
     norm: Distribution | None = Field(description="Norm of the teacher's output before it was normalised.")
     cosine: Distribution | None = Field(description="Cosine of random pairs of rows of this tower.")
-    equal_rows: int = Field(description="Rows whose embedding another row has too, bit for bit.")
+    equal_rows: int = Field(description="Rows with the same embedding as another row, bit for bit.")
     dead_dimensions: tuple[int, ...] = Field(
         description="Dimensions whose standard deviation is below 1 % of the median dimension's."
     )
@@ -94,32 +94,30 @@ class NearPair(BaseModel, frozen=True):
     rows: tuple[int, int]
     sample_ids: tuple[str, str]
     cosine: float
-    same_bytes: bool = Field(description="Their files are equal.")
+    same_bytes: bool = Field(description="True if their files are equal.")
 
 
 class CacheStats(BaseModel, frozen=True):
-    """The answer of ``teacher-cache stats``."""
+    """Result of ``teacher-cache stats``."""
 
     location: str
     manifest_digest: str
     split: str | None
     view: int
     seed: int
-    sampled: bool = Field(
-        description="Not all rows were read: rows of random chunks, and the captions of those images."
-    )
+    sampled: bool = Field(description="True if only a sample was read: images of random chunks, with their captions.")
     image: TowerStats
     text: TowerStats
     without_caption: int = Field(
-        description="Images of those read that no caption is of. Where there are any, the captions are prompts of "
-        "classes, and nothing is said of pairs."
+        description="Images read that have no caption. If there are any, the captions are prompts of classes, and "
+        "the statistics of pairs are None."
     )
     true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
     random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")
     separation: float | None = Field(
         description="Probability that a true pair has a greater cosine than a random one (area under the ROC curve)."
     )
-    near_cosine: float = Field(description="Cosine from which on two images count as near-duplicates.")
+    near_cosine: float = Field(description="Minimum cosine of near-duplicates.")
     near_images: int = Field(description="Images with a near-duplicate among those read.")
     near_pairs: int
     nearest_pairs: tuple[NearPair, ...] = Field(description="Nearest of these pairs.")
@@ -161,7 +159,7 @@ class DrawnRows:
     """Rows of a cache as they are stored, quarantined ones included: all images of a small one, else some.
 
     Attributes:
-        every: (n,) rows of all images that were drawn from, ascending.
+        every: (n,) rows of all images to draw from, ascending.
         image_rows: (images,) rows that were drawn, ascending.
         caption_rows: (captions,) rows of all their captions.
         text_image: (captions,) position of each caption's image in ``image_rows``.
@@ -183,7 +181,7 @@ class DrawnRows:
 
     @property
     def without_caption(self) -> int:
-        """Number of images drawn that no caption is of."""
+        """Number of drawn images without a caption."""
         return int((np.diff(self.reader.caption_offsets)[self.image_rows] == 0).sum())
 
     @cached_property
@@ -208,12 +206,12 @@ def read_drawn(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DrawnRows:
-    """Read embeddings of a sealed cache: images, with all their captions.
+    """Read images of a sealed cache, with all their captions.
 
     Args:
         split: split to read. Default: all.
         view: view of the images.
-        most: number of images to read; of more, that many are drawn.
+        most: maximum number of images to read. More are sampled.
         seed: seed of the draw.
         progress: called with (stage, done, total).
 
@@ -257,10 +255,10 @@ def cache_stats(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CacheStats:
-    """Read embeddings of a sealed cache and sum them up.
+    """Read embeddings of a sealed cache and summarize them.
 
     Args:
-        near: cosine from which on two images are near-duplicates.
+        near: minimum cosine of near-duplicates.
         split, view, most, seed, progress: as :func:`read_drawn` takes them.
 
     Raises:
@@ -271,10 +269,10 @@ def cache_stats(
 
 
 def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = None) -> CacheStats:
-    """Sum up rows that were read.
+    """Summarize rows that were read.
 
     Args:
-        near: cosine from which on two images are near-duplicates.
+        near: minimum cosine of near-duplicates.
         progress: called with (stage, done, total).
     """
     reader, rows = drawn.reader, drawn.usable
@@ -307,12 +305,12 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
 
 
 def effective_rank(rows: NDArray[np.floating]) -> float | None:
-    """exp of the entropy of the singular values over their sum; None without rows.
+    """Return exp of the entropy of the singular values over their sum; None without rows.
 
     Roy & Vetterli, The effective rank, EUSIPCO 2007. Between 1 (all rows on a line) and the width.
 
     Args:
-        rows: (n, dim), taken as they are, not centred.
+        rows: (n, dim), not centred.
     """
     if not len(rows):
         return None
@@ -346,7 +344,7 @@ def _cosines(images: _Floats, texts: _Floats, place: NDArray[np.int64]) -> _Floa
 
 
 def _pair_cosines(drawn: DrawnRows, random: np.random.Generator) -> tuple[_Floats, _Floats]:
-    """Cosines of each caption with its own image, and with a random other one; none where images have no captions."""
+    """Return cosines of captions with their own image and with a random other one; none if an image has no caption."""
     rows, none = drawn.usable, np.empty(0, np.float32)
     images, place = rows.images, rows.text_image
     if not len(rows.texts) or drawn.without_caption:
@@ -385,7 +383,7 @@ def _tower(stored: NDArray[np.floating], norm: _Floats, total: int, random: np.r
 
 
 def _separation(true: _Floats, random: _Floats) -> float | None:
-    """Mann and Whitney's U over the number of pairs: ties count half."""
+    """Return Mann and Whitney's U over the number of pairs; ties count half."""
     if not len(true) or not len(random):
         return None
     order = np.sort(random)

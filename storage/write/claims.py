@@ -1,12 +1,12 @@
-"""Claims: which process works on which chunk, so that several processes share the work on one cache.
+"""Claims of processes on chunks, so that several processes share the work on one cache.
 
-A claim is an object that only one process can create. It saves work and guards nothing: two processes that encode the
-same chunk write the same bytes if they are alike (libraries, threads, device), so a lost claim costs time only. If they
-are not alike, objects of one may lie beside the record of the other: a chunk that was ``contested`` is checked again.
+A claim is an object that only one process can create. It saves work, but is not needed for correct rows: two processes
+with the same libraries, threads and device write the same bytes for a chunk. If these differ, objects of one process
+may lie beside the commit record of the other, so a ``contested`` chunk is checked again.
 
-A process shows that it is alive by a beat, an object that it changes every few seconds. A claim is stale when its
-process has ended, if this machine can tell, or when its beat has not changed for a while by the clock of the process
-that looks. No two clocks are compared. The claim of the next attempt then takes over.
+A process shows that it is alive by a heartbeat, an object that it changes every few seconds. A claim is stale when its
+process has ended, if this machine can tell, or when its heartbeat has not changed for a while by the observer's clock.
+No two clocks are compared. The claim of the next attempt then takes over.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that misses this many is given up
 _LIST_SECONDS = 5.0
-_FEW_CHUNKS = 16  # a listing is a request per 1,000 commits of the whole cache: not for these
+_FEW_CHUNKS = 16  # up to this number, no listing: it is a request per 1,000 commits of the whole cache
 _GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
 
 
 def claim_name(ref: ChunkRef) -> str:
-    """Return the name by which a chunk is claimed: that of its rows, so the views of the same images share it."""
+    """Return the name for claims on a chunk: it names its rows, so the views of the same images share it."""
     return f"{ref.tower}/{ref.chunk:06d}"
 
 
@@ -51,9 +51,9 @@ class _Claim(BaseModel):
 
 
 class Claims:
-    """The claims of one process on one cache, as a context manager: leaving it gives all of them back.
+    """The claims of one process on one cache; a context manager that releases all of them on exit.
 
-    Not for several threads at once. Names are those of :func:`claim_name` or any other word.
+    Not thread-safe. Names are those of :func:`claim_name`, or any other word.
     """
 
     def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:
@@ -61,7 +61,7 @@ class Claims:
         self._claim = _Claim(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
         self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
         self._held: list[str] = []
-        self._in_doubt: str | None = None  # being created: an interrupt may come before it is known to be ours
+        self._in_doubt: str | None = None  # key being created: an interrupt may come before the answer
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._alone = False
         self._over = threading.Event()
@@ -77,7 +77,7 @@ class Claims:
         if self._beating.ident is not None:
             self._beating.join()
         if isinstance(error, CacheUnreachableError):
-            return  # the store was just given up; claims of an ended process are taken over
+            return  # the store does not answer; others take over claims of an ended process
         if self._in_doubt is not None and self._is_mine(self._in_doubt):
             self._held.append(self._in_doubt)
         for _ in in_parallel(self._files, self._files.delete, self._held):
@@ -86,7 +86,7 @@ class Claims:
             self._files.delete(self._beat_key)
 
     def take(self, name: str, takeovers: int | None = None) -> bool:
-        """Claim a name and return whether that succeeded; the caller then looks whether the work is done.
+        """Claim a name, and return whether that succeeded. The caller then checks whether the work is done already.
 
         Args:
             takeovers: number of earlier holders that may have ended without finishing. Default: any.
@@ -103,10 +103,9 @@ class Claims:
             attempt += 1
 
     def contested(self, name: str) -> bool:
-        """Return whether another process may be at work on a name that this one holds.
+        """Return whether another process may work on a name that this one holds.
 
-        That is so if the store has no exclusive creation, or if the name was taken over from a process that may still
-        be alive.
+        True if the store has no exclusive creation, or if the name was taken over from a process that may be alive.
         """
         return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
 
@@ -115,11 +114,11 @@ class Claims:
     ) -> Iterator[list[ChunkRef]]:
         """Yield the chunks that this process is to encode, by stretch of rows, each claimed just before.
 
-        Chunks that are done, or of another process, are passed over; call again for those. A listing of all commits
-        says now and then which may be done. A short sequence is not listed: each chunk is looked at once claimed.
+        Skips chunks that are done or claimed by another process; call again for those. Lists all commits now and then
+        to find chunks that may be done. For a short sequence it does not: each chunk is checked once claimed.
 
         Args:
-            takeovers: as for :meth:`take`; 0 leaves the stretches of processes that ended.
+            takeovers: as for :meth:`take`; 0 skips the stretches of processes that ended.
         """
         few = isinstance(stretches, Sequence) and len(stretches) <= _FEW_CHUNKS
         listed, committed = -float("inf"), set[str]()
@@ -133,7 +132,7 @@ class Claims:
             pending = [ref for ref in stretch if not (ref.commit_key in committed and done(ref))]
             if not pending or not self.take(claim_name(pending[0]), takeovers):
                 continue
-            # looked at once more after the claim: its last holder gave it back because the chunks were done
+            # checked again after the claim: its last holder may have released it because the chunks are done
             if pending := [ref for ref in pending if not done(ref)]:
                 yield pending
 
@@ -145,7 +144,7 @@ class Claims:
         try:
             created = self._files.create(key, self._bytes())
         except UsageError:
-            # a store without exclusive creation: everybody works for himself
+            # no exclusive creation in this store: every process takes all chunks
             self._alone, self._in_doubt = True, None
             return True
         if created:
@@ -159,14 +158,14 @@ class Claims:
     def _is_mine(self, key: str) -> bool:
         try:
             return key not in self._held and self._files.read(key) == self._bytes()
-        except OSError:  # not there, or it cannot be asked: the claim of an ended process is taken over
+        except OSError:  # missing or unreadable: others take over the claim of an ended process
             return False
 
     def _stale(self, key: str) -> bool:
         try:
             data = self._files.read(key)
         except FileNotFoundError:
-            return False  # given back just now; the name can be claimed at the next try
+            return False  # just released; the next try can claim the name
         try:
             claim = _Claim.model_validate_json(data)
         except ValidationError:
@@ -194,18 +193,18 @@ class Claims:
             number += 1
             try:
                 self._write_beat(number)
-            except Exception:  # a store in trouble stops the work itself, with a better message
+            except Exception:  # if the store fails, the work itself stops with a better message
                 continue
 
 
 def clear_claims(files: CacheFiles) -> None:
-    """Remove all claims of a complete cache, also those of killed processes."""
+    """Remove all claims of a complete cache, including claims of killed processes."""
     for _ in in_parallel(files, files.delete, files.list(CLAIMS)):
         pass
 
 
 def claimed_by(files: CacheFiles, process: ProcessName, refs: Iterable[ChunkRef]) -> list[ChunkRef]:
-    """Return those of some chunks that a process has claimed; of one that ended, what it was working on."""
+    """Return the chunks that a process has claimed; if it has ended, the chunks that it was working on."""
     keys: dict[str, list[str]] = {}
     for key in files.list(CLAIMS):
         keys.setdefault(key.removeprefix(f"{CLAIMS}/").partition(".")[0], []).append(key)
@@ -225,7 +224,7 @@ def _holder(files: CacheFiles, key: str) -> ProcessName | None:
 
 def left_claims(files: CacheFiles) -> list[str]:
     """Return the keys of claims and beats whose process has ended, or has been silent for a day."""
-    left, ended, living = [], set[str](), set[str]()
+    stale, ended, living = [], set[str](), set[str]()
     keys = files.list(CLAIMS)
     beats = [key for key in keys if key.startswith(f"{CLAIMS}/alive/")]
     for key in sorted(set(keys) - set(beats)):
@@ -235,21 +234,21 @@ def left_claims(files: CacheFiles) -> list[str]:
             continue
         except ValidationError:
             if _old(files, key):
-                left.append(key)
+                stale.append(key)
             continue
         beat = f"{CLAIMS}/alive/{claim.owner}.json"
         alive = claim.process.alive()
         if alive is False or (alive is None and _old(files, beat if beat in beats else key)):
-            left.append(key)
+            stale.append(key)
             ended.add(claim.owner)
         else:
             living.add(claim.owner)
     for beat in beats:
         owner = beat.removeprefix(f"{CLAIMS}/alive/").removesuffix(".json")
-        # one without any claim may be of a process that is about to make its first
+        # a heartbeat without a claim may belong to a process that is about to make its first claim
         if owner not in living and (owner in ended or _old(files, beat)):
-            left.append(beat)
-    return left
+            stale.append(beat)
+    return stale
 
 
 def _old(files: CacheFiles, key: str) -> bool:

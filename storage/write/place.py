@@ -23,11 +23,11 @@ _NAMED = 3
 def require_place(files: CacheFiles) -> None:
     """Check that a cache can be created here: the folder is empty or already holds this cache, and is writable.
 
-    In a folder of photographs, or of caches, all of them would be unknown files of the cache. In an object store only
-    the folders are checked, not whether it is writable.
+    Other files in it (photographs, other caches) would count as unknown files of the cache. In an object store, only
+    the names of folders are checked.
 
     Raises:
-        UsageError: the folder holds something else, which the message names.
+        UsageError: the folder holds other files; the message names some.
         CacheAccessError: this user may not write in the folder.
     """
     if files.exists(MANIFEST_KEY) or files.exists(BACKUP_KEY):

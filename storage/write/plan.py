@@ -45,18 +45,18 @@ def plan_cache(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    """Start a cache, or take up the one that is already there if it is the same.
+    """Start a cache, or continue an existing one with the same identity and layout.
 
-    A second call with the same arguments changes nothing. A cache with more views than ``identity`` names is taken as
-    it is. Several processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache
+    A second call with the same arguments changes nothing. An existing cache may have more views than ``identity``
+    names. Several processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache
     without manifest, which the next call plans again.
 
     Args:
         tables: samples, captions and problems (``teacher_cache.storage.format.tables``).
-        made_with: versions of the libraries. Those of the first call stay.
+        made_with: versions of the libraries; only the first call stores them.
 
     Raises:
-        CacheMismatchError: another cache is there. The message names each field that differs.
+        CacheMismatchError: another cache exists here. The message names each field that differs.
     """
     files = open_files(location)
     files.remove_partials()
@@ -75,7 +75,7 @@ def _is_planned(files: CacheFiles) -> bool:
 
 
 def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables: dict[str, pa.Table]) -> CacheManifest:
-    """Return the manifest of the cache at this location, after a check that it is the cache of the arguments."""
+    """Check that the existing cache matches the arguments, and return its manifest."""
     manifest = read_manifest(files)
     require_same_plan(manifest, identity, layout, files.location)
     for key, recorded in manifest.files.items():
@@ -115,7 +115,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
-    """Return bytes and rows (of parquet files) of every file that is written when a cache is planned, by key."""
+    """Return bytes and rows (of parquet files) of each file of a planned cache, by key."""
     contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
     for name in (SAMPLES, CAPTIONS, PROBLEMS):
         contents.update(table_files(name, tables[name]))

@@ -100,7 +100,7 @@ class EmbeddingWriter:
         return self.files.exists(ref.commit_key)
 
     def is_sound(self, ref: ChunkRef) -> bool:
-        """Return whether the chunk is committed, of the tables' rows, and every byte has the committed checksum."""
+        """Return whether the chunk is committed for the tables' rows, and its bytes have the committed checksums."""
         layout = self.manifest.layout
         try:
             commit = read_commit(self.files, self.manifest, ref)
@@ -122,14 +122,14 @@ class EmbeddingWriter:
     ) -> ChunkCommit:
         """Write one whole chunk, its commit record last.
 
-        A crash in between leaves at most objects without commit, which the next write of the chunk replaces.
+        A crash leaves at most objects without a commit record, which the next write of the chunk replaces.
 
         Args:
             arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
                 ``view`` (rows, 5) float32: crop box in source pixels and flip. Rows of the chunk in order. An int8
                 cache quantizes the embeddings here, or takes those of another cache bit for bit: ``embedding``
                 (rows, dim) int8 with ``scale`` (1, dim) float32.
-            quarantined: rows without embedding, which must be NaN; all others must not be.
+            quarantined: rows without embedding. They must be NaN, and no other row may be.
             cost: cost to write to the journal.
 
         Raises:
@@ -191,22 +191,21 @@ class EmbeddingWriter:
             raise ValueError(f"{ref.name}/{name}: {what}. Does the teacher overflow in this precision?")
 
     def seal(self) -> CacheManifest:
-        """Fix the finished cache: the manifest then vouches for every commit. Sealing again changes nothing.
+        """Seal the finished cache: add the digest of all commit records to the manifest. Again it changes nothing.
 
         Raises:
-            CacheIncompleteError: chunks without commit record.
+            CacheIncompleteError: chunks without a commit record.
         """
         sealed = self._sealed()
         if sealed != self.manifest:
             write_manifest(self.files, sealed)
             self.manifest = sealed
-        # also those of killed processes
         clear_claims(self.files)
         self.files.remove_partials()
         return self.manifest
 
     def _sealed(self) -> CacheManifest:
-        """Return the manifest with the seal over the commits as they are now, which are kept."""
+        """Return the manifest with a seal over the current commit records. Keeps the records in ``commits``."""
         layout, records = self.manifest.layout, CommitRecords(self.manifest)
         digest = records.read(self.files)
         if len(records) < layout.num_chunks:
