@@ -92,7 +92,7 @@ def logger(name: str) -> logging.Logger:
 
 
 def event(log: logging.Logger, level: int, message: str, **fields: Any) -> None:
-    """Log one event with its fields, and count it. Costs next to nothing while nothing listens.
+    """Log one event with its fields, and count it. Nearly free without a listener.
 
     Args:
         fields: ``chunk`` (its name, ``image/v0/000012``), ``row``, ``rows``, ``step`` and the like.
@@ -107,8 +107,8 @@ def event(log: logging.Logger, level: int, message: str, **fields: Any) -> None:
 def events_counted_by(count: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
     """Call ``count`` with the message and the fields of every event of this process while the block runs.
 
-    Not a handler of Python's logging: it would have to set loggers to DEBUG, and every other handler would write the
-    events that are only counted.
+    Not a logging handler: that would need loggers at DEBUG, and other handlers would write the events that are only
+    counted.
     """
     global _count
     _count = count
@@ -193,7 +193,7 @@ def _run_of_this_process() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value in types that JSON knows, without credentials."""
+    """Convert a value to JSON types, without credentials."""
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -49,7 +49,7 @@ class StageProgress:
         )
         self._lines = json_logs() or not console.is_terminal
         self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, float] = {}
+        self._printed_at: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -70,10 +70,10 @@ class StageProgress:
         if stage not in self._tasks:
             # rows done before this process began say nothing about its speed
             self._tasks[stage] = self._progress.add_task(stage, total=total, completed=max(done - 1, 0), note=note)
-            self._said[stage] = time.monotonic()
+            self._printed_at[stage] = time.monotonic()
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
-        if self._lines and (done >= total or time.monotonic() - self._said[stage] > _SECONDS_BETWEEN_LINES):
-            self._said[stage] = time.monotonic()
+        if self._lines and (done >= total or time.monotonic() - self._printed_at[stage] > _SECONDS_BETWEEN_LINES):
+            self._printed_at[stage] = time.monotonic()
             if json_logs():
                 event(_LOG, logging.INFO, stage, done=done, total=total, note=note, eta_seconds=eta_seconds)
                 return

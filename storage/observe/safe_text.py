@@ -30,7 +30,7 @@ def redact(text: str) -> str:
     return _PARAMETER.sub(rf"\g<name>{_HIDDEN}", text)
 
 
-# lone surrogates: what surrogateescape makes of bytes that are not UTF-8, and what JSON's \ud83d alone becomes
+# lone surrogates: from surrogateescape of bytes that are not UTF-8, or from half a pair in JSON
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
 
 
@@ -51,6 +51,6 @@ def printable(text: str) -> str:
     """
     # cut before anything is searched: an error may quote a megabyte
     shown = redact(_NOT_TEXT.sub("\ufffd", text[:_MOST_NAME_CHARACTERS]))
-    shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
-    left_out = len(text) > _MOST_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
-    return f"{shown[:_SHOWN_CHARACTERS]}..." if left_out else shown
+    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
+    is_cut = len(text) > _MOST_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
+    return f"{shown[:_SHOWN_CHARACTERS]}..." if is_cut else shown

@@ -1,8 +1,8 @@
 """Prometheus metrics of a run, counted from its events and served over HTTP.
 
-Off unless ``TEACHER_CACHE_METRICS_PORT`` names a port (the flag ``--metrics-port`` sets it): then nothing is counted,
-and prometheus-client is not imported. Served on ``TEACHER_CACHE_METRICS_HOST``, by default 127.0.0.1: everyone who
-can reach the port can read it.
+On if ``TEACHER_CACHE_METRICS_PORT`` names a port (``--metrics-port`` sets it). If off, nothing is counted and
+prometheus-client is not imported. Served on ``TEACHER_CACHE_METRICS_HOST``, by default 127.0.0.1: everyone who can
+reach the port can read it.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _GpuCollector:
                 memory.add_metric([name, "total"], torch.cuda.get_device_properties(index).total_memory)
                 try:
                     used.add_metric([name], torch.cuda.utilization(index) / 100)
-                except (ImportError, RuntimeError, OSError):  # no nvidia-ml-py, or a driver that tells nothing
+                except (ImportError, RuntimeError, OSError):  # no nvidia-ml-py, or the driver reports nothing
                     continue
         yield memory
         yield used
@@ -178,15 +178,15 @@ def submit_input(pool: Executor, tower: str, job: Callable[[], _Result]) -> Futu
 
     event(_LOG, logging.DEBUG, "input queued")
     future = pool.submit(timed)
-    # when it has failed or is cancelled, too
+    # also called if the job fails or is cancelled
     future.add_done_callback(lambda _: event(_LOG, logging.DEBUG, "input done"))
     return future
 
 
 def require_metrics(port: int) -> None:
-    """Have this process and its children serve metrics on a port, and fail where the port is taken.
+    """Make this process and its children serve metrics on a port, and fail if it is taken.
 
-    A port that only the environment names may be passed over: it may be that of every run on a machine.
+    A taken port from the environment alone is only a warning: all runs of a machine may share that variable.
     """
     os.environ[METRICS_PORT] = str(port)
     os.environ[_REQUIRED] = "1"
@@ -199,12 +199,12 @@ def observed(process: int = 0, **fields: Any) -> Iterator[None]:
     A taken port is a warning, and nothing is counted, unless :func:`require_metrics` named it.
 
     Args:
-        process: number of this process among those of a run on a machine; added to the port, but not to 0, which is a
-            free port each.
+        process: index of this process within its run on this machine. It is added to the port, except to port 0, which
+            takes any free port.
         fields: added to every event of the block.
 
     Raises:
-        UsageError: the port is no port, or is taken and required; the log format is unknown.
+        UsageError: the port is invalid, or taken and required; or the log format is unknown.
     """
     global _is_observed
     start_json_logs_if_asked()

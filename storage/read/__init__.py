@@ -1,4 +1,4 @@
-"""Reads a finished cache: rows by number, streams in a known order, the shuffle order, and resident rows."""
+"""Readers of a finished cache: rows by number, streams in a known order, the shuffle order, and resident rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions of each image: a byte for each image at most, and next to nothing where all images have equally many."""
+"""Captions of each image, in at most one byte per image; almost none if all images have the same number."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class CaptionIndex:
     """
 
     def __init__(self, images: int, owners: Iterable[NDArray[np.int64]], where: str) -> None:
-        # one number for all images, until an image has another one
+        # a single number for all images, until they differ
         self._images, start = images, 0
-        # the row behind the last image has a block too
+        # one more: the row behind the last image is valid too
         blocks = images // _BLOCK + 1
         self._counts: NDArray[np.unsignedinteger] = np.broadcast_to(np.uint8(0), (blocks, _BLOCK))
         self._firsts = np.zeros(blocks + 1, np.int64)
@@ -57,7 +57,7 @@ class CaptionIndex:
         return self._counts.strides == (0, 0)
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of captions of each of some images, (len(rows),) int64.
+        """Return the number of captions of each image, (len(rows),) int64.
 
         Raises:
             IndexError: An image does not exist.
@@ -67,7 +67,7 @@ class CaptionIndex:
         return self._counts[rows // _BLOCK, rows % _BLOCK].astype(np.int64)
 
     def starts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the first caption's row of each of some images, (len(rows),) int64; without captions, the next one.
+        """Return the first caption row of each image, (len(rows),) int64; for an image without captions, the next row.
 
         Args:
             rows: Images; the number behind the last image is valid too.
@@ -84,7 +84,7 @@ class CaptionIndex:
         return out
 
     def captions_of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return all caption rows of some images, in their order, and the position of each one's image in ``rows``."""
+        """Return all caption rows of images, in their order, and the position in ``rows`` of each caption's image."""
         counts = self.counts(rows)
         positions = np.repeat(np.arange(len(rows)), counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

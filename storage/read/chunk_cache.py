@@ -1,4 +1,4 @@
-"""Values by chunk that stay in memory: arrays within a budget of bytes, and what is made of a chunk's rows."""
+"""Caches in memory by chunk: arrays within a budget of bytes, and values computed from a chunk's rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Key = tuple[ChunkRef, str]
 
 
 class ChunkMemory:
-    """Arrays by chunk and name, within a budget of bytes: the least recently used ones leave first.
+    """LRU cache of arrays by chunk and name, within a budget of bytes.
 
     Threads may share it: they load different chunks at the same time, and each chunk once.
 
@@ -44,10 +44,10 @@ class ChunkMemory:
         return key in self._arrays
 
     def get(self, key: _Key, load: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return an array from memory, or load it; a load of another thread is waited for.
+        """Return an array from memory, or load it. If another thread is loading it, wait for that.
 
         Raises:
-            Exception: What ``load`` raised, in this thread or the other one.
+            Exception: The error of ``load``, in this thread or the other one.
             CacheUnreachableError: The other thread was interrupted.
         """
         with self._lock:
@@ -65,7 +65,7 @@ class ChunkMemory:
             values = load()
             self._keep(key, values)
         except BaseException as error:
-            # an interrupt is for this thread alone
+            # an interrupt concerns this thread only
             stopped = CacheUnreachableError(
                 f"{self._location}: the thread that read {key[0].name} was stopped. Try again."
             )
@@ -87,13 +87,13 @@ class ChunkMemory:
 
 
 class ByChunk(Generic[_Made]):
-    """Values made of chunks of rows, one for each chunk, when one of its rows is needed; the latest stay in memory.
+    """Values computed once per chunk, when one of its rows is needed; the most recently used stay in memory.
 
     For the order of :func:`teacher_cache.storage.read.shuffle.window_order`, which uses a few chunks at a time.
 
     Args:
         chunk_rows: Rows of a chunk.
-        kept: Chunks whose values stay for the next call; all chunks of one call do.
+        kept: Number of chunks whose values stay for the next call; at least all chunks of one call stay.
         make: Makes the value of a chunk, by its number.
     """
 
@@ -105,7 +105,7 @@ class ByChunk(Generic[_Made]):
         """Return, for each chunk of some of ``rows``: its first row, its value, and the positions of its rows.
 
         Raises:
-            Exception: What ``make`` raised; values that were made before stay.
+            Exception: The error of ``make``. Values made before it stay.
         """
         chunks = rows // self._chunk_rows
         by_chunk = np.argsort(chunks, kind="stable")

@@ -1,7 +1,7 @@
-"""Chunks side by side in one stretch of addresses, so that rows of many chunks are gathered by one call.
+"""Chunks in one contiguous range of addresses, so that one call gathers rows of many chunks.
 
-On Linux the chunk files of a local cache are mapped into it: no byte is copied, and all processes of a machine share
-the page cache. On other systems, or if the size of a chunk is not a multiple of a page, chunks are copied into it.
+On Linux the chunk files of a local cache are memory-mapped into it: no byte is copied, and all processes of a machine
+share the page cache. On other systems, or if the chunk size is not a multiple of a page, chunks are copied into it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChunkRegion:
         dtype: Dtype of the values.
 
     Attributes:
-        rows: All rows, (chunks x chunk_rows, ...). To read a chunk that was not mapped or filled may end the process.
+        rows: All rows, (chunks x chunk_rows, ...). Reading a chunk that was not mapped or filled may end the process.
         chunk_bytes: Bytes of one chunk.
         maps_files: Whether :meth:`map` can be used.
     """
@@ -53,10 +53,10 @@ class ChunkRegion:
         return self.rows[number * self._shape[0] : (number + 1) * self._shape[0]]
 
     def map(self, number: int, path: str, nbytes: int) -> bytes:
-        """Map a file's first bytes to a chunk's place, unproven, and return the bytes behind them.
+        """Memory-map a file's chunk to its place, unproven, and return the bytes that follow it in the file.
 
-        A file that another one replaces later, as all writers here do, stays mapped. A file that is truncated in
-        place ends the process (SIGBUS) when the lost part is read.
+        If the file is replaced later, as our writers do, the old file stays mapped. If it is truncated in place,
+        reading the lost part ends the process (SIGBUS).
 
         Args:
             number: The chunk.
@@ -69,23 +69,23 @@ class ChunkRegion:
         start = number * self.chunk_bytes
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            # one byte more than the file should have
+            # one byte more than expected, to notice a longer file
             behind = os.pread(descriptor, nbytes - self.chunk_bytes + 1, self.chunk_bytes)
             if len(behind) != nbytes - self.chunk_bytes:
                 raise OSError(f"{path}: not {nbytes} bytes")
             self._replace(start, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
             with contextlib.suppress(_Unsupported):
-                # a disk that fails here raises an error; while rows are gathered it would end the process
+                # read now: a disk error raises here, but would end the process while rows are gathered
                 self._populate(start)
             return behind
         finally:
             os.close(descriptor)
 
     def will_need(self, number: int) -> bool:
-        """Start to read a mapped chunk if the system has dropped its pages; does not wait.
+        """Prefetch a mapped chunk if the system has evicted its pages. Does not wait.
 
         Returns:
-            Whether it had. Always False for files that this user may not write.
+            True if they were evicted. Always False for files that this user may not write.
         """
         assert _libc is not None  # it maps files
         start = number * self.chunk_bytes
@@ -128,7 +128,7 @@ class ChunkRegion:
 
     def _populate(self, start: int) -> None:
         assert _libc is not None  # it maps files
-        # mmap.madvise would hold Python's lock until the disk has answered
+        # not mmap.madvise, which holds the GIL until the disk has answered
         if _libc.madvise(self._bytes.ctypes.data + start, self.chunk_bytes, _MADV_POPULATE_READ) != 0:
             number = ctypes.get_errno()
             if number == errno.EINVAL:  # before Linux 5.14
@@ -151,7 +151,7 @@ class _Unsupported(Exception):
 
 
 def _reserve(nbytes: int, chunk_bytes: int) -> tuple[mmap.mmap, bool]:
-    """Reserve addresses, and tell whether files can be mapped to them."""
+    """Reserve addresses, and return them with whether files can be mapped there."""
     nbytes = max(nbytes, 1)
     if sys.platform != "linux":
         return mmap.mmap(-1, nbytes), False

@@ -39,11 +39,11 @@ class ChunkSource:
     Args:
         files, manifest: The cache.
         memory_bytes: Budget of the chunks that :meth:`chunk` keeps in memory.
-        commits: Commit records of this manifest, where the caller has read them. Default: read at first use.
+        commits: Commit records of this manifest, if the caller has read them. Default: read at first use.
 
     Attributes:
-        objects_read, bytes_read: Chunk objects that were read so far, and their bytes.
-        mapped: Files that finished streams of each array left mapped, for the next stream of that array.
+        objects_read, bytes_read: Number of chunk objects read so far, and their bytes.
+        mapped: Files of each array that stay mapped after a stream, for the next one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ChunkSource:
 
     @property
     def commits_read(self) -> CommitRecords | None:
-        """Commit records, if something has needed them yet."""
+        """Commit records; None if they were not read yet."""
         return self._commits
 
     @property
@@ -101,11 +101,11 @@ class ChunkSource:
         return commits
 
     def places(self, tower: Tower) -> RowPlaces:
-        """Return where the rows of a tower lie."""
+        """Return the places of a tower's rows."""
         return RowPlaces.of(self.files.location, self.layout, tower, self.layout.views)
 
     def require_array(self, tower: Tower, array: str) -> None:
-        """Refuse an array that the tower does not have.
+        """Check that a tower has an array.
 
         Raises:
             ValueError: There is no such array; the message lists the arrays.
@@ -115,7 +115,7 @@ class ChunkSource:
             raise ValueError(f"{self.files.location}: no array {array!r} of {tower} rows, there are {names}")
 
     def require_chunk(self, ref: ChunkRef) -> None:
-        """Refuse a chunk that the cache does not have.
+        """Check that the cache has a chunk.
 
         Raises:
             IndexError: There is no such chunk.
@@ -128,11 +128,11 @@ class ChunkSource:
         return ref.object_keys(self.layout)[array]
 
     def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
-        """Return what the commit record says of a chunk's object."""
+        """Return the digests of a chunk's object, from its commit record."""
         return self.commits.digest(ref, array)
 
     def load(self, ref: ChunkRef, array: str) -> NDArray[Any]:
-        """Read a chunk and prove it: the stored values, padding included, not kept in memory.
+        """Read and prove a chunk, without caching it. Return the stored values, padding included.
 
         Raises:
             CacheCorruptError: The chunk is missing or damaged, or holds NaN where no row was quarantined.
@@ -153,11 +153,11 @@ class ChunkSource:
         return values
 
     def chunk(self, ref: ChunkRef, array: str) -> NDArray[Any]:
-        """Return a chunk as :meth:`load` does, from memory if it is there; the least recently used ones leave."""
+        """Return a chunk as :meth:`load` does, through the LRU cache."""
         return self._memory.get((ref, array), lambda: self.load(ref, array))
 
     def chunks(self, refs: Sequence[ChunkRef], array: str) -> Iterator[NDArray[Any]]:
-        """Yield :meth:`chunk` of each; several are requested from a store at once, unless all are in memory."""
+        """Yield :meth:`chunk` of each. Unless all are in memory, several are requested from a store in parallel."""
 
         def load(ref: ChunkRef) -> NDArray[Any]:
             values = self.chunk(ref, array)
@@ -170,12 +170,11 @@ class ChunkSource:
         return in_parallel(self.files, load, refs, CHUNKS_AT_ONCE)
 
     def prove(self, ref: ChunkRef, array: str, body: NDArray[Any], checksum: bytes, prove_again: bool = False) -> None:
-        """Prove the bytes of a chunk that lie in memory already, once or each time.
+        """Prove the bytes of a chunk that are in memory, the first time only or every time.
 
         Args:
             body: The stored values, padding included.
-            checksum: The four bytes behind them in the object. Always compared with the commit record: they tell a
-                file that another one replaced.
+            checksum: Last four bytes of the object. Always compared with the commit record, to detect a replaced file.
             prove_again: Also prove bytes that were proven before.
 
         Raises:
@@ -190,7 +189,7 @@ class ChunkSource:
             self._note_proven(ref, array, body, any_nan)
 
     def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], any_nan: bool) -> None:
-        """Remember a proof, after a check that NaN stands for quarantined rows alone."""
+        """Check that only quarantined rows are NaN, and remember that the chunk was proven."""
         if any_nan:
             where, rows = f"{self.files.location}/{self.key(ref, array)}", ref.rows(self.layout)
             if array == SCALE:
@@ -227,10 +226,10 @@ class ChunkSource:
         return {commit.ref for commit in self.commits.with_quarantined() if commit.tower == tower}
 
     def require_encoded(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64], array: str) -> None:
-        """Refuse rows that were quarantined.
+        """Check that no row was quarantined.
 
         Raises:
-            CacheCorruptError: Names the first of them.
+            CacheCorruptError: A row was; the message names the first.
         """
         bad: list[int] = []
         for ref, positions in self.places(tower).by_chunk(rows, views):

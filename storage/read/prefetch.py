@@ -1,4 +1,4 @@
-"""Values by key, loaded by threads before they are needed."""
+"""Prefetch of values by key, in threads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Value = TypeVar("_Value")
 
 
 class ReadAhead(Generic[_Key, _Value]):
-    """Values by key, loaded by threads in the order of the requests; a context manager, for one consumer.
+    """Values by key, prefetched by threads in the order of the requests; a context manager, for one consumer.
 
-    A value stays until the consumer drops it: the consumer decides how much is loaded ahead.
+    A value stays until the consumer drops it: the consumer decides how much is prefetched.
 
     Args:
         load: Makes the value of a key; called in several threads at once. :meth:`get` raises its error.
@@ -30,7 +30,7 @@ class ReadAhead(Generic[_Key, _Value]):
         self._load, self._release = load, release
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
         self._process = os.getpid()
-        self._asked: dict[_Key, Future[_Value]] = {}
+        self._requested: dict[_Key, Future[_Value]] = {}
         self._leaving: dict[_Key, Future[None]] = {}
 
     def __enter__(self) -> Self:
@@ -42,7 +42,7 @@ class ReadAhead(Generic[_Key, _Value]):
         """Drop all keys: wait for loads that run, and cancel those that have not begun."""
         if os.getpid() != self._process:
             return  # a forked child has none of the threads
-        for future in self._asked.values():
+        for future in self._requested.values():
             future.cancel()
         try:
             self.drop(keep=[])
@@ -50,46 +50,46 @@ class ReadAhead(Generic[_Key, _Value]):
             self._pool.shutdown(wait=True)
 
     def __contains__(self, key: _Key) -> bool:
-        return key in self._asked
+        return key in self._requested
 
     def beside(self, keys: Iterable[_Key]) -> int:
-        """Return the number of keys that were requested and not dropped, without these."""
-        return len(self._asked.keys() - set(keys))
+        """Return the number of requested keys that are not dropped and not in ``keys``."""
+        return len(self._requested.keys() - set(keys))
 
     def ask(self, keys: Iterable[_Key]) -> None:
         """Request keys; those that were requested before are ignored.
 
         Raises:
-            RuntimeError: The process was forked since, and has none of the threads.
+            RuntimeError: This is a forked process, which has none of the threads.
         """
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this stream was begun before the process was forked, without its threads: begin a new one"
             )
         for key in keys:
-            if key not in self._asked:
-                self._asked[key] = self._pool.submit(self._load_after, self._leaving.get(key), key)
+            if key not in self._requested:
+                self._requested[key] = self._pool.submit(self._load_after, self._leaving.get(key), key)
 
     def _load_after(self, leaving: Future[None] | None, key: _Key) -> _Value:
-        if leaving is not None:  # it runs already: the pool takes its tasks in order
+        if leaving is not None:  # it has started: the pool takes its tasks in order
             leaving.result()
         return self._load(key)
 
     def get(self, key: _Key) -> _Value:
-        """Wait for the value of a key, which is requested if it was not.
+        """Wait for the value of a key. Requests it if that was not done.
 
         Raises:
-            Exception: What ``load`` raised.
+            Exception: The error of ``load``.
         """
         self.ask([key])
-        return self._asked[key].result()
+        return self._requested[key].result()
 
     def drop(self, keep: Iterable[_Key]) -> None:
         """Drop all keys but these; loads that have not begun are cancelled."""
         keep = set(keep)
         self._leaving = {key: future for key, future in self._leaving.items() if not future.done()}
-        for key in [key for key in self._asked if key not in keep]:
-            loaded = self._asked.pop(key)
+        for key in [key for key in self._requested if key not in keep]:
+            loaded = self._requested.pop(key)
             if loaded.cancel():
                 continue
             if loaded.done():

@@ -51,10 +51,10 @@ _DEFAULT_MEMORY_BYTES = 2 << 30
 class EmbeddingReader:
     """A sealed cache, for training and evaluation.
 
-    Chunks are read whole, proven and kept in memory; the least recently used ones leave when ``memory_bytes`` is
-    reached, so that a cache that fits is read once. Streams of a local cache also leave as many bytes of each array
-    mapped. Threads may share a reader: they load different chunks at the same time, and each chunk once. A worker
-    of another process gets a reader of its own by pickling.
+    Chunks are read whole, proven, and kept in memory up to ``memory_bytes`` (LRU), so a cache that fits is read once.
+    Streams of a local cache also keep up to ``memory_bytes`` of each array memory-mapped. Threads may share a reader:
+    they load different chunks at the same time, and each chunk once. A pickled reader is opened again in the worker
+    process.
 
     Attributes:
         chunks: Chunks of the cache, for code that reads whole chunks.
@@ -74,11 +74,11 @@ class EmbeddingReader:
             location: Folder or URL of the cache.
             memory_bytes: Budget of the chunks that stay in memory.
             manifest_digest: Digest that the manifest must have.
-            manifest: Manifest of this cache, where the caller has read it.
-            commits: Its commit records, where the caller has read them.
+            manifest: Manifest of this cache, if the caller has read it.
+            commits: Its commit records, if the caller has read them.
 
         Raises:
-            CacheNotFoundError, CacheFormatError, CacheCorruptError: There is no cache, or none that can be read.
+            CacheNotFoundError, CacheFormatError, CacheCorruptError: There is no cache, or it cannot be read.
             CacheIncompleteError: The cache is not sealed; the message says how many chunks are committed.
             CacheMismatchError: The manifest has another digest.
         """
@@ -123,7 +123,7 @@ class EmbeddingReader:
 
     @property
     def identity(self) -> CacheIdentity:
-        """Identity of the cache: what its rows are of and how they were made."""
+        """Identity of the cache: how its rows were made and from what."""
         return self.manifest.identity
 
     @cached_property
@@ -142,7 +142,7 @@ class EmbeddingReader:
         return self._table(PROBLEMS)
 
     def table_rows(self, name: str, rows: NDArray[np.int64]) -> pa.Table:
-        """Return rows of a table, ``"samples"`` or ``"captions"``, in the order given; no others stay in memory."""
+        """Return rows of a table, ``"samples"`` or ``"captions"``, in the order given, without loading all of it."""
         with self._named(name):
             return TableRows(self.files, self.manifest, name).take(rows)
 
@@ -151,7 +151,7 @@ class EmbeddingReader:
             return read_table(self.files, self.manifest, name)
 
     def column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
-        """Yield a column of a table in parts of at most 65,536 rows, which do not stay in memory."""
+        """Yield a column of a table in parts of at most 65,536 rows. Parts do not stay in memory."""
         with self._named(table):
             whole = self.__dict__.get(table)
             parts = TableRows(self.files, self.manifest, table, columns=[name]).parts() if whole is None else [whole]
@@ -173,7 +173,7 @@ class EmbeddingReader:
 
     @cached_property
     def caption_index(self) -> CaptionIndex:
-        """Index from images to their captions, of at most one byte an image."""
+        """Index from images to their captions, at most one byte per image."""
         owners = (part.to_numpy() for part in self.column(CAPTIONS, "image_row"))
         return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
 
@@ -241,14 +241,14 @@ class EmbeddingReader:
         return rows
 
     def caption_rows(self, image_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return all caption rows of some images, in their order, and the position of each one's image."""
+        """Return all caption rows of images, in their order, and the position of each caption's image."""
         return self.caption_index.captions_of(image_rows)
 
     def require_captions(self, image_rows: NDArray[np.int64] | RowSet) -> None:
-        """Refuse images without a caption, which only a cache of labelled images has: they cannot be paired.
+        """Check that every image has a caption. Images of a labelled dataset may have none, and cannot be paired.
 
         Raises:
-            UsageError: Says how many, and what the cache is for.
+            UsageError: Images have no caption; the message says how many.
         """
         bare = sum(int((self.caption_index.counts(part) == 0).sum()) for part in RowSet.of(image_rows).parts())
         if bare:
@@ -291,34 +291,33 @@ class EmbeddingReader:
         read_ahead_bytes: int | None = None,
         threads: int | None = None,
     ) -> Iterator[NDArray[Any]]:
-        """Yield what :meth:`take` returns for each of ``batches``, in their order, with one copy a row.
+        """Yield the rows of each of ``batches``, in order, as :meth:`take` returns them, with one copy per row.
 
-        Batches are looked at ahead: threads load the chunks that they need while earlier ones are used. In the order
-        of ``teacher_cache.storage.read.shuffle`` each chunk is read once per epoch. Memory is that of the chunks of
-        some batches and of ``read_ahead_bytes``, however many rows the cache has. Files of a local cache are mapped,
+        Threads prefetch the chunks of later batches while earlier ones are used. In the order of
+        ``teacher_cache.storage.read.shuffle`` each chunk is read once per epoch. Memory is bounded by the chunks of
+        some batches and ``read_ahead_bytes``, for any size of the cache. Files of a local cache are memory-mapped,
         not copied (see ``teacher_cache.storage.read.chunk_region`` for a file that is cut short); up to
         ``memory_bytes`` of an array stay mapped for the next stream, in the system's page cache. Objects of a store
         stay in memory as with :meth:`take`. A forked process cannot continue a stream of its parent.
 
         Args:
             tower: ``"image"`` or ``"text"``.
-            batches: Rows, or (rows, views) with a view for each row; consumed ahead of what is yielded.
+            batches: Rows, or (rows, views) with a view for each row; consumed ahead of the results.
             array: As in :meth:`take`.
-            prove: Reads of a mapped chunk that are proven by checksum: the ``"first"`` by this reader, or ``"every"``.
-            read_ahead_bytes: Bytes of chunks that are loaded before a batch needs them. Default: 64 MiB, of a store
-                128 MiB.
-            threads: Number of loads at the same time. Default: 2, of a store more.
+            prove: Which reads of a mapped chunk to check: the ``"first"`` by this reader, or ``"every"``.
+            read_ahead_bytes: Maximum bytes of prefetched chunks. Default: 64 MiB; 128 MiB for a store.
+            threads: Number of parallel loads. Default: 2; more for a store.
 
         Yields:
             New arrays, as :meth:`take` returns them; their memory is reused once nothing refers to them.
 
         Raises:
-            Exception: As :meth:`take`, some ten thousand rows before the batch concerned.
+            Exception: As :meth:`take`; up to some ten thousand rows before the batch with the error.
         """
         return stream_rows(self.chunks, tower, batches, array, prove, read_ahead_bytes, threads)
 
     def resident(self, tower: Tower, array: str = "embedding", threads: int | None = None) -> ResidentRows:
-        """Load all rows of one array into memory, for orders that are random altogether.
+        """Load all rows of one array into memory, for fully random orders.
 
         Processes that use it share one copy; it does not count against ``memory_bytes``. See
         :mod:`teacher_cache.storage.read.resident`.
@@ -326,7 +325,7 @@ class EmbeddingReader:
         Args:
             tower: ``"image"`` or ``"text"``.
             array: As in :meth:`take`.
-            threads: Number of chunks that are read and proven at the same time. Default: 2, of a store more.
+            threads: Number of chunks read and proven in parallel. Default: 2; more for a store.
 
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`take`.
@@ -351,7 +350,7 @@ class EmbeddingReader:
         return values
 
     def stored_chunk(self, ref: ChunkRef) -> dict[str, NDArray[Any]]:
-        """Return the arrays of one chunk by name as they are on disk, without padding: a writer copies them exactly.
+        """Return the stored arrays of one chunk by name, without padding, for an exact copy.
 
         Raises:
             IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`chunk`.
@@ -361,7 +360,7 @@ class EmbeddingReader:
         return {name: self.chunks.chunk(ref, name)[:rows] for name in ref.object_keys(self.manifest.layout)}
 
     def commits(self) -> Mapping[ChunkRef, ChunkCommit]:
-        """Return the commit records of the chunks that can be read. Reads them once.
+        """Return the commit records of all chunks. Reads them once.
 
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`take`.

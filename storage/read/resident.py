@@ -1,4 +1,4 @@
-"""All rows of one array in memory, once for all processes of a machine: for orders that are random altogether."""
+"""All rows of one array in memory, shared by all processes of a machine: for fully random orders."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from teacher_cache.storage.read.stream import loads_at_once
 
 __all__ = ["ResidentRows", "load_resident"]
 
-_LEAST_AHEAD = 4  # chunks beyond the one that is copied
-_REMOTE_AHEAD = 16  # and of a store
+_LEAST_AHEAD = 4  # chunks prefetched, at least
+_REMOTE_AHEAD = 16  # of a store
 _WRITTEN_AT_ONCE = 1 << 28  # bytes
 
 
 class ResidentRows:
-    """Rows of one array in memory that processes share, proven when they were loaded.
+    """Rows of one array in shared memory, proven when they were loaded.
 
     Made by :meth:`teacher_cache.storage.read.reader.EmbeddingReader.resident`. The rows are private memory, in huge
-    pages where the system has them; forked workers share it with their parent, because no process writes to it. When
-    this object is sent to a spawned worker, as an argument or through a queue, the rows move to memory that has a
-    descriptor; during the move they exist twice. That memory has no name: it ends with the last process that uses it,
-    also after a kill. Threads and processes may read at once.
+    pages if the system has them; forked workers share it with their parent, because no process writes to it. When this
+    object is sent to a spawned worker, as an argument or through a queue, the rows move to a memory file; during the
+    move they exist twice. The file has no name: it is freed with the last process that uses it, also after a kill.
+    Threads and processes may read at once.
 
     Args:
-        rows: Kept, and read-only from now on.
+        rows: The rows; made read-only.
         places: Rows of one view, their chunks and views.
         quarantined: Positions in ``rows`` without an embedding.
-        scales: Of int8, the step of each column by chunk, view after view: (chunks, dim).
+        scales: For int8, the step of each column by chunk, view after view: (chunks, dim).
         name: Cache and array, for messages.
         descriptor: File descriptor of the memory; closed with this object. Default: none.
 
@@ -75,7 +75,7 @@ class ResidentRows:
         return _attach, (reduction.DupFd(self._descriptor), self.rows.shape, self.rows.dtype.str, *fields)
 
     def _move(self) -> None:
-        """Move the rows to memory that has a descriptor."""
+        """Move the rows to a memory file."""
         descriptor = _unnamed_file()
         try:
             _write(descriptor, self.rows)
@@ -105,7 +105,7 @@ class ResidentRows:
                 "EmbeddingReader.image_rows names those that have one."
             )
         out = np.empty((len(rows), *self.rows.shape[1:]), self.rows.dtype)
-        # the rows exist; with "raise" numpy would gather into a second array and copy it
+        # "clip", since the rows were checked: with "raise" numpy gathers into a second array and copies it
         self.rows.take(at, axis=0, out=out, mode="clip")
         if self._scales is None:
             return out
@@ -143,7 +143,7 @@ def load_resident(source: ChunkSource, tower: Tower, array: str, threads: int | 
 
 
 def _unnamed_file() -> int:
-    """Open a file without a name, in memory where the system can."""
+    """Open a file without a name, in memory if the system has memfd_create."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("teacher-cache rows")
     with tempfile.TemporaryFile() as file:

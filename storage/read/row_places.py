@@ -35,7 +35,7 @@ class RowPlaces:
 
     @classmethod
     def of(cls, location: str, layout: Layout, tower: Tower, views: int) -> RowPlaces:
-        """Return the places of a tower; ``views`` counts for images only."""
+        """Return the places of a tower; ``views`` matters for images only."""
         views = views if tower == "image" else 1
         return cls(location, tower, layout.rows(tower), layout.chunk_rows(tower), layout.chunks(tower), views)
 
@@ -52,7 +52,7 @@ class RowPlaces:
         if views.shape not in ((), rows.shape):
             raise ValueError(f"{len(rows)} rows and views of shape {views.shape}: give one view, or one for each row")
         for name, values, stop in (("row", rows, self.total), ("view", views, self.views)):
-            # as unsigned numbers the negative ones are large: one pass
+            # one pass: as unsigned numbers, negative ones are large
             if values.size and values.view(np.uint64).max() >= stop:
                 outside = values[(values < 0) | (values >= stop)].reshape(-1)[0]
                 raise IndexError(

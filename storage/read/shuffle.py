@@ -1,7 +1,7 @@
 """The order of training rows: a pure function of (rows, seed, epoch), so that a run can resume at any step.
 
-Window shuffle: chunks in random order, ``window_chunks`` of them in memory at a time, rows shuffled inside the
-window. Whole chunks are read one after another, and a batch mixes rows of several chunks.
+Window shuffle: chunks are in random order, and rows are shuffled within a window of ``window_chunks`` chunks. So whole
+chunks are read one after another, and a batch mixes rows of several chunks.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def batches(windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[N
 
 
 class RowDraws:
-    """A uniform number in [0, 1) for each row of a cache, as :func:`epoch_rng` draws them for all rows at once.
+    """A uniform number in [0, 1) for each row of a cache: the numbers of one draw by :func:`epoch_rng` for all rows.
 
-    Made chunk by chunk when rows are used, since the numbers of all rows would take 8 bytes each.
+    Computed chunk by chunk when rows are used, since the numbers of all rows would take 8 bytes each.
 
     Args:
-        seed, epoch, stream: As of :func:`epoch_rng`.
+        seed, epoch, stream: As for :func:`epoch_rng`.
         chunk_rows: Rows of a chunk.
-        kept: Chunks whose numbers stay for the next call.
+        kept: Number of chunks whose numbers stay for the next call.
     """
 
     def __init__(self, seed: int, epoch: int, stream: int, chunk_rows: int, kept: int) -> None:

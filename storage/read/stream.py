@@ -1,8 +1,8 @@
-"""Rows in an order that is known beforehand, batch by batch: each chunk is read once, while earlier batches are used.
+"""Streams of rows in a known order: chunks are prefetched, each once, while earlier batches are used.
 
-Batches are looked at ahead of their use. Threads load the chunks that they need, within a budget of bytes. A chunk is
-released once no batch in sight needs it, or its file stays mapped for the next epoch. One call gathers the rows of a
-batch, with one copy a row.
+Threads prefetch the chunks of the next batches, within a budget of bytes. A chunk is released when none of these
+batches needs it, or its file stays mapped for the next epoch. One call gathers the rows of a batch, with one copy per
+row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from teacher_cache.storage.read.stream_chunks import StreamChunks, open_chunks
 __all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "loads_at_once", "stream_rows"]
 
 READ_AHEAD_BYTES = 64 << 20
-"""Default budget of chunks that no batch has needed yet. A store has twice as much, half of it on its way."""
+"""Default budget of prefetched chunks. A store has twice as much, half of it in flight."""
 
 Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows, or rows and one view for each."""
@@ -34,8 +34,8 @@ Batch = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]
 Prove = Literal["first", "every"]
 
 _GROUP_ROWS = 8192  # all chunks of a group of batches are in memory before its first batch
-_CHECKED_ROWS = 32_768  # at once: each call into numpy may wait for Python's lock
-_ROWS_IN_SIGHT = 131_072  # at most, and a group
+_CHECKED_ROWS = 32_768  # per check: each call into numpy may wait for the GIL
+_ROWS_IN_SIGHT = 131_072  # maximum, plus one group
 _LOCAL_THREADS = 2
 
 
@@ -49,12 +49,12 @@ def loads_at_once(files: CacheFiles, ahead: int) -> int:
 
 
 class _Group(NamedTuple):
-    """Some batches, in their order.
+    """Consecutive batches.
 
     Attributes:
-        batches: Their rows, counted over the rows of all chunks, padding included.
-        rows: Number of their rows.
-        numbers: Chunks that they need.
+        batches: Rows of each batch, counted over the rows of all chunks, padding included.
+        rows: Number of rows of all batches.
+        numbers: Chunks that the batches need.
     """
 
     batches: list[NDArray[np.int64]]
@@ -81,7 +81,7 @@ def stream_rows(
     source.require_array(tower, array)
     chunks = open_chunks(source, tower, array, prove == "every")
     most_ahead = read_ahead_bytes // chunks.nbytes
-    # half of them: answers come in any order, and chunks behind a late one need memory too
+    # half: answers come in any order, and chunks that wait behind a late one need memory too
     threads = threads or loads_at_once(source.files, most_ahead // 2)
     sight = _Sight(chunks, _groups(source, chunks, tower, batches), read_ahead_bytes)
     with chunks, ReadAhead(chunks.load, chunks.release, threads) as ahead:
@@ -96,7 +96,7 @@ def stream_rows(
 
 
 class _Sight:
-    """Groups of batches that were looked at and not yielded yet, of a bounded number of rows."""
+    """Groups of batches that were read ahead and not yielded yet, within a maximum number of rows."""
 
     def __init__(self, chunks: StreamChunks, groups: Iterator[_Group], read_ahead_bytes: int) -> None:
         row_bytes = max(1, chunks.nbytes // chunks.places.chunk_rows)
@@ -106,7 +106,7 @@ class _Sight:
         self._rows = 0
 
     def first(self) -> _Group | None:
-        """Look at further groups as far as there is room, and return the first one; None at the end."""
+        """Read groups ahead up to the maximum, and return the first one; None at the end."""
         while not self._groups or self._rows < self._most_rows:
             group = next(self._coming, None)
             if group is None:
@@ -149,7 +149,7 @@ def _load(
 
 
 def _taken(source: ChunkSource, chunks: StreamChunks, tower: Tower, group: _Group) -> Iterator[NDArray[Any]]:
-    """Yield the batches of a group that needs more chunks at once than memory has room for: one chunk after another."""
+    """Yield the batches of a group whose chunks do not fit in memory together: read chunk after chunk."""
     for at in group.batches:
         views, rows = np.divmod(at, chunks.places.chunks * chunks.places.chunk_rows)
         yield source.take(tower, rows, views, chunks.array)
@@ -170,7 +170,7 @@ def _groups(source: ChunkSource, chunks: StreamChunks, tower: Tower, batches: It
 
 
 def _joined(places: RowPlaces, batches: list[Batch]) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-    """Return the rows of several batches, checked, their views, and the number of rows of each batch."""
+    """Check the rows of several batches; return rows, views, and the number of rows of each batch."""
     if any(isinstance(batch, tuple) for batch in batches):
         pairs = [places.check(*batch) if isinstance(batch, tuple) else places.check(batch) for batch in batches]
         views = np.concatenate([np.broadcast_to(views, rows.shape) for rows, views in pairs])

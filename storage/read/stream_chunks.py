@@ -1,4 +1,4 @@
-"""Chunks that a stream has in memory: side by side in one region, so that one call gathers rows of many chunks.
+"""Chunks that a stream has in memory, in one region, so that one call gathers rows of many chunks.
 
 Files of a local cache are mapped (:class:`MappedChunks`); other chunks are copied (:class:`CopiedChunks`).
 """
@@ -26,13 +26,13 @@ from teacher_cache.storage.read.chunks import ChunkSource
 __all__ = ["CopiedChunks", "MappedArray", "MappedChunks", "OutputArrays", "StreamChunks", "open_chunks"]
 
 _MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
-_MOST_KEPT = 4_096  # chunks of one array, each with a hole beside it at worst
+_MOST_KEPT = 4_096  # chunks of one array; each takes two mappings at worst, its own and the gap behind it
 
 
 class OutputArrays:
-    """New arrays that reuse the memory of earlier ones: new pages would have to be zeroed by the system.
+    """New arrays in the memory of unused earlier ones: the system would have to zero new pages.
 
-    While an array, a view of it or a tensor over it exists, its bytearray cannot be resized.
+    Memory is in use while its bytearray cannot be resized: an array, a view or a tensor over it exists.
     """
 
     def __init__(self, dtype: np.dtype[Any], buffers: int = 3) -> None:
@@ -72,12 +72,12 @@ class _MappedFile(NamedTuple):
 class MappedArray:
     """Region of one array and the files that stay mapped there between streams.
 
-    Files that are mapped first stay as long as streams use them: for orders that go through all chunks again and
-    again no other rule is better. They take up to ``memory_bytes`` of a reader for each array, in the system's page
-    cache: shared by all processes, and reclaimed under memory pressure.
+    The files mapped first stay mapped while streams use them: no other rule is better if every epoch reads all chunks.
+    They take up to ``memory_bytes`` of a reader for each array, in the system's page cache: shared by all processes,
+    and reclaimed under memory pressure.
 
     Attributes:
-        scales: Of int8, the step of each column by chunk, (chunks, dim).
+        scales: For int8, the step of each column by chunk, (chunks, dim).
         files: Mapped files by chunk number.
     """
 
@@ -90,7 +90,7 @@ class StreamChunks:
     """Chunks of one array by number, loaded by threads and gathered by the stream; a context manager.
 
     Args:
-        memory: Where the chunks lie.
+        memory: Memory for the chunks.
 
     Attributes:
         nbytes: Bytes of one chunk.
@@ -113,7 +113,7 @@ class StreamChunks:
         """Release what the stream used."""
 
     def load(self, number: int) -> None:
-        """Bring a chunk into memory, proven. Called by several threads, for different chunks."""
+        """Load and prove a chunk. Called by several threads, for different chunks."""
         if self._int8:
             self._memory.scales[number] = self._source.scale(self.places.ref(number))[0]
         self._bring(number)
@@ -139,7 +139,7 @@ class StreamChunks:
     def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of chunks in memory as a new array; ``at`` counts the rows of all chunks, padding included."""
         out = self._outputs.empty((len(at), *self._memory.region.rows.shape[1:]))
-        # the rows exist; with "raise" numpy would gather into a second array and copy it
+        # "clip", since the rows were checked: with "raise" numpy gathers into a second array and copies it
         np.take(self._memory.region.rows, self._positions(at), axis=0, out=out, mode="clip")
         return unit_dequantized(out, self._memory.scales[at // self.places.chunk_rows]) if self._int8 else out
 
@@ -150,8 +150,8 @@ class StreamChunks:
 class CopiedChunks(StreamChunks):
     """Chunks of a store, or of files that cannot be mapped, copied into the region.
 
-    A chunk is copied to the place that was freed last, since new memory costs more than the copy. Chunks of a store
-    also stay in the memory of the source.
+    A chunk is copied to the place that was freed last, since new memory costs more than the copy. The source also
+    keeps chunks of a store in memory.
     """
 
     def __init__(self, source: ChunkSource, tower: Tower, array: str, memory: MappedArray) -> None:
@@ -193,14 +193,14 @@ class MappedChunks(StreamChunks):
         self._most_kept = min(source.memory_bytes // self.nbytes, _MOST_KEPT)
         self._loaded: dict[int, _MappedFile] = {}
         self._used: set[int] = set()
-        self._expected: set[int] = set()  # by the group that was looked at last
-        self._current: set[int] = set()  # of the group that is gathered
-        self._taken_back: set[int] = set()  # the system had dropped pages of them
+        self._expected: set[int] = set()  # chunks of the group read ahead last
+        self._current: set[int] = set()  # chunks of the group that is gathered
+        self._evicted: set[int] = set()  # chunks of which the system had evicted pages
         self._budget_exceeded = False
         self._process = os.getpid()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Leave the mapped files to the next stream of this array; after an error nothing."""
+        """Keep the mapped files for the next stream of this array, unless there was an error."""
         if os.getpid() != self._process or kind not in (None, GeneratorExit):
             return
         if self._budget_exceeded:  # make room for the files that are in use now
@@ -210,14 +210,14 @@ class MappedChunks(StreamChunks):
         self._source.mapped[self._tower, self.array] = self._memory
 
     def load(self, number: int) -> None:
-        """Map a chunk's file; of one that stayed mapped the scales are known."""
+        """Map a chunk's file. If it stayed mapped, its scales are known."""
         if number in self._memory.files:
             self._bring(number)
         else:
             super().load(number)
 
     def _bring(self, number: int) -> None:
-        if not self._map(number):  # to read the file says why
+        if not self._map(number):  # reading the file raises the reason
             self._memory.region.fill(number, self._source.load(self.places.ref(number), self.array))
 
     def _map(self, number: int) -> bool:
@@ -268,21 +268,21 @@ class MappedChunks(StreamChunks):
         return [number for number in numbers if number not in self._memory.files]
 
     def expect(self, numbers: list[int]) -> None:
-        """Start to read pages of mapped files that the system has dropped."""
+        """Prefetch pages of mapped files that the system has evicted."""
         self._used.update(numbers)
         for number in (self._memory.files.keys() & numbers) - self._expected:
             if self._memory.region.will_need(number):
-                self._taken_back.add(number)
+                self._evicted.add(number)
         self._expected = set(numbers)
 
     def unreadable(self, numbers: list[int]) -> list[int]:
-        """Return the mapped chunks whose file was cut short or whose disk failed since; they are unmapped."""
+        """Unmap and return the mapped chunks whose file was cut short or whose disk failed since."""
         gone = []
         for number in (self._memory.files.keys() & numbers) - self._current:
             if not self._is_whole(number):
                 del self._memory.files[number]
                 gone.append(number)
-            self._taken_back.discard(number)
+            self._evicted.discard(number)
         self._current = set(numbers)
         return gone
 
@@ -292,7 +292,7 @@ class MappedChunks(StreamChunks):
                 return False
         except OSError:
             pass  # a mapped file needs no name
-        return number not in self._taken_back or self._memory.region.can_be_read(number)
+        return number not in self._evicted or self._memory.region.can_be_read(number)
 
 
 def open_chunks(source: ChunkSource, tower: Tower, array: str, prove_every_read: bool) -> StreamChunks:
