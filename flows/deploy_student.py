@@ -1,8 +1,8 @@
 """Flow ``deploy-student``: export a run's student, prove each file, measure all of them, and ship one folder.
 
 A file that fails its gate fails the flow with the reason. Nothing is shipped then, and the flow is not retried: the
-same weights fail the same gate. Teacher and student are timed in turns on the CPU, and other runs beside them would
-spoil the times: ``teacher_cache.flows.serve`` runs one flow at a time.
+same weights fail the same gate. Teacher and student are timed in turns on the CPU. Other runs would distort the times,
+so ``teacher_cache.flows.serve`` runs one flow at a time.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def deploy_run(config: DeployConfig) -> DeployResult:
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(result: DeployResult) -> None:
-    """Leave the table as Markdown and as a picture."""
+    """Create artifacts of the table: Markdown and an image."""
     leave_image(ARTIFACT, (Path(result.out) / "table.png").read_bytes, result.out)
     create_markdown_artifact(deployment_text(result), key=ARTIFACT)

@@ -1,8 +1,8 @@
 """One flow run at a time on a GPU, across deployments, workers and hosts of one server.
 
-A GPU is a global concurrency limit of Prefect with one slot, ``gpu:UUID``, made at its first use; give it more slots
-in the UI to let runs share it. The UUID is the card's, the same in every container. If torch tells none the limit is
-``gpu:0@HOST``, and containers, each a host of its own, take no turns.
+A GPU is a global concurrency limit of Prefect with one slot, ``gpu:UUID``, created at its first use. Give it more slots
+in the UI to let runs share it. The UUID is the card's, the same in every container. If torch reports none, the limit is
+``gpu:0@HOST``; containers have different host names, so they do not wait for each other then.
 
 A run holds its slots from loading the first model to the last forward pass. They are leased: the slots of a killed run
 are free after two minutes. A CPU has no limit.
@@ -23,7 +23,7 @@ from prefect.exceptions import ObjectAlreadyExists
 
 __all__ = ["device_slots", "gpu_limits"]
 
-_LEASE_SECONDS = 120.0  # renewed all the while; how long a killed run still holds its slots
+_LEASE_SECONDS = 120.0  # renewed while a run lives; a killed run holds its slots for this long
 
 
 def gpu_limits(device: str, devices: int = 1) -> list[str]:
@@ -45,7 +45,7 @@ def gpu_limits(device: str, devices: int = 1) -> list[str]:
     if resolved.type != "cuda":
         return []
     first = resolved.index or 0
-    # CUDA counts what it may see: two workers that each see one card both call theirs cuda:0
+    # CUDA numbers the visible cards: two workers with one card each both call it cuda:0
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
     def name(index: int) -> str:

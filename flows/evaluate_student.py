@@ -71,7 +71,7 @@ def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(measured: EvaluateResult, run: str, image_root: str | None, report: bool) -> None:
-    """Leave a Markdown artifact of the numbers, and with ``report`` the page and its chart."""
+    """Create a Markdown artifact of the numbers and, with ``report``, the page and its chart."""
     text = f"# {code(run)}\n\n{recall_text(measured)}"
     if report:
         text += leave_report(ARTIFACT, measured.cache, Path(run) / "report.html", [run], image_root).line()

@@ -28,7 +28,7 @@ def cache_text(info: CacheInfo, recall: SampledRecall | None) -> str:
     """Return the text of a finished cache: its identity and the teacher's own recall.
 
     Args:
-        recall: of the teacher; None if the captions are prompts of classes.
+        recall: recall of the teacher; None if the captions are prompts of classes.
     """
     lines = [f"# {code(info.location)}", "", *identity_table(info.identity), ""]
     if recall is not None:
@@ -110,7 +110,7 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
     # imported here: deploying a flow needs neither numpy nor FAISS
     from teacher_cache.pipeline.evaluate.recall import mean_recall
 
-    student, kept = measured.student, measured.retention
+    student, retention = measured.student, measured.retention
     spans = measured.retention_intervals.model_dump() if measured.retention_intervals else None
 
     def retained(share: float | None, span: dict[str, float] | None) -> str:
@@ -121,15 +121,15 @@ def _recalls(measured: EvaluateResult) -> Iterable[list[str]]:
     for direction, recalls in measured.teacher.items():
         for name, value in recalls.items():
             row = [f"{direction} {name}", f"{value:.1f}", "-", "-"]
-            if student is not None and kept is not None:
+            if student is not None and retention is not None:
                 row[2] = f"{student[direction][name]:.1f}"
-                row[3] = retained(kept[direction][name], spans and spans[direction][name])
+                row[3] = retained(retention[direction][name], spans and spans[direction][name])
             yield row
     means = [f"{mean_recall(recalls):.1f}" if recalls else "-" for recalls in (measured.teacher, student)]
-    yield ["mean", *means, retained(kept["mean"], spans and spans["mean"]) if kept else "-"]
+    yield ["mean", *means, retained(retention["mean"], spans and spans["mean"]) if retention else "-"]
     for name, tower in (measured.towers or {}).items():
-        kept_by_it = retained(tower.retention["mean"], None)
-        yield [f"mean, {name} tower with the teacher's other", "-", f"{mean_recall(tower.recall):.1f}", kept_by_it]
+        share = retained(tower.retention["mean"], None)
+        yield [f"mean, {name} tower with the teacher's other", "-", f"{mean_recall(tower.recall):.1f}", share]
 
 
 def deployment_text(result: DeployResult) -> str:

@@ -21,19 +21,19 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def parameters_of(config: type[BaseModel], filled_by_config: Collection[str] = ()) -> Callable[[_Function], _Function]:
     """Give a function ``f(*, own, **settings)`` one keyword parameter per setting of ``config``.
 
-    Names, types, limits, defaults and descriptions come from the model, so there is one place to change them.
-    A parameter of the function's own stands in for the setting of the same name; the others come last. Their
-    descriptions are read from ``Annotated[..., Field(description=...)]``.
+    Names, types, limits, defaults and descriptions come from the model, so there is one place to change them. The
+    function's own parameters replace settings of the same name; the others come last. Their descriptions are read
+    from ``Annotated[..., Field(description=...)]``.
 
-    A flow passes all its parameters, so an untouched setting would look chosen. Settings that the model derives from
-    others, ``filled_by_config``, are therefore None by default, and the model reads None as not set.
+    A flow passes all its parameters, so every setting would look chosen by the user. Settings that the model derives
+    from others, ``filled_by_config``, are therefore None by default, and the model reads None as not set.
+
+    Prefect reads types and limits from the signature, but descriptions from ``Args:`` in the docstring. So both are
+    made here.
 
     Args:
         config: the model of the stage.
         filled_by_config: settings that the model derives if they are None.
-
-    Prefect reads types and limits from the signature, descriptions only from ``Args:`` in the docstring, which
-    is why both are made here.
     """
 
     def give(function: _Function) -> _Function:

@@ -1,8 +1,8 @@
 """Flow ``precompute-teacher``: plan the cache, encode its pending chunks span by span, seal it.
 
-The cache records what is done, not Prefect: a run after a stopped one reads from the cache which chunks are missing.
-Spans run one after another in one process, since the device limits them and the teacher is loaded once. With the
-executor ``ray`` one task hands all chunks to a cluster.
+The cache, not Prefect, records what is done: a new run reads the missing chunks from the cache. Spans run one after
+another in one process, since they share the device and the loaded teacher. With the executor ``ray`` one task hands all
+chunks to a cluster.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def precompute_teacher(
     ] = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Run a teacher once over a dataset and keep its embeddings. Run it again to go on where it stopped."""
+    """Run a teacher once over a dataset and keep its embeddings. Run it again to resume after a stop."""
     started = time.perf_counter()
     config = PrecomputeConfig(**settings)
     progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
-    fans_out = config.executor != "local"  # then the devices are the workers', and no slot of this machine is held
+    fans_out = config.executor != "local"  # the workers use their own devices: no slot of this machine is held
     slots = contextlib.nullcontext() if fans_out else device_slots(config.device)
     with slots, observed(run=flow_run.name, cache=config.cache):
         spans = plan(config, chunks_per_span, progress.part(0, 0))
@@ -74,7 +74,7 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
     """Write the cache's manifest and tables, or check them, and return the spans to encode.
 
     Args:
-        share: shows the stage but moves nothing, since its length is unknown.
+        share: part of the flow's progress, of width 0: the length of this stage is unknown.
     """
     # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
@@ -82,7 +82,7 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
     from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 
     logger = get_run_logger()
-    DatasetSpec.parse(config.dataset)  # a typing error should not cost the loading of a teacher
+    DatasetSpec.parse(config.dataset)  # a typing error fails before the teacher is loaded
     if config.executor == "local":
         pending = plan_precompute(config, _teacher(config), LoggedProgress(logger, share))
     else:
@@ -96,7 +96,7 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
 
 @task(name="encode", task_run_name="encode-{span.name}", **TRIED_AGAIN)
 def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
-    """Encode the chunks of one span; when it returns, each of them is committed. Returns how many this run encoded.
+    """Encode the chunks of one span. All are committed when it returns. Return the number that this run encoded.
 
     Args:
         share: this span's part of the flow's progress.
@@ -105,7 +105,7 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
 
     logger = get_run_logger()
     started = time.perf_counter()
-    # what an earlier try committed, or another run at this moment, is not encoded again
+    # skips chunks that an earlier try or another run has committed
     encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger, share))
     logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
     return encoded
@@ -113,7 +113,7 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
 
 @task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
 def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
-    """Encode the chunks of all spans by the workers of the executor. Returns how many chunks they encoded."""
+    """Encode the chunks of all spans on the workers of the executor. Return the number of chunks encoded."""
     from teacher_cache.pipeline.precompute.executors import open_executor
 
     refs = [ref for span in spans for ref in span.refs()]
@@ -133,7 +133,7 @@ def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> 
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(cache: str, report: bool) -> None:
-    """Leave a Markdown artifact of the finished cache, and with ``report`` its page and chart."""
+    """Create a Markdown artifact of the finished cache and, with ``report``, its page and chart."""
     from teacher_cache.storage.look.info import describe_cache
 
     page = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
@@ -168,7 +168,7 @@ def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
 
 
 def problems_text(result: PrecomputeResult) -> str:
-    """Return the problems by name, as Markdown."""
+    """Return the list of problems as Markdown."""
     if not result.problem_details:
         return f"`{result.cache}`: no problems."
     return f"`{result.cache}`\n\n" + "\n".join(f"- `{line}`" for line in result.problem_details)

@@ -1,7 +1,7 @@
 """Progress of a stage: lines in the log of its task run, and a progress artifact that moves with it.
 
-The work never waits for the server: a request of Prefect's client to a server that accepts and does not answer lasts
-minutes. A thread sends the moves, and skips all but the newest.
+The work never waits for the server: Prefect's client waits minutes for a server that accepts requests but does not
+answer. A thread sends the moves, and only the newest one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 __all__ = ["LoggedProgress", "Share", "start_progress"]
 
 _SECONDS_BETWEEN_LINES = 30.0
-_SECONDS_BETWEEN_MOVES = 2.0  # each is a request to the server, which every run shares
+_SECONDS_BETWEEN_MOVES = 2.0  # each is a request to the server, which all runs share
 _SECONDS_AFTER_A_FAILURE, _MOST_SECONDS_AFTER = 60.0, 960.0  # doubled with each failure in a row
 _SECONDS_FOR_THE_LAST = 5.0
 
@@ -41,7 +41,7 @@ class Share(BaseModel, frozen=True):
     last: float = Field(100.0, description="Percent at which the stage ends.")
 
     def move(self, done: int, total: int, note: str) -> None:
-        """Move the artifact. Raises what Prefect's client raises, after minutes, if the server does not answer."""
+        """Move the artifact. If the server does not answer, the error of Prefect's client comes after minutes."""
         percent = self.first + (self.last - self.first) * (done / total if total else 1.0)
         _update(self.artifact, percent, f"`{self.what}`: {note}")
 
@@ -53,13 +53,13 @@ class Share(BaseModel, frozen=True):
 
 def start_progress(key: str, what: str) -> Share:
     """Create a progress artifact of the calling flow run, at 0 %."""
-    # a coroutine only where the caller is one
+    # the call returns a coroutine only to an async caller
     artifact = cast(UUID, create_progress_artifact(0.0, key=f"{key}-progress", description=f"`{what}`"))
     return Share(artifact=artifact, what=what)
 
 
 def _update(artifact: UUID, percent: float, description: str) -> None:
-    # own settings make an own client: the shared one belongs to the engine's thread and is closed with the run
+    # settings, even empty, give a new client: the shared one belongs to the engine's thread and closes with the run
     with get_client(httpx_settings={}, sync_client=True) as client:
         client.update_artifact(artifact, ArtifactUpdate(data=percent, description=description))
 
@@ -68,11 +68,11 @@ def _update(artifact: UUID, percent: float, description: str) -> None:
 class _Move:
     send: Callable[[], None]
     failed: Callable[[Exception], None]
-    last: bool  # of its stage: still sent after a failure, since no newer one will come
+    last: bool  # of its stage: sent even after a failure, since no newer one follows
 
 
 class _Mover:
-    """Sender of the newest move of each artifact, one at a time, in a thread that lives while there is one to send.
+    """Sender of the newest move of each artifact, one at a time, in a thread that lives while moves wait.
 
     One per process, so that a late move of one stage cannot overtake the first of the next.
     """
@@ -94,7 +94,7 @@ class _Mover:
                 self._thread.start()
 
     def settled(self, seconds: float) -> bool:
-        """Wait until all moves are sent or failed. Return False if that takes longer than the given seconds."""
+        """Wait until all moves are sent or failed. Return False after ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, seconds)
 
@@ -128,17 +128,17 @@ _mover = _Mover()
 class LoggedProgress:
     """Progress callback of a stage: (stage, done, total). It never waits for the server.
 
-    It writes a line every 30 seconds and moves the artifact every 2. If the artifact cannot be moved, the log says so
-    once, and moving is tried again after one minute, two minutes and so on.
+    It writes a line every 30 seconds and moves the artifact every 2. If a move fails, the log says so once, and the
+    next try comes after one minute, two minutes and so on.
 
     Args:
-        share: what to move; None for lines only.
+        share: share of the artifact to move; None for lines only.
     """
 
     def __init__(self, logger: _Logger, share: Share | None = None) -> None:
         self._logger = logger
         self._share = share
-        self._said = self._next_move = time.monotonic()
+        self._last_line = self._next_move = time.monotonic()
         self._failed = False
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
@@ -149,8 +149,8 @@ class LoggedProgress:
         """
         now = time.monotonic()
         text = f"{stage}: {done:,} of {total:,} {note}".rstrip()
-        if now - self._said > _SECONDS_BETWEEN_LINES:
-            self._said = now
+        if now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
             self._logger.info(text)
         if self._share is not None and now >= max(self._next_move, _mover.rests_until):
             self._next_move = now + _SECONDS_BETWEEN_MOVES

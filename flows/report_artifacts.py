@@ -1,6 +1,6 @@
 """The report of a flow run: its page beside the result, its main chart as a Prefect artifact.
 
-A failure here does not fail the run, which has done its work: the log names it with the reason.
+A failure here does not fail the run, which has done its work: the log gives the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
-# of an image as it is sent to the server, which keeps all of them in its database
+# sizes of an encoded image: the server keeps all images in its database
 _MOST_BYTES = 200_000
 _REDUCED_FROM = 50_000
 _COLOURS = 64
@@ -38,9 +38,9 @@ class ReportLeft:
     """The parts of a report that were made.
 
     Attributes:
-        collected: the data could be read.
-        page: the file; None if none was written.
-        recall: of the teacher; None for a cache of prompts, or if nothing was collected.
+        collected: whether the data could be read.
+        page: path of the page; None if none was written.
+        recall: recall of the teacher; None for a cache of prompts, or if nothing was collected.
     """
 
     collected: bool = False
@@ -60,11 +60,11 @@ def page_beside(cache: str) -> Path | None:
 def leave_report(
     key: str, location: str, page: Path | None, runs: Sequence[str] = (), image_root: str | None = None
 ) -> ReportLeft:
-    """Write the page of a cache and leave its main chart as an image artifact ``key-chart``.
+    """Write the report page of a cache, and create the image artifact ``key-chart`` of its main chart.
 
     Args:
-        page: where to write it; None makes the chart only, without pictures and map.
-        runs: training runs that are shown.
+        page: path of the page; None makes the chart only, without pictures and map.
+        runs: training runs to show.
     """
     logger = get_run_logger()
     data = _attempt("report", lambda: _collected(location, page is not None, runs, image_root))
@@ -80,7 +80,7 @@ def leave_report(
 
 
 def teacher_recall(location: str) -> SampledRecall | None:
-    """Return the teacher's own recall without a report, sampled for a large cache; None if it is undefined."""
+    """Return the teacher's own recall, sampled for a large cache; None if it is undefined or fails."""
     from teacher_cache.pipeline.evaluate.sampled import sampled_recall
 
     return _attempt("recall of the teacher", lambda: sampled_recall(location))
@@ -122,7 +122,7 @@ def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str 
     # imported here: the extra may be missing, and prefect deploy imports this file
     from teacher_cache.pipeline.report.collect import collect_report
 
-    # a chart shows neither map nor pictures, and those of a cache at a URL are thousands of requests
+    # the chart needs no map or pictures, which are thousands of requests for a cache at a URL
     less: dict[str, Any] = {} if whole else {"map_images": 0, "pictures": False}
     progress = LoggedProgress(get_run_logger())
     return collect_report(location, runs=runs, image_root=image_root, progress=progress, **less)

@@ -1,7 +1,7 @@
 """Flow ``retrain-student``: look for new data; encode it, train, measure beside the champion, ship and promote.
 
-Meant for a schedule: without new data it ends in seconds. The folders record what is done, not Prefect: a run after a
-crashed one resumes it. Training is not retried at once, as in ``train-student``.
+Meant for a schedule: without new data it ends in seconds. The folders, not Prefect, record what is done: the next run
+resumes a crashed one. As in ``train-student``, training is not retried at once.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def look(config: RetrainConfig) -> Look:
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
 def encode(config: RetrainConfig, state: Look) -> PrecomputeResult | None:
-    """Make the cache of the dataset as it is now, unless it is finished, and verify it. Old rows are copied."""
+    """Encode a cache of the current dataset, unless it is finished, and verify it. Old rows are copied."""
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     return Retraining(config).encode(state, LoggedProgress(get_run_logger()))
@@ -127,7 +127,7 @@ def promote(config: RetrainConfig, state: Look) -> PromoteResult:
 def describe(
     outcome: str, state: Look, encoded: PrecomputeResult | None, verdict: PromoteResult | None, report: bool
 ) -> None:
-    """Leave a Markdown artifact of the retraining, and with ``report`` the page and its chart."""
+    """Create a Markdown artifact of the retraining and, with ``report``, the page and its chart."""
     text = retraining_text(outcome, state, encoded, verdict.candidate if verdict else state.judged)
     if report and verdict is not None:
         text += leave_report(ARTIFACT, state.cache, Path(state.run) / "report.html", [state.run]).line()

@@ -1,7 +1,7 @@
 """Retries of tasks after transient failures (``teacher_cache.storage.files.transient``).
 
-A wrong setting, a cache of another teacher or a loss that is not finite fails the same way again; a full disk or a
-missing right needs a person. Those are not retried.
+Other errors are not retried: a wrong setting, a cache of another teacher or a loss that is not finite fails again, and
+a full disk or a missing permission needs a person.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RETRY_DELAYS = [10.0, 60.0, 300.0]
 def retry_transient(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether to retry: Prefect's ``retry_condition_fn``. The state of a failed try holds its exception.
 
-    An elapsed ``timeout_seconds`` is final, although it is a TimeoutError: the work would take as long again.
+    An elapsed ``timeout_seconds`` is not retried, although it is a TimeoutError: the work would take as long again.
     """
     if isinstance(state.data, TaskRunTimeoutError):
         return False

@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 
 _START_SECONDS = 180.0  # a fresh database takes 15 s on two idle cores
 _STOP_SECONDS = 20.0
-# settings that point to another Prefect server of this user begin so
+# prefixes of settings that may point to another Prefect server of this user
 _FOREIGN = tuple(f"PREFECT_{name}" for name in ("API_", "SERVER_", "CLOUD_", "CLIENT_", "PROFILE", "DEFAULT_", "TEST"))
 _HINT = """
 In another terminal:
@@ -43,7 +43,7 @@ Settings are parameters, for example: -p dataset=flickr:/data/flickr8k -p cache=
 
 
 class ServeError(Exception):
-    """A process that did not start or ended by itself, or a home that is in use."""
+    """Error of a process that did not start or ended by itself, or of a home that is in use."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,10 +76,10 @@ def stop_on_signals(handler: Any) -> None:
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[IO[str]]:
-    """Lock a home. Server and worker inherit the lock, so what a killed serve left behind holds it too.
+    """Lock a home. Server and worker inherit the lock, so processes that outlive a killed serve still hold it.
 
     Raises:
-        ServeError: the home is in use. A second server would take the first one's runs for abandoned.
+        ServeError: the home is in use. A second server would treat the first one's runs as abandoned.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / "serve.lock").open("a+") as lock:
@@ -102,13 +102,13 @@ def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> NoReturn:
     children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(name: str, *command: str) -> subprocess.Popen[bytes]:
-        # not by a shell's `&`: its processes ignore SIGINT, and Prefect's worker then cannot be stopped
+        # not by a shell's `&`: its processes ignore SIGINT, which Prefect's worker needs to stop
         children[name] = subprocess.Popen(
             [sys.executable, "-m", "prefect", *command],
             cwd=PROJECT,
             env=environment,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which stops the others in order
+            start_new_session=True,  # Ctrl-C reaches this process only, which stops the others in order
             pass_fds=[lock.fileno()],
         )
         if name != "setup":
@@ -154,7 +154,7 @@ def _environment(home: Path, api: str, port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-        # in memory, the slot of a device would stay taken for ever when the server dies
+        # on disk: leases in memory are lost if the server dies, and the slots of devices stay taken for ever
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",
         "PREFECT_CLI_PROMPT": "false",
@@ -181,7 +181,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _settle_abandoned(api: str) -> None:
-    """Mark runs of a stopped worker as crashed: they would hold their deployment's only slot for ever."""
+    """Mark runs of a stopped worker as crashed. Unfinished, they would hold their deployment's only slot for ever."""
     unfinished = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
     query = {"flow_runs": unfinished, "work_pools": {"name": {"any_": [WORK_POOL]}}}
     for run in _ask(f"{api}/flow_runs/filter", query) or ():
@@ -191,7 +191,7 @@ def _settle_abandoned(api: str) -> None:
 
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """Return the server's answer, or None if there is none."""
+    """Return the server's answer, or None if it does not answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -29,7 +29,7 @@ class Span(BaseModel, frozen=True):
 
     @property
     def name(self) -> str:
-        """``image-000000-000003`` or ``text-000000-000003``: first and last chunk, of whichever views."""
+        """Name by first and last chunk, without views: ``image-000000-000003`` or ``text-000000-000003``."""
         return f"{self.tower}-{self.chunks[0][1]:06d}-{self.chunks[-1][1]:06d}"
 
     def refs(self) -> list[ChunkRef]:
@@ -38,7 +38,10 @@ class Span(BaseModel, frozen=True):
 
 
 def default_chunks_per_span(pending: Sequence[ChunkRef]) -> int:
-    """Return the fewest chunks a span that give at most 16 spans, each within one tower, with all views of an image."""
+    """Return the smallest number of chunks per span that gives at most 16 spans.
+
+    A span has chunks of one tower, with all views of an image.
+    """
     stretches = stretches_of(pending)
     by_tower = Counter(stretch[0].tower for stretch in stretches)
     views = max(map(len, stretches), default=1)

@@ -1,7 +1,7 @@
 """Flow ``train-student``: train one student from a finished cache, and measure it if a split is given.
 
 Training is not retried at once: its usual failures (a wrong setting, a damaged cache, a loss that is not finite) would
-come back. Run the flow again with the same ``out``, or retry the flow run, to resume from the last checkpoint.
+recur. Run the flow again with the same ``out``, or retry the flow run, to resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ def train_student(
 
 
 def default_out() -> str:
-    """Return ``runs/`` and the name of the flow run: a retry resumes in the same folder."""
+    """Return ``runs/NAME-OF-THE-FLOW-RUN``, so that a retry resumes in the same folder."""
     return f"runs/{flow_run.name}"
 
 
 def goes_on(out: str, run_count: int) -> bool:
     """Return whether to resume the run in a folder.
 
-    An unfinished run with a checkpoint is resumed. A finished one is refused later, unless this flow run finished it
-    and is retried (``run_count`` above 1) for a later step.
+    An unfinished run with a checkpoint is resumed. A finished run is accepted only if this flow run finished it and is
+    retried (``run_count`` above 1) for a later step; otherwise training refuses the folder.
     """
     folder = RunFolder(out)
     return folder.resumable() or (run_count > 1 and folder.exists())
@@ -144,7 +144,7 @@ def evaluate_config(config: TrainConfig, split: str, checkpoint: Literal["last",
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
 def describe(record: RunRecord, measured: EvaluateResult | None, report: bool) -> None:
-    """Leave a Markdown artifact of the run, and with ``report`` the page and its chart."""
+    """Create a Markdown artifact of the run and, with ``report``, the page and its chart."""
     config, text = record.config, run_text(record, measured)
     if report:
         page = RunFolder(config.out).path / "report.html"

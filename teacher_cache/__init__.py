@@ -9,7 +9,7 @@ Each stage is a function of one settings object::
     train(TrainConfig(cache="scenes.cache", student="scenes-small", out="runs/a"))
     rows = Cache("scenes.cache").take("image", [0, 17, 4])
 
-Importing this package imports nothing else: a name is loaded on first use, and only what runs a model needs torch.
+Importing this package loads nothing else: each name is loaded on first use. Only names that run a model need torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from teacher_cache.storage.look.info import describe_cache as describe_cache
     from teacher_cache.storage.read.reader import EmbeddingReader as Cache  # noqa: F401
 
-# name -> module and, where it differs, the name there
+# name -> module, and the attribute if it has another name
 _HOMES = {
     "Cache": "storage.read.reader:EmbeddingReader",
     "CacheAccessError": "storage.errors",

@@ -1,7 +1,7 @@
 """The ``teacher-cache`` command group. No torch.
 
 The group knows the name, module and summary of every command. A module is imported when one of its commands runs or
-shows its help, so that ``info`` and ``--help`` wait for nothing that they do not use.
+shows its help, so that ``info`` and ``--help`` import only what they use.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
 HELP_WIDTH = 100  # columns
-# teacher_cache.storage.format.manifest.MANIFEST_KEY; importing that module takes pydantic's time
+# copy of teacher_cache.storage.format.manifest.MANIFEST_KEY, whose module imports pydantic
 _MANIFEST_KEY = "manifest.json"
 
 _Callback = Callable[..., Any]
@@ -105,7 +105,7 @@ class Group(click.Group):
         return [*sorted(self.entries, key=lambda name: PANELS.index(self.entries[name].panel)), *self.commands]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an interruption that it does not answer itself is one line."""
+        """Run the command. Ctrl-C prints one line if the command does not handle it."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -150,9 +150,9 @@ class Group(click.Group):
         )
 
 
-def _show_version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version  # 20 ms that no other command waits for
+def _show_version(ctx: click.Context, param: click.Parameter, show: bool) -> None:
+    if show:
+        from importlib.metadata import version  # takes 20 ms
 
         click.echo(f"teacher-cache {version('teacher-cache')}")
         ctx.exit()
@@ -177,7 +177,7 @@ app = Group(
 
 
 def register(package: str, *commands: tuple[str, str, str, str]) -> None:
-    """Register commands as (panel, name, module, summary), before those that a panel has already.
+    """Register commands as (panel, name, module, summary), before earlier ones of the panel.
 
     Args:
         package: the package of the modules.
@@ -209,7 +209,7 @@ register(
 
 
 def every_command() -> Iterator[tuple[str, click.Command]]:
-    """Yield every command by the words that are typed, the commands of groups included."""
+    """Yield the name and object of every command, including commands of groups (``group verb``)."""
     ctx = click.Context(app)
     for name in app.list_commands(ctx):
         command = app.get_command(ctx, name)
@@ -220,9 +220,9 @@ def every_command() -> Iterator[tuple[str, click.Command]]:
 
 
 def complete_location(incomplete: str) -> list[str]:
-    """Return the folders that start like this: caches by their name, others with a slash to continue after."""
+    """Return the folders that complete a path: caches by name, other folders with a slash at the end."""
     if "://" in incomplete:
-        return []  # an object store would be asked at each key
+        return []  # each key press would send a request to the store
     base, _, start = incomplete.rpartition("/")
     folder = Path(f"{base}/" if "/" in incomplete else ".")
     try:
@@ -243,7 +243,7 @@ def complete_cache(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def command(name: str | None = None, example: str = "") -> Callable[[_Callback], click.Command]:
-    """Return a decorator that makes a command of a function, with an example for its help."""
+    """Return a decorator that turns a function into a command, with an example for its help."""
     return click.command(name, cls=Command, example=example)
 
 
@@ -287,13 +287,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def rates(images: float | None, captions: float | None) -> str:
-    """Return the teacher's rates per second that are known."""
+    """Return the known rates of the teacher as text."""
     known = ((images, "images/s"), (captions, "captions/s"))
     return ", ".join(f"{rate:,.0f} {unit}" for rate, unit in known if rate is not None) or "none by the teacher noted"
 
 
 def byte_size(nbytes: float) -> str:
-    """Return a number of bytes for people: 1.2 MB."""
+    """Format a number of bytes: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
@@ -307,6 +307,6 @@ def print_json(result: BaseModel) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines on stdout; characters that are not printable, such as a terminal's commands, are replaced."""
+    """Print lines on stdout. Replaces characters that are not printable, such as terminal escapes."""
     for line in lines:
         click.echo("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line))

@@ -165,7 +165,7 @@ def _info_table(cache_info: CacheInfo) -> Table:
 
 def _coverage(part: Coverage, views: int) -> str:
     share = part.rows_committed / part.rows if part.rows else 1.0
-    # the last block is for all of it: 99.9 % must not look like the whole
+    # rounded down: 99.9 % must not look complete
     bar = "█" * int(share * _BAR)
     name = "captions" if part.tower == "text" else "images" if views == 1 else f"view {part.view}"
     return f"{name:<8} {bar:░<{_BAR}} {int(1000 * share) / 10:g} %, {part.rows_committed:,} of {part.rows:,}"
@@ -203,7 +203,7 @@ def _views(views: ViewsIdentity) -> str:
 
 
 def _accounts(cache_info: CacheInfo) -> str:
-    """Return what became of each image of the dataset; both sides add up."""
+    """Return the images of the dataset as a sum: encoded, quarantined, without a row."""
     total = cache_info.layout.image_rows + cache_info.lost_images
     rows = f"{cache_info.layout.image_rows:,} with a row (encoded or quarantined: known when complete)"
     if cache_info.images_encoded is not None:

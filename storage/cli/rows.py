@@ -98,10 +98,10 @@ def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **o
 
 
 def _refuse_unused(names: tuple[str, ...], what: str) -> None:
-    """Refuse an option that would have no effect.
+    """Check that no option without effect was typed.
 
     Raises:
-        UsageError: one was typed.
+        UsageError: one was.
     """
     ctx = click.get_current_context()
     for name in names:
