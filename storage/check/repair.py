@@ -117,7 +117,7 @@ def _require_readable(report: IntegrityReport) -> None:
     if unreadable:
         raise CacheAccessError(
             f"{report.location}: {len(unreadable)} objects cannot be read, the first: {unreadable[0].message}. Their "
-            "bytes may be sound. Let this user read them; or delete what is lost for good, and repair again."
+            "bytes may be sound. Let this user read them, or delete those that are lost for good; then repair again."
         )
 
 

@@ -269,7 +269,7 @@ def _check_location(location: str) -> None:
         )
     scheme, _, rest = location.partition("://")
     if "::" in scheme:
-        raise UsageError(f"{location}: chained locations may answer from a cache of their own. Name the store itself")
+        raise UsageError(f"{location}: chained URLs may answer from a local copy. Name the store itself")
     if "?versionId=" in rest:
         raise UsageError(f"{location}: a cache is not one version of an object. Leave out ?versionId=")
     if not rest.partition("/")[0]:

@@ -85,6 +85,6 @@ def read_error(where: str, error: OSError) -> CacheError:
         return CacheAccessError(f"{what} Let this user read it.")
     if is_transient(error):
         return CacheUnreachableError(
-            f"{what} Try again; if it stays so, delete this object and run teacher-cache repair CACHE."
+            f"{what} Try again. If it still fails, delete this object and run teacher-cache repair CACHE."
         )
     return CacheCorruptError(f"{what} Remove what is in its place and run teacher-cache repair CACHE.")

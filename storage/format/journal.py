@@ -104,4 +104,4 @@ def _note_bytes(fields: dict[str, object]) -> bytes:
     return canonical_json(with_digest(fields)) + b"\n"
 
 
-_REMEDY = "It decides nothing; teacher-cache repair CACHE drops it."
+_REMEDY = "No row depends on it; teacher-cache repair CACHE drops it."

@@ -239,7 +239,7 @@ def _serve(metrics: Metrics, first_port: str, process: int) -> tuple[Any, Any] |
 
     host = os.environ.get(METRICS_HOST, "") or "127.0.0.1"
     if not first_port.isdecimal() or int(first_port) + process > 65_535:
-        raise UsageError(f"{METRICS_PORT} is {first_port!r}: a port from 0, which takes a free one, to 65535 is wanted")
+        raise UsageError(f"{METRICS_PORT} is {first_port!r}: a port from 0 to 65535 is wanted; 0 takes a free one")
     port = int(first_port) + process if int(first_port) else 0
     try:
         server, thread = start_http_server(port, host, metrics.registry)

@@ -236,7 +236,7 @@ class EmbeddingReader:
             others = f", nor {len(missing) - 1:,} others" if len(missing) > 1 else ""
             raise UsageError(
                 f"{self.location}: no image has the sample_id {ids[int(missing[0])].as_py()!r}{others}. teacher-cache "
-                "sample shows how they look"
+                "look shows some"
             )
         return rows
 
@@ -254,8 +254,8 @@ class EmbeddingReader:
         if bare:
             raise UsageError(
                 f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. This cache is of labelled "
-                "images and the prompts of their classes: measure it by teacher-cache zero-shot --cache, and name "
-                "another one here."
+                "images and the prompts of their classes. Measure it by teacher-cache zero-shot --cache, or name a "
+                "cache of images with captions."
             )
 
     def take(
@@ -379,8 +379,8 @@ def _sealed_manifest(files: CacheFiles, digest: str | None) -> CacheManifest:
         raise CacheIncompleteError(incomplete_message(files.location, manifest, done, len(refs)))
     if digest not in (None, manifest.digest):
         raise CacheMismatchError(
-            f"{files.location}: its manifest is {manifest.digest[:12]}, {str(digest)[:12]} was asked for. It was "
-            "repaired with other bytes, or is another cache."
+            f"{files.location}: its manifest is {manifest.digest[:12]}, {str(digest)[:12]} was asked for. It is "
+            "another cache, or a repair has changed it."
         )
     return manifest
 

@@ -102,7 +102,7 @@ class ResidentRows:
         if len(self._quarantined) and (bad := np.isin(at, self._quarantined)).any():
             raise ValueError(
                 f"{self._name}: row {rows[bad][0]} was quarantined and has no embedding. Leave it out: "
-                "EmbeddingReader.image_rows names those that have one."
+                "EmbeddingReader.image_rows returns the rows that have one."
             )
         out = np.empty((len(rows), *self.rows.shape[1:]), self.rows.dtype)
         # "clip", since the rows were checked: with "raise" numpy gathers into a second array and copies it
