@@ -62,7 +62,7 @@ def deploy_student(
 
 @task(name="deploy", task_run_name="deploy-{config.out}", **TRIED_AGAIN)
 def deploy_run(config: DeployConfig) -> DeployResult:
-    """Export, check, measure and write; on an error nothing is left behind."""
+    """Export, check, measure and write. An error leaves no files."""
     from teacher_cache.pipeline.deploy.record import require_packages
 
     require_packages()

@@ -60,7 +60,7 @@ def _parameter(name: str, field: FieldInfo, filled_by_config: bool) -> inspect.P
     default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
     description = Field(description=field.description)
     annotation: Any = Annotated[field.annotation, *field.metadata, description]
-    if filled_by_config:  # the limits are those of a value that is given
+    if filled_by_config:  # None has no limits: they stay inside the annotation
         default, annotation = None, Annotated[annotation | None, description]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

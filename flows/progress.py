@@ -85,7 +85,7 @@ class _Mover:
         self.rests_until = float("-inf")
 
     def put(self, artifact: UUID, move: _Move) -> None:
-        """Queue a move in place of a waiting one of the same artifact. Returns at once."""
+        """Queue a move; it replaces a waiting one of the same artifact. Returns at once."""
         with self._changed:
             self._waiting[artifact] = move
             if self._thread is None:

@@ -59,7 +59,7 @@ class CacheUnreachableError(CacheError, ConnectionError):
 
 
 class CacheAccessError(CacheError):
-    """The store refuses this caller; another try changes nothing."""
+    """The store refuses this caller; a retry does not help."""
 
 
 class UsageError(ValueError):

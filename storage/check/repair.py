@@ -63,7 +63,7 @@ class RepairPlan:
 
 
 def plan_repair(location: str, progress: Callable[[int, int], None] | None = None) -> RepairPlan:
-    """Verify a cache and return what mends it. Write nothing.
+    """Verify a cache and return the plan of its repair. Writes nothing.
 
     Chunks of an unfinished cache are left to ``precompute``, which encodes damaged ones too.
 

@@ -29,7 +29,7 @@ class ObjectStat(NamedTuple):
 
     nbytes: int
     modified: datetime | None
-    """Time of the last write, with its time zone; None where the store does not report it."""
+    """Time of the last write, with its time zone; None if the store does not report it."""
 
 
 class LocalFiles:
@@ -95,7 +95,7 @@ class LocalFiles:
             return []
 
     def partials(self) -> list[str]:
-        """Return the keys that killed writers left unfinished, sorted."""
+        """Return the keys of unfinished files of killed writers, sorted."""
         return [key for key in self._keys("") if left_behind(key, self.stat)]
 
     def _keys(self, prefix: str) -> list[str]:
@@ -119,7 +119,7 @@ class LocalFiles:
         (self._root / key).unlink(missing_ok=True)
 
     def remove_partials(self) -> int:
-        """Remove what killed writers left unfinished; return the number of files."""
+        """Remove unfinished files of killed writers; return their number."""
         partials = self.partials()
         for key in partials:
             self.delete(key)

@@ -35,7 +35,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         UsageError: ``out`` exists, before or after the block.
     """
     require_free(out)
-    # the whole process name: a process id alone comes again in the next container
+    # the whole process name: another container may have the same process id
     partial = out.with_name(f".partial-{this_process().tag}-{out.name}")
     partial.mkdir(parents=True)
     try:

@@ -57,7 +57,7 @@ def this_process() -> ProcessName:
 
 @cache
 def _machine() -> str:
-    # a host name alone is shared by containers on the host's network and by a machine before and after a reboot
+    # not the host name alone: containers on the host's network share it, and it stays the same after a reboot
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -64,7 +64,7 @@ class CacheFiles(Protocol):
         """Return the names of the folders directly below the folder ``prefix``, sorted."""
 
     def partials(self) -> list[str]:
-        """Return the keys that killed writers on this host left unfinished; no listing shows them."""
+        """Return the keys of unfinished objects of killed writers on this host; :meth:`list` omits them."""
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys of all finished objects below the folder ``prefix``, sorted; empty when there is none."""
@@ -80,4 +80,4 @@ class CacheFiles(Protocol):
         """Remove the object. A missing object is no error."""
 
     def remove_partials(self) -> int:
-        """Remove what killed writers on this host left unfinished; return the number. Safe beside live writers."""
+        """Remove unfinished objects of killed writers on this host; return the number. Safe while others write."""

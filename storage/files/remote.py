@@ -205,7 +205,7 @@ class RemoteFiles:
             return
 
     def remove_partials(self) -> int:
-        """Do nothing: the few bytes that :meth:`partials` may list are not worth a listing of the whole cache."""
+        """Do nothing: the few bytes of :meth:`partials` are not worth a listing of the whole cache."""
         return 0
 
     def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None) -> _Result:

@@ -25,7 +25,7 @@ def quantize(rows: NDArray[np.float16]) -> tuple[NDArray[np.int8], NDArray[np.fl
     """Round the rows of one chunk.
 
     Args:
-        rows: (rows, dim) float16; those without embedding are NaN.
+        rows: (rows, dim) float16; rows without an embedding are NaN.
 
     Returns:
         (rows, dim) int8, :data:`NO_EMBEDDING` where a value is NaN; and (1, dim) float32, the step of each column, 0

@@ -79,7 +79,7 @@ def sample_images(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RowSample:
-    """Show random images of a sealed cache, each with its captions and those nearest to it.
+    """Return random images of a sealed cache, each with its captions and its nearest captions.
 
     Args:
         count: maximum number of images.

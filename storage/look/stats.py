@@ -129,7 +129,7 @@ class ReadRows:
 
     Attributes:
         image_rows: (images,) rows of the cache, ascending.
-        caption_rows: (captions,) rows of the cache, those of an image side by side.
+        caption_rows: (captions,) rows of the cache, grouped by image.
         text_image: (captions,) position of each caption's image.
         images, texts: (images, dim) and (captions, dim), float32 of unit norm.
     """

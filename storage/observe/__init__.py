@@ -1,4 +1,4 @@
-"""Log lines, progress bars, metrics, and secrets kept out of texts."""
+"""Log lines, progress bars, metrics, and removal of secrets from texts."""
 
 from __future__ import annotations
 

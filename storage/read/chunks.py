@@ -71,7 +71,7 @@ class ChunkSource:
 
     @property
     def commits(self) -> CommitRecords:
-        """Commit records, proven to be those that the cache was sealed with. Read once, by one thread.
+        """Commit records, proven against the seal. Read once, by one thread.
 
         Raises:
             CacheCorruptError: A record is missing, damaged, or not the sealed one.

@@ -20,7 +20,7 @@ class ReadAhead(Generic[_Key, _Value]):
     A value stays until the consumer drops it: the consumer decides how much is prefetched.
 
     Args:
-        load: Makes the value of a key; called in several threads at once. :meth:`get` raises its error.
+        load: Makes the value of a key; called by several threads in parallel. :meth:`get` raises its error.
         release: Undoes ``load`` of a key that was dropped, before the key is loaded again. Called at once, or by a
             thread if the key is being loaded. Not called if ``load`` failed.
         threads: Maximum number of loads at the same time.
@@ -57,7 +57,7 @@ class ReadAhead(Generic[_Key, _Value]):
         return len(self._requested.keys() - set(keys))
 
     def ask(self, keys: Iterable[_Key]) -> None:
-        """Request keys; those that were requested before are ignored.
+        """Request keys. Keys that were requested before are ignored.
 
         Raises:
             RuntimeError: This is a forked process, which has none of the threads.

@@ -162,7 +162,7 @@ def _mapped(descriptor: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
     count = int(np.prod(shape))
     memory = mmap.mmap(descriptor, max(1, count * np.dtype(dtype).itemsize), prot=mmap.PROT_READ)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # where the system has none for shared memory
+        with contextlib.suppress(OSError):  # not every system has huge pages for shared memory
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, count=count).reshape(shape)
 

@@ -297,7 +297,7 @@ class MappedChunks(StreamChunks):
 
 def open_chunks(source: ChunkSource, tower: Tower, array: str, prove_every_read: bool) -> StreamChunks:
     """Return the chunks of an array for one stream."""
-    # popped: another stream of this array that runs beside this one has a region of its own
+    # popped, so that a concurrent stream of this array gets its own region
     memory = source.mapped.pop((tower, array), None) or _new_array(source, tower, array)
     if memory.region.maps_files and isinstance(source.files, LocalFiles):
         return MappedChunks(source, tower, array, memory, prove_every_read)

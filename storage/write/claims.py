@@ -53,7 +53,7 @@ class _Claim(BaseModel):
 class Claims:
     """The claims of one process on one cache; a context manager that releases all of them on exit.
 
-    Not thread-safe. Names are those of :func:`claim_name`, or any other word.
+    Not thread-safe. A name is one of :func:`claim_name`, or any other word.
     """
 
     def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:

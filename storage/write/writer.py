@@ -191,7 +191,7 @@ class EmbeddingWriter:
             raise ValueError(f"{ref.name}/{name}: {what}. Does the teacher overflow in this precision?")
 
     def seal(self) -> CacheManifest:
-        """Seal the finished cache: add the digest of all commit records to the manifest. Again it changes nothing.
+        """Seal the finished cache: add the digest of all commit records to the manifest. May be called again.
 
         Raises:
             CacheIncompleteError: chunks without a commit record.
