@@ -1,7 +1,7 @@
-"""The work on a stretch of rows: a chunk of captions, or the chunks of all views of the same images.
+"""Work on a stretch of rows: a chunk of captions, or the chunks of all views of the same images.
 
-An image is read once and decoded once; one job makes the crops of all its views. A batch holds rows of one chunk, and
-which ones depends on that chunk alone, so that an interrupted and resumed run writes the bytes of an unbroken one.
+An image is read and decoded once; one job makes the crops of all its views. A batch holds rows of one chunk and depends
+on that chunk alone, so a resumed run writes the same bytes as an unbroken one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     """One view of an image, ready for the teacher.
 
     Attributes:
-        crop: as ``image/view`` holds it.
+        crop: crop in the form of ``image/view``.
         lost: reason and detail of a view that cannot be encoded.
     """
 
@@ -54,11 +54,11 @@ class Prepared(NamedTuple):
 
 
 class ChunkWork:
-    """One chunk while it is being encoded: its rows' arrays, what was quarantined, and what it cost.
+    """Chunk that is being encoded: arrays of its rows, quarantined rows, and cost.
 
     Args:
         known: source of rows that need no teacher.
-        sharing: number of chunks that are encoded together; each accounts for its part of the seconds.
+        sharing: number of chunks that are encoded together and share the seconds.
     """
 
     def __init__(self, ref: ChunkRef, layout: Layout, known: KnownRows | None, sharing: int = 1) -> None:
@@ -78,7 +78,7 @@ class ChunkWork:
         self._decode_wait_seconds = self._teacher_seconds = 0.0
 
     def _fill_known(self, known: KnownRows | None) -> NDArray[np.bool_]:
-        """Copy the known rows into the arrays and return which they are."""
+        """Copy the known rows into the arrays and return their mask."""
         if known is None:
             return np.zeros(len(self.rows), np.bool_)
         is_known, arrays = known.take(self.ref, self.rows)
@@ -92,25 +92,25 @@ class ChunkWork:
 
     @property
     def complete(self) -> bool:
-        """True once every row was stored."""
+        """True once every row is stored."""
         return self._pending == 0
 
     def start(self, at: float) -> None:
-        """Note when the first of its inputs was requested."""
+        """Record when the chunk's first input was requested."""
         if self._started is None:
             self._started = at
 
     def spend(self, decode_wait_seconds: float, teacher_seconds: float) -> None:
-        """Add to what the chunk cost."""
+        """Add to the chunk's cost."""
         self._decode_wait_seconds += decode_wait_seconds
         self._teacher_seconds += teacher_seconds
 
     def put(self, batch: Batch, prepared: Sequence[Prepared], encoded: Encoded | None, teacher: LiveTeacher) -> None:
-        """Store the embeddings of one batch, and quarantine its rows that have none.
+        """Store the embeddings of one batch, and quarantine its rows without one.
 
         Args:
-            prepared: one per image; empty for captions, and where crops are known.
-            encoded: None of known rows, which are stored already.
+            prepared: one per image; empty for captions and for known crops.
+            encoded: None for known rows, which are stored already.
 
         Raises:
             FloatingPointError: the teacher's features of a caption are not finite.
@@ -149,7 +149,7 @@ class ChunkWork:
         """Write and commit the chunk.
 
         Raises:
-            FloatingPointError: most of its images have features that are not finite: the arithmetic is at fault.
+            FloatingPointError: most images have features that are not finite, so the arithmetic is at fault.
         """
         assert self._started is not None  # its last batch started it
         odd = [row.row for row in self._quarantined if row.reason == "not-finite"]
@@ -177,10 +177,10 @@ class ChunkWork:
 
 
 class Batch:
-    """Rows of one chunk that share a forward pass, or that are known.
+    """Rows of one chunk that share a forward pass, or are known.
 
     Args:
-        order: rank of its last row among the rows of the stretch: batches are encoded in this order.
+        order: position of its last row in the stretch. Batches are encoded in this order.
     """
 
     def __init__(self, chunk: ChunkWork, rows: NDArray[np.int64], known: bool, order: int) -> None:
@@ -191,11 +191,11 @@ class Batch:
 
     @property
     def needs_images(self) -> bool:
-        """True if its images are opened: to decode them, or for their sizes where the rows are known."""
+        """True if its images must be opened, to decode them or to read the sizes of known rows."""
         return self.chunk.ref.tower == "image" and not (self.known and self.chunk.crops_known)
 
     def request(self, pool: ThreadPoolExecutor, inputs: Inputs) -> None:
-        """Let the threads prepare the inputs."""
+        """Start the preparation of the inputs in the threads."""
         self.requested_at = time.perf_counter()
         self._futures = inputs.submit(pool, self)
 
@@ -204,7 +204,7 @@ class Batch:
         return self._futures[0].result()
 
     def prepared(self) -> list[Prepared]:
-        """Wait for the images and return what is known of each."""
+        """Wait for the images and return them."""
         return [future.result()[self.chunk.ref.view] for future in self._futures]
 
 
@@ -212,12 +212,12 @@ class Inputs(Protocol):
     """Source of the inputs of a stretch's batches."""
 
     def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
-        """Start what a batch has to wait for."""
+        """Start the jobs that prepare a batch."""
         ...
 
 
 class _Captions:
-    """Token ids of captions: one job a batch, since threads cannot tokenize side by side."""
+    """Token ids of captions. One job per batch: threads cannot tokenize in parallel."""
 
     def __init__(self, table: TableRows, tokenizer: Callable[[list[str]], Any]) -> None:
         self._table, self._tokenizer = table, tokenizer
@@ -234,7 +234,7 @@ class _Images:
     """Images of one stretch. One job per image writes the crops of all views to their places in the batches' buffers.
 
     Args:
-        batches: all of the stretch, whose buffers are allocated when their first image is requested.
+        batches: all batches of the stretch. A buffer is allocated when its first image is requested.
     """
 
     def __init__(self, loader: _ImageLoader, batches: Sequence[Batch]) -> None:
@@ -257,10 +257,10 @@ class _Images:
 
 
 class _ImageLoader:
-    """Images from bytes to crops, as the teacher sees them. Safe for several threads.
+    """Loader of images, from bytes to the crops that the teacher sees. Thread-safe.
 
     Args:
-        fetchers: threads that read ahead where each image is a request.
+        fetchers: threads that prefetch remote images.
     """
 
     def __init__(
@@ -270,12 +270,12 @@ class _ImageLoader:
         self._shown = teacher.preprocess.shown()
         self._pinned = teacher.device.type == "cuda"
         self._views, self._table = writer.manifest.identity.views, writer.samples
-        # where this run found the images: the folder may have moved since the cache was planned
+        # the images' present location: the folder may have moved since the cache was planned
         self._source = source
         self._fetchers = fetchers
 
     def samples(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return the samples of some rows, and start to fetch their images where each is a request."""
+        """Return the samples of some rows, and start to prefetch remote images."""
         samples: list[dict[str, Any]] = _take(self._table, rows).to_pylist()
         if self._fetchers is not None:
             for sample in samples:
@@ -283,7 +283,7 @@ class _ImageLoader:
         return samples
 
     def job(self, sample: dict[str, Any], places: list[tuple[Batch, int]]) -> Callable[[], dict[int, Prepared]]:
-        """Return the job that prepares an image for these places: by view, None where only its crop is needed."""
+        """Return the job that prepares an image for these places. Its result is keyed by view."""
         by_view: dict[int, NDArray[np.uint8] | None] = {
             batch.chunk.ref.view: None if batch.known else self._buffer(batch)[index] for batch, index in places
         }
@@ -299,9 +299,12 @@ class _ImageLoader:
     def _prepare(self, sample: dict[str, Any], by_view: dict[int, NDArray[np.uint8] | None]) -> dict[int, Prepared]:
         """Decode an image once and write each view to its place; a lost view stays black.
 
+        Args:
+            by_view: place of each view. None: only its crop is needed.
+
         Raises:
-            OSError: the bytes cannot be read just now; another try may, so the row is not given up.
-            CacheMismatchError: they are not the bytes that the cache was planned with.
+            OSError: the bytes cannot be read now. A retry may succeed, so the row is not quarantined.
+            CacheMismatchError: the image changed since the cache was planned.
         """
         data = self._fetch(sample) if self._fetchers is None else sample["content"].result()
         try:
@@ -333,12 +336,12 @@ class _ImageLoader:
                     place[:] = crop_shown(image, crop, self._preprocess)
         except MemoryError:
             raise  # the machine's fault, not the image's
-        except Exception as error:  # one pixel by 600, a mode that a resize does not know: nothing ends the run
+        except Exception as error:  # an odd image, such as 1 x 600 pixels, must not end the run
             return self._lost(sample, place, error)
         return Prepared(sample["sample_id"], row)
 
     def _lost(self, sample: dict[str, Any], place: NDArray[np.uint8] | None, error: Exception) -> Prepared:
-        # it keeps its place, black, so that its neighbours' batch is the same with and without it
+        # a black image keeps the place, so the batch is the same for its neighbours
         if place is not None:
             place[:] = 0
         if isinstance(error, UndecodableImageError):
@@ -352,11 +355,11 @@ class _ImageLoader:
 
 
 class StretchReader:
-    """Batches of stretches of rows, with the source of their inputs.
+    """Reader of stretches of rows in batches, with the source of their inputs.
 
     Args:
         known: rows that need no teacher.
-        fetchers: threads that read images ahead where each is a request.
+        fetchers: threads that prefetch remote images.
     """
 
     def __init__(
@@ -372,10 +375,10 @@ class StretchReader:
         self._loader = _ImageLoader(teacher, writer, source, fetchers)
 
     def batches(self, stretch: Sequence[ChunkRef]) -> Iterator[tuple[Batch, Inputs]]:
-        """Yield the batches of chunks of the same rows: known rows first, then in the order in which rows are read."""
+        """Yield the batches of chunks of the same rows: known rows first, then in reading order."""
         order = self._order(stretch[0])
         chunks = [ChunkWork(ref, self._layout, self._known, len(stretch)) for ref in stretch]
-        # a batch's buffer must not outlive its turn, so none is held here
+        # hold no batch here: its buffer must be freed after its turn
         waiting = deque(sorted(self._cut(chunks, order), key=lambda batch: (not batch.known, batch.order)))
         inputs = _Images(self._loader, list(waiting)) if stretch[0].tower == "image" else self._text_inputs
         while waiting:
@@ -391,7 +394,7 @@ class StretchReader:
                     yield Batch(chunk, chunk.rows.start + order[part], known, int(part[-1]))
 
     def _order(self, ref: ChunkRef) -> NDArray[np.int64]:
-        """Return the order of a chunk's rows: captions of similar length share a batch, padded to its longest."""
+        """Return the order of a chunk's rows. Captions of similar length share a batch, which saves padding."""
         rows = ref.rows(self._layout)
         if ref.tower == "image" or self._layout.text_order is None:
             return np.arange(len(rows))

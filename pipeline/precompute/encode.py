@@ -1,9 +1,8 @@
 """Encoding of chunks of a planned cache: decode, run the teacher, write and commit; alone or with other processes.
 
-Decoding (threads), the teacher (the calling thread) and writing (one thread, two to a store) overlap, across chunk
-borders too. A GPU has its next batch before the embeddings of the last one are looked at. Several processes share a
-cache by claims (``teacher_cache.storage.write.claims``): one claim per stretch of rows, which is the chunk of each view
-of the same images.
+Decoding (threads), the teacher (the calling thread) and writing (one thread, two to a store) overlap, also across
+chunks. A GPU gets its next batch before the last one's embeddings are copied back. Several processes share a cache by
+claims (``teacher_cache.storage.write.claims``), one per stretch of rows: the chunks of all views of the same images.
 """
 
 from __future__ import annotations
@@ -44,17 +43,17 @@ __all__ = ["RowTally", "encode_chunks", "encode_claimed", "encode_shared"]
 _LOG = logger("precompute")
 
 _BATCHES_AHEAD = 4
-_WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher has to
-_BATCHES_BEHIND = {"cuda": 1}  # by device: on their way back while the next one is launched
+_WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher waits
+_BATCHES_BEHIND = {"cuda": 1}  # by device type: batches in flight while the next one is launched
 _OTHERS_POLL_SECONDS = 0.5
 
 
 def encode_chunks(
     config: PrecomputeConfig, teacher: LiveTeacher, refs: Sequence[ChunkRef], progress: Progress | None = None
 ) -> None:
-    """Encode chunks of a planned cache, without claims. When it returns, each of them is committed.
+    """Encode chunks of a planned cache, without claims. When it returns, every chunk is committed.
 
-    An image that cannot be decoded quarantines its row and is named in the chunk's commit.
+    The row of an undecodable image is quarantined, and the chunk's commit names the image.
     """
     writer = EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
@@ -81,14 +80,14 @@ def encode_claimed(
     known: KnownRows | None = None,
     writer: EmbeddingWriter | None = None,
 ) -> set[ChunkRef]:
-    """Encode chunks together with every other process that does the same on this cache.
+    """Encode chunks together with all other processes that encode this cache.
 
-    When it returns each chunk is committed, by any of the processes. Chunks of a process that died are taken over after
-    all others, one stretch at a time: if a chunk ends one process after another, its claims name it.
+    When it returns, every chunk is committed, by any of the processes. Chunks of a dead process are taken over last,
+    one stretch at a time. If a chunk kills process after process, its claims show which one.
 
     Args:
         known: rows that are copied instead of encoded. Default: those of ``config.reuse``.
-        writer: of this cache; what it has read of the tables serves the next call.
+        writer: writer of this cache, which reuses tables that it has read.
 
     Returns:
         The chunks that this process encoded.
@@ -102,7 +101,7 @@ def encode_claimed(
     with tally, Claims(writer.files) as claims:
         while shared.left:
             stretches, claimed = stretches_of(shared.left), list[ChunkRef]()
-            # what ended most processes comes last, and by itself
+            # the stretches that killed the most processes come last, one at a time
             for takeovers in (0, 1, None):
                 coming = claims.share(stretches, shared.is_done, takeovers)
                 encoder.encode(_noted(coming if takeovers == 0 else islice(coming, 1), claimed))
@@ -115,10 +114,9 @@ def encode_claimed(
 
 
 class RowTally:
-    """Rows done by this process and by others, out of those of some chunks; reported to a progress and counted.
+    """Counter of finished rows of some chunks, whichever process encoded them. It reports to progress and telemetry.
 
-    As a context manager it takes back what it has counted when an error ends the block, since the next try counts all
-    of them again.
+    As a context manager it undoes its counts when an error ends the block: the retry counts them again.
     """
 
     def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
@@ -153,13 +151,13 @@ class RowTally:
 
 
 class _SharedChunks:
-    """Chunks that several processes share: which are left, and which this process encoded."""
+    """Chunks that several processes share: the pending ones, and those that this process encoded."""
 
     def __init__(self, writer: EmbeddingWriter, refs: Sequence[ChunkRef]) -> None:
         self._writer = writer
         self.left = list(refs)
         self.encoded: set[ChunkRef] = set()
-        # they were found damaged, so their commit records say nothing
+        # damaged chunks have a commit record already, so the record does not mean done
         self._damaged = writer.committed(refs)
 
     def is_done(self, ref: ChunkRef) -> bool:
@@ -169,8 +167,8 @@ class _SharedChunks:
         return self._writer.is_sound(ref) if ref in self._damaged else self._writer.is_committed(ref)
 
     def settle(self, claimed: Iterable[ChunkRef], claims: Claims) -> list[ChunkRef]:
-        """Take out what is done, and return the chunks that other processes encoded."""
-        # of two writers that round differently, one's objects may lie beside the other's record
+        """Remove the finished chunks, and return those that other processes encoded."""
+        # two writers that round differently may mix: one's objects, the other's record
         mixed = {ref for ref in claimed if claims.contested(claim_name(ref)) and not self._writer.is_sound(ref)}
         self._damaged |= mixed
         self.encoded.update(set(claimed) - mixed)
@@ -181,7 +179,7 @@ class _SharedChunks:
 
 
 class _Launched(NamedTuple):
-    """A batch that the teacher was given; a GPU may still be working on it."""
+    """Batch that was launched; a GPU may still be working on it."""
 
     batch: Batch
     prepared: list[Prepared]
@@ -191,7 +189,7 @@ class _Launched(NamedTuple):
 
 
 class _Encoder:
-    """The encoding of one run."""
+    """Encoder of one run."""
 
     def __init__(
         self,
@@ -208,7 +206,7 @@ class _Encoder:
         self._remote = requests_at_once(writer.files) > 1
 
     def encode(self, stretches: Iterable[list[ChunkRef]]) -> None:
-        """Encode stretches of rows, each requested when its turn comes; when it returns, all are committed."""
+        """Encode stretches of rows, each requested when its turn comes. When it returns, all are committed."""
         behind = _BATCHES_BEHIND.get(self._teacher.device.type, 0)
         launched: deque[_Launched] = deque()
         with self._pools() as (decoders, writers, claimer, fetchers):
@@ -228,7 +226,7 @@ class _Encoder:
         first_uri = self._writer.samples.read(range(1))["uri"][0].as_py()
         with (
             ThreadPoolExecutor(self._threads) as decoders,
-            # two chunks are on their way to a store, and the next one is claimed meanwhile
+            # a store takes two chunks at a time, while the next one is claimed
             ThreadPoolExecutor(_WRITES_AHEAD if self._remote else 1) as writers,
             ThreadPoolExecutor(1) as claimer,
             self._source.threads(first_uri) as fetchers,
@@ -236,7 +234,7 @@ class _Encoder:
             try:
                 yield decoders, _Writers(writers), claimer, fetchers
             except BaseException:
-                # stop decoding ahead; whole chunks on their way to the disk are still written
+                # cancel decoding; complete chunks are still written
                 decoders.shutdown(wait=False, cancel_futures=True)
                 if fetchers is not None:
                     fetchers.shutdown(wait=False, cancel_futures=True)
@@ -244,7 +242,7 @@ class _Encoder:
                 raise
 
     def _launch(self, batch: Batch) -> _Launched:
-        """Wait for a batch's inputs and give them to the teacher, unless its rows are known."""
+        """Wait for a batch's inputs and launch the teacher, unless the rows are known."""
         chunk, encoded = batch.chunk, None
         chunk.start(batch.requested_at)
         waited = time.perf_counter()
@@ -260,11 +258,11 @@ class _Encoder:
         return _Launched(batch, prepared, encoded, began - waited, time.perf_counter() - began)
 
     def _finish(self, launched: _Launched, writers: _Writers) -> None:
-        """Store what the teacher made of a batch, and have its chunk written if that was the last one."""
+        """Store a batch's embeddings, and submit its chunk for writing after the last batch."""
         batch, encoded = launched.batch, launched.encoded
         chunk, began = batch.chunk, time.perf_counter()
         chunk.put(batch, launched.prepared, encoded, self._teacher)
-        # of a GPU the seconds that it worked, whatever Python did meanwhile
+        # for a GPU its own working time, not the wall clock of Python
         on_device = encoded.device_seconds() if encoded is not None else None
         seconds = launched.seconds + time.perf_counter() - began if on_device is None else on_device
         chunk.spend(launched.decode_wait_seconds, seconds)
@@ -278,21 +276,21 @@ class _Encoder:
 
 
 class _Writers:
-    """Chunks on their way to the disk or store. Adding one waits while two stretches of rows are on their way."""
+    """Queue of chunks to write. :meth:`submit` waits while two stretches of rows are being written."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
         self._writing: deque[Future[None]] = deque()
 
     def submit(self, sharing: int, write: Any) -> None:
-        """Have a chunk written, one of ``sharing`` of its stretch."""
+        """Start writing a chunk, one of ``sharing`` in its stretch."""
         while len(self._writing) >= _WRITES_AHEAD * sharing:
             self._wait()
         self._writing.append(self._pool.submit(write))
         event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
 
     def drain(self) -> None:
-        """Wait until all are written."""
+        """Wait until all chunks are written."""
         while self._writing:
             self._wait()
             event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
@@ -308,7 +306,7 @@ def _noted(stretches: Iterable[list[ChunkRef]], claimed: list[ChunkRef]) -> Iter
 
 
 def _one_ahead(pool: ThreadPoolExecutor, stretches: Iterable[list[ChunkRef]]) -> Iterator[list[ChunkRef]]:
-    """Yield the stretches, the next one being claimed meanwhile: in a store a claim is several requests."""
+    """Yield the stretches and claim the next one ahead: in a store a claim takes several requests."""
     iterator = iter(stretches)
     coming = pool.submit(next, iterator, None)
     while (stretch := coming.result()) is not None:
@@ -317,7 +315,7 @@ def _one_ahead(pool: ThreadPoolExecutor, stretches: Iterable[list[ChunkRef]]) ->
 
 
 def _ahead(pool: ThreadPoolExecutor, batches: Iterable[tuple[Batch, Inputs]]) -> Iterator[Batch]:
-    """Yield the batches, the next few being prepared meanwhile."""
+    """Yield the batches while the next few are prepared."""
     waiting: deque[Batch] = deque()
     for batch, inputs in batches:
         batch.request(pool, inputs)

@@ -1,7 +1,7 @@
 """Executors: this process, or workers on many machines, behind the same two calls.
 
-An executor decides where and when. What is done the store says, and what the rows are the teacher: a cache is the same,
-byte for byte, whichever executor made it, and neither its identity nor its manifest names one.
+An executor decides where and when chunks are encoded. Every executor makes the same cache, byte for byte, so neither
+the identity nor the manifest names one.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ __all__ = ["Executor", "LocalExecutor", "open_executor"]
 
 
 class Executor(Protocol):
-    """Planning of a cache and encoding of its chunks. A context manager: leaving it releases what it holds."""
+    """Context manager that plans a cache and encodes its chunks. Leaving it releases its resources."""
 
     def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
-        """Plan the cache, as :func:`teacher_cache.pipeline.precompute.plan.plan_precompute`, for the devices that will
-        encode."""
+        """Plan the cache with :func:`teacher_cache.pipeline.precompute.plan.plan_precompute` for the devices used."""
         ...
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:
-        """Encode chunks of a planned cache. When it returns each is committed, by any process.
+        """Encode chunks of a planned cache. When it returns, every chunk is committed, by any process.
 
         Returns:
-            How many of them this executor encoded.
+            Number of chunks that this executor encoded.
 
         Raises:
-            OSError: what a chunk met, or that workers ended again and again; what is committed stays.
+            OSError: a chunk could not be read or written, or workers died repeatedly. Committed chunks stay.
         """
         ...
 
@@ -47,7 +46,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """This process and its device; the teacher is loaded once, at the first call."""
+    """Executor in this process, on its device. The first call loads the teacher."""
 
     def __init__(self) -> None:
         self._teacher: LiveTeacher | None = None
@@ -80,7 +79,7 @@ def open_executor(config: PrecomputeConfig) -> Executor:
     """Open the executor that ``config`` names.
 
     Raises:
-        UsageError: it is not known, or needs a package that is not installed.
+        UsageError: the executor is unknown, or needs a package that is not installed.
     """
     if config.executor == "local":
         if config.workers not in (None, 1):

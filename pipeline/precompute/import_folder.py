@@ -1,10 +1,9 @@
 """A cache from the rows of another tool's folder: prove a sample of the rows, plan, write, seal.
 
-The folder does not say what made such rows, so that the cache's identity is a claim until it is tried. Seeded random
-rows, of those that would be used, go through the proof of ``verify --sample``
-(``teacher_cache.pipeline.precompute.sample_proof`` says how many rows show what). If one is wrong, nothing is written.
-Rows that the folder lacks are encoded, so the result is a whole cache like any other; its manifest says that rows were
-imported.
+The folder does not record which teacher made its rows. So a seeded random sample of the rows to import is first proven
+as by ``verify --sample`` (``teacher_cache.pipeline.precompute.sample_proof`` says how many rows show what). If one row
+is wrong, nothing is written. The teacher encodes the rows that the folder lacks, so the result is a complete cache. Its
+manifest records that rows were imported.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _ROWS_NAMED = 5
 
 
 class ImportResult(BaseModel, frozen=True):
-    """Result of an import, with what the cache holds now."""
+    """Result of an import, and the content of the cache."""
 
     cache: str
     folder: str
@@ -76,17 +75,17 @@ class ImportResult(BaseModel, frozen=True):
 
 
 def import_rows(config: ImportConfig, progress: Progress | None = None) -> ImportResult:
-    """Make the cache that ``config`` describes from the folder's rows, or finish the one that is there.
+    """Make the cache that ``config`` describes from the folder's rows, or finish an existing one.
 
-    Safe to stop and to call again with the same settings; several processes may share the work, as with precompute.
+    Safe to stop and to call again with the same settings. Several processes may share the work, as in precompute.
 
     Args:
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: folder, dataset, teacher or device cannot be used, or nothing in the folder is of this dataset.
-        CacheMismatchError: a row that was drawn is not the live teacher's, or the rows are of another width; or the
-            cache there is another one, or of other rows. Nothing is written then.
+        UsageError: folder, dataset, teacher or device cannot be used, or no row in the folder belongs to this dataset.
+        CacheMismatchError: a sampled row differs from the live teacher's, the rows have another width, or the existing
+            cache has another identity or other imported rows. Nothing is written.
         OSError, FloatingPointError: as ``teacher_cache.pipeline.precompute.run``.
     """
     started = time.perf_counter()
@@ -116,7 +115,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         planned,
         library_versions(teacher.preprocess.decoder) | {IMPORTED: origin, IMPORTED_ROWS: known.sha256},
     )
-    _require_these_rows(config.cache, known)  # another process may have planned it meanwhile
+    _require_these_rows(config.cache, known)  # another process may have planned the cache meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
     made = summarize(config.cache, written, time.perf_counter() - started)
     quarantined = np.array([row.row for row in EmbeddingReader(config.cache).quarantined], np.int64)
@@ -158,7 +157,7 @@ def _nothing_matched(folder: ForeignFolder, planned: PlannedDataset) -> str:
 
 
 def _require_these_rows(cache: str, known: ForeignRows) -> None:
-    """Refuse to go on with a cache that is not made of these rows.
+    """Check that the cache was begun with these rows.
 
     Raises:
         CacheMismatchError: the remedy is in the message.
@@ -181,9 +180,9 @@ def _require_these_rows(cache: str, known: ForeignRows) -> None:
 
 
 class _FolderRows:
-    """Rows of a folder, as a proof takes them."""
+    """Rows of a folder, for a proof."""
 
-    # what becomes of an image that cannot be decoded is decided when its chunk is written
+    # undecodable images are quarantined later, when their chunk is written
     quarantined: Mapping[Place, QuarantinedRow] | None = None
 
     def __init__(self, planned: PlannedDataset, known: ForeignRows) -> None:
@@ -210,10 +209,10 @@ class _FolderRows:
 def _prove(
     config: ImportConfig, teacher: LiveTeacher, planned: PlannedDataset, known: ForeignRows, progress: Progress | None
 ) -> SampleProof:
-    """Compare seeded random known rows with what the teacher makes of the same images and captions.
+    """Compare a seeded random sample of the rows with the live teacher's.
 
     Raises:
-        CacheMismatchError: a row is not the teacher's, not one drawn image can be decoded, or one has changed.
+        CacheMismatchError: a row differs from the teacher's, no sampled image can be decoded, or an image changed.
     """
     proof = SampleProof(_FolderRows(planned, known), teacher, ImageSource(planned.dataset.root), config.threshold)
     batch_rows = config.batch_size or default_batch_rows(teacher.device.type)

@@ -1,4 +1,4 @@
-"""Planning of a cache: read the dataset, prove the teacher, write manifest and tables, list the pending chunks."""
+"""Planning of a cache: read the dataset, check the teacher, write manifest and tables, list the pending chunks."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ _LOG = logger("precompute")
 
 CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "flip", "view_seed": "seed"}
 """Settings of precompute, and their names in the identity (``ViewsIdentity``)."""
-# milder than the 0.08 of ImageNet training: a caption is of the whole picture, and open_clip crops by 0.9 and more
+# milder than ImageNet's 0.08: a caption describes the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
-_CHUNK_ROWS = 4096  # 4 MiB of 512 float16: the flat part of the read-speed curve
+_CHUNK_ROWS = 4096  # 4 MiB at 512 float16: larger chunks read no faster
 
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """A dataset whose files are read and digested, with the tables and identity that a cache of it has."""
+    """Dataset whose files are read and digested, with the tables and identity of its cache."""
 
     spec: DatasetSpec
     dataset: SampleSet
@@ -80,18 +80,18 @@ def plan_precompute(
 ) -> list[ChunkRef]:
     """Write the cache's manifest and tables, or check them against the existing cache.
 
-    A cache with more views than ``config`` names is taken as it is.
+    An existing cache may have more views than ``config`` names.
 
     Args:
         encode_on: type of the device that will encode, as torch names it. Default: the teacher's.
 
     Returns:
-        The chunks that are still to be encoded.
+        The pending chunks.
 
     Raises:
         UsageError: crop settings without random crops.
-        CacheMismatchError: the cache is another one, has fewer views, or crops that were drawn differently; or it
-            was begun by an import, and the teacher would make other bytes of the missing rows.
+        CacheMismatchError: the existing cache has another identity, fewer views or other crops; or an import began
+            it, and the teacher would encode the missing rows to other bytes.
     """
     refuse_to_mix(config.cache)
     origin = origin_of_reused(config, teacher)
@@ -110,23 +110,23 @@ def _tell_problems(dataset: SampleSet) -> None:
 
 
 def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str, str]:
-    """Return what a cache records about rows that it copies from one that imported them. Reads manifests alone.
+    """Return the origin of imported rows to record, if the reused cache has any. Reads manifests only.
 
     Raises:
-        NotReusableError: the rows of the cache to copy from are another teacher's, or made otherwise.
+        NotReusableError: the reused cache has another teacher, preprocessing, tokenizer or dtype.
         CacheError: its manifest cannot be read.
     """
     if config.reuse is None:
         return {}
     have = read_manifest(open_files(config.reuse))
-    # of dataset and views each row is looked at alone, once the files are read
-    mine = {
+    # dataset and views are compared row by row, once the files are read
+    compared = {
         "teacher": teacher.identity(),
         "preprocess": teacher.preprocess.identity(),
         "tokenizer": teacher.tokenizer_identity(),
         "targets": asked_targets(config),
     }
-    require_reusable(have, config.reuse, have.identity.model_copy(update=mine))
+    require_reusable(have, config.reuse, have.identity.model_copy(update=compared))
     imported = have.made_with.get(IMPORTED)
     if not imported:
         return {}
@@ -135,26 +135,26 @@ def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str
 
 
 def require_one_origin(
-    config: PrecomputeConfig, origin: dict[str, str], there: CacheManifest, pending: Sequence[ChunkRef]
+    config: PrecomputeConfig, origin: dict[str, str], manifest: CacheManifest, pending: Sequence[ChunkRef]
 ) -> None:
-    """Check that imported rows and the teacher's own do not get into one cache. Reads and writes nothing.
+    """Check that a cache will not mix imported and encoded rows. Reads and writes nothing.
 
     Args:
         origin: result of :func:`origin_of_reused`.
-        there: manifest of the cache to fill.
+        manifest: manifest of the cache to fill.
         pending: its pending chunks.
 
     Raises:
-        CacheMismatchError: imported rows would be copied into a cache that was begun without them; or rows are
-            missing that only the import has.
+        CacheMismatchError: imported rows would be copied into a cache that was begun without them, or only the import
+            has the missing rows.
     """
-    if origin and pending and IMPORTED not in there.made_with:
+    if origin and pending and IMPORTED not in manifest.made_with:
         raise CacheMismatchError(
             f"{config.cache}: was begun without the rows of {config.reuse}, of which some were imported, and would not "
             "say so. Leave --reuse out, or encode to a new path."
         )
     if any(ref.view == 0 for ref in pending):
-        _refuse_imported(config.cache, there)
+        _refuse_imported(config.cache, manifest)
 
 
 def refuse_to_mix(cache: str) -> None:
@@ -181,7 +181,7 @@ def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
 
 
 def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
-    """Read and digest a dataset's files, and return what a cache of it by this teacher is. Writes nothing.
+    """Read and digest a dataset's files, and return the tables and identity of its cache. Writes nothing.
 
     Raises:
         UsageError: crop settings without random crops; or as
@@ -210,7 +210,7 @@ def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progr
 def plan_dataset(
     config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
 ) -> list[ChunkRef]:
-    """Plan as :func:`plan_precompute` does, for a dataset that was read.
+    """Plan as :func:`plan_precompute` does, for a dataset that is already read.
 
     Args:
         device: type of the device that will encode, as torch names it.
@@ -222,7 +222,7 @@ def plan_dataset(
 def _planned(
     config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
 ) -> EmbeddingWriter:
-    """Write manifest and tables, or check them against the existing ones; return a writer of the cache."""
+    """Write manifest and tables, or check the existing ones; return a writer of the cache."""
     identity, source = planned.identity, Source(dataset=str(planned.spec), image_root=planned.dataset.root)
 
     def plan(layout: Layout) -> CacheManifest:
@@ -236,12 +236,12 @@ def _planned(
             now = asked_layout(config, identity, device)
             if now == layout:
                 raise
-            manifest = plan(now)  # another process planned it meanwhile, by the defaults of its own device
+            manifest = plan(now)  # another process planned it first, with its own device's defaults
     except CacheMismatchError as error:
         lost = [problem for problem in planned.dataset.problems if problem.lost_image]
         if not lost:
             raise
-        # most often the reason: a share that is not mounted, a server that is down
+        # the most frequent reason: a share that is not mounted, or a server that is down
         raise CacheMismatchError(
             f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
         ) from error
@@ -249,7 +249,7 @@ def _planned(
 
 
 def _pending(writer: EmbeddingWriter) -> list[ChunkRef]:
-    """Return the chunks that are still to be encoded, after their rows are reported to telemetry."""
+    """Report the rows to telemetry and return the pending chunks."""
     pending = writer.pending()
     rows = Counter({"image": 0, "text": 0})
     for ref in pending:
@@ -262,7 +262,7 @@ def _pending(writer: EmbeddingWriter) -> list[ChunkRef]:
 def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
     """Cut pending chunks into spans for separate tasks, each within one tower.
 
-    The views of the same images stay together, whatever their number: an image is read once for all of them.
+    All views of the same images stay in one span, so that an image is read once.
     """
     spans: list[list[ChunkRef]] = []
     for stretch in stretches_of(pending):
@@ -274,7 +274,7 @@ def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[
 
 
 def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
-    """Return samples, captions and problems as a cache lists them. They are the same for the same dataset."""
+    """Return a cache's tables of samples, captions and problems. The same dataset gives the same tables."""
     samples = dataset.samples
     counts = [len(sample.captions) for sample in samples]
     texts = [caption for sample in samples for caption in sample.captions]
@@ -305,7 +305,7 @@ def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table
 
 
 def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetIdentity:
-    """Return the part of a cache's identity that is about its rows."""
+    """Return the dataset part of a cache's identity."""
     samples, captions = tables[SAMPLES], tables[CAPTIONS]
     return DatasetIdentity(
         kind=spec.kind,
@@ -318,7 +318,7 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
 
 
 def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
-    """Return the stored form of the teacher's output: that of ``config``, else of the existing cache, else float16."""
+    """Return the storage type of the embeddings: from ``config``, else the existing cache, else float16."""
     if config.dtype is not None:
         return TargetsIdentity(dtype=config.dtype)
     try:
@@ -332,7 +332,7 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
 
     Raises:
         UsageError: crop settings without random crops.
-        CacheMismatchError: the cache has fewer views, which never change.
+        CacheMismatchError: the cache has fewer views, and views cannot be added.
     """
     have, drawn_as = ViewsIdentity(policy="evaluation"), None
     try:
@@ -343,16 +343,16 @@ def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
         if config.reuse is not None:
             drawn_as = read_manifest(open_files(config.reuse)).identity.views
     count = config.views or have.count
-    asked = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
+    settings = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
     if count == 1:
-        if any(value is not None for value in asked.values()):
+        if any(value is not None for value in settings.values()):
             raise UsageError(
                 "crop_scale, crop_ratio, crop_flip and view_seed are of random crops, and there are none in 1 view: "
                 "ask for --views 2 or more, or leave them out"
             )
         return ViewsIdentity(policy="evaluation")
     recorded = {} if drawn_as is None else drawn_as.fields()
-    drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in asked.items()}
+    drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in settings.items()}
     return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
 
 
@@ -360,7 +360,7 @@ def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
     """Check that a cache has the views that ``config`` names.
 
     Raises:
-        CacheMismatchError: it has fewer. The message holds the command that makes a cache with all of them.
+        CacheMismatchError: it has fewer. The message contains the command that makes a cache with all of them.
     """
     count = manifest.identity.views.count
     if config.views is None or config.views <= count:
@@ -398,13 +398,13 @@ def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str)
         have = read_manifest(open_files(config.cache)).layout
     except CacheNotFoundError:
         return fresh
-    asked = {
+    configured = {
         "image_chunk_rows": config.chunk_rows,
         "text_chunk_rows": config.chunk_rows,
         "batch_rows": config.batch_size,
     }
-    kept = {name: getattr(have, name) for name, value in asked.items() if value is None}
-    return fresh.model_copy(update={**kept, "text_order": have.text_order})
+    defaults = {name: getattr(have, name) for name, value in configured.items() if value is None}
+    return fresh.model_copy(update={**defaults, "text_order": have.text_order})
 
 
 def new_layout(
@@ -425,7 +425,7 @@ def new_layout(
 
 
 def default_chunk_rows(rows: int) -> int:
-    """Return 4,096, or less for a small dataset: about 16 chunks, so that a stopped run loses little."""
+    """Return 4,096, or fewer for a small dataset: about 16 chunks, so that a stopped run loses little."""
     size = _CHUNK_ROWS
     while size > 64 and rows < 16 * size:
         size //= 2
@@ -434,12 +434,12 @@ def default_chunk_rows(rows: int) -> int:
 
 def default_batch_rows(device: str) -> int:
     """Return the rows per forward pass on a type of device, as torch names it."""
-    # on a CPU the activations of a few images still fit its caches; more only cost memory
+    # on a CPU the activations of 16 images fit its caches; more images only cost memory
     return 16 if device == "cpu" else 256
 
 
 def library_versions(decoder: str = PILLOW) -> dict[str, str]:
-    """Return the versions of the libraries that make the pixels and the rows, for a manifest.
+    """Return the versions of the libraries that affect pixels and rows, for a manifest.
 
     Args:
         decoder: decoder of the images.

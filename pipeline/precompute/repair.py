@@ -1,8 +1,8 @@
-"""Repair of a damaged cache from its backup, its dataset and its teacher. Sound objects stay as they are.
+"""Repair of a damaged cache from its backup, its dataset and its teacher. Sound objects stay unchanged.
 
 It builds on ``teacher_cache.storage.check.repair``. torch and the teacher are loaded only if a chunk must be encoded
-again. Another teacher, another dataset or a moved image is refused before anything is written. Chunks of imported rows
-are left to the import: the teacher would make other bytes.
+again. Another teacher, another dataset or a missing image is refused before anything is written. Only the import can
+make chunks of imported rows again: the teacher would write other bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class RepairResult(BaseModel, frozen=True):
-    """The result of a repair, and the state of the cache."""
+    """Result of a repair, and the state of the cache."""
 
     cache: str
     ok: bool = Field(description="State of the cache: complete and sound.")
@@ -61,21 +61,21 @@ def repair(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> RepairResult:
-    """Verify a cache, mend what is damaged, and verify it again. A sound cache is not changed.
+    """Verify a cache, repair the damaged parts, and verify it again. A sound cache is not changed.
 
     Safe to stop and to call again, and while other processes read or repair the cache. Unknown files are kept.
 
     Args:
-        dataset: place of the dataset, KIND:PATH, read for damaged tables and images of damaged chunks. Default: the
-            place that the manifest names.
-        teacher, pretrained: as for precompute. Default: the teacher that the manifest names.
+        dataset: dataset as KIND:PATH, read for damaged tables and damaged image chunks. Default: the one recorded in
+            the manifest.
+        teacher, pretrained: as for precompute. Default: the teacher recorded in the manifest.
         device: device of the teacher.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: the teacher is not named and not known, or cannot be loaded; nothing is written.
-        CacheMismatchError: another teacher or dataset than the cache is of, or a table that does not come back with
-            the recorded bytes; nothing is written.
+        UsageError: the teacher is unknown or cannot be loaded; nothing is written.
+        CacheMismatchError: another teacher or dataset than the cache's, or a table cannot be made again with the
+            recorded bytes; nothing is written.
         CacheError: as ``teacher_cache.storage.check.repair.plan_repair``.
     """
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def repair(
     report, done, replaced = plan.report, list[str](), None
     if not plan.empty:
         sources = _sources(plan, dataset, teacher, pretrained, device, progress)
-        # from here on it writes
+        # first write: every check is done
         done = restore(plan) + _write_tables(cache, sources) + _encode(plan, sources, device, progress)
         if plan.seal:
             sealed = EmbeddingWriter(cache).seal()
@@ -115,13 +115,13 @@ def _without_imported(plan: RepairPlan) -> tuple[RepairPlan, tuple[str, ...]]:
         return plan, ()
     imported = tuple(ref.name for ref in plan.chunks if ref.view == 0)
     chunks = tuple(ref for ref in plan.chunks if ref.view > 0)
-    # without these chunks there is nothing that a seal could be over
+    # a cache without these chunks cannot be sealed
     return replace(plan, chunks=chunks, seal=plan.seal and not imported), imported
 
 
 @dataclass(frozen=True)
 class _Sources:
-    """What a repair is made from: the dataset, bytes of damaged tables, and the teacher of damaged chunks."""
+    """Sources of a repair: the dataset, bytes of damaged tables, and the teacher of damaged chunks."""
 
     spec: DatasetSpec | None
     tables: dict[str, bytes]
@@ -136,7 +136,7 @@ def _sources(
     device: str,
     progress: Progress | None,
 ) -> _Sources:
-    """Open and prove all that the repair needs, before anything is written. Raises as :func:`repair`."""
+    """Open and check every source of the repair before anything is written. Raises as :func:`repair`."""
     needs_dataset = plan.tables or any(ref.tower == "image" for ref in plan.chunks)
     spec = _dataset(plan, dataset) if needs_dataset else None
     tables, contents = _tables(plan, spec, progress) if spec and plan.tables else ({}, {})
@@ -160,7 +160,7 @@ def _encode(plan: RepairPlan, sources: _Sources, device: str, progress: Progress
         return []
     from teacher_cache.pipeline.precompute.encode import encode_chunks
 
-    # encode_shared would pass over chunks that are sound by themselves, and an old one put back is
+    # not encode_shared: it skips sound chunks, and an old chunk copied back is sound by itself
     config = PrecomputeConfig(
         dataset=str(sources.spec or plan.manifest.source.dataset),
         teacher=sources.teacher.name,
@@ -174,10 +174,10 @@ def _encode(plan: RepairPlan, sources: _Sources, device: str, progress: Progress
 def teacher_of(
     manifest: CacheManifest, cache: str, teacher: str | None, pretrained: str | None
 ) -> tuple[str, str | None]:
-    """Return name and pretrained tag of a cache's teacher: the arguments, else those of the manifest.
+    """Return name and pretrained tag of a cache's teacher: from the arguments, else from the manifest.
 
     Raises:
-        UsageError: the manifest has the name of a folder, but not its place.
+        UsageError: the manifest has the name of a model folder, but not its path.
     """
     recorded = manifest.identity.teacher
     if teacher is not None:
@@ -202,7 +202,7 @@ def _tables(
     """Return the dataset's tables, and the bytes of the damaged parquet files.
 
     Raises:
-        CacheMismatchError: it is another dataset, or the bytes come out differently.
+        CacheMismatchError: it is another dataset, or the new bytes differ from the recorded ones.
     """
     from teacher_cache.pipeline.data.datasets.samples import load_samples
     from teacher_cache.pipeline.precompute.plan import dataset_identity, dataset_tables
@@ -212,23 +212,22 @@ def _tables(
             progress("check files", done, total)
 
     cache, manifest = plan.report.location, plan.manifest
-    found, digests = load_samples(spec, count)
-    tables = dataset_tables(found, digests)
+    tables = dataset_tables(*load_samples(spec, count))
     identity = manifest.identity.model_copy(update={"dataset": dataset_identity(spec, tables)})
     manifest.identity.require(identity, cache)
     made = {name: table_files(name, table) for name, table in tables.items()}
     contents = {}
     for key in plan.tables:
-        name, wanted = key.partition("/")[0], manifest.files[key].sha256
+        name, recorded = key.partition("/")[0], manifest.files[key].sha256
         data = made[name].get(key, (b"", 0))[0]
-        if hashlib.sha256(data).hexdigest() != wanted:
-            # as earlier versions wrote it
+        if hashlib.sha256(data).hexdigest() != recorded:
+            # earlier versions wrote one row group
             data = table_files(name, tables[name], one_group=True).get(key, (data, 0))[0]
         sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != wanted:
+        if sha256 != recorded:
             written = manifest.made_with.get("pyarrow", "another version")
             raise CacheMismatchError(
-                f"{cache}/{key}: damaged, and {spec} gives other bytes (sha256 {sha256[:12]}, {wanted[:12]} is "
+                f"{cache}/{key}: damaged, and {spec} gives other bytes (sha256 {sha256[:12]}, {recorded[:12]} is "
                 f"recorded; written by pyarrow {written}, {version('pyarrow')} is here). Name the dataset where and "
                 f"as it was ({manifest.source.dataset}), use that pyarrow, or restore a copy of the file."
             )
@@ -255,19 +254,19 @@ def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | Non
     """Check that the dataset holds the images of the damaged chunks.
 
     Args:
-        samples: made again, where the cache's own table is damaged.
+        samples: new samples table, if the cache's own is damaged.
 
     Raises:
-        CacheMismatchError: an image is missing, or is another one.
+        CacheMismatchError: an image is missing or has changed.
     """
     from teacher_cache.pipeline.data.datasets.records import data_folder
     from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
 
     cache, manifest = plan.report.location, plan.manifest
-    there = TableRows(open_files(cache), manifest, SAMPLES)
+    table = TableRows(open_files(cache), manifest, SAMPLES)
     source = ImageSource(data_folder(spec.root))
     for row in _image_rows(manifest, plan.chunks):
-        of_row = there.read(range(row, row + 1)) if samples is None else samples.slice(row, 1)
+        of_row = table.read(range(row, row + 1)) if samples is None else samples.slice(row, 1)
         sample = of_row.to_pylist()[0]
         where = source.resolve(sample["uri"])
         try:

@@ -1,11 +1,11 @@
-"""Rows that are copied from an earlier cache instead of encoded, bit for bit.
+"""Rows that are copied from an earlier cache, bit for bit, instead of encoded.
 
 An image's row depends on its bytes, a caption's on its text, and both on the teacher with its preprocessing, tokenizer
-and arithmetic. So rows are matched by content: images that were added move those behind them.
+and arithmetic. Rows are matched by content, because added images shift the row numbers.
 
-Int8 rows share their scales with the rest of their chunk, and in another chunk would be rounded a second time. So an
-int8 cache gives whole chunks, of the same images or captions in the same order. Rows added at the end cost the teacher
-the new ones and the last chunk before them; rows inserted in between cost all rows that move.
+Int8 rows share their scales within a chunk; in another chunk they would be rounded a second time. So an int8 cache
+gives only whole chunks, of the same images or captions in the same order. After rows are appended, the teacher encodes
+them and the last old chunk; after rows are inserted, it encodes every row that moved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NOWHERE = -1
 
 
 class NotReusableError(CacheMismatchError):
-    """The rows of a cache are not those that this teacher would make."""
+    """Rows of a cache that differ from what this teacher would make."""
 
 
 class KnownRows(Protocol):
@@ -68,10 +68,10 @@ class CachedRows:
     Args:
         location: location of the finished cache.
         identity: identity of the cache to fill.
-        column: reads one of its columns, by the names of table and column.
+        column: reads a column of the cache to fill, by the names of table and column.
 
     Raises:
-        NotReusableError: its rows are another teacher's, or made otherwise.
+        NotReusableError: the finished cache has another teacher, preprocessing, tokenizer or dtype.
         CacheError: it cannot be read.
     """
 
@@ -92,35 +92,35 @@ class CachedRows:
             CacheError: a chunk of the earlier cache cannot be read, or is damaged.
         """
         known = np.zeros(len(rows), np.bool_)
-        there = np.flatnonzero(self._there(ref, rows))
-        if not len(there):
+        matched = np.flatnonzero(self._matched(ref, rows))
+        if not len(matched):
             return known, {}
         old = self._old[ref.tower][rows.start : rows.stop]
-        wanted, back = np.unique(old[there], return_inverse=True)
+        old_rows, back = np.unique(old[matched], return_inverse=True)
         arrays = {
-            name: stored_rows(self._reader, ref.tower, wanted, ref.view, name)[back] for name in ARRAYS[ref.tower]
+            name: stored_rows(self._reader, ref.tower, old_rows, ref.view, name)[back] for name in ARRAYS[ref.tower]
         }
         finite = ~np.isnan(arrays["embedding"]).any(axis=1)
-        known[there[finite]] = True
+        known[matched[finite]] = True
         return known, {name: values[finite] for name, values in arrays.items()}
 
     def count(self, ref: ChunkRef, rows: range) -> int:
         """Return the number of rows of a chunk that :meth:`take` gives, without reading rows."""
-        there = self._there(ref, rows)
-        if ref.tower == "image" and there.any():
-            there &= ~np.isin(self._old["image"][rows.start : rows.stop], self._lost_in(ref.view))
-        return int(there.sum())
+        matched = self._matched(ref, rows)
+        if ref.tower == "image" and matched.any():
+            matched &= ~np.isin(self._old["image"][rows.start : rows.stop], self._lost_in(ref.view))
+        return int(matched.sum())
 
     def _lost_in(self, view: int) -> NDArray[np.int64]:
-        """Return the rows quarantined in a view. All commits are searched once."""
+        """Return the rows quarantined in a view. Searches all commits once."""
         if view not in self._lost:
             self._lost[view] = np.fromiter(self._reader.quarantined_in(view), np.int64)
         return self._lost[view]
 
-    def _there(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
+    def _matched(self, ref: ChunkRef, rows: range) -> NDArray[np.bool_]:
         """Return which rows of a chunk the earlier cache has, quarantined ones included."""
-        found: NDArray[np.bool_] = self._old[ref.tower][rows.start : rows.stop] != _NOWHERE
-        return found & (ref.view < self._views)
+        matched: NDArray[np.bool_] = self._old[ref.tower][rows.start : rows.stop] != _NOWHERE
+        return matched & (ref.view < self._views)
 
 
 class CachedChunks:
@@ -129,7 +129,7 @@ class CachedChunks:
     Args:
         location: location of the finished cache.
         identity: identity of the cache to fill.
-        rows_sha256: digests some of its rows, as ``teacher_cache.storage.format.tables.chunk_rows_sha256``.
+        rows_sha256: digests rows of that cache, as ``teacher_cache.storage.format.tables.chunk_rows_sha256``.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
@@ -148,7 +148,7 @@ class CachedChunks:
         }
 
     def take(self, ref: ChunkRef, rows: range) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
-        """Return all of a chunk as it is stored, or nothing. Raises as :meth:`CachedRows.take`."""
+        """Return a whole chunk as stored, or nothing. Raises as :meth:`CachedRows.take`."""
         old = self._find(ref, rows)
         if old is None:
             return np.zeros(len(rows), np.bool_), {}
@@ -186,12 +186,12 @@ def cached_rows(
     column: Callable[[str, str], pa.ChunkedArray],
     rows_sha256: Callable[[Tower, range], str],
 ) -> CachedRows | CachedChunks:
-    """Return what another cache can copy from a finished one: rows, or whole chunks of int8.
+    """Return the rows that another cache can copy from a finished one, or whole chunks for int8.
 
     Args:
         identity: identity of the cache to fill.
-        column: reads one of its columns, by the names of table and column.
-        rows_sha256: digests some of its rows.
+        column: reads a column of the cache to fill, by the names of table and column.
+        rows_sha256: digests rows of that cache.
 
     Raises:
         NotReusableError, CacheError: as :class:`CachedRows`.
@@ -202,16 +202,16 @@ def cached_rows(
 
 
 def count_known(known: CachedRows | CachedChunks, layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
-    """Return how many rows of some chunks are copied, by tower. Each view of an image counts as a row.
+    """Return the number of rows of some chunks that are copied, by tower. Each view of an image counts as a row.
 
     Args:
         layout: layout of the cache to fill.
         refs: its chunks to count.
     """
-    found: dict[Tower, int] = {"image": 0, "text": 0}
+    counts: dict[Tower, int] = {"image": 0, "text": 0}
     for ref in refs:
-        found[ref.tower] += known.count(ref, ref.rows(layout))
-    return found
+        counts[ref.tower] += known.count(ref, ref.rows(layout))
+    return counts
 
 
 def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity) -> None:
@@ -222,7 +222,7 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
         identity: identity of the cache to fill.
 
     Raises:
-        NotReusableError: teacher, preprocessing, tokenizer or what is stored differ.
+        NotReusableError: the teacher, preprocessing, tokenizer or stored dtype differs.
     """
     stored = have.identity
     like = identity.model_copy(update={"dataset": stored.dataset, "views": stored.views})
@@ -235,12 +235,12 @@ def require_reusable(have: CacheManifest, location: str, identity: CacheIdentity
 
 
 def _way_out(have: CacheIdentity, wanted: CacheIdentity) -> str:
-    """Return what to do if rows cannot be copied: the flags of the other cache if they suffice, else no --reuse."""
+    """Return the remedy if rows cannot be copied: flags that match the other cache if they suffice, else no --reuse."""
     flags = {"targets.dtype": f"--dtype {have.targets.dtype}"}
     if have.preprocess.decoder != wanted.preprocess.decoder:
         decoder = f"--decoder {have.preprocess.decoder or PILLOW}"
         flags |= {"preprocess.decoder": decoder, "preprocess.probe": decoder}
-    fields = [each.field for each in have.differences(wanted)]
+    fields = [difference.field for difference in have.differences(wanted)]
     leave_out = "leave --reuse out"
     if set(fields) <= set(flags):
         return f"ask for {' '.join(dict.fromkeys(flags[field] for field in fields))} as it has them, or {leave_out}"
@@ -251,16 +251,16 @@ def _views_alike(have: EmbeddingReader, identity: CacheIdentity) -> int:
     """Return the number of views of a cache that another one draws in the same way."""
     alike = {"count": 0}
     views = have.manifest.identity.views.model_copy(update=alike)
-    # crops are drawn from the settings and the bytes of an image; the evaluation crop is view 0 of all
+    # a crop depends on the settings and the image's bytes alone; view 0 is always the evaluation crop
     return have.views if views == identity.views.model_copy(update=alike) else 1
 
 
 def _places(
-    column: Callable[[str, str], pa.ChunkedArray], there: EmbeddingReader, table: str, name: str
+    column: Callable[[str, str], pa.ChunkedArray], have: EmbeddingReader, table: str, name: str
 ) -> NDArray[np.int64]:
-    """Return the first place of each value of a column in the same column of another cache; -1 if it is not in it."""
-    # both columns are freed afterwards: only the place of a row is kept
-    among = long_texts(read_table(there.files, there.manifest, table, [name])[name]).combine_chunks()
-    found = pc.index_in(long_texts(column(table, name)), value_set=among)
-    places: NDArray[np.int64] = pc.fill_null(found, _NOWHERE).to_numpy().astype(np.int64)
+    """Return the first position of each value of a column in the same column of another cache; -1 if it is missing."""
+    # both columns are freed afterwards: only the positions stay in memory
+    among = long_texts(read_table(have.files, have.manifest, table, [name])[name]).combine_chunks()
+    positions = pc.index_in(long_texts(column(table, name)), value_set=among)
+    places: NDArray[np.int64] = pc.fill_null(positions, _NOWHERE).to_numpy().astype(np.int64)
     return places

@@ -1,4 +1,4 @@
-"""The whole precompute: plan the cache (``plan``), encode the pending chunks (``encode``), seal."""
+"""Precompute from start to end: plan the cache (``plan``), encode the pending chunks (``encode``), seal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROBLEMS_SHOWN = 50
 
 
 class PrecomputeResult(BaseModel, frozen=True):
-    """The result of a run of precompute, and the content of the cache."""
+    """Result of a precompute run, and the content of the cache."""
 
     cache: str
     manifest_digest: str
@@ -57,22 +57,22 @@ class PrecomputeResult(BaseModel, frozen=True):
 def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> PrecomputeResult:
     """Make the cache that ``config`` describes, or finish an existing one.
 
-    Safe to stop at any moment and to call again: only chunks without a sound commit are encoded. Several processes
-    may be started on one cache: they share its chunks, and each returns when all is done.
+    Safe to stop at any moment and to call again: only chunks without a sound commit are encoded. Several processes may
+    share one cache; each returns when all chunks are done.
 
     Args:
         progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
 
     Raises:
-        UsageError: dataset, teacher, device or the port of metrics cannot be used; nothing is written then.
+        UsageError: dataset, teacher, device or metrics port cannot be used; nothing is written.
         CacheMismatchError: the path holds a cache of another teacher, dataset or preprocessing; or an image changed
-            while the run worked.
-        OSError: an image could not be read, or a chunk not written; what is committed stays.
+            during the run.
+        OSError: an image could not be read, or a chunk could not be written. Committed chunks stay.
         FloatingPointError: the teacher overflows in this precision.
-        ChildProcessError: the executor's workers ended again and again, or there is no place for one.
+        ChildProcessError: the executor's workers died repeatedly, or the cluster has no room for one.
     """
     started = time.perf_counter()
-    # a typing error is found before a teacher is loaded or a dataset read
+    # fail on a typing error before loading the teacher or reading the dataset
     DatasetSpec.parse(config.dataset)
     require_place(open_files(config.cache))
     with observed(cache=config.cache):
@@ -83,7 +83,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
 
 
 def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
-    """Seal a finished cache and return what is in it.
+    """Seal a finished cache and return its content.
 
     Args:
         chunks_encoded, seconds: work and time of this run.
