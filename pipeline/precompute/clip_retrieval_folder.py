@@ -5,15 +5,15 @@
       text_emb/text_emb_N.npy           the same rows' captions, if texts were encoded
       metadata/metadata_N.parquet       image_path, caption, and sample_id where ``teacher-cache export`` wrote it
 
-``image_path`` is the path of the file, or the key of a member of a tar. Nothing in such a folder says what made it:
-:mod:`teacher_cache.pipeline.precompute.import_folder` proves that before a row is used.
+``image_path`` is the path of the file, or the key of a member of a tar. Such a folder does not record its teacher:
+:mod:`teacher_cache.pipeline.precompute.import_folder` proves it before a row is used.
 
-How rows find their images and captions, without a guess:
+How rows are matched to images and captions, without a guess:
 
-- An image by ``sample_id``, where the folder has one; else by its path, as the dataset has it or with the dataset's
-  folder in front; a member of a tar by its key. A name that two images of the dataset have is no match.
-- A path that is repeated (an image for each of its captions) must have the same row each time.
-- A caption by its text, white space around it left out, since a text is all that a teacher sees of a caption.
+- Images are matched by ``sample_id`` if the folder has it; else by path, relative to the dataset's folder or with it in
+  front; members of a tar by key. A name that two images of the dataset share matches neither.
+- A repeated path (an image once per caption) must have the same row each time.
+- Captions are matched by text, stripped of white space: the teacher sees nothing else of a caption.
 - Rows with NaN or infinity, or all zeros, count as missing.
 """
 
@@ -47,12 +47,12 @@ Progress = Callable[[str, int, int], None]
 
 _FILES: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _ROWS_AT_ONCE = 65_536
-# twice what rounding a unit vector to float16 moves its norm by, and half of what a cache allows
+# twice the change of a unit vector's norm by rounding to float16, and half the tolerance of a cache
 _ROUNDING = 2**-10
 
 
 class MatchCounts(BaseModel, frozen=True):
-    """Counts of the rows of a folder that have an image or caption in the dataset, and of those that have none."""
+    """Counts of a folder's rows with and without an image or caption in the dataset."""
 
     folder_rows: int = Field(description="Number of rows in all parts.")
     images: int = Field(description="Images of the dataset with a usable row in the folder.")
@@ -70,15 +70,15 @@ class _Part:
 
 
 class ForeignFolder:
-    """The rows of such a folder by number, over all parts in their order; read from disk when they are asked for.
+    """Rows of such a folder, numbered through all parts in order and memory-mapped.
 
     Attributes:
-        towers: which it has.
+        towers: towers that it has.
         dim: width of its embeddings.
-        rows: of all parts.
+        rows: number of rows in all parts.
 
     Raises:
-        UsageError: it does not have the published form, or its parts do not fit each other; the message names the file.
+        UsageError: it does not have the published form, or its parts disagree; the message names the file.
     """
 
     def __init__(self, location: str) -> None:
@@ -154,9 +154,9 @@ class ForeignFolder:
         """Return rows as a cache holds them.
 
         Returns:
-            Embedding, (rows, dim) float16 of unit norm: float16 rows that are so already keep their bits, others are
-            normalised in float32. Norm, (rows,) float32, of the folder's row: 1 where it was normalised. And (rows,)
-            bool, False where a row is not finite or zero: the other two mean nothing there.
+            Embedding, (rows, dim) float16 of unit norm: float16 rows of unit norm keep their bits, others are
+            normalised in float32. Norm, (rows,) float32, of the folder's row: 1 where it was normalised. Usable,
+            (rows,) bool: False for a row that is zero or not finite, whose other two values mean nothing.
         """
         embedding = np.empty((len(rows), self.dim), np.float16)
         norm, usable = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
@@ -169,10 +169,10 @@ class ForeignFolder:
 
 
 def _numbered(root: Path, name: str, ending: str) -> dict[int, Path]:
-    """Find files ``name/name_N.ending`` by number, in its order.
+    """Find the files ``name/name_N.ending`` by number, ascending.
 
     Raises:
-        UsageError: two of them have the same number.
+        UsageError: two files have the same number.
     """
     pattern = re.compile(rf"{name}_(\d{{1,18}})\.{ending}")
     by_number: dict[int, Path] = {}
@@ -202,7 +202,7 @@ def _normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.flo
     values = rows.astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         norm = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64)).astype(np.float32)
-        # a norm below the least normal float32 has lost its digits
+        # a subnormal float32 norm has lost digits
         usable = np.isfinite(norm) & (norm >= np.finfo(np.float32).tiny)
         unit = (values / norm[:, None]).astype(np.float16)
         is_unit = (np.abs(norm - 1) <= _ROUNDING) & (rows.dtype.itemsize == 2)
@@ -216,8 +216,8 @@ class ForeignRows:
     """Rows of a dataset that a folder has.
 
     Attributes:
-        sources: by tower, for each row of the dataset the number of the folder's row, or -1.
-        sha256: of all that :meth:`take` gives: two imports with the same one write the same bytes.
+        sources: by tower, the folder's row of each row of the dataset, or -1.
+        sha256: digest of everything that :meth:`take` returns. Imports with the same digest write the same bytes.
     """
 
     folder: ForeignFolder
@@ -253,13 +253,13 @@ class ForeignRows:
 def match_rows(
     folder: ForeignFolder, samples: pa.Table, captions: pa.Table, image_root: str, progress: Progress | None = None
 ) -> ForeignRows:
-    """Find the folder's row of each image and caption of a dataset; the module says how.
+    """Find the folder's row of each image and caption of a dataset, by the module's rules.
 
-    Reads the metadata, and every row that is matched, once; none is held.
+    Reads the metadata and each matched row once, and keeps no row in memory.
 
     Args:
         samples, captions: tables as a cache lists them (``teacher_cache.storage.format.tables``).
-        image_root: where relative uris start from.
+        image_root: folder that relative uris start from.
         progress: called with (stage, done, total): ``match rows`` and ``check rows``.
 
     Raises:
@@ -287,11 +287,11 @@ def match_rows(
 
 
 class _Names:
-    """Images of a dataset by the names that a folder may have for them."""
+    """Images of a dataset by the names that a folder may use for them."""
 
     def __init__(self, samples: pa.Table, image_root: str) -> None:
         ids, uris, offsets = (samples[name].to_pylist() for name in ("sample_id", "uri", "offset"))
-        # of a member of a tar the key counts; its uri is the tar
+        # a member of a tar is matched by key: its uri is the tar
         paths = [
             uri if offset < 0 else sample_id.removeprefix(f"{uri}/")
             for sample_id, uri, offset in zip(ids, uris, offsets, strict=True)
@@ -303,7 +303,7 @@ class _Names:
         )
 
     def rows(self, table: pa.Table) -> NDArray[np.int64]:
-        """Return the image of each row of a part's ``sample_id`` and ``image_path``; -1 for none."""
+        """Return the image of each row of a part, by ``sample_id`` and ``image_path``; -1 for none."""
         rows = _index(table["sample_id"], self._ids)
         for names in (self._paths, self._whole):
             rows = np.where(rows >= 0, rows, _index(table["image_path"], names))
@@ -311,13 +311,13 @@ class _Names:
 
 
 def _unique(names: Sequence[str | None]) -> pa.Array:
-    """Return the names, null in place of each that is not unique."""
+    """Return the names, with null for each that is not unique."""
     counts = Counter(names)
     return pa.array([name if counts[name] == 1 else None for name in names], pa.large_string())
 
 
 def _index(values: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
-    """Return where each value is among some names; -1 for none."""
+    """Return the index of each value in ``names``; -1 for none."""
     at = pc.fill_null(pc.index_in(long_texts(values), value_set=names, skip_nulls=True), -1)
     return np.asarray(at.to_numpy(), np.int64)
 
@@ -325,7 +325,7 @@ def _index(values: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
 def _match_images(
     folder: ForeignFolder, sources: NDArray[np.int64], names: _Names, progress: Progress | None
 ) -> tuple[int, int]:
-    """Fill in the folder's row of each image; return the rows of no image, and the images of different rows."""
+    """Fill in the folder's row of each image. Return the numbers of unmatched rows and of ambiguous images."""
     strange, different = 0, set[int]()
     for first, table in folder.columns("sample_id", "image_path"):
         rows = names.rows(table)
@@ -358,7 +358,7 @@ def _match_captions(folder: ForeignFolder, sources: NDArray[np.int64], texts: pa
 def _check(
     folder: ForeignFolder, sources: dict[Tower, NDArray[np.int64]], progress: Progress | None
 ) -> tuple[int, str]:
-    """Take matches whose rows cannot be used out of ``sources``; return their number, and a digest of all others."""
+    """Remove matches with unusable rows from ``sources``. Return their number, and a digest of the others."""
     digest = hashlib.sha256()
     total, done, unusable = sum(int((numbers >= 0).sum()) for numbers in sources.values()), 0, 0
     for tower, numbers in sources.items():

@@ -1,9 +1,9 @@
 """Forecast of a precompute: counts and bytes from the dataset's lists, hours from one timed batch of each tower.
 
-When the cache pays for itself follows from the teacher's own time: distilling without a cache runs the teacher on each
-image and one caption of it in every epoch.
+The break-even follows from the teacher's own time: distilling without a cache runs the teacher on every image and one
+caption of it in every epoch.
 
-Which rows an earlier cache has is not guessed from a sample: every file is read for its digest, as precompute will.
+Rows of an earlier cache are not estimated from a sample: every file is read for its digest, as in precompute.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from teacher_cache.storage.write.plan import require_same_plan
 
 __all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
 
-_PROBE_BATCHES = 8  # read, for the bytes of tables; of these one is timed, and one warms up
+_PROBE_BATCHES = 8  # read to estimate the bytes of tables; one of them is timed, one warms up
 
 
 class ProbeRate(BaseModel, frozen=True):
-    """Seconds of one tower, measured."""
+    """Measured seconds of one tower."""
 
     rows: int = Field(description="Number of rows in the timed batch.")
     seconds_per_row: float = Field(
@@ -71,7 +71,7 @@ class ProbeRate(BaseModel, frozen=True):
 
 
 class Forecast(BaseModel, frozen=True):
-    """Answer of ``teacher-cache precompute --dry-run``."""
+    """Result of ``teacher-cache precompute --dry-run``."""
 
     cache: str
     dataset: str
@@ -110,30 +110,29 @@ class Forecast(BaseModel, frozen=True):
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes that are still to be written."""
+        """Number of bytes still to write."""
         return max(self.target_bytes + self.table_bytes - self.there_bytes, 0)
 
     @property
     def fits(self) -> bool:
-        """True if there is room for it, or where that is not known."""
+        """True if there is room for them, or the free space is unknown."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
 def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progress | None = None) -> Forecast:
-    """Measure a little and say what ``precompute`` with the same settings will take. Writes nothing.
+    """Time a few batches and forecast ``precompute`` with the same settings. Writes nothing.
 
     Args:
-        probe: images to read. Default: eight batches. One batch of them, and one of captions, is timed.
+        probe: number of images to read. Default: eight batches. One batch of images and one of captions is timed.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: dataset, teacher, device or views cannot be used, or not one image of the probe can be read.
-        CacheMismatchError: a cache of another teacher or dataset is there, or named to copy rows from, which
-            precompute would refuse.
-        CacheError: a cache to copy rows from cannot be read, or is not finished.
+        UsageError: dataset, teacher, device or views cannot be used, or no image of the probe can be read.
+        CacheMismatchError: precompute would refuse the existing or the reused cache, for its teacher or dataset.
+        CacheError: the reused cache cannot be read, or is not finished.
     """
     refuse_to_mix(config.cache)
-    asked_views(config)  # a setting that cannot be used should not cost the loading of a teacher
+    asked_views(config)  # refuse a bad setting before loading the teacher
     spec = DatasetSpec.parse(config.dataset)
     listed = list_samples(spec)
     if not listed.samples:
@@ -181,17 +180,17 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
 
 
 def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | None:
-    """Return the first number of epochs for which the teacher takes longer than the cache; None without its time."""
+    """Return the number of epochs from which the cache is cheaper than the teacher. None: the teacher's time is 0."""
     return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Rows of a cache to come: all, committed, copied and to encode.
+    """Rows of a future cache: all, committed, copied and to encode.
 
     Attributes:
-        planned: whether a cache is there.
-        check_seconds: what reading every file took, where it was done.
+        planned: whether the cache exists.
+        check_seconds: seconds that reading every file took, if it was done.
     """
 
     listed: SampleSet
@@ -212,7 +211,7 @@ def _count(
         began = time.perf_counter()
         planned = read_dataset(config, teacher, progress)
         listed, check_seconds = planned.dataset, time.perf_counter() - began
-    have = _there(config, teacher, spec, listed, planned)
+    have = _existing(config, teacher, spec, listed, planned)
     committed: list[ChunkRef] = []
     rows = len(listed.samples), listed.num_captions
     layout = new_layout(config, teacher.device.type, teacher.identity().embed_dim, asked_views(config).count, *rows)
@@ -238,7 +237,7 @@ def _rows_by_tower(layout: Layout, refs: Sequence[ChunkRef]) -> dict[Tower, int]
 
 @dataclass(frozen=True)
 class _Probe:
-    """Some images of the dataset that can be read, with their digests.
+    """Sample of readable images of the dataset, with their digests.
 
     Attributes:
         lost: number of images that cannot be read.
@@ -279,7 +278,7 @@ def _read_probe(spec: DatasetSpec, listed: SampleSet, count: int, progress: Prog
 
 
 def _table_bytes(probe: _Probe, layout: Layout) -> int:
-    """Estimate the bytes of all tables from those of the probe."""
+    """Estimate the bytes of all tables from the probe."""
     tables = dataset_tables(probe.part, probe.digests)
     sizes = {name: sum(len(data) for data, _ in table_files(name, table).values()) for name, table in tables.items()}
     per_caption: float = sizes.pop(CAPTIONS) / max(tables[CAPTIONS].num_rows, 1)
@@ -290,14 +289,14 @@ def _table_bytes(probe: _Probe, layout: Layout) -> int:
 def _time_towers(
     config: PrecomputeConfig, teacher: LiveTeacher, probe: _Probe, work: _Work, progress: Progress | None
 ) -> tuple[ProbeRate, ProbeRate]:
-    """Time one batch of images and one of captions, after another one that allocates and chooses kernels."""
+    """Time one batch of images and one of captions, after a warm-up batch."""
     batch_rows = work.layout.batch_rows
     shown = teacher.preprocess.shown()
 
     def decode(sample: Sample) -> NDArray[np.uint8] | None:
         try:
             return shown(open_image(probe.source.read(sample.uri, sample.offset, sample.length), config.decoder))
-        except Exception:  # precompute quarantines it, or names it
+        except Exception:  # precompute reports such images
             return None
 
     def prepare(pool: ThreadPoolExecutor, samples: Sequence[Sample]) -> torch.Tensor:
@@ -305,7 +304,7 @@ def _time_towers(
         return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
 
     own = (sample.captions[0] for sample in probe.part.samples if sample.captions)
-    # of labelled images one has all captions
+    # in a labelled dataset one image has all captions
     every = chain.from_iterable(sample.captions for sample in work.listed.samples)
     texts = list(islice(own, batch_rows)) or list(islice(every, batch_rows))
     threads = max(config.decode_threads or os.cpu_count() or 1, probe.source.fetches(probe.part.samples[0].uri))
@@ -321,7 +320,7 @@ def _time_towers(
 
 
 def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[Any], Encoded], views: int) -> ProbeRate:
-    """Time one batch: its preparation, of which each view takes its part, and its forward pass."""
+    """Time one batch: its preparation, shared by the views, and its forward pass."""
     began = time.perf_counter()
     batch = prepare()
     prepared = (time.perf_counter() - began) / views
@@ -331,7 +330,7 @@ def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[An
     began = time.perf_counter()
     encode(batch).embedding  # noqa: B018
     encoded = time.perf_counter() - began
-    # on a CPU decoders and teacher share the cores
+    # on a CPU decoding and teacher share the cores, so the times add up
     seconds = prepared + encoded if teacher.device.type == "cpu" else max(prepared, encoded)
     return ProbeRate(
         rows=len(batch), seconds_per_row=seconds / len(batch), teacher_seconds_per_row=encoded / len(batch)
@@ -339,9 +338,9 @@ def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[An
 
 
 def _known(
-    config: PrecomputeConfig, planned: PlannedDataset | None, there: CacheManifest | None
+    config: PrecomputeConfig, planned: PlannedDataset | None, existing: CacheManifest | None
 ) -> CachedRows | CachedChunks | None:
-    """Return what can be copied from the cache that ``config.reuse`` names.
+    """Return the rows or chunks that can be copied from the cache ``config.reuse``.
 
     Raises:
         CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
@@ -349,8 +348,8 @@ def _known(
     if config.reuse is None or planned is None:
         return None
     identity = planned.identity
-    if there is not None and there.layout.views > identity.views.count:  # it is taken as it is
-        identity = identity.model_copy(update={"views": there.identity.views})
+    if existing is not None and existing.layout.views > identity.views.count:  # its further views stay
+        identity = identity.model_copy(update={"views": existing.identity.views})
     tables = planned.tables
     towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
     return cached_rows(
@@ -361,7 +360,7 @@ def _known(
     )
 
 
-def _there(
+def _existing(
     config: PrecomputeConfig,
     teacher: LiveTeacher,
     spec: DatasetSpec,
@@ -371,8 +370,8 @@ def _there(
     """Return the manifest of an existing cache, and its committed chunks.
 
     Raises:
-        CacheMismatchError: it is of another teacher, dtype, crops, chunks or batches; of other captions or splits, or
-            of more rows than the dataset lists. Fewer may be all that could be read.
+        CacheMismatchError: it has another teacher, dtype, crops, chunk or batch size; other captions or splits, or more
+            rows than the dataset lists. Fewer rows are accepted: the other images may be unreadable.
     """
     cache = config.cache
     files = open_files(cache)
@@ -385,7 +384,7 @@ def _there(
     if planned is not None:
         dataset = planned.identity.dataset
     elif have.images == len(listed.samples):
-        # all but the images' digests, for which every file would be read
+        # without the images' digests, which would need every file
         dataset = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
         dataset = dataset.model_copy(update={"samples_sha256": have.samples_sha256})
     else:

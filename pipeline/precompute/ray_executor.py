@@ -1,13 +1,13 @@
-"""Encoding on a Ray cluster: an actor per GPU, or per CPU where there is none, each with its teacher. Imports ray.
+"""Encoding on a Ray cluster: an actor per GPU, or per CPU without GPUs, each with its own teacher. Imports ray.
 
 Actors are processes that share a cache by claims, like several ``precompute`` started by hand. The driver starts and
-replaces them and moves no rows: actors read the dataset and write the cache themselves, so every node has to reach
-both, and the teacher. Nodes that join get actors, also where Ray's autoscaler adds them for ``workers`` that have no
-place yet. The chunks of an actor or node that is lost are taken over by others. If the driver is lost, its actors end
-with it and the next run continues.
+replaces them but moves no rows: actors read the dataset and write the cache themselves. So every node must reach the
+dataset, the cache and the teacher. Nodes that join later get actors too, for example from Ray's autoscaler. Other
+actors take over the chunks of a lost actor or node. If the driver is lost, its actors end too, and the next run
+continues.
 
-Nodes need this package in the driver's version. Credentials are the nodes' own, by the standard chain: a role, files,
-or the environment that ``ray start`` was given. None are sent: all users of a cluster see a job's environment.
+Every node needs the driver's version of this package and its own credentials, from the standard chain: a role, files,
+or the environment of ``ray start``. The driver sends none: all users of a cluster can see a job's environment.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from teacher_cache.storage.write.writer import EmbeddingWriter
 __all__ = ["EncodeActor", "Outcome", "RayExecutor"]
 
 _WAIT_SECONDS = 1.0
-_LOOK_SECONDS = 5.0  # how often the cluster is asked for room, and the cache for commits
-_PATIENCE_SECONDS = 600.0  # without any actor alive: an autoscaler may need minutes for a machine with a GPU
-_STARTS_LOST = 3  # in a row, with no actor alive
-_TRIES = 3  # actors that a chunk may end; transient errors of an actor while nothing is committed
+_LOOK_SECONDS = 5.0  # between polls of the cluster for room and of the cache for commits
+_PATIENCE_SECONDS = 600.0  # without a live actor: an autoscaler may need minutes for a GPU machine
+_STARTS_LOST = 3  # consecutive failed starts without a live actor
+_TRIES = 3  # actors that a chunk may kill; transient errors of an actor without a commit between them
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of an actor ended. An error is a value: nothing is raised across the process border.
+    """Result of a call to an actor. Errors are values: nothing is raised across processes.
 
     Attributes:
         encoded: chunks that this actor encoded.
-        error: what stopped it, or None.
-        transient: whether another try, here or elsewhere, may succeed.
+        error: error that stopped it, or None.
+        transient: whether a retry, here or elsewhere, may succeed.
     """
 
     encoded: frozenset[ChunkRef] = frozenset()
@@ -68,13 +68,13 @@ class Outcome:
 
 
 class EncodeActor:
-    """One teacher on one device. For one call at a time."""
+    """Actor with one teacher on one device. For one call at a time."""
 
     def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
-        """Load the teacher and open the planned cache, which has to be the teacher's.
+        """Load the teacher, open the planned cache and check that they match.
 
         Args:
-            folder: where the run was started: relative paths are relative to it, on machines that have it.
+            folder: working directory of the driver. Relative paths start there, on machines that have it.
         """
 
         def begin() -> set[ChunkRef]:
@@ -92,7 +92,7 @@ class EncodeActor:
         return _outcome(begin)
 
     def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
-        """Encode these chunks with all others who do; when it returns without error, each is committed."""
+        """Encode these chunks together with the other actors. If it returns no error, every chunk is committed."""
         return _outcome(lambda: encode_claimed(self._config, self._teacher, refs, None, self._known, self._writer))
 
 
@@ -104,7 +104,7 @@ def _outcome(call: Callable[[], set[ChunkRef]]) -> Outcome:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error as another process can rebuild it: its cause is lost, and some libraries' errors altogether."""
+    """Return the error in a form that another process can rebuild, without its cause; at worst as an OSError."""
     where = f"(a worker on {socket.gethostname()})"
     with contextlib.suppress(Exception):
         rebuilt = deepcopy(error)  # as the other process rebuilds it
@@ -124,10 +124,10 @@ class _Slot:
 
     @classmethod
     def of(cls, config: PrecomputeConfig, nodes: list[dict[str, float]]) -> _Slot:
-        """Return a GPU and its share of the node's cores, or ``decode_threads`` cores. Default: one.
+        """Return a GPU and its share of the node's cores, or without GPUs ``decode_threads`` cores (default: one).
 
         Raises:
-            UsageError: a numbered device: Ray chooses which one.
+            UsageError: a numbered device, since Ray chooses the device.
         """
         with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
         if config.device == "cpu" or (config.device == "auto" and not with_gpu):
@@ -138,7 +138,7 @@ class _Slot:
         return cls(config.decode_threads or max(1, share), 1)
 
     def room(self, node: dict[str, float]) -> int:
-        """Return how many fit on an idle node."""
+        """Return the number of actors that fit on an idle node."""
         places = int(node.get("CPU", 0) // self.cpus)
         return min(places, int(node.get("GPU", 0) // self.gpus)) if self.gpus else places
 
@@ -148,7 +148,7 @@ class _Slot:
 
 @dataclass
 class _Member:
-    """An actor, with its node and process once it has begun."""
+    """Actor, with its node and process once it has begun."""
 
     actor: Any
     refs: list[ChunkRef]
@@ -160,10 +160,10 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Lost:
-    """The loss of an actor that was encoding.
+    """Loss of an actor that was encoding.
 
     Attributes:
-        why: None if its node was lost with it, which says nothing about its chunks.
+        why: None if its node was lost too, which does not implicate its chunks.
     """
 
     process: ProcessName
@@ -174,11 +174,10 @@ class RayExecutor:
     """See :class:`teacher_cache.pipeline.precompute.executors.Executor`.
 
     Args:
-        address: of the cluster, ``ray://HOST:PORT``; None for the one that RAY_ADDRESS names or this machine is part
-            of, or else one of this machine alone, for the time of the run.
-        workers: most actors at a time; they are asked for even while there is no room. As many as there is room for if
-            None.
-        worker: the class of the actors.
+        address: address of the cluster, ``ray://HOST:PORT``. Default: the cluster of RAY_ADDRESS or of this machine,
+            else a temporary one on this machine.
+        workers: maximum number of actors, requested even without room for them. Default: as many as there is room for.
+        worker: class of the actors.
     """
 
     def __init__(
@@ -198,7 +197,7 @@ class RayExecutor:
         in_main_thread = threading.current_thread() is threading.main_thread()
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            # the actors' output stays in Ray's logs: stdout is for results
+            # actors' output goes to Ray's logs: stdout is for results
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
         except (OSError, RuntimeError, ValueError) as error:
             where = f"at {self._address}" if self._address else "by RAY_ADDRESS or on this machine"
@@ -207,7 +206,7 @@ class RayExecutor:
             ) from error
         finally:
             if in_main_thread:
-                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place
+                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init installs its own handler
         self._connected = True
         return self
 
@@ -219,20 +218,18 @@ class RayExecutor:
             ray.shutdown()
 
     def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
-        """See :class:`teacher_cache.pipeline.precompute.executors.Executor`. Planned by this process, which needs no
-        GPU."""
+        """Plan the cache in this process, which needs no GPU."""
         device = "cuda" if self._slot(config).gpus else "cpu"
         teacher = load_teacher(config.teacher, config.pretrained, "cpu", config.precision, config.decoder)
         return plan_precompute(config, teacher, progress, encode_on=device)
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:
-        """See :class:`teacher_cache.pipeline.precompute.executors.Executor`. Chunks that a lost actor had committed
-        count as its own.
+        """Encode chunks of a planned cache with actors. Chunks that a lost actor committed are counted too.
 
         Raises:
-            ChildProcessError: a chunk ended three actors one after another, actors are lost before they can begin, or
-                none was given a place for ten minutes.
-            Exception: of an actor, when it would come again, or has come three times.
+            ChildProcessError: a chunk killed three actors in a row, actors are lost before they begin, or none found
+                room for ten minutes.
+            Exception: an actor's error that a retry cannot cure, or that came three times.
         """
         slot = self._slot(config)
         device = "cuda" if slot.gpus else "cpu"
@@ -257,7 +254,7 @@ class RayExecutor:
 
 
 class _Chunks:
-    """The chunks of one run, as the driver sees them: which are committed, and which ended an actor."""
+    """Chunks of one run, seen by the driver: which are committed, and which killed an actor."""
 
     def __init__(self, cache: str, refs: Sequence[ChunkRef], progress: Progress | None) -> None:
         self._writer = EmbeddingWriter(cache)
@@ -265,7 +262,7 @@ class _Chunks:
         self.tally = RowTally(self._writer.manifest.layout, refs, progress)
         self.all_done = not refs
         self._left = set(refs)
-        self._damaged = self._writer.committed(refs)  # their records say nothing until all is done
+        self._damaged = self._writer.committed(refs)  # these have records already, which do not mean done
         self._reported: set[ChunkRef] = set()
         self._all_reported = True
         self._deaths: Counter[ChunkRef] = Counter()
@@ -273,19 +270,19 @@ class _Chunks:
 
     @property
     def stretches_left(self) -> int:
-        """Number of claims that there is still to make."""
+        """Number of stretches without a commit, each one claim."""
         return len(stretches_of(self._left))
 
     @property
     def encoded(self) -> int:
-        """Number of chunks that the actors encoded; those that none reported are of an actor that was lost."""
+        """Number of chunks that the actors encoded, including unreported ones of lost actors."""
         return len(self._reported if self._all_reported else self._refs)
 
     def take(self, member: _Member, outcome: Outcome) -> bool:
-        """Count what an actor did, and return whether it is to try again.
+        """Count an actor's chunks, and return whether it should retry.
 
         Raises:
-            Exception: of the actor, when it would come again, or has come three times while nothing was committed.
+            Exception: the actor's error, if a retry cannot cure it or it came three times without a commit.
         """
         self._reported |= outcome.encoded
         if outcome.error is None:
@@ -304,7 +301,7 @@ class _Chunks:
         """Count the loss of an actor against the chunks that it had claimed and not committed.
 
         Raises:
-            ChildProcessError: one of them has ended three actors.
+            ChildProcessError: one of them has killed three actors.
         """
         self._all_reported = False
         if lost.why is None:
@@ -320,11 +317,11 @@ class _Chunks:
                 ) from lost.why
 
     def look(self) -> None:
-        """Count what was committed since the last look, now and then."""
+        """Count the chunks committed since the last poll. Polls only every few seconds."""
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             began = time.monotonic()
             self._count(self._writer.committed(list(self._left)) - self._damaged)
-            # a large cache is looked at less often
+            # poll a large cache less often
             self._looked = time.monotonic() + 20 * (time.monotonic() - began)
 
     def _count(self, refs: set[ChunkRef]) -> None:
@@ -333,7 +330,7 @@ class _Chunks:
 
 
 class _Crew:
-    """The actors of one run."""
+    """Actors of one run."""
 
     def __init__(
         self,
@@ -348,7 +345,7 @@ class _Crew:
                 return ray.get_runtime_context().get_node_id(), this_process(), self.start(config, folder)
 
         options = {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "max_restarts": 0, "max_task_retries": 0}
-        # not restarted by Ray: the driver counts what an actor ended of
+        # Ray must not restart actors: the driver counts their deaths
         self._actor = ray.remote(OnRay).options(**options, scheduling_strategy="SPREAD")
         self._slot, self._config, self._workers, self._refs = slot, config, workers, list(refs)
         self._busy: dict[Any, _Member] = {}
@@ -364,10 +361,10 @@ class _Crew:
         return sum(member.node is not None for member in self._busy.values())
 
     def grow(self, stretches: int) -> None:
-        """Start actors: as many as there may be, and no more than there are stretches of rows to claim.
+        """Start actors up to the maximum, but at most one per remaining stretch of rows.
 
         Raises:
-            ChildProcessError: none has been alive for long, and none has a place.
+            ChildProcessError: no actor has been alive for long, and none finds room.
         """
         now = time.monotonic()
         if now - self._looked > _LOOK_SECONDS:
@@ -388,34 +385,34 @@ class _Crew:
             )
 
     def _start(self) -> None:
-        # each begins elsewhere, so that they meet claimed chunks only towards the end
+        # actors start at different chunks, so that they meet claimed ones only towards the end
         first = int(len(self._refs) * (self._started * _GOLDEN % 1))
         self._started += 1
         member = _Member(self._actor.remote(), self._refs[first:] + self._refs[:first])
         self._busy[member.actor.begin.remote(self._config, str(Path.cwd()))] = member
 
     def encode(self, member: _Member) -> None:
-        """Let an actor encode what is left."""
+        """Let an actor encode the pending chunks."""
         self._busy[member.actor.encode.remote(member.refs)] = member
 
     def results(self) -> Iterator[tuple[_Member, Outcome | _Lost]]:
-        """Wait a second at most, and yield the actors whose encoding has ended, with its outcome or their loss.
+        """Wait at most a second, and yield the actors that ended, each with its outcome or loss.
 
         Raises:
-            Exception: what kept one after another from beginning.
+            Exception: the error that kept several actors in a row from beginning.
         """
         if not self._busy:
             time.sleep(_WAIT_SECONDS)
             return
         ready, _ = ray.wait(list(self._busy), num_returns=1, timeout=_WAIT_SECONDS)
-        if ready:  # and all others that are: with a thousand actors one at a time would be slow
+        if ready:  # take all that are ready: with a thousand actors one at a time would be slow
             ready, _ = ray.wait(list(self._busy), num_returns=len(self._busy), timeout=0)
         for call in ready:
             member = self._busy.pop(call)
             try:
                 result = ray.get(call)
             except RayTaskError:
-                raise  # not of the work, whose errors are Outcomes
+                raise  # not an error of encoding: those are Outcomes
             except RayError as error:
                 if lost := self._lost(member, error):
                     yield member, lost
@@ -436,7 +433,7 @@ class _Crew:
         self.encode(member)
 
     def dismiss(self) -> None:
-        """End all of them."""
+        """End all actors."""
         for member in self._busy.values():
             ray.kill(member.actor)
 
@@ -445,7 +442,7 @@ class _Crew:
         if member.process is None:
             self._give_up(member, why)
             return None
-        ray.kill(member.actor)  # where it only cannot be reached, it would go on beside the one that takes its place
+        ray.kill(member.actor)  # it may only be unreachable, and would run beside its replacement
         self._looked = -float("inf")
         node_lost = member.node not in _nodes() or (isinstance(error, RayActorError) and error.preempted)
         return _Lost(member.process, None if node_lost else why)
@@ -454,7 +451,7 @@ class _Crew:
         """End an actor that could not begin.
 
         Raises:
-            Exception: ``why``, when this came several times in a row and no other actor works.
+            Exception: ``why``, if several starts failed in a row and no other actor works.
         """
         ray.kill(member.actor)
         self._starts_lost += 1
@@ -469,7 +466,7 @@ def _nodes() -> dict[str, dict[str, float]]:
 
 
 def _first_line(error: RayError) -> str:
-    """Return the line of Ray's message that names the cause, which is seldom its first."""
+    """Return the line of Ray's message that names the cause, seldom the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith(("The actor is dead because", "Worker exit"))]
     return (causes or lines or [type(error).__name__])[0][:300]

@@ -1,12 +1,11 @@
-"""The sampled proof: some rows of a cache against what its teacher makes of the same images and captions today.
+"""Sampled proof: a seeded random sample of cached rows is encoded again and compared.
 
-Digests prove that a cache is what was written, not that the right thing was written: rows shifted by one, mirrored
-crops or another teacher's embeddings are sound by every digest. So seeded random rows are encoded again, each from
-its own image or caption, and compared with the cached ones.
+Digests prove that the bytes are those that were written, not that the right rows were written: rows shifted by one,
+mirrored crops or another teacher's embeddings pass every digest.
 
-How many rows: where a fraction f of all rows is wrong, a sample of N misses all of them with probability (1 - f)^N.
-To find such a fault with probability p takes N = ln(1 - p) / ln(1 - f): 459 rows for one wrong row in a hundred at
-p = 0.99, 44 for one in ten, 7 for one in two.
+Sample size: if a fraction f of all rows is wrong, a sample of N misses all of them with probability (1 - f)^N. To find
+such a fault with probability p takes N = ln(1 - p) / ln(1 - f): 459 rows for one wrong row in a hundred at p = 0.99, 44
+for one in ten, 7 for one in two.
 """
 
 from __future__ import annotations
@@ -55,11 +54,11 @@ __all__ = [
 _LOG = logger("verify")
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
 Place = tuple[int, int]  # row and view
-_BOX_TOLERANCE = 1e-3  # of the stored crop, in source pixels: float32 of numbers below 2^16
+_BOX_TOLERANCE = 1e-3  # in source pixels: boxes are float32 numbers below 2^16
 
 
 class WrongRow(BaseModel, frozen=True):
-    """A drawn row that is not what the teacher makes of its image or caption."""
+    """Sampled row that differs from what the teacher makes of its image or caption."""
 
     tower: Tower
     view: int
@@ -89,29 +88,29 @@ class ProofResult(BaseModel, frozen=True):
 
 
 def fraction_shown(rows: int, probability: float = 0.99) -> float:
-    """Return the least fraction of wrong rows that a sample shows with this probability: 1 - (1 - p)^(1 / N)."""
+    """Return the smallest fraction of wrong rows that a sample finds with this probability: 1 - (1 - p)^(1 / N)."""
     return 1.0 if not rows else 1 - (1 - probability) ** (1 / rows)
 
 
 class ProvenReport(IntegrityReport):
-    """Output of ``verify --sample`` as JSON: ``ok`` speaks for both."""
+    """Output of ``verify --sample`` as JSON; ``ok`` covers integrity and proof."""
 
     proof: ProofResult
 
 
 def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] | None = None) -> ProofResult:
-    """Encode random image rows, of random views, and as many captions with the live teacher and compare cosines.
+    """Encode random image rows of random views, and as many captions, with the live teacher, and compare cosines.
 
-    Quarantined rows are drawn like all others: the teacher's preprocessing must fail on them today too. Of view 0 the
-    crop that is stored beside each embedding must be the one that the preprocessing takes; of other views the stored
-    crop is what is replayed. Of the teacher's identity only the precision may differ.
+    Quarantined rows are sampled too: the teacher's preprocessing must still fail on them. For view 0 the stored crop
+    must equal the preprocessing's own crop; for other views the stored crop is replayed. Only the precision of the
+    teacher's identity may differ.
 
     Args:
         progress: called with (stage, done, total).
 
     Raises:
         UsageError: a setting or the teacher cannot be used.
-        CacheMismatchError: another teacher than the cache is of, or an image that is not the cached one.
+        CacheMismatchError: the teacher is not the cache's, or an image has changed.
         OSError: an image cannot be read.
         CacheError: the cache is unfinished or damaged.
     """
@@ -157,19 +156,19 @@ def prove_sample(config: ProofConfig, progress: Callable[[str, int, int], None] 
 
 
 def draw_rows(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.int64]:
-    """Draw at most ``sample`` seeded numbers below ``count``, ascending; each tower has its own stream.
+    """Draw at most ``sample`` seeded numbers below ``count``, ascending. Each tower has its own random stream.
 
-    Rows of images are numbered on from view to view.
+    Image rows are numbered through all views.
     """
     rng = np.random.default_rng([seed, _STREAMS[tower]])
     return np.sort(rng.choice(count, min(sample, count), replace=False)).astype(np.int64)
 
 
 class ProvableRows(Protocol):
-    """Rows that are to be proven, and what the teacher is given for each.
+    """Rows to prove, with the teacher's input for each.
 
     Attributes:
-        quarantined: by row and view; None where what cannot be decoded is passed over.
+        quarantined: quarantined rows by row and view. None: undecodable images are skipped.
     """
 
     quarantined: Mapping[Place, QuarantinedRow] | None
@@ -184,7 +183,7 @@ class ProvableRows(Protocol):
         """Return embeddings, (rows, dim)."""
 
     def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any] | None:
-        """Return crops as ``image/view`` holds them, or None where none are stored."""
+        """Return crops in the form of ``image/view``, or None if none are stored."""
 
 
 class _CacheRows:
@@ -216,7 +215,7 @@ class _CacheRows:
         return self._reader.take("image", rows, views, array="view")
 
     def crop(self, row: int, view: int, sample: dict[str, Any], size: tuple[int, int]) -> Crop:
-        """Return the stored crop, or the drawn one of a row that has none."""
+        """Return the stored crop; draw it for a quarantined row, which has none."""
         if self.quarantined and (row, view) in self.quarantined:
             return draw_crop(self._reader.manifest.identity.views, sample["content_sha256"], view, *size)
         return Crop.from_row(self._reader.take("image", np.array([row]), view, array="view")[0])
@@ -224,7 +223,7 @@ class _CacheRows:
 
 @dataclass(frozen=True)
 class _Live:
-    """One view of an image as it is taken today."""
+    """Newly computed view of an image."""
 
     place: Place
     sample_id: str
@@ -234,7 +233,7 @@ class _Live:
 
 
 class SampleProof:
-    """Comparison of rows with what the live teacher makes of the same images and captions."""
+    """Comparison of rows with the live teacher's of the same images and captions."""
 
     def __init__(self, rows: ProvableRows, teacher: LiveTeacher, source: ImageSource, threshold: float) -> None:
         keep_freed_memory(teacher.device)
@@ -256,7 +255,7 @@ class SampleProof:
         """Compare some rows of one tower.
 
         Raises:
-            CacheMismatchError: an image is not the one that was digested.
+            CacheMismatchError: an image has changed.
             OSError: an image cannot be read.
         """
         for start in range(0, len(rows), batch_rows):
