@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, the one that teachers, students and deployed students use: open_clip's ids, without torch."""
+"""CLIP's tokenizer, with open_clip's ids but without torch. Teachers, students and deployed students use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["PATTERN", "Clean", "ClipTokenizer", "cleaner", "order_by_length"]
 
 Clean = Literal["lower", "whitespace", "canonicalize"]
 
-_WORDS = 65_536  # that are remembered: of captions nearly all, however many captions there are
+_WORDS = 65_536  # cached words: nearly all that captions use
 _SPECIALS = ("<start_of_text>", "<end_of_text>")
 _END_OF_WORD = "</w>"
 PATTERN = "|".join([*_SPECIALS, r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"])
@@ -28,17 +28,17 @@ PATTERN = "|".join([*_SPECIALS, r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\
 
 
 class ClipTokenizer:
-    """Byte-pair encoding as open_clip's ``SimpleTokenizer`` does it, to the last id. Threads may share it.
+    """Byte-pair encoder with exactly the ids of open_clip's ``SimpleTokenizer``. Thread-safe.
 
-    Each word is encoded once and remembered: open_clip takes a word apart and joins its pairs each time it comes.
+    It caches the ids of each word, which open_clip computes again each time.
 
     Args:
-        merges: pairs of pieces that are joined, the first ones first. The vocabulary follows from them.
-        clean: open_clip's text cleaning, by its name.
-        context_length: most tokens, the start and end tokens counted; longer text is cut.
+        merges: pairs of pieces to join, by priority. They determine the vocabulary.
+        clean: name of open_clip's text cleaning.
+        context_length: maximum number of tokens, with start and end tokens. Longer text is cut.
 
     Attributes:
-        name: of open_clip's class, as a cache's identity records it.
+        name: name of open_clip's class, for a cache's identity.
         vocabulary: ids by piece. The start and end tokens have the two highest.
 
     Raises:
@@ -64,7 +64,7 @@ class ClipTokenizer:
         return ClipTokenizer, (self.merges, self.clean, self.context_length)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Return int64 (texts, context_length): start token, the text cut to what fits, end token, zeros."""
+        """Return int64 (texts, context_length): start token, text cut to fit, end token, zeros."""
         tokens = np.zeros((len(texts), self.context_length), np.int64)
         for row, text in enumerate(texts):
             ids = [self.start_token]
@@ -100,14 +100,14 @@ def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _byte_pieces() -> dict[int, str]:
-    """Return a printable character for each byte: itself where it is one, else one from 256 on."""
+    """Return a printable character for each byte: itself if printable, else a character from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def cleaner(clean: Clean) -> Callable[[str], str]:
-    """Return open_clip's text cleaning by its name."""
+    """Return open_clip's text cleaning of this name."""
     fix_text = import_module("ftfy").fix_text
 
     def basic(text: str) -> str:
@@ -127,11 +127,11 @@ def cleaner(clean: Clean) -> Callable[[str], str]:
 
 
 def order_by_length(texts: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return the order of texts by their number of characters (Unicode code points), the shortest first.
+    """Return the order of texts by their number of characters (Unicode code points), shortest first. Stable.
 
-    A cache's layout calls it ``characters`` in ``text_order``. It is known before a text is tokenized, and is near
-    enough to the number of tokens. Equal ones keep their order.
+    A cache's layout calls it ``characters`` in ``text_order``. The number of characters needs no tokenizing and
+    approximates the number of tokens.
     """
-    import pyarrow.compute as pc  # a deployed student goes without it
+    import pyarrow.compute as pc  # not a dependency of a deployed student
 
     return np.argsort(pc.utf8_length(texts).to_numpy(), kind="stable")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["printable", "redact"]
+__all__ = ["CONTROL", "MAX_NAME_CHARACTERS", "NOT_TEXT", "printable", "redact"]
 
 _HIDDEN = "***"
 
@@ -35,10 +35,10 @@ _NOT_TEXT = re.compile("[\ud800-\udfff]")
 
 
 # line ends and escapes would forge lines of a log or drive a terminal; no file name needs them
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-_MOST_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
+MAX_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
 
 
 _SHOWN_CHARACTERS = 300

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.safe_text import _CONTROL, _MOST_NAME_CHARACTERS, _NOT_TEXT, printable, redact
+from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS, NOT_TEXT, printable, redact
 
 # what torchvision's ImageFolder takes for an image, and what else can be decoded
 # (``teacher_cache.pipeline.data.images.decode``)
@@ -108,7 +108,7 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
     texts: list[str] = []
     problems: list[Problem] = []
     for number, caption in enumerate(captions):
-        text, replaced = _NOT_TEXT.subn("\ufffd", caption.strip())
+        text, replaced = NOT_TEXT.subn("\ufffd", caption.strip())
         kind, detail = _caption_problem(number, text, replaced)
         if kind is not None:
             problems.append(Problem(kind, printable(sample_id), detail, lost_image=False))
@@ -147,11 +147,11 @@ def sample_or_problem(
 
 def _unfit_name(text: str) -> str:
     """Why a name may not go into a cache, which is kept, copied and shown; empty when it may."""
-    if len(text) > _MOST_NAME_CHARACTERS:
-        return f"{len(text):,} characters, the most is {_MOST_NAME_CHARACTERS:,}"
-    if _NOT_TEXT.search(text):
+    if len(text) > MAX_NAME_CHARACTERS:
+        return f"{len(text):,} characters, the most is {MAX_NAME_CHARACTERS:,}"
+    if NOT_TEXT.search(text):
         return "bytes that are not UTF-8; rename the file"
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         return "a NUL, a line break or another control character; rename the file"
     if redact(text) != text:
         return (

@@ -1,8 +1,7 @@
 """Input of one model: size, crop and colours, and the evaluation transform in Pillow and numpy. No torch.
 
-The transform is open_clip's for evaluation: the same calls of Pillow that torchvision makes for an image of Pillow's,
-then the same float32 arithmetic. :class:`teacher_cache.pipeline.data.images.preprocess.Preprocess` is open_clip's own,
-and equals it bit for bit.
+The transform makes the same Pillow calls and float32 arithmetic as open_clip's evaluation transform
+(:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`), and equals it bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RESIZE_MODES = ("shortest", "longest", "squash")
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The evaluation transform of one model.
+    """Evaluation transform of one model.
 
     Attributes:
         size: (height, width) of the model's input.
@@ -39,7 +38,7 @@ class ModelInput:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """From an open_clip ``preprocess_cfg`` with an explicit size."""
+        """Read an open_clip ``preprocess_cfg`` with an explicit size."""
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         return cls(
@@ -64,13 +63,13 @@ class ModelInput:
         }
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """Apply the part of the transform that moves pixels: to an RGB image of ``size``.
+        """Apply the transform without normalising: return an RGB image of ``size``.
 
         Args:
-            image: as :func:`teacher_cache.pipeline.data.images.decode.decode_image` gives it, in any of its modes.
+            image: image in any mode of :func:`teacher_cache.pipeline.data.images.decode.decode_image`.
 
         Raises:
-            ValueError: the image is too long a strip; see :mod:`teacher_cache.pipeline.data.images.decode`'s rules.
+            ValueError: too long a strip, by the rules of :mod:`teacher_cache.pipeline.data.images.decode`.
         """
         self.require_resizable(*image.size)
         ignore_pillows_warnings()
@@ -88,22 +87,22 @@ class ModelInput:
         # float32 throughout, in torchvision's order of operations, so that no bit differs
         scaled = np.ascontiguousarray(shown).astype(np.float32) / np.float32(255)
         mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (self.mean, self.std))
-        found: NDArray[np.float32] = (scaled - mean) / std
-        return found
+        normalised: NDArray[np.float32] = (scaled - mean) / std
+        return normalised
 
     def _resampling(self) -> Image.Resampling:
-        # open_clip knows no third filter, and hands none on to the resize of a size that is not square
+        # open_clip has two filters, and uses bicubic for the shortest-edge resize to a size that is not square
         keeps_ratio = self.resize_mode == "shortest" and self.size[0] != self.size[1]
         bilinear = self.interpolation == "bilinear" and not keeps_ratio
         return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) in pixels to which a source image is resized, before the crop or the padding."""
+        """Return (height, width) of a source image after the resize, before crop or padding."""
         wanted_height, wanted_width = self.size
         if self.resize_mode == "squash":
             return self.size
         if self.resize_mode == "shortest" and wanted_height == wanted_width:
-            # torchvision's Resize to one number: the shorter edge exact, the longer one cut to a whole number
+            # as torchvision's Resize: the shorter edge exact, the longer one truncated
             return (
                 wanted_height if height <= width else int(wanted_height * height / width),
                 wanted_width if width <= height else int(wanted_width * width / height),
@@ -115,9 +114,8 @@ class ModelInput:
     def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
         """Return the region of a source image that the model sees: top, left, height, width in source pixels, flip 0.
 
-        Follows open_clip's transform to its rounding: the image is resized to whole pixels, and the crop starts
-        at a whole pixel of the resized image. With resize_mode ``longest`` the region reaches beyond the image,
-        where the model sees padding.
+        It rounds as open_clip: the image is resized to whole pixels, and the crop starts at a whole pixel of the
+        resized image. With resize_mode ``longest`` the region extends beyond the image, where the model sees padding.
         """
         if self.resize_mode == "squash":
             return 0.0, 0.0, float(height), float(width), 0.0
@@ -128,10 +126,10 @@ class ModelInput:
         return top, left, wanted_height * height / resized_height, wanted_width * width / resized_width, 0.0
 
     def require_resizable(self, width: int, height: int) -> None:
-        """Refuse an image whose resize would take unbounded memory.
+        """Check that the resize of an image takes bounded memory.
 
         Raises:
-            ValueError: the sizes before and after.
+            ValueError: it would not; the message has the sizes before and after.
         """
         resized_height, resized_width = self.resized(width, height)
         if resized_height * resized_width > MAX_PIXELS:
@@ -139,10 +137,10 @@ class ModelInput:
             raise ValueError(f"{before} would be resized to {after}, more than {MAX_PIXELS:,}")
 
     def require_evaluable(self, width: int, height: int) -> None:
-        """Refuse an image whose evaluation crop cannot be made, so that its other views are not made either.
+        """Check that an image has an evaluation crop. Without one, its other views are not made either.
 
         Raises:
-            ValueError: resized for that crop, it would be too large or nothing at all.
+            ValueError: the resized image would be too large or empty.
         """
         resized_height, resized_width = self.resized(width, height)
         if not 0 < resized_height * resized_width <= MAX_PIXELS:
@@ -151,7 +149,7 @@ class ModelInput:
 
 
 def _centre_cropped(image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
-    """(height, width) around the centre, padded where the image is smaller; as torchvision and open_clip crop."""
+    """Return the centre crop of ``size`` (height, width), padded where the image is smaller, as open_clip does."""
     height, width = size
     if width > image.width or height > image.height:
         missing = max(width - image.width, 0), max(height - image.height, 0)
@@ -160,11 +158,11 @@ def _centre_cropped(image: Image.Image, size: tuple[int, int], fill: int) -> Ima
         palette = image.getpalette() if image.mode == "P" else None
         image = ImageOps.expand(image, border, (fill,) * bands if bands > 1 else fill)
         if palette is not None:
-            image.putpalette(palette)  # expand may have put the colour of the border into it
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+            image.putpalette(palette)  # expand may have added the border's colour
+    y, x = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((x, y, x + width, y + height))
 
 
 def _centre(have: int, want: int) -> int:
-    """Return where a centred crop starts, in resized pixels; negative where open_clip pads."""
+    """Return the start of a centred crop in resized pixels; negative where open_clip pads."""
     return round((have - want) / 2) if have >= want else -((want - have) // 2)

@@ -1,6 +1,6 @@
-"""Images to model input, by open_clip's own evaluation transform, with a probe of it.
+"""Preprocessing of images by open_clip's own evaluation transform, with a probe that identifies it.
 
-Decoding is in :mod:`teacher_cache.pipeline.data.images.decode`, and the faster one in
+Decoders are in :mod:`teacher_cache.pipeline.data.images.decode` and, faster, in
 :mod:`teacher_cache.pipeline.data.images.scaled_jpeg`; geometry, and the same transform without torch, in
 :mod:`teacher_cache.pipeline.data.images.model_input`.
 """
@@ -32,17 +32,17 @@ __all__ = ["Preprocess", "handed_on", "rows_of_pixels"]
 
 @dataclass(frozen=True)
 class Preprocess(ModelInput):
-    """The evaluation transform of one model, by open_clip itself; a probe of it identifies it in a cache.
+    """Evaluation transform of one model, by open_clip itself. A probe identifies it in a cache.
 
     Attributes:
-        decoder: of the images, for :func:`teacher_cache.pipeline.data.images.scaled_jpeg.open_image`.
+        decoder: image decoder, for :func:`teacher_cache.pipeline.data.images.scaled_jpeg.open_image`.
     """
 
     decoder: str = PILLOW
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> Preprocess:
-        """Take the preprocessing that open_clip attached to a model when it built it."""
+        """Return the preprocessing that open_clip attached to the model."""
         config: dict[str, Any] = model.visual.preprocess_cfg  # type: ignore[assignment,union-attr]
         return cls.from_config(config)
 
@@ -50,28 +50,28 @@ class Preprocess(ModelInput):
         """Return the same preprocessing with the decoder of a cache.
 
         Args:
-            decoder: as :class:`teacher_cache.storage.format.identity.PreprocessIdentity` has it: None is Pillow.
+            decoder: name in :class:`teacher_cache.storage.format.identity.PreprocessIdentity`. None: Pillow.
 
         Raises:
-            UsageError: it is not known, or needs a package that is not installed.
+            UsageError: it is unknown, or needs a package that is not installed.
         """
         require_decoder(decoder or PILLOW)
         return replace(self, decoder=decoder or PILLOW)
 
     def transform(self) -> Callable[[Image.Image | ScaledJpeg], torch.Tensor]:
-        """open_clip's own transform, an image to a float32 tensor (3, height, width): ``shown``, then normalised.
+        """Return open_clip's own transform to a float32 tensor (3, height, width): ``shown``, then normalised.
 
-        It raises a ValueError for an image that is too long a strip; see
-        :mod:`teacher_cache.pipeline.data.images.decode`'s rules.
+        It raises a ValueError for too long a strip, by the rules of
+        :mod:`teacher_cache.pipeline.data.images.decode`.
         """
         return _Transform(self._of_open_clip(), self)
 
     def shown(self) -> Callable[[Image.Image | ScaledJpeg], NDArray[np.uint8]]:
-        """Return the part of :meth:`transform` that moves pixels: RGB uint8 (height, width, 3). Raises as that does."""
+        """Return :meth:`transform` without normalising: RGB uint8 (height, width, 3). Same errors."""
         return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
 
     def scaled(self, image: ScaledJpeg) -> torch.Tensor:
-        """Return :meth:`shown` of a JPEG that is decoded as it is resized: RGB uint8 (3, height, width)."""
+        """Decode and resize a JPEG for :meth:`shown`: RGB uint8 (3, height, width)."""
         self.require_resizable(*image.size)
         height, width = self.resized(*image.size)
         seen = image.resized((width, height), self._resampling())
@@ -81,10 +81,10 @@ class Preprocess(ModelInput):
         return seen
 
     def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
-        """Apply the rest of :meth:`transform`, to the evaluation crop or any other region.
+        """Normalise pixels, of the evaluation crop or any other region: the second part of :meth:`transform`.
 
         Args:
-            shown: RGB of ``size``; as an array uint8 (height, width, 3), writable.
+            shown: RGB of ``size``. An array is uint8 (height, width, 3), writable.
 
         Returns:
             float32 (3, height, width).
@@ -94,7 +94,7 @@ class Preprocess(ModelInput):
         return pixels
 
     def normalized_batch(self, shown: torch.Tensor) -> torch.Tensor:
-        """:meth:`normalized` of a batch, on the device that it lies on; on a CPU to the last bit.
+        """Return :meth:`normalized` of a batch, computed on its device. On a CPU the results are bit-identical.
 
         Args:
             shown: uint8 (batch, height, width, 3), RGB of ``size``.
@@ -102,12 +102,12 @@ class Preprocess(ModelInput):
         Returns:
             float32 (batch, 3, height, width).
         """
-        # tensors of the device, not numbers: CUDA would multiply by the reciprocal of a number
+        # device tensors, not Python numbers: CUDA multiplies by the reciprocal of a number
         mean, std, levels = (
             torch.tensor(values, dtype=torch.float32, device=shown.device).reshape(-1, 1, 1)
             for values in (self.mean, self.std, (255.0,))
         )
-        # moved while it is bytes, a quarter of the floats
+        # transpose before the cast: bytes are a quarter of the floats
         return shown.permute(0, 3, 1, 2).contiguous().float().div_(levels).sub_(mean).div_(std)
 
     def _of_open_clip(self) -> Compose:
@@ -125,16 +125,16 @@ class Preprocess(ModelInput):
             interpolation=self.interpolation,
             resize_mode=self.resize_mode,
             fill_color=self.fill_color,
-            antialias=True,  # open_clip's transform works on PIL images, whose resize always low-passes
+            antialias=True,  # Pillow's resize, which open_clip uses, always low-passes
             probe=self._probe(),
             decoder=None if self.decoder == PILLOW else self.decoder,
         )
 
     def _probe(self) -> str:
-        """Return a 12 x 12 grid of pixels of two probe images after the transform, one byte a channel, base64.
+        """Return a 12 x 12 grid of pixels of two transformed probe images, one byte per channel, base64.
 
-        The images are noise, one shrunk and one enlarged, so that any other filter, crop or scale shows in most of
-        the pixels by far more than the one level that two correct implementations of the same filter may differ.
+        The images are noise, one shrunk and one enlarged. Another filter, crop or scale changes most pixels by far more
+        than one level, the tolerance between correct implementations of one filter.
         """
         transform = self.transform()
         pixels = []
@@ -152,16 +152,16 @@ class Preprocess(ModelInput):
 
 
 def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
-    """Return what a student takes over of its teacher's preprocessing, as open_clip's ``preprocess_cfg``.
+    """Return the preprocessing that a student inherits, as open_clip's ``preprocess_cfg``.
 
-    All but the size, which is the student's own, and the decoder, which is that of the images of each cache.
+    It excludes the size, which is the student's own, and the decoder, which each cache determines.
     """
     return teacher.model_dump(exclude={"probe", "image_size", "antialias", "decoder"})
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """Transform to pixels, for images that can be resized in bounded memory; a class, so that workers can get it."""
+    """Transform to pixels that refuses a resize of unbounded memory. A class, so that it can be pickled for workers."""
 
     apply: Any
     preprocess: Preprocess
@@ -188,7 +188,7 @@ class _Transform:
 
 
 def rows_of_pixels(planes: torch.Tensor) -> NDArray[np.uint8]:
-    """RGB uint8 (3, height, width) as (height, width, 3): a view of the same bytes."""
+    """Return RGB uint8 (3, height, width) as (height, width, 3), a view of the same bytes."""
     pixels: NDArray[np.uint8] = planes.permute(1, 2, 0).numpy()
     return pixels
 

@@ -1,19 +1,18 @@
-"""The decoder ``jpeg-scaled``: JPEG decoded at the scale that the model's input needs, then resized by vector code.
+"""Decoder ``jpeg-scaled``: decodes a JPEG at the scale that the model needs, then resizes with vector code.
 
-A JPEG holds 8 x 8 blocks of frequencies. Decoded at 1/2, 1/4 or 1/8, only the low ones of each block are turned into
-pixels, which is an exact low-pass and saves most of the work (libjpeg's ``scale_denom``; other eighths are possible and
-slower than none). What is decoded is then resized as Pillow resizes: the same filter over the same region, by torch's
-kernel on uint8, which differs from Pillow by one level here and there.
+A JPEG holds 8 x 8 blocks of frequencies. Decoding at 1/2, 1/4 or 1/8 uses only the low frequencies of each block: an
+exact low-pass that saves most of the work (libjpeg's ``scale_denom``; other eighths are slower than full size). The
+pixels are then resized as in Pillow: the same filter over the same region, by torch's kernel on uint8, which differs
+from Pillow by one level here and there.
 
 - The scale is the smallest that leaves ``MARGIN`` pixels of the region for each pixel of the model's input.
-- An image goes this way by its bytes alone: a JPEG in colour, progressive or not. Grey, CMYK, several pictures in one
-  file, and every other format are Pillow's, and so is a JPEG of which libjpeg says that something in it is wrong. So
-  the same images are undecodable, for the same reasons, and :mod:`teacher_cache.pipeline.data.images.decode`'s rules
-  hold for all.
-- Sizes, rounding and crops are those of the other decoder: they are of the source image, whose size is in its header.
+- Only the bytes decide: a colour JPEG, progressive or not, is decoded here. Pillow decodes grey, CMYK, several pictures
+  in one file, every other format, and any JPEG that libjpeg warns about. So both decoders refuse the same images for
+  the same reasons, by the rules of :mod:`teacher_cache.pipeline.data.images.decode`.
+- Sizes, rounding and crops equal the other decoder's: they refer to the source image, whose size is in its header.
 
-These pixels are not Pillow's, so that a cache says in its identity that it is of them. Whoever changes what this module
-makes of an image has to give that another name.
+These pixels differ from Pillow's, so a cache's identity names the decoder. A change to this module that changes pixels
+needs a new decoder name.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["DECODERS", "JPEG_SCALED", "MARGIN", "PILLOW", "ScaledJpeg", "open_im
 
 PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
 DECODERS = (PILLOW, JPEG_SCALED)
-MARGIN = 3.3  # below 3, a trained teacher moves by more than 0.001 of cosine
+MARGIN = 3.3  # below 3, a trained teacher's cosines change by more than 0.001
 _EIGHTHS = (1, 2, 4, 8)
 _RESIZE = {
     Image.Resampling.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa,
@@ -42,7 +41,7 @@ _RESIZE = {
 
 
 class Box(NamedTuple):
-    """A region in pixels, as Pillow has it; edges need not be whole."""
+    """Region in pixels, as in Pillow. Edges may be fractional."""
 
     left: float
     top: float
@@ -51,10 +50,10 @@ class Box(NamedTuple):
 
 
 def require_decoder(name: str) -> None:
-    """Refuse a decoder that cannot be used here.
+    """Check that a decoder can be used here.
 
     Raises:
-        UsageError: it is not known, or needs a package that is not installed.
+        UsageError: it is unknown, or needs a package that is not installed.
     """
     if name not in DECODERS:
         raise UsageError(f"decoder {name!r} is not known; there are {', '.join(DECODERS)}")
@@ -76,8 +75,8 @@ def open_image(data: bytes, decoder: str = PILLOW) -> Image.Image | ScaledJpeg:
     """Open the image in these bytes: decoded by Pillow, or a JPEG that is decoded when it is resized.
 
     Raises:
-        UndecodableImageError: :mod:`teacher_cache.pipeline.data.images.decode` says why; a JPEG's, if its data is
-        damaged, comes with its pixels.
+        UndecodableImageError: by the rules of :mod:`teacher_cache.pipeline.data.images.decode`. Damage in a JPEG's
+            data raises only when its pixels are decoded.
         UsageError: as :func:`require_decoder`.
     """
     if decoder == PILLOW:
@@ -90,10 +89,10 @@ def open_image(data: bytes, decoder: str = PILLOW) -> Image.Image | ScaledJpeg:
 
 
 class ScaledJpeg:
-    """JPEG in colour whose regions are each decoded at the scale that they need. For one thread.
+    """Colour JPEG whose regions are decoded at the scale that they need. For one thread.
 
     Attributes:
-        size: (width, height) in pixels, of the source image.
+        size: (width, height) of the source image in pixels.
     """
 
     def __init__(self, data: bytes, size: tuple[int, int]) -> None:
@@ -108,7 +107,7 @@ class ScaledJpeg:
 
         Args:
             resample: bicubic or bilinear, both antialiased.
-            box: left, top, right, bottom in pixels of the source image; all of it if left out.
+            box: left, top, right, bottom in pixels of the source image. Default: the whole image.
 
         Returns:
             RGB uint8 (3, height, width).
@@ -116,7 +115,7 @@ class ScaledJpeg:
         Raises:
             UndecodableImageError: the data is damaged, as
             :func:`teacher_cache.pipeline.data.images.decode.decode_image`.
-            ValueError: a size of nothing.
+            ValueError: the height or width is 0.
         """
         if min(size) < 1:
             raise ValueError("height and width must be > 0")  # Pillow's words: a cache keeps them
@@ -124,16 +123,16 @@ class ScaledJpeg:
         eighths = _eighths(region, size)
         try:
             pixels = self._at(eighths)
-        except ValueError:  # something is wrong with it, or odd: Pillow decides whether that is too much
+        except ValueError:  # damaged or odd: Pillow decides whether it is decodable
             image = decode_image(self._data)
             return _tensor((image.crop(box) if box else image).resize(size, resample))
         return _resized(pixels, Box(*(edge * eighths / 8 for edge in region)), size, resample)
 
     def _at(self, eighths: int) -> NDArray[np.uint8]:
-        """Decode all of the image at a number of eighths of its size, rounded up: (height, width, 3).
+        """Decode the whole image at ``eighths`` of its size, rounded up: (height, width, 3).
 
         Raises:
-            ValueError: libjpeg is not content with the data, if only by a warning.
+            ValueError: an error or a warning of libjpeg.
         """
         if eighths not in self._decoded:
             width, height = (-(-edge * eighths // 8) for edge in self.size)
@@ -145,7 +144,7 @@ class ScaledJpeg:
 
 
 def _eighths(region: Box, size: tuple[int, int]) -> int:
-    """Return the scale, in eighths, at which a region has ``MARGIN`` times the pixels of ``size`` along both edges."""
+    """Return the least scale, in eighths, at which a region has ``MARGIN`` times ``size`` along both edges."""
     width, height = region.right - region.left, region.bottom - region.top
     for eighths in _EIGHTHS:
         if width * eighths >= 8 * MARGIN * size[0] and height * eighths >= 8 * MARGIN * size[1]:
@@ -157,12 +156,12 @@ def _resized(pixels: NDArray[np.uint8], box: Box, size: tuple[int, int], resampl
     left, top, right, bottom = (int(edge) for edge in (box.left, box.top, -(-box.right // 1), -(-box.bottom // 1)))
     part = np.ascontiguousarray(pixels[top:bottom, left:right])
     if (left, top) != (box.left, box.top):
-        # torch's kernel takes a scale, and no start between two pixels
+        # torch's kernel cannot start between two pixels
         inner = (box.left - left, box.top - top, box.right - left, box.bottom - top)
         return _tensor(Image.fromarray(part).resize(size, resample, inner))
     width, height = size
     scales = height / (box.bottom - box.top), width / (box.right - box.left)
-    # the axis of the batch in numpy: one added by torch would not count as channels_last, and be copied first
+    # add the batch axis in numpy: with torch's, the tensor is not channels_last and gets copied
     whole = torch.from_numpy(part[None]).permute(0, 3, 1, 2)
     resized: Tensor = _RESIZE[resample](whole, [height, width], False, *scales)[0]
     return resized

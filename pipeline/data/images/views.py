@@ -1,12 +1,11 @@
 """Views: the crops of an image that the teacher saw, drawn once, stored, and replayed for students.
 
-View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`). The
-views after it are random resized crops, perhaps mirrored, in whole pixels of the source image. The box that was drawn
-is stored beside the embedding (``image/view``) and is what students read; it is drawn again only to encode a lost
-chunk again.
+View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`). Later
+views are random resized crops, possibly mirrored, in whole pixels of the source image. The drawn box is stored beside
+the embedding (``image/view``) for students. It is drawn again only when a lost chunk is encoded again.
 
-A draw depends on the seed, the image's content and the number of the view, and on nothing else: not on the order of
-rows, on how many views there are or on the process. Hence views can be added later, and come out the same.
+A draw depends only on the seed, the image's content and the number of the view: not on the order of rows, the number of
+views or the process. So a cache with more views repeats the crops of one with fewer.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from teacher_cache.storage.format.identity import ViewsIdentity
 __all__ = ["Crop", "crop_shown", "draw_crop", "replay"]
 
 _TRIES = 10
-_EXACT_BITS = 24  # of a whole number in float32, which is how boxes are stored
+_EXACT_BITS = 24  # boxes are stored as float32, which has 24 bits for whole numbers
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A region of a source image in whole pixels, mirrored from left to right or not."""
+    """Region of a source image in whole pixels, possibly mirrored."""
 
     top: int
     left: int
@@ -44,39 +43,39 @@ class Crop:
     flip: bool
 
     def as_row(self) -> tuple[float, float, float, float, float]:
-        """Return the crop as ``image/view`` holds it: top, left, height, width, and 1.0 if mirrored."""
+        """Return the crop in the form of ``image/view``: top, left, height, width, and 1.0 if mirrored."""
         return float(self.top), float(self.left), float(self.height), float(self.width), float(self.flip)
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Crop:
-        """Read what ``image/view`` holds of a view after view 0.
+        """Read the crop of a later view from ``image/view``.
 
         Raises:
             ValueError: not a box of whole pixels.
         """
-        top, left, height, width, flip = (float(value) for value in row)
-        whole = all(value.is_integer() for value in (top, left, height, width))
-        if not whole or top < 0 or left < 0 or height < 1 or width < 1 or flip not in (0.0, 1.0):
+        y, x, height, width, flip = (float(value) for value in row)
+        whole = all(value.is_integer() for value in (y, x, height, width))
+        if not whole or y < 0 or x < 0 or height < 1 or width < 1 or flip not in (0.0, 1.0):
             raise ValueError(f"stored crop {[float(value) for value in row]} is no box of whole pixels with a flip")
-        return cls(int(top), int(left), int(height), int(width), bool(flip))
+        return cls(int(y), int(x), int(height), int(width), bool(flip))
 
     def fits(self, width: int, height: int) -> bool:
-        """Check that an image of this size has all of the region."""
+        """Return whether the region lies within an image of this size."""
         return self.top + self.height <= height and self.left + self.width <= width
 
 
 def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int, height: int) -> Crop:
     """Draw the crop of one view of one image.
 
-    The algorithm is that of torchvision's ``RandomResizedCrop.get_params`` (torchvision 0.29,
-    ``torchvision/transforms/transforms.py``), which open_clip trains with: ten tries to find a box of a random area
-    and a random, log-uniform width / height that lies within the image, else the central crop nearest to that.
+    The algorithm is torchvision's ``RandomResizedCrop.get_params`` (torchvision 0.29,
+    ``torchvision/transforms/transforms.py``), which open_clip trains with. It tries ten times to find a box of random
+    area and log-uniform width / height within the image, else takes the nearest central crop.
 
     Args:
-        policy: of the cache; its ``count`` plays no part.
-        content_sha256: of the image's bytes as the samples table has it.
-        view: from 1 on.
-        width, height: of the source image in pixels.
+        policy: policy of the cache; its ``count`` is ignored.
+        content_sha256: digest of the image's bytes in the samples table.
+        view: number of the view, from 1.
+        width, height: size of the source image in pixels.
 
     Raises:
         ValueError: view 0, or a policy without random crops.
@@ -84,18 +83,17 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
     if view < 1 or policy.scale is None or policy.ratio is None or policy.flip is None or policy.seed is None:
         raise ValueError(f"view {view} is not drawn by policy {policy.policy}; view 0 is the evaluation crop")
     uniform = _uniforms(policy.seed, content_sha256, view)
-    # first, so that it does not depend on how many tries the box takes
+    # drawn first, so that it does not depend on the number of tries
     flip = uniform() < policy.flip
-    top, left, box_height, box_width = (
-        _exact(value) for value in _box(uniform, policy.scale, policy.ratio, width, height)
-    )
-    return Crop(top, left, box_height, box_width, flip)
+    box = (_exact(value) for value in _box(uniform, policy.scale, policy.ratio, width, height))
+    y, x, box_height, box_width = box
+    return Crop(y, x, box_height, box_width, flip)
 
 
 def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
-    """Return what a model sees of a crop, at its own resolution: teacher and students alike.
+    """Return the model input for a crop, at the model's own resolution, for teacher and students.
 
-    :func:`crop_shown`, then normalised; in the order of open_clip's training transform.
+    This is :func:`crop_shown`, then normalised, in the order of open_clip's training transform.
 
     Returns:
         float32 (3, height, width).
@@ -107,10 +105,10 @@ def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) 
 
 
 def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Apply the part of :func:`replay` that moves pixels: crop, resize to the model's input, mirror, RGB.
+    """Crop, resize to the model's input, mirror and convert to RGB: :func:`replay` without normalising.
 
     Args:
-        image: as the decoder gives it: upright only if its pixels are, in the mode that it has.
+        image: decoded image in any mode. EXIF orientation is not applied.
 
     Returns:
         RGB uint8 (height, width, 3) of ``preprocess.size``.
@@ -121,7 +119,7 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
     if isinstance(image, ScaledJpeg):
         return rows_of_pixels(_scaled(image, crop, preprocess))
     _require_within(image.size, crop)
-    # "random" means bicubic where nothing is random, as in open_clip
+    # "random" means bicubic outside training, as in open_clip
     mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
     seen = transforms.resized_crop(
         image, crop.top, crop.left, crop.height, crop.width, list(preprocess.size), interpolation=mode
@@ -155,9 +153,9 @@ def _box(
         aspect = math.exp(low + (high - low) * uniform())
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(uniform() * (height - box_height + 1))
-            left = int(uniform() * (width - box_width + 1))
-            return top, left, box_height, box_width
+            y = int(uniform() * (height - box_height + 1))
+            x = int(uniform() * (width - box_width + 1))
+            return y, x, box_height, box_width
     box_width, box_height = width, height
     if width / height < ratio[0]:
         box_height = min(max(round(width / ratio[0]), 1), height)
@@ -167,9 +165,9 @@ def _box(
 
 
 def _uniforms(seed: int, content_sha256: str, view: int) -> Callable[[], float]:
-    """Numbers in [0, 1) from a counter-based generator of this view of this image.
+    """Return a source of numbers in [0, 1), a counter-based generator for this view of this image.
 
-    Raw output of Philox, which numpy promises never to change, and no distribution of numpy's, which it may.
+    It uses raw Philox output, which numpy promises never to change, unlike its distributions.
     """
     key = hashlib.sha256(f"view {view} of {content_sha256} by seed {seed}".encode()).digest()[:16]
     raw = np.random.Philox(key=int.from_bytes(key, "little"))
@@ -177,6 +175,6 @@ def _uniforms(seed: int, content_sha256: str, view: int) -> Callable[[], float]:
 
 
 def _exact(value: int) -> int:
-    """Return the next lower number that float32 holds exactly: the same one, except for a very long strip."""
+    """Return the next lower number that float32 holds exactly: the same one, except in very long strips."""
     spare = max(value.bit_length() - _EXACT_BITS, 0)
     return value >> spare << spare
