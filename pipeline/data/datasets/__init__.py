@@ -1,8 +1,7 @@
-"""Dataset adapters: one per published on-disk form, all to the same samples and captions.
+"""Dataset adapters: one per published on-disk form, all with the same records.
 
-An adapter is a function ``read(root, **options) -> Iterator[Sample | Problem]``. It reads the lists and
-captions of the published form; whether each image is there and readable is checked once, for all of them,
-in :func:`teacher_cache.pipeline.data.datasets.samples.load_samples`.
+An adapter is a function ``read(root, **options) -> Iterator[Sample | Problem]``. It reads the lists and captions of the
+published form. :func:`teacher_cache.pipeline.data.datasets.samples.load_samples` then checks the images of all forms.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ __all__ = ["ADAPTERS", "Problem", "Record", "Sample", "SampleSet", "adapter"]
 
 Adapter = Callable[..., Iterator[Record]]
 
-# kind -> module with a function read(root, **options); imported on use, so that a missing optional
-# dependency of one form does not take the others away
+# kind -> module with a function read(root, **options); imported on use, since a form may need an optional package
 ADAPTERS: dict[str, str] = {
     "coco": "teacher_cache.pipeline.data.datasets.coco",
     "karpathy": "teacher_cache.pipeline.data.datasets.karpathy",
@@ -33,10 +31,10 @@ ADAPTERS: dict[str, str] = {
 
 
 def adapter(kind: str) -> Adapter:
-    """Return the ``read`` function of one kind of dataset, which refuses options that the kind does not have.
+    """Return the ``read`` function of one kind of dataset, which refuses unknown options.
 
     Raises:
-        UsageError: the kind is not known, or (when called) an option is not; the message lists those that are.
+        UsageError: the kind is unknown, or (when called) an option is. The message lists the known ones.
     """
     if kind not in ADAPTERS:
         raise UsageError(f"dataset kind {kind!r} is not known; write KIND:PATH with one of {', '.join(ADAPTERS)}")

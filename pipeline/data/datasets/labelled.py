@@ -1,14 +1,13 @@
-"""Labelled images for zero-shot classification, and their classes' prompts as captions, so that a teacher's rows of
-both can be kept in a cache.
+"""Labelled images for zero-shot classification, with the prompts of their classes as captions, to be cached.
 
     root/<class>/*.jpg, root/<split>/<class>/*.jpg    form=imagefolder
-    root/*.tar with KEY.cls beside KEY.jpg            form=webdataset, as clip-benchmark exports its datasets; if they
-                                                      are there, classnames.txt and
-                                                      zeroshot_classification_templates.txt too
-    root as torchvision knows it                      form=torchvision, name=CIFAR10
+    root/*.tar with KEY.cls beside KEY.jpg            form=webdataset, as clip-benchmark exports its datasets, with
+                                                      optional classnames.txt and
+                                                      zeroshot_classification_templates.txt
+    root in torchvision's layout                      form=torchvision, name=CIFAR10
 
-The first image that can be read has the prompts of all classes as its captions, class by class; the others have none.
-The rest of the options says which prompts: see :func:`class_prompts`.
+The first readable image has the prompts of all classes as its captions, class by class; the others have none. The other
+options choose the prompts, see :func:`class_prompts`.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ _NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """The classes of a dataset with their prompts.
+    """Classes of a dataset with their prompts.
 
     Attributes:
-        classes: which of them each class of the dataset is.
-        prompts: of each class, as the cache's captions have them.
-        templates: that they were made of.
+        classes: classes and their match with the dataset's.
+        prompts: prompts of each class, as in the cache's captions.
+        templates: templates of the prompts.
     """
 
     classes: Classes
@@ -93,13 +92,13 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
         split: a published split, or ``all``. Default: the only one.
 
     Raises:
-        UsageError: no such form, no images, no such split, or several splits and none named.
+        UsageError: the form or split is unknown, there are no images, or one of several splits must be named.
     """
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
     if form == "torchvision":
         from teacher_cache.pipeline.data.datasets.torchvision import (
-            list_torchvision,  # torch, which the other forms do without
+            list_torchvision,  # imports torch
         )
 
         return list_torchvision(root, name, split)
@@ -107,7 +106,7 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
     listed = list(_listed(root, form))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
     images = _of_split(where, images, split)
-    # what is wrong with images that are not measured would look like a loss of those that are
+    # leave out problems of other splits: they would look like lost images of this one
     problems = [
         record
         for record, its_split, _ in listed
@@ -127,7 +126,7 @@ def _of_split(where: str, images: list[tuple[Sample, str]], split: str) -> list[
     """Return the images of one split, with their classes.
 
     Raises:
-        UsageError: no such split, or several and none named.
+        UsageError: the split is unknown, or one of several must be named.
     """
     counts = Counter(image.split for image, _ in images)
     shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(counts.items()))
@@ -148,11 +147,11 @@ def _numbered_classes(where: str, root: str, numbers: list[int]) -> tuple[dict[s
     """Return the names of numbered classes, and whether a file beside the tars names them.
 
     Raises:
-        UsageError: the file has an empty line, or too few.
+        UsageError: the file has an empty line, or too few lines.
     """
     file = _beside(root, _NAMES)
     names = _lines(file) if file else []
-    # blank lines would move every class behind them
+    # a blank line would shift every class after it
     if not all(names):
         raise UsageError(f"{file}: an empty line, which would be a class without a name; remove it")
     if not names:
@@ -173,7 +172,7 @@ def class_prompts(listing: Listing, prompts: str = "", templates: str = "", clas
             Default: the names of ``prompts``, else the dataset's own.
 
     Raises:
-        UsageError: a class that cannot be matched for sure; names or templates that cannot be used; fewer than two
+        UsageError: a class has no unambiguous match, names or templates cannot be used, or there are fewer than two
             classes.
     """
     known = prompt_set(prompts) if prompts else None
@@ -203,10 +202,10 @@ def class_prompts(listing: Listing, prompts: str = "", templates: str = "", clas
 
 
 def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] | None, class_names: str) -> Classes:
-    """Match the classes by what leaves no doubt.
+    """Match the classes by the first unambiguous rule.
 
     Raises:
-        UsageError: nothing does.
+        UsageError: no rule is unambiguous.
     """
     same_order = bool(prompts) and listing.order_of == prompts and not class_names
     if names is None and listing.order_of != "any" and listing.own and all(key.isdigit() for key in listing.own):
@@ -230,12 +229,12 @@ def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] |
     most = max((int(key) for key in listing.own), default=0)
     if most >= len(names):
         raise UsageError(f"{listing.where}: label {most}, and {len(names)} class names, of 0 to {len(names) - 1}")
-    # they count from 0, so that a class without images leaves no doubt
+    # numbers count from 0, so a class without images is no ambiguity
     return Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
 
 
 def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
-    """Yield images and problems with split and class; a problem that may be of any split has None."""
+    """Yield images and problems with split and class. The split is None for a problem of unknown split."""
     if form == "webdataset":
         yield from webdataset.read_labels(root)
         return
@@ -248,7 +247,7 @@ def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
 
 
 def _beside(root: str, name: str) -> Path | None:
-    """Find a text file of clip-benchmark's layout: in the root, or above it when that is the folder of a split."""
+    """Find a text file of clip-benchmark's layout: in the root, or above it if the root is a split's folder."""
     if "://" in root:
         return None
     folder = Path(data_folder(root))
@@ -261,7 +260,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_there(root: str, image: Sample) -> bool:
-    """Check that an image's file can be opened; one behind a URL is assumed to be there."""
+    """Return whether an image's file can be opened. A URL is assumed to exist."""
     if "://" in root or "://" in image.uri:
         return True
     path = Path(data_folder(root)) / image.uri

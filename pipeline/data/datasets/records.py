@@ -1,4 +1,4 @@
-"""Records that every dataset adapter yields: samples with their captions, and problems."""
+"""Records of all dataset adapters: samples with their captions, and problems."""
 
 from __future__ import annotations
 
@@ -15,41 +15,40 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS, NOT_TEXT, printable, redact
 
-# what torchvision's ImageFolder takes for an image, and what else can be decoded
-# (``teacher_cache.pipeline.data.images.decode``)
+# torchvision's ImageFolder endings, and the other decodable ones (``teacher_cache.pipeline.data.images.decode``)
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jfif")
 
-# a folder or a part of a file name that spells one of these names a split; anything else is a name
+# a folder or a part of a file name that equals one of these names a split
 SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")
 
 _DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".json", ".tar")
 
-# A teacher reads 77 tokens or so, about 300 characters. What is far longer is a document in the wrong place, and
-# byte-pair encoding takes the square of a word's length: 4 s for one word of this length, half an hour for 500,000.
+# A teacher reads about 77 tokens, 300 characters. Byte-pair encoding is quadratic in the length of a word: 4 s for a
+# word of this length, half an hour for 500,000.
 MAX_CAPTION_CHARACTERS = 16_384
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
-    "unreadable-file",  # there, but its bytes cannot be read
+    "unreadable-file",  # on disk, but its bytes cannot be read
     "no-caption",  # an image that no caption names
     "no-image",  # a caption whose image is not in the dataset
-    "empty-caption",  # nothing left of a caption after stripping white space
-    "duplicate-id",  # a second sample with a sample_id already taken; the first one stays
-    "bad-record",  # a line, row or member that does not have the published form
+    "empty-caption",  # only white space
+    "duplicate-id",  # a second sample with the same sample_id; the first one stays
+    "bad-record",  # a line, row or member without the published form
 ]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its captions, as the published form of the dataset lists them.
+    """Image and its captions, as listed in the published dataset.
 
     Attributes:
-        sample_id: names the image for ever; unique in the dataset (a file name, a COCO id, a tar key).
+        sample_id: permanent name of the image, unique in the dataset (a file name, a COCO id, a tar key).
         uri: path relative to the dataset's root, an absolute path, or a URL.
-        split: the published name of the split, ``""`` when the form has none.
-        captions: one or more, in published order, stripped of surrounding white space.
+        split: published name of the split, ``""`` if there is none.
+        captions: one or more captions in published order, stripped of surrounding white space.
         offset: first byte of the image inside ``uri`` (a member of a tar), -1 for the whole file.
-        length: bytes from ``offset``, -1 for the whole file.
+        length: number of bytes from ``offset``, -1 for the whole file.
     """
 
     sample_id: str
@@ -62,14 +61,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something of the dataset that gets no row in the cache, and why.
+    """Part of the dataset that gets no row in the cache, and why.
 
     Attributes:
-        kind: one of the fixed kinds, so that problems can be counted.
+        kind: one of the fixed kinds, for counting.
         where: the sample_id, file, line or row concerned.
-        detail: one sentence with what was found.
-        lost_image: True when an image of the dataset gets no row because of this (a lost caption or a
-            second listing of the same image loses none), so that images in = rows + lost images.
+        detail: description in one sentence.
+        lost_image: True if an image gets no row because of this. A lost caption or a second listing loses no image, so
+            that images = rows + lost images.
     """
 
     kind: ProblemKind
@@ -83,7 +82,7 @@ Record: TypeAlias = Sample | Problem
 
 @dataclass
 class SampleSet:
-    """A dataset as read from disk: ``samples`` in row order, ``problems`` in the order met."""
+    """Dataset as read from disk: ``samples`` in row order, ``problems`` in the order of reading."""
 
     kind: str
     root: str
@@ -92,18 +91,17 @@ class SampleSet:
 
     @property
     def num_captions(self) -> int:
-        """Captions of all samples."""
+        """Number of captions of all samples."""
         return sum(len(sample.captions) for sample in self.samples)
 
 
 def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, ...], list[Problem]]:
-    """Strip captions, drop the empty and the endless ones and mend those that are not text.
+    """Strip captions, drop empty and overlong ones, and repair invalid UTF-8.
 
-    Adapters decode with ``errors="surrogateescape"``, so that this one place sees which caption held bytes that
-    are not UTF-8: each such byte, and each half of a surrogate pair that JSON's ``\\ud83d`` leaves, becomes
-    U+FFFD, the caption stays, and a ``bad-record`` problem says so. One of more than ``MAX_CAPTION_CHARACTERS`` is
-    left out with a ``bad-record`` problem. All other text is kept as it is: line breaks, NUL, HTML entities,
-    ``<end_of_text>``; the tokenizer knows what it makes of them. No problem from here loses the image.
+    Adapters decode with ``errors="surrogateescape"``. Here each invalid byte, and each lone surrogate from JSON's
+    ``\\ud83d``, becomes U+FFFD; the caption stays and gets a ``bad-record`` problem. A caption of more than
+    ``MAX_CAPTION_CHARACTERS`` is dropped with a ``bad-record`` problem. All other text stays unchanged, also line
+    breaks, NUL, HTML entities and ``<end_of_text>``. None of these problems loses the image.
     """
     texts: list[str] = []
     problems: list[Problem] = []
@@ -130,7 +128,7 @@ def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind
 def sample_or_problem(
     sample_id: str, uri: str, split: str, captions: Iterable[str], offset: int = -1, length: int = -1
 ) -> Iterator[Record]:
-    """Yield the sample with its clean captions, or the problem that it has none or a name no cache can hold."""
+    """Yield the sample with its clean captions, or a problem: no caption, or a name that no cache can hold."""
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
         unfit = _unfit_name(text)
         if unfit:
@@ -146,7 +144,7 @@ def sample_or_problem(
 
 
 def _unfit_name(text: str) -> str:
-    """Why a name may not go into a cache, which is kept, copied and shown; empty when it may."""
+    """Return why a cache cannot hold a name, or an empty text if it can."""
     if len(text) > MAX_NAME_CHARACTERS:
         return f"{len(text):,} characters, the most is {MAX_NAME_CHARACTERS:,}"
     if NOT_TEXT.search(text):
@@ -162,10 +160,9 @@ def _unfit_name(text: str) -> str:
 
 
 def uri_below(folder: str, name: str) -> str | None:
-    """``folder/name`` for a name written inside a dataset file; None when it would leave the folder.
+    """Return ``folder/name`` for a name in a dataset file, or None if it would leave the folder.
 
-    A downloaded list must not be able to name ``/etc/passwd``, ``../../x`` or a URL; what the user writes in a
-    table of their own may.
+    A downloaded list must not be able to name ``/etc/passwd``, ``../../x`` or a URL; a user's own table may.
     """
     if not name or "://" in name or posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == "..":
         return None
@@ -176,7 +173,7 @@ def local_folder(kind: str, root: str) -> Path:
     """Return the root as a folder on this machine.
 
     Raises:
-        UsageError: it is a URL, a file, or not there.
+        UsageError: it is a URL or a file, or does not exist.
     """
     path = Path(root)
     if path.is_dir():
@@ -190,8 +187,8 @@ def local_folder(kind: str, root: str) -> Path:
 def data_folder(root: str) -> str:
     """Return the folder that relative uris start from.
 
-    That is ``root`` itself, the folder of the file that ``root`` names (a table, a JSON, a tar), or what stands
-    before the first brace of ``shards/{000..003}.tar``.
+    That is ``root`` itself, the folder of the file ``root`` (a table, a JSON, a tar), or for a pattern such as
+    ``shards/{000..003}.tar`` the part before the first brace.
     """
     path = Path(root)
     if "://" not in root and path.exists():
@@ -209,12 +206,12 @@ def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) ->
 
     Args:
         root: the dataset's root.
-        candidates: relative or absolute folders, the likeliest first; ``"."`` is the root itself.
-        names: some file names of images; one found is proof enough.
+        candidates: relative or absolute folders, the most likely first; ``"."`` is the root itself.
+        names: some file names of images. One match is enough.
 
     Returns:
-        The first candidate with one of the names in it; else the first that is there and is not the root, so
-        that its images are reported missing one by one; else None.
+        The first candidate with one of the names in it; else the first one that exists and is not the root, so that
+        its images are reported missing one by one; else None.
     """
     existing = [folder for folder in candidates if (root / folder).is_dir()]
     for folder in existing:
@@ -227,25 +224,25 @@ def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) ->
 def _is_file(path: str) -> bool:
     try:
         return Path(path).is_file()
-    except (OSError, ValueError):  # a name too long, or with a NUL in it
+    except (OSError, ValueError):  # a name that is too long or contains NUL
         return False
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading bytes; never a pipe, a socket or a device.
+    """Open a file for reading bytes; refuse a pipe, a socket or a device.
 
-    Opening one of those may wait for ever, or do something to hardware, so the look comes before the opening.
+    The check comes before opening, which may block for ever or affect hardware.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        IsADirectoryError: a folder is.
-        OSError: something else is that is not a file; or it cannot be read.
+        FileNotFoundError: the file does not exist.
+        IsADirectoryError: it is a folder.
+        OSError: it is no regular file, or cannot be read.
     """
     _require_regular(path, Path(path).stat().st_mode)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     file = open(descriptor, "rb")  # noqa: PTH123, SIM115 - a descriptor; the caller closes it
     try:
-        _require_regular(path, os.fstat(descriptor).st_mode)  # it may have been swapped since
+        _require_regular(path, os.fstat(descriptor).st_mode)  # the path may have been swapped since the check
     except OSError:
         file.close()
         raise
@@ -262,7 +259,7 @@ def _require_regular(path: str | Path, mode: int) -> None:
 
 
 def contents(folder: Path, most: int = 12) -> str:
-    """List what a folder holds, for a message."""
+    """List a folder's contents for a message."""
     names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
     if not names:
         return "nothing"
@@ -270,9 +267,9 @@ def contents(folder: Path, most: int = 12) -> str:
 
 
 def open_text(path: Path) -> Any:
-    """Open a text file as UTF-8 with or without a byte-order mark; broken bytes become lone surrogates.
+    """Open a text file as UTF-8 with or without a byte-order mark. Invalid bytes become lone surrogates.
 
-    :func:`clean_captions` finds those again.
+    :func:`clean_captions` repairs them.
     """
     return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -298,17 +295,17 @@ def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Listing:
-    """Images of a dataset, with its classes.
+    """Images of a dataset with their classes.
 
     Attributes:
-        images: without captions, in order.
-        problems: of the same split, and of whole tars.
-        keys: the class of each image, by the dataset's own key: the name of a folder, or a number.
-        own: the dataset's classes in its order, by key, with the names it has for them.
-        named: whether these are names, and not mere numbers.
-        templates: its own, if it has some.
-        order_of: the prompt set whose class names are known to be in its order, if there is one; ``any`` where it is
-            the order of whatever list comes with it.
+        images: images without captions, in order.
+        problems: problems of the same split, and of whole tars.
+        keys: class of each image, by the dataset's own key: a folder name or a number.
+        own: the dataset's own class names by key, in its order.
+        named: whether these are names, not only numbers.
+        templates: the dataset's own templates, if any.
+        order_of: prompt set whose class names are in the dataset's order, if known; ``any`` if every list of names is
+            taken to be in this order.
     """
 
     where: str

@@ -1,11 +1,11 @@
-"""Datasets as samples: parse ``KIND:PATH``, read the adapter, prove every file, and read image bytes again.
+"""Samples of datasets: parse ``KIND:PATH``, run the adapter, check every file, and read image bytes.
 
-``load_samples`` is the one place that decides which images get a row: an adapter lists them, this module
-checks that each can be read, digests its bytes and turns every failure into a counted problem.
+``load_samples`` alone decides which images get a row: the adapter lists them, this module checks that each can be read,
+digests its bytes and turns every failure into a counted problem.
 
-Datasets come from anywhere. Only plain files are opened, never a pipe or a device; an image's file may hold at most
-``MAX_IMAGE_BYTES``; credentials in a dataset's name or in a uri are refused, since a cache would keep them; and every
-problem's text is made printable (:func:`teacher_cache.storage.observe.safe_text.printable`) before anybody sees it.
+Datasets are untrusted. Only regular files are opened, never a pipe or a device. A file may hold at most
+``MAX_IMAGE_BYTES``. Credentials in a dataset's name or in a uri are refused, since a cache would keep them. The text of
+every problem is made printable (:func:`teacher_cache.storage.observe.safe_text.printable`).
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ __all__ = [
     "require_content",
 ]
 
-_HASH_THREADS = 8  # hashing releases the GIL; beyond this a local disk gains nothing
-_FETCHES = REQUESTS_AT_ONCE  # of images behind a URL, by one process; most of each is waiting
-_HASH_WINDOW = 8192  # images in flight; a future per image of a large dataset would fill the memory
+_HASH_THREADS = 8  # hashing releases the GIL; more threads gain nothing on a local disk
+_FETCHES = REQUESTS_AT_ONCE  # parallel requests of a process for remote images, which mostly wait
+_HASH_WINDOW = 8192  # images in flight: bounds the memory for futures
 _RETRY_SECONDS = (0.5, 2.0)
 _LOCAL_FILES = ("file", "local")
 _ON_THIS_MACHINE = (*_LOCAL_FILES, "torchvision", "memory")
-# images that torchvision keeps in arrays; imported when the first of them is read
+# images in torchvision's arrays; imported on first use
 fsspec.register_implementation("torchvision", "teacher_cache.pipeline.data.datasets.torchvision.TorchvisionFiles")
-# tables and tars in the stores that caches use; imported when the first of them is read
+# tables and tars in object stores; imported on first use
 _STORES = {"s3": "S3Files", "gs": "GoogleFiles", "az": "AzureFiles"}
 for _scheme, _name in _STORES.items():
     fsspec.register_implementation(_scheme, f"teacher_cache.storage.files.stores.{_name}", clobber=True)
-MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest image that is decoded takes when not compressed
+MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest decodable image takes uncompressed
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A dataset by name: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter."""
+    """Name of a dataset: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter."""
 
     kind: str
     root: str
@@ -70,15 +70,15 @@ class DatasetSpec:
         _refuse_credentials(f"{self.kind}:", self.root)
         for name, value in self.options:
             _refuse_credentials(f"dataset setting {name}=", value)
-        _refuse_credentials("", str(self))  # what a manifest would hold
+        _refuse_credentials("", str(self))  # the manifest keeps this text
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
         """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
 
         Raises:
-            UsageError: no ``KIND:`` in front, an unknown kind, an empty path, a setting given twice, or a password,
-                signature or key in it.
+            UsageError: no or an unknown ``KIND:``, an empty path, a repeated setting, or a password, signature or key
+                in it.
         """
         shown = printable(text)
         kind, colon, rest = text.partition(":")
@@ -99,7 +99,7 @@ class DatasetSpec:
         return cls(kind, path, options)
 
     def __str__(self) -> str:
-        # quoted as far as parse() needs it to read the same settings again
+        # quoted only as far as parse() needs
         query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
         return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
 
@@ -113,10 +113,10 @@ def _is_utf8(text: str) -> bool:
 
 
 def _refuse_credentials(what: str, text: str) -> None:
-    """Keep secrets out of manifests, which live long and are passed on.
+    """Check that a text has no secret, since manifests live long and are shared.
 
     Raises:
-        UsageError: with the secret hidden, and where it belongs instead.
+        UsageError: it has one. The message hides it and says where it belongs.
     """
     if redact(text) != text:
         raise UsageError(
@@ -126,10 +126,10 @@ def _refuse_credentials(what: str, text: str) -> None:
 
 
 class ImageSource:
-    """Reads the bytes of one image by ``uri``; local files directly, URLs through fsspec.
+    """Reader of image bytes by ``uri``: local files directly, URLs through fsspec.
 
     Raises:
-        UsageError: ``root`` holds credentials.
+        UsageError: ``root`` contains credentials.
     """
 
     def __init__(self, root: str) -> None:
@@ -137,19 +137,19 @@ class ImageSource:
         self.root = root
 
     def resolve(self, uri: str) -> str:
-        """Return the path or URL that ``uri`` stands for, relative ones below ``root``."""
+        """Return the path or URL of ``uri``. A relative one is below ``root``."""
         if "://" in uri or Path(uri).is_absolute():
             return uri
         return f"{self.root.rstrip('/')}/{uri}"
 
     def fetches(self, uri: str) -> int:
-        """Return the number of such images to read at once by threads of their own; 0 for files of this machine."""
+        """Return the number of threads to prefetch images like this one; 0 for local files."""
         scheme, mark, _ = self.resolve(uri).partition("://")
         return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
 
     @contextlib.contextmanager
     def threads(self, uri: str) -> Iterator[ThreadPoolExecutor | None]:
-        """Threads of their own for images like this one; None where it is a file of this machine."""
+        """Open a pool of threads to prefetch images like this one. None: a local file."""
         fetches = self.fetches(uri)
         if not fetches:
             yield None
@@ -161,15 +161,15 @@ class ImageSource:
         """Read the image's bytes as stored, not decoded.
 
         Raises:
-            FileNotFoundError: nothing is there.
-            OSError: it is there and cannot be read, is no plain file, holds fewer bytes than ``length`` or more
-                than ``MAX_IMAGE_BYTES``.
+            FileNotFoundError: it does not exist.
+            OSError: it cannot be read, is no regular file, or holds fewer bytes than ``length`` or more than
+                ``MAX_IMAGE_BYTES``.
         """
         target = self.resolve(uri)
         if length > MAX_IMAGE_BYTES:
             raise _too_large(target, length)
         if "::" in target and "://" in target:
-            # simplecache:: and its kin write copies to places of their own
+            # simplecache:: and similar ones write copies to other folders
             raise OSError(f"{target}: a chain of file systems is not followed; write the plain path or URL")
         scheme, mark, path = target.partition("://")
         if mark and scheme not in _LOCAL_FILES:
@@ -183,7 +183,7 @@ class ImageSource:
 
 def _read_file(path: str, offset: int, length: int) -> bytes:
     with open_regular(path) as file:
-        # not file.read(length) alone: it would set aside what the dataset claims, whatever the file holds
+        # not file.read(length) alone: it would allocate the length that the dataset claims
         available = max(os.fstat(file.fileno()).st_size - max(offset, 0), 0)
         size = available if length < 0 else min(available, length)
         if size > MAX_IMAGE_BYTES:
@@ -197,11 +197,11 @@ def _too_large(target: str, size: int) -> OSError:
 
 
 def _fetch(url: str, offset: int, length: int) -> bytes:
-    """Read bytes behind a URL in one request, without the look at its size that opening a file makes.
+    """Read bytes behind a URL in one request, without the request for its size that opening a file makes.
 
     Raises:
         FileNotFoundError: the object does not exist.
-        ConnectionError: the server did not answer well, three times; a store as often as caches are tried.
+        ConnectionError: the server failed three times; a store as often as for caches.
         OSError: the server refuses, or the URL cannot be used.
     """
     if url.partition("://")[0] in _STORES:
@@ -216,7 +216,7 @@ def _fetch(url: str, offset: int, length: int) -> bytes:
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:
-            # a server's refusal, an unknown protocol, a package that is not installed: each library has its own
+            # each library has its own errors for a refusal, an unknown protocol or a missing package
             status = getattr(error, "status", None)
             refused = isinstance(status, int) and status < 500 and status not in (408, 425, 429)
             if refused or isinstance(error, (ValueError, ImportError)):
@@ -231,7 +231,7 @@ def _fetch_from_store(url: str, offset: int, length: int) -> bytes:
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     try:
-        from teacher_cache.storage.files.remote import RemoteFiles  # with obstore, which may not be installed
+        from teacher_cache.storage.files.remote import RemoteFiles  # needs obstore, which is optional
 
         files = RemoteFiles(f"{scheme}://{bucket}")
         return files.read(key) if length < 0 else files.read_range(key, max(offset, 0), length)
@@ -240,10 +240,10 @@ def _fetch_from_store(url: str, offset: int, length: int) -> bytes:
 
 
 def require_content(data: bytes, sha256: str, where: str) -> None:
-    """Refuse an image that is not the one that the cache was planned with.
+    """Check that an image is unchanged since the cache was planned.
 
     Raises:
-        CacheMismatchError: names the file.
+        CacheMismatchError: it has changed. The message names the file.
     """
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CacheMismatchError(
@@ -253,20 +253,20 @@ def require_content(data: bytes, sha256: str, where: str) -> None:
 
 
 def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None = None) -> tuple[SampleSet, list[str]]:
-    """Read a dataset and prove that each of its images can be read.
+    """Read a dataset and check that each of its images can be read.
 
     Args:
-        spec: which adapter, where, with which settings.
+        spec: adapter, place and settings.
         progress: called with (images checked, images listed).
 
     Returns:
-        The samples that get a row, in the adapter's order, with every problem met; and the sha256 of each
-        sample's stored image bytes, in the same order.
+        The samples that get a row, in the adapter's order, with all problems; and the sha256 of each sample's stored
+        image bytes, in the same order.
 
     Raises:
-        UsageError: the root does not have the published form of this kind (the adapter says what it looked
-            for), its files cannot be read, or not one image of it can be used.
-        ConnectionError: a server or a share is in trouble; another try may do.
+        UsageError: the root does not have the published form of this kind (the message says what is missing), its
+            files cannot be read, or no image can be used.
+        ConnectionError: a server or a share fails; a retry may succeed.
     """
     listed = list_samples(spec)
     source = ImageSource(data_folder(spec.root))
@@ -279,7 +279,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             return Problem("missing-file", sample.sample_id, detail, lost_image=True)
         except OSError as error:
             if is_transient(error) and "://" not in source.resolve(sample.uri):
-                raise  # a share in trouble, not an image: a dataset planned without it would be another dataset
+                raise  # the share fails, not the image: without its rows this would be another dataset
             return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
         return hashlib.sha256(data).hexdigest()
 
@@ -306,12 +306,12 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
 
 
 def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
-    """Return the number of a dataset's images to read at once for their digests."""
+    """Return the number of threads that read images for their digests."""
     return max((source.fetches(sample.uri) for sample in samples[:1]), default=0) or _HASH_THREADS
 
 
 def list_samples(spec: DatasetSpec) -> SampleSet:
-    """List a dataset without looking at its images: missing and unreadable ones are listed too.
+    """List a dataset without opening its images: missing and unreadable ones are listed too.
 
     Raises:
         UsageError, ConnectionError: see :func:`load_samples`.

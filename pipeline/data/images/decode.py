@@ -1,21 +1,22 @@
-"""Image bytes to a Pillow image, or an error that says why not. No torch.
+"""Decoder of image bytes to a Pillow image. No torch.
 
-What becomes of odd images, for the teacher and for students alike:
+Rules for odd images, for teacher and students alike:
 
-- Only formats of ``FORMATS`` are looked at. Pillow knows forty more, and one of them starts Ghostscript.
-- The teacher sees the pixels that open_clip would show it: the first frame of an animation; CMYK and YCCK by Pillow's
-  plain conversion; hidden colours of transparent pixels, alpha left out; palettes and 1-bit images resized to the
-  nearest pixel; EXIF's orientation, colour profiles and text left alone; JPEG data that libjpeg can mend, mended.
-- 16 bits of grey are the one thing done otherwise: open_clip clips them, which makes nearly every such image white.
-  Here their upper 8 bits are taken, as Pillow does for 16 bits of colour.
-- 32-bit whole numbers and floats have no white that everybody agrees on: undecodable.
-- Truncated (if only by a JPEG's end mark), damaged (a wrong checksum too), empty, and not an image: undecodable.
-- More than ``MAX_PIXELS``, by the header, before any is decoded: undecodable. One image takes at most 4 bytes a pixel
-  and once more while it is converted, for each thread that decodes.
-- A strip so long that the resize alone would make more than ``MAX_PIXELS``: untransformable.
+- Only the formats of ``FORMATS`` are opened. Pillow knows forty more, and one of them starts Ghostscript.
+- The teacher sees the same pixels as in open_clip: the first frame of an animation; CMYK and YCCK by Pillow's plain
+  conversion; the hidden colours of transparent pixels, without alpha; palettes and 1-bit images resized to the nearest
+  pixel; EXIF orientation, colour profiles and text ignored; JPEG data repaired where libjpeg can.
+- 16-bit grey is the one exception: open_clip clips it, which makes nearly every such image white. Here the upper 8 bits
+  are taken, as Pillow does for 16-bit colour.
+- 32-bit integer and float images are undecodable: they have no standard white.
+- Truncated images (even if only a JPEG's end mark is missing), damaged ones (also a wrong checksum), empty files and
+  files that are no image are undecodable.
+- More than ``MAX_PIXELS`` in the header: undecodable, before decoding. Each decoding thread takes at most 4 bytes per
+  pixel, and twice that during a conversion.
+- A strip so long that the resize would make more than ``MAX_PIXELS``: untransformable.
 
-Pillow's warnings (large images, odd palettes, broken EXIF) say nothing that is not in these rules, and are ignored.
-Nothing of Pillow's own is raised: what it cannot decode becomes an ``UndecodableImageError``.
+Pillow's warnings (large images, odd palettes, broken EXIF) are covered by these rules and ignored. Its errors are raised
+as ``UndecodableImageError``.
 """
 
 from __future__ import annotations
@@ -44,27 +45,27 @@ __all__ = [
     "what_pillow_raises",
 ]
 
-MAX_PIXELS = 178_956_970  # where Pillow itself, too, takes an image for a decompression bomb
-Image.init()  # all plugins; a name that none of them has would be a KeyError in Image.open
+MAX_PIXELS = 178_956_970  # Pillow's own limit for decompression bombs
+Image.init()  # load all plugins: Image.open raises KeyError for the name of an unloaded one
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
-_END_BYTES = 4096  # in which an image that is not cut short has its end mark, whatever was put behind that
+_END_BYTES = 4096  # a complete image has its end mark within these, even with data after it
 _PILLOW = re.compile(r"PIL\.")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # another one in each run, and commits hold these texts
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs in each run, and commits store these texts
 
 
 class UndecodableImageError(Exception):
-    """These bytes are not an image that Pillow can decode whole."""
+    """Bytes that Pillow cannot decode to a complete image."""
 
 
 def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
-    """Decode the image in these bytes, all its pixels, in a mode that open_clip's transform takes.
+    """Decode all pixels of the image in these bytes, in a mode that open_clip's transform accepts.
 
     Args:
-        shrink_to: for people to look at: a large JPEG is decoded at a half, a quarter or an eighth of its size, where
-            both sides keep so many pixels. No model was ever shown such pixels.
+        shrink_to: decode a large JPEG at 1/2, 1/4 or 1/8 of its size, with at least this many pixels on both sides.
+            For display only, never for a model.
 
     Raises:
-        UndecodableImageError: the module's rules say why.
+        UndecodableImageError: by the module's rules.
     """
     ignore_pillows_warnings()
     with what_pillow_raises():
@@ -72,10 +73,10 @@ def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of :func:`decode_image`'s image, without its pixels where header and end of the data are enough.
+    """Return (width, height) of :func:`decode_image`'s image, without decoding if possible.
 
-    They are for JPEG, PNG and WebP that are not cut short; whatever else is odd is decoded. Damage between header and
-    end is not seen.
+    Header and end are enough for complete JPEG, PNG and WebP files; other images are decoded. Damage between header
+    and end is not detected.
 
     Raises:
         UndecodableImageError: as :func:`decode_image`.
@@ -117,7 +118,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def load_image(image: Image.Image) -> Image.Image:
-    """Decode an image that a caller opened or made with Pillow, as :func:`decode_image` does.
+    """Decode a Pillow image, opened or created by the caller, as :func:`decode_image` does.
 
     Raises:
         UndecodableImageError: as :func:`decode_image`.
@@ -144,24 +145,24 @@ def _require_pixels(width: int, height: int) -> None:
 
 @contextmanager
 def what_pillow_raises() -> Iterator[None]:
-    """Whatever Pillow raises on an image in the block, but for a lack of memory, as an ``UndecodableImageError``."""
+    """Raise every error of Pillow in the block, except a lack of memory, as an ``UndecodableImageError``."""
     try:
         yield
     except (MemoryError, UndecodableImageError):
         raise  # no memory: the machine's fault, not the image's
     except Image.DecompressionBombError as error:
-        # Pillow's own check comes first where its limit is the lower one, and its text has size and limit too
+        # Pillow's own check may come first; its text has size and limit too
         raise UndecodableImageError(str(error)) from error
-    # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on bytes they did not expect
+    # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on unexpected bytes
     except Exception as error:
         raise UndecodableImageError(printable(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))) from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return the image itself, or the upper half of its 16 bits.
+    """Return the image itself, or the upper 8 bits of 16-bit grey.
 
     Raises:
-        UndecodableImageError: it has 32 bits a pixel of grey.
+        UndecodableImageError: it is 32-bit grey.
     """
     # Pillow reads 16-bit PGM as mode I, scaled to 0 ... 65535
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
@@ -178,9 +179,8 @@ def size_in_words(width: int, height: int) -> str:
 
 
 def ignore_pillows_warnings() -> None:
-    """Pillow's warnings left aside, in this process; see the module's rules."""
-    # Each time, since a filter that is put before it, or taken away, would make an error or a line on the terminal
-    # of a warning. warnings.catch_warnings would do the same for one thread, and images are decoded by many.
+    """Ignore Pillow's warnings in this process, by the module's rules."""
+    # checked on every call: other code may change the filters, and warnings.catch_warnings is not thread-safe
     first = warnings.filters[0] if warnings.filters else ("", None, Warning, None, 0)
     if first[0] != "ignore" or first[3] != _PILLOW:
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
