@@ -1,13 +1,13 @@
 """COCO captions as published: ``annotations/captions_*.json`` beside the folders of images.
 
     coco/
-      annotations/captions_train2017.json  captions_val2017.json   (instances_*.json etc. are left alone)
+      annotations/captions_train2017.json  captions_val2017.json   (instances_*.json etc. are ignored)
       train2017/000000000009.jpg ...       or images/train2017/, or images/
       val2017/...
 
-The split is what follows ``captions_`` (``train2017``), and a ``sample_id`` is split and file name
-(``train2017/000000000009.jpg``). Images come in the order of the file, files in the order of their names,
-captions in annotation order.
+The split is the part after ``captions_`` (``train2017``). A ``sample_id`` is split and file name
+(``train2017/000000000009.jpg``). Files are read in the order of their names, images and captions in the order of the
+file.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
 
     Args:
         root: the folder that holds ``annotations/``.
-        splits: the wanted ones, separated by commas (``val2017``); all of them when empty.
-        images: a folder that holds ``train2017/`` ... or the images themselves, when it is not ``root``.
+        splits: splits to read, separated by commas (``val2017``). Default: all.
+        images: folder that holds ``train2017/`` ... or the images themselves. Default: ``root``.
 
     Raises:
-        UsageError: no captions file, a split that has none, or no folder of images for any split.
+        UsageError: no captions file, none for a split, or no folder of images for any split.
     """
     folder = local_folder("coco", root)
     files = _captions_files(folder, splits)
@@ -56,7 +56,7 @@ def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
         looked = ", ".join(f"{place}/" for split in tables for place in places[split])
         raise UsageError(f"{root}: no folder of images; looked for {looked}; found {contents(folder)}")
     for split, table in tables.items():
-        # a split whose images were never downloaded: each of them is reported as a missing file
+        # images of a split that was never downloaded are reported as missing files
         yield from _read_split(split, files[split].name, folders[split] or places[split][0], table)
 
 
@@ -93,7 +93,7 @@ def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[o
         elif uri_below(folder, name) is None:
             detail = f"file_name {printable(name)!r} leaves the folder of images"
             yield Problem("bad-record", where, detail, lost_image=True)
-            names[image_id] = ""  # its captions are not orphans too
+            names[image_id] = ""  # so that its captions are not reported as orphans too
         else:
             names[image_id] = name
 
@@ -116,7 +116,7 @@ def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[o
 
 def _id(entry: object, key: str) -> int | str | None:
     value = _get(entry, key)
-    # true would be the image 1
+    # bool is an int in Python: true would be image 1
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 

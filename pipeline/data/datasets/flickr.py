@@ -5,13 +5,13 @@
       train.txt  dev.txt  test.txt   one image name per line
       images/
 
-The captions may also be ``Flickr8k.token.txt`` or ``results_20130124.token`` (``name.jpg#0<TAB>caption``) or
-``results.csv`` (``name.jpg| 0| caption``), the lists ``Flickr_8k.trainImages.txt`` and so on, in the folder or
-in ``Flickr8k_text/``. The images lie in ``images/``, ``Images/``, ``Flicker8k_Dataset/``,
+Other forms of the captions are ``Flickr8k.token.txt`` or ``results_20130124.token`` (``name.jpg#0<TAB>caption``) and
+``results.csv`` (``name.jpg| 0| caption``); of the lists ``Flickr_8k.trainImages.txt`` and so on. Captions and lists are
+in the folder or in ``Flickr8k_text/``, images in ``images/``, ``Images/``, ``Flicker8k_Dataset/``,
 ``flickr30k-images/`` or ``flickr30k_images/``.
 
-A ``sample_id`` is the file name. Order: the lists train, dev, val, test, each in its own order; then, with
-split ``""``, the images that have captions and are in no list, in the order of the captions.
+A ``sample_id`` is the file name. The lists train, dev, val, test come first, each in its own order; then, with split
+``""``, images with captions but in no list, in the order of the captions.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def read(root: str, *, captions: str = "", images: str = "") -> Iterator[Record]
 
     Args:
         root: the folder.
-        captions: the file of captions, when the folder holds several that are known.
-        images: the folder of images, when it has none of the published names.
+        captions: file of captions, if the folder has several.
+        images: folder of images, if it has none of the published names.
 
     Raises:
         UsageError: no file of captions, several of them, or no folder of images.
@@ -84,7 +84,7 @@ def read(root: str, *, captions: str = "", images: str = "") -> Iterator[Record]
 
     split_of: dict[str, str] = {}
     for path, split, number, listed in _listed(folder):
-        # Flickr30k's lists name images without the ending
+        # Flickr30k's lists omit the ending
         name = f"{listed}.jpg" if listed not in captions_of and f"{listed}.jpg" in captions_of else listed
         if name in split_of:
             detail = f"{printable(name)} is listed in {split_of[name]!r} already"
@@ -129,7 +129,7 @@ def _captions_file(folder: Path, captions: str) -> Path:
 
 
 def _listed(folder: Path) -> Iterator[tuple[Path, str, int, str]]:
-    """File, split, line number and name of each image in the split lists."""
+    """Yield file, split, line number and name of each image in the split lists."""
     for split, files in _SPLIT_FILES.items():
         paths = [place / file for place in _text_folders(folder) for file in files]
         path = next((path for path in paths if path.is_file()), None)
@@ -142,10 +142,9 @@ def _listed(folder: Path) -> Iterator[tuple[Path, str, int, str]]:
 
 
 def _read_captions(path: Path) -> Iterator[tuple[str, str] | Problem]:
-    """Image name and caption of each line, whichever of the three forms the first line shows.
+    """Yield image name and caption of each line. The first line shows which of the three forms the file has.
 
-    Lines are parsed one by one: a caption holds no line break, so a quote that is never closed costs its own
-    line and not the rest of the file.
+    Lines are parsed one by one, since a caption has no line break: an unclosed quote costs only its own line.
     """
     with open_text(path) as lines:
         first = lines.readline()
@@ -201,5 +200,5 @@ def _comma_line(line: str, name: int, columns: int) -> tuple[str, str] | str:
         return f"not CSV ({error})"
     if len(fields) < columns or not fields[name].strip():
         return f"{len(fields)} of {columns} fields"
-    # the caption comes last, so a comma nobody quoted still belongs to it
+    # the caption comes last, so unquoted commas belong to it
     return fields[name].strip(), ",".join(fields[columns - 1 :])

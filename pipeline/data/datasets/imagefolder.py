@@ -3,9 +3,8 @@
     pictures/<class>/*.jpg            or
     pictures/<split>/<class>/*.jpg    where <split> is train, val, valid, validation, dev or test
 
-A class is called what its folder is called, with spaces for underscores, or what ``?classes=`` says. A
-``sample_id`` is the path relative to the root; samples come in the order of their paths. Hidden files and
-folders are left alone.
+The name of a class comes from ``?classes=``, else from its folder, with spaces for underscores. A ``sample_id`` is the
+path relative to the root. Samples come in the order of their paths. Hidden files and folders are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _WORDS = re.compile(r"[a-z]+")
-# in the name of a folder of folders: a level above the classes, spelled otherwise than a split
+# words in the names of folders above the class folders
 _LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
 
 
@@ -41,11 +40,11 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
 
     Args:
         root: the folder.
-        templates: ``photo`` for :data:`DEFAULT_TEMPLATES`; ``simple`` or ``openai`` for the 7 or 80 of CLIP's
-            that open_clip ships; a prompt set (``teacher_cache.pipeline.data.datasets.prompts``) for its templates;
-            else a text file with one template per line and ``{}`` for the class.
-        classes: a JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of the
-            1,000 folders of ImageNet.
+        templates: ``photo`` for :data:`DEFAULT_TEMPLATES`; ``simple`` or ``openai`` for CLIP's 7 or 80 templates in
+            open_clip; the name of a prompt set (``teacher_cache.pipeline.data.datasets.prompts``); else a text file
+            with one template per line and ``{}`` for the class.
+        classes: JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of ImageNet's
+            1,000 folders.
 
     Raises:
         UsageError: no class folder with images, templates without ``{}``, or classes without a name.
@@ -60,7 +59,7 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
 
 
 def class_folders(root: str) -> list[str]:
-    """Names of the class folders of all splits, sorted.
+    """List the names of the class folders of all splits, sorted.
 
     Raises:
         UsageError: there are none.
@@ -73,9 +72,9 @@ def class_folders(root: str) -> list[str]:
 
 
 def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
-    """Every image of the class folders: its path relative to the root, its split, the name of its class folder.
+    """Yield path relative to the root, split and class folder of every image.
 
-    A problem has a split too, and ``""`` for the class.
+    A problem comes with its split and ``""`` for the class.
     """
     folder = local_folder("imagefolder", root)
     pairs, stray = _class_folders(folder)
@@ -98,7 +97,7 @@ def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders and files of a folder by name, without the hidden ones."""
+    """List folders and files of a folder by name, without hidden ones."""
     entries = sorted(
         (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda path: path.name
     )
@@ -106,23 +105,23 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    waiting = [folder]  # a stack: folders may be nested deeper than functions may call each other
+    waiting = [folder]  # a stack, not recursion: folders may be nested deeper than the recursion limit
     while waiting:
         folders, files = _entries(waiting.pop())
         yield from files
-        # a link could lead back up for ever
+        # a link may form a loop
         waiting.extend(inner for inner in reversed(folders) if not inner.is_symlink())
 
 
 def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
-    """(split, class folder) pairs in order, and (split, path) of the images that lie beside class folders."""
+    """Return (split, class folder) in order, and (split, path) of images beside class folders."""
     top, files = _entries(root)
     pairs: list[tuple[str, Path]] = []
     beside = [("", path) for path in files]
-    levels: list[str] = []  # that are called as no class is, and hold folders alone
+    levels: list[str] = []  # folders that contain only folders and have no class's name
     for folder in top:
         inner, inner_files = _entries(folder)
-        # a class that is called "test" holds images, a split holds folders
+        # a class named "test" contains images, a split contains folders
         if (split := folder.name.casefold()) in SPLIT_NAMES and inner:
             pairs.extend((split, class_folder) for class_folder in inner)
             beside.extend((split, path) for path in inner_files)

@@ -3,9 +3,9 @@
     dataset_flickr30k.json   {"dataset": ..., "images": [{"filename", "split", "sentences": [{"raw"}]}]}
     flickr30k-images/        or images/, Images/, Flicker8k_Dataset/, the folder itself
 
-COCO's file also gives a ``filepath`` (``val2014``): its images lie in ``val2014/`` or ``images/val2014/``.
-Splits are kept as published (train, val, test, restval); a ``sample_id`` is ``filepath/filename`` where there
-is a filepath, otherwise the file name. Images and captions come in the order of the file.
+COCO's file also has a ``filepath`` (``val2014``): its images are in ``val2014/`` or ``images/val2014/``. Splits keep
+their published names (train, val, test, restval). A ``sample_id`` is ``filepath/filename``, or the file name if there
+is no filepath. Images and captions come in the order of the file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _FOLDERS = (
 
 
 def read(root: str, *, images: str = "") -> Iterator[Record]:
-    """Read the samples of one file of Karpathy's.
+    """Read the samples of one of Karpathy's files.
 
     Args:
-        root: the JSON file, or the folder that holds it and no other.
-        images: the folder of images (for COCO, of ``val2014/`` ...), when it is not below that folder.
+        root: the JSON file, or a folder with exactly one.
+        images: folder of images (for COCO, of ``val2014/`` ...), if it is not below that folder.
 
     Raises:
-        UsageError: no such file, several of them, one without the published form, or no images anywhere.
+        UsageError: no such file, several of them, one without the published form, or no images.
     """
     path = _json_file(root)
     entries = read_json_object(path, ("images",))["images"]
@@ -95,7 +95,7 @@ def _json_file(root: str) -> Path:
 
 
 def _name(entry: object) -> tuple[str, str]:
-    """File name and filepath of one entry, each empty when it is not there."""
+    """Return file name and filepath of an entry, empty if missing."""
     if not isinstance(entry, dict):
         return "", ""
     name, filepath = entry.get("filename"), entry.get("filepath")
@@ -103,7 +103,7 @@ def _name(entry: object) -> tuple[str, str]:
 
 
 def _image_folders(folder: Path, images: str, entries: list[object]) -> dict[str, str]:
-    """Map each filepath of the file to its folder; a filepath without one keeps its published place."""
+    """Map each filepath of the file to its folder. A filepath without a folder maps to the published one."""
     names: dict[str, list[str]] = {}
     for entry in entries:
         name, filepath = _name(entry)

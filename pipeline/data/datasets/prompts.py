@@ -1,17 +1,16 @@
-"""Named prompt sets, and which class of a list each class of a dataset is. No torch.
+"""Named prompt sets, and the match of a dataset's classes with a list of names. No torch.
 
-Class names and templates of CLIP's evaluation datasets are those of clip-benchmark (``clip_benchmark/``, with its
-licence), those of ImageNet are open_clip's.
+Class names and templates of CLIP's evaluation datasets come from clip-benchmark (``clip_benchmark/``, with its
+licence), those of ImageNet from open_clip.
 
 A label is never guessed. The classes of a dataset are matched with a list of names
 
-1. by name, where case, underscores, hyphens and other marks do not count;
-2. by WordNet id, in the order of ImageNet's 1,000 sorted ids, as open_clip's list of names is;
-3. by number, where the dataset's classes are numbers and no name of theirs says otherwise: class ``3`` is the fourth
-   of the list;
-4. by place, for datasets whose order clip-benchmark itself relies on (``SAME_ORDER``),
+1. by name, ignoring case, underscores, hyphens and other marks;
+2. by WordNet id, in the order of ImageNet's 1,000 sorted ids, which is the order of open_clip's names;
+3. by number, if the dataset's classes are numbers without other names: class ``3`` is the fourth in the list;
+4. by position, for datasets whose order clip-benchmark itself relies on (``SAME_ORDER``).
 
-and where one is left over the user is asked for a file that says it.
+If a class remains without a match, the error asks for a file that maps it.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ __all__ = [
     "read_templates",
 ]
 
-# three of CLIP's own: its 7 or 80 would give every image of a training set as many rows of captions
+# three of CLIP's own: with its 7 or 80, every training image would get as many captions
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
 
-# The 27 datasets of CLIP's zero-shot table (Radford et al. 2021, appendix A) and the set that holds their templates;
-# None where no package that we know ships them: give --templates FILE, one per line, and the folders' own names.
+# the 27 datasets of CLIP's zero-shot table (Radford et al. 2021, appendix A) -> set with their templates
+# None: no known package ships them; use --templates FILE, one per line, and the folders' own names
 CLIP_DATASETS: dict[str, str | None] = {
     "Birdsnap": None,
     "CIFAR10": "cifar10",
@@ -79,8 +78,8 @@ CLIP_DATASETS: dict[str, str | None] = {
     "UCF101": None,
 }
 
-# torchvision's dataset and the set whose names clip-benchmark (datasets/builder.py) puts on its numbers; torchvision's
-# FER2013 is not here: it counts in another order than the folders that clip-benchmark's names are of
+# torchvision's dataset -> set whose names clip-benchmark (datasets/builder.py) gives to its numbers; without FER2013,
+# which torchvision numbers in another order than clip-benchmark's folders
 SAME_ORDER = {
     "Country211": "country211",
     "Flowers102": "flowers",
@@ -91,7 +90,7 @@ SAME_ORDER = {
     "SVHN": "svhn",
 }
 
-# sorted folder names of the published archives, as clip-benchmark reads them by torchvision's ImageFolder
+# sorted folder names of the published archives, which clip-benchmark reads with torchvision's ImageFolder
 _PUBLISHED_FOLDERS = {
     "eurosat": "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River "
     "SeaLake",
@@ -99,7 +98,7 @@ _PUBLISHED_FOLDERS = {
 }
 
 _SHIPPED = Path(__file__).with_name("clip_benchmark")
-_LEFT_OUT = ("dummy", "voc2007_multilabel")  # no dataset; images of several classes
+_LEFT_OUT = ("dummy", "voc2007_multilabel")  # not a dataset; several classes per image
 _WORDNET_ID = re.compile(r"n\d{8}")
 _MARKS = re.compile(r"[\W_]+")
 _NAMES_SHOWN = 12
@@ -110,8 +109,8 @@ class PromptSet:
     """Templates and class names of one dataset.
 
     Attributes:
-        templates: with ``{}`` for the class.
-        class_names: in the dataset's order; None where its own names are meant (its folders', for instance).
+        templates: templates with ``{}`` for the class.
+        class_names: names in the dataset's order. None: the dataset's own names, such as folder names.
     """
 
     name: str
@@ -121,10 +120,10 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes among which an image is looked for, and which of them each class of a dataset is.
+    """Candidate classes for an image, and the position of each of the dataset's classes among them.
 
     Attributes:
-        names: of the classes. A list of 1,000 names has 1,000 classes, if two of them share a name.
+        names: names of the classes. Two classes may share a name: 1,000 names are always 1,000 classes.
         number: position in ``names`` of each class of the dataset, by the dataset's own key (a folder, a label).
         matched_by: ``name``, ``WordNet id``, ``number``, ``place``, ``file`` or ``own names``.
     """
@@ -140,18 +139,18 @@ def prompt_sets() -> tuple[str, ...]:
 
 
 def prompt_set(name: str) -> PromptSet:
-    """One set by name.
+    """Return the set of this name.
 
     Raises:
-        UsageError: there is no such set; the message lists them.
+        UsageError: the name is unknown; the message lists the known ones.
     """
     if name == "imagenet1k":
-        import open_clip  # two seconds that the other sets do without
+        import open_clip  # takes two seconds, and other sets do not need it
 
         templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
         return PromptSet(name, templates, tuple(open_clip.IMAGENET_CLASSNAMES))
     names, all_templates = _shipped("classnames"), _shipped("zeroshot_classification_templates")
-    # the same pictures by another order of labels
+    # the same images with another order of labels
     shipped = all_templates.get(name) or (all_templates.get(name.removesuffix("_vtab")) if name in names else None)
     if shipped is None:
         raise UsageError(f"prompts {printable(name)!r} are not known; there are {', '.join(prompt_sets())}")
@@ -163,11 +162,11 @@ def prompt_set(name: str) -> PromptSet:
 
 
 def read_templates(what: str) -> tuple[str, ...]:
-    """Templates with ``{}`` for the class, by name or from a file.
+    """Return templates with ``{}`` for the class, by name or from a file.
 
     Args:
-        what: ``photo`` for :data:`DEFAULT_TEMPLATES`, ``simple`` or ``openai`` for the 7 or 80 of CLIP's that open_clip
-            ships, the name of a prompt set, or a text file with one template per line.
+        what: ``photo`` for :data:`DEFAULT_TEMPLATES`, ``simple`` or ``openai`` for CLIP's 7 or 80 templates in
+            open_clip, the name of a prompt set, or a text file with one template per line.
 
     Raises:
         UsageError: none of these, or a template without ``{}``.
@@ -199,7 +198,7 @@ def templates_in(path: Path) -> tuple[str, ...]:
     """Read the templates of a text file, one per line; ``{c}`` is read as ``{}``, as clip-benchmark writes it.
 
     Raises:
-        UsageError: none in it, or one without ``{}``.
+        UsageError: no template, or one without ``{}``.
     """
     with open_text(path) as file:
         lines = [line.strip().replace("{c}", "{}") for line in file if line.strip()]
@@ -218,10 +217,10 @@ def filled(templates: Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def read_class_names(path: str) -> dict[str, str] | list[str]:
-    """Read a user's class names: ``{"folder or label": "name"}``, or a list of names as prompt sets have them.
+    """Read a user's class names: ``{"folder or label": "name"}``, or a list of names as in a prompt set.
 
     Raises:
-        UsageError: not there, not JSON, or something else in it.
+        UsageError: the file is missing, is not JSON, or has another form.
     """
     if not Path(path).is_file():
         raise UsageError(f"class names {printable(path)!r}: no such file; write JSON, {{folder: name of the class}}")
@@ -248,13 +247,13 @@ def match_classes(
 
     Args:
         where: the dataset, for messages.
-        own: the dataset's classes in its order: key (folder, label) and the name it has there.
-        names: the list; or names by key, of a file; or None for the dataset's own.
+        own: the dataset's own class names by key (folder, label), in its order.
+        names: the list; or names by key, from a file; or None for the dataset's own.
         same_order: whether the list is known to be in the dataset's order.
-        prompts: name of the prompt set that the list is of.
+        prompts: name of the list's prompt set.
 
     Raises:
-        UsageError: a class of the dataset is none, or could be several, of the list.
+        UsageError: a class of the dataset matches no class of the list, or several.
     """
     if names is None:
         ids = [key for key in own if _WORDNET_ID.fullmatch(key) and own[key] == key]
@@ -274,14 +273,14 @@ def match_classes(
 
 
 def _classes(names: dict[str, str], how: str) -> Classes:
-    unique = tuple(dict.fromkeys(names.values()))  # folders of one name are one class
+    unique = tuple(dict.fromkeys(names.values()))  # folders with the same name are one class
     return Classes(unique, {key: unique.index(name) for key, name in names.items()}, how)
 
 
 def _numbers(
     where: str, own: dict[str, str], names: list[str], same_order: bool, prompts: str
 ) -> tuple[dict[str, int], str]:
-    """Return the position in the list of each class of the dataset, and how it was found."""
+    """Return the position in the list of each class of the dataset, and the rule that matched."""
     if same_order:
         if len(own) != len(names):
             raise UsageError(f"{where}: {len(own)} classes and {len(names)} class names in order. {_remedy(own)}")
@@ -307,7 +306,7 @@ def _numbers(
 
 
 def _positions_by_name(own: dict[str, str], plain: list[str]) -> dict[str, int]:
-    """Return the positions of the classes whose name is in the list, once."""
+    """Return the positions of the classes whose name is in the list exactly once."""
     counts = Counter(plain)
     return {key: plain.index(_plain(name)) for key, name in own.items() if counts[_plain(name)] == 1}
 
@@ -320,7 +319,7 @@ def _positions_by_wordnet_id(where: str, own: dict[str, str]) -> dict[str, int]:
 
 
 def _positions_by_number(where: str, own: dict[str, str], count: int) -> dict[str, int]:
-    # folders that count from 1 would be one off; only all of 0 ... n-1 leave no doubt
+    # only the complete range 0 ... n-1 is unambiguous: numbers from 1 would be off by one
     if sorted(int(key) for key in own) != list(range(count)):
         raise UsageError(
             f"{where}: the classes are numbers, {len(own)} from {min(own, key=int)} to {max(own, key=int)}; by "
@@ -330,7 +329,7 @@ def _positions_by_number(where: str, own: dict[str, str], count: int) -> dict[st
 
 
 def _by_number(key: str, name: str, plain: list[str]) -> bool:
-    """Check that a class is a number, and its own name that number or the name at that place of the list."""
+    """Return whether a class is a number, named by that number or as in that position of the list."""
     if not (key.isascii() and key.isdigit()):
         return False
     return name.lstrip("0") == key.lstrip("0") or _plain(name) in plain[int(key) : int(key) + 1]
@@ -355,7 +354,7 @@ def _plain(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _imagenet_ids() -> list[str]:
-    """Read the 1,000 WordNet ids in order, as timm (which open_clip needs) ships them."""
+    """Read the 1,000 WordNet ids in order from timm, which open_clip requires."""
     return Path(str(distribution("timm").locate_file("timm/data/_info/imagenet_synsets.txt"))).read_text().split()
 
 

@@ -1,13 +1,13 @@
-"""``scenes:PATH``: a small built-in dataset of rendered scenes, for demos and tests without a download.
+"""Dataset ``scenes:PATH``: small rendered scenes, for demos and tests without a download.
 
-A scene holds two or three shapes on a textured background; its four captions each tell a different part
-of it: who is beside whom, all shapes with their colours, where one shape lies, which colours or which forms
-meet on which background. Every fifth scene is a twin of the one before it with two colours, places or sizes exchanged,
-so that a bag of words cannot tell the two apart. Jitter, rotation, lighting and noise differ in every scene.
+A scene has two or three shapes on a textured background, and four captions: the relation of two shapes, all shapes with
+their colours, the place of one shape, and colours or forms with the background. Every fifth scene is a twin of the one
+before it with two colours, places or sizes exchanged, so that a bag of words cannot tell them apart. Jitter, rotation,
+lighting and noise differ in every scene.
 
-Scenes are drawn from a counter-based generator keyed by (seed, split, index), so each can be made again on
-its own and in any order. Descriptions and captions are the same on every machine; a pixel may differ by one
-step where another processor or Pillow rounds otherwise. The first use renders them to PATH:
+Scenes are drawn from a counter-based generator keyed by (seed, split, index), so each can be made again on its own.
+Descriptions and captions are the same on every machine. A pixel may differ by one step if another processor or Pillow
+rounds differently. The first use renders the scenes to PATH:
 
     PATH/captions.json        settings, and per image its file, split, captions
     PATH/images/*.png         64 x 64 RGB
@@ -35,7 +35,7 @@ from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "SceneSettings", "describe_scene", "read", "render_scene"]
 
-VERSION = 1  # of the drawing and the wording: raise it when either changes
+VERSION = 1  # raise it when drawing or wording changes
 IMAGE_SIZE = 64
 SPLITS = ("train", "dev", "test")
 
@@ -91,7 +91,7 @@ _Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: what it is, and its cell in the 3 x 3 grid (row 0 is the top, column 0 the left)."""
+    """Shape with its properties and its cell in the 3 x 3 grid (row 0 is the top, column 0 the left)."""
 
     shape: str
     colour: str
@@ -111,7 +111,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Settings of a rendered folder; two folders with equal settings hold equal scenes."""
+    """Settings of a rendered folder. Folders with equal settings hold equal scenes."""
 
     seed: int = 2024
     train: int = 1800
@@ -124,7 +124,7 @@ class SceneSettings:
         """Read ``seed``, ``train``, ``dev`` and ``test`` as whole numbers >= 0.
 
         Raises:
-            UsageError: an unknown option, not such a number, or no image in any split.
+            UsageError: an unknown option, another value, or no image in any split.
         """
         known = ("seed", *SPLITS)
         values: dict[str, int] = {}
@@ -143,9 +143,9 @@ class SceneSettings:
 def read(root: str, **options: str) -> Iterator[Record]:
     """Read the samples of ``scenes:PATH`` in the order train, dev, test; render them on first use.
 
-    The images are rendered into a hidden folder beside PATH that becomes PATH in one rename, so a killed
-    render leaves PATH as it was and the next call starts anew. Several processes may call at once: each
-    renders, the first to finish wins, the others use its folder.
+    The images are rendered into a hidden folder beside PATH, which one rename turns into PATH. A killed render leaves
+    PATH unchanged, and the next call starts again. Several processes may call at once: each renders, and all use the
+    folder of the first to finish.
 
     Args:
         root: local folder, absent or empty on first use.
@@ -176,7 +176,7 @@ def _samples(images: list[Any]) -> Iterator[Record]:
 
 
 def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
-    """Read the images listed in ``captions.json``, whose settings must be the requested ones."""
+    """Read the images listed in ``captions.json``, and check that its settings are the requested ones."""
     try:
         with open_text(path / "captions.json") as file:
             index = json.load(file)
@@ -196,7 +196,7 @@ def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
 
 
 def _render_folder(path: Path, settings: SceneSettings) -> None:
-    """Render every scene beside ``path``, then rename; whatever fails, ``path`` is whole or untouched."""
+    """Render every scene beside ``path``, then rename. After a failure ``path`` is complete or unchanged."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path}: neither empty nor a scenes dataset (no captions.json); use another path")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def _render_folder(path: Path, settings: SceneSettings) -> None:
             for number in range(getattr(settings, split)):
                 picture, captions = render_scene(settings.seed, split, number)
                 file = f"images/{split}-{number:05d}.png"
-                # level 1: the noise does not compress, and the default level takes three times as long
+                # level 1: noise does not compress, and the default level takes three times as long
                 picture.save(unfinished / file, compress_level=1)
                 images.append({"file": file, "split": split, "captions": captions})
         index = {"scenes": asdict(settings), "images": images}
@@ -218,7 +218,7 @@ def _render_folder(path: Path, settings: SceneSettings) -> None:
         except OSError:
             if not (path / "captions.json").exists():
                 raise
-            # another process finished first; its settings are compared by whoever reads the folder
+            # another process finished first; _load_index compares its settings
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -227,19 +227,19 @@ def _render_folder(path: Path, settings: SceneSettings) -> None:
 
 
 def describe_scene(seed: int, split: str, index: int) -> Scene:
-    """Describe scene ``index`` of a split; a function of its arguments alone."""
+    """Return the description of scene ``index`` of a split, a pure function of the arguments."""
     if index % 5 == 1:
         return _twin(_draw_scene(_generator(seed, split, index - 1, 0)), _generator(seed, split, index, 0))
     return _draw_scene(_generator(seed, split, index, 0))
 
 
 def render_scene(seed: int, split: str, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """Render one scene as a 64 x 64 RGB image with its four captions; a function of its arguments alone.
+    """Render one scene as a 64 x 64 RGB image with four captions, a pure function of the arguments.
 
     Args:
-        seed: of the dataset; another seed gives other scenes.
-        split: any name; each is a stream of its own.
-        index: position in the split, without an upper end, so that a split can be an endless stream.
+        seed: seed of the dataset.
+        split: any name. Each split has its own random stream.
+        index: position in the split, without an upper limit.
     """
     scene = describe_scene(seed, split, index)
     picture = _draw_picture(scene, _generator(seed, split, index, 1))
@@ -247,7 +247,7 @@ def render_scene(seed: int, split: str, index: int) -> tuple[Image.Image, tuple[
 
 
 def _generator(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
-    """Philox at its own counter block; draws use random() alone, whose bits numpy has never changed."""
+    """Return a Philox generator at its own counter block. Use random() alone: numpy has never changed its bits."""
     stream = int.from_bytes(split.encode()[:8].ljust(8, b"\0"), "little")
     key = np.array([seed, stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, index]))
@@ -291,7 +291,7 @@ def _twin(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _write_captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
-    """Four captions, each from another point of view."""
+    """Return four captions, each from another point of view."""
     return tuple(_pick(rng, _PREFIXES) + view(scene, rng) for view in _shuffled(rng, _VIEWS)[:4])
 
 
@@ -309,7 +309,7 @@ def _backdrop(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _relation(first: SceneObject, second: SceneObject, rng: np.random.Generator) -> str:
-    """Words for where ``first`` lies as seen from ``second``; of two true answers the wider gap decides."""
+    """Return the position of ``first`` relative to ``second``, in words, along the axis of the wider gap."""
     down, right = first.row - second.row, first.column - second.column
     horizontal = abs(right) > abs(down) or (abs(right) == abs(down) and rng.random() < 0.5)
     if horizontal:
@@ -318,13 +318,13 @@ def _relation(first: SceneObject, second: SceneObject, rng: np.random.Generator)
 
 
 def _in_order(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, SceneObject, tuple[SceneObject, ...]]:
-    """Two objects to tell of, and the third one, if there is one."""
+    """Return two objects to describe, and the third one if it exists."""
     first, second, *others = _shuffled(rng, scene.objects)
     return first, second, tuple(others)
 
 
 def _view_beside(scene: Scene, rng: np.random.Generator) -> str:
-    """Two whole shapes and their relation: a small red star above a blue ring, with a pink moon."""
+    """Name two shapes and their relation: a small red star above a blue ring, with a pink moon."""
     first, second, others = _in_order(scene, rng)
     sized = _pick(rng, ((True, True), (True, False), (False, True)))
     pair = f"{_name(first, rng, sized[0])} {_relation(first, second, rng)} {_name(second, rng, sized[1])}"
@@ -332,20 +332,20 @@ def _view_beside(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _view_list(scene: Scene, rng: np.random.Generator) -> str:
-    """Every shape with its colour, and the background: a star and a ring on a striped navy background."""
+    """Name every shape with its colour, and the background: a star and a ring on a striped navy background."""
     names = [_name(thing, rng) for thing in _shuffled(rng, scene.objects)]
     return f"{', '.join(names[:-1])} and {names[-1]} on {_backdrop(scene, rng)}"
 
 
 def _view_place(scene: Scene, rng: np.random.Generator) -> str:
-    """One shape and its place, and one more: a big red star at the top of a plain grey background, with a blue ring."""
+    """Name one shape with its place, and another: a big red star at the top of a plain grey background, with a ring."""
     first, second, _ = _in_order(scene, rng)
     place = _PLACES[first.row, first.column]
     return f"{_name(first, rng, size=True)} {place} of {_backdrop(scene, rng)}, with {_name(second, rng)}"
 
 
 def _view_colours(scene: Scene, rng: np.random.Generator) -> str:
-    """Colours without forms: a tiny red thing left of a large green thing, with something white, on ..."""
+    """Name colours without forms: a tiny red thing left of a large green thing, with something white, on ..."""
     first, second, others = _in_order(scene, rng)
     word = _pick(rng, ("shape", "thing", "object"))
     names = [_article(f"{_pick(rng, _SIZE_WORDS[thing.size])} {thing.colour} {word}") for thing in (first, second)]
@@ -354,7 +354,7 @@ def _view_colours(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _view_forms(scene: Scene, rng: np.random.Generator) -> str:
-    """Forms without colours: a tiny star left of a large ring, with a moon, on a plain beige backdrop."""
+    """Name forms without colours: a tiny star left of a large ring, with a moon, on a plain beige backdrop."""
     first, second, others = _in_order(scene, rng)
     names = [_article(f"{_pick(rng, _SIZE_WORDS[thing.size])} {thing.shape}") for thing in (first, second)]
     third = f", with {_article(others[0].shape)}," if others else ""
@@ -383,7 +383,7 @@ def _heart() -> npt.NDArray[np.float64]:
     return np.stack([16 * np.sin(t) ** 3, -(y + 2.5)], axis=1) / 13.0
 
 
-# corner points in radii, y down; square and cross reach past 1 so that all shapes cover a like area
+# corner points in radii, y down; square and cross extend past 1 so that all shapes have similar areas
 _ROUND = _outline(np.linspace(0, 2 * math.pi, 48, endpoint=False), 1.0)
 _OUTLINES: dict[str, npt.NDArray[np.float64]] = {
     "circle": _ROUND,
@@ -419,12 +419,12 @@ def _draw_picture(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _spread(rng: np.random.Generator, width: float, count: int) -> _Array:
-    """``count`` numbers, uniform from -width to width."""
+    """Return ``count`` numbers, uniform from -width to width."""
     return ((2 * rng.random(count) - 1) * width).astype(np.float32)
 
 
 def _draw_background(scene: Scene, rng: np.random.Generator) -> _Array:
-    """Colour times texture; the pattern's edges are clipped sines, one pixel wide, so it needs no supersampling."""
+    """Draw colour times texture. Pattern edges are clipped sines, one pixel wide, and need no supersampling."""
     base = np.array(BACKGROUNDS[scene.background], dtype=np.float32) + _spread(rng, 10.0, 3)
     angle, phase_x, phase_y = (float(number) * 2 * math.pi for number in rng.random(3))
     waves = 4.0 + 2.0 * rng.random()  # over the width of the image
@@ -446,7 +446,7 @@ def _draw_background(scene: Scene, rng: np.random.Generator) -> _Array:
 
 
 def _draw_mask(thing: SceneObject, rng: np.random.Generator) -> _Array:
-    """How much of each pixel the shape covers, 0 to 1: drawn four times as large, then averaged."""
+    """Return the coverage of each pixel by the shape, 0 to 1: drawn four times as large, then averaged."""
     radius = _RADIUS[thing.size] * (0.92 + 0.16 * rng.random())
     turn = (2 * rng.random() - 1) * math.radians(15)
     shift_x, shift_y = _spread(rng, _JITTER, 2)

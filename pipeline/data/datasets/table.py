@@ -1,16 +1,16 @@
-"""A table of images and captions: CSV, TSV or Parquet, one row per caption.
+"""Table of images and captions: CSV, TSV or Parquet, one row per caption.
 
     pairs.csv                       path,caption,split
                                     images/one.jpg,A dog runs.,train
                                     images/one.jpg,"A dog, running.",train
 
 A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
-would keep them). Rows with the same path are one image: images come
-in the order in which they first appear, captions in the order of the rows. A ``sample_id`` is the path as
-written unless there is a column of ids. A Parquet column may hold a list of captions in each row.
+would keep them). Rows with the same path are one image. Images come in the order of their first rows, captions in the
+order of the rows. A ``sample_id`` comes from the column of ids, else it is the path. A Parquet column may hold lists of
+captions.
 
-The columns are found by name, in any case; an option names another column, or with an empty value (``?id=``)
-leaves the optional one out.
+Columns are found by name, ignoring case. An option names another column, or ignores an optional one if empty
+(``?id=``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["read"]
 
-# role -> the names it goes by, the likeliest first
+# role -> accepted column names, the most likely first
 _COLUMNS = {
     "path": ("path", "filepath", "file_path", "image_path", "image", "file_name", "filename", "uri", "url"),
     "caption": ("caption", "captions", "text", "title"),
@@ -43,13 +43,13 @@ _COLUMNS = {
 }
 _REQUIRED = ("path", "caption")
 _BATCH_ROWS = 8192
-# what pyarrow raises for bytes that are not what their header says; ValueError and the like on the way to Python
+# pyarrow's errors for damaged files; ValueError and others come from the conversion to Python
 _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, IndexError)
 
 
 @dataclass
 class _Image:
-    """Rows of one path, put together."""
+    """Image, from all rows with its path."""
 
     sample_id: str
     split: str
@@ -58,7 +58,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: its values by role, absent ones None; ``detail`` says why it cannot be used."""
+    """Row of the table: values by role, None if absent. ``detail`` says why it cannot be used."""
 
     where: str
     values: dict[str, Any]
@@ -71,15 +71,15 @@ def read(
     """Read the samples of one table.
 
     Args:
-        root: the table, a local file or a URL. ``.parquet`` is Parquet, anything else is text with a header,
-            separated by tabs when the header has one and by commas otherwise.
-        path: the column of paths or URLs.
-        caption: the column of captions.
-        split: the column of splits; without one each split is ``""``.
-        id: the column of sample ids, the same in all rows of an image.
+        root: the table, a local file or a URL. ``.parquet`` is Parquet; other files are text with a header, separated
+            by tabs if the header has one, else by commas.
+        path: column of paths or URLs.
+        caption: column of captions.
+        split: column of splits. Without it every split is ``""``.
+        id: column of sample ids, the same in all rows of an image.
 
     Raises:
-        UsageError: the table is not there or not readable, or has no such column.
+        UsageError: the table is missing or unreadable, or has no such column.
     """
     name = root.rstrip("/").rpartition("/")[2]
     options = {"path": path, "caption": caption, "split": split, "id": id}
@@ -109,7 +109,7 @@ def read(
             else:
                 image.captions.extend(_captions(row.values.get("caption")))
 
-    # only now is it known whether the image of a bad row has good rows as well
+    # after the last row: the image of a bad row may have good rows too
     lost: set[str] = set()
     for problem, uri in unusable:
         lost_image = uri is not None and uri not in images and uri not in lost
@@ -126,7 +126,7 @@ def _open(root: str) -> Any:
         return fsspec.open(root, "rb").open() if "://" in root else open_regular(root)
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
-    except Exception as error:  # behind a URL each library has its own: refused, unknown protocol, not installed
+    except Exception as error:  # each library behind a URL has its own errors
         reason = f"{type(error).__name__}: {error}"
         if is_transient(error):
             raise ConnectionError(f"{root}: {reason}. Run the same command again.") from error
@@ -145,7 +145,7 @@ def _difference(image: _Image, sample_id: str, split: str) -> str:
 
 
 def _captions(value: Any) -> list[str]:
-    """Return a cell's captions; an empty cell is an empty caption, and counted as one."""
+    """Return a cell's captions. An empty cell counts as one empty caption."""
     if isinstance(value, list):
         return ["" if caption is None else str(caption) for caption in value]
     return ["" if value is None else str(value)]
@@ -194,7 +194,7 @@ def _text_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | N
                 return
             except csv.Error as error:
                 detail = f"not CSV ({error})"
-            end = rows.line_num + 1  # the header was read past the csv reader
+            end = rows.line_num + 1  # the csv reader has not read the header
             where = f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
             begin = end + 1
             if not fields and not detail:
@@ -233,13 +233,13 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, options: dict[str, str 
 
 
 def _raise_transient(root: str, error: BaseException) -> None:
-    """Raise a transient error as such: half a table now and a whole one later would be two datasets."""
+    """Raise ConnectionError for a transient error: half a table now and a whole one later would be two datasets."""
     if is_transient(error):
         raise ConnectionError(f"{root}: {type(error).__name__}: {error}. Run the same command again.") from error
 
 
 def _cells(column: Any) -> list[Any]:
-    """Python values; text that is not UTF-8 keeps its bytes as lone surrogates, as in the other forms."""
+    """Return Python values. Invalid UTF-8 becomes lone surrogates, as in the other forms."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if _is_text(column.type):
@@ -254,8 +254,8 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _holds_pictures(table: pq.ParquetFile, column: str) -> bool:
-    """Check whether a column of bytes holds pictures: its first value has a zero byte, which no path has."""
-    with contextlib.suppress(*_BROKEN_PARQUET):  # said when the rows are read
+    """Return whether a column of bytes holds pictures: its first value has a zero byte, unlike any path."""
+    with contextlib.suppress(*_BROKEN_PARQUET):  # raised again when the rows are read
         for batch in table.iter_batches(batch_size=1, columns=[column]):
             if value := batch.column(0)[0].as_py():
                 return b"\0" in value
@@ -267,7 +267,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _text(value: Any) -> Any:
-    """Bytes as text, inside of lists too: a column may be declared binary and hold text."""
+    """Decode bytes, also within lists: a binary column may hold text."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="surrogateescape")
     return [_text(one) for one in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Labelled images of torchvision's datasets, as they lie on disk; nothing is ever downloaded.
+"""Labelled images of torchvision's datasets, read from disk and never downloaded.
 
-Where torchvision keeps a file per image, that file is what is read. Of the others (CIFAR's batches, MNIST's arrays)
-each image has the address ``torchvision://NAME/SPLIT/NUMBER/ROOT``, and its bytes are a PPM or PGM of its pixels: the
-same with every version of every library, so that a cache can prove them.
+If torchvision keeps a file per image, that file is read. In other datasets (CIFAR's batches, MNIST's arrays) an image
+has the address ``torchvision://NAME/SPLIT/NUMBER/ROOT``, and its bytes are a PPM or PGM of its pixels: the same with
+every library version, so that a cache can prove them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["TORCHVISION", "TorchvisionFiles", "list_torchvision"]
 
-# dataset -> the split that is measured if none is named; "" where torchvision knows none
+# dataset -> default split; "" if torchvision has no splits for it
 TORCHVISION = {
     "CIFAR10": "test",
     "CIFAR100": "test",
@@ -52,25 +52,25 @@ TORCHVISION = {
     "StanfordCars": "test",
     "USPS": "test",
 }
-# these take train=True or False in place of a split
+# these take train=True or False instead of a split
 _BY_FLAG = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS")
 _CALTECH256_MARKS = re.compile(r"^\d{3}\.|-101$")
 
 
 def list_torchvision(root: str, name: str, split: str = "") -> Listing:
-    """Images of one split with their classes.
+    """List the images of one split with their classes.
 
-    The keys of classes are torchvision's names for them, or numbers where it has none.
+    The keys of classes are torchvision's names, or numbers if it has none.
 
     Args:
-        root: as given to torchvision.
-        split: as torchvision calls it; ``test``, or ``val`` of ImageNet and Imagenette, if left out.
+        root: torchvision's root.
+        split: torchvision's name of the split. Default: ``test``; for ImageNet and Imagenette ``val``.
 
     Raises:
-        UsageError: not a dataset that is known here, not there, no such split, or one without labels.
+        UsageError: the dataset is unknown or missing, or the split is unknown or has no labels.
     """
     where = f"torchvision:{name}:{root}"
-    _opened.cache_clear()  # as it is now
+    _opened.cache_clear()  # the folder may have changed
     dataset, split = _open(name, root, split)
     labels = _labels(where, dataset)
     classes = list(getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or [])
@@ -96,26 +96,26 @@ def list_torchvision(root: str, name: str, split: str = "") -> Listing:
 
 
 class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
-    """Bytes of ``torchvision://NAME/SPLIT/NUMBER/ROOT`` for fsspec, which asks for them by ``cat_file``."""
+    """fsspec file system of ``torchvision://NAME/SPLIT/NUMBER/ROOT``, with ``cat_file`` only."""
 
     protocol = "torchvision"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """Return the image as PPM, or PGM if grey; the reason, where torchvision cannot decode it.
+        """Return the image as PPM, or PGM if grey; if torchvision cannot decode it, the reason as bytes.
 
         Raises:
-            FileNotFoundError: the dataset is not there any more, or has fewer images.
+            FileNotFoundError: the dataset no longer exists, or has fewer images.
         """
         name, split, number, root = self._strip_protocol(path).split("/", 3)
         try:
             dataset = _opened(name, f"/{root}", "" if split == "all" else split)
             image = dataset[int(number)][0]
-        except (RuntimeError, IndexError) as error:  # not there, or not whole
+        except (RuntimeError, IndexError) as error:  # missing or incomplete
             raise FileNotFoundError(f"{path}: {error}") from error
         except OSError as error:
             if error.errno is not None:
                 raise
-            return f"torchvision cannot decode it: {error}".encode()  # Pillow's own: unidentified, cut short
+            return f"torchvision cannot decode it: {error}".encode()  # Pillow's own errors
         pixels = image if image.mode in ("L", "RGB") else image.convert("RGB")
         head = f"P{5 if pixels.mode == 'L' else 6} {pixels.width} {pixels.height} 255\n".encode()
         data: bytes = head + pixels.tobytes()
@@ -151,20 +151,20 @@ def _opened(name: str, root: str, split: str) -> Any:
     settings: dict[str, Any] = {"split": split} if split else {}
     if name in _BY_FLAG:
         settings = {"train": split == "train"}
-    # no download=: some do not take it, and False is the default of all that are listed here
+    # no download=: not all accept it, and False is the default
     return getattr(torchvision.datasets, name)(root, **settings)
 
 
 def _words(name: str, category: str) -> str:
-    """Return the name of a category in a prompt."""
-    if name == "Caltech256":  # 002.american-flag; -101 marks those that Caltech101 has too
+    """Return the name of a category for a prompt."""
+    if name == "Caltech256":  # 002.american-flag; -101 marks categories of Caltech101
         return _CALTECH256_MARKS.sub("", category).replace("-", " ")
     slash = " " if name == "SUN397" else "/"  # apartment_building/outdoor; but F-16A/B
     return category.replace("_", " ").replace("/", slash)
 
 
 def _files(dataset: Any) -> list[str | Path] | None:
-    """Return the file of each image, where torchvision keeps a list of them."""
+    """Return the file of each image, if torchvision keeps a list of files."""
     for attribute in ("_image_files", "_images", "_samples", "samples"):
         listed = getattr(dataset, attribute, None)
         if isinstance(listed, list) and listed and len(listed) == len(dataset):
@@ -175,7 +175,7 @@ def _files(dataset: Any) -> list[str | Path] | None:
 
 
 def _labels(where: str, dataset: Any) -> NDArray[np.int64]:
-    """Return the label of each image, without decoding one where the dataset keeps a list of them."""
+    """Return the label of each image, without decoding if the dataset keeps a list of labels."""
     targets: Any = None
     for attribute in ("targets", "labels", "_labels", "y"):
         targets = getattr(dataset, attribute, None)

@@ -5,16 +5,16 @@
       000000012.txt    its caption, the whole text; or
       000000012.json   {"caption": "..."} or {"captions": ["...", ...]}, where there is no .txt
 
-The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar``; a tar
-or a pattern may be a URL. A key is the member's path up to the first dot of its name, and is the ``sample_id``.
-Tars come in the order of their paths (of the pattern where there is one), samples in the order in which their
-key first appears. Nothing is unpacked: a sample carries the place of its image's bytes in the tar.
+The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar``. A tar or a
+pattern may be a URL. The key is the member's path up to the first dot of its name, and is the ``sample_id``. Tars come
+in the order of the pattern or of their paths, samples in the order of their key's first appearance. Nothing is
+unpacked: a sample holds the position of its image's bytes in the tar.
 
-What is no plain file (a link, a device, a sparse member) is a problem and is never followed; ``../`` in a name is a
-part of the key and nothing else.
+A member that is no regular file (a link, a device, a sparse member) is a problem and never followed. ``../`` in a name
+is just part of the key.
 
-The split is the first word that names one: of the tar's name (``cc3m-train-0003.tar``), else of its folders from
-the nearest up to the root; ``?split=`` overrides it.
+The split is the first word that names one in the tar's name (``cc3m-train-0003.tar``), else in its folders, from the
+nearest up to the root. ``?split=`` overrides it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_TARS = 1_000_000
-_MOST_TEXT_BYTES = 16 * 1024 * 1024  # of a .txt or .json; a header can claim any length
-# of an extended header, which holds a long name and attributes; tarfile searches it in quadratic time
+_MOST_TEXT_BYTES = 16 * 1024 * 1024  # for a .txt or .json: a header can claim any length
+# for an extended header (long name and attributes): tarfile searches it in quadratic time
 _MOST_HEADER_BYTES = 32 * 1024
 _EXTENDED_HEADERS = (
     tarfile.XHDTYPE,
@@ -63,7 +63,7 @@ _EXTENDED_HEADERS = (
 
 
 class _Entry(tarfile.TarInfo):
-    """A header that is refused when its size would make tarfile go back, or read for ever."""
+    """Header that refuses a size that would make tarfile go back or read for ever."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
@@ -76,16 +76,16 @@ class _Entry(tarfile.TarInfo):
 
 @dataclass
 class _Member:
-    """Members of one key of a tar, while the tar is read."""
+    """Members of a tar with the same key, while the tar is read."""
 
     offset: int = -1
     length: int = -1
     captions: dict[str, list[str]] = field(default_factory=dict)  # by ending
     endings: list[str] = field(default_factory=list)
-    passed_over: str = ""  # a member that ends as an image does, but not from the first dot on
+    passed_over: str = ""  # member with an image ending, but not at the first dot
 
     def lost(self, uri: str) -> Problem | None:
-        """Return the problem of an image that no other message would name."""
+        """Return the problem of an image that no other message names."""
         if self.offset >= 0 or not self.passed_over:
             return None
         ending = PurePosixPath(self.passed_over).name.partition(".")[2]
@@ -98,13 +98,12 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
 
     Args:
         root: a folder, a tar, or a pattern with braces.
-        split: the split of every sample; by default it comes from the names of tar and folder.
-        txt: ``whole`` when a .txt is one caption, ``lines`` when each of its lines is one (CLIP_benchmark's
-            retrieval sets).
-        ids: ``key``, or ``tar`` for ``path/of.tar/key`` where tars repeat each other's keys.
+        split: split of every sample. Default: from the names of tar and folder.
+        txt: ``whole`` if a .txt is one caption, ``lines`` if each line is one (CLIP_benchmark's retrieval sets).
+        ids: ``key``, or ``tar`` for ``path/of.tar/key`` if several tars have the same keys.
 
     Raises:
-        UsageError: no tar there, or an option with another value.
+        UsageError: no tar, or an option with another value.
     """
     for option, value, known in (("txt", txt, ("whole", "lines")), ("ids", ids, ("key", "tar"))):
         if value not in known:
@@ -117,7 +116,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
         yield from _read_tar(tar, uri, members, lines=txt == "lines")
         for key, member in members.items():
             sample_id = f"{uri}/{key}" if ids == "tar" else key
-            # an empty .txt beside a .json that has a caption says nothing
+            # ignore an empty .txt beside a .json with a caption
             texts = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else None)
             if (problem := member.lost(uri)) is not None:
@@ -130,12 +129,12 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
 
 
 def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
-    """Images with the ``.cls`` member beside them, as clip-benchmark and webdataset write classification sets.
+    """Read images with ``.cls`` members, as clip-benchmark and webdataset write classification sets.
 
     Yields:
-        (sample, split, label): the label is its caption too, the number of its class, from 0 on, as text without
-        leading zeros. An image without one is a problem: (problem, split of its tar, ``""``); of the problem of a whole
-        tar the split is None.
+        (sample, split, label): the label is the number of the class, from 0, as text without leading zeros, and also
+        the sample's caption. For an image without a label (problem, split, ``""``); for a problem of a whole tar the
+        split is None.
     """
     folder = data_folder(root)
     for tar in _tars(root):
@@ -162,7 +161,7 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
 
 
 def _tars(root: str) -> list[str]:
-    """Absolute paths or URLs of the tars, in order."""
+    """List the absolute paths or URLs of the tars, in order."""
     if "://" not in root:
         path = Path(root)
         if path.is_file():
@@ -175,7 +174,7 @@ def _tars(root: str) -> list[str]:
         if "{" not in root:
             raise UsageError(f"{root} is not there; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
         root = str(path.absolute())
-        # the same start as uris have, whatever symbolic links the pattern goes through
+        # uris have this prefix too, despite symbolic links in the pattern
         before = root[: root.index("{")].rpartition("/")[0]
         root = data_folder(root) + root[len(before) :]
     elif not root.split("?")[0].endswith(".tar"):
@@ -184,7 +183,7 @@ def _tars(root: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Every name a pattern stands for: ``{000..003}`` counts, ``{a,b}`` lists; braces do not nest."""
+    """Return every name of a pattern: ``{000..003}`` counts, ``{a,b}`` lists. Braces do not nest."""
     braces = _BRACES.search(pattern)
     if braces is None:
         return [pattern]
@@ -221,37 +220,37 @@ def _read_tar(
     lines: bool = False,
     text_endings: tuple[str, ...] = ("txt", "json"),
 ) -> Iterator[Problem]:
-    """Fill ``members`` from one tar; what was read before a broken place stays."""
+    """Fill ``members`` from one tar. Members before a broken place stay."""
     try:
         with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
             yield from _read_members(file, uri, members, lines, text_endings)
     except FileNotFoundError:
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
-    except Exception as error:  # fsspec and tarfile raise many kinds for bytes and servers they cannot read
+    except Exception as error:  # fsspec and tarfile raise many types
         if is_transient(error):
-            # half a tar now and a whole one at the next try would be two datasets
+            # half a tar now and a whole one on a retry would be two datasets
             raise ConnectionError(f"{tar}: {type(error).__name__}: {error}. Run the same command again.") from error
         images = sum(member.offset >= 0 for member in members.values())
         detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
-        # how many images the rest held cannot be known, so none is counted as lost
+        # the number of images in the rest is unknown, so none is counted as lost
         yield Problem("bad-record", printable(uri), detail, lost_image=False)
 
 
 def _read_members(
     file: IO[bytes], uri: str, members: dict[str, _Member], lines: bool, text_endings: tuple[str, ...]
 ) -> Iterator[Problem]:
-    # "r:" takes plain tars only: bytes inside a compressed one have no place to read them from
+    # "r:": plain tars only, since members of a compressed one cannot be read in place
     how = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Entry}
     with tarfile.open(fileobj=file, mode="r:", **how) as archive:  # type: ignore[call-overload]
         for entry in archive:
-            # an extended header may give another size than the header that was looked at
+            # an extended header may override the size that was checked
             if entry.size < 0:
                 raise tarfile.ReadError(f"the member {printable(entry.name)!r} says that {entry.size} bytes follow")
             key, ending = _key_of(entry.name)
             if entry.isdir() or not key:
-                continue  # extended attributes: nothing of an image and its captions
+                continue  # extended attributes
             if ending not in _IMAGE_ENDINGS and ending not in text_endings:
-                # a mask beside its image, or an image with a dot in its name; class labels and the like
+                # a mask beside its image, an image with a dot in its name, a class label
                 if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
                     members.setdefault(key, _Member()).passed_over = entry.name
                 continue
@@ -260,14 +259,14 @@ def _read_members(
                 kind, detail = problem
                 lost_image = ending in _IMAGE_ENDINGS
                 yield Problem(kind, printable(f"{uri}/{entry.name}"), detail, lost_image)
-        # tarfile takes a cut or a broken header for the end; the end of a whole tar is a block of zeros
+        # tarfile takes a broken header for the end; a complete tar ends in a block of zeros
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """Split a member's path at the first dot of its name: key and ending; an empty key where there is none."""
+    """Split a member's path at the first dot of its name: key and ending. The key may be empty."""
     place, dot, ending = PurePosixPath(name).name.partition(".")
     if not dot or not place:
         return "", ""
@@ -283,7 +282,7 @@ def _add_member(
     members: dict[str, _Member],
     lines: bool,
 ) -> tuple[ProblemKind, str] | None:
-    """Add an image or a text to its key; return kind and detail of what is wrong with it."""
+    """Add an image or a text to its key. Return kind and detail of a problem, or None."""
     image = ending in _IMAGE_ENDINGS
     if not entry.isreg() or entry.issparse():
         return "bad-record", "a link or a sparse member, not a plain file; its bytes are not in one piece here"

@@ -15,8 +15,8 @@ Rules for odd images, for teacher and students alike:
   pixel, and twice that during a conversion.
 - A strip so long that the resize would make more than ``MAX_PIXELS``: untransformable.
 
-Pillow's warnings (large images, odd palettes, broken EXIF) are covered by these rules and ignored. Its errors are raised
-as ``UndecodableImageError``.
+Pillow's warnings (large images, odd palettes, broken EXIF) are covered by these rules and ignored. Its errors become
+``UndecodableImageError``.
 """
 
 from __future__ import annotations
