@@ -1,4 +1,4 @@
-"""Cache to training batches: the order, targets, pixels and tokens, by one iterator."""
+"""Training batches from a cache: order, targets, pixels and tokens by one iterator."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["CachedSamples", "SampleRecord", "sample_records"]
 
-# of a million rows each; those behind a URL are in memory, compressed
+# files of a million rows each; remote ones are in memory, compressed
 _OPEN_FILES, _OPEN_FAR = 256, 64
 
 
 class SampleRecord(NamedTuple):
-    """One row of the samples table: enough to read an image, to prove it, and to name it."""
+    """Row of the samples table with the fields to read, check and name an image."""
 
     row: int
     sample_id: str
@@ -41,16 +41,15 @@ def sample_records(samples: pa.Table) -> list[SampleRecord]:
 
 
 class CachedSamples:
-    """Samples and captions of the rows that a run uses, read from the tables by chunks.
+    """Samples and captions of a run's rows, read from the tables by chunks. For one thread at a time.
 
-    Callers go through the rows in the order of an epoch, or ascending. In memory are ``kept_chunks`` chunks of images,
-    and two groups of rows of either table or a single larger one
-    (:class:`teacher_cache.storage.format.table_rows.TableRows`). Behind a URL the tables' files are in memory too,
-    compressed, up to 64 of either, of a million rows each. Further files, and in a folder those beyond 256, are opened
-    and proven repeatedly. For one thread at a time.
+    Callers take the rows in the order of an epoch, or ascending. Memory holds ``kept_chunks`` chunks of images, and per
+    table two row groups or one larger one (:class:`teacher_cache.storage.format.table_rows.TableRows`). It also holds
+    up to 64 compressed remote files per table, of a million rows each. More files than that, or than 256 local ones,
+    are opened and checked repeatedly.
 
     Args:
-        kept_chunks: chunks of images, at least as many as one window of the shuffle has.
+        kept_chunks: number of chunks of images, at least those of a shuffle window.
     """
 
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
@@ -74,7 +73,7 @@ class CachedSamples:
         """Return captions of images, image by image, in order.
 
         Args:
-            caption_rows: (images, captions), one row for each image.
+            caption_rows: (images, captions), one line per image.
 
         Raises:
             As :meth:`records`.
@@ -105,7 +104,7 @@ class CachedSamples:
 
 
 def _taken(rows: NDArray[np.int64], parts: list[tuple[int, pa.Table, NDArray[np.intp]]]) -> pa.Table:
-    """Return rows of a table in order, from parts of it: first row, rows, and their positions in the result."""
+    """Return rows of a table in order, from parts: (first row, rows, positions in the result)."""
     places, before = np.empty(len(rows), np.int64), 0
     for first, part, positions in parts:
         places[positions] = rows[positions] - first + before

@@ -1,4 +1,4 @@
-"""Pixels and tokens of batches, made by worker processes that serve a whole run."""
+"""Pixels and tokens of batches, prepared by worker processes that serve a whole run."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["InputLoader", "start_fork_server"]
 
-_ROWS_AHEAD = 16_384  # at 5,000 a second three seconds, in which the tables of a new window are read
+_ROWS_AHEAD = 16_384  # three seconds at 5,000 rows/s: enough to read the tables of a new window
 
 Tokenizer = Callable[[list[str]], Any]
 
 
 class _Key(NamedTuple):
-    """One item of a batch, looked up in the cache's tables.
+    """Item of a batch, looked up in the cache's tables.
 
     Attributes:
-        image, region: what the images' ``shown`` takes.
+        image, region: arguments of the images' ``shown``.
         texts: captions of the image. None: an evaluation crop without captions.
     """
 
@@ -58,7 +58,7 @@ class _Inputs(Dataset[Any]):
         self._evaluated, self._tokenizer = evaluated, tokenizer
 
     def __getitems__(self, keys: list[_Key]) -> list[Any]:
-        """Return the items of a batch; an error is an item, since a worker's exception would lose its class."""
+        """Return the items of a batch. Errors are returned as items: a worker's exception would lose its class."""
         images: Any = self._learned if keys[0].texts is not None else self._evaluated
         try:
             with images.ahead([key.image for key in keys]):
@@ -78,7 +78,7 @@ def _collate(items: list[Any]) -> Any:
 
 
 class _Batches:
-    """The keys of the current iteration. The loader takes them in this process."""
+    """Keys of the current iteration, which the loader takes in this process."""
 
     def __init__(self) -> None:
         self.keys: Iterable[list[_Key]] = ()
@@ -88,10 +88,10 @@ class _Batches:
 
 
 def start_fork_server() -> Any:
-    """Start the process that workers are forked from, and return its context.
+    """Start the process from which workers are forked, and return its context.
 
-    It imports torch once, while this process goes on, and holds no model, thread or store. The first caller in a
-    process decides what it imports.
+    It imports torch once, in parallel to this process, and holds no model, thread or store. The first caller in a
+    process decides which modules it imports.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -101,7 +101,7 @@ def start_fork_server() -> Any:
 
 @contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Keep new processes from running the user's script again: nothing that they get comes from it."""
+    """Keep new processes from running the user's script again. They need nothing from it."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -111,8 +111,8 @@ def _hidden_main() -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads fight with the step
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; this one is ended by its parent
+    torch.set_num_threads(1)  # a worker decodes one image at a time; more threads compete with the training step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
 
 
 def _loader(dataset: _Inputs, batches: _Batches, workers: int | None, device: torch.device) -> DataLoader[Any]:
@@ -130,14 +130,14 @@ def _loader(dataset: _Inputs, batches: _Batches, workers: int | None, device: to
 
 
 class InputLoader:
-    """The images and captions of a run, made by worker processes that serve all its epochs and measurements.
+    """Loader of a run's images and captions, with worker processes for all its epochs and measurements.
 
     Args:
         learned: images of training pairs.
-        evaluated: images of :meth:`evaluation_crops`. None: there are none.
-        workers: processes that decode; 0 decodes in this process. Default: half the cores, at most 8, since the step
-            needs the others.
-        window_chunks: chunks in a window of the shuffle. What the cache knows of two windows is kept.
+        evaluated: images of :meth:`evaluation_crops`, or None.
+        workers: number of processes that decode; 0 decodes in this process. Default: half the cores, at most 8, since
+            the training step needs the others.
+        window_chunks: number of chunks in a shuffle window. Table rows of two windows are kept in memory.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class InputLoader:
         self.tokenizer = tokenizer
         self._reader, self._learned, self._evaluates = reader, learned, evaluated is not None
         self._device = device or torch.device("cpu")
-        # a batch may lie in two windows
+        # a batch may span two windows
         self._samples = CachedSamples(reader, 2 * window_chunks)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
         self._batches = _Batches()
@@ -165,12 +165,11 @@ class InputLoader:
     def epoch(self, pairs: Iterable[Pairs]) -> Generator[tuple[Tensor, Tensor]]:
         """Yield (pixels, tokens) of each batch, in order. The iteration ends early when another one begins.
 
-        The pixels are of the very region that the teacher saw, at the student's resolution. Workers send them as
-        bytes; they are normalised on the device, where they stay. The tokens, (batch, captions, length), are on the
-        CPU.
+        The pixels show the region that the teacher saw, at the student's resolution. Workers send them as bytes; they
+        are normalised on the device and stay there. The tokens, (batch, captions, length), are on the CPU.
 
         Raises:
-            OSError, CacheError: an item of the batch cannot be made. The first one's error, in every process.
+            OSError, CacheError: an item of the batch cannot be made. Every process raises the first item's error.
         """
         for shown, tokens in self._started(self._looked_up(pairs)):
             yield self._learned.preprocess.normalized_batch(shown.to(self._device, non_blocking=True)), tokens
@@ -182,7 +181,7 @@ class InputLoader:
 
         Raises:
             OSError, CacheError: as :meth:`epoch`.
-            ValueError: this loader was given no images to evaluate.
+            ValueError: this loader has no images to evaluate.
         """
         if not self._evaluates:
             raise ValueError("evaluation crops are asked for: give InputLoader evaluated, their images")
@@ -190,7 +189,7 @@ class InputLoader:
         yield from self._started(results_ahead(self._thread, self._evaluation_keys, parts, ahead=1))
 
     def _started(self, keys: Iterable[list[_Key]]) -> Generator[Any]:
-        """Start an iteration. The workers serve one, so the one before it ends."""
+        """Start an iteration and end the previous one: the workers serve one at a time."""
         if self._loader is None:
             raise ValueError("this loader is closed, and its processes have ended: make another one")
         self._end_iteration()
@@ -204,12 +203,12 @@ class InputLoader:
             self._current = None
 
     def _looked_up(self, pairs: Iterable[Pairs]) -> Iterator[list[_Key]]:
-        """Yield the keys of each batch, looked up ahead by a thread.
+        """Yield the keys of each batch, which a thread looks up ahead.
 
-        The first batch of a window is of chunks that are all new, and the step would wait for them.
+        Without it, the training step would wait for the first batch of each window, whose chunks are all new.
         """
         coming = iter(pairs)
-        for first in coming:  # the others are as long
+        for first in coming:  # all batches have its length
             ahead = _ROWS_AHEAD // len(first.image_rows)
             yield from results_ahead(self._thread, self._keys, chain([first], coming), ahead)
 
@@ -229,7 +228,7 @@ class InputLoader:
         return [_Key(image, None, None) for image in self._samples.records(rows)]
 
     def close(self) -> None:
-        """End the worker processes, and an iteration that is still held."""
+        """End the worker processes and any open iteration."""
         self._end_iteration()
         self._loader = None
         self._thread.shutdown(cancel_futures=True)
@@ -237,7 +236,7 @@ class InputLoader:
 
 def _made(loader: DataLoader[Any]) -> Generator[Any]:
     with _hidden_main():
-        batches = iter(loader)  # the first one starts the processes
+        batches = iter(loader)  # the first call starts the processes
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch

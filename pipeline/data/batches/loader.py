@@ -1,4 +1,4 @@
-"""The one iterator of training batches."""
+"""Iterator of training batches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Batch", "BatchLoader"]
 
 
 class Batch(NamedTuple):
-    """One training batch.
+    """Training batch.
 
     Attributes:
-        pairs: rows of the whole batch, of all ranks.
+        pairs: rows of the whole batch, over all ranks.
         targets, pixels, tokens: this rank's share. Pixels are on the device, tokens (batch, captions, length) are not.
     """
 
@@ -31,12 +31,12 @@ class Batch(NamedTuple):
 
 
 class BatchLoader:
-    """The training batches of a run, epoch by epoch: rows, targets, pixels and tokens in step.
+    """Training batches of a run by epoch: rows, targets, pixels and tokens in step.
 
     Args:
-        inputs: pixels and tokens.
-        teacher: targets.
-        rank: of this process among ``ranks``, which share each batch.
+        inputs: source of pixels and tokens.
+        teacher: source of targets.
+        rank: rank of this process among ``ranks`` that share each batch.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BatchLoader:
             OSError, CacheError: an image or the cache cannot be read.
         """
         drawn = ((pairs, pairs.part(self._rank, self._ranks)) for pairs in self._order.epoch(number, start_step))
-        # targets look thousands of rows further ahead than inputs: each batch is kept until the last has used it
+        # targets prefetch thousands of rows further than inputs, and tee keeps each batch until all have used it
         steps, shown, taught = tee(drawn, 3)
         with (
             closing(self._inputs.epoch(part for _, part in shown)) as inputs,

@@ -1,4 +1,4 @@
-"""The order of training pairs, and the crop that each pair's image is shown in."""
+"""Order of training pairs, and the crop of each pair's image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from teacher_cache.storage.read.shuffle import RowDraws, batches, window_order
 
 __all__ = ["PairOrder", "Pairs", "describe_views", "stored_crops", "views_used"]
 
-_CAPTION_STREAM = 2**31  # a stream of random numbers that no window of the row order uses
+_CAPTION_STREAM = 2**31  # a random stream that no window of the row order uses
 _VIEW_STREAM = 2**31 + 1
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One batch as row numbers of the cache: one view of image ``i`` with one or more of its captions.
+    """Batch as row numbers of the cache: one view of image ``i`` with one or more of its captions.
 
     Attributes:
         image_rows, views: (batch,) int64; view 0 is the evaluation crop.
@@ -34,24 +34,24 @@ class Pairs:
     views: NDArray[np.int64]
 
     def part(self, rank: int, ranks: int) -> Pairs:
-        """Return one rank's share. The shares of all ranks in their order are the batch."""
+        """Return one rank's share. The shares of all ranks, in order, make up the batch."""
         size = len(self.image_rows) // ranks
         span = slice(rank * size, (rank + 1) * size)
         return Pairs(self.image_rows[span], self.caption_rows[span], self.views[span])
 
 
 class PairOrder:
-    """The batches of each epoch: a pure function of the arguments, the epoch and the step.
+    """Batches of each epoch, a pure function of the arguments, the epoch and the step.
 
-    Each image comes once an epoch, with captions drawn at random: the first is drawn, the others follow it in a
-    circle, so an image with too few captions repeats some.
+    Each image comes once per epoch. Its first caption is drawn at random; the others follow cyclically, so an image
+    with too few captions repeats some.
 
-    An image goes through all its views before one repeats. It starts at a view drawn by the seed and takes the next
-    one in the next epoch. With one view it is always shown in the evaluation crop.
+    An image goes through all its views before one repeats: it starts at a view drawn by the seed and takes the next one
+    in the next epoch. With one view it is always the evaluation crop.
 
     Args:
-        image_rows: rows that take part.
-        views: the first views of the cache that take part. Default: all.
+        image_rows: rows to train on.
+        views: number of the cache's views to use, from the first. Default: all.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class PairOrder:
 
         Args:
             number: the epoch, from 0.
-            start_step: first batch to yield, where a run resumes in mid-epoch.
+            start_step: first batch to yield, for a run that resumes within an epoch.
         """
         index, views = self._reader.caption_index, self._views
         chunk_rows = self._reader.manifest.layout.image_chunk_rows
-        # one draw per row of the cache, so that a row's caption does not depend on which other rows take part
+        # one draw per row of the cache, so that a row's caption does not depend on the other rows
         draws = RowDraws(self._seed, number, _CAPTION_STREAM, chunk_rows, 2 * self._window_chunks)
         # the same in every epoch, so that an image's views take turns
         first_views = RowDraws(self._seed, 0, _VIEW_STREAM, chunk_rows, 2 * self._window_chunks) if views > 1 else None
@@ -93,10 +93,10 @@ class PairOrder:
 
 
 def views_used(reader: EmbeddingReader, views: int | None) -> int:
-    """Return how many of a cache's views a run takes.
+    """Return the number of a cache's views that a run uses.
 
     Args:
-        views: the number that the settings ask for. None: all.
+        views: number in the settings. None: all.
 
     Raises:
         UsageError: the cache has fewer views.
@@ -125,12 +125,12 @@ def describe_views(reader: EmbeddingReader, views: int | None = None) -> str:
 
 
 def stored_crops(reader: EmbeddingReader, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[Crop | None]:
-    """Return the crop of one view of each image, as the teacher saw it. None stands for the evaluation crop.
+    """Return the stored crop of one view of each image. None stands for the evaluation crop.
 
     Raises:
         CacheCorruptError: the cache is damaged, or a stored box is no crop.
     """
-    if not views.any():  # a cache of one view would read one more object per chunk, for nothing
+    if not views.any():  # view 0 needs no crop: save one object read per chunk
         return [None] * len(rows)
     boxes = reader.take("image", rows, views, array="view")
     crops: list[Crop | None] = []

@@ -1,14 +1,14 @@
-"""Ready pixels: what a student sees of each image, decoded and resized once, kept in a local folder for training.
+"""Ready pixels: a student's decoded and resized images in a local folder, for training.
 
-    pixels.json                 what they are of; with a digest of its own
+    pixels.json                 record of their origin, with its own digest
     pixels.zarr/                a plain Zarr v3 group
       pixels                    (images, views, height, width, 3) uint8, RGB, before normalising
       row                       (images,) int64, ascending: the image's row in the cache
     commits/v0/000000.json      one record per finished chunk, written after it: a crc32c of each image
 
-The folder is scratch, no part of the cache; ``teacher-cache student pixels`` can make it again. A chunk is
-``chunk_rows`` images of one view, raw bytes without a codec, so that one image is one read at an offset. Such a read
-could not prove a digest of the chunk, so each image has its own. A chunk without a commit does not count.
+The folder is scratch space, not part of the cache; ``teacher-cache student pixels`` can make it again. A chunk is
+``chunk_rows`` images of one view, raw bytes without a codec, so that one image is one read at an offset. Each image has
+its own checksum, since such a read cannot check a digest of the chunk. A chunk without a commit is ignored.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """Return JSON with its own digest. Fields that are None are left out, so that a new field changes no record."""
+        """Return JSON with its own digest. Fields that are None are omitted, so that new fields change no record."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(with_digest(fields), indent=1).encode() + b"\n"
 
@@ -82,7 +82,7 @@ class _Record(BaseModel):
 
 
 class PixelsRecord(_Record):
-    """``pixels.json``: the images, their regions, and the student's preprocessing."""
+    """Content of ``pixels.json``: the images, their regions, and the student's preprocessing."""
 
     format: Literal["teacher-cache-pixels"] = "teacher-cache-pixels"
     format_version: int = _VERSION
@@ -107,12 +107,12 @@ class PixelsRecord(_Record):
 
     @property
     def row_bytes(self) -> int:
-        """Size of one view of one image."""
+        """Number of bytes of one view of one image."""
         return 3 * self.size[0] * self.size[1]
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk's file. The last one is padded, as Zarr has it."""
+        """Number of bytes of a chunk's file. The last one is padded, as in Zarr."""
         return self.chunk_rows * self.row_bytes
 
     @property
@@ -121,7 +121,7 @@ class PixelsRecord(_Record):
         return -(-self.images // self.chunk_rows)
 
     def seen_by(self) -> dict[str, Any]:
-        """Return the fields that are the student's."""
+        """Return the fields that belong to the student."""
         return {
             "size": self.size,
             "interpolation": self.interpolation,
@@ -130,13 +130,13 @@ class PixelsRecord(_Record):
         }
 
     def made_of(self, view: int) -> str:
-        """Return the digest of everything that the bytes of one view depend on. Later views do not change it."""
+        """Return the digest of everything that determines the bytes of one view. Later views do not change it."""
         fields = self.model_dump(mode="json", exclude={"cache", "split", "views", "crops_sha256"}, exclude_none=True)
         return digest_of({**fields, "crops": self.crops_sha256[view - 1] if view else None})
 
 
 class PixelsCommit(_Record):
-    """One finished chunk."""
+    """Finished chunk."""
 
     view: int
     chunk: int
@@ -147,7 +147,7 @@ class PixelsCommit(_Record):
 
 
 def chunk_key(view: int, chunk: int) -> str:
-    """Return the key of a chunk's bytes in the folder, as Zarr names it."""
+    """Return Zarr's key of a chunk's bytes in the folder."""
     return f"pixels.zarr/pixels/c/{chunk}/{view}/0/0/0"
 
 
@@ -157,7 +157,7 @@ def commit_key(view: int, chunk: int) -> str:
 
 
 def rows_bytes(rows: NDArray[np.int64]) -> bytes:
-    """Return rows as the array ``row`` holds them."""
+    """Return rows as bytes of the array ``row``."""
     return rows.astype("<i8").tobytes()
 
 
@@ -200,7 +200,7 @@ def read_record(files: LocalFiles) -> PixelsRecord:
     """Read the record of a folder, finished or not.
 
     Raises:
-        CacheNotFoundError: no pixels were ever begun here.
+        CacheNotFoundError: the folder has no record.
         CacheCorruptError, CacheFormatError: the record cannot be used.
     """
     try:
@@ -222,10 +222,10 @@ def read_record(files: LocalFiles) -> PixelsRecord:
 
 
 def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) -> PixelsCommit | None:
-    """Read the commit of a chunk, proven to be of this chunk of these pixels. None: the chunk has none.
+    """Read a chunk's commit and check that it belongs to this chunk. None: the chunk has no commit.
 
     Raises:
-        CacheCorruptError: it is damaged or belongs elsewhere.
+        CacheCorruptError: it is damaged, or belongs to another chunk or other pixels.
     """
     key = commit_key(view, chunk)
     where, remedy = f"{files.location}/{key}", f"Delete it and {_AGAIN}"
@@ -246,22 +246,22 @@ def read_commit(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) 
 
 
 class ReadyPixels:
-    """A folder of ready pixels, checked against the cache and the student of a run.
+    """Folder of ready pixels, checked against the cache and the student of a run.
 
     Attributes:
         files: its pixels, by :meth:`places`.
-        preprocess: the student's.
+        preprocess: the student's preprocessing.
 
     Args:
-        folder: made by ``teacher-cache student pixels``.
-        reader: of the cache that the run learns from.
-        rows: of the cache, that the run uses; the folder may have more.
+        folder: folder that ``teacher-cache student pixels`` made.
+        reader: reader of the run's cache.
+        rows: the cache's rows that the run uses; the folder may have more.
         views: number of views that the run uses; the folder may have more.
-        preprocess: the student's, at the size that it learns from.
+        preprocess: the student's preprocessing, at its training size.
 
     Raises:
-        UsageError: a URL, or fewer views than asked for.
-        CacheNotFoundError, CacheIncompleteError: nothing here, or not finished.
+        UsageError: a URL, or too few views.
+        CacheNotFoundError, CacheIncompleteError: the folder has no pixels, or is unfinished.
         CacheMismatchError: pixels of other images, of other crops or for another student; names the field and both
             values.
         CacheCorruptError: a record of the folder is damaged.
@@ -341,10 +341,10 @@ class ReadyPixels:
         return crc32c
 
     def places(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> list[PixelPlace]:
-        """Return where the pixels of each image lie, for :meth:`PixelFiles.shown`.
+        """Return the position of each image's pixels, for :meth:`PixelFiles.shown`.
 
         Raises:
-            IndexError: a row or view that this reader was not opened for.
+            IndexError: a row or view outside those of the run.
         """
         at = np.searchsorted(self._rows, rows)
         for place, row, view in zip(at.tolist(), rows.tolist(), views.tolist(), strict=True):
@@ -363,12 +363,12 @@ class ReadyPixels:
 
 
 class PixelPlace(NamedTuple):
-    """One view of one image in a folder of ready pixels.
+    """View of an image in a folder of ready pixels.
 
     Attributes:
-        row: of the cache.
+        row: row of the cache.
         at: position in the folder's array.
-        crc32c: of the bytes.
+        crc32c: checksum of the bytes.
     """
 
     row: int
@@ -379,7 +379,7 @@ class PixelPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelFiles:
-    """The pixels themselves, for worker processes: one read for each image, proven."""
+    """Reader of the pixels in worker processes: one checked read per image."""
 
     folder: Path
     record: PixelsRecord
@@ -392,8 +392,7 @@ class PixelFiles:
         """Return the pixels before normalising, RGB uint8 (height, width, 3), as ``StudentImages.shown`` does.
 
         Raises:
-            CacheCorruptError: the bytes are not those that were written; names row and view. Never another row's
-                pixels, never zeros for what was not written.
+            CacheCorruptError: the bytes differ from those written; names row and view. Unwritten pixels raise too.
         """
         record = self.record
         chunk, within = divmod(place.at, record.chunk_rows)

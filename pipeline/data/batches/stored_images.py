@@ -1,4 +1,4 @@
-"""Stored bytes of a cache's images, proven. No torch, no decoding."""
+"""Stored bytes of a cache's images, checked by digest. No torch, no decoding."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["CachedImages", "StoredImages"]
 
 
 class StoredImages:
-    """Stored bytes of images by their records. Safe for several threads; holds no table.
+    """Stored bytes of images by their records. Thread-safe; holds no table.
 
     Args:
-        source: where the images are.
+        source: source of the image bytes.
     """
 
     def __init__(self, source: ImageSource) -> None:
@@ -30,29 +30,29 @@ class StoredImages:
         self._ahead: dict[int, Future[bytes]] = {}
 
     def named(self, image: SampleRecord) -> str:
-        """Return the image's name for messages: row, sample_id and where it lies."""
+        """Return the image's name for messages: row, sample_id and location."""
         return f"row {image.row} ({image.sample_id}): {self._source.resolve(image.uri)}"
 
     def named_within(self, image: SampleRecord) -> str:
-        """Return its name without folders of this machine: row, sample_id and, if it is relative, the uri."""
+        """Return the image's name without folders of this machine: row, sample_id and the uri if relative."""
         where = "" if "://" in image.uri or Path(image.uri).is_absolute() else f", {image.uri}"
         return f"row {image.row} ({image.sample_id}{where})"
 
     def read(self, image: SampleRecord) -> bytes:
-        """Return the bytes that the teacher's image was decoded from.
+        """Return the bytes from which the teacher's image was decoded.
 
         Raises:
-            OSError: the image cannot be read where the source says; ConnectionError where another try may help.
-            CacheMismatchError: it is there and is not the image that the teacher saw.
+            OSError: the image cannot be read. ConnectionError: a retry may succeed.
+            CacheMismatchError: the image has changed since the teacher saw it.
         """
         ahead = self._ahead.pop(image.row, None)
         return self._read(image) if ahead is None else ahead.result()
 
     @contextmanager
     def ahead(self, images: Sequence[SampleRecord]) -> Iterator[None]:
-        """Prefetch images for :meth:`read` within the block, where each read is a request.
+        """Prefetch remote images for :meth:`read` within the block. Local files are not prefetched.
 
-        Their bytes are in memory until they are read. Files on this machine are not prefetched.
+        The bytes stay in memory until they are read.
         """
         with self._source.threads(images[0].uri) if images else nullcontext() as pool:
             if pool is not None:
@@ -70,7 +70,7 @@ class StoredImages:
         try:
             data = self._source.read(image.uri, image.offset, image.length)
         except OSError as error:
-            # what another try can cure stays so
+            # keep the error transient
             kind = ConnectionError if is_transient(error) else OSError
             raise kind(
                 f"{named} cannot be read: {error}. Were the images moved? Name their folder with --image-root."
@@ -80,12 +80,12 @@ class StoredImages:
 
 
 class CachedImages:
-    """:class:`StoredImages` of some rows of a cache, by row. Safe for several threads; pickles without the reader.
+    """:class:`StoredImages` of some rows of a cache, by row. Thread-safe; pickles without the reader.
 
     Args:
-        reader: of the cache.
-        source: where the images are.
-        rows: those that can be read; others raise KeyError.
+        reader: reader of the cache.
+        source: source of the image bytes.
+        rows: rows that can be read; others raise KeyError.
     """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, rows: Collection[int]) -> None:

@@ -1,4 +1,4 @@
-"""Images of a cache as a model sees them."""
+"""Images of a cache as model input."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class StudentImages:
     """Pixels of a cache's images, decoded by the cache's decoder. Holds no table; pickles without the reader.
 
     Args:
-        source: where the images are.
-        preprocess: the model's.
+        source: source of the image bytes.
+        preprocess: the model's preprocessing.
 
     Raises:
         UsageError: the decoder needs a package that is not installed.
 
     Raises on access:
         OSError: the image cannot be read or decoded.
-        CacheMismatchError: the image is not the one that the teacher saw.
+        CacheMismatchError: the image has changed since the teacher saw it.
     """
 
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
@@ -42,11 +42,11 @@ class StudentImages:
         self._shown = self.preprocess.shown()
 
     def ahead(self, images: Sequence[SampleRecord]) -> AbstractContextManager[None]:
-        """Prefetch, see :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
+        """Prefetch images, see :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
         return self._images.ahead(images)
 
     def see(self, image: SampleRecord, crop: Crop | None = None) -> Tensor:
-        """Return float32 (3, height, width) of a crop, at the model's own resolution. None: the evaluation crop."""
+        """Return a crop as float32 (3, height, width), at the model's own resolution. None: the evaluation crop."""
         return self.preprocess.normalized(self.shown(image, crop))
 
     def shown(self, image: SampleRecord, crop: Crop | None) -> NDArray[np.uint8]:
@@ -54,7 +54,7 @@ class StudentImages:
         return self.each_shown(image, [crop])[0]
 
     def each_shown(self, image: SampleRecord, crops: Sequence[Crop | None]) -> list[NDArray[np.uint8]]:
-        """Return :meth:`shown` of several crops. The image is decoded once."""
+        """Return :meth:`shown` of several crops, decoding the image once."""
         data = self._images.read(image)
         try:
             decoded = open_image(data, self.preprocess.decoder)

@@ -1,4 +1,4 @@
-"""The teacher's side of a batch: rows of a finished cache, or another source in their place."""
+"""Teacher's side of a batch: rows of a finished cache, or of another source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CachedTeacher", "TeacherSource", "TeacherTargets"]
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Embeddings by the teacher for one batch.
+    """Teacher's embeddings for one batch.
 
     Attributes:
         image: (batch, teacher_dim) float32, normalised.
@@ -31,12 +31,12 @@ class TeacherTargets:
 
 
 class TeacherSource(Protocol):
-    """A source of targets: the cache, or a teacher that runs."""
+    """Source of targets: the cache, or a running teacher."""
 
     logit_scale: float
 
     def targets(self, batches: Iterable[Pairs], /) -> Generator[TeacherTargets]:
-        """Yield the targets of each batch, in order: of the view and the captions that it names."""
+        """Yield the targets of each batch, in order, for its views and captions."""
 
 
 class CachedTeacher:
@@ -47,7 +47,7 @@ class CachedTeacher:
         self.logit_scale = reader.manifest.identity.teacher.logit_scale
 
     def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
-        """Yield the targets of each batch, in order. Chunks are prefetched by threads, which end with the generator.
+        """Yield the targets of each batch, in order. Threads prefetch chunks and end with the generator.
 
         Batches are taken thousands of rows before their targets are yielded.
 
