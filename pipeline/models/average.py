@@ -1,9 +1,9 @@
-"""The mean of students that began at the same weights: one student, as small and as fast as each of them.
+"""Mean of students that started from the same weights: one student of the same size and speed.
 
-Runs that begin at one trained model and differ in their seed end close together. The mean of their weights is a model
-too, better than they are on average and often better than the best of them (Wortsman et al. 2022, "Model soups": the
-uniform soup). Runs that also differ in losses or learning rate may be averaged; whether
-that helps is to be measured. BatchNorm's statistics are averaged like the weights.
+Runs that start from one trained model and differ in their seed end close together. The mean of their weights is better
+than they are on average, and often better than the best (Wortsman et al. 2022, "Model soups": the uniform soup). Runs
+with different losses or learning rates may be averaged too; measure whether that helps. BatchNorm statistics are
+averaged like the weights.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ _CHECKPOINT = "checkpoints/mean"
 
 
 def soup(config: MeanConfig) -> RunRecord:
-    """Write the mean of finished runs as a run of its own, to be measured, deployed or begun from as any other.
+    """Write the mean of finished runs as a run of its own, to be measured, deployed or started from like any other.
 
-    The folder appears whole or not at all. The runs are left as they are; no cache is opened.
+    The folder is created atomically. The runs stay unchanged; no cache is opened.
 
     Raises:
-        UsageError: fewer than two runs, one that is not finished, is there twice, is a mean itself or has lost its
-            checkpoint, runs of other students or caches, runs that did not begin at the same trained weights, or an
-            output folder that is there already.
+        UsageError: fewer than two runs; a run that is unfinished, repeated, a mean itself or without its checkpoint;
+            runs of different students or caches, or from different initial weights; or the output folder exists.
     """
     out = Path(config.out)
     require_free(out)
@@ -80,13 +79,13 @@ def soup(config: MeanConfig) -> RunRecord:
 
 @torch.no_grad()
 def mean_student(checkpoints: list[Path]) -> Student:
-    """Return the mean of students of one architecture: every weight, and every BatchNorm statistic.
+    """Return the mean of students of one architecture: every weight and every BatchNorm statistic.
 
-    Of a factorised token embedding each factor is the mean. Summed in float64. What is no floating-point number, as the
-    number of batches that a BatchNorm saw, is the first one's.
+    The factors of a factorised token embedding are averaged separately. Sums are in float64. Values that are not
+    floating-point, such as BatchNorm's number of batches, come from the first student.
 
     Raises:
-        UsageError: no checkpoint there, one that cannot be used, or one of another architecture than the first.
+        UsageError: a checkpoint is missing, cannot be used, or has another architecture than the first.
     """
     student, _ = load_student(checkpoints[0])
     state: dict[str, Tensor] = student.state_dict()
@@ -108,7 +107,7 @@ def mean_student(checkpoints: list[Path]) -> Student:
 
 
 def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
-    """Check by their records that the runs can have a mean."""
+    """Check by their records that the runs can be averaged."""
     if len(folders) < 2:
         named = f"only {folders[0].path}" if folders else "none"
         raise UsageError(f"a mean is of two runs or more, found {named}. Name others that began at the same --init")
@@ -139,9 +138,10 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
 
 
 def _apart(one: RunRecord, other: RunRecord) -> str | None:
-    """Return why two runs are not known to have begun at the same weights. None: they are.
+    """Return why two runs may have started from different weights. None: they started from the same.
 
-    Runs are compared by the digest of those weights. Older versions recorded none: then by the name of ``--init``.
+    Runs are compared by the digest of their initial weights; runs of older versions, which have none, by the name of
+    ``--init``.
     """
     first, second = one.initial_weights_sha256, other.initial_weights_sha256
     names = f"one began at --init {one.config.init}, the other at --init {other.config.init}"
@@ -153,12 +153,12 @@ def _apart(one: RunRecord, other: RunRecord) -> str | None:
     digests = f"{names}, with weights {first[:12]} and {second[:12]}"
     if one.config.init != other.config.init:
         return digests
-    # an --init of another width's teacher leaves the projections to the seed
+    # with an --init for another teacher width, the seed sets the projections
     return f"{digests}: what lies there was changed meanwhile, or has no projections to this teacher's width"
 
 
 def _require_different(averaged: tuple[AveragedRun, ...]) -> None:
-    """Check that no two runs have the same weights, whatever their folders are called."""
+    """Check that no two runs have the same weights under different folder names."""
     seen: dict[str, str] = {}
     for run in averaged:
         if run.weights_sha256 in seen:

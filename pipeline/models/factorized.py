@@ -1,11 +1,11 @@
-"""A token embedding as the product of two small matrices: (vocab, rank) times (rank, width).
+"""Token embedding as the product of two small matrices: (vocab, rank) times (rank, width).
 
 CLIP's vocabulary has 49,408 tokens, and in a small student their embedding is most of the model: 19.0 of 24.5 million
 parameters of a text tower with width 384 and 3 layers. Its rows lie close to a space of far fewer dimensions (ALBERT,
 Lan et al. 2020, section 3.1).
 
-The config of such a student has ``token_embedding_rank`` at its top level. open_clip does not know that key, so it
-never sees it: it builds the dense model, and only this one submodule is replaced.
+The config of such a student has ``token_embedding_rank`` at its top level. open_clip does not know that key, so it gets
+the config without it and builds the dense model; then this one submodule is replaced.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 RANK_KEY = "token_embedding_rank"
-_INIT_STD = 0.02  # of an element of open_clip's dense token embedding
+_INIT_STD = 0.02  # as in open_clip's dense token embedding
 
 
 class FactorizedEmbedding(nn.Module):
-    """Stands in for ``nn.Embedding(vocab_size, width)``.
+    """Replacement for ``nn.Embedding(vocab_size, width)``.
 
     Attributes:
-        factors: (vocab_size, rank), one row a token.
-        projection: its weight is (width, rank); the columns start orthonormal, so that a step on the factors moves
-            the product as far.
+        factors: (vocab_size, rank), one row per token.
+        projection: weight (width, rank). Its columns start orthonormal, so that a step on the factors changes the
+            product by the same length.
     """
 
     def __init__(self, vocab_size: int, rank: int, width: int) -> None:
@@ -63,11 +63,11 @@ def factorize(model: nn.Module, rank: Any, what: str) -> None:
 
     Args:
         model: of class CLIP, or with open_clip's own text tower in ``model.text``.
-        rank: the value of ``token_embedding_rank``.
-        what: the student, for the message.
+        rank: value of ``token_embedding_rank``.
+        what: name of the student, for the message.
 
     Raises:
-        UsageError: the rank is no number from 1 to the text tower's width - 1, or the tower has no such embedding.
+        UsageError: the rank is no integer from 1 to the text tower's width - 1, or the tower has no such embedding.
     """
     tower = text_tower(model)
     embedding = getattr(tower, "token_embedding", None)
@@ -88,7 +88,7 @@ def factors_of(model: nn.Module) -> FactorizedEmbedding | None:
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state as plain open_clip knows it: the product in place of the factors."""
+    """Return the model's state for plain open_clip, with the product instead of the factors."""
     state: dict[str, Tensor] = dict(model.state_dict())
     embedding = factors_of(model)
     if embedding is not None:
@@ -100,18 +100,17 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def principal_directions(rows: Tensor, rank: int, weights: Tensor | None = None) -> Tensor:
-    """Return the ``rank`` orthonormal directions on which the projected rows lose least of their squared length.
+    """Return the ``rank`` orthonormal directions that keep most of the rows' squared length.
 
-    These are the right singular vectors of the (weighted) matrix, without taking its mean away; found as eigenvectors
-    of the small Gram matrix, in float64 (Eckart and Young 1936).
+    These are the right singular vectors of the (weighted) matrix, not centred, computed as eigenvectors of the small
+    Gram matrix in float64 (Eckart and Young 1936).
 
     Args:
         rows: (n, width), with ``width`` >= ``rank``.
-        weights: (n,), how much each row's loss counts; all alike if left out.
+        weights: (n,), weight of each row's loss. Default: equal weights.
 
     Returns:
-        (width, rank), in the dtype of ``rows``, strongest first. The signs are chosen: the largest element of each is
-        positive.
+        (width, rank), in the dtype of ``rows``, strongest first. Each direction's largest element is positive.
     """
     exact = rows.double()
     weighted = exact if weights is None else exact * weights.double()[:, None]

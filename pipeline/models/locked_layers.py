@@ -1,4 +1,4 @@
-"""Layers of an image tower that keep the weights they begin with, and what that spares: their backward pass."""
+"""Locked layers of an image tower: they keep their initial weights and need no backward pass."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ __all__ = ["lock_image_layers"]
 def lock_image_layers(model: nn.Module, unlocked_groups: int) -> list[nn.Module]:
     """Lock all but the last layer groups of an open_clip model's image tower.
 
-    Parameters are chosen by open_clip's own ``lock_image_tower``, the setting ``--lock-image-unlocked-groups`` of its
-    training (LiT: Zhai et al. 2022). A group is the stem, or a block: the last one of a timm trunk, by timm's own
-    matcher, mostly with the head behind it; behind those of open_clip's vision transformer there is the projection's.
-    Since the locked groups are the first ones, no gradient is computed within them and none of their activations is
-    kept.
+    open_clip's own ``lock_image_tower`` chooses the parameters, as for ``--lock-image-unlocked-groups`` in its training
+    (LiT: Zhai et al. 2022). A group is the stem or a block. In a timm trunk, timm's own matcher mostly puts the head
+    into the last block's group; in open_clip's vision transformer the projection is a group of its own after the
+    blocks. The locked groups are the first ones, so they need no gradients and keep no activations.
 
     Args:
-        unlocked_groups: that go on learning; 0 locks open_clip's own towers whole, of timm's all but the projection.
+        unlocked_groups: number of groups to train. 0 locks all of open_clip's own towers, and all but the projection
+            of timm's.
 
     Returns:
-        The outermost locked modules. They have to stay in evaluation mode, so that their batch norms use the
-        statistics that they came with: statistics that moved on would change what weights that cannot follow mean.
+        The outermost locked modules. They must stay in evaluation mode: their weights cannot adapt to changing batch
+        norm statistics.
 
     Raises:
-        UsageError: the tower has no such groups, or no more than that.
+        UsageError: the tower has no such groups, or not more than that.
     """
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tower: Any = model.visual
     try:
-        # open_clip locks one, which comes last, whatever is unlocked
+        # open_clip always locks attn_pool, although it comes last
         if unlocked_groups and getattr(tower, "attn_pool", None) is not None:
             raise AttributeError("its attentional pooler is in no group")
         with warnings.catch_warnings():
-            # open_clip takes timm's groups from where they used to be
+            # open_clip imports timm's groups from a deprecated place
             warnings.simplefilter("ignore", FutureWarning)
             tower.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=False)
-    # by tower: an assertion, a group that is not there, a trunk that names none, a lock that timm is too old for
+    # depending on the tower: an assertion, a missing group, a trunk without groups, or too old a timm
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise UsageError(
             f"lock_image_unlocked_groups {unlocked_groups}: {type(tower).__name__} cannot be locked in part: "

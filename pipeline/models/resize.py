@@ -1,10 +1,9 @@
-"""A trained student at another image size, as a run of its own; of a transformer the positions alone change.
+"""Resizing of a trained student to another image size, as a run of its own. Only a transformer's positions change.
 
-Random crops show things larger than the evaluation crop does, so that a convolutional student is often better at more
-pixels than it learned from (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), for the price of
-their FLOPs. A transformer has a position for each patch; those of another size are interpolated, and want some steps of
-training (Li et al. 2023, CLIPA: most of the training at few tokens, the end at all of them). How much better either
-is, is to be measured, by ``evaluate``.
+Random crops show objects larger than the evaluation crop does. So a convolutional student is often better at more
+pixels than in training (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), at the cost of FLOPs. A
+transformer has a position for each patch. For another size they are interpolated, and need some training steps (Li
+et al. 2023, CLIPA: most of the training at few tokens, the end at all of them). Measure the gain with ``evaluate``.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ __all__ = ["resize", "resized"]
 
 
 def resize(config: ResizeConfig) -> RunRecord:
-    """Write the student of a finished run, at another image size, as a run to be measured, deployed or begun from.
+    """Write the student of a finished run, at another image size, as a run to be measured, deployed or started from.
 
-    The folder appears whole or not at all. The run is left as it is; no cache is opened.
+    The folder is created atomically. The old run stays unchanged; no cache is opened.
 
     Raises:
-        UsageError: the run is not finished or has no such checkpoint, its student takes no images of that size or has
-            it already, or the output folder is there already.
+        UsageError: the run is unfinished or has no such checkpoint, its student cannot take that size or has it
+            already, or the output folder exists.
     """
     out = Path(config.out)
     require_free(out)
@@ -62,7 +61,7 @@ def resize(config: ResizeConfig) -> RunRecord:
     )
     with new_folder(out) as partial:
         (partial / name).mkdir(parents=True)
-        # of the best checkpoint also how it was chosen
+        # also keep how the best checkpoint was chosen
         stays = {key: value for key, value in checkpoint_origin(checkpoint).items() if key in ("step", "chosen")}
         save_student(made, made.config, partial / name, {**written.origin(), **stays})
         RunFolder(partial).write(written)
@@ -72,15 +71,15 @@ def resize(config: ResizeConfig) -> RunRecord:
 def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
     """Return a student with the same weights for images of ``size`` x ``size`` pixels, in evaluation mode.
 
-    Of open_clip's VisionTransformer the positions are interpolated, as open_clip does for weights of another size:
-    bicubic, antialiased, the class token's left as it is.
+    The positions of open_clip's VisionTransformer are interpolated as in open_clip: bicubic, antialiased, with the
+    class token's unchanged.
 
     Returns:
         The student, and the names of the weights that were interpolated.
 
     Raises:
-        UsageError: its image tower takes its own size alone, or has that size; or the size is no multiple of a
-            transformer's patches.
+        UsageError: the image tower only takes its own size, or already has that size; or the size is no multiple of a
+            transformer's patch size.
     """
     if student.preprocess.size == (size, size):
         raise UsageError(f"image_size {size}: the student has that size already. Choose another")
@@ -107,7 +106,7 @@ def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
 
 
 def _require_patches(student: Student, size: int) -> None:
-    """Check that a transformer's patches fill a square image of this size, and that its own grid is square."""
+    """Check that a transformer's own grid is square and that its patches fill an image of this size."""
     visual: Any = student.model.visual
     if visual.grid_size[0] != visual.grid_size[1] or visual.patch_size[0] != visual.patch_size[1]:
         of = " of ".join(f"{height} x {width}" for height, width in (student.preprocess.size, visual.patch_size))

@@ -1,10 +1,10 @@
-"""The folder of a training run: its record, its step log and where its checkpoints lie. No torch.
+"""Folder of a training run: its record, its step log and its checkpoints. No torch.
 
-run.json                    replaced whole; names the checkpoints that are valid
+run.json                    replaced atomically; names the valid checkpoints
 log.jsonl                   a line per step
-tensorboard/                the same and the timings, as TensorBoard reads them
-checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 in the middle of one
-checkpoints/best-epoch-0001/    the best one on the select split, if there is one
+tensorboard/                the same and the timings, for TensorBoard
+checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 within an epoch
+checkpoints/best-epoch-0001/    the best one on the select split, if any
 checkpoints/mean/           the only one of a run that is the mean of others
 evaluations/test-epoch-0002.json    what evaluate measured: the newest of each split and checkpoint
 .lock                       held by the process that trains
@@ -32,7 +32,7 @@ from teacher_cache.storage.files.location import LocalFiles
 __all__ = ["RESUME", "RunFolder"]
 
 RESUME = "resume"
-"""Folder in a checkpoint with what a run needs to go on from it."""
+"""Folder in a checkpoint with the state that a run needs to resume."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
 _EVALUATIONS = "evaluations"
@@ -40,7 +40,7 @@ _MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 
 
 class RunFolder:
-    """Reads and writes one run. The record is replaced atomically and names the checkpoints that go with it."""
+    """Reader and writer of a run. The record is replaced atomically and names its checkpoints."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -48,15 +48,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock within the block: no other process trains here. A process that dies releases it.
+        """Hold the folder's lock within the block, so that no other process trains here. A dead process releases it.
 
         Raises:
-            UsageError: one does already, or this file system cannot tell.
+            UsageError: another process holds it, or the file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("a") as file:
             try:
-                # a record lock: processes started meanwhile do not hold it when this one was killed
+                # a record lock: child processes do not inherit it, so a kill releases it
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
@@ -68,10 +68,10 @@ class RunFolder:
             yield
 
     def start(self, record: RunRecord) -> None:
-        """Begin a run in a folder that holds none, or one that never came to a checkpoint.
+        """Begin a run in a folder without a run, or with one that has no checkpoint.
 
         Raises:
-            UsageError: there is a run with a checkpoint; nothing is overwritten.
+            UsageError: the folder has a run with a checkpoint; nothing is overwritten.
         """
         self.require_free()
         for leftover in _MADE_BY_TRAINING:
@@ -80,13 +80,13 @@ class RunFolder:
         self.write(record)
 
     def require_free(self) -> None:
-        """Refuse a folder with a run in it, or with something that a run would write over.
+        """Check that a new run would overwrite nothing in the folder.
 
         Raises:
-            UsageError: there is a run with a checkpoint, or folders of another program's.
+            UsageError: it has a run with a checkpoint, or another program's folders.
         """
         if not self.exists():
-            # other trainers name theirs so too, and these are not ours to remove
+            # other trainers use these names too: never remove theirs
             names = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
             if names:
                 raise UsageError(
@@ -105,7 +105,7 @@ class RunFolder:
         """Return the record of a run that these settings may resume, or have finished.
 
         Raises:
-            UsageError: no run here, one with other settings, a mean of runs, or one without a point to go on from.
+            UsageError: no run here, or one with other settings, a mean of runs, or one without a checkpoint to resume.
         """
         record = self.read()
         if record.averaged:
@@ -134,7 +134,7 @@ class RunFolder:
         return (self.path / _RECORD).exists()
 
     def resumable(self) -> bool:
-        """Return whether an unfinished run lies here that :meth:`require_resumable` would accept."""
+        """Return whether the folder has an unfinished run that :meth:`require_resumable` would accept."""
         if not self.exists():
             return False
         record = self.read()
@@ -151,7 +151,7 @@ class RunFolder:
         """Read the record.
 
         Raises:
-            UsageError: no run here, or one that cannot be read.
+            UsageError: no run here, or it cannot be read.
         """
         try:
             return RunRecord.model_validate_json((self.path / _RECORD).read_bytes())
@@ -161,10 +161,10 @@ class RunFolder:
             raise UsageError(f"{self.path / _RECORD}: {error}") from error
 
     def require_finished(self, record: RunRecord) -> None:
-        """Refuse a run whose epochs are not all trained.
+        """Check that all epochs of a run are trained.
 
         Args:
-            record: as :meth:`read` gave it.
+            record: result of :meth:`read`.
 
         Raises:
             UsageError: they are not.
@@ -181,7 +181,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """Return the steps in ``log.jsonl``, without a line that is not whole."""
+        """Return the steps in ``log.jsonl``, without incomplete lines."""
         try:
             lines = (self.path / _LOG).read_bytes().splitlines()
         except FileNotFoundError:
@@ -193,11 +193,11 @@ class RunFolder:
         return steps
 
     def keep_evaluation(self, split: str, checkpoint: str, cache_manifest_digest: str, data: bytes) -> Path:
-        """Save an evaluation in the run, in place of an earlier one of the same split, checkpoint and cache.
+        """Save an evaluation in the run, replacing one of the same split, checkpoint and cache.
 
         Args:
             checkpoint: its folder, relative to the run.
-            cache_manifest_digest: of the cache that it was measured on. Another cache than the run's is in the name.
+            cache_manifest_digest: digest of the measured cache, which is in the file's name if it is not the run's.
 
         Returns:
             The file.
@@ -212,7 +212,7 @@ class RunFolder:
     def evaluation_path(self, split: str, checkpoint: str, cache_manifest_digest: str) -> Path:
         """Return the file that :meth:`keep_evaluation` writes: ``evaluations/SPLIT-CHECKPOINT.json``."""
         other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
-        # a split may be called anything
+        # a split may have any name
         return self.path / _EVALUATIONS / f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
 
     def evaluation_files(self) -> list[Path]:
@@ -225,7 +225,7 @@ class RunFolder:
             sync(self.path / _LOG)
 
     def cut_log(self, steps: int) -> None:
-        """Keep the lines of the first ``steps`` steps: a run that resumes logs the later ones again."""
+        """Cut the log after ``steps`` steps: a resumed run logs the later ones again."""
         if not (self.path / _LOG).exists():
             return
         lines = (self.path / _LOG).read_bytes().splitlines(keepends=True)
@@ -238,12 +238,12 @@ class RunFolder:
         save: Callable[[Path], None],
         best: tuple[BestRecord, Callable[[Path], None]] | None = None,
     ) -> RunRecord:
-        """Save a checkpoint, switch the record to it, then remove those that it replaces.
+        """Save a checkpoint, switch the record to it, then remove the replaced ones.
 
-        After a crash the record names whole checkpoints; others are removed with the next one.
+        After a crash the record names only complete checkpoints; the next call removes others.
 
         Args:
-            best: the best epoch so far, if this is it, and the function that saves its model.
+            best: record of this epoch and the function that saves its model, if it is the best so far.
         """
         changes: dict[str, Any] = {"checkpoint": self._save(f"{_CHECKPOINTS}/{name}", save)}
         if best is not None:
@@ -264,9 +264,9 @@ class RunFolder:
         return name
 
     def remove_unnamed(self, record: RunRecord) -> None:
-        """Remove the checkpoints that the record does not name: replaced ones, and what a crash left half written.
+        """Remove the checkpoints that the record does not name: replaced ones, and incomplete ones after a crash.
 
-        A finished run has nothing to go on to: the optimizer's state goes too.
+        For a finished run, also remove the optimizer's state.
         """
         named = {record.checkpoint, record.best.checkpoint if record.best else None}
         for folder in (self.path / _CHECKPOINTS).glob("*"):
@@ -277,14 +277,14 @@ class RunFolder:
 
     @staticmethod
     def best_checkpoint(epoch: int) -> str:
-        """Return where the model of the best epoch, counted from 0, lies in the run."""
+        """Return the folder of the best epoch's model in the run; epochs count from 0."""
         return f"{_CHECKPOINTS}/best-epoch-{epoch + 1:04d}"
 
     def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
         """Return the folder of the newest or the best checkpoint.
 
         Raises:
-            UsageError: the run has none yet.
+            UsageError: the run has no such checkpoint yet.
         """
         record = self.read()
         if which == "best":

@@ -42,34 +42,34 @@ _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 
 
 
 class Encoded:
-    """Embeddings of one batch, as they go into a cache. Reading them waits for a GPU that still works on them.
+    """Embeddings of one batch for a cache. Reading them waits for the GPU.
 
     Args:
         embedding: (batch, embed_dim) float16, unit norm; on the device.
         norm: (batch,) float32, the norm before normalising: raw = embedding * norm.
-        started: on a GPU, recorded before its work.
+        started: event recorded before the work of a GPU.
     """
 
     def __init__(self, embedding: torch.Tensor, norm: torch.Tensor, started: torch.cuda.Event | None = None) -> None:
-        # from a GPU into pinned memory, right behind its work: a copy that is asked for later waits for later work
+        # queue the copy right after the work: a later copy would wait for later batches
         self._embedding = embedding.to("cpu", non_blocking=True)
         self._norm = norm.to("cpu", non_blocking=True)
         self._started, self._there = started, _mark(embedding.device)
 
     @property
     def embedding(self) -> NDArray[np.float16]:
-        """(batch, embed_dim), unit norm."""
+        """Embeddings, (batch, embed_dim), unit norm."""
         self._wait()
         return self._embedding.numpy()
 
     @property
     def norm(self) -> NDArray[np.float32]:
-        """(batch,), the norm before normalising."""
+        """Norms before normalising, (batch,)."""
         self._wait()
         return self._norm.numpy()
 
     def device_seconds(self) -> float | None:
-        """Return the seconds that a GPU worked on them, waits for launches included. None: on a CPU."""
+        """Return the seconds of the GPU, waits for launches included. None: on a CPU."""
         if self._there is None or self._started is None:
             return None
         self._wait()
@@ -81,7 +81,7 @@ class Encoded:
 
 
 class LiveTeacher:
-    """An open_clip model in evaluation mode with its own preprocessing and tokenizer."""
+    """open_clip model in evaluation mode with its own preprocessing and tokenizer."""
 
     def __init__(
         self,
@@ -102,19 +102,19 @@ class LiveTeacher:
         self.tokenizer = tokenizer
         self.architecture = architecture
         self.weights_sha256 = digest_tensors(model.state_dict())
-        # the multiplier of cosines; here, since a GPU's exp may differ in the last bit
+        # the multiplier of cosines; on the CPU, since a GPU's exp may differ in the last bit
         self.logit_scale = math.exp(float(model.logit_scale.detach().cpu()))  # type: ignore[operator]
         self.model = model.to(device).eval().requires_grad_(False)
         self._shortens = can_shorten(model)
         if device.type == "cuda" and precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 keeps 10 bits of mantissa
+            torch.backends.cudnn.allow_tf32 = False  # the identity says fp32; TF32 has 10 bits of mantissa
 
     def encode_images(self, pixels: torch.Tensor) -> Encoded:
         """Embed (batch, 3, height, width) float32 pixels, preprocessed."""
         return self._finish(self.model.encode_image, pixels)
 
     def encode_shown(self, shown: torch.Tensor) -> Encoded:
-        """Embed (batch, height, width, 3) uint8 pixels, which the device normalises."""
+        """Embed (batch, height, width, 3) uint8 pixels, normalised on the device."""
         return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
 
     def encode_texts(self, tokens: torch.Tensor | NDArray[np.int64]) -> Encoded:
@@ -139,7 +139,7 @@ class LiveTeacher:
         return Encoded(features.half(), norm.squeeze(-1), started)
 
     def _features(self, encode: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return normalised features and, (batch, 1), their norms before; float32."""
+        """Return normalised features and their norms before, (batch, 1); float32."""
         cast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.precision != "fp32":
             cast = torch.autocast(self.device.type, _DTYPES[self.precision])
@@ -171,16 +171,16 @@ class LiveTeacher:
         )
 
     def require(self, identity: CacheIdentity, cache: str) -> None:
-        """Refuse to encode into a cache that another teacher began.
+        """Check that a cache's identity has this teacher.
 
         Raises:
-            CacheMismatchError: names each field that differs, with both values.
+            CacheMismatchError: it has another one. The message names each different field with both values.
         """
         identity.require(identity.model_copy(update=self._parts_of_identity), cache)
 
     @cached_property
     def _parts_of_identity(self) -> dict[str, Any]:
-        """Parts of the identity, computed once: the probes take a tenth of a second."""
+        """Return the parts of the identity, computed once: the probes take a tenth of a second."""
         return {
             "teacher": self.identity(),
             "preprocess": self.preprocess.identity(),
@@ -208,11 +208,11 @@ def load_teacher(
     Args:
         name: a built-in name with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH`` or ``bundled:scenes``.
         pretrained: open_clip's tag or a weights file; for a built-in name only.
-        decoder: of its images, by the name that a cache's identity has for it; Pillow if left out.
+        decoder: image decoder, by its name in a cache's identity. Default: Pillow.
 
     Raises:
         UsageError: unknown name or tag, no weights (a random teacher is never used), weights that hold more than
-            tensors, a config that asks for a model's own code, no such device or decoder, or a package is missing.
+            tensors, a config that would run a model's own code, no such device or decoder, or a missing package.
     """
     where = resolve_device(device)
     require_decoder(decoder or PILLOW)  # before the weights are read
@@ -236,8 +236,8 @@ def load_teacher(
         require_plain_settings(architecture, what)
         if source.startswith("local-dir:"):
             require_plain_files(Path(source.removeprefix("local-dir:")), what)
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses it a moment later
-        # open_clip only warns when the activation is not the one that the weights were trained with
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses the file afterwards
+        # open_clip only warns when the weights were trained with another activation
         warnings.filterwarnings("error", message="QuickGELU mismatch")
         model = open_clip.create_model(
             source,
@@ -245,7 +245,7 @@ def load_teacher(
             force_quick_gelu=bool(quick_gelu),
             require_pretrained=True,
             weights_only=True,
-            # the towers' own weights would be loaded in place of the model's, where those are missing
+            # without this, open_clip would fill missing weights from the towers' own
             pretrained_image=False,
             pretrained_text=False,
         )
@@ -258,7 +258,7 @@ def load_teacher(
 
 
 def recorded_name(name: str) -> str:
-    """Return the name as a cache records it: of a local folder without the path to it."""
+    """Return the name that a cache records: for a local folder without its path."""
     local = name.removeprefix("local-dir:")
     return name if local == name else f"local-dir:{Path(local).name}"
 
@@ -267,16 +267,15 @@ def recorded_name(name: str) -> str:
 def cached_teacher(
     name: str, pretrained: str | None, device: str, precision: Precision, decoder: str | None = None
 ) -> LiveTeacher:
-    """Return :func:`load_teacher`, loaded once per process, for callers that encode part by part."""
+    """Return :func:`load_teacher`, cached per process, for callers that encode in parts."""
     return load_teacher(name, pretrained, device, precision, decoder)
 
 
 def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:
-    """Return whether a teacher is the cache's, as far as can be known without building it.
+    """Return whether a teacher is known to be the cache's without building it.
 
-    A model folder is proven by its weights and its config; a built-in name with its tag, and a model of a hub, are
-    taken by their names. A False says nothing: :meth:`LiveTeacher.require` knows. Precision is not looked at: it is
-    chosen when a teacher is loaded.
+    A model folder is compared by weights and config; a built-in name with its tag, or a model of a hub, by name. False
+    means unknown: then :meth:`LiveTeacher.require` decides. Precision is ignored: loading chooses it.
     """
     teacher, preprocess = identity.teacher, identity.preprocess
     path = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
@@ -287,7 +286,7 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
     try:
         config = json.loads((path / "open_clip_config.json").read_bytes())
         stored = load_file(path / "open_clip_model.safetensors")
-        # a model is built in float32, whatever its file holds
+        # models are built in float32, whatever the file's dtype
         weights = {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
         seen = {"size": preprocess.image_size, "mode": "RGB", "fill_color": 0, **config["preprocess_cfg"]}
         return (

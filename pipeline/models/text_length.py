@@ -1,8 +1,8 @@
-"""Encode captions at their own length: CLIP's text tower without the padding behind the longest caption.
+"""Encoding of captions at their own length, without the padding after the longest caption.
 
-A caption has about 15 tokens, the tower is built for 77. In a causal transformer nothing behind a token reaches
-it, and CLIP reads the features at the end-of-text token; so positions behind the last of these cannot change
-the result, and leaving them out changes it by float rounding only (a test holds it to that).
+A caption has about 15 tokens, the tower is built for 77. CLIP reads the features at the end-of-text token, and in a
+causal transformer later tokens do not reach earlier ones. So cutting the positions after the last end-of-text token
+changes the result by float rounding only (tested).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.func import functional_call
 
 __all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
 
-_STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are used again
-_GROUP = 64  # captions that fill a CPU's cores; fewer go with the next longer ones
+_STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are reused
+_GROUP = 64  # captions that fill a CPU's cores; smaller groups join the next longer ones
 
 
 def can_shorten(model: nn.Module) -> bool:
     """Return whether this model's text features depend on nothing after the end-of-text token."""
-    # only open_clip's own class: others pool another position, or look both ways
+    # only open_clip's own class: others pool another position, or are not causal
     if type(model) is not CLIP or model.text_pool_type != "argmax" or model.attn_mask is None:
         return False
     mask: Tensor = model.attn_mask  # type: ignore[assignment]
@@ -30,7 +30,7 @@ def can_shorten(model: nn.Module) -> bool:
 
 
 def shorten(tokens: Tensor) -> Tensor:
-    """Cut (batch, context_length) token ids behind the longest caption; only for models that ``can_shorten``."""
+    """Cut (batch, context_length) token ids after the longest caption; only for models that ``can_shorten``."""
     # the end-of-text token has the highest id; padding follows it
     longest = int(tokens.argmax(dim=1).max()) + 1
     return tokens[:, : -(-longest // _STEP) * _STEP]
@@ -47,7 +47,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
     """Encode captions in groups of similar length, each group at its own length; for models that ``can_shorten``.
 
-    On a CPU. A GPU takes all at once: several launches, and a look at the lengths, cost it more than padding does.
+    Only on a CPU. A GPU takes all at once: several launches and a sync for the lengths cost more than padding.
     """
     if tokens.device.type != "cpu" or len(tokens) <= _GROUP:
         return encode_text(model, tokens)
@@ -63,19 +63,19 @@ def encode_by_length(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_any_length(model: Any, tokens: Tensor) -> Tensor:
-    """Encode captions by one path for all lengths; for models that ``can_shorten``."""
+    """Encode captions of any length by one path; for models that ``can_shorten``."""
     length = tokens.shape[1]
     shorter = {
         "model.positional_embedding": model.positional_embedding[:length],
         "model.attn_mask": model.attn_mask[:length, :length],
     }
-    # neither of the two is tied to another; to look that up would take milliseconds of Python for each batch
+    # neither is a tied weight; looking that up takes milliseconds per batch
     features: Tensor = functional_call(_EncodeText(model), shorter, (tokens,), tie_weights=False)
     return features
 
 
 class _EncodeText(nn.Module):
-    """Makes ``encode_text`` the forward that ``functional_call`` calls."""
+    """Wrapper whose forward is ``encode_text``, for ``functional_call``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
