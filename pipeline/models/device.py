@@ -1,4 +1,4 @@
-"""Devices, and the settings of a model that depend on them."""
+"""Devices, and model settings that depend on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of this name; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device of this name; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
-        UsageError: the device is unknown or not in this machine. There is no fallback.
+        UsageError: the device is unknown or missing. There is no fallback.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def device_uuid(index: int) -> str | None:
     """Return the UUID of a CUDA device, as ``nvidia-smi -L`` shows it after ``GPU-``. None: torch knows none.
 
     Args:
-        index: as torch counts, among the devices that it may see.
+        index: torch's index among its visible devices.
     """
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
@@ -51,47 +51,46 @@ def device_uuid(index: int) -> str | None:
 
 
 def image_memory_format(model: nn.Module) -> torch.memory_format:
-    """Return channels last for a convolutional trunk, whose kernels are faster so on CPU and GPU; else no change.
+    """Return channels last for a convolutional image tower, which is faster on CPU and GPU; else no change.
 
-    A transformer has one convolution, over patches, and gains nothing.
+    A transformer has a single convolution, over patches, and gains nothing.
 
     Args:
-        model: of open_clip; its image tower, ``model.visual``, is what counts.
+        model: open_clip model; ``model.visual`` is its image tower.
     """
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())  # type: ignore[union-attr]
     return torch.channels_last if convolutions > 1 else torch.preserve_format
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, let the C library keep what a model's layers free, instead of handing it back and taking it anew.
+    """Let glibc keep freed memory instead of returning it to the kernel, for models on a CPU.
 
-    There each layer allocates tens of megabytes. glibc maps such blocks from the kernel and unmaps them when
-    freed, so that every forward pass faults in all of its memory again: half of the time of a convolutional
-    teacher (benchmarks/cpu_teacher.md). One arena, since glibc trims the others whatever it is told.
-    On another device, and elsewhere than on glibc, this does nothing.
+    Each layer allocates tens of megabytes. By default glibc maps and unmaps such blocks, so that every forward pass
+    faults in all of its memory again: half of the time of a convolutional teacher (benchmarks/cpu_teacher.md). One
+    arena is set, since glibc always trims the others. Does nothing on another device or without glibc.
     """
     if device.type != "cpu":
         return
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  # musl and macOS have other meanings for these numbers, or none
+        libc.gnu_get_libc_version  # noqa: B018  # these numbers mean something else, or nothing, on musl and macOS
         libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def keep_depthwise_float32(model: nn.Module) -> int:
-    """Let depthwise convolutions that learn leave bf16 autocast on a CPU: arguments to float32, the result to bf16.
+    """Run trainable depthwise convolutions in float32 under bf16 autocast on a CPU; their results are bf16 again.
 
-    Forward, oneDNN is a third faster in bf16. Backward it has no fast kernel for them: those of EfficientNet-Lite0 take
-    nearly four times as long as in float32, and more than all else together (docs/design/004-training-loop.md). Layers
-    that need no gradient stay in bf16. Outside autocast, and on other devices, nothing changes.
+    oneDNN's forward pass is a third faster in bf16, but it has no fast backward kernel for them: EfficientNet-Lite0's
+    take nearly four times as long as in float32, and more than all else together (docs/design/004-training-loop.md).
+    Layers without gradients stay in bf16. Outside autocast, and on other devices, nothing changes.
 
     Args:
-        model: on a CPU, its layers locked that are to be. Weights, names and classes of its modules stay.
+        model: model on a CPU, after locking. Weights, names and classes of its modules stay unchanged.
 
     Returns:
-        How many convolutions do so from now on.
+        The number of changed convolutions.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and _depthwise(module)]
     for convolution in convolutions:

@@ -1,4 +1,4 @@
-"""``run.json`` of a training run, and the settings that may change when it resumes."""
+"""Record of a training run, ``run.json``, and the settings that may change when it resumes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
-# where things are and how often they are saved: a run that goes on may find these changed
+# places and save intervals: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
 
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
 
 
 CHECKPOINT_CONFIG = "open_clip_config.json"
-"""A student's, in a checkpoint, by the names that open_clip gives them."""
+"""Files of a student in a checkpoint, with open_clip's names."""
 
 
 class Selection(BaseModel, frozen=True):
@@ -58,7 +58,7 @@ class EpochRecord(BaseModel, frozen=True):
 
 
 class BestRecord(BaseModel, frozen=True):
-    """The best epoch, and by what it was chosen."""
+    """Best epoch, and how it was chosen."""
 
     epoch: int
     split: str = Field(description="Split that it was chosen on. Its score there is no test result.")
@@ -67,7 +67,7 @@ class BestRecord(BaseModel, frozen=True):
 
 
 class AveragedRun(BaseModel, frozen=True):
-    """One of the runs whose mean a student is."""
+    """Run that was averaged into a student."""
 
     run: str = Field(description="Absolute path of the run's folder.")
     checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
@@ -77,7 +77,7 @@ class AveragedRun(BaseModel, frozen=True):
 
 
 class ResizedRun(BaseModel, frozen=True):
-    """The run whose student this is, at another image size."""
+    """Run whose student was resized to another image size."""
 
     run: str = Field(description="Absolute path of the run's folder.")
     checkpoint: str = Field(description="Folder of its checkpoint, relative to the run.")
@@ -88,10 +88,10 @@ class ResizedRun(BaseModel, frozen=True):
 
 
 class RunRecord(BaseModel):
-    """``run.json``: what was trained on what, and how far it is.
+    """Content of ``run.json``: student, cache, settings and progress.
 
-    Of a mean of runs (``teacher_cache.pipeline.models.average``) ``config`` is the first one's, and steps and seconds
-    are all of theirs.
+    For a mean of runs (``teacher_cache.pipeline.models.average``) ``config`` is the first run's, and steps and seconds
+    are sums.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -122,11 +122,11 @@ class RunRecord(BaseModel):
 
     @property
     def finished(self) -> bool:
-        """True when all epochs are trained, and for a mean of runs."""
+        """True if all epochs are trained, or for a mean of runs."""
         return bool(self.averaged) or len(self.epochs) >= self.config.epochs
 
     def chosen_on(self, which: Literal["last", "best"]) -> str | None:
-        """Return the split that a checkpoint was chosen on, where its score is no test result. None: on none."""
+        """Return the split that a checkpoint was chosen on, whose score is no test result. None: it was not chosen."""
         if self.resized is not None:
             return self.resized.chosen_on
         if self.averaged:
@@ -134,13 +134,13 @@ class RunRecord(BaseModel):
         return self.best.split if self.best is not None and which == "best" else None
 
     def origin(self) -> dict[str, Any]:
-        """Return the fields that a checkpoint keeps of its run's record."""
+        """Return the fields of the record that a checkpoint keeps."""
         made_of = {name for name in ("averaged", "resized") if getattr(self, name)}
         return self.model_dump(mode="json", include=_ORIGIN | made_of)
 
 
 def other_settings(config: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from a run's and may not, each as set and as recorded."""
+    """Return the settings that differ from a run's but must not, as (set, recorded)."""
     new, old = config.model_dump(mode="json"), recorded.model_dump(mode="json")
     return {name: (new[name], old[name]) for name in old if name not in _MAY_DIFFER and new[name] != old[name]}
 

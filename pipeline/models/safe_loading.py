@@ -1,8 +1,7 @@
-"""Models from untrusted files: nothing in them is run, and a file that cannot be used is one UsageError.
+"""Loading of models from untrusted files: no code in them is run, and an unusable file raises one UsageError.
 
-Weights come from safetensors, or from a pickle that torch reads with ``weights_only=True``: that reader builds tensors
-and refuses every other name. Tokenizers of ``transformers`` may bring Python of their own; that is never asked for,
-and a config that asks for it is refused.
+Weights come from safetensors, or from a pickle that torch reads with ``weights_only=True``, which builds only tensors.
+Tokenizers of ``transformers`` may come with Python code: it is never run, and a config that requires it is refused.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ def foreign_model(what: str) -> Iterator[None]:
             f"{what} cannot be loaded: its weights are a pickle of more than tensors, or a damaged one, and code in "
             "weights is never run. Ask for its safetensors file, or save its state_dict as one."
         ) from error
-    # EOFError, KeyError, StopIteration, BadZipFile ...: each library has its own for a file that is not what it says
+    # EOFError, KeyError, StopIteration, BadZipFile ...: each library has its own errors for a bad file
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{what} cannot be loaded: {printable(text)}") from error
 
 
 def require_plain_settings(config: Any, what: str) -> None:
-    """Refuse a model config that would have ``transformers`` run Python that comes with a model.
+    """Check that a model config lets ``transformers`` run no Python code of the model.
 
-    open_clip hands ``tokenizer_kwargs`` on as they are. Nor will ``transformers`` ask whether it may, from here on.
+    open_clip passes ``tokenizer_kwargs`` on unchanged. This call also stops ``transformers`` from asking the user.
 
     Raises:
-        UsageError: there is a ``trust_remote_code`` in it that is not false, at any depth.
+        UsageError: the config has a ``trust_remote_code`` that is not false, at any depth.
     """
     waiting = [config]
     while waiting:
@@ -69,17 +68,17 @@ def require_plain_settings(config: Any, what: str) -> None:
             waiting.extend(value)
     text = config.get("text_cfg") if isinstance(config, dict) else None
     if isinstance(text, dict) and text.get("hf_model_name"):
-        with suppress(ImportError):  # then open_clip says what is not installed
-            # open_clip cannot be told to refuse for a text tower, so transformers would ask on the terminal
+        with suppress(ImportError):  # then open_clip names the missing package
+            # open_clip has no option to refuse for a text tower, so transformers would ask on the terminal
             remote_code: Any = import_module("transformers.dynamic_module_utils")
             remote_code.TIME_OUT_REMOTE_CODE = 0
 
 
 def require_plain_files(folder: Path, what: str) -> None:
-    """Refuse a model folder whose weights are a pipe or a device, whose opening may wait for ever.
+    """Check that the weights in a model folder are no pipe or device, which may block for ever.
 
     Raises:
-        UsageError: names it.
+        UsageError: one is. The message names it.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in _WEIGHTS and not path.is_file():
@@ -87,12 +86,12 @@ def require_plain_files(folder: Path, what: str) -> None:
 
 
 def load_tokenizer(source: str, config: dict[str, Any], context_length: int | None) -> Any:
-    """Return the tokenizer of a model: CLIP's own without torch, any other as open_clip has it.
+    """Return the tokenizer of a model: CLIP's own without torch, any other from open_clip.
 
-    One from ``transformers`` is told not to run code.
+    Tokenizers of ``transformers`` are loaded without running code.
 
     Args:
-        source: the model, as open_clip names it.
+        source: open_clip's name of the model.
         config: its model config.
     """
     text = config.get("text_cfg") or {}
@@ -101,7 +100,7 @@ def load_tokenizer(source: str, config: dict[str, Any], context_length: int | No
 
 
 def clip_tokenizer(tokenizer: Any) -> Any:
-    """Return a :class:`ClipTokenizer` of the same ids. Other tokenizers, and those that draw tokens, come back."""
+    """Return a :class:`ClipTokenizer` with the same ids. Other and randomised tokenizers are returned unchanged."""
     if (
         type(tokenizer) is not SimpleTokenizer
         or tokenizer.reduction_fn is not None

@@ -47,7 +47,7 @@ MAX_LOG_LOGIT_SCALE = math.log(100)
 
 _PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
 _FACTORS = "token_embedding.safetensors"
-# settings of the model config that only say where weights once came from
+# settings of the model config that only record the origin of weights
 _NO_ARCHITECTURE = {"vision_cfg.timm_model_pretrained", "text_cfg.hf_model_pretrained"}
 
 
@@ -62,10 +62,10 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """An open_clip model that learns from a teacher of any width.
+    """open_clip model that learns from a teacher of any width.
 
-    Its own features are what is evaluated and shipped. The projections map them to the teacher's space for the
-    losses that compare features directly; they are trained along and saved beside the model.
+    Its own features are evaluated and shipped. Projections map them to the teacher's space, for losses that compare
+    features directly. They are trained with the model and saved beside it.
 
     Attributes:
         config: open_clip model config, with ``token_embedding_rank`` if the token embedding is factorised.
@@ -94,7 +94,7 @@ class Student(nn.Module):
         return F.normalize(encode(self.model, tokens).float(), dim=-1)
 
     def shorten(self, tokens: Tensor | NDArray[np.int64]) -> Tensor:
-        """Leave out the padding behind the longest caption, where the architecture allows it."""
+        """Cut the padding after the longest caption, if the architecture allows it."""
         tokens = torch.as_tensor(tokens)
         return shorten(tokens) if self._shortens else tokens
 
@@ -110,26 +110,26 @@ class Student(nn.Module):
         )
 
     def lock_image(self, unlocked_groups: int) -> None:
-        """Keep the first layers of the image tower as they are, in training mode too.
+        """Lock the first layers of the image tower, in training mode too.
 
         Args:
-            unlocked_groups: last layer groups that go on learning, see
-                :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`
+            unlocked_groups: number of last layer groups to train, see
+                :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`.
 
         Raises:
-            UsageError: the tower has no such groups, or no more than that.
+            UsageError: the tower has no such groups, or not more than that.
         """
         self._locked = lock_image_layers(self.model, unlocked_groups)
         self.train(self.training)
 
     def preprocess_to_learn(self, size: int | None) -> Preprocess:
-        """Return the preprocessing of images to learn from.
+        """Return the preprocessing of training images.
 
         Args:
-            size: pixels a side, no more than its own; None for its own.
+            size: side in pixels, at most the student's own. None: its own.
 
         Raises:
-            UsageError: it cannot take them, or its own images are not square, or are smaller.
+            UsageError: the student cannot take this size, or its own images are smaller or not square.
         """
         if size is None:
             return self.preprocess
@@ -142,7 +142,7 @@ class Student(nn.Module):
         way_out = "Choose another, or leave the setting out"
         if hasattr(
             self.model.visual, "grid_size"
-        ):  # of open_clip's transformers, see teacher_cache.pipeline.models.resize
+        ):  # open_clip's transformers; see teacher_cache.pipeline.models.resize
             way_out = (
                 "Leave the setting out, or train a student with that image_size in its config and give the run its "
                 "full size by teacher-cache student resize"
@@ -151,15 +151,15 @@ class Student(nn.Module):
         return replace(self.preprocess, size=(size, size))
 
     def require_takes(self, size: int, setting: str, way_out: str) -> None:
-        """Make sure that the image tower takes square images of another size than its own.
+        """Check that the image tower takes square images of another size than its own.
 
-        Most convolutional trunks do. A transformer has a position for each patch of its own size and of no other, and
-        so has the attention that ends open_clip's own ResNets.
+        Most convolutional trunks do. A transformer does not: it has a position for each patch of its own size. Neither
+        does the attention at the end of open_clip's own ResNets.
 
         Args:
-            size: pixels a side.
-            setting: that asks for it.
-            way_out: what to do where it does not.
+            size: side in pixels.
+            setting: setting with the size, for the message.
+            way_out: remedy, for the message.
 
         Raises:
             UsageError: it does not.
@@ -169,7 +169,7 @@ class Student(nn.Module):
         try:
             with torch.inference_mode():
                 self.encode_image(torch.zeros(1, 3, size, size))
-        # what a tower says to it: an assertion of timm's, a sum of tensors of two lengths, a map smaller than a kernel
+        # errors of towers: timm's assertion, tensors of different lengths, a map smaller than a kernel
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
@@ -194,7 +194,7 @@ class Student(nn.Module):
 
     @property
     def shortens(self) -> bool:
-        """True if texts may be shorter than the context length."""
+        """True if token ids may be shorter than the context length."""
         return self._shortens
 
     @property
@@ -205,7 +205,7 @@ class Student(nn.Module):
 
 def presets() -> dict[str, Path]:
     """Return the shipped student configs by name."""
-    # in an installed wheel they lie in the package, in a clone at the top
+    # in an installed wheel they are in the package, in a clone at the top
     packaged = Path(__file__).parents[1] / "configs" / "students"
     folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs" / "students"
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
@@ -215,9 +215,8 @@ def student_config(name: str) -> dict[str, Any]:
     """Return the open_clip model config of a student, ``token_embedding_rank`` included.
 
     Args:
-        name: a shipped preset, the path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
-            ``open_clip_config.json``), or the name of a built-in open_clip model (its architecture alone; weights
-            start at random).
+        name: shipped preset, path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
+            ``open_clip_config.json``), or name of a built-in open_clip model (architecture only, random weights).
 
     Raises:
         UsageError: none of these, or the file is not a model config.
@@ -253,8 +252,8 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
 
     Args:
         config: open_clip model config; a top-level ``token_embedding_rank`` factorises the token embedding.
-        teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all of it but the image
-            size: it has to see the region and the colours that its teacher saw.
+        teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all but the image size, so
+            that it sees the same region and colours as its teacher.
         teacher_dim: width of the cached embeddings.
 
     Raises:
@@ -271,17 +270,17 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
 
 
 def save_student(student: Student, config: dict[str, Any], folder: Path, origin: dict[str, Any]) -> None:
-    """Write a checkpoint: an open_clip model folder (``local-dir:``), the projections and ``origin`` beside it.
+    """Write a checkpoint: an open_clip model folder (``local-dir:``) with projections and ``origin``.
 
-    A factorised token embedding is written twice: as its dense product among the weights, for open_clip, and as
-    factors in ``token_embedding.safetensors``, for training to go on.
+    A factorised token embedding is written twice: as dense product among the weights, for open_clip, and as factors in
+    ``token_embedding.safetensors``, for further training.
 
-    Writes into ``folder``, which must be there; making that atomic is up to the caller.
+    ``folder`` must exist; the caller makes the write atomic.
     """
     settings: dict[str, Any] = {"model_cfg": _plain(config), "preprocess_cfg": student.preprocess.to_config()}
     factors = factors_of(student.model)
     if factors is not None:
-        # beside model_cfg, not in it: open_clip refuses keys that it does not know there, and ignores them here
+        # beside model_cfg, not in it: open_clip refuses unknown keys there, and ignores them here
         settings[RANK_KEY] = config[RANK_KEY]
         write_weights(_contiguous(factors.state_dict()), folder / _FACTORS)
     (folder / CHECKPOINT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
@@ -297,23 +296,23 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
 
 
 def checkpoint_origin(folder: Path) -> dict[str, Any]:
-    """Return the ``origin`` of a checkpoint; empty where that file was not copied with it."""
+    """Return the ``origin`` of a checkpoint; empty if its file is missing."""
     path = folder / _ORIGIN
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
-    """Load a student from its checkpoint, in evaluation mode, and its model config as :func:`student_config` gives it.
+    """Load a student from its checkpoint, in evaluation mode, with its model config as in :func:`student_config`.
 
     Raises:
-        UsageError: there is no checkpoint, or it cannot be used; so too if the factors of its token embedding are
-            missing or their product is not the embedding among the weights.
+        UsageError: there is no checkpoint, it cannot be used, or the factors of its token embedding are missing or
+            disagree with the embedding among the weights.
         OSError: it cannot be read.
     """
     if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
         raise UsageError(f"{folder}: no student checkpoint here ({CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
     for name in (CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS):
-        with (folder / name).open("rb"):  # open_clip says of what it may not read that it is not there
+        with (folder / name).open("rb"):  # raise PermissionError: open_clip would say that the file is missing
             pass
     with foreign_model(f"student {folder}"):
         config = _checkpoint_config(json.loads((folder / CHECKPOINT_CONFIG).read_text()))
@@ -333,16 +332,16 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
 def load_initial(student: Student, folder: str) -> None:
     """Start a student from the weights of a checkpoint, or of a folder that ``inherit`` wrote.
 
-    All weights of the model are replaced. The projections to the teacher's width are too, if they lead to the same
-    width; else they stay as they are, since they belong to another teacher.
+    All weights of the model are replaced. The projections are replaced only if the teacher's width is the same: others
+    belong to another teacher.
 
     Args:
-        student: as :func:`build_student` made it; changed in place.
-        folder: a checkpoint of the same architecture.
+        student: result of :func:`build_student`; changed in place.
+        folder: checkpoint of the same architecture.
 
     Raises:
-        UsageError: there is no checkpoint, it cannot be used, or its architecture, or the mean or std of its pixels,
-            is another one; the message names each field with both values.
+        UsageError: there is no checkpoint, it cannot be used, or its architecture or its pixels' mean or std differ.
+            The message names each field with both values.
     """
     initial, _ = load_student(Path(folder))
     different = architecture_differences(initial, student)
@@ -358,7 +357,7 @@ def load_initial(student: Student, folder: str) -> None:
 
 
 def architecture_differences(other: Student, student: Student) -> list[str]:
-    """Return each setting that keeps two students from sharing weights, with both values."""
+    """Return each setting that prevents two students from sharing weights, with both values."""
     theirs, own = _architecture(other.config, other), _architecture(student.config, student)
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {own.get(name, 'not set')} in the student"
@@ -391,7 +390,7 @@ def _architecture(config: dict[str, Any], student: Student) -> dict[str, Any]:
     for name, value in config.items():
         inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
         flat.update(inner)
-    # weights fit pixels that are scaled alike
+    # weights fit only pixels with the same normalisation
     pixels = {"preprocess.mean": student.preprocess.mean, "preprocess.std": student.preprocess.std}
     return {name: value for name, value in {**flat, **pixels}.items() if name not in _NO_ARCHITECTURE}
 
@@ -410,7 +409,7 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
     factors.load_state_dict(load_file(folder / _FACTORS))
     name = next(name for name in dense if name.endswith("token_embedding.weight"))
     product = factors.dense()
-    # a matrix product may round in another order on another machine; a changed embedding is off by far more
+    # tolerance for rounding on another machine; a changed embedding differs by far more
     if not torch.allclose(product, dense[name].to(product), rtol=1e-3, atol=1e-3 * float(product.abs().max())):
         raise UsageError(
             f"{what}: the factors in {_FACTORS} do not make up {name} in {CHECKPOINT_WEIGHTS}: one of the two was "
@@ -419,7 +418,7 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
 
 
 def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
-    # open_clip warns through the root logger that weights are random; for a new student they are meant to be
+    # open_clip warns through the root logger about random weights, which a new student should have
     quiet = logging.getLogger()
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -431,13 +430,13 @@ def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
                 load_weights=load_weights,
                 require_pretrained=load_weights,
                 weights_only=True,
-                # a student from scratch starts from scratch: no download of the trunk's ImageNet weights
+                # from scratch: do not download the trunk's ImageNet weights
                 pretrained_image=False,
                 pretrained_text=False,
             )
     except MemoryError:
         raise
-    except Exception as error:  # torch, timm and safetensors: each has its own for what it cannot use
+    except Exception as error:  # torch, timm and safetensors have their own errors
         raise UsageError(f"open_clip cannot build {what}: {type(error).__name__}: {error}") from error
     finally:
         quiet.setLevel(level)

@@ -1,4 +1,4 @@
-"""Weights files, and the digest that tells two sets of weights apart. No model is built."""
+"""Weights files, and the digest of weights. No model is built."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write contiguous tensors as a safetensors file. Not atomic: ``path`` is in a folder in the making.
+    """Write contiguous tensors as a safetensors file. Not atomic: the caller writes a temporary folder.
 
     Raises:
-        OSError: it cannot be written, on a full disk for example.
+        OSError: the file cannot be written, for example on a full disk.
     """
     path.touch()
-    mode = path.stat().st_mode  # safetensors gives its file to the owner alone
+    mode = path.stat().st_mode  # safetensors creates files for the owner only
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:

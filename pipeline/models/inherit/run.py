@@ -1,13 +1,13 @@
-"""Give a student its teacher's weights to start from, as far as they fit. The one place where both are loaded.
+"""Initialisation of a student with its teacher's weights, as far as they fit. Only here are both loaded.
 
-- Text towers and vision transformers of open_clip's own: layers, heads and channels as
-  ``teacher_cache.pipeline.models.inherit.shrink`` chooses
-  them. A factorised token embedding gets the teacher's, projected to its principal directions.
-- Any other image tower: a copy if the student's is the same one, or its trunk from a file; else it stays random.
+- open_clip's own text towers and vision transformers: layers, heads and channels chosen by
+  ``teacher_cache.pipeline.models.inherit.shrink``. A factorised token embedding gets the teacher's, projected to its
+  principal directions.
+- Any other image tower: a copy if the architecture is the same, or its trunk from a file; else it stays random.
 - A smaller embed_dim: both towers are projected to the principal directions of the teacher's two projections, and the
-  student's own projections begin as the way back.
+  student's own projections start as the inverse.
 
-What does not fit stays random, and the result says so and why.
+Parts that do not fit stay random; the result names them with the reason.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _TEXTS_AT_ONCE = 1024
 
 
 class InheritResult(BaseModel, frozen=True):
-    """Origins of an inherited student's parts; ``origin.json`` in its folder holds the same."""
+    """Origins of an inherited student's parts, also in ``origin.json`` in its folder."""
 
     out: str
     student: str
@@ -64,13 +64,13 @@ class InheritResult(BaseModel, frozen=True):
 
 
 def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | None = None) -> InheritResult:
-    """Write a student that begins with its teacher's weights: a checkpoint folder for ``train --init``.
+    """Write a student that starts with its teacher's weights: a checkpoint folder for ``train --init``.
 
-    The folder appears whole or not at all.
+    The folder is created atomically.
 
     Raises:
-        UsageError: a setting cannot be used, the folder is there already, or nothing at all can be inherited.
-        CacheError: the cache whose tokens are to be counted is missing, unfinished or damaged.
+        UsageError: a setting cannot be used, the folder exists, or nothing can be inherited.
+        CacheError: the cache for token counts is missing, unfinished or damaged.
     """
     out = Path(config.out)
     require_free(out)
@@ -126,21 +126,21 @@ def inherit_weights(
     trunk: TrunkWeights | None = None,
     counts: Tensor | None = None,
 ) -> list[InheritedPart]:
-    """Overwrite a new student's weights, in place, by the teacher's and a trunk's.
+    """Overwrite a new student's weights, in place, with the teacher's and a trunk's.
 
     Args:
-        student: projects to the teacher's width.
-        text_layers: layers of the teacher for the student's text tower, from 0; at even distances if left out.
+        student: student with projections to the teacher's width.
+        text_layers: layers of the teacher for the student's text tower, from 0. Default: evenly spaced.
         image_layers: the same for a vision transformer.
-        trunk: read weights for the student's timm trunk, in place of the teacher's.
-        counts: (vocab_size,) how often the data has each token (:func:`token_counts`); a factorised embedding then
-            keeps frequent tokens best: each counts by the root of its number, and no token nothing.
+        trunk: weights for the student's timm trunk, instead of the teacher's.
+        counts: (vocab_size,) frequency of each token in the data (:func:`token_counts`). A factorised embedding then
+            keeps frequent tokens best: each is weighted by the root of its frequency, with a small minimum.
 
     Returns:
-        Where each part comes from; their parameters add up to ``student.num_parameters``.
+        The origin of each part. Their parameters add up to ``student.num_parameters``.
 
     Raises:
-        UsageError: layers that the teacher does not have, or a trunk that is not the student's.
+        UsageError: the teacher lacks such layers, or the trunk does not fit the student's.
     """
     directions = Directions.between(teacher.model, student.model, student.teacher_dim, student.embed_dim)
     text = inherit_text(student, teacher, directions, text_layers, counts)
@@ -154,7 +154,7 @@ def inherit_weights(
 def token_counts(
     texts: list[str], tokenizer: Any, vocab_size: int, progress: Callable[[str, int, int], None] | None = None
 ) -> Tensor:
-    """Count each token in captions, up to and with the end-of-text token: (vocab_size,) int64."""
+    """Count each token in captions, up to and including the end-of-text token: (vocab_size,) int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         tokens = torch.as_tensor(tokenizer(texts[start : start + _TEXTS_AT_ONCE]))

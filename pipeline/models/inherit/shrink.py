@@ -1,9 +1,9 @@
-"""Cut a transformer tower down to fewer layers and a smaller width: which parts to keep, and the smaller tensors.
+"""Pruning of a transformer tower to fewer layers and a smaller width.
 
-The idea is TinyCLIP's weight inheritance (Wu et al. 2023, section 3.2), its manual form: layers at even distances;
-heads and channels by importance, here the L2 norm of the weights that belong to them. What is kept stays in order.
+This is TinyCLIP's manual weight inheritance (Wu et al. 2023, section 3.2): evenly spaced layers; heads and channels by
+importance, here the L2 norm of their weights. The kept parts stay in order.
 
-Pure functions of tensors named as open_clip names those of its own towers.
+Pure functions of tensors with the names of open_clip's own towers.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class TowerShape:
 
     @property
     def head_width(self) -> int:
-        """Channels per attention head."""
+        """Number of channels per attention head."""
         return self.width // self.heads
 
 
 def tower_shape(transformer: Any) -> TowerShape | None:
-    """Return the sizes of open_clip's ``Transformer``. None: anything else, or other blocks in it."""
+    """Return the sizes of open_clip's ``Transformer``. None: another class, or with other blocks."""
     blocks = getattr(transformer, "resblocks", None)
     if blocks is None or not len(blocks) or not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
         return None
@@ -60,16 +60,16 @@ def tower_shape(transformer: Any) -> TowerShape | None:
 def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, tower: str) -> tuple[int, ...]:
     """Choose the layers of the teacher for the student, counted from 0, ascending.
 
-    At even distances with the first and the last among them, halves rounded down: 3 of 6 are 0, 2, 5. A single layer
-    is the first one: only that one has learned to read embeddings.
+    The layers are evenly spaced from the first to the last, halves rounded down: 3 of 6 are 0, 2, 5. A single layer is
+    the first one, the only one that has learned to read embeddings.
 
     Args:
-        available: layers of the teacher; at least ``wanted``.
-        chosen: the user's choice, in place of that rule.
+        available: number of layers of the teacher; at least ``wanted``.
+        chosen: the user's choice, instead of that rule.
         tower: ``text`` or ``image``, for the message.
 
     Raises:
-        UsageError: the choice has another number of layers than the student, or one that the teacher does not have.
+        UsageError: the choice has another number of layers than the student, or a layer that the teacher lacks.
     """
     if chosen is None:
         if wanted == 1:
@@ -84,7 +84,7 @@ def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, t
 
 
 def most_important(scores: Tensor, keep: int) -> Tensor:
-    """Return the indices of the ``keep`` highest scores, ascending; of equal ones the first."""
+    """Return the indices of the ``keep`` highest scores, ascending. Of equal scores the first ones win."""
     return torch.sort(scores, descending=True, stable=True).indices[:keep].sort().values
 
 
@@ -92,8 +92,8 @@ def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
     """Return the squared L2 norm of the weights that write to or read from each channel of the residual stream.
 
     Args:
-        matrices: (n, width) each. Every one counts as much as any other, however many rows it has: each is divided by
-            its Frobenius norm first, else the token embedding alone would decide.
+        matrices: (n, width) each. All have the same weight: each is first divided by its Frobenius norm, else the token
+            embedding alone would decide.
 
     Returns:
         (width,) float64; sums to the number of matrices.
@@ -108,7 +108,7 @@ def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
 
 
 def block_matrices(state: dict[str, Tensor], layer: int) -> list[Tensor]:
-    """Return the matrices by which a block reads from and writes to the residual stream: (n, width) each."""
+    """Return the matrices of a block that read from or write to the residual stream: (n, width) each."""
     block = f"transformer.resblocks.{layer}."
     return [
         state[block + "attn.in_proj_weight"],
@@ -123,23 +123,23 @@ def shrink_blocks(
 ) -> dict[str, Tensor]:
     """Return the blocks of the smaller tower.
 
-    In each block whole heads are kept, and MLP channels, each by the norm of its own weights on the kept channels.
+    Each block keeps whole heads and MLP channels, chosen by the norm of their weights on the kept channels.
 
     Args:
-        state: of the larger tower.
-        old: its sizes.
-        new: wanted sizes, none of them larger, the head width the same.
-        layers: of the larger tower, one for each of the smaller.
-        channels: (new.width,) of the residual stream that are kept.
+        state: tensors of the larger tower.
+        old: sizes of the larger tower.
+        new: sizes of the smaller tower, with the same head width.
+        layers: layer of the larger tower for each of the smaller.
+        channels: (new.width,) kept channels of the residual stream.
 
     Returns:
-        Tensors of ``transformer.resblocks.*``; copies where nothing is cut.
+        Tensors of ``transformer.resblocks.*``; plain copies if nothing is cut.
     """
     smaller: dict[str, Tensor] = {}
     for number, layer in enumerate(layers):
         block = f"transformer.resblocks.{layer}."
         own = {name.removeprefix(block): value for name, value in state.items() if name.startswith(block)}
-        # (3, heads, head_width, width): queries, keys and values of each head lie side by side
+        # (3, heads, head_width, width): queries, keys, values
         read = own.pop("attn.in_proj_weight").view(3, old.heads, old.head_width, old.width)[..., channels]
         read_bias = own.pop("attn.in_proj_bias").view(3, old.heads, old.head_width)
         write = own.pop("attn.out_proj.weight")[channels].view(-1, old.heads, old.head_width)
@@ -154,7 +154,7 @@ def shrink_blocks(
             "mlp.c_fc.weight": hidden_in[hidden],
             "mlp.c_fc.bias": own.pop("mlp.c_fc.bias")[hidden],
             "mlp.c_proj.weight": hidden_out[:, hidden],
-            # norms, layer scales and biases to the residual stream: one value a channel
+            # norms, layer scales and biases of the residual stream: one value per channel
             **{name: value[channels] for name, value in own.items()},
         }
         smaller.update({f"transformer.resblocks.{number}.{name}": value.clone() for name, value in shrunk.items()})
@@ -162,6 +162,6 @@ def shrink_blocks(
 
 
 def _norm(weights: Tensor, keep: int) -> Tensor:
-    """Return the squared L2 norm over all dimensions but one, as a share of the whole."""
+    """Return the squared L2 norm over all dimensions but one, as a share of the total."""
     squares = weights.double().square().transpose(0, keep).flatten(1).sum(1)
     return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""A student's towers from the teacher's, part by part. ``inherit.run`` puts them together."""
+"""Parts of a student's towers from the teacher's. ``inherit.run`` combines them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from teacher_cache.storage.errors import UsageError
 __all__ = ["Directions", "InheritedPart", "inherit_image", "inherit_scale", "inherit_text"]
 
 _TEXT = ("token_embedding", "positional_embedding", "cls_emb", "transformer", "ln_final", "text_projection")
-# the last layer of image towers that are not open_clip's transformer: a Linear to embed_dim
+# last layer, a Linear to embed_dim, of image towers other than open_clip's transformer
 _HEADS = ("head.proj", "attnpool.c_proj")
 
 
@@ -45,11 +45,11 @@ class InheritedPart(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Directions:
-    """How the teacher's embedding space becomes the student's.
+    """Map from the teacher's embedding space to the student's.
 
     Attributes:
         matrix: (teacher_dim, embed_dim), orthonormal columns; None if the widths agree.
-        wider: the student's is the wider one, so that it has no use for the teacher's projections.
+        wider: whether the student's space is wider, so that the teacher's projections cannot be used.
     """
 
     matrix: Tensor | None = None
@@ -57,7 +57,7 @@ class Directions:
 
     @classmethod
     def between(cls, teacher: nn.Module, student: nn.Module, teacher_dim: int, embed_dim: int) -> Directions:
-        """Return the principal directions of the teacher's two projections, which count alike."""
+        """Return the principal directions of the teacher's two projections, with equal weights."""
         if embed_dim >= teacher_dim:
             return cls(wider=embed_dim > teacher_dim)
         projections = [_text_projection(text_tower(teacher)), _image_projection(teacher.visual)]
@@ -138,7 +138,7 @@ def inherit_image(
 
 
 def _copy_tower(student: Student, teacher: LiveTeacher, directions: Directions) -> list[InheritedPart]:
-    """Copy an image tower of the same architecture, its last layer projected to the student's width."""
+    """Copy an image tower of the same architecture, with its last layer projected to the student's width."""
     tower: Any = student.model.visual
     taught: Any = teacher.model.visual
     old_name = _image_name(taught, teacher.architecture)
@@ -166,7 +166,7 @@ def _copy_tower(student: Student, teacher: LiveTeacher, directions: Directions) 
 
 
 def inherit_scale(student: Any, teacher: Any) -> InheritedPart:
-    """Copy logit_scale, and logit_bias where both have one."""
+    """Copy logit_scale, and logit_bias if both have one."""
     student.logit_scale.copy_(teacher.logit_scale)
     parameters = student.logit_scale.numel()
     bias, taught = getattr(student, "logit_bias", None), getattr(teacher, "logit_bias", None)
@@ -183,10 +183,10 @@ def _inherit_tokens(model: nn.Module, embedding: Tensor, counts: Tensor | None) 
     if factors is None:
         text_tower(model).token_embedding.weight.copy_(embedding)  # type: ignore[union-attr,operator]
         return "teacher"
-    # the root, since counts themselves spend the rank on "a" and the end of text; 0.1, so that no token is lost
+    # sqrt: plain counts would spend the rank on "a" and the end of text; 0.1: no token is lost
     weights = torch.ones(len(embedding)) if counts is None else counts.sqrt() + 0.1
     directions = principal_directions(embedding, factors.factors.embedding_dim, weights)
-    # each row at its nearest point of that space
+    # project each row to the nearest point of that space
     factors.factors.weight.copy_(embedding @ directions)
     factors.projection.weight.copy_(directions)
     squares = weights.double() * embedding.double().square().sum(1)
@@ -228,7 +228,7 @@ def _inherit_transformer(
         note = f", patches resampled from {patches.shape[-1]} to {tower.patch_size[0]}"
         patches = resample_patch_embed(patches, list(tower.patch_size))
     positions = {"visual.positional_embedding": state["positional_embedding"]}
-    resize_pos_embed(positions, student.model)  # to the student's grid; does nothing if it is the same
+    resize_pos_embed(positions, student.model)  # to the student's grid, if it differs
     position = positions["visual.positional_embedding"]
     blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
     around = [state["conv1.weight"].flatten(1).T, state["positional_embedding"], state["proj"].T]
@@ -281,7 +281,7 @@ def _text_misfit(
 
 
 def _other_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """Return why these are not the expected tensors. None: they are."""
+    """Return how these differ from the expected tensors. None: they do not."""
     for name in sorted({*tensors, *expected}):
         shapes = [tuple(one[name].shape) if name in one else "not there" for one in (expected, tensors)]
         if shapes[0] != shapes[1]:
@@ -294,7 +294,7 @@ def _text_state(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def _text_projection(tower: Any) -> Tensor | None:
-    """Return (width, embed_dim), where the tower's projection is a plain matrix."""
+    """Return (width, embed_dim), if the tower's projection is a plain matrix."""
     projection = getattr(tower, "text_projection", None)
     return projection.detach() if isinstance(projection, nn.Parameter) else None
 

