@@ -1,7 +1,7 @@
 """The ``teacher-cache`` command: a verb and a run file, or a verb and flags.
 
 Results go to stdout, progress to stderr. Exit 0: fine; 1: something is wrong with the data, or the run stopped;
-2: the command or a setting cannot be used. torch is imported by the commands that need it, when they need it.
+2: the command or a setting cannot be used. Only commands that need torch import it, when they need it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
     A stopped process no longer reaps its children (``teacher_cache.pipeline.train.stop_signals.interrupt``).
     """
-    # we use no pydantic plugin, and looking for one reads the metadata of every installed package
+    # the search for pydantic plugins, which we do not use, reads the metadata of every installed package
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -61,7 +61,7 @@ def main() -> None:
             raise
         say(f"error: {MissingPackageError(error.name)}")
         sys.exit(2)
-    # FloatingPointError: the loss is not finite; OSError: a file or a disk. Both name what they met
+    # FloatingPointError: the loss is not finite; OSError: a file or a disk; both messages name the cause
     except (CacheError, FloatingPointError, OSError) as error:
         say(f"error: {error}")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The commands that make, prove and mend a cache: ``precompute``, ``import``, ``verify``, ``repair``."""
+"""The commands that make, verify and repair a cache: ``precompute``, ``import``, ``verify``, ``repair``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["import_folder", "precompute", "repair", "verify"]
 
 _ROWS_SHOWN = 20
 
-# repair mends none of these: precompute finishes a cache, and a file that is unknown or unreadable is its owner's
+# repair leaves these: precompute finishes a cache, and the owner decides on unknown and unreadable files
 _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
 
 
@@ -172,7 +172,7 @@ def repair(cache: str, as_json: bool, **options: Any) -> None:
 
 
 def _check_dataset(dataset: str) -> None:
-    """Refuse a dataset whose kind or options are mistyped, before torch is imported.
+    """Check the kind and options of a dataset before torch is imported.
 
     Raises:
         UsageError: it cannot be parsed.

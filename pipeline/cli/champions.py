@@ -171,7 +171,7 @@ def _share(value: float | None, interval: Any) -> str:
 
 
 def retrain_lines(result: RetrainResult) -> list[str]:
-    """Return what a retraining did, one line per step that happened."""
+    """Return a line for each step that a retraining took."""
     look, changes = result.look, result.look.changes
     lines = [] if look.unread is None else [look.unread]
     if changes is not None and result.outcome != "nothing-new":

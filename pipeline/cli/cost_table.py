@@ -16,7 +16,7 @@ __all__ = ["cost_table"]
 
 
 def cost_table(result: CostResult) -> Table:
-    """Return one column per model, and beside it the share or speed relative to the reference."""
+    """Return a table with a column per model, and beside it the share or speed relative to the reference."""
     threads = "" if result.threads is None else f", {counted(result.threads, 'thread')}"
     table = Table(
         title=escape(f"{result.device}{threads}; without decoding and tokenizing"),
@@ -60,7 +60,7 @@ def _quantities(result: CostResult) -> Iterator[tuple[str, dict[str, float | Non
         return by_model(lambda model: _scaled(getattr(model.facts.flops, part) if model.facts.flops else None, 1e9))
 
     def tokens(part: str) -> str:
-        """Return the number of tokens, or all numbers where models differ."""
+        """Return the number of tokens, or all numbers if models differ."""
         counts = [getattr(model.facts.flops, part) for model in result.models.values() if model.facts.flops]
         return " or ".join(str(count) for count in dict.fromkeys(counts))
 

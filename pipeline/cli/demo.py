@@ -1,4 +1,4 @@
-"""The ``demo`` command: the main job on rendered scenes and a small trained teacher; no download, no service."""
+"""The ``demo`` command: cache and distill a small trained teacher on rendered scenes, without download or service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHE_NAMES", "RUN_NAMES", "DemoResult", "demo", "demo_table", "run_demo"]
 
-# enough for most of the recall that this student reaches, in a minute and a half on two cores
+# reaches most of this student's recall in a minute and a half on two cores
 STUDENT = "scenes-small"
 SETTINGS: dict[str, Any] = {
     "epochs": 32,
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "losses": {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0},
 }
 
-# files of a cache and of a run, finished or not: only folders that hold nothing else are replaced
+# files of a cache and a run, finished or not: only folders with nothing else are replaced
 CACHE_NAMES = {"manifest.json", "manifest.backup.json", "samples", "captions", "problems", "targets.zarr"}
 CACHE_NAMES |= {"commits", "claims", "journal"}
 RUN_NAMES = {"run.json", "log.jsonl", "checkpoints", "tensorboard", "evaluations", ".lock"}
@@ -77,7 +77,7 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 def run_demo(out: Path, progress: StageProgress) -> DemoResult:
-    """Precompute, train and evaluate below ``out``. Scenes rendered before are used again; cache and run are not."""
+    """Precompute, train and evaluate below ``out``. Rendered scenes are reused; cache and run are replaced."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
     from teacher_cache.pipeline.models.teacher import load_teacher
     from teacher_cache.pipeline.precompute.run import precompute
@@ -110,7 +110,7 @@ def run_demo(out: Path, progress: StageProgress) -> DemoResult:
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Return recalls and parameters of teacher and student, the retention, and the seconds by stage."""
+    """Return the table of recalls and parameters of teacher and student, the retention, and the seconds by stage."""
     measured = result.evaluation
     assert measured.student is not None  # the demo evaluates a run
     assert measured.retention is not None
@@ -147,7 +147,7 @@ def _remove(folder: Path, known: set[str]) -> None:
     """Remove the folder of an earlier demo.
 
     Raises:
-        UsageError: it holds something that the demo did not make.
+        UsageError: it contains files that the demo did not make.
     """
     if not folder.exists():
         return

@@ -49,7 +49,7 @@ def deploy(settings: Settings[DeployConfig], as_json: bool) -> None:
     print_lines(f"{result.out}: {len(result.deployment.artefacts())} proven files")
 
 
-_BATCH = 64  # images decoded before they are embedded: bounds the memory
+_BATCH = 64  # images decoded at a time: bounds the memory
 _TEXTS_SHOWN = 5
 
 
@@ -98,7 +98,7 @@ def infer(
 
 
 def _files(images: Sequence[str]) -> list[str]:
-    """Return the image files, with each folder replaced by its images in order of name."""
+    """Return the image files, with each folder replaced by its images in name order."""
     from teacher_cache.pipeline.data.datasets.records import IMAGE_ENDINGS, contents
 
     files: list[str] = []

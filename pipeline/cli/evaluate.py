@@ -67,7 +67,7 @@ def zero_shot(settings: Settings[ZeroShotConfig], as_json: bool) -> None:
 
 
 def recall_table(title: str, result: EvaluateResult) -> Table:
-    """Return the recalls of teacher, student and each measured tower, the retention and its interval, in percent."""
+    """Return the table of recalls of teacher, student and measured towers, with retention and interval, in percent."""
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     columns = [(direction, name) for direction, recalls in result.teacher.items() for name in recalls]
@@ -101,7 +101,7 @@ def _recall_rows(result: EvaluateResult) -> Iterator[tuple[str, Any, float | Non
 
 
 def accuracy_table(result: ZeroShotResult) -> Table:
-    """Return the accuracies of teacher and student side by side, in percent."""
+    """Return the table of teacher's and student's accuracies, in percent."""
     title = (
         f"{result.dataset}{f', {result.split}' if result.split else ''}: {result.images:,} images, "
         f"{result.classes:,} classes by {result.matched_by}, {counted(len(result.prompts), 'prompt')} a class"
@@ -118,7 +118,7 @@ def accuracy_table(result: ZeroShotResult) -> Table:
 
 
 def _checkpoint(checkpoint: str | None, chosen_on: str | None) -> str:
-    """Return how a table's title ends: with the name of the student's checkpoint."""
+    """Return the end of a table's title: the name of the student's checkpoint."""
     if checkpoint is None:
         return ""
     return f"; checkpoint {checkpoint.rpartition('/')[2]}" + ("" if chosen_on is None else f", chosen on {chosen_on}")

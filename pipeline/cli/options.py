@@ -28,7 +28,7 @@ _METAVARS = {int: "N", float: "X"}
 
 @dataclass(frozen=True)
 class Settings(Generic[_C]):
-    """The settings that a user typed for one stage; ``load`` checks them."""
+    """Settings that a user typed for one stage; ``load`` checks them."""
 
     kind: type[_C]
     stage: str
@@ -37,14 +37,14 @@ class Settings(Generic[_C]):
     assignments: tuple[str, ...]
 
     def explicit(self) -> dict[str, Any]:
-        """Return the settings that were written or typed, unchecked."""
+        """Return the settings from the run file and the command line, unchecked."""
         return explicit_settings(self.stage, self.run_file, self.flags, self.assignments)
 
     def load(self, **fixed: Any) -> _C:
         """Return the checked settings.
 
         Args:
-            fixed: settings that the command itself gives.
+            fixed: settings from the command itself.
         """
         return load_config(self.kind, self.stage, self.run_file, self.flags | fixed, self.assignments)
 
@@ -57,11 +57,10 @@ def settings_command(
     optional: Sequence[str] = (),
     example: str = "",
 ) -> Callable[[_Callback], click.Command]:
-    """Return a decorator that makes a command of a function whose first argument is :class:`Settings`.
+    """Return a decorator that turns a function whose first argument is :class:`Settings` into a command.
 
     Args:
-        flags: fields that are options, in this order; the other fields are for the run file and ``--set``. By default
-            all fields are options.
+        flags: fields with a flag, in this order; the others are set in the run file or by ``--set``. Default: all.
         argument: a required field that is typed without a flag.
         optional: required fields that this command can do without.
         example: words after ``teacher-cache``, shown below the help.
@@ -80,7 +79,7 @@ def settings_command(
 
     def decorate(function: _Callback) -> click.Command:
         def run(run_file: Path | None = None, assignments: tuple[str, ...] = (), **typed: Any) -> None:
-            # an option that may be repeated is an empty tuple where it was not typed
+            # a repeatable option that was not typed is an empty tuple
             values = {field: None if typed[field] == () else typed[field] for field in typed if field in fields}
             others = {option: value for option, value in typed.items() if option not in fields}
             function(Settings(kind, name, run_file, values, assignments), **others)
@@ -95,7 +94,7 @@ def settings_command(
 
 
 class _SettingsCommand(Command):
-    """A command that knows settings without a flag, to answer when one is typed as a flag."""
+    """Command that knows the settings without a flag, and explains when one is typed as a flag."""
 
     def __init__(self, *args: Any, fields: tuple[str, ...], **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -138,7 +137,7 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     kind = _without_none(field.annotation)
     items = get_args(kind)
     if kind is bool:
-        # off unless set, or on unless refused; without a declared default None tells that neither was typed
+        # default=None: neither form was typed
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, **settings)
     if get_origin(kind) is Literal:
         settings["type"] = click.Choice(items)

@@ -17,18 +17,18 @@ def resumable(state: Callable[[], str], errors: bool = True) -> Iterator[None]:
     """Exit 1 with one line when the block is interrupted.
 
     Args:
-        state: returns what is saved and how to continue. It is called only after an interruption.
-        errors: say so after an error of a file or a disk too.
+        state: returns what is saved and how to continue. Called only after an interruption.
+        errors: also handle errors of files and disks.
     """
     try:
         yield
     except KeyboardInterrupt:
         say(f"stopped: {state()}")
         sys.exit(1)
-    except CacheUnreachableError as error:  # names the remedy; asking the store for the state would take as long again
+    except CacheUnreachableError as error:  # names the remedy; asking the store for the state would time out too
         say(f"error: {str(error).rstrip('.')}. What is committed stays.")
         sys.exit(1)
-    except OSError as error:  # a full disk, a missing right, a share that is away
+    except OSError as error:  # a full disk, a missing permission, a missing share
         if not errors:
             raise
         say(f"error: {str(error).rstrip('.')}. {state()}")
@@ -39,7 +39,7 @@ def chunks_committed(cache: str) -> Callable[[], str]:
     """Return a function that counts the committed chunks of a cache."""
 
     def state() -> str:
-        from teacher_cache.storage.look.info import count_committed  # no torch, which may be half imported
+        from teacher_cache.storage.look.info import count_committed  # no torch: its import may have been interrupted
 
         try:
             done, total = count_committed(cache)

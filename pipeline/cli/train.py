@@ -66,7 +66,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
 
 
 def _check_split(config: TrainConfig) -> None:
-    """Refuse a missing cache or a mistyped split before torch is imported.
+    """Check the cache and the name of the split before torch is imported.
 
     Raises:
         CacheNotFoundError: no cache is at this location.
@@ -82,7 +82,7 @@ def _check_split(config: TrainConfig) -> None:
 
 
 def _say_what_the_recipe_leaves(settings: Settings[TrainConfig], config: TrainConfig) -> None:
-    """Name the settings that win over a recipe: losses in a run file are easily forgotten when recipes are compared."""
+    """Report the settings that override the recipe: losses in a run file are easily forgotten."""
     explicit = settings.explicit()
     if "recipe" in explicit and (own := sorted(RECIPE_SETTINGS & explicit.keys())):
         say(f"recipe {config.recipe}, but for {', '.join(own)}: as given")
@@ -108,7 +108,7 @@ def _lines(result: TrainResult) -> list[str]:
 
 
 def _resumed(settings: Settings[TrainConfig]) -> TrainConfig:
-    """Return the settings of the run in --out, and those that were typed; training refuses a difference."""
+    """Return the settings of the run in --out, with the typed ones; training refuses a difference."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
 
     explicit = settings.explicit()

@@ -25,7 +25,7 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write contiguous tensors as a safetensors file. Not atomic: the caller writes a temporary folder.
+    """Write contiguous tensors as a safetensors file. Not atomic: ``path`` is in an unfinished folder.
 
     Raises:
         OSError: the file cannot be written, for example on a full disk.

@@ -1,4 +1,4 @@
-"""Base class of the settings, and the fields that several stages have."""
+"""Base class of the settings, and fields shared by several stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def comma_separated(value: Any) -> Any:
-    """Split a text at its commas, as the command line gives a list of numbers; return any other value unchanged."""
+    """Split a text at its commas (a list on the command line); return any other value unchanged."""
     return value.split(",") if isinstance(value, str) else value
 
 

@@ -1,7 +1,7 @@
-"""Named recipes: settings of ``TrainConfig`` that belong together, each with its source. No torch.
+"""Named recipes: groups of ``TrainConfig`` settings, each with its source. No torch.
 
-A recipe fills the settings that neither a flag nor the run file gives (``TrainConfig.recipe``); what is recorded of a
-run are the numbers, so that a recipe may change without changing what a run says of itself.
+A recipe (``TrainConfig.recipe``) fills the settings that neither a flag nor the run file sets. A run records the
+numbers, so a later change of the recipe does not affect it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ __all__ = [
     "in_teacher_space",
 ]
 
-# those of teacher_cache.pipeline.train.losses.LOSSES: a config is checked, and a flow deployed, without torch
+# names of teacher_cache.pipeline.train.losses.LOSSES, here so that checking a config needs no torch
 LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
-# those that compare the student's features with the teacher's, so that either can stand for the other
+# losses that compare the student's features with the teacher's, which makes them interchangeable
 TEACHER_SPACE_LOSSES = ("cosine", "feature", "interactive", "queue")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings as ``TrainConfig`` names them; every one of them can be set over the recipe's.
+    """Settings with the names of ``TrainConfig``. Explicit settings override them.
 
     Attributes:
         losses: weight of each named loss.
-        learning_rate: peak; cosine to 0 from there.
-        weight_decay: AdamW's.
+        learning_rate: peak, followed by cosine decay to 0.
+        weight_decay: weight decay of AdamW.
         warmup_fraction: share of all steps with a rising learning rate.
-        label_smoothing: of the contrastive loss.
-        temperature: of the relational_mse loss.
+        label_smoothing: label smoothing of the contrastive loss.
+        temperature: temperature of the relational_mse loss.
     """
 
     losses: dict[str, float]
@@ -68,12 +68,12 @@ GUIDE = Recipe(
     label_smoothing=0.1,
     temperature=2.0,
 )
-"""The published how-to to the letter: MSE of image features + MSE of text features + 0.1 x MSE of the softmaxed logits.
+"""The published guide, unchanged: MSE of image features + MSE of text features + 0.1 x MSE of the softmaxed logits.
 
-AdamW 5e-4, weight decay 1e-4, cosine over 100 epochs without warm-up, T = 2. Label smoothing 0.1 is set as asked and
-acts on ``contrastive``, which the guide's loss does not contain: it takes effect when that loss is given a weight.
-These element-mean losses are small (feature is at most 8 / dim); AdamW's steps do not depend on that, clipping and
-weights against other losses do. Augmentation: random crops, so a cache of two views or more.
+AdamW 5e-4, weight decay 1e-4, cosine over 100 epochs without warm-up, T = 2. Label smoothing 0.1 is set, but
+acts only on ``contrastive``, which its loss does not contain. These element-mean losses are small (feature is at most
+8 / dim). AdamW's steps do not depend on their scale; clipping and weights against other losses do. Augmentation: random
+crops, so use a cache of two views or more.
 """
 
 CLIP_KD = Recipe(
@@ -84,8 +84,8 @@ CLIP_KD = Recipe(
 )
 """CLIP-KD's unified method (Yang et al. 2024): task loss + CRD + ICL + 2000 x FD, as in the authors' scripts.
 
-There AdamW 1e-3, weight decay 0.1, 10,000 warm-up steps of about 400,000 (32 epochs of CC3M + CC12M in batches of
-1,024). They train on random crops that teacher and student both see, so a cache of several views comes nearest.
+Published settings: AdamW 1e-3, weight decay 0.1, 10,000 warm-up steps of about 400,000 (32 epochs of CC3M + CC12M in
+batches of 1,024). Teacher and student see the same random crops, so a cache of several views comes closest.
 """
 
 MOBILECLIP = Recipe(
@@ -96,12 +96,12 @@ MOBILECLIP = Recipe(
 )
 """MobileCLIP's reinforced training (Vasu et al. 2024): (1 - lambda) x contrastive + lambda x distillation.
 
-lambda = 0.75, the published script's of MobileCLIP-B on DataCompDR-1B; for its S models and for DataCompDR-12M lambda
-is 1: set ``losses = {relational = 1.0}``. Any other lambda is ``losses = {contrastive = 1 - lambda, relational =
+lambda = 0.75 as in the published script of MobileCLIP-B on DataCompDR-1B. For its S models and for DataCompDR-12M
+lambda is 1: set ``losses = {relational = 1.0}``. Any other lambda is ``losses = {contrastive = 1 - lambda, relational =
 lambda}``. relational differs from their KL by the teacher's entropy, a constant
-(``teacher_cache.pipeline.train.losses``). The teacher's temperature is the cache's logit_scale (theirs is 100). There
-AdamW 1e-3, weight decay 0.2, 1,000 warm-up steps of 200,000. Augmentation there: 10 (1B) or 30 (12M) random resized
-crops with RandAugment, and 5 synthetic captions an image, so a cache of many views.
+(``teacher_cache.pipeline.train.losses``). The teacher's temperature is the cache's logit_scale (theirs is 100).
+Published settings: AdamW 1e-3, weight decay 0.2, 1,000 warm-up steps of 200,000; 10 (1B) or 30 (12M) random resized
+crops with RandAugment, and 5 synthetic captions per image, so use a cache of many views.
 """
 
 RECIPES: dict[str, Recipe] = {
@@ -111,10 +111,10 @@ RECIPES: dict[str, Recipe] = {
     "mobileclip": MOBILECLIP,
 }
 
-# the settings that a recipe fills
+# settings that a recipe fills
 RECIPE_SETTINGS = frozenset(field.name for field in fields(Recipe))
 
 
 def in_teacher_space(losses: dict[str, float]) -> bool:
-    """Check whether these losses train projections by which student and teacher rows can be compared."""
+    """Return whether these losses train projections that make student and teacher rows comparable."""
     return any(losses.get(name, 0) > 0 for name in TEACHER_SPACE_LOSSES)

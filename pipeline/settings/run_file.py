@@ -1,8 +1,8 @@
 """Settings of a stage from a run file, ``--set name=value`` and flags, checked before any model is built.
 
-A run file is TOML with a table per stage, ``[precompute]`` and ``[train]``. A top-level ``cache`` counts for all
-stages but ``[retrain]``, which makes its own. The run file comes first, ``--set`` wins over it, and flags win over
-both. Paths are relative to the working directory, wherever they are written.
+A run file is TOML with a table per stage, such as ``[precompute]`` and ``[train]``. A top-level ``cache`` applies to
+all stages except ``[retrain]``, which makes its own. ``--set`` overrides the run file, and flags override both. Paths are
+always relative to the working directory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_config(
 
     Args:
         path: the run file, if any.
-        flags: settings by name. None means that the flag was not typed.
+        flags: settings by name. None: the flag was not typed.
         assignments: texts ``name=value`` of ``--set``. The value is TOML, else a text; a dotted name is nested.
 
     Raises:
@@ -46,7 +46,7 @@ def load_config(
 def explicit_settings(
     stage: str, path: Path | None, flags: dict[str, Any], assignments: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the settings of a stage that were written or typed, with values unchecked; see :func:`load_config`.
+    """Return the settings of a stage from run file and command line, unchecked; see :func:`load_config`.
 
     Raises:
         UsageError: the run file cannot be read, is not TOML or has an unknown table; or an assignment is malformed.
@@ -79,7 +79,7 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion of the known name most similar to this one, or nothing."""
+    """Return a suggestion with the most similar known name, or an empty text."""
     similar = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
@@ -104,7 +104,7 @@ def _read_tables(path: Path) -> dict[str, Any]:
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:
-    """Set one value; tables on the way to it are copied."""
+    """Set one value, copying the tables that contain it."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise UsageError(f"--set {assignment}: write name=value")
@@ -123,11 +123,11 @@ def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # --set split=test need not be quoted
+        return text  # --set split=test needs no quotes
 
 
 def _problem(kind: type[StageConfig], problem: dict[str, Any], where: str) -> str:
-    """Return one problem that pydantic found, with the next step."""
+    """Describe one of pydantic's problems, with the next step."""
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         stage = where.rpartition("[")[2].rstrip("]")

@@ -172,7 +172,7 @@ class TrainConfig(StageConfig):
     @field_validator("pixels", mode="before")
     @classmethod
     def _read_empty_as_none(cls, pixels: Any) -> Any:
-        return pixels or None  # --set pixels= continues a run whose folder of pixels is gone
+        return pixels or None  # --set pixels= resumes a run whose folder of pixels is gone
 
     @field_validator("recipe")
     @classmethod

@@ -5,7 +5,7 @@
   principal directions.
 - Any other image tower: a copy if the architecture is the same, or its trunk from a file; else it stays random.
 - A smaller embed_dim: both towers are projected to the principal directions of the teacher's two projections, and the
-  student's own projections start as the inverse.
+  student's own projections start as the map back.
 
 Parts that do not fit stay random; the result names them with the reason.
 """
