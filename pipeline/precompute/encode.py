@@ -99,8 +99,8 @@ def encode_claimed(
     shared = _SharedChunks(writer, refs)
     encoder = _Encoder(config, teacher, writer, tally, known)
     with tally, Claims(writer.files) as claims:
-        while shared.left:
-            stretches, claimed = stretches_of(shared.left), list[ChunkRef]()
+        while shared.pending:
+            stretches, claimed = stretches_of(shared.pending), list[ChunkRef]()
             # the stretches that killed the most processes come last, one at a time
             for takeovers in (0, 1, None):
                 coming = claims.share(stretches, shared.is_done, takeovers)
@@ -108,7 +108,7 @@ def encode_claimed(
                 if claimed:
                     break
             tally.add(shared.settle(claimed, claims))
-            if shared.left and not claimed:
+            if shared.pending and not claimed:
                 time.sleep(_OTHERS_POLL_SECONDS)
     return shared.encoded
 
@@ -155,7 +155,7 @@ class _SharedChunks:
 
     def __init__(self, writer: EmbeddingWriter, refs: Sequence[ChunkRef]) -> None:
         self._writer = writer
-        self.left = list(refs)
+        self.pending = list(refs)
         self.encoded: set[ChunkRef] = set()
         # damaged chunks have a commit record already, so the record does not mean done
         self._damaged = writer.committed(refs)
@@ -172,9 +172,9 @@ class _SharedChunks:
         mixed = {ref for ref in claimed if claims.contested(claim_name(ref)) and not self._writer.is_sound(ref)}
         self._damaged |= mixed
         self.encoded.update(set(claimed) - mixed)
-        elsewhere = [ref for ref in self.left if ref not in self.encoded and self.is_done(ref)]
+        elsewhere = [ref for ref in self.pending if ref not in self.encoded and self.is_done(ref)]
         finished = self.encoded.union(elsewhere)
-        self.left = [ref for ref in self.left if ref not in finished]
+        self.pending = [ref for ref in self.pending if ref not in finished]
         return elsewhere
 
 

@@ -1,7 +1,7 @@
 """Settings of a stage from a run file, ``--set name=value`` and flags, checked before any model is built.
 
 A run file is TOML with a table per stage, such as ``[precompute]`` and ``[train]``. A top-level ``cache`` applies to
-all stages except ``[retrain]``, which makes its own. ``--set`` overrides the run file, and flags override both. Paths are
+all stages except ``[retrain]``, which makes its own. ``--set`` overrides the run file, flags override both. Paths are
 always relative to the working directory.
 """
 
