@@ -65,7 +65,7 @@ class ProbeRate(BaseModel, frozen=True):
 
     rows: int = Field(description="Number of rows in the timed batch.")
     seconds_per_row: float = Field(
-        description="Wall clock of a row: reading, decoding and the teacher, overlapped where the teacher is on a GPU."
+        description="Wall-clock seconds of a row: reading, decoding and the teacher, overlapped if it is on a GPU."
     )
     teacher_seconds_per_row: float = Field(description="Seconds of a row in the forward pass alone.")
 
@@ -78,22 +78,22 @@ class Forecast(BaseModel, frozen=True):
     teacher: str
     device: str
     precision: str
-    images: int = Field(description="Images that the dataset lists; those that cannot be read will get no row.")
+    images: int = Field(description="Images listed by the dataset; unreadable ones will get no row.")
     captions: int
     views: int
     chunks: int
     image_chunk_rows: int
     text_chunk_rows: int
     target_bytes: int = Field(description="Bytes of the embeddings.")
-    table_bytes: int = Field(description="Bytes of samples and captions, estimated.")
-    there_bytes: int = Field(0, description="Bytes of both that the cache has already.")
-    free_bytes: int | None = Field(description="Free bytes where the cache will lie; None for a URL.")
-    committed_rows: int = Field(description="Image views and captions that the cache has already.")
-    reuse: str | None = Field(None, description="Finished cache that rows are copied from.")
+    table_bytes: int = Field(description="Estimated bytes of samples and captions.")
+    there_bytes: int = Field(0, description="Bytes of embeddings and tables that the cache already has.")
+    free_bytes: int | None = Field(description="Free bytes on the disk of the cache; None for a URL.")
+    committed_rows: int = Field(description="Image views and captions that the cache already has.")
+    reuse: str | None = Field(None, description="Finished cache whose rows are copied.")
     rows_reused: dict[Tower, int] = Field(
-        description="Rows copied from it by tower: image views, and captions. The time that takes is not counted."
+        description="Copied rows by tower: image views, and captions. The time for copying is not included."
     )
-    rows_to_encode: dict[Tower, int] = Field(description="Rows by tower that the teacher has to encode.")
+    rows_to_encode: dict[Tower, int] = Field(description="Rows that the teacher must encode, by tower.")
     probe_images: int
     probe_captions: int
     probe_lost: int = Field(description="Images of the probe that could not be read.")
@@ -102,10 +102,10 @@ class Forecast(BaseModel, frozen=True):
     check_seconds: float = Field(description="Seconds to read every file once for its digest, before the teacher.")
     encode_seconds: float = Field(description="Seconds to encode the remaining rows, by one process.")
     online_epoch_seconds: float = Field(
-        description="Seconds of the teacher in each epoch of training without a cache: each image, one caption."
+        description="Seconds of the teacher per epoch of training without a cache: every image, one caption each."
     )
     epochs_to_pay: int | None = Field(
-        description="Number of student epochs, over all students, from which on the cache is cheaper."
+        description="Number of epochs, over all students, from which the cache is cheaper."
     )
 
     @property

@@ -58,19 +58,17 @@ class ImportResult(BaseModel, frozen=True):
     captions: int
     images_imported: int = Field(description="Images with the folder's row.")
     captions_imported: int
-    images_encoded: int = Field(
-        description="Images that the teacher encoded, since the folder has no usable row of them."
-    )
+    images_encoded: int = Field(description="Images without a usable row in the folder, which the teacher encoded.")
     captions_encoded: int
-    quarantined: int = Field(description="Images that cannot be used, whether or not the folder has a row of them.")
-    images_proven: int = Field(description="Rows of the folder that were compared with the live teacher's.")
+    quarantined: int = Field(description="Unusable images, with or without a row in the folder.")
+    images_proven: int = Field(description="Image rows of the folder compared with the live teacher's.")
     captions_proven: int
-    least_cosine: float | None = Field(description="Least cosine of all rows that were compared.")
+    least_cosine: float | None = Field(description="Least cosine of all compared rows.")
     matched: MatchCounts
-    lost_images: int = Field(description="Images of the dataset that got no row.")
+    lost_images: int = Field(description="Images of the dataset without a row.")
     problems: dict[str, int]
     chunks: int
-    chunks_written: int = Field(description="Chunks that this run wrote.")
+    chunks_written: int = Field(description="Chunks written by this run.")
     seconds: float
 
 

@@ -42,13 +42,15 @@ class RepairResult(BaseModel, frozen=True):
 
     cache: str
     ok: bool = Field(description="State of the cache: complete and sound.")
-    done: tuple[str, ...] = Field(description="Lines, one per mended object or chunk.")
+    done: tuple[str, ...] = Field(description="Lines, one per repaired object or chunk.")
     chunks_encoded: int
     manifest_digest: str
     replaced_manifest_digest: str | None = Field(
-        description="Digest of the sealed cache before, if chunks came back with other bytes."
+        description="Digest of the previously sealed cache, if encoded chunks have other bytes."
     )
-    left: tuple[str, ...] = Field((), description="Damaged chunks of imported rows, which the import makes again.")
+    left: tuple[str, ...] = Field(
+        (), description="Damaged chunks of imported rows, which only the import can make again."
+    )
     findings: tuple[Finding, ...] = Field(description="Remaining findings: unknown files, or an unfinished cache.")
     seconds: float
 

@@ -32,7 +32,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     cache: str
     manifest_digest: str
     replaced_manifest_digest: str | None = Field(
-        description="Digest of the sealed cache before, if damaged chunks came back with other bytes."
+        description="Digest of the previously sealed cache, if encoded chunks have other bytes."
     )
     identity_digest: str
     teacher: str
@@ -43,7 +43,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     chunks: int
     chunks_encoded: int = Field(description="Chunks encoded by this run.")
     rows_reused: dict[Tower, int] = Field(
-        description="Rows of view 0 and captions that the reused cache has, by tower. 0 if this run encoded nothing."
+        description="Rows of view 0 and captions also in the reused cache, by tower. 0 if this run encoded nothing."
     )
     quarantined: int = Field(description="Images without an embedding in some view, each counted once.")
     lost_images: int = Field(description="Images of the dataset without a row.")

@@ -64,7 +64,7 @@ class WrongRow(BaseModel, frozen=True):
     view: int
     row: int
     sample_id: str = Field(description="Id of the image, for a caption too.")
-    cosine: float | None = Field(description="Cosine of stored and live row; None where one of them is missing.")
+    cosine: float | None = Field(description="Cosine of stored and live row; None if one is missing.")
     what: str
 
 
@@ -78,9 +78,9 @@ class ProofResult(BaseModel, frozen=True):
     precision: str = Field(description="Precision of the live teacher.")
     seed: int
     threshold: float
-    images_compared: int = Field(description="Number of views of images that were compared.")
+    images_compared: int = Field(description="Number of compared image views.")
     captions_compared: int
-    quarantined_checked: int = Field(description="Drawn image rows without embedding, whose reason was checked.")
+    quarantined_checked: int = Field(description="Sampled quarantined image rows whose reason was checked.")
     least_cosine: float | None = Field(description="Least cosine of all rows compared.")
     least_cosine_row: str | None
     wrong: tuple[WrongRow, ...]
