@@ -31,16 +31,10 @@ def redact(text: str) -> str:
 
 
 # lone surrogates: from surrogateescape of bytes that are not UTF-8, or from half a pair in JSON
-_NOT_TEXT = re.compile("[\ud800-\udfff]")
-
-
+NOT_TEXT = re.compile("[\ud800-\udfff]")
 # line ends and escapes would forge lines of a log or drive a terminal; no file name needs them
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
 MAX_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
-
-
 _SHOWN_CHARACTERS = 300
 
 
@@ -50,7 +44,7 @@ def printable(text: str) -> str:
     Passwords and signatures in URLs are hidden, control characters are escaped, and invalid UTF-8 becomes U+FFFD.
     """
     # cut before anything is searched: an error may quote a megabyte
-    shown = redact(_NOT_TEXT.sub("\ufffd", text[:_MOST_NAME_CHARACTERS]))
-    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
-    is_cut = len(text) > _MOST_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
+    shown = redact(NOT_TEXT.sub("\ufffd", text[:MAX_NAME_CHARACTERS]))
+    shown = CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
+    is_cut = len(text) > MAX_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
     return f"{shown[:_SHOWN_CHARACTERS]}..." if is_cut else shown
