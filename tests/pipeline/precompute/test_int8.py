@@ -101,7 +101,7 @@ def test_students_get_unit_targets(home: Path) -> None:
     rows = np.array([0, 5, 47])
     pairs = Pairs(rows, 2 * rows[:, None], np.zeros(3, np.int64))
     targets = {
-        dtype: CachedTeacher(EmbeddingReader(str(home / f"{dtype}.cache"))).targets([pairs])
+        dtype: next(CachedTeacher(EmbeddingReader(str(home / f"{dtype}.cache"))).targets([pairs]))
         for dtype in ("float16", "int8")
     }
     for name in ("image", "text"):
