@@ -3,9 +3,10 @@
 Any function that embeds images and captions can be measured on the same rows as ``evaluate``::
 
     split = open_split(EvaluateConfig(run="runs/a", split="dev"))
-    student = split.ranks(*embed(split, BytesEncoder(encode_images, encode_captions)))
-    teacher = split.ranks(*embed(split, CachedTeacher()))
-    recall_of_ranks(student), recall_of_ranks(teacher)
+    images, captions = embed(split, BytesEncoder(encode_images, encode_captions))
+    student = recall_of_ranks(split.ranks(images, captions))
+    images, captions = embed(split, CachedTeacher())
+    teacher = recall_of_ranks(split.ranks(images, captions))
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_c
 from teacher_cache.storage.look.stats import CacheStats, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["collect_report"]
+__all__ = ["ReportOptions", "collect_report"]
 
 _CELLS = 400
 _PAIRS = 12  # each way

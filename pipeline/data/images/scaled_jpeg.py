@@ -114,7 +114,7 @@ class ScaledJpeg:
 
         Raises:
             UndecodableImageError: the data is damaged, as
-            :func:`teacher_cache.pipeline.data.images.decode.decode_image`.
+                :func:`teacher_cache.pipeline.data.images.decode.decode_image`.
             ValueError: the height or width is 0.
         """
         if min(size) < 1:
