@@ -28,7 +28,7 @@ def test_a_deployment_run_makes_a_whole_cache_one_task_run_per_span(served, prec
     assert (report.images, report.captions, report.quarantined) == (IMAGES, CAPTIONS, 1)
     # 4 chunks of 8 images, 11 of 8 captions, two to a span, no span across towers
     texts = [f"encode-text-{first:06d}-{min(first + 1, 10):06d}" for first in range(0, 11, 2)]
-    images = ["encode-image-v0-000000-000001", "encode-image-v0-000002-000003"]
+    images = ["encode-image-000000-000001", "encode-image-000002-000003"]
     assert served.task_names(flow_run) == ["plan", *images, *texts, "seal", "report"]
 
 
