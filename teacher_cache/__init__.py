@@ -14,8 +14,9 @@ Importing this package loads nothing else: each name is loaded on first use. Onl
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from teacher_cache.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import deploy as deploy
@@ -81,14 +82,7 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].partition(":")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), attribute or name)
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

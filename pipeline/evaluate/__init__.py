@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from teacher_cache.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.embed import BytesEncoder as BytesEncoder
@@ -36,12 +37,11 @@ _HOMES = {
     "EvaluateResult": "retrieval",
     "EvaluationSplit": "split",
     "evaluate": "retrieval",
+    "first_positive_ranks": "recall",
     "open_split": "split",
+    "recall_of_ranks": "recall",
+    "retention": "recall",
+    "retrieval_recall": "recall",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'recall')}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

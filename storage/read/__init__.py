@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from teacher_cache.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from teacher_cache.storage.read.reader import EmbeddingReader as EmbeddingReader
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddingReader", "ResidentRows", "RowSet", "batches", "window_order"]
 
-_HOMES = {"EmbeddingReader": "reader", "ResidentRows": "resident", "RowSet": "row_set"}
+_HOMES = {
+    "EmbeddingReader": "reader",
+    "ResidentRows": "resident",
+    "RowSet": "row_set",
+    "batches": "shuffle",
+    "window_order": "shuffle",
+}
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'shuffle')}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)
