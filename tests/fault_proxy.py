@@ -82,7 +82,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.plan = lambda request: fault if method in (None, request.method) else None
 
     def seeded(self, seed: int, share: float, faults: list[Fault], most_in_a_row: int) -> None:
-        """Faults by chance, but never more in a row to one method and key than a client is to survive."""
+        """Faults by chance, but at most so many in a row to one method and key, whichever clients ask for it."""
         rng = random.Random(seed)
         rows: dict[tuple[str, str], int] = {}
 
