@@ -21,6 +21,7 @@ from teacher_cache.storage.cli.app import (
     json_flag,
     print_json,
     print_lines,
+    print_result,
     rates,
 )
 from teacher_cache.storage.cli.compare import print_findings, print_report
@@ -67,10 +68,7 @@ def precompute(settings: Settings[PrecomputeConfig], dry_run: bool, as_json: boo
 
         with StageProgress() as progress:
             result = run(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        _print_precomputed(result)
+    print_result(result, as_json, _precomputed_lines)
 
 
 @settings_command(
@@ -96,10 +94,7 @@ def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
 
         with StageProgress() as progress:
             result = import_rows(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*_import_lines(result))
+    print_result(result, as_json, _import_lines)
 
 
 @settings_command(
@@ -188,7 +183,8 @@ def _refuse_without_sample(flags: dict[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} needs --sample: plain verify loads no teacher")
 
 
-def _print_precomputed(result: PrecomputeResult) -> None:
+def _precomputed_lines(result: PrecomputeResult) -> list[str]:
+    """Return the lines of stdout. Problems and notes go to stderr."""
     views = "" if result.views == 1 else f" in {result.views} views"
     speed = rates(result.images_per_second, result.captions_per_second)
     for line in result.problem_details:
@@ -200,11 +196,11 @@ def _print_precomputed(result: PrecomputeResult) -> None:
     if any(reused.values()):
         copied = f"{counted(reused['image'], 'image')} and {counted(reused['text'], 'caption')}"
         say(f"copied: {copied}; the others were encoded")
-    print_lines(
+    return [
         f"{result.cache}: {result.images:,} images{views} and {result.captions:,} captions by {result.teacher}",
         f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({speed})",
         f"problems: {problems}; {result.lost_images} images without a row, {result.quarantined} quarantined",
-    )
+    ]
 
 
 def _print_proof(proof: ProofResult) -> None:
@@ -239,10 +235,7 @@ def _forecast(config: PrecomputeConfig, as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = forecast(config, progress=progress)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*_forecast_lines(result))
+    print_result(result, as_json, _forecast_lines)
     if not result.fits:
         needed, free = byte_size(result.needed_bytes), byte_size(result.free_bytes or 0)
         say(f"{result.cache}: {needed} needed, {free} free. Make room, or name another --cache.")

@@ -6,20 +6,27 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.pipeline.cli.options import Settings, settings_command
 from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
-from teacher_cache.storage.cli.app import Argument, Group, command, counted, json_flag, print_json, print_lines
+from teacher_cache.storage.cli.app import (
+    Argument,
+    Group,
+    command,
+    counted,
+    json_flag,
+    print_json,
+    print_result,
+    titled_table,
+)
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
-    from teacher_cache.pipeline.promote.registry import Candidate
+    from teacher_cache.pipeline.promote.registry import Candidate, Students
     from teacher_cache.pipeline.promote.retrain import RetrainResult
 
 __all__ = ["promote", "retrain", "retrain_lines", "students"]
@@ -42,11 +49,8 @@ def promote(settings: Settings[PromoteConfig], as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = run(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        number = result.candidate.number
-        print_lines(f"student {number} of {result.registry}: {result.outcome}: {result.candidate.reason}")
+    chosen = f"student {result.candidate.number} of {result.registry}"
+    print_result(result, as_json, lambda _: [f"{chosen}: {result.outcome}: {result.candidate.reason}"])
     if result.promotion is None:
         sys.exit(1)
 
@@ -65,16 +69,13 @@ def _list(registry: str, champion: bool, as_json: bool) -> None:
     if champion:
         if number is None:
             raise UsageError(f"{registry}: no champion yet; teacher-cache promote makes one")
-        _print_champion(stored.candidate(number), as_json)
+        print_result(stored.candidate(number), as_json, lambda one: [one.deployed or f"{one.run}/{one.checkpoint}"])
         return
-    candidates = stored.candidates()
-    if as_json:
-        print_json(Students(registry=registry, champion=number, students=candidates, promotions=promotions))
-    elif not candidates:
-        say(f"{registry}: no student yet; teacher-cache promote --run RUN --registry {registry} adds one")
+    listed = Students(registry=registry, champion=number, students=stored.candidates(), promotions=promotions)
+    if listed.students or as_json:
+        print_result(listed, as_json, lambda _: [_table(listed)])
     else:
-        reigned = {promotion.candidate for promotion in promotions}
-        Console().print(_table(registry, candidates, reigned, number))
+        say(f"{registry}: no student yet; teacher-cache promote --run RUN --registry {registry} adds one")
 
 
 @command("rollback", example="students rollback students --to 3")
@@ -113,23 +114,14 @@ def retrain(settings: Settings[RetrainConfig], as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = run(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*retrain_lines(result))
+    print_result(result, as_json, retrain_lines)
     if result.outcome == "rejected":
         sys.exit(1)
 
 
-def _print_champion(champion: Candidate, as_json: bool) -> None:
-    if as_json:
-        print_json(champion)
-    else:
-        print_lines(champion.deployed or f"{champion.run}/{champion.checkpoint}")
-
-
-def _table(registry: str, candidates: tuple[Candidate, ...], reigned: set[int], champion: int | None) -> Table:
-    table = Table(title=escape(registry), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(listed: Students) -> Table:
+    reigned = {promotion.candidate for promotion in listed.promotions}
+    table = titled_table(listed.registry)
     table.add_column("", justify="right")
     table.add_column("", no_wrap=True)
     for name in ("date", "run", "student", "cache"):
@@ -137,8 +129,8 @@ def _table(registry: str, candidates: tuple[Candidate, ...], reigned: set[int], 
     for name in ("split", "mean\nrecall", "of the\nteacher", "of the\nchampion"):
         table.add_column(name, justify="right")
     table.add_column("why", overflow="fold")
-    for candidate in reversed(candidates):
-        state = _state(candidate, reigned, champion)
+    for candidate in reversed(listed.students):
+        state = _state(candidate, reigned, listed.champion)
         versus = candidate.comparison
         table.add_row(
             str(candidate.number),

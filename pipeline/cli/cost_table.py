@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.cost.latency import Ratio
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelCost
-from teacher_cache.storage.cli.app import counted
+from teacher_cache.storage.cli.app import counted, titled_table
 
 __all__ = ["cost_table"]
 
@@ -18,17 +16,9 @@ __all__ = ["cost_table"]
 def cost_table(result: CostResult) -> Table:
     """Return a table with a column per model, and beside it the share or speed relative to the reference."""
     threads = "" if result.threads is None else f", {counted(result.threads, 'thread')}"
-    table = Table(
-        title=escape(f"{result.device}{threads}; without decoding and tokenizing"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("", no_wrap=True)
-    for name in result.models:
-        table.add_column(escape(name), justify="right", no_wrap=True)
-        if name != result.reference:
-            table.add_column(escape(f"/ {result.reference}"), justify="right", no_wrap=True)
+    others = {name: [] if name == result.reference else [f"/ {result.reference}"] for name in result.models}
+    columns = ["", *(column for name, compared in others.items() for column in (name, *compared))]
+    table = titled_table(f"{result.device}{threads}; without decoding and tokenizing", columns)
     for label, values, digits in _quantities(result):
         if any(value is not None for value in values.values()):
             base = values[result.reference]

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel, ConfigDict, Field
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.cli.app import command, json_flag, print_json
+from teacher_cache.storage.cli.app import command, json_flag, print_result, titled_table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from teacher_cache.pipeline.train.loop import StepProgress
 
 __all__ = ["CACHE_NAMES", "RUN_NAMES", "DemoResult", "demo", "demo_table", "run_demo"]
@@ -70,10 +69,7 @@ def demo(out: Path, as_json: bool) -> None:
     """Download nothing; the run takes about two minutes on a laptop."""
     with StageProgress() as progress:
         result = run_demo(out, progress)
-    if as_json:
-        print_json(result)
-    else:
-        Console().print(demo_table(result))
+    print_result(result, as_json, lambda _: [demo_table(result)])
 
 
 def run_demo(out: Path, progress: StageProgress) -> DemoResult:
@@ -114,19 +110,12 @@ def demo_table(result: DemoResult) -> Table:
     measured = result.evaluation
     assert measured.student is not None  # the demo evaluates a run
     assert measured.retention is not None
-    table = Table(
-        title=f"{measured.images} test scenes, {measured.captions} captions; "
-        f"chance R@1 is {100 / measured.images:.2f} %",
-        caption=f"seconds spent: {', '.join(f'{stage} {spent:.0f} s' for stage, spent in result.seconds.items())}",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
     columns = [(direction, name) for direction, recalls in measured.teacher.items() for name in recalls]
-    table.add_column("", no_wrap=True)
-    for title in ("parameters", *("\n".join(column) for column in columns), "\nmean"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = titled_table(
+        f"{measured.images} test scenes, {measured.captions} captions; chance R@1 is {100 / measured.images:.2f} %",
+        ["", "parameters", *("\n".join(column) for column in columns), "\nmean"],
+        caption=f"seconds spent: {', '.join(f'{stage} {spent:.0f} s' for stage, spent in result.seconds.items())}",
+    )
     for label, parameters, recalls in (
         ("teacher", result.teacher_parameters, measured.teacher),
         ("student", result.student_parameters, measured.student),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 from pydantic import BaseModel, Field
-from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from teacher_cache.pipeline.cli.options import Settings, settings_command
 from teacher_cache.pipeline.deploy.record import require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
-from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_json, print_lines
+from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result, titled_table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from teacher_cache.pipeline.deploy.run import DeployResult
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 
 __all__ = ["ImageScores", "Inference", "deploy", "infer"]
@@ -35,18 +37,10 @@ def deploy(settings: Settings[DeployConfig], as_json: bool) -> None:
     config = settings.load()
     require_packages()
     from teacher_cache.pipeline.deploy.run import deploy as run
-    from teacher_cache.pipeline.deploy.table import describe, terminal_table
 
     with StageProgress() as progress:
         result = run(config, progress)
-    if as_json:
-        print_json(result)
-        return
-    Console().print(terminal_table(result.table))
-    print_lines(*describe(result.table).splitlines())
-    for tower, reason in result.deployment.not_quantised.items():
-        say(f"no int8 file of the {tower} tower: {reason}")
-    print_lines(f"{result.out}: {len(result.deployment.artefacts())} proven files")
+    print_result(result, as_json, _deployed)
 
 
 _BATCH = 64  # images decoded at a time: bounds the memory
@@ -89,12 +83,20 @@ def infer(
     result = _infer(StudentRuntime(student, variant), files, list(text))
     for line in result.unreadable:
         say(f"left out: {line}")
-    if as_json:
-        print_json(result)
-    elif result.images:
-        _show(result)
+    if as_json or result.images:
+        print_result(result, as_json, lambda _: [_scores(result)])
     if result.unreadable:
         sys.exit(1)
+
+
+def _deployed(result: DeployResult) -> Iterator[str | Table]:
+    from teacher_cache.pipeline.deploy.table import describe, terminal_table
+
+    yield terminal_table(result.table)
+    yield from describe(result.table).splitlines()
+    for tower, reason in result.deployment.not_quantised.items():
+        say(f"no int8 file of the {tower} tower: {reason}")
+    yield f"{result.out}: {len(result.deployment.artefacts())} proven files"
 
 
 def _files(images: Sequence[str]) -> list[str]:
@@ -145,12 +147,8 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str]) -> Infer
     return result
 
 
-def _show(result: Inference) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(f"{result.student}, {result.variant}"), title_justify="left", box=SIMPLE_HEAD)
+def _scores(result: Inference) -> Table:
+    table = titled_table(f"{result.student}, {result.variant}")
     for name in ("image", "text"):
         table.add_column(name, overflow="fold")
     # softmax over a single text is always 1; its cosine says more
@@ -163,4 +161,4 @@ def _show(result: Inference) -> None:
             table.add_row(escape(image.image) if place == 0 else "", escape(result.texts[text]), score)
         if len(best) > _TEXTS_SHOWN:
             table.add_row("", f"... and {len(best) - _TEXTS_SHOWN} more; --json has all", "")
-    Console().print(table)
+    return table

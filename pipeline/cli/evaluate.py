@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from teacher_cache.pipeline.cli.options import Settings, settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
-from teacher_cache.storage.cli.app import counted, json_flag, print_json
+from teacher_cache.storage.cli.app import counted, json_flag, print_result, titled_table
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
     from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
 
-__all__ = ["accuracy_table", "evaluate", "recall_table", "zero_shot"]
+__all__ = ["evaluate", "zero_shot"]
 
 
 @settings_command("evaluate", EvaluateConfig, example="evaluate --run runs/a --split test")
@@ -32,12 +29,7 @@ def evaluate(settings: Settings[EvaluateConfig], as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = run(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
-        title += _checkpoint(result.checkpoint, result.chosen_on)
-        Console().print(recall_table(title, result))
+    print_result(result, as_json, lambda _: [_recall_table(result)])
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
     if result.ranks:
@@ -60,20 +52,15 @@ def zero_shot(settings: Settings[ZeroShotConfig], as_json: bool) -> None:
         result = measure(config, progress)
     for line in result.undecodable:
         say(f"left out: {line}")
-    if as_json:
-        print_json(result)
-    else:
-        Console().print(accuracy_table(result))
+    print_result(result, as_json, lambda _: [_accuracy_table(result)])
 
 
-def recall_table(title: str, result: EvaluateResult) -> Table:
+def _recall_table(result: EvaluateResult) -> Table:
     """Return the table of recalls of teacher, student and measured towers, with retention and interval, in percent."""
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
+    title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
+    title += _checkpoint(result.checkpoint, result.chosen_on)
     columns = [(direction, name) for direction, recalls in result.teacher.items() for name in recalls]
-    for direction, name in columns:
-        table.add_column(f"{direction}\n{name}", justify="right", no_wrap=True)
-    table.add_column("\nmean", justify="right", no_wrap=True)
+    table = titled_table(title, ["", *("\n".join(column) for column in columns), "\nmean"])
     for label, values, mean in _recall_rows(result):
         cells = [*(values[direction][name] for direction, name in columns), mean]
         table.add_row(label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
@@ -100,18 +87,15 @@ def _recall_rows(result: EvaluateResult) -> Iterator[tuple[str, Any, float | Non
         yield "  retention %", tower.retention, tower.retention["mean"]
 
 
-def accuracy_table(result: ZeroShotResult) -> Table:
+def _accuracy_table(result: ZeroShotResult) -> Table:
     """Return the table of teacher's and student's accuracies, in percent."""
     title = (
         f"{result.dataset}{f', {result.split}' if result.split else ''}: {result.images:,} images, "
         f"{result.classes:,} classes by {result.matched_by}, {counted(len(result.prompts), 'prompt')} a class"
     )
     title += _checkpoint(result.checkpoint, result.chosen_on)
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("")
     rows = {label: values for label, values in (("teacher", result.teacher), ("student", result.student)) if values}
-    for name in next(iter(rows.values())):
-        table.add_column(name, justify="right")
+    table = titled_table(title, ["", *next(iter(rows.values()))])
     for label, values in rows.items():
         table.add_row(label, *(f"{value:.1f}" for value in values.values()))
     return table

@@ -15,8 +15,7 @@ from teacher_cache.storage.cli.app import (
     command,
     json_flag,
     option,
-    print_json,
-    print_lines,
+    print_result,
     seed_option,
 )
 from teacher_cache.storage.errors import UsageError
@@ -77,11 +76,8 @@ def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any
         seconds=time.perf_counter() - started,
         notes=collected.notes,
     )
-    if as_json:
-        print_json(result)
-    else:
-        notes = (f"note: {note}" for note in result.notes)
-        print_lines(f"{result.out}: {byte_size(result.bytes)}, {result.seconds:.0f} s", *notes)
+    lines = [f"{result.out}: {byte_size(result.bytes)}, {result.seconds:.0f} s"]
+    print_result(result, as_json, lambda _: [*lines, *(f"note: {note}" for note in result.notes)])
 
 
 def _targets(out: str, data: str | None) -> tuple[Path, Path | None]:

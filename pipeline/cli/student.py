@@ -9,7 +9,7 @@ from teacher_cache.pipeline.cli.stopping import resumable
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
 from teacher_cache.pipeline.settings.train import PixelsConfig
-from teacher_cache.storage.cli.app import Group, json_flag, print_json, print_lines
+from teacher_cache.storage.cli.app import Group, json_flag, print_result
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
 
@@ -33,10 +33,7 @@ def _inherit(settings: Settings[InheritConfig], as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = inherit(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*_inherited_lines(result))
+    print_result(result, as_json, _inherited_lines)
 
 
 @settings_command("mean", MeanConfig, argument="runs", example="student mean runs/a runs/b --out runs/mean")
@@ -47,14 +44,12 @@ def _mean(settings: Settings[MeanConfig], as_json: bool) -> None:
     from teacher_cache.pipeline.models.average import soup
 
     record = soup(config)
-    if as_json:
-        print_json(record)
-        return
-    print_lines(
+    lines = [
         f"{config.out}: the mean of {len(record.averaged)} runs of {record.student_parameters:,} parameters, "
         f"{record.steps:,} steps in {record.seconds:,.1f} s together",
         f"checkpoint: {config.out}/{record.checkpoint}",
-    )
+    ]
+    print_result(record, as_json, lambda _: lines)
 
 
 @settings_command(
@@ -71,10 +66,7 @@ def _resize(settings: Settings[ResizeConfig], as_json: bool) -> None:
     from teacher_cache.pipeline.models.resize import resize
 
     record = resize(config)
-    if as_json:
-        print_json(record)
-    else:
-        print_lines(*_resized_lines(config, record))
+    print_result(record, as_json, lambda _: _resized_lines(config, record))
 
 
 @settings_command("pixels", PixelsConfig, example="student pixels --cache a.cache --student vit-s-32 --out pixels")
@@ -89,15 +81,13 @@ def _pixels(settings: Settings[PixelsConfig], as_json: bool) -> None:
         say(str(plan))
         with StageProgress() as progress:
             result = make_pixels(plan, progress)
-    if as_json:
-        print_json(result)
-        return
     height, width = result.size
-    print_lines(
+    lines = [
         f"{result.out}: {result.images:,} images in {result.views} views at {height} x {width}, "
         f"{result.nbytes / 1e9:,.2f} GB",
         f"{result.chunks_made:,} of {result.chunks:,} chunks made by this run",
-    )
+    ]
+    print_result(result, as_json, lambda _: lines)
 
 
 @settings_command("cost", CostConfig, example="student cost --run runs/a --teacher local-dir:teacher")
@@ -105,17 +95,12 @@ def _pixels(settings: Settings[PixelsConfig], as_json: bool) -> None:
 def _cost(settings: Settings[CostConfig], as_json: bool) -> None:
     """Measure parameters, size, FLOPs, latency, images/s and peak memory of a student and its teacher, in turns."""
     config = settings.load()
-    from rich.console import Console
-
     from teacher_cache.pipeline.cli.cost_table import cost_table
     from teacher_cache.pipeline.evaluate.cost.measure import cost
 
     with StageProgress() as progress:
         result = cost(config, progress)
-    if as_json:
-        print_json(result)
-    else:
-        Console().print(cost_table(result))
+    print_result(result, as_json, lambda _: [cost_table(result)])
 
 
 student = Group("student", commands=[_inherit, _mean, _resize, _pixels, _cost], no_args_is_help=True)

@@ -12,7 +12,7 @@ from teacher_cache.pipeline.cli.stopping import resumable
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.cli.app import json_flag, print_json, print_lines
+from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
@@ -59,10 +59,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
             result = run(config, report, resume=resume)
     if launched_rank():
         return  # rank 0 prints the result
-    if as_json:
-        print_json(result.record)
-    else:
-        print_lines(*_lines(result))
+    print_result(result.record, as_json, lambda _: _lines(result))
 
 
 def _check_split(config: TrainConfig) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from pydantic import BaseModel, Field
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.cost.latency import Ratio, Timing
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.storage.cli.app import titled_table
 
 __all__ = [
     "Cosine",
@@ -283,8 +283,7 @@ def terminal_table(table: StudentTable) -> Table:
     """Return the table transposed, a column per model: a terminal has more lines than columns."""
     headings, rows = cells(table)
     title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
-    shown = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("")
+    shown = titled_table(title, [""])
     for row in rows:
         shown.add_column(row[0], justify="right")
     for index, heading in enumerate(headings[1:], start=1):

@@ -7,7 +7,7 @@ shows its help, so that ``info`` and ``--help`` import only what they use.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.table import Table
 
 __all__ = [
     "Argument",
@@ -37,9 +38,11 @@ __all__ = [
     "option",
     "print_json",
     "print_lines",
+    "print_result",
     "rates",
     "register",
     "seed_option",
+    "titled_table",
     "view_option",
 ]
 
@@ -50,6 +53,7 @@ _MANIFEST_KEY = "manifest.json"
 
 _Callback = Callable[..., Any]
 _F = TypeVar("_F", bound=_Callback)
+_M = TypeVar("_M", bound="BaseModel")
 
 
 class Argument(click.Argument):
@@ -304,6 +308,33 @@ def byte_size(nbytes: float) -> str:
 def print_json(result: BaseModel) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+
+
+def print_result(result: _M, as_json: bool, text: Callable[[_M], Iterable[str | Table]]) -> None:
+    """Print a result on stdout: as JSON, or the lines and tables that ``text`` makes of it."""
+    if as_json:
+        print_json(result)
+        return
+    for part in text(result):
+        if isinstance(part, str):
+            print_lines(part)
+        else:
+            from rich.console import Console
+
+            Console().print(part)
+
+
+def titled_table(title: str, columns: Iterable[str] = (), caption: str | None = None) -> Table:
+    """Return a table without a frame: texts in the first column, numbers in the others."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption, "left"
+    for number, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
+    return table
 
 
 def print_lines(*lines: str) -> None:
