@@ -5,38 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
-from teacher_cache.storage.files.processes import ProcessName, this_process
+from teacher_cache.storage.files.processes import this_process
+from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
 from teacher_cache.storage.files.transient import read_error
 
-__all__ = ["PARTIAL", "LocalFiles", "ObjectStat", "left_behind", "sync"]
+__all__ = ["LocalFiles", "sync"]
 
-PARTIAL = re.compile(r"^\.partial-(?P<process>.+-\d+-\d+)-[0-9a-f]{8}$")
-"""Name of an unfinished file; no location lists it."""
-
-_GIVEN_UP_SECONDS = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
-class ObjectStat(NamedTuple):
-    """Size and age of an object, known without reading it."""
-
-    nbytes: int
-    modified: datetime | None
-    """Time of the last write, with its time zone; None if the store does not report it."""
-
-
-class LocalFiles:
-    """Objects in a folder. A write goes to a temporary file beside the target, is synced, then renamed over it.
-
-    Methods: see :class:`teacher_cache.storage.files.protocol.CacheFiles`.
-    """
+class LocalFiles(CacheFiles):
+    """Objects in a folder. A write goes to a temporary file beside the target, is synced, then renamed over it."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -56,10 +40,6 @@ class LocalFiles:
             if error.filename is None:  # EIO of a failing disk carries no file name
                 error.filename = str(path)
             raise
-
-    def read_buffer(self, key: str) -> bytes:
-        """Return the object's bytes."""
-        return self.read(key)
 
     def write(self, key: str, data: bytes) -> None:
         """Replace the object. A kill leaves the old object or the new one, and perhaps a ``.partial-*`` file."""
@@ -94,20 +74,13 @@ class LocalFiles:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
 
-    def partials(self) -> list[str]:
-        """Return the keys of unfinished files of killed writers, sorted."""
-        return [key for key in self._keys("") if left_behind(key, self.stat)]
-
-    def _keys(self, prefix: str) -> list[str]:
+    def all_keys(self, prefix: str = "") -> list[str]:
+        """Return the keys of all files below ``prefix``, sorted."""
         keys: list[str] = []
         for folder, names in _walk(self._root / prefix):
             base = Path(folder).relative_to(self._root)
             keys += [(base / name).as_posix() for name in names]
         return sorted(keys)
-
-    def list(self, prefix: str = "") -> list[str]:
-        """Return the keys of all finished objects below ``prefix``, sorted."""
-        return [key for key in self._keys(prefix) if not PARTIAL.match(key.rpartition("/")[2])]
 
     def stat(self, key: str) -> ObjectStat:
         """Return size and age of the object."""
@@ -117,13 +90,6 @@ class LocalFiles:
     def delete(self, key: str) -> None:
         """Remove the object if it exists."""
         (self._root / key).unlink(missing_ok=True)
-
-    def remove_partials(self) -> int:
-        """Remove unfinished files of killed writers; return their number."""
-        partials = self.partials()
-        for key in partials:
-            self.delete(key)
-        return len(partials)
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -225,21 +191,3 @@ def _claim(partial: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         raise
     return True
-
-
-def left_behind(key: str, stat: Callable[[str], ObjectStat]) -> bool:
-    """Return whether an object is unfinished and its writer has ended.
-
-    Writers on another machine, or before a restart, are judged by the object's age.
-    """
-    match = PARTIAL.match(key.rpartition("/")[2])
-    if match is None:
-        return False
-    alive = ProcessName.of_tag(match["process"]).alive()
-    if alive is not None:
-        return not alive
-    try:
-        modified = stat(key).modified
-    except FileNotFoundError:
-        return False
-    return modified is not None and (datetime.now(UTC) - modified).total_seconds() > _GIVEN_UP_SECONDS

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from teacher_cache.storage.errors import MissingPackageError, UsageError
-from teacher_cache.storage.files.local import LocalFiles, ObjectStat
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE, CacheFiles
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["LocalFiles", "ObjectStat", "begun_ahead", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
+__all__ = ["LocalFiles", "begun_ahead", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

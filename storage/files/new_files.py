@@ -29,7 +29,8 @@ def require_free(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into; sync it and rename it to ``out`` after the block, or remove it after an error.
 
-    A killed process leaves ``.partial-PROCESS-NAME`` beside it, which may be deleted.
+    An OSError without a file name, such as that of a full disk, gets ``out`` as its name. A killed process leaves
+    ``.partial-PROCESS-NAME`` beside it, which may be deleted.
 
     Raises:
         UsageError: ``out`` exists, before or after the block.
@@ -45,6 +46,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         require_free(out)
         partial.rename(out)
         sync(out.parent)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # ENOSPC carries no file name
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

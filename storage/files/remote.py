@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from teacher_cache.storage.errors import CacheAccessError, CacheUnreachableError, UsageError
-from teacher_cache.storage.files.local import PARTIAL, ObjectStat, left_behind
 from teacher_cache.storage.files.processes import this_process
+from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
 from teacher_cache.storage.files.stores import CREATING, CREDENTIAL_ADVICE, Failure, forget_store, open_store
 from teacher_cache.storage.observe.safe_text import redact
 
@@ -52,7 +52,7 @@ _ONE_PUT_BYTES = 64 << 20  # a larger object goes part after part, each with its
 _PART_BYTES = 16 << 20
 
 
-class RemoteFiles:
+class RemoteFiles(CacheFiles):
     """Objects below a URL (``s3://``, ``gs://``, ``az://``, ``http://`` for reading, ``memory://`` for tests).
 
     Object stores show an object only when its put has ended.
@@ -169,21 +169,14 @@ class RemoteFiles:
         result = self._try("list", prefix.rstrip("/"), lambda store, path: store.list_with_delimiter(path or None))
         return sorted(folder.rstrip("/").rpartition("/")[2] for folder in result["common_prefixes"])
 
-    def _list_all(self, prefix: str) -> list[str]:
+    def all_keys(self, prefix: str = "") -> list[str]:
+        """Return the keys of all objects below ``prefix``, and those that a killed :meth:`create` left; sorted."""
         entries = self._try("list", prefix.rstrip("/"), lambda store, path: store.list(path or None).collect())
         cut = len(self._root) + 1 if self._root else 0
         # consoles put empty objects named `folder/` to show folders; obstore drops the slash
         return sorted(
             key for entry in entries if (key := entry["path"][cut:]) and (entry["size"] or self._is_object(key))
         )
-
-    def partials(self) -> list[str]:
-        """Return the keys that a killed :meth:`create` left behind; a put leaves nothing."""
-        return [key for key in self._list_all("") if left_behind(key, self.stat)]
-
-    def list(self, prefix: str = "") -> list[str]:
-        """Return the keys of all finished objects below ``prefix``, sorted."""
-        return [key for key in self._list_all(prefix) if not PARTIAL.match(key.rpartition("/")[2])]
 
     def _is_object(self, key: str) -> bool:
         try:

@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,7 +33,6 @@ _BEAT_SECONDS = 15.0
 _BEATS_MISSED = 4  # a process that misses this many is given up
 _LIST_SECONDS = 5.0
 _FEW_CHUNKS = 16  # up to this number, no listing: it is a request per 1,000 commits of the whole cache
-_GIVEN_UP_SECONDS = 24 * 3600.0  # for a process of another machine
 
 
 def claim_name(ref: ChunkRef) -> str:
@@ -233,12 +231,12 @@ def left_claims(files: CacheFiles) -> list[str]:
         except FileNotFoundError:
             continue
         except ValidationError:
-            if _old(files, key):
+            if files.is_old(key):
                 stale.append(key)
             continue
         beat = f"{CLAIMS}/alive/{claim.owner}.json"
         alive = claim.process.alive()
-        if alive is False or (alive is None and _old(files, beat if beat in beats else key)):
+        if alive is False or (alive is None and files.is_old(beat if beat in beats else key)):
             stale.append(key)
             ended.add(claim.owner)
         else:
@@ -246,14 +244,6 @@ def left_claims(files: CacheFiles) -> list[str]:
     for beat in beats:
         owner = beat.removeprefix(f"{CLAIMS}/alive/").removesuffix(".json")
         # a heartbeat without a claim may belong to a process that is about to make its first claim
-        if owner not in living and (owner in ended or _old(files, beat)):
+        if owner not in living and (owner in ended or files.is_old(beat)):
             stale.append(beat)
     return stale
-
-
-def _old(files: CacheFiles, key: str) -> bool:
-    try:
-        modified = files.stat(key).modified
-    except FileNotFoundError:
-        return False
-    return modified is not None and (datetime.now(UTC) - modified).total_seconds() > _GIVEN_UP_SECONDS

@@ -22,6 +22,7 @@ from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.remote import RemoteFiles
 from teacher_cache.storage.files.stores import open_store
+from tests.conftest import ended_process
 
 ODD_KEYS = ["a b", "a+b", "a%20b", "ü/é", "a#b", "a?b", "a&b=c", "a'b", "(a)[1]*", "~a", ".a", "a:b@c", "猫"]
 
@@ -189,12 +190,10 @@ class TestLocalFiles(FilesContract):
 
     def test_partials_of_dead_writers_are_removed_and_of_live_ones_kept(self, tmp_path: Path) -> None:
         files = LocalFiles(str(tmp_path))
-        dead = subprocess.Popen([sys.executable, "-c", "pass"])
-        dead.wait()
         here = this_process()
         names = {
             "live": here,
-            "left": here.model_copy(update={"pid": dead.pid}),
+            "left": ended_process(),
             "later process of that number": here.model_copy(update={"started": here.started - 1}),
             "elsewhere, now": here.model_copy(update={"machine": "elsewhere"}),
             "elsewhere, long ago": here.model_copy(update={"machine": "else-where"}),
@@ -209,7 +208,7 @@ class TestLocalFiles(FilesContract):
         assert files.remove_partials() == 3
         assert {name for name, path in paths.items() if path.exists()} == {"live", "elsewhere, now"}
 
-    def test_a_failed_write_leaves_the_old_object_and_no_partial(
+    def test_a_full_disk_leaves_the_old_object_and_no_partial(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         files = LocalFiles(str(tmp_path))
@@ -219,8 +218,9 @@ class TestLocalFiles(FilesContract):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            files.write("a", b"new")
+        for put, key in ((files.write, "a"), (files.create, "b")):
+            with pytest.raises(OSError, match="No space left"):
+                put(key, b"new")
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         assert files.read("a") == b"old"
 
@@ -251,15 +251,6 @@ class TestLocalFiles(FilesContract):
         monkeypatch.setattr(os, "link", link_twice)
         assert LocalFiles(str(tmp_path)).create("a", b"x")
 
-    def test_a_failed_create_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(descriptor: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            LocalFiles(str(tmp_path)).create("a", b"new")
-        assert list(tmp_path.iterdir()) == []
-
 
 class TestRemoteFiles(FilesContract):
     @pytest.fixture
@@ -272,12 +263,10 @@ class TestRemoteFiles(FilesContract):
     def test_what_a_killed_proof_of_create_left_is_shown(
         self, files: CacheFiles, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        dead = subprocess.Popen([sys.executable, "-c", "pass"])
-        dead.wait()
         here = this_process()
         names = {
             "live": here,
-            "left": here.model_copy(update={"pid": dead.pid}),
+            "left": ended_process(),
             "elsewhere": here.model_copy(update={"machine": "elsewhere"}),
         }
         keys = {name: f".partial-{process.tag}-0123abcd" for name, process in names.items()}
@@ -285,7 +274,7 @@ class TestRemoteFiles(FilesContract):
             files.write(key, b"first")
         assert files.list() == ["a/b"]
         assert files.partials() == [keys["left"]]
-        monkeypatch.setattr("teacher_cache.storage.files.local._GIVEN_UP_SECONDS", -1.0)
+        monkeypatch.setattr("teacher_cache.storage.files.protocol._GIVEN_UP_SECONDS", -1.0)
         assert files.partials() == sorted([keys["left"], keys["elsewhere"]])
 
 

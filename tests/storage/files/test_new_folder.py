@@ -35,3 +35,12 @@ def test_a_killed_process_of_the_same_number_does_not_stand_in_the_way(
     with new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("x")
     assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as full, new_folder(tmp_path / "out"):
+        (tmp_path / "full").write_bytes(b"x")
+    assert full.value.filename == str(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -28,18 +28,14 @@ pytestmark = pytest.mark.service
 QUICK = RetryPolicy(tries=3, first_pause_seconds=0.01, longest_pause_seconds=0.05, answer_seconds=0.5)
 
 
-class S3Contract(FilesContract):
-    """The contract of every location, and what several processes and forks need on top."""
+class TestS3(FilesContract):
+    """The contract of every location, and what several processes need on top; on moto and on SeaweedFS."""
 
     races = 3  # SeaweedFS takes two seconds for eight puts of one key
 
     @pytest.fixture
     def files(self, s3_location: str) -> CacheFiles:
         return open_files(s3_location)
-
-    @pytest.fixture
-    def store(self, object_store: ObjectStore) -> ObjectStore:
-        return object_store
 
     @pytest.fixture(autouse=True)
     def remember_store(self, object_store: ObjectStore) -> None:
@@ -108,10 +104,6 @@ def get(store: ObjectStore, files: CacheFiles, key: str) -> bytes:
     bucket, _, root = files.location.removeprefix("s3://").partition("/")
     data: bytes = store.client().get_object(Bucket=bucket, Key=f"{root}/{key}")["Body"].read()
     return data
-
-
-class TestS3(S3Contract):
-    """On moto and on SeaweedFS."""
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
