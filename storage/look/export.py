@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import new_folder, require_free
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
-from teacher_cache.storage.look.sampling import require_view
+from teacher_cache.storage.look.sampling import Progress, require_view, stage
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
@@ -29,8 +29,6 @@ __all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
 EXPORT_KEY = "export.json"
 _ROWS_AT_ONCE = 65_536
 _MEMORY_BYTES = 256 << 20
-
-Progress = Callable[[str, int, int], None]
 
 
 class ExportResult(BaseModel, frozen=True):
@@ -63,16 +61,18 @@ def export_rows(
     """Write the rows of a sealed cache as npy and parquet. Embeddings are float16, as stored or dequantized from int8.
 
     Args:
-        out: new or empty folder. The export is complete once ``export.json`` exists in it.
+        out: new folder, which appears when the export is complete.
         captions: the first of each image, or all, with the image repeated for each.
         view: view of the images.
         progress: called with (``export``, rows done, rows in all).
 
     Raises:
-        UsageError: the folder is not empty or is a URL, the cache has no such split or view, or images have no caption.
+        UsageError: the folder exists or is a URL, the cache has no such split or view, or images have no caption.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    folder = _new_folder(out)
+    if "://" in out:
+        raise UsageError(f"{out}: an export is written to a local folder. Choose one, and copy it from there")
+    require_free(Path(out))
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     require_view(reader, view)
     images = reader.image_rows(split)
@@ -90,25 +90,7 @@ def export_rows(
         image_rows = images[position]
     if not len(image_rows):
         raise UsageError(f"{location}: no image with an embedding to export; teacher-cache info counts them")
-    for name in ("img_emb", "text_emb", "metadata"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     parts = -(-len(image_rows) // rows_per_file)
-    written = 0
-
-    def count(rows: int) -> None:
-        nonlocal written
-        written += rows
-        if progress is not None:
-            progress("export", written, 2 * len(image_rows))
-
-    for part in range(parts):
-        rows = slice(part * rows_per_file, (part + 1) * rows_per_file)
-        number = str(part).zfill(len(str(parts)))  # as clip-retrieval pads them: int(log10(parts)) + 1
-        image_part, text_part = image_rows[rows], text_rows[rows]
-        _write_npy(folder / "img_emb" / f"img_emb_{number}.npy", reader, "image", image_part, view, count)
-        _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
-        table = _metadata(reader, image_part, text_part)
-        _put(folder / "metadata" / f"metadata_{number}.parquet", partial(pq.write_table, table))
     result = ExportResult(
         out=out,
         cache=location,
@@ -124,23 +106,44 @@ def export_rows(
         parts=parts,
         quarantined=len(reader.quarantined) if split is None else _of_split(reader, split),
     )
-    text = json.dumps(result.model_dump(mode="json"), indent=2) + "\n"
-    _put(folder / EXPORT_KEY, lambda path: path.write_text(text))
+    with new_folder(Path(out)) as folder:
+        _write_parts(folder, reader, image_rows, text_rows, view, rows_per_file, progress)
+        (folder / EXPORT_KEY).write_text(json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
     return result
-
-
-def _new_folder(out: str) -> Path:
-    if "://" in out:
-        raise UsageError(f"{out}: an export is written to a local folder. Give one, and copy it from there")
-    folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UsageError(f"{out}: something is there already. Give a new folder, or delete this one first")
-    return folder
 
 
 def _of_split(reader: EmbeddingReader, split: str) -> int:
     rows = np.array([row.row for row in reader.quarantined], np.int64)
     return int(reader.table_rows(SAMPLES, rows)["split"].to_pylist().count(split))
+
+
+def _write_parts(
+    folder: Path,
+    reader: EmbeddingReader,
+    image_rows: NDArray[np.int64],
+    text_rows: NDArray[np.int64],
+    view: int,
+    rows_per_file: int,
+    progress: Progress | None,
+) -> None:
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir()
+    report, total, written = stage(progress, "export"), len(image_rows), 0
+    parts = -(-total // rows_per_file)
+
+    def count(rows: int) -> None:
+        nonlocal written
+        written += rows
+        report(written, 2 * total)
+
+    for part in range(parts):
+        rows = slice(part * rows_per_file, (part + 1) * rows_per_file)
+        number = str(part).zfill(len(str(parts)))  # as clip-retrieval pads them: int(log10(parts)) + 1
+        image_part, text_part = image_rows[rows], text_rows[rows]
+        _write_npy(folder / "img_emb" / f"img_emb_{number}.npy", reader, "image", image_part, view, count)
+        _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
+        table = _metadata(reader, image_part, text_part)
+        pq.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
 
 
 def _write_npy(
@@ -151,17 +154,14 @@ def _write_npy(
     view: int,
     count: Callable[[int], None],
 ) -> None:
-    def write(unfinished: Path) -> None:
-        header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), reader.embed_dim)}
-        # not a memory map: on a full disk a write raises OSError, a memory map ends the process by SIGBUS
-        with unfinished.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                part = rows[start : start + _ROWS_AT_ONCE]
-                file.write(reader.take(tower, part, view).astype("<f2", copy=False).data)
-                count(len(part))
-
-    _put(path, write)
+    header = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), reader.embed_dim)}
+    # not a memory map: on a full disk a write raises OSError, a memory map ends the process by SIGBUS
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            file.write(reader.take(tower, part, view).astype("<f2", copy=False).data)
+            count(len(part))
 
 
 def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
@@ -181,18 +181,3 @@ def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows:
             "text_row": pa.array(text_rows),
         }
     )
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        write(unfinished)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # ENOSPC carries no file name
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
