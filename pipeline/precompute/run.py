@@ -18,7 +18,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import PROBLEMS, read_table
 from teacher_cache.storage.look.info import encode_rates
 from teacher_cache.storage.observe.telemetry import observed
-from teacher_cache.storage.write.place import require_place
+from teacher_cache.storage.write.plan import require_place
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = ["PrecomputeResult", "precompute", "summarize"]

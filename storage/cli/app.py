@@ -293,7 +293,7 @@ def counted(number: int, noun: str) -> str:
 def rates(images: float | None, captions: float | None) -> str:
     """Return the known rates of the teacher as text."""
     known = ((images, "images/s"), (captions, "captions/s"))
-    return ", ".join(f"{rate:,.0f} {unit}" for rate, unit in known if rate is not None) or "none by the teacher noted"
+    return ", ".join(f"{rate:,.0f} {unit}" for rate, unit in known if rate is not None) or "no rate recorded"
 
 
 def byte_size(nbytes: float) -> str:

@@ -15,8 +15,8 @@ from teacher_cache.storage.cli.app import (
     counted,
     json_flag,
     option,
-    print_json,
     print_lines,
+    print_result,
     seed_option,
     view_option,
 )
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from teacher_cache.storage.check.garbage import GarbageReport
     from teacher_cache.storage.check.verify import Finding, IntegrityReport
     from teacher_cache.storage.look.diff import CacheDiff, Drift
+    from teacher_cache.storage.look.export import ExportResult
 
 __all__ = ["diff", "export", "gc", "print_findings", "print_report"]
 
@@ -45,10 +46,7 @@ def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None
 
     with StageProgress() as progress:
         result = diff_caches(a, b, view, rows, seed, progress)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*_diff_lines(result))
+    print_result(result, as_json, _diff_lines)
     if not result.same:
         sys.exit(1)
 
@@ -62,11 +60,7 @@ def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
     """Change nothing without --delete."""
     from teacher_cache.storage.check.garbage import collect_garbage
 
-    report = collect_garbage(cache, delete, unknown)
-    if as_json:
-        print_json(report)
-    else:
-        print_lines(*_garbage_lines(report))
+    print_result(collect_garbage(cache, delete, unknown), as_json, _garbage_lines)
 
 
 @command("export", example="export caches/coco.cache --out exported --split train")
@@ -92,13 +86,14 @@ def export(
 
     with StageProgress() as progress:
         result = export_rows(cache, out, split, captions, view, rows_per_file, progress)
-    if as_json:
-        print_json(result)
-        return
-    print_lines(
+    print_result(result, as_json, _export_lines)
+
+
+def _export_lines(result: ExportResult) -> list[str]:
+    return [
         f"{result.out}: {counted(result.rows, 'pair')} of {counted(result.images, 'image')}, {result.embed_dim} wide, "
         f"{result.dtype}, in {counted(result.parts, 'part')}; {result.quarantined:,} quarantined left out"
-    )
+    ]
 
 
 def _garbage_lines(report: GarbageReport) -> list[str]:
@@ -123,11 +118,11 @@ def _diff_lines(result: CacheDiff) -> list[str]:
         if drift is not None:
             lines += _drift_lines(name, drift)
     if result.images_in_one:
-        lines.append(f"{counted(result.images_in_one, 'image')} with an embedding in one of the two only")
+        lines.append(f"{counted(result.images_in_one, 'image')} with an embedding in only one of the two caches")
     if result.other_chunks:
-        lines.append(f"{counted(result.other_chunks, 'chunk')} of other bytes, of all views, norms and crops")
+        lines.append(f"{counted(result.other_chunks, 'chunk')} with different bytes, over all views, norms and crops")
     if result.sampled:
-        lines.append("embeddings of a sample of the rows were compared; --rows compares more")
+        lines.append("only a sample of the embeddings was compared; --rows sets its size")
     if result.not_compared:
         lines.append(f"embeddings not compared: {result.not_compared}")
     if result.same or result.differs:

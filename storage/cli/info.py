@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,8 +19,7 @@ from teacher_cache.storage.cli.app import (
     counted,
     json_flag,
     option,
-    print_json,
-    print_lines,
+    print_result,
     rates,
 )
 
@@ -43,24 +44,19 @@ def ls(location: str, depth: int, as_json: bool) -> None:
     from teacher_cache.storage.look.listing import list_caches
 
     listing = list_caches(location, depth)
-    if as_json:
-        print_json(listing)
-    else:
-        _print_listing(listing, depth)
+    print_result(listing, as_json, partial(_listing_parts, depth=depth))
     if any(cache.problem for cache in listing.caches):
         sys.exit(1)
 
 
-def _print_listing(listing: CacheListing, depth: int) -> None:
-    console = Console(highlight=False)
-    usable = [cache for cache in listing.caches if not cache.problem]
-    if usable:
-        console.print(_listing_table(usable, wide=console.width >= _WIDE))
-    print_lines(*(f"{cache.location}: {cache.problem}" for cache in listing.caches if cache.problem))
+def _listing_parts(listing: CacheListing, depth: int) -> Iterator[str | Table]:
+    if usable := [cache for cache in listing.caches if not cache.problem]:
+        yield _listing_table(usable, wide=Console().width >= _WIDE)
+    yield from (f"{cache.location}: {cache.problem}" for cache in listing.caches if cache.problem)
     if not listing.caches:
-        print_lines(f"no cache in {listing.location} ({counted(listing.folders, 'folder')} searched)")
+        yield f"no cache in {listing.location} ({counted(listing.folders, 'folder')} searched)"
     if listing.not_entered:
-        print_lines(f"{counted(listing.not_entered, 'deeper folder')} not searched; --depth {depth + 1} does")
+        yield f"{counted(listing.not_entered, 'deeper folder')} not searched; --depth {depth + 1} does"
 
 
 def _listing_table(caches: list[ListedCache], wide: bool) -> Table:
@@ -106,11 +102,7 @@ def info(cache: str, as_json: bool) -> None:
     """Read no embeddings."""
     from teacher_cache.storage.look.info import describe_cache
 
-    described = describe_cache(cache)
-    if as_json:
-        print_json(described)
-    else:
-        Console().print(_info_table(described))
+    print_result(describe_cache(cache), as_json, lambda found: [_info_table(found)])
 
 
 def _info_table(cache_info: CacheInfo) -> Table:

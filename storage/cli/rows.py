@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,16 +18,13 @@ from teacher_cache.storage.cli.app import (
     counted,
     json_flag,
     option,
-    print_json,
-    print_lines,
+    print_result,
     seed_option,
     view_option,
 )
 from teacher_cache.storage.errors import UsageError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from teacher_cache.storage.look.rows import CaptionRow, ImageRow, Neighbours, RowSample
     from teacher_cache.storage.look.stats import CacheStats, Distribution
 
@@ -51,10 +49,7 @@ def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed
 
     with StageProgress() as progress:
         result = cache_stats(cache, split, view, rows, near, seed, progress)
-    if as_json:
-        print_json(result)
-    else:
-        _print_stats(result)
+    print_result(result, as_json, _stats_parts)
 
 
 @command("look", example="look caches/coco.cache 17")
@@ -85,16 +80,12 @@ def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **o
             _refuse_unused(("view",), "random images")
             chosen = (options["split"], options["nearest"], rows or 200_000, options["seed"])
             sample = sample_images(cache, count, *chosen, progress)
-            result: BaseModel = sample
-            lines = _sample_lines(sample)
+            show = partial(print_result, sample, as_json, _sample_lines)
         else:
             _refuse_unused(("split", "nearest", "seed"), "one image or caption")
             near = find_neighbours(cache, image, text_row, count, options["view"], rows or 1_000_000, progress=progress)
-            result, lines = near, _neighbour_lines(near)
-    if as_json:
-        print_json(result)
-    else:
-        print_lines(*lines)
+            show = partial(print_result, near, as_json, _neighbour_lines)
+    show()
 
 
 def _refuse_unused(names: tuple[str, ...], what: str) -> None:
@@ -143,22 +134,21 @@ def _caption_line(caption: CaptionRow, named: bool = False) -> str:
     return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}{owner}"
 
 
-def _print_stats(result: CacheStats) -> None:
+def _stats_parts(result: CacheStats) -> Iterator[str | Table]:
     rows = f"all {result.image.rows:,} images"
     if result.sampled:
         rows = f"{result.image.rows_read:,} of {result.image.rows:,} images, drawn with seed {result.seed}; "
         rows += "--rows reads more"
     part = f", split {result.split}" if result.split is not None else ""
     part += f", view {result.view}" if result.view else ""
-    print_lines(f"{result.location}{part}: {rows}")
-    console = Console(highlight=False)
-    console.print(_distributions(result))
+    yield f"{result.location}{part}: {rows}"
+    yield _distributions(result)
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, text in _facts(result).items():
         facts.add_row(name, escape(text))
-    console.print(facts)
+    yield facts
 
 
 def _distributions(result: CacheStats) -> Table:

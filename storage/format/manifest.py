@@ -2,6 +2,9 @@
 
 The manifest is the root of the cache's digests. It carries its own, those of the tables and, once the cache is sealed,
 one over all commit records. Each commit record carries the digests of its chunk.
+
+Manifests of format versions 1 (float16 rows) and 2 (int8 rows) differ in one thing: they keep the seal in a list of
+generations. Versions that wrote them could add views to a cache as a second generation; only caches of one are read.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from pydantic import Field, ValidationError, model_validator
 from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
 from teacher_cache.storage.format.identity import CacheIdentity, Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.format.older_manifest import newer_fields, older_fields
 
 __all__ = [
     "BACKUP_KEY",
@@ -118,7 +120,9 @@ class CacheManifest(Record):
             raise ValueError(f"{views.count} views in the identity, {self.layout.views} in the layout")
         settings = [value is not None for value in (views.scale, views.ratio, views.flip, views.seed)]
         if settings != [views.policy != "evaluation"] * 4 or (views.count > 1) != all(settings):
-            raise ValueError(f"one view is the evaluation crop, more are drawn and say how; the identity says {views}")
+            raise ValueError(
+                f"a single view has the evaluation policy and no crop settings, several have all four; found {views}"
+            )
         return self
 
     @property
@@ -139,7 +143,7 @@ class CacheManifest(Record):
     def fields(self) -> dict[str, Any]:
         """Return the manifest as JSON values, in the form of its format version."""
         fields = super().fields()
-        return fields if self.format_version == FORMAT_VERSION else older_fields(fields)
+        return fields if self.format_version == FORMAT_VERSION else _older_fields(fields)
 
     def to_bytes(self) -> bytes:
         """Return the bytes of ``manifest.json``: indented for people, its own digest as the last field."""
@@ -177,7 +181,7 @@ class CacheManifest(Record):
         except ValueError as error:  # also NaN and half a surrogate pair, which JSON's parser lets in
             raise CacheCorruptError(f"{where}: {error}. It was edited or damaged. {_RESTORE}") from error
         try:
-            return cls.model_validate(fields if version == FORMAT_VERSION else newer_fields(fields, where))
+            return cls.model_validate(fields if version == FORMAT_VERSION else _newer_fields(fields, where))
         except ValidationError as error:
             raise CacheFormatError(f"{where}: {error}") from error
 
@@ -186,3 +190,41 @@ def incomplete_message(location: str, manifest: CacheManifest, done: int, total:
     """Return the message about an unfinished cache."""
     command = finished_by(manifest.made_with)
     return f"{location}: {done} of {total} chunks are there. Run the same {command} command again to finish it."
+
+
+def _newer_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Convert the fields of an older manifest to version 3.
+
+    Raises:
+        CacheFormatError: it has several generations, or its one generation does not hold all rows.
+    """
+    generations: Any = fields.get("generations")
+    if isinstance(generations, list) and len(generations) > 1:
+        raise CacheFormatError(
+            f"{where}: has {len(generations)} generations (views were added to a finished cache), and this version "
+            "reads caches of one. Precompute a new cache with this version; the version that wrote this one can export "
+            "its rows."
+        )
+    lifted: dict[str, Any] = {name: value for name, value in fields.items() if name != "generations"}
+    try:
+        (only,) = generations
+        lifted |= {name: only[name] for name in ("lost_images", "problems", "seal") if name in only}
+        same = _older_fields(lifted)["generations"] == generations
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise CacheFormatError(f"{where}: generations do not hold the rows of the layout, each once")
+    return lifted
+
+
+def _older_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Convert the fields of a manifest to versions 1 and 2, in their order."""
+    names = ("format", "format_version", "identity_digest", "identity", "layout", "source", "files")
+    generation: dict[str, Any] = {
+        "number": 0,
+        "image_rows": [0, fields["layout"]["image_rows"]],
+        "text_rows": [0, fields["layout"]["text_rows"]],
+        **{name: fields[name] for name in ("lost_images", "problems", "seal") if name in fields},
+    }
+    older = {name: fields[name] for name in names}
+    return older | {"generations": [generation], "made_with": fields["made_with"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,14 +13,13 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import nearest, unit_rows
-from teacher_cache.storage.look.sampling import require_view, row_blocks
+from teacher_cache.storage.look.sampling import Progress, require_view, row_blocks, stage
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
 
 _MEMORY_BYTES = 64 << 20  # chunks are read once, in order
 
-Progress = Callable[[str, int, int], None]
 _Floats = NDArray[np.float32]
 
 
@@ -117,7 +116,6 @@ def find_neighbours(
     k: int = 10,
     view: int = 0,
     most: int = 1_000_000,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Neighbours:
     """Find the images and captions nearest to one row by cosine, best first.
@@ -134,7 +132,7 @@ def find_neighbours(
         CacheError: as ``EmbeddingReader`` raises it.
     """
     if (image is None) == (text_row is None):
-        raise UsageError("neighbours of what? Give a row or sample_id of an image, or --text-row N, and not both")
+        raise UsageError("name one row to compare with: an image by its row or sample_id, or a caption by --text-row N")
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     require_view(reader, view)
     tower: Tower
@@ -154,7 +152,7 @@ def find_neighbours(
     compared: dict[Tower, int] = {}
     for other in ("image", "text"):
         # one more than k: the row itself is among the results
-        others = _Compared(reader, other, most, seed, view, progress)
+        others = _Compared(reader, other, most, 0, view, progress)
         ((rows, cosines),) = others.nearest(query, k + (other == tower))
         compared[other] = others.count
         keep = rows != row if other == tower else np.ones(len(rows), bool)
@@ -212,14 +210,11 @@ class _Compared:
         if len(self.always):
             self.count += len(self.always)
             yield self.always, unit_rows(self.reader.take(self.tower, self.always))
-        for rows, values in row_blocks(self.reader, self.tower, self.most, self.seed, self.view, self._stage()):
+        progress = stage(self.progress, "compare images" if self.tower == "image" else "compare captions")
+        for rows, values in row_blocks(self.reader, self.tower, self.most, self.seed, self.view, progress):
             drawn = ~np.isin(rows, self.always)
             self.count += int(drawn.sum())
             yield rows[drawn], unit_rows(values[drawn])
-
-    def _stage(self) -> Callable[[int, int], None] | None:
-        progress, name = self.progress, "compare images" if self.tower == "image" else "compare captions"
-        return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _image(reader: EmbeddingReader, row: int, view: int) -> ImageRow:

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
+from pathlib import Path
 
 import pyarrow as pa
 
-from teacher_cache.storage.errors import CacheMismatchError
+from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import in_parallel, open_files
-from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.files.protocol import PARTIAL, CacheFiles
 from teacher_cache.storage.format.arrays import zarr_metadata
+from teacher_cache.storage.format.commits import COMMITS
 from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.journal import JOURNAL
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.format.manifest import (
-    BACKUP_KEY,
-    MANIFEST_KEY,
-    CacheManifest,
-    Source,
-    StaticFile,
-)
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Source, StaticFile
 from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
-from teacher_cache.storage.format.tables import (
-    CAPTIONS,
-    PROBLEMS,
-    SAMPLES,
-    read_static,
-    read_table,
-    table_files,
-)
-from teacher_cache.storage.write.claims import PLAN, Claims
-from teacher_cache.storage.write.place import require_place
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
+from teacher_cache.storage.write.claims import CLAIMS, PLAN, Claims
 
-__all__ = ["plan_cache", "require_same_plan"]
+__all__ = ["plan_cache", "require_place", "require_same_plan"]
 
 _PLAN_POLL_SECONDS = 0.2
+_OWN = {MANIFEST_KEY, BACKUP_KEY, SAMPLES, CAPTIONS, PROBLEMS, "targets.zarr", COMMITS, JOURNAL, CLAIMS}
+_NAMED = 3
 
 
 def plan_cache(
@@ -83,8 +76,8 @@ def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables:
     places = ["uri", "offset", "length"]
     if not read_table(files, manifest, SAMPLES).select(places).equals(tables[SAMPLES].select(places)):
         raise CacheMismatchError(
-            f"{files.location}: lists the same images at other places ({manifest.source.dataset}). Name the dataset "
-            "in the same form; its folder may have moved."
+            f"{files.location}: has the same images under other paths within the dataset ({manifest.source.dataset}). "
+            "Name the dataset in the form that the cache was planned with; only its folder may differ."
         )
     if not files.exists(MANIFEST_KEY):  # its planner was killed between the backup and the manifest
         write_manifest(files, manifest)
@@ -110,18 +103,6 @@ def require_same_plan(manifest: CacheManifest, identity: CacheIdentity, layout: 
         )
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _static_contents(layout: Layout, tables: dict[str, pa.Table]) -> dict[str, tuple[bytes, int | None]]:
-    """Return bytes and rows (of parquet files) of each file of a planned cache, by key."""
-    contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
-    for name in (SAMPLES, CAPTIONS, PROBLEMS):
-        contents.update(table_files(name, tables[name]))
-    return contents
-
-
 def _start(
     files: CacheFiles,
     identity: CacheIdentity,
@@ -130,10 +111,14 @@ def _start(
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
 ) -> CacheManifest:
-    contents = _static_contents(layout, tables)
+    contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
+    for name in (SAMPLES, CAPTIONS, PROBLEMS):
+        contents.update(table_files(name, tables[name]))
     for _ in in_parallel(files, lambda key: files.write(key, contents[key][0]), list(contents)):
         pass
-    static = {key: StaticFile(sha256=_sha256(data), rows=rows) for key, (data, rows) in contents.items()}
+    static = {
+        key: StaticFile(sha256=hashlib.sha256(data).hexdigest(), rows=rows) for key, (data, rows) in contents.items()
+    }
     problems = tables[PROBLEMS]
     counts = {item["values"]: item["counts"] for item in problems["kind"].value_counts().to_pylist()}
     manifest = CacheManifest(
@@ -149,3 +134,49 @@ def _start(
     # manifest last: once it exists, the tables and metadata that it names can be trusted
     write_manifest(files, manifest)
     return manifest
+
+
+def require_place(files: CacheFiles) -> None:
+    """Check that a cache can be created here: the folder is empty or already holds this cache, and is writable.
+
+    Other files in it (photographs, other caches) would count as unknown files of the cache. In an object store, only
+    the names of folders are checked.
+
+    Raises:
+        UsageError: the folder holds other files; the message names some.
+        CacheAccessError: this user may not write in the folder.
+    """
+    if _is_planned(files):
+        return
+    if isinstance(files, LocalFiles):
+        folder = Path(files.path(""))
+        names = _names(folder)
+        _require_writable(folder)
+    else:
+        names = files.folders()
+    others = sorted(name for name in names if name not in _OWN and not PARTIAL.match(name))
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise UsageError(
+            f"{files.location}: contains {', '.join(others[:_NAMED])}{more}, but a cache needs a folder of its own. "
+            f"Choose a new one, for example {files.location.rstrip('/')}/NAME.cache"
+        )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise UsageError(f"{folder}: is a file, but a cache is a folder. Choose another path") from error
+
+
+def _require_writable(folder: Path) -> None:
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CacheAccessError(
+            f"{folder}: this user cannot write to {nearest}. Grant the right, or choose another folder."
+        )

@@ -12,14 +12,7 @@ from numpy.typing import NDArray
 from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE
-from teacher_cache.storage.format.arrays import (
-    ARRAYS,
-    chunk_shape,
-    decode_object,
-    encode_object,
-    stored_arrays,
-    stored_dtype,
-)
+from teacher_cache.storage.format.arrays import decode_object, encode_object, stored_form
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
@@ -32,20 +25,12 @@ from teacher_cache.storage.format.commits import (
 )
 from teacher_cache.storage.format.int8 import quantize
 from teacher_cache.storage.format.journal import ChunkCost, write_cost
-from teacher_cache.storage.format.layout import SCALE, Tower
-from teacher_cache.storage.format.manifest import (
-    CacheManifest,
-    Seal,
-    incomplete_message,
-)
+from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, stored_arrays
+from teacher_cache.storage.format.manifest import CacheManifest, Seal, incomplete_message
 from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.table_rows import TableRows
-from teacher_cache.storage.format.tables import (
-    CAPTIONS,
-    SAMPLES,
-    chunk_rows_sha256,
-)
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256
 from teacher_cache.storage.write.claims import clear_claims
 
 __all__ = ["EmbeddingWriter"]
@@ -107,8 +92,8 @@ class EmbeddingWriter:
             if commit is None or commit.rows_sha256 != self.rows_sha256(ref):
                 return False
             for name, key in ref.object_keys(layout).items():
-                shape, dtype = chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
-                decode_object(self.files.read(key), commit.objects[name], shape, dtype, key)
+                data, (shape, dtype) = self.files.read(key), stored_form(layout, ref.tower, name)
+                decode_object(data, commit.objects[name], shape, dtype, key)
         except (CacheCorruptError, FileNotFoundError):
             return False
         return True
@@ -143,12 +128,7 @@ class EmbeddingWriter:
         if SCALE in stored and SCALE not in arrays:
             embedding, scale = quantize(arrays["embedding"])
             arrays = {**arrays, "embedding": embedding, SCALE: scale}
-        encoded = {
-            name: encode_object(
-                arrays[name], chunk_shape(layout, ref.tower, name), stored_dtype(layout, ref.tower, name)
-            )
-            for name in stored
-        }
+        encoded = {name: encode_object(arrays[name], *stored_form(layout, ref.tower, name)) for name in stored}
         started = time.perf_counter()
         # in any order, but all of them before the commit
         keys = ref.object_keys(layout)
@@ -168,12 +148,8 @@ class EmbeddingWriter:
         self.files.write(ref.commit_key, commit.to_bytes())
         if cost is not None:
             spent = time.perf_counter() - started
-            write_cost(
-                self.files,
-                ref,
-                cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent}),
-                commit,
-            )
+            noted = cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent})
+            write_cost(self.files, ref, noted, commit)
         return commit
 
     def _check(self, ref: ChunkRef, rows: range, arrays: dict[str, NDArray[Any]], quarantined: set[int]) -> None:

@@ -200,7 +200,7 @@ def test_the_same_images_listed_in_another_form_are_refused(
     photos = make_photos(8)
     precompute(config(photos, tiny_teacher, tmp_path / "c"))
     (photos / "images").rename(photos / "Images")
-    with pytest.raises(CacheMismatchError, match=r"lists the same images at other places \(flickr:"):
+    with pytest.raises(CacheMismatchError, match=r"has the same images under other paths within the dataset \(flickr:"):
         precompute(config(photos, tiny_teacher, tmp_path / "c"))
 
 
