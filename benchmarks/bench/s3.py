@@ -48,7 +48,7 @@ def _streaming(store: ObjectStore, location: str, rounds: int, where: str) -> li
     with _environment(store):
         reader = _reader(location)
         layout = reader.manifest.layout
-        refs = [ChunkRef("image", 0, chunk) for chunk in range(layout.image_chunks)]
+        refs = [ChunkRef("image", 0, chunk) for chunk in range(layout.chunks("image"))]
         nbytes = sum(reader.chunks.digest(ref, "embedding").nbytes for ref in refs)
         chunk_bytes = nbytes // len(refs)
         in_memory = layout.image_chunk_rows * layout.embed_dim * 2  # without the checksum behind it

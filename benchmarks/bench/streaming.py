@@ -124,7 +124,7 @@ def bare_memmap(location: str, path: Path) -> NDArray[np.float16]:
     reader = EmbeddingReader(location, memory_bytes=1)
     layout = reader.manifest.layout
     with path.open("wb") as file:
-        for chunk in range(layout.image_chunks):
+        for chunk in range(layout.chunks("image")):
             file.write(reader.chunk(ChunkRef("image", 0, chunk)).data)
     return open_memmap(path, layout.image_rows)
 

@@ -25,10 +25,10 @@ from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
 from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import KnownRows
-from teacher_cache.storage.format.arrays import ARRAYS, array_dtype, chunk_shape
+from teacher_cache.storage.format.arrays import array_dtype
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.journal import ChunkCost
-from teacher_cache.storage.format.layout import SCALE, Layout
+from teacher_cache.storage.format.layout import ARRAYS, SCALE, Layout, chunk_shape
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.observe.telemetry import submit_input

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
 from teacher_cache.storage.errors import CacheMismatchError
-from teacher_cache.storage.format.arrays import ARRAYS
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity
-from teacher_cache.storage.format.layout import Layout, Tower
+from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, long_texts, read_table
 from teacher_cache.storage.look.sampling import stored_rows

@@ -13,7 +13,7 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import note_key
-from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.write.claims import CLAIMS, left_claims
 
@@ -57,7 +57,7 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
     keys = files.list()
     garbage = [Garbage(key=key, kind="partial", nbytes=_size(files, key)) for key in files.partials()]
     garbage += [Garbage(key=key, kind="claim", nbytes=_size(files, key)) for key in left_claims(files)]
-    known = known_keys(files)
+    known = known_keys(read_manifest(files))
     within = tuple(
         key.removesuffix(MANIFEST_KEY) for key in keys if key.endswith(f"/{MANIFEST_KEY}") and key not in known
     )
@@ -76,13 +76,8 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
     return GarbageReport(location=location, deleted=delete, found=tuple(garbage), nbytes=nbytes, left=not_deleted)
 
 
-def known_keys(files: CacheFiles) -> set[str]:
-    """Return all keys that a cache may have, including those of objects that do not exist.
-
-    Raises:
-        CacheNotFoundError, CacheCorruptError, CacheFormatError: as :func:`collect_garbage`.
-    """
-    manifest = read_manifest(files)
+def known_keys(manifest: CacheManifest) -> set[str]:
+    """Return every key that the cache may have, whether its object exists or not. Claims are left out."""
     known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
     for ref in all_chunks(manifest.layout):
         known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))

@@ -16,17 +16,17 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
+from teacher_cache.storage.check.garbage import known_keys
 from teacher_cache.storage.errors import (
     CacheAccessError,
     CacheCorruptError,
     CacheError,
     CacheFormatError,
-    CacheNotFoundError,
     CacheUnreachableError,
 )
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
-from teacher_cache.storage.format.arrays import chunk_shape, decode_object, stored_dtype
+from teacher_cache.storage.format.arrays import decode_object, stored_form
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     COMMITS,
@@ -41,6 +41,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.journal import JOURNAL, note_key, read_note
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Seal, incomplete_message
+from teacher_cache.storage.format.manifest_file import no_cache
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
@@ -118,7 +119,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     else:
         later += _check_seal(files, manifest.seal, chunks.commits)
     later += _check_journal(files, refs)
-    later += _unknown_files(files, manifest, refs)
+    later += _unknown_files(files, manifest)
     _log_findings(location, findings + later)
     findings += chunks.findings + later
     counts = {"chunks": len(refs), "sound": chunks.sound, "findings": len(findings)}
@@ -250,10 +251,7 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
 def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
     main, backup = faults[MANIFEST_KEY], faults[BACKUP_KEY]
     if isinstance(main, (FileNotFoundError, NotADirectoryError)) and isinstance(backup, type(main)):
-        return CacheNotFoundError(
-            f"{location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
-            "teacher-cache precompute --cache."
-        )
+        return no_cache(location)
     gone = isinstance(backup, FileNotFoundError)
     if isinstance(main, CacheFormatError) and (gone or isinstance(backup, CacheFormatError)):
         return main
@@ -352,7 +350,7 @@ def _check_chunk(
             message = f"{key}: sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
             findings.append(Finding(kind="damaged", key=key, message=message))
             continue
-        shape, dtype = chunk_shape(manifest.layout, ref.tower, name), stored_dtype(manifest.layout, ref.tower, name)
+        shape, dtype = stored_form(manifest.layout, ref.tower, name)
         try:
             arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
         except CacheCorruptError as error:
@@ -426,11 +424,9 @@ def _check_journal(files: CacheFiles, refs: list[ChunkRef]) -> list[Finding]:
     return [finding for finding in faults if finding is not None]
 
 
-def _unknown_files(files: CacheFiles, manifest: CacheManifest, refs: list[ChunkRef]) -> list[Finding]:
+def _unknown_files(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
     """Return findings about objects that no commit, manifest or journal names. Uncommitted chunks are known."""
-    known = {MANIFEST_KEY, BACKUP_KEY, *manifest.files}
-    for ref in refs:
-        known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))
+    known = known_keys(manifest)
     return [
         Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
         for key in files.list()

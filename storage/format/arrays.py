@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from teacher_cache.storage.format.layout import Layout
 
 __all__ = [
-    "ARRAYS",
     "array_dtype",
-    "chunk_shape",
     "decode_object",
     "encode_object",
     "given_dtype",
     "prove_body",
-    "stored_arrays",
     "stored_dtype",
+    "stored_form",
     "zarr_metadata",
 ]
 
@@ -67,6 +65,11 @@ def stored_dtype(layout: Layout, tower: Tower, name: str) -> np.dtype[Any]:
     return np.dtype(stored_arrays(layout, tower)[name])
 
 
+def stored_form(layout: Layout, tower: Tower, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of one chunk of an array on disk."""
+    return chunk_shape(layout, tower, name), stored_dtype(layout, tower, name)
+
+
 def _fill(dtype: np.dtype[Any]) -> float | int:
     """Return the fill value of an array, which is never a valid value."""
     return NO_EMBEDDING if dtype.kind == "i" else np.nan
@@ -86,7 +89,7 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
         for name, dtype in stored_arrays(layout, tower).items():
             chunk = chunk_shape(layout, tower, name)
             views = (layout.views,) if tower == "image" else ()
-            rows = -(-layout.rows(tower) // layout.chunk_rows(tower)) if name == SCALE else layout.rows(tower)
+            rows = layout.chunks(tower) if name == SCALE else layout.rows(tower)
             group.create_array(
                 name,
                 shape=(rows, *views, *chunk[1:]),

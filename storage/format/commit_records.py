@@ -5,7 +5,6 @@ A reader keeps them while it is open, in each process that reads. As Python obje
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, get_args
@@ -21,6 +20,7 @@ from teacher_cache.storage.format.commits import (
     ObjectDigest,
     QuarantinedRow,
     all_chunks,
+    commits_sha256,
     read_commit,
 )
 from teacher_cache.storage.format.layout import Tower
@@ -54,14 +54,9 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         Raises:
             CacheCorruptError: a record is damaged or belongs elsewhere.
         """
-        total = hashlib.sha256()
         refs = all_chunks(self._manifest.layout)
-        read = partial(read_commit, files, self._manifest)
-        for ref, commit in zip(refs, in_parallel(files, read, refs), strict=True):
-            if commit is not None:
-                self._add(ref, commit)
-                total.update(ref.commit_key.encode() + b"\0" + commit.to_bytes())
-        return total.hexdigest()
+        commits = in_parallel(files, partial(read_commit, files, self._manifest), refs)
+        return commits_sha256(self._add(commit) for commit in commits if commit is not None)
 
     def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
         """Return the digests of one object of a chunk.
@@ -115,7 +110,8 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
     def _views(self, tower: Tower) -> int:
         return self._manifest.layout.views if tower == "image" else 1
 
-    def _add(self, ref: ChunkRef, commit: ChunkCommit) -> None:
+    def _add(self, commit: ChunkCommit) -> ChunkCommit:
+        ref = commit.ref
         digests = [commit.objects[name] for name in self._objects[ref.tower]]
         self._tables[ref.tower][ref.view, ref.chunk] = (
             True,
@@ -126,6 +122,7 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         )
         if commit.quarantined:
             self._quarantined[ref] = commit.quarantined
+        return commit
 
 
 def _row(objects: int) -> np.dtype[Any]:

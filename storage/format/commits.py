@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,9 +21,6 @@ from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.identity import canonical_json, with_digest, without_digest
 from teacher_cache.storage.format.layout import CRC_BYTES, SCALE, Layout, Tower, chunk_shape, stored_arrays
 from teacher_cache.storage.format.manifest import CacheManifest
-
-if TYPE_CHECKING:
-    from teacher_cache.storage.format.layout import Layout, Tower
 
 __all__ = [
     "ChunkCommit",
@@ -86,8 +83,8 @@ class ChunkRef(NamedTuple):
 
 def all_chunks(layout: Layout) -> list[ChunkRef]:
     """Return every chunk of a cache: images view by view, then captions."""
-    images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.image_chunks)]
-    return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.text_chunks)]
+    images = [ChunkRef("image", view, chunk) for view in range(layout.views) for chunk in range(layout.chunks("image"))]
+    return images + [ChunkRef("text", 0, chunk) for chunk in range(layout.chunks("text"))]
 
 
 def stretches_of(refs: Iterable[ChunkRef]) -> list[list[ChunkRef]]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 
 __all__ = [
+    "NAMES_ONLY",
     "CacheIdentity",
     "DatasetIdentity",
     "IdentityDifference",
@@ -151,8 +152,8 @@ class DatasetIdentity(Record):
     captions_sha256: str = Field(description="Over image row and text of each caption, in row order.")
 
 
-# for display only: the same weights under another name are the same teacher
-_NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
+NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
+"""Fields for display only: the same weights under another name are the same teacher."""
 
 # two correct decoders and resizers differ by a level or two in single pixels, far less in a block's mean
 _PROBE_TOLERANCE = 2
@@ -185,7 +186,7 @@ class CacheIdentity(Record):
 
     def _proven(self) -> dict[str, Any]:
         fields = self.fields()
-        for part, name in (*_NAMES_ONLY, _PROBE):
+        for part, name in (*NAMES_ONLY, _PROBE):
             fields[part].pop(name, None)
         return fields
 
@@ -196,7 +197,7 @@ class CacheIdentity(Record):
         for part in own:
             for name in sorted({*own[part], *other[part]}):
                 stored, expected = own[part].get(name), other[part].get(name)
-                if (part, name) in _NAMES_ONLY:
+                if (part, name) in NAMES_ONLY:
                     continue
                 if (part, name) == _PROBE:
                     if not _probes_agree(str(stored), str(expected)):

@@ -67,21 +67,11 @@ class Layout(Record):
         """Return the number of rows of a whole chunk of a tower."""
         return self.image_chunk_rows if tower == "image" else self.text_chunk_rows
 
-    @property
-    def image_chunks(self) -> int:
-        """Chunks of the image tower, per view."""
-        return -(-self.image_rows // self.image_chunk_rows)
-
-    @property
-    def text_chunks(self) -> int:
-        """Chunks of the text tower."""
-        return -(-self.text_rows // self.text_chunk_rows)
-
     def chunks(self, tower: Literal["image", "text"]) -> int:
         """Return the number of chunks of a tower, per view."""
-        return self.image_chunks if tower == "image" else self.text_chunks
+        return -(-self.rows(tower) // self.chunk_rows(tower))
 
     @property
     def num_chunks(self) -> int:
         """All chunks of the cache."""
-        return self.image_chunks * self.views + self.text_chunks
+        return self.chunks("image") * self.views + self.chunks("text")

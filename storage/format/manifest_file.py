@@ -10,7 +10,7 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheNotFoundError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 
-__all__ = ["read_manifest", "write_manifest"]
+__all__ = ["no_cache", "read_manifest", "write_manifest"]
 
 
 def read_manifest(files: CacheFiles) -> CacheManifest:
@@ -30,10 +30,7 @@ def read_manifest(files: CacheFiles) -> CacheManifest:
     try:
         backup = _read(files, BACKUP_KEY)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheNotFoundError(
-            f"{files.location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
-            "teacher-cache precompute --cache."
-        ) from missing
+        raise no_cache(files.location) from missing
     try:
         return _read(files, MANIFEST_KEY)  # another process may have written it since
     except FileNotFoundError as error:
@@ -43,6 +40,14 @@ def read_manifest(files: CacheFiles) -> CacheManifest:
                 "to restore it."
             ) from error
         return backup
+
+
+def no_cache(location: str) -> CacheNotFoundError:
+    """Return the error about a location without a cache."""
+    return CacheNotFoundError(
+        f"{location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
+        "teacher-cache precompute --cache."
+    )
 
 
 def write_manifest(files: CacheFiles, manifest: CacheManifest) -> None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teacher_cache.storage.errors import CacheCorruptError
-from teacher_cache.storage.files.location import LocalFiles, in_parallel
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.identity import canonical_json
 from teacher_cache.storage.format.manifest import CacheManifest, StaticFile
@@ -94,7 +95,7 @@ def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: S
     """
     keys = table_keys(manifest, name)
     read = in_parallel(files, lambda key: read_static(files, key, manifest.files[key]), keys, most=FILES_AT_ONCE)
-    parts = [_parse(data, columns) for data in read]
+    parts = [parquet_file(pa.BufferReader(data)).read(columns=columns, use_threads=False) for data in read]
     return pa.concat_tables(parts).combine_chunks()
 
 
@@ -135,10 +136,6 @@ def _digest_rows(table: pa.Table) -> str:
         for row in zip(*columns, strict=True):
             total.update(canonical_json(row) + b"\n")
     return total.hexdigest()
-
-
-def _parse(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    return parquet_file(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
 
 def parquet_file(source: pa.NativeFile) -> pq.ParquetFile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +15,14 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import CacheIncompleteError, UsageError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.format.identity import NAMES_ONLY, CacheIdentity
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
 from teacher_cache.storage.look.nearest import paired_scores, unit_rows
-from teacher_cache.storage.look.sampling import draw_rows
+from teacher_cache.storage.look.sampling import Progress, draw_rows, stage
 from teacher_cache.storage.look.stats import Distribution
+from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
@@ -30,9 +30,7 @@ __all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "
 _NAMED = 20
 _MEMORY_BYTES = 64 << 20  # each chunk is read once per block of rows
 _BLOCK_ROWS = 8_192  # in float64, of both caches: 0.2 GB at a width of 1,024
-_NAMES = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))
 
-Progress = Callable[[str, int, int], None]
 _Rows = NDArray[np.int64]
 
 
@@ -140,7 +138,7 @@ def diff_caches(
         manifest_a=first.digest,
         manifest_b=second.digest,
         identity=identity,
-        names=_names(first, second),
+        names=_fields(_names(first.identity), _names(second.identity)),
         layout=layout,
         images_added=len(pair.added),
         images_removed=len(pair.removed),
@@ -167,8 +165,8 @@ class _Side:
         self.manifest = read_manifest(files)
         self.samples = read_table(files, self.manifest, SAMPLES, ["sample_id", "content_sha256", "split"])
         self.captions = read_table(files, self.manifest, CAPTIONS, ["image_row", "text"])
-        edges = np.arange(self.manifest.layout.image_rows + 1)
-        self.offsets = np.searchsorted(self.captions["image_row"].to_numpy(), edges, side="left").astype(np.int64)
+        owners = self.captions["image_row"].to_numpy()
+        self.index = CaptionIndex(self.manifest.layout.image_rows, [owners], f"{location}/{CAPTIONS}")
 
     def rows_in(self, other: _Side) -> _Rows:
         """Return, for each row, the other cache's row of the same sample_id; -1 if it has none."""
@@ -178,13 +176,6 @@ class _Side:
     def ids(self, rows: _Rows) -> tuple[str, ...]:
         """Return the sample_ids of some rows."""
         return tuple(self.samples["sample_id"].take(pa.array(rows)).to_pylist())
-
-    def caption_rows(self, rows: _Rows) -> tuple[_Rows, _Rows]:
-        """Return all caption rows of some images, and the position in ``rows`` of each caption's image."""
-        starts = self.offsets[rows]
-        counts = self.offsets[rows + 1] - starts
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(starts, counts) + within, np.repeat(np.arange(len(rows)), counts)
 
 
 class _Pair:
@@ -233,10 +224,10 @@ class _Pair:
         return _unequal(self.a.samples[column].take(self.rows_a), self.b.samples[column].take(self.rows_b))
 
     def _captions_differ(self) -> NDArray[np.bool_]:
-        differ: NDArray[np.bool_] = np.diff(self.a.offsets)[self.rows_a] != np.diff(self.b.offsets)[self.rows_b]
+        differ: NDArray[np.bool_] = self.a.index.counts(self.rows_a) != self.b.index.counts(self.rows_b)
         alike = np.flatnonzero(~differ)  # equal numbers of captions
-        text_a, place = self.a.caption_rows(self.rows_a[alike])
-        text_b, _ = self.b.caption_rows(self.rows_b[alike])
+        text_a, place = self.a.index.captions_of(self.rows_a[alike])
+        text_b, _ = self.b.index.captions_of(self.rows_b[alike])
         texts_a, texts_b = (long_texts(side.captions["text"]) for side in (self.a, self.b))
         differ[alike[place[_unequal(texts_a.take(text_a), texts_b.take(text_b))]]] = True
         return differ
@@ -280,14 +271,14 @@ def _compare(pair: _Pair, view: int, most: int, seed: int, progress: Progress | 
         return _Compared(images_in_one=in_one, other_chunks=other_chunks, reason=reason)
     same = pair.rows_a[usable]
     drawn = draw_rows(same, pair.a.manifest.layout.image_chunk_rows, most, seed)
-    report = progress or (lambda stage, done, total: None)
-    images = _drift(pair, _Moved(a, b, "image", view), drawn, pair.row_b[drawn], drawn)
-    report("compare", 1, 2)
+    report = stage(progress, "compare")
+    images = _drift(pair, (a, b), "image", view, drawn, pair.row_b[drawn], drawn)
+    report(1, 2)
     same_captions = np.setdiff1d(drawn, pair.rows_a[pair.changes["captions"]])
-    text_a, place = pair.a.caption_rows(same_captions)
-    text_b, _ = pair.b.caption_rows(pair.row_b[same_captions])
-    captions = _drift(pair, _Moved(a, b, "text", 0), text_a, text_b, same_captions[place])
-    report("compare", 2, 2)
+    text_a, place = pair.a.index.captions_of(same_captions)
+    text_b, _ = pair.b.index.captions_of(pair.row_b[same_captions])
+    captions = _drift(pair, (a, b), "text", 0, text_a, text_b, same_captions[place])
+    report(2, 2)
     return _Compared(images, captions, len(drawn) < len(same), in_one, other_chunks)
 
 
@@ -299,31 +290,25 @@ def _other_chunks(a: EmbeddingReader, b: EmbeddingReader) -> int:
     return len(in_one) + sum(commits_a[ref].objects != commits_b[ref].objects for ref in shared)
 
 
-@dataclass(frozen=True)
-class _Moved:
-    """The embeddings of one tower and view in both caches."""
-
-    a: EmbeddingReader
-    b: EmbeddingReader
-    tower: Tower
-    view: int
-
-    def cosines(self, rows_a: _Rows, rows_b: _Rows) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return cosines of pairs of rows, and whether they are equal bit for bit."""
-        cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
-        for start in range(0, len(rows_a), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            in_a = self.a.take(self.tower, rows_a[part], self.view)
-            in_b = self.b.take(self.tower, rows_b[part], self.view)
-            cosines[part] = paired_scores(unit_rows(in_a), unit_rows(in_b))
-            equal[part] = (in_a == in_b).all(axis=1)
-        cosines[equal] = 1.0
-        return cosines, equal
-
-
-def _drift(pair: _Pair, moved: _Moved, rows_a: _Rows, rows_b: _Rows, owners: _Rows) -> Drift:
+def _drift(
+    pair: _Pair,
+    readers: tuple[EmbeddingReader, EmbeddingReader],
+    tower: Tower,
+    view: int,
+    rows_a: _Rows,
+    rows_b: _Rows,
+    owners: _Rows,
+) -> Drift:
     """Compare pairs of rows; ``owners`` are the rows of their images in ``a``."""
-    cosines, equal = moved.cosines(rows_a, rows_b)
+    cosines, equal = np.empty(len(rows_a)), np.empty(len(rows_a), bool)
+    for start in range(0, len(rows_a), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        in_a, in_b = (
+            reader.take(tower, rows[part], view) for reader, rows in zip(readers, (rows_a, rows_b), strict=True)
+        )
+        cosines[part] = paired_scores(unit_rows(in_a), unit_rows(in_b))
+        equal[part] = (in_a == in_b).all(axis=1)
+    cosines[equal] = 1.0
     worst = np.lexsort((rows_a, cosines))[:_NAMED]
     worst = worst[~equal[worst]]
     return Drift(
@@ -337,14 +322,9 @@ def _drift(pair: _Pair, moved: _Moved, rows_a: _Rows, rows_b: _Rows, owners: _Ro
     )
 
 
-def _names(a: CacheManifest, b: CacheManifest) -> tuple[FieldDifference, ...]:
-    in_a, in_b = a.identity.fields(), b.identity.fields()
-    pairs = {f"{part}.{name}": (in_a[part].get(name), in_b[part].get(name)) for part, name in _NAMES}
-    return tuple(
-        FieldDifference(field=name, a=json.dumps(value), b=json.dumps(other))
-        for name, (value, other) in pairs.items()
-        if value != other
-    )
+def _names(identity: CacheIdentity) -> dict[str, Any]:
+    fields = identity.fields()
+    return {f"{part}.{name}": fields[part].get(name) for part, name in NAMES_ONLY}
 
 
 def _fields(a: dict[str, Any], b: dict[str, Any]) -> tuple[FieldDifference, ...]:

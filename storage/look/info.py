@@ -16,11 +16,12 @@ from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import (
-    COMMITS,
+    ChunkCommit,
     ChunkRef,
     QuarantinedRow,
     all_chunks,
     committed_chunks,
+    quarantined_rows,
     read_commit,
     target_bytes,
 )
@@ -113,15 +114,12 @@ def describe_cache(location: str) -> CacheInfo:
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
     """
-    files = open_files(location)
-    manifest = read_manifest(files)
-    refs = all_chunks(manifest.layout)
-    commit_keys = set(files.list(COMMITS))
-    committed = [ref for ref in refs if ref.commit_key in commit_keys]
+    files, manifest, refs, committed = _chunks_of(location)
     coverage = _coverage(manifest.layout, refs, committed)
     costs = {tower: _tower_cost(files, tower) for tower in ARRAYS}
     seal = manifest.seal
-    rows = _quarantined(files, manifest, committed)
+    commits = _image_commits(files, manifest, committed)
+    rows = None if commits is None else quarantined_rows(commits.values())
     return CacheInfo(
         location=location,
         format_version=manifest.format_version,
@@ -164,9 +162,8 @@ def count_committed(location: str) -> tuple[int, int]:
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
     """
-    files = open_files(location)
-    refs = all_chunks(read_manifest(files).layout)
-    return len(committed_chunks(files, refs)), len(refs)
+    _, _, refs, committed = _chunks_of(location)
+    return len(committed), len(refs)
 
 
 def chunk_states(location: str) -> tuple[ChunkState, ...]:
@@ -177,18 +174,27 @@ def chunk_states(location: str) -> tuple[ChunkState, ...]:
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
     """
-    files = open_files(location)
-    manifest = read_manifest(files)
-    refs = all_chunks(manifest.layout)
-    commit_keys = set(files.list(COMMITS))
-    lost = _quarantined_by_chunk(files, manifest, [ref for ref in refs if ref.commit_key in commit_keys])
+    files, manifest, refs, committed = _chunks_of(location)
+    commits = _image_commits(files, manifest, committed)
 
     def quarantined(ref: ChunkRef) -> tuple[QuarantinedRow, ...] | None:
         if ref.tower == "text":
             return ()
-        return None if lost is None else lost.get(ref, ())
+        if commits is None:
+            return None
+        return commits[ref].quarantined if ref in commits else ()
 
-    return tuple(ChunkState(ref, ref.commit_key in commit_keys, quarantined(ref)) for ref in refs)
+    is_committed = set(committed)
+    return tuple(ChunkState(ref, ref in is_committed, quarantined(ref)) for ref in refs)
+
+
+def _chunks_of(location: str) -> tuple[CacheFiles, CacheManifest, list[ChunkRef], list[ChunkRef]]:
+    """Open a cache; return its files and manifest, all chunks, and those that are committed."""
+    files = open_files(location)
+    manifest = read_manifest(files)
+    refs = all_chunks(manifest.layout)
+    committed = committed_chunks(files, refs)
+    return files, manifest, refs, [ref for ref in refs if ref in committed]
 
 
 def _coverage(layout: Layout, refs: Sequence[ChunkRef], committed: Sequence[ChunkRef]) -> tuple[Coverage, ...]:
@@ -238,38 +244,25 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
     )
 
 
-def _quarantined(
+def _image_commits(
     files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
-) -> dict[int, QuarantinedRow] | None:
-    by_chunk = _quarantined_by_chunk(files, manifest, committed)
-    if by_chunk is None:
-        return None
-    by_row: dict[int, QuarantinedRow] = {}
-    for rows in by_chunk.values():
-        for row in rows:
-            by_row.setdefault(row.row, row)
-    return dict(sorted(by_row.items()))
-
-
-def _quarantined_by_chunk(
-    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
-) -> dict[ChunkRef, tuple[QuarantinedRow, ...]] | None:
-    """Return the quarantined rows of committed image chunks; None if too many records would have to be read."""
-    images = [ref for ref in committed if ref.tower == "image"]
+) -> dict[ChunkRef, ChunkCommit] | None:
+    """Return the commit records of images that may name quarantined rows, without damaged ones; None if too many."""
     # a sealed cache without quarantined rows says so in its manifest
     if manifest.seal is not None and not manifest.seal.images_quarantined:
-        return dict.fromkeys(images, ())
+        return {}
+    images = [ref for ref in committed if ref.tower == "image"]
     if len(images) > COMMITS_READ:
         return None
 
-    def commit_of(ref: ChunkRef) -> tuple[QuarantinedRow, ...]:
+    def commit_of(ref: ChunkRef) -> ChunkCommit | None:
         try:
-            commit = read_commit(files, manifest, ref)
-        except (CacheCorruptError, FileNotFoundError):
-            return ()  # verify names it
-        return () if commit is None else commit.quarantined
+            return read_commit(files, manifest, ref)
+        except CacheCorruptError:
+            return None  # verify names it
 
-    return dict(zip(images, in_parallel(files, commit_of, images), strict=True))
+    found = zip(images, in_parallel(files, commit_of, images), strict=True)
+    return {ref: commit for ref, commit in found if commit is not None}
 
 
 def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,21 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["draw_rows", "require_view", "row_blocks", "stored_rows"]
+__all__ = ["Progress", "draw_rows", "require_view", "row_blocks", "stage", "stored_rows"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
 
 _CHUNKS_DRAWN = 64  # chunks are read whole: rows from all chunks would mean reading the whole cache
+
+
+def stage(progress: Progress | None, name: str) -> Callable[[int, int], None]:
+    """Return a function that reports (done, total) of one stage; without ``progress`` it does nothing."""
+    return _ignore if progress is None else partial(progress, name)
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
 
 
 def require_view(reader: EmbeddingReader, view: int) -> None:
@@ -58,7 +71,7 @@ def stored_rows(
     rows: NDArray[np.int64],
     view: int = 0,
     array: str = "embedding",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = _ignore,
 ) -> NDArray[Any]:
     """Read rows of one array; quarantined rows are NaN.
 
@@ -75,8 +88,7 @@ def stored_rows(
     for number, chunk in enumerate(chunks):
         in_chunk = rows[np.searchsorted(rows, chunk * size) : np.searchsorted(rows, (chunk + 1) * size)]
         parts.append(reader.chunk(ChunkRef(tower, view, int(chunk)), array)[in_chunk - chunk * size])
-        if progress is not None:
-            progress(number + 1, len(chunks))
+        progress(number + 1, len(chunks))
     if parts:
         return np.concatenate(parts)
     layout = reader.manifest.layout
@@ -89,7 +101,7 @@ def row_blocks(
     most: int | None = None,
     seed: int = 0,
     view: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = _ignore,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
     """Yield row numbers and embeddings chunk by chunk, without the quarantined ones.
 
@@ -108,5 +120,4 @@ def row_blocks(
         values = reader.chunk(ref)
         usable = ~np.isnan(values[:, 0])
         yield np.asarray(ref.rows(layout), np.int64)[usable], values[usable]
-        if progress is not None:
-            progress(number + 1, len(chunks))
+        progress(number + 1, len(chunks))

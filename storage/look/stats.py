@@ -5,7 +5,6 @@ Above a maximum number of rows a sample is drawn, and the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.nearest import near_pairs, unit_rows
-from teacher_cache.storage.look.sampling import draw_rows, require_view, stored_rows
+from teacher_cache.storage.look.sampling import Progress, draw_rows, require_view, stage, stored_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = [
@@ -37,7 +36,6 @@ _PAIRS_NAMED = 20
 _MEMORY_BYTES = 64 << 20  # each chunk is read once
 _DEAD = 0.01  # of the median dimension's standard deviation
 
-Progress = Callable[[str, int, int], None]
 _Floats = NDArray[np.float32]
 _Rows = NDArray[np.int64]
 
@@ -239,9 +237,9 @@ def read_drawn(
         image_rows=rows,
         caption_rows=caption_rows,
         text_image=text_image,
-        images=stored_rows(reader, "image", rows, view, progress=_stage(progress, "read images")),
+        images=stored_rows(reader, "image", rows, view, progress=stage(progress, "read images")),
         image_norms=stored_rows(reader, "image", rows, view, "norm"),
-        texts=stored_rows(reader, "text", caption_rows, progress=_stage(progress, "read captions")),
+        texts=stored_rows(reader, "text", caption_rows, progress=stage(progress, "read captions")),
         text_norms=stored_rows(reader, "text", caption_rows, 0, "norm"),
     )
 
@@ -281,9 +279,10 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
     pairs, partners, nearest_pairs, cosines = near_pairs(rows.images, near, _PAIRS_NAMED)
     captions = int(np.diff(reader.caption_offsets)[drawn.every].sum())
     image = _tower(drawn.images, drawn.image_norms, len(drawn.every), random)
-    _report(progress, "sum up", 1, 2)
+    report = stage(progress, "sum up")
+    report(1, 2)
     text = _tower(drawn.texts, drawn.text_norms, captions, random)
-    _report(progress, "sum up", 2, 2)
+    report(2, 2)
     return CacheStats(
         location=reader.location,
         manifest_digest=reader.manifest.digest,
@@ -319,15 +318,6 @@ def effective_rank(rows: NDArray[np.floating]) -> float | None:
     share = singular / singular.sum()
     share = share[share > 0]
     return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)
-
-
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _usable(rows: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -13,11 +13,11 @@ from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.files.transient import read_error
-from teacher_cache.storage.format.arrays import chunk_shape, decode_object, given_dtype, prove_body, stored_dtype
+from teacher_cache.storage.format.arrays import decode_object, given_dtype, prove_body, stored_form
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, ObjectDigest, all_chunks
 from teacher_cache.storage.format.int8 import unit_dequantized
-from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower
+from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, chunk_shape
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.row_rules import has_nan, is_nan
 from teacher_cache.storage.read.chunk_cache import ChunkMemory
@@ -102,7 +102,7 @@ class ChunkSource:
 
     def places(self, tower: Tower) -> RowPlaces:
         """Return the places of a tower's rows."""
-        return RowPlaces.of(self.files.location, self.layout, tower, self.layout.views)
+        return RowPlaces.of(self.files.location, self.layout, tower)
 
     def require_array(self, tower: Tower, array: str) -> None:
         """Check that a tower has an array.
@@ -145,8 +145,7 @@ class ChunkSource:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:
             raise read_error(where, error) from error
-        shape, dtype = chunk_shape(self.layout, ref.tower, array), stored_dtype(self.layout, ref.tower, array)
-        values = decode_object(data, self.digest(ref, array), shape, dtype, where)
+        values = decode_object(data, self.digest(ref, array), *stored_form(self.layout, ref.tower, array), where)
         self.count(len(data))
         if (ref, array) not in self._proven:
             self._note_proven(ref, array, values, has_nan(values))

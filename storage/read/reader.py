@@ -30,13 +30,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, incomplete_message
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
-from teacher_cache.storage.format.tables import (
-    CAPTIONS,
-    PROBLEMS,
-    ROWS_PER_GROUP,
-    SAMPLES,
-    read_table,
-)
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
@@ -316,7 +310,7 @@ class EmbeddingReader:
         """
         return stream_rows(self.chunks, tower, batches, array, prove, read_ahead_bytes, threads)
 
-    def resident(self, tower: Tower, array: str = "embedding", threads: int | None = None) -> ResidentRows:
+    def resident(self, tower: Tower, array: str = "embedding") -> ResidentRows:
         """Load all rows of one array into memory, for fully random orders.
 
         Processes that use it share one copy; it does not count against ``memory_bytes``. See
@@ -325,14 +319,13 @@ class EmbeddingReader:
         Args:
             tower: ``"image"`` or ``"text"``.
             array: As in :meth:`take`.
-            threads: Number of chunks read and proven in parallel. Default: 2; more for a store.
 
         Raises:
             CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`take`.
             ValueError: There is no such array.
             MemoryError: The rows do not fit in memory.
         """
-        return load_resident(self.chunks, tower, array, threads)
+        return load_resident(self.chunks, tower, array)
 
     def chunk(self, ref: ChunkRef, array: str = "embedding") -> NDArray[Any]:
         """Return all rows of one chunk, read-only, of the dtype of :meth:`take`; quarantined rows are NaN.

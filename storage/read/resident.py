@@ -6,18 +6,19 @@ import contextlib
 import mmap
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.storage.format.arrays import chunk_shape, stored_dtype
+from teacher_cache.storage.files.location import results_ahead
+from teacher_cache.storage.format.arrays import stored_form
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.chunks import ChunkSource
-from teacher_cache.storage.read.prefetch import ReadAhead
 from teacher_cache.storage.read.row_places import RowPlaces
 from teacher_cache.storage.read.stream import loads_at_once
 
@@ -112,15 +113,13 @@ class ResidentRows:
         return unit_dequantized(out, self._scales[views * self._places.chunks + rows // self._places.chunk_rows])
 
 
-def load_resident(source: ChunkSource, tower: Tower, array: str, threads: int | None) -> ResidentRows:
+def load_resident(source: ChunkSource, tower: Tower, array: str) -> ResidentRows:
     """See :meth:`teacher_cache.storage.read.reader.EmbeddingReader.resident`."""
     source.require_array(tower, array)
     layout, places = source.layout, source.places(tower)
-    threads = threads or loads_at_once(source.files, _REMOTE_AHEAD)
-    most_ahead = max(_LEAST_AHEAD, threads)
-    dtype = stored_dtype(layout, tower, array)
-    shape = (places.views * places.total, *chunk_shape(layout, tower, array)[1:])
-    rows = np.empty(shape, dtype)  # numpy asks for huge pages
+    threads = loads_at_once(source.files, _REMOTE_AHEAD)
+    shape, dtype = stored_form(layout, tower, array)
+    rows = np.empty((places.views * places.total, *shape[1:]), dtype)  # numpy asks for huge pages
     refs = [places.ref(number) for number in range(places.views * places.chunks)]
     columns = layout.embed_dim if dtype == np.int8 else 0
     scales, quarantined = np.empty((len(refs), columns), np.float32), [np.empty(0, np.int64)]
@@ -130,14 +129,12 @@ def load_resident(source: ChunkSource, tower: Tower, array: str, threads: int | 
             scales[places.number(ref)] = source.scale(ref)[0]
         return source.load(ref, array)
 
-    with ReadAhead(load, lambda ref: None, threads) as ahead:
-        for number, ref in enumerate(refs):
-            ahead.ask(refs[number : number + 1 + most_ahead])
-            count = len(ref.rows(layout))
-            first = ref.view * places.total + ref.rows(layout).start
-            rows[first : first + count] = ahead.get(ref)[:count]
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
+        for ref, values in zip(refs, results_ahead(pool, load, refs, max(_LEAST_AHEAD, threads)), strict=True):
+            held = ref.rows(layout)
+            first = ref.view * places.total + held.start
+            rows[first : first + len(held)] = values[: len(held)]
             quarantined.append(source.quarantined_rows(ref) + first)
-            ahead.drop(keep=refs[number + 1 : number + 1 + most_ahead])
     name = f"{source.files.location}: {tower} {array}"
     return ResidentRows(rows, places, np.concatenate(quarantined), scales if columns else None, name)
 

@@ -34,9 +34,9 @@ class RowPlaces:
     views: int
 
     @classmethod
-    def of(cls, location: str, layout: Layout, tower: Tower, views: int) -> RowPlaces:
-        """Return the places of a tower; ``views`` matters for images only."""
-        views = views if tower == "image" else 1
+    def of(cls, location: str, layout: Layout, tower: Tower) -> RowPlaces:
+        """Return the places of a tower."""
+        views = layout.views if tower == "image" else 1
         return cls(location, tower, layout.rows(tower), layout.chunk_rows(tower), layout.chunks(tower), views)
 
     def check(

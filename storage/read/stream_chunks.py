@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.format.arrays import chunk_shape, stored_dtype
+from teacher_cache.storage.format.arrays import stored_form
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import CRC_BYTES, Tower
 from teacher_cache.storage.read.chunk_region import ChunkRegion
@@ -35,9 +35,9 @@ class OutputArrays:
     Memory is in use while its bytearray cannot be resized: an array, a view or a tensor over it exists.
     """
 
-    def __init__(self, dtype: np.dtype[Any], buffers: int = 3) -> None:
+    def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
-        self._buffers: deque[bytearray] = deque(maxlen=buffers)
+        self._buffers: deque[bytearray] = deque(maxlen=3)
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
         """Return an array of this shape with any contents."""
@@ -305,8 +305,7 @@ def open_chunks(source: ChunkSource, tower: Tower, array: str, prove_every_read:
 
 
 def _new_array(source: ChunkSource, tower: Tower, array: str) -> MappedArray:
-    places, dtype = source.places(tower), stored_dtype(source.layout, tower, array)
+    places, (shape, dtype) = source.places(tower), stored_form(source.layout, tower, array)
     chunks = places.views * places.chunks
     columns = source.layout.embed_dim if dtype == np.int8 else 0
-    region = ChunkRegion(chunks, chunk_shape(source.layout, tower, array), dtype)
-    return MappedArray(region, np.empty((chunks, columns), np.float32))
+    return MappedArray(ChunkRegion(chunks, shape, dtype), np.empty((chunks, columns), np.float32))
