@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +27,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.files.processes import ProcessName, this_process
+from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.identity import (
     CacheIdentity,
     DatasetIdentity,
@@ -35,6 +38,7 @@ from teacher_cache.storage.format.identity import (
     TokenizerIdentity,
     ViewsIdentity,
 )
+from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import CacheManifest, Source
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
@@ -194,27 +198,57 @@ def known_arrays(writer: EmbeddingWriter, ref: Any) -> dict[str, np.ndarray[Any,
     return arrays
 
 
-def finish_known_cache(location: Path | str, quarantined: Sequence[QuarantinedRow] = ()) -> None:
-    """Write what is left of a planned cache, some images quarantined in its one view, and seal it."""
+def quarantined_row(row: int) -> QuarantinedRow:
+    """An image of the test cache that could not be decoded."""
+    return QuarantinedRow(row=row, sample_id=f"img-{row}", reason="undecodable", detail="cut short")
+
+
+def finish_known_cache(
+    location: Path | str,
+    lost: Sequence[int] = (),
+    chunks: int | None = None,
+    change: Callable[[ChunkRef, dict[str, np.ndarray[Any, Any]]], None] | None = None,
+    **cost: Any,
+) -> EmbeddingWriter:
+    """Write what is left of a planned cache and seal it.
+
+    Args:
+        lost: images without an embedding in any view.
+        chunks: write this many chunks only, and do not seal.
+        change: changes the arrays of a chunk before they are written.
+        cost: fields of the chunks' journal notes. Default: no notes.
+    """
     writer = EmbeddingWriter(str(location))
-    for ref in writer.pending():
+    for ref in writer.pending()[:chunks]:
         rows, arrays = ref.rows(writer.manifest.layout), known_arrays(writer, ref)
-        lost = [row for row in quarantined if ref.tower == "image" and row.row in rows]
-        for row in lost:
-            for values in arrays.values():
-                values[row.row - rows.start] = np.nan
-        writer.write(ref, arrays, lost)
-    writer.seal()
+        if change is not None:
+            change(ref, arrays)
+        gone = [row for row in lost if ref.tower == "image" and row in rows]
+        for values in arrays.values():
+            values[[row - rows.start for row in gone]] = np.nan
+        note = ChunkCost(rows=len(rows), **cost) if cost else None
+        writer.write(ref, arrays, [quarantined_row(row) for row in gone], note)
+    if chunks is None:
+        writer.seal()
+    return writer
 
 
-def make_known_cache(location: Path | str, **plan: Any) -> None:
+def make_known_cache(location: Path | str, lost: Sequence[int] = (), **plan: Any) -> None:
     """A sealed cache of the known rows.
 
     Args:
+        lost: images without an embedding.
         plan: settings of :func:`plan_known_cache`.
     """
     plan_known_cache(location, **plan)
-    finish_known_cache(location)
+    finish_known_cache(location, lost)
+
+
+def ended_process() -> ProcessName:
+    """The name of a process that has just ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return this_process().model_copy(update={"pid": process.pid})
 
 
 @pytest.fixture

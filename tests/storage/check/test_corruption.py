@@ -13,45 +13,39 @@ from click.testing import CliRunner
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheNotFoundError
-from teacher_cache.storage.format.arrays import ARRAYS
-from teacher_cache.storage.format.journal import ChunkCost
-from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.format.commits import ChunkRef
+from teacher_cache.storage.format.layout import ARRAYS, Tower
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import finish_known_cache, known_row, plan_known_cache
 from tests.damage import KINDS, Damage, Others, damage, make_older
 
 SEEDS = range(4)
 IMAGES, CAPTIONS = 10, 25
 
 
-def write_known_cache(path: Path) -> Path:
-    """A sealed cache of known rows, with journal notes."""
-    writer = EmbeddingWriter(str(path))
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref), cost=ChunkCost(rows=4, seconds=0.5, host="here"))
-    writer.seal()
-    return path
+NOTED = {"seconds": 0.5, "host": "here"}
+
+
+def turn(ref: ChunkRef, arrays: dict[str, np.ndarray]) -> None:
+    """Make the rows of another teacher."""
+    arrays["embedding"] = arrays["embedding"][:, ::-1].copy()
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed cache of known rows, with journal notes."""
     path = tmp_path_factory.mktemp("sound") / "c"
     plan_known_cache(path, IMAGES, CAPTIONS)
-    return write_known_cache(path)
+    finish_known_cache(path, **NOTED)
+    return path
 
 
 @pytest.fixture(scope="module")
 def others(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Others:
     foreign = tmp_path_factory.mktemp("foreign") / "c"
     plan_known_cache(foreign, IMAGES, CAPTIONS, name="other")
-    writer = EmbeddingWriter(str(foreign))
-    for ref in writer.pending():
-        arrays = known_arrays(writer, ref)
-        arrays["embedding"] = arrays["embedding"][:, ::-1].copy()
-        writer.write(ref, arrays, cost=ChunkCost(rows=4, seconds=0.5, host="here"))
-    writer.seal()
+    finish_known_cache(foreign, change=turn, **NOTED)
     return Others(foreign, make_older(sound, tmp_path_factory.mktemp("older") / "c"))
 
 

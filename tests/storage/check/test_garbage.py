@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -20,23 +17,14 @@ from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.write.claims import CLAIMS, Claims, left_claims
-from tests.conftest import cache_digest, plan_known_cache
-from tests.object_store import ObjectStore
-from tests.storage.look.test_look import fill
+from tests.conftest import cache_digest, ended_process, finish_known_cache, make_known_cache, plan_known_cache
 
 run = CliRunner()
 
 
-def ended() -> int:
-    """The number of a process that has just ended."""
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    return process.pid
-
-
 def litter(path: Path) -> dict[str, str]:
     """Leave one of each kind; kinds by key."""
-    process = this_process().model_copy(update={"pid": ended()})
+    process = ended_process()
     partial = f"targets.zarr/image/embedding/c/0/0/.partial-{process.tag}-0123abcd"
     (path / partial).write_bytes(b"half")
     (path / "notes.txt").write_text("of a person")
@@ -98,28 +86,28 @@ def test_a_cache_is_not_begun_among_other_things(tmp_path: Path, monkeypatch: py
     """A dataset's folder, or a folder of caches: all in it would be unknown files of the new cache."""
     (tmp_path / "photos" / "images").mkdir(parents=True)
     (tmp_path / "photos" / "captions.txt").write_text("")
-    wanted = r"photos: holds captions.txt, images, and a cache has a folder of its own. Name .*photos/NAME.cache"
+    wanted = r"photos: contains captions.txt, images, but a cache needs a folder of its own. Choose .*photos/NAME.cache"
     with pytest.raises(UsageError, match=wanted):
         plan_known_cache(tmp_path / "photos")
     plan_known_cache(tmp_path / "caches" / "a.cache")
-    with pytest.raises(UsageError, match=r"holds a\.cache, and a cache"):
+    with pytest.raises(UsageError, match=r"contains a\.cache, but a cache"):
         plan_known_cache(tmp_path / "caches")
-    with pytest.raises(UsageError, match="is a file, and a cache is a folder"):
+    with pytest.raises(UsageError, match="is a file, but a cache is a folder"):
         plan_known_cache(tmp_path / "photos" / "captions.txt")
     assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["captions.txt", "images"]
     # what a planning that was killed leaves, and an empty folder, are begun with
     (tmp_path / "b" / "samples").mkdir(parents=True)
     (tmp_path / "b" / f".partial-{this_process().tag}-0123abcd").write_bytes(b"half")
     plan_known_cache(tmp_path / "b")
-    monkeypatch.setattr("teacher_cache.storage.write.place.os.access", lambda *_: False)
-    with pytest.raises(CacheAccessError, match=r"c/d: this user may not write in .*\. Let this user, or name another"):
+    monkeypatch.setattr("teacher_cache.storage.write.plan.os.access", lambda *_: False)
+    with pytest.raises(CacheAccessError, match=r"c/d: this user cannot write to .*\. Grant the right, or choose"):
         plan_known_cache(tmp_path / "c" / "d")
 
 
 def test_living_processes_keep_what_they_hold(tmp_path: Path) -> None:
     path = tmp_path / "busy.cache"
     plan_known_cache(path)
-    fill(path, 4)
+    finish_known_cache(path, chunks=4)
     files = LocalFiles(str(path))
     partial = path / f"samples/.partial-{this_process().tag}-0123abcd"
     with Claims(files) as claims:
@@ -171,16 +159,14 @@ def test_damaged_files_of_the_cache_are_no_garbage(known_cache: Path) -> None:
     assert collect_garbage(str(known_cache), delete=True).found == ()
 
 
-def test_gc_of_an_object_store(moto: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in moto.environment.items():
-        monkeypatch.setenv(name, value)
-    location = moto.location(f"{uuid.uuid4()}/known.cache")
-    plan_known_cache(location)
-    fill(location)
+@pytest.mark.parametrize("object_store", ["moto"], indirect=True)
+def test_gc_of_an_object_store(s3_location: str) -> None:
+    location = s3_location
+    make_known_cache(location)
     before = cache_digest(location)
     open_files(location).write("stray", b"12345")
     # of a process that was killed between the two puts by which it proves that the store can create exclusively
-    probe = f".partial-{this_process().model_copy(update={'pid': ended()}).tag}-0123abcd"
+    probe = f".partial-{ended_process().tag}-0123abcd"
     open_files(location).write(probe, b"first")
     assert [(each.key, each.kind, each.nbytes) for each in collect_garbage(location).found] == [
         (probe, "partial", 5),

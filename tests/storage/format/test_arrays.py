@@ -17,16 +17,18 @@ LAYOUT = Layout(embed_dim=8, image_rows=10, text_rows=25, image_chunk_rows=4, te
 SHAPE, DTYPE = (4, 8), np.dtype("<f2")
 
 
-def test_objects_equal_those_that_zarr_writes(tmp_path: Path) -> None:
-    for key, data in zarr_metadata(LAYOUT).items():
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_objects_equal_those_that_zarr_writes(tmp_path: Path, dtype: str) -> None:
+    layout = LAYOUT.model_copy(update={"embedding_dtype": None if dtype == "float16" else dtype})
+    for key, data in zarr_metadata(layout).items():
         (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / key).write_bytes(data)
-    rows = np.stack([known_row("image", row) for row in range(10)])
+    rows = (100 * np.stack([known_row("image", row) for row in range(10)])).astype(dtype)
     array = zarr.open_array(tmp_path / "targets.zarr" / "image" / "embedding", mode="r+")
     array[:, 0, :] = rows
-    for chunk in range(3):
+    for chunk in range(3):  # the last one is padded
         written = (tmp_path / f"targets.zarr/image/embedding/c/{chunk}/0/0").read_bytes()
-        assert encode_object(rows[4 * chunk : 4 * chunk + 4], SHAPE, DTYPE)[0] == written
+        assert encode_object(rows[4 * chunk : 4 * chunk + 4], SHAPE, rows.dtype)[0] == written
 
 
 def test_zarr_reads_what_the_writer_wrote(known_cache: Path) -> None:

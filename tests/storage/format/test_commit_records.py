@@ -10,10 +10,10 @@ import pytest
 
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.format.commit_records import CommitRecords
-from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow, all_chunks, read_commit
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks, read_commit
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.conftest import finish_known_cache, make_known_cache, plan_known_cache
+from tests.conftest import make_known_cache
 
 
 def records_of(cache: Path) -> CommitRecords:
@@ -25,9 +25,7 @@ def records_of(cache: Path) -> CommitRecords:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_each_record_is_the_one_on_disk(tmp_path: Path, dtype: str) -> None:
-    plan_known_cache(tmp_path / "c", dtype=dtype)  # type: ignore[arg-type]
-    lost = QuarantinedRow(row=5, sample_id="img-5", reason="undecodable-image", detail="no image")
-    finish_known_cache(tmp_path / "c", [lost])
+    make_known_cache(tmp_path / "c", lost=[5], dtype=dtype)
     files = LocalFiles(str(tmp_path / "c"))
     records, manifest = records_of(tmp_path / "c"), read_manifest(files)
     assert list(records) == all_chunks(manifest.layout)

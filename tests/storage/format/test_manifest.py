@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, CacheNotFoundError
+from teacher_cache.storage.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheMismatchError,
+    CacheNotFoundError,
+)
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.format.identity import ViewsIdentity, digest_of
 from teacher_cache.storage.format.manifest import CacheManifest
@@ -32,29 +38,42 @@ def test_round_trip(known_cache: Path) -> None:
     assert manifest.sealed
 
 
-def test_an_edited_manifest_is_refused(known_cache: Path) -> None:
-    data = edit(known_cache, redigest=False, made_with={"torch": "other"})
-    with pytest.raises(CacheCorruptError, match=r"here/manifest.json: content has digest \w{12}, \w{12} is recorded"):
+@pytest.mark.parametrize(
+    ("changes", "redigest", "error", "said"),
+    [
+        (
+            {"made_with": {}},
+            False,
+            CacheCorruptError,
+            r"here/manifest.json: content has digest \w{12}, \w{12} is recorded",
+        ),
+        (
+            {"format_version": 4},
+            True,
+            CacheFormatError,
+            "format version 4, this teacher-cache reads 1 to 3. Install a newer",
+        ),
+        ({"identity_digest": "0" * 64}, True, CacheFormatError, "identity_digest is 0000"),
+    ],
+)
+def test_an_edited_manifest_is_refused(
+    known_cache: Path, changes: dict[str, Any], redigest: bool, error: type[CacheError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        CacheManifest.from_bytes(edit(known_cache, redigest, **changes), "here")
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "said"),
+    [
+        (b'{"zarr_format": 3}', CacheFormatError, "format is None, 'teacher-cache' wanted"),
+        (b"[]", CacheFormatError, "format is 'list'"),
+        (b"{", CacheCorruptError, "not JSON"),
+    ],
+)
+def test_another_tools_file_is_refused(data: bytes, error: type[CacheError], said: str) -> None:
+    with pytest.raises(error, match=said):
         CacheManifest.from_bytes(data, "here")
-
-
-def test_a_newer_format_is_refused_by_name(known_cache: Path) -> None:
-    with pytest.raises(CacheFormatError, match=r"format version 4, this teacher-cache reads 1 to 3. Install a newer"):
-        CacheManifest.from_bytes(edit(known_cache, format_version=4), "here")
-
-
-def test_another_tools_file_is_refused() -> None:
-    with pytest.raises(CacheFormatError, match="format is None, 'teacher-cache' wanted"):
-        CacheManifest.from_bytes(b'{"zarr_format": 3}', "here")
-    with pytest.raises(CacheFormatError, match="format is 'list'"):
-        CacheManifest.from_bytes(b"[]", "here")
-    with pytest.raises(CacheCorruptError, match="not JSON"):
-        CacheManifest.from_bytes(b"{", "here")
-
-
-def test_an_identity_that_is_not_its_digest_is_refused(known_cache: Path) -> None:
-    with pytest.raises(CacheFormatError, match="identity_digest is 0000"):
-        CacheManifest.from_bytes(edit(known_cache, identity_digest="0" * 64), "here")
 
 
 def test_no_cache_at_all(tmp_path: Path) -> None:
@@ -93,8 +112,8 @@ def test_probe_pixels_may_differ_by_two_levels(probe: str, agree: bool) -> None:
     ("views", "layout_views", "said"),
     [
         ({}, 4, "3 views in the identity, 4 in the layout"),
-        ({"scale": None}, 3, "one view is the evaluation crop, more are drawn and say how"),
-        ({"policy": "evaluation"}, 3, "one view is the evaluation crop, more are drawn and say how"),
+        ({"scale": None}, 3, "a single view has the evaluation policy"),
+        ({"policy": "evaluation"}, 3, "a single view has the evaluation policy"),
     ],
 )
 def test_views_that_do_not_add_up_are_refused(

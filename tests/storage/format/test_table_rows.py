@@ -235,4 +235,7 @@ def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
     for asked in (range(-1, 2), range(TEXTS, TEXTS + 1), range(5, 3), range(0, 4, 2)):
         with pytest.raises(IndexError, match=rf"captions: rows are 0 to {TEXTS - 1}, asked for range"):
             rows.read(asked)
+    for row in (-1, TEXTS):
+        with pytest.raises(IndexError, match=rf"captions: rows are 0 to {TEXTS - 1}, asked for {row}"):
+            rows.take(np.array([row]))
     assert rows.read(range(TEXTS, TEXTS)).schema == SCHEMAS[CAPTIONS]

@@ -7,23 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import QuarantinedRow
-from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.table_rows import TableRows
-from teacher_cache.storage.format.tables import CAPTIONS, read_table
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.look.rows import find_neighbours, sample_images
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
-from tests.storage.look.test_look import fill
+from tests.conftest import known_row, make_known_cache
 from tests.storage.look.test_stats import naive_nearest
 
 run = CliRunner()
@@ -77,8 +69,7 @@ def test_a_sample_shows_captions_of_the_image_and_the_nearest_of_all(known_cache
 
 def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "large.cache"
-    plan_known_cache(path, images=100, captions=100)
-    fill(path)
+    make_known_cache(path, images=100, captions=100)
     found = find_neighbours(str(path), image="3", most=20)
     assert (found.images_compared, found.captions_compared) == (20, 20)
     done = run.invoke(app, ["look", str(path), "--rows", "8", "--nearest", "20", "--json"])
@@ -93,8 +84,8 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ({}, "neighbours of what"),
-        ({"image": "1", "text_row": 1}, "and not both"),
+        ({}, "name one row to compare with"),
+        ({"image": "1", "text_row": 1}, "name one row to compare with"),
         ({"image": "10"}, "no image row 10; rows are 0 to 9. If 10 is a sample_id, write id:10"),
         ({"text_row": 25}, "no text row 25; rows are 0 to 24$"),
         ({"image": "img-77"}, "no image has the sample_id 'img-77'. teacher-cache look shows"),
@@ -108,16 +99,7 @@ def test_what_is_not_there_is_refused_by_name(known_cache: Path, query: dict[str
 
 def test_a_quarantined_row_has_no_neighbours_and_is_nobodys(tmp_path: Path) -> None:
     path = tmp_path / "q.cache"
-    plan_known_cache(path)
-    writer = EmbeddingWriter(str(path))
-    for ref in writer.pending():
-        arrays, lost = known_arrays(writer, ref), []
-        if ref.tower == "image" and 4 in ref.rows(writer.manifest.layout):
-            for values in arrays.values():
-                values[0] = np.nan
-            lost = [QuarantinedRow(row=4, sample_id="img-4", reason="undecodable", detail="cut short")]
-        writer.write(ref, arrays, lost)
-    writer.seal()
+    make_known_cache(path, lost=[4])
     with pytest.raises(UsageError, match=r"row 4 \(img-4\) has no embedding in view 0: undecodable: cut short"):
         find_neighbours(str(path), image="4")
     found = find_neighbours(str(path), image="3", k=20)
@@ -141,22 +123,3 @@ def test_a_caption_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str])
 
     print_lines("red \x1b[31m and\na new line [bold]é")
     assert capsys.readouterr().out == "red \ufffd[31m and\ufffda new line [bold]é\n"
-
-
-def test_rows_of_a_table_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the files that hold the rows are read."""
-    monkeypatch.setattr("teacher_cache.storage.format.tables._ROWS_PER_FILE", 4)
-    path = tmp_path / "files.cache"
-    plan_known_cache(path)
-    files = open_files(str(path))
-    manifest = read_manifest(files)
-    whole = read_table(files, manifest, CAPTIONS)
-    rows = np.array([24, 3, 3, 11, 4])
-    table = TableRows(files, manifest, CAPTIONS)
-    assert table.take(rows).to_pylist() == whole.take(pa.array(rows)).to_pylist()
-    assert table.take(rows[:0]).num_rows == 0
-    for row in (-1, 25):
-        with pytest.raises(IndexError, match="rows are 0 to 24"):
-            table.take(np.array([row]))
-    (path / "captions/000000.parquet").unlink()
-    assert TableRows(files, manifest, CAPTIONS).take(np.array([4]))["text"].to_pylist() == ["img 4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import Source
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, SCHEMAS, captions_sha256, samples_sha256
@@ -21,7 +22,7 @@ from teacher_cache.storage.look.diff import diff_caches
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import cache_digest, known_arrays, make_identity, make_known_cache, plan_known_cache
+from tests.conftest import cache_digest, finish_known_cache, make_identity, make_known_cache, plan_known_cache
 
 run = CliRunner()
 
@@ -214,8 +215,8 @@ def test_an_embedding_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
         assert (found.same, found.differs, found.images_in_one, found.images_changed) == (False, True, 1, 0)
     done = run.invoke(app, ["diff", a, b])
     assert done.exit_code == 1
-    in_one, other_bytes = "1 image with an embedding in one of the two only", "1 chunk of other bytes"
-    assert done.stdout.splitlines()[-3:] == [in_one, f"{other_bytes}, of all views, norms and crops", "they differ"]
+    in_one, other_bytes = "1 image with an embedding in only one of the two caches", "1 chunk with different bytes"
+    assert done.stdout.splitlines()[-3:] == [in_one, f"{other_bytes}, over all views, norms and crops", "they differ"]
     both = diff_caches(b, make(tmp_path / "c", BASE, lost=(3,)))
     assert (both.same, both.differs, both.images_in_one) == (True, False, 0)
 
@@ -244,16 +245,14 @@ def test_a_cache_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_another_view_or_norm_is_a_difference(tmp_path: Path) -> None:
+
+    def view_of(name: str, ref: ChunkRef, arrays: dict[str, Any]) -> None:
+        arrays["norm"] = arrays["norm"] * (2 if ref.view == 2 and name == "c" else 1)
+        arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
+
     for name in ("a", "b", "c"):
         plan_known_cache(tmp_path / name, views=3)
-        writer = EmbeddingWriter(str(tmp_path / name))
-        for ref in writer.pending():
-            arrays = known_arrays(writer, ref)
-            if ref.view == 2 and name == "c":
-                arrays["norm"] = arrays["norm"] * 2
-            arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
-            writer.write(ref, arrays)
-        writer.seal()
+        finish_known_cache(tmp_path / name, change=partial(view_of, name))
     a, b, c = (str(tmp_path / name) for name in ("a", "b", "c"))
     alike = diff_caches(a, b)
     assert (alike.same, alike.differs, alike.other_chunks) == (True, False, 0)
@@ -265,4 +264,7 @@ def test_another_view_or_norm_is_a_difference(tmp_path: Path) -> None:
     assert other.images.equal == other.images.compared == 10
     done = CliRunner().invoke(app, ["diff", a, c])
     assert done.exit_code == 1
-    assert done.stdout.splitlines()[-2:] == ["3 chunks of other bytes, of all views, norms and crops", "they differ"]
+    assert done.stdout.splitlines()[-2:] == [
+        "3 chunks with different bytes, over all views, norms and crops",
+        "they differ",
+    ]

@@ -8,39 +8,29 @@ import json
 import os
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.cli.app import complete_location
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.format.commits import QuarantinedRow, all_chunks
+from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.look import info as inspect_module
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import known_arrays, plan_known_cache
-from tests.object_store import ObjectStore
+from tests.conftest import finish_known_cache, known_arrays, plan_known_cache
 
 run = CliRunner()
 
 
 def fill(location: Path | str, chunks: int | None = None, seconds: float = 2.0) -> EmbeddingWriter:
     """Encode the first chunks of a planned cache, or all of them and seal it."""
-    writer = EmbeddingWriter(str(location))
-    for ref in writer.pending()[:chunks]:
-        rows = len(ref.rows(writer.manifest.layout))
-        cost = ChunkCost(rows=rows, seconds=seconds, teacher_seconds=seconds)
-        writer.write(ref, known_arrays(writer, ref), cost=cost)
-    if chunks is None:
-        writer.seal()
-    return writer
+    return finish_known_cache(location, chunks=chunks, seconds=seconds, teacher_seconds=seconds)
 
 
 def answer(*arguments: str, code: int = 0) -> Any:
@@ -154,7 +144,7 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
         (["diff", "part.cache", "nothing"], 1, "nothing: no cache here"),
         (["gc", "nothing", "--delete"], 1, "no cache here"),
         (["export", "nothing", "--out", "o"], 1, "no cache here"),
-        (["export", "part.cache", "--out", "part.cache"], 2, "Give a new folder, or delete this one first"),
+        (["export", "part.cache", "--out", "part.cache"], 2, "Choose another --out, or delete it."),
         (["precompute", "--dry-run", "--dataset", "flickr:x", "--teacher", "t"], 2, "cache is missing: give --cache"),
         (["info", "foo://x"], 2, "foo://x: no store is known by foo:"),
     ],
@@ -220,17 +210,7 @@ def test_what_is_left_is_not_guessed_without_a_rate(tmp_path: Path) -> None:
 def test_info_names_quarantined_rows_and_reasons(tmp_path: Path, sealed: bool) -> None:
     path = tmp_path / "q.cache"
     plan_known_cache(path)
-    writer = EmbeddingWriter(str(path))
-    refs = writer.pending()
-    for ref in refs if sealed else refs[:2]:
-        arrays, lost = known_arrays(writer, ref), []
-        for row in {1, 6} & set(ref.rows(writer.manifest.layout)) if ref.tower == "image" else ():
-            for values in arrays.values():
-                values[row - ref.rows(writer.manifest.layout).start] = np.nan
-            lost.append(QuarantinedRow(row=row, sample_id=f"img-{row}", reason="undecodable", detail="cut short"))
-        writer.write(ref, arrays, lost)
-    if sealed:
-        writer.seal()
+    finish_known_cache(path, [1, 6], chunks=None if sealed else 2)
     found = answer("info", str(path))
     assert found["quarantine"] == {"undecodable": 2}
     assert [row["row"] for row in found["quarantined_rows"]] == [1, 6]
@@ -385,10 +365,9 @@ def test_ls_of_nothing_says_what_to_check(tmp_path: Path) -> None:
     assert done.stderr == "error: nowhere: no such folder. Check the path; ls looks for caches in and below it.\n"
 
 
-def test_looking_at_an_object_store(moto: ObjectStore, known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in moto.environment.items():
-        monkeypatch.setenv(name, value)
-    root = moto.location(str(uuid.uuid4()))
+@pytest.mark.parametrize("object_store", ["moto"], indirect=True)
+def test_looking_at_an_object_store(s3_location: str, known_cache: Path) -> None:
+    root = s3_location
     for name in ("x/one.cache", "two.cache"):
         plan_known_cache(f"{root}/{name}")
     fill(f"{root}/two.cache")
@@ -416,5 +395,5 @@ def test_copied_rows_have_no_share_in_the_teachers_speed(tmp_path: Path) -> None
         writer.write(ref, known_arrays(writer, ref), cost=cost)
         speeds.append(describe_cache(location).images_per_second)
         if encoded == 0:
-            assert "1.0 s (none by the teacher noted)" in run.invoke(app, ["info", location]).stdout
+            assert "1.0 s (no rate recorded)" in run.invoke(app, ["info", location]).stdout
     assert speeds == [None, 1 / 2, (1 + rows) / 3]

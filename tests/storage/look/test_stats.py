@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.look import nearest as nearest_module
 from teacher_cache.storage.look.nearest import near_pairs, nearest, unit_rows
 from teacher_cache.storage.look.sampling import draw_rows
 from teacher_cache.storage.look.stats import Distribution, cache_stats, effective_rank
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, plan_known_cache
+from tests.conftest import finish_known_cache, known_row, make_known_cache, plan_known_cache
 from tests.storage.look.test_diff import BASE, make
-from tests.storage.look.test_look import fill
 
 run = CliRunner()
 
@@ -171,26 +169,19 @@ def test_the_separation_is_the_area_under_the_curve(known_cache: Path) -> None:
 
 def test_stats_find_what_is_wrong_with_rows(tmp_path: Path) -> None:
     """Two equal images, one nearly equal, a quarantined one, dimensions that never move."""
+
+    def odd(ref: ChunkRef, arrays: dict[str, Any]) -> None:
+        for at in range(len(arrays["norm"])):
+            row = 4 * ref.chunk + at
+            alike = {6: 2, 9: 2}.get(row, row) if ref.tower == "image" else row
+            values = known_row(ref.tower, alike).astype(np.float32)
+            values[[3, 5]] = 0
+            values[0] += 0.01 * ((ref.tower, row) == ("image", 9))
+            arrays["embedding"][at] = (values / np.linalg.norm(values)).astype(np.float16)
+
     path = tmp_path / "odd.cache"
     plan_known_cache(path)
-    writer = EmbeddingWriter(str(path))
-    base = np.zeros(8, np.float32)
-    for ref in writer.pending():
-        rows, arrays, lost = ref.rows(writer.manifest.layout), known_arrays(writer, ref), []
-        for row in rows:
-            values = known_row(ref.tower, {6: 2, 9: 2}.get(row, row) if ref.tower == "image" else row).astype(
-                np.float32
-            )
-            values[[3, 5]] = base[[3, 5]]
-            if (ref.tower, row) == ("image", 9):
-                values[0] += 0.01
-            arrays["embedding"][row - rows.start] = (values / np.linalg.norm(values)).astype(np.float16)
-            if (ref.tower, row) == ("image", 4):
-                for name in arrays:
-                    arrays[name][row - rows.start] = np.nan
-                lost.append(QuarantinedRow(row=4, sample_id="img-4", reason="undecodable", detail="x"))
-        writer.write(ref, arrays, lost)
-    writer.seal()
+    finish_known_cache(path, [4], change=odd)
     found = cache_stats(str(path))
     assert (found.image.missing, found.image.zero, found.image.equal_rows) == (1, 0, 2)
     assert found.image.dead_dimensions == found.text.dead_dimensions == (3, 5)
@@ -230,8 +221,7 @@ def test_a_tower_without_rows_has_nothing_to_sum_up(tmp_path: Path) -> None:
 
 def test_a_large_cache_is_sampled_and_that_is_said(tmp_path: Path) -> None:
     path = tmp_path / "large.cache"
-    plan_known_cache(path, images=400, captions=400)
-    fill(path)
+    make_known_cache(path, images=400, captions=400)
     done = run.invoke(app, ["stats", str(path), "--rows", "90", "--json", "--seed", "1"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

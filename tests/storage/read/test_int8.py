@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,38 +19,30 @@ import teacher_cache.storage.format.manifest
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheMismatchError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.arrays import encode_object, zarr_metadata
-from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow, all_chunks
+from teacher_cache.storage.format.arrays import encode_object
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
 from teacher_cache.storage.format.int8 import NO_EMBEDDING, dequantize, norm_slack
-from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import cache_digest, known_arrays, known_row, plan_known_cache
+from tests.conftest import cache_digest, finish_known_cache, known_arrays, known_row, make_known_cache, plan_known_cache
 from tests.damage import KINDS, SCALE_KINDS, Others, damage, make_older
-from tests.storage.check.test_corruption import require_right_rows_or_errors, require_right_tables_or_errors
+from tests.storage.check.test_corruption import (
+    NOTED,
+    require_right_rows_or_errors,
+    require_right_tables_or_errors,
+    turn,
+)
 from tests.storage.read.test_stream import fill_known_cache
 
 LOST = 6
 
 
-def write_int8_cache(path: Path, name: str = "img", lost: int | None = None, stop: int | None = None) -> Path:
-    """The known cache in int8, with journal notes; its first chunks only, with ``stop``."""
-    plan_known_cache(path, name=name, dtype="int8")
-    writer = EmbeddingWriter(str(path))
-    for ref in writer.pending()[:stop]:
-        rows = ref.rows(writer.manifest.layout)
-        arrays, quarantined = known_arrays(writer, ref), []
-        if name != "img":
-            arrays["embedding"] = arrays["embedding"][:, ::-1].copy()
-        if ref.tower == "image" and lost in rows:
-            quarantined = [QuarantinedRow(row=lost, sample_id=f"img-{lost}", reason="undecodable-image", detail="cut")]
-            for values in arrays.values():
-                values[lost - rows.start] = np.nan
-        writer.write(ref, arrays, quarantined, ChunkCost(rows=len(rows), seconds=0.5, host="here"))
-    if stop is None:
-        writer.seal()
+def write_int8_cache(path: Path, lost: Sequence[int] = (), chunks: int | None = None) -> Path:
+    """The known cache in int8, with journal notes."""
+    plan_known_cache(path, dtype="int8")
+    finish_known_cache(path, lost, chunks, **NOTED)
     return path
 
 
@@ -60,7 +53,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def others(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Others:
-    foreign = write_int8_cache(tmp_path_factory.mktemp("foreign") / "c", name="other")
+    foreign = tmp_path_factory.mktemp("foreign") / "c"
+    plan_known_cache(foreign, name="other", dtype="int8")
+    finish_known_cache(foreign, change=turn, **NOTED)
     return Others(foreign, make_older(sound, tmp_path_factory.mktemp("older") / "c"))
 
 
@@ -111,7 +106,7 @@ def test_resident_int8_rows_reach_another_process_with_their_scales(tmp_path: Pa
 
 
 def test_zarr_reads_it_with_its_scales(tmp_path: Path) -> None:
-    cache = write_int8_cache(tmp_path / "c", lost=LOST)
+    cache = write_int8_cache(tmp_path / "c", lost=[LOST])
     group = zarr.open_group(cache / "targets.zarr", mode="r")
     image, scale = np.asarray(group["image/embedding"])[:, 0], np.asarray(group["image/scale"])[:, 0]
     assert (image.dtype, image.shape, scale.dtype, scale.shape) == (np.int8, (10, 8), np.float32, (3, 8))
@@ -125,20 +120,8 @@ def test_zarr_reads_it_with_its_scales(tmp_path: Path) -> None:
     assert np.asarray(group["text/scale"]).shape == (7, 8)
 
 
-def test_objects_equal_those_that_zarr_writes(sound: Path, tmp_path: Path) -> None:
-    layout = EmbeddingReader(str(sound)).manifest.layout
-    for key, data in zarr_metadata(layout).items():
-        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / key).write_bytes(data)
-    rows = np.arange(25 * 8).reshape(25, 8).astype(np.int8) // 2
-    zarr.open_array(tmp_path / "targets.zarr" / "text" / "embedding", mode="r+")[:] = rows
-    for chunk in (0, 6):  # the last one holds one row, and is padded
-        written = (tmp_path / f"targets.zarr/text/embedding/c/{chunk}/0").read_bytes()
-        assert encode_object(rows[4 * chunk : 4 * chunk + 4], (4, 8), np.dtype(np.int8))[0] == written
-
-
 def test_a_quarantined_row_can_never_be_read_as_a_value(tmp_path: Path) -> None:
-    cache = write_int8_cache(tmp_path / "c", lost=LOST)
+    cache = write_int8_cache(tmp_path / "c", lost=[LOST])
     assert verify_cache(str(cache)).findings == ()
     reader = EmbeddingReader(str(cache))
     with pytest.raises(CacheCorruptError, match=rf"image row {LOST} was quarantined and has no embedding"):
@@ -208,7 +191,7 @@ def test_every_damage_is_named_and_never_read(kind: str, sound: Path, others: Ot
 @pytest.mark.parametrize("seed", range(5))
 def test_stopped_anywhere_and_finished_it_has_the_bytes_of_one_run(sound: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    cache = write_int8_cache(tmp_path / "c", stop=rng.randrange(10))
+    cache = write_int8_cache(tmp_path / "c", chunks=rng.randrange(10))
     writer = EmbeddingWriter(str(cache))
     left = writer.pending()
     rng.shuffle(left)
@@ -285,15 +268,7 @@ def test_a_cache_in_memory_takes_half_the_bytes(sound: Path, known_cache: Path) 
 
 
 def test_scales_of_an_image_without_any_embedding_are_zeros(tmp_path: Path) -> None:
-    plan_known_cache(tmp_path / "c", images=4, captions=4, dtype="int8")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending():
-        arrays, lost = known_arrays(writer, ref), []
-        if ref.tower == "image":
-            lost = [QuarantinedRow(row=row, sample_id=f"img-{row}", reason="odd", detail="cut") for row in range(4)]
-            arrays = {name: np.full_like(values, np.nan) for name, values in arrays.items()}
-        writer.write(ref, arrays, lost)
-    writer.seal()
+    make_known_cache(tmp_path / "c", lost=range(4), images=4, captions=4, dtype="int8")
     reader = EmbeddingReader(str(tmp_path / "c"))
     stored = reader.stored_chunk(ChunkRef("image", 0, 0))
     assert not stored["scale"].any()

@@ -25,7 +25,7 @@ from teacher_cache.storage.errors import (
 )
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.transient import is_transient
-from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -56,9 +56,7 @@ def test_memory_is_bounded_and_rows_stay_right(known_cache: Path) -> None:
 
 def test_unfinished_caches_are_unreadable(tmp_path: Path) -> None:
     plan_known_cache(tmp_path / "c")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending()[:2]:
-        writer.write(ref, known_arrays(writer, ref))
+    finish_known_cache(tmp_path / "c", chunks=2)
     with pytest.raises(CacheIncompleteError, match=r"2 of 10 chunks"):
         EmbeddingReader(str(tmp_path / "c"))
 
@@ -83,9 +81,7 @@ def test_a_missing_or_swapped_chunk_is_named(known_cache: Path) -> None:
 
 
 def test_quarantined_rows_are_left_out_and_never_returned(tmp_path: Path) -> None:
-    plan_known_cache(tmp_path / "c")
-    lost = QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")
-    finish_known_cache(tmp_path / "c", [lost])
+    make_known_cache(tmp_path / "c", lost=[6])
     reader = EmbeddingReader(str(tmp_path / "c"))
     assert reader.image_rows().tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
     assert reader.image_rows("train").tolist() == [0, 1, 2, 3, 4, 5, 7]
@@ -135,12 +131,8 @@ def test_a_rewritten_chunk_with_a_fitting_commit_is_not_the_sealed_one(known_cac
 def test_a_whole_cache_behind_a_url() -> None:
     """Plan, write, seal, verify and read on an fsspec location."""
     url = f"memory://{uuid.uuid4()}/a.cache"
-    plan_known_cache(url)
-    writer = EmbeddingWriter(url)
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
-    assert writer.pending() == []
-    writer.seal()
+    make_known_cache(url)
+    assert EmbeddingWriter(url).pending() == []
     assert verify_cache(url).ok
     np.testing.assert_array_equal(EmbeddingReader(url).take("image", np.array([7]))[0], known_row("image", 7))
 
@@ -229,14 +221,13 @@ def test_a_whole_cache_that_came_while_it_was_opened_is_read(
 def test_nan_that_nobody_quarantined_is_damage(tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a writer that did not look: every digest fits."""
     monkeypatch.setattr(EmbeddingWriter, "_check", lambda *_: None)
-    plan_known_cache(tmp_path / "c")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending():
-        arrays = known_arrays(writer, ref)
+
+    def put_nan(ref: ChunkRef, arrays: dict[str, np.ndarray]) -> None:
         if ref == ChunkRef("text", 0, 1):
             arrays["embedding"].view(np.uint16)[2, 3] = bits
-        writer.write(ref, arrays)
-    writer.seal()
+
+    plan_known_cache(tmp_path / "c")
+    finish_known_cache(tmp_path / "c", change=put_nan)
     with pytest.raises(CacheCorruptError, match="text/embedding/c/1/0: row 6 is NaN and was not quarantined"):
         EmbeddingReader(str(tmp_path / "c")).take("text", np.array([4]))
 

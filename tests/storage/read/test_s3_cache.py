@@ -59,13 +59,6 @@ def test_a_bad_network_changes_nothing(proxy: FaultProxy, known_cache: Path, mon
     assert {fault.kind for _, fault in proxy.injected} == {fault.kind for fault in kinds}
 
 
-def test_rows_are_those_that_were_written(s3_cache: str) -> None:
-    reader = EmbeddingReader(s3_cache)
-    rows = [9, 0, 4, 3]
-    assert np.array_equal(reader.take("image", rows), [known_row("image", row) for row in rows])
-    assert np.array_equal(reader.take("text", range(25)), [known_row("text", row) for row in range(25)])
-
-
 def test_zarr_reads_the_same_rows(s3_cache: str) -> None:
     """By its own store, which knows nothing of commits."""
     import zarr

@@ -16,13 +16,12 @@ import pytest
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheUnreachableError
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.read.chunk_region import ChunkRegion
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.shuffle import batches, window_order
 from teacher_cache.storage.read.stream import Prove
-from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import known_arrays, known_row, make_known_cache, plan_known_cache
+from tests.conftest import finish_known_cache, known_row, make_known_cache, plan_known_cache
 
 IMAGES, CHUNK_ROWS, WINDOW = 2000, 256, 3  # chunks of 256 x 8 float16 are one page: their files are mapped
 CHUNKS = 8
@@ -30,16 +29,7 @@ CHUNKS = 8
 
 def fill_known_cache(location: str, chunk_rows: int, dtype: Literal["float16", "int8"] = "float16") -> str:
     plan_known_cache(location, images=IMAGES, captions=IMAGES, chunk_rows=chunk_rows, dtype=dtype)
-    writer = EmbeddingWriter(location)
-    for ref in writer.pending():
-        arrays, lost = known_arrays(writer, ref), []
-        if ref == ChunkRef("image", 0, 1):
-            row = ref.rows(writer.manifest.layout)[2]
-            lost = [QuarantinedRow(row=row, sample_id=f"img-{row}", reason="undecodable-image", detail="cut short")]
-            for values in arrays.values():
-                values[2] = np.nan
-        writer.write(ref, arrays, lost)
-    writer.seal()
+    finish_known_cache(location, lost=[chunk_rows + 2])
     return location
 
 
@@ -201,13 +191,12 @@ def test_a_budget_bounds_what_is_read_ahead(
 def fill_views(location: str, chunk_rows: int, dtype: Literal["float16", "int8"]) -> str:
     """600 images in three views, the known rows turned by the number of the view."""
     plan_known_cache(location, images=600, captions=600, chunk_rows=chunk_rows, dtype=dtype, views=3)
-    writer = EmbeddingWriter(location)
-    for ref in writer.pending():
-        arrays = known_arrays(writer, ref)
-        arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
-        writer.write(ref, arrays)
-    writer.seal()
+    finish_known_cache(location, change=turn_by_view)
     return location
+
+
+def turn_by_view(ref: ChunkRef, arrays: dict[str, np.ndarray]) -> None:
+    arrays["embedding"] = np.roll(arrays["embedding"], ref.view, axis=1)
 
 
 @pytest.mark.parametrize("chunk_rows", [CHUNK_ROWS, 512, 100])
@@ -378,3 +367,27 @@ def test_a_tower_without_rows(tmp_path: Path) -> None:
     reader = EmbeddingReader(location)
     assert [len(values) for values in reader.stream("text", [np.array([], np.int64)])] == [0]
     assert len(reader.resident("text").rows) == 0
+
+
+def test_places_of_a_stream_from_a_store_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    location, images = f"memory://{uuid.uuid4()}/x.cache", 200
+    make_known_cache(location, images=images, captions=10)
+    reader = EmbeddingReader(location)
+    monkeypatch.setattr("teacher_cache.storage.read.stream._GROUP_ROWS", 8)
+    monkeypatch.setattr("teacher_cache.storage.read.stream._CHECKED_ROWS", 16)
+    places: list[int] = []
+    fill = ChunkRegion.fill
+
+    def noted(self: ChunkRegion, number: int, values: np.ndarray, again: bool = False) -> None:
+        places.append(number)
+        fill(self, number, values, again)
+
+    monkeypatch.setattr(ChunkRegion, "fill", noted)
+    # a window of three chunks at a time, shuffled
+    rng = np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(part) for part in np.split(np.arange(images), range(12, images, 12))])
+    batches = np.split(order, range(5, images, 5))
+    found = np.concatenate(list(reader.stream("image", batches, read_ahead_bytes=2 * 4 * 8 * 2)))
+    assert np.array_equal(found, [known_row("image", row) for row in order])
+    assert len(places) == reader.objects_read == images // 4
+    assert len(set(places)) < images // 8  # of fifty chunks; more than a few are never there together

@@ -13,7 +13,14 @@ from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.format.manifest import Source
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
-from tests.conftest import cache_digest, known_arrays, make_identity, plan_known_cache
+from tests.conftest import (
+    cache_digest,
+    finish_known_cache,
+    known_arrays,
+    make_identity,
+    plan_known_cache,
+    quarantined_row,
+)
 
 
 def test_pending_shrinks_chunk_by_chunk(tmp_path: Path) -> None:
@@ -41,19 +48,14 @@ def test_interrupted_writing_ends_in_the_same_bytes(known_cache: Path, tmp_path:
     target.write_bytes(target.read_bytes()[:-5] + b"12345")
 
     plan_known_cache(path)
-    again = EmbeddingWriter(str(path))
-    assert again.pending() == pending
-    for ref in again.pending():
-        again.write(ref, known_arrays(again, ref))
-    again.seal()
+    assert EmbeddingWriter(str(path)).pending() == pending
+    finish_known_cache(path)
     assert cache_digest(path) == cache_digest(known_cache)
 
 
 def test_sealing_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
     plan_known_cache(tmp_path / "c")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending()[:4]:
-        writer.write(ref, known_arrays(writer, ref))
+    writer = finish_known_cache(tmp_path / "c", chunks=4)
     with pytest.raises(CacheIncompleteError, match=r"4 of 10 chunks are there. Run the same precompute command again"):
         writer.seal()
 
@@ -81,7 +83,7 @@ def test_rows_must_be_finite_unit_and_complete(tmp_path: Path) -> None:
     refused("row 4 has norm 2.0", embedding=(good["embedding"] * 2).astype(np.float16))
     refused("3 rows, 4 wanted", norm=good["norm"][:3])
     refused("float32, at most", embedding=good["embedding"].astype(np.float32))
-    lost = QuarantinedRow(row=6, sample_id="img-6", reason="undecodable-image", detail="cut short")
+    lost = quarantined_row(6)
     refused("row 6 holds a value, though quarantined", quarantined=(lost,))
     half = good["embedding"].copy()
     half[2, 3] = np.nan
@@ -108,10 +110,8 @@ def test_another_cache_at_the_path_is_refused(known_cache: Path) -> None:
 
 def test_a_stray_file_is_not_sealed_in(known_cache: Path, tmp_path: Path) -> None:
     plan_known_cache(tmp_path / "c")
-    writer = EmbeddingWriter(str(tmp_path / "c"))
-    for ref in writer.pending():
-        writer.write(ref, known_arrays(writer, ref))
+    (tmp_path / "c" / "commits").mkdir()
     (tmp_path / "c" / "commits" / ".DS_Store").write_bytes(b"?")
-    writer.seal()
+    finish_known_cache(tmp_path / "c")
     (tmp_path / "c" / "commits" / ".DS_Store").unlink()
     assert cache_digest(tmp_path / "c") == cache_digest(known_cache)
