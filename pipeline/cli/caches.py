@@ -56,9 +56,8 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
 @metrics_option
 @log_format_option
 @json_flag
-def precompute(settings: Settings[PrecomputeConfig], dry_run: bool, as_json: bool) -> None:
+def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     """Stop it at any time and run it again to continue."""
-    config = settings.load()
     _check_dataset(config.dataset)
     if dry_run:
         _forecast(config, as_json)
@@ -82,12 +81,11 @@ def precompute(settings: Settings[PrecomputeConfig], dry_run: bool, as_json: boo
     example="import folder --dataset coco:data --teacher bundled:scenes --cache a.cache",
 )
 @json_flag
-def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
+def import_folder(config: ImportConfig, as_json: bool) -> None:
     """Compare a sample of the rows with the live teacher first, and encode what the folder lacks.
 
     Stop it at any time and run it again to continue.
     """
-    config = settings.load()
     _check_dataset(config.dataset)
     with resumable(chunks_committed(config.cache)):
         from teacher_cache.pipeline.precompute.import_folder import import_rows  # as above
@@ -98,7 +96,12 @@ def import_folder(settings: Settings[ImportConfig], as_json: bool) -> None:
 
 
 @settings_command(
-    "verify", ProofConfig, argument="cache", optional=["sample"], example="verify coco.cache --sample 459"
+    "verify",
+    ProofConfig,
+    argument="cache",
+    optional=["sample"],
+    example="verify coco.cache --sample 459",
+    checked=False,
 )
 @log_format_option
 @json_flag

@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
 from teacher_cache.storage.cli.app import (
     Argument,
@@ -42,9 +42,8 @@ _registry = click.argument(
 
 @settings_command("promote", PromoteConfig, example="promote --run runs/a --registry students --split test")
 @json_flag
-def promote(settings: Settings[PromoteConfig], as_json: bool) -> None:
+def promote(config: PromoteConfig, as_json: bool) -> None:
     """Measure both on the same images. Exit 1 if the student is rejected."""
-    config = settings.load()
     from teacher_cache.pipeline.promote.gate import promote as run
 
     with StageProgress() as progress:
@@ -107,9 +106,8 @@ students = Group("students", commands=[_list, _rollback], no_args_is_help=True)
     example="retrain configs/retrain.toml",
 )
 @json_flag
-def retrain(settings: Settings[RetrainConfig], as_json: bool) -> None:
+def retrain(config: RetrainConfig, as_json: bool) -> None:
     """Do nothing without new data. Exit 1 if the student is rejected."""
-    config = settings.load()
     from teacher_cache.pipeline.promote.retrain import retrain as run
 
     with StageProgress() as progress:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.deploy.record import require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result, titled_table
@@ -32,9 +32,8 @@ __all__ = ["ImageScores", "Inference", "deploy", "infer"]
 
 @settings_command("deploy", DeployConfig, example="deploy --run runs/a --out deployed/a")
 @json_flag
-def deploy(settings: Settings[DeployConfig], as_json: bool) -> None:
+def deploy(config: DeployConfig, as_json: bool) -> None:
     """Prove every file before it is shipped."""
-    config = settings.load()
     require_packages()
     from teacher_cache.pipeline.deploy.run import deploy as run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
 from teacher_cache.storage.cli.app import counted, json_flag, print_result, titled_table
 from teacher_cache.storage.observe.logs import say
@@ -22,9 +22,8 @@ __all__ = ["evaluate", "zero_shot"]
 
 @settings_command("evaluate", EvaluateConfig, example="evaluate --run runs/a --split test")
 @json_flag
-def evaluate(settings: Settings[EvaluateConfig], as_json: bool) -> None:
+def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     """Measure only the teacher where --run is left out; that needs no torch."""
-    config = settings.load()
     from teacher_cache.pipeline.evaluate.retrieval import evaluate as run
 
     with StageProgress() as progress:
@@ -43,9 +42,8 @@ def evaluate(settings: Settings[EvaluateConfig], as_json: bool) -> None:
     example="zero-shot imagefolder:data/cifar10 --prompts cifar10 --run runs/a",
 )
 @json_flag
-def zero_shot(settings: Settings[ZeroShotConfig], as_json: bool) -> None:
+def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
     """Show top-1, top-5 and the mean over classes."""
-    config = settings.load()
     from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as measure
 
     with StageProgress() as progress:

@@ -40,13 +40,9 @@ class Settings(Generic[_C]):
         """Return the settings from the run file and the command line, unchecked."""
         return explicit_settings(self.stage, self.run_file, self.flags, self.assignments)
 
-    def load(self, **fixed: Any) -> _C:
-        """Return the checked settings.
-
-        Args:
-            fixed: settings from the command itself.
-        """
-        return load_config(self.kind, self.stage, self.run_file, self.flags | fixed, self.assignments)
+    def load(self) -> _C:
+        """Return the checked settings."""
+        return load_config(self.kind, self.stage, self.run_file, self.flags, self.assignments)
 
 
 def settings_command(
@@ -56,14 +52,16 @@ def settings_command(
     argument: str | None = None,
     optional: Sequence[str] = (),
     example: str = "",
+    checked: bool = True,
 ) -> Callable[[_Callback], click.Command]:
-    """Return a decorator that turns a function whose first argument is :class:`Settings` into a command.
+    """Return a decorator that turns a function whose first argument is a settings object into a command.
 
     Args:
         flags: fields with a flag, in this order; the others are set in the run file or by ``--set``. Default: all.
         argument: a required field that is typed without a flag.
         optional: required fields that this command can do without.
         example: words after ``teacher-cache``, shown below the help.
+        checked: False to pass :class:`Settings` to a command that checks them itself.
     """
     names = [field for field in (flags or kind.model_fields) if field != argument]
     params: list[click.Parameter] = []
@@ -82,7 +80,8 @@ def settings_command(
             # a repeatable option that was not typed is an empty tuple
             values = {field: None if typed[field] == () else typed[field] for field in typed if field in fields}
             others = {option: value for option, value in typed.items() if option not in fields}
-            function(Settings(kind, name, run_file, values, assignments), **others)
+            settings = Settings(kind, name, run_file, values, assignments)
+            function(settings.load() if checked else settings, **others)
 
         run.__doc__ = function.__doc__
         params.extend(reversed(getattr(function, "__click_params__", [])))

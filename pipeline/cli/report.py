@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,8 @@ def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any
     """
     started = time.perf_counter()
     target, data_target = _targets(out, data)
-    _require_packages()
+    import altair  # noqa: F401 - a missing extra is told before the work begins
+
     from teacher_cache.pipeline.report.collect import collect_report
     from teacher_cache.pipeline.report.data import as_utf8
     from teacher_cache.pipeline.report.page import render_report
@@ -93,14 +93,3 @@ def _targets(out: str, data: str | None) -> tuple[Path, Path | None]:
 
 def _write(path: Path, data: bytes) -> None:
     LocalFiles(str(path.parent)).write(path.name, data)
-
-
-def _require_packages() -> None:
-    """Check for optional packages before the work begins.
-
-    Raises:
-        UsageError: one is not installed.
-    """
-    for name in ("altair", "vl_convert", "sklearn", "jinja2"):
-        if find_spec(name) is None:
-            raise UsageError(f"report needs {name}, which is not installed: pip install 'teacher-cache[report]'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.cli.stopping import resumable
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
@@ -26,9 +26,8 @@ __all__ = ["student"]
     example="student inherit --teacher local-dir:teacher --student vit-s-32 --out start",
 )
 @json_flag
-def _inherit(settings: Settings[InheritConfig], as_json: bool) -> None:
+def _inherit(config: InheritConfig, as_json: bool) -> None:
     """Write a student that starts with its teacher's weights, as far as they fit, for train --init."""
-    config = settings.load()
     from teacher_cache.pipeline.models.inherit.run import inherit
 
     with StageProgress() as progress:
@@ -38,9 +37,8 @@ def _inherit(settings: Settings[InheritConfig], as_json: bool) -> None:
 
 @settings_command("mean", MeanConfig, argument="runs", example="student mean runs/a runs/b --out runs/mean")
 @json_flag
-def _mean(settings: Settings[MeanConfig], as_json: bool) -> None:
+def _mean(config: MeanConfig, as_json: bool) -> None:
     """Average the weights of runs that started from the same weights: one student of the same size, often better."""
-    config = settings.load()
     from teacher_cache.pipeline.models.average import soup
 
     record = soup(config)
@@ -56,13 +54,12 @@ def _mean(settings: Settings[MeanConfig], as_json: bool) -> None:
     "resize", ResizeConfig, argument="run", example="student resize runs/a --image-size 256 --out runs/a-256"
 )
 @json_flag
-def _resize(settings: Settings[ResizeConfig], as_json: bool) -> None:
+def _resize(config: ResizeConfig, as_json: bool) -> None:
     """Give a trained student another image size.
 
     A convolutional student is often better at more pixels than in training. The positions of a transformer are
     interpolated and need some more training.
     """
-    config = settings.load()
     from teacher_cache.pipeline.models.resize import resize
 
     record = resize(config)
@@ -71,9 +68,8 @@ def _resize(settings: Settings[ResizeConfig], as_json: bool) -> None:
 
 @settings_command("pixels", PixelsConfig, example="student pixels --cache a.cache --student vit-s-32 --out pixels")
 @json_flag
-def _pixels(settings: Settings[PixelsConfig], as_json: bool) -> None:
+def _pixels(config: PixelsConfig, as_json: bool) -> None:
     """Decode a split's images once, for train --pixels. Stop it at any time and run it again to continue."""
-    config = settings.load()
     with resumable(lambda: "finished chunks stay. Run the same command again to go on."):
         from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
 
@@ -92,9 +88,8 @@ def _pixels(settings: Settings[PixelsConfig], as_json: bool) -> None:
 
 @settings_command("cost", CostConfig, example="student cost --run runs/a --teacher local-dir:teacher")
 @json_flag
-def _cost(settings: Settings[CostConfig], as_json: bool) -> None:
+def _cost(config: CostConfig, as_json: bool) -> None:
     """Measure parameters, size, FLOPs, latency, images/s and peak memory of a student and its teacher, in turns."""
-    config = settings.load()
     from teacher_cache.pipeline.cli.cost_table import cost_table
     from teacher_cache.pipeline.evaluate.cost.measure import cost
 

@@ -31,6 +31,7 @@ __all__ = ["train"]
         *("epochs", "batch_size", "learning_rate", "select_split", "precision", "seed", "device", "devices"),
     ),
     example="train --cache a.cache --student vit-s-32 --out runs/a --set losses.cosine=8",
+    checked=False,
 )
 @click.option("--resume", is_flag=True, help="Continue the stopped run in --out with its own settings.")
 @metrics_option
