@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact
@@ -123,9 +123,8 @@ def _collected(location: str, whole: bool, runs: Sequence[str], image_root: str 
     from teacher_cache.pipeline.report.collect import collect_report
 
     # the chart needs no map or pictures, which are thousands of requests for a cache at a URL
-    less: dict[str, Any] = {} if whole else {"map_images": 0, "pictures": False}
     progress = LoggedProgress(get_run_logger())
-    return collect_report(location, runs=runs, image_root=image_root, progress=progress, **less)
+    return collect_report(location, runs=runs, image_root=image_root, progress=progress, whole=whole)
 
 
 def _write_page(data: ReportData, page: Path) -> str:

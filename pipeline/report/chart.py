@@ -1,11 +1,10 @@
 """A chart of a report: its spec and rows, the colours of both themes, and helpers that charts share.
 
-Specs name colours of the theme with a dollar sign: ``$image``.
+Specs name no colours: these come with the Vega-Lite config of a theme.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,15 +14,14 @@ import altair as alt
 from teacher_cache.storage.look.stats import Distribution
 
 __all__ = [
-    "DASHES",
     "MOST_SERIES",
     "PALETTES",
     "Chart",
     "Theme",
     "dots",
-    "finite",
     "histogram",
     "series_colour",
+    "series_scale",
     "series_shape",
     "spec_of",
     "tips",
@@ -46,8 +44,6 @@ PALETTES: dict[Theme, dict[str, str]] = {
         "good": "#16703f",
         "warn": "#8a5a00",
         "bad": "#b3261e",
-        "image": "#0072b2",
-        "text": "#c65500",
         "series1": "#0072b2",
         "series2": "#c65500",
         "series3": "#007a5a",
@@ -66,8 +62,6 @@ PALETTES: dict[Theme, dict[str, str]] = {
         "good": "#5fd39a",
         "warn": "#f0c063",
         "bad": "#ff9a90",
-        "image": "#58b3ec",
-        "text": "#f2975a",
         "series1": "#58b3ec",
         "series2": "#f2975a",
         "series3": "#46c9a0",
@@ -77,10 +71,8 @@ PALETTES: dict[Theme, dict[str, str]] = {
     },
 }
 
-_SERIES = [f"$series{number}" for number in range(1, 7)]
 _SHAPES = ["circle", "triangle-up", "square", "diamond", "cross", "triangle-down"]
-DASHES = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [12, 3], [4, 1]]
-MOST_SERIES = len(_SERIES)
+MOST_SERIES = len(_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -121,6 +113,8 @@ def vega_config(theme: Theme) -> dict[str, Any]:
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
         "mark": {"aria": False},
+        "point": {"color": colour["ink"]},
+        "rule": {"color": colour["ink"]},
         "axis": {
             **text,
             "gridColor": colour["line"],
@@ -132,7 +126,10 @@ def vega_config(theme: Theme) -> dict[str, Any]:
         },
         "legend": {**text, "orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 240, "columns": 2},
         "title": {"color": colour["ink"], "anchor": "start", "frame": "group", "fontSize": 14, "aria": False},
-        "range": {"category": [colour[name[1:]] for name in _SERIES]},
+        "range": {
+            "category": [colour[f"series{number}"] for number in range(1, MOST_SERIES + 1)],
+            "symbol": _SHAPES,
+        },
     }
 
 
@@ -142,11 +139,6 @@ def spec_of(name: str, chart: Any, **properties: Any) -> dict[str, Any]:
     with alt.data_transformers.enable(consolidate_datasets=False):  # page.js supplies the rows by name
         spec: dict[str, Any] = chart.to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-
-
-def finite(value: float | None) -> float | None:
-    """Return the value, or None if it is not finite: JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[alt.Tooltip]:
@@ -161,18 +153,17 @@ def tips(columns: Iterable[tuple[str, str]], formats: dict[str, str]) -> list[al
 
 def series_colour(names: Sequence[str], field: str = "series") -> alt.Color:
     """Return the colour encoding of series, in the order of ``names``. A single series has no legend."""
-    scale = alt.Scale(domain=list(names), range=_SERIES[: len(names)])
-    return alt.Color(f"{field}:N", scale=scale, **_legend(names))
+    return alt.Color(f"{field}:N", **series_scale(names))
 
 
 def series_shape(names: Sequence[str], field: str = "series") -> alt.Shape:
     """Return the shape encoding of series, which repeats the colours."""
-    scale = alt.Scale(domain=list(names), range=_SHAPES[: len(names)])
-    return alt.Shape(f"{field}:N", scale=scale, **_legend(names))
+    return alt.Shape(f"{field}:N", **series_scale(names))
 
 
-def _legend(names: Sequence[str]) -> dict[str, Any]:
-    return {} if len(names) > 1 else {"legend": None}
+def series_scale(names: Sequence[str]) -> dict[str, Any]:
+    """Return the scale of series in an order, and whether there is a legend."""
+    return {"scale": alt.Scale(domain=list(names)), **({} if len(names) > 1 else {"legend": None})}
 
 
 def dots(
@@ -221,23 +212,21 @@ def dots(
     layers = [intervals, points]
     if at_100:
         even = alt.Chart(alt.InlineData(values=[{"at": 100}]))
-        layers.insert(
-            0, even.mark_rule(color="$ink", strokeDash=[4, 3], strokeWidth=1.2).encode(x=alt.X("at:Q", **axis))
-        )
+        layers.insert(0, even.mark_rule(strokeDash=[4, 3], strokeWidth=1.2).encode(x=alt.X("at:Q", **axis)))
     # not a step: Vega-Lite warns of steps with a container's width
     spec = spec_of(name, alt.layer(*layers), height=len(metrics) * (14 * len(series) + 10))
     return Chart(name, caption, alt_text, spec, columns, tuple(rows))
 
 
 def histogram(
-    name: str, title: str, series: Sequence[tuple[str, str, Distribution | None]], caption: str, alt_text: str
+    name: str, title: str, series: dict[str, Distribution | None], caption: str, alt_text: str
 ) -> Chart | None:
-    """Return overlaid histograms, or None without data. Series are (name, colour, distribution)."""
-    known = [(label, colour, values) for label, colour, values in series if values is not None and values.count]
+    """Return overlaid histograms, or None without data."""
+    known = {label: values for label, values in series.items() if values is not None and values.count}
     if not known:
         return None
     columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("share", "share"))
-    scale = alt.Scale(domain=[label for label, _, _ in known], range=[colour for _, colour, _ in known])
+    scale = alt.Scale(domain=list(known))
     bars = (
         alt.Chart()
         .mark_bar(fillOpacity=0.45, strokeWidth=1, binSpacing=0)
@@ -251,7 +240,7 @@ def histogram(
             tooltip=tips(columns, {"from": ".3f", "to": ".3f", "count": ",d", "share": ".1%"}),
         )
     )
-    rows = [row for label, _, values in known for row in _bins(label, values)]
+    rows = [row for label, values in known.items() for row in _bins(label, values)]
     return Chart(name, caption, alt_text, spec_of(name, bars, height=190), columns, tuple(rows))
 
 

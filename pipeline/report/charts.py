@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import altair as alt
@@ -10,20 +11,20 @@ import altair as alt
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.report.chart import (
-    DASHES,
     MOST_SERIES,
     PALETTES,
     Chart,
     dots,
-    finite,
     histogram,
     series_colour,
+    series_scale,
     series_shape,
     spec_of,
     tips,
     vega_config,
 )
 from teacher_cache.pipeline.report.data import ReportData, RunReport, of_other_data
+from teacher_cache.storage.errors import UsageError
 
 __all__ = ["all_charts", "main_chart", "main_chart_png", "newest_evaluations"]
 
@@ -39,9 +40,7 @@ def all_charts(data: ReportData) -> dict[str, Chart]:
     made = (
         _retention(data),
         _teacher_recall(data),
-        _pair_cosines(data),
-        _tower_cosines(data),
-        _norms(data),
+        *_distributions(data),
         _map(data),
         _losses(data),
         _selection(data),
@@ -54,11 +53,16 @@ def main_chart(data: ReportData) -> dict[str, Any]:
     """Return the chart that summarizes the report: a complete Vega-Lite spec with its data, in light colours.
 
     It shows the students' retention. Without an evaluated student it shows the teacher's recall and the cosines of true
-    and random pairs; for an unfinished cache, the share of committed chunks.
+    and random pairs, or for a cache of prompts the cosines within each tower.
+
+    Raises:
+        UsageError: the cache is not sealed, or holds no embedding.
     """
     retention = _retention(data)
-    charts = [retention] if retention else [chart for chart in (_teacher_recall(data), _pair_cosines(data)) if chart]
-    parts = [_alone(chart) for chart in charts or [_progress(data)]]
+    charts = [retention] if retention else [_teacher_recall(data), *_distributions(data)]
+    parts = [_alone(chart) for chart in charts if chart][:2]
+    if not parts:
+        raise UsageError(f"{data.location}: no embedding to draw")
     spec = parts[0] if len(parts) == 1 else {"vconcat": parts, "resolve": {"scale": {"color": "independent"}}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -88,21 +92,9 @@ def newest_evaluations(run: RunReport, manifest_digest: str) -> list[EvaluateRes
 
 
 def _alone(chart: Chart) -> dict[str, Any]:
-    """Return a chart's spec with a fixed width, its data and the light colours."""
-
-    def light(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: light(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [light(inner) for inner in value]
-        if isinstance(value, str) and value.startswith("$"):
-            return PALETTES["light"].get(value[1:], value)  # a run's name may begin with $ too
-        return value
-
-    spec = {key: value for key, value in chart.spec.items() if key != "width"}
+    """Return a chart's spec with a title, a fixed width and its data."""
     title = {"text": chart.alt, "subtitle": [], "offset": 12}
-    # not light(rows): a caption may begin with $
-    return {"title": title, "width": _PNG_WIDTH, **light(spec), "data": {"values": chart.records()}}
+    return {"title": title, **chart.spec, "width": _PNG_WIDTH, "data": {"values": chart.records()}}
 
 
 def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tuple[Any, ...]]:
@@ -169,48 +161,37 @@ def _teacher_recall(data: ReportData) -> Chart | None:
     return dots("teacher", "recall, %", rows, "gallery", caption, "The teacher's recall", False)
 
 
-def _pair_cosines(data: ReportData) -> Chart | None:
+def _distributions(data: ReportData) -> list[Chart | None]:
+    """Return the histograms: cosines of pairs, cosines within each tower, norms."""
     stats = data.stats
     if stats is None:
-        return None
-    apart = (
-        ""
-        if stats.separation is None
-        else f" A true pair has the greater cosine with probability {stats.separation:.4f}."
-    )
-    return histogram(
-        "pairs",
-        "cosine of image and caption",
-        [("true pairs", "$image", stats.true_pairs), ("random pairs", "$text", stats.random_pairs)],
-        f"Cosines of captions with their own image and with a random other one, in 20 bins each.{apart}",
-        "Cosines of true and random pairs",
-    )
-
-
-def _tower_cosines(data: ReportData) -> Chart | None:
-    stats = data.stats
-    if stats is None:
-        return None
-    return histogram(
-        "cosines",
-        "cosine of two random rows",
-        [("two images", "$image", stats.image.cosine), ("two captions", "$text", stats.text.cosine)],
-        "How close two random rows of one tower are. What all embeddings share says nothing about a pair.",
-        "Cosines within each tower",
-    )
-
-
-def _norms(data: ReportData) -> Chart | None:
-    stats = data.stats
-    if stats is None:
-        return None
-    return histogram(
-        "norms",
-        "norm before normalising",
-        [("images", "$image", stats.image.norm), ("captions", "$text", stats.text.norm)],
-        "Length of the teacher's output before it was normalised. Outliers are worth a look.",
-        "Norms of both towers",
-    )
+        return []
+    apart = ""
+    if stats.separation is not None:
+        apart = f" A true pair has the greater cosine with probability {stats.separation:.4f}."
+    return [
+        histogram(
+            "pairs",
+            "cosine of image and caption",
+            {"true pairs": stats.true_pairs, "random pairs": stats.random_pairs},
+            f"Cosines of captions with their own image and with a random other one, in 20 bins each.{apart}",
+            "Cosines of true and random pairs",
+        ),
+        histogram(
+            "cosines",
+            "cosine of two random rows",
+            {"two images": stats.image.cosine, "two captions": stats.text.cosine},
+            "How close two random rows of one tower are. What all embeddings share says nothing about a pair.",
+            "Cosines within each tower",
+        ),
+        histogram(
+            "norms",
+            "norm before normalising",
+            {"images": stats.image.norm, "captions": stats.text.norm},
+            "Length of the teacher's output before it was normalised. Outliers are worth a look.",
+            "Norms of both towers",
+        ),
+    ]
 
 
 def _map(data: ReportData) -> Chart | None:
@@ -245,17 +226,15 @@ def _map(data: ReportData) -> Chart | None:
     marks = (
         base.mark_point(filled=True)
         .encode(
-            color=alt.Color("tower:N", scale=alt.Scale(domain=names, range=["$image", "$text"])),
-            shape=alt.Shape("tower:N", scale=alt.Scale(domain=names, range=["circle", "triangle-up"])),
+            color=series_colour(names, "tower"),
+            shape=series_shape(names, "tower"),
             opacity=alt.condition(f"query == '' || ({hit})", alt.value(0.75), alt.value(0.12)),
             size=alt.condition(hit, alt.value(3 * small), alt.value(small)),
         )
         .properties(name="points")
         .add_params(window)
     )
-    ring = base.transform_filter("datum.index == chosen").mark_point(
-        size=340, stroke="$ink", strokeWidth=2.5, shape="circle"
-    )
+    ring = base.transform_filter("datum.index == chosen").mark_point(size=340, strokeWidth=2.5, shape="circle")
     settings = [alt.param(name=name, value=value) for name, value in _MAP_SETTINGS.items()]
     shown = alt.layer(marks, ring).add_params(*settings)
     shown = shown.transform_filter("(split == '' || datum.split == split) && (tower == '' || datum.tower == tower)")
@@ -278,7 +257,9 @@ def _losses(data: ReportData) -> Chart | None:
     for run in runs[:MOST_SERIES]:
         for step in run.steps:
             values = {"total": step.loss, **step.parts}
-            rows += [(run.name, part, step.step, step.epoch, finite(value)) for part, value in values.items()]
+            # JSON has no NaN
+            finite = {part: value if math.isfinite(value) else None for part, value in values.items()}
+            rows += [(run.name, part, step.step, step.epoch, value) for part, value in finite.items()]
     # a loss that is never finite has no axis
     parts = list(dict.fromkeys(row[1] for row in rows if row[-1] is not None))
     rows = [row for row in rows if row[1] in parts]
@@ -286,7 +267,6 @@ def _losses(data: ReportData) -> Chart | None:
         return None
     columns = (("run", "student"), ("part", "loss"), ("step", "step"), ("epoch", "epoch"), ("value", "value"))
     names = [run.name for run in runs[:MOST_SERIES]]
-    legend: dict[str, Any] = {} if len(names) > 1 else {"legend": None}
     lines = (
         alt.Chart()
         .mark_line(strokeWidth=1.6)
@@ -294,7 +274,7 @@ def _losses(data: ReportData) -> Chart | None:
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title="loss", scale=alt.Scale(type="linear", zero=False)),
             color=series_colour(names, "run"),
-            strokeDash=alt.StrokeDash("run:N", scale=alt.Scale(domain=names, range=DASHES[: len(names)]), **legend),
+            strokeDash=alt.StrokeDash("run:N", **series_scale(names)),
             tooltip=tips(columns, {"value": ".4f"}),
         )
         .add_params(alt.param(name="part", value=parts[0]), alt.param(name="above0", value=False))
@@ -396,24 +376,3 @@ def _shipped(data: ReportData) -> Chart | None:
     if len(shown) < len(rows):
         caption += f" {len(shown)} of {len(rows)} models."
     return Chart("shipped", caption, "Recall, speed and size of each model", spec, columns, shown)
-
-
-def _progress(data: ReportData) -> Chart:
-    columns = (("part", "part"), ("done", "chunks committed, %"))
-    rows = tuple(
-        (
-            f"images, view {part.view}" if part.tower == "image" else "captions",
-            100 * part.chunks_committed / part.chunks if part.chunks else 100.0,
-        )
-        for part in data.info.coverage
-    )
-    bars = (
-        alt.Chart()
-        .mark_bar(color="$image")
-        .encode(
-            y=alt.Y("part:N", sort=None, title=None),
-            x=alt.X("done:Q", title="chunks committed, %", scale=alt.Scale(domain=[0, 100])),
-        )
-    )
-    spec = spec_of("progress", bars, height=26 * len(rows))
-    return Chart("progress", "", "How far the cache is", spec, columns, rows)

@@ -7,23 +7,21 @@ same rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import groupby
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
-from teacher_cache.pipeline.evaluate.sampled import SampledRecall, rank_rows
+from teacher_cache.pipeline.evaluate.sampled import rank_rows
 from teacher_cache.pipeline.report.data import (
     CoverageCell,
     CoverageMap,
     LostImage,
     ReportData,
-    RetrievedPair,
     RowMap,
     as_utf8,
 )
@@ -38,7 +36,7 @@ from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_cache
-from teacher_cache.storage.look.stats import CacheStats, read_drawn, stats_of
+from teacher_cache.storage.look.stats import CacheStats, DrawnRows, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = ["ReportOptions", "collect_report"]
@@ -46,6 +44,7 @@ __all__ = ["ReportOptions", "collect_report"]
 _CELLS = 400
 _PAIRS = 12  # each way
 _LOST_NAMED = 200
+_MAP_IMAGES = 2_000
 _MAP_SIDE, _PAIR_SIDE = 80, 224  # pixels
 
 Progress = Callable[[str, int, int], None]
@@ -60,37 +59,13 @@ class ReportOptions(TypedDict, total=False):
     """Split for statistics, map and pairs. Default: all images."""
     most: int
     """Maximum number of images to read; a sample if there are more. Default: 20,000."""
-    map_images: int
-    """Maximum number of images on the map; 0 for no map. Default: 2,000."""
-    pictures: bool
-    """Whether to show pictures of the images. Default: true."""
     seed: int
     """Seed of samples. Default: 0."""
+    whole: bool
+    """False for neither a map nor pictures: for its charts alone. Default: true."""
 
 
-_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, map_images=2_000, pictures=True, seed=0)
-
-
-@dataclass(frozen=True)
-class _Embeddings:
-    """Statistics, map and pairs of a cache's embeddings; empty if the cache is not sealed."""
-
-    stats: CacheStats | None = None
-    recall: SampledRecall | None = None
-    row_map: RowMap | None = None
-    hardest: tuple[RetrievedPair, ...] = ()
-    best: tuple[RetrievedPair, ...] = ()
-    pairs_of: int = 0
-
-    def sides(self, lost: Sequence[LostImage]) -> dict[int, int]:
-        """Return the longest side in pixels of each picture, by image row."""
-        sides = dict.fromkeys(_rows_of_pairs(self.hardest + self.best), _PAIR_SIDE)
-        sides |= {image.row: _PAIR_SIDE for image in lost}
-        for alike in self.stats.nearest_pairs if self.stats is not None else ():
-            sides |= dict.fromkeys(alike.rows, _PAIR_SIDE)
-        for point in self.row_map.points if self.row_map is not None else ():
-            sides.setdefault(point.image_row, _MAP_SIDE)
-        return sides
+_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, seed=0, whole=True)
 
 
 def collect_report(
@@ -116,67 +91,80 @@ def collect_report(
         ModuleNotFoundError: scikit-learn is not installed.
     """
     settings: ReportOptions = {**_DEFAULTS, **options}
+    progress = progress or (lambda stage, done, total: None)
     info = describe_cache(location)
-    notes: list[str] = []
     # folders first: a wrong name fails before minutes of work
     run_reports, run_notes = read_runs(runs, info.manifest_digest)
     tables, table_notes = read_deployments(deployed, info.manifest_digest)
-    notes += run_notes + table_notes
+    notes = run_notes + table_notes
     states = chunk_states(location)
+    shown: dict[str, Any] = {}
+    reader = None
     try:
-        reader = EmbeddingReader(location)
+        drawn = read_drawn(location, settings["split"], most=settings["most"], seed=settings["seed"], progress=progress)
     except CacheIncompleteError as error:
         notes.insert(0, f"No statistics, map and pairs yet: {error}")
-        reader = None
-    shown = _Embeddings() if reader is None else _embeddings(reader, settings, notes, progress)
+    else:
+        reader = drawn.reader
+        shown = _embeddings(drawn, settings["whole"], notes, progress)
     lost, lost_of = _lost(location, states, reader)
     if lost_of > len(lost):
         notes.append(f"The first {len(lost):,} of {lost_of:,} quarantined images are named; commits/image has all.")
-    pictures: dict[int, str] = {}
-    if reader is not None and settings["pictures"]:
-        sides = shown.sides(lost)
-        root = settings["image_root"] or reader.manifest.source.image_root
-        images = CachedImages(reader, ImageSource(root), sides)
-        stage = None if progress is None else lambda done, total: progress("pictures", done, total)
-        pictures, missing = collect_pictures(images, sides, {image.row for image in lost}, stage)
-        notes += [missing] if missing else []
-    return ReportData(
+    report = ReportData(
         location=location,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("teacher-cache"),
         info=info.model_copy(update={"location": as_utf8(location)}),
         coverage=_coverage(states),
-        stats=shown.stats and shown.stats.model_copy(update={"location": as_utf8(location)}),
-        recall=shown.recall,
-        row_map=shown.row_map,
-        hardest=shown.hardest,
-        best=shown.best,
-        pairs_of=shown.pairs_of,
         lost=lost,
         runs=run_reports,
         deployments=tables,
-        pictures=pictures,
-        notes=tuple(notes),
+        **shown,
     )
+    pictures: dict[int, str] = {}
+    if reader is not None and settings["whole"]:
+        sides = _sides(report)
+        root = settings["image_root"] or reader.manifest.source.image_root
+        images = CachedImages(reader, ImageSource(root), sides)
+        pictures, missing = collect_pictures(
+            images, sides, {image.row for image in lost}, lambda done, total: progress("pictures", done, total)
+        )
+        notes += [missing] if missing else []
+    return report.model_copy(update={"pictures": pictures, "notes": tuple(map(as_utf8, notes))})
 
 
-def _embeddings(
-    reader: EmbeddingReader, settings: ReportOptions, notes: list[str], progress: Progress | None
-) -> _Embeddings:
-    """Read embeddings once for statistics, pairs and map. Adds to the notes."""
-    seed = settings["seed"]
-    drawn = read_drawn(reader.location, settings["split"], most=settings["most"], seed=seed, progress=progress)
+def _sides(report: ReportData) -> dict[int, int]:
+    """Return the longest side in pixels of each picture, by image row."""
+    pairs = report.hardest + report.best
+    rows = [row for pair in pairs for row in (pair.image_row, pair.first_image_row) if row is not None]
+    rows += [image.row for image in report.lost]
+    rows += [row for alike in report.stats.nearest_pairs for row in alike.rows] if report.stats is not None else []
+    sides = dict.fromkeys(rows, _PAIR_SIDE)
+    for point in report.row_map.points if report.row_map is not None else ():
+        sides.setdefault(point.image_row, _MAP_SIDE)
+    return sides
+
+
+def _embeddings(drawn: DrawnRows, with_map: bool, notes: list[str], progress: Progress) -> dict[str, Any]:
+    """Return the fields of a report that are made of embeddings, all of the same rows. Adds to the notes."""
     stats, ranked = stats_of(drawn, progress=progress), rank_rows(drawn, progress=progress)
     recall = ranked.recall if ranked else None
-    hardest, best, pairs_of = ((), (), 0) if ranked is None else retrieved_pairs(reader, ranked, _PAIRS)
+    hardest, best, pairs_of = ((), (), 0) if ranked is None else retrieved_pairs(drawn.reader, ranked, _PAIRS)
     on_map = None
-    if settings["map_images"]:
-        report = progress or (lambda stage, done, total: None)
-        report("map", 0, 1)
-        on_map = row_map(reader, drawn.usable, settings["map_images"], seed, captions=not stats.without_caption)
-        report("map", 1, 1)
+    if with_map:
+        progress("map", 0, 1)
+        captions = not stats.without_caption
+        on_map = row_map(drawn.reader, drawn.usable, _MAP_IMAGES, drawn.seed, captions=captions)
+        progress("map", 1, 1)
     notes += _notes(stats, recall.images if recall else None, on_map)
-    return _Embeddings(stats, recall, on_map, hardest, best, pairs_of)
+    return {
+        "stats": stats.model_copy(update={"location": as_utf8(stats.location)}),
+        "recall": recall,
+        "row_map": on_map,
+        "hardest": hardest,
+        "best": best,
+        "pairs_of": pairs_of,
+    }
 
 
 def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list[str]:
@@ -204,11 +192,6 @@ def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list
     return notes
 
 
-def _rows_of_pairs(pairs: Sequence[RetrievedPair]) -> list[int]:
-    rows = [row for pair in pairs for row in (pair.image_row, pair.first_image_row)]
-    return [row for row in rows if row is not None]
-
-
 def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
     """Return a coverage map of each view and of the captions, with at most ``_CELLS`` cells each."""
     maps = []
@@ -216,41 +199,35 @@ def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
         chunks = list(group)
         size = -(-len(chunks) // _CELLS)
         parts = [chunks[first : first + size] for first in range(0, len(chunks), size)]
-        cells = tuple(
-            CoverageCell(
-                first_chunk=part[0].ref.chunk,
-                chunks=len(part),
-                committed=sum(state.committed for state in part),
-                quarantined=_quarantined(part),
-            )
-            for part in parts
-        )
-        maps.append(CoverageMap(tower=tower, view=view, chunks=len(chunks), cells=cells))
+        maps.append(CoverageMap(tower=tower, view=view, chunks=len(chunks), cells=tuple(map(_cell, parts))))
     return tuple(maps)
 
 
-def _quarantined(part: Sequence[ChunkState]) -> int | None:
-    counts = [None if state.quarantined is None else len(state.quarantined) for state in part]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+def _cell(part: Sequence[ChunkState]) -> CoverageCell:
+    known = [len(state.quarantined) for state in part if state.quarantined is not None]
+    return CoverageCell(
+        first_chunk=part[0].ref.chunk,
+        chunks=len(part),
+        committed=sum(state.committed for state in part),
+        quarantined=sum(known) if len(known) == len(part) else None,
+    )
 
 
 def _lost(
     location: str, states: Sequence[ChunkState], reader: EmbeddingReader | None
 ) -> tuple[tuple[LostImage, ...], int]:
     """Return the first quarantined images, without duplicates, and the number of all."""
-    quarantined: dict[int, QuarantinedRow] = {}
     if reader is not None and any(state.quarantined is None for state in states):
         quarantined = {row.row: row for row in reader.quarantined}
-    for state in states:
-        for row in state.quarantined or ():
-            quarantined.setdefault(row.row, row)
+    else:  # of several views the first counts
+        quarantined = {row.row: row for state in reversed(states) for row in state.quarantined or ()}
     named = [quarantined[row] for row in sorted(quarantined)[:_LOST_NAMED]]
     if not named:
         return (), 0
     files = open_files(location)
     rows = np.array([row.row for row in named], np.int64)
-    uris = TableRows(files, read_manifest(files), SAMPLES, columns=["uri"]).take(rows)["uri"].to_pylist()
+    manifest = read_manifest(files) if reader is None else reader.manifest
+    uris = TableRows(files, manifest, SAMPLES, columns=["uri"]).take(rows)["uri"].to_pylist()
     lost = tuple(
         LostImage(row=row.row, sample_id=row.sample_id, uri=uri, reason=_reason(row))
         for row, uri in zip(named, uris, strict=True)

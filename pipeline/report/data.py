@@ -135,14 +135,14 @@ class ReportData(BaseModel, frozen=True):
     version: str
     info: CacheInfo
     coverage: tuple[CoverageMap, ...]
-    stats: CacheStats | None = Field(description="Statistics. None if the cache is not sealed.")
+    stats: CacheStats | None = Field(None, description="Statistics. None if the cache is not sealed.")
     recall: SampledRecall | None = Field(None, description="Recall of the teacher among the images that were read.")
-    row_map: RowMap | None
-    hardest: tuple[RetrievedPair, ...]
-    best: tuple[RetrievedPair, ...]
-    pairs_of: int = Field(description="Number of queries that the pairs were chosen from, in both directions.")
+    row_map: RowMap | None = None
+    hardest: tuple[RetrievedPair, ...] = ()
+    best: tuple[RetrievedPair, ...] = ()
+    pairs_of: int = Field(0, description="Number of queries that the pairs were chosen from, in both directions.")
     lost: tuple[LostImage, ...]
     runs: tuple[RunReport, ...]
     deployments: tuple[StudentTable, ...]
-    pictures: dict[int, str] = Field(description="Pictures as data URIs, by row of the image.")
-    notes: tuple[Shown, ...] = Field(description="Notes on samples and missing parts, with the remedy.")
+    pictures: dict[int, str] = Field({}, description="Pictures as data URIs, by row of the image.")
+    notes: tuple[Shown, ...] = Field((), description="Notes on samples and missing parts, with the remedy.")

@@ -90,9 +90,6 @@
     chart.records ??= chart.rows.map((row) => Object.fromEntries(chart.fields.map((field, at) => [field, row[at]])));
     return chart.records;
   };
-  const coloured = (spec, colours) =>
-    JSON.parse(JSON.stringify(spec), (_, value) =>
-      typeof value === "string" && value[0] === "$" ? colours[value.slice(1)] ?? value : value);
   const draw = async (element) => {
     const now = theme();
     const before = views.get(element);
@@ -101,9 +98,9 @@
     before?.result?.finalize();
     const name = element.dataset.chart;
     const chart = data.charts[name];
-    const spec = coloured(chart.spec, data.themes[now].colours);
+    const spec = structuredClone(chart.spec);
     if (name === "losses" && $("loss-log").checked) spec.encoding.y.scale = { type: "log" };
-    const { config } = data.themes[now];
+    const config = data.themes[now];
     // a finger that drags the map would no longer scroll the page
     if (name === "map" && matchMedia("(pointer: coarse)").matches) spec.params = spec.params.filter((param) => !param.select);
     const result = await vegaEmbed(element, { ...spec, datasets: { [name]: records(chart) } }, {

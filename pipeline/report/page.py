@@ -27,7 +27,6 @@ from teacher_cache.storage.look.info import CacheInfo
 __all__ = ["render_report"]
 
 _HERE = Path(__file__).parent
-_RANGES_NAMED = 200
 _TABS = ("Overview", "Coverage", "Distributions", "Map", "Retrieval", "Students", "Deployment", "Problems")
 
 
@@ -123,7 +122,7 @@ def _block(data: ReportData, charts: dict[str, Chart]) -> str:
             for name, chart in charts.items()
         },
         "pictures": data.pictures,
-        "themes": {theme: {"colours": PALETTES[theme], "config": vega_config(theme)} for theme in PALETTES},
+        "themes": {theme: vega_config(theme) for theme in PALETTES},
     }
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # escaped, so that no text can end the block or begin a tag
@@ -206,64 +205,39 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the identity: groups of (name, value)."""
-    info, made = data.info, data.info.identity
-    teacher, pixels, views, rows = made.teacher, made.preprocess, made.views, made.dataset
-    size = " x ".join(str(side) for side in pixels.image_size)
-    scale = f"{teacher.logit_scale:.4g}" + ("" if teacher.logit_bias is None else f", bias {teacher.logit_bias:.4g}")
-    drawn = "" if views.scale is None else f", scale {views.scale[0]:g} to {views.scale[1]:g}, seed {views.seed}"
-    crops = f"{views.count}, {views.policy}{drawn}"
-    cost = [("encoding took", f"{info.encode_seconds:,.0f} s")]
-    if info.images_per_second is not None:
-        cost.append(("images", f"{info.images_per_second:,.1f} /s"))
-    if info.captions_per_second is not None:
-        cost.append(("captions", f"{info.captions_per_second:,.1f} /s"))
-    if not info.sealed and info.remaining_seconds is not None:
-        cost.append(("left, by one process", f"{info.remaining_seconds:,.0f} s"))
-    return [
-        (
-            "Teacher",
-            [
-                ("name", teacher.name),
-                *([("pretrained", teacher.pretrained)] if teacher.pretrained else []),
-                ("weights", teacher.weights_sha256),
-                ("activation", teacher.activation),
-                ("width", f"{teacher.embed_dim}"),
-                ("precision", teacher.precision),
-                ("logit scale", scale),
-            ],
-        ),
-        (
-            "What it is given",
-            [
-                ("pixels", f"{size}, {pixels.interpolation}, {pixels.resize_mode}"),
-                ("tokenizer", f"{made.tokenizer.name}, {made.tokenizer.context_length} tokens"),
-                ("views", crops),
-                ("stored as", f"{made.targets.dtype}, {'unit norm' if made.targets.normalized else 'as they come'}"),
-            ],
-        ),
-        (
-            "Dataset",
-            [
-                ("from", info.dataset),
-                ("images", f"{rows.images:,}"),
-                ("captions", f"{rows.captions:,}"),
-                *((f"split {name}", f"{count:,}") for name, count in rows.splits.items()),
-                ("samples", rows.samples_sha256),
-            ],
-        ),
-        (
-            "Cache",
-            [
-                ("location", data.location),
-                ("identity", info.identity_digest),
-                ("manifest", info.manifest_digest),
-                ("format", f"{info.format_version}"),
-                *cost,
-                ("made with", ", ".join(f"{name} {version}" for name, version in info.made_with.items())),
-            ],
-        ),
+    """Return the identity, field by field as other commands name them, and facts of the cache: groups of values."""
+    info = data.info
+    groups = [
+        (name, [(field, _said(value)) for field, value in fields.items() if field not in ("architecture", "probe")])
+        for name, fields in info.identity.model_dump(exclude_none=True).items()
     ]
+    cache = {
+        "location": data.location,
+        "dataset": info.dataset,
+        "identity": info.identity_digest,
+        "manifest": info.manifest_digest,
+        "format": f"{info.format_version}",
+        "encoding took": f"{info.encode_seconds:,.0f} s",
+        "images": _rate(info.images_per_second),
+        "captions": _rate(info.captions_per_second),
+        "left, by one process": ""
+        if info.sealed or info.remaining_seconds is None
+        else f"{info.remaining_seconds:,.0f} s",
+        "made with": _said(info.made_with),
+    }
+    return [*groups, ("cache", [(name, value) for name, value in cache.items() if value])]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_said(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_said, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _rate(rows_per_second: float | None) -> str:
+    return "" if rows_per_second is None else f"{rows_per_second:,.1f} /s"
 
 
 def _state(cell: CoverageCell) -> str:
@@ -273,36 +247,27 @@ def _state(cell: CoverageCell) -> str:
 
 
 def _covered(part: CoverageMap) -> dict[str, Any]:
-    """Return the cells of a grid with their titles, and a table of ranges of equal cells."""
-    name = f"Images, view {part.view}" if part.tower == "image" else "Captions"
-    shown: list[tuple[str, str]] = []
-    ranges: list[list[Any]] = []  # state, first and last chunk, committed, quarantined rows
+    """Return the cells of a grid: state, place and what is said of it."""
+    cells: list[tuple[str, str, str]] = []
+    lost = [cell.quarantined for cell in part.cells if cell.quarantined is not None]
     for cell in part.cells:
         state = _state(cell)
         last = cell.first_chunk + cell.chunks - 1
         where = f"chunk {cell.first_chunk}" if cell.chunks == 1 else f"chunks {cell.first_chunk} to {last}"
-        title = f"{where}: {state if state != 'quarantined' else 'committed'}"
+        said = state if state != "quarantined" else "committed"
         if state == "partly":
-            title += f", {cell.committed} of {cell.chunks}"
+            said += f", {cell.committed} of {cell.chunks}"
         if cell.quarantined:
-            title += f", {counted(cell.quarantined, 'row')} quarantined"
-        shown.append((state, title))
-        if ranges and ranges[-1][0] == state:
-            lost = None if None in (ranges[-1][4], cell.quarantined) else ranges[-1][4] + cell.quarantined
-            ranges[-1][2:] = [last, ranges[-1][3] + cell.committed, lost]
-        else:
-            ranges.append([state, cell.first_chunk, last, cell.committed, cell.quarantined])
+            said += f", {counted(cell.quarantined, 'row')} quarantined"
+        cells.append((state, where, said))
     return {
-        "name": name,
+        "name": f"Images, view {part.view}" if part.tower == "image" else "Captions",
         "chunks": part.chunks,
         "committed": sum(cell.committed for cell in part.cells),
-        "quarantined": None
-        if any(cell.quarantined is None for cell in part.cells)
-        else sum(cell.quarantined or 0 for cell in part.cells),
+        "quarantined": sum(lost) if len(lost) == len(part.cells) else None,
         "per_cell": max((cell.chunks for cell in part.cells), default=1),
-        "cells": shown,
-        "ranges": [[*row[:4], "–" if row[4] is None else row[4]] for row in ranges[:_RANGES_NAMED]],
-        "ranges_of": len(ranges),
+        "cells": cells,
+        "rows": [cell[1:] for cell in cells],
     }
 
 
