@@ -47,7 +47,7 @@ from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.fault_proxy import FaultProxy, start_fault_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
-from tests.slow import mark_slow
+from tests.slow import begin_with_longest, mark_slow
 
 # a busy machine is no finding
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -58,8 +58,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.hookimpl(tryfirst=True)  # before -m "not slow" is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what ``make test`` leaves to ``make test-all``."""
+    """Mark what ``make test`` leaves to ``make test-all``, and begin with the longest files."""
     mark_slow(items)
+    begin_with_longest(items)
 
 
 def shared(name: str) -> Path:

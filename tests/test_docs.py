@@ -138,9 +138,9 @@ def test_no_file_is_overlong_and_none_is_a_junk_drawer() -> None:
 
 
 def test_every_entry_of_the_slow_tests_names_a_test() -> None:
-    from tests.slow import CASES
+    from tests.slow import CASES, LONGEST_FILES
 
-    for entry in CASES:
+    for entry in [*CASES, *LONGEST_FILES]:
         file, _, function = entry.partition("::")
         source = (ROOT / "tests" / file).read_text()
         assert not function or f"def {function}(" in source, f"tests/slow.py: {entry}"
