@@ -184,27 +184,22 @@ class TrainStep:
         """Return the mean of the losses of all images with their first caption, their second caption, ..."""
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
-        queue_image, queue_text = self._queue.rows() if self._queue is not None else (None, None)
-        by_caption = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text))
+        by_caption = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text, teacher_text))
         losses = [
             weighted_sum(
                 LossInputs(
-                    student_image=image,
-                    student_text=own,
-                    projected_image=projected_image,
-                    projected_text=projected,
-                    teacher_image=teacher_image,
-                    teacher_text=taught,
-                    student_logit_scale=logit_scale,
-                    teacher_logit_scale=self._teacher_logit_scale,
-                    label_smoothing=self._config.label_smoothing,
-                    temperature=self._config.temperature,
-                    queue_image=queue_image,
-                    queue_text=queue_text,
+                    (image, own),
+                    (projected_image, projected),
+                    (teacher_image, taught),
+                    logit_scale,
+                    self._teacher_logit_scale,
+                    self._config.label_smoothing,
+                    self._config.temperature,
+                    self._queue.rows() if self._queue is not None else None,
                 ),
                 self._config.losses,
             )
-            for own, projected, taught in zip(*by_caption, teacher_text.unbind(1), strict=True)
+            for own, projected, taught in zip(*by_caption, strict=True)
         ]
         totals, parts = zip(*losses, strict=True)
         return torch.stack(totals).mean(), {

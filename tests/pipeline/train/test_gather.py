@@ -63,7 +63,7 @@ def gradients_of(model: nn.Module, dtype: torch.dtype, weights: dict[str, float]
         u, v, pu, pv, p, q = gather_features(*features, p, q)
         queue.push(p, q)
         if step == 1:
-            inputs = LossInputs(u, v, pu, pv, p, q, scale, 6.0, 0.1, 2.0, *queue.rows())
+            inputs = LossInputs((u, v), (pu, pv), (p, q), scale, 6.0, 0.1, 2.0, queue.rows())
             loss, _ = weighted_sum(inputs, weights)
             loss.backward()
     named = getattr(model, "module", model).named_parameters()
