@@ -31,7 +31,7 @@ import torch
 
 from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
-from teacher_cache.pipeline.models.average import soup
+from teacher_cache.pipeline.models.average import mean
 from teacher_cache.pipeline.models.inherit.run import inherit
 from teacher_cache.pipeline.models.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -126,7 +126,7 @@ def prepared(name: str, table: dict[str, Any], seed: int, options: argparse.Name
         for each in seeds:
             run_row(row["soup"], table, each, options)
         runs = [options.out / f"{row['soup']}-{each}" for each in seeds]
-        return partial(made_of, runs, out, partial(soup, MeanConfig(runs=tuple(map(str, runs)), out=str(out))))
+        return partial(made_of, runs, out, partial(mean, MeanConfig(runs=tuple(map(str, runs)), out=str(out))))
     if "resize" in row:
         run_row(row["resize"], table, seed, options)
         run = options.out / f"{row['resize']}-{seed}"

@@ -39,9 +39,9 @@ def _inherit(config: InheritConfig, as_json: bool) -> None:
 @json_flag
 def _mean(config: MeanConfig, as_json: bool) -> None:
     """Average the weights of runs that started from the same weights: one student of the same size, often better."""
-    from teacher_cache.pipeline.models.average import soup
+    from teacher_cache.pipeline.models.average import mean
 
-    record = soup(config)
+    record = mean(config)
     lines = [
         f"{config.out}: the mean of {len(record.averaged)} runs of {record.student_parameters:,} parameters, "
         f"{record.steps:,} steps in {record.seconds:,.1f} s together",

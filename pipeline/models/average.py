@@ -15,17 +15,15 @@ from torch import Tensor
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import AveragedRun, RunRecord, weights_file_sha256
-from teacher_cache.pipeline.models.student import Student, architecture_differences, load_student, save_student
+from teacher_cache.pipeline.models.student import Student, architecture_differences, load_student, save_run
 from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.new_files import new_folder, require_free
+from teacher_cache.storage.files.new_files import require_free
 
-__all__ = ["mean_student", "soup"]
-
-_CHECKPOINT = "checkpoints/mean"
+__all__ = ["mean", "mean_student"]
 
 
-def soup(config: MeanConfig) -> RunRecord:
+def mean(config: MeanConfig) -> RunRecord:
     """Write the mean of finished runs as a run of its own, to be measured, deployed or started from like any other.
 
     The folder is created atomically. The runs stay unchanged; no cache is opened.
@@ -34,8 +32,7 @@ def soup(config: MeanConfig) -> RunRecord:
         UsageError: fewer than two runs; a run that is unfinished, repeated, a mean itself or without its checkpoint;
             runs of different students or caches, or from different initial weights; or the output folder exists.
     """
-    out = Path(config.out)
-    require_free(out)
+    require_free(Path(config.out))
     folders = [RunFolder(Path(run).resolve()) for run in config.runs]
     records = [folder.read() for folder in folders]
     _require_alike(folders, records)
@@ -51,14 +48,12 @@ def soup(config: MeanConfig) -> RunRecord:
         )
         for folder, record, checkpoint in zip(folders, records, checkpoints, strict=True)
     )
-    first = records[0]
     _require_different(averaged)
-    made = first.model_copy(
+    mismatches = [mismatch for record in records for mismatch in record.accepted_mismatches]
+    made = records[0].model_copy(
         update={
-            "config": first.config.model_copy(update={"out": config.out}),
-            "accepted_mismatches": tuple(
-                dict.fromkeys(mismatch for record in records for mismatch in record.accepted_mismatches)
-            ),
+            "config": records[0].config.model_copy(update={"out": config.out}),
+            "accepted_mismatches": tuple(dict.fromkeys(mismatches)),
             "view": "; ".join(dict.fromkeys(record.view for record in records)),
             "steps": sum(record.steps for record in records),
             "seconds": sum(record.seconds for record in records),
@@ -67,13 +62,10 @@ def soup(config: MeanConfig) -> RunRecord:
             "resumed_at": (),
             "averaged": averaged,
             "resized": None,
-            "checkpoint": _CHECKPOINT,
+            "checkpoint": "checkpoints/mean",
         }
     )
-    with new_folder(out) as folder:
-        (folder / _CHECKPOINT).mkdir(parents=True)
-        save_student(student, made.student_config, folder / _CHECKPOINT, {**made.origin(), "step": made.steps})
-        RunFolder(folder).write(made)
+    save_run(student, made, Path(config.out), {"step": made.steps})
     return made
 
 
@@ -92,8 +84,7 @@ def mean_student(checkpoints: list[Path]) -> Student:
     sums = {name: value.double() for name, value in state.items() if value.is_floating_point()}
     for checkpoint in checkpoints[1:]:
         other, _ = load_student(checkpoint)
-        different = architecture_differences(other, student)
-        if different:
+        if different := architecture_differences(other, student):
             raise UsageError(
                 f"{checkpoint}: another student than that of {checkpoints[0]}: {'; '.join(different)}. Name "
                 "runs of one student"
@@ -111,6 +102,7 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
     if len(folders) < 2:
         named = f"only {folders[0].path}" if folders else "none"
         raise UsageError(f"a mean is of two runs or more, found {named}. Name others that began at the same --init")
+    first = records[0]
     for folder, record in zip(folders, records, strict=True):
         if record.averaged:
             of = " ".join(one.run for one in record.averaged)
@@ -121,16 +113,13 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
                 f"{folder.path}: began at random weights, and runs that did may end too far apart for a mean. Train "
                 f"from one --init, for example --init {folder.path / str(record.checkpoint)}, with another --seed each"
             )
-    first = records[0]
-    for folder, record in zip(folders[1:], records[1:], strict=True):
         both = f"{folder.path} and {folders[0].path}"
         if record.cache_manifest_digest != first.cache_manifest_digest:
             raise UsageError(
                 f"{both}: one learned from {record.config.cache} with manifest {record.cache_manifest_digest[:12]}, "
                 f"the other from {first.config.cache} with {first.cache_manifest_digest[:12]}; name runs of one cache"
             )
-        apart = _apart(record, first)
-        if apart:
+        if apart := _apart(record, first):
             raise UsageError(
                 f"{both}: {apart}. The mean of students that began apart is worth nothing: train them from one --init, "
                 "with another --seed each"
@@ -144,17 +133,15 @@ def _apart(one: RunRecord, other: RunRecord) -> str | None:
     ``--init``.
     """
     first, second = one.initial_weights_sha256, other.initial_weights_sha256
+    same_name = one.config.init == other.config.init
+    if first == second is not None or (same_name and None in (first, second)):
+        return None
     names = f"one began at --init {one.config.init}, the other at --init {other.config.init}"
     if first is None or second is None:
-        older = "older versions did not record the weights, and the names are not the same"
-        return f"{names}; {older}" if one.config.init != other.config.init else None
-    if first == second:
-        return None
-    digests = f"{names}, with weights {first[:12]} and {second[:12]}"
-    if one.config.init != other.config.init:
-        return digests
-    # with an --init for another teacher width, the seed sets the projections
-    return f"{digests}: what lies there was changed meanwhile, or has no projections to this teacher's width"
+        return f"{names}; older versions did not record the weights, and the names are not the same"
+    # of one name: for another teacher width the seed sets the projections
+    why = ": what lies there was changed meanwhile, or has no projections to this teacher's width" if same_name else ""
+    return f"{names}, with weights {first[:12]} and {second[:12]}{why}"
 
 
 def _require_different(averaged: tuple[AveragedRun, ...]) -> None:

@@ -16,10 +16,10 @@ from open_clip.model import resize_pos_embed
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import ResizedRun, RunRecord, weights_file_sha256
-from teacher_cache.pipeline.models.student import Student, build_student, checkpoint_origin, load_student, save_student
+from teacher_cache.pipeline.models.student import Student, build_student, checkpoint_origin, load_student, save_run
 from teacher_cache.pipeline.settings.student import ResizeConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.new_files import new_folder, require_free
+from teacher_cache.storage.files.new_files import require_free
 
 __all__ = ["resize", "resized"]
 
@@ -33,8 +33,7 @@ def resize(config: ResizeConfig) -> RunRecord:
         UsageError: the run is unfinished or has no such checkpoint, its student cannot take that size or has it
             already, or the output folder exists.
     """
-    out = Path(config.out)
-    require_free(out)
+    require_free(Path(config.out))
     folder = RunFolder(Path(config.run).resolve())
     record = folder.read()
     folder.require_finished(record)
@@ -59,12 +58,9 @@ def resize(config: ResizeConfig) -> RunRecord:
             ),
         }
     )
-    with new_folder(out) as partial:
-        (partial / name).mkdir(parents=True)
-        # also keep how the best checkpoint was chosen
-        stays = {key: value for key, value in checkpoint_origin(checkpoint).items() if key in ("step", "chosen")}
-        save_student(made, made.config, partial / name, {**written.origin(), **stays})
-        RunFolder(partial).write(written)
+    # also keep how the best checkpoint was chosen
+    stays = {key: value for key, value in checkpoint_origin(checkpoint).items() if key in ("step", "chosen")}
+    save_run(made, written, Path(config.out), stays)
     return written
 
 
@@ -100,8 +96,7 @@ def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
             f"image_size {size}: this student's {type(student.model.visual).__name__} has weights that depend on its "
             f"image size: {error}. Train one of that size"
         ) from error
-    made.image_projection.load_state_dict(student.image_projection.state_dict())
-    made.text_projection.load_state_dict(student.text_projection.state_dict())
+    made.load_projections(student.projections())
     return made.eval(), tuple(name for name, value in state.items() if value is not before[name])
 
 

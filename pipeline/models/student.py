@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, factorize, factors_of
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
-from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS, RunRecord
 from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, require_plain_settings
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import new_folder
 
 __all__ = [
     "Student",
@@ -37,6 +39,7 @@ __all__ = [
     "load_initial",
     "load_student",
     "presets",
+    "save_run",
     "save_student",
     "student_config",
     "student_tokenizer",
@@ -69,6 +72,7 @@ class Student(nn.Module):
 
     Attributes:
         config: open_clip model config, with ``token_embedding_rank`` if the token embedding is factorised.
+        shortens: True if token ids may be shorter than the context length.
     """
 
     def __init__(self, model: nn.Module, config: dict[str, Any], teacher_dim: int) -> None:
@@ -78,11 +82,22 @@ class Student(nn.Module):
         self.preprocess = Preprocess.of_model(model)
         self.embed_dim = embed_dim = int(config["embed_dim"])
         self.teacher_dim = teacher_dim
-        self._shortens = can_shorten(model)
+        self.shortens = can_shorten(model)
         self._locked: list[nn.Module] = []
         same = embed_dim == teacher_dim
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+
+    def projections(self) -> dict[str, Tensor]:
+        """Return the weights of both projections by their names in a checkpoint; empty if the widths are equal."""
+        named = (("image.weight", self.image_projection), ("text.weight", self.text_projection))
+        return {name: module.weight for name, module in named if isinstance(module, nn.Linear)}
+
+    def load_projections(self, weights: dict[str, Tensor]) -> None:
+        """Copy the :meth:`projections` of a student of the same widths."""
+        if self.projections():
+            self.image_projection.load_state_dict({"weight": weights["image.weight"]})
+            self.text_projection.load_state_dict({"weight": weights["text.weight"]})
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed (batch, 3, height, width) float32 pixels: (batch, embed_dim), normalised."""
@@ -90,13 +105,13 @@ class Student(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embed (batch, length) int64 tokens, at full length or shortened: (batch, embed_dim), normalised."""
-        encode = encode_by_length if self._shortens else encode_text
+        encode = encode_by_length if self.shortens else encode_text
         return F.normalize(encode(self.model, tokens).float(), dim=-1)
 
     def shorten(self, tokens: Tensor | NDArray[np.int64]) -> Tensor:
         """Cut the padding after the longest caption, if the architecture allows it."""
         tokens = torch.as_tensor(tokens)
-        return shorten(tokens) if self._shortens else tokens
+        return shorten(tokens) if self.shortens else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
         """Run both towers and both projections on a batch. An image may have several captions."""
@@ -110,15 +125,7 @@ class Student(nn.Module):
         )
 
     def lock_image(self, unlocked_groups: int) -> None:
-        """Lock the first layers of the image tower, in training mode too.
-
-        Args:
-            unlocked_groups: number of last layer groups to train, see
-                :func:`teacher_cache.pipeline.models.locked_layers.lock_image_layers`.
-
-        Raises:
-            UsageError: the tower has no such groups, or not more than that.
-        """
+        """Lock the first layers of the image tower, in training mode too (:func:`.locked_layers.lock_image_layers`)."""
         self._locked = lock_image_layers(self.model, unlocked_groups)
         self.train(self.training)
 
@@ -140,9 +147,7 @@ class Student(nn.Module):
                 "as large, are wanted. Lower the setting, or leave it out."
             )
         way_out = "Choose another, or leave the setting out"
-        if hasattr(
-            self.model.visual, "grid_size"
-        ):  # open_clip's transformers; see teacher_cache.pipeline.models.resize
+        if hasattr(self.model.visual, "grid_size"):  # open_clip's transformers
             way_out = (
                 "Leave the setting out, or train a student with that image_size in its config and give the run its "
                 "full size by teacher-cache student resize"
@@ -156,13 +161,8 @@ class Student(nn.Module):
         Most convolutional trunks do. A transformer does not: it has a position for each patch of its own size. Neither
         does the attention at the end of open_clip's own ResNets.
 
-        Args:
-            size: side in pixels.
-            setting: setting with the size, for the message.
-            way_out: remedy, for the message.
-
         Raises:
-            UsageError: it does not.
+            UsageError: it does not. The message names ``setting`` and ``way_out``.
         """
         training, (height, width) = self.training, self.preprocess.size
         self.eval()
@@ -191,11 +191,6 @@ class Student(nn.Module):
         """Keep logit_scale at 100 or below; call after every optimizer step."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
-
-    @property
-    def shortens(self) -> bool:
-        """True if token ids may be shorter than the context length."""
-        return self._shortens
 
     @property
     def num_parameters(self) -> int:
@@ -278,21 +273,24 @@ def save_student(student: Student, config: dict[str, Any], folder: Path, origin:
     ``folder`` must exist; the caller makes the write atomic.
     """
     settings: dict[str, Any] = {"model_cfg": _plain(config), "preprocess_cfg": student.preprocess.to_config()}
-    factors = factors_of(student.model)
-    if factors is not None:
+    if (factors := factors_of(student.model)) is not None:
         # beside model_cfg, not in it: open_clip refuses unknown keys there, and ignores them here
         settings[RANK_KEY] = config[RANK_KEY]
         write_weights(_contiguous(factors.state_dict()), folder / _FACTORS)
     (folder / CHECKPOINT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     write_weights(_contiguous(dense_state(student.model)), folder / CHECKPOINT_WEIGHTS)
-    projections = {
-        f"{name}.weight": module.weight.detach().contiguous()
-        for name, module in (("image", student.image_projection), ("text", student.text_projection))
-        if isinstance(module, nn.Linear)
-    }
-    if projections:
-        write_weights(projections, folder / _PROJECTION)
+    if projections := student.projections():
+        write_weights(_contiguous(projections), folder / _PROJECTION)
+
+
+def save_run(student: Student, record: RunRecord, out: Path, origin: dict[str, Any]) -> None:
+    """Write a run that was not trained, such as a mean: its record and the one checkpoint that it names, atomically."""
+    assert record.checkpoint is not None
+    with new_folder(out) as folder:
+        (folder / record.checkpoint).mkdir(parents=True)
+        save_student(student, record.student_config, folder / record.checkpoint, {**record.origin(), **origin})
+        RunFolder(folder).write(record)
 
 
 def checkpoint_origin(folder: Path) -> dict[str, Any]:
@@ -323,9 +321,7 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
         projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
         teacher_dim = int(projections["image.weight"].shape[0]) if projections else int(config["embed_dim"])
         student = Student(model, config, teacher_dim)
-        for name, module in (("image", student.image_projection), ("text", student.text_projection)):
-            if isinstance(module, nn.Linear):
-                module.load_state_dict({"weight": projections[f"{name}.weight"]})
+        student.load_projections(projections)
     return student.eval(), config
 
 
@@ -335,25 +331,19 @@ def load_initial(student: Student, folder: str) -> None:
     All weights of the model are replaced. The projections are replaced only if the teacher's width is the same: others
     belong to another teacher.
 
-    Args:
-        student: result of :func:`build_student`; changed in place.
-        folder: checkpoint of the same architecture.
-
     Raises:
         UsageError: there is no checkpoint, it cannot be used, or its architecture or its pixels' mean or std differ.
             The message names each field with both values.
     """
     initial, _ = load_student(Path(folder))
-    different = architecture_differences(initial, student)
-    if different:
+    if different := architecture_differences(initial, student):
         raise UsageError(
             f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
             f"--student {Path(folder) / CHECKPOINT_CONFIG}, or choose another --init."
         )
     student.model.load_state_dict(initial.model.state_dict())
     if student.teacher_dim == initial.teacher_dim:
-        student.image_projection.load_state_dict(initial.image_projection.state_dict())
-        student.text_projection.load_state_dict(initial.text_projection.state_dict())
+        student.load_projections(initial.projections())
 
 
 def architecture_differences(other: Student, student: Student) -> list[str]:
@@ -423,7 +413,7 @@ def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with foreign_model(what), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model: nn.Module = open_clip.create_model(
                 f"local-dir:{folder}",
@@ -434,10 +424,6 @@ def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
                 pretrained_image=False,
                 pretrained_text=False,
             )
-    except MemoryError:
-        raise
-    except Exception as error:  # torch, timm and safetensors have their own errors
-        raise UsageError(f"open_clip cannot build {what}: {type(error).__name__}: {error}") from error
     finally:
         quiet.setLevel(level)
     return model

@@ -150,7 +150,8 @@ class LiveTeacher:
         return features / norm, norm
 
     @cached_property
-    def _embed_dim(self) -> int:
+    def embed_dim(self) -> int:
+        """Width of the embeddings."""
         with torch.inference_mode():
             probe = torch.zeros(1, 3, *self.preprocess.size, device=self.device)
             return int(self.model.encode_image(probe).shape[-1])  # type: ignore[operator]
@@ -164,7 +165,7 @@ class LiveTeacher:
             weights_sha256=self.weights_sha256,
             architecture=self.architecture,
             activation=_activations(self.model),
-            embed_dim=self._embed_dim,
+            embed_dim=self.embed_dim,
             precision=self.precision,
             logit_scale=self.logit_scale,
             logit_bias=None if bias is None else float(bias.item()),
@@ -218,11 +219,9 @@ def load_teacher(
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     path = BUNDLED.get(name)
-    if path is None and name.startswith("bundled:"):
-        raise UsageError(f"teacher {name!r} is not known; bundled teachers are {', '.join(BUNDLED)}")
     schema = name.partition(":")[0] if ":" in name else ""
-    if schema not in ("", "hf-hub", "local-dir", "bundled"):
-        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes")
+    if path is None and schema not in ("", "hf-hub", "local-dir"):
+        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}")
     if schema and pretrained:
         raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
     if not schema and not pretrained:

@@ -12,20 +12,18 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment
-from teacher_cache.pipeline.evaluate.retrieval import evaluate
-from teacher_cache.pipeline.models.average import soup
+from teacher_cache.pipeline.models.average import mean
 from teacher_cache.pipeline.models.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, checkpoint_image_size
 from teacher_cache.pipeline.models.student import Student, load_student
 from teacher_cache.pipeline.promote.gate import promote
-from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.pipeline.settings.student import MeanConfig, ResizeConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.models.test_locked_layers import begin
-from tests.pipeline.train.train_work import make_cache, make_student, train_config
+from tests.pipeline.train.train_work import make_student, measure, train_config
 
 run_cli = CliRunner()
 
@@ -33,13 +31,13 @@ OWN, LARGER = 32, 48
 
 
 @pytest.fixture(scope="module")
-def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the runs ``a`` and ``b`` of a convolutional student at 32 pixels, and ``vit``."""
     folder = tmp_path_factory.mktemp("resize")
-    cache, start = make_cache(folder, tiny_teacher), begin(folder)
+    start = begin(folder)
     for seed, name in enumerate("ab"):
-        train(train_config(cache, out=folder / name, epochs=1, seed=seed, **start))
-    train(train_config(cache, make_student(folder / "vit.json"), folder / "vit", epochs=1))
+        train(train_config(photo_cache, out=folder / name, epochs=1, seed=seed, **start))
+    train(train_config(photo_cache, make_student(folder / "vit.json"), folder / "vit", epochs=1))
     return folder
 
 
@@ -66,7 +64,7 @@ def test_the_weights_are_those_and_the_images_are_larger(home: Path, tmp_path: P
     assert model.visual.image_size == (LARGER, LARGER)
 
 
-def test_it_is_a_run_that_says_what_it_is_of(home: Path, tmp_path: Path) -> None:
+def test_it_is_a_run_that_says_what_it_is_of(photo_cache: Path, home: Path, tmp_path: Path) -> None:
     out = at(home, "a", tmp_path / "larger")
     record, before = RunFolder(out).read(), RunFolder(home / "a").read()
     assert record.finished
@@ -84,26 +82,21 @@ def test_it_is_a_run_that_says_what_it_is_of(home: Path, tmp_path: Path) -> None
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Student, "encode_image", watched)
-        result = evaluate(EvaluateConfig(run=str(out), split="test", workers=0, device="cpu"))
+        result = measure(out)
     assert set(seen) == {LARGER}
     page = tmp_path / "report.html"
-    shown = run_cli.invoke(app, ["report", str(home / "photos.cache"), "--run", str(out), "--out", str(page)])
+    shown = run_cli.invoke(app, ["report", str(photo_cache), "--run", str(out), "--out", str(page)])
     assert shown.exit_code == 0, shown.output
     assert f"<dd>32 x 32 pixels in <bdi>{home / 'a'}</bdi></dd>" in page.read_text()
     assert result.student is not None
 
 
-def test_of_a_mean_too_and_one_can_begin_from_it(home: Path, tmp_path: Path) -> None:
-    soup(MeanConfig(runs=(str(home / "a"), str(home / "b")), out=str(tmp_path / "mean")))
+def test_of_a_mean_too(home: Path, tmp_path: Path) -> None:
+    mean(MeanConfig(runs=(str(home / "a"), str(home / "b")), out=str(tmp_path / "mean")))
     resize(ResizeConfig(run=str(tmp_path / "mean"), image_size=LARGER, out=str(tmp_path / "larger")))
     record = RunFolder(tmp_path / "larger").read()
     assert len(record.averaged) == 2
-    checkpoint = RunFolder(tmp_path / "larger").checkpoint_path()
-    begun = train_config(
-        home / "photos.cache", checkpoint / "open_clip_config.json", tmp_path / "on", init=str(checkpoint), epochs=1
-    )
-    train(begun)
-    assert checkpoint_image_size(RunFolder(tmp_path / "on").checkpoint_path()) == (LARGER, LARGER)
+    assert checkpoint_image_size(RunFolder(tmp_path / "larger").checkpoint_path()) == (LARGER, LARGER)
 
 
 def test_what_cannot_be_resized_is_left_as_it_is(home: Path, tmp_path: Path) -> None:
@@ -140,15 +133,15 @@ def test_a_transformers_positions_are_interpolated_and_nothing_else(home: Path, 
     assert record.resized is not None
     assert record.resized.interpolated == ("visual.positional_embedding",)
     assert record.student_parameters == other.num_parameters != one.num_parameters
-    assert evaluate(EvaluateConfig(run=str(out), split="test", workers=0, device="cpu")).student is not None
+    assert measure(out).student is not None
     model = open_clip.create_model(f"local-dir:{RunFolder(out).checkpoint_path()}", weights_only=True)
     assert model.visual.image_size == (size, size)
 
 
-def test_a_transformer_learns_on_at_its_full_size(home: Path, tmp_path: Path) -> None:
+def test_a_transformer_learns_on_at_its_full_size(photo_cache: Path, home: Path, tmp_path: Path) -> None:
     checkpoint = RunFolder(at(home, "vit", tmp_path / "larger")).checkpoint_path()
     config = train_config(
-        home / "photos.cache", checkpoint / "open_clip_config.json", tmp_path / "on", init=str(checkpoint), epochs=1
+        photo_cache, checkpoint / "open_clip_config.json", tmp_path / "on", init=str(checkpoint), epochs=1
     )
     before, after = student_of(tmp_path / "larger"), (train(config), student_of(tmp_path / "on"))[1]
     assert after.preprocess.size == (LARGER, LARGER)
@@ -156,9 +149,9 @@ def test_a_transformer_learns_on_at_its_full_size(home: Path, tmp_path: Path) ->
     assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
 
 
-def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_still_said_to_be_chosen(photo_cache: Path, home: Path, tmp_path: Path) -> None:
     start = begin(tmp_path)
-    train(train_config(home / "photos.cache", out=tmp_path / "run", epochs=3, select_split="test", **start))
+    train(train_config(photo_cache, out=tmp_path / "run", epochs=3, select_split="test", **start))
     best = RunFolder(tmp_path / "run").read().best
     assert best is not None
     record = resize(
@@ -167,7 +160,7 @@ def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Pa
     assert record.checkpoint == best.checkpoint
     weights = load_student(tmp_path / "run" / best.checkpoint)[0].state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in student_of(tmp_path / "b").state_dict().items())
-    found = evaluate(EvaluateConfig(run=str(tmp_path / "b"), split="test", workers=0, device="cpu"))
+    found = measure(tmp_path / "b")
     assert (found.chosen_on, found.checkpoint) == ("test", best.checkpoint)
     origin = json.loads((RunFolder(tmp_path / "b").checkpoint_path() / "origin.json").read_text())
     assert (origin["step"], origin["chosen"]["epoch"]) == (4 * (best.epoch + 1), best.epoch)
@@ -178,13 +171,13 @@ def test_the_best_checkpoint_is_still_said_to_be_chosen(home: Path, tmp_path: Pa
     common = {"registry": str(tmp_path / "students"), "device": "cpu", "workers": 0}
     with pytest.raises(UsageError, match="was chosen on split 'test', which flatters it there"):
         promote(PromoteConfig(run=str(tmp_path / "b"), split="test", **common))
-    train(train_config(home / "photos.cache", out=tmp_path / "other", epochs=1, seed=1, select_split="test", **start))
+    train(train_config(photo_cache, out=tmp_path / "other", epochs=1, seed=1, select_split="test", **start))
     at(tmp_path, "other", tmp_path / "o")
-    soup(MeanConfig(runs=(str(tmp_path / "o"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
-    mean = RunFolder(tmp_path / "mean").read()
-    assert (mean.chosen_on("last"), mean.resized) == ("test", None)
+    mean(MeanConfig(runs=(str(tmp_path / "o"), str(tmp_path / "b")), out=str(tmp_path / "mean")))
+    made = RunFolder(tmp_path / "mean").read()
+    assert (made.chosen_on("last"), made.resized) == ("test", None)
     at(tmp_path, "run", tmp_path / "last")
-    assert evaluate(EvaluateConfig(run=str(tmp_path / "last"), split="test", workers=0, device="cpu")).chosen_on is None
+    assert measure(tmp_path / "last").chosen_on is None
 
 
 def test_a_registry_takes_it_for_another_student(home: Path, tiny_deployment: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +16,27 @@ from torch import nn
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.evaluate.recall import mean_recall
-from teacher_cache.pipeline.evaluate.retrieval import evaluate
-from teacher_cache.pipeline.models.average import mean_student, soup
+from teacher_cache.pipeline.models.average import mean, mean_student
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import build_student, load_student, save_student
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.promote.gate import promote
-from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL
-from tests.pipeline.train.train_work import make_cache, make_student, train_config
+from tests.pipeline.train.train_work import make_student, measure, run_command, train_config
 
 run_cli = CliRunner()
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs start, a, b and c, the last three begun at the first, and other, begun at a."""
-    folder = tmp_path_factory.mktemp("soup")
-    cache, student = make_cache(folder, tiny_teacher), make_student(folder / "student.json")
+    folder = tmp_path_factory.mktemp("mean")
+    cache, student = photo_cache, make_student(folder / "student.json")
     # a factorised embedding, whose factors are what is averaged, not their product
     student.write_text(json.dumps({**json.loads(student.read_text()), "token_embedding_rank": 4}))
     train(train_config(cache, student, folder / "start", epochs=1))
@@ -57,7 +53,7 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def mixed(runs: Path, names: str, out: Path) -> Path:
-    soup(MeanConfig(runs=tuple(str(runs / name) for name in names), out=str(out)))
+    mean(MeanConfig(runs=tuple(str(runs / name) for name in names), out=str(out)))
     return out
 
 
@@ -91,7 +87,7 @@ def test_the_mean_is_a_run_that_says_what_it_is_of(runs: Path, tmp_path: Path) -
 
 def test_it_is_measured_begun_from_and_never_trained_on(runs: Path, tmp_path: Path) -> None:
     out = mixed(runs, "ab", tmp_path / "mean")
-    result = evaluate(EvaluateConfig(run=str(out), split="test", workers=0))
+    result = measure(out)
     assert result.checkpoint == "checkpoints/mean"
     assert result.student is not None
     assert list((out / "evaluations").iterdir())
@@ -102,12 +98,12 @@ def test_it_is_measured_begun_from_and_never_trained_on(runs: Path, tmp_path: Pa
     assert train(begun).record.initial_weights_sha256 == digest_tensors(state_of(out))
 
 
-def test_a_report_shows_it_and_a_registry_names_its_runs(runs: Path, tmp_path: Path) -> None:
+def test_a_report_shows_it_and_a_registry_names_its_runs(photo_cache: Path, runs: Path, tmp_path: Path) -> None:
     out = mixed(runs, "ab", tmp_path / "mean")
-    found = evaluate(EvaluateConfig(run=str(out), split="test", workers=0))
+    found = measure(out)
     page = tmp_path / "report.html"
     shown = run_cli.invoke(
-        app, ["report", str(runs / "photos.cache"), "--run", str(out), "--run", str(runs / "a"), "--out", str(page)]
+        app, ["report", str(photo_cache), "--run", str(out), "--run", str(runs / "a"), "--out", str(page)]
     )
     assert shown.exit_code == 0, shown.output
     html = page.read_text()
@@ -153,7 +149,7 @@ def test_a_batch_norm_has_the_mean_of_the_statistics_and_a_count_of_its_own(tmp_
 
 def refused(match: str, out: Path, *runs: Path) -> None:
     with pytest.raises(UsageError, match=match):
-        soup(MeanConfig(runs=tuple(map(str, runs)), out=str(out)))
+        mean(MeanConfig(runs=tuple(map(str, runs)), out=str(out)))
 
 
 def edited(run: Path, to: Path, **fields: Any) -> Path:
@@ -193,7 +189,7 @@ def test_runs_of_an_older_version_are_told_apart_by_their_init(runs: Path, tmp_p
     a, b = (edited(runs / name, tmp_path / name, initial_weights_sha256=None, averaged=None) for name in "ab")
     for others in ((a, b), (runs / "a", b)):
         out = tmp_path / f"mean of {others[0].parent.name}"
-        assert len(soup(MeanConfig(runs=tuple(map(str, others)), out=str(out))).averaged) == 2
+        assert len(mean(MeanConfig(runs=tuple(map(str, others)), out=str(out))).averaged) == 2
     c = edited(runs / "c", tmp_path / "c", initial_weights_sha256=None, config={"init": "elsewhere"})
     for other in (a, runs / "a"):
         refused("older versions did not record the weights, and the names are not the same", tmp_path / "no", other, c)
@@ -226,7 +222,7 @@ def test_another_student_or_a_damaged_checkpoint_is_named(runs: Path, tmp_path: 
     torn, checkpoint = changed("torn")
     weights = load_file(checkpoint / CHECKPOINT_WEIGHTS)
     save_file({name: value for name, value in weights.items() if "visual" not in name}, checkpoint / CHECKPOINT_WEIGHTS)
-    refused(rf"(?s)open_clip cannot build student {checkpoint}: .*visual", no, runs / "a", torn)
+    refused(rf"student {checkpoint} cannot be loaded: .*visual", no, runs / "a", torn)
     gone, checkpoint = changed("gone")
     (checkpoint / CHECKPOINT_WEIGHTS).unlink()
     refused(f"{checkpoint}: no student checkpoint here", no, runs / "a", gone)
@@ -241,23 +237,13 @@ def test_another_student_or_a_damaged_checkpoint_is_named(runs: Path, tmp_path: 
 
 
 def test_the_command(runs: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "student",
-        "mean",
-        str(runs / "a"),
-        str(runs / "b"),
-        "--out",
-        str(tmp_path / "m"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ("student", "mean", runs / "a", runs / "b", "--json", "--out")
+    done = run_command(*words[:-2], "--out", tmp_path / "m")
     assert done.returncode == 0, done.stderr
     assert "the mean of 2 runs" in done.stdout
     assert (tmp_path / "m" / "checkpoints" / "mean" / CHECKPOINT_WEIGHTS).exists()
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    again = run_command(*words, tmp_path / "m")
     assert (again.returncode, again.stdout) == (2, "")
     assert "is there already" in again.stderr
-    made = subprocess.run([*command[:-1], str(tmp_path / "n"), "--json"], capture_output=True, text=True)
+    made = run_command(*words, tmp_path / "n")
     assert [Path(each["run"]).name for each in json.loads(made.stdout)["averaged"]] == ["a", "b"]
