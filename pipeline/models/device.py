@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def keep_depthwise_float32(model: nn.Module) -> int:
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and _depthwise(module)]
     for convolution in convolutions:
-        convolution.forward = _Float32(convolution.forward)  # type: ignore[assignment, method-assign]
+        convolution.forward = partial(_in_float32, convolution.forward)  # type: ignore[method-assign]
     return len(convolutions)
 
 
@@ -102,14 +103,9 @@ def _depthwise(convolution: nn.Conv2d) -> bool:
     return convolution.groups == convolution.in_channels > 1 and convolution.weight.requires_grad
 
 
-class _Float32:
-    def __init__(self, forward: Any) -> None:
-        self._forward = forward
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        if pixels.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            result: Tensor = self._forward(pixels)
-            return result
-        with torch.autocast("cpu", enabled=False):
-            result = self._forward(pixels.float())
-        return result.to(torch.get_autocast_dtype("cpu"))
+def _in_float32(forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    if pixels.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return forward(pixels)
+    with torch.autocast("cpu", enabled=False):
+        result = forward(pixels.float())
+    return result.to(torch.get_autocast_dtype("cpu"))

@@ -87,8 +87,7 @@ class RunFolder:
         """
         if not self.exists():
             # other trainers use these names too: never remove theirs
-            names = [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]
-            if names:
+            if names := [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]:
                 raise UsageError(
                     f"{self.path}: holds {' and '.join(names)}, but no {_RECORD}, so it is no run of ours. Choose "
                     "another --out; nothing was changed."
@@ -96,10 +95,8 @@ class RunFolder:
             return
         record = self.read()
         if record.checkpoint is not None:
-            way_out = "" if record.finished else "Go on with it by --resume, or choose another"
-            raise UsageError(
-                f"{self.path}: holds a run already. {way_out or 'Choose another'} --out, or delete the folder."
-            )
+            way_out = "Choose" if record.finished else "Go on with it by --resume, or choose"
+            raise UsageError(f"{self.path}: holds a run already. {way_out} another --out, or delete the folder.")
 
     def require_resumable(self, config: TrainConfig) -> RunRecord:
         """Return the record of a run that these settings may resume, or have finished.
@@ -161,10 +158,7 @@ class RunFolder:
             raise UsageError(f"{self.path / _RECORD}: {error}") from error
 
     def require_finished(self, record: RunRecord) -> None:
-        """Check that all epochs of a run are trained.
-
-        Args:
-            record: result of :meth:`read`.
+        """Check that all epochs of the run with this record are trained.
 
         Raises:
             UsageError: they are not.
@@ -193,14 +187,7 @@ class RunFolder:
         return steps
 
     def keep_evaluation(self, split: str, checkpoint: str, cache_manifest_digest: str, data: bytes) -> Path:
-        """Save an evaluation in the run, replacing one of the same split, checkpoint and cache.
-
-        Args:
-            checkpoint: its folder, relative to the run.
-            cache_manifest_digest: digest of the measured cache, which is in the file's name if it is not the run's.
-
-        Returns:
-            The file.
+        """Save an evaluation in the run, replacing one of the same split, checkpoint and cache. Return its file.
 
         Raises:
             OSError: the folder cannot be written.
@@ -210,7 +197,13 @@ class RunFolder:
         return path
 
     def evaluation_path(self, split: str, checkpoint: str, cache_manifest_digest: str) -> Path:
-        """Return the file that :meth:`keep_evaluation` writes: ``evaluations/SPLIT-CHECKPOINT.json``."""
+        """Return the file that :meth:`keep_evaluation` writes: ``evaluations/SPLIT-CHECKPOINT.json``.
+
+        The name of one on another cache than the run's has the start of that cache's digest, too.
+
+        Args:
+            checkpoint: its folder, relative to the run.
+        """
         other = "" if cache_manifest_digest == self.read().cache_manifest_digest else f"-{cache_manifest_digest[:12]}"
         # a split may have any name
         return self.path / _EVALUATIONS / f"{quote(split, safe='')}-{Path(checkpoint).name}{other}.json"
@@ -245,7 +238,8 @@ class RunFolder:
         Args:
             best: record of this epoch and the function that saves its model, if it is the best so far.
         """
-        changes: dict[str, Any] = {"checkpoint": self._save(f"{_CHECKPOINTS}/{name}", save)}
+        changes: dict[str, Any] = {"checkpoint": f"{_CHECKPOINTS}/{name}"}
+        self._save(changes["checkpoint"], save)
         if best is not None:
             changes["best"] = best[0]
             self._save(best[0].checkpoint, best[1])
@@ -254,14 +248,13 @@ class RunFolder:
         self.remove_unnamed(switched)
         return switched
 
-    def _save(self, name: str, save: Callable[[Path], None]) -> str:
+    def _save(self, name: str, save: Callable[[Path], None]) -> None:
         folder = self.path / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         save(folder)
         for path in [*folder.rglob("*"), folder]:
             sync(path)
-        return name
 
     def remove_unnamed(self, record: RunRecord) -> None:
         """Remove the checkpoints that the record does not name: replaced ones, and incomplete ones after a crash.
@@ -274,11 +267,6 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         if record.finished and record.checkpoint:
             shutil.rmtree(self.path / record.checkpoint / RESUME, ignore_errors=True)
-
-    @staticmethod
-    def best_checkpoint(epoch: int) -> str:
-        """Return the folder of the best epoch's model in the run; epochs count from 0."""
-        return f"{_CHECKPOINTS}/best-epoch-{epoch + 1:04d}"
 
     def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
         """Return the folder of the newest or the best checkpoint.

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from teacher_cache.pipeline.models.run_folder import RESUME, RunFolder
-from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
+from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord
 from teacher_cache.pipeline.models.student import Student, save_student
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.train.losses import TeacherQueue
@@ -39,13 +39,8 @@ __all__ = ["ResumePoint", "RunWriter", "TrainState", "load_resume_point", "save_
 
 _LOG = logger("train")
 
-_STATE, _WEIGHTS, _OPTIMIZER, _AVERAGE, _QUEUE = (
-    "state.json",
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "average.safetensors",
-    "queue.safetensors",
-)
+_STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+_AVERAGE, _QUEUE = "average.safetensors", "queue.safetensors"
 
 
 class ResumePoint(BaseModel):
@@ -81,26 +76,27 @@ def save_resume_point(folder: Path, state: TrainState) -> None:
     """Write a resume point into ``folder``, a checkpoint that the run's record does not name yet."""
     folder = folder / RESUME
     folder.mkdir()
-    write_weights(_on_cpu(state.student.state_dict()), folder / _WEIGHTS)
-    moments = {
+    files = {_WEIGHTS: state.student.state_dict()}
+    files[_OPTIMIZER] = {
         f"{key}:{name}": value
         for name, parameter in state.student.named_parameters()
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }
-    write_weights(_on_cpu(moments), folder / _OPTIMIZER)
     if state.average is not None:
         state.point.average_updates = state.average.updates
-        write_weights(_on_cpu(state.average.state()), folder / _AVERAGE)
+        files[_AVERAGE] = state.average.state()
     if state.queue is not None:
-        write_weights(_on_cpu(state.queue.state_dict()), folder / _QUEUE)
+        files[_QUEUE] = state.queue.state_dict()
+    for name, tensors in files.items():
+        # clone: safetensors refuses tied weights, which share memory
+        write_weights(
+            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, folder / name
+        )
     (folder / _STATE).write_text(state.point.model_dump_json(indent=2) + "\n")
 
 
 def load_resume_point(folder: Path, state: TrainState) -> None:
-    """Load weights, moments, average, queue and progress from a checkpoint into a fresh state.
-
-    Args:
-        folder: folder of the checkpoint.
+    """Load weights, moments, average, queue and progress from a checkpoint's folder into a fresh state.
 
     Raises:
         UsageError: the checkpoint belongs to another student, or cannot be read.
@@ -132,11 +128,6 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
     loaded: dict[str, Any] = state.optimizer.state_dict()
     loaded["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
     state.optimizer.load_state_dict(loaded)
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # clone: safetensors refuses tied weights, which share memory
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 class RunWriter:
@@ -185,18 +176,15 @@ class RunWriter:
         self._record = before.model_copy(
             update={"seconds": before.seconds + finished.seconds, "epochs": (*before.epochs, finished)}
         )
-        best = None
+        name, best = f"epoch-{finished.epoch + 1:04d}", None
         if selection is not None and (before.best is None or selection.mean_recall > before.best.mean_recall):
-            best = self._best(finished.epoch, selection)
-        self._save(f"epoch-{finished.epoch + 1:04d}", best)
-
-    def _best(self, epoch: int, selection: Selection) -> BestRecord:
-        return BestRecord(
-            epoch=epoch,
-            split=selection.split,
-            mean_recall=selection.mean_recall,
-            checkpoint=self._run.best_checkpoint(epoch),
-        )
+            best = BestRecord(
+                epoch=finished.epoch,
+                split=selection.split,
+                mean_recall=selection.mean_recall,
+                checkpoint=f"checkpoints/best-{name}",
+            )
+        self._save(name, best)
 
     def _save(self, name: str, best: BestRecord | None = None) -> None:
         self.log.flush()
@@ -211,10 +199,11 @@ class RunWriter:
             save_model(folder)
             save_resume_point(folder, state)
 
-        chosen = None
-        if best is not None:
-            how = best.model_dump(mode="json", exclude={"checkpoint"})
-            chosen = (best, lambda folder: save_model(folder, chosen=how))
+        def save_best(folder: Path) -> None:
+            assert best is not None
+            save_model(folder, chosen=best.model_dump(mode="json", exclude={"checkpoint"}))
+
+        chosen = None if best is None else (best, save_best)
         self._record = self._run.checkpoint(record, name, save_all, chosen)
         self._saved_at = time.monotonic()
         event(_LOG, logging.INFO, "checkpoint saved", step=record.steps, checkpoint=self._record.checkpoint)

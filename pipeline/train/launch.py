@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -61,59 +62,32 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     """
     device = resolve_device(config.device)
     precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
+    # an explicit environment: in a Slurm job Fabric would take the job's processes for its own
+    make = partial(Fabric, accelerator=device.type, precision=precision, plugins=[LightningEnvironment()])
     if launched_rank() is not None:
-        _launched(config, device, precision, work, args, progress)
-        return
-    # explicit: in a Slurm job Fabric would take the job's processes for its own
-    plugins: Any = [LightningEnvironment()]
-    if config.devices == 1:
-        index: Any = [device.index or 0] if device.type == "cuda" else 1
-        fabric = Fabric(accelerator=device.type, devices=index, precision=precision, plugins=plugins)
-        keep_freed_memory(device)
-        with observed():
-            work(fabric, config, progress, *args)
-        return
-    if device.index is not None:
-        raise UsageError(f"device {config.device!r} names one device, but devices is {config.devices}; use cuda or cpu")
-    if device.type == "cuda" and torch.cuda.device_count() < config.devices:
-        raise UsageError(
-            f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
-        )
-    # spawn: flows, tests and notebooks cannot be started again as a command, and a fork server that already runs
-    # would not pass on the port, which Fabric sets in the environment
-    strategy = DDPStrategy(start_method="spawn")
-    fabric = Fabric(
-        accelerator=device.type, devices=config.devices, strategy=strategy, precision=precision, plugins=plugins
-    )
-    pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
-    receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
-    errors: list[BaseException] = []
-    before = set(multiprocessing.active_children())
-    with _relayed(receivers, senders, progress, errors), _own_environment():
+        fabric = _torchrun_fabric(config, device, make)
+        fabric.launch()
         try:
-            fabric.launch(_rank, senders, device.type, config, work, args)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            failed: BaseException | None = error
-        except BaseException:  # Ctrl-C: the ranks would go on
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-            raise
-        else:
-            failed = None
-    if failed is not None:
-        raise errors[0] if errors else failed
+            _work_on_rank(fabric, config, progress if fabric.global_rank == 0 else None, work, args)
+        finally:
+            torch.distributed.destroy_process_group()
+    elif config.devices == 1:
+        fabric = make(devices=[device.index or 0] if device.type == "cuda" else 1)
+        _work_on_rank(fabric, config, progress, work, args)
+    else:
+        _spawn(config, device, make, progress, work, args)
 
 
-def _launched(
-    config: TrainConfig,
-    device: torch.device,
-    precision: Any,
-    work: Callable[..., None],
-    args: Any,
-    progress: Progress | None,
+def _work_on_rank(
+    fabric: Fabric, config: TrainConfig, report: Progress | None, work: Callable[..., None], args: Any
 ) -> None:
-    processes = int(os.environ["WORLD_SIZE"])
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    keep_freed_memory(fabric.device)
+    with observed(fabric.local_rank, rank=fabric.global_rank) if fabric.world_size > 1 else observed():
+        work(fabric, config, report, *args)
+
+
+def _torchrun_fabric(config: TrainConfig, device: torch.device, make: Callable[..., Fabric]) -> Fabric:
+    processes, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.index is not None or config.devices != 1:
         raise UsageError("torchrun starts a process for each device: leave --devices out, and choose cards by torchrun")
     if processes % local:
@@ -123,32 +97,51 @@ def _launched(
         )
     if config.batch_size % processes:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=local,
-        num_nodes=processes // local,
-        strategy=DDPStrategy(),
-        precision=precision,
-        plugins=[TorchElasticEnvironment()],
-    )
-    keep_freed_memory(device)
-    fabric.launch()
-    try:
-        with observed(fabric.local_rank, rank=fabric.global_rank):
-            work(fabric, config, progress if fabric.global_rank == 0 else None, *args)
-    finally:
-        torch.distributed.destroy_process_group()
+    nodes = processes // local
+    return make(devices=local, num_nodes=nodes, strategy=DDPStrategy(), plugins=[TorchElasticEnvironment()])
 
 
-def _rank(
-    fabric: Fabric, senders: list[Connection], device: str, config: TrainConfig, work: Callable[..., None], args: Any
+def _spawn(
+    config: TrainConfig,
+    device: torch.device,
+    make: Callable[..., Fabric],
+    progress: Progress | None,
+    work: Callable[..., None],
+    args: Any,
 ) -> None:
+    """Start a process for each device and wait for all."""
+    if device.index is not None:
+        raise UsageError(f"device {config.device!r} names one device, but devices is {config.devices}; use cuda or cpu")
+    if device.type == "cuda" and torch.cuda.device_count() < config.devices:
+        raise UsageError(
+            f"{config.devices} CUDA devices asked for, this machine has {torch.cuda.device_count()}. Lower --devices."
+        )
+    # spawn: flows, tests and notebooks cannot be started again as a command, and a fork server that already runs
+    # would not pass on the port, which Fabric sets in the environment
+    fabric = make(devices=config.devices, strategy=DDPStrategy(start_method="spawn"))
+    pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
+    receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
+    errors: list[BaseException] = []
+    before = set(multiprocessing.active_children())
+    failed: BaseException | None = None
+    with _relayed(receivers, senders, progress, errors), _own_environment():
+        try:
+            fabric.launch(_rank, senders, config, work, args)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            failed = error
+        except BaseException:  # Ctrl-C: the ranks would go on
+            for child in set(multiprocessing.active_children()) - before:
+                child.terminate()
+            raise
+    if failed is not None:
+        raise errors[0] if errors else failed
+
+
+def _rank(fabric: Fabric, senders: list[Connection], config: TrainConfig, work: Callable[..., None], args: Any) -> None:
     sender = senders[fabric.global_rank]
-    keep_freed_memory(torch.device(device))
     report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
     try:
-        with observed(fabric.local_rank, rank=fabric.global_rank):
-            work(fabric, config, report, *args)
+        _work_on_rank(fabric, config, report, work, args)
     except Exception as error:
         if isinstance(error, _ERRORS):
             sender.send(("error", (type(error), str(error))))

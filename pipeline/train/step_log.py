@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field
 from torch.utils.tensorboard import SummaryWriter
@@ -40,23 +39,16 @@ class StepLog:
         self, step: int, epoch: int, values: StepValues, samples_per_second: float, data_wait_share: float
     ) -> None:
         """Log one step; steps count from 1."""
-        self._run.log(
-            {
-                "step": step,
-                "epoch": epoch,
-                "loss": values.loss,
-                **values.parts,
-                "learning_rate": values.learning_rate,
-                "grad_norm": values.grad_norm,
-                "logit_scale": values.logit_scale,
-            }
-        )
-        scalars: dict[str, Any] = {
-            "loss": values.loss,
-            **{f"loss/{name}": value for name, value in values.parts.items()},
+        after = {
             "learning_rate": values.learning_rate,
             "grad_norm": values.grad_norm,
             "logit_scale": values.logit_scale,
+        }
+        self._run.log({"step": step, "epoch": epoch, "loss": values.loss, **values.parts, **after})
+        scalars = {
+            "loss": values.loss,
+            **{f"loss/{name}": value for name, value in values.parts.items()},
+            **after,
             "samples_per_second": samples_per_second,
             "data_wait_share": data_wait_share,
         }
