@@ -83,10 +83,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
         architecture = {**architecture, "quick_gelu": quick}
         notes.append(f"quick_gelu is {quick}, as in the teacher: train --student {out}/open_clip_config.json with it")
     torch.manual_seed(config.seed)
-    with torch.inference_mode():
-        probe = torch.zeros(1, 3, *teacher.preprocess.size)
-        teacher_dim = int(teacher.model.encode_image(probe).shape[-1])  # type: ignore[operator]
-    student = build_student(architecture, teacher.preprocess.to_config(), teacher_dim)
+    student = build_student(architecture, teacher.preprocess.to_config(), teacher.embed_dim)
     counts, digest = None, None
     if config.cache is not None:
         reader = EmbeddingReader(config.cache)

@@ -19,9 +19,9 @@ from teacher_cache.storage.errors import UsageError
 
 __all__ = [
     "TowerShape",
-    "block_matrices",
     "choose_layers",
     "most_important",
+    "most_important_channels",
     "residual_importance",
     "shrink_blocks",
     "tower_shape",
@@ -98,24 +98,23 @@ def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
     Returns:
         (width,) float64; sums to the number of matrices.
     """
-    total: Tensor | None = None
-    for matrix in matrices:
-        squares = matrix.double().square().sum(0)
-        share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        total = share if total is None else total + share
-    assert total is not None, "a tower has matrices"
-    return total
+    return torch.stack([_share(matrix.double().square().sum(0)) for matrix in matrices]).sum(0)
 
 
-def block_matrices(state: dict[str, Tensor], layer: int) -> list[Tensor]:
-    """Return the matrices of a block that read from or write to the residual stream: (n, width) each."""
-    block = f"transformer.resblocks.{layer}."
-    return [
-        state[block + "attn.in_proj_weight"],
-        state[block + "attn.out_proj.weight"].T,
-        state[block + "mlp.c_fc.weight"],
-        state[block + "mlp.c_proj.weight"].T,
-    ]
+def most_important_channels(
+    state: dict[str, Tensor], layers: tuple[int, ...], around: list[Tensor], keep: int
+) -> Tensor:
+    """Return the channels of the residual stream to keep, ascending: by the chosen blocks and what is around them.
+
+    Args:
+        around: other matrices that write to or read from the stream, (n, width) each.
+    """
+    matrices = [*around]
+    for layer in layers:
+        block = f"transformer.resblocks.{layer}."
+        matrices += [state[block + name] for name in ("attn.in_proj_weight", "mlp.c_fc.weight")]
+        matrices += [state[block + name].T for name in ("attn.out_proj.weight", "mlp.c_proj.weight")]
+    return most_important(residual_importance(matrices), keep)
 
 
 def shrink_blocks(
@@ -163,5 +162,8 @@ def shrink_blocks(
 
 def _norm(weights: Tensor, keep: int) -> Tensor:
     """Return the squared L2 norm over all dimensions but one, as a share of the total."""
-    squares = weights.double().square().transpose(0, keep).flatten(1).sum(1)
+    return _share(weights.double().square().transpose(0, keep).flatten(1).sum(1))
+
+
+def _share(squares: Tensor) -> Tensor:
     return squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)

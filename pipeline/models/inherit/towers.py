@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from teacher_cache.pipeline.models.factorized import factors_of, principal_directions, text_tower
 from teacher_cache.pipeline.models.inherit.shrink import (
     TowerShape,
-    block_matrices,
     choose_layers,
-    most_important,
-    residual_importance,
+    most_important_channels,
     shrink_blocks,
     tower_shape,
 )
@@ -79,20 +77,15 @@ def inherit_text(
     """Give the student's text tower the teacher's weights."""
     tower, taught = text_tower(student.model), text_tower(teacher.model)
     new_state, state = _text_state(tower), _text_state(taught)
-    old, new = tower_shape(getattr(taught, "transformer", None)), tower_shape(getattr(tower, "transformer", None))
-    reason = _misfit(old, new) or _text_misfit(new_state, state, student.config, teacher.architecture)
-    if reason is not None:
-        if layers is not None:
-            raise UsageError(f"--text-layers: the teacher's text tower does not fit: {reason}")
-        return [_random("text tower", _parameters(new_state), reason)]
-    assert old is not None
-    assert new is not None
-    chosen = choose_layers(old.layers, new.layers, layers, "text")
+    reason = _text_misfit(new_state, state, student.config, teacher.architecture)
+    fit = _fit("text", tower, taught, layers, reason)
+    if isinstance(fit, str):
+        return [_random("text tower", _parameters(new_state), fit)]
+    old, new, chosen = fit
     embedding, positions = state["token_embedding.weight"], state["positional_embedding"]
     projection = _text_projection(taught)
     readers = [] if projection is None else [projection.T]
-    blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
-    channels = most_important(residual_importance([embedding, positions, *blocks, *readers]), new.width)
+    channels = most_important_channels(state, chosen, [embedding, positions, *readers], new.width)
     context = new_state["positional_embedding"].shape[0]
     smaller = {
         **{name: state[name][..., channels] for name in state if name.startswith(("ln_final.", "cls_emb"))},
@@ -101,11 +94,10 @@ def inherit_text(
     }
     outside = ("token_embedding", "text_projection")
     body = {name: value for name, value in new_state.items() if not name.startswith(outside)}
-    reason = _other_tensors(smaller, body)
-    if reason is not None:
+    if reason := _other_tensors(smaller, body):
         return [_random("text tower", _parameters(new_state), reason)]
     tokens = _inherit_tokens(student.model, embedding[:, channels], counts)
-    source = f"teacher {_layers(chosen)}{_cut(old, new)}"
+    source = _cut(old, new, chosen)
     parts = [
         InheritedPart(part="token embedding", parameters=_parameters(new_state, "token_embedding"), source=tokens),
         InheritedPart(part="text transformer", parameters=_parameters(body), source=source, layers=chosen),
@@ -199,9 +191,7 @@ def _inherit_tokens(model: nn.Module, embedding: Tensor, counts: Tensor | None) 
 def _load_trunk(student: Student, weights: TrunkWeights) -> list[InheritedPart]:
     visual: Any = student.model.visual
     if not hasattr(visual, "trunk"):
-        raise UsageError(
-            f"--trunk-weights {weights.file}: the student's image tower is {type(visual).__name__}, not a timm model"
-        )
+        raise UsageError(f"--trunk-weights: the student's image tower is {type(visual).__name__}, not a timm model")
     loaded = load_trunk(visual.trunk, weights, student.preprocess.mean, student.preprocess.std)
     parts = [InheritedPart(part="image trunk", parameters=loaded, source=f"trunk weights {weights.name}")]
     if rest := _parameters(visual) - loaded:
@@ -214,15 +204,10 @@ def _inherit_transformer(
 ) -> list[InheritedPart]:
     tower: Any = student.model.visual
     new_state, state = dict(tower.state_dict()), dict(theirs.state_dict())
-    old, new = tower_shape(theirs.transformer), tower_shape(tower.transformer)
-    reason = _misfit(old, new)
-    if reason is not None:
-        if layers is not None:
-            raise UsageError(f"--image-layers: the teacher's image tower does not fit: {reason}")
-        return [_random("image tower", _parameters(tower), reason)]
-    assert old is not None
-    assert new is not None
-    chosen = choose_layers(old.layers, new.layers, layers, "image")
+    fit = _fit("image", tower, theirs, layers)
+    if isinstance(fit, str):
+        return [_random("image tower", _parameters(tower), fit)]
+    old, new, chosen = fit
     patches, note = state["conv1.weight"], ""
     if patches.shape[2:] != new_state["conv1.weight"].shape[2:]:
         note = f", patches resampled from {patches.shape[-1]} to {tower.patch_size[0]}"
@@ -230,9 +215,8 @@ def _inherit_transformer(
     positions = {"visual.positional_embedding": state["positional_embedding"]}
     resize_pos_embed(positions, student.model)  # to the student's grid, if it differs
     position = positions["visual.positional_embedding"]
-    blocks = [matrix for layer in chosen for matrix in block_matrices(state, layer)]
     around = [state["conv1.weight"].flatten(1).T, state["positional_embedding"], state["proj"].T]
-    channels = most_important(residual_importance([*around, *blocks]), new.width)
+    channels = most_important_channels(state, chosen, around, new.width)
     smaller = {
         **{
             name: state[name][channels] for name in state if name.startswith(("ln_pre.", "ln_post.", "class_embedding"))
@@ -242,10 +226,9 @@ def _inherit_transformer(
         **shrink_blocks(state, old, new, chosen, channels),
     }
     body = {name: value for name, value in new_state.items() if name != "proj"}
-    reason = _other_tensors(smaller, body)
-    if reason is not None:
+    if reason := _other_tensors(smaller, body):
         return [_random("image tower", _parameters(tower), reason)]
-    source = f"teacher {_layers(chosen)}{_cut(old, new)}{note}"
+    source = _cut(old, new, chosen) + note
     parts = [InheritedPart(part="image transformer", parameters=_parameters(body), source=source, layers=chosen)]
     if directions.wider:
         parts.append(_random("image projection", new_state["proj"].numel(), "the teacher's embed_dim is smaller"))
@@ -256,15 +239,24 @@ def _inherit_transformer(
     return parts
 
 
-def _misfit(old: TowerShape | None, new: TowerShape | None) -> str | None:
+def _fit(
+    name: str, tower: Any, taught: Any, layers: tuple[int, ...] | None, reason: str | None = None
+) -> tuple[TowerShape, TowerShape, tuple[int, ...]] | str:
+    """Return the shapes of teacher and student and the chosen layers, or the reason why they do not fit."""
+    old, new = tower_shape(getattr(taught, "transformer", None)), tower_shape(getattr(tower, "transformer", None))
     if old is None or new is None:
-        return f"the {'teacher' if old is None else 'student'}'s is no transformer of open_clip's own"
-    if new.head_width != old.head_width:
-        return f"heads of {new.head_width} channels, the teacher's have {old.head_width}"
-    for name in ("layers", "width", "mlp_width"):
-        if getattr(new, name) > getattr(old, name):
-            return f"{name} is {getattr(new, name)}, the teacher's only {getattr(old, name)}"
-    return None
+        reason = f"the {'teacher' if old is None else 'student'}'s is no transformer of open_clip's own"
+    elif new.head_width != old.head_width:
+        reason = f"heads of {new.head_width} channels, the teacher's have {old.head_width}"
+    else:
+        larger = [size for size in ("layers", "width", "mlp_width") if getattr(new, size) > getattr(old, size)]
+        if larger:
+            reason = f"{larger[0]} is {getattr(new, larger[0])}, the teacher's only {getattr(old, larger[0])}"
+        if reason is None:
+            return old, new, choose_layers(old.layers, new.layers, layers, name)
+    if layers is not None:
+        raise UsageError(f"--{name}-layers: the teacher's {name} tower does not fit: {reason}")
+    return str(reason)
 
 
 def _text_misfit(
@@ -324,14 +316,11 @@ def _parameters(part: nn.Module | dict[str, Tensor], prefix: str = "", exclude: 
     )
 
 
-def _layers(chosen: tuple[int, ...]) -> str:
-    return f"layer{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
-
-
-def _cut(old: TowerShape, new: TowerShape) -> str:
+def _cut(old: TowerShape, new: TowerShape, layers: tuple[int, ...]) -> str:
+    cut = f"teacher layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} of {old.layers}"
     if (old.width, old.mlp_width) == (new.width, new.mlp_width):
-        return f" of {old.layers}"
-    return f" of {old.layers}; {new.width} of {old.width} channels, {new.heads} of {old.heads} heads"
+        return cut
+    return f"{cut}; {new.width} of {old.width} channels, {new.heads} of {old.heads} heads"
 
 
 def _projection(part: str, parameters: int, directions: Directions) -> InheritedPart:

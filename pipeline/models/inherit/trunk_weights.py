@@ -41,6 +41,7 @@ _EXPANDING = {
 }
 # the first stage has no expansion, but timm numbers its norms from 1 too
 _PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_Rgb = tuple[float, ...]
 _BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
 
 
@@ -50,13 +51,11 @@ class TrunkWeights:
 
     Attributes:
         name: ``package:NAME`` or the file's name, without the folders of this machine.
-        file: path of the file.
         sha256: digest of the file's bytes.
         state: tensors by the names in the file.
     """
 
     name: str
-    file: str
     sha256: str
     state: dict[str, Tensor]
 
@@ -77,20 +76,14 @@ def read_trunk_weights(source: str) -> TrunkWeights:
             f"trunk weights {source!r}: no such file; give a file or package:{', package:'.join(_PACKAGES)}"
         )
     with foreign_model(f"trunk weights {source!r}"):
-        state: Any
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
-    wrong = (
-        [name for name, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else [""]
-    )
-    if wrong:
-        raise UsageError(f"trunk weights {source!r}: a dictionary of tensors by name is wanted; {wrong[0]!r} is none")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"trunk weights {source!r}: a dictionary of tensors by name is wanted")
     name = source if packaged else path.name
-    return TrunkWeights(name, str(path), hashlib.sha256(path.read_bytes()).hexdigest(), state)
+    return TrunkWeights(name, hashlib.sha256(path.read_bytes()).hexdigest(), state)
 
 
 def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[str, Tensor]:
@@ -121,7 +114,7 @@ def timm_names(state: dict[str, Tensor], blocks_per_stage: list[int]) -> dict[st
     return renamed
 
 
-def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...], std: tuple[float, ...]) -> int:
+def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: _Rgb, std: _Rgb) -> int:
     """Load a timm trunk with weights that were trained under timm's normalisation.
 
     Args:
@@ -135,7 +128,6 @@ def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...],
     Raises:
         UsageError: a tensor is missing, unknown or of another shape.
     """
-    where = f"trunk weights {weights.file}"
     stages = getattr(trunk, "blocks", None)
     counts = [len(stage) for stage in stages if isinstance(stage, nn.Sequential)] if stages is not None else []
     # timm's record of the trained model: mean, std, names of the first layer and the classifier
@@ -143,35 +135,16 @@ def load_trunk(trunk: nn.Module, weights: TrunkWeights, mean: tuple[float, ...],
     classifier = trained["classifier"]
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
     state = {name: tensor for name, tensor in timm_names(weights.state, counts).items() if not name.startswith(heads)}
-    own = trunk.state_dict()
-    for name, tensor in own.items():
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, tensor)  # missing in ports, and unused while momentum is set
-        if name not in state:
-            raise UsageError(f"{where}: {name} {tuple(tensor.shape)} is missing; these are weights of another trunk")
-        if state[name].shape != tensor.shape:
-            raise UsageError(
-                f"{where}: {name} is {tuple(state[name].shape)}, {tuple(tensor.shape)} is wanted; these are weights "
-                "of another trunk"
-            )
-    unknown = sorted(set(state) - set(own))
-    if unknown:
-        raise UsageError(
-            f"{where}: the trunk has no {unknown[0]} ({len(unknown)} such); these are weights of another trunk"
-        )
-    trunk.load_state_dict(state)
+    try:
+        trunk.load_state_dict(state)  # ports lack num_batches_tracked; torch keeps it then
+    except RuntimeError as error:
+        raise UsageError(f"trunk weights {weights.name} are weights of another trunk: {error}") from error
     fold_normalization(trunk, tuple(trained["mean"]), tuple(trained["std"]), mean, std)
     return sum(parameter.numel() for parameter in trunk.parameters())
 
 
 @torch.no_grad()
-def fold_normalization(
-    trunk: nn.Module,
-    trained_mean: tuple[float, ...],
-    trained_std: tuple[float, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> None:
+def fold_normalization(trunk: nn.Module, trained_mean: _Rgb, trained_std: _Rgb, mean: _Rgb, std: _Rgb) -> None:
     """Change the first convolution so that differently normalised pixels give the same outputs.
 
     For a pixel p the student sees x = (p - mean) / std; training saw (p - trained_mean) / trained_std = a x + b with
