@@ -306,6 +306,14 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def photo_cache(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 40 photographs by the tiny teacher, 32 to train on and 8 to test on; to be left as it is."""
+    from tests.pipeline.train.train_work import make_cache
+
+    return make_cache(tmp_path_factory.mktemp("photos"), tiny_teacher)
+
+
+@pytest.fixture(scope="session")
 def tiny_deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny deployed student; its model folder is ``student`` beside it."""
     from tests.pipeline.deploy.deployed import deploy_tiny

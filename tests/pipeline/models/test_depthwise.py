@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from teacher_cache.pipeline.models.device import keep_depthwise_float32
 from teacher_cache.pipeline.train.loop import train
 from tests.pipeline.models.test_locked_layers import GROUPS, begin, make_student
-from tests.pipeline.train.train_work import make_cache, trace, train_config
+from tests.pipeline.train.train_work import trace, train_config
 
 # by hand: one in each of the 16 blocks, of which the stages have 1, 2, 2, 3, 3, 4 and 1
 DEPTHWISE = 16
@@ -40,22 +40,19 @@ class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module")
-def cache(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("depthwise"), tiny_teacher)
-
-
-def convolutions(cache: Path, folder: Path, **settings: Any) -> Counter[tuple[str, str, torch.dtype]]:
+def convolutions(photo_cache: Path, folder: Path, **settings: Any) -> Counter[tuple[str, str, torch.dtype]]:
     """Those of a run of a few steps."""
     seen = Convolutions()
     with seen:
-        train(train_config(cache, out=folder / "run", epochs=1, device="cpu", **settings, **begin(folder)))
+        train(train_config(photo_cache, out=folder / "run", epochs=1, device="cpu", **settings, **begin(folder)))
     return seen.found
 
 
-def test_what_learns_goes_backward_in_float32_and_what_is_locked_stays_in_bf16(cache: Path, tmp_path: Path) -> None:
+def test_what_learns_goes_backward_in_float32_and_what_is_locked_stays_in_bf16(
+    photo_cache: Path, tmp_path: Path
+) -> None:
     """The stem and two stages are locked: 3 depthwise convolutions, of which none has a backward pass."""
-    found = convolutions(cache, tmp_path, precision="bf16", lock_image_unlocked_groups=GROUPS - 4)
+    found = convolutions(photo_cache, tmp_path, precision="bf16", lock_image_unlocked_groups=GROUPS - 4)
     steps = found["backward", "depthwise", torch.float32] // (DEPTHWISE - 3)
     assert steps >= STEPS
     assert found["backward", "depthwise", torch.float32] == steps * (DEPTHWISE - 3)
@@ -66,22 +63,13 @@ def test_what_learns_goes_backward_in_float32_and_what_is_locked_stays_in_bf16(c
     assert found["backward", "dense", torch.bfloat16] > 0
 
 
-def test_float32_training_is_left_alone(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: nn.Module) -> int:
-        raise AssertionError("no bf16 here")
-
-    monkeypatch.setattr("teacher_cache.pipeline.train.loop.keep_depthwise_float32", refuse)
-    found = convolutions(cache, tmp_path)
-    assert {dtype for _, _, dtype in found} == {torch.float32}
-
-
 # dynamo looks at a tensor's .grad, hides the warning, and does not where warnings are errors
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiled_it_trains_as_it_does_eagerly(cache: Path, tmp_path: Path) -> None:
+def test_compiled_it_trains_as_it_does_eagerly(photo_cache: Path, tmp_path: Path) -> None:
     """With few layers that learn: a backward pass through all of them takes most of a minute to compile."""
     start = {**begin(tmp_path), "lock_image_unlocked_groups": 2}
     for name, compiled in (("eager", False), ("compiled", True)):
-        train(train_config(cache, out=tmp_path / name, epochs=1, precision="bf16", compile=compiled, **start))
+        train(train_config(photo_cache, out=tmp_path / name, epochs=1, precision="bf16", compile=compiled, **start))
     for one, other in zip(trace(tmp_path / "compiled"), trace(tmp_path / "eager"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL, make_model_folder, shared
 from tests.pipeline.models.lite0 import captions_by_image, lite0_weights
+from tests.pipeline.train.train_work import run_command
 
 VISION, TEXT = TINY_MODEL["vision_cfg"], TINY_MODEL["text_cfg"]
 WIDE: dict[str, Any] = {
@@ -362,24 +361,14 @@ def test_settings_that_cannot_be_used_are_refused(wide: Path, tmp_path: Path) ->
 
 def test_the_command_says_what_is_inherited_and_what_is_random(wide: Path, tmp_path: Path) -> None:
     student = write(tmp_path / "s.json", {**WIDE, "vision_cfg": {**TRUNK, "image_size": 32}, "token_embedding_rank": 6})
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "student",
-        "inherit",
-        "--teacher",
-        f"local-dir:{wide}",
-        "--student",
-        student,
-    ]
-    done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, check=False)
+    words = ("student", "inherit", "--teacher", f"local-dir:{wide}", "--student", student, "--out", tmp_path / "a")
+    done = run_command(*words)
     assert done.returncode == 0, done.stderr
     assert re.search(r"image tower +3,401,728  random: the teacher's is VisionTransformer", done.stdout)
     assert re.search(r"token embedding +296,736  teacher, rank 6 of 48: [\d.]+% of its squared norm", done.stdout)
     assert re.search(r"text transformer +[\d,]+  teacher layers 0, 1, 2, 3 of 4\n", done.stdout)
     assert "; 3,401,728 of them random" in done.stdout
-    done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, check=False)
+    done = run_command(*words)
     assert (done.returncode, done.stdout) == (2, "")
 
 

@@ -11,30 +11,24 @@ import torch
 from safetensors.torch import load_file
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.student import Student, build_student, save_student
+from teacher_cache.pipeline.models.student import Student, save_student
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL
-from tests.pipeline.models.towers import KINDS, PREPROCESS
-from tests.pipeline.train.train_work import make_cache, trace, train_config
+from tests.pipeline.models.towers import KINDS, build
+from tests.pipeline.train.train_work import trace, train_config
 
 # by hand: stem, 7 stages of 1, 2, 2, 3, 3, 4 and 1 blocks, of which the last has the head with it
 GROUPS = 1 + 16
 VIT_GROUPS = 1 + TINY_MODEL["vision_cfg"]["layers"] + 1
 
 
-@pytest.fixture(scope="module")
-def cache(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("locked"), tiny_teacher)
-
-
 def make_student(kind: str = "lite0") -> Student:
     config = copy.deepcopy(KINDS[kind])
     config["vision_cfg"]["image_size"] = 32
-    torch.manual_seed(3)
-    return build_student(config, PREPROCESS, 16)
+    return build(config, 3).train()
 
 
 def begin(folder: Path, kind: str = "lite0") -> dict[str, Any]:
@@ -64,27 +58,29 @@ def names(student: Student, *parts: str) -> set[str]:
 
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9, "micro_batch": 4, "select_split": "test"}])
 def test_locked_layers_and_their_statistics_stay_and_all_others_learn(
-    cache: Path, tmp_path: Path, more: dict[str, Any]
+    photo_cache: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     """Also where an epoch is measured in between, and a batch goes through the student in parts."""
     settings = begin(tmp_path)
     locked = names(make_student(), "trunk.conv_stem", "trunk.bn1", "trunk.blocks.0.", "trunk.blocks.1.")
-    train(train_config(cache, out=tmp_path / "run", lock_image_unlocked_groups=GROUPS - 4, **more, **settings))
+    train(train_config(photo_cache, out=tmp_path / "run", lock_image_unlocked_groups=GROUPS - 4, **more, **settings))
     assert kept(tmp_path / "run", tmp_path / "start") == locked
-    train(train_config(cache, out=tmp_path / "free", **settings))
+    train(train_config(photo_cache, out=tmp_path / "free", **settings))
     assert kept(tmp_path / "free", tmp_path / "start") == set()
 
 
-def test_a_trunk_locked_whole_learns_by_its_projection_alone(cache: Path, tmp_path: Path) -> None:
-    train(train_config(cache, out=tmp_path / "run", lock_image_unlocked_groups=0, **begin(tmp_path)))
-    assert kept(tmp_path / "run", tmp_path / "start") == names(make_student(), "trunk.")
+VIT_LOCKED = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer.resblocks.0.")
 
 
-def test_of_a_transformer_too(cache: Path, tmp_path: Path) -> None:
-    settings = begin(tmp_path, "vit")
-    train(train_config(cache, out=tmp_path / "run", lock_image_unlocked_groups=VIT_GROUPS - 2, **settings))
-    first = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer.resblocks.0.")
-    assert kept(tmp_path / "run", tmp_path / "start") == names(make_student("vit"), *first)
+@pytest.mark.parametrize(
+    ("kind", "unlocked", "locked"), [("lite0", 0, ("trunk.",)), ("vit", VIT_GROUPS - 2, VIT_LOCKED)]
+)
+def test_a_whole_trunk_or_the_first_layers_of_a_transformer(
+    photo_cache: Path, tmp_path: Path, kind: str, unlocked: int, locked: tuple[str, ...]
+) -> None:
+    settings = begin(tmp_path, kind) | {"lock_image_unlocked_groups": unlocked}
+    train(train_config(photo_cache, out=tmp_path / "run", **settings))
+    assert kept(tmp_path / "run", tmp_path / "start") == names(make_student(kind), *locked)
 
 
 def test_nothing_is_kept_for_a_gradient_and_training_mode_leaves_them_alone() -> None:
@@ -110,38 +106,38 @@ def test_nothing_is_kept_for_a_gradient_and_training_mode_leaves_them_alone() ->
     assert 0 < len(optimized) < len(list(student.parameters()))
 
 
-def test_a_run_that_goes_on_locks_them_again(cache: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_locks_them_again(photo_cache: Path, tmp_path: Path) -> None:
     settings = begin(tmp_path) | {"lock_image_unlocked_groups": GROUPS - 4, "checkpoint_steps": 3}
 
     def stop(at: StepProgress) -> None:
         if at.step == 5:
             raise KeyboardInterrupt
 
-    train(train_config(cache, out=tmp_path / "whole", **settings))
+    train(train_config(photo_cache, out=tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
-        train(train_config(cache, out=tmp_path / "stopped", **settings), stop)
-    train(train_config(cache, out=tmp_path / "stopped", **settings), resume=True)
+        train(train_config(photo_cache, out=tmp_path / "stopped", **settings), stop)
+    train(train_config(photo_cache, out=tmp_path / "stopped", **settings), resume=True)
     assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
     whole, stopped = (weights(RunFolder(tmp_path / name).checkpoint_path()) for name in ("whole", "stopped"))
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
     free = settings | {"lock_image_unlocked_groups": None}
     with pytest.raises(UsageError, match="lock_image_unlocked_groups is None, the run has 13"):
-        train(train_config(cache, out=tmp_path / "stopped", **free), resume=True)
+        train(train_config(photo_cache, out=tmp_path / "stopped", **free), resume=True)
 
 
 @pytest.mark.parametrize("unlocked", [2, 0])
-def test_two_processes_lock_as_one_does(cache: Path, tmp_path: Path, unlocked: int) -> None:
+def test_two_processes_lock_as_one_does(photo_cache: Path, tmp_path: Path, unlocked: int) -> None:
     settings = begin(tmp_path, "vit") | {"lock_image_unlocked_groups": unlocked}
     for name, devices in (("one", 1), ("two", 2)):
-        train(train_config(cache, out=tmp_path / name, devices=devices, **settings))
+        train(train_config(photo_cache, out=tmp_path / name, devices=devices, **settings))
     for two, one in zip(trace(tmp_path / "two"), trace(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     assert kept(tmp_path / "two", tmp_path / "start") == kept(tmp_path / "one", tmp_path / "start") != set()
 
 
-def test_what_cannot_be_locked(cache: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_locked(photo_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keeps the weights of init, and none is given"):
-        TrainConfig(cache=str(cache), student="vit-s-32", out="run", lock_image_unlocked_groups=0)
+        TrainConfig(cache=str(photo_cache), student="vit-s-32", out="run", lock_image_unlocked_groups=0)
     with pytest.raises(UsageError, match="groups 17 locks nothing: the image tower has no more groups than that"):
         make_student().lock_image(GROUPS)
     with pytest.raises(UsageError, match=f"groups {VIT_GROUPS} locks nothing"):
@@ -151,7 +147,7 @@ def test_what_cannot_be_locked(cache: Path, tmp_path: Path) -> None:
     pooled = copy.deepcopy(KINDS["vit"])
     pooled["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2}
     with pytest.raises(UsageError, match="its attentional pooler is in no group"):
-        build_student(pooled, PREPROCESS, 16).lock_image(1)
+        build(pooled).lock_image(1)
     resnet = make_student("resnet")
     resnet.lock_image(0)
     tower: Any = resnet.train().model.visual

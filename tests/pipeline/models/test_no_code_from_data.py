@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import types
@@ -30,6 +29,7 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import TINY_MODEL
 from tests.pipeline.data.dataset_files import read, save_image
+from tests.pipeline.train.train_work import run_command
 
 SOURCES = Path(__file__).parents[3]
 
@@ -123,19 +123,8 @@ def test_evil_weights_in_a_model_folder(form: str, name: str, marker: Path, tmp_
 def test_the_command_says_it_in_one_line_and_exits_2(marker: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "open_clip_pytorch_model.bin").write_bytes(evil_weights("torch", marker))
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "precompute",
-        "--dataset",
-        f"flickr:{tmp_path}",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(
-        [*command, "--teacher", f"local-dir:{folder}", "--cache", str(tmp_path / "c")], capture_output=True, text=True
-    )
+    settings = {"--dataset": f"flickr:{tmp_path}", "--device": "cpu", "--teacher": f"local-dir:{folder}"}
+    done = run_command("precompute", "--cache", tmp_path / "c", *(word for pair in settings.items() for word in pair))
     assert done.returncode == 2
     assert done.stderr == (
         f"error: teacher 'local-dir:{folder}' cannot be loaded: its weights are a pickle of more than tensors, or a "

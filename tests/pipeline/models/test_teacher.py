@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.device import resolve_device
 from teacher_cache.pipeline.models.teacher import load_teacher
@@ -71,7 +69,7 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str) -> None
         ("ViT-B-32", "no-such-tag", "cannot be loaded: .*no-such-tag"),
         ("local-dir:/nowhere", None, "cannot be loaded: .*/nowhere"),
         ("local-dir:/nowhere", "openai", "brings its own weights"),
-        ("bundled:nothing", None, "bundled teachers are bundled:scenes"),
+        ("bundled:nothing", None, "use .* or bundled:scenes"),
         ("ftp:x", None, "use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH"),
     ],
 )
@@ -86,17 +84,6 @@ def test_a_model_folder_without_weights_is_no_teacher(tiny_teacher: Path, tmp_pa
         load_teacher(f"local-dir:{tmp_path}", device="cpu")
 
 
-def test_weights_that_are_not_weights_are_named(tiny_teacher: Path, tmp_path: Path) -> None:
-    """What a clone without git-lfs leaves."""
-    (tmp_path / "open_clip_config.json").write_text((tiny_teacher / "open_clip_config.json").read_text())
-    (tmp_path / "open_clip_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UsageError, match=r"cannot be loaded"):
-        load_teacher(f"local-dir:{tmp_path}", device="cpu")
-    (tmp_path / "open_clip_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"cannot be loaded"):
-        load_teacher(f"local-dir:{tmp_path}", device="cpu")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(UsageError, match="device 'cuda:3' asked for, but this machine has 0 CUDA devices"):
@@ -104,21 +91,6 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(UsageError, match="device 'gpu' is not known"):
         resolve_device("gpu")
     assert resolve_device("auto").type == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("mode", "width", "height", "crop"),
-    [
-        ("shortest", 64, 48, (0, 5 * 64 / 42, 48, 32 * 64 / 42, 0)),
-        ("shortest", 30, 90, (30, 0, 30, 30, 0)),
-        ("shortest", 64, 64, (0, 0, 64, 64, 0)),
-        ("longest", 64, 48, (-8, 0, 64, 64, 0)),
-        ("squash", 64, 48, (0, 0, 48, 64, 0)),
-    ],
-)
-def test_evaluation_crop_by_hand(mode: str, width: int, height: int, crop: tuple[float, ...]) -> None:
-    preprocess = Preprocess(CLIP.size, CLIP.mean, CLIP.std, resize_mode=mode)
-    assert preprocess.evaluation_crop(width, height) == pytest.approx(crop)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -189,12 +161,3 @@ def test_the_probe_tells_preprocessing_apart(size: tuple[int, int], monkeypatch:
     off[:, ::7, ::5] = 1 / 255 / torch.tensor(CLIP.std).reshape(3, 1, 1)
     monkeypatch.setattr(Preprocess, "transform", lambda self: lambda image: transform(image) + off)
     assert not differs(here, base.identity())
-
-
-def test_undecodable_bytes() -> None:
-    whole = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(whole, "JPEG")
-    assert decode_image(whole.getvalue()).size == (64, 64)
-    for data in (b"", b"not an image", whole.getvalue()[:300]):
-        with pytest.raises(UndecodableImageError):
-            decode_image(data)

@@ -99,21 +99,15 @@ def test_trunk_files_of_any_kind_and_wrong_ones(tmp_path: Path) -> None:
         assert load_trunk(target, read_trunk_weights(str(tmp_path / file)), mean, std) == 3_371_008
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in target.state_dict().items())
     target = timm.create_model("tf_efficientnet_lite1", pretrained=False, num_classes=0)
-    with pytest.raises(UsageError, match=r"blocks\.\S+ \(.*\) is missing; these are weights of another trunk"):
+    with pytest.raises(UsageError, match=r"(?s)are weights of another trunk: .*Missing key\(s\).*blocks\."):
         load_trunk(target, read_trunk_weights(str(tmp_path / "t.safetensors")), mean, std)
-    with pytest.raises(
-        UsageError, match=r"blocks\.\S+ is \(.*\), \(.*\) is wanted; these are weights of another trunk"
-    ):
+    with pytest.raises(UsageError, match=r"(?s)are weights of another trunk: .*size mismatch for blocks\."):
         load_trunk(target, read_trunk_weights(str(tmp_path / "t.pth")), mean, std)
     state = load_file(tmp_path / "t.safetensors")
     target = trunk(num_classes=0)
     for name, change, message in (
-        (
-            "conv_head.weight",
-            torch.zeros(1280, 320, 3, 3),
-            r"conv_head\.weight is \(1280, 320, 3, 3\), \(1280, 320, 1, 1\)",
-        ),
-        ("extra.weight", torch.zeros(1), r"the trunk has no extra\.weight"),
+        ("conv_head.weight", torch.zeros(1280, 320, 3, 3), r"size mismatch for conv_head\.weight.*1280, 320, 3, 3"),
+        ("extra.weight", torch.zeros(1), r"Unexpected key\(s\).*extra\.weight"),
     ):
         save_file({**state, name: change}, tmp_path / "bad.safetensors")
         with pytest.raises(UsageError, match=message):

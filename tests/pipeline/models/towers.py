@@ -45,10 +45,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def build(config: dict[str, Any], seed: int = 0, teacher_dim: int = 16) -> Student:
+    """A student with seeded random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return build_student(config, PREPROCESS, teacher_dim).eval()
+
+
 def make_student(kind: str) -> Student:
     """Random weights, and batch norms that would show if they were not folded."""
-    torch.manual_seed(7)
-    student = build_student(KINDS[kind], PREPROCESS, 24 if kind == "vit" else 16)
+    student = build(KINDS[kind], 7, 24 if kind == "vit" else 16)
     for module in student.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             # open_clip starts some at 0, and whole branches with them

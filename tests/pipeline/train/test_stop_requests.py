@@ -18,7 +18,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.stop_signals import StopRequests, interrupt
-from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
+from tests.pipeline.train.train_work import make_student, trace, train_config
 
 SETTINGS: dict[str, Any] = {"ema_decay": 0.9, "select_split": "test", "select_every": 2}  # two epochs of four steps
 BOTH = (signal.SIGINT, signal.SIGTERM)
@@ -36,18 +36,17 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a cache, a student and the unbroken run ``whole``."""
+def home(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a student and the unbroken run ``whole``."""
     folder = tmp_path_factory.mktemp("stopped")
-    make_cache(folder, tiny_teacher)
     student = make_student(folder / "student.json", patch_dropout=0.5)
-    train(train_config(folder / "photos.cache", student, folder / "whole", **SETTINGS))
+    train(train_config(photo_cache, student, folder / "whole", **SETTINGS))
     return folder
 
 
 @pytest.fixture
-def config(home: Path, tmp_path: Path) -> TrainConfig:
-    return train_config(home / "photos.cache", home / "student.json", tmp_path / "run", **SETTINGS)
+def config(photo_cache: Path, home: Path, tmp_path: Path) -> TrainConfig:
+    return train_config(photo_cache, home / "student.json", tmp_path / "run", **SETTINGS)
 
 
 def sent(at: int, *numbers: signal.Signals, seconds_apart: float = 0.0) -> Callable[[StepProgress], None]:

@@ -16,7 +16,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
+from tests.pipeline.train.train_work import make_student, trace, train_config
 
 PROJECT = Path(__file__).resolve().parents[3]
 _SECONDS = 400  # a bound for a machine under load
@@ -39,13 +39,19 @@ def start_node(number: int, port: int, words: list[str], log: Path) -> subproces
 
 @pytest.mark.service
 @pytest.mark.timeout(900)
-def test_two_nodes_have_the_losses_of_one_process(tiny_teacher: Path, tmp_path: Path) -> None:
-    cache, student = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "student.json")
-    train(train_config(cache, student, tmp_path / "one"))
+def test_two_nodes_have_the_losses_of_one_process(photo_cache: Path, tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student.json")
+    train(train_config(photo_cache, student, tmp_path / "one"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"--cache": cache, "--student": student, "--out": tmp_path / "two", "--epochs": 2, "--batch-size": 8}
+    settings = {
+        "--cache": photo_cache,
+        "--student": student,
+        "--out": tmp_path / "two",
+        "--epochs": 2,
+        "--batch-size": 8,
+    }
     words = ["train", *(str(word) for pair in settings.items() for word in pair), "--set=workers=0", "--device=cpu"]
     logs = [tmp_path / f"node-{number}.log" for number in range(2)]
     nodes = [start_node(number, port, words, log) for number, log in enumerate(logs)]
@@ -78,27 +84,25 @@ def by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("by_torchrun")
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "processes", "message"),
     [
-        ({"devices": 2}, "torchrun starts a process for each device: leave --devices out"),
-        ({"batch_size": 9}, "batch_size 9 cannot be shared evenly by torchrun's 2 processes"),
+        ({"devices": 2}, {}, "torchrun starts a process for each device: leave --devices out"),
+        ({"batch_size": 9}, {}, "batch_size 9 cannot be shared evenly by torchrun's 2 processes"),
+        (
+            {"batch_size": 9},
+            {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun started 2 of 3 processes on this machine: the same number on each is wanted",
+        ),
     ],
 )
-def test_settings_that_torchrun_decides_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_torchrun_cannot_share_is_refused(
+    changes: dict[str, Any], processes: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert launched_rank() == 1
+    for name, value in processes.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         launch(train_config(tmp_path, "none", tmp_path / "run", **changes), lambda *_: None)
-
-
-@pytest.mark.usefixtures("by_torchrun")
-def test_machines_with_unequal_numbers_of_processes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    wanted = "torchrun started 2 of 3 processes on this machine: the same number on each is wanted"
-    with pytest.raises(UsageError, match=wanted):
-        launch(train_config(tmp_path, "none", tmp_path / "run", batch_size=9), lambda *_: None)
 
 
 @pytest.mark.usefixtures("by_torchrun")
@@ -108,21 +112,27 @@ def test_a_process_of_its_own_has_no_rank(name: str, monkeypatch: pytest.MonkeyP
     assert launched_rank() is None
 
 
-def test_of_a_finished_run_one_process_cleans(
-    tiny_teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+def test_one_process_trains_in_a_folder_and_of_a_finished_run_one_cleans(
+    photo_cache: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Started again with ``--resume`` all of torchrun's processes come at once; rank 0 holds the folder meanwhile."""
-    cache, student = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "student.json")
-    config = train_config(cache, student, tmp_path / "run", epochs=1)
+    student = make_student(tmp_path / "student.json")
+    config = train_config(photo_cache, student, tmp_path / "run", epochs=1)
     record = train(config).record
     # another process: a record lock does not keep out its own
     hold = "import sys; from teacher_cache.pipeline.models.run_folder import RunFolder\n"
-    hold += "with RunFolder(sys.argv[1]).locked(): print(1, flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, config.out]
+    hold += "with RunFolder(sys.argv[1]).locked(), RunFolder(sys.argv[2]).locked():\n"
+    hold += "    print(1, flush=True); sys.stdin.read()"
+    new = train_config(photo_cache, student, tmp_path / "new", epochs=1)
+    command = [sys.executable, "-c", hold, config.out, new.out]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank_0:
         assert rank_0.stdout is not None
         assert rank_0.stdout.readline() == b"1\n"
-        with pytest.raises(UsageError, match="another process trains here"):
-            train(config, resume=True)
+        for held, resume in ((config, True), (new, False)):
+            with pytest.raises(UsageError, match="another process trains here"):
+                train(held, resume=resume)
         request.getfixturevalue("by_torchrun")
         assert train(config, resume=True).record == record
+        rank_0.kill()
+    with RunFolder(config.out).locked():  # a process that died holds nothing
+        pass

@@ -28,7 +28,7 @@ from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.look.info import describe_cache
 from tests import train_process
-from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, run_command, trace, train_config
 
 MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
     "behind a step": (3, lambda kind, key: kind == "step"),
@@ -146,13 +146,14 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    again = subprocess.run([*command, *flags, "--out", str(run)], capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "Go on with it by --resume" in again.stderr
-    other = subprocess.run([*command, "--resume", "--out", str(run), "--epochs", "7"], capture_output=True, text=True)
-    assert other.returncode == 2
-    assert "epochs is 7, the run has 20" in other.stderr
-    done = subprocess.run([*command, "--resume", "--out", str(run), "--json"], capture_output=True, text=True)
+    for more, message in (
+        (flags, "Go on with it by --resume"),
+        (["--resume", "--epochs", "7"], "epochs is 7, the run has 20"),
+    ):
+        refused = run_command("train", *more, "--out", run)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    done = run_command("train", "--resume", "--out", run, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     (resumed,) = record["resumed_at"]
@@ -169,7 +170,7 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
 def test_what_cannot_be_gone_on_with(work: Work, tmp_path: Path, tiny_teacher: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no run here \(run.json not found\)"):
         train(work.config("nowhere"), resume=True)
-    work.killed("half", next(at for at, event in enumerate(work.events) if event == ("step", "5")))
+    work.killed("half", work.events.index(("step", "5")))
     with pytest.raises(UsageError, match=r"holds a run already. Go on with it by --resume, or choose another --out"):
         train(work.config("half"))
     wanted = "other settings: ema_decay is 0.5, the run has 0.9; seed is 4, the run has 0. Leave them out"
@@ -196,7 +197,7 @@ def test_it_goes_on_without_the_files_that_it_began_with(work: Work) -> None:
     shutil.copy(work.student, student)
     expect.write_text(describe_cache(str(work.cache)).model_dump_json())
     files = {"student": str(student), "expect": str(expect)}
-    work.killed("bereft", next(at for at, event in enumerate(work.events) if event == ("step", "5")), **files)
+    work.killed("bereft", work.events.index(("step", "5")), **files)
     expect.unlink()
     # another student of the same shapes: what the run has is what counts
     student.write_text(json.dumps(json.loads(student.read_text()) | {"quick_gelu": True}))
@@ -211,24 +212,6 @@ def test_nothing_of_another_program_is_removed(work: Work, tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"holds checkpoints, but no run.json, so it is no run of ours"):
         train(work.config("x").model_copy(update={"out": str(tmp_path)}))
     assert theirs.read_bytes() == b"weeks of work"
-
-
-def test_one_process_trains_in_a_folder(work: Work, tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from teacher_cache.pipeline.models.run_folder import RunFolder\n"
-        "with RunFolder(sys.argv[1]).locked(): print('mine', flush=True); time.sleep(600)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "mine\n"
-        with pytest.raises(UsageError, match="another process trains here"):
-            train(work.config("x").model_copy(update={"out": str(tmp_path)}))
-    finally:
-        holder.kill()
-        holder.communicate()
-    with RunFolder(tmp_path).locked():  # a process that died holds nothing
-        pass
 
 
 def test_a_file_system_without_locks_is_told_from_another_process(
@@ -269,19 +252,9 @@ def test_the_variables_of_a_slurm_job_change_nothing(work: Work, devices: int) -
     tasks = "4" if devices == 1 else "1"
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": tasks, "SLURM_PROCID": "0"}
     slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS_PER_NODE": tasks}
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "train",
-        "--cache",
-        str(work.cache),
-        "--student",
-        str(work.student),
-    ]
-    command += ["--out", str(work.folder / f"slurm-{devices}"), "--epochs=1", "--batch-size=8", "--set=workers=0"]
-    command += ["--device", "cpu", "--devices", str(devices)]
-    done = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True)
+    settings = {"--cache": work.cache, "--student": work.student, "--out": work.folder / f"slurm-{devices}"}
+    settings |= {"--epochs": 1, "--batch-size": 8, "--set": "workers=0", "--device": "cpu", "--devices": devices}
+    done = run_command("train", *(word for pair in settings.items() for word in pair), env={**os.environ, **slurm})
     assert done.returncode == 0, done.stderr
     assert RunFolder(work.folder / f"slurm-{devices}").read().steps == 4
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.evaluate.zero_shot import zero_shot
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.recipes import RECIPES
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
+from tests.pipeline.train.train_work import make_student, measure, run_command, trace, train_config
 
 
 @pytest.fixture(scope="module")
-def run(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six epochs, measured behind the second, fourth and sixth."""
     folder = tmp_path_factory.mktemp("selected")
-    cache, student = make_cache(folder, tiny_teacher), make_student(folder / "student.json")
+    student = make_student(folder / "student.json")
     settings = {"epochs": 6, "select_split": "test", "select_every": 2, "learning_rate": 5e-3, "ema_decay": 0.5}
-    train(train_config(cache, student, folder / "run", **settings))
+    train(train_config(photo_cache, student, folder / "run", **settings))
     return folder / "run"
 
 
@@ -55,7 +52,7 @@ def test_evaluation_of_a_checkpoint_is_what_training_measured(run: Path, which: 
     """By another path: from the saved (averaged) model."""
     record = RunFolder(run).read()
     assert record.best is not None
-    result = evaluate(EvaluateConfig(run=str(run), split="test", checkpoint=which, workers=0))
+    result = measure(run, checkpoint=which)
     selection = record.epochs[record.best.epoch if which == "best" else -1].selection
     assert selection is not None
     assert result.student == selection.recalls
@@ -66,26 +63,17 @@ def test_evaluation_of_a_checkpoint_is_what_training_measured(run: Path, which: 
 
 
 def test_the_table_says_what_a_checkpoint_was_chosen_on(run: Path) -> None:
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "evaluate", "--run", str(run), "--split", "test"]
-    done = subprocess.run([*command, "--checkpoint", "best"], capture_output=True, text=True)
+    done = run_command("evaluate", "--run", run, "--split", "test", "--checkpoint", "best")
     assert done.returncode == 0, done.stderr
     assert ", chosen on test" in " ".join(done.stdout.split())
 
 
-def test_zero_shot_measures_the_checkpoint_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+def test_zero_shot_measures_the_checkpoint_that_is_asked_for(photo_cache: Path, run: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("cat", "dog")):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 20), (200 * number, 90, 90)).save(tmp_path / name / "0.png")
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "zero-shot",
-        f"imagefolder:{tmp_path}",
-        "--run",
-        str(run),
-    ]
-    done = subprocess.run([*command, "--checkpoint", "best", "--device", "cpu"], capture_output=True, text=True)
+    words = ("zero-shot", f"imagefolder:{tmp_path}", "--run", run, "--checkpoint", "best", "--device", "cpu")
+    done = run_command(*words)
     assert done.returncode == 0, done.stderr
     assert ", chosen on test" in " ".join(done.stdout.split())
     last, best = (
@@ -98,16 +86,16 @@ def test_zero_shot_measures_the_checkpoint_that_is_asked_for(run: Path, tmp_path
     assert (best.checkpoint, best.chosen_on) == (record.best.checkpoint, "test")
 
 
-def test_what_cannot_be_selected(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_selected(photo_cache: Path, run: Path, tmp_path: Path) -> None:
     made = RunFolder(run).read().config
     with pytest.raises(ValueError, match="select_split 'train' is the split to train on; name one it never sees"):
-        train_config(Path(made.cache), made.student, tmp_path / "x", select_split="train")
+        train_config(photo_cache, made.student, tmp_path / "x", select_split="train")
     with pytest.raises(UsageError, match="no split 'dev'"):
-        train(train_config(Path(made.cache), made.student, tmp_path / "x", select_split="dev"))
+        train(train_config(photo_cache, made.student, tmp_path / "x", select_split="dev"))
     assert not (tmp_path / "x").exists()
-    train(train_config(Path(made.cache), made.student, tmp_path / "plain", epochs=1))
+    train(train_config(photo_cache, made.student, tmp_path / "plain", epochs=1))
     with pytest.raises(UsageError, match="no best checkpoint; train with --select-split to have one"):
-        evaluate(EvaluateConfig(run=str(tmp_path / "plain"), split="test", checkpoint="best"))
+        measure(tmp_path / "plain", checkpoint="best")
 
 
 def test_tensorboard_has_every_step_and_every_measurement(run: Path) -> None:
@@ -132,7 +120,7 @@ def test_tensorboard_has_every_step_and_every_measurement(run: Path) -> None:
     assert series("select/t2i_R@5")[24] == pytest.approx(measured[-1].recalls["t2i"]["R@5"])
 
 
-def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(run: Path, tmp_path: Path) -> None:
+def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(photo_cache: Path, run: Path, tmp_path: Path) -> None:
     """A kept resume point shows both: its averages are the model's weights, its raw weights are others."""
     made = RunFolder(run).read().config
     folders: list[Path] = []
@@ -145,7 +133,7 @@ def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(run: Path, tmp
 
     settings = {"ema_decay": 0.9, "checkpoint_steps": 2}
     with pytest.raises(Stopped):
-        train(train_config(Path(made.cache), made.student, tmp_path / "run", **settings), stop)
+        train(train_config(photo_cache, made.student, tmp_path / "run", **settings), stop)
     folders = list((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000002"]
     model = load_file(folders[0] / "open_clip_model.safetensors")
@@ -156,7 +144,9 @@ def test_the_saved_model_is_the_average_and_the_raw_weights_go_on(run: Path, tmp
     assert not torch.equal(raw["model.visual.proj"], average["model.visual.proj"])
 
 
-def test_writing_a_checkpoint_is_no_wait_for_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_a_checkpoint_is_no_wait_for_data(
+    photo_cache: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three slow checkpoints in an epoch of four steps: its seconds hold them, its wait for data does not."""
     import teacher_cache.pipeline.train.checkpoints
 
@@ -169,6 +159,6 @@ def test_writing_a_checkpoint_is_no_wait_for_data(run: Path, tmp_path: Path, mon
     monkeypatch.setattr(teacher_cache.pipeline.train.checkpoints, "save_resume_point", slowly)
     made = RunFolder(run).read().config
     settings = {"epochs": 1, "checkpoint_steps": 1}
-    record = train(train_config(Path(made.cache), made.student, tmp_path / "run", **settings)).record
+    record = train(train_config(photo_cache, made.student, tmp_path / "run", **settings)).record
     assert record.epochs[0].seconds > 6
     assert record.epochs[0].data_wait_share < 0.5

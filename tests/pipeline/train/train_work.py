@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.precompute.run import precompute
+from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
 from tests.conftest import TINY_MODEL, write_photos
@@ -41,3 +45,15 @@ def train_config(cache: Path, student: Path | str, out: Path, **changes: Any) ->
 def trace(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's step log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def run_command(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """``teacher-cache`` in a process of its own."""
+    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
+
+
+def measure(run: Path, **changes: Any) -> EvaluateResult:
+    """``evaluate`` of a run on its test split."""
+    settings = {"split": "test", "workers": 0, "device": "cpu", **changes}
+    return evaluate(EvaluateConfig(run=str(run), **settings))
