@@ -61,13 +61,9 @@ class FactorizedEmbedding(nn.Module):
 def factorize(model: nn.Module, rank: Any, what: str) -> None:
     """Replace the token embedding of an open_clip model by a factorised one with random weights.
 
-    Args:
-        model: of class CLIP, or with open_clip's own text tower in ``model.text``.
-        rank: value of ``token_embedding_rank``.
-        what: name of the student, for the message.
-
     Raises:
         UsageError: the rank is no integer from 1 to the text tower's width - 1, or the tower has no such embedding.
+            The message begins with ``what``.
     """
     tower = text_tower(model)
     embedding = getattr(tower, "token_embedding", None)

@@ -65,13 +65,10 @@ def resize(config: ResizeConfig) -> RunRecord:
 
 
 def resized(student: Student, size: int) -> tuple[Student, tuple[str, ...]]:
-    """Return a student with the same weights for images of ``size`` x ``size`` pixels, in evaluation mode.
+    """Return a student for images of ``size`` x ``size`` pixels and the names of the weights that were interpolated.
 
-    The positions of open_clip's VisionTransformer are interpolated as in open_clip: bicubic, antialiased, with the
-    class token's unchanged.
-
-    Returns:
-        The student, and the names of the weights that were interpolated.
+    The student is in evaluation mode. Only the positions of open_clip's VisionTransformer change, interpolated as in
+    open_clip: bicubic, antialiased, with the class token's unchanged.
 
     Raises:
         UsageError: the image tower only takes its own size, or already has that size; or the size is no multiple of a

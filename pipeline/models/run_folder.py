@@ -16,14 +16,14 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from teacher_cache.pipeline.models.run_record import BestRecord, RunRecord, other_settings
+from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import sync
@@ -224,37 +224,23 @@ class RunFolder:
         lines = (self.path / _LOG).read_bytes().splitlines(keepends=True)
         self._files.write(_LOG, b"".join(lines[:steps]))
 
-    def checkpoint(
-        self,
-        record: RunRecord,
-        name: str,
-        save: Callable[[Path], None],
-        best: tuple[BestRecord, Callable[[Path], None]] | None = None,
-    ) -> RunRecord:
-        """Save a checkpoint, switch the record to it, then remove the replaced ones.
-
-        After a crash the record names only complete checkpoints; the next call removes others.
-
-        Args:
-            best: record of this epoch and the function that saves its model, if it is the best so far.
-        """
-        changes: dict[str, Any] = {"checkpoint": f"{_CHECKPOINTS}/{name}"}
-        self._save(changes["checkpoint"], save)
-        if best is not None:
-            changes["best"] = best[0]
-            self._save(best[0].checkpoint, best[1])
-        switched = record.model_copy(update=changes)
-        self.write(switched)
-        self.remove_unnamed(switched)
-        return switched
-
-    def _save(self, name: str, save: Callable[[Path], None]) -> None:
+    @contextlib.contextmanager
+    def new_checkpoint(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder of the run for a checkpoint, which no record names yet; sync it after the block."""
         folder = self.path / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save(folder)
+        yield folder
         for path in [*folder.rglob("*"), folder]:
             sync(path)
+
+    def switch(self, record: RunRecord) -> None:
+        """Replace the record by one that names new checkpoints, then remove those that it does not name.
+
+        After a crash the record names only complete checkpoints; the next call removes others.
+        """
+        self.write(record)
+        self.remove_unnamed(record)
 
     def remove_unnamed(self, record: RunRecord) -> None:
         """Remove the checkpoints that the record does not name: replaced ones, and incomplete ones after a crash.

@@ -88,11 +88,7 @@ def require_plain_files(folder: Path, what: str) -> None:
 def load_tokenizer(source: str, config: dict[str, Any], context_length: int | None) -> Any:
     """Return the tokenizer of a model: CLIP's own without torch, any other from open_clip.
 
-    Tokenizers of ``transformers`` are loaded without running code.
-
-    Args:
-        source: open_clip's name of the model.
-        config: its model config.
+    Tokenizers of ``transformers`` are loaded without running code. ``source`` is open_clip's name of the model.
     """
     text = config.get("text_cfg") or {}
     refuse = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}

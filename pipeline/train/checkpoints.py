@@ -48,10 +48,8 @@ class ResumePoint(BaseModel):
 
     Attributes:
         step: number of steps taken.
-        epoch: epoch of the next step, from 0.
-        sums: sums over that epoch so far.
+        epoch: epoch of the next step, from 0; ``sums`` are over that epoch so far.
         average_updates: number of updates of the weight average.
-        cache_manifest_digest: manifest digest of the cache that the run learns from.
     """
 
     step: int = 0
@@ -144,8 +142,7 @@ class RunWriter:
         self._origin = record.origin()
         if record.checkpoint is not None:
             run.cut_log(state.point.step)
-            run.remove_unnamed(record)
-            run.write(record)
+            run.switch(record)
         self.log = StepLog(run, state.point.step)
         self._saved_at = time.monotonic()
 
@@ -188,22 +185,21 @@ class RunWriter:
 
     def _save(self, name: str, best: BestRecord | None = None) -> None:
         self.log.flush()
-        record, state = self._record.model_copy(update={"steps": self._state.point.step}), self._state
-
-        def save_model(folder: Path, **more: Any) -> None:
-            with measured_weights(state.average):
-                origin = {**self._origin, "step": record.steps, **more}
-                save_student(state.student, record.student_config, folder, origin)
-
-        def save_all(folder: Path) -> None:
-            save_model(folder)
-            save_resume_point(folder, state)
-
-        def save_best(folder: Path) -> None:
-            assert best is not None
-            save_model(folder, chosen=best.model_dump(mode="json", exclude={"checkpoint"}))
-
-        chosen = None if best is None else (best, save_best)
-        self._record = self._run.checkpoint(record, name, save_all, chosen)
+        checkpoint = f"checkpoints/{name}"
+        record = self._record.model_copy(update={"steps": self._state.point.step, "checkpoint": checkpoint})
+        with self._run.new_checkpoint(checkpoint) as folder:
+            self._save_model(folder)
+            save_resume_point(folder, self._state)
+        if best is not None:
+            record = record.model_copy(update={"best": best})
+            with self._run.new_checkpoint(best.checkpoint) as folder:
+                self._save_model(folder, chosen=best.model_dump(mode="json", exclude={"checkpoint"}))
+        self._run.switch(record)
+        self._record = record
         self._saved_at = time.monotonic()
-        event(_LOG, logging.INFO, "checkpoint saved", step=record.steps, checkpoint=self._record.checkpoint)
+        event(_LOG, logging.INFO, "checkpoint saved", step=record.steps, checkpoint=checkpoint)
+
+    def _save_model(self, folder: Path, **more: Any) -> None:
+        with measured_weights(self._state.average):
+            origin = {**self._origin, "step": self._state.point.step, **more}
+            save_student(self._state.student, self._record.student_config, folder, origin)

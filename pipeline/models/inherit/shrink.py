@@ -61,12 +61,7 @@ def choose_layers(available: int, wanted: int, chosen: tuple[int, ...] | None, t
     """Choose the layers of the teacher for the student, counted from 0, ascending.
 
     The layers are evenly spaced from the first to the last, halves rounded down: 3 of 6 are 0, 2, 5. A single layer is
-    the first one, the only one that has learned to read embeddings.
-
-    Args:
-        available: number of layers of the teacher; at least ``wanted``.
-        chosen: the user's choice, instead of that rule.
-        tower: ``text`` or ``image``, for the message.
+    the first one, the only one that has learned to read embeddings. ``chosen`` is the user's choice instead.
 
     Raises:
         UsageError: the choice has another number of layers than the student, or a layer that the teacher lacks.
@@ -91,12 +86,8 @@ def most_important(scores: Tensor, keep: int) -> Tensor:
 def residual_importance(matrices: Iterable[Tensor]) -> Tensor:
     """Return the squared L2 norm of the weights that write to or read from each channel of the residual stream.
 
-    Args:
-        matrices: (n, width) each. All have the same weight: each is first divided by its Frobenius norm, else the token
-            embedding alone would decide.
-
-    Returns:
-        (width,) float64; sums to the number of matrices.
+    The matrices, (n, width) each, have the same weight: each is first divided by its Frobenius norm, else the token
+    embedding alone would decide. The result, (width,) float64, sums to their number.
     """
     return torch.stack([_share(matrix.double().square().sum(0)) for matrix in matrices]).sum(0)
 
@@ -125,9 +116,7 @@ def shrink_blocks(
     Each block keeps whole heads and MLP channels, chosen by the norm of their weights on the kept channels.
 
     Args:
-        state: tensors of the larger tower.
-        old: sizes of the larger tower.
-        new: sizes of the smaller tower, with the same head width.
+        state: tensors of the larger tower, whose sizes are ``old``. Both have the same head width.
         layers: layer of the larger tower for each of the smaller.
         channels: (new.width,) kept channels of the residual stream.
 
