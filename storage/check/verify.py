@@ -244,8 +244,8 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
     newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
     wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)
-    message = f"{wrong}: digest {manifests[wrong].digest[:12]}, {right} has {manifests[right].digest[:12]}"
-    return manifests[right], [*findings, Finding(kind="damaged", key=wrong, message=message)]
+    what = f"digest {manifests[wrong].digest[:12]}, {right} has {manifests[right].digest[:12]}"
+    return manifests[right], [*findings, _finding("damaged", wrong, what)]
 
 
 def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
@@ -288,24 +288,26 @@ def _fault(key: str, error: Exception) -> Finding:
         raise error
     missing = (FileNotFoundError, NotADirectoryError)
     if isinstance(error, missing) or isinstance(error.__cause__, missing):
-        return Finding(kind="missing", key=key, message=f"{key}: missing")
+        return _finding("missing", key, "missing")
     if isinstance(error, (CacheCorruptError, CacheFormatError)):
         return Finding(kind="damaged", key=key, message=str(error))
     what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    return Finding(kind="unreadable", key=key, message=f"{key}: cannot be read: {what}")
+    return _finding("unreadable", key, f"cannot be read: {what}")
+
+
+def _finding(kind: str, key: str, what: str) -> Finding:
+    return Finding(kind=kind, key=key, message=f"{key}: {what}")
 
 
 def _other_bytes(key: str) -> Finding:
-    message = f"{key}: the content has its digest, but these are not the bytes that were written"
-    return Finding(kind="damaged", key=key, message=message)
+    return _finding("damaged", key, "the content has its digest, but these are not the bytes that were written")
 
 
 def _check_rows(manifest: CacheManifest, ref: ChunkRef, commit: ChunkCommit, table: pa.Table | None) -> list[Finding]:
     rows = ref.rows(manifest.layout)
     if table is None or commit.rows_sha256 == chunk_rows_sha256(table.slice(rows.start, len(rows)), ref.tower):
         return []
-    message = f"{ref.commit_key}: its rows were made of other images or captions than the tables list"
-    return [Finding(kind="damaged", key=ref.commit_key, message=message)]
+    return [_finding("damaged", ref.commit_key, "its rows were made of other images or captions than the tables list")]
 
 
 class _Proof(NamedTuple):
@@ -321,8 +323,7 @@ def _prove(files: CacheFiles, manifest: CacheManifest, ref: ChunkRef, table: pa.
         data = files.read(ref.commit_key)
         commit = proven_commit(data, files.location, manifest, ref)
     except FileNotFoundError:
-        message = f"{ref.commit_key}: the commit record of {ref.name} is missing from a sealed cache"
-        lost = Finding(kind="missing", key=ref.commit_key, message=message)
+        lost = _finding("missing", ref.commit_key, f"the commit record of {ref.name} is missing from a sealed cache")
         return _Proof(None, [lost] if manifest.sealed else [])
     except _FAULTS as error:
         return _Proof(None, [_fault(ref.commit_key, error)])
@@ -347,22 +348,21 @@ def _check_chunk(
             continue
         read += len(data)
         if hashlib.sha256(data).hexdigest() != commit.objects[name].sha256:
-            message = f"{key}: sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
-            findings.append(Finding(kind="damaged", key=key, message=message))
+            what = f"sha256 of its {len(data)} bytes is not the committed {commit.objects[name].sha256[:12]}"
+            findings.append(_finding("damaged", key, what))
             continue
         shape, dtype = stored_form(manifest.layout, ref.tower, name)
         try:
             arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
         except CacheCorruptError as error:
-            findings.append(Finding(kind="damaged", key=key, message=str(error)))
+            findings.append(_fault(key, error))
     if findings:
         return findings, read
 
     rows = ref.rows(manifest.layout)
     held = {name: values[: len(rows)] for name, values in arrays.items()}
     for name, kind, what in wrong_rows(rows, held, {row.row for row in commit.quarantined}):
-        key = ref.object_keys(manifest.layout)[name]
-        findings.append(Finding(kind=kind, key=key, message=f"{key}: {what}"))
+        findings.append(_finding(kind, ref.object_keys(manifest.layout)[name], what))
     return findings, read
 
 
@@ -377,11 +377,11 @@ def _check_tables(manifest: CacheManifest, tables: dict[Tower, pa.Table]) -> lis
         name, digest, recorded = checks[tower]
         rows, planned, actual = table["row"].to_numpy(), manifest.layout.rows(tower), digest(table)
         if not np.array_equal(rows, np.arange(planned)):
-            message = f"{name}: {len(rows)} rows in the table, rows 0 to {planned - 1} wanted in order"
-            findings.append(Finding(kind="counts", key=name, message=message))
+            what = f"{len(rows)} rows in the table, rows 0 to {planned - 1} wanted in order"
+            findings.append(_finding("counts", name, what))
         if actual != recorded:
-            message = f"{name}: rows have sha256 {actual[:12]}, the identity names {recorded[:12]}"
-            findings.append(Finding(kind="damaged", key=name, message=message))
+            what = f"rows have sha256 {actual[:12]}, the identity names {recorded[:12]}"
+            findings.append(_finding("damaged", name, what))
     return findings
 
 
@@ -393,8 +393,7 @@ def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkComm
             return []
         message = f"{lost} images quarantined in the commits, {seal.images_quarantined} in the seal"
         return [Finding(kind="counts", key=MANIFEST_KEY, message=message)]
-    message = f"{COMMITS}: the commit records are not those that the manifest was sealed with"
-    findings = [Finding(kind="damaged", key=COMMITS, message=message)]
+    findings = [_finding("damaged", COMMITS, "the commit records are not those that the manifest was sealed with")]
     # the seal covers all records together; if each is sound by itself, only the notes tell which one is wrong
     for ref, commit in commits.items():
         try:
@@ -404,8 +403,8 @@ def _check_seal(files: CacheFiles, seal: Seal, commits: dict[ChunkRef, ChunkComm
         except _FAULTS:
             continue
         if not note.is_of(commit):
-            message = f"{ref.commit_key}: not the record that the journal notes for {ref.name}; an older one, put back?"
-            findings.append(Finding(kind="damaged", key=ref.commit_key, message=message))
+            what = f"not the record that the journal notes for {ref.name}; an older one, put back?"
+            findings.append(_finding("damaged", ref.commit_key, what))
     return findings
 
 
@@ -428,7 +427,7 @@ def _unknown_files(files: CacheFiles, manifest: CacheManifest) -> list[Finding]:
     """Return findings about objects that no commit, manifest or journal names. Uncommitted chunks are known."""
     known = known_keys(manifest)
     return [
-        Finding(kind="unknown-file", key=key, message=f"{key}: nothing in the cache accounts for this file")
+        _finding("unknown-file", key, "nothing in the cache accounts for this file")
         for key in files.list()
         if key not in known and not key.startswith(f"{CLAIMS}/")
     ]

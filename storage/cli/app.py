@@ -34,6 +34,7 @@ __all__ = [
     "complete_location",
     "counted",
     "every_command",
+    "facts_table",
     "json_flag",
     "option",
     "print_json",
@@ -322,6 +323,20 @@ def print_result(result: _M, as_json: bool, text: Callable[[_M], Iterable[str | 
             from rich.console import Console
 
             Console().print(part)
+
+
+def facts_table(facts: dict[str, str], **settings: Any) -> Table:
+    """Return a table of names and texts; empty texts are left out."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, **settings)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        if text:
+            table.add_row(name, escape(text))
+    return table
 
 
 def titled_table(title: str, columns: Iterable[str] = (), caption: str | None = None) -> Table:

@@ -17,6 +17,7 @@ from teacher_cache.storage.cli.app import (
     cache_argument,
     command,
     counted,
+    facts_table,
     json_flag,
     option,
     print_result,
@@ -113,9 +114,6 @@ def _info_table(cache_info: CacheInfo) -> Table:
     )
 
     identity, layout = cache_info.identity, cache_info.layout
-    table = Table(title=escape(cache_info.location), show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     verb = finished_by(cache_info.made_with)
     state = "complete" if cache_info.sealed else f"not complete: run the same {verb} command again to finish it"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
@@ -149,10 +147,7 @@ def _info_table(cache_info: CacheInfo) -> Table:
             if name not in (IMPORTED, IMPORTED_ROWS)
         ),
     }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, escape(value))
-    return table
+    return facts_table(rows, title=escape(cache_info.location), title_justify="left")
 
 
 def _coverage(part: Coverage, views: int) -> str:

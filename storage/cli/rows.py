@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.markup import escape
 from rich.table import Table
 
 from teacher_cache.storage.cli.app import (
@@ -16,6 +15,7 @@ from teacher_cache.storage.cli.app import (
     cache_argument,
     command,
     counted,
+    facts_table,
     json_flag,
     option,
     print_result,
@@ -143,12 +143,7 @@ def _stats_parts(result: CacheStats) -> Iterator[str | Table]:
     part += f", view {result.view}" if result.view else ""
     yield f"{result.location}{part}: {rows}"
     yield _distributions(result)
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for name, text in _facts(result).items():
-        facts.add_row(name, escape(text))
-    yield facts
+    yield facts_table(_facts(result), box=None, pad_edge=False)
 
 
 def _distributions(result: CacheStats) -> Table:
@@ -195,7 +190,7 @@ def _facts(result: CacheStats) -> dict[str, str]:
         facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"
     split = f" --split {result.split}" if result.split else ""
     facts["recall"] = f"teacher-cache evaluate --cache {result.location}{split}"
-    return {name: text for name, text in facts.items() if text}
+    return facts
 
 
 def _numbers(values: Distribution) -> tuple[str, ...]:

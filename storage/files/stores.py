@@ -14,6 +14,7 @@ from obstore.fsspec import FsspecStore
 from obstore.store import HTTPStore, MemoryStore, S3Store, from_url
 
 from teacher_cache.storage.errors import CacheAccessError, UsageError
+from teacher_cache.storage.files.transient import TRANSIENT_STATUS
 from teacher_cache.storage.observe.safe_text import redact
 
 __all__ = [
@@ -161,7 +162,6 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _SYSTEM_ERROR = re.compile(r'message: "([^"]+)"')
-_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 # transient with any status: a broken upload is a 400, two simultaneous conditional puts are a 409
 _TRANSIENT_CODES = {
     "BadDigest",
@@ -205,7 +205,7 @@ class Failure(NamedTuple):
         status, code = _first(_STATUS, shown), _first(_CODE, shown)
         if status:
             answer = ": ".join(part for part in (code, _first(_MESSAGE, shown)) if part) or "no reason given"
-            text, transient = f"{answer} (HTTP {status})", int(status) in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+            text, transient = f"{answer} (HTTP {status})", int(status) in TRANSIENT_STATUS or code in _TRANSIENT_CODES
         else:
             # no answer, half of one, or a proxy's page in place of a listing
             transient = "HTTP error" in shown or "list response" in shown

@@ -6,7 +6,7 @@ import errno
 
 from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, CacheError, CacheUnreachableError
 
-__all__ = ["is_transient", "read_error"]
+__all__ = ["TRANSIENT_STATUS", "is_transient", "read_error"]
 
 _TRANSIENT_ERRNOS = {
     getattr(errno, name)
@@ -32,7 +32,8 @@ _TRANSIENT_ERRNOS = {
     )
     if hasattr(errno, name)  # a few are Linux only
 }
-_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+"""HTTP status codes after which the same request may succeed."""
 
 # by name, since these libraries are imported only where something is downloaded; subclasses count
 _TRANSIENT_NAMES = {
@@ -62,7 +63,7 @@ def is_transient(error: BaseException) -> bool:
         return True
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
-        return status in _TRANSIENT_STATUS
+        return status in TRANSIENT_STATUS
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
     return _is_named(error, _TRANSIENT_NAMES)

@@ -52,7 +52,7 @@ class RowSample(BaseModel, frozen=True):
     location: str
     split: str | None
     seed: int
-    captions_compared: int = Field(description="Captions compared: all, or those of random chunks.")
+    captions_compared: int = Field(description="Number of captions compared. Of a large cache, random chunks are read.")
     images: tuple[ImageRow, ...]
 
 

@@ -180,17 +180,6 @@ def test_an_unfinished_cache_is_not_ok(tmp_path: Path) -> None:
     assert "repair" not in told.output  # which would change nothing
 
 
-def test_info_says_what_the_cache_is(known_cache: Path) -> None:
-    result = CliRunner().invoke(app, ["info", str(known_cache), "--json"])
-    assert result.exit_code == 0
-    found = json.loads(result.stdout)
-    assert (found["sealed"], found["chunks"], found["chunks_committed"]) == (True, 10, 10)
-    assert found["identity"]["dataset"]["splits"] == {"train": 8, "test": 2}
-    # 3 chunks of 4 images (8 halves, a norm, 5 view numbers) and 7 of 4 captions, a checksum on each object
-    assert found["target_bytes"] == 3 * (4 * (16 + 4 + 20) + 12) + 7 * (4 * (16 + 4) + 8)
-    assert "10 of 10 chunks, complete" in CliRunner().invoke(app, ["info", str(known_cache)]).stdout
-
-
 def test_info_does_not_depend_on_the_journal(known_cache: Path) -> None:
     """Damaged, foreign and unreadable notes are left out."""
     writer = EmbeddingWriter(str(known_cache))

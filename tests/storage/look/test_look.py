@@ -214,7 +214,9 @@ def test_info_names_quarantined_rows_and_reasons(tmp_path: Path, sealed: bool) -
     found = answer("info", str(path))
     assert found["quarantine"] == {"undecodable": 2}
     assert [row["row"] for row in found["quarantined_rows"]] == [1, 6]
-    assert "undecodable 2: img-1 (row 1), img-6 (row 6)" in run.invoke(app, ["info", str(path)]).stdout
+    shown = run.invoke(app, ["info", str(path)]).stdout
+    assert "undecodable 2: img-1 (row 1), img-6 (row 6)" in shown
+    assert ("10 of 10 chunks, complete" in shown) == found["sealed"] == sealed
 
 
 def test_info_of_a_large_cache_reads_no_more_than_of_a_small_one(
