@@ -19,7 +19,7 @@ from pathlib import Path
 import atheris
 
 # our own code and the pure-Python readers below it; numpy, torch and pyarrow are compiled
-with atheris.instrument_imports(include=["pipeline", "storage", "tarfile", "csv", "json", "PIL", "tomllib"]):
+with atheris.instrument_imports(include=["teacher_cache", "tarfile", "csv", "json", "PIL", "tomllib"]):
     from tests.fuzz_targets import TARGETS
 
 
