@@ -14,29 +14,29 @@ from prefect import flow, task, unmapped
 from prefect_ray import RayTaskRunner
 
 from teacher_cache.flows.retries import TRIED_AGAIN
-from teacher_cache.flows.spans import Span
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.storage.format.commits import ChunkRef
 
 
 @task(**TRIED_AGAIN)
-def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[Span]:
+def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[list[ChunkRef]]:
     """Write the cache's manifest and tables, or check them; what is still to be encoded."""
     from teacher_cache.pipeline.models.teacher import cached_teacher
     from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 
     teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    return [Span.of(refs) for refs in chunk_spans(plan_precompute(config, teacher), chunks_per_span)]
+    return chunk_spans(plan_precompute(config, teacher), chunks_per_span)
 
 
 @task(**TRIED_AGAIN)
-def encode(config: PrecomputeConfig, span: Span) -> dict[str, Any]:
+def encode(config: PrecomputeConfig, span: list[ChunkRef]) -> dict[str, Any]:
     """Encode the chunks of one span, but for those that somebody else has. Which process did it, and how many."""
     from teacher_cache.pipeline.models.teacher import cached_teacher
     from teacher_cache.pipeline.precompute.encode import encode_shared
 
     # a worker of Ray's does one task after another, and keeps its teacher
     teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    return {"process": os.getpid(), "chunks": encode_shared(config, teacher, span.refs())}
+    return {"process": os.getpid(), "chunks": encode_shared(config, teacher, span)}
 
 
 @flow(task_runner=RayTaskRunner(address=os.environ.get("RAY_ADDRESS")), persist_result=False)

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from teacher_cache.flows.markdown import deployment_text
-from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.parameters import TimeoutSeconds, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_image
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -38,9 +38,7 @@ def deploy_student(
         str | None,
         Field(description="Folder to write; it must not exist. Default: runs/deployed/NAME-OF-THIS-FLOW-RUN."),
     ] = None,
-    timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Time limit in seconds, after which nothing is shipped. Default: none.")
-    ] = None,
+    timeout_seconds: TimeoutSeconds = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Ship a run's student as ONNX, int8 and open_clip weights, each file proven, with a table of its worth."""

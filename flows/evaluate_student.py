@@ -14,7 +14,7 @@ from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import code, recall_text
-from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -33,12 +33,8 @@ ARTIFACT = "evaluate-student"
 def evaluate_student(
     *,
     run: Annotated[str, Field(description="Folder of the training run whose student is measured.")],
-    timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Time limit of the measurement in seconds. Default: none.")
-    ] = None,
-    report: Annotated[
-        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
-    ] = True,
+    timeout_seconds: TimeoutSeconds = None,
+    report: ReportPage = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a run's student on a split beside the teacher it learned from. No teacher is loaded."""

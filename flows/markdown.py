@@ -34,11 +34,9 @@ def cache_text(info: CacheInfo, recall: SampledRecall | None) -> str:
     if recall is not None:
         of = f"{recall.images:,} images, {recall.captions:,} captions"
         columns = list(recall.i2t)
-        lines += [f"The teacher's own recall, {of}, in percent:", ""]
-        lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-        for name, values in (("image to text", recall.i2t), ("text to image", recall.t2i)):
-            lines.append(f"| {name} | " + " | ".join(f"{values[column]:.1f}" for column in columns) + " |")
-        lines.append("")
+        rows = (("image to text", recall.i2t), ("text to image", recall.t2i))
+        table = ([name, *(f"{values[column]:.1f}" for column in columns)] for name, values in rows)
+        lines += [f"The teacher's own recall, {of}, in percent:", "", *_table(["", *columns], table), ""]
     return "\n".join([*lines, f"Identity {code(info.identity_digest)}, manifest {code(info.manifest_digest)}."])
 
 

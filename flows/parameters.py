@@ -13,7 +13,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-__all__ = ["parameters_of"]
+__all__ = ["ReportPage", "TimeoutSeconds", "parameters_of"]
+
+ReportPage = Annotated[
+    bool, Field(description="Report page beside the result and main chart as an artifact. Default: true.")
+]
+TimeoutSeconds = Annotated[
+    float | None, Field(gt=0, description="Time limit of the main task in seconds; it is not retried. Default: none.")
+]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

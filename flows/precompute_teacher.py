@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, get_run_logger, task
@@ -18,12 +19,12 @@ from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import cache_text
-from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.parameters import ReportPage, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
 from teacher_cache.flows.retries import TRIED_AGAIN
-from teacher_cache.flows.spans import Span, default_chunks_per_span
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.observe.telemetry import observed
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def precompute_teacher(
     chunks_per_span: Annotated[
         int | None, Field(gt=0, description="Number of chunks per task run. Default: about 16 task runs.")
     ] = None,
-    report: Annotated[
-        bool, Field(description="Report page beside the cache and main chart as an artifact. Default: true.")
-    ] = True,
+    report: ReportPage = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run a teacher once over a dataset and keep its embeddings. Run it again to resume after a stop."""
@@ -58,10 +57,10 @@ def precompute_teacher(
         spans = plan(config, chunks_per_span, progress.part(0, 0))
         if spans and fans_out:
             encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
-        chunks, done = sum(len(span.chunks) for span in spans), 0
+        chunks, done = sum(map(len, spans)), 0
         for span in spans:
-            before, done = done, done + len(span.chunks)
-            encoded += encode_span(config, span, progress.part(before / chunks, done / chunks))
+            before, done = done, done + len(span)
+            encoded += encode_span(config, span_name(span), span, progress.part(before / chunks, done / chunks))
     result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
     LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
@@ -70,7 +69,7 @@ def precompute_teacher(
 
 
 @task(name="plan", task_run_name="plan", **TRIED_AGAIN)
-def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) -> list[Span]:
+def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) -> list[list[ChunkRef]]:
     """Write the cache's manifest and tables, or check them, and return the spans to encode.
 
     Args:
@@ -88,17 +87,22 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
     else:
         with open_executor(config) as executor:
             pending = executor.plan(config, LoggedProgress(logger, share))
-    size = chunks_per_span or default_chunks_per_span(pending)
-    spans = [Span.of(refs) for refs in chunk_spans(pending, size)]
-    logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans of at most {size}")
+    spans = chunk_spans(pending, chunks_per_span)
+    logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans")
     return spans
 
 
-@task(name="encode", task_run_name="encode-{span.name}", **TRIED_AGAIN)
-def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
+def span_name(span: Sequence[ChunkRef]) -> str:
+    """Return the name of a span by its first and last chunk, without views: ``image-000000-000003``."""
+    return f"{span[0].tower}-{span[0].chunk:06d}-{span[-1].chunk:06d}"
+
+
+@task(name="encode", task_run_name="encode-{name}", **TRIED_AGAIN)
+def encode_span(config: PrecomputeConfig, name: str, span: list[ChunkRef], share: Share) -> int:
     """Encode the chunks of one span. All are committed when it returns. Return the number that this run encoded.
 
     Args:
+        name: name of the span, for the task run.
         share: this span's part of the flow's progress.
     """
     from teacher_cache.pipeline.precompute.encode import encode_shared
@@ -106,17 +110,17 @@ def encode_span(config: PrecomputeConfig, span: Span, share: Share) -> int:
     logger = get_run_logger()
     started = time.perf_counter()
     # skips chunks that an earlier try or another run has committed
-    encoded = encode_shared(config, _teacher(config), span.refs(), LoggedProgress(logger, share))
-    logger.info(f"{span.name}: {encoded} of {len(span.chunks)} chunks in {time.perf_counter() - started:,.1f} s")
+    encoded = encode_shared(config, _teacher(config), span, LoggedProgress(logger, share))
+    logger.info(f"{name}: {encoded} of {len(span)} chunks in {time.perf_counter() - started:,.1f} s")
     return encoded
 
 
 @task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
-def fan_out(config: PrecomputeConfig, spans: list[Span], share: Share) -> int:
+def fan_out(config: PrecomputeConfig, spans: list[list[ChunkRef]], share: Share) -> int:
     """Encode the chunks of all spans on the workers of the executor. Return the number of chunks encoded."""
     from teacher_cache.pipeline.precompute.executors import open_executor
 
-    refs = [ref for span in spans for ref in span.refs()]
+    refs = [ref for span in spans for ref in span]
     with open_executor(config) as executor:
         return executor.encode(config, refs, LoggedProgress(get_run_logger(), share))
 

@@ -7,17 +7,16 @@ resumes a crashed one. As in ``train-student``, training is not retried at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
-from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import retraining_text
-from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -39,12 +38,8 @@ ARTIFACT = "retrain-student"
 @parameters_of(RetrainConfig)
 def retrain_student(
     *,
-    timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Time limit of the training in seconds. Default: none.")
-    ] = None,
-    report: Annotated[
-        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
-    ] = True,
+    timeout_seconds: TimeoutSeconds = None,
+    report: ReportPage = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Retrain if the dataset has changed, and promote the student if it is not worse than the champion."""

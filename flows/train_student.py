@@ -17,7 +17,7 @@ from pydantic import Field
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.evaluate_student import evaluate_run
 from teacher_cache.flows.markdown import run_text
-from teacher_cache.flows.parameters import parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -54,12 +54,8 @@ def train_student(
         Literal["last", "best"],
         Field(description="Checkpoint to measure: last, or best on select_split. Default: last."),
     ] = "last",
-    report: Annotated[
-        bool, Field(description="Report page in the run and main chart as an artifact. Default: true.")
-    ] = True,
-    timeout_seconds: Annotated[
-        float | None, Field(gt=0, description="Time limit of the training in seconds. Default: none.")
-    ] = None,
+    report: ReportPage = True,
+    timeout_seconds: TimeoutSeconds = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train a student from a finished cache. No teacher is loaded."""

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.observe.telemetry import submit_input
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["Batch", "ChunkWork", "Inputs", "Prepared", "StretchReader"]
+__all__ = ["Batch", "ChunkWork", "Prepared", "StretchReader"]
 
 _LOG = logger("precompute")
 _NO_CROP = (np.nan,) * 5
@@ -181,7 +181,12 @@ class Batch:
 
     Args:
         order: position of its last row in the stretch. Batches are encoded in this order.
+
+    Attributes:
+        submit: starts the jobs that prepare its inputs.
     """
+
+    submit: Callable[[ThreadPoolExecutor, Batch], list[Future[Any]]]
 
     def __init__(self, chunk: ChunkWork, rows: NDArray[np.int64], known: bool, order: int) -> None:
         self.chunk, self.rows, self.known, self.order = chunk, rows, known, order
@@ -194,10 +199,11 @@ class Batch:
         """True if its images must be opened, to decode them or to read the sizes of known rows."""
         return self.chunk.ref.tower == "image" and not (self.known and self.chunk.crops_known)
 
-    def request(self, pool: ThreadPoolExecutor, inputs: Inputs) -> None:
-        """Start the preparation of the inputs in the threads."""
+    def request(self, pool: ThreadPoolExecutor) -> Batch:
+        """Start the preparation of the inputs in the threads, and return the batch."""
         self.requested_at = time.perf_counter()
-        self._futures = inputs.submit(pool, self)
+        self._futures = self.submit(pool, self)
+        return self
 
     def tokens(self) -> Any:
         """Wait for the token ids, (rows, context_length) int64."""
@@ -206,28 +212,6 @@ class Batch:
     def prepared(self) -> list[Prepared]:
         """Wait for the images and return them."""
         return [future.result()[self.chunk.ref.view] for future in self._futures]
-
-
-class Inputs(Protocol):
-    """Source of the inputs of a stretch's batches."""
-
-    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
-        """Start the jobs that prepare a batch."""
-        ...
-
-
-class _Captions:
-    """Token ids of captions. One job per batch: threads cannot tokenize in parallel."""
-
-    def __init__(self, table: TableRows, tokenizer: Callable[[list[str]], Any]) -> None:
-        self._table, self._tokenizer = table, tokenizer
-
-    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
-        """See :class:`Inputs`."""
-        if batch.known:
-            return []
-        texts = _take(self._table, batch.rows)["text"].to_pylist()
-        return [submit_input(pool, "text", lambda: self._tokenizer(texts))]
 
 
 class _Images:
@@ -247,7 +231,7 @@ class _Images:
         self._jobs: dict[int, Future[dict[int, Prepared]]] = {}
 
     def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
-        """See :class:`Inputs`."""
+        """Start the jobs that prepare a batch."""
         if not batch.needs_images:
             return []
         fresh = batch.rows[[row not in self._jobs for row in batch.rows.tolist()]]
@@ -355,7 +339,7 @@ class _ImageLoader:
 
 
 class StretchReader:
-    """Reader of stretches of rows in batches, with the source of their inputs.
+    """Reader of stretches of rows in batches.
 
     Args:
         known: rows that need no teacher.
@@ -371,18 +355,28 @@ class StretchReader:
         fetchers: ThreadPoolExecutor | None,
     ) -> None:
         self._known, self._layout, self._captions = known, writer.manifest.layout, writer.captions
-        self._text_inputs = _Captions(writer.captions, teacher.tokenizer)
+        self._tokenizer = teacher.tokenizer
         self._loader = _ImageLoader(teacher, writer, source, fetchers)
 
-    def batches(self, stretch: Sequence[ChunkRef]) -> Iterator[tuple[Batch, Inputs]]:
+    def batches(self, stretch: Sequence[ChunkRef]) -> Iterator[Batch]:
         """Yield the batches of chunks of the same rows: known rows first, then in reading order."""
         order = self._order(stretch[0])
         chunks = [ChunkWork(ref, self._layout, self._known, len(stretch)) for ref in stretch]
         # hold no batch here: its buffer must be freed after its turn
         waiting = deque(sorted(self._cut(chunks, order), key=lambda batch: (not batch.known, batch.order)))
-        inputs = _Images(self._loader, list(waiting)) if stretch[0].tower == "image" else self._text_inputs
+        is_text = stretch[0].tower == "text"
+        submit = self._submit_captions if is_text else _Images(self._loader, list(waiting)).submit
         while waiting:
-            yield waiting.popleft(), inputs
+            batch = waiting.popleft()
+            batch.submit = submit
+            yield batch
+
+    def _submit_captions(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
+        """Start the job that makes a batch's token ids: one, because threads cannot tokenize in parallel."""
+        if batch.known:
+            return []
+        texts = _take(self._captions, batch.rows)["text"].to_pylist()
+        return [submit_input(pool, "text", lambda: self._tokenizer(texts))]
 
     def _cut(self, chunks: Iterable[ChunkWork], order: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._layout.batch_rows

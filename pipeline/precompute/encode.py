@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, repeat, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -22,16 +22,11 @@ from teacher_cache.pipeline.data.datasets.records import data_folder
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
-from teacher_cache.pipeline.precompute.chunk_work import (
-    Batch,
-    Inputs,
-    Prepared,
-    StretchReader,
-)
-from teacher_cache.pipeline.precompute.plan import Progress
+from teacher_cache.pipeline.precompute.chunk_work import Batch, Prepared, StretchReader
+from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
 from teacher_cache.pipeline.precompute.reuse import KnownRows, known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.files.location import requests_at_once
+from teacher_cache.storage.files.location import begun_ahead, requests_at_once, results_ahead
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.observe.logs import event, logger
@@ -123,9 +118,7 @@ class RowTally:
         self._layout = layout
         self._progress = progress
         self._done: Counter[str] = Counter()
-        self._total: Counter[str] = Counter()
-        for ref in refs:
-            self._total[ref.tower] += len(ref.rows(layout))
+        self._total = rows_by_tower(layout, refs)
 
     def __enter__(self) -> Self:
         return self
@@ -211,9 +204,11 @@ class _Encoder:
         launched: deque[_Launched] = deque()
         with self._pools() as (decoders, writers, claimer, fetchers):
             reader = StretchReader(self._teacher, self._writer, self._source, self._known, fetchers)
-            turns = _one_ahead(claimer, stretches) if self._remote else stretches
-            batches = (pair for stretch in turns for pair in reader.batches(stretch))
-            for batch in _ahead(decoders, batches):
+            if self._remote:  # in a store a claim takes several requests, so the next stretch is claimed ahead
+                coming = iter(stretches)
+                stretches = takewhile(bool, results_ahead(claimer, lambda _: next(coming, []), repeat(None), 1))
+            batches = (batch for stretch in stretches for batch in reader.batches(stretch))
+            for batch in begun_ahead(lambda batch: batch.request(decoders), batches, _BATCHES_AHEAD):
                 launched.append(self._launch(batch))
                 while len(launched) > behind:
                     self._finish(launched.popleft(), writers)
@@ -303,23 +298,3 @@ def _noted(stretches: Iterable[list[ChunkRef]], claimed: list[ChunkRef]) -> Iter
     for stretch in stretches:
         claimed.extend(stretch)
         yield stretch
-
-
-def _one_ahead(pool: ThreadPoolExecutor, stretches: Iterable[list[ChunkRef]]) -> Iterator[list[ChunkRef]]:
-    """Yield the stretches and claim the next one ahead: in a store a claim takes several requests."""
-    iterator = iter(stretches)
-    coming = pool.submit(next, iterator, None)
-    while (stretch := coming.result()) is not None:
-        coming = pool.submit(next, iterator, None)
-        yield stretch
-
-
-def _ahead(pool: ThreadPoolExecutor, batches: Iterable[tuple[Batch, Inputs]]) -> Iterator[Batch]:
-    """Yield the batches while the next few are prepared."""
-    waiting: deque[Batch] = deque()
-    for batch, inputs in batches:
-        batch.request(pool, inputs)
-        waiting.append(batch)
-        if len(waiting) > _BATCHES_AHEAD:
-            yield waiting.popleft()
-    yield from waiting

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -32,26 +31,23 @@ from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
+    PlanSettings,
     Progress,
-    asked_layout,
-    asked_targets,
-    asked_views,
     dataset_identity,
     dataset_tables,
-    new_layout,
     origin_of_reused,
     read_dataset,
-    refuse_to_mix,
     require_one_origin,
+    rows_by_tower,
 )
-from teacher_cache.pipeline.precompute.reuse import CachedChunks, CachedRows, cached_rows, count_known
+from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheNotFoundError, UsageError
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, target_bytes
+from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest
-from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
 from teacher_cache.storage.write.plan import require_same_plan
 
@@ -131,20 +127,32 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         CacheMismatchError: precompute would refuse the existing or the reused cache, for its teacher or dataset.
         CacheError: the reused cache cannot be read, or is not finished.
     """
-    refuse_to_mix(config.cache)
-    asked_views(config)  # refuse a bad setting before loading the teacher
+    settings = PlanSettings.of(config)
     spec = DatasetSpec.parse(config.dataset)
     listed = list_samples(spec)
     if not listed.samples:
         raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    work = _count(config, teacher, spec, listed, progress)
-    listed, layout = work.listed, work.layout
+    origin = origin_of_reused(settings, teacher)
+    planned, began = None, time.perf_counter()
+    if config.reuse is not None:
+        planned = read_dataset(settings, teacher, progress)
+        listed = planned.dataset
+    check = None if planned is None else time.perf_counter() - began
+    dataset = _listed_dataset(spec, listed, settings.have) if planned is None else planned.identity.dataset
+    layout, committed = _layout(settings, settings.identity(teacher, dataset), teacher.device.type)
+    pending = sorted(set(all_chunks(layout)) - set(committed))
+    if settings.have is not None:
+        require_one_origin(config, origin, settings.have, pending)
+    copied = _copied(planned, layout, pending)
+    waiting = rows_by_tower(layout, pending)
+    to_encode: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
+
     read = _read_probe(spec, listed, probe or _PROBE_BATCHES * layout.batch_rows, progress)
-    image, text = _time_towers(config, teacher, read, work, progress)
+    image, text = _time_towers(config, teacher, read, listed, layout)
     tables = _table_bytes(read, layout)
-    check = read.seconds_per_image * len(listed.samples) if work.check_seconds is None else work.check_seconds
-    encode = work.to_encode["image"] * image.seconds_per_row + work.to_encode["text"] * text.seconds_per_row
+    check = read.seconds_per_image * len(listed.samples) if check is None else check
+    encode = to_encode["image"] * image.seconds_per_row + to_encode["text"] * text.seconds_per_row
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(
         cache=config.cache,
@@ -161,12 +169,12 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         target_bytes=target_bytes(layout, all_chunks(layout)),
         table_bytes=tables,
         # a manifest is written after its tables
-        there_bytes=target_bytes(layout, work.committed) + (tables if work.planned else 0),
+        there_bytes=target_bytes(layout, committed) + (tables if settings.have is not None else 0),
         free_bytes=_free_bytes(config.cache),
-        committed_rows=sum(_rows_by_tower(layout, work.committed).values()),
+        committed_rows=sum(rows_by_tower(layout, committed).values()),
         reuse=config.reuse,
-        rows_reused=work.copied,
-        rows_to_encode=work.to_encode,
+        rows_reused=copied,
+        rows_to_encode=to_encode,
         probe_images=len(read.part.samples),
         probe_captions=text.rows,
         probe_lost=read.lost,
@@ -184,55 +192,52 @@ def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | No
     return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Rows of a future cache: all, committed, copied and to encode.
+def _listed_dataset(spec: DatasetSpec, listed: SampleSet, have: CacheManifest | None) -> DatasetIdentity:
+    """Return the dataset part of the identity without the images' digests, which would need every file."""
+    dataset = dataset_identity(spec, dataset_tables(listed, [""] * len(listed.samples)))
+    if have is None:
+        return dataset
+    recorded = have.identity.dataset
+    if recorded.images == dataset.images:
+        return dataset.model_copy(update={"samples_sha256": recorded.samples_sha256})
+    # the cache may have fewer rows: the other images may be unreadable
+    most = {name: min(getattr(recorded, name), getattr(dataset, name)) for name in ("images", "captions")}
+    return recorded.model_copy(update=most)
 
-    Attributes:
-        planned: whether the cache exists.
-        check_seconds: seconds that reading every file took, if it was done.
+
+def _layout(settings: PlanSettings, identity: CacheIdentity, device: str) -> tuple[Layout, list[ChunkRef]]:
+    """Return the layout of the cache, and its committed chunks.
+
+    Raises:
+        CacheMismatchError: precompute would refuse the existing cache.
     """
-
-    listed: SampleSet
-    layout: Layout
-    planned: bool
-    committed: list[ChunkRef]
-    copied: dict[Tower, int]
-    to_encode: dict[Tower, int]
-    check_seconds: float | None
+    layout, have, cache = settings.layout(identity, device), settings.have, settings.config.cache
+    if have is None:
+        return layout, []
+    require_same_plan(have, identity, layout, cache)
+    names = set(open_files(cache).list(COMMITS))
+    return have.layout, [ref for ref in all_chunks(have.layout) if ref.commit_key in names]
 
 
-def _count(
-    config: PrecomputeConfig, teacher: LiveTeacher, spec: DatasetSpec, listed: SampleSet, progress: Progress | None
-) -> _Work:
-    origin = origin_of_reused(config, teacher)
-    planned, check_seconds = None, None
-    if config.reuse is not None:
-        began = time.perf_counter()
-        planned = read_dataset(config, teacher, progress)
-        listed, check_seconds = planned.dataset, time.perf_counter() - began
-    have = _existing(config, teacher, spec, listed, planned)
-    committed: list[ChunkRef] = []
-    rows = len(listed.samples), listed.num_captions
-    layout = new_layout(config, teacher.device.type, teacher.identity().embed_dim, asked_views(config).count, *rows)
-    if have is not None:
-        manifest, committed = have
-        layout = manifest.layout
-    pending = sorted(set(all_chunks(layout)) - set(committed))
-    if have is not None:
-        require_one_origin(config, origin, have[0], pending)
-    known = _known(config, planned, None if have is None else have[0])
-    copied: dict[Tower, int] = {"image": 0, "text": 0} if known is None else count_known(known, layout, pending)
-    waiting = _rows_by_tower(layout, pending)
-    to_encode: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
-    return _Work(listed, layout, have is not None, committed, copied, to_encode, check_seconds)
+def _copied(planned: PlannedDataset | None, layout: Layout, pending: Sequence[ChunkRef]) -> dict[Tower, int]:
+    """Count the rows that can be copied from the reused cache.
 
-
-def _rows_by_tower(layout: Layout, refs: Sequence[ChunkRef]) -> dict[Tower, int]:
-    rows: dict[Tower, int] = {"image": 0, "text": 0}
-    for ref in refs:
-        rows[ref.tower] += len(ref.rows(layout))
-    return rows
+    Raises:
+        CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
+    """
+    if planned is None or planned.settings.config.reuse is None:
+        return {"image": 0, "text": 0}
+    identity, have, tables = planned.identity, planned.settings.have, planned.tables
+    if have is not None and have.layout.views > identity.views.count:  # its further views stay
+        identity = identity.model_copy(update={"views": have.identity.views})
+    towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
+    known = cached_rows(
+        planned.settings.config.reuse,
+        identity,
+        lambda table, name: tables[table][name],
+        lambda tower, rows: chunk_rows_sha256(tables[towers[tower]].slice(rows.start, len(rows)), tower),
+    )
+    return count_known(known, layout, pending)
 
 
 @dataclass(frozen=True)
@@ -287,10 +292,10 @@ def _table_bytes(probe: _Probe, layout: Layout) -> int:
 
 
 def _time_towers(
-    config: PrecomputeConfig, teacher: LiveTeacher, probe: _Probe, work: _Work, progress: Progress | None
+    config: PrecomputeConfig, teacher: LiveTeacher, probe: _Probe, listed: SampleSet, layout: Layout
 ) -> tuple[ProbeRate, ProbeRate]:
     """Time one batch of images and one of captions, after a warm-up batch."""
-    batch_rows = work.layout.batch_rows
+    samples = probe.part.samples[: layout.batch_rows]
     shown = teacher.preprocess.shown()
 
     def decode(sample: Sample) -> NDArray[np.uint8] | None:
@@ -299,23 +304,18 @@ def _time_towers(
         except Exception:  # precompute reports such images
             return None
 
-    def prepare(pool: ThreadPoolExecutor, samples: Sequence[Sample]) -> torch.Tensor:
+    def prepare() -> torch.Tensor:
         pixels = [image for image in pool.map(decode, samples) if image is not None]
         return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
 
     own = (sample.captions[0] for sample in probe.part.samples if sample.captions)
     # in a labelled dataset one image has all captions
-    every = chain.from_iterable(sample.captions for sample in work.listed.samples)
-    texts = list(islice(own, batch_rows)) or list(islice(every, batch_rows))
-    threads = max(config.decode_threads or os.cpu_count() or 1, probe.source.fetches(probe.part.samples[0].uri))
+    every = chain.from_iterable(sample.captions for sample in listed.samples)
+    texts = list(islice(own, layout.batch_rows)) or list(islice(every, layout.batch_rows))
+    threads = max(config.decode_threads or os.cpu_count() or 1, probe.source.fetches(samples[0].uri))
     with ThreadPoolExecutor(threads) as pool:
-        samples = probe.part.samples[:batch_rows]
-        image = _time(teacher, partial(prepare, pool, samples), teacher.encode_shown, work.layout.views)
-    if progress is not None:
-        progress("probe: images", image.rows, len(samples))
+        image = _time(teacher, prepare, teacher.encode_shown, layout.views)
     text = _time(teacher, lambda: teacher.tokenizer(texts) if texts else torch.empty(0), teacher.encode_texts, 1)
-    if progress is not None:
-        progress("probe: captions", text.rows, len(texts))
     return image, text
 
 
@@ -335,66 +335,6 @@ def _time(teacher: LiveTeacher, prepare: Callable[[], Any], encode: Callable[[An
     return ProbeRate(
         rows=len(batch), seconds_per_row=seconds / len(batch), teacher_seconds_per_row=encoded / len(batch)
     )
-
-
-def _known(
-    config: PrecomputeConfig, planned: PlannedDataset | None, existing: CacheManifest | None
-) -> CachedRows | CachedChunks | None:
-    """Return the rows or chunks that can be copied from the cache ``config.reuse``.
-
-    Raises:
-        CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
-    """
-    if config.reuse is None or planned is None:
-        return None
-    identity = planned.identity
-    if existing is not None and existing.layout.views > identity.views.count:  # its further views stay
-        identity = identity.model_copy(update={"views": existing.identity.views})
-    tables = planned.tables
-    towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
-    return cached_rows(
-        config.reuse,
-        identity,
-        lambda table, name: tables[table][name],
-        lambda tower, rows: chunk_rows_sha256(tables[towers[tower]].slice(rows.start, len(rows)), tower),
-    )
-
-
-def _existing(
-    config: PrecomputeConfig,
-    teacher: LiveTeacher,
-    spec: DatasetSpec,
-    listed: SampleSet,
-    planned: PlannedDataset | None,
-) -> tuple[CacheManifest, list[ChunkRef]] | None:
-    """Return the manifest of an existing cache, and its committed chunks.
-
-    Raises:
-        CacheMismatchError: it has another teacher, dtype, crops, chunk or batch size; other captions or splits, or more
-            rows than the dataset lists. Fewer rows are accepted: the other images may be unreadable.
-    """
-    cache = config.cache
-    files = open_files(cache)
-    try:
-        manifest = read_manifest(files)
-    except CacheNotFoundError:
-        return None
-    teacher.require(manifest.identity, cache)
-    have = manifest.identity.dataset
-    if planned is not None:
-        dataset = planned.identity.dataset
-    elif have.images == len(listed.samples):
-        # without the images' digests, which would need every file
-        dataset = dataset_identity(spec, dataset_tables(listed, [""] * have.images))
-        dataset = dataset.model_copy(update={"samples_sha256": have.samples_sha256})
-    else:
-        most = {"images": min(have.images, len(listed.samples)), "captions": min(have.captions, listed.num_captions)}
-        dataset = have.model_copy(update=most)
-    changes = {"dataset": dataset, "targets": asked_targets(config), "views": asked_views(config)}
-    identity = manifest.identity.model_copy(update=changes)
-    require_same_plan(manifest, identity, asked_layout(config, identity, teacher.device.type), cache)
-    names = set(files.list(COMMITS))
-    return manifest, [ref for ref in all_chunks(manifest.layout) if ref.commit_key in names]
 
 
 def _free_bytes(cache: str) -> int | None:

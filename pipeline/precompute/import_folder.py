@@ -9,12 +9,10 @@ manifest records that rows were imported.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource
@@ -23,6 +21,7 @@ from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolde
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
+    PlanSettings,
     Progress,
     default_batch_rows,
     library_versions,
@@ -30,14 +29,11 @@ from teacher_cache.pipeline.precompute.plan import (
     read_dataset,
 )
 from teacher_cache.pipeline.precompute.run import summarize
-from teacher_cache.pipeline.precompute.sample_proof import Place, SampleProof, WrongRow, draw_rows
+from teacher_cache.pipeline.precompute.sample_proof import ProvableRows, SampleProof, WrongRow, draw_rows
 from teacher_cache.pipeline.settings.precompute import ImportConfig
-from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
-from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import QuarantinedRow
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS
-from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS, CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -90,7 +86,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     DatasetSpec.parse(config.dataset)
     folder = ForeignFolder(config.folder)
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
-    planned = read_dataset(config, teacher, progress)
+    planned = read_dataset(PlanSettings.of(config), teacher, progress)
     if folder.dim != planned.identity.teacher.embed_dim:
         raise CacheMismatchError(
             f"{config.folder}: rows are {folder.dim} wide, {planned.identity.teacher.embed_dim} those of "
@@ -100,20 +96,16 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     known = match_rows(folder, samples, captions, planned.dataset.root, progress)
     if not known.counts.images + known.counts.captions:
         raise UsageError(_nothing_matched(folder, planned))
-    _require_these_rows(config.cache, known)
+    _require_these_rows(planned.settings.have, config.cache, known)
     proof = _prove(config, teacher, planned, known, progress)
     images, texts = proof.compared["image"], proof.compared["text"]
     origin = (
         f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
-    pending = plan_dataset(
-        config,
-        teacher.device.type,
-        planned,
-        library_versions(teacher.preprocess.decoder) | {IMPORTED: origin, IMPORTED_ROWS: known.sha256},
-    )
-    _require_these_rows(config.cache, known)  # another process may have planned the cache meanwhile
+    made_with = library_versions(teacher.preprocess.decoder) | {IMPORTED: origin, IMPORTED_ROWS: known.sha256}
+    manifest, pending = plan_dataset(planned, teacher.device.type, made_with)
+    _require_these_rows(manifest, config.cache, known)  # another process may have planned the cache meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
     made = summarize(config.cache, written, time.perf_counter() - started)
     quarantined = np.array([row.row for row in EmbeddingReader(config.cache).quarantined], np.int64)
@@ -154,15 +146,13 @@ def _nothing_matched(folder: ForeignFolder, planned: PlannedDataset) -> str:
     )
 
 
-def _require_these_rows(cache: str, known: ForeignRows) -> None:
-    """Check that the cache was begun with these rows.
+def _require_these_rows(manifest: CacheManifest | None, cache: str, known: ForeignRows) -> None:
+    """Check that the cache, if there is one, was begun with these rows.
 
     Raises:
         CacheMismatchError: the remedy is in the message.
     """
-    try:
-        manifest = read_manifest(open_files(cache))
-    except CacheNotFoundError:
+    if manifest is None:
         return
     if manifest.imported_sha256 is None:
         raise CacheMismatchError(
@@ -177,33 +167,6 @@ def _require_these_rows(cache: str, known: ForeignRows) -> None:
         )
 
 
-class _FolderRows:
-    """Rows of a folder, for a proof."""
-
-    # undecodable images are quarantined later, when their chunk is written
-    quarantined: Mapping[Place, QuarantinedRow] | None = None
-
-    def __init__(self, planned: PlannedDataset, known: ForeignRows) -> None:
-        self._samples, self._captions, self._known = planned.tables[SAMPLES], planned.tables[CAPTIONS], known
-
-    def sample(self, row: int) -> dict[str, Any]:
-        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
-        sample: dict[str, Any] = self._samples.slice(row, 1).to_pylist()[0]
-        return sample
-
-    def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
-        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
-        captions = self._captions.take(pa.array(rows)).to_pylist()
-        return [(self.sample(caption["image_row"])["sample_id"], caption["text"]) for caption in captions]
-
-    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
-        return self._known.of(tower, rows)[1]
-
-    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
-        """See :class:`teacher_cache.pipeline.precompute.sample_proof.ProvableRows`."""
-
-
 def _prove(
     config: ImportConfig, teacher: LiveTeacher, planned: PlannedDataset, known: ForeignRows, progress: Progress | None
 ) -> SampleProof:
@@ -212,11 +175,18 @@ def _prove(
     Raises:
         CacheMismatchError: a row differs from the teacher's, no sampled image can be decoded, or an image changed.
     """
-    proof = SampleProof(_FolderRows(planned, known), teacher, ImageSource(planned.dataset.root), config.threshold)
+    captions = planned.tables[CAPTIONS]
+    rows = ProvableRows(
+        planned.tables[SAMPLES],
+        lambda numbers: captions.take(pa.array(numbers)),
+        lambda tower, numbers, _: known.of(tower, numbers)[1],
+    )
+    # undecodable images are quarantined later, when their chunk is written
+    proof = SampleProof(rows, teacher, ImageSource(planned.dataset.root), config.threshold)
     batch_rows = config.batch_size or default_batch_rows(teacher.device.type)
     for tower in get_args(Tower):
-        rows = np.flatnonzero(known.sources[tower] >= 0)
-        drawn = rows[draw_rows(tower, len(rows), config.sample, config.seed)]
+        matched = np.flatnonzero(known.sources[tower] >= 0)
+        drawn = matched[draw_rows(tower, len(matched), config.sample, config.seed)]
         proof.compare(tower, drawn, np.zeros_like(drawn), batch_rows, progress)
         if len(drawn) and not proof.compared[tower]:
             raise CacheMismatchError(

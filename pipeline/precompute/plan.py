@@ -6,9 +6,10 @@ import logging
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError,
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
-from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
@@ -34,24 +35,23 @@ from teacher_cache.storage.write.writer import EmbeddingWriter
 
 __all__ = [
     "CROP_SETTINGS",
+    "MOST_SPANS",
+    "PlanSettings",
     "PlannedDataset",
     "Progress",
-    "asked_layout",
-    "asked_targets",
-    "asked_views",
     "chunk_spans",
     "dataset_identity",
     "dataset_tables",
     "default_batch_rows",
     "default_chunk_rows",
+    "existing_manifest",
     "library_versions",
-    "new_layout",
     "origin_of_reused",
     "plan_dataset",
     "plan_precompute",
     "read_dataset",
-    "refuse_to_mix",
     "require_one_origin",
+    "rows_by_tower",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -62,17 +62,120 @@ CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "fli
 """Settings of precompute, and their names in the identity (``ViewsIdentity``)."""
 # milder than ImageNet's 0.08: a caption describes the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
+MOST_SPANS = 16  # a graph that a person can read; each task run costs the server a dozen calls
 _CHUNK_ROWS = 4096  # 4 MiB at 512 float16: larger chunks read no faster
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of a run, completed from the existing cache and from the reused one. Reads each manifest once.
+
+    Attributes:
+        have: manifest of the existing cache.
+        reused: manifest of the cache that rows are copied from.
+    """
+
+    config: PrecomputeConfig
+    have: CacheManifest | None
+    reused: CacheManifest | None
+
+    @classmethod
+    def of(cls, config: PrecomputeConfig) -> PlanSettings:
+        """Read the manifests.
+
+        Raises:
+            UsageError: crop settings without random crops.
+            CacheMismatchError: the cache has fewer views, and views cannot be added.
+            CacheError: the reused cache cannot be read.
+        """
+        reused = None if config.reuse is None else read_manifest(open_files(config.reuse))
+        settings = cls(config, existing_manifest(config.cache), reused)
+        _ = settings.views
+        return settings
+
+    @property
+    def targets(self) -> TargetsIdentity:
+        """Storage type of the embeddings: from ``config``, else the existing cache, else float16."""
+        if self.config.dtype is not None:
+            return TargetsIdentity(dtype=self.config.dtype)
+        return TargetsIdentity() if self.have is None else self.have.identity.targets
+
+    @property
+    def views(self) -> ViewsIdentity:
+        """Number and crops of the views: from ``config``, else the existing cache, else the reused one."""
+        config, drawn_as = self.config, self.have or self.reused
+        if self.have is not None:
+            _require_views(config, self.have)
+        settings = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
+        count = config.views or (1 if self.have is None else self.have.identity.views.count)
+        if count == 1:
+            if any(value is not None for value in settings.values()):
+                raise UsageError(
+                    "crop_scale, crop_ratio, crop_flip and view_seed are of random crops, and there are none in 1 "
+                    "view: ask for --views 2 or more, or leave them out"
+                )
+            return ViewsIdentity(policy="evaluation")
+        recorded = {} if drawn_as is None else drawn_as.identity.views.fields()
+        drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in settings.items()}
+        return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
+
+    def identity(self, teacher: LiveTeacher, dataset: DatasetIdentity) -> CacheIdentity:
+        """Return the identity of the cache of a dataset."""
+        return CacheIdentity(
+            teacher=teacher.identity(),
+            preprocess=teacher.preprocess.identity(),
+            tokenizer=teacher.tokenizer_identity(),
+            views=self.views,
+            targets=self.targets,
+            dataset=dataset,
+        )
+
+    def layout(self, identity: CacheIdentity, device: str) -> Layout:
+        """Return the layout: chunks and batches from ``config``, else the existing cache, else by default.
+
+        Args:
+            device: type of the device that will encode, as torch names it.
+        """
+        config, rows = self.config, identity.dataset
+        fresh = Layout(
+            embed_dim=identity.teacher.embed_dim,
+            views=identity.views.count,
+            image_rows=rows.images,
+            text_rows=rows.captions,
+            image_chunk_rows=config.chunk_rows or default_chunk_rows(rows.images),
+            text_chunk_rows=config.chunk_rows or default_chunk_rows(rows.captions),
+            batch_rows=config.batch_size or default_batch_rows(device),
+            text_order="characters",
+            embedding_dtype=self.targets.layout_dtype,
+        )
+        if self.have is None:
+            return fresh
+        configured = {
+            "image_chunk_rows": config.chunk_rows,
+            "text_chunk_rows": config.chunk_rows,
+            "batch_rows": config.batch_size,
+        }
+        defaults = {name: getattr(self.have.layout, name) for name, value in configured.items() if value is None}
+        return fresh.model_copy(update={**defaults, "text_order": self.have.layout.text_order})
 
 
 @dataclass(frozen=True)
 class PlannedDataset:
     """Dataset whose files are read and digested, with the tables and identity of its cache."""
 
+    settings: PlanSettings
     spec: DatasetSpec
     dataset: SampleSet
     tables: dict[str, pa.Table]
     identity: CacheIdentity
+
+
+def existing_manifest(cache: str) -> CacheManifest | None:
+    """Return the manifest of a cache, or None if there is none."""
+    try:
+        return read_manifest(open_files(cache))
+    except CacheNotFoundError:
+        return None
 
 
 def plan_precompute(
@@ -93,40 +196,31 @@ def plan_precompute(
         CacheMismatchError: the existing cache has another identity, fewer views or other crops; or an import began
             it, and the teacher would encode the missing rows to other bytes.
     """
-    refuse_to_mix(config.cache)
-    origin = origin_of_reused(config, teacher)
-    planned = read_dataset(config, teacher, progress)
-    _tell_problems(planned.dataset)
+    settings = PlanSettings.of(config)
+    origin = origin_of_reused(settings, teacher)
+    planned = read_dataset(settings, teacher, progress)
+    for problem in planned.dataset.problems:
+        event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
     made_with = library_versions(teacher.preprocess.decoder) | origin
-    writer = _planned(config, encode_on or teacher.device.type, planned, made_with)
-    pending = _pending(writer)
-    require_one_origin(config, origin, writer.manifest, pending)
+    manifest, pending = plan_dataset(planned, encode_on or teacher.device.type, made_with)
+    require_one_origin(config, origin, manifest, pending)
     return pending
 
 
-def _tell_problems(dataset: SampleSet) -> None:
-    for problem in dataset.problems:
-        event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
-
-
-def origin_of_reused(config: PrecomputeConfig, teacher: LiveTeacher) -> dict[str, str]:
-    """Return the origin of imported rows to record, if the reused cache has any. Reads manifests only.
+def origin_of_reused(settings: PlanSettings, teacher: LiveTeacher) -> dict[str, str]:
+    """Return the origin of imported rows to record, if the reused cache has any. Reads no rows.
 
     Raises:
+        CacheMismatchError: the cache to fill is an unfinished import, which only the import can finish.
         NotReusableError: the reused cache has another teacher, preprocessing, tokenizer or dtype.
-        CacheError: its manifest cannot be read.
     """
-    if config.reuse is None:
+    config, have = settings.config, settings.reused
+    if settings.have is not None and not settings.have.sealed:
+        _refuse_imported(config.cache, settings.have)
+    if config.reuse is None or have is None:
         return {}
-    have = read_manifest(open_files(config.reuse))
     # dataset and views are compared row by row, once the files are read
-    compared = {
-        "teacher": teacher.identity(),
-        "preprocess": teacher.preprocess.identity(),
-        "tokenizer": teacher.tokenizer_identity(),
-        "targets": asked_targets(config),
-    }
-    require_reusable(have, config.reuse, have.identity.model_copy(update=compared))
+    require_reusable(have, config.reuse, settings.identity(teacher, have.identity.dataset))
     imported = have.made_with.get(IMPORTED)
     if not imported:
         return {}
@@ -157,20 +251,6 @@ def require_one_origin(
         _refuse_imported(config.cache, manifest)
 
 
-def refuse_to_mix(cache: str) -> None:
-    """Check that the cache is not an unfinished import, which only the import can finish.
-
-    Raises:
-        CacheMismatchError: the remedy is in the message.
-    """
-    try:
-        manifest = read_manifest(open_files(cache))
-    except CacheNotFoundError:
-        return
-    if not manifest.sealed:
-        _refuse_imported(cache, manifest)
-
-
 def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
     if manifest.imported_sha256:
         state = "are damaged" if manifest.sealed else "are not all there yet"
@@ -180,60 +260,47 @@ def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
         )
 
 
-def read_dataset(config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
+def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
     """Read and digest a dataset's files, and return the tables and identity of its cache. Writes nothing.
 
     Raises:
-        UsageError: crop settings without random crops; or as
-            ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
+        UsageError: as ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
     """
-    views = asked_views(config)
 
-    def count(done: int, total: int) -> None:
+    def checked(done: int, total: int) -> None:
         if progress is not None:
             progress("check files", done, total)
 
-    spec = DatasetSpec.parse(config.dataset)
-    dataset, digests = load_samples(spec, count)
+    spec = DatasetSpec.parse(settings.config.dataset)
+    dataset, digests = load_samples(spec, checked)
     tables = dataset_tables(dataset, digests)
-    identity = CacheIdentity(
-        teacher=teacher.identity(),
-        preprocess=teacher.preprocess.identity(),
-        tokenizer=teacher.tokenizer_identity(),
-        views=views,
-        targets=asked_targets(config),
-        dataset=dataset_identity(spec, tables),
-    )
-    return PlannedDataset(spec, dataset, tables, identity)
+    return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
 
 def plan_dataset(
-    config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
-) -> list[ChunkRef]:
-    """Plan as :func:`plan_precompute` does, for a dataset that is already read.
+    planned: PlannedDataset, device: str, made_with: dict[str, str]
+) -> tuple[CacheManifest, list[ChunkRef]]:
+    """Write manifest and tables, or check the existing ones; return the manifest and the pending chunks.
 
     Args:
         device: type of the device that will encode, as torch names it.
         made_with: versions of the libraries, for a new manifest.
+
+    Raises:
+        CacheMismatchError: as :func:`plan_precompute`.
     """
-    return _pending(_planned(config, device, planned, made_with))
-
-
-def _planned(
-    config: PrecomputeConfig, device: str, planned: PlannedDataset, made_with: dict[str, str]
-) -> EmbeddingWriter:
-    """Write manifest and tables, or check the existing ones; return a writer of the cache."""
-    identity, source = planned.identity, Source(dataset=str(planned.spec), image_root=planned.dataset.root)
+    identity, settings = planned.identity, planned.settings
+    cache, source = settings.config.cache, Source(dataset=str(planned.spec), image_root=planned.dataset.root)
 
     def plan(layout: Layout) -> CacheManifest:
-        return plan_cache(config.cache, identity, layout, source, planned.tables, made_with)
+        return plan_cache(cache, identity, layout, source, planned.tables, made_with)
 
-    layout = asked_layout(config, identity, device)
+    layout = settings.layout(identity, device)
     try:
         try:
             manifest = plan(layout)
         except CacheMismatchError:
-            now = asked_layout(config, identity, device)
+            now = replace(settings, have=existing_manifest(cache)).layout(identity, device)
             if now == layout:
                 raise
             manifest = plan(now)  # another process planned it first, with its own device's defaults
@@ -245,26 +312,34 @@ def _planned(
         raise CacheMismatchError(
             f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
         ) from error
-    return EmbeddingWriter(config.cache, manifest)
+    pending = EmbeddingWriter(cache, manifest).pending()
+    for tower, num_rows in rows_by_tower(manifest.layout, pending).items():
+        event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=num_rows)
+    return manifest, pending
 
 
-def _pending(writer: EmbeddingWriter) -> list[ChunkRef]:
-    """Report the rows to telemetry and return the pending chunks."""
-    pending = writer.pending()
-    rows = Counter({"image": 0, "text": 0})
-    for ref in pending:
-        rows[ref.tower] += len(ref.rows(writer.manifest.layout))
-    for tower, count in rows.items():
-        event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=count)
-    return pending
+def rows_by_tower(layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
+    """Count the rows of some chunks by tower. Each view of an image counts as a row."""
+    rows: dict[Tower, int] = {"image": 0, "text": 0}
+    for ref in refs:
+        rows[ref.tower] += len(ref.rows(layout))
+    return rows
 
 
-def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int) -> list[list[ChunkRef]]:
+def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int | None = None) -> list[list[ChunkRef]]:
     """Cut pending chunks into spans for separate tasks, each within one tower.
 
     All views of the same images stay in one span, so that an image is read once.
+
+    Args:
+        chunks_per_span: maximum number of chunks. Default: one that gives at most 16 spans.
     """
-    spans: list[list[ChunkRef]] = []
+    if chunks_per_span is None:
+        size = max(1, ceil(len(pending) / MOST_SPANS))
+        while len(spans := chunk_spans(pending, size)) > MOST_SPANS:
+            size += ceil(size / MOST_SPANS)
+        return spans
+    spans = []
     for stretch in stretches_of(pending):
         if spans and len(spans[-1]) + len(stretch) <= chunks_per_span and spans[-1][0].tower == stretch[0].tower:
             spans[-1].extend(stretch)
@@ -317,45 +392,6 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
     )
 
 
-def asked_targets(config: PrecomputeConfig) -> TargetsIdentity:
-    """Return the storage type of the embeddings: from ``config``, else the existing cache, else float16."""
-    if config.dtype is not None:
-        return TargetsIdentity(dtype=config.dtype)
-    try:
-        return read_manifest(open_files(config.cache)).identity.targets
-    except CacheNotFoundError:
-        return TargetsIdentity()
-
-
-def asked_views(config: PrecomputeConfig) -> ViewsIdentity:
-    """Return number and settings of the views: from ``config``, else the existing cache, else the reused one.
-
-    Raises:
-        UsageError: crop settings without random crops.
-        CacheMismatchError: the cache has fewer views, and views cannot be added.
-    """
-    have, drawn_as = ViewsIdentity(policy="evaluation"), None
-    try:
-        manifest = read_manifest(open_files(config.cache))
-        have = drawn_as = manifest.identity.views
-        _require_views(config, manifest)
-    except CacheNotFoundError:
-        if config.reuse is not None:
-            drawn_as = read_manifest(open_files(config.reuse)).identity.views
-    count = config.views or have.count
-    settings = {name: getattr(config, setting) for setting, name in CROP_SETTINGS.items()}
-    if count == 1:
-        if any(value is not None for value in settings.values()):
-            raise UsageError(
-                "crop_scale, crop_ratio, crop_flip and view_seed are of random crops, and there are none in 1 view: "
-                "ask for --views 2 or more, or leave them out"
-            )
-        return ViewsIdentity(policy="evaluation")
-    recorded = {} if drawn_as is None else drawn_as.fields()
-    drawn = {name: recorded.get(name, _CROPS[name]) if value is None else value for name, value in settings.items()}
-    return ViewsIdentity(policy="random-resized-crop", count=count, **drawn)
-
-
 def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
     """Check that a cache has the views that ``config`` names.
 
@@ -387,40 +423,6 @@ def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
     raise CacheMismatchError(
         f"{config.cache}: views.count: {count} in the cache, {config.views} asked for, and a cache never changes. "
         f"{way_out}"
-    )
-
-
-def asked_layout(config: PrecomputeConfig, identity: CacheIdentity, device: str) -> Layout:
-    """Return the layout: chunks and batches from ``config``, else from the existing cache, else by default."""
-    rows = identity.dataset
-    fresh = new_layout(config, device, identity.teacher.embed_dim, identity.views.count, rows.images, rows.captions)
-    try:
-        have = read_manifest(open_files(config.cache)).layout
-    except CacheNotFoundError:
-        return fresh
-    configured = {
-        "image_chunk_rows": config.chunk_rows,
-        "text_chunk_rows": config.chunk_rows,
-        "batch_rows": config.batch_size,
-    }
-    defaults = {name: getattr(have, name) for name, value in configured.items() if value is None}
-    return fresh.model_copy(update={**defaults, "text_order": have.text_order})
-
-
-def new_layout(
-    config: PrecomputeConfig, device: str, embed_dim: int, views: int, image_rows: int, text_rows: int
-) -> Layout:
-    """Return the layout of a new cache: chunks and batches from ``config``, else by rows and type of device."""
-    return Layout(
-        embed_dim=embed_dim,
-        views=views,
-        image_rows=image_rows,
-        text_rows=text_rows,
-        image_chunk_rows=config.chunk_rows or default_chunk_rows(image_rows),
-        text_chunk_rows=config.chunk_rows or default_chunk_rows(text_rows),
-        batch_rows=config.batch_size or default_batch_rows(device),
-        text_order="characters",
-        embedding_dtype=asked_targets(config).layout_dtype,
     )
 
 

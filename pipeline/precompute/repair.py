@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
+from teacher_cache.pipeline.data.datasets.records import data_folder
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples, require_content
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.repair import RepairPlan, plan_repair, restore
 from teacher_cache.storage.check.verify import Finding, verify_cache
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES, table_files
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 if TYPE_CHECKING:
-    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
     from teacher_cache.pipeline.models.teacher import LiveTeacher
 
 __all__ = ["RepairResult", "repair", "teacher_of"]
@@ -89,9 +89,7 @@ def repair(
     plan, imported = _without_imported(plan_repair(cache, checked))
     report, done, replaced = plan.report, list[str](), None
     if not plan.empty:
-        sources = _sources(plan, dataset, teacher, pretrained, device, progress)
-        # first write: every check is done
-        done = restore(plan) + _write_tables(cache, sources) + _encode(plan, sources, device, progress)
+        done = _mend(plan, dataset, teacher, pretrained, device, progress)
         if plan.seal:
             sealed = EmbeddingWriter(cache).seal()
             if sealed != plan.manifest:
@@ -121,56 +119,34 @@ def _without_imported(plan: RepairPlan) -> tuple[RepairPlan, tuple[str, ...]]:
     return replace(plan, chunks=chunks, seal=plan.seal and not imported), imported
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Sources of a repair: the dataset, bytes of damaged tables, and the teacher of damaged chunks."""
-
-    spec: DatasetSpec | None
-    tables: dict[str, bytes]
-    teacher: LiveTeacher | None
-
-
-def _sources(
+def _mend(
     plan: RepairPlan,
     dataset: str | None,
     teacher: str | None,
     pretrained: str | None,
     device: str,
     progress: Progress | None,
-) -> _Sources:
-    """Open and check every source of the repair before anything is written. Raises as :func:`repair`."""
-    needs_dataset = plan.tables or any(ref.tower == "image" for ref in plan.chunks)
-    spec = _dataset(plan, dataset) if needs_dataset else None
-    tables, contents = _tables(plan, spec, progress) if spec and plan.tables else ({}, {})
+) -> list[str]:
+    """Check every source of a repair, then write. Return a line per object and chunk. Raises as :func:`repair`."""
+    cache, manifest = plan.report.location, plan.manifest
+    spec = DatasetSpec.parse(dataset or manifest.source.dataset)
+    tables, contents = _tables(plan, spec, progress) if plan.tables else ({}, {})
     live = _teacher(plan, teacher, pretrained, device) if plan.chunks else None
-    if spec is not None and plan.chunks:
+    if any(ref.tower == "image" for ref in plan.chunks):
         _require_images(plan, spec, tables.get(SAMPLES))
-    return _Sources(spec, contents, live)
 
-
-def _write_tables(cache: str, sources: _Sources) -> list[str]:
-    """Write the damaged tables again; return a line for each file."""
-    files = open_files(cache)
-    for key, data in sources.tables.items():
+    done, files = restore(plan), open_files(cache)
+    for key, data in contents.items():
         files.write(key, data)
-    return [f"{key}: made again from {sources.spec}" for key in sources.tables]
+        done.append(f"{key}: made again from {spec}")
+    if live is not None:
+        from teacher_cache.pipeline.precompute.encode import encode_chunks
 
-
-def _encode(plan: RepairPlan, sources: _Sources, device: str, progress: Progress | None) -> list[str]:
-    """Encode the damaged chunks again; return a line for each."""
-    if sources.teacher is None:
-        return []
-    from teacher_cache.pipeline.precompute.encode import encode_chunks
-
-    # not encode_shared: it skips sound chunks, and an old chunk copied back is sound by itself
-    config = PrecomputeConfig(
-        dataset=str(sources.spec or plan.manifest.source.dataset),
-        teacher=sources.teacher.name,
-        cache=plan.report.location,
-        device=device,
-    )
-    encode_chunks(config, sources.teacher, plan.chunks, progress)
-    return [f"{ref.name}: encoded again" for ref in plan.chunks]
+        # not encode_shared: it skips sound chunks, and an old chunk copied back is sound by itself
+        config = PrecomputeConfig(dataset=str(spec), teacher=live.name, cache=cache, device=device)
+        encode_chunks(config, live, plan.chunks, progress)
+        done += [f"{ref.name}: encoded again" for ref in plan.chunks]
+    return done
 
 
 def teacher_of(
@@ -192,12 +168,6 @@ def teacher_of(
     return recorded.name, pretrained or recorded.pretrained
 
 
-def _dataset(plan: RepairPlan, given: str | None) -> DatasetSpec:
-    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
-
-    return DatasetSpec.parse(given or plan.manifest.source.dataset)
-
-
 def _tables(
     plan: RepairPlan, spec: DatasetSpec, progress: Progress | None
 ) -> tuple[dict[str, pa.Table], dict[str, bytes]]:
@@ -206,7 +176,6 @@ def _tables(
     Raises:
         CacheMismatchError: it is another dataset, or the new bytes differ from the recorded ones.
     """
-    from teacher_cache.pipeline.data.datasets.samples import load_samples
     from teacher_cache.pipeline.precompute.plan import dataset_identity, dataset_tables
 
     def count(done: int, total: int) -> None:
@@ -261,13 +230,10 @@ def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | Non
     Raises:
         CacheMismatchError: an image is missing or has changed.
     """
-    from teacher_cache.pipeline.data.datasets.records import data_folder
-    from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
-
     cache, manifest = plan.report.location, plan.manifest
     table = TableRows(open_files(cache), manifest, SAMPLES)
     source = ImageSource(data_folder(spec.root))
-    for row in _image_rows(manifest, plan.chunks):
+    for row in sorted({row for ref in plan.chunks if ref.tower == "image" for row in ref.rows(manifest.layout)}):
         of_row = table.read(range(row, row + 1)) if samples is None else samples.slice(row, 1)
         sample = of_row.to_pylist()[0]
         where = source.resolve(sample["uri"])
@@ -279,7 +245,3 @@ def _require_images(plan: RepairPlan, spec: DatasetSpec, samples: pa.Table | Non
                 f"it is now with --dataset KIND:PATH (it was {manifest.source.dataset})."
             ) from error
         require_content(data, sample["content_sha256"], where)
-
-
-def _image_rows(manifest: CacheManifest, chunks: Sequence[ChunkRef]) -> list[int]:
-    return sorted({row for ref in chunks if ref.tower == "image" for row in ref.rows(manifest.layout)})

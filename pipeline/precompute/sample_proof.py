@@ -14,9 +14,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
@@ -39,7 +40,6 @@ from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 __all__ = [
-    "Place",
     "ProofResult",
     "ProvableRows",
     "ProvenReport",
@@ -164,61 +164,62 @@ def draw_rows(tower: Tower, count: int, sample: int, seed: int) -> NDArray[np.in
     return np.sort(rng.choice(count, min(sample, count), replace=False)).astype(np.int64)
 
 
-class ProvableRows(Protocol):
-    """Rows to prove, with the teacher's input for each.
+class ProvableRows:
+    """Rows of view 0 to prove, with the teacher's input for each.
+
+    Args:
+        samples: samples table.
+        captions: reads rows of the captions table.
+        stored: reads embeddings, (rows, dim), by tower, rows and views.
 
     Attributes:
         quarantined: quarantined rows by row and view. None: undecodable images are skipped.
     """
 
-    quarantined: Mapping[Place, QuarantinedRow] | None
+    quarantined: Mapping[Place, QuarantinedRow] | None = None
+
+    def __init__(
+        self,
+        samples: pa.Table,
+        captions: Callable[[NDArray[np.int64]], pa.Table],
+        stored: Callable[[Tower, NDArray[np.int64], NDArray[np.int64]], NDArray[Any]],
+    ) -> None:
+        self._samples, self._captions, self.stored = samples, captions, stored
 
     def sample(self, row: int) -> dict[str, Any]:
         """Return a row of the samples table."""
-
-    def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
-        """Return the sample_id and text of some captions."""
-
-    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """Return embeddings, (rows, dim)."""
-
-    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any] | None:
-        """Return crops in the form of ``image/view``, or None if none are stored."""
-
-
-class _CacheRows:
-    """Rows of a finished cache."""
-
-    def __init__(self, reader: EmbeddingReader) -> None:
-        self._reader = reader
-        self.quarantined: Mapping[Place, QuarantinedRow] | None = {
-            (row, view): record for view in range(reader.views) for row, record in reader.quarantined_in(view).items()
-        }
-
-    def sample(self, row: int) -> dict[str, Any]:
-        """See :class:`ProvableRows`."""
-        sample: dict[str, Any] = self._reader.samples.slice(row, 1).to_pylist()[0]
+        sample: dict[str, Any] = self._samples.slice(row, 1).to_pylist()[0]
         return sample
 
     def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
-        """See :class:`ProvableRows`."""
-        captions = self._reader.table_rows(CAPTIONS, rows).to_pylist()
-        samples = self._reader.samples["sample_id"]
-        return [(samples[caption["image_row"]].as_py(), caption["text"]) for caption in captions]
-
-    def stored(self, tower: Tower, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """See :class:`ProvableRows`."""
-        return self._reader.take(tower, rows, views)
+        """Return the sample_id and text of some captions."""
+        captions = self._captions(rows).to_pylist()
+        return [(self.sample(caption["image_row"])["sample_id"], caption["text"]) for caption in captions]
 
     def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any] | None:
-        """See :class:`ProvableRows`."""
+        """Return crops in the form of ``image/view``, or None if none are stored."""
+        return None
+
+
+class _CacheRows(ProvableRows):
+    """Rows of all views of a finished cache."""
+
+    def __init__(self, reader: EmbeddingReader) -> None:
+        super().__init__(reader.samples, lambda rows: reader.table_rows(CAPTIONS, rows), reader.take)
+        self._reader = reader
+        self.quarantined = {
+            (row, view): record for view in range(reader.views) for row, record in reader.quarantined_in(view).items()
+        }
+
+    def crops(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the stored crops."""
         return self._reader.take("image", rows, views, array="view")
 
     def crop(self, row: int, view: int, sample: dict[str, Any], size: tuple[int, int]) -> Crop:
         """Return the stored crop; draw it for a quarantined row, which has none."""
         if self.quarantined and (row, view) in self.quarantined:
             return draw_crop(self._reader.manifest.identity.views, sample["content_sha256"], view, *size)
-        return Crop.from_row(self._reader.take("image", np.array([row]), view, array="view")[0])
+        return Crop.from_row(self.crops(np.array([row]), np.array([view]))[0])
 
 
 @dataclass(frozen=True)

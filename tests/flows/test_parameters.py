@@ -18,11 +18,10 @@ from prefect.utilities.callables import parameter_schema
 
 from teacher_cache.flows.deploy_student import deploy_student
 from teacher_cache.flows.evaluate_student import evaluate_student
-from teacher_cache.flows.precompute_teacher import precompute_teacher
+from teacher_cache.flows.precompute_teacher import precompute_teacher, span_name
 from teacher_cache.flows.retrain_student import retrain_student
-from teacher_cache.flows.spans import MOST_SPANS, Span, default_chunks_per_span
 from teacher_cache.flows.train_student import train_student
-from teacher_cache.pipeline.precompute.plan import chunk_spans
+from teacher_cache.pipeline.precompute.plan import MOST_SPANS, chunk_spans
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -169,14 +168,17 @@ refs = st.builds(
 @given(refs)
 def test_spans_hold_every_pending_chunk_once_and_are_few(pending):
     """No more than 16, each within one tower and view, also when chunks in between are done."""
-    spans = [Span.of(part) for part in chunk_spans(pending, default_chunks_per_span(pending))]
-    assert sorted(ref for span in spans for ref in span.refs()) == sorted(pending)
-    of_rows = [{(ref.tower, ref.chunk) for ref in span.refs()} for span in spans]
+    spans = chunk_spans(pending)
+    assert sorted(ref for span in spans for ref in span) == sorted(pending)
+    of_rows = [{(ref.tower, ref.chunk) for ref in span} for span in spans]
     assert sum(map(len, of_rows)) == len(set.union(set(), *of_rows))  # the views of an image are in one span
     assert len(spans) <= MOST_SPANS
-    assert len({span.name for span in spans}) == len(spans)
+    for cut in (spans, chunk_spans(pending, 3)):
+        assert all(len({ref.tower for ref in span}) == 1 for span in cut)
+    assert all(len(span) <= 3 for span in chunk_spans(pending, 3))
+    assert len({span_name(span) for span in spans}) == len(spans)
 
 
 def test_span_names_are_the_names_of_their_ends():
-    assert Span(tower="image", chunks=((0, 0), (1, 0), (0, 3))).name == "image-000000-000003"
-    assert Span(tower="text", chunks=((0, 12),)).name == "text-000012-000012"
+    assert span_name([ChunkRef("image", *at) for at in ((0, 0), (1, 0), (0, 3))]) == "image-000000-000003"
+    assert span_name([ChunkRef("text", 0, 12)]) == "text-000012-000012"

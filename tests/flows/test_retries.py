@@ -14,10 +14,11 @@ from teacher_cache.flows import evaluate_student, precompute_teacher, train_stud
 from teacher_cache.flows.deploy_student import deploy_run
 from teacher_cache.flows.evaluate_student import evaluate_run
 from teacher_cache.flows.precompute_teacher import encode_span, fan_out, plan, seal
-from teacher_cache.flows.retries import RETRIES, RETRY_DELAYS, is_transient, retry_transient
+from teacher_cache.flows.retries import RETRIES, RETRY_DELAYS, retry_transient
 from teacher_cache.flows.train_student import train_run
 from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.storage import errors
+from teacher_cache.storage.files.transient import is_transient
 
 
 def http_error(status):
@@ -72,6 +73,7 @@ def test_time_that_ran_out_is_final():
     """Prefect's timeout_seconds raises a TimeoutError, as a slow network does."""
     assert is_transient(TaskRunTimeoutError())
     assert not retry_transient(None, None, SimpleNamespace(data=TaskRunTimeoutError()))
+    assert not retry_transient(None, None, SimpleNamespace(data=None))
 
 
 @pytest.mark.parametrize("error", PERMANENT, ids=repr)
@@ -87,21 +89,15 @@ def test_what_an_error_was_made_of_does_not_count():
     assert not is_transient(error)
 
 
-def test_a_state_without_exception_is_not_retried():
-    assert not retry_transient(None, None, SimpleNamespace(data=None))
-
-
-def test_tasks_wait_longer_each_time_and_training_is_never_repeated():
+def test_tasks_wait_longer_each_time_keep_no_results_and_training_is_never_repeated():
+    """The store says what is done."""
     assert len(RETRY_DELAYS) == RETRIES
     assert sorted(RETRY_DELAYS) == RETRY_DELAYS
-    for task in (plan, encode_span, fan_out, seal, evaluate_run, deploy_run, *REPORTS):
-        assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
-        assert task.retry_condition_fn is retry_transient
-    assert train_run.retries == 0
-
-
-def test_no_task_keeps_results_or_is_cached():
-    """The store says what is done."""
     for task in (plan, encode_span, fan_out, seal, train_run, evaluate_run, deploy_run, *REPORTS):
         assert task.persist_result is False
         assert task.cache_policy.compute_key(None, {}, {}) is None
+        if task is train_run:
+            assert task.retries == 0
+            continue
+        assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
+        assert task.retry_condition_fn is retry_transient

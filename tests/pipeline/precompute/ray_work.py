@@ -27,6 +27,7 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest
 from tests.object_store import ObjectStore
+from tests.pipeline.precompute.conftest import make_config
 
 REPOSITORY = Path(__file__).parents[3]
 IMAGES, BATCH, CHUNK = 48, 2, 4
@@ -116,16 +117,8 @@ def until(true: Callable[[], Any]) -> None:
 
 
 def config_of(spec: dict[str, Any], location: str, **settings: Any) -> PrecomputeConfig:
-    return PrecomputeConfig(
-        dataset=f"flickr:{spec['photos']}",
-        teacher=f"local-dir:{spec['teacher']}",
-        cache=location,
-        device="cpu",
-        batch_size=BATCH,
-        chunk_rows=CHUNK,
-        decode_threads=1,
-        **settings,
-    )
+    small = {"batch_size": BATCH, "chunk_rows": CHUNK, "decode_threads": 1}
+    return make_config(spec["photos"], spec["teacher"], location, **small, **settings)
 
 
 def local(spec: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos
+from tests.pipeline.precompute.conftest import make_config
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'teacher-cache[ray]'")
 from teacher_cache.pipeline.precompute.ray_executor import EncodeActor, Outcome
@@ -27,14 +28,7 @@ class NotPortable(Exception):
 @pytest.fixture
 def config(tiny_teacher: Path, tmp_path: Path) -> PrecomputeConfig:
     photos = write_photos(tmp_path / "photos", 8)
-    config = PrecomputeConfig(
-        dataset=f"flickr:{photos}",
-        teacher=f"local-dir:{tiny_teacher}",
-        cache=str(tmp_path / "c"),
-        device="cpu",
-        chunk_rows=4,
-        decode_threads=1,
-    )
+    config = make_config(photos, tiny_teacher, tmp_path / "c", batch_size=None, chunk_rows=4, decode_threads=1)
     plan_precompute(config, load_teacher(config.teacher, device="cpu"))
     return config
 

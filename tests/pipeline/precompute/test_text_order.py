@@ -11,17 +11,16 @@ import pyarrow as pa
 import pytest
 import zarr
 
-import teacher_cache.pipeline.precompute.plan
 from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
-from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.plan import PlanSettings, plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest_file import read_manifest
+from tests.pipeline.precompute.conftest import contents, make_config
 
-IMAGES, BATCH, CHUNK = 24, 4, 16
+IMAGES = 24
 
 
 @pytest.fixture
@@ -31,24 +30,15 @@ def settings(make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Pat
     lines = (photos / "captions.txt").read_text().splitlines()
     words = [line.split(",", 1)[0] + "," + " ".join(["dog"] * (12 if at % 2 else 3)) for at, line in enumerate(lines)]
     (photos / "captions.txt").write_text("\n".join([lines[0], *words[1:]]) + "\n")
-    return PrecomputeConfig(
-        dataset=f"flickr:{photos}",
-        teacher=f"local-dir:{tiny_teacher}",
-        cache=str(tmp_path / "c"),
-        device="cpu",
-        batch_size=BATCH,
-        chunk_rows=CHUNK,
-    )
+    return make_config(photos, tiny_teacher, tmp_path / "c", chunk_rows=16)
 
 
 def by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches planned from here on are those of before there was an order."""
-    new_layout = teacher_cache.pipeline.precompute.plan.new_layout
-
-    def without(*settings: Any) -> Layout:
-        return new_layout(*settings).model_copy(update={"text_order": None})
-
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.plan, "new_layout", without)
+    layout = PlanSettings.layout
+    monkeypatch.setattr(
+        PlanSettings, "layout", lambda self, *of: layout(self, *of).model_copy(update={"text_order": None})
+    )
 
 
 def test_texts_are_ordered_by_characters_and_equal_ones_stay_as_they_are() -> None:
@@ -94,9 +84,4 @@ def test_a_cache_of_before_there_was_an_order_goes_on_by_row(
     assert len(left) == len(begun) - 2
     encode_chunks(settings, teacher, left)
     assert read_manifest(open_files(settings.cache)).layout.text_order is None
-    assert _targets(settings.cache) == _targets(whole.cache)
-
-
-def _targets(cache: str) -> dict[str, bytes]:
-    folder = Path(cache) / "targets.zarr"
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert contents(Path(settings.cache) / "targets.zarr") == contents(Path(whole.cache) / "targets.zarr")
