@@ -152,13 +152,19 @@ def _swap(cache: Path, a: str, b: str) -> None:
     (cache / b).write_bytes(first)
 
 
-def _swapped_chunks(rng: random.Random, cache: Path, others: Others) -> Damage:
-    refs = _layout_refs(cache)
-    tower = rng.choice(["image", "text"])
-    name = rng.choice(["embedding", "norm"])
-    a, b = rng.sample([ref for ref in refs if ref.tower == tower], 2)
-    _swap(cache, a.object_keys()[name], b.object_keys()[name])
-    return Damage({a.object_keys()[name], b.object_keys()[name]}, {(a, name), (b, name)})
+def _swapped(*names: str) -> Callable[[random.Random, Path, Others], Damage]:
+    """An object of two chunks of one tower, each in the place of the other: sound by their own checksums."""
+
+    def do(rng: random.Random, cache: Path, others: Others) -> Damage:
+        layout = _layout_of(cache)
+        tower, name = rng.choice(["image", "text"]), rng.choice(names)
+        a, b = rng.sample([ref for ref in all_chunks(layout) if ref.tower == tower], 2)
+        left, right = a.object_keys(layout)[name], b.object_keys(layout)[name]
+        _swap(cache, left, right)
+        read_as = "embedding" if name == "scale" else name
+        return Damage({left, right}, {(a, read_as), (b, read_as)})
+
+    return do
 
 
 def _swapped_towers(rng: random.Random, cache: Path, others: Others) -> Damage:
@@ -195,29 +201,20 @@ def _copy(source: Path, cache: Path, keys: list[str]) -> None:
         (cache / key).write_bytes(data)
 
 
-def _foreign_chunk_and_commit(rng: random.Random, cache: Path, others: Others) -> Damage:
-    ref = rng.choice(_layout_refs(cache))
-    _copy(others.foreign, cache, [ref.commit_key, *ref.object_keys(_layout_of(cache)).values()])
-    return Damage({ref.commit_key}, None)
+def _stolen(whose: str, *names: str) -> Callable[[random.Random, Path, Others], Damage]:
+    """Objects of a chunk as they are in another cache; without names all of them and their commit, sound together."""
 
+    def do(rng: random.Random, cache: Path, others: Others) -> Damage:
+        layout = _layout_of(cache)
+        ref = rng.choice(all_chunks(layout))
+        keys = ref.object_keys(layout)
+        stolen = [keys[name] for name in names] or [ref.commit_key, *keys.values()]
+        _copy(getattr(others, whose), cache, stolen)
+        if not names:
+            return Damage({ref.commit_key}, None)
+        return Damage(set(stolen), {(ref, "embedding" if name == "scale" else name) for name in names})
 
-def _foreign_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
-    ref = rng.choice(_layout_refs(cache))
-    _copy(others.foreign, cache, [ref.object_keys()["embedding"]])
-    return Damage({ref.object_keys()["embedding"]}, {(ref, "embedding")})
-
-
-def _rolled_back_chunk(rng: random.Random, cache: Path, others: Others) -> Damage:
-    """Old bytes with their old commit: sound by themselves, and not what was sealed."""
-    ref = rng.choice(_layout_refs(cache))
-    _copy(others.older, cache, [ref.commit_key, *ref.object_keys(_layout_of(cache)).values()])
-    return Damage({ref.commit_key}, None)
-
-
-def _rolled_back_object(rng: random.Random, cache: Path, others: Others) -> Damage:
-    ref = rng.choice(_layout_refs(cache))
-    _copy(others.older, cache, [ref.object_keys()["norm"]])
-    return Damage({ref.object_keys()["norm"]}, {(ref, "norm")})
+    return do
 
 
 def _unsealed_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
@@ -228,17 +225,15 @@ def _unsealed_manifest(rng: random.Random, cache: Path, others: Others) -> Damag
     return Damage({MANIFEST_KEY}, None)
 
 
-def _older_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
+def _stolen_manifest(whose: str) -> Callable[[random.Random, Path, Others], Damage]:
     """A manifest that was sealed with other commits, in the place of either file."""
-    key = rng.choice([MANIFEST_KEY, BACKUP_KEY])
-    _copy(others.older, cache, [key])
-    return Damage({key}, None if key == MANIFEST_KEY else set())
 
+    def do(rng: random.Random, cache: Path, others: Others) -> Damage:
+        key = rng.choice([MANIFEST_KEY, BACKUP_KEY])
+        _copy(getattr(others, whose), cache, [key])
+        return Damage({key}, None if key == MANIFEST_KEY else set())
 
-def _foreign_manifest(rng: random.Random, cache: Path, others: Others) -> Damage:
-    key = rng.choice([MANIFEST_KEY, BACKUP_KEY])
-    _copy(others.foreign, cache, [key])
-    return Damage({key}, None if key == MANIFEST_KEY else set())
+    return do
 
 
 def _swapped_notes(rng: random.Random, cache: Path, others: Others) -> Damage:
@@ -254,42 +249,25 @@ KINDS: dict[str, Callable[[random.Random, Path, Others], Damage]] = {
         for files in FILES
         if (kind, files) != ("deleted", "note")  # observation only; a note that is not there costs nothing
     },
-    "swapped-chunks": _swapped_chunks,
+    "swapped-chunks": _swapped("embedding", "norm"),
     "swapped-towers": _swapped_towers,
     "swapped-commits": _swapped_commits,
     "swapped-chunks-and-commits": _swapped_chunks_and_commits,
-    "foreign-chunk-and-commit": _foreign_chunk_and_commit,
-    "foreign-chunk": _foreign_chunk,
-    "rolled-back-chunk-and-commit": _rolled_back_chunk,
-    "rolled-back-object": _rolled_back_object,
+    "foreign-chunk-and-commit": _stolen("foreign"),
+    "foreign-chunk": _stolen("foreign", "embedding"),
+    "rolled-back-chunk-and-commit": _stolen("older"),
+    "rolled-back-object": _stolen("older", "norm"),
     "unsealed-manifest": _unsealed_manifest,
-    "older-manifest": _older_manifest,
-    "foreign-manifest": _foreign_manifest,
+    "older-manifest": _stolen_manifest("older"),
+    "foreign-manifest": _stolen_manifest("foreign"),
     "swapped-notes": _swapped_notes,
 }
 
 
-def _swapped_scales(rng: random.Random, cache: Path, others: Others) -> Damage:
-    """Two chunks that read each other's scales: both sound by their own checksums."""
-    tower, layout = rng.choice(["image", "text"]), _layout_of(cache)
-    a, b = rng.sample([ref for ref in all_chunks(layout) if ref.tower == tower], 2)
-    left, right = a.object_keys(layout)["scale"], b.object_keys(layout)["scale"]
-    _swap(cache, left, right)
-    return Damage({left, right}, {(a, "embedding"), (b, "embedding")})
-
-
-def _foreign_scale(rng: random.Random, cache: Path, others: Others) -> Damage:
-    layout = _layout_of(cache)
-    ref = rng.choice(all_chunks(layout))
-    key = ref.object_keys(layout)["scale"]
-    _copy(others.foreign, cache, [key])
-    return Damage({key}, {(ref, "embedding")})
-
-
 SCALE_KINDS: dict[str, Callable[[random.Random, Path, Others], Damage]] = {
     **{f"{kind}:{files}": _one_file(kind, files) for kind in (*_IN_PLACE, "deleted") for files in SCALES},
-    "swapped-scales": _swapped_scales,
-    "foreign-scale": _foreign_scale,
+    "swapped-scales": _swapped("scale"),
+    "foreign-scale": _stolen("foreign", "scale"),
 }
 """What can befall a cache of int8 besides."""
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,34 @@ from typing import Any
 
 import pytest
 
-from tests.kill_switch import KillSwitch
-
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "teacher_cache.pipeline.precompute.run"])
+
+
+Event = tuple[str, str]
+"""What happened, and to which object."""
+
+
+class KillSwitch:
+    """Call it with (kind, key) for each event; at event ``kill_at`` it sends its own process SIGKILL."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.events: list[Event] = []
+        self._kill_at = kill_at
+        self._lock = threading.Lock()
+
+    def __call__(self, kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
+        """Note an event.
+
+        Args:
+            ruin: called before the kill: what a kill in the middle of it leaves.
+        """
+        with self._lock:  # events come from several threads
+            if len(self.events) == self._kill_at:
+                if ruin is not None:
+                    ruin()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.events.append((kind, key))
 
 
 def start(
@@ -88,17 +114,11 @@ def passes_of(out: Path) -> Path:
 
 
 def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
-    import teacher_cache.pipeline.precompute.chunk_work
     from teacher_cache.pipeline.models.teacher import LiveTeacher
+    from teacher_cache.pipeline.precompute import chunk_work
     from teacher_cache.storage.files.remote import RemoteFiles
 
-    sync, decode, images, texts = (
-        os.fsync,
-        teacher_cache.pipeline.precompute.chunk_work.open_image,
-        LiveTeacher.encode_images,
-        LiveTeacher.encode_texts,
-    )
-    put, create = RemoteFiles.write, RemoteFiles.create
+    sync, decode, put, create = os.fsync, chunk_work.open_image, RemoteFiles.write, RemoteFiles.create
     root = Path(cache).resolve()
 
     def fsync(descriptor: int) -> None:
@@ -117,21 +137,16 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         happens("decode", "")
         return decode(data, decoder)
 
-    def encode_images(self: LiveTeacher, pixels: Any) -> Any:
-        time.sleep(teacher_seconds)
-        encoded = images(self, pixels)
-        with passes.open("ab") as file:
-            file.write(b".")
-        happens("teacher", "image")
-        return encoded
+    def watched(tower: str, encode: Callable[..., Any]) -> Any:
+        def call(self: LiveTeacher, batch: Any) -> Any:
+            time.sleep(teacher_seconds)
+            encoded = encode(self, batch)
+            with passes.open("ab") as file:
+                file.write(b".")
+            happens("teacher", tower)
+            return encoded
 
-    def encode_texts(self: LiveTeacher, tokens: Any) -> Any:
-        time.sleep(teacher_seconds)
-        encoded = texts(self, tokens)
-        with passes.open("ab") as file:
-            file.write(b".")
-        happens("teacher", "text")
-        return encoded
+        return call
 
     def write(self: RemoteFiles, key: str, data: bytes) -> None:
         happens("before put", key)
@@ -143,7 +158,7 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         happens("after create", key)
         return made
 
-    os.fsync = fsync
-    teacher_cache.pipeline.precompute.chunk_work.open_image = open_image
-    LiveTeacher.encode_images, LiveTeacher.encode_texts = encode_images, encode_texts  # type: ignore[method-assign]
+    os.fsync, chunk_work.open_image = fsync, open_image
+    LiveTeacher.encode_images = watched("image", LiveTeacher.encode_images)  # type: ignore[method-assign]
+    LiveTeacher.encode_texts = watched("text", LiveTeacher.encode_texts)  # type: ignore[method-assign]
     RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]

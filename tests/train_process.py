@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.kill_switch import KillSwitch
-from tests.precompute_process import FORK_SERVER
+from tests.precompute_process import FORK_SERVER, KillSwitch
 
 FORK_SERVER.set_forkserver_preload(
     ["tests.precompute_process", "teacher_cache.pipeline.precompute.run", "teacher_cache.pipeline.train.loop"]

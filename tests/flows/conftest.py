@@ -137,6 +137,13 @@ class Serve:
             time.sleep(0.2)
         return logs
 
+    def until_committed(self, cache: Path) -> None:
+        """Return when three chunks of a cache are committed."""
+        until = time.monotonic() + 120
+        while committed(cache) < 3:
+            assert time.monotonic() < until, self.worker_log()
+            time.sleep(0.05)
+
     def worker_log(self) -> str:
         return self.log.read_text()
 
@@ -167,6 +174,10 @@ class Serve:
         return code
 
 
+def committed(cache: Path) -> int:
+    return len(list((cache / "commits").rglob("*.json")))
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -186,6 +197,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     assert code == 0
     said = [line for line in serve.log.read_text().splitlines() if line.startswith("stop")]
     assert said == ["stopping the worker", "stopping the server", "stopped"]
+
+
+@pytest.fixture
+def here(served: Serve, tmp_path: Path) -> Iterator[Serve]:
+    """Flows called in this process report to the server."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}):
+        yield served
 
 
 @pytest.fixture(scope="session")

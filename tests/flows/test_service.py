@@ -15,7 +15,7 @@ import pytest
 
 from teacher_cache.flows import precompute_teacher as flow_module
 from teacher_cache.storage.check.verify import verify_cache
-from tests.flows.conftest import CAPTIONS, IMAGES, Serve, precompute_settings, running
+from tests.flows.conftest import CAPTIONS, IMAGES, Serve, committed, precompute_settings, running
 from tests.object_store import free_ports
 
 pytestmark = pytest.mark.service
@@ -86,10 +86,8 @@ def test_a_student_is_trained_and_measured(served, trained):
     assert table["measured checkpoint"].startswith("checkpoints/best-epoch-")
 
 
-def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, pictures, tiny_teacher, tmp_path, monkeypatch):
+def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(here, pictures, tiny_teacher, tmp_path, monkeypatch):
     """In this process, against the real server, with an encoder that fails once in the middle of a span."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-
     import teacher_cache.pipeline.precompute.encode
     from teacher_cache.storage.errors import CacheCorruptError
 
@@ -105,9 +103,8 @@ def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(served, picture
 
     monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "encode_shared", encode)
     monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
-    home = {PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}
     parameters = precompute_settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
-    with temporary_settings(home), pytest.raises(CacheCorruptError, match="a bad chunk"):
+    with pytest.raises(CacheCorruptError, match="a bad chunk"):
         flow_module.precompute_teacher(**parameters)
     # 4 chunks of images, the try after the failure skips the one that was committed; captions are tried once
     assert encoded == [1, 3, 1]
@@ -145,7 +142,6 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     serve = Serve(tmp_path)
     cache = tmp_path / "slow.cache"
     parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
-    commits = cache / "commits"
     try:
         with socket.socket() as taken:  # as by another process that runs tests: then it starts on another port
             taken.bind(("127.0.0.1", serve.port))
@@ -154,12 +150,9 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
             assert serve.port != taken.getsockname()[1]
         code, output, first = serve.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
         assert code == 0, output
-        until = time.monotonic() + 120
-        while len(list(commits.rglob("*.json"))) < 3:
-            assert time.monotonic() < until, serve.worker_log()
-            time.sleep(0.05)
+        serve.until_committed(cache)
         assert serve.stop(signal.SIGINT) == 0
-        done = len(list(commits.rglob("*.json")))
+        done = committed(cache)
         assert 3 <= done < IMAGES + CAPTIONS
 
         serve.start()
@@ -183,14 +176,10 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
 def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishes(served, pictures, tiny_teacher):
     cache = served.folder / "cancelled.cache"
     parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
-    commits = cache / "commits"
     before = served.descendants()
     code, output, flow_run = served.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
     assert code == 0, output
-    until = time.monotonic() + 120
-    while len(list(commits.rglob("*.json"))) < 3:
-        assert time.monotonic() < until, served.worker_log()
-        time.sleep(0.05)
+    served.until_committed(cache)
     started = served.descendants() - before
     assert any(b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started)
     # as `prefect flow-run cancel` and the UI do it
@@ -203,7 +192,7 @@ def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishe
         assert time.monotonic() < until, f"{state}\n{served.worker_log()}"
         time.sleep(0.1)
 
-    done = len(list(commits.rglob("*.json")))
+    done = committed(cache)
     assert 3 <= done < IMAGES + CAPTIONS
     progress = served.artifact(flow_run, "precompute-teacher-progress")
     assert 0 < progress["data"] < 100

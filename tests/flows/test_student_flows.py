@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from teacher_cache.flows.deploy_student import deploy_student
 from teacher_cache.flows.devices import device_slots
@@ -35,13 +34,6 @@ from teacher_cache.storage.look.info import describe_cache
 from tests.conftest import TINY_MODEL, write_photos
 
 pytestmark = pytest.mark.service
-
-
-@pytest.fixture
-def here(served, tmp_path):
-    """Flows called in this process report to the server."""
-    with temporary_settings({PREFECT_API_URL: served.api, PREFECT_HOME: tmp_path / "home"}):
-        yield served
 
 
 def png(artifact):
@@ -236,7 +228,7 @@ def test_the_report_is_written_and_its_chart_kept_by_the_server(here, tmp_path, 
     report = Report(monkeypatch)
     page = tmp_path / "run" / "report.html"
     left, flow_run = only_a_report(page)
-    assert report.asked == [("a.cache", ["runs/a"], "/images", {"whole": True})]
+    assert report.asked == [("a.cache", ["runs/a"], "/images", {})]
     assert page.read_text() == "<!doctype html>the page"
     assert (left.collected, left.page, left.recall) == (True, str(page), "recall")
     kept = here.artifact(flow_run, "only-chart")
@@ -255,7 +247,7 @@ def test_what_cannot_be_drawn_is_said_and_fails_nothing(here, tmp_path, monkeypa
     report.chart = base64.b64decode(SMALL)
     left, flow_run = only_a_report(None)
     assert left.page is None
-    assert report.asked[-1][-1] == {"whole": False}  # whose place is the page
+    assert report.asked[-1][-1] == {"map_images": 0, "pictures": False}  # whose place is the page
     assert here.artifact(flow_run, "only-chart")
     here.until_logged(flow_run, "no page is written")
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +18,13 @@ from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
 from tests.damage import KINDS, Damage, Others, damage, make_older
 from tests.object_store import ObjectStore
+from tests.pipeline.precompute.conftest import make_config, prove
 
 pytestmark = pytest.mark.service
 
@@ -63,8 +61,7 @@ def home(seaweedfs: ObjectStore, tiny_teacher: Path, tmp_path_factory: pytest.Te
     def encode(first: int, cache: Path) -> Path:
         photos = write_photos(root / f"photos-{first}", IMAGES, first=first)
         (photos / "images" / f"{first + LOST:04d}.jpg").write_bytes(b"not an image")
-        settings: dict[str, Any] = {"batch_size": 2, "chunk_rows": 4, "device": "cpu", "decode_threads": 1}
-        precompute(PrecomputeConfig(dataset=f"flickr:{photos}", teacher=teacher, cache=str(cache), **settings))
+        precompute(make_config(photos, teacher, cache, batch_size=2, chunk_rows=4, decode_threads=1))
         return cache
 
     cache = encode(0, root / "sound")
@@ -108,6 +105,6 @@ def test_every_damage_is_named_never_read_and_mended(kind: str, home: Home, tmp_
 
 
 def test_a_sample_of_its_rows_is_proven(home: Home) -> None:
-    proof = prove_sample(ProofConfig(cache=home.put(home.cache), sample=100, teacher=home.teacher, device="cpu"))
+    proof = prove(home.put(home.cache), home.teacher)
     assert proof.ok, proof.wrong
     assert (proof.images_compared, proof.quarantined_checked, proof.captions_compared) == (IMAGES - 1, 1, 2 * IMAGES)

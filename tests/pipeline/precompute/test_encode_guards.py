@@ -31,34 +31,23 @@ from teacher_cache.storage.format.tables import open_static
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest
+from tests.pipeline.precompute.conftest import make_config
 
 MakePhotos = Callable[..., Path]
-IMAGES, BATCH, CHUNK = 21, 4, 8
+Planned = tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]]
+IMAGES, CHUNK, VIEWS = 21, 8, 3
 
 
 @pytest.fixture
-def planned(
-    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
-) -> tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]]:
+def planned(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> Planned:
     """A cache of 21 images and 42 captions in chunks of 8 that is planned, and its teacher."""
-    settings = PrecomputeConfig(
-        dataset=f"flickr:{make_photos(IMAGES)}",
-        teacher=f"local-dir:{tiny_teacher}",
-        cache=str(tmp_path / "c"),
-        device="cpu",
-        batch_size=BATCH,
-        chunk_rows=CHUNK,
-        views=2,
-    )
+    settings = make_config(make_photos(IMAGES), tiny_teacher, tmp_path / "c", views=2)
     teacher = load_teacher(settings.teacher, device="cpu")
     return settings, teacher, plan_precompute(settings, teacher)
 
 
-VIEWS = 3
-
-
 def test_each_row_is_read_decoded_and_encoded_once(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Count in the model itself: no probe, no padded row, no second pass; each image opened and decoded once."""
     settings, teacher, _ = planned
@@ -109,9 +98,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     assert len(opened) == IMAGES
 
 
-def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     """One buffer a batch, of bytes: a quarter of the floats to move, and nothing is stacked behind the decoders."""
     settings, teacher, refs = planned
     made: list[int] = []
@@ -160,9 +147,7 @@ def test_a_batch_is_normalised_as_its_images_are(size: tuple[int, int]) -> None:
         assert torch.equal(preprocess.transform()(Image.fromarray(image)), wanted)
 
 
-def test_the_teacher_goes_on_while_a_chunk_is_written(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_teacher_goes_on_while_a_chunk_is_written(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a store that hangs: two more chunks are encoded meanwhile, and no third, which would fill the memory."""
     settings, teacher, refs = planned
     captions = [ref for ref in refs if ref.tower == "text"]
@@ -192,7 +177,7 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(
 
 
 def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the chunks are those of a cache with one file of each table."""
     settings, teacher, refs = planned
@@ -231,7 +216,7 @@ def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
 
 
 def test_a_chunk_that_another_may_have_written_too_is_looked_at_once_more(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another writer that rounds otherwise puts one object of it in place: it is encoded again, and is sound."""
     settings, teacher, refs = planned
@@ -255,7 +240,7 @@ def test_a_chunk_that_another_may_have_written_too_is_looked_at_once_more(
 
 
 def test_stopped_between_the_views_of_a_stretch_it_resumes_to_the_same_bytes(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """View 0 is committed, view 1 is not: the next run reads the images again for view 1 alone."""
     settings, teacher, refs = planned
@@ -285,9 +270,7 @@ def test_stopped_between_the_views_of_a_stretch_it_resumes_to_the_same_bytes(
     assert cache_digest(other.cache) == cache_digest(settings.cache)
 
 
-def test_a_teacher_is_probed_once(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_is_probed_once(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compared with the cache before each span of chunks, but found out what it is only before the first."""
     settings, teacher, refs = planned
     passes: list[int] = []
@@ -302,7 +285,7 @@ def test_a_teacher_is_probed_once(
 
 
 def test_a_batch_is_launched_before_the_last_one_is_looked_at(
-    planned: tuple[PrecomputeConfig, LiveTeacher, list[ChunkRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, which has nothing to do while Python launches; two at most are under way, and no byte is another."""
     settings, teacher, refs = planned

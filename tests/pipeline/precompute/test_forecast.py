@@ -21,6 +21,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from tests.conftest import cache_digest, make_model_folder
 from tests.pipeline.data.dataset_files import save_image
+from tests.pipeline.precompute.conftest import make_config
 
 run = CliRunner()
 Config = Callable[..., PrecomputeConfig]
@@ -32,14 +33,8 @@ def config(make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path)
     photos = make_photos(30)
 
     def make(**changes: Any) -> PrecomputeConfig:
-        fields = {
-            "dataset": f"flickr:{photos}",
-            "teacher": f"local-dir:{tiny_teacher}",
-            "cache": str(tmp_path / "p.cache"),
-            "device": "cpu",
-            "batch_size": 4,
-        }
-        return PrecomputeConfig(**{**fields, **changes})
+        dataset = {"dataset": f"flickr:{photos}", "chunk_rows": None, **changes}
+        return make_config(photos, tiny_teacher, tmp_path / "p.cache", **dataset)
 
     return make
 
@@ -66,17 +61,6 @@ def test_rows_and_bytes_are_those_that_precompute_then_writes(config: Config, tm
     assert (after.committed_rows, after.encode_seconds) == (2 * 30 + 60, 0)
 
 
-def test_what_a_cache_has_already_is_not_counted_again(config: Config) -> None:
-    settings = config(chunk_rows=8)
-    teacher = load_teacher(settings.teacher, device="cpu")
-    refs = plan_precompute(settings, teacher)
-    encode_chunks(settings, teacher, refs[:2])
-    found = forecast(settings, probe=8)
-    assert found.committed_rows == 16
-    left = 14 * found.image.seconds_per_row + 60 * found.text.seconds_per_row
-    assert found.encode_seconds == pytest.approx(left)
-
-
 def test_room_is_wanted_for_what_is_not_there_yet(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(chunk_rows=8)
     fresh = forecast(settings, probe=30)
@@ -84,21 +68,18 @@ def test_room_is_wanted_for_what_is_not_there_yet(config: Config, monkeypatch: p
     refs = plan_precompute(settings, load_teacher(settings.teacher, device="cpu"))
     encode_chunks(settings, load_teacher(settings.teacher, device="cpu"), refs[:2])
     half = forecast(settings, probe=30)
+    assert half.committed_rows == 16
+    left = 14 * half.image.seconds_per_row + 60 * half.text.seconds_per_row
+    assert half.encode_seconds == pytest.approx(left)
     objects = [path for path in Path(settings.cache, "targets.zarr").rglob("c/**/*") if path.is_file()]
     assert half.needed_bytes == half.target_bytes - sum(path.stat().st_size for path in objects) > 0
     precompute(settings)
+    tables = [path for name in ("samples", "captions", "problems") for path in Path(settings.cache, name).iterdir()]
+    assert len(tables) == 3
+    assert fresh.table_bytes == sum(path.stat().st_size for path in tables)
     monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 0)
     done = forecast(settings, probe=30)
     assert (done.needed_bytes, done.fits) == (0, True)
-
-
-def test_the_tables_of_all_images_are_of_the_forecast_size(config: Config) -> None:
-    settings = config()
-    found = forecast(settings, probe=30)
-    precompute(settings)
-    tables = [path for name in ("samples", "captions", "problems") for path in Path(settings.cache, name).iterdir()]
-    assert len(tables) == 3
-    assert found.table_bytes == sum(path.stat().st_size for path in tables)
 
 
 def test_prompts_of_labelled_images_are_measured_though_one_image_has_them_all(config: Config, tmp_path: Path) -> None:

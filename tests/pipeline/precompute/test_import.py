@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,14 @@ import pytest
 from click.testing import CliRunner
 from PIL import ImageOps
 
-import teacher_cache.pipeline.precompute.chunk_work
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, decoded_size
-from teacher_cache.pipeline.models.teacher import LiveTeacher
+from teacher_cache.pipeline.precompute import chunk_work
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.import_folder import ImportResult, import_rows
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.local import LocalFiles
@@ -35,6 +32,7 @@ from teacher_cache.storage.look.info import count_committed
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, make_model_folder, write_photos
 from tests.pipeline.data.odd_images import ODD_IMAGES
+from tests.pipeline.precompute.conftest import make_config, prove, run_command, run_without_torch, settings
 from tests.pipeline.precompute.foreign_folder import write_folder
 from tests.precompute_process import FORK_SERVER
 
@@ -52,24 +50,13 @@ class Home:
     export: Path
 
     def settings(self, folder: Path, cache: Path, **changes: Any) -> dict[str, Any]:
-        return {
-            "folder": str(folder),
-            "dataset": f"flickr:{self.photos}",
-            "teacher": self.teacher,
-            "cache": str(cache),
-            "batch_size": 4,
-            "chunk_rows": 8,
-            "device": "cpu",
-            **changes,
-        }
+        return {"folder": str(folder), **settings(self.photos, self.teacher, cache, **changes)}
 
     def bring(self, folder: Path, cache: Path, **changes: Any) -> ImportResult:
         return import_rows(ImportConfig(**self.settings(folder, cache, **changes)))
 
     def precompute_config(self, cache: Path, **changes: Any) -> PrecomputeConfig:
-        settings = self.settings(self.photos, cache, **changes)
-        del settings["folder"]
-        return PrecomputeConfig(**settings)
+        return make_config(self.photos, self.teacher, cache, **changes)
 
     def precompute(self, cache: Path, **changes: Any) -> None:
         precompute(self.precompute_config(cache, **changes))
@@ -109,52 +96,30 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     return made
 
 
-@dataclass
-class Passes:
-    image: int = 0
-    text: int = 0
-    decoded: int = 0
-
-
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+def passes(taught: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Rows that the teacher is given, and images that are decoded for chunks."""
-    counts = Passes()
-    images, texts, decode = (
-        LiveTeacher.encode_images,
-        LiveTeacher.encode_texts,
-        teacher_cache.pipeline.precompute.chunk_work.open_image,
-    )
-
-    def encode_images(self: LiveTeacher, pixels: Any) -> Any:
-        counts.image += len(pixels)
-        return images(self, pixels)
-
-    def encode_texts(self: LiveTeacher, tokens: Any) -> Any:
-        counts.text += len(tokens)
-        return texts(self, tokens)
+    decode = chunk_work.open_image
 
     def decoding(data: bytes, decoder: str) -> Any:
-        counts.decoded += 1
+        taught["decoded"] += 1
         return decode(data, decoder)
 
-    monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
-    monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "open_image", decoding)
-    return counts
+    monkeypatch.setattr(chunk_work, "open_image", decoding)
+    return taught
 
 
 def assert_proven(home: Home, cache: Path) -> None:
     assert verify_cache(str(cache)).ok
-    proof = prove_sample(ProofConfig(cache=str(cache), sample=100, teacher=home.teacher, device="cpu"))
+    proof = prove(cache, home.teacher)
     assert proof.ok, proof.wrong
 
 
 def test_an_export_comes_back_bit_for_bit_and_runs_the_teacher_for_the_sample_only(
-    home: Home, tmp_path: Path, passes: Passes
+    home: Home, tmp_path: Path, passes: Counter[str]
 ) -> None:
     result = home.bring(home.export, tmp_path / "c", sample=6)
-    assert (passes.image, passes.text, passes.decoded) == (6, 6, 0)
+    assert (passes["image"], passes["text"], passes["decoded"]) == (6, 6, 0)
     assert (result.images_imported, result.captions_imported) == (IMAGES, 2 * IMAGES)
     assert (result.images_encoded, result.captions_encoded, result.quarantined) == (0, 0, 0)
     assert (result.images_proven, result.captions_proven, result.chunks_written) == (6, 6, CHUNKS)
@@ -171,11 +136,11 @@ def test_an_export_comes_back_bit_for_bit_and_runs_the_teacher_for_the_sample_on
     assert_proven(home, tmp_path / "c")
 
 
-def test_captions_that_the_folder_lacks_are_encoded(home: Home, tmp_path: Path, passes: Passes) -> None:
+def test_captions_that_the_folder_lacks_are_encoded(home: Home, tmp_path: Path, passes: Counter[str]) -> None:
     folder = home.like_clip_retrieval(tmp_path / "f")
     result = home.bring(folder, tmp_path / "c")
     # what is proven and what is lacking, no more
-    assert (passes.image, passes.text, passes.decoded) == (IMAGES, IMAGES + IMAGES, 0)
+    assert (passes["image"], passes["text"], passes["decoded"]) == (IMAGES, IMAGES + IMAGES, 0)
     assert (result.images_imported, result.images_encoded) == (IMAGES, 0)
     assert (result.captions_imported, result.captions_encoded) == (IMAGES, IMAGES)
     np.testing.assert_array_equal(home.rows("image", tmp_path / "c"), home.rows("image"))
@@ -188,12 +153,14 @@ def test_captions_that_the_folder_lacks_are_encoded(home: Home, tmp_path: Path, 
     assert_proven(home, tmp_path / "c")
 
 
-def test_images_without_texts_and_rows_that_are_not_normalised(home: Home, tmp_path: Path, passes: Passes) -> None:
+def test_images_without_texts_and_rows_that_are_not_normalised(
+    home: Home, tmp_path: Path, passes: Counter[str]
+) -> None:
     raw = home.rows("image").astype(np.float32) * home.rows("image", array="norm")[:, None]
     folder = home.like_clip_retrieval(tmp_path / "f", image=raw, captions=None, text=None)
     result = home.bring(folder, tmp_path / "c", sample=5)
     assert (result.images_proven, result.captions_proven, result.captions_imported) == (5, 0, 0)
-    assert (passes.image, passes.text) == (5, 2 * IMAGES)
+    assert (passes["image"], passes["text"]) == (5, 2 * IMAGES)
     np.testing.assert_allclose(home.rows("image", tmp_path / "c"), home.rows("image"), atol=1e-3)
     norms = [home.rows("image", cache, "norm") for cache in (tmp_path / "c", home.cache)]
     np.testing.assert_allclose(*norms, rtol=1e-3)
@@ -201,14 +168,14 @@ def test_images_without_texts_and_rows_that_are_not_normalised(home: Home, tmp_p
     assert_proven(home, tmp_path / "c")
 
 
-def test_rows_that_are_no_numbers_are_encoded_anew(home: Home, tmp_path: Path, passes: Passes) -> None:
+def test_rows_that_are_no_numbers_are_encoded_anew(home: Home, tmp_path: Path, passes: Counter[str]) -> None:
     image, text = home.rows("image"), home.rows("text")[::2].copy()
     image[3, 5], image[4], text[7] = np.nan, 0, np.inf
     result = home.bring(home.like_clip_retrieval(tmp_path / "f", image=image, text=text), tmp_path / "c", sample=5)
     assert result.matched.unusable == 3
     assert (result.images_encoded, result.images_imported) == (2, IMAGES - 2)
     assert (result.captions_encoded, result.captions_imported) == (IMAGES + 1, IMAGES - 1)
-    assert (passes.image, passes.decoded, passes.text) == (5 + 2, 2, 5 + IMAGES + 1)
+    assert (passes["image"], passes["decoded"], passes["text"]) == (5 + 2, 2, 5 + IMAGES + 1)
     np.testing.assert_allclose(home.rows("image", tmp_path / "c"), home.rows("image"), atol=1e-3)
     assert_proven(home, tmp_path / "c")
 
@@ -259,11 +226,7 @@ def test_another_teachers_rows_are_refused(home: Home, tmp_path: Path) -> None:
 
 def test_rows_of_mirrored_images_are_refused(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(
-            teacher_cache.pipeline.precompute.chunk_work,
-            "open_image",
-            lambda data, decoder: ImageOps.mirror(decode_image(data)),
-        )
+        patched.setattr(chunk_work, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
         home.precompute(tmp_path / "mirrored")
     folder = home.like_clip_retrieval(tmp_path / "f", image=home.rows("image", tmp_path / "mirrored"))
     with pytest.raises(CacheMismatchError, match=r"20 of 20 image rows and 0 of 20 caption rows"):
@@ -352,14 +315,14 @@ def _import_and_die(settings: dict[str, Any], after: int, half: bool) -> None:
 
 @pytest.mark.parametrize(("after", "half"), [(0, False), (0, True), (2, False), (5, True), (7, False)])
 def test_killed_and_run_again_it_ends_in_the_same_bytes(
-    home: Home, tmp_path: Path, after: int, half: bool, passes: Passes
+    home: Home, tmp_path: Path, after: int, half: bool, passes: Counter[str]
 ) -> None:
     image = home.rows("image")
     image[[2, 9, 10, 15]] = np.nan  # so that chunks have rows of both kinds
     folder = home.like_clip_retrieval(tmp_path / "f", image=image)
     home.bring(folder, tmp_path / "whole")
-    settings = home.settings(folder, tmp_path / "c")
-    process = FORK_SERVER.Process(target=_import_and_die, args=(settings, after, half))
+    given = home.settings(folder, tmp_path / "c")
+    process = FORK_SERVER.Process(target=_import_and_die, args=(given, after, half))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -376,9 +339,9 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(
     assert "run the same import command again" in shown
     assert home.bring(folder, tmp_path / "c").chunks_written == CHUNKS - after
     assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
-    before = Passes(**vars(passes))
+    passes.clear()
     assert home.bring(folder, tmp_path / "c", sample=2).chunks_written == 0
-    assert (passes.image - before.image, passes.text - before.text) == (2, 2)
+    assert (passes["image"], passes["text"]) == (2, 2)
 
 
 def test_a_cache_of_other_rows_or_of_the_teachers_own_is_left_alone(home: Home, tmp_path: Path) -> None:
@@ -433,9 +396,9 @@ def test_int8_rows_are_the_folders_up_to_half_a_step(home: Home, tmp_path: Path)
     image = home.rows("image").copy()
     image[[2, 9]] = np.nan  # two chunks with rows of both kinds
     folder, cache = home.like_clip_retrieval(tmp_path / "f", image=image), tmp_path / "c"
-    settings = home.settings(folder, cache, dtype="int8")
-    del settings["folder"]
-    flags = [f"--set={name}={value}" for name, value in settings.items()]
+    flags = [
+        f"--set={name}={value}" for name, value in settings(home.photos, home.teacher, cache, dtype="int8").items()
+    ]
     done = CliRunner().invoke(app, ["import", str(folder), *flags, "--json"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
@@ -468,48 +431,29 @@ def test_int8_rows_are_the_folders_up_to_half_a_step(home: Home, tmp_path: Path)
 
 
 def test_the_command(home: Home, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "import", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "300"}
-        )
-
     folder = str(home.like_clip_retrieval(tmp_path / "f"))
     named = f"--dataset=flickr:{home.photos}"
     given = (named, "--teacher", home.teacher, "--device=cpu", "--set=chunk_rows=8")
-    done = run(folder, *given, "--cache", str(tmp_path / "c"), "--sample", "4")
+    done = run_command("import", folder, *given, "--cache", str(tmp_path / "c"), "--sample", "4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{tmp_path}/c: 20 images and 40 captions by local-dir:tiny"
     assert lines[1] == "images: 20 imported, 0 encoded, 0 quarantined; captions: 20 imported, 20 encoded"
     assert lines[2].startswith("proven: 4 images and 4 captions against the live teacher, least cosine 1.00000")
     assert lines[3].startswith("8 of 8 chunks written in ")
-    shown = subprocess.run(
-        [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "info", str(tmp_path / "c")],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    shown = run_command("info", str(tmp_path / "c")).stdout
     assert "from a clip-retrieval folder, 20 image rows" in shown
     np.save(tmp_path / "f/img_emb/img_emb_0.npy", -home.rows("image")[:7])
-    wrong = run(folder, *given, "--cache", str(tmp_path / "d"))
+    wrong = run_command("import", folder, *given, "--cache", str(tmp_path / "d"))
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.splitlines()[-1].startswith(
         f"error: {folder}: 7 of 20 image rows and 0 of 20 caption rows that"
     )
-    missing = run(folder)
+    missing = run_command("import", folder)
     assert missing.returncode == 2
     assert "dataset is missing: give --dataset; teacher is missing: give --teacher; cache is missing" in missing.stderr
     assert "set it in a run file" not in missing.stderr
 
 
 def test_asking_for_help_loads_no_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['teacher-cache', 'import', '--help']; import teacher_cache.pipeline.cli.app as c\n"
-        "try: c.main()\n"
-        "except SystemExit as e: assert not e.code, e.code\n"
-        "bad = {'torch', 'open_clip', 'zarr', 'faiss', 'prefect'} & set(sys.modules); assert not bad, bad"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--threshold" in done.stdout
+    assert "--threshold" in run_without_torch("import", "--help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from click.testing import CliRunner
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher
-from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.reuse import CachedChunks
@@ -33,6 +33,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder, write_photos
 from tests.object_store import ObjectStore
+from tests.pipeline.precompute.conftest import settings as make_settings
 
 BROKEN = 30
 IMAGES = 48
@@ -52,20 +53,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path, cache: Path | str, dataset: str = "photos", **more: Any) -> dict[str, Any]:
-    return {
-        "dataset": f"flickr:{home / dataset}",
-        "teacher": f"local-dir:{home / 'teacher'}",
-        "cache": cache if "://" in str(cache) else str(home / cache),
-        "batch_size": 8,
-        "chunk_rows": 16,
-        "device": "cpu",
-        **more,
-    }
-
-
-@pytest.fixture
-def teacher(home: Path) -> LiveTeacher:
-    return load_teacher(f"local-dir:{home / 'teacher'}", None, "cpu", "fp32")
+    where = cache if "://" in str(cache) else home / cache
+    return make_settings(home / dataset, home / "teacher", where, **{"batch_size": 8, "chunk_rows": 16, **more})
 
 
 def test_it_is_sound_proven_and_says_what_it_is(home: Path) -> None:
@@ -125,14 +114,6 @@ def test_the_dtype_of_the_cache_is_kept_and_another_is_refused(home: Path) -> No
         precompute(PrecomputeConfig(**settings(home, "int8.cache", dtype="float16")))
 
 
-def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, teacher: LiveTeacher, tmp_path: Path) -> None:
-    config = PrecomputeConfig(**settings(home, tmp_path / "c", dtype="int8"))
-    pending = plan_precompute(config, teacher)
-    encode_chunks(config, teacher, pending[1::2])
-    assert precompute(config).chunks_encoded == len(pending[::2])
-    assert cache_digest(tmp_path / "c") == cache_digest(home / "int8.cache")
-
-
 def test_repair_brings_back_the_same_bytes(home: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(home / "int8.cache", tmp_path / "c")
     for key in ("image/scale/c/1/0/0", "text/embedding/c/2/0", "text/scale/c/5/0"):
@@ -161,22 +142,10 @@ def test_more_views_in_int8(home: Path, tmp_path: Path) -> None:
         assert reader.commits()[ref] == commit
 
 
-def test_whole_chunks_are_copied_bit_for_bit(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_chunks_are_copied_bit_for_bit(home: Path, tmp_path: Path, taught: Counter[str]) -> None:
     """Behind the rows that are there, new ones: every full chunk but that of the broken image is copied."""
     write_photos(tmp_path / "more", IMAGES + 6)
     shutil.copy(home / "photos" / "images" / f"{BROKEN:04d}.jpg", tmp_path / "more" / "images" / f"{BROKEN:04d}.jpg")
-    taught = {"image": 0, "text": 0}
-    images, texts = LiveTeacher.encode_images, LiveTeacher.encode_texts
-
-    def count(tower: str, encode: Any) -> Any:
-        def call(self: LiveTeacher, batch: Any) -> Any:
-            taught[tower] += len(batch)
-            return encode(self, batch)
-
-        return call
-
-    monkeypatch.setattr(LiveTeacher, "encode_images", count("image", images))
-    monkeypatch.setattr(LiveTeacher, "encode_texts", count("text", texts))
     asked = settings(home, tmp_path / "c", dtype="int8") | {"dataset": f"flickr:{tmp_path / 'more'}"}
     made = precompute(PrecomputeConfig(**asked, reuse=str(home / "int8.cache")))
     assert made.rows_reused == {"image": 32, "text": 96}

@@ -26,6 +26,7 @@ from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.write.plan import plan_cache
 from tests.conftest import TINY_MODEL, cache_digest, make_model_folder, write_photos
+from tests.pipeline.precompute.conftest import make_config
 
 Change = Callable[[Path, Path], dict[str, Any] | None]
 """Changes a copy of the photographs and of the teacher; returns other settings, if that is the change."""
@@ -148,8 +149,7 @@ class Made:
         self.student.write_text(json.dumps(STUDENT))
 
     def config(self, photos: Path, teacher: Path, **changes: Any) -> PrecomputeConfig:
-        settings = {"cache": str(self.cache), "device": "cpu", "batch_size": 4, "chunk_rows": 8, **changes}
-        return PrecomputeConfig(dataset=f"flickr:{photos}", teacher=f"local-dir:{teacher}", **settings)
+        return make_config(photos, teacher, self.cache, **changes)
 
     def changed(self, change: Change, folder: Path, **changes: Any) -> PrecomputeConfig:
         photos, teacher = shutil.copytree(self.photos, folder / "photos"), shutil.copytree(self.teacher, folder / "t")
@@ -172,6 +172,24 @@ def plan(config: PrecomputeConfig) -> None:
 def value(identity: CacheIdentity, field: str) -> str:
     part, _, name = field.partition(".")
     return json.dumps(identity.fields()[part].get(name), sort_keys=True)
+
+
+def require_named(said: str, field: str, found: CacheIdentity, wanted: CacheIdentity) -> None:
+    """Field and both values are in the message, a long one shortened."""
+    if field == "preprocess.probe":
+        assert "preprocess.probe: these pixels of the probe images in the cache, others asked for" in said
+        return
+    have = value(found, field)
+    shown = re.escape(have) if len(have) <= 120 else rf"{re.escape(have[:100])}\.\.\. \(sha256 [0-9a-f]{{8}}\)"
+    assert re.search(rf"{re.escape(field)}: {shown} in the cache, {re.escape(value(wanted, field))} asked for", said)
+
+
+def other(identity: CacheIdentity, field: str, value: Any) -> dict[str, Any]:
+    """The fields of an identity, one of them with another value."""
+    part, _, name = field.partition(".")
+    fields = identity.fields()
+    fields[part][name] = value
+    return fields
 
 
 def test_all_fields_are_tried() -> None:
@@ -205,21 +223,11 @@ def test_appending_is_refused_and_nothing_written(made: Made, field: str, tmp_pa
 def test_appending_is_refused_for_every_field(made: Made, field: str) -> None:
     """Those too that no setting of today can change, such as antialias, dtype and normalisation."""
     manifest, before = read_manifest(LocalFiles(str(made.cache))), cache_digest(made.cache)
-    part, _, name = field.partition(".")
-    fields = made.identity.fields()
-    fields[part][name] = ANY[field]
-    wanted = CacheIdentity.model_validate(fields)
+    wanted = CacheIdentity.model_validate(other(made.identity, field, ANY[field]))
     with pytest.raises(CacheMismatchError) as caught:
         plan_cache(str(made.cache), wanted, manifest.layout, manifest.source, {}, {})
     said = str(caught.value)
-    if field == "preprocess.probe":
-        assert "preprocess.probe: these pixels of the probe images in the cache, others asked for" in said
-    else:
-        found = value(made.identity, field)
-        shown = re.escape(found) if len(found) <= 120 else rf"{re.escape(found[:100])}\.\.\. \(sha256 [0-9a-f]{{8}}\)"
-        assert re.search(
-            rf"{re.escape(field)}: {shown} in the cache, {re.escape(value(wanted, field))} asked for", said
-        )
+    require_named(said, field, made.identity, wanted)
     assert "Encode to a new path" in said
     assert cache_digest(made.cache) == before
 
@@ -234,28 +242,20 @@ def test_other_row_order_is_refused(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ANY)
 def test_training_is_refused_for_every_field(made: Made, field: str, tmp_path: Path) -> None:
     """The expected identity comes from what ``info --json`` printed, with one field changed."""
-    part, _, name = field.partition(".")
-    fields = made.identity.fields()
-    fields[part][name] = ANY[field]
+    fields = other(made.identity, field, ANY[field])
     (tmp_path / "wanted.json").write_text(json.dumps({"identity": fields}))
     config = made.training(tmp_path / "run", expect=str(tmp_path / "wanted.json"))
     with pytest.raises(CacheMismatchError) as caught:
         train(config)
     said = str(caught.value)
-    if field == "preprocess.probe":
-        assert "preprocess.probe: these pixels of the probe images in the cache, others asked for" in said
-    else:
-        asked = json.dumps(CacheIdentity.model_validate(fields).fields()[part][name], sort_keys=True)
-        assert re.search(rf"{re.escape(field)}: .+ in the cache, {re.escape(asked)} asked for", said), said
+    require_named(said, field, made.identity, CacheIdentity.model_validate(fields))
     assert "--set accept_mismatch=FIELD" in said
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("field", sorted(NAMES_ONLY))
 def test_names_alone_are_no_mismatch(made: Made, field: str) -> None:
-    part, _, name = field.partition(".")
-    fields = made.identity.fields()
-    fields[part][name] = "another name"
+    fields = other(made.identity, field, "another name")
     assert made.identity.differences(CacheIdentity.model_validate(fields)) == []
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,20 @@ from PIL import Image
 
 import teacher_cache.pipeline.precompute.run
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
-from teacher_cache.pipeline.precompute.sample_proof import prove_sample
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
-from teacher_cache.storage.format.commits import ChunkRef, all_chunks
-from teacher_cache.storage.format.journal import JOURNAL
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos
+from tests.pipeline.precompute.conftest import Rows, contents, forge, make_config, prove, settings
 from tests.precompute_process import finish, start
 
 IMAGES, PER_VIEW, TEXT = 20, 3, 5  # 20 images and 40 captions in chunks of 8
@@ -57,8 +54,7 @@ class Home:
         return PrecomputeConfig(**self.settings(cache, **changes))
 
     def settings(self, cache: Path, **changes: Any) -> dict[str, Any]:
-        fixed = {"dataset": f"flickr:{self.photos}", "teacher": self.teacher, "cache": str(cache), "device": "cpu"}
-        return {**fixed, "batch_size": 4, "chunk_rows": 8, "decode_threads": 2, **changes}
+        return settings(self.photos, self.teacher, cache, **{"decode_threads": 2, **changes})
 
     def make(self, cache: Path, **changes: Any) -> PrecomputeResult:
         return precompute(self.config(cache, **changes))
@@ -72,12 +68,6 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("home"), tiny_teacher)
 
 
-def contents(cache: Path) -> dict[str, bytes]:
-    """All that is in a cache but its journal."""
-    found = {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {key: data for key, data in found.items() if not key.startswith(f"{JOURNAL}/")}
-
-
 def states(cache: Path) -> dict[str, tuple[int, int, bytes]]:
     """Inode, time of change and bytes of every file, the journal included."""
     found = {}
@@ -88,21 +78,14 @@ def states(cache: Path) -> dict[str, tuple[int, int, bytes]]:
     return found
 
 
-def test_only_the_missing_views_meet_the_teacher(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_missing_views_meet_the_teacher(home: Home, tmp_path: Path, taught: Counter[str]) -> None:
     """The teacher sees views 1 to 4 of each image: no view 0 and no caption."""
     dataset = f"flickr:{write_photos(tmp_path / 'photos', IMAGES)}"
     home.make(tmp_path / "one", dataset=dataset)
-    before, rows = states(tmp_path / "one"), Counter[str]()
-    for name in ("images", "texts"):
-        encode = getattr(LiveTeacher, f"encode_{name}")
-
-        def counted(self: LiveTeacher, batch: Any, name: str = name, encode: Callable[..., Any] = encode) -> Any:
-            rows[name] += len(batch)
-            return encode(self, batch)
-
-        monkeypatch.setattr(LiveTeacher, f"encode_{name}", counted)
+    before = states(tmp_path / "one")
+    taught.clear()
     result = home.make(tmp_path / "five", dataset=dataset, views=5, reuse=str(tmp_path / "one"))
-    assert rows == {"images": 4 * IMAGES}
+    assert taught == {"image": 4 * IMAGES}
     assert (result.views, result.rows_reused) == (5, {"image": IMAGES, "text": 2 * IMAGES})
     assert verify_cache(str(tmp_path / "five")).ok
     assert states(tmp_path / "one") == before
@@ -229,14 +212,14 @@ def test_crop_settings_without_random_crops_are_bad_usage(home: Home, tmp_path: 
 
 @pytest.mark.parametrize("moment", ["decode", "teacher", "targets.zarr/image/norm/c/1", "commits/image/v2"])
 def test_killed_while_it_copies_and_encodes(home: Home, moment: str, tmp_path: Path) -> None:
-    settings, out = {"views": 3, "reuse": str(home.one)}, tmp_path / "out.json"
-    events = finish(start(home.settings(tmp_path / "whole", **settings), out=out), out)["events"]
+    asked, out = {"views": 3, "reuse": str(home.one)}, tmp_path / "out.json"
+    events = finish(start(home.settings(tmp_path / "whole", **asked), out=out), out)["events"]
     places = [number for number, (kind, key) in enumerate(events) if moment == kind or key.startswith(moment)]
     at = random.Random(f"2026 {moment}").choice(places)
-    process = start(home.settings(tmp_path / "c", **settings), out=tmp_path / "killed.json", kill_at=at)
+    process = start(home.settings(tmp_path / "c", **asked), out=tmp_path / "killed.json", kill_at=at)
     process.join(120)
     assert process.exitcode == -9, f"event {at} of {len(events)} never came"
-    found = finish(start(home.settings(tmp_path / "c", **settings), out=out), out)
+    found = finish(start(home.settings(tmp_path / "c", **asked), out=out), out)
     assert "error" not in found, found
     assert contents(tmp_path / "c") == contents(home.three), events[at]
 
@@ -282,63 +265,39 @@ def test_an_untransformable_image_is_that_in_every_view(tiny_teacher: Path, tmp_
     (teacher / "open_clip_config.json").write_text(json.dumps(described))
     photos = write_photos(tmp_path / "photos", 8)
     Image.new("RGB", (1, 600)).save(photos / "images" / "0003.jpg")
-    settings = {"dataset": f"flickr:{photos}", "teacher": f"local-dir:{teacher}", "cache": str(tmp_path / "c")}
-    result = precompute(PrecomputeConfig(**settings, device="cpu", views=3))
+    result = precompute(make_config(photos, teacher, tmp_path / "c", views=3))
     assert (result.problems, result.quarantined) == ({"untransformable-image": 1}, 1)
     reader = EmbeddingReader(str(tmp_path / "c"))
     assert [sorted(reader.quarantined_in(view)) for view in range(3)] == [[3], [3], [3]]
-    assert prove_sample(
-        ProofConfig(cache=str(tmp_path / "c"), sample=24, teacher=f"local-dir:{teacher}", device="cpu")
-    ).ok
-
-
-def prove(home: Home, cache: Path, **changes: Any) -> Any:
-    settings = {"cache": str(cache), "sample": 100, "teacher": home.teacher, "device": "cpu", **changes}
-    return prove_sample(ProofConfig(**settings))
-
-
-def forge(home: Home, to: Path, change: Callable[[int, dict[str, np.ndarray[Any, Any]]], None]) -> Path:
-    """The cache of three views with other rows in view 1 and 2, written and sealed as they should be."""
-    home.copy(home.three, to)
-    reader, writer = EmbeddingReader(str(home.three)), EmbeddingWriter(str(to))
-    for ref in all_chunks(writer.manifest.layout):
-        if ref.tower == "image" and ref.view:
-            rows = ref.rows(writer.manifest.layout)
-            arrays = {name: reader.chunks.chunk(ref, name)[: len(rows)].copy() for name in ref.object_keys()}
-            change(ref.chunk, arrays)
-            writer.write(ref, arrays, [row for row in reader.quarantined if row.row in rows])
-    writer.seal()
-    assert verify_cache(str(to)).ok  # every digest agrees
-    return to
+    assert prove(tmp_path / "c", f"local-dir:{teacher}", sample=24).ok
 
 
 def test_the_proof_covers_every_view(home: Home) -> None:
-    proof = prove(home, home.three)
+    proof = prove(home.three, home.teacher)
     assert proof.ok, proof.wrong
     assert (proof.images_compared, proof.quarantined_checked, proof.captions_compared) == (3 * (IMAGES - 1), 3, 40)
     assert proof.least_cosine is not None
     assert proof.least_cosine > 0.99999
-    assert (
-        prove(home, home.three, sample=12).images_compared + prove(home, home.three, sample=12).quarantined_checked
-        == 12
-    )
+    few = prove(home.three, home.teacher, sample=12)
+    assert few.images_compared + few.quarantined_checked == 12
 
 
 def test_crops_that_are_not_their_embeddings_are_found(home: Home, tmp_path: Path) -> None:
     """Mirrored boxes, boxes of a neighbour, and one that no image has."""
 
-    def flip(chunk: int, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-        arrays["view"][:, 4] = 1 - arrays["view"][:, 4]
+    def flip(rows: Rows) -> None:
+        for view in (1, 2):
+            rows["image", view]["view"][:, 4] = 1 - rows["image", view]["view"][:, 4]
 
-    wrong = prove(home, forge(home, tmp_path / "flipped", flip)).wrong
+    wrong = prove(forge(home.three, tmp_path / "flipped", flip), home.teacher).wrong
     assert {row.view for row in wrong} == {1, 2}
     assert len(wrong) > 19  # of 38; a few look much the same either way
 
-    def shift(chunk: int, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-        if chunk == 1:
-            arrays["view"][4, 0] += 1000
+    def shift(rows: Rows) -> None:
+        for view in (1, 2):
+            rows["image", view]["view"][12, 0] += 1000
 
-    found = prove(home, forge(home, tmp_path / "shifted", shift)).wrong
+    found = prove(forge(home.three, tmp_path / "shifted", shift), home.teacher).wrong
     assert [(row.view, row.row) for row in found] == [(1, 12), (2, 12)]
     assert "reaches beyond" in found[0].what
 
@@ -360,8 +319,7 @@ def test_damaged_views_come_back_to_the_same_bytes(home: Home, tmp_path: Path) -
 
 
 def test_the_command(home: Home, tmp_path: Path) -> None:
-    arguments = ["--dataset", f"flickr:{home.photos}", "--teacher", home.teacher, "--cache", str(tmp_path / "c")]
-    arguments += ["--device", "cpu", "--batch-size", "4", "--set", "chunk_rows=8"]
+    arguments = (f"--set={name}={value}" for name, value in home.settings(tmp_path / "c").items())
     made = CliRunner().invoke(app, ["precompute", *arguments, "--views", "3", "--set", "crop_scale=[0.3, 1]"])
     assert made.exit_code == 0, made.output
     assert f"{IMAGES} images in 3 views and 40 captions" in made.output

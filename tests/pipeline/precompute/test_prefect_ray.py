@@ -9,7 +9,6 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from tests.conftest import cache_digest, write_photos
+from tests.pipeline.precompute.conftest import settings
 
 PROJECT = Path(__file__).resolve().parents[3]
 IMAGES, CHUNK = 24, 4
@@ -27,16 +27,9 @@ IMAGES, CHUNK = 24, 4
 @pytest.mark.skipif(find_spec("prefect_ray") is None, reason="pip install 'teacher-cache[prefect-ray]'")
 def test_a_flow_with_prefects_ray_runner_makes_the_same_cache(tiny_teacher: Path, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", IMAGES)
-    config: dict[str, Any] = {
-        "dataset": f"flickr:{photos}",
-        "teacher": f"local-dir:{tiny_teacher}",
-        "device": "cpu",
-        "batch_size": 4,
-        "chunk_rows": CHUNK,
-        "decode_threads": 1,
-    }
     alone, shared = str(tmp_path / "alone.cache"), str(tmp_path / "ray.cache")
-    chunks = precompute(PrecomputeConfig(**config, cache=alone)).chunks
+    config = settings(photos, tiny_teacher, shared, chunk_rows=CHUNK, decode_threads=1)
+    chunks = precompute(PrecomputeConfig(**{**config, "cache": alone})).chunks
     # Ray's sockets lie in it, and the name of a socket has no more than 107 characters
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         environment = {
@@ -51,7 +44,7 @@ def test_a_flow_with_prefects_ray_runner_makes_the_same_cache(tiny_teacher: Path
         }
         done = subprocess.run(
             [sys.executable, "-c", "from tests.pipeline.precompute.prefect_ray_work import main; main()"],
-            input=json.dumps({"config": {**config, "cache": shared}, "store_bytes": 80 * 2**20}),
+            input=json.dumps({"config": config, "store_bytes": 80 * 2**20}),
             env=environment,
             cwd=PROJECT,
             capture_output=True,

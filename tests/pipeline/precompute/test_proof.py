@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import teacher_cache.pipeline.precompute.chunk_work
 from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.precompute import chunk_work
 from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction_shown, prove_sample
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
-from teacher_cache.storage.check.verify import verify_cache
+from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction_shown
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
-from teacher_cache.storage.format.commits import QuarantinedRow, all_chunks
-from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.write.writer import EmbeddingWriter
+from teacher_cache.storage.format.commits import QuarantinedRow
 from tests.conftest import make_model_folder, write_photos
+from tests.pipeline.precompute.conftest import Rows, forge, make_config, rows_of, run_command, run_without_torch
+from tests.pipeline.precompute.conftest import prove as prove_rows
 
 IMAGES = 20
 
@@ -38,11 +33,7 @@ class Home:
 
 
 def encode(photos: Path, teacher: str, cache: Path) -> Path:
-    precompute(
-        PrecomputeConfig(
-            dataset=f"flickr:{photos}", teacher=teacher, cache=str(cache), batch_size=4, chunk_rows=8, device="cpu"
-        )
-    )
+    precompute(make_config(photos, teacher, cache))
     return cache
 
 
@@ -56,40 +47,7 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def prove(home: Home, cache: Path | None = None, **changes: Any) -> ProofResult:
-    settings = {"cache": str(cache or home.cache), "sample": 100, "teacher": home.teacher, "device": "cpu", **changes}
-    return prove_sample(ProofConfig(**settings))
-
-
-Rows = dict[str, dict[str, np.ndarray]]
-
-
-def rows_of(cache: Path) -> Rows:
-    """All rows of a cache by tower and array; NaN where a row was quarantined."""
-    reader = EmbeddingReader(str(cache))
-    layout = reader.manifest.layout
-    found: Rows = {}
-    for ref in all_chunks(layout):
-        for name in ref.object_keys():
-            part = reader.chunks.chunk(ref, name)[: len(ref.rows(layout))]
-            held = found.setdefault(ref.tower, {})
-            held[name] = np.concatenate([held[name], part]) if name in held else part
-    return found
-
-
-def forge(home: Home, to: Path, change: Callable[[Rows], None], quarantined: tuple[QuarantinedRow, ...] = ()) -> Path:
-    """A cache of the same manifest with other rows: written, committed and sealed as it should be."""
-    rows = rows_of(home.cache)
-    change(rows)
-    encode(home.photos, home.teacher, to)
-    writer = EmbeddingWriter(str(to))
-    lost = quarantined or EmbeddingReader(str(home.cache)).quarantined
-    for ref in all_chunks(writer.manifest.layout):
-        at = ref.rows(writer.manifest.layout)
-        here = [row for row in lost if ref.tower == "image" and row.row in at]
-        writer.write(ref, {name: values[at.start : at.stop] for name, values in rows[ref.tower].items()}, here)
-    writer.seal()
-    assert verify_cache(str(to)).ok  # every digest agrees
-    return to
+    return prove_rows(**{"cache": cache or home.cache, "teacher": home.teacher, **changes})
 
 
 def test_a_right_cache_is_proven(home: Home) -> None:
@@ -128,7 +86,7 @@ def test_rows_shifted_by_one_are_found(home: Home, tmp_path: Path) -> None:
                 arrays[name] = np.roll(values, 1, axis=0)
 
     lost = QuarantinedRow(row=7, sample_id="0007.jpg", reason="undecodable-image", detail="?")
-    proof = prove(home, forge(home, tmp_path / "c", shift, (lost,)))
+    proof = prove(home, forge(home.cache, tmp_path / "c", shift, (lost,)))
     assert not proof.ok
     wrong = {(row.tower, row.row): row for row in proof.wrong}
     # image 6 cannot be decoded, though it has a row now; 7 can be, though it has none
@@ -143,29 +101,24 @@ def test_rows_shifted_by_one_are_found(home: Home, tmp_path: Path) -> None:
 
 def test_another_teachers_rows_under_this_identity_are_found(home: Home, tmp_path: Path) -> None:
     other = rows_of(encode(home.photos, f"local-dir:{make_model_folder(tmp_path / 'other', seed=5)}", tmp_path / "o"))
-    proof = prove(home, forge(home, tmp_path / "c", lambda rows: rows.update(other)))
+    proof = prove(home, forge(home.cache, tmp_path / "c", lambda rows: rows.update(other)))
     assert len(proof.wrong) == IMAGES - 1 + 2 * IMAGES
 
 
 def test_mirrored_crops_are_found(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(
-            teacher_cache.pipeline.precompute.chunk_work,
-            "open_image",
-            lambda data, decoder: ImageOps.mirror(decode_image(data)),
-        )
-        mirrored = rows_of(encode(home.photos, home.teacher, tmp_path / "mirrored"))["image"]
-    proof = prove(home, forge(home, tmp_path / "c", lambda rows: rows.update(image=mirrored)))
+        patched.setattr(chunk_work, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
+        mirrored = rows_of(encode(home.photos, home.teacher, tmp_path / "mirrored"))["image", 0]
+    proof = prove(home, forge(home.cache, tmp_path / "c", lambda rows: rows.update({("image", 0): mirrored})))
     assert {row.tower for row in proof.wrong} == {"image"}
     assert len(proof.wrong) > (IMAGES - 1) * 3 // 4  # a few of these photographs look much the same either way
 
 
 def test_a_crop_that_is_stored_wrong_is_found(home: Home, tmp_path: Path) -> None:
     def flip(rows: Rows) -> None:
-        rows["image"]["view"] = rows["image"]["view"].copy()
-        rows["image"]["view"][3, 4] = 1.0
+        rows["image", 0]["view"][3, 4] = 1.0
 
-    (wrong,) = prove(home, forge(home, tmp_path / "c", flip)).wrong
+    (wrong,) = prove(home, forge(home.cache, tmp_path / "c", flip)).wrong
     assert (wrong.tower, wrong.row, wrong.sample_id) == ("image", 3, "0003.jpg")
     assert "is stored" in wrong.what
 
@@ -173,10 +126,10 @@ def test_a_crop_that_is_stored_wrong_is_found(home: Home, tmp_path: Path) -> Non
 def test_permuted_captions_are_found(home: Home, tmp_path: Path) -> None:
     def permute(rows: Rows) -> None:
         order = np.random.default_rng(0).permutation(2 * IMAGES)
-        for name, values in rows["text"].items():
-            rows["text"][name] = values[order]
+        for name, values in rows["text", 0].items():
+            rows["text", 0][name] = values[order]
 
-    proof = prove(home, forge(home, tmp_path / "c", permute))
+    proof = prove(home, forge(home.cache, tmp_path / "c", permute))
     assert {row.tower for row in proof.wrong} == {"text"}
     assert len(proof.wrong) > IMAGES
 
@@ -186,11 +139,10 @@ def test_a_few_bad_rows_are_found_as_often_as_the_formula_says(home: Home, tmp_p
     bad = [3, 13, 23, 33]
 
     def exchange(rows: Rows) -> None:
-        for name, values in rows["text"].items():
-            rows["text"][name] = values.copy()
-            rows["text"][name][bad] = values[[row + 4 for row in bad]]
+        for name, values in rows["text", 0].items():
+            rows["text", 0][name][bad] = values[[row + 4 for row in bad]]
 
-    cache = forge(home, tmp_path / "c", exchange)
+    cache = forge(home.cache, tmp_path / "c", exchange)
     assert [row.row for row in prove(home, cache).wrong] == bad
     assert fraction_shown(22, 0.9) < 0.1 < fraction_shown(21, 0.9)
     assert sum(not prove(home, cache, sample=22, seed=seed).ok for seed in range(20)) >= 18
@@ -215,11 +167,10 @@ def test_a_quarantined_row_that_is_fine_is_found(home: Home, tmp_path: Path) -> 
     )
 
     def lose(rows: Rows) -> None:
-        for name, values in rows["image"].items():
-            rows["image"][name] = values.copy()
-            rows["image"][name][9] = np.nan
+        for values in rows["image", 0].values():
+            values[9] = np.nan
 
-    proof = prove(home, forge(home, tmp_path / "c", lose, lost))
+    proof = prove(home, forge(home.cache, tmp_path / "c", lose, lost))
     assert [(row.row, row.cosine) for row in proof.wrong] == [(6, None), (9, None)]
     assert "quarantined as not-finite (NaN), but here it fails otherwise" in proof.wrong[0].what
     assert "but it can be encoded here" in proof.wrong[1].what
@@ -259,17 +210,13 @@ def test_the_command(home: Home, tmp_path: Path) -> None:
     """verify alone says sound and loads no torch; with --sample it names rows and exits 1."""
 
     def shift(rows: Rows) -> None:
-        rows["text"] = {name: np.roll(values, 1, axis=0) for name, values in rows["text"].items()}
+        rows["text", 0] = {name: np.roll(values, 1, axis=0) for name, values in rows["text", 0].items()}
 
-    forged = str(forge(home, tmp_path / "c", shift))
+    forged = str(forge(home.cache, tmp_path / "c", shift))
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "verify", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert run(forged).returncode == 0
+    assert run_command("verify", forged).returncode == 0
     sampled = ("--sample", "8", "--teacher", home.teacher, "--device", "cpu")
-    good, bad = run(str(home.cache), *sampled), run(forged, *sampled, "--json")
+    good, bad = run_command("verify", str(home.cache), *sampled), run_command("verify", forged, *sampled, "--json")
     assert good.returncode == 0, good.stderr
     assert "as the teacher makes them: 8 images and 8 captions against local-dir:tiny on cpu in fp32" in good.stdout
     assert "threshold 0.999, least cosine 1.0" in good.stdout
@@ -278,16 +225,9 @@ def test_the_command(home: Home, tmp_path: Path) -> None:
     found = json.loads(bad.stdout)
     assert (found["ok"], found["findings"], found["chunks_sound"]) == (False, [], 3 + 5)
     assert {"tower", "row", "sample_id", "cosine"} <= set(found["proof"]["wrong"][0])
-    wrong = run(str(home.cache), "--teacher", home.teacher)
+    wrong = run_command("verify", str(home.cache), "--teacher", home.teacher)
     assert (wrong.returncode, wrong.stderr) == (2, "error: --teacher needs --sample: plain verify loads no teacher\n")
 
 
 def test_verify_without_a_sample_loads_no_torch(home: Home) -> None:
-    code = (
-        "import sys; sys.argv = ['teacher-cache', 'verify', sys.argv[1]]; import teacher_cache.pipeline.cli.app as c\n"
-        "try: c.main()\n"
-        "except SystemExit as e: assert not e.code, e.code\n"
-        "bad = {'torch', 'open_clip', 'zarr', 'faiss', 'prefect'} & set(sys.modules); assert not bad, bad"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(home.cache)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_without_torch("verify", str(home.cache))

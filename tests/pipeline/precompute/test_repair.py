@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 import threading
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import TINY_MODEL, cache_digest, make_model_folder, write_photos
 from tests.damage import KINDS, Others, damage, make_older
+from tests.pipeline.precompute.conftest import make_config, run_command, run_without_torch
 
 IMAGES = 16
 
@@ -64,15 +64,7 @@ class Home:
         return f"local-dir:{self.folder}"
 
     def settings(self, photos: Path, cache: Path) -> PrecomputeConfig:
-        return PrecomputeConfig(
-            dataset=f"flickr:{photos}",
-            teacher=self.teacher,
-            cache=str(cache),
-            batch_size=2,
-            chunk_rows=4,
-            device="cpu",
-            decode_threads=1,
-        )
+        return make_config(photos, self.folder, cache, batch_size=2, chunk_rows=4, decode_threads=1)
 
     def copy(self, to: Path) -> Path:
         shutil.copytree(self.cache, to)
@@ -95,41 +87,17 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     return made
 
 
-@dataclass
-class Counted:
-    images: int = 0
-    texts: int = 0
-    loads: int = 0
-
-
 @pytest.fixture
-def counted(home: Home, monkeypatch: pytest.MonkeyPatch) -> Counted:
-    """Rows that any teacher encodes; the tiny one is built once for all tests."""
-    counts = Counted()
-    images, texts, load = (
-        LiveTeacher.encode_images,
-        LiveTeacher.encode_texts,
-        teacher_cache.pipeline.models.teacher.load_teacher,
-    )
-
-    def encode_images(self: LiveTeacher, pixels: object) -> Encoded:
-        encoded = images(self, pixels)  # type: ignore[arg-type]
-        counts.images += len(encoded.embedding)
-        return encoded
-
-    def encode_texts(self: LiveTeacher, tokens: object) -> Encoded:
-        encoded = texts(self, tokens)  # type: ignore[arg-type]
-        counts.texts += len(encoded.embedding)
-        return encoded
+def counted(home: Home, taught: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Rows that any teacher encodes, and loads of one; the tiny one is built once for all tests."""
+    load = teacher_cache.pipeline.models.teacher.load_teacher
 
     def load_once(name: str, *rest: object) -> LiveTeacher:
-        counts.loads += 1
+        taught["loads"] += 1
         return home.model if name == home.teacher else load(name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(LiveTeacher, "encode_images", encode_images)
-    monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
     monkeypatch.setattr(teacher_cache.pipeline.models.teacher, "load_teacher", load_once)
-    return counts
+    return taught
 
 
 def mend(home: Home, cache: Path, **changes: str) -> RepairResult:
@@ -147,7 +115,7 @@ def rows_of(refs: list[ChunkRef], tower: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_damage_is_mended_to_the_same_bytes(
-    kind: str, home: Home, counted: Counted, tmp_path: Path
+    kind: str, home: Home, counted: Counter[str], tmp_path: Path
 ) -> None:
     cache = home.copy(tmp_path / "c")
     done = damage(kind, 7, cache, home.others)
@@ -158,8 +126,8 @@ def test_every_kind_of_damage_is_mended_to_the_same_bytes(
     assert cache_digest(cache) == home.digest
     assert verify_cache(str(cache)).ok
     bad = owners(cache, done.named)
-    assert (counted.images, counted.texts) == (rows_of(bad, "image"), rows_of(bad, "text"))
-    assert (result.chunks_encoded, counted.loads) == (len(bad), 1 if bad else 0)
+    assert (counted["image"], counted["text"]) == (rows_of(bad, "image"), rows_of(bad, "text"))
+    assert (result.chunks_encoded, counted["loads"]) == (len(bad), 1 if bad else 0)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +177,7 @@ def test_training_and_evaluation_refuse_what_is_damaged(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_several_kinds_at_once(seed: int, home: Home, counted: Counted, tmp_path: Path) -> None:
+def test_several_kinds_at_once(seed: int, home: Home, counted: Counter[str], tmp_path: Path) -> None:
     cache = home.copy(tmp_path / "c")
     rng = random.Random(seed)
     root = [kind for kind in KINDS if "manifest" in kind or "backup" in kind]
@@ -229,15 +197,7 @@ def test_several_kinds_at_once(seed: int, home: Home, counted: Counted, tmp_path
 
 
 def test_nothing_to_repair_loads_no_torch(home: Home, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.argv = ['teacher-cache', 'repair', sys.argv[1]]; import teacher_cache.pipeline.cli.app as c\n"
-        "try: c.main()\n"
-        "except SystemExit as e: assert not e.code, e.code\n"
-        "bad = {'torch', 'open_clip', 'zarr', 'faiss', 'prefect'} & set(sys.modules); assert not bad, bad"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(home.cache)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{home.cache}: nothing to repair, sound\n"
+    assert run_without_torch("repair", str(home.cache)) == f"{home.cache}: nothing to repair, sound\n"
     assert cache_digest(home.cache) == home.digest
 
 
@@ -321,7 +281,7 @@ def test_captions_alone_need_no_dataset(home: Home, tmp_path: Path) -> None:
 
 
 def test_other_bytes_than_the_sealed_ones_are_told(
-    home: Home, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Home, counted: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What another machine does: equal rows but for the last bits."""
     cache = home.copy(tmp_path / "c")
@@ -341,7 +301,7 @@ def test_other_bytes_than_the_sealed_ones_are_told(
     assert EmbeddingReader(str(cache)).manifest.digest == result.manifest_digest
 
 
-def test_a_repair_that_stopped_before_the_seal_goes_on(home: Home, counted: Counted, tmp_path: Path) -> None:
+def test_a_repair_that_stopped_before_the_seal_goes_on(home: Home, counted: Counter[str], tmp_path: Path) -> None:
     """Chunk, commit and note were written, with other last bits; encoding again would not bring the old ones back."""
     cache = home.copy(tmp_path / "c")
     ref = ChunkRef("text", 0, 2)
@@ -351,12 +311,12 @@ def test_a_repair_that_stopped_before_the_seal_goes_on(home: Home, counted: Coun
     )
     assert not verify_cache(str(cache)).ok
     result = mend(home, cache)
-    assert (result.ok, result.chunks_encoded, counted.loads) == (True, 0, 0)
+    assert (result.ok, result.chunks_encoded, counted["loads"]) == (True, 0, 0)
     assert result.replaced_manifest_digest is not None
 
 
 def test_a_repair_that_broke_off_is_finished_by_the_next(
-    home: Home, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Home, counted: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = home.copy(tmp_path / "c")
     hurt(cache, *ALL_KINDS, "commits/text/000003.json")
@@ -378,7 +338,7 @@ def test_a_repair_that_broke_off_is_finished_by_the_next(
     assert cache_digest(cache) == home.digest
 
 
-def test_without_notes_an_older_chunk_costs_all_of_them(home: Home, counted: Counted, tmp_path: Path) -> None:
+def test_without_notes_an_older_chunk_costs_all_of_them(home: Home, counted: Counter[str], tmp_path: Path) -> None:
     cache = home.copy(tmp_path / "c")
     damage("rolled-back-chunk-and-commit", 0, cache, home.others)
     shutil.rmtree(cache / "journal")
@@ -402,15 +362,15 @@ def test_unknown_files_are_named_and_kept(home: Home, tmp_path: Path) -> None:
     assert mend(home, cache).done == ()
 
 
-def test_an_unfinished_cache_is_left_to_precompute(home: Home, counted: Counted, tmp_path: Path) -> None:
+def test_an_unfinished_cache_is_left_to_precompute(home: Home, counted: Counter[str], tmp_path: Path) -> None:
     settings = home.settings(home.photos, tmp_path / "c")
     pending = plan_precompute(settings, home.model)
     encode_chunks(settings, home.model, pending[:5])
     (tmp_path / "c" / "manifest.json").write_bytes(b"damaged")
     hurt(tmp_path / "c", IMAGE_CHUNK)
-    counted.images = counted.texts = 0
+    counted.clear()
     result = mend(home, tmp_path / "c")
-    assert (result.ok, result.chunks_encoded, counted.images, counted.texts) == (False, 0, 0, 0)
+    assert (result.ok, result.chunks_encoded, counted["image"], counted["text"]) == (False, 0, 0, 0)
     assert any("5 of 12 chunks are there. Run the same precompute" in finding.message for finding in result.findings)
     assert precompute(settings).chunks_encoded == 8
     assert cache_digest(tmp_path / "c") == home.digest
@@ -433,7 +393,9 @@ def test_with_manifest_and_backup_gone_there_is_nothing_to_mend_from(home: Home,
         mend(home, cache)
 
 
-def test_readers_at_work_meanwhile_see_right_rows_or_an_error(home: Home, counted: Counted, tmp_path: Path) -> None:
+def test_readers_at_work_meanwhile_see_right_rows_or_an_error(
+    home: Home, counted: Counter[str], tmp_path: Path
+) -> None:
     cache = home.copy(tmp_path / "c")
     right = EmbeddingReader(str(home.cache)).take("text", np.arange(32))
     over, read, wrong = threading.Event(), [0], []
@@ -464,7 +426,7 @@ def test_readers_at_work_meanwhile_see_right_rows_or_an_error(home: Home, counte
     np.testing.assert_array_equal(EmbeddingReader(str(cache)).take("text", np.arange(32)), right)
 
 
-def test_a_cache_behind_a_url_is_mended_too(home: Home, counted: Counted) -> None:
+def test_a_cache_behind_a_url_is_mended_too(home: Home, counted: Counter[str]) -> None:
     url = f"memory://{uuid.uuid4()}/a.cache"
     files, sound = open_files(url), everything(home.cache)
     for key, data in sound.items():
@@ -492,16 +454,13 @@ def test_the_command_finds_scenes_and_their_teacher_by_itself(tmp_path: Path) ->
     precompute(settings)
     digest = cache_digest(tmp_path / "c")
     hurt(tmp_path / "c", IMAGE_CHUNK, TEXT_CHUNK, "samples/000000.parquet", "manifest.json")
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app"]
-    done = subprocess.run([*command, "repair", str(tmp_path / "c")], capture_output=True, text=True, check=False)
+    done = run_command("repair", str(tmp_path / "c"))
     assert done.returncode == 0, done.stderr
     assert "image/v0/000001: encoded again\ntext/000001: encoded again\n" in done.stdout
     assert done.stdout.endswith("c: 4 repairs, sound\n")
     assert cache_digest(tmp_path / "c") == digest
     (tmp_path / "c" / "stray").write_bytes(b"?")
-    done = subprocess.run(
-        [*command, "repair", str(tmp_path / "c"), "--json"], capture_output=True, text=True, check=False
-    )
+    done = run_command("repair", str(tmp_path / "c"), "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["ok"], found["done"]) == (1, False, [])
     assert [finding["key"] for finding in found["findings"]] == ["stray"]

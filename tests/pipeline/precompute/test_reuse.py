@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.import_folder import import_rows
@@ -31,6 +31,7 @@ from teacher_cache.storage.look.export import export_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder, write_photos
+from tests.pipeline.precompute.conftest import make_config
 
 IMAGES = 48
 ADDED = 7
@@ -72,35 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path, dataset: str, cache: str, **more: Any) -> PrecomputeConfig:
-    return PrecomputeConfig(
-        **{
-            "dataset": f"flickr:{home / dataset}",
-            "teacher": f"local-dir:{home / 'teacher'}",
-            "cache": str(home / cache),
-            "batch_size": 8,
-            "device": "cpu",
-            **more,
-        }
-    )
-
-
-@pytest.fixture
-def taught(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Rows that the teacher was given, by tower."""
-    rows: Counter[str] = Counter()
-    images, texts = LiveTeacher.encode_images, LiveTeacher.encode_texts
-
-    def count_images(self: LiveTeacher, batch: Any) -> Any:
-        rows["image"] += len(batch)
-        return images(self, batch)
-
-    def count_texts(self: LiveTeacher, batch: Any) -> Any:
-        rows["text"] += len(batch)
-        return texts(self, batch)
-
-    monkeypatch.setattr(LiveTeacher, "encode_images", count_images)
-    monkeypatch.setattr(LiveTeacher, "encode_texts", count_texts)
-    return rows
+    return make_config(home / dataset, home / "teacher", home / cache, **{"batch_size": 8, "chunk_rows": None, **more})
 
 
 def rows_by_content(cache: Path, views: int = 1) -> dict[str, tuple[bytes, ...]]:

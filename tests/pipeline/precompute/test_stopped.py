@@ -18,17 +18,14 @@ from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.write.claims import CLAIMS
 from tests.conftest import cache_digest
+from tests.pipeline.precompute.conftest import as_command, settings
 from tests.pipeline.train.train_work import make_cache, make_student, trace
 
 MakePhotos = Callable[..., Path]
 
 
 def command(photos: Path, teacher: Path, cache: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "teacher_cache.pipeline.cli.app", "precompute", "--dataset", f"flickr:{photos}"),
-        *("--teacher", f"local-dir:{teacher}", "--cache", str(cache), "--device", "cpu"),
-        *("--batch-size", "2", "--set", "chunk_rows=4"),
-    ]
+    return as_command("precompute", settings(photos, teacher, cache, batch_size=2, chunk_rows=4))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,18 +81,9 @@ def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, numbe
 def test_train_is_stopped_with_its_workers(tiny_teacher: Path, tmp_path: Path, number: signal.Signals) -> None:
     """As a terminal, systemd and timeout do it: the signal goes to the decoders too, whose end is no failure then."""
     cache, student, out = make_cache(tmp_path, tiny_teacher), make_student(tmp_path / "s.json"), tmp_path / "run"
-    arguments = ("train", "--cache", cache, "--student", student, "--out", out, "--device", "cpu", "--set", "workers=2")
+    asked = {"cache": cache, "student": student, "out": out, "device": "cpu", "workers": 2, "batch_size": 8}
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "teacher_cache.pipeline.cli.app",
-            *map(str, arguments),
-            "--batch-size",
-            "8",
-            "--epochs",
-            "100000",
-        ],
+        as_command("train", {**asked, "epochs": 100_000}),
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "200"},

@@ -6,11 +6,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,11 +23,13 @@ from teacher_cache.storage.look.info import count_committed
 from tests.conftest import cache_digest, write_photos
 from tests.fault_proxy import Fault, FaultProxy, Request, refusal
 from tests.object_store import ObjectStore
+from tests.pipeline.precompute.conftest import as_command, settings
 from tests.precompute_process import finish, start
 
 pytestmark = pytest.mark.service
 
-IMAGES, CHUNK, BATCH = 40, 4, 2
+IMAGES, CHUNK = 40, 4
+SMALL = {"batch_size": 2, "chunk_rows": CHUNK}
 CHUNKS = IMAGES // CHUNK * 3  # two captions an image
 SECRET = b"testing-secret"
 
@@ -39,28 +39,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos") / "p", IMAGES)
 
 
-def settings(photos: Path, teacher: Path, cache: str) -> dict[str, Any]:
-    return {
-        "dataset": f"flickr:{photos}",
-        "teacher": f"local-dir:{teacher}",
-        "cache": cache,
-        "device": "cpu",
-        "batch_size": BATCH,
-        "chunk_rows": CHUNK,
-    }
-
-
 @pytest.fixture(scope="module")
 def digest(photos: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of an unbroken run in a folder."""
     whole = tmp_path_factory.mktemp("whole") / "c"
-    precompute(PrecomputeConfig(**settings(photos, tiny_teacher, str(whole))))
+    precompute(PrecomputeConfig(**settings(photos, tiny_teacher, str(whole), **SMALL)))
     return cache_digest(whole)
 
 
 def command(photos: Path, teacher: Path, cache: str) -> list[str]:
-    flags = (f"--set={name}={value}" for name, value in settings(photos, teacher, cache).items())
-    return [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "precompute", *flags]
+    return as_command("precompute", settings(photos, teacher, cache, **SMALL))
 
 
 def be_quick() -> None:
@@ -91,7 +79,7 @@ def test_two_processes_on_a_bad_network_make_the_same_cache(
     outs = [tmp_path / f"{number}.json" for number in range(2)]
     started = [
         start(
-            settings(photos, tiny_teacher, cache),
+            settings(photos, tiny_teacher, cache, **SMALL),
             out=out,
             teacher_seconds=0.05,
             environment=environment,

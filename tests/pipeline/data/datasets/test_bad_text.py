@@ -18,7 +18,7 @@ from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_sampl
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.pipeline.data.dataset_files import save_image, told
-from tests.pipeline.precompute.test_precompute import config
+from tests.pipeline.precompute.conftest import make_config
 
 # written as bytes; what becomes of it (None: nothing); the kind of the problem, if any
 BROKEN = "bad-record"
@@ -221,7 +221,7 @@ def test_all_that_is_kept_is_encoded(tiny_teacher: Path, tmp_path: Path) -> None
         csv.writer(sink).writerow([name, shown])
         lines.append(sink.getvalue())
     (tmp_path / "data" / "captions.txt").write_text("image,caption\n" + "".join(lines), errors="surrogateescape")
-    result = precompute(config(tmp_path / "data", tiny_teacher, tmp_path / "c"))
+    result = precompute(make_config(tmp_path / "data", tiny_teacher, tmp_path / "c"))
     kept = [text for _, text, _ in ANYWHERE.values() if text is not None]
     reader = EmbeddingReader(str(tmp_path / "c"))
     assert reader.captions["text"].to_pylist() == kept

@@ -30,7 +30,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import read_manifest
 from tests.pipeline.data.dataset_files import told
 from tests.pipeline.data.odd_images import ODD_IMAGES, OddImage
-from tests.pipeline.precompute.test_precompute import config
+from tests.pipeline.precompute.conftest import make_config
 
 CLIP = Preprocess((32, 32), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
@@ -115,7 +115,7 @@ def test_a_run_over_all_of_them_ends_well_and_adds_up(
     names = [odd.name for odd in ODD_IMAGES] + no_files
     (photos / "captions.txt").write_text("image,caption\n" + "".join(f"{name},A caption.\n" for name in names))
 
-    result = precompute(config(photos, tiny_teacher, tmp_path / "all", batch_size=1))
+    result = precompute(make_config(photos, tiny_teacher, tmp_path / "all", batch_size=1))
     assert capfd.readouterr().err == ""
     lost = {odd.name for odd in ODD_IMAGES if odd.lost}
     files = open_files(str(tmp_path / "all"))
@@ -149,7 +149,7 @@ def test_a_run_over_all_of_them_ends_well_and_adds_up(
         (images / name).rmdir() if name == "folder.jpg" else (images / name).unlink()
     good = [odd.name for odd in ODD_IMAGES if not odd.lost]
     (photos / "captions.txt").write_text("image,caption\n" + "".join(f"{name},A caption.\n" for name in good))
-    assert precompute(config(photos, tiny_teacher, tmp_path / "good", batch_size=1)).problems == {}
+    assert precompute(make_config(photos, tiny_teacher, tmp_path / "good", batch_size=1)).problems == {}
     alone = EmbeddingReader(str(tmp_path / "good"))
     ids = reader.samples["sample_id"].to_pylist()
     rows = np.array([ids.index(name) for name in alone.samples["sample_id"].to_pylist()])
