@@ -148,8 +148,7 @@ def deployment_text(result: DeployResult) -> str:
 def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None, candidate: Candidate | None) -> str:
     """Return the text of a retraining: the changes, the work done, and the reason of the verdict."""
     lines = [f"# {outcome}", "", f"{code(found.cache)}: {found.images:,} images, {found.captions:,} captions."]
-    if found.unread is not None:
-        lines += ["", found.unread]
+    lines += [line for notice in found.notices for line in ("", notice)]
     if found.changes is not None:
         lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
     if encoded is not None and not encoded.chunks_encoded:
@@ -158,13 +157,9 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         copied = " and ".join(f"{rows:,} rows of {tower}" for tower, rows in encoded.rows_reused.items())
         if found.reuse:
             lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others."]
-        elif found.not_reused:
-            lines += ["", found.not_reused]
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))
-    if found.unshipped is not None:
-        lines += ["", found.unshipped]
     return "\n".join(lines)
 
 

@@ -81,9 +81,8 @@ def look(config: RetrainConfig) -> Look:
             f"against the newest cache: {changes.new_images:,} new images, {changes.removed_images:,} gone, "
             f"{changes.new_captions:,} new captions, {changes.removed_captions:,} gone"
         )
-    for notice in (state.unread, state.not_reused, state.unshipped):
-        if notice is not None:
-            logger.warning(notice)
+    for notice in state.notices:
+        logger.warning(notice)
     return state
 
 

@@ -163,15 +163,13 @@ def _share(value: float | None, interval: Any) -> str:
 def retrain_lines(result: RetrainResult) -> list[str]:
     """Return a line for each step that a retraining took."""
     look, changes = result.look, result.look.changes
-    lines = [] if look.unread is None else [look.unread]
+    lines = [*look.notices]
     if changes is not None and result.outcome != "nothing-new":
         lines.append(
             f"{counted(changes.new_images, 'new image')}, {changes.removed_images:,} gone, "
             f"{counted(changes.new_captions, 'new caption')}, {changes.removed_captions:,} gone"
         )
     if result.encoded is not None:
-        if look.not_reused is not None:
-            lines.append(look.not_reused)
         reused = result.encoded.rows_reused
         lines.append(
             f"{look.cache}: {look.images - reused['image']:,} of {counted(look.images, 'image')} and "
@@ -182,7 +180,5 @@ def retrain_lines(result: RetrainResult) -> list[str]:
     if result.candidate is not None:
         verdict = "nothing new" if result.outcome == "nothing-new" else result.outcome
         lines.append(f"student {result.candidate.number}, {result.candidate.run}: {verdict}: {result.candidate.reason}")
-    if look.unshipped is not None:
-        lines.append(look.unshipped)
     lines.append(f"champion: {'none' if result.champion is None else f'student {result.champion}'}")
     return lines

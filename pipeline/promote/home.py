@@ -23,7 +23,7 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 
-__all__ = ["Home", "NumberedCache"]
+__all__ = ["Home", "HomeCaches", "NumberedCache"]
 
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
@@ -31,24 +31,31 @@ _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
 
 @dataclass(frozen=True)
 class NumberedCache:
-    """A cache below a home.
-
-    Attributes:
-        manifest: manifest; None if it is missing or cannot be read.
-        free: True if there is no manifest, because planning was interrupted. The number may be used again.
-        unread: reason why an existing manifest cannot be read.
-    """
+    """A cache below a home, finished or not."""
 
     number: int
     location: str
-    manifest: CacheManifest | None
-    free: bool = False
-    unread: str | None = None
+    manifest: CacheManifest
+
+
+@dataclass(frozen=True)
+class HomeCaches:
+    """The caches below a home.
+
+    Attributes:
+        readable: caches with a manifest, ordered by number.
+        unread: reason why the newest cache's manifest cannot be read, if that is so.
+        last: greatest number of a cache. A cache whose planning was interrupted leaves its number free.
+    """
+
+    readable: list[NumberedCache]
+    unread: str | None
+    last: int
 
     @property
-    def sealed(self) -> bool:
-        """True if the cache is finished."""
-        return self.manifest is not None and self.manifest.sealed
+    def sealed(self) -> list[NumberedCache]:
+        """The finished caches."""
+        return [cache for cache in self.readable if cache.manifest.sealed]
 
 
 class Home:
@@ -69,16 +76,27 @@ class Home:
         """Return the location of a cache."""
         return f"{self.caches}/{number:04d}.cache"
 
-    def numbered_caches(self) -> list[NumberedCache]:
-        """Return all caches, ordered by number."""
-        matches = [(name, _CACHE.match(name)) for name in open_files(self.caches).folders()]
-        caches = [_read(int(match[1]), f"{self.caches}/{name}") for name, match in matches if match]
-        return sorted(caches, key=lambda cache: cache.number)
+    def read_caches(self) -> HomeCaches:
+        """Read the manifests of all caches."""
+        matches = [match for name in open_files(self.caches).folders() if (match := _CACHE.match(name))]
+        readable: list[NumberedCache] = []
+        unread, last = None, 0
+        for number, name in sorted((int(match[1]), match[0]) for match in matches):
+            location = f"{self.caches}/{name}"
+            try:
+                readable.append(NumberedCache(number, location, read_manifest(open_files(location))))
+                unread = None
+            except CacheNotFoundError:
+                continue
+            except (CacheCorruptError, CacheFormatError) as error:
+                unread = str(error)
+            last = number
+        return HomeCaches(readable, unread, last)
 
-    def next_number(self, caches: list[NumberedCache]) -> int:
+    def next_number(self, caches: HomeCaches) -> int:
         """Return a number that neither a cache nor a run has."""
         runs = [int(match[1]) for path in Path(f"{self.folder}/runs").glob("*") if (match := _RUN.match(path.name))]
-        return max([0, *(cache.number for cache in caches if not cache.free), *runs]) + 1
+        return max([caches.last, *runs]) + 1
 
     def run_names(self, number: int) -> Iterator[str]:
         """Yield the folders of runs from a cache: 0002, 0002-2, 0002-3 and so on."""
@@ -102,15 +120,6 @@ class Home:
             and (not student.passed or student.number in promoted)
         ]
         return settled[-1] if settled else None
-
-
-def _read(number: int, location: str) -> NumberedCache:
-    try:
-        return NumberedCache(number, location, read_manifest(open_files(location)))
-    except CacheNotFoundError:
-        return NumberedCache(number, location, None, free=True)
-    except (CacheCorruptError, CacheFormatError) as error:
-        return NumberedCache(number, location, None, unread=str(error))
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +20,7 @@ from teacher_cache.pipeline.promote.home import Home, NumberedCache
 from teacher_cache.pipeline.promote.registry import Candidate
 from teacher_cache.pipeline.promote.stage_settings import StageSettings
 from teacher_cache.pipeline.settings.base import Decoder, StoredDtype
+from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import DatasetIdentity
@@ -57,16 +56,13 @@ class Look(BaseModel, frozen=True):
     views: int = Field(description="Number of crops per image in that cache.")
     crops: dict[str, Any] = Field(description="Settings of random crops, by the names of precompute.")
     reuse: str | None = Field(description="Cache that rows are copied from: the newest with this dtype and decoder.")
-    not_reused: str | None = Field(description="Reason why no rows of the teacher's newest finished cache are copied.")
-    unread: str | None = Field(
-        None, description="Reason why the newest cache cannot be read, with the source of the defaults instead."
+    notices: tuple[str, ...] = Field(
+        description="What a user should know: a newest cache that cannot be read, rows that cannot be copied, a judged "
+        "student that is not shipped; each with its remedy."
     )
     run: str = Field(description="Folder of the training run.")
     judged: Candidate | None = Field(
         description="Verdict on the student of this cache and these settings. With one, there is nothing to do."
-    )
-    unshipped: str | None = Field(
-        None, description="Reason why the judged student is not shipped, if shipping is on, with the remedy."
     )
 
     def storage_settings(self) -> dict[str, Any]:
@@ -88,139 +84,99 @@ def look_at(
             allows; or the champion's weights are gone.
         CacheUnreachableError, CacheAccessError: the store of the caches does not answer or refuses.
     """
-    spec = DatasetSpec.parse(settings.config.dataset)
+    config = settings.config
+    spec = DatasetSpec.parse(config.dataset)
     dataset, digests = load_samples(spec, progress)
     tables = dataset_tables(dataset, digests)
     identity = dataset_identity(spec, tables)
     _require_splits(settings, identity)
-    state = _State(settings, home.numbered_caches(), identity)
-    changes = _changes(state.sealed[-1], tables) if state.sealed else None
-    if changes is not None and state.present is None:
-        _require_most(settings, state.sealed[-1], changes)
-    number = state.present.number if state.present else home.next_number(state.caches)
-    manifest = state.present.manifest if state.present and state.present.sealed else None
+    caches = home.read_caches()
+    by_teacher = [cache for cache in caches.readable if _is_by(config, cache.manifest)]
+    # of this dataset and these settings, finished or not
+    present = _newest([cache for cache in by_teacher if _matches(settings, identity, cache.manifest)])
+    newest = _newest(caches.sealed)
+    changes = _changes(newest, tables) if newest else None
+    if newest and changes and present is None:
+        _require_most(config, newest, changes)
+    number = present.number if present else home.next_number(caches)
+    manifest = present.manifest if present and present.manifest.sealed else None
+    # decides the settings that are left out; it may be another teacher's
+    source = present or newest
+    before = _as_stored(source.manifest) if source else _DEFAULTS
+    stored: dict[str, Any] = {name: getattr(config, name) or value for name, value in before.items()}
+    reuse, not_reused = _reusable([cache for cache in by_teacher if cache.manifest.sealed], number, stored)
     run = _run(settings, home, student, number, manifest)
     judged = home.verdict(run)
     champion = home.registry.champion()
     if judged is None and champion is not None:
         checkpoint_of(champion)  # checked before hours of work: it is measured after them
-    reuse, not_reused = state.reusable(number)
+    notices = (
+        _unread(caches.unread, source) if caches.unread else None,
+        None if manifest else not_reused,
+        _unshipped(judged) if judged is not None and config.ship else None,
+    )
     return Look(
         images=identity.images,
         captions=identity.captions,
         changes=changes,
         cache=home.cache(number),
         cache_finished=manifest is not None,
-        **state.stored,
-        crops=state.crops,
+        **stored,
+        crops=_crops(source.manifest) if source and stored["views"] > 1 else {},
         reuse=reuse,
-        not_reused=None if manifest else not_reused,
-        unread=state.unread(),
+        notices=tuple(notice for notice in notices if notice is not None),
         run=run,
         judged=judged,
-        unshipped=_unshipped(judged) if judged is not None and settings.config.ship else None,
     )
 
 
-@dataclass(frozen=True)
-class _State:
-    """The caches of a home, to match with a dataset.
+def _newest(caches: list[NumberedCache]) -> NumberedCache | None:
+    return caches[-1] if caches else None
 
-    Attributes:
-        caches: all caches, ordered by number.
-        identity: identity of the present dataset.
+
+def _is_by(config: RetrainConfig, manifest: CacheManifest) -> bool:
+    teacher = manifest.identity.teacher
+    configured = (recorded_name(config.teacher), config.pretrained, config.precision)
+    return (teacher.name, teacher.pretrained, teacher.precision) == configured
+
+
+def _matches(settings: StageSettings, dataset: DatasetIdentity, manifest: CacheManifest) -> bool:
+    """Return whether a cache is of this dataset and has all settings that are set."""
+    crops = settings.encoding({}).model_dump(mode="json", include={*CROP_SETTINGS})
+    drawn = _crops(manifest)
+    return (
+        manifest.identity.dataset == dataset
+        and all(getattr(settings.config, name) in (None, value) for name, value in _as_stored(manifest).items())
+        and all(value in (None, drawn.get(name)) for name, value in crops.items())
+    )
+
+
+def _reusable(caches: list[NumberedCache], number: int, stored: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the cache to copy rows from, or the reason why no row of the newest can be copied.
+
+    Args:
+        caches: the teacher's finished caches.
+        number: number of the cache to copy rows to.
+        stored: its storage settings. The number of views may differ.
     """
-
-    settings: StageSettings
-    caches: list[NumberedCache]
-    identity: DatasetIdentity
-
-    @cached_property
-    def sealed(self) -> list[NumberedCache]:
-        """The finished caches."""
-        return [cache for cache in self.caches if cache.sealed]
-
-    @cached_property
-    def present(self) -> NumberedCache | None:
-        """The newest cache of this dataset and these settings, finished or not."""
-        matching = [cache for cache in self.caches if cache.manifest is not None and self._matches(cache.manifest)]
-        return matching[-1] if matching else None
-
-    @cached_property
-    def source(self) -> NumberedCache | None:
-        """The cache that decides unset settings: the present one, else the newest of any teacher."""
-        return self.present or (self.sealed[-1] if self.sealed else None)
-
-    @cached_property
-    def stored(self) -> dict[str, Any]:
-        """Views, dtype and decoder: from the settings, else from the source, else the defaults."""
-        previous = _as_stored(self.source.manifest) if self.source and self.source.manifest else _DEFAULTS
-        return {name: getattr(self.settings.config, name) or value for name, value in previous.items()}
-
-    @property
-    def crops(self) -> dict[str, Any]:
-        """Settings of the source's random crops, by the names of precompute. Empty for one view."""
-        manifest = self.source.manifest if self.source else None
-        return _crops(manifest) if manifest and self.stored["views"] > 1 else {}
-
-    def reusable(self, number: int) -> tuple[str | None, str | None]:
-        """Return the cache to copy rows from, or the reason why none of the teacher's other caches can be used.
-
-        Args:
-            number: number of the cache to copy rows to.
-        """
-        others = [cache for cache in self.sealed if cache.number != number and self._is_by_teacher(cache)]
-        reasons = [(cache, self._unlike(cache)) for cache in others]
-        alike = [cache.location for cache, reason in reasons if reason is None]
-        if alike or not reasons:
-            return (alike[-1] if alike else None), None
-        return None, reasons[-1][1]
-
-    def unread(self) -> str | None:
-        """Return a notice if the newest cache has no readable manifest."""
-        newest = next((cache for cache in reversed(self.caches) if not cache.free), None)
-        if newest is None or newest.unread is None:
-            return None
-        instead = "the defaults are taken" if self.source is None else f"those of {self.source.location} are taken"
-        return f"{newest.unread} Until then, where dtype, decoder and views are left out, {instead}."
-
-    def _matches(self, manifest: CacheManifest) -> bool:
-        if not self._is_by(manifest) or manifest.identity.dataset != self.identity:
-            return False
-        config, drawn = self.settings.config, _crops(manifest)
-        if any(getattr(config, name) not in (None, value) for name, value in _as_stored(manifest).items()):
-            return False
-        crops = self.settings.encoding({}).model_dump(mode="json", include={*CROP_SETTINGS})
-        return all(value in (None, drawn.get(name)) for name, value in crops.items())
-
-    def _is_by(self, manifest: CacheManifest) -> bool:
-        config, teacher = self.settings.config, manifest.identity.teacher
-        configured = (recorded_name(config.teacher), config.pretrained, config.precision)
-        return (teacher.name, teacher.pretrained, teacher.precision) == configured
-
-    def _is_by_teacher(self, cache: NumberedCache) -> bool:
-        return cache.manifest is not None and self._is_by(cache.manifest)
-
-    def _unlike(self, other: NumberedCache) -> str | None:
-        """Return why no row of another cache can be copied, or None. The number of views may differ."""
-        assert other.manifest is not None  # it is finished
-        stored = _as_stored(other.manifest)
-        names = [name for name in ("dtype", "decoder") if stored[name] != self.stored[name]]
+    reuse = reason = None
+    for cache in caches:
+        if cache.number == number:
+            continue
+        had = _as_stored(cache.manifest)
+        names = [name for name in ("dtype", "decoder") if had[name] != stored[name]]
         if not names:
-            return None
-        differences = "; ".join(
-            f"{name}: {stored[name]} in the cache, {self.stored[name]} {self._decided_by(name)}" for name in names
-        )
-        if self.source is other:
-            remedy = f"Leave {' and '.join(names)} out"
-        else:
-            remedy = f"Ask for {' and '.join(f'{name} {stored[name]}' for name in names)}"
-        return f"{other.location}: no row of it can be copied. {differences}. {remedy} to go on with its."
+            reuse = cache.location
+            continue
+        differences = " and ".join(f"{name} {had[name]}, not {stored[name]}" for name in names)
+        remedy = " and ".join(f"{name} to {had[name]}" for name in names)
+        reason = f"{cache.location}: no row of it can be copied: it has {differences}. To copy its rows, set {remedy}."
+    return reuse, None if reuse else reason
 
-    def _decided_by(self, name: str) -> str:
-        if getattr(self.settings.config, name) is not None or self.source is None:
-            return "asked for"
-        return f"in {self.source.location}, which {'was begun so' if self.present else 'is the newest'}"
+
+def _unread(reason: str, source: NumberedCache | None) -> str:
+    instead = "the defaults are taken" if source is None else f"those of {source.location} are taken"
+    return f"{reason} Until then, where dtype, decoder and views are left out, {instead}."
 
 
 def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
@@ -235,11 +191,11 @@ def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
             raise UsageError(f"{settings.config.dataset}: no split {split!r} ({setting}); there are {known}")
 
 
-def _require_most(settings: StageSettings, before: NumberedCache, changes: Changes) -> None:
-    images = before.manifest.layout.image_rows if before.manifest else 0
-    if 100 * changes.removed_images > settings.config.max_removed * images:
+def _require_most(config: RetrainConfig, before: NumberedCache, changes: Changes) -> None:
+    images = before.manifest.layout.image_rows
+    if 100 * changes.removed_images > config.max_removed * images:
         raise UsageError(
-            f"{settings.config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are "
+            f"{config.dataset}: {changes.removed_images:,} of {images:,} images of {before.location} are "
             "gone. Is a share not mounted? If they are meant to be gone, allow more by max_removed"
         )
 
@@ -289,7 +245,6 @@ def _unshipped(judged: Candidate) -> str | None:
 
 
 def _changes(before: NumberedCache, tables: dict[str, pa.Table]) -> Changes:
-    assert before.manifest is not None  # it is finished
     files = open_files(before.location)
     counts = {}
     for name, column in ((SAMPLES, "content_sha256"), (CAPTIONS, "text")):

@@ -74,16 +74,8 @@ class StageSettings:
 
     def comparison(self, run: str, registry: str) -> PromoteConfig:
         """Return the settings of promote."""
-        config = self.config
-        return PromoteConfig(
-            run=run,
-            registry=registry,
-            checkpoint=self.checkpoint(run),
-            split=config.split,
-            margin=config.margin,
-            min_retention=config.min_retention,
-            device=config.device,
-        )
+        shared = self.config.model_dump(include={"split", "margin", "min_retention", "device"})
+        return PromoteConfig(run=run, registry=registry, checkpoint=self.checkpoint(run), **shared)
 
     def deployment(self, run: str, out: str, checkpoint: Checkpoint) -> DeployConfig:
         """Return the settings of deploy."""

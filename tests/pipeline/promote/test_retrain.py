@@ -114,26 +114,26 @@ def test_a_rejected_challenger_is_not_tried_again(home: Path, tiny_teacher: Path
     assert (other.outcome, other.encoded, other.run) == ("promoted", None, f"{home}/home/runs/0002-2")
 
 
-@pytest.mark.parametrize("step", ["plan", "encode", "verify", "train", "measure", "promote"])
+@pytest.mark.parametrize(
+    ("step", "function"),
+    [
+        ("plan", "storage.write.writer.write_manifest"),  # the manifest is what a plan writes last
+        ("encode", "storage.write.writer.EmbeddingWriter.seal"),
+        ("verify", "pipeline.promote.retrain.verify_cache"),
+        ("train", "pipeline.train.loop.train"),
+        ("measure", "pipeline.promote.gate.measure"),
+        # between the candidate's record and the pointer
+        ("promote", "pipeline.promote.registry.StudentRegistry.promote"),
+    ],
+)
 def test_broken_off_anywhere_it_goes_on(
-    home: Path, tiny_teacher: Path, step: str, monkeypatch: pytest.MonkeyPatch
+    home: Path, tiny_teacher: Path, step: str, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patched:
-        if step == "plan":  # the manifest is what a plan writes last
-            patched.setattr("teacher_cache.storage.write.writer.write_manifest", fail)
-        elif step == "encode":
-            patched.setattr("teacher_cache.storage.write.writer.EmbeddingWriter.seal", fail)
-        elif step == "verify":
-            patched.setattr(teacher_cache.pipeline.promote.retrain, "verify_cache", fail)
-        elif step == "train":
-            patched.setattr("teacher_cache.pipeline.train.loop.train", fail)
-        elif step == "measure":
-            patched.setattr(teacher_cache.pipeline.promote.gate, "measure", fail)
-        else:  # between the candidate's record and the pointer
-            patched.setattr(StudentRegistry, "promote", fail)
+        patched.setattr(f"teacher_cache.{function}", fail)
         with pytest.raises(ConnectionError):
             retrain(settings(home, tiny_teacher))
     done = retrain(settings(home, tiny_teacher))
@@ -157,23 +157,18 @@ def test_a_dataset_that_is_mostly_gone_is_no_new_data(home: Path, tiny_teacher: 
 
 
 def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None:
-    with pytest.raises(UsageError, match="epochs"):
-        retrain(settings(home, tiny_teacher, train={"epochs": 0}))
     for wrong, said in (
+        ({"train": {"epochs": 0}}, "epochs"),
         ({"student": "no-such-student"}, "no-such-student"),
         ({"split": "tset"}, r"no split 'tset' \(split\); there are train, test"),
         ({"home": "s3://bucket/home"}, "local folder"),
+        ({"deploy": {"rounds": 0}}, "rounds"),
+        ({"precompute": {"crop_flip": 2}}, "precompute: crop_flip: Input should be less than or equal to 1"),
+        ({"precompute": {"views": 2}}, "precompute: views: set by retraining itself"),
+        ({"train": {"out": "x"}}, "train: out: set by retraining itself"),
     ):
         with pytest.raises(UsageError, match=said):
             retrain(settings(home, tiny_teacher, **wrong))
-    with pytest.raises(UsageError, match="rounds"):
-        retrain(settings(home, tiny_teacher, deploy={"rounds": 0}))
-    with pytest.raises(UsageError, match="precompute: crop_flip: Input should be less than or equal to 1"):
-        retrain(settings(home, tiny_teacher, precompute={"crop_flip": 2}))
-    with pytest.raises(UsageError, match="precompute: views: set by retraining itself"):
-        retrain(settings(home, tiny_teacher, precompute={"views": 2}))
-    with pytest.raises(UsageError, match="train: out: set by retraining itself"):
-        retrain(settings(home, tiny_teacher, train={"out": "x"}))
     assert not (home / "home").exists()
 
 
@@ -220,7 +215,7 @@ def test_the_command_takes_a_run_file(
     assert said.endswith("champion: student 1\n")
     code, said = run("--dtype", "int8", "--margin", "99")
     assert code == 0
-    assert f"{home}/home/caches/0002.cache: no row of it can be copied. dtype: float16 in the cache, int8 " in said
+    assert f"{home}/home/caches/0002.cache: no row of it can be copied: it has dtype float16, not int8." in said
     assert "65 of 65 images and 130 of 130 captions encoded" in said
     assert EmbeddingReader(f"{home}/home/caches/0003.cache").identity.targets.dtype == "int8"
     code, said = run("--decoder", "jpg")
@@ -296,9 +291,9 @@ def test_weights_that_changed_cost_the_encoding_of_everything(home: Path, tmp_pa
 def test_int8_is_made_kept_and_copied_and_float16_is_left_with_a_word(home: Path, tiny_teacher: Path) -> None:
     retrain(settings(home, tiny_teacher))
     other = retrain(settings(home, tiny_teacher, dtype="int8"))
-    assert other.look.not_reused == (
-        f"{home}/home/caches/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 asked for. "
-        "Leave dtype out to go on with its."
+    assert other.look.notices == (
+        f"{home}/home/caches/0001.cache: no row of it can be copied: it has dtype float16, not int8. "
+        "To copy its rows, set dtype to float16.",
     )
     assert other.encoded is not None
     assert other.encoded.rows_reused == {"image": 0, "text": 0}
@@ -310,7 +305,7 @@ def test_int8_is_made_kept_and_copied_and_float16_is_left_with_a_word(home: Path
 
     add_photos(home, 900, 5, "test")  # behind all others, so that whole chunks stay what they are
     grown = retrain(settings(home, tiny_teacher))
-    assert (grown.look.reuse, grown.look.not_reused) == (other.look.cache, None)
+    assert (grown.look.reuse, grown.look.notices) == (other.look.cache, ())
     assert grown.encoded is not None
     assert grown.encoded.rows_reused == {"image": 64, "text": 128}
     old, new = EmbeddingReader(other.look.cache), EmbeddingReader(grown.look.cache)
@@ -328,13 +323,11 @@ def test_the_decoder_and_views_of_the_cache_before_are_kept(home: Path, tiny_tea
     pytest.importorskip("simplejpeg", reason="the extra fastjpeg is not installed")
     first = retrain(settings(home, tiny_teacher, decoder="jpeg-scaled", views=2))
     second = retrain(settings(home, tiny_teacher, dtype="int8"))
-    assert first.look.not_reused is None
-    assert second.look.not_reused is not None
+    assert (len(first.look.notices), len(second.look.notices)) == (0, 1)
     identity = EmbeddingReader(second.look.cache).identity
     assert (identity.preprocess.decoder, identity.views.count, identity.targets.dtype) == ("jpeg-scaled", 2, "int8")
     third = retrain(settings(home, tiny_teacher, dtype="float16", decoder="pillow"))
-    assert third.look.not_reused is not None
-    assert "decoder: jpeg-scaled in the cache, pillow asked for. Leave dtype and decoder out" in third.look.not_reused
+    assert "it has dtype int8, not float16 and decoder jpeg-scaled, not pillow. To" in third.look.notices[0]
     identity = EmbeddingReader(third.look.cache).identity
     assert (identity.preprocess.decoder, identity.views.count, identity.targets.dtype) == (None, 2, "float16")
 
@@ -388,9 +381,9 @@ def test_what_was_begun_goes_on_as_it_began(home: Path, tiny_teacher: Path, monk
     done = retrain(settings(home, tiny_teacher))
     caches = f"{home}/home/caches"
     assert (done.look.cache, done.look.dtype, done.look.views) == (f"{caches}/0002.cache", "int8", 2)
-    assert done.look.not_reused == (
-        f"{caches}/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 in {caches}/0002.cache, "
-        "which was begun so. Ask for dtype float16 to go on with its."
+    assert done.look.notices == (
+        f"{caches}/0001.cache: no row of it can be copied: it has dtype float16, not int8. "
+        "To copy its rows, set dtype to float16.",
     )
     assert EmbeddingReader(done.look.cache).identity.targets.dtype == "int8"
 
@@ -401,17 +394,17 @@ def test_another_teacher_stores_rows_as_the_newest_cache_does(home: Path, tiny_t
     retrain(settings(home, tiny_teacher, dtype="int8", views=2, precision="bf16"))
     other = Retraining(settings(home, tiny_teacher, precision="fp16")).look()
     assert (other.cache, other.dtype, other.views) == (f"{caches}/0003.cache", "int8", 2)
-    assert (other.reuse, other.not_reused, other.unread) == (None, None, None)
+    assert (other.reuse, other.notices) == (None, ())
     # the first teacher again, once data have changed
     add_photos(home, 900, 1)
     back = Retraining(settings(home, tiny_teacher)).look()
     assert (back.cache, back.dtype, back.views) == (f"{caches}/0003.cache", "int8", 2)
-    assert back.not_reused == (
-        f"{caches}/0001.cache: no row of it can be copied. dtype: float16 in the cache, int8 in {caches}/0002.cache, "
-        "which is the newest. Ask for dtype float16 to go on with its."
+    assert back.notices == (
+        f"{caches}/0001.cache: no row of it can be copied: it has dtype float16, not int8. "
+        "To copy its rows, set dtype to float16.",
     )
     asked = Retraining(settings(home, tiny_teacher, dtype="float16")).look()
-    assert (asked.dtype, asked.reuse, asked.not_reused) == ("float16", f"{caches}/0001.cache", None)
+    assert (asked.dtype, asked.reuse, asked.notices) == ("float16", f"{caches}/0001.cache", ())
 
 
 def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: Path) -> None:
@@ -419,7 +412,7 @@ def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: P
     newest = home / "home" / "caches" / "0002.cache"
     newest.mkdir()
     fresh = Retraining(settings(home, tiny_teacher)).look()  # of one that was never planned nothing is said
-    assert fresh.unread is None
+    assert fresh.notices == ()
     (newest / "manifest.json").write_text("{")
     for more, views, instead in (
         ({}, 2, f"those of {home}/home/caches/0001.cache are taken"),
@@ -430,14 +423,14 @@ def test_a_newest_cache_that_cannot_be_read_is_named(home: Path, tiny_teacher: P
             shutil.copytree(newest, home / "moved" / "0002.cache")
         found = Retraining(settings(home, tiny_teacher, **more)).look()
         assert found.views == views
-        assert found.unread is not None
-        assert "0002.cache" in found.unread
-        assert found.unread.endswith(f"where dtype, decoder and views are left out, {instead}.")
+        (notice,) = found.notices
+        assert "0002.cache" in notice
+        assert notice.endswith(f"where dtype, decoder and views are left out, {instead}.")
         told = RetrainResult(
             outcome="nothing-new", look=found, encoded=None, run=None, candidate=None, champion=None, seconds=0.0
         )
-        assert retrain_lines(told)[0] == found.unread
-        assert found.unread in retraining_text("nothing-new", found, None, None)
+        assert retrain_lines(told)[0] == notice
+        assert notice in retraining_text("nothing-new", found, None, None)
 
 
 def test_one_at_a_time(home: Path, tiny_teacher: Path) -> None:

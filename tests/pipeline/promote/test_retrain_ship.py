@@ -23,13 +23,6 @@ def home(tmp_path: Path) -> Path:
     return make_home(tmp_path)
 
 
-def test_what_passed_is_shipped_before_it_is_promoted(home: Path, tiny_teacher: Path) -> None:
-    done = retrain(settings(home, tiny_teacher, ship=True, deploy={"int8": False, "rounds": 1}))
-    assert done.candidate is not None
-    assert done.candidate.deployed == f"{home}/home/deployed/0001"
-    assert (home / "home" / "deployed" / "0001" / "deploy.json").exists()
-
-
 def test_a_student_that_fails_its_gate_is_kept_as_rejected(
     home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,9 +36,9 @@ def test_a_student_that_fails_its_gate_is_kept_as_rejected(
     assert done.candidate.reason == "could not be shipped: image.int8.onnx: 2 points lost, 1 at most are wanted"
     again = retrain(settings(home, tiny_teacher, ship=True))
     assert again.outcome == "nothing-new"
-    assert again.look.unshipped is not None
-    assert again.look.unshipped.startswith("student 1 was rejected, since it could not be shipped: image.int8.onnx: 2")
-    assert again.look.unshipped.endswith(f"promote --run {home}/home/runs/0001 --deployed FOLDER")
+    (notice,) = again.look.notices
+    assert notice.startswith("student 1 was rejected, since it could not be shipped: image.int8.onnx: 2")
+    assert notice.endswith(f"promote --run {home}/home/runs/0001 --deployed FOLDER")
 
 
 def test_what_was_deployed_before_a_kill_is_promoted_and_not_made_again(home: Path, tiny_teacher: Path) -> None:
@@ -54,6 +47,7 @@ def test_what_was_deployed_before_a_kill_is_promoted_and_not_made_again(home: Pa
     done = retrain(settings(home, tiny_teacher, **SHIP))
     assert done.candidate is not None
     assert done.candidate.deployed == f"{home}/home/deployed/0001"
+    assert (home / "home" / "deployed" / "0001" / "deploy.json").exists()
     assert [path.name for path in (home / "home" / "deployed").iterdir()] == ["0001"]
 
 
@@ -70,8 +64,7 @@ def test_what_was_deployed_of_another_student_is_not_promoted(home: Path, tiny_t
 def test_what_was_promoted_without_being_shipped_is_said_once_it_is_to_be(home: Path, tiny_teacher: Path) -> None:
     """After a trial with ``--no-ship``: the verdict stands, and how to ship it is told, by the flow too."""
     promoted = retrain(settings(home, tiny_teacher))
-    assert promoted.look.unshipped is None
-    assert retrain(settings(home, tiny_teacher)).look.unshipped is None
+    assert promoted.look.notices == retrain(settings(home, tiny_teacher)).look.notices == ()
     done = retrain(settings(home, tiny_teacher, **SHIP))
     assert (done.outcome, done.look.judged) == ("nothing-new", promoted.candidate)
     deploy = f"teacher-cache deploy --run {home}/home/runs/0001 --out FOLDER"
