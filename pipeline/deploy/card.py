@@ -1,131 +1,77 @@
-"""Picture of a deployed student's table (bars, and all numbers below), and its model card. Needs matplotlib."""
+"""Picture of the main numbers of a deployed student's table, and its model card. Needs matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from teacher_cache.pipeline.deploy.record import Deployment
-from teacher_cache.pipeline.deploy.table import Retained, StudentTable, TableRow, cells, to_markdown
+from teacher_cache.pipeline.deploy.table import Retained, StudentTable, TableRow, to_markdown
 from teacher_cache.pipeline.models.run_record import AveragedRun
-from teacher_cache.storage.errors import UsageError
 
 __all__ = ["draw_table", "model_card"]
 
 _COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77"}
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One bar chart: a number for each row of the table.
-
-    Attributes:
-        between: ends of the number's interval, or None.
-    """
-
-    title: str
-    value: Callable[[TableRow], float]
-    digits: int = 0
-    between: Callable[[TableRow], tuple[float, float] | None] = lambda row: None
+_Bar = tuple[float, ...]
+"""A number, and the ends of its interval if it has one."""
 
 
 def draw_table(table: StudentTable, path: Path) -> None:
-    """Write the table as PNG.
+    """Write the table as PNG."""
+    # imported here: the model card needs no matplotlib. No pyplot: it picks a backend and keeps global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a picture of the table needs matplotlib: pip install 'teacher-cache[deploy]'") from error
-    # no pyplot: it picks a backend and keeps global state
-    figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 3.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2.2])
-    bars, numbers = halves
-    bars.suptitle(f"{table.student}, distilled from {table.teacher}", fontsize=13, x=0.01, ha="left", weight="bold")
+    figure.suptitle(f"{table.student}, distilled from {table.teacher}", fontsize=13, x=0.01, ha="left", weight="bold")
     panels = _panels(table)
-    axes = bars.subplots(1, len(panels), sharey=True)
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw_bars(axis, panel, table.rows)
+    axes: Any = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, digits, bars) in zip(axes, panels, strict=True):
+        _draw_bars(axis, title, digits, table.rows, bars)
     axes[0].invert_yaxis()  # all axes share it
-    _draw_numbers(numbers.subplots(), table)
     figure.savefig(path, metadata={"Software": None})
 
 
-def _panels(table: StudentTable) -> list[_Panel]:
-    batch = max(table.rows[0].cost.images)
-    panels = [
-        _Panel("size, MB", lambda row: row.bytes / 1e6, 1),
-        _Panel(f"images/s, batch {batch}", lambda row: row.cost.images[batch].per_second),
-        _Panel(f"captions/s, batch {batch}", lambda row: row.cost.texts[batch].per_second),
-        _Panel("mean recall, % of the teacher's", lambda row: _share(_kept(row)), 1, lambda row: _ends(_kept(row))),
+def _panels(table: StudentTable) -> list[tuple[str, int, list[_Bar]]]:
+    """Return title, decimal places and a bar for each row of each panel."""
+    rows = table.rows
+    batch = max(rows[0].cost.images)
+    panels: list[tuple[str, int, list[_Bar]]] = [
+        ("size, MB", 1, [(row.bytes / 1e6,) for row in rows]),
+        (f"images/s, batch {batch}", 0, [(row.cost.images[batch].per_second,) for row in rows]),
+        (f"captions/s, batch {batch}", 0, [(row.cost.texts[batch].per_second,) for row in rows]),
+        ("mean recall, % of the teacher's", 1, [_kept(row.retention.mean if row.retention else None) for row in rows]),
     ]
     if table.zero_shot_dataset is not None:
-        panels.append(
-            _Panel(
-                "zero-shot top-1, % of the teacher's",
-                lambda row: _share(row.zero_shot_retention),
-                1,
-                lambda row: _ends(row.zero_shot_retention),
-            )
-        )
+        panels.append(("zero-shot top-1, % of the teacher's", 1, [_kept(row.zero_shot_retention) for row in rows]))
     return panels
 
 
-def _kept(row: TableRow) -> Retained | None:
-    return row.retention.mean if row.retention else None
-
-
-def _share(kept: Retained | None) -> float:
+def _kept(retained: Retained | None) -> _Bar:
     """Return the share in percent: 100 for the teacher itself."""
-    return 100.0 if kept is None else kept.share or 0.0
+    if retained is None:
+        return (100.0,)
+    between = retained.interval
+    return (retained.share or 0.0, *((between.low, between.high) if between else ()))
 
 
-def _ends(kept: Retained | None) -> tuple[float, float] | None:
-    return None if kept is None or kept.interval is None else (kept.interval.low, kept.interval.high)
-
-
-def _draw_bars(axis: Any, panel: _Panel, rows: tuple[TableRow, ...]) -> None:
-    values = [panel.value(row) for row in rows]
-    ends = [panel.between(row) for row in rows]
-    axis.barh([row.name for row in rows], values, color=[_colour(row) for row in rows], height=0.7)
-    right = [max(value, *(between or ())) if between else value for value, between in zip(values, ends, strict=True)]
-    for position, (value, between) in enumerate(zip(values, ends, strict=True)):
-        if between is not None:
-            axis.plot(between, [position, position], color="#222222", linewidth=1.5)
-        axis.text(right[position], position, f"  {value:,.{panel.digits}f}", va="center", fontsize=9)
-    axis.set_title(panel.title, fontsize=10, loc="left")
-    axis.set_xlim(0, 1.3 * max(*right, 1e-9))
+def _draw_bars(axis: Any, title: str, digits: int, rows: Sequence[TableRow], bars: list[_Bar]) -> None:
+    axis.barh([row.name for row in rows], [bar[0] for bar in bars], color=[_colour(row) for row in rows], height=0.7)
+    for position, bar in enumerate(bars):
+        axis.plot(bar[1:], [position] * len(bar[1:]), color="#222222", linewidth=1.5)
+        axis.text(max(bar), position, f"  {bar[0]:,.{digits}f}", va="center", fontsize=9)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlim(0, 1.3 * max(*map(max, bars), 1e-9))
     axis.spines[["top", "right", "bottom"]].set_visible(False)
     axis.tick_params(bottom=False, labelbottom=False, left=False)
 
 
 def _colour(row: TableRow) -> str:
     return next((colour for word, colour in _COLOURS.items() if word in row.name), "#444444")
-
-
-def _draw_numbers(axis: Any, table: StudentTable) -> None:
-    headings, rows = cells(table)
-    axis.axis("off")
-    # transposed, as in the terminal: the columns do not fit side by side
-    grid = axis.table(
-        cellText=[[row[index] for row in rows] for index in range(1, len(headings))],
-        rowLabels=headings[1:],
-        colLabels=[row[0] for row in rows],
-        cellLoc="right",
-        loc="center",
-        colWidths=[0.19] * len(rows),
-    )
-    grid.auto_set_font_size(False)
-    grid.set_fontsize(9)
-    for cell in grid.get_celld().values():
-        cell.set_linewidth(0.3)
-        cell.set_height(1 / (len(headings) + 0.5))
 
 
 def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[AveragedRun]) -> str:

@@ -20,6 +20,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from teacher_cache.pipeline.deploy.quantize import strip
+from teacher_cache.pipeline.evaluate.cost.torch_models import no_fast_path
 from teacher_cache.pipeline.models.student import Student
 from teacher_cache.pipeline.models.text_length import encode_any_length
 from teacher_cache.storage.errors import UsageError
@@ -41,13 +43,11 @@ class ExportedTowers:
         text: text.onnx: ``tokens`` int64 (batch, length) to ``text_features`` float32 (batch, dim).
         shortens: whether ``length`` may be less than the context length; see
         ``teacher_cache.pipeline.models.text_length``.
-        opset: version of ONNX's operators.
     """
 
     image: Path
     text: Path
     shortens: bool
-    opset: int
 
 
 def export_towers(student: Student, folder: Path) -> ExportedTowers:
@@ -84,7 +84,7 @@ def export_towers(student: Student, folder: Path) -> ExportedTowers:
         data = _export(name, module.eval(), example, dynamic)
         paths[name] = folder / f"{name}.onnx"
         paths[name].write_bytes(data)
-    return ExportedTowers(paths["image"], paths["text"], shortens, OPSET)
+    return ExportedTowers(paths["image"], paths["text"], shortens)
 
 
 class _Image(nn.Module):
@@ -112,7 +112,7 @@ class _Text(nn.Module):
 
 def _export(name: str, module: nn.Module, example: Tensor, dynamic: dict[int, Any]) -> bytes:
     argument = {"image": "pixels", "text": "tokens"}[name]
-    with _quiet(), _no_fast_path(), torch.no_grad():
+    with _quiet(), no_fast_path(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module,
@@ -136,32 +136,10 @@ def _export(name: str, module: nn.Module, example: Tensor, dynamic: dict[int, An
             "student."
         )
     model = program.model_proto
-    _strip(model)
+    strip(model)
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove stack traces, which have paths, and the names of Python objects."""
-    graph = model.graph
-    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    # ONNX Runtime infers the shapes of inner values again
-    graph.ClearField("value_info")
-    graph.name = "tower"
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Disable torch's fused attention, which has no ONNX form, within the block."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from teacher_cache.pipeline.models.student import Student
 __all__ = [
     "WANTED_COSINE",
     "least_cosine",
-    "require_features",
     "require_finite",
     "require_finite_weights",
     "require_parity",
@@ -46,21 +45,6 @@ def require_finite_weights(checkpoint: Path, student: Student) -> None:
         )
 
 
-def require_features(file: str, found: NDArray[np.float32], torch_rows: NDArray[np.float32]) -> Gate:
-    """Check that a float32 file gives the same features as its model, on every row that recall is measured on.
-
-    Args:
-        found: (rows, dim) features from the file.
-        torch_rows: features of the same inputs from the model.
-
-    Raises:
-        DeploymentError: a row differs.
-    """
-    least = least_cosine(found, torch_rows)
-    require_parity(file, least)
-    return Gate(name=f"{file}: least cosine to torch, {len(found):,} rows", found=least, wanted=f"> {WANTED_COSINE}")
-
-
 def require_weights(
     folder: Path, split: EvaluationSplit, image: NDArray[np.float32], text: NDArray[np.float32]
 ) -> Gate:
@@ -82,9 +66,7 @@ def require_weights(
         found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
     # Python's min may ignore NaN, numpy's returns it
     least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
-    name = "model.safetensors in open_clip"
-    require_parity(name, least)
-    return Gate(name=f"{name}: least cosine, {images + len(captions)} rows", found=least, wanted=f"> {WANTED_COSINE}")
+    return require_parity("model.safetensors in open_clip", least, f"least cosine, {images + len(captions)} rows")
 
 
 def require_finite(name: str, *features: NDArray[np.float32]) -> None:
@@ -164,19 +146,21 @@ def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
     return cosines
 
 
-def require_parity(name: str, least: float, wanted: float = WANTED_COSINE) -> None:
-    """Check an artefact's smallest cosine.
+def require_parity(file: str, least: float, number: str = "least cosine") -> Gate:
+    """Check that a float32 file computes what its model computes.
 
     Args:
-        name: name of the artefact, for the message.
-        least: :func:`least_cosine` to the model it was made from.
-        wanted: threshold that the cosine must exceed; NaN fails.
+        file: name of the file, for the message.
+        least: :func:`least_cosine` of its features to the model's; NaN fails.
+        number: name of that number, for the gate.
 
     Raises:
         DeploymentError: the cosine is too small; the message says by how much.
     """
-    if not least > wanted:
+    if not least > WANTED_COSINE:
         raise DeploymentError(
-            f"{name}: not the model it was made from: its least cosine to it is {least:.7f}, above {wanted:.7f} is "
-            f"wanted, {wanted - least:.2e} are missing. Nothing was deployed; please report the student's config."
+            f"{file}: differs from the model that it was made from: least cosine {least:.7f}, "
+            f"{WANTED_COSINE - least:.2e} below the required {WANTED_COSINE:.7f}. Nothing was deployed. Please report "
+            "the student's config."
         )
+    return Gate(name=f"{file}: {number}", found=least, wanted=f"> {WANTED_COSINE}")

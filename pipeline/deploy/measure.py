@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,27 +15,31 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.deploy.gates import (
-    require_features,
     require_finite,
+    require_parity,
     require_recall,
     require_weights,
     row_cosines,
 )
 from teacher_cache.pipeline.deploy.onnx_student import OnnxStudent, Tower, towers_of
-from teacher_cache.pipeline.deploy.record import Deployment, versions
+from teacher_cache.pipeline.deploy.record import Deployment, Variant, versions
 from teacher_cache.pipeline.deploy.table import Cosine, Gate, Int8Report, Retained, Retention, StudentTable, TableRow
 from teacher_cache.pipeline.evaluate.cost.measure import measure_cost, processor
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
-from teacher_cache.pipeline.evaluate.cost.results import CostModel, CostResult, ModelFacts
-from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel
-from teacher_cache.pipeline.evaluate.embed import BytesEncoder, CachedTeacher, embed
-from teacher_cache.pipeline.evaluate.encoders import StudentEncoder, TeacherEncoder
+from teacher_cache.pipeline.evaluate.cost.results import CostResult, MeasuredModel
+from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel, load_student_model, load_teacher_model, loaded
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_accuracy_share, bootstrap_share
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
 from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, mean_recall, recall_of_ranks, retention
-from teacher_cache.pipeline.evaluate.split import EvaluationSplit
-from teacher_cache.pipeline.evaluate.zero_shot import Classification, ZeroShotEncoder, classify_dataset, common_rows
-from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+from teacher_cache.pipeline.evaluate.split import BytesEncoder, CachedTeacher, Embedded, EvaluationSplit, embed
+from teacher_cache.pipeline.evaluate.zero_shot import (
+    Classification,
+    StudentEncoder,
+    TeacherEncoder,
+    ZeroShotEncoder,
+    classify_dataset,
+    common_rows,
+)
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.errors import UsageError
@@ -73,22 +78,18 @@ class Subject:
     zero_shot: LabelledDataset | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Model:
-    """A row of the table while it is measured."""
+    """A row of the table before zero-shot accuracy and cost are measured."""
 
     name: str
-    engine: str
-    bytes: int
-    parameters: int
     encoder: ZeroShotEncoder
-    timed: CostModel
-    probe: ProbeRequest
+    measured: MeasuredModel
+    bytes: int
     ranks: RetrievalRanks
-    facts: ModelFacts | None = None
+    engine: str = "torch"
     int8_share: float | None = None
     cosine: dict[str, Cosine] | None = None
-    places: Classification | None = None
 
 
 def measure(config: DeployConfig, subject: Subject, progress: Progress) -> StudentTable:
@@ -98,27 +99,20 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         DeploymentError: a file fails its gate; the message says by how much.
         OSError: an image cannot be read.
     """
-    split, zero_shot = subject.split, subject.zero_shot
+    split, deployment = subject.split, subject.deployment
     before = torch.get_num_threads()
     threads = config.threads or before
     torch.set_num_threads(threads)
     try:
         models, gates = _with_recalls(subject, threads, config.max_recall_loss, progress)
-        common = _classify(models, zero_shot, progress)
-        cost = measure_cost(
-            {model.name: model.timed for model in models},
-            {model.name: model.facts for model in models if model.facts is not None},
-            {model.name: model.probe for model in models},
-            batches=_BATCHES,
-            rounds=config.rounds,
-            progress=progress,
-        )
+        places = _classify(models, subject.zero_shot, progress) if subject.zero_shot is not None else {}
+        cost = measure_cost({model.name: model.measured for model in models}, _BATCHES, config.rounds, progress)
     finally:
         torch.set_num_threads(before)
     return StudentTable(
-        student=subject.deployment.name,
-        teacher=subject.deployment.teacher,
-        run=subject.deployment.run,
+        student=deployment.name,
+        teacher=deployment.teacher,
+        run=deployment.run,
         checkpoint=subject.checkpoint.name,
         chosen_on=subject.chosen_on,
         cache_manifest_digest=split.reader.manifest.digest,
@@ -127,19 +121,13 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         captions=len(split.captions),
         teacher_precision=split.reader.manifest.identity.teacher.precision,
         quarantined=split.quarantined,
-        zero_shot_dataset=None if zero_shot is None else without_folders(zero_shot.images.name),
-        zero_shot_lost=0
-        if zero_shot is None or common is None
-        else len(zero_shot.lost_images) + len(zero_shot.images.labels) - len(common),
-        zero_shot_images=None if common is None else len(common),
-        zero_shot_classes=None if zero_shot is None else len(zero_shot.prompts),
-        zero_shot_prompts=() if zero_shot is None else zero_shot.prompts[0],
+        **({} if subject.zero_shot is None else _zero_shot_facts(subject.zero_shot, places)),
         rounds=cost.rounds,
         threads=threads,
         date=datetime.date.today().isoformat(),
         hardware=processor(),
         versions=versions(),
-        rows=tuple(_row(model, models[0], cost, split, common) for model in models),
+        rows=tuple(_row(subject, model, models[0], cost, places) for model in models),
         gates=tuple(gates),
         int8=dict(subject.reports),
     )
@@ -149,93 +137,77 @@ def _with_recalls(
     subject: Subject, threads: int, max_recall_loss: float, progress: Progress
 ) -> tuple[list[_Model], list[Gate]]:
     """Return the models with their ranks, and the gates that the files passed."""
-    split, deployment = subject.split, subject.deployment
+    split = subject.split
+    models = [_teacher(subject, threads)]
+    student = StudentEncoder(subject.checkpoint, _CPU)
+    own = _embedded(split, "student fp32", student, progress)
+    arguments = {"folder": str(subject.checkpoint.resolve()), "device": "cpu"}
+    measured = loaded(load_student_model, arguments, max(_BATCHES), threads)
+    ranks = split.ranks(*own, device="cpu")
+    models.append(_Model("student fp32", student, measured, measured.facts.state_bytes or 0, ranks))
+    gates = [require_weights(subject.folder, split, *own)]
+    for variant in subject.deployment.towers:
+        towers = towers_of(subject.deployment, variant)
+        name = _name(towers)
+        onnx = OnnxStudent(subject.folder, towers, threads)
+        features = _embedded(split, name, onnx, progress)
+        cosines = {tower: _cosine(*rows) for tower, *rows in zip(("image", "text"), features, own, strict=True)}
+        if variant == "int8":
+            require_finite(name, *features)
+        else:
+            for (tower, cosine), rows in zip(cosines.items(), features, strict=True):
+                number = f"least cosine to torch, {len(rows):,} rows"
+                gates.append(require_parity(f"{tower}.onnx", cosine.least, number))
+        ranks = split.ranks(*features, device="cpu")
+        if variant == "int8":
+            gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
+        models.append(_onnx(subject, towers, onnx, ranks, cosines, threads))
+    return models, gates
 
-    def embedded(
-        name: str, images: Callable[[list[bytes]], NDArray[np.float32]], encoder: ZeroShotEncoder
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+
+def _embedded(split: EvaluationSplit, name: str, encoder: ZeroShotEncoder, progress: Progress) -> Embedded:
+    with ThreadPoolExecutor() as pool:
+
+        def images(stored: list[bytes]) -> NDArray[np.float32]:
+            return encoder.embed_images(list(pool.map(lambda data: encoder.prepare(decode_image(data)), stored)))
+
         return embed(
             split,
             BytesEncoder(images, encoder.embed_texts, _EMBEDDED_AT_ONCE),
             lambda stage, done, total: progress(f"{name}: {stage}", done, total),
         )
 
-    models = [_teacher(subject, threads)]
-    student = StudentEncoder(subject.checkpoint, _CPU)
-    image, text = embedded(
-        "student fp32", lambda images: student.embed_images([decode_image(data) for data in images]), student
-    )
-    models.append(_student(subject, student, split.ranks(image, text, device="cpu"), threads))
-    gates = [require_weights(subject.folder, split, image, text)]
-    for variant in deployment.towers:
-        towers = towers_of(deployment, variant)
-        onnx = OnnxStudent(subject.folder, towers, threads)
-        name = _name(towers)
-        found_image, found_text = embedded(name, onnx.embed_images, onnx)
-        if variant == "fp32":
-            gates += [
-                require_features("image.onnx", found_image, image),
-                require_features("text.onnx", found_text, text),
-            ]
-            ranks = split.ranks(found_image, found_text, device="cpu")
-        else:
-            require_finite(name, found_image, found_text)
-            ranks = split.ranks(found_image, found_text, device="cpu")
-            gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
-        arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
-        int8 = sum(report.parameters_int8 for report in subject.reports.values())
-        models.append(
-            _Model(
-                name=name,
-                engine="ONNX Runtime",
-                bytes=sum(deployment.towers[which][tower].bytes for tower, which in towers.items()),
-                parameters=deployment.parameters,
-                encoder=onnx,
-                timed=onnx,
-                probe=_probe("teacher_cache.pipeline.deploy.onnx_student:load_onnx_student", arguments, threads),
-                ranks=ranks,
-                int8_share=None if variant == "fp32" else int8 / deployment.parameters,
-                cosine={"image": _cosine(found_image, image), "text": _cosine(found_text, text)},
-            )
-        )
-    return models, gates
-
 
 def _teacher(subject: Subject, threads: int) -> _Model:
     """Return the teacher: recall from its cached embeddings, cost from the loaded model."""
     teacher = subject.teacher
     timed = TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, _CPU)
-    facts = timed.facts()
-    return _Model(
-        name="teacher fp32",
-        engine="torch",
-        bytes=facts.state_bytes or 0,
-        parameters=facts.parameters or 0,
-        encoder=TeacherEncoder(teacher),
-        timed=timed,
-        facts=facts,
-        probe=_probe(
-            "teacher_cache.pipeline.evaluate.cost.torch_models:load_teacher_model", subject.teacher_probe, threads
-        ),
-        ranks=subject.split.ranks(*embed(subject.split, CachedTeacher()), device="cpu"),
-    )
+    probe = ProbeRequest.of(load_teacher_model, subject.teacher_probe, max(_BATCHES), threads)
+    measured = MeasuredModel(timed, probe, timed.facts())
+    ranks = subject.split.ranks(*embed(subject.split, CachedTeacher()), device="cpu")
+    return _Model("teacher fp32", TeacherEncoder(teacher), measured, measured.facts.state_bytes or 0, ranks)
 
 
-def _student(subject: Subject, encoder: StudentEncoder, ranks: RetrievalRanks, threads: int) -> _Model:
-    student, config = load_student(subject.checkpoint)
-    timed = TorchModel(student.model, student.preprocess.size, student_tokenizer(config), _CPU)
-    facts = timed.facts()
-    arguments = {"folder": str(subject.checkpoint.resolve()), "device": "cpu"}
+def _onnx(
+    subject: Subject,
+    towers: dict[Tower, Variant],
+    onnx: OnnxStudent,
+    ranks: RetrievalRanks,
+    cosines: dict[str, Cosine],
+    threads: int,
+) -> _Model:
+    deployment = subject.deployment
+    arguments = {"folder": str(subject.folder.resolve()), "variants": towers, "threads": threads}
+    int8 = sum(report.parameters_int8 for tower, report in subject.reports.items() if towers[tower] == "int8")
     return _Model(
-        name="student fp32",
-        engine="torch",
-        bytes=facts.state_bytes or 0,
-        parameters=subject.deployment.parameters,
-        encoder=encoder,
-        timed=timed,
-        facts=facts,
-        probe=_probe("teacher_cache.pipeline.evaluate.cost.torch_models:load_student_model", arguments, threads),
+        name=_name(towers),
+        encoder=onnx,
+        measured=MeasuredModel(onnx, ProbeRequest.of(OnnxStudent, arguments, max(_BATCHES), threads)),
+        bytes=sum(deployment.towers[which][tower].bytes for tower, which in towers.items()),
         ranks=ranks,
+        engine="ONNX Runtime",
+        int8_share=int8 / deployment.parameters if int8 else None,
+        cosine=cosines,
     )
 
 
@@ -245,10 +217,6 @@ def without_folders(dataset: str) -> str:
     if kind == "torchvision":
         return f"{kind}:{rest.partition(':')[0]}"
     return f"{kind}:{PurePosixPath(rest.partition('?')[0]).name}"
-
-
-def _probe(loader: str, arguments: dict[str, Any], threads: int) -> ProbeRequest:
-    return ProbeRequest(loader=loader, arguments=arguments, batch=max(_BATCHES), threads=threads)
 
 
 def _name(towers: Mapping[Tower, str]) -> str:
@@ -262,59 +230,70 @@ def _cosine(found: NDArray[np.float32], reference: NDArray[np.float32]) -> Cosin
     return Cosine(mean=float(cosines.mean()), least=float(cosines.min()))
 
 
-def _classify(models: list[_Model], zero_shot: LabelledDataset | None, progress: Progress) -> NDArray[np.int64] | None:
-    """Classify the labelled images with each model. Return the images that all of them classified."""
-    if zero_shot is None:
-        return None
+def _classify(models: list[_Model], labelled: LabelledDataset, progress: Progress) -> dict[str, Classification]:
+    """Classify the labelled images with each model."""
+    places = {}
     for model in models:
 
         def report(done: int, total: int, name: str = model.name) -> None:
             progress(f"{name}: zero-shot images", done, total)
 
-        model.places = classify_dataset(model.encoder, zero_shot.images, zero_shot.prompts, progress=report)
-    common = common_rows(*(model.places for model in models if model.places is not None))
-    if not len(common):
-        raise UsageError(f"{zero_shot.images.name}: not one image can be used by all models, so nothing is compared")
-    return common
+        places[model.name] = classify_dataset(model.encoder, labelled, progress=report)
+    if not len(common_rows(*places.values())):
+        raise UsageError(f"{labelled.name}: not one image can be used by all models, so nothing is compared")
+    return places
+
+
+def _zero_shot_facts(labelled: LabelledDataset, places: Mapping[str, Classification]) -> dict[str, Any]:
+    images = len(common_rows(*places.values()))
+    return {
+        "zero_shot_dataset": without_folders(labelled.name),
+        "zero_shot_lost": len(labelled.lost_images) + len(labelled.labels) - images,
+        "zero_shot_images": images,
+        "zero_shot_classes": len(labelled.prompts),
+        "zero_shot_prompts": labelled.prompts[0],
+    }
 
 
 def _row(
-    model: _Model, teacher: _Model, cost: CostResult, split: EvaluationSplit, common: NDArray[np.int64] | None
+    subject: Subject, model: _Model, teacher: _Model, cost: CostResult, places: Mapping[str, Classification]
 ) -> TableRow:
     recalls = recall_of_ranks(model.ranks)
-    retained: Retention | None = None
+    accuracy = kept = kept_accuracy = None
+    if places:
+        common = common_rows(*places.values())
+        accuracy = places[model.name].accuracies(common)
     if model is not teacher:
-        shares = retention(recalls, recall_of_ranks(teacher.ranks))
-        between = bootstrap_share(model.ranks, teacher.ranks, split.text_image)
-        retained = Retention(
-            **{
-                direction: {
-                    name: Retained(share=share, interval=getattr(between, direction)[name])
-                    for name, share in shares[direction].items()
-                }
-                for direction in recalls
-            },
-            mean=Retained(share=shares["mean"], interval=between.mean),
-        )
-    accuracy = kept_accuracy = None
-    if common is not None and model.places is not None and teacher.places is not None:
-        accuracy = model.places.accuracies(common)
-        if model is not teacher:
-            ours, theirs = model.places.hits(common), teacher.places.hits(common)
+        kept = _retention(model.ranks, teacher.ranks, subject.split.text_image)
+        if places:
+            ours, theirs = places[model.name].hits(common), places[teacher.name].hits(common)
             share = 100 * float(ours.sum()) / float(theirs.sum()) if theirs.any() else None
             kept_accuracy = Retained(share=share, interval=bootstrap_accuracy_share(ours, theirs))
     return TableRow(
         name=model.name,
         engine=model.engine,
         bytes=model.bytes,
-        parameters=model.parameters,
+        parameters=model.measured.facts.parameters or subject.deployment.parameters,
         int8_share=model.int8_share,
         cost=cost.models[model.name],
         speed=cost.speed.get(model.name),
         recalls=recalls,
         mean_recall=mean_recall(recalls),
         cosine=model.cosine,
-        retention=retained,
+        retention=kept,
         zero_shot=accuracy,
         zero_shot_retention=kept_accuracy,
     )
+
+
+def _retention(model: RetrievalRanks, teacher: RetrievalRanks, text_image: NDArray[np.int64]) -> Retention:
+    shares = retention(recall_of_ranks(model), recall_of_ranks(teacher))
+    between = bootstrap_share(model, teacher, text_image)
+    directions = {
+        direction: {
+            name: Retained(share=share, interval=getattr(between, direction)[name])
+            for name, share in shares[direction].items()
+        }
+        for direction in ("i2t", "t2i")
+    }
+    return Retention(**directions, mean=Retained(share=shares["mean"], interval=between.mean))

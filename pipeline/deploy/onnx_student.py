@@ -9,13 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.deploy.record import Deployment, Variant
-from teacher_cache.pipeline.deploy.runtime import ImageLike, StudentRuntime
+from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from teacher_cache.pipeline.deploy.tokens import runtime_package
-from teacher_cache.pipeline.evaluate.cost.captions import captions
+from teacher_cache.pipeline.evaluate.cost.results import captions
 
-__all__ = ["OnnxStudent", "Tower", "load_onnx_student", "towers_of"]
+__all__ = ["OnnxStudent", "Tower", "towers_of"]
 
 Tower = Literal["image", "text"]
 
@@ -32,19 +31,14 @@ class OnnxStudent:
         threads: threads of a run. Default: one per core.
     """
 
-    def __init__(self, folder: Path, variants: Mapping[Tower, Variant], threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, variants: Mapping[Tower, Variant], threads: int | None = None) -> None:
         self._towers = {tower: StudentRuntime(folder, variant, threads) for tower, variant in variants.items()}
+        self.prepare = self._towers["image"].pixels
+        self.embed_texts = self._towers["text"].embed_texts
 
-    def embed_images(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
-        """See :meth:`StudentRuntime.embed_images`."""
-        try:
-            return self._towers["image"].embed_images(images)
-        except UndecodableImageError as error:  # ZeroShotEncoder wants a ValueError for too long a strip
-            raise ValueError(str(error)) from error
-
-    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See :meth:`StudentRuntime.embed_texts`."""
-        return self._towers["text"].embed_texts(texts)
+    def embed_images(self, prepared: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Embed prepared images."""
+        return self._towers["image"].embed_pixels(np.stack(prepared))
 
     def images(self, batch: int) -> Callable[[], object]:
         """Return a call that embeds the same random pixels in one run."""
@@ -54,7 +48,7 @@ class OnnxStudent:
         return lambda: runtime.embed_pixels(pixels)
 
     def texts(self, batch: int) -> Callable[[], object]:
-        """Return a call that embeds captions of ``teacher_cache.pipeline.evaluate.cost.captions`` in one run."""
+        """Return a call that embeds :func:`~teacher_cache.pipeline.evaluate.cost.results.captions` in one run."""
         runtime = self._towers["text"]
         tokens = runtime.tokens(captions(batch))
         return lambda: runtime.embed_tokens(tokens)
@@ -64,8 +58,3 @@ def towers_of(deployment: Deployment, variant: Variant) -> dict[Tower, Variant]:
     """Return the variant of each tower's file: fp32 for a tower without an int8 file."""
     made = deployment.towers.get(variant, {})
     return {tower: variant if tower in made else "fp32" for tower in deployment.towers["fp32"]}
-
-
-def load_onnx_student(folder: str, variants: dict[Tower, Variant], threads: int | None = None) -> OnnxStudent:
-    """Load a student in a process that measures memory. The arguments come from JSON."""
-    return OnnxStudent(Path(folder), variants, threads)

@@ -30,7 +30,7 @@ from teacher_cache.pipeline.deploy.static_int8 import quantize_static
 from teacher_cache.pipeline.deploy.table import Int8Report
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["NotQuantisable", "quantisation_of", "quantize_tower"]
+__all__ = ["NotQuantisable", "quantisation_of", "quantize_tower", "strip"]
 
 LEAST_SHARE = 0.5
 """Minimum share of int8 parameters in an int8 file."""
@@ -108,7 +108,7 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
                     weight_type=QuantType.QInt8,
                 )
             model = onnx.load(written)
-        _strip(model)
+        strip(model)
         onnx.checker.check_model(model)
         data = model.SerializeToString(deterministic=True)
         written.write_bytes(data)
@@ -119,11 +119,7 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
 
 
 def _require_int8(source: Path, report: Int8Report) -> None:
-    """Check that enough parameters are int8 and that the file multiplies in int8.
-
-    Raises:
-        NotQuantisable: see :func:`quantize_tower`.
-    """
+    """Check that enough parameters are int8 and that the file multiplies in int8."""
     what = f"{source.name}: cannot be quantised: "
     float_sizes = "; ".join(f"{kind}: {reason}" for kind, reason in report.kept_float.items())
     if report.share_int8 < LEAST_SHARE:
@@ -248,12 +244,15 @@ def _running_operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def strip(model: onnx.ModelProto) -> None:
+    """Remove stack traces, which have paths, and the names of Python objects."""
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.initializer):
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
+    # ONNX Runtime infers the shapes of inner values again
     graph.ClearField("value_info")
+    graph.name = "tower"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from teacher_cache.storage.errors import CacheError, UsageError
+from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
 
 __all__ = [
     "RECORD",
@@ -158,11 +158,11 @@ def require_packages() -> None:
     """Check that the packages of deploy are installed. Called before hours of work.
 
     Raises:
-        UsageError: a package is not installed.
+        MissingPackageError: a package is not installed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
         if find_spec(name) is None:
-            raise UsageError(f"deploy needs {name}, which is not installed: pip install 'teacher-cache[deploy]'")
+            raise MissingPackageError(name, "deploy")
 
 
 def versions() -> dict[str, str]:

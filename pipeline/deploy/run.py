@@ -75,7 +75,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     record = run.read()
     run.require_finished(record)
     checkpoint = run.checkpoint_path(config.checkpoint)
-    split = open_split(_as_evaluated(config), f"{config.run} was trained on another cache: leave --cache out.")
+    evaluated = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
+    split = open_split(evaluated, f"{config.run} was trained on another cache: leave --cache out.")
     zero_shot = None
     if config.zero_shot is not None:
         zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
@@ -103,23 +104,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     return DeployResult(out=str(out), deployment=deployment, table=table, seconds=time.perf_counter() - started)
 
 
-def _as_evaluated(config: DeployConfig) -> EvaluateConfig:
-    return EvaluateConfig(
-        run=config.run,
-        cache=config.cache,
-        checkpoint=config.checkpoint,
-        split=config.split,
-        image_root=config.image_root,
-    )
-
-
 def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher, dict[str, Any]]:
-    """Return the cache's teacher on the CPU, and the arguments to load it again.
-
-    Raises:
-        UsageError: the teacher cannot be loaded.
-        CacheMismatchError: the cache was made by another teacher.
-    """
+    """Return the cache's teacher on the CPU, and the arguments to load it again."""
     identity = split.reader.manifest.identity
     recorded = identity.teacher
     name = config.teacher or recorded.name

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.pipeline.evaluate.cost.latency import Ratio, Timing
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.storage.cli.app import titled_table
@@ -111,11 +110,11 @@ class StudentTable(BaseModel, frozen=True):
     captions: int
     quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
     teacher_precision: str = Field(description="Precision of the teacher's cached embeddings.")
-    zero_shot_dataset: str | None
-    zero_shot_images: int | None
-    zero_shot_lost: int = Field(description="Number of labelled images that at least one model could not use.")
-    zero_shot_classes: int | None
-    zero_shot_prompts: tuple[str, ...] = Field(description="Prompts of the first class.")
+    zero_shot_dataset: str | None = None
+    zero_shot_images: int | None = None
+    zero_shot_lost: int = Field(0, description="Number of labelled images that at least one model could not use.")
+    zero_shot_classes: int | None = None
+    zero_shot_prompts: tuple[str, ...] = Field((), description="Prompts of the first class.")
     rounds: dict[int, int] = Field(description="Number of rounds, by images or captions per call.")
     threads: int
     date: str
@@ -126,81 +125,65 @@ class StudentTable(BaseModel, frozen=True):
     int8: dict[str, Int8Report] = Field(description="Reports of int8 files, by tower.")
 
 
-def _size(row: TableRow) -> str:
-    return f"{row.bytes / 1e6:.1f}"
+_Cell = Callable[[TableRow], str]
 
 
-def _latency(tower: str, batch: int) -> Callable[[TableRow], str]:
-    def show(row: TableRow) -> str:
-        timing = _timing(row, tower, batch)
-        return f"{timing.p50_ms:.1f} / {timing.p95_ms:.1f}"
+def _cell(value: Callable[[TableRow], Any], show: Callable[[Any], str]) -> _Cell:
+    """Return the function that gives the cell of a row: a dash without a value."""
 
-    return show
+    def cell(row: TableRow) -> str:
+        given = value(row)
+        return "-" if given is None else show(given)
 
-
-def _rate(tower: str, batch: int) -> Callable[[TableRow], str]:
-    return lambda row: f"{_timing(row, tower, batch).per_second:,.0f}"
+    return cell
 
 
-def _ratio(tower: str, batch: int) -> Callable[[TableRow], str]:
-    def show(row: TableRow) -> str:
-        if row.speed is None:
-            return "-"
-        ratio: Ratio = getattr(row.speed, tower)[batch]
-        return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
-
-    return show
+def _latency(tower: str, batch: int) -> _Cell:
+    return _cell(lambda row: getattr(row.cost, tower)[batch], lambda time: f"{time.p50_ms:.1f} / {time.p95_ms:.1f}")
 
 
-def _timing(row: TableRow, tower: str, batch: int) -> Timing:
-    timing: Timing = getattr(row.cost, tower)[batch]
-    return timing
+def _rate(tower: str, batch: int) -> _Cell:
+    return _cell(lambda row: getattr(row.cost, tower)[batch], lambda time: f"{time.per_second:,.0f}")
 
 
-def _flops(part: str) -> Callable[[TableRow], str]:
-    def show(row: TableRow) -> str:
-        flops = row.cost.facts.flops
-        return "-" if flops is None else f"{getattr(flops, part) / 1e9:.2f}"
-
-    return show
-
-
-def _memory(row: TableRow) -> str:
-    return "-" if row.cost.memory is None else f"{row.cost.memory.peak_bytes / 1e6:,.0f}"
+def _ratio(tower: str, batch: int) -> _Cell:
+    return _cell(
+        lambda row: row.speed and getattr(row.speed, tower)[batch],
+        lambda ratio: f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})",
+    )
 
 
-def _recall(direction: str, name: str) -> Callable[[TableRow], str]:
+def _flops(part: str) -> _Cell:
+    return _cell(lambda row: row.cost.facts.flops, lambda flops: f"{getattr(flops, part) / 1e9:.2f}")
+
+
+def _recall(direction: str, name: str) -> _Cell:
     return lambda row: f"{row.recalls[direction][name]:.1f}"
 
 
-def _cosine(tower: str) -> Callable[[TableRow], str]:
-    def show(row: TableRow) -> str:
-        if row.cosine is None:
+def _cosine(tower: str) -> _Cell:
+    return _cell(
+        lambda row: row.cosine and row.cosine[tower], lambda cosine: f"{cosine.mean:.5f} (least {cosine.least:.5f})"
+    )
+
+
+def _retained(value: Callable[[TableRow], Retained | None]) -> _Cell:
+    def show(retained: Retained) -> str:
+        if retained.share is None:
             return "-"
-        cosine = row.cosine[tower]
-        return f"{cosine.mean:.5f} (least {cosine.least:.5f})"
+        between = "" if retained.interval is None else f" ({retained.interval.low:.1f} to {retained.interval.high:.1f})"
+        return f"{retained.share:.1f} %{between}"
 
-    return show
-
-
-def _retained(retained: Retained | None) -> str:
-    if retained is None or retained.share is None:
-        return "-"
-    between = "" if retained.interval is None else f" ({retained.interval.low:.1f} to {retained.interval.high:.1f})"
-    return f"{retained.share:.1f} %{between}"
+    return _cell(value, show)
 
 
-def _retention(row: TableRow) -> str:
-    return _retained(row.retention.mean if row.retention else None)
-
-
-def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]:
+def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
     """Return each column in order: its heading, and the function that gives its cell of a row."""
     first = table.rows[0]
-    columns: list[tuple[str, Callable[[TableRow], str]]] = [
-        ("MB", _size),
+    columns: list[tuple[str, _Cell]] = [
+        ("MB", lambda row: f"{row.bytes / 1e6:.1f}"),
         ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
-        ("stored as int8", lambda row: "-" if row.int8_share is None else f"{row.int8_share:.0%}"),
+        ("stored as int8", _cell(lambda row: row.int8_share, "{:.0%}".format)),
     ]
     tokens = [row.cost.facts.flops.caption_tokens for row in table.rows if row.cost.facts.flops is not None]
     if tokens:
@@ -215,17 +198,22 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
             else:
                 columns.append((f"{many}/s, batch {batch}", _rate(tower, batch)))
             columns.append(("times the teacher's", _ratio(tower, batch)))
-    columns.append(("peak memory, MB", _memory))
+    columns.append(
+        ("peak memory, MB", _cell(lambda row: row.cost.memory, lambda memory: f"{memory.peak_bytes / 1e6:,.0f}"))
+    )
     columns += [
         (f"{direction} {name}", _recall(direction, name))
         for direction, recalls in first.recalls.items()
         for name in recalls
     ]
-    columns += [("mean recall", lambda row: f"{row.mean_recall:.1f}"), ("retention (95 %)", _retention)]
+    columns += [
+        ("mean recall", lambda row: f"{row.mean_recall:.1f}"),
+        ("retention (95 %)", _retained(lambda row: row.retention.mean if row.retention else None)),
+    ]
     if table.zero_shot_dataset is not None:
         columns += [
-            ("zero-shot top-1", lambda row: "-" if row.zero_shot is None else f"{row.zero_shot['top-1']:.1f}"),
-            ("top-1 retention (95 %)", lambda row: _retained(row.zero_shot_retention)),
+            ("zero-shot top-1", _cell(lambda row: row.zero_shot, lambda accuracy: f"{accuracy['top-1']:.1f}")),
+            ("top-1 retention (95 %)", _retained(lambda row: row.zero_shot_retention)),
         ]
     columns += [("cosine to fp32, image", _cosine("image")), ("cosine to fp32, text", _cosine("text"))]
     return columns
@@ -233,11 +221,9 @@ def _columns(table: StudentTable) -> list[tuple[str, Callable[[TableRow], str]]]
 
 def to_markdown(table: StudentTable) -> str:
     """Return the table in Markdown, a row per model, with the conditions of the measurement below it."""
-    columns = _columns(table)
-    lines = ["| | " + " | ".join(heading for heading, _ in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
-    lines += [f"| {row.name} | " + " | ".join(cell(row) for _, cell in columns) + " |" for row in table.rows]
-    return "\n".join([*lines, "", describe(table)]) + "\n"
+    headings, rows = cells(table)
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", describe(table)]) + "\n"
 
 
 def describe(table: StudentTable) -> str:

@@ -195,11 +195,7 @@ def _counted(matches: Matches, gallery: _Floats, reach: NDArray[np.float64], dep
 def _require_float32(
     queries: _Floats, gallery: _Floats, scores: _Floats, rows: _Rows, error: NDArray[np.float64]
 ) -> None:
-    """Check a sample of the GPU's scores: the errors of TF32 and float16 exceed the bound.
-
-    Raises:
-        UsageError: an error exceeds the bound.
-    """
+    """Check a sample of the GPU's scores: the errors of TF32 and float16 exceed the bound."""
     proven = np.linspace(0, len(queries) - 1, min(len(queries), _GPU_PROVEN)).astype(int)
     places = min(rows.shape[1], 64)
     query, place = np.repeat(proven, places), np.tile(np.arange(places), len(proven))

@@ -24,7 +24,6 @@ __all__ = [
     "RESAMPLES",
     "Interval",
     "RecallIntervals",
-    "bootstrap_accuracy",
     "bootstrap_accuracy_share",
     "bootstrap_recalls",
     "bootstrap_share",
@@ -89,19 +88,17 @@ def bootstrap_recalls(
     ks: Sequence[int] = RECALL_KS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> RecallIntervals:
     """Return an interval for each recall of ``recall.recall_of_ranks``, and for their mean.
 
     Args:
         text_image: (captions,) position of each caption's image.
-        level: share of the resamples within the interval.
 
     Raises:
         ValueError: a cut-off is beyond ``ranks.depth``, ``text_image`` has another length, or there are no images.
     """
     recalls = _recalls(ranks, text_image, ks, resamples, seed)
-    return _named(100 * recalls, 100 * recalls.mean(axis=1), ks, level)
+    return _named(100 * recalls, 100 * recalls.mean(axis=1), ks)
 
 
 def bootstrap_share(
@@ -111,7 +108,6 @@ def bootstrap_share(
     ks: Sequence[int] = RECALL_KS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> RecallIntervals:
     """Return an interval for each share of ``recall.retention``.
 
@@ -129,26 +125,11 @@ def bootstrap_share(
             f"{len(student.t2i)} and {len(teacher.t2i)} captions"
         )
     part, whole = (_recalls(ranks, text_image, ks, resamples, seed) for ranks in (student, teacher))
-    return _named(_percent(part, whole), _percent(part.mean(axis=1), whole.mean(axis=1)), ks, level)
-
-
-def bootstrap_accuracy(hits: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """Return an interval for the share of correctly classified images, in percent.
-
-    Args:
-        hits: (images,) bool, True if correct.
-
-    Raises:
-        ValueError: no images.
-    """
-    sums = resampled_sums(hits[:, None], resamples, seed)
-    interval = _interval(100 * sums[:, 0] / len(hits), level)
-    assert interval is not None  # the denominator is fixed
-    return interval
+    return _named(_percent(part, whole), _percent(part.mean(axis=1), whole.mean(axis=1)), ks)
 
 
 def bootstrap_accuracy_share(
-    student: NDArray[Any], teacher: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    student: NDArray[Any], teacher: NDArray[Any], resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval | None:
     """Return an interval for the student's accuracy as a share of the teacher's, in percent, on the same resamples.
 
@@ -164,7 +145,7 @@ def bootstrap_accuracy_share(
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher classified other images: {student.shape} and {teacher.shape}")
     sums = resampled_sums(np.stack([student, teacher], axis=1), resamples, seed)
-    return _interval(_percent(sums[:, 0], sums[:, 1]), level)
+    return _interval(_percent(sums[:, 0], sums[:, 1]))
 
 
 def _recalls(
@@ -191,18 +172,18 @@ def _percent(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[n
     return share
 
 
-def _named(values: NDArray[np.float64], mean: NDArray[np.float64], ks: Sequence[int], level: float) -> RecallIntervals:
-    intervals = [_interval(column, level) for column in values.T]
+def _named(values: NDArray[np.float64], mean: NDArray[np.float64], ks: Sequence[int]) -> RecallIntervals:
+    intervals = [_interval(column) for column in values.T]
     names = [f"R@{k}" for k in ks]
     return RecallIntervals(
         i2t=dict(zip(names, intervals[: len(ks)], strict=True)),
         t2i=dict(zip(names, intervals[len(ks) :], strict=True)),
-        mean=_interval(mean, level),
+        mean=_interval(mean),
     )
 
 
-def _interval(values: NDArray[np.float64], level: float) -> Interval | None:
+def _interval(values: NDArray[np.float64]) -> Interval | None:
     if np.isnan(values).any():
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(low=float(low), high=float(high))

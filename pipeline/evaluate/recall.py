@@ -98,11 +98,7 @@ def _from_one(ahead: NDArray[np.int64], depth: int) -> NDArray[np.int32]:
 def _require_ranks(
     image: NDArray[np.float32], text: NDArray[np.float32], text_image: NDArray[np.int64], depth: int | None
 ) -> None:
-    """Check the arguments of :func:`first_positive_ranks`.
-
-    Raises:
-        ValueError: an argument cannot be used.
-    """
+    """Check the arguments of :func:`first_positive_ranks`."""
     if not len(image) or not len(text):
         raise ValueError(f"recall of {len(image)} images and {len(text)} captions is not defined")
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:

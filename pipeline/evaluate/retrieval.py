@@ -1,8 +1,21 @@
-"""Recall of teacher and student on one split. The teacher's embeddings come from its cache."""
+"""Recall of teacher and student on one split. The teacher's embeddings come from its cache.
+
+``--ranks`` writes the rank of every query as a Parquet file, to compare a student with its teacher query by query:
+
+    direction       ``i2t`` (the query is an image) or ``t2i`` (it is a caption); all of i2t first
+    query           position of the image, or of the caption, in the split
+    sample_id       sample_id of the image
+    caption         text of the caption for t2i; null for i2t
+    teacher_rank    rank of the first positive, from 1; null if there is none down to ``depth``
+    student_rank    the same for the student; no such column without a student
+
+The file's metadata has ``depth``, ``split``, ``cache``, ``cache_manifest_digest``, ``run`` and ``checkpoint``. The
+queries that a student loses at R@1: ``teacher_rank = 1 AND (student_rank IS NULL OR student_rank > 1)``.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import io
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,10 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.evaluate.embed import CachedTeacher, Embedded, embed
 from teacher_cache.pipeline.evaluate.faiss_search import find_engine
 from teacher_cache.pipeline.evaluate.intervals import (
     LEVEL,
@@ -24,17 +38,20 @@ from teacher_cache.pipeline.evaluate.intervals import (
     bootstrap_recalls,
     bootstrap_share,
 )
-from teacher_cache.pipeline.evaluate.rank_table import RANK_DEPTH, write_rank_table
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
-from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
+from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.recipes import TEACHER_SPACE_LOSSES, in_teacher_space
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.files.new_files import out_file
 
-__all__ = ["EvaluateResult", "Measured", "TowerResult", "evaluate", "measure", "student_ranks"]
+__all__ = ["RANK_DEPTH", "EvaluateResult", "Measured", "TowerResult", "evaluate", "measure", "student_ranks"]
+
+RANK_DEPTH = 100
+"""Depth of the ranks in a rank table."""
 
 Progress = Callable[[str, int, int], None]
 Recalls = dict[str, dict[str, float]]
@@ -83,25 +100,17 @@ class EvaluateResult(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Measured:
-    """A result with its split and ranks.
-
-    Attributes:
-        student_ranks: ranks of the student; None without a run.
-        depth: greatest rank that was searched.
-    """
+    """A result with its split, and the ranks of the student if there is a run."""
 
     result: EvaluateResult
     split: EvaluationSplit
-    teacher_ranks: RetrievalRanks
     student_ranks: RetrievalRanks | None
-    depth: int
 
 
 @dataclass(frozen=True)
 class _Run:
     """A run and the checkpoint to measure."""
 
-    path: str
     folder: RunFolder
     record: RunRecord
     checkpoint: Path
@@ -127,7 +136,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
 
 
 def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measured:
-    """Measure as :func:`evaluate` does, and also return the ranks of all queries."""
+    """Measure as :func:`evaluate` does, and also return the split and the ranks."""
     started = time.perf_counter()
     find_engine(config.device)  # checked before the long work
     run = _open_run(config)
@@ -145,12 +154,11 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
         if in_teacher_space is not None:
             towers = _each_tower(split, in_teacher_space, teacher_rows, recall_of_ranks(teacher), config.device)
     if rank_path:
-        names = (run.path, run.checkpoint_name) if run else (None, None)
-        write_rank_table(rank_path, split, teacher, student, *names)
+        _write_ranks(rank_path, config, split, run, teacher, student)
     result = _result(config, split, run, teacher, student).model_copy(
         update={"towers": towers, "seconds": time.perf_counter() - started}
     )
-    return Measured(result if run is None else _saved(run.folder, result), split, teacher, student, depth)
+    return Measured(result if run is None else _saved(run.folder, result), split, student)
 
 
 def student_ranks(
@@ -170,7 +178,7 @@ def _open_run(config: EvaluateConfig) -> _Run | None:
     if not config.run:
         return None
     folder = RunFolder(config.run)
-    return _Run(config.run, folder, folder.read(), folder.checkpoint_path(config.checkpoint))
+    return _Run(folder, folder.read(), folder.checkpoint_path(config.checkpoint))
 
 
 def _rank_path(ranks: str | None) -> Path | None:
@@ -216,22 +224,60 @@ def _each_tower(
 
 
 def _require_common_space(run: _Run | None, accepted: tuple[str, ...]) -> None:
+    """Check that the rows of a student and of the cached teacher may be compared."""
     if run is None:
-        raise UsageError("towers are of a student, and no run is named: give --run, or leave --towers out")
+        raise UsageError("--towers measures the towers of a student: give --run, or leave --towers out")
     record = run.record
-    for losses in (config.losses for config in (record.config, *(member.config for member in record.averaged))):
-        if not in_teacher_space(losses):
-            trained_by = ", ".join(name for name, weight in losses.items() if weight > 0)
+    for config in (record.config, *(member.config for member in record.averaged)):
+        if not in_teacher_space(config.losses):
+            trained_by = ", ".join(name for name, weight in config.losses.items() if weight > 0)
             raise UsageError(
-                f"{run.path}: trained by {trained_by}, which leaves it a space of its own: its rows cannot stand "
-                f"beside the teacher's, as --towers wants. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}."
+                f"{run.folder.path}: --towers needs a student in the teacher's space, and this one learned from "
+                f"{trained_by}. Train with one of {', '.join(TEACHER_SPACE_LOSSES)}, or leave --towers out."
             )
     others = [name for name in (field.partition(":")[0] for field in accepted) if name.partition(".")[0] == "teacher"]
     if others:
         raise UsageError(
-            f"{run.path}: of another teacher than this cache's ({', '.join(others)}), so that its rows cannot stand "
-            "beside them as --towers wants. Leave --towers out, or measure on a cache of its own teacher."
+            f"{run.folder.path}: --towers needs a cache of the student's own teacher, and this cache differs in "
+            f"{', '.join(others)}. Measure on another cache, or leave --towers out."
         )
+
+
+def _write_ranks(
+    path: Path,
+    config: EvaluateConfig,
+    split: EvaluationSplit,
+    run: _Run | None,
+    teacher: RetrievalRanks,
+    student: RetrievalRanks | None,
+) -> None:
+    """Write the rank table atomically; an existing file is replaced."""
+    images, captions = len(teacher.i2t), len(teacher.t2i)
+    ids = pa.array(split.sample_ids, pa.string())
+    columns = {
+        "direction": pa.array(["i2t"] * images + ["t2i"] * captions),
+        "query": pa.array(np.concatenate([np.arange(images), np.arange(captions)]), pa.int64()),
+        "sample_id": pa.concat_arrays([ids, ids.take(pa.array(split.text_image))]),
+        "caption": pa.concat_arrays([pa.nulls(images, pa.string()), pa.array(split.captions, pa.string())]),
+        "teacher_rank": _rank_column(teacher),
+    }
+    about = {
+        "depth": str(teacher.depth),
+        "split": split.name,
+        "cache": split.cache,
+        "cache_manifest_digest": split.reader.manifest.digest,
+    }
+    if run is not None and student is not None:
+        columns["student_rank"] = _rank_column(student)
+        about |= {"run": str(config.run), "checkpoint": run.checkpoint_name}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), sink, compression="zstd")
+    LocalFiles(str(path.parent)).write(path.name, sink.getvalue())
+
+
+def _rank_column(ranks: RetrievalRanks) -> pa.Array:
+    both = np.concatenate([ranks.i2t, ranks.t2i])
+    return pa.array(both, pa.int32(), mask=both == 0)
 
 
 def _result(
@@ -270,19 +316,10 @@ def _result(
 
 
 def _saved(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
-    """Save the result in the run folder; if that fails, return it with the reason.
-
-    If ``towers`` were not measured, those of an earlier result with the same recalls are saved with it.
-    """
-    of = (result.split, str(result.checkpoint), result.cache_manifest_digest)
-    saved = result
-    if result.towers is None:
-        with contextlib.suppress(OSError, ValidationError):
-            earlier = EvaluateResult.model_validate_json(folder.evaluation_path(*of).read_bytes())
-            if (earlier.teacher, earlier.student) == (result.teacher, result.student):
-                saved = result.model_copy(update={"towers": earlier.towers})
+    """Save the result in the run folder; if that fails, return it with the reason."""
+    data = (result.model_dump_json(indent=2) + "\n").encode()
     try:
-        folder.keep_evaluation(*of, (saved.model_dump_json(indent=2) + "\n").encode())
+        folder.keep_evaluation(result.split, str(result.checkpoint), result.cache_manifest_digest, data)
     except OSError as error:
         return result.model_copy(update={"not_kept": f"{error.filename or folder.path}: {error.strerror or error}"})
     return result

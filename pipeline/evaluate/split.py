@@ -1,6 +1,7 @@
-"""A split of a cache to measure on: the same images and captions for teacher and students. No torch.
+"""A split of a cache to measure on, and its embedding by any encoder: the same rows for teacher and students. No torch.
 
-Any function that embeds images and captions can be measured on the same rows as ``evaluate``::
+An encoder is the cache (:class:`CachedTeacher`), a torch student (``student_rows.StudentRows``), or two functions of
+stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's::
 
     split = open_split(EvaluateConfig(run="runs/a", split="dev"))
     images, captions = embed(split, BytesEncoder(encode_images, encode_captions))
@@ -11,8 +12,10 @@ Any function that embeds images and captions can be measured on the same rows as
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +26,18 @@ from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, fi
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["EvaluationSplit", "open_split"]
+__all__ = ["BytesEncoder", "CachedTeacher", "Embedded", "EvaluationSplit", "SplitEncoder", "embed", "open_split"]
+
+_ROWS_AT_ONCE = 65_536
+
+Progress = Callable[[str, int, int], None]
+Embedded = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Rows of the images and of the captions of a split, float32 (rows, dim), unit norm."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +45,22 @@ class EvaluationSplit:
     """The images of one split that have an embedding, with all their captions. Positions count from 0 within it.
 
     Attributes:
-        cache: location of the cache.
+        reader: reader of the cache.
         name: name of the split.
         image_rows: (images,) rows of the cache, ascending, without quarantined images.
         caption_rows: (captions,) rows of the cache; captions of an image are adjacent.
         text_image: (captions,) position of each caption's image in ``image_rows``.
-        quarantined: number of the split's images without an embedding, which are left out.
         image_root: base of relative uris.
         accepted_mismatches: differences between this cache and the run's that the settings accept.
-        reader: reader of the cache.
     """
 
-    cache: str
+    reader: EmbeddingReader = field(repr=False)
     name: str
     image_rows: NDArray[np.int64]
     caption_rows: NDArray[np.int64]
     text_image: NDArray[np.int64]
-    quarantined: int
     image_root: str
     accepted_mismatches: tuple[str, ...]
-    reader: EmbeddingReader = field(repr=False)
 
     @classmethod
     def of(
@@ -66,23 +73,25 @@ class EvaluationSplit:
             accepted: accepted mismatches.
 
         Raises:
-            UsageError: the split is unknown or has no embedding.
+            UsageError: the split is unknown, has no embedding or has images without captions.
         """
         rows = reader.image_rows(name)
         if not len(rows):
             raise UsageError(f"{reader.location}: no image of split {name!r} has an embedding")
+        reader.require_captions(rows)
         caption_rows, text_image = reader.caption_rows(rows)
-        return cls(
-            cache=reader.location,
-            name=name,
-            image_rows=rows,
-            caption_rows=caption_rows,
-            text_image=text_image,
-            quarantined=reader.manifest.identity.dataset.splits[name] - len(rows),
-            image_root=image_root or reader.manifest.source.image_root,
-            accepted_mismatches=accepted,
-            reader=reader,
-        )
+        root = image_root or reader.manifest.source.image_root
+        return cls(reader, name, rows, caption_rows, text_image, root, accepted)
+
+    @property
+    def cache(self) -> str:
+        """Location of the cache."""
+        return self.reader.location
+
+    @property
+    def quarantined(self) -> int:
+        """Number of the split's images without an embedding, which are left out."""
+        return self.reader.manifest.identity.dataset.splits[self.name] - len(self.image_rows)
 
     @cached_property
     def sample_ids(self) -> list[str]:
@@ -151,7 +160,7 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
     if record is None:
         if config.cache is None:
             raise UsageError("nothing to evaluate: give --cache, --run or both")
-        return _with_captions(EvaluationSplit.of(EmbeddingReader(config.cache), config.split, config.image_root))
+        return EvaluationSplit.of(EmbeddingReader(config.cache), config.split, config.image_root)
     reader = EmbeddingReader(config.cache or record.config.cache)
     way_out = way_out or (
         f"{config.run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
@@ -162,9 +171,88 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
     accepted = reader.manifest.identity.require(expected, reader.location, way_out, config.accept_mismatch)
     # another dataset's images are below its own root
     root = reader.manifest.source.image_root if accepted else record.image_root
-    return _with_captions(EvaluationSplit.of(reader, config.split, config.image_root or root, accepted))
+    return EvaluationSplit.of(reader, config.split, config.image_root or root, accepted)
 
 
-def _with_captions(split: EvaluationSplit) -> EvaluationSplit:
-    split.reader.require_captions(split.image_rows)
-    return split
+class SplitEncoder(Protocol):
+    """A model, or a cache of its embeddings, that yields unit rows of a split in batches, in order."""
+
+    def images(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
+        """Yield the rows of all images, (batch, dim)."""
+
+    def captions(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
+        """Yield the rows of all captions, (batch, dim)."""
+
+
+def embed(split: EvaluationSplit, encoder: SplitEncoder, progress: Progress | None = None) -> Embedded:
+    """Embed all images and captions of a split.
+
+    Args:
+        progress: called with ("images" or "captions", done, total) after each batch.
+
+    Raises:
+        OSError, CacheMismatchError: an image cannot be read, or has changed; see ``EvaluationSplit.image_bytes``.
+        ValueError: the encoder's number of rows differs from the split's.
+    """
+    return (
+        _gathered("images", len(split.image_rows), encoder.images(split), progress),
+        _gathered("captions", len(split.caption_rows), encoder.captions(split), progress),
+    )
+
+
+def _gathered(
+    stage: str, total: int, batches: Iterator[NDArray[Any]], progress: Progress | None
+) -> NDArray[np.float32]:
+    rows, done = np.empty((0, 0), np.float32), 0
+    for batch in batches:
+        if not done:
+            rows = np.empty((total, batch.shape[1]), np.float32)
+        rows[done : done + len(batch)] = batch
+        done += len(batch)
+        if progress is not None:
+            progress(stage, done, total)
+    if done != total:
+        raise ValueError(f"the encoder gave {done:,} rows for {total:,} {stage}")
+    return rows
+
+
+class CachedTeacher:
+    """The teacher's cached rows of view 0, the evaluation crop. No model runs."""
+
+    def images(self, split: EvaluationSplit) -> Iterator[NDArray[np.float32]]:
+        """Yield unit rows of the images."""
+        return self._rows(split, "image", split.image_rows)
+
+    def captions(self, split: EvaluationSplit) -> Iterator[NDArray[np.float32]]:
+        """Yield unit rows of the captions."""
+        return self._rows(split, "text", split.caption_rows)
+
+    def _rows(self, split: EvaluationSplit, tower: Tower, rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield unit_rows(split.reader.take(tower, rows[start : start + _ROWS_AT_ONCE]))
+
+
+@dataclass(frozen=True)
+class BytesEncoder:
+    """Two functions that embed stored bytes of images, and captions, into unit rows.
+
+    Attributes:
+        batch_size: number of images, or captions, per call.
+    """
+
+    encode_images: Callable[[list[bytes]], NDArray[Any]]
+    encode_captions: Callable[[list[str]], NDArray[Any]]
+    batch_size: int = 256
+
+    def images(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
+        """Yield rows of the images, after checking their bytes against the cache."""
+        for positions in self._batches(range(len(split.image_rows))):
+            yield self.encode_images([split.image_bytes(at) for at in positions])
+
+    def captions(self, split: EvaluationSplit) -> Iterator[NDArray[Any]]:
+        """Yield rows of the captions."""
+        for texts in self._batches(split.captions):
+            yield self.encode_captions(list(texts))
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
-from teacher_cache.pipeline.evaluate.embed import Embedded
-from teacher_cache.pipeline.evaluate.split import EvaluationSplit
+from teacher_cache.pipeline.evaluate.split import Embedded, EvaluationSplit
 from teacher_cache.pipeline.models.student import Student
 
 __all__ = ["StudentRows", "projected"]

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,22 +21,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.evaluate.encoders import StudentEncoder, TeacherEncoder
-from teacher_cache.pipeline.evaluate.labelled_images import (
-    LabelledDataset,
-    LabelledImages,
-    UnusableImageError,
-    open_labelled,
-)
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError
+from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
 from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher_rows
 from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.look.nearest import unit_rows
 
 __all__ = [
     "Classification",
+    "StudentEncoder",
+    "TeacherEncoder",
     "ZeroShotEncoder",
     "ZeroShotResult",
     "class_weights",
@@ -47,9 +45,9 @@ __all__ = [
     "zero_shot",
 ]
 
-_DECODED_AT_ONCE = os.cpu_count() or 1
 _PROBLEMS_SHOWN = 20
-_BATCH_PIXELS = 1 << 26  # of decoded images that wait for the encoder: 256 MiB
+
+Progress = Callable[[str, int, int], None]
 
 
 class ZeroShotResult(BaseModel, frozen=True):
@@ -81,13 +79,65 @@ class ZeroShotResult(BaseModel, frozen=True):
 
 
 class ZeroShotEncoder(Protocol):
-    """An encoder of images and texts into one space. Both methods return unit rows, float32 (n, dim)."""
+    """An encoder of images and texts into one space. The rows are float32 (n, dim), of unit norm."""
 
-    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Embed decoded images of any size. Raise ValueError if one cannot be resized."""
+    def prepare(self, image: Image.Image) -> Any:
+        """Return a decoded image of any size as the model takes it. Thread-safe.
+
+        Raises:
+            ValueError, UndecodableImageError: it is too long a strip to be resized.
+        """
+
+    def embed_images(self, prepared: Sequence[Any]) -> NDArray[np.float32]:
+        """Embed prepared images."""
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embed texts."""
+
+
+class TeacherEncoder:
+    """A live teacher as a :class:`ZeroShotEncoder`. Rows are rounded to float16, as in a float16 cache."""
+
+    def __init__(self, teacher: LiveTeacher) -> None:
+        self._teacher = teacher
+        self.prepare = teacher.preprocess.transform()
+
+    def embed_images(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
+        """Embed prepared images."""
+        return unit_rows(self._teacher.encode_images(torch.stack(list(prepared))).embedding)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts."""
+        return unit_rows(self._teacher.encode_texts(self._teacher.tokenizer(list(texts))).embedding)
+
+
+class StudentEncoder:
+    """The student of a checkpoint folder as a :class:`ZeroShotEncoder`.
+
+    Raises:
+        UsageError: the checkpoint is missing or cannot be used.
+    """
+
+    def __init__(self, checkpoint: Path, device: torch.device) -> None:
+        student, architecture = load_student(checkpoint)
+        self._student, self._device = student.to(device).eval(), device
+        self._tokenizer = student_tokenizer(architecture)
+        self.prepare = student.preprocess.transform()
+
+    @torch.inference_mode()
+    def embed_images(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
+        """Embed prepared images."""
+        return _on_cpu(self._student.encode_image(torch.stack(list(prepared)).to(self._device)))
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts."""
+        tokens = self._student.shorten(self._tokenizer(list(texts)))
+        return _on_cpu(self._student.encode_text(tokens.to(self._device)))
+
+
+def _on_cpu(features: torch.Tensor) -> NDArray[np.float32]:
+    return np.asarray(features.float().cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -105,27 +155,23 @@ class Classification:
     place: NDArray[np.int64]
     lost: dict[int, str]
 
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """Numbers of the images that were classified, ascending."""
-        return np.flatnonzero(self.place >= 0).astype(np.int64)
-
-    def hits(self, rows: NDArray[np.int64] | None = None, k: int = 1) -> NDArray[np.bool_]:
+    def hits(self, rows: NDArray[np.int64], k: int = 1) -> NDArray[np.bool_]:
         """Return whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
 
         Args:
-            rows: image numbers, as of :func:`common_rows`. Default: all classified images.
+            rows: numbers of classified images, as of :func:`common_rows`.
         """
-        place = self.place[self.rows if rows is None else rows]
-        return np.asarray((place >= 0) & (place < k))
+        return np.asarray(self.place[rows] < k)
 
-    def accuracies(self, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
+    def accuracies(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Return ``top-1``, ``top-5`` and ``mean per class`` (of top-1, over classes with images), in percent.
 
+        Args:
+            rows: numbers of classified images, as of :func:`common_rows`.
+
         Raises:
-            ValueError: no image was classified.
+            ValueError: no images.
         """
-        rows = self.rows if rows is None else rows
         if not len(rows):
             raise ValueError("the accuracy over no images is not defined")
         first, labels = self.hits(rows), self.labels[rows]
@@ -139,17 +185,14 @@ class Classification:
 
 def classify_dataset(
     encoder: ZeroShotEncoder,
-    dataset: LabelledImages,
-    prompts: Sequence[Sequence[str]],
+    dataset: LabelledDataset,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Classification:
     """Classify every image of a dataset.
 
     Args:
-        dataset: images with labels, which are positions in ``prompts``.
-        prompts: prompts of each class.
-        batch_size: number of images, or prompts, per call of the encoder; fewer for large images.
+        batch_size: number of images, or prompts, per call of the encoder; fewer where images cannot be used.
         progress: called with (done, total) images.
 
     Raises:
@@ -158,22 +201,29 @@ def classify_dataset(
         FloatingPointError: scores are not finite.
         OSError: an image cannot be read.
     """
-    weights = class_weights(encoder.embed_texts, prompts, batch_size)
-    labels = np.asarray(dataset.labels, np.int64)
-    place = np.full(len(labels), -1, np.int64)
+    weights = class_weights(encoder.embed_texts, dataset.prompts, batch_size)
+    labels = dataset.labels
+    image = np.zeros((len(labels), weights.shape[1]), np.float32)
     lost: dict[int, str] = {}
-    with ThreadPoolExecutor(_DECODED_AT_ONCE) as pool:
-        for batch in _batches(pool, dataset, batch_size, lost):
-            numbers, rows = _embed(encoder, dataset, batch, lost)
-            if numbers:
-                place[numbers] = places(rows @ weights.T, labels[numbers])
+
+    def prepared(index: int) -> Any:
+        try:
+            return encoder.prepare(dataset.image(index))
+        except (UndecodableImageError, ValueError) as error:
+            lost[index] = f"{dataset.sample_id(index)}: {error}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(labels), batch_size):
+            batch = range(start, min(start + batch_size, len(labels)))
+            inputs = list(pool.map(prepared, batch))
+            usable = [index for index in batch if index not in lost]
+            if usable:
+                image[usable] = encoder.embed_images([inputs[index - start] for index in usable])
             if progress is not None:
-                progress(batch[-1][0] + 1, len(labels))
-    if progress is not None:
-        progress(len(labels), len(labels))  # the last images may be lost
+                progress(batch.stop, len(labels))
     if len(lost) == len(labels):
-        raise UsageError(f"{dataset.name}: not one image can be used; the first: {next(iter(lost.values()))}")
-    return Classification(labels, place, dict(sorted(lost.items())))
+        raise UsageError(f"{dataset.name}: not one image can be used; the first: {lost[0]}")
+    return classify_rows(image, weights, labels, lost)
 
 
 def classify_rows(
@@ -254,64 +304,7 @@ def mean_rows(rows: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.fl
     return weights
 
 
-@dataclass
-class _Models:
-    """The models to measure, with their results.
-
-    Attributes:
-        results: classification by "teacher" and "student".
-        rows: the teacher's cached rows, if a cache is set.
-    """
-
-    config: ZeroShotConfig
-    dataset: LabelledDataset
-    progress: Callable[[str, int, int], None] | None
-    results: dict[str, Classification] = field(default_factory=dict)
-    rows: TeacherRows | None = None
-
-    def measure(self, checkpoint: Path | None) -> None:
-        """Classify with teacher and student."""
-        config, dataset = self.config, self.dataset
-        device = resolve_device(config.device)
-        keep_freed_memory(device)
-        if config.cache is not None:
-            self.rows = teacher_rows(config, dataset, self.progress)
-            weights = mean_rows(self.rows.prompts, [len(texts) for texts in dataset.prompts])
-            self.results["teacher"] = classify_rows(self.rows.image, weights, dataset.images.labels, self.rows.lost)
-        elif config.teacher is not None:
-            teacher = load_teacher(config.teacher, config.pretrained, config.device)
-            self._classify("teacher", TeacherEncoder(teacher), device)
-        if checkpoint is not None:
-            self._classify("student", StudentEncoder(checkpoint, device), device)
-
-    def _classify(self, name: str, encoder: ZeroShotEncoder, device: torch.device) -> None:
-        batch_size = self.config.batch_size or (16 if device.type == "cpu" else 256)  # as in precompute
-
-        def report(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress(f"{name} images", done, total)
-
-        dataset = self.dataset
-        self.results[name] = classify_dataset(encoder, dataset.images, dataset.prompts, batch_size, report)
-
-    def accuracies(self) -> tuple[int, dict[str, dict[str, float]]]:
-        """Return the number of images that all models classified, and each model's accuracies on them.
-
-        Raises:
-            UsageError: there is no such image.
-        """
-        same = common_rows(*self.results.values())
-        if not len(same):
-            raise UsageError(f"{self.config.dataset}: not one image can be used by teacher and student both")
-        return len(same), {name: result.accuracies(same) for name, result in self.results.items()}
-
-    def lost(self) -> list[str]:
-        """Return the reason for each image that a model could not use, in order."""
-        lost = {row: reason for result in self.results.values() for row, reason in result.lost.items()}
-        return [lost[row] for row in sorted(lost)]
-
-
-def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] | None = None) -> ZeroShotResult:
+def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroShotResult:
     """Measure zero-shot classification of a dataset by a student, a teacher or both.
 
     Both are measured on the same images: an image that one of them cannot use is left out for both.
@@ -332,20 +325,23 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     folder = RunFolder(config.run) if config.run is not None else None
     checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
     dataset = open_labelled(config)
-    models = _Models(config, dataset, progress)
-    models.measure(checkpoint)
-    images, accuracies = models.accuracies()
-    lost, rows = models.lost(), models.rows
+    results, rows = _classified(config, dataset, checkpoint, progress)
+    same = common_rows(*results.values())
+    if not len(same):
+        raise UsageError(f"{config.dataset}: not one image can be used by teacher and student both")
+    accuracies = {name: result.accuracies(same) for name, result in results.items()}
+    lost = {row: reason for result in results.values() for row, reason in result.lost.items()}
+    undecodable = [lost[row] for row in sorted(lost)]
     return ZeroShotResult(
         dataset=config.dataset,
         split=config.split,
-        images=images,
+        images=len(same),
         classes=len(dataset.prompts),
         prompt_set=config.prompts,
         matched_by=dataset.found.classes.matched_by,
         prompts=dataset.prompts[0],
         lost_images=len(dataset.lost_images),
-        undecodable=(*dataset.lost_images, *lost)[:_PROBLEMS_SHOWN],
+        undecodable=(*dataset.lost_images, *undecodable)[:_PROBLEMS_SHOWN],
         undecodable_images=len(lost),
         teacher=accuracies.get("teacher"),
         student=accuracies.get("student"),
@@ -360,61 +356,27 @@ def zero_shot(config: ZeroShotConfig, progress: Callable[[str, int, int], None] 
     )
 
 
-_Batch = list[tuple[int, Image.Image]]
+def _classified(
+    config: ZeroShotConfig, dataset: LabelledDataset, checkpoint: Path | None, progress: Progress | None
+) -> tuple[dict[str, Classification], TeacherRows | None]:
+    """Classify the dataset by "teacher" and "student"; also return the teacher's cached rows, if a cache is set."""
+    device = resolve_device(config.device)
+    keep_freed_memory(device)
+    batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as in precompute
 
+    def classify(name: str, encoder: ZeroShotEncoder) -> Classification:
+        report = None if progress is None else lambda done, total: progress(f"{name} images", done, total)
+        return classify_dataset(encoder, dataset, batch_size, report)
 
-def _batches(
-    pool: ThreadPoolExecutor, dataset: LabelledImages, batch_size: int, lost: dict[int, str]
-) -> Iterator[_Batch]:
-    """Yield batches of decoded images with their numbers; add undecodable ones to ``lost``."""
-
-    def decode(index: int) -> Image.Image | str:
-        try:
-            return dataset.image(index)
-        except UnusableImageError as error:
-            return f"{dataset.sample_id(index)}: {error}"
-
-    waiting = iter(range(len(dataset.labels)))
-    batch: _Batch = []
-    pixels = 0
-    while part := list(islice(waiting, min(_DECODED_AT_ONCE, batch_size - len(batch)))):
-        for index, decoded in zip(part, pool.map(decode, part), strict=True):
-            if isinstance(decoded, str):
-                lost[index] = decoded
-            else:
-                batch.append((index, decoded))
-                pixels += decoded.width * decoded.height
-        if len(batch) == batch_size or pixels > _BATCH_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
-
-
-def _embed(
-    encoder: ZeroShotEncoder, dataset: LabelledImages, batch: _Batch, lost: dict[int, str]
-) -> tuple[list[int], NDArray[np.float32]]:
-    """Return numbers and rows of the images that the encoder accepts; add the others to ``lost``.
-
-    Raises:
-        ValueError: the encoder refuses the batch but none of its images.
-    """
-    try:
-        return [index for index, _ in batch], encoder.embed_images([image for _, image in batch])
-    except ValueError:
-        refused = {index: reason for index, image in batch if (reason := _refusal(encoder, image))}
-        if not refused:
-            raise
-    lost.update({index: f"{dataset.sample_id(index)}: {reason}" for index, reason in refused.items()})
-    batch = [(index, image) for index, image in batch if index not in refused]
-    if not batch:
-        return [], np.empty((0, 0), np.float32)
-    return [index for index, _ in batch], encoder.embed_images([image for _, image in batch])
-
-
-def _refusal(encoder: ZeroShotEncoder, image: Image.Image) -> str:
-    try:
-        encoder.embed_images([image])
-    except ValueError as error:
-        return str(error) or type(error).__name__
-    return ""
+    results: dict[str, Classification] = {}
+    rows = None
+    if config.cache is not None:
+        rows = teacher_rows(config, dataset, progress)
+        weights = mean_rows(rows.prompts, [len(texts) for texts in dataset.prompts])
+        results["teacher"] = classify_rows(rows.image, weights, dataset.labels, rows.lost)
+    elif config.teacher is not None:
+        teacher = load_teacher(config.teacher, config.pretrained, config.device)
+        results["teacher"] = classify("teacher", TeacherEncoder(teacher))
+    if checkpoint is not None:
+        results["student"] = classify("student", StudentEncoder(checkpoint, device))
+    return results, rows

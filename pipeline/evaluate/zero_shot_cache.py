@@ -19,9 +19,8 @@ from teacher_cache.pipeline.precompute.plan import Progress, dataset_identity, d
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError, UsageError
+from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -59,42 +58,24 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
     ignored. A new one is made in fp32.
 
     Raises:
-        UsageError: the dataset has captions instead of labels.
         CacheNotFoundError, CacheIncompleteError: the cache is missing or incomplete, and no teacher is set.
         CacheMismatchError: images, prompts or teacher differ; the message says which.
     """
     assert config.cache is not None
-    if dataset.spec is None or dataset.samples is None:
-        raise UsageError(
-            f"{config.dataset}: a cache is of labelled images, which are imagefolder:PATH, webdataset:PATH and "
-            "torchvision:NAME:PATH. Leave --cache out."
-        )
     spec, encoded = dataset.spec, False
     try:
         reader = EmbeddingReader(config.cache)
-    except (CacheNotFoundError, CacheIncompleteError):
+    except (CacheNotFoundError, CacheIncompleteError) as error:
         if config.teacher is None:
             raise
-        planned = _planned(config.cache)
         begun: dict[str, Any] = {"batch_size": config.batch_size}
-        if planned is not None:
-            have = planned.identity
-            begun = {
-                "batch_size": None,
-                "decoder": have.preprocess.decoder or PILLOW,
-                "precision": have.teacher.precision,
-            }
-        made = PrecomputeConfig(
-            dataset=str(spec),
-            teacher=config.teacher,
-            pretrained=config.pretrained,
-            cache=config.cache,
-            device=config.device,
-            **begun,
-        )
-        encoded = precompute(made, progress).chunks_encoded > 0
+        if isinstance(error, CacheIncompleteError):
+            have = read_manifest(open_files(config.cache)).identity
+            begun = {"decoder": have.preprocess.decoder or PILLOW, "precision": have.teacher.precision}
+        shared = config.model_dump(include={"teacher", "pretrained", "cache", "device"})
+        encoded = precompute(PrecomputeConfig(dataset=str(spec), **shared, **begun), progress).chunks_encoded > 0
         reader = EmbeddingReader(config.cache)
-    dataset_now = dataset_identity(spec, dataset_tables(dataset.samples, list(dataset.digests)))
+    dataset_now = dataset_identity(spec, dataset_tables(dataset.samples, dataset.digests))
     reader.identity.require(reader.identity.model_copy(update={"dataset": dataset_now}), config.cache, _WAY_OUT)
     if not encoded and config.teacher is not None and not is_surely(config.teacher, config.pretrained, reader.identity):
         precision, decoder = reader.identity.teacher.precision, reader.identity.preprocess.decoder
@@ -112,11 +93,3 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
         reader.manifest.digest,
         encoded,
     )
-
-
-def _planned(cache: str) -> CacheManifest | None:
-    """Return the manifest of a cache that was begun, or None."""
-    try:
-        return read_manifest(open_files(cache))
-    except CacheNotFoundError:
-        return None

@@ -95,22 +95,12 @@ def promote(
         _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
 
-    settings = EvaluateConfig(
-        cache=config.cache,
-        run=config.run,
-        checkpoint=config.checkpoint,
-        split=config.split,
-        accept_mismatch=config.accept_mismatch,
-        image_root=config.image_root,
-        batch_size=config.batch_size,
-        device=config.device,
-        workers=config.workers,
-    )
+    settings = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
     measured = measure(settings, progress)
     assert measured.student_ranks is not None  # a run was named
     comparison = None
     if champion is not None and champion_path is not None:
-        ranks = student_ranks(settings, measured.split, champion_path, measured.depth, progress)
+        ranks = student_ranks(settings, measured.split, champion_path, measured.student_ranks.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
     passed, reason = decide(measured.result, comparison, config.min_retention)
     if champion is not None and unchanged:
@@ -167,7 +157,8 @@ def decide(
     """
     share = result.retention["mean"] if result.retention else None
     if min_retention is not None and (share is None or share < min_retention):
-        return False, f"keeps {_percent(share)} of the teacher's mean recall, at least {min_retention:g} % wanted"
+        kept = "an unknown share" if share is None else f"{share:.1f} %"
+        return False, f"keeps {kept} of the teacher's mean recall, at least {min_retention:g} % wanted"
     if comparison is None:
         return True, "the first: there was no champion to compare it with"
     least = 100 - comparison.margin
@@ -267,7 +258,3 @@ def _same_size(champion: Candidate, checkpoint: Path) -> bool:
         return checkpoint_image_size(Path(champion.run) / champion.checkpoint) == checkpoint_image_size(checkpoint)
     except FileNotFoundError:  # checkpoint_of reports a champion that is gone
         return True
-
-
-def _percent(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{value:.1f} %"

@@ -46,7 +46,7 @@ class ZeroShotConfig(StageConfig):
 
     dataset: str = Field(
         description="Labelled images: imagefolder:PATH, webdataset:PATH (.cls beside each image) or "
-        "torchvision:NAME:PATH; or KIND:PATH whose captions are the prompts of each image's class."
+        "torchvision:NAME:PATH."
     )
     prompts: str = Field(
         "", description="Prompt set with templates and class names: imagenet1k, cifar10, food101 and others."

@@ -17,8 +17,8 @@ from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherSource
-from teacher_cache.pipeline.evaluate.embed import embed
 from teacher_cache.pipeline.evaluate.recall import mean_recall, recall_of_ranks
+from teacher_cache.pipeline.evaluate.split import embed
 from teacher_cache.pipeline.evaluate.student_rows import StudentRows
 from teacher_cache.pipeline.models.device import image_memory_format, keep_depthwise_float32
 from teacher_cache.pipeline.models.run_folder import RunFolder

@@ -162,7 +162,7 @@ def test_a_file_that_fails_its_gate_fails_the_flow_and_is_not_tried_again(
     out = tmp_path / "deployed"
     state = deploy_student(**deploy_parameters(trained.path, out, tiny_teacher), return_state=True)
     flow_run = str(state.state_details.flow_run_id)
-    reason = "image.onnx: not the model it was made from: its least cosine to it is 0.7500000"
+    reason = "image.onnx: differs from the model that it was made from: least cosine 0.7500000"
     assert reason in here.ask(f"flow_runs/{flow_run}")["state"]["message"]
     (task,) = here.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
     assert (task["name"], task["state"]["type"], task["run_count"]) == (f"deploy-{out}", "FAILED", 1)

@@ -14,12 +14,15 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, computed_field
 
 __all__ = ["PeakMemory", "ProbeRequest", "measure_peak_memory"]
+
+_CALLS = 2  # of each tower: the first one may leave memory allocated
 
 
 class ProbeRequest(BaseModel, frozen=True):
@@ -30,8 +33,12 @@ class ProbeRequest(BaseModel, frozen=True):
     )
     arguments: dict[str, Any] = Field({}, description="Keyword arguments of the loader, as JSON.")
     batch: int = Field(32, gt=0, description="Number of images, then of captions, per call.")
-    calls: int = Field(2, gt=0, description="Number of calls of each tower: the first one may leave memory allocated.")
     threads: int | None = Field(None, gt=0, description="Number of torch's threads, if the loader imports torch.")
+
+    @classmethod
+    def of(cls, load: Callable[..., Any], arguments: dict[str, Any], batch: int, threads: int | None) -> ProbeRequest:
+        """Return the request to load a model by a function of a module."""
+        return cls(loader=f"{load.__module__}:{load.__name__}", arguments=arguments, batch=batch, threads=threads)
 
 
 class PeakMemory(BaseModel, frozen=True):
@@ -99,7 +106,7 @@ def probe(request: ProbeRequest) -> PeakMemory:
     loaded, loading_peak = _resident_bytes()
     _forget_peak()
     for call in (model.images(request.batch), model.texts(request.batch)):
-        for _ in range(request.calls):
+        for _ in range(_CALLS):
             call()
     return PeakMemory(
         imported_bytes=imported,

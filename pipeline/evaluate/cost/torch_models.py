@@ -2,12 +2,13 @@
 
 Decoding and tokenizing are not timed: they are the same work for every model of one input size. Pixels are random,
 since no kernel's speed depends on the picture. Captions are those of
-``teacher_cache.pipeline.evaluate.cost.captions``, since their lengths matter.
+``teacher_cache.pipeline.evaluate.cost.results``, since their lengths matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from teacher_cache.pipeline.evaluate.cost.captions import captions
-from teacher_cache.pipeline.evaluate.cost.results import ModelFacts, TowerFlops
+from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
+from teacher_cache.pipeline.evaluate.cost.results import MeasuredModel, ModelFacts, TowerFlops, captions
 from teacher_cache.pipeline.models.device import image_memory_format, resolve_device
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import BUNDLED, load_teacher
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
 
-__all__ = ["TorchModel", "count_flops", "load_student_model", "load_teacher_model"]
+__all__ = ["TorchModel", "count_flops", "load_student_model", "load_teacher_model", "loaded", "no_fast_path"]
 
 
 class TorchModel:
@@ -123,6 +124,23 @@ def load_student_model(folder: str, device: str = "auto") -> TorchModel:
     return TorchModel(student.model, student.preprocess.size, student_tokenizer(config), resolve_device(device), file)
 
 
+def loaded(load: Callable[..., TorchModel], arguments: dict[str, Any], batch: int, threads: int) -> MeasuredModel:
+    """Load a model to measure. The arguments load it again in the process that measures memory."""
+    model = load(**arguments)
+    return MeasuredModel(model, ProbeRequest.of(load, arguments, batch, threads), model.facts())
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Disable the fused encoder layer of ``nn.MultiheadAttention``, which nothing sees into, within the block."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """Count the FLOPs of one call, 2 per multiply-add.
 
@@ -133,11 +151,6 @@ def count_flops(run: Callable[[], object]) -> int:
     Args:
         run: any torch computation; run without gradients.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with no_fast_path(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
     return int(counter.get_total_flops())

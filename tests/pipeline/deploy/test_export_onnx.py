@@ -14,9 +14,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
-from teacher_cache.pipeline.deploy.export_onnx import ExportedTowers, export_towers
+from teacher_cache.pipeline.deploy.export_onnx import OPSET, ExportedTowers, export_towers
 from teacher_cache.pipeline.deploy.gates import least_cosine, require_parity
 from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.pipeline.models.student import Student
@@ -66,7 +65,7 @@ def test_a_file_is_whole_sound_and_says_nothing_about_this_machine(exported: tup
     for path, tower in ((towers.image, "image"), (towers.text, "text")):
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model, full_check=True)
-        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [towers.opset]
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
         assert not any(tensor.external_data for tensor in model.graph.initializer)
         kinds = Counter(node.op_type for node in model.graph.node)
         assert "BatchNormalization" not in kinds
@@ -106,22 +105,6 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path, tmp_path_factory:
         assert digests[0] == digests[1]
 
 
-def test_a_changed_weight_fails_the_gate_by_how_much(exported: tuple[Student, ExportedTowers], tmp_path: Path) -> None:
-    student, towers = exported
-    model = onnx.load(towers.image)
-    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    values = numpy_helper.to_array(largest).copy()
-    values[: len(values) // 2] *= 1.1
-    largest.CopyFrom(numpy_helper.from_array(values, largest.name))
-    onnx.save(model, tmp_path / "image.onnx")
-    pixels = torch.randn(4, 3, *student.preprocess.size)
-    with torch.no_grad():
-        wanted = student.encode_image(pixels).numpy()
-    least = least_cosine(run_onnx(tmp_path / "image.onnx", pixels.numpy()), wanted)
-    with pytest.raises(DeploymentError, match=rf"image\.onnx: .* is {least:.7f}, above 0\.9999900 is wanted"):
-        require_parity("image.onnx", least)
-
-
 def test_the_gate() -> None:
     rows = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
     turned = rows.copy()
@@ -130,12 +113,12 @@ def test_the_gate() -> None:
     assert least_cosine(rows, rows * 3) == pytest.approx(1, abs=1e-12)
     assert least_cosine(rows, turned) == pytest.approx(by_hand, abs=1e-6)
     require_parity("image", 0.9999901)
-    with pytest.raises(DeploymentError, match=r"0\.9000000, above 0\.9999900 is wanted, 1\.00e-01 are missing"):
+    with pytest.raises(DeploymentError, match=r"0\.9000000, 1\.00e-01 below the required 0\.9999900"):
         require_parity("image", 0.9)
     for broken in (np.nan, np.inf, 0.0):
         bad = rows.copy()
         bad[2] = broken
-        with pytest.raises(DeploymentError, match="least cosine to it is nan"):
+        with pytest.raises(DeploymentError, match="least cosine nan"):
             require_parity("image", least_cosine(bad, rows))
     with pytest.raises(ValueError, match=r"found \(5, 8\) and \(4, 8\)"):
         least_cosine(rows, rows[:4])

@@ -169,13 +169,6 @@ def test_transformers_are_quantised_without_calibration(vit: tuple[Student, Expo
         assert mean_cosine(run_onnx(tmp_path / "text.onnx", tokens), run_onnx(towers.text, tokens)) > 0.99
 
 
-def test_token_embeddings_are_stored_as_int8(vit: tuple[Student, ExportedTowers], tmp_path: Path) -> None:
-    quantize_tower(vit[1].text, tmp_path / "text.onnx")
-    model = onnx.load(tmp_path / "text.onnx")
-    shapes = {tuple(tensor.dims): tensor.data_type for tensor in model.graph.initializer}
-    assert shapes[49408, 6] in (TensorProto.INT8, TensorProto.UINT8)
-
-
 def test_patch_embeddings_become_the_same_product_of_matrices(
     vit: tuple[Student, ExportedTowers], tmp_path: Path
 ) -> None:
@@ -225,19 +218,6 @@ def make_graph(
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def test_a_tower_without_weights_that_multiply_is_refused(tmp_path: Path) -> None:
-    constants = {"scale": np.ones(64, np.float32), "shift": np.ones(64, np.float32)}
-    norm = helper.make_node("LayerNormalization", ["x", "scale", "shift"], ["y"])
-    onnx.save(make_graph([norm], constants, ["n", 64], 2), tmp_path / "tower.onnx")
-    message = (
-        r"tower\.onnx: cannot be quantised: 0 of 128 parameters became int8, at least 50% are wanted\. Kept in float: "
-        r"LayerNormalization: 128 parameters: ONNX Runtime normalises in float\. Use the float file\."
-    )
-    with pytest.raises(NotQuantisable, match=message):
-        quantize_tower(tmp_path / "tower.onnx", tmp_path / "int8.onnx")
-    assert not (tmp_path / "int8.onnx").exists()
 
 
 def test_a_tower_that_would_be_int8_by_a_small_part_is_refused(tmp_path: Path) -> None:

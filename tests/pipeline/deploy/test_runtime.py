@@ -21,7 +21,7 @@ from PIL import Image
 
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.deploy import tokens as clip_tokens
-from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
+from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import write_photos
@@ -302,8 +302,3 @@ def test_runs_where_torch_is_not_installed(
     wanted = runtime.classify([photos[0]], ["a cat", "a dog"])
     assert np.abs(np.load(tmp_path / "found.npy") - wanted).max() < 1e-5
     assert list(home.rglob("*")) == []  # onnxruntime left to itself keeps an id there
-
-
-def test_the_record_and_the_runtime_agree(tiny_deployment: Path, runtime: StudentRuntime) -> None:
-    assert runtime.deployment == Deployment.read(tiny_deployment)
-    assert runtime.embed_texts(["a cat"]).shape[1] == runtime.deployment.embed_dim

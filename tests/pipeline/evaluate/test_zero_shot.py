@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from teacher_cache.pipeline.evaluate import zero_shot as zero_shot_module
-from teacher_cache.pipeline.evaluate.encoders import TeacherEncoder
-from teacher_cache.pipeline.evaluate.labelled_images import UnusableImageError
+from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.evaluate.zero_shot import (
     Classification,
+    TeacherEncoder,
     class_weights,
     classify_dataset,
     classify_rows,
@@ -32,10 +29,11 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
-from tests.conftest import TINY_MODEL, make_model_folder, shared
+from tests.conftest import make_model_folder, shared
+from tests.pipeline.cli.test_cli import run
+from tests.pipeline.train.train_work import make_student, train_config
 
 
 @pytest.fixture
@@ -62,21 +60,9 @@ def sorted_accuracy(scores: NDArray[Any], labels: NDArray[np.int64]) -> dict[str
     }
 
 
-def test_accuracy_by_hand() -> None:
-    scores = np.array([[3, 2, 1], [3, 2, 1], [1, 1, 0], [0, 0, 1], [9, 8, 7]], np.float32)
-    labels = np.array([0, 1, 0, 2, 2])
-    found = Classification(labels, places(scores, labels), {})
-    # first place: rows 0, 2 (a tie goes to the lower class) and 3; classes 2 of 2, 0 of 1, 1 of 2
-    assert found.place.tolist() == [0, 1, 0, 0, 2]
-    assert found.accuracies() == {"top-1": 60.0, "top-5": 100.0, "mean per class": 50.0}
-    many, labels = np.tile(np.arange(10, dtype=np.float32), (4, 1)), np.array([9, 5, 4, 0])
-    assert Classification(labels, places(many, labels), {}).accuracies()["top-5"] == 50.0
-
-
-def test_class_weights_are_the_mean_of_unit_prompts() -> None:
-    rows = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.6, 0.8]}
-    weights = class_weights(lambda texts: np.array([rows[text] for text in texts], np.float32), [["a", "b"], ["c"]])
-    np.testing.assert_allclose(weights, [[np.sqrt(0.5), np.sqrt(0.5)], [0.6, 0.8]], atol=1e-6)
+def every(found: Classification) -> dict[str, float]:
+    """Accuracies on all images that were classified."""
+    return found.accuracies(common_rows(found))
 
 
 class KnownEncoder:
@@ -84,11 +70,14 @@ class KnownEncoder:
 
     calls: tuple[int, ...] = ()
 
-    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        if any(image.width > 20 * image.height for image in images):
+    def prepare(self, image: Image.Image) -> NDArray[Any]:
+        if image.width > 20 * image.height:
             raise ValueError("too long a strip")
-        self.calls += (len(images),)
-        return _unit(np.stack([np.asarray(image)[0, 0] for image in images]))
+        return np.asarray(image)[0, 0]
+
+    def embed_images(self, prepared: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        self.calls += (len(prepared),)
+        return _unit(np.stack(prepared))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return _unit(np.array([[text.count(colour) for colour in ("red", "green", "blue")] for text in texts]))
@@ -103,7 +92,7 @@ def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
 class KnownImages:
     """Plain images by colour; None is one that cannot be decoded."""
 
-    name = "known"
+    name, prompts = "known", (("red", "all red"), ("green",), ("blue",))
 
     def __init__(self, colours: Sequence[tuple[int, int, int] | None], labels: Sequence[int]) -> None:
         self._colours, self.labels = colours, np.array(labels)
@@ -115,66 +104,55 @@ class KnownImages:
     def image(self, index: int) -> Image.Image:
         colour = self._colours[index]
         if colour is None:
-            raise UnusableImageError("no image")
+            raise UndecodableImageError("no image")
         return Image.new("RGB", self.sizes[index], colour)
-
-
-PROMPTS = [["red", "all red"], ["green"], ["blue"]]
 
 
 def test_any_encoder_is_measured() -> None:
     reddish, bluish = (200, 40, 10), (10, 40, 200)
     images = KnownImages([reddish, bluish, None, bluish, reddish, reddish], [0, 2, 0, 0, 1, 2])
     encoder, seen = KnownEncoder(), []
-    found = classify_dataset(encoder, images, PROMPTS, 2, lambda done, total: seen.append((done, total)))
+    found = classify_dataset(encoder, images, 2, lambda done, total: seen.append((done, total)))
     # of reddish, red is first, green second, blue third; of bluish the other way round
     assert found.place.tolist() == [0, 0, -1, 2, 1, 2]
     assert found.lost == {2: "image 2: no image"}
-    assert found.rows.tolist() == [0, 1, 3, 4, 5]
-    assert found.hits().tolist() == [True, True, False, False, False]
-    assert found.hits(k=2).tolist() == [True, True, False, True, False]
+    rows = common_rows(found)
+    assert rows.tolist() == [0, 1, 3, 4, 5]
+    assert found.hits(rows).tolist() == [True, True, False, False, False]
+    assert found.hits(rows, k=2).tolist() == [True, True, False, True, False]
     # classes 1 of 2, 0 of 1, 1 of 2
-    assert found.accuracies() == {"top-1": 40.0, "top-5": 100.0, "mean per class": pytest.approx(100 / 3)}
+    assert every(found) == {"top-1": 40.0, "top-5": 100.0, "mean per class": pytest.approx(100 / 3)}
     assert seen[-1] == (6, 6)
-    assert encoder.calls == (2, 2, 1)
+    assert encoder.calls == (2, 1, 2)  # an image that cannot be used leaves its batch smaller
     for size in (1, 5, 100):
-        assert classify_dataset(KnownEncoder(), images, PROMPTS, size).place.tolist() == found.place.tolist()
+        assert classify_dataset(KnownEncoder(), images, size).place.tolist() == found.place.tolist()
 
 
 def test_two_models_are_compared_on_the_same_images() -> None:
     both = KnownImages([(9, 1, 1), None, (1, 9, 1), (1, 1, 9)], [0, 1, 1, 0])
     strip = KnownImages([(9, 1, 1), (1, 1, 9), (1, 9, 1), (1, 1, 9)], [0, 1, 1, 0])
     strip.sizes = [(4, 4), (4, 4), (100, 1), (4, 4)]  # an encoder may refuse an image that can be decoded
-    first = classify_dataset(KnownEncoder(), both, PROMPTS)
-    second = classify_dataset(KnownEncoder(), strip, PROMPTS)
+    first = classify_dataset(KnownEncoder(), both)
+    second = classify_dataset(KnownEncoder(), strip)
     assert second.lost == {2: "image 2: too long a strip"}
     same = common_rows(first, second)
     assert same.tolist() == [0, 3]
     assert first.accuracies(same)["top-1"] == second.accuracies(same)["top-1"] == 50.0
     with pytest.raises(ValueError, match="different datasets"):
-        common_rows(first, classify_dataset(KnownEncoder(), KnownImages([(9, 1, 1)], [0]), PROMPTS))
+        common_rows(first, classify_dataset(KnownEncoder(), KnownImages([(9, 1, 1)], [0])))
     with pytest.raises(UsageError, match="known: not one image can be used; the first: image 0: no image"):
-        classify_dataset(KnownEncoder(), KnownImages([None, None], [0, 1]), PROMPTS)
+        classify_dataset(KnownEncoder(), KnownImages([None, None], [0, 1]))
 
 
 def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="labels from 3 to 3, and 3 classes have prompts"):
-        classify_dataset(KnownEncoder(), KnownImages([(9, 1, 1)], [3]), PROMPTS)
+        classify_dataset(KnownEncoder(), KnownImages([(9, 1, 1)], [3]))
     with pytest.raises(ValueError, match="3 classes, of which 1 have no prompt"):
         class_weights(KnownEncoder().embed_texts, [["red"], [], ["blue"]])
     with pytest.raises(FloatingPointError, match="not finite"), np.errstate(invalid="ignore"):
-        classify_dataset(KnownEncoder(), KnownImages([(0, 0, 0)], [0]), PROMPTS)
+        classify_dataset(KnownEncoder(), KnownImages([(0, 0, 0)], [0]))
     with pytest.raises(ValueError, match="over no images"):
-        Classification(np.array([0]), np.array([-1]), {0: "lost"}).accuracies()
-
-
-def test_large_images_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero_shot_module, "_BATCH_PIXELS", 40)
-    monkeypatch.setattr(zero_shot_module, "_DECODED_AT_ONCE", 1)
-    encoder = KnownEncoder()
-    found = classify_dataset(encoder, KnownImages([(9, 1, 1)] * 7, [0] * 7), PROMPTS, 6)
-    assert encoder.calls == (3, 3, 1)  # of 16 pixels each
-    assert found.accuracies()["top-1"] == 100.0
+        every(Classification(np.array([0]), np.array([-1]), {0: "lost"}))
 
 
 def test_accuracies_are_those_of_scikit_learn_and_of_sorting() -> None:
@@ -186,17 +164,17 @@ def test_accuracies_are_those_of_scikit_learn_and_of_sorting() -> None:
     labels = rng.integers(0, 12, 200)
     found = classify_rows(image, weights, labels, {})
     scores = image @ weights.T
-    assert found.accuracies() == {
+    assert every(found) == {
         "top-1": pytest.approx(100 * top_k_accuracy_score(labels, scores, k=1)),
         "top-5": pytest.approx(100 * top_k_accuracy_score(labels, scores, k=5)),
         "mean per class": pytest.approx(100 * balanced_accuracy_score(labels, scores.argmax(axis=1))),
     }
-    assert found.accuracies() == sorted_accuracy(scores, labels)
+    assert every(found) == sorted_accuracy(scores, labels)
     # ties, which the lower class number wins, in both ways of counting
     ties = rng.integers(0, 3, (300, 9)).astype(np.float32)
     labels = rng.integers(0, 9, 300)
     tied = Classification(labels, places(ties, labels), {})
-    assert tied.accuracies() == sorted_accuracy(ties, labels)
+    assert every(tied) == sorted_accuracy(ties, labels)
 
 
 def test_class_weights_equal_open_clips(tiny_teacher: Path) -> None:
@@ -237,16 +215,6 @@ def test_the_teacher_is_measured_as_open_clip_does(pictures: Path, tiny_teacher:
     assert result.prompts[0] == "itap of a cat."
 
 
-def test_an_undecodable_image_is_left_out_and_named(pictures: Path, tiny_teacher: Path) -> None:
-    settings = ZeroShotConfig(dataset=f"imagefolder:{pictures}", teacher=f"local-dir:{tiny_teacher}", device="cpu")
-    whole = zero_shot(settings)
-    (pictures / "cat" / "9.png").write_bytes(b"no picture")
-    result = zero_shot(settings.model_copy(update={"batch_size": 3}))
-    assert (result.images, result.undecodable_images) == (10, 1)
-    assert result.undecodable[0].startswith("cat/9.png: not an image")
-    assert result.teacher == whole.teacher
-
-
 def test_what_cannot_be_measured(pictures: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to measure: give --run, --teacher or both"):
         zero_shot(ZeroShotConfig(dataset=f"imagefolder:{pictures}"))
@@ -264,49 +232,23 @@ def test_what_cannot_be_measured(pictures: Path, tiny_teacher: Path, tmp_path: P
 
 
 def test_the_command_measures_teacher_and_student(pictures: Path, tmp_path: Path) -> None:
-    teacher, student = make_model_folder(tmp_path / "teacher"), tmp_path / "student.json"
-    student.write_text(json.dumps({**TINY_MODEL, "embed_dim": 12}))
+    teacher, student = make_model_folder(tmp_path / "teacher"), make_student(tmp_path / "student.json")
     cache, dataset = str(tmp_path / "c"), f"imagefolder:{pictures}"
     precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=cache, device="cpu"))
-    train(
-        TrainConfig(
-            cache=cache,
-            student=str(student),
-            out=str(tmp_path / "run"),
-            split="",
-            epochs=1,
-            batch_size=5,
-            workers=0,
-        )
-    )
+    train(train_config(Path(cache), student, tmp_path / "run", split="", epochs=1, batch_size=5))
     models = ("--teacher", f"local-dir:{teacher}", "--run", str(tmp_path / "run"))
     settings = ("--templates", "cifar10", "--cache", str(tmp_path / "zs"), "--batch-size", "3", "--device", "cpu")
-    done = subprocess.run(
-        [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "zero-shot", dataset, *models, *settings, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("zero-shot", dataset, *models, *settings, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["teacher"]) == set(found["student"]) == {"top-1", "top-5", "mean per class"}
     assert found["student"]["top-5"] == 100.0  # of three classes
     assert len(found["prompts"]) == 18
     assert found["cache"] == str(tmp_path / "zs")
-    done = subprocess.run(
-        [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "zero-shot", dataset, "--prompts", "pets"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("zero-shot", dataset, "--prompts", "pets", cwd=tmp_path)
     assert done.returncode == 2
     assert "nothing to measure" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "zero-shot", dataset, "--prompts", "pets", *models],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("zero-shot", dataset, "--prompts", "pets", *models, cwd=tmp_path)
     assert done.returncode == 2
     assert "no class name is surely that of 'cat', 'dog', 'guinea_pig' (3 of 3 classes)" in done.stderr
 

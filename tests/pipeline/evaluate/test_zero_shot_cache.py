@@ -286,14 +286,6 @@ def test_torchvisions_arrays_are_cached_too(measure: Measure, tmp_path: Path, no
         measure(**settings)
 
 
-def test_captions_of_other_kinds_have_no_cache(measure: Measure, tmp_path: Path) -> None:
-    table = tmp_path / "pairs.csv"
-    table.write_text("path,caption\npictures/cat/0.png,a cat\npictures/dog/0.png,a dog\n")
-    assert measure(dataset=f"table:{table}", cache=None).images == 2
-    with pytest.raises(UsageError, match=r"a cache is of labelled images, .* Leave --cache out"):
-        measure(dataset=f"table:{table}")
-
-
 def test_a_teacher_is_told_by_its_files_without_being_built(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,25 +73,6 @@ def test_an_evaluation_is_left_in_the_run_and_replaced_by_a_newer_one(home: Path
         RunFolder(home / "run").require_free()
 
 
-def test_towers_stay_with_an_evaluation_until_it_is_another_one(home: Path) -> None:
-    """The demo replaces a run with evaluations in it: what its student's towers did is not the next one's."""
-    path = home / "run" / "evaluations" / "test-epoch-0002.json"
-
-    def left() -> EvaluateResult:
-        return EvaluateResult.model_validate_json(path.read_bytes())
-
-    with_towers = measure(home, towers=True)
-    assert left() == with_towers
-    again = measure(home)
-    assert again.towers is None
-    assert left() == again.model_copy(update={"towers": with_towers.towers})
-    other = left().model_copy(update={"student": {"i2t": {"R@1": 99.0}, "t2i": {}}})
-    path.write_text(other.model_dump_json())
-    assert left().towers == with_towers.towers
-    measure(home)
-    assert left().towers is None
-
-
 def test_other_caches_and_odd_splits_have_files_of_their_own(home: Path) -> None:
     folder = RunFolder(home / "run")
     there = set(folder.evaluation_files())

@@ -29,9 +29,7 @@ def opened(dataset: str, **settings: Any) -> LabelledDataset:
 
 def truth(found: LabelledDataset) -> dict[str, str]:
     """The class of each image, by name."""
-    return {
-        found.images.sample_id(row): found.found.classes.names[label] for row, label in enumerate(found.images.labels)
-    }
+    return {found.sample_id(row): found.found.classes.names[label] for row, label in enumerate(found.labels)}
 
 
 @pytest.fixture
@@ -48,7 +46,7 @@ def test_folders_are_classes_by_their_names(folders: Path) -> None:
     assert found.found.classes.names == ("British Shorthair", "beagle", "pug")
     assert truth(found)["beagle/1.png"] == "beagle"
     assert found.prompts[2] == ("a photo of a pug.", "a photo of the pug.", "a good photo of a pug.")
-    assert found.images.image(0).size == found.images.image(5).size
+    assert found.image(0).size == found.image(5).size
 
 
 def test_folders_are_matched_with_the_names_of_a_set(folders: Path) -> None:
@@ -59,7 +57,7 @@ def test_folders_are_matched_with_the_names_of_a_set(folders: Path) -> None:
         **{f"beagle/{n}.png": "Beagle" for n in range(2)},
         **{f"pug/{n}.png": "Pug" for n in range(2)},
     }
-    assert found.prompts[found.images.labels[-1]] == ("a photo of a Pug, a type of pet.",)
+    assert found.prompts[found.labels[-1]] == ("a photo of a Pug, a type of pet.",)
     assert found.found.classes.matched_by == "name"
 
 
@@ -127,7 +125,7 @@ def test_splits_are_not_mixed_unasked(folders: Path) -> None:
     with pytest.raises(UsageError, match=r"'none' \(6 images\), 'val' \(1 images\); name one behind the dataset"):
         opened(f"imagefolder:{folders}")
     assert truth(opened(f"imagefolder:{folders}", split="val")) == {"val/pug/9.png": "pug"}
-    assert len(opened(f"imagefolder:{folders}", split="all").images.labels) == 7
+    assert len(opened(f"imagefolder:{folders}", split="all").labels) == 7
     with pytest.raises(UsageError, match="no image of split 'test'; there are 'none'"):
         opened(f"imagefolder:{folders}", split="test")
 
@@ -191,8 +189,8 @@ def test_what_clip_benchmark_itself_exports(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _EXPORT, str(root)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = opened(f"webdataset:{root}")
-    assert found.images.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert [found.images.image(row).getpixel((0, 0)) for row in range(7)] == [(20 * n, 0, 0) for n in range(7)]
+    assert found.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert [found.image(row).getpixel((0, 0)) for row in range(7)] == [(20 * n, 0, 0) for n in range(7)]
     assert found.prompts[2] == ("a photo of a guinea pig.", "the guinea pig.")
     assert found.samples is not None
     assert found.samples.problems == []
@@ -290,9 +288,9 @@ def test_torchvision_folders(tmp_path: Path) -> None:
     assert (names[0], names[2], names[9]) == ("annual crop land", "brushland or shrubland", "lake or sea")
     assert found.found.classes.matched_by == "place"
     # its files are read as any other's
-    image = found.images.image(3)
+    image = found.image(3)
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(base / "Highway" / "0.png").convert("RGB")))
-    assert found.images.sample_id(3) == "eurosat/2750/Highway/0.png"
+    assert found.sample_id(3) == "eurosat/2750/Highway/0.png"
     own = opened(f"torchvision:EuroSAT:{tmp_path}", templates="simple")
     assert truth(own)["eurosat/2750/SeaLake/0.png"] == "SeaLake"
     with pytest.raises(UsageError, match="torchvision has no splits of it"):
@@ -351,7 +349,7 @@ def test_torchvision_arrays(tmp_path: Path) -> None:
     assert list(truth(found).values()) == ["7", "0", "9", "3", "1"]
     assert len(found.prompts) == 10
     for number in range(5):
-        image = found.images.image(number)
+        image = found.image(number)
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), pixels[number])
     # the names that torchvision has for its own numbers
@@ -383,18 +381,6 @@ def test_torchvisions_signatures_are_as_the_table_says() -> None:
         assert name in ("FER2013", "ImageNet") or parameters["download"].default is False, name
 
 
-def test_other_kinds_have_their_captions_as_prompts(folders: Path, tmp_path: Path) -> None:
-    table = tmp_path / "pairs.csv"
-    table.write_text("path,caption\npets/pug/0.png,a dog\npets/pug/1.png,a dog\npets/beagle/0.png,a beagle\n")
-    found = opened(f"table:{table}")
-    assert found.prompts == (("a dog",), ("a beagle",))
-    assert found.images.labels.tolist() == [0, 0, 1]
-    with pytest.raises(UsageError, match="the captions of this kind are its prompts, so prompts cannot be set"):
-        opened(f"table:{table}", prompts="pets")
-
-
-def test_images_without_captions_have_no_classes_by_captions(folders: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"the image 'British_Shorthair/1.png' has no caption, .* use imagefolder:PATH"
-    ):
-        opened(f"labelled:{folders}")
+def test_images_without_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"images without labels\. Labelled images are imagefolder:PATH"):
+        opened(f"table:{tmp_path}")
