@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, cap
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.fault_proxy import FaultProxy, start_fault_proxy
-from tests.latency_proxy import LatencyProxy, start_latency_proxy
 from tests.object_store import ObjectStore, start_moto, start_seaweedfs
 from tests.slow import begin_with_longest, mark_slow
 
@@ -356,6 +356,21 @@ def make_photos(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium; nothing is downloaded, and playwright's event loop ends with the module."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'teacher-cache[dev]'")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on the PATH: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[ObjectStore]:
     """A moto server for all tests of a session."""
@@ -395,9 +410,9 @@ def s3_location(object_store: ObjectStore) -> str:
 
 
 @pytest.fixture
-def far(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[LatencyProxy]:
+def far(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """SeaweedFS a tenth of a second away; the environment leads there."""
-    with start_latency_proxy(seaweedfs, 0.1) as proxy:
+    with start_fault_proxy(seaweedfs, delay=0.1) as proxy:
         for name, value in proxy.front().environment.items():
             monkeypatch.setenv(name, value)
         yield proxy

@@ -6,16 +6,16 @@ network and folders give is put in by this machine: names of services become 127
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -23,20 +23,20 @@ import yaml
 __all__ = [
     "DOCKER",
     "PROJECT",
+    "SECRETS",
     "Place",
-    "Started",
     "compose",
     "image_environment",
     "job_of_the_pool",
     "kubernetes_objects",
+    "script",
+    "services",
 ]
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCKER = PROJECT / "docker"
-
-# bounds for a machine under load, not expectations
-_READY_SECONDS = 180
-_STOP_SECONDS = 60
+# with characters that a URL would have to escape
+SECRETS = {"POSTGRES_PASSWORD": "p@ss/w:rd", "AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret"}
 
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w+)(?::([-?])([^}]*))?\})")
 
@@ -65,6 +65,22 @@ def compose(name: str, values: Mapping[str, str]) -> dict[str, Any]:
         return _VARIABLE.sub(fill, node) if isinstance(node, str) else node
 
     return walk(yaml.safe_load((DOCKER / name).read_text()))
+
+
+def services() -> dict[str, dict[str, Any]]:
+    """The services of compose.yaml by name."""
+    found: dict[str, dict[str, Any]] = compose("compose.yaml", SECRETS)["services"]
+    return found
+
+
+def script(path: Path) -> ModuleType:
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def image_environment() -> dict[str, str]:
@@ -122,53 +138,3 @@ class Place:
             text=True,
             timeout=400,
         )
-
-
-@dataclass
-class Started:
-    """A service that runs: its process and its log."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    watch: subprocess.Popen[bytes]
-
-    @classmethod
-    def start(cls, name: str, command: list[str], log: Path, **options: Any) -> Started:
-        """Start it in a session of its own: a Ctrl-C is for the tests, which stop it in order."""
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **options,
-            )
-        # a session that is killed runs no `finally`: then the pipe ends, and the service is asked to stop
-        watch = subprocess.Popen(
-            ["sh", "-c", 'read _; kill "$1"', "sh", str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
-        )
-        return cls(name, process, log, watch)
-
-    def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Return once it is ready. AssertionError with its log: it ended, or took too long."""
-        until = time.monotonic() + _READY_SECONDS
-        while not ready():
-            assert self.process.poll() is None, f"{self.name} ended: {self.log.read_text()[-3000:]}"
-            assert time.monotonic() < until, f"{self.name} is not ready: {self.log.read_text()[-3000:]}"
-            time.sleep(0.3)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to stop; kill it if it does not. Returns its exit code, also the second time."""
-        if self.watch.stdin is not None and not self.watch.stdin.closed:
-            self.watch.kill()
-            self.watch.wait()
-            self.watch.stdin.close()
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-            try:
-                self.process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        return self.process.wait()

@@ -1,4 +1,7 @@
-"""An HTTP proxy on loopback between S3 clients and a server, which counts requests and does what networks do."""
+"""An HTTP proxy on loopback between S3 clients and a server: it counts requests, fails as networks do, or is far away.
+
+``python -m tests.fault_proxy ENDPOINT SECONDS`` is a distant one until stdin ends; it prints its port.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import http.client
 import random
 import socket
 import struct
+import sys
 import threading
+import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.object_store import ObjectStore
+from tests.object_store import ObjectStore, start_printing_port
 
-__all__ = ["Fault", "FaultProxy", "refusal", "start_fault_proxy"]
+__all__ = ["Fault", "FaultProxy", "refusal", "start_distant_process", "start_fault_proxy"]
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,21 @@ class Request:
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards to a store. ``requests`` lists what came; ``plan`` chooses a fault, or none, for each request."""
+    """Forwards to a store, each request ``delay`` seconds later.
+
+    ``requests`` lists what came; ``plan`` chooses a fault, or none, for each request. ``most_at_once`` is the largest
+    number of requests that waited for their answer at the same moment.
+    """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, delay: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.store = store
+        self.delay = delay
+        self.waiting = self.most_at_once = 0
         self.requests: list[Request] = []
         self.injected: list[tuple[Request, Fault]] = []
         self.plan: Callable[[Request], Fault | None] = lambda request: None
@@ -70,7 +82,18 @@ class FaultProxy(ThreadingHTTPServer):
 
     def front(self) -> ObjectStore:
         """The store as it is seen through the proxy."""
-        return ObjectStore(self.store.name, f"http://127.0.0.1:{self.server_address[1]}", self.store.bucket)
+        return replace(self.store, endpoint=f"http://127.0.0.1:{self.server_address[1]}")
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """How many requests came, by method and by the first folder of a cache: ``("GET", "commits")``."""
+        return Counter(
+            (request.method, request.key.partition(".cache/")[2].partition("/")[0]) for request in self.requests
+        )
+
+    def forget(self) -> None:
+        """Count from here."""
+        self.requests.clear()
+        self.most_at_once = 0
 
     def next_requests(self, *faults: Fault, method: str | None = None) -> None:
         """These faults, in order, to the next requests (of a method); then none."""
@@ -120,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "drop":
             self._reset()
             return
-        status, headers, data = self._forward(body)
+        status, headers, data = self._waited(body)
         if kind == "lose":
             self._reset()
             return
@@ -143,6 +166,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _answer
+
+    def _waited(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        with self.server.lock:
+            self.server.waiting += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.waiting)
+        try:
+            time.sleep(self.server.delay)
+            return self._forward(body)
+        finally:
+            with self.server.lock:
+                self.server.waiting -= 1
 
     def _refuse(self, fault: Fault) -> None:
         xml = f"<Error><Code>{fault.code}</Code><Message>{fault.text}</Message></Error>".encode()
@@ -178,9 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def start_fault_proxy(store: ObjectStore) -> Iterator[FaultProxy]:
+def start_fault_proxy(store: ObjectStore, delay: float = 0.0) -> Iterator[FaultProxy]:
     """A proxy in front of a store, in a thread of this process, without faults yet."""
-    proxy = FaultProxy(store)
+    proxy = FaultProxy(store, delay)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -190,3 +224,17 @@ def start_fault_proxy(store: ObjectStore) -> Iterator[FaultProxy]:
         proxy.shutdown()
         thread.join()
         proxy.server_close()
+
+
+@contextlib.contextmanager
+def start_distant_process(store: ObjectStore, seconds: float) -> Iterator[ObjectStore]:
+    """A store behind a proxy in a process of its own, so that measurements do not share its interpreter."""
+    with start_printing_port("-m", "tests.fault_proxy", store.endpoint, str(seconds)) as port:
+        yield replace(store, endpoint=f"http://127.0.0.1:{port}")
+
+
+if __name__ == "__main__":
+    with start_fault_proxy(ObjectStore("store", sys.argv[1]), float(sys.argv[2])) as distant:
+        sys.stdout.write(f"{distant.server_address[1]}\n")
+        sys.stdout.flush()
+        sys.stdin.read()

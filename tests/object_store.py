@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,13 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["ObjectStore", "ServerEndedError", "free_ports", "start_moto", "start_seaweedfs", "started"]
+__all__ = [
+    "ObjectStore",
+    "ServerEndedError",
+    "Started",
+    "free_ports",
+    "start_moto",
+    "start_printing_port",
+    "start_seaweedfs",
+    "started",
+]
 
 _Server = TypeVar("_Server")
 
 # bounds for a machine under load, not expectations
-_START_SECONDS = 120
-_STOP_SECONDS = 20
+_START_SECONDS = 180
+_STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def start_moto() -> Iterator[ObjectStore]:
-    """A moto server in a process of its own; what it holds is gone when it ends."""
-    code = "from tests.object_store import serve_moto; serve_moto()"
+def start_printing_port(*command: str) -> Iterator[str]:
+    """A Python process that serves until its stdin ends, and whose first line is its port on loopback."""
     child = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, *command],
         cwd=Path(__file__).parents[1],
         stdin=subprocess.PIPE,  # it ends when the pipe does, so also when this process is killed
         stdout=subprocess.PIPE,
@@ -94,10 +103,8 @@ def start_moto() -> Iterator[ObjectStore]:
     assert child.stdout is not None
     try:
         port = child.stdout.readline().strip()
-        assert port, "moto did not start"
-        store = ObjectStore("moto", f"http://127.0.0.1:{port}")
-        store.client().create_bucket(Bucket=store.bucket)
-        yield store
+        assert port, f"{command} did not start"
+        yield port
     finally:
         child.stdin.close()
         try:
@@ -106,6 +113,15 @@ def start_moto() -> Iterator[ObjectStore]:
             child.kill()
             child.wait()
         child.stdout.close()
+
+
+@contextlib.contextmanager
+def start_moto() -> Iterator[ObjectStore]:
+    """A moto server in a process of its own; what it holds is gone when it ends."""
+    with start_printing_port("-c", "from tests.object_store import serve_moto; serve_moto()") as port:
+        store = ObjectStore("moto", f"http://127.0.0.1:{port}")
+        store.client().create_bucket(Bucket=store.bucket)
+        yield store
 
 
 def serve_moto() -> None:
@@ -129,6 +145,56 @@ def serve_moto() -> None:
     sys.stdout.flush()
     sys.stdin.read()
     os._exit(0)
+
+
+@dataclass
+class Started:
+    """A service that runs: its process and its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    watch: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, name: str, command: list[str], log: Path, **options: Any) -> Started:
+        """Start it in a session of its own: a Ctrl-C is for the tests, which stop it in order."""
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
+        # a session that is killed runs no `finally`: then the pipe ends, and the service is asked to stop
+        watch = subprocess.Popen(
+            ["sh", "-c", 'read _; kill "$1"', "sh", str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        return cls(name, process, log, watch)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Return once it is ready. AssertionError with its log: it ended, or took too long."""
+        until = time.monotonic() + _START_SECONDS
+        while not ready():
+            assert self.process.poll() is None, f"{self.name} ended: {self.log.read_text()[-3000:]}"
+            assert time.monotonic() < until, f"{self.name} is not ready: {self.log.read_text()[-3000:]}"
+            time.sleep(0.3)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to stop; kill it if it does not. Returns its exit code, also the second time."""
+        if self.watch.stdin is not None and not self.watch.stdin.closed:
+            self.watch.kill()
+            self.watch.wait()
+            self.watch.stdin.close()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait()
 
 
 class ServerEndedError(Exception):
@@ -187,42 +253,26 @@ def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
         "s3.port.lance": 0,
         "s3.autoCreateBucket": "false",  # as AWS: a put into a bucket that is not there fails
     }
-    with (folder / "weed.log").open("wb") as log:
-        child = subprocess.Popen(
-            [weed, "server", *(f"-{name}={value}" for name, value in options.items())],
-            cwd=folder,
-            env={**os.environ, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        # a session that is killed runs no `finally`: then the pipe ends, and so does the server
-        watch = subprocess.Popen(
-            ["sh", "-c", 'read _; kill -9 "$1"', "sh", str(child.pid)], stdin=subprocess.PIPE, start_new_session=True
-        )
-        assert watch.stdin is not None
-        store = ObjectStore("seaweedfs", f"http://127.0.0.1:{s3_port}")
-        try:
-            _wait_until_it_writes(store, child, folder / "weed.log")
-            yield store
-        finally:
-            watch.kill()
-            watch.wait()
-            watch.stdin.close()
-            child.kill()  # its own way of stopping takes 20 seconds, and nobody needs the files
-            child.wait()
+    command = [weed, "server", *(f"-{name}={value}" for name, value in options.items())]
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
+    server = Started.start("weed", command, folder / "weed.log", cwd=folder, env={**os.environ, **keys})
+    store = ObjectStore("seaweedfs", f"http://127.0.0.1:{s3_port}")
+    try:
+        _wait_until_it_writes(store, server)
+        yield store
+    finally:
+        server.stop(signal.SIGKILL)  # its own way of stopping takes 20 seconds, and nobody needs the files
 
 
-def _wait_until_it_writes(store: ObjectStore, child: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_it_writes(store: ObjectStore, server: Started) -> None:
     # the gateway answers before there is a volume to write to
     from botocore.exceptions import BotoCoreError, ClientError
 
     deadline = time.monotonic() + _START_SECONDS
     made = False
     while True:
-        if child.poll() is not None:
-            raise ServerEndedError(f"weed ended: {log.read_text()[-2000:]}")
+        if server.process.poll() is not None:
+            raise ServerEndedError(f"weed ended: {server.log.read_text()[-2000:]}")
         try:
             urllib.request.urlopen(f"{store.endpoint}/status", timeout=5).close()
             client = store.client()

@@ -19,14 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.container_files import DOCKER, PROJECT, Place, Started, compose
-from tests.object_store import free_ports
+from tests.container_files import DOCKER, PROJECT, SECRETS, Place
+from tests.container_files import services as compose_services
+from tests.object_store import Started, free_ports
 
 # building the stack counts as part of its first test
 pytestmark = [pytest.mark.service, pytest.mark.timeout(1800)]
-
-# with characters that a URL would have to escape
-SECRETS = {"POSTGRES_PASSWORD": "p@ss/w:rd", "AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret"}
 
 
 def postgres_programs() -> Path:
@@ -54,18 +52,8 @@ class Stack:
 
     def query(self, sql: str) -> list[str]:
         """Rows of a query past Prefect, in the database that its server was told to use."""
-        command = [
-            self.programs / "psql",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            str(self.postgres_port),
-            "-U",
-            "prefect",
-            "-At",
-            "-c",
-            sql,
-        ]
+        where = ["-h", "127.0.0.1", "-p", str(self.postgres_port), "-U", "prefect"]
+        command = [self.programs / "psql", *where, "-At", "-c", sql]
         environment = {**os.environ, "PGPASSWORD": SECRETS["POSTGRES_PASSWORD"]}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
@@ -130,7 +118,7 @@ def start_store(service: dict[str, Any], place: Place, folder: Path, port: int) 
 def stack() -> Iterator[Stack]:
     """Everything is started in the order of ``depends_on`` and stopped in the other one."""
     programs = postgres_programs()
-    services = compose("compose.yaml", SECRETS)["services"]
+    services = compose_services()
     # not below pytest's folder, which the user of PostgreSQL may not enter
     root = Path(tempfile.mkdtemp(prefix="stack-"))
     root.chmod(0o755)

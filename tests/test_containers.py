@@ -1,19 +1,16 @@
-"""Images, compose files and Kubernetes manifests say what they should, as far as text can; the rest is run in
-``test_container_stack.py``."""
+"""Images, compose files and Kubernetes manifests say what they should, as far as text can; ``make lint`` checks their
+schemas, and the rest is run in ``test_container_stack.py``."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,41 +19,19 @@ import yaml
 from tests.container_files import (
     DOCKER,
     PROJECT,
+    SECRETS,
     compose,
     image_environment,
     job_of_the_pool,
     kubernetes_objects,
+    script,
+    services,
 )
 
-SECRETS = {"POSTGRES_PASSWORD": "p@ss/word", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 OURS = {"server", "setup", "worker"}
 
 
-def program(name: str) -> Path:
-    """A tool that is installed beside Python."""
-    return Path(sys.executable).with_name(name)
-
-
-def load(name: str) -> ModuleType:
-    """A script of ``docker/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, DOCKER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def services() -> dict[str, dict[str, Any]]:
-    return compose("compose.yaml", SECRETS)["services"]
-
-
 # --- images
-
-
-def test_the_dockerfile_passes_hadolint() -> None:
-    done = subprocess.run([program("hadolint"), DOCKER / "Dockerfile"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 def test_every_image_ends_as_user_1000_with_an_init_and_a_health_check() -> None:
@@ -80,7 +55,7 @@ def test_every_image_ends_as_user_1000_with_an_init_and_a_health_check() -> None
 
 def distributions(image: str) -> set[str]:
     """The direct requirements of an image by name."""
-    lines = load("requirements").requirements(image, PROJECT / "pyproject.toml")
+    lines = script(DOCKER / "requirements.py").requirements(image, PROJECT / "pyproject.toml")
     return {re.split(r"[^\w-]", line)[0] for line in lines}
 
 
@@ -136,7 +111,7 @@ class Answers(BaseHTTPRequestHandler):
 def test_the_health_check_tells_well_from_ill(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    healthcheck = load("healthcheck")
+    healthcheck = script(DOCKER / "healthcheck.py")
     server = HTTPServer(("127.0.0.1", 0), Answers)
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -157,20 +132,13 @@ def test_the_health_check_tells_well_from_ill(
 
 
 def test_the_health_check_knows_what_a_container_runs() -> None:
-    role_of = load("healthcheck").role_of
+    role_of = script(DOCKER / "healthcheck.py").role_of
     assert role_of(["tini", "--", *services()["server"]["command"]]) == "server"
     assert role_of(["tini", "--", *services()["worker"]["command"]]) == "worker"
     assert role_of(["tini", "--", "teacher-cache", "train", "--out", "worker"]) is None
 
 
 # --- compose
-
-
-def test_the_compose_files_fit_their_schema() -> None:
-    files = [DOCKER / "compose.yaml", DOCKER / "compose.gpu.yaml"]
-    command = [program("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_secret_must_be_set_and_none_is_in_the_file() -> None:
@@ -207,22 +175,6 @@ def test_a_service_is_pinned_watched_and_confined(name: str) -> None:
         # PREFECT_HOME is there, in a root that cannot be written to
         assert service["tmpfs"] == ["/tmp:mode=1777"]
         assert image_environment()["PREFECT_HOME"].startswith("/tmp/")
-
-
-def test_services_wait_for_what_they_need() -> None:
-    waits = {
-        name: {needed: how["condition"] for needed, how in service.get("depends_on", {}).items()}
-        for name, service in services().items()
-    }
-    assert waits == {
-        "postgres": {},
-        "s3": {},
-        "server": {"postgres": "service_healthy"},
-        "setup": {"server": "service_healthy", "s3": "service_healthy"},
-        "worker": {"setup": "service_completed_successfully", "server": "service_healthy"},
-        "prometheus": {},
-        "grafana": {"prometheus": "service_healthy"},
-    }
 
 
 def test_every_volume_is_declared_and_lands_in_a_folder_that_the_user_owns() -> None:

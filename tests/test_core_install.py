@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from tests.container_files import PROJECT
-from tests.test_locked import load
+from tests.container_files import PROJECT, script
 
 # the command, in a Python that finds the standard library and the core install alone
 CORE_ONLY = """
@@ -34,7 +33,7 @@ GOLDEN = PROJECT / "tests" / "golden" / "v1" / "sealed"
 def hidden() -> str:
     """Import names that only extras bring."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    core = set(load(PROJECT / "docs" / "make_licences.py").closure(project["dependencies"]))
+    core = set(script(PROJECT / "docs" / "make_licences.py").closure(project["dependencies"]))
     names = packages_distributions()
     assert "torch" in names
     return json.dumps(

@@ -71,22 +71,9 @@ def test_what_the_helm_values_hand_on_fits_its_schema(version: str) -> None:
     kubernetes_validate.validate(deployment_of_the_chart(), version, strict=True)
 
 
-@pytest.mark.parametrize(
-    ("at", "key", "value"),
-    [
-        (["spec", "template", "spec", "containers", 0], "imagePullPolice", "Always"),
-        (["spec", "template", "spec", "containers", 0, "resources", "limits"], "memory", ["32Gi"]),
-        (["spec", "template", "spec", "volumes", 0], "name", None),
-        (["spec"], "backoffLimit", "none"),
-    ],
-    ids=["a misspelt field", "a list for a quantity", "no name", "text for a number"],
-)
-def test_what_does_not_fit_is_refused(at: list[Any], key: str, value: Any) -> None:
+def test_a_misspelt_field_is_refused() -> None:
     """So that the tests above could fail."""
     job = deepcopy(job_of_the_pool())
-    place: Any = job
-    for step in at:
-        place = place[step]
-    place[key] = value
+    job["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, VERSIONS[-1], strict=True)

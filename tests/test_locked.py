@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,25 +10,15 @@ import sys
 import venv
 from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.container_files import DOCKER, PROJECT
+from tests.container_files import DOCKER, PROJECT, script
 
 LOCKS = {name: DOCKER / f"requirements-{name}.txt" for name in ("light", "inventory")}
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pins(path: Path) -> dict[str, dict[str, str]]:
@@ -44,7 +33,7 @@ def pins(path: Path) -> dict[str, dict[str, str]]:
 
 
 def direct(image: str) -> list[Requirement]:
-    wanted = load(DOCKER / "requirements.py").requirements(image, PROJECT / "pyproject.toml")
+    wanted = script(DOCKER / "requirements.py").requirements(image, PROJECT / "pyproject.toml")
     return [Requirement(each) for each in wanted]
 
 
@@ -74,7 +63,7 @@ def test_a_lock_is_in_step_with_pyproject_and_constraints(name: str) -> None:
 
 def test_the_lock_of_the_light_image_is_complete_and_holds_nothing_else() -> None:
     """Against the metadata of what is installed here, which has the constrained versions."""
-    licences = load(PROJECT / "docs" / "make_licences.py")
+    licences = script(PROJECT / "docs" / "make_licences.py")
     needed: dict[str, Distribution] = licences.closure(map(str, direct("light")))
     locked = pins(LOCKS["light"])
     assert set(needed) <= set(locked), "run make lock"
@@ -156,12 +145,8 @@ def test_the_page_of_licences_is_in_step() -> None:
     assert "Apache" in rows["prefect"]
 
 
-def test_what_updates_dependencies_is_valid_and_leaves_the_locks_to_us() -> None:
-    config = PROJECT / "renovate.json"
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.renovate", config]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    settings = json.loads(config.read_text())
+def test_what_updates_dependencies_leaves_the_locks_to_us() -> None:
+    settings = json.loads((PROJECT / "renovate.json").read_text())
     assert settings["ignorePaths"] == [str(path.relative_to(PROJECT)) for path in LOCKS.values()]
     (pattern,) = settings["pip_requirements"]["managerFilePatterns"]
     matched = re.compile(pattern.strip("/"))

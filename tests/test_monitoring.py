@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import yaml
 
 from teacher_cache.storage.observe.telemetry import Metrics
-from tests.container_files import DOCKER, PROJECT, compose
+from tests.container_files import DOCKER, PROJECT, services
 
-SECRETS = {"POSTGRES_PASSWORD": "p", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "teacher-cache.json"
-
-
-def services() -> dict[str, Any]:
-    return compose("compose.yaml", SECRETS)["services"]
 
 
 def known() -> dict[str, set[str]]:

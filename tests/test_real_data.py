@@ -31,20 +31,15 @@ def photographs(tmp_path: Path) -> Path:
     """The first dev photographs of Flickr8k in its own form, and as many for training; links, not copies."""
     source = shared("flickr8k")
     root = tmp_path / "flickr8k"
-    root.mkdir()
-    (root / "images").symlink_to(source / "images")
-    (root / "captions.txt").symlink_to(source / "captions.txt")
+    (root / "images").mkdir(parents=True)
+    wanted: set[str] = set()
     for split in ("train", "dev"):
         names = (source / f"{split}.txt").read_text().split()[:IMAGES]
         (root / f"{split}.txt").write_text("\n".join(names) + "\n")
-    # the others are in the captions and in no list: leave them out of this small replica
-    wanted = set((root / "train.txt").read_text().split() + (root / "dev.txt").read_text().split())
-    lines = (source / "captions.txt").read_text().splitlines()
+        wanted |= set(names)
+    heading, *lines = (source / "captions.txt").read_text().splitlines()
     kept = [line for line in lines if line.split(",", 1)[0] in wanted]
-    (root / "captions.txt").unlink()
-    (root / "captions.txt").write_text("\n".join([lines[0], *kept]) + "\n")
-    (root / "images").unlink()
-    (root / "images").mkdir()
+    (root / "captions.txt").write_text("\n".join([heading, *kept]) + "\n")
     for name in wanted:
         (root / "images" / name).symlink_to(source / "images" / name)
     return root

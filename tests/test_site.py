@@ -7,7 +7,6 @@ import html
 import http.server
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -152,48 +151,35 @@ def served(site: Path) -> Iterator[str]:
 
 
 @pytest.mark.browser
-def test_a_browser_shows_it_and_finds_a_word(served: str) -> None:
+def test_a_browser_shows_it_and_finds_a_word(served: str, browser: Any) -> None:
     """Light and dark, wide and narrow: no error on the console, no request that leaves, no page wider than a phone."""
-    sync = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     complaints: list[str] = []
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        for scheme, width in (("light", 1280), ("dark", 390)):
-            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
-            page = context.new_page()
-            page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            # an icon is not waited for: the next page may be asked for before it has come
-            page.on(
-                "requestfailed",
-                lambda failed: (
-                    None if "ERR_ABORTED" in (failed.failure or "") else complaints.append(f"failed: {failed.url}")
-                ),
-            )
-            page.on(
-                "response", lambda got: complaints.append(f"{got.status}: {got.url}") if got.status >= 400 else None
-            )
-            page.on(
-                "request", lambda made: None if made.url.startswith((served, "data:")) else complaints.append(made.url)
-            )
-            for name, heading in (
-                ("index", "teacher-cache"),
-                ("tutorial", "COCO"),
-                ("reference/cli", "Commands"),
-                ("project/api/teacher_cache.pipeline.settings.train", "teacher_cache.pipeline.settings.train"),
-            ):
-                page.goto(f"{served}/{name}.html")
-                assert heading in page.inner_text("h1")
-                assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
-            page.goto(f"{served}/search.html?q=quarantined")
-            page.wait_for_selector("#search-results li a")
-            titles = page.locator("#search-results li a").all_inner_texts()
-            assert "teacher_cache.storage.format.commits.quarantined_rows" in titles, titles
-            context.close()
-        browser.close()
+    for scheme, width in (("light", 1280), ("dark", 390)):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+        page = context.new_page()
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        # an icon is not waited for: the next page may be asked for before it has come
+        page.on(
+            "requestfailed",
+            lambda failed: (
+                None if "ERR_ABORTED" in (failed.failure or "") else complaints.append(f"failed: {failed.url}")
+            ),
+        )
+        page.on("response", lambda got: complaints.append(f"{got.status}: {got.url}") if got.status >= 400 else None)
+        page.on("request", lambda made: None if made.url.startswith((served, "data:")) else complaints.append(made.url))
+        for name, heading in (
+            ("index", "teacher-cache"),
+            ("tutorial", "COCO"),
+            ("reference/cli", "Commands"),
+            ("project/api/teacher_cache.pipeline.settings.train", "teacher_cache.pipeline.settings.train"),
+        ):
+            page.goto(f"{served}/{name}.html")
+            assert heading in page.inner_text("h1")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+        page.goto(f"{served}/search.html?q=quarantined")
+        page.wait_for_selector("#search-results li a")
+        titles = page.locator("#search-results li a").all_inner_texts()
+        assert "teacher_cache.storage.format.commits.quarantined_rows" in titles, titles
+        context.close()
     assert complaints == []

@@ -1,6 +1,6 @@
 """A cache on an object store (SeaweedFS on loopback): streaming against plain GETs of the same objects.
 
-As it is, and with 50 ms added to each request by a proxy (``tests/latency_proxy.py``), where what counts is how many
+As it is, and with 50 ms added to each request by a proxy (``tests/fault_proxy.py``), where what counts is how many
 requests wait together. Plain GETs are obstore's and botocore's, with as many at once as the stream has; the faster of
 them is what we are compared with.
 """
@@ -22,7 +22,7 @@ from benchmarks.bench.harness import Row, Settings, interleave, speed
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.stream import READ_AHEAD_BYTES, loads_at_once
-from tests.latency_proxy import start_latency_process
+from tests.fault_proxy import start_distant_process
 from tests.object_store import ObjectStore, start_seaweedfs
 
 _BATCH = 1024
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> list[Row]:
         with _environment(store):
             location = big_cache(f"s3://{store.bucket}", rows, chunk_rows=chunk_rows, captions=chunk_rows)
         near = _streaming(store, location, settings.rounds, "loopback")
-        with start_latency_process(store, _LATENCY_SECONDS) as far:
+        with start_distant_process(store, _LATENCY_SECONDS) as far:
             return [
                 *near,
                 *_streaming(far, location, settings.rounds, "50 ms a request"),

@@ -228,7 +228,7 @@ def test_the_report_is_written_and_its_chart_kept_by_the_server(here, tmp_path, 
     report = Report(monkeypatch)
     page = tmp_path / "run" / "report.html"
     left, flow_run = only_a_report(page)
-    assert report.asked == [("a.cache", ["runs/a"], "/images", {})]
+    assert report.asked == [("a.cache", ["runs/a"], "/images", {"whole": True})]
     assert page.read_text() == "<!doctype html>the page"
     assert (left.collected, left.page, left.recall) == (True, str(page), "recall")
     kept = here.artifact(flow_run, "only-chart")
@@ -247,7 +247,7 @@ def test_what_cannot_be_drawn_is_said_and_fails_nothing(here, tmp_path, monkeypa
     report.chart = base64.b64decode(SMALL)
     left, flow_run = only_a_report(None)
     assert left.page is None
-    assert report.asked[-1][-1] == {"map_images": 0, "pictures": False}  # whose place is the page
+    assert report.asked[-1][-1] == {"whole": False}  # whose place is the page
     assert here.artifact(flow_run, "only-chart")
     here.until_logged(flow_run, "no page is written")
 

@@ -154,13 +154,6 @@ def test_looking_at_a_cache_loads_no_torch(known_cache: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_flags_win_over_the_run_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.toml"
-    path.write_text('cache = "a"\n[train]\nstudent = "s"\nout = "o"\nepochs = 3\n')
-    config = load_config(TrainConfig, "train", path, {"epochs": 5, "seed": None, "cache": None})
-    assert (config.cache, config.epochs, config.seed, config.student) == ("a", 5, 0, "s")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

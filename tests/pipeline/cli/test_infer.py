@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,30 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["teacher-cache", "infer", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
+Infer = Callable[..., tuple[int, str, str]]
 
 
-def texts(*given: str) -> list[str]:
-    return [part for text in given for part in ("--text", text)]
+@pytest.fixture
+def infer(tiny_deployment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Infer:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def run(*words: str | Path, texts: Sequence[str] = TEXTS, student: Path = tiny_deployment) -> tuple[int, str, str]:
+        given = [*words, *options(texts), "--student", student]
+        monkeypatch.setattr(sys, "argv", ["teacher-cache", "infer", *map(str, given)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
-def test_json_has_every_number(
-    tiny_deployment: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, photos, "--student", tiny_deployment, *texts(*TEXTS), "--json") == 0
-    found: Any = json.loads(capsys.readouterr().out)
+def options(texts: Sequence[str]) -> list[str]:
+    return [part for text in texts for part in ("--text", text)]
+
+
+def test_json_has_every_number(infer: Infer, tiny_deployment: Path, photos: Path) -> None:
+    found: Any = json.loads(infer(photos, "--json")[1])
     names = [str(photos / f"{number:04d}.jpg") for number in range(3)]
     assert [image["image"] for image in found["images"]] == names
     assert (found["texts"], found["variant"], found["unreadable"]) == (TEXTS, "fp32", [])
@@ -56,13 +63,11 @@ def test_json_has_every_number(
     assert np.abs(np.array([image["cosines"] for image in found["images"]]) - cosines).max() < 1e-5
 
 
-def test_the_table_has_the_likeliest_first(
-    tiny_deployment: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_has_the_likeliest_first(infer: Infer, tiny_deployment: Path, photos: Path) -> None:
     image = photos / "0001.jpg"
-    assert run(monkeypatch, image, "--student", tiny_deployment, *texts(*TEXTS)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    shown = [line for line in lines if re.search(r"\d\.\d\s*$", line)]
+    code, out, _ = infer(image)
+    assert code == 0
+    shown = [line for line in out.splitlines() if re.search(r"\d\.\d\s*$", line)]
     [likely] = StudentRuntime(tiny_deployment).classify([image], TEXTS)
     assert len(shown) == 3
     for line, text in zip(shown, np.argsort(-likely), strict=True):
@@ -71,79 +76,54 @@ def test_the_table_has_the_likeliest_first(
     assert str(image) in shown[0]
 
 
-def test_many_texts_are_cut_and_one_shows_its_cosine(
-    tiny_deployment: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    many = [f"number {number}" for number in range(9)]
-    assert run(monkeypatch, photos / "0000.jpg", "--student", tiny_deployment, *texts(*many)) == 0
-    assert "... and 4 more; --json has all" in capsys.readouterr().out
-    assert run(monkeypatch, photos / "0000.jpg", "--student", tiny_deployment, *texts("a cat")) == 0
+def test_many_texts_are_cut_and_one_shows_its_cosine(infer: Infer, tiny_deployment: Path, photos: Path) -> None:
+    image = photos / "0000.jpg"
+    assert "... and 4 more; --json has all" in infer(image, texts=[f"number {number}" for number in range(9)])[1]
     student = StudentRuntime(tiny_deployment)
-    cosine = float((student.embed_images([photos / "0000.jpg"]) @ student.embed_texts(["a cat"]).T).item())
-    assert f"{cosine:.3f}" in capsys.readouterr().out
+    cosine = float((student.embed_images([image]) @ student.embed_texts(["a cat"]).T).item())
+    assert f"{cosine:.3f}" in infer(image, texts=["a cat"])[1]
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_answered(
-    tiny_deployment: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    infer: Infer, photos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     given = [photos / "0000.jpg", tmp_path / "bad.jpg", tmp_path / "none.jpg", photos / "0002.jpg"]
-    assert run(monkeypatch, *given, "--student", tiny_deployment, *texts(*TEXTS), "--json") == 1
-    out, err = capsys.readouterr()
+    code, out, err = infer(*given, "--json")
+    assert code == 1
     assert [Path(image["image"]).name for image in json.loads(out)["images"]] == ["0000.jpg", "0002.jpg"]
     assert f"left out: {tmp_path}/bad.jpg: not an image" in err
     assert "none.jpg" in err
     assert len(err.splitlines()) == len(json.loads(out)["unreadable"]) == 2
-    assert run(monkeypatch, tmp_path / "bad.jpg", "--student", tiny_deployment, *texts(*TEXTS)) == 1
-    assert capsys.readouterr().out == ""
+    assert infer(tmp_path / "bad.jpg")[:2] == (1, "")
 
 
-def test_more_images_than_one_batch(
-    tiny_deployment: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_images_than_one_batch(infer: Infer, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teacher_cache.pipeline.cli.deploy._BATCH", 2)
-    given = [photos, photos / "notes.txt", photos / "0001.jpg"]
-    assert run(monkeypatch, *given, "--student", tiny_deployment, *texts(*TEXTS), "--json") == 1
-    found = json.loads(capsys.readouterr().out)["images"]
+    code, out, _ = infer(photos, photos / "notes.txt", photos / "0001.jpg", "--json")
+    assert code == 1
+    found = json.loads(out)["images"]
     assert [Path(image["image"]).name for image in found] == ["0000.jpg", "0001.jpg", "0002.jpg", "0001.jpg"]
     assert found[1]["probabilities"] == pytest.approx(found[3]["probabilities"], abs=1e-5)
 
 
-def test_what_cannot_be_used_ends_with_2(
-    tiny_deployment: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    student = ["--student", tiny_deployment, *texts(*TEXTS)]
+def test_what_cannot_be_used_ends_with_2(infer: Infer, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
-    for arguments, said in (
-        ([tmp_path, *student], "no images in this folder, only a.txt; an image ends in .jpg"),
-        ([photos, *student, "--variant", "int8"], "no int8 file of the text tower: its features lose too much"),
-        ([photos, *student, "--variant", "fp16"], "'fp16' is not one of 'fp32', 'int8'"),
-        ([photos, "--student", tmp_path, *texts("a")], "no deployed student here"),
-        ([photos, "--student", tiny_deployment], "Missing option '--text'"),
+    for (code, _, err), said in (
+        (infer(tmp_path), "no images in this folder, only a.txt; an image ends in .jpg"),
+        (infer(photos, "--variant", "int8"), "no int8 file of the text tower: its features lose too much"),
+        (infer(photos, "--variant", "fp16"), "'fp16' is not one of 'fp32', 'int8'"),
+        (infer(photos, student=tmp_path), "no deployed student here"),
+        (infer(photos, texts=[]), "Missing option '--text'"),
     ):
-        assert run(monkeypatch, *arguments) == 2
-        assert said in capsys.readouterr().err
+        assert (code, said in err) == (2, True), err
 
 
-def test_damage_ends_with_1(
-    tiny_deployment: Path,
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_damage_ends_with_1(infer: Infer, tiny_deployment: Path, photos: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_deployment, tmp_path / "copy")
     (folder / "image.onnx").write_bytes(b"")
-    assert run(monkeypatch, photos, "--student", folder, *texts(*TEXTS)) == 1
-    assert "image.onnx: not the file that was deployed" in capsys.readouterr().err
+    code, _, err = infer(photos, student=folder)
+    assert (code, "image.onnx: not the file that was deployed" in err) == (1, True), err
 
 
 def test_the_command_needs_no_torch(tiny_deployment: Path, photos: Path) -> None:
@@ -154,7 +134,7 @@ def test_the_command_needs_no_torch(tiny_deployment: Path, photos: Path) -> None
         "from teacher_cache.pipeline.cli.app import main\n"
         "main()\n"
     )
-    arguments = ["infer", str(photos), "--student", str(tiny_deployment), *texts(*TEXTS)]
+    arguments = ["infer", str(photos), "--student", str(tiny_deployment), *options(TEXTS)]
     environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments], env=environment, capture_output=True, text=True

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
@@ -65,8 +65,8 @@ def typed(*words: str) -> Any:
     made: list[TrainConfig] = []
 
     @settings_command("train", TrainConfig, flags=("cache", "student", "out", "epochs", "precision", "compile"))
-    def command(settings: Settings[TrainConfig]) -> None:
-        made.append(settings.load())
+    def command(config: TrainConfig) -> None:
+        made.append(config)
 
     done = CliRunner().invoke(command, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output

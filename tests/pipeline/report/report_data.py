@@ -1,9 +1,12 @@
-"""A report with every section filled: made-up numbers and pictures, and captions that try to break out of the page."""
+"""A report with every section filled: a real cache, captions that try to break out of the page, made-up students."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,107 +18,79 @@ from teacher_cache.pipeline.evaluate.cost.results import ModelCost, ModelFacts, 
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.recall import mean_recall, retention
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
-from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
-from teacher_cache.pipeline.report.data import (
-    CoverageCell,
-    CoverageMap,
-    LostImage,
-    MapPoint,
-    ReportData,
-    RetrievedPair,
-    RowMap,
-    RunReport,
-    Step,
-)
+from teacher_cache.pipeline.report.collect import collect_report
+from teacher_cache.pipeline.report.data import LostImage, ReportData, RunReport, Step
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.format.commits import QuarantinedRow
-from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.format.manifest import Seal
-from teacher_cache.storage.look.info import CacheInfo, Coverage
-from teacher_cache.storage.look.stats import CacheStats, Distribution, NearPair, TowerStats
-from tests.conftest import make_identity
+from teacher_cache.storage.look.stats import Distribution
+from tests.conftest import make_identity, plan_known_cache
+from tests.storage.look.test_diff import Picture, make
+from tests.storage.look.test_look import fill
 
-__all__ = ["HOSTILE", "RTL", "odd_report", "report_data", "unfinished_report"]
+__all__ = ["HOSTILE", "RTL", "odd_report", "report_data", "student_table", "unfinished_report"]
 
 HOSTILE = (
     '<script>document.title="broken"</script><img src=x onerror=alert(1)> & "quotes" \'single\' </script>\u2028end'
 )
 RTL = "كلب يركض على العشب الأخضر"
 IMAGES, CAPTIONS = 40, 120
+LOCATION = "/data/caches/made up & <odd>.cache"
 _KS = ("R@1", "R@5", "R@10")
 Recalls = dict[str, dict[str, float]]
 
 
 def report_data(**changes: Any) -> ReportData:
     """40 images and 120 captions, two students, one deployed; image 3 is quarantined."""
-    report = ReportData(
-        location="/data/caches/made up & <odd>.cache",
-        made="2026-11-24 10:00 UTC",
-        version="0.1.0",
-        info=_info(),
-        coverage=(
-            *(_coverage("image", view, 10, quarantined=view == 0) for view in range(2)),
-            _coverage("text", 0, 15),
-        ),
-        stats=_stats(),
-        recall=SampledRecall(
-            images=IMAGES - 1,
-            captions=CAPTIONS - 3,
-            i2t={"R@1": 78.2, "R@5": 95.1, "R@10": 99.0},
-            t2i={"R@1": 70.6, "R@5": 92.8, "R@10": 98.3},
-        ),
-        row_map=_row_map(),
-        hardest=_pairs(hard=True),
-        best=_pairs(hard=False),
-        pairs_of=IMAGES + CAPTIONS - 4,
-        lost=(
-            LostImage(row=3, sample_id="img-3", uri="photos/<b>img-3</b>.jpg", reason="truncated: 17 bytes of image"),
-        ),
-        runs=(_run("small", 0, 71.0), _run("smaller", 1, 55.0)),
-        deployments=(_table(),),
-        pictures={row: _picture(row) for row in range(IMAGES) if row != 3},
-        notes=("The map shows all 39 images with one caption each.", f"A note with a caption in it: {HOSTILE}"),
-    )
-    return report.model_copy(update=changes)
+    report = _collected()
+    assert report.row_map is not None
+    info = {
+        "manifest_digest": "1" * 64,
+        "quarantine": {"truncated": 1},
+        "problems": {"image missing": 2},
+        "lost_images": 2,
+        "encode_seconds": 8.5,
+        "images_per_second": 12.0,
+        "captions_per_second": 80.0,
+    }
+    made = {
+        "location": LOCATION,
+        "info": report.info.model_copy(update=info),
+        "row_map": report.row_map.model_copy(update={"images_of": IMAGES}),
+        "lost": (LostImage(row=3, sample_id="img-3", uri="photos/<b>img-3</b>.jpg", reason="truncated: 17 bytes"),),
+        "runs": (_run("small", 0, 71.0), _run("smaller", 1, 55.0)),
+        "deployments": (student_table(),),
+        "pictures": {row: _picture(row) for row in range(IMAGES) if row != 3},
+        "notes": ("The map shows all 39 images with one caption each.", f"A note with a caption in it: {HOSTILE}"),
+    }
+    return report.model_copy(update={**made, **changes})
 
 
+@functools.cache
+def _collected() -> ReportData:
+    """A cache whose images 0 and 1 are what their first captions say, and 7 and 8 the same."""
+    pictures = [
+        Picture(
+            f"img-{row}",
+            {0: HOSTILE, 1: RTL, 8: "photograph 7"}.get(row, f"photograph {row}"),
+            tuple(_caption(3 * row + number) for number in range(3)),
+            "test" if row >= 32 else "train",
+        )
+        for row in range(IMAGES)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return collect_report(make(Path(folder) / "a.cache", pictures, lost=(3,)))
+
+
+@functools.cache
 def unfinished_report() -> ReportData:
-    """A cache with 6 of 35 chunks and nothing else: what a report shows first."""
-    info = _info()
-    coverage = tuple(part.model_copy(update={"chunks_committed": 2, "rows_committed": 8}) for part in info.coverage)
-    info = info.model_copy(
-        update={
-            "sealed": False,
-            "chunks_committed": 6,
-            "coverage": coverage,
-            "images_encoded": None,
-            "images_quarantined": None,
-            "quarantine": None,
-            "quarantined_rows": (),
-            "remaining_seconds": 125.0,
-        }
-    )
-    cells = (
-        CoverageCell(first_chunk=0, chunks=4, committed=4, quarantined=None),
-        CoverageCell(first_chunk=4, chunks=4, committed=2, quarantined=None),
-        CoverageCell(first_chunk=8, chunks=2, committed=0, quarantined=None),
-    )
-    return report_data(
-        info=info,
-        coverage=(CoverageMap(tower="image", view=0, chunks=10, cells=cells),),
-        stats=None,
-        recall=None,
-        row_map=None,
-        hardest=(),
-        best=(),
-        pairs_of=0,
-        lost=(),
-        runs=(),
-        deployments=(),
-        pictures={},
-        notes=("The cache is not sealed: finish it by precompute.",),
-    )
+    """A cache with 6 of 40 chunks and nothing else: what a report shows first."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.cache"
+        plan_known_cache(path, IMAGES, CAPTIONS)
+        fill(path, chunks=6)
+        report = collect_report(str(path))
+    info = report.info.model_copy(update={"remaining_seconds": 125.0})
+    return report.model_copy(update={"location": LOCATION, "info": info})
 
 
 def _picture(row: int) -> str:
@@ -128,156 +103,9 @@ def _picture(row: int) -> str:
 
 
 def _caption(row: int) -> str:
-    return {0: HOSTILE, 1: RTL, 2: "a caption " + "with many words " * 12}.get(
+    return {0: HOSTILE, 3: RTL, 6: "a caption " + "with many words " * 12}.get(
         row, f"picture {row // 3}, caption {row}"
     )
-
-
-def _info() -> CacheInfo:
-    coverage = [("image", 0, 10, IMAGES), ("image", 1, 10, IMAGES), ("text", 0, 15, CAPTIONS)]
-    layout = Layout(
-        embed_dim=8,
-        views=2,
-        image_rows=IMAGES,
-        text_rows=CAPTIONS,
-        image_chunk_rows=4,
-        text_chunk_rows=8,
-        batch_rows=2,
-    )
-    seal = Seal(commits_sha256="a" * 64, images_encoded=IMAGES - 1, images_quarantined=1, captions_encoded=CAPTIONS)
-    return CacheInfo(
-        location="/data/caches/made up & <odd>.cache",
-        format_version=1,
-        sealed=True,
-        manifest_digest="1" * 64,
-        identity_digest="2" * 64,
-        identity=make_identity(IMAGES, CAPTIONS),
-        layout=layout,
-        seal=seal,
-        dataset="flickr:/data/photos",
-        image_root="/data/photos",
-        chunks=35,
-        chunks_committed=35,
-        coverage=tuple(
-            Coverage.model_validate(
-                {"tower": t, "view": v, "chunks": c, "chunks_committed": c, "rows": r, "rows_committed": r}
-            )
-            for t, v, c, r in coverage
-        ),
-        images_encoded=IMAGES - 1,
-        images_quarantined=1,
-        quarantine={"truncated": 1},
-        quarantined_rows=(QuarantinedRow(row=3, sample_id="img-3", reason="truncated", detail="17 bytes of image"),),
-        lost_images=2,
-        problems={"image missing": 2},
-        target_bytes=123_456,
-        encode_seconds=8.5,
-        notes=35,
-        notes_read=35,
-        images_per_second=12.0,
-        captions_per_second=80.0,
-        remaining_seconds=0.0,
-        made_with={"torch": "2.14.1", "open_clip_torch": "3.3.0"},
-    )
-
-
-def _coverage(tower: Any, view: int, chunks: int, quarantined: bool = False) -> CoverageMap:
-    cells = [
-        CoverageCell(first_chunk=number, chunks=1, committed=1, quarantined=int(quarantined and number == 0))
-        for number in range(chunks)
-    ]
-    return CoverageMap(tower=tower, view=view, chunks=chunks, cells=tuple(cells))
-
-
-def _distribution(centre: float, width: float, seed: int) -> Distribution:
-    found = Distribution.of(np.random.default_rng(seed).normal(centre, width, 500))
-    assert found is not None
-    return found
-
-
-def _tower(rows: int, seed: int, missing: int = 0) -> TowerStats:
-    return TowerStats(
-        rows=rows,
-        rows_read=rows,
-        missing=missing,
-        zero=0,
-        norm=_distribution(10 + seed, 0.5, seed),
-        cosine=_distribution(0.5, 0.1, seed + 1),
-        equal_rows=2,
-        dead_dimensions=(5,),
-        effective_rank=6.5,
-    )
-
-
-def _stats() -> CacheStats:
-    return CacheStats(
-        location="made-up.cache",
-        manifest_digest="1" * 64,
-        split=None,
-        view=0,
-        seed=0,
-        sampled=False,
-        image=_tower(IMAGES, 1, missing=1),
-        text=_tower(CAPTIONS, 5),
-        without_caption=0,
-        true_pairs=_distribution(0.31, 0.03, 11),
-        random_pairs=_distribution(0.12, 0.05, 12),
-        separation=0.987,
-        near_cosine=0.99,
-        near_images=2,
-        near_pairs=1,
-        nearest_pairs=(NearPair(rows=(7, 8), sample_ids=("img-7", "img-8"), cosine=0.9987, same_bytes=True),),
-    )
-
-
-def _row_map() -> RowMap:
-    rng = np.random.default_rng(5)
-    points = []
-    for row in range(IMAGES):
-        if row != 3:
-            x, y = (float(value) for value in rng.normal(0, 3, 2))
-            split = "test" if row >= 32 else "train"
-            points.append(
-                MapPoint(x=x, y=y, tower="image", row=row, image_row=row, label=f"img-{row}", split=split),
-            )
-            points.append(
-                MapPoint(
-                    x=x + 1, y=y + 1, tower="text", row=3 * row, image_row=row, label=_caption(3 * row), split=split
-                )
-            )
-    return RowMap(points=tuple(points), method="PCA of images and captions, seed 0.", images_of=IMAGES)
-
-
-def _pairs(hard: bool) -> tuple[RetrievedPair, ...]:
-    t2i = [
-        RetrievedPair(
-            direction="t2i",
-            image_row=row // 3,
-            caption_row=row,
-            caption=_caption(row),
-            rank=40 - row if hard else 1,
-            cosine=0.2,
-            first_image_row=20 if hard else None,
-            first_caption=None,
-            first_cosine=0.3 if hard else 0.2,
-        )
-        for row in (0, 1, 2, 30)
-    ]
-    i2t = [
-        RetrievedPair(
-            direction="i2t",
-            image_row=row,
-            caption_row=3 * row,
-            caption=_caption(3 * row),
-            rank=30 if hard else 1,
-            cosine=0.21,
-            first_image_row=None,
-            first_caption="another caption" if hard else None,
-            first_cosine=0.33 if hard else 0.21,
-        )
-        for row in (10, 11)
-    ]
-    return (*t2i, *i2t)
 
 
 def _recalls(first: float, step: float) -> Recalls:
@@ -378,7 +206,8 @@ def _run(name: str, seed: int, first: float) -> RunReport:
     return RunReport(name=name, record=record, steps=steps, steps_of=400, evaluations=evaluations, same_cache=seed == 0)
 
 
-def _table() -> StudentTable:
+def student_table(**changes: Any) -> StudentTable:
+    """A teacher, its student and two files of it."""
     teacher = _recalls(78.0, 9)
 
     def row(name: str, engine: str, nbytes: int, parameters: int, first: float, speed: float) -> TableRow:
@@ -427,7 +256,7 @@ def _table() -> StudentTable:
             ),
         )
 
-    return StudentTable(
+    made = StudentTable(
         student="small",
         teacher="tiny",
         run="runs/small",
@@ -458,6 +287,7 @@ def _table() -> StudentTable:
         gates=(Gate(name="int8 R@1, points below float32", found=0.4, wanted="at most 1"),),
         int8={},
     )
+    return made.model_copy(update=changes)
 
 
 def odd_report() -> ReportData:
@@ -474,7 +304,6 @@ def odd_report() -> ReportData:
             "true_pairs": None,
             "random_pairs": None,
             "separation": None,
-            "recall": None,
             "nearest_pairs": (),
         }
     )

@@ -1,10 +1,9 @@
-"""The report page in a real browser: Debian's Chromium, driven by playwright."""
+"""The report page in a real browser."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,7 @@ pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install '
 
 TABS = ["overview", "coverage", "distributions", "map", "retrieval", "students", "deployment", "problems"]
 TITLE = "made up & <odd>.cache – teacher cache report"
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
+pytestmark = pytest.mark.browser
 
 
 class Opened:
@@ -62,16 +57,6 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium; nothing is downloaded, and playwright's event loop ends with the module."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'teacher-cache[dev]'")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def open_report(browser: Any, report_file: Path) -> Iterator[Callable[..., Opened]]:
     """Opens the report in a context of its own; settings are playwright's, ``fragment`` is the tab in the address."""
@@ -89,12 +74,6 @@ def open_report(browser: Any, report_file: Path) -> Iterator[Callable[..., Opene
         context.close()
 
 
-def _browser_test(function: Any) -> Any:
-    missing = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
-    return pytest.mark.browser(missing(function))
-
-
-@_browser_test
 def test_every_tab_draws_without_a_complaint_or_a_request(
     open_report: Callable[..., Opened], report_file: Path
 ) -> None:
@@ -108,23 +87,22 @@ def test_every_tab_draws_without_a_complaint_or_a_request(
     # no caption ran as a script, and their pictures are really there
     assert report.page.title() == TITLE
     pictures = report.page.evaluate("[...document.querySelectorAll('img[data-picture]')].map(i => i.naturalWidth)")
-    assert len(pictures) == 18
+    assert len(pictures) == report_file.read_text().count("<img data-picture=") > 18
     assert set(pictures) == {96}
     # whole ones: what was cut off might be what its caption is about
     fits = report.page.evaluate(
         "[...document.querySelectorAll('.pictures img')].map(i => getComputedStyle(i).objectFit)"
     )
-    assert fits == ["contain"] * 18
+    assert set(fits) == {"contain"}
     report.require_quiet(report_file)
 
 
-@_browser_test
-@pytest.mark.parametrize("data", [odd_report(), unfinished_report()], ids=["odd", "unfinished"])
+@pytest.mark.parametrize("make", [odd_report, unfinished_report])
 def test_what_is_missing_or_equal_is_no_complaint(
-    open_report: Callable[..., Opened], tmp_path: Path, data: ReportData
+    open_report: Callable[..., Opened], tmp_path: Path, make: Callable[[], ReportData]
 ) -> None:
     path = tmp_path / "other.html"
-    path.write_text(render_report(data), encoding="utf-8")
+    path.write_text(render_report(make()), encoding="utf-8")
     report = open_report(file=path)
     for name in TABS:
         report.tab(name)
@@ -132,7 +110,6 @@ def test_what_is_missing_or_equal_is_no_complaint(
     report.require_quiet(path)
 
 
-@_browser_test
 def test_tabs_follow_the_keyboard_and_the_address(open_report: Callable[..., Opened]) -> None:
     report = open_report("#students")
     page = report.page
@@ -176,7 +153,6 @@ def _at_point(page: Any, row: int) -> tuple[float, float]:
     return left + 5 + x * (width - 10), bottom - 5 - y * 460
 
 
-@_browser_test
 def test_pointing_at_the_map_shows_the_picture_and_caption(open_report: Callable[..., Opened]) -> None:
     report = open_report("#map")
     page = report.page
@@ -193,7 +169,6 @@ def test_pointing_at_the_map_shows_the_picture_and_caption(open_report: Callable
     assert report.complaints == []
 
 
-@_browser_test
 def test_the_map_is_reached_by_keys_and_searched(open_report: Callable[..., Opened]) -> None:
     report = open_report("#map")
     page = report.page
@@ -223,7 +198,6 @@ def test_the_map_is_reached_by_keys_and_searched(open_report: Callable[..., Open
     assert report.complaints == []
 
 
-@_browser_test
 def test_charts_are_tables_for_who_asks(open_report: Callable[..., Opened]) -> None:
     report = open_report("#students")
     report.page.click("[data-table=losses] summary")
@@ -232,7 +206,6 @@ def test_charts_are_tables_for_who_asks(open_report: Callable[..., Opened]) -> N
     assert cells[17 * 3].split("\t") == ["small", "total", "17", "1", "–"]
 
 
-@_browser_test
 def test_losses_are_chosen_and_shown_on_a_logarithmic_axis(open_report: Callable[..., Opened]) -> None:
     report = open_report("#students")
     page = report.page
@@ -247,7 +220,6 @@ def test_losses_are_chosen_and_shown_on_a_logarithmic_axis(open_report: Callable
     assert report.complaints == []
 
 
-@_browser_test
 def test_the_theme_is_the_systems_until_the_button_is_pressed(open_report: Callable[..., Opened]) -> None:
     report = open_report(color_scheme="dark")
     page = report.page
@@ -271,7 +243,6 @@ def test_the_theme_is_the_systems_until_the_button_is_pressed(open_report: Calla
     assert report.complaints == []
 
 
-@_browser_test
 def test_a_phone_never_scrolls_sideways(open_report: Callable[..., Opened]) -> None:
     report = open_report(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     for name in TABS:
@@ -284,7 +255,6 @@ def test_a_phone_never_scrolls_sideways(open_report: Callable[..., Opened]) -> N
     assert report.complaints == []
 
 
-@_browser_test
 def test_without_javascript_the_text_is_there(open_report: Callable[..., Opened], report_file: Path) -> None:
     report = open_report(java_script_enabled=False)
     assert report.page.locator("main > section:visible").count() == len(TABS)
@@ -295,7 +265,6 @@ def test_without_javascript_the_text_is_there(open_report: Callable[..., Opened]
     report.require_quiet(report_file)
 
 
-@_browser_test
 def test_printing_shows_every_part(open_report: Callable[..., Opened]) -> None:
     report = open_report(color_scheme="dark")
     page = report.page
@@ -313,7 +282,6 @@ def test_printing_shows_every_part(open_report: Callable[..., Opened]) -> None:
     assert report.complaints == []
 
 
-@_browser_test
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_to_mend(open_report: Callable[..., Opened], scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")

@@ -140,7 +140,8 @@ def test_a_split_is_all_that_statistics_map_and_pairs_are_of(photos: Path) -> No
 
 def test_what_is_drawn_is_said_and_is_the_same_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teacher_cache.pipeline.evaluate.sampled._IMAGES", 9)
-    found = collect_report(str(photos), most=12, map_images=5, seed=3)
+    monkeypatch.setattr("teacher_cache.pipeline.report.collect._MAP_IMAGES", 5)
+    found = collect_report(str(photos), most=12, seed=3)
     read = found.stats.image.rows_read if found.stats else 0
     usable = read - (found.stats.image.missing if found.stats else 0)
     assert read == 12
@@ -150,9 +151,9 @@ def test_what_is_drawn_is_said_and_is_the_same_again(photos: Path, monkeypatch: 
         f"Recall and pairs are among 9 of the {usable} images that were read, drawn at random.",
         f"On the map are 5 of {usable} images, drawn at random.",
     )
-    again = collect_report(str(photos), most=12, map_images=5, seed=3)
+    again = collect_report(str(photos), most=12, seed=3)
     assert again.model_copy(update={"made": found.made}) == found
-    other = collect_report(str(photos), most=12, map_images=5, seed=4)
+    other = collect_report(str(photos), most=12, seed=4)
     assert other.row_map != found.row_map
 
 
@@ -167,9 +168,7 @@ def test_without_map_and_pictures_no_image_is_read_and_all_else_is_the_same(
     monkeypatch.setattr("teacher_cache.pipeline.report.collect.collect_pictures", never)
     monkeypatch.setattr("teacher_cache.pipeline.report.collect.row_map", never)
     stages: list[str] = []
-    found = collect_report(
-        str(photos), map_images=0, pictures=False, progress=lambda stage, done, total: stages.append(stage)
-    )
+    found = collect_report(str(photos), whole=False, progress=lambda stage, done, total: stages.append(stage))
     assert found == whole.model_copy(update={"made": found.made, "row_map": None, "pictures": {}})
     assert not {"map", "pictures"} & set(stages)
 

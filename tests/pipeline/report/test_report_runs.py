@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from teacher_cache.pipeline.cli import report as cli_report
 from teacher_cache.pipeline.cli.app import app, main
 from teacher_cache.pipeline.cli.demo import RUN_NAMES
-from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.report.charts import newest_evaluations
@@ -28,6 +26,7 @@ from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.pipeline.report.report_data import student_table
 from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
 
 run_cli = CliRunner()
@@ -184,39 +183,11 @@ def test_long_runs_are_thinned_evenly_and_keep_the_ends_of_epochs() -> None:
 # --- deployed students
 
 
-def table(digest: str) -> StudentTable:
-    return StudentTable(
-        student="small",
-        teacher="tiny",
-        run="runs/a",
-        checkpoint="epoch-0002",
-        chosen_on=None,
-        cache_manifest_digest=digest,
-        split="test",
-        images=8,
-        captions=16,
-        quarantined=0,
-        teacher_precision="fp32",
-        zero_shot_dataset=None,
-        zero_shot_images=None,
-        zero_shot_lost=0,
-        zero_shot_classes=None,
-        zero_shot_prompts=(),
-        rounds={1: 3},
-        threads=1,
-        date="2026-01-02",
-        hardware="a machine",
-        versions={},
-        rows=(),
-        gates=(),
-        int8={},
-    )
-
-
 def test_a_deployed_student_is_its_table(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "table.json").write_text(table("e" * 64).model_dump_json())
-    assert read_deployments([str(tmp_path / "a")], "e" * 64) == ((table("e" * 64),), [])
+    table = student_table()
+    (tmp_path / "a" / "table.json").write_text(table.model_dump_json())
+    assert read_deployments([str(tmp_path / "a")], table.cache_manifest_digest) == ((table,), [])
     assert read_deployments([str(tmp_path / "a")], "0" * 64)[1] == [
         f"{tmp_path / 'a'}: measured on another state of the cache, or another cache, than this report is of."
     ]
@@ -244,7 +215,7 @@ def test_the_command_writes_a_page_and_says_what_is_in_it(
     measure(home)
     cache, run = str(home / "photos.cache"), str(home / "run")
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "table.json").write_text(table(digest(home)).model_dump_json())
+    (tmp_path / "d" / "table.json").write_text(student_table(cache_manifest_digest=digest(home)).model_dump_json())
     arguments = ["report", cache, "--run", run, "--deployed", "d", "--data", "all.json"]
     done = run_cli.invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
@@ -325,16 +296,6 @@ def test_what_cannot_be_reported_is_one_line(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_package_that_is_missing_is_named_with_its_extra(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli_report, "find_spec", lambda name: None if name == "sklearn" else object())
-    done = run_cli.invoke(app, ["report", str(home / "photos.cache"), "--out", str(tmp_path / "r.html")])
-    assert isinstance(done.exception, UsageError)
-    assert str(done.exception) == "report needs sklearn, which is not installed: pip install 'teacher-cache[report]'"
-    assert not (tmp_path / "r.html").exists()
 
 
 def test_what_was_measured_on_other_data_is_no_result_of_this_cache(home: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from teacher_cache.storage.format.commits import ChunkRef, committed_chunks
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, known_row, plan_known_cache
-from tests.latency_proxy import LatencyProxy
+from tests.fault_proxy import FaultProxy
 
 pytestmark = pytest.mark.service
 
@@ -42,35 +42,35 @@ def refs_of(location: str) -> list[ChunkRef]:
 
 
 @pytest.fixture
-def sealed(far: LatencyProxy) -> str:
+def sealed(far: FaultProxy) -> str:
     location = planned()
     fill(location, refs_of(location)).seal()
     return location
 
 
-def test_opening_is_one_request_and_the_commits_come_side_by_side(far: LatencyProxy, sealed: str) -> None:
+def test_opening_is_one_request_and_the_commits_come_side_by_side(far: FaultProxy, sealed: str) -> None:
     far.forget()
     reader = EmbeddingReader(sealed)
-    assert far.requests == {("GET", "manifest.json"): 1}
+    assert far.counts() == {("GET", "manifest.json"): 1}
     assert np.array_equal(reader.take("image", np.array([5])), [known_row("image", 5)])
-    assert far.requests == {("GET", "manifest.json"): 1, ("GET", "commits"): CHUNKS, ("GET", "targets.zarr"): 1}
+    assert far.counts() == {("GET", "manifest.json"): 1, ("GET", "commits"): CHUNKS, ("GET", "targets.zarr"): 1}
     assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
 
 
-def test_a_chunk_is_one_request_and_several_come_side_by_side(far: LatencyProxy, sealed: str) -> None:
+def test_a_chunk_is_one_request_and_several_come_side_by_side(far: FaultProxy, sealed: str) -> None:
     reader = EmbeddingReader(sealed)
     reader.take("text", np.array([0]))
     far.forget()
     rows = np.random.default_rng(0).permutation(IMAGES)
     assert np.array_equal(reader.take("image", rows), [known_row("image", row) for row in rows])
-    assert far.requests == {("GET", "targets.zarr"): IMAGES // 4}
+    assert far.counts() == {("GET", "targets.zarr"): IMAGES // 4}
     assert 4 <= far.most_at_once <= 8
     far.forget()
     reader.take("image", rows)
-    assert not far.requests
+    assert not far.counts()
 
 
-def test_a_chunk_is_written_by_as_few_requests_as_it_has_objects(far: LatencyProxy) -> None:
+def test_a_chunk_is_written_by_as_few_requests_as_it_has_objects(far: FaultProxy) -> None:
     location = planned()
     ref = ChunkRef("image", 0, 3)
     writer = EmbeddingWriter(location)
@@ -78,11 +78,11 @@ def test_a_chunk_is_written_by_as_few_requests_as_it_has_objects(far: LatencyPro
     writer.samples.read(range(1))
     far.forget()
     writer.write(ref, arrays)
-    assert far.requests == {("PUT", "targets.zarr"): 3, ("PUT", "commits"): 1}
+    assert far.counts() == {("PUT", "targets.zarr"): 3, ("PUT", "commits"): 1}
     assert far.most_at_once == 3  # and not four: the commit comes when all of them are there
 
 
-def test_looking_at_an_object_is_one_request(far: LatencyProxy) -> None:
+def test_looking_at_an_object_is_one_request(far: FaultProxy) -> None:
     location = planned()
     files = open_files(location)
     files.read("manifest.json")
@@ -90,21 +90,21 @@ def test_looking_at_an_object_is_one_request(far: LatencyProxy) -> None:
     assert not files.exists("commits/text/000001.json")
     assert files.exists("manifest.json")
     assert not files.exists("samples")  # a folder
-    assert far.requests == {("HEAD", "commits"): 1, ("HEAD", "manifest.json"): 1, ("HEAD", "samples"): 1}
+    assert far.counts() == {("HEAD", "commits"): 1, ("HEAD", "manifest.json"): 1, ("HEAD", "samples"): 1}
 
 
-def test_what_is_committed_is_one_listing(far: LatencyProxy) -> None:
+def test_what_is_committed_is_one_listing(far: FaultProxy) -> None:
     location = planned()
     refs = refs_of(location)
     fill(location, refs[:10])
     files = open_files(location)
     far.forget()
     assert committed_chunks(files, refs) == set(refs[:10])
-    assert far.requests == {("GET", ""): 1}
+    assert far.counts() == {("GET", ""): 1}
     far.forget()
     assert EmbeddingWriter(location).pending() == refs[10:]
     # ten chunks of images are proven: their commits, their objects, and the table that they were made of
-    assert far.requests == {
+    assert far.counts() == {
         ("GET", "manifest.json"): 1,
         ("GET", ""): 1,
         ("GET", "commits"): 10,
@@ -114,12 +114,12 @@ def test_what_is_committed_is_one_listing(far: LatencyProxy) -> None:
     assert 4 <= far.most_at_once <= 8
 
 
-def test_verify_reads_no_object_more_often_than_it_must(far: LatencyProxy, sealed: str) -> None:
+def test_verify_reads_no_object_more_often_than_it_must(far: FaultProxy, sealed: str) -> None:
     far.forget()
     assert verify_cache(sealed).ok
-    assert far.requests["GET", "targets.zarr"] == IMAGES // 4 * 3 + CAPTIONS // 4 * 2 + 8  # and Zarr's metadata
-    assert far.requests["GET", "commits"] == CHUNKS  # each once; the seal is proven from them
-    assert far.requests["HEAD", ""] == 0
+    assert far.counts()["GET", "targets.zarr"] == IMAGES // 4 * 3 + CAPTIONS // 4 * 2 + 8  # and Zarr's metadata
+    assert far.counts()["GET", "commits"] == CHUNKS  # each once; the seal is proven from them
+    assert far.counts()["HEAD", ""] == 0
     assert 4 <= far.most_at_once <= CHUNKS_AT_ONCE  # commits are read with their chunks
 
 

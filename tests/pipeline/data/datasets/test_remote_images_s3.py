@@ -15,7 +15,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
-from tests.latency_proxy import LatencyProxy
+from tests.fault_proxy import FaultProxy
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.service
@@ -38,16 +38,16 @@ def table(tmp_path: Path, seaweedfs: ObjectStore) -> Path:
     return tmp_path / "pairs.csv"
 
 
-def test_pictures_are_digested_side_by_side(far: LatencyProxy, table: Path) -> None:
+def test_pictures_are_digested_side_by_side(far: FaultProxy, table: Path) -> None:
     found, _ = load_samples(DatasetSpec.parse(f"table:{table}"))
     assert len(found.samples) == IMAGES
     assert not found.problems
-    assert far.requests == {("GET", ""): IMAGES}
+    assert far.counts() == {("GET", ""): IMAGES}
     assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
 
 
 def test_precompute_fetches_each_picture_twice_and_waits_for_no_write(
-    far: LatencyProxy, table: Path, tiny_teacher: Path, tmp_path: Path
+    far: FaultProxy, table: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     """Once for its digest, once for the teacher; a chunk costs its objects, its commit, its note and its claim."""
     local, cache = tmp_path / "local.cache", f"s3://caches/{uuid.uuid4()}/far.cache"
@@ -60,20 +60,20 @@ def test_precompute_fetches_each_picture_twice_and_waits_for_no_write(
         "decode_threads": 1,
     }
     precompute(PrecomputeConfig(cache=str(local), **settings))
-    assert far.requests == {("GET", ""): 2 * IMAGES}
+    assert far.counts() == {("GET", ""): 2 * IMAGES}
     assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
     far.forget()
     precompute(PrecomputeConfig(cache=cache, **settings))
     assert cache_digest(cache) == cache_digest(local)
-    assert far.requests["PUT", "targets.zarr"] == CHUNKS // 2 * (3 + 2) + 8  # and Zarr's metadata
-    assert far.requests["PUT", "commits"] == far.requests["PUT", "journal"] == CHUNKS
+    assert far.counts()["PUT", "targets.zarr"] == CHUNKS // 2 * (3 + 2) + 8  # and Zarr's metadata
+    assert far.counts()["PUT", "commits"] == far.counts()["PUT", "journal"] == CHUNKS
     # which are done, asked for so few by a look each: for the plan, before the first claim, and after each claim
-    assert far.requests["HEAD", "commits"] == 3 * CHUNKS
-    assert far.requests["PUT", "claims"] <= CHUNKS + 3 * 3 + 2  # the plan's claims, proofs that a put is refused, beats
+    assert far.counts()["HEAD", "commits"] == 3 * CHUNKS
+    assert far.counts()["PUT", "claims"] <= CHUNKS + 3 * 3 + 2  # the plan's claims, proofs that a put is refused, beats
 
 
 def test_a_batch_of_pictures_comes_side_by_side(
-    far: LatencyProxy, table: Path, tiny_teacher: Path, tmp_path: Path
+    far: FaultProxy, table: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     cache = str(tmp_path / "c")
     precompute(
@@ -89,7 +89,7 @@ def test_a_batch_of_pictures_comes_side_by_side(
         again = images.read(records[0])
     assert together[:4] == alone
     assert again == alone[0]
-    assert far.requests == {("GET", ""): IMAGES + 1}
+    assert far.counts() == {("GET", ""): IMAGES + 1}
     assert MANY < far.most_at_once <= REQUESTS_AT_ONCE
     far.forget()
     with images.ahead(records), pytest.raises(KeyError):
