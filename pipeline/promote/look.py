@@ -57,7 +57,7 @@ class Look(BaseModel, frozen=True):
     crops: dict[str, Any] = Field(description="Settings of random crops, by the names of precompute.")
     reuse: str | None = Field(description="Cache that rows are copied from: the newest with this dtype and decoder.")
     notices: tuple[str, ...] = Field(
-        description="What a user should know: a newest cache that cannot be read, rows that cannot be copied, a judged "
+        description="Notices for the user: a newest cache that cannot be read, rows that cannot be copied, a judged "
         "student that is not shipped; each with its remedy."
     )
     run: str = Field(description="Folder of the training run.")

@@ -1,4 +1,4 @@
-"""What is measured: models and their captions; and the results of a cost measurement. No torch."""
+"""Models and captions to measure, and the results of a cost measurement. No torch."""
 
 from __future__ import annotations
 
