@@ -72,7 +72,7 @@ def _image_seeds() -> list[bytes]:
     ]
 
 
-_TRANSFORM = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3).transform()
+_TRANSFORM = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3).transform
 
 
 def _decode(data: bytes, folder: Path) -> None:
@@ -197,29 +197,7 @@ def _manifest(data: bytes, folder: Path) -> None:
 
 
 def _manifest_seeds() -> list[bytes]:
-    golden = Path(__file__).parent / "golden"
-    files = sorted(golden.rglob("manifest.json"))
-    return [file.read_bytes() for file in files] or [_small_manifest()]
-
-
-def _small_manifest() -> bytes:
-    from teacher_cache.storage.format.layout import Layout
-    from teacher_cache.storage.format.manifest import Source
-    from tests.conftest import make_identity
-
-    identity = make_identity()
-    layout = Layout(embed_dim=8, image_rows=10, text_rows=25, image_chunk_rows=4, text_chunk_rows=4, batch_rows=2)
-    manifest = CacheManifest(
-        identity_digest=identity.digest,
-        identity=identity,
-        layout=layout,
-        source=Source(dataset="flickr:/nowhere", image_root="/nowhere"),
-        files={},
-        lost_images=0,
-        problems={},
-        made_with={"torch": "0"},
-    )
-    return manifest.to_bytes()
+    return [file.read_bytes() for file in sorted((Path(__file__).parent / "golden").rglob("manifest.json"))]
 
 
 def _commit(data: bytes, folder: Path) -> None:

@@ -59,7 +59,7 @@ def measure(settings: Settings) -> list[Row]:
 
 def _rows(name: str, images: list[bytes], teacher: LiveTeacher, wanted: float, settings: Settings) -> list[Row]:
     scaled = teacher.preprocess.decoded_by("jpeg-scaled")
-    shown = scaled.shown()
+    shown = scaled.shown
     open_clips = image_transform_v2(PreprocessCfg(**scaled.to_config()), is_train=False)
 
     def ours() -> None:
@@ -95,7 +95,7 @@ def _rows(name: str, images: list[bytes], teacher: LiveTeacher, wanted: float, s
 
 def _cosine(name: str, images: list[bytes], teacher: LiveTeacher) -> Row:
     def embedded(preprocess: Preprocess) -> np.ndarray:
-        transform = preprocess.transform()
+        transform = preprocess.transform
         pixels = [transform(open_image(data, preprocess.decoder)) for data in images]
         return np.concatenate([teacher.image_features(part).numpy() for part in torch.stack(pixels).split(8)])
 

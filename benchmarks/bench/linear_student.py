@@ -35,7 +35,7 @@ def trunk_features(start: Path, paths: Sequence[Path], device: str) -> NDArray[n
     """
     student, _ = load_student(start)
     trunk: Any = student.model.visual.trunk.eval().to(device)  # type: ignore[union-attr,operator]
-    transform = Preprocess.of_model(student.model).transform()
+    transform = Preprocess.of_model(student.model).transform
     found = []
     for at in range(0, len(paths), _AT_ONCE):
         pixels = torch.stack([transform(Image.open(path)) for path in paths[at : at + _AT_ONCE]])

@@ -199,7 +199,7 @@ def _wait(teacher: LiveTeacher) -> None:
 
 
 def _decode_all(photos: Path, teacher: LiveTeacher) -> None:
-    crop = teacher.preprocess.shown()
+    crop = teacher.preprocess.shown
     for path in (photos / "images").iterdir():
         crop(decode_image(path.read_bytes()))
 

@@ -60,7 +60,7 @@ def _features(settings: Settings, images: int) -> tuple[NDArray[np.float32], NDA
     from teacher_cache.pipeline.models.teacher import load_teacher
 
     teacher = load_teacher(f"local-dir:{settings.shared / 'teacher-flickr8k'}", device="cpu")
-    transform = teacher.preprocess.transform()
+    transform = teacher.preprocess.transform
     features = []
     paths = sorted((settings.shared / "flickr8k" / "images").glob("*.jpg"))[:images]
     for first in range(0, len(paths), 32):

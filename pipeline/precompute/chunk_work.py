@@ -251,7 +251,6 @@ class _ImageLoader:
         self, teacher: LiveTeacher, writer: EmbeddingWriter, source: ImageSource, fetchers: ThreadPoolExecutor | None
     ) -> None:
         self._preprocess = teacher.preprocess
-        self._shown = teacher.preprocess.shown()
         self._pinned = teacher.device.type == "cuda"
         self._views, self._table = writer.manifest.identity.views, writer.samples
         # the images' present location: the folder may have moved since the cache was planned
@@ -312,7 +311,7 @@ class _ImageLoader:
             if view == 0:
                 row = self._preprocess.evaluation_crop(*size)
                 if place is not None:
-                    place[:] = self._shown(image)
+                    place[:] = self._preprocess.shown(image)
             else:
                 crop = draw_crop(self._views, sample["content_sha256"], view, *size)
                 row = crop.as_row()

@@ -296,7 +296,7 @@ def _time_towers(
 ) -> tuple[ProbeRate, ProbeRate]:
     """Time one batch of images and one of captions, after a warm-up batch."""
     samples = probe.part.samples[: layout.batch_rows]
-    shown = teacher.preprocess.shown()
+    shown = teacher.preprocess.shown
 
     def decode(sample: Sample) -> NDArray[np.uint8] | None:
         try:

@@ -26,7 +26,7 @@ from teacher_cache.pipeline.data.datasets.records import data_folder
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, require_content
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
-from teacher_cache.pipeline.data.images.views import Crop, draw_crop, replay
+from teacher_cache.pipeline.data.images.views import Crop, crop_shown, draw_crop
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.repair import teacher_of
@@ -239,7 +239,7 @@ class SampleProof:
     def __init__(self, rows: ProvableRows, teacher: LiveTeacher, source: ImageSource, threshold: float) -> None:
         keep_freed_memory(teacher.device)
         self._rows, self._teacher, self._source, self._threshold = rows, teacher, source, threshold
-        self._transform = teacher.preprocess.transform()
+        self._transform = teacher.preprocess.transform
         self.compared: dict[Tower, int] = {"image": 0, "text": 0}
         self.quarantined_checked = 0
         self.cosines: list[tuple[float, str]] = []
@@ -322,7 +322,7 @@ class SampleProof:
         preprocess.require_evaluable(*image.size)
         assert isinstance(self._rows, _CacheRows)  # only a cache has further views
         crop = self._rows.crop(row, view, sample, image.size)
-        return replay(image, crop, preprocess), crop.as_row()
+        return preprocess.normalized(crop_shown(image, crop, preprocess)), crop.as_row()
 
     def _check_quarantined(self, item: _Live, recorded: QuarantinedRow, encoded: NDArray[Any] | None) -> None:
         self.quarantined_checked += 1

@@ -39,7 +39,6 @@ class StudentImages:
     def __init__(self, reader: EmbeddingReader, source: ImageSource, preprocess: Preprocess) -> None:
         self._images = StoredImages(source)
         self.preprocess = preprocess.decoded_by(reader.manifest.identity.preprocess.decoder)
-        self._shown = self.preprocess.shown()
 
     def ahead(self, images: Sequence[SampleRecord]) -> AbstractContextManager[None]:
         """Prefetch images, see :meth:`teacher_cache.pipeline.data.batches.stored_images.StoredImages.ahead`."""
@@ -59,7 +58,8 @@ class StudentImages:
         try:
             decoded = open_image(data, self.preprocess.decoder)
             return [
-                self._shown(decoded) if crop is None else crop_shown(decoded, crop, self.preprocess) for crop in crops
+                self.preprocess.shown(decoded) if crop is None else crop_shown(decoded, crop, self.preprocess)
+                for crop in crops
             ]
         except (UndecodableImageError, ArithmeticError, ValueError, RuntimeError) as error:
             raise OSError(

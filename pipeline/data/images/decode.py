@@ -57,6 +57,23 @@ class UndecodableImageError(Exception):
     """Bytes that Pillow cannot decode to a complete image."""
 
 
+@contextmanager
+def what_pillow_raises() -> Iterator[None]:
+    """Ignore Pillow's warnings; raise its errors, except a lack of memory, as an ``UndecodableImageError``."""
+    ignore_pillows_warnings()
+    try:
+        yield
+    except (MemoryError, UndecodableImageError):
+        raise  # no memory: the machine's fault, not the image's
+    except Image.DecompressionBombError as error:
+        # Pillow's own check may come first; its text has size and limit too
+        raise UndecodableImageError(str(error)) from error
+    # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on unexpected bytes
+    except Exception as error:
+        raise UndecodableImageError(printable(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))) from error
+
+
+@what_pillow_raises()
 def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
     """Decode all pixels of the image in these bytes, in a mode that open_clip's transform accepts.
 
@@ -67,11 +84,10 @@ def decode_image(data: bytes, shrink_to: int | None = None) -> Image.Image:
     Raises:
         UndecodableImageError: by the module's rules.
     """
-    ignore_pillows_warnings()
-    with what_pillow_raises():
-        return _loaded(_opened(data), shrink_to)
+    return _loaded(_opened(data), shrink_to)
 
 
+@what_pillow_raises()
 def decoded_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) of :func:`decode_image`'s image, without decoding if possible.
 
@@ -81,31 +97,28 @@ def decoded_size(data: bytes) -> tuple[int, int]:
     Raises:
         UndecodableImageError: as :func:`decode_image`.
     """
-    ignore_pillows_warnings()
-    with what_pillow_raises():
-        image = _opened(data)
-        whole = {
-            "JPEG": b"\xff\xd9" in data[-_END_BYTES:],
-            "PNG": b"IEND\xaeB`\x82" in data[-_END_BYTES:],
-            "WEBP": len(data) >= 8 + int.from_bytes(data[4:8], "little"),
-        }
-        if not whole.get(str(image.format)) or image.mode in ("I", "F"):
-            return _loaded(image).size
-        _require_pixels(*image.size)
-        return image.size
+    image = _opened(data)
+    whole = {
+        "JPEG": b"\xff\xd9" in data[-_END_BYTES:],
+        "PNG": b"IEND\xaeB`\x82" in data[-_END_BYTES:],
+        "WEBP": len(data) >= 8 + int.from_bytes(data[4:8], "little"),
+    }
+    if not whole.get(str(image.format)) or image.mode in ("I", "F"):
+        return _loaded(image).size
+    _require_pixels(*image.size)
+    return image.size
 
 
+@what_pillow_raises()
 def identified_image(data: bytes) -> Image.Image:
     """Open the image in these bytes by its header; :func:`load_image` decodes its pixels.
 
     Raises:
         UndecodableImageError: by the header alone, as :func:`decode_image`.
     """
-    ignore_pillows_warnings()
-    with what_pillow_raises():
-        image = _opened(data)
-        _require_pixels(*image.size)
-        return image
+    image = _opened(data)
+    _require_pixels(*image.size)
+    return image
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -117,15 +130,14 @@ def _opened(data: bytes) -> Image.Image:
         ) from None
 
 
+@what_pillow_raises()
 def load_image(image: Image.Image) -> Image.Image:
     """Decode a Pillow image, opened or created by the caller, as :func:`decode_image` does.
 
     Raises:
         UndecodableImageError: as :func:`decode_image`.
     """
-    ignore_pillows_warnings()
-    with what_pillow_raises():
-        return _loaded(image)
+    return _loaded(image)
 
 
 def _loaded(image: Image.Image, shrink_to: int | None = None) -> Image.Image:
@@ -143,27 +155,8 @@ def _require_pixels(width: int, height: int) -> None:
         raise UndecodableImageError(f"{size_in_words(width, height)}: nothing to see")
 
 
-@contextmanager
-def what_pillow_raises() -> Iterator[None]:
-    """Raise every error of Pillow in the block, except a lack of memory, as an ``UndecodableImageError``."""
-    try:
-        yield
-    except (MemoryError, UndecodableImageError):
-        raise  # no memory: the machine's fault, not the image's
-    except Image.DecompressionBombError as error:
-        # Pillow's own check may come first; its text has size and limit too
-        raise UndecodableImageError(str(error)) from error
-    # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error and more on unexpected bytes
-    except Exception as error:
-        raise UndecodableImageError(printable(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))) from error
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return the image itself, or the upper 8 bits of 16-bit grey.
-
-    Raises:
-        UndecodableImageError: it is 32-bit grey.
-    """
+    """Return the image itself, or the upper 8 bits of 16-bit grey."""
     # Pillow reads 16-bit PGM as mode I, scaled to 0 ... 65535
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -174,7 +167,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def size_in_words(width: int, height: int) -> str:
-    """Name an error for a message."""
+    """Describe a size for a message."""
     return f"{width:,} x {height:,} pixels"
 
 

@@ -1,7 +1,7 @@
 """Input of one model: size, crop and colours, and the evaluation transform in Pillow and numpy. No torch.
 
-The transform makes the same Pillow calls and float32 arithmetic as open_clip's evaluation transform
-(:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`), and equals it bit for bit.
+The transform makes the same Pillow calls and float32 arithmetic as open_clip's evaluation transform, and equals it bit
+for bit. Teachers, students and deployed students use it.
 """
 
 from __future__ import annotations

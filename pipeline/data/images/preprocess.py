@@ -1,26 +1,23 @@
-"""Preprocessing of images by open_clip's own evaluation transform, with a probe that identifies it.
+"""Preprocessing of images as tensors, with a probe that identifies it.
 
 Decoders are in :mod:`teacher_cache.pipeline.data.images.decode` and, faster, in
-:mod:`teacher_cache.pipeline.data.images.scaled_jpeg`; geometry, and the same transform without torch, in
+:mod:`teacher_cache.pipeline.data.images.scaled_jpeg`; the evaluation transform itself, which needs no torch, in
 :mod:`teacher_cache.pipeline.data.images.model_input`.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, center_crop_or_pad, image_transform_v2
+from open_clip.transform import center_crop_or_pad
 from PIL import Image
-from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as transforms
 
-from teacher_cache.pipeline.data.images.decode import ignore_pillows_warnings
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 
@@ -32,7 +29,7 @@ __all__ = ["Preprocess", "handed_on", "rows_of_pixels"]
 
 @dataclass(frozen=True)
 class Preprocess(ModelInput):
-    """Evaluation transform of one model, by open_clip itself. A probe identifies it in a cache.
+    """Evaluation transform of one model for all decoders. A probe identifies it in a cache.
 
     Attributes:
         decoder: image decoder, for :func:`teacher_cache.pipeline.data.images.scaled_jpeg.open_image`.
@@ -58,17 +55,17 @@ class Preprocess(ModelInput):
         require_decoder(decoder or PILLOW)
         return replace(self, decoder=decoder or PILLOW)
 
-    def transform(self) -> Callable[[Image.Image | ScaledJpeg], torch.Tensor]:
-        """Return open_clip's own transform to a float32 tensor (3, height, width): ``shown``, then normalised.
+    def transform(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
+        """Apply open_clip's evaluation transform: float32 (3, height, width), :meth:`shown` and normalised.
 
-        It raises a ValueError for too long a strip, by the rules of
-        :mod:`teacher_cache.pipeline.data.images.decode`.
+        Raises:
+            ValueError: too long a strip, by the rules of :mod:`teacher_cache.pipeline.data.images.decode`.
         """
-        return _Transform(self._of_open_clip(), self)
+        return self.normalized(self.shown(image))
 
-    def shown(self) -> Callable[[Image.Image | ScaledJpeg], NDArray[np.uint8]]:
+    def shown(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
         """Return :meth:`transform` without normalising: RGB uint8 (height, width, 3). Same errors."""
-        return _Shown(Compose(_without_normalising(self._of_open_clip())), self)
+        return rows_of_pixels(self.scaled(image)) if isinstance(image, ScaledJpeg) else np.array(self.picture(image))
 
     def scaled(self, image: ScaledJpeg) -> torch.Tensor:
         """Decode and resize a JPEG for :meth:`shown`: RGB uint8 (3, height, width)."""
@@ -110,10 +107,6 @@ class Preprocess(ModelInput):
         # transpose before the cast: bytes are a quarter of the floats
         return shown.permute(0, 3, 1, 2).contiguous().float().div_(levels).sub_(mean).div_(std)
 
-    def _of_open_clip(self) -> Compose:
-        config = PreprocessCfg(**{**self.to_config(), "size": self.size})
-        return image_transform_v2(config, is_train=False)
-
     def identity(self) -> PreprocessIdentity:
         """Return what a cache records of the preprocessing."""
         from teacher_cache.storage.format.identity import PreprocessIdentity
@@ -136,7 +129,6 @@ class Preprocess(ModelInput):
         The images are noise, one shrunk and one enlarged. Another filter, crop or scale changes most pixels by far more
         than one level, the tolerance between correct implementations of one filter.
         """
-        transform = self.transform()
         pixels = []
         for height, width in (
             (2 * self.size[0] + 61, 3 * self.size[1] + 17),
@@ -145,7 +137,7 @@ class Preprocess(ModelInput):
             y, x, channel = np.mgrid[0:height, 0:width, 0:3].astype(np.uint32)
             noise = (x * 2654435761 + y * 2246822519 + channel * 3266489917) >> np.uint32(7)
             image = Image.fromarray(((noise * np.uint32(668265263)) >> np.uint32(24)).astype(np.uint8))
-            seen = transform(image).numpy() * np.reshape(self.std, (3, 1, 1)) + np.reshape(self.mean, (3, 1, 1))
+            seen = self.transform(image).numpy() * np.reshape(self.std, (3, 1, 1)) + np.reshape(self.mean, (3, 1, 1))
             rows, columns = (np.linspace(0, length - 1, 12).round().astype(int) for length in self.size)
             pixels.append(np.clip(seen[:, rows][:, :, columns] * 255, 0, 255).round().astype(np.uint8))
         return base64.b64encode(np.stack(pixels).tobytes()).decode()
@@ -159,41 +151,7 @@ def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
     return teacher.model_dump(exclude={"probe", "image_size", "antialias", "decoder"})
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """Transform to pixels that refuses a resize of unbounded memory. A class, so that it can be pickled for workers."""
-
-    apply: Any
-    preprocess: Preprocess
-
-    def __call__(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
-        if isinstance(image, ScaledJpeg):
-            return rows_of_pixels(self.preprocess.scaled(image))
-        self.preprocess.require_resizable(*image.size)
-        ignore_pillows_warnings()
-        return np.array(self.apply(image))
-
-
-class _Transform:
-    """open_clip's transform in its two parts."""
-
-    def __init__(self, whole: Compose, preprocess: Preprocess) -> None:
-        self._whole, self._preprocess, self._shown = whole, preprocess, preprocess.shown()
-
-    def __repr__(self) -> str:
-        return repr(self._whole)
-
-    def __call__(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
-        return self._preprocess.normalized(self._shown(image))
-
-
 def rows_of_pixels(planes: torch.Tensor) -> NDArray[np.uint8]:
     """Return RGB uint8 (3, height, width) as (height, width, 3), a view of the same bytes."""
     pixels: NDArray[np.uint8] = planes.permute(1, 2, 0).numpy()
     return pixels
-
-
-def _without_normalising(whole: Compose) -> list[Any]:
-    steps: list[Any] = whole.transforms
-    assert [isinstance(step, (ToTensor, Normalize)) for step in steps[-3:]] == [False, True, True], whole
-    return steps[:-2]

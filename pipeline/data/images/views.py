@@ -16,17 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transforms
+from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pixels
 from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 from teacher_cache.storage.format.identity import ViewsIdentity
 
-__all__ = ["Crop", "crop_shown", "draw_crop", "replay"]
+__all__ = ["Crop", "crop_shown", "draw_crop"]
 
 _TRIES = 10
 _EXACT_BITS = 24  # boxes are stored as float32, which has 24 bits for whole numbers
@@ -90,22 +87,10 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
     return Crop(y, x, box_height, box_width, flip)
 
 
-def replay(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
-    """Return the model input for a crop, at the model's own resolution, for teacher and students.
-
-    This is :func:`crop_shown`, then normalised, in the order of open_clip's training transform.
-
-    Returns:
-        float32 (3, height, width).
-
-    Raises:
-        ValueError: the crop is not within this image.
-    """
-    return preprocess.normalized(crop_shown(image, crop, preprocess))
-
-
 def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Crop, resize to the model's input, mirror and convert to RGB: :func:`replay` without normalising.
+    """Crop, resize to the model's input, mirror and convert to RGB, in the order of open_clip's training transform.
+
+    ``preprocess.normalized`` of the result is the model input, for teacher and students.
 
     Args:
         image: decoded image in any mode. EXIF orientation is not applied.
@@ -116,32 +101,19 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
     Raises:
         ValueError: the crop is not within this image.
     """
-    if isinstance(image, ScaledJpeg):
-        return rows_of_pixels(_scaled(image, crop, preprocess))
-    _require_within(image.size, crop)
-    # "random" means bicubic outside training, as in open_clip
-    mode = InterpolationMode.BILINEAR if preprocess.interpolation == "bilinear" else InterpolationMode.BICUBIC
-    seen = transforms.resized_crop(
-        image, crop.top, crop.left, crop.height, crop.width, list(preprocess.size), interpolation=mode
-    )
-    if crop.flip:
-        seen = transforms.hflip(seen)
-    return np.array(seen.convert("RGB"))
-
-
-def _scaled(image: ScaledJpeg, crop: Crop, preprocess: Preprocess) -> torch.Tensor:
-    """Return :func:`crop_shown` as RGB uint8 (3, height, width)."""
-    _require_within(image.size, crop)
+    if not crop.fits(*image.size):
+        width, height = image.size
+        raise ValueError(f"stored crop {crop.as_row()} reaches beyond the {width} x {height} pixels there are")
     height, width = preprocess.size
+    # "random" means bicubic outside training, as in open_clip
     resample = Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
     box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
-    seen = image.resized((width, height), resample, box)
-    return seen.flip(-1) if crop.flip else seen
-
-
-def _require_within(size: tuple[int, int], crop: Crop) -> None:
-    if not crop.fits(*size):
-        raise ValueError(f"stored crop {crop.as_row()} reaches beyond the {size[0]} x {size[1]} pixels there are")
+    if isinstance(image, ScaledJpeg):
+        planes = image.resized((width, height), resample, box)
+        return rows_of_pixels(planes.flip(-1) if crop.flip else planes)
+    # not resize(box=): at its edges the filter would see pixels beside the crop
+    seen = image.crop(box).resize((width, height), resample)
+    return np.array((ImageOps.mirror(seen) if crop.flip else seen).convert("RGB"))
 
 
 def _box(

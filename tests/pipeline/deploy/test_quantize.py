@@ -303,7 +303,7 @@ def test_a_trained_resnet_stays_close(tmp_path: Path) -> None:
     folder = Path(teacher_cache.pipeline.models.__file__).parent / "scenes_teacher"
     student, _ = load_student(folder)
     towers = export_towers(student, tmp_path)
-    transform = student.preprocess.transform()
+    transform = student.preprocess.transform
 
     def pixels(split: str, images: int) -> NDArray[np.float32]:
         return torch.stack([transform(render_scene(0, split, index)[0]) for index in range(images)]).numpy()
@@ -322,7 +322,7 @@ def test_a_trained_trunk_stays_close_on_photographs(tmp_path: Path) -> None:
     teacher, photos = shared("teacher-flickr8k"), shared("flickr8k")
     student, _ = load_student(teacher)
     towers = export_towers(student, tmp_path)
-    transform = student.preprocess.transform()
+    transform = student.preprocess.transform
 
     def pixels(names: list[str]) -> NDArray[np.float32]:
         shown = [transform(Image.open(photos / "images" / name).convert("RGB")) for name in names]

@@ -26,7 +26,7 @@ def test_embeddings_equal_open_clips(tiny_teacher: Path) -> None:
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_teacher}")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
     pixels, tokens = transform(image)[None], tokenizer(["a dog on a horse"])
-    assert torch.equal(teacher.preprocess.transform()(image), pixels[0])
+    assert torch.equal(teacher.preprocess.transform(image), pixels[0])
     with torch.no_grad():
         for encoded, raw in (
             (teacher.encode_images(pixels), model.eval().encode_image(pixels)),
@@ -105,7 +105,7 @@ def test_the_recorded_crop_is_the_region_that_the_transform_shows(
     waves = [127 + 120 * np.sin(x / 9), 127 + 120 * np.sin(y / 7), 127 + 120 * np.sin((x + y) / 11)]
     image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
     top, left, height, width, _ = preprocess.evaluation_crop(*image.size)
-    seen = preprocess.transform()(image).numpy()
+    seen = preprocess.transform(image).numpy()
     # pixel rows and columns of the input whose centre lies well inside the image
     rows = top + (np.arange(size[0]) + 0.5) * height / size[0]
     columns = left + (np.arange(size[1]) + 0.5) * width / size[1]
@@ -145,19 +145,19 @@ def test_the_probe_tells_preprocessing_apart(size: tuple[int, int], monkeypatch:
     assert not differs(here, base.identity())
     assert differs(here, Preprocess(size, CLIP.mean, CLIP.std, interpolation="bilinear").identity())
     assert differs(here, Preprocess(size, CLIP.mean, CLIP.std, resize_mode="squash").identity())
-    transform = base.transform()
+    transform = base.transform
     # one pixel to the left; and no low-pass before shrinking
-    monkeypatch.setattr(Preprocess, "transform", lambda self: lambda image: transform(image).roll(1, dims=2))
+    monkeypatch.setattr(Preprocess, "transform", lambda self, image: transform(image).roll(1, dims=2))
     assert differs(here, base.identity())
     nearest = Image.Resampling.NEAREST
     monkeypatch.setattr(
         Preprocess,
         "transform",
-        lambda self: lambda image: transform(image.resize((image.width // 2, image.height // 2), nearest)),
+        lambda self, image: transform(image.resize((image.width // 2, image.height // 2), nearest)),
     )
     assert differs(here, base.identity())
     # what pillow-simd does: one level off here and there
     off = torch.zeros(3, *size)
     off[:, ::7, ::5] = 1 / 255 / torch.tensor(CLIP.std).reshape(3, 1, 1)
-    monkeypatch.setattr(Preprocess, "transform", lambda self: lambda image: transform(image) + off)
+    monkeypatch.setattr(Preprocess, "transform", lambda self, image: transform(image) + off)
     assert not differs(here, base.identity())

@@ -144,7 +144,7 @@ def test_a_batch_is_normalised_as_its_images_are(size: tuple[int, int]) -> None:
     assert (batch.dtype, batch.shape, batch.is_contiguous()) == (torch.float32, (5, 3, *size), True)
     for image, wanted in zip(shown, batch, strict=True):
         assert torch.equal(preprocess.normalized(image), wanted)
-        assert torch.equal(preprocess.transform()(Image.fromarray(image)), wanted)
+        assert torch.equal(preprocess.transform(Image.fromarray(image)), wanted)
 
 
 def test_the_teacher_goes_on_while_a_chunk_is_written(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from tests.conftest import TINY_MODEL, write_photos
 
 
-def make_cache(folder: Path, teacher: Path, images: int = 40) -> Path:
+def make_cache(folder: Path, teacher: Path, images: int = 40, first: int = 0, **changes: Any) -> Path:
     """Photographs by the tiny teacher: four fifths of them to train on, the others to test on."""
-    photos = write_photos(folder / "photos", images)
-    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu"}
+    photos = write_photos(folder / "photos", images, first)
+    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", **changes}
     cache = str(folder / "photos.cache")
     precompute(PrecomputeConfig(dataset=f"flickr:{photos}", teacher=f"local-dir:{teacher}", cache=cache, **settings))
     return folder / "photos.cache"

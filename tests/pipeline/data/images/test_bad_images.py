@@ -17,7 +17,7 @@ from PIL import Image
 from teacher_cache.pipeline.data.batches.cached_samples import sample_records
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets import samples
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images import decode as module
 from teacher_cache.pipeline.data.images.decode import FORMATS, MAX_PIXELS, UndecodableImageError, decode_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
@@ -28,7 +28,7 @@ from teacher_cache.storage.format.tables import PROBLEMS, read_table
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import read_manifest
-from tests.pipeline.data.dataset_files import told
+from tests.pipeline.data.dataset_files import load, told
 from tests.pipeline.data.odd_images import ODD_IMAGES, OddImage
 from tests.pipeline.precompute.conftest import make_config
 
@@ -48,14 +48,14 @@ def open_clips(image: Image.Image) -> torch.Tensor:
 def test_each_has_its_defined_end(odd: OddImage, capfd: pytest.CaptureFixture[str]) -> None:
     if odd.lost:
         with pytest.raises((UndecodableImageError, ValueError)) as caught:
-            CLIP.transform()(decode_image(odd.data))
+            CLIP.transform(decode_image(odd.data))
         assert odd.lost in str(caught.value)
         assert " at 0x" not in str(caught.value)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wanted = open_clips(odd.like or Image.open(io.BytesIO(odd.data)))
-        assert torch.equal(CLIP.transform()(decode_image(odd.data)), wanted)
+        assert torch.equal(CLIP.transform(decode_image(odd.data)), wanted)
     assert capfd.readouterr().err == ""
 
 
@@ -64,7 +64,7 @@ def test_open_clip_alone_makes_16_bits_white() -> None:
     [odd] = [odd for odd in ODD_IMAGES if odd.name == "16-bit.png"]
     seen = open_clips(Image.open(io.BytesIO(odd.data)))
     assert len(seen.unique()) <= 3 * 2
-    assert len(CLIP.transform()(decode_image(odd.data)).unique()) > 300
+    assert len(CLIP.transform(decode_image(odd.data)).unique()) > 300
 
 
 def test_the_limit_of_pixels_is_ours_whatever_pillows_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_an_image_that_would_not_fit_when_resized_is_refused_before() -> None:
     """224 pixels on the shorter side make 2.9 gigapixels of this one, which is 12 GB; it is never resized."""
     big = Preprocess((224, 224), CLIP.mean, CLIP.std)
     with pytest.raises(ValueError, match=r"1 x 60,000 pixels would be resized to 224 x 13,440,000 pixels, more than"):
-        big.transform()(Image.new("RGB", (1, 60_000)))
+        big.transform(Image.new("RGB", (1, 60_000)))
 
 
 def test_a_large_image_is_decoded_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_run_over_all_of_them_ends_well_and_adds_up(
     # and a student is shown what the teacher saw
     student = StudentImages(alone, ImageSource(str(photos)), CLIP)
     for image in sample_records(alone.samples):
-        assert torch.equal(student.see(image), CLIP.transform()(decode_image((images / image.sample_id).read_bytes())))
+        assert torch.equal(student.see(image), CLIP.transform(decode_image((images / image.sample_id).read_bytes())))
 
 
 def test_two_runs_give_an_undecodable_image_the_same_words(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_file_that_may_not_be_read_is_a_problem(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(ODD_IMAGES[-1].data)
     (tmp_path / "b.jpg").chmod(0)
     (tmp_path / "t.csv").write_text("path,caption\na.jpg,A.\nb.jpg,B.\n")
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
+    found = load(f"table:{tmp_path}/t.csv")
     assert told(found.problems) == [("unreadable-file", "b.jpg", True)]
 
 
@@ -191,7 +191,7 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path, monkeypatch: 
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(100 * 1024**3)  # a hole, no disk
     (tmp_path / "t.csv").write_text("path,caption\na.jpg,A.\nhuge.jpg,B.\n")
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
+    found = load(f"table:{tmp_path}/t.csv")
     assert told(found.problems) == [("unreadable-file", "huge.jpg", True)]
     assert found.problems[0].detail.endswith("huge.jpg: 107,374,182,400 bytes; an image may have 536,870,912")
     monkeypatch.setattr(samples, "MAX_IMAGE_BYTES", 4)

@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
-from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from tests.pipeline.data.odd_images import ODD_IMAGES
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "I;16")
@@ -84,24 +81,6 @@ def test_equals_open_clips_at_every_size(
     sides: tuple[int, int], size: tuple[int, int], resize_mode: str, interpolation: str, mode: str, fill: int
 ) -> None:
     equal(picture(*sides, mode), ModelInput(size, MEAN, STD, interpolation, resize_mode, fill))
-
-
-@pytest.mark.parametrize("odd", [odd for odd in ODD_IMAGES if not odd.lost], ids=lambda odd: odd.name)
-def test_equals_the_students_transform_of_odd_files(odd: Any) -> None:
-    settings = Preprocess((32, 32), MEAN, STD)
-    image = decode_image(odd.data)
-    assert np.array_equal(settings.pixels(image), settings.transform()(image).numpy())
-
-
-def test_refuses_a_strip_in_the_same_words() -> None:
-    settings = Preprocess((224, 224), MEAN, STD)
-    strip = Image.new("1", (1, 65_000))
-    messages = []
-    for transform in (settings.transform(), settings.pixels):
-        with pytest.raises(ValueError, match="would be resized to") as caught:
-            transform(strip)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
 
 
 def test_neither_module_imports_torch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +21,16 @@ from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.views import Crop, draw_crop, replay
+from teacher_cache.pipeline.data.images.views import Crop, crop_shown, draw_crop
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.format.identity import ViewsIdentity
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.conftest import TINY_MODEL, write_photos
 from tests.pipeline.train.live_targets import LiveTeacherSource
+from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
 
 POLICY = ViewsIdentity(policy="random-resized-crop", count=5, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, seed=0)
 VIEWS = 4
@@ -125,9 +122,10 @@ def test_replay_is_crop_resize_mirror_by_hand(mode: str, size: tuple[int, int]) 
     seen = image.crop((7, 11, 7 + 61, 11 + 40)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = np.asarray(ImageOps.mirror(seen).convert("RGB"), np.float32) / 255
     expected = ((pixels - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)).transpose(2, 0, 1)
-    np.testing.assert_allclose(replay(image, crop, preprocess).numpy(), expected, atol=1e-5)
+    shown = preprocess.normalized(crop_shown(image, crop, preprocess))
+    np.testing.assert_allclose(shown.numpy(), expected, atol=1e-5)
     with pytest.raises(ValueError, match="reaches beyond the 90 x 70 pixels"):
-        replay(image, Crop(40, 0, 31, 10, False), preprocess)
+        crop_shown(image, Crop(40, 0, 31, 10, False), preprocess)
 
 
 @pytest.fixture(scope="module")
@@ -139,26 +137,18 @@ def teacher(tiny_teacher: Path) -> LiveTeacher:
 def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 photographs, 32 to train on, in a cache of VIEWS views by the tiny teacher."""
     root = tmp_path_factory.mktemp("views")
-    precompute(config(write_photos(root / "photos", 40), tiny_teacher, root / "c", views=VIEWS))
+    make_cache(root, tiny_teacher, views=VIEWS)
     return root
 
 
-def config(photos: Path, teacher: Path, cache: Path, **changes: Any) -> PrecomputeConfig:
-    settings = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", **changes}
-    return PrecomputeConfig(dataset=f"flickr:{photos}", teacher=f"local-dir:{teacher}", cache=str(cache), **settings)
-
-
-def training(home: Path, out: Path, size: int = 32, **changes: Any) -> TrainConfig:
-    student = out.parent / f"student-{size}.json"
-    vision = {**TINY_MODEL["vision_cfg"], "image_size": size}
-    student.write_text(json.dumps({**TINY_MODEL, "embed_dim": 12, "vision_cfg": vision}))
-    settings = {"epochs": 5, "batch_size": 8, "device": "cpu", "workers": 0, **changes}
-    return TrainConfig(cache=str(home / "c"), student=str(student), out=str(out), **settings)
+def training(home: Path, out: Path, **changes: Any) -> TrainConfig:
+    student = make_student(out.parent / "student.json")
+    return train_config(home / "photos.cache", student, out, **{"epochs": 5, **changes})
 
 
 def test_each_cached_row_is_the_teachers_of_its_stored_crop(home: Path, tiny_teacher: Path) -> None:
     """open_clip's own model on pixels cut by Pillow from the stored box; the images' neighbours do no harm."""
-    reader = EmbeddingReader(str(home / "c"))
+    reader = EmbeddingReader(str(home / "photos.cache"))
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_teacher}")
     rows = np.arange(40)
     seen, cosines = Counter[float](), []
@@ -186,7 +176,7 @@ def test_each_cached_row_is_the_teachers_of_its_stored_crop(home: Path, tiny_tea
 @pytest.mark.parametrize("size", [32, 48])
 def test_the_student_sees_the_region_that_the_teacher_saw(home: Path, teacher: LiveTeacher, size: int) -> None:
     """At its own resolution; at the teacher's, the live teacher on the student's pixels gives the cached row."""
-    reader = EmbeddingReader(str(home / "c"))
+    reader = EmbeddingReader(str(home / "photos.cache"))
     mine = Preprocess((size, size), teacher.preprocess.mean, teacher.preprocess.std)
     pairs = list(PairOrder(reader, reader.image_rows("train"), 8, 4, seed=1).epoch(2))
     source = ImageSource(str(home / "photos"))
@@ -212,7 +202,7 @@ def test_the_student_sees_the_region_that_the_teacher_saw(home: Path, teacher: L
 
 def test_an_images_views_come_by_turns(home: Path) -> None:
     """All of them before any comes again, and anew for another seed."""
-    reader = EmbeddingReader(str(home / "c"))
+    reader = EmbeddingReader(str(home / "photos.cache"))
     rows = reader.image_rows("train")
 
     def seen(seed: int, epoch: int) -> dict[int, int]:
@@ -237,10 +227,10 @@ def test_with_one_view_it_is_the_evaluation_crop_and_the_record_says_so(
 ) -> None:
     several = train(training(home, tmp_path / "several", epochs=1)).record
     assert several.view == "the 4 stored crops by turns, the evaluation crop among them"
-    precompute(config(home / "photos", tiny_teacher, tmp_path / "c"))
+    cache = make_cache(tmp_path, tiny_teacher)
     one = train(training(tmp_path, tmp_path / "one", epochs=1)).record
     assert one.view == "evaluation crop (the cache has one view)"
-    reader = EmbeddingReader(str(tmp_path / "c"))
+    reader = EmbeddingReader(str(cache))
     pairs = list(PairOrder(reader, reader.image_rows("train"), 8, 4, seed=0).epoch(3))
     assert not any(pair.views.any() for pair in pairs)
     read = reader.objects_read
@@ -255,8 +245,7 @@ def test_live_and_cached_teacher_train_the_same(home: Path, teacher: LiveTeacher
     traces = {}
     for name, make in (("cached", None), ("live", lambda reader: LiveTeacherSource(teacher, reader, source))):
         train(training(home, tmp_path / name, losses=losses, captions_per_image=2), teacher_source=make)
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        traces[name] = [json.loads(line) for line in lines]
+        traces[name] = trace(tmp_path / name)
     assert len(traces["live"]) == 20
     for cached, live in zip(traces["cached"], traces["live"], strict=True):
         # 2^-11 of each stored number, over 20 steps
@@ -278,12 +267,12 @@ def test_parity_fails_where_the_crops_are_not_the_same(home: Path, teacher: Live
     for name, make in (("cached", None), ("careless", lambda reader: Careless(teacher, reader, source))):
         settings = training(home, tmp_path / name, epochs=1, losses={"feature": 2000.0})
         train(settings, teacher_source=make)
-        first.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"])
+        first.append(trace(tmp_path / name)[0]["loss"])
     assert abs(first[0] - first[1]) > 2e-3 * first[0]
 
 
 def test_evaluation_looks_at_the_evaluation_crop(home: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """The teacher's recall with four views is that with one."""
-    precompute(config(home / "photos", tiny_teacher, tmp_path / "one"))
-    one, four = (evaluate(EvaluateConfig(cache=str(cache))) for cache in (tmp_path / "one", home / "c"))
+    caches = make_cache(tmp_path, tiny_teacher), home / "photos.cache"
+    one, four = (evaluate(EvaluateConfig(cache=str(cache))) for cache in caches)
     assert one.teacher == four.teacher
