@@ -26,11 +26,10 @@ from teacher_cache.pipeline.data.batches.ready_pixels import (
     PixelsRecord,
     chunk_key,
     commit_key,
-    images_sha256,
     local_pixels,
+    pixels_shown,
     read_commit,
     read_record,
-    region_digests,
     rows_bytes,
 )
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
@@ -114,7 +113,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         CacheMismatchError: the folder holds other pixels; the message names each field with both values.
         CacheError: the cache or the folder's record cannot be used.
     """
-    files = local_pixels(config.out)
+    files, out = local_pixels(config.out), Path(config.out).resolve()
     reader = EmbeddingReader(config.cache)
     rows = reader.image_rows(config.split)
     if not len(rows):
@@ -132,21 +131,15 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         images=len(rows),
         views=views,
         chunk_rows=_CHUNK_ROWS,
-        size=preprocess.size,
-        interpolation=preprocess.interpolation,
-        resize_mode=preprocess.resize_mode,
-        fill_color=preprocess.fill_color,
         rows_sha256=hashlib.sha256(rows_bytes(rows)).hexdigest(),
-        images_sha256=images_sha256(reader, rows),
-        crops_sha256=region_digests(reader, rows, views),
         decoder=_versions(decoded_by),
-        decoded_by=decoded_by,
+        **pixels_shown(reader, rows, views, preprocess),
     )
     try:
         record = _continued(record, read_record(files), config.out)
     except CacheNotFoundError:
         # unfinished files of a killed call are not listed
-        if Path(config.out).is_file() or files.list():
+        if out.is_file() or files.list():
             raise UsageError(f"{config.out}: is there and holds no ready pixels. Name a new folder by --out.") from None
     todo = tuple(
         (chunk, missing)
@@ -162,7 +155,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         rows,
         todo,
         config.threads or os.cpu_count() or 1,
-        shutil.disk_usage(_existing(Path(config.out))).free,
+        shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.is_dir())).free,
     )
     if plan.bytes_to_write > plan.free_bytes:
         raise UsageError(f"{plan}. Free some, choose a larger disk by --out, or take fewer --views.")
@@ -292,17 +285,9 @@ def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
 
 
 def _continued(new: PixelsRecord, old: PixelsRecord, out: str) -> PixelsRecord:
-    """Return the record with more views.
-
-    Raises:
-        CacheMismatchError: the old record describes other pixels.
-    """
-    shared = min(new.views, old.views)
-    ours, theirs = (
-        record.model_dump(exclude={"cache", "views"}) | {"crops_sha256": record.crops_sha256[: shared - 1]}
-        for record in (new, old)
-    )
-    differ = [f"{name} is {theirs[name]!r}, wanted {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    """Return the record with more views."""
+    wanted = new.model_dump(exclude={"cache", "views"})
+    differ = old.differences({**wanted, "crops_sha256": new.crops_sha256[: old.views - 1]})
     if differ:
         raise CacheMismatchError(
             f"{out}: holds other pixels: {'; '.join(differ)}. Choose another --out, or delete the folder."
@@ -318,8 +303,3 @@ def _finished(files: LocalFiles, record: PixelsRecord, view: int, chunk: int) ->
         return whole and read_commit(files, record, view, chunk) is not None
     except (FileNotFoundError, CacheCorruptError):
         return False
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -20,15 +20,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
 from teacher_cache.storage.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -39,7 +38,7 @@ from teacher_cache.storage.errors import (
 )
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.location import LocalFiles
-from teacher_cache.storage.format.identity import digest_of, with_digest, without_digest
+from teacher_cache.storage.format.identity import Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -51,10 +50,9 @@ __all__ = [
     "ReadyPixels",
     "chunk_key",
     "commit_key",
-    "images_sha256",
     "local_pixels",
+    "pixels_shown",
     "read_record",
-    "region_digests",
     "rows_bytes",
 ]
 
@@ -62,13 +60,10 @@ RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
 _VERSION = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Signed(Record):
     def to_bytes(self) -> bytes:
-        """Return JSON with its own digest. Fields that are None are omitted, so that new fields change no record."""
-        fields = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps(with_digest(fields), indent=1).encode() + b"\n"
+        """Return JSON with its own digest."""
+        return json.dumps(with_digest(self.fields()), indent=1).encode() + b"\n"
 
     @classmethod
     def _parse(cls, data: bytes, where: str, remedy: str) -> Any:
@@ -81,7 +76,7 @@ class _Record(BaseModel):
             raise CacheCorruptError(f"{where}: cannot be used ({error}). {remedy}") from error
 
 
-class PixelsRecord(_Record):
+class PixelsRecord(_Signed):
     """Content of ``pixels.json``: the images, their regions, and the student's preprocessing."""
 
     format: Literal["teacher-cache-pixels"] = "teacher-cache-pixels"
@@ -120,14 +115,17 @@ class PixelsRecord(_Record):
         """Number of chunks of each view."""
         return -(-self.images // self.chunk_rows)
 
-    def seen_by(self) -> dict[str, Any]:
-        """Return the fields that belong to the student."""
-        return {
-            "size": self.size,
-            "interpolation": self.interpolation,
-            "resize_mode": self.resize_mode,
-            "fill_color": self.fill_color,
-        }
+    @model_validator(mode="after")
+    def _each_later_view_has_a_digest(self) -> Self:
+        if len(self.crops_sha256) != self.views - 1:
+            raise ValueError(f"{self.views} views and {len(self.crops_sha256)} digests of crops")
+        return self
+
+    def differences(self, wanted: dict[str, Any]) -> list[str]:
+        """Describe each field that differs from the one wanted. ``crops_sha256`` may have more views."""
+        mine = self.model_dump()
+        mine["crops_sha256"] = self.crops_sha256[: len(wanted["crops_sha256"])]
+        return [f"{name} is {mine[name]}, wanted {value}" for name, value in wanted.items() if mine[name] != value]
 
     def made_of(self, view: int) -> str:
         """Return the digest of everything that determines the bytes of one view. Later views do not change it."""
@@ -135,7 +133,7 @@ class PixelsRecord(_Record):
         return digest_of({**fields, "crops": self.crops_sha256[view - 1] if view else None})
 
 
-class PixelsCommit(_Record):
+class PixelsCommit(_Signed):
     """Finished chunk."""
 
     view: int
@@ -161,8 +159,24 @@ def rows_bytes(rows: NDArray[np.int64]) -> bytes:
     return rows.astype("<i8").tobytes()
 
 
-def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
-    """Return the ``images_sha256`` of a :class:`PixelsRecord`."""
+def pixels_shown(
+    reader: EmbeddingReader, rows: NDArray[np.int64], views: int, preprocess: Preprocess
+) -> dict[str, Any]:
+    """Return the fields of a :class:`PixelsRecord` that say what its pixels show.
+
+    Raises:
+        CacheCorruptError: as ``EmbeddingReader.take``.
+    """
+    boxes = (reader.take("image", rows, view, array="view") for view in range(1, views))
+    return {
+        **{name: getattr(preprocess, name) for name in ("size", "interpolation", "resize_mode", "fill_color")},
+        "decoded_by": reader.manifest.identity.preprocess.decoder,
+        "images_sha256": _images_sha256(reader, rows),
+        "crops_sha256": tuple(hashlib.sha256(box.astype("<f4").tobytes()).hexdigest() for box in boxes),
+    }
+
+
+def _images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
     total, at, done = hashlib.sha256(), 0, 0
     for part in reader.column(SAMPLES, "content_sha256"):
         of_part = rows[done : np.searchsorted(rows, at + len(part))]
@@ -170,16 +184,6 @@ def images_sha256(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
         total.update(("\n" * bool(done and digests) + "\n".join(digests)).encode())
         at, done = at + len(part), done + len(of_part)
     return total.hexdigest()
-
-
-def region_digests(reader: EmbeddingReader, rows: NDArray[np.int64], views: int) -> tuple[str, ...]:
-    """Return the ``crops_sha256`` of a :class:`PixelsRecord` for the first views.
-
-    Raises:
-        CacheCorruptError: as ``EmbeddingReader.take``.
-    """
-    boxes = (reader.take("image", rows, view, array="view") for view in range(1, views))
-    return tuple(hashlib.sha256(box.astype("<f4").tobytes()).hexdigest() for box in boxes)
 
 
 def local_pixels(folder: str) -> LocalFiles:
@@ -213,11 +217,6 @@ def read_record(files: LocalFiles) -> PixelsRecord:
     record: PixelsRecord = PixelsRecord._parse(
         data, f"{files.location}/{RECORD}", "Delete the folder and make it again by teacher-cache student pixels."
     )
-    if len(record.crops_sha256) != record.views - 1:
-        raise CacheCorruptError(
-            f"{files.location}/{RECORD}: {record.views} views and {len(record.crops_sha256)} digests of crops. Delete "
-            "the folder and make it again by teacher-cache student pixels."
-        )
     return record
 
 
@@ -273,7 +272,7 @@ class ReadyPixels:
         files = local_pixels(folder)
         record = read_record(files)
         self.preprocess, self.files = preprocess, PixelFiles(Path(folder), record)
-        self._folder, self._record = Path(folder), record
+        self._folder, self._record = folder, record
         self._rows = self._read_rows(files)
         self._require_fit(reader, views, preprocess)
         missing = np.setdiff1d(rows, self._rows)
@@ -304,18 +303,9 @@ class ReadyPixels:
                 f"teacher-cache student pixels --views {views}, or lower --views."
             )
         rows = self._rows[self._rows < reader.manifest.layout.image_rows]
-        expected: dict[str, Any] = {name: getattr(student, name) for name in record.seen_by()}
-        made = record.seen_by()
-        made["decoder"] = record.decoded_by or PILLOW
-        expected["decoder"] = reader.manifest.identity.preprocess.decoder or PILLOW
-        made["images_sha256"] = record.images_sha256
-        expected["images_sha256"] = images_sha256(reader, rows)
-        for view, digest in enumerate(region_digests(reader, rows, views), start=1):
-            made[f"crops_sha256 of view {view}"] = record.crops_sha256[view - 1]
-            expected[f"crops_sha256 of view {view}"] = digest
-        differ = [f"{name} is {made[name]}, wanted {value}" for name, value in expected.items() if made[name] != value]
+        differ = record.differences(pixels_shown(reader, rows, views, student))
         if differ:
-            sizes = "Give pixels and train the same train_image_size. " if made["size"] != expected["size"] else ""
+            sizes = "Give pixels and train the same train_image_size. " if record.size != student.size else ""
             raise CacheMismatchError(
                 f"{self._folder}: not what this student would see of {reader.location}: {'; '.join(differ)}. "
                 f"{sizes}{_OTHER}"

@@ -23,9 +23,7 @@ from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels, read_r
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.precompute.run import precompute
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig, TrainConfig
 from teacher_cache.pipeline.train import make_pixels as making
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.make_pixels import PixelsResult, make_pixels, plan_pixels
@@ -38,27 +36,19 @@ from teacher_cache.storage.errors import (
 )
 from teacher_cache.storage.files.location import LocalFiles
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.conftest import cache_digest, write_photos
-from tests.pipeline.train.train_work import make_student, train_config
+from tests.conftest import cache_digest
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
 IMAGES, TRAIN, VIEWS, CHUNK = 40, 32, 3, 8
 CHUNKS = VIEWS * TRAIN // CHUNK
 SIZE = 32
 
 
-def make_cache(folder: Path, teacher: Path, first: int = 0, **changes: Any) -> Path:
-    photos = write_photos(folder / "photos", IMAGES, first)
-    settings = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", "views": VIEWS, **changes}
-    location = str(folder / "c")
-    precompute(PrecomputeConfig(dataset=f"flickr:{photos}", teacher=f"local-dir:{teacher}", cache=location, **settings))
-    return folder / "c"
-
-
 @pytest.fixture(scope="module")
 def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 3 views, a student that sees 32 x 32, and finished pixels of the train split."""
     root = tmp_path_factory.mktemp("pixels")
-    make_cache(root, tiny_teacher)
+    make_cache(root, tiny_teacher, IMAGES, views=VIEWS)
     make_student(root / "student.json")
     make_student(root / "large.json", image_size=48)
     with pytest.MonkeyPatch.context() as patch:
@@ -79,8 +69,12 @@ def ready(home: Path, tmp_path: Path) -> Path:
 
 
 def settings(home: Path, out: Path, **changes: Any) -> PixelsConfig:
-    given = {"cache": str(home / "c"), "student": str(home / "student.json"), "out": str(out), "threads": 2, **changes}
-    return PixelsConfig(**given)
+    given = {"student": str(home / "student.json"), "threads": 2, **changes}
+    return PixelsConfig(cache=str(home / "photos.cache"), out=str(out), **given)
+
+
+def learning(home: Path, out: Path, **changes: Any) -> TrainConfig:
+    return train_config(home / "photos.cache", home / "student.json", out, **changes)
 
 
 def make(
@@ -89,17 +83,15 @@ def make(
     return make_pixels(plan_pixels(settings(home, out, **changes)), progress)
 
 
-def opened(
-    home: Path, folder: Path, views: int = VIEWS, size: int = SIZE, split: str = "train", cache: str = "c"
-) -> ReadyPixels:
-    reader = EmbeddingReader(str(home / cache))
+def opened(home: Path, folder: Path, views: int = VIEWS, size: int = SIZE, split: str = "train") -> ReadyPixels:
+    reader = EmbeddingReader(str(home / "photos.cache"))
     preprocess = Preprocess((size, size), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     return ReadyPixels(str(folder), reader, reader.image_rows(split), views, preprocess)
 
 
 def test_each_image_is_what_pillow_makes_of_its_region(home: Path) -> None:
     """By hand from the photographs: the evaluation crop as shorter edge and centre, the others from the stored box."""
-    pixels, reader = opened(home, home / "ready"), EmbeddingReader(str(home / "c"))
+    pixels, reader = opened(home, home / "ready"), EmbeddingReader(str(home / "photos.cache"))
     mirrored = 0
     for row in range(TRAIN):
         with Image.open(home / "photos" / "images" / f"{row:04d}.jpg") as image:
@@ -133,7 +125,7 @@ def test_what_the_student_gets_is_bit_for_bit_what_decoding_gives(
     monkeypatch.setattr(making, "handed_on", lambda identity: {**preprocess.to_config()})
     make_student(tmp_path / "student.json", image_size=list(size))
     make(home, tmp_path / "ready", student=str(tmp_path / "student.json"))
-    reader = EmbeddingReader(str(home / "c"))
+    reader = EmbeddingReader(str(home / "photos.cache"))
     rows = reader.image_rows("train")
     pixels = ReadyPixels(str(tmp_path / "ready"), reader, rows, VIEWS, preprocess)
     decoded = StudentImages(reader, ImageSource(str(home / "photos")), preprocess)
@@ -163,7 +155,7 @@ def test_a_run_logs_the_same_bytes_with_and_without(home: Path, tmp_path: Path, 
         ("decoded", {}),
         ("ready", {"pixels": str(home / "ready"), "image_root": str(tmp_path / "nowhere")}),
     ):
-        run = train_config(home / "c", home / "student.json", tmp_path / name, workers=workers, **changes)
+        run = learning(home, tmp_path / name, workers=workers, **changes)
         record = train(run).record
         logs.append((tmp_path / name / "log.jsonl").read_bytes())
         assert record.config.pixels == changes.get("pixels")
@@ -173,7 +165,7 @@ def test_a_run_logs_the_same_bytes_with_and_without(home: Path, tmp_path: Path, 
 
 def test_a_run_may_go_on_with_and_without(home: Path, tmp_path: Path) -> None:
     """Stopped after some steps with pixels, resumed without them, the log is that of an unbroken run."""
-    whole = train_config(home / "c", home / "student.json", tmp_path / "whole")
+    whole = learning(home, tmp_path / "whole")
     train(whole)
 
     def stop(at: Any) -> None:
@@ -224,7 +216,7 @@ def test_damage_is_named_and_mended(
     with pytest.raises(CacheCorruptError, match=message):
         opened(home, ready).shown(11, 1)
     opened(home, ready).shown(11, 0)  # its neighbours are fine
-    run = train_config(home / "c", home / "student.json", tmp_path / "run", epochs=3, pixels=str(ready), workers=1)
+    run = learning(home, tmp_path / "run", epochs=3, pixels=str(ready), workers=1)
     with pytest.raises(CacheCorruptError, match="view 1"):
         train(run)
     path.unlink(missing_ok=True)
@@ -261,11 +253,11 @@ def test_pixels_of_something_else_are_refused_by_field(home: Path, tiny_teacher:
     sizes = r"size is \(32, 32\), wanted \(48, 48\). Give pixels and train the same train_image_size. Make pixels of"
     with pytest.raises(CacheMismatchError, match=f"{name} .*: {sizes}"):
         opened(home, ready, size=48)
-    run = train_config(home / "c", home / "large.json", tmp_path / "run", pixels=str(ready))
+    run = train_config(home / "photos.cache", home / "large.json", tmp_path / "run", pixels=str(ready))
     with pytest.raises(CacheMismatchError, match="size is"):
         train(run)
     assert not (tmp_path / "run" / "run.json").exists()
-    reader = EmbeddingReader(str(home / "c"))
+    reader = EmbeddingReader(str(home / "photos.cache"))
     bilinear = Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, interpolation="bilinear", resize_mode="squash")
     with pytest.raises(
         CacheMismatchError,
@@ -276,13 +268,13 @@ def test_pixels_of_something_else_are_refused_by_field(home: Path, tiny_teacher:
     ReadyPixels(str(ready), reader, reader.image_rows("train"), VIEWS, Preprocess((32, 32), (0.0,) * 3, (1.0,) * 3))
     with pytest.raises(CacheMismatchError, match=r"split 'train', and not 8 of the 8 that this run uses, row 32 the"):
         opened(home, ready, split="test")
-    make_cache(tmp_path / "others", tiny_teacher, first=1000)
+    make_cache(tmp_path / "others", tiny_teacher, IMAGES, first=1000, views=VIEWS)
     with pytest.raises(CacheMismatchError, match=f"images_sha256 is {record.images_sha256}, wanted "):
         opened(tmp_path / "others", ready)
     (tmp_path / "seeded").mkdir()
-    make_cache(tmp_path / "seeded", tiny_teacher, view_seed=9)
+    make_cache(tmp_path / "seeded", tiny_teacher, IMAGES, views=VIEWS, view_seed=9)
     with pytest.raises(
-        CacheMismatchError, match=f"crops_sha256 of view 1 is {record.crops_sha256[0]}, wanted .*view 2"
+        CacheMismatchError, match=rf"crops_sha256 is \('{record.crops_sha256[0]}', '{record.crops_sha256[1]}'\), wanted"
     ):
         opened(tmp_path / "seeded", ready)
     opened(tmp_path / "seeded", ready, views=1)  # no crop of it is drawn
@@ -303,7 +295,7 @@ def test_more_views_are_added_and_fewer_are_taken_as_they_are(home: Path, tmp_pa
 def test_a_folder_of_something_else_is_not_written_to(home: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheMismatchError, match=r"ready: holds other pixels: size is \(32, 32\), wanted \(48, 48\)"):
         plan_pixels(settings(home, home / "ready", student=str(home / "large.json")))
-    with pytest.raises(CacheMismatchError, match=r"split is 'train', wanted 'test'"):
+    with pytest.raises(CacheMismatchError, match=r"split is train, wanted test"):
         plan_pixels(settings(home, home / "ready", split="test"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("of years")
@@ -313,9 +305,9 @@ def test_a_folder_of_something_else_is_not_written_to(home: Path, tmp_path: Path
         with pytest.raises(UsageError, match=r"s3://bucket/pixels: ready pixels are read image by image"):
             plan_pixels(config)
     with pytest.raises(UsageError, match="read image by image"):
-        train(train_config(home / "c", home / "student.json", tmp_path / "run", pixels="s3://bucket/pixels"))
+        train(learning(home, tmp_path / "run", pixels="s3://bucket/pixels"))
     with pytest.raises(CacheNotFoundError, match="no ready pixels here"):
-        train(train_config(home / "c", home / "student.json", tmp_path / "run", pixels=str(tmp_path / "none")))
+        train(learning(home, tmp_path / "run", pixels=str(tmp_path / "none")))
 
 
 def test_a_disk_without_the_room_is_refused_with_numbers(
@@ -353,7 +345,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from teacher_cache.pipeline.train import make_pixels as making
-from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig, TrainConfig
 making._CHUNK_ROWS = int(sys.argv[2])
 moment, events = int(sys.argv[3]), 0
 def event():
@@ -398,15 +390,16 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
             [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *words], capture_output=True, text=True
         )
 
+    cache = ("--cache", str(home / "photos.cache"))
     student, out = str(home / "student.json"), str(tmp_path / "ready")
-    made = run("student", "pixels", "--cache", str(home / "c"), "--student", student, "--out", out)
+    made = run("student", "pixels", *cache, "--student", student, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith(
         f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 0.00 GB in 3 chunks; 3 of them to make"
     )
     assert "pixels: 3 of 3" in made.stderr
     assert "32 images in 3 views at 32 x 32" in made.stdout
-    common = ("--cache", str(home / "c"), "--epochs", "1", "--batch-size", "8", "--set", "workers=0", "--pixels", out)
+    common = (*cache, "--epochs", "1", "--batch-size", "8", "--set", "workers=0", "--pixels", out)
     trained = run("train", "--student", student, "--out", str(tmp_path / "run"), *common)
     assert trained.returncode == 0, trained.stderr
     refused = run("train", "--student", str(home / "large.json"), "--out", str(tmp_path / "other"), *common)
