@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from teacher_cache.pipeline.settings.base import (
     AcceptMismatch,
@@ -84,17 +84,12 @@ class CostConfig(StageConfig):
     checkpoint: Checkpoint = "last"
     teacher: str | None = Field(None, description="Teacher to measure, as for precompute.")
     pretrained: Pretrained = None
-    batch: tuple[int, ...] = Field(
+    batch: Annotated[tuple[int, ...], BeforeValidator(comma_separated)] = Field(
         (1, 32), min_length=1, description="Batch sizes of images and captions. Memory is measured at the largest."
     )
     rounds: Rounds = 15
     threads: int | None = Field(None, gt=0, description="Number of torch threads on a CPU. Default: torch's choice.")
     device: Device = "auto"
-
-    @field_validator("batch", mode="before")
-    @classmethod
-    def _split_list(cls, batch: Any) -> Any:
-        return comma_separated(batch)
 
     @field_validator("batch")
     @classmethod

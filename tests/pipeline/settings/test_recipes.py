@@ -126,19 +126,9 @@ def test_the_queue_loss_needs_a_queue(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_a_flag() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "teacher_cache.pipeline.cli.app",
-        "train",
-        "--cache",
-        "c",
-        "--student",
-        "s",
-        "--out",
-        "o",
-    ]
-    done = subprocess.run([*command, "--recipe", "gide"], capture_output=True, text=True)
+    settings = ["--cache", "c", "--student", "s", "--out", "o", "--recipe", "gide"]
+    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "train", *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "there are default, guide, clip-kd, mobileclip" in " ".join(done.stderr.split())
 
