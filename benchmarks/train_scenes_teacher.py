@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from teacher_cache.pipeline.data.datasets.scenes import IMAGE_SIZE, SceneSettings, render_scene
+from teacher_cache.pipeline.data.datasets.scenes import IMAGE_SIZE, render_scene
 
 POOL_SEED = 7  # not the seed of the demo dataset: nothing of it is trained on
 MODEL_CFG = {
@@ -133,8 +133,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     images, tokens = render_pool(POOL_SEED, "pool", args.scenes, args.threads)
-    settings = SceneSettings()
-    test_images, test_tokens = render_pool(settings.seed, "test", settings.test, args.threads)
+    test_images, test_tokens = render_pool(2024, "test", 400, args.threads)
     # sorted, so that the end token keeps the highest id, by which open_clip finds it
     used = torch.cat([tokens.flatten(), test_tokens.flatten()]).unique()
     short_tokens, short_test_tokens = torch.searchsorted(used, tokens), torch.searchsorted(used, test_tokens)

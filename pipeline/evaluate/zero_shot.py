@@ -100,7 +100,7 @@ class TeacherEncoder:
 
     def __init__(self, teacher: LiveTeacher) -> None:
         self._teacher = teacher
-        self.prepare = teacher.preprocess.transform()
+        self.prepare = teacher.preprocess.transform
 
     def embed_images(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
         """Embed prepared images."""
@@ -122,7 +122,7 @@ class StudentEncoder:
         student, architecture = load_student(checkpoint)
         self._student, self._device = student.to(device).eval(), device
         self._tokenizer = student_tokenizer(architecture)
-        self.prepare = student.preprocess.transform()
+        self.prepare = student.preprocess.transform
 
     @torch.inference_mode()
     def embed_images(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import signature
 
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet
 from teacher_cache.storage.errors import UsageError
@@ -17,17 +17,8 @@ __all__ = ["ADAPTERS", "Problem", "Record", "Sample", "SampleSet", "adapter"]
 
 Adapter = Callable[..., Iterator[Record]]
 
-# kind -> module with a function read(root, **options); imported on use, since a form may need an optional package
-ADAPTERS: dict[str, str] = {
-    "coco": "teacher_cache.pipeline.data.datasets.coco",
-    "karpathy": "teacher_cache.pipeline.data.datasets.karpathy",
-    "flickr": "teacher_cache.pipeline.data.datasets.flickr",
-    "webdataset": "teacher_cache.pipeline.data.datasets.webdataset",
-    "imagefolder": "teacher_cache.pipeline.data.datasets.imagefolder",
-    "table": "teacher_cache.pipeline.data.datasets.table",
-    "scenes": "teacher_cache.pipeline.data.datasets.scenes",
-    "labelled": "teacher_cache.pipeline.data.datasets.labelled",
-}
+# modules here with a function read(root, **options); imported on use, since a form may need an optional package
+ADAPTERS = ("coco", "karpathy", "flickr", "webdataset", "imagefolder", "table", "scenes", "labelled")
 
 
 def adapter(kind: str) -> Adapter:
@@ -38,17 +29,13 @@ def adapter(kind: str) -> Adapter:
     """
     if kind not in ADAPTERS:
         raise UsageError(f"dataset kind {kind!r} is not known; write KIND:PATH with one of {', '.join(ADAPTERS)}")
-    module = import_module(ADAPTERS[kind])
-    parameters = list(signature(module.read).parameters.values())[1:]
-    known = [parameter.name for parameter in parameters]
-    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+    module = import_module(f"{__name__}.{kind}")
+    known = list(signature(module.read).parameters)[1:]
 
     def read(root: str, **options: str) -> Iterator[Record]:
         unknown = [name for name in options if name not in known]
-        if unknown and not takes_any:
-            raise UsageError(
-                f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none at all'}"
-            )
+        if unknown:
+            raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
         records: Iterator[Record] = module.read(root, **options)
         return records
 

@@ -19,7 +19,7 @@ from teacher_cache.pipeline.data.datasets.records import (
     Problem,
     Record,
     contents,
-    image_folder,
+    image_folders,
     local_folder,
     read_json_object,
     sample_or_problem,
@@ -47,17 +47,10 @@ def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
     folder = local_folder("coco", root)
     files = _captions_files(folder, splits)
     tables = {split: read_json_object(path, ("images", "annotations")) for split, path in files.items()}
-    places = {split: _places(split, images) for split in tables}
-    folders = {
-        split: image_folder(folder, places[split], [str(_get(entry, "file_name")) for entry in table["images"][:50]])
-        for split, table in tables.items()
-    }
-    if not any(folders.values()):
-        looked = ", ".join(f"{place}/" for split in tables for place in places[split])
-        raise UsageError(f"{root}: no folder of images; looked for {looked}; found {contents(folder)}")
+    names = {split: [str(_get(entry, "file_name")) for entry in table["images"]] for split, table in tables.items()}
+    folders = image_folders(folder, {split: _places(split, images) for split in tables}, names)
     for split, table in tables.items():
-        # images of a split that was never downloaded are reported as missing files
-        yield from _read_split(split, files[split].name, folders[split] or places[split][0], table)
+        yield from _read_split(split, files[split].name, folders[split], table)
 
 
 def _captions_files(folder: Path, splits: str) -> dict[str, Path]:

@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.records import (
+    FLICKR_FOLDERS,
     IMAGE_ENDINGS,
     Problem,
     Record,
     contents,
-    image_folder,
+    image_folders,
     local_folder,
     open_text,
     sample_or_problem,
@@ -44,15 +45,6 @@ _SPLIT_FILES = {
     "val": ("val.txt",),
     "test": ("test.txt", "Flickr_8k.testImages.txt"),
 }
-_FOLDERS = (
-    "images",
-    "Images",
-    "Flicker8k_Dataset",  # spelt so in the published archive
-    "Flickr8k_Dataset",
-    "flickr30k-images",
-    "flickr30k_images",
-    ".",
-)
 _NAME_COLUMNS = ("image", "image_name")
 _CAPTION_COLUMNS = ("caption", "comment")
 
@@ -76,12 +68,8 @@ def read(root: str, *, captions: str = "", images: str = "") -> Iterator[Record]
         else:
             captions_of.setdefault(line[0], []).append(line[1])
 
-    places = (images,) if images else _FOLDERS
-    image_place = image_folder(folder, places, list(captions_of)[:50])
-    if image_place is None:
-        looked = ", ".join(f"{place}/" for place in places if place != ".")
-        raise UsageError(f"{root}: no folder of images; looked for {looked}; found {contents(folder)}")
-
+    places = (images,) if images else FLICKR_FOLDERS
+    image_place = image_folders(folder, {"": places}, {"": list(captions_of)})[""]
     split_of: dict[str, str] = {}
     for path, split, number, listed in _listed(folder):
         # Flickr30k's lists omit the ending

@@ -13,7 +13,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.prompts import DEFAULT_TEMPLATES, filled, read_templates
+from teacher_cache.pipeline.data.datasets.prompts import (
+    DEFAULT_TEMPLATES,
+    filled,
+    match_classes,
+    read_class_names,
+    read_templates,
+)
 from teacher_cache.pipeline.data.datasets.records import (
     IMAGE_ENDINGS,
     SPLIT_NAMES,
@@ -21,7 +27,6 @@ from teacher_cache.pipeline.data.datasets.records import (
     Record,
     contents,
     local_folder,
-    read_json_object,
     sample_or_problem,
 )
 from teacher_cache.storage.errors import UsageError
@@ -29,7 +34,6 @@ from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
 
-_WORDNET_ID = re.compile(r"n\d{8}")
 _WORDS = re.compile(r"[a-z]+")
 # words in the names of folders above the class folders
 _LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
@@ -44,7 +48,7 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
             open_clip; the name of a prompt set (``teacher_cache.pipeline.data.datasets.prompts``); else a text file
             with one template per line and ``{}`` for the class.
         classes: JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of ImageNet's
-            1,000 folders.
+            folders.
 
     Raises:
         UsageError: no class folder with images, templates without ``{}``, or classes without a name.
@@ -144,31 +148,6 @@ def _is_image(path: Path) -> bool:
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:
-    if classes == "imagenet":
-        if len(folders) != 1000 or not all(_WORDNET_ID.fullmatch(folder) for folder in folders):
-            raise UsageError(
-                f"{root}: classes=imagenet wants the 1,000 folders n01440764 ... n15075141; found {len(folders)} "
-                f"from {printable(folders[0])} to {printable(folders[-1])}; give classes=FILE instead"
-            )
-        import open_clip
-
-        # open_clip's list is in the order of the sorted folders
-        return dict(zip(folders, open_clip.IMAGENET_CLASSNAMES, strict=True))
-    if classes:
-        path = Path(classes)
-        if not path.is_file():
-            raise UsageError(f"classes={classes!r} is neither imagenet nor a JSON file that is there")
-        names = read_json_object(path, ())
-        nameless = [folder for folder in folders if not isinstance(names.get(folder), str)]
-        if nameless:
-            raise UsageError(
-                f"{path}: no name for {len(nameless)} of {len(folders)} class folders: "
-                f"{printable(', '.join(nameless[:12]))}"
-            )
-        return {folder: str(names[folder]) for folder in folders}
-    if all(_WORDNET_ID.fullmatch(folder) for folder in folders):
-        raise UsageError(
-            f"{root}: the class folders are WordNet ids ({folders[0]} ...), which make no captions; give "
-            "classes=imagenet, or classes=FILE with their names"
-        )
-    return {folder: folder.replace("_", " ") for folder in folders}
+    own = {folder: folder.replace("_", " ") for folder in folders}
+    matched = match_classes(root, own, read_class_names(classes) if classes else None)
+    return {folder: matched.names[matched.number[folder]] for folder in folders}

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.records import (
+    FLICKR_FOLDERS,
     Problem,
     Record,
     contents,
-    image_folder,
+    image_folders,
     local_folder,
     read_json_object,
     sample_or_problem,
@@ -27,16 +28,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["read"]
-
-_FOLDERS = (
-    "images",
-    "Images",
-    "flickr30k-images",
-    "flickr30k_images",
-    "Flicker8k_Dataset",  # spelt so in the published archive
-    "Flickr8k_Dataset",
-    ".",
-)
 
 
 def read(root: str, *, images: str = "") -> Iterator[Record]:
@@ -51,7 +42,11 @@ def read(root: str, *, images: str = "") -> Iterator[Record]:
     """
     path = _json_file(root)
     entries = read_json_object(path, ("images",))["images"]
-    folders = _image_folders(path.parent, images, entries)
+    names: dict[str, list[str]] = {}
+    for entry in entries:
+        name, filepath = _name(entry)
+        names.setdefault(filepath, []).append(name)
+    folders = image_folders(path.parent, {filepath: _places(filepath, images) for filepath in names}, names)
     for number, entry in enumerate(entries):
         where = f"{path.name} images[{number}]"
         name, filepath = _name(entry)
@@ -102,28 +97,9 @@ def _name(entry: object) -> tuple[str, str]:
     return (name if isinstance(name, str) else ""), (filepath if isinstance(filepath, str) else "")
 
 
-def _image_folders(folder: Path, images: str, entries: list[object]) -> dict[str, str]:
-    """Map each filepath of the file to its folder. A filepath without a folder maps to the published one."""
-    names: dict[str, list[str]] = {}
-    for entry in entries:
-        name, filepath = _name(entry)
-        listed = names.setdefault(filepath, [])
-        if name and len(listed) < 50:
-            listed.append(name)
-    places = {filepath: _places(filepath, images) for filepath in names}
-    folders = {filepath: image_folder(folder, places[filepath], listed) for filepath, listed in names.items()}
-    if not any(folders.values()):
-        looked = ", ".join(f"{place}/" for several in places.values() for place in several)
-        raise UsageError(
-            f"{folder}: no folder of images; looked for {looked or 'none, as the file lists no image'}; "
-            f"found {contents(folder)}; give it with ?images=FOLDER"
-        )
-    return {filepath: folders[filepath] or places[filepath][0] for filepath in names}
-
-
 def _places(filepath: str, images: str) -> tuple[str, ...]:
     if images:
         return (f"{images.rstrip('/')}/{filepath}", images) if filepath else (images,)
     if filepath and uri_below("", filepath) is not None:
-        return (filepath, f"images/{filepath}", *_FOLDERS)
-    return _FOLDERS
+        return (filepath, f"images/{filepath}", *FLICKR_FOLDERS)
+    return FLICKR_FOLDERS

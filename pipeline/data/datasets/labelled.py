@@ -56,12 +56,10 @@ class ClassPrompts:
     Attributes:
         classes: classes and their match with the dataset's.
         prompts: prompts of each class, as in the cache's captions.
-        templates: templates of the prompts.
     """
 
     classes: Classes
     prompts: tuple[tuple[str, ...], ...]
-    templates: tuple[str, ...]
 
 
 def read(
@@ -123,11 +121,7 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
 
 
 def _of_split(where: str, images: list[tuple[Sample, str]], split: str) -> list[tuple[Sample, str]]:
-    """Return the images of one split, with their classes.
-
-    Raises:
-        UsageError: the split is unknown, or one of several must be named.
-    """
+    """Return the images of one split, with their classes."""
     counts = Counter(image.split for image, _ in images)
     shown = ", ".join(f"{name or 'none'!r} ({count} images)" for name, count in sorted(counts.items()))
     if split == ALL_SPLITS or (not split and len(counts) <= 1):
@@ -144,11 +138,7 @@ def _of_split(where: str, images: list[tuple[Sample, str]], split: str) -> list[
 
 
 def _numbered_classes(where: str, root: str, numbers: list[int]) -> tuple[dict[str, str], bool]:
-    """Return the names of numbered classes, and whether a file beside the tars names them.
-
-    Raises:
-        UsageError: the file has an empty line, or too few lines.
-    """
+    """Return the names of numbered classes, and whether a file beside the tars names them."""
     file = _beside(root, _NAMES)
     names = _lines(file) if file else []
     # a blank line would shift every class after it
@@ -177,9 +167,7 @@ def class_prompts(listing: Listing, prompts: str = "", templates: str = "", clas
     """
     known = prompt_set(prompts) if prompts else None
     names: list[str] | dict[str, str] | None = None
-    if class_names == "imagenet":
-        prompts, names = "imagenet1k", list(prompt_set("imagenet1k").class_names or ())
-    elif class_names:
+    if class_names:
         names = read_class_names(class_names)
     elif known is not None and known.class_names is not None:
         names = list(known.class_names)
@@ -198,15 +186,11 @@ def class_prompts(listing: Listing, prompts: str = "", templates: str = "", clas
         if problems:
             raise UsageError(f"{listing.where}: a prompt of class {printable(name)!r}: {problems[0].detail}")
         by_class.append(texts)
-    return ClassPrompts(classes, tuple(by_class), fill)
+    return ClassPrompts(classes, tuple(by_class))
 
 
 def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] | None, class_names: str) -> Classes:
-    """Match the classes by the first unambiguous rule.
-
-    Raises:
-        UsageError: no rule is unambiguous.
-    """
+    """Match the classes by the first unambiguous rule."""
     same_order = bool(prompts) and listing.order_of == prompts and not class_names
     if names is None and listing.order_of != "any" and listing.own and all(key.isdigit() for key in listing.own):
         raise UsageError(

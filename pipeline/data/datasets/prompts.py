@@ -23,14 +23,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
-from teacher_cache.pipeline.data.datasets.records import open_text
+from teacher_cache.pipeline.data.datasets.records import open_text, read_json
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = [
-    "CLIP_DATASETS",
     "DEFAULT_TEMPLATES",
     "SAME_ORDER",
     "Classes",
@@ -45,38 +43,6 @@ __all__ = [
 
 # three of CLIP's own: with its 7 or 80, every training image would get as many captions
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
-
-# the 27 datasets of CLIP's zero-shot table (Radford et al. 2021, appendix A) -> set with their templates
-# None: no known package ships them; use --templates FILE, one per line, and the folders' own names
-CLIP_DATASETS: dict[str, str | None] = {
-    "Birdsnap": None,
-    "CIFAR10": "cifar10",
-    "CIFAR100": "cifar100",
-    "CLEVRCounts": "clevr_count_all",
-    "Caltech101": "caltech101",
-    "Country211": "country211",
-    "DescribableTextures": "dtd",
-    "EuroSAT": "eurosat",
-    "FGVCAircraft": "fgvc_aircraft",
-    "FacialEmotionRecognition2013": "fer2013",
-    "Flowers102": "flowers",
-    "Food101": "food101",
-    "GTSRB": "gtsrb",
-    "HatefulMemes": None,
-    "ImageNet": "imagenet1k",
-    "KITTI": "kitti_closest_vehicle_distance",
-    "Kinetics700": None,
-    "MNIST": "mnist",
-    "OxfordPets": "pets",
-    "PascalVOC2007": "voc2007",
-    "PatchCamelyon": "pcam",
-    "RESISC45": "resisc45",
-    "SST2": "renderedsst2",
-    "STL10": "stl10",
-    "SUN397": "sun397",
-    "StanfordCars": "cars",
-    "UCF101": None,
-}
 
 # torchvision's dataset -> set whose names clip-benchmark (datasets/builder.py) gives to its numbers; without FER2013,
 # which torchvision numbers in another order than clip-benchmark's folders
@@ -145,10 +111,10 @@ def prompt_set(name: str) -> PromptSet:
         UsageError: the name is unknown; the message lists the known ones.
     """
     if name == "imagenet1k":
-        import open_clip  # takes two seconds, and other sets do not need it
+        import open_clip
 
         templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-        return PromptSet(name, templates, tuple(open_clip.IMAGENET_CLASSNAMES))
+        return PromptSet(name, templates, tuple(_imagenet_names()))
     names, all_templates = _shipped("classnames"), _shipped("zeroshot_classification_templates")
     # the same images with another order of labels
     shipped = all_templates.get(name) or (all_templates.get(name.removesuffix("_vtab")) if name in names else None)
@@ -181,16 +147,11 @@ def read_templates(what: str) -> tuple[str, ...]:
     path = Path(what)
     if path.is_file():
         return templates_in(path)
-    try:
-        known = prompt_sets()
-        sets = f"one of the prompt sets {', '.join(known)}"
-    except UsageError as error:
-        known, sets = (), f"a prompt set ({error})"
-    if what in known:
+    if what in prompt_sets():
         return prompt_set(what).templates
     raise UsageError(
         f"templates={printable(what)!r} is neither photo, simple nor openai, nor a file of templates that is there, "
-        f"nor {sets}"
+        f"nor one of the prompt sets {', '.join(prompt_sets())}"
     )
 
 
@@ -219,16 +180,17 @@ def filled(templates: Sequence[str], name: str) -> tuple[str, ...]:
 def read_class_names(path: str) -> dict[str, str] | list[str]:
     """Read a user's class names: ``{"folder or label": "name"}``, or a list of names as in a prompt set.
 
+    Args:
+        path: JSON file, or ``imagenet`` for open_clip's names.
+
     Raises:
         UsageError: the file is missing, is not JSON, or has another form.
     """
+    if path == "imagenet":
+        return _imagenet_names()
     if not Path(path).is_file():
         raise UsageError(f"class names {printable(path)!r}: no such file; write JSON, {{folder: name of the class}}")
-    with open_text(Path(path)) as file:
-        try:
-            content: Any = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not JSON ({printable(str(error))})") from None
+    content = read_json(Path(path))
     names = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UsageError(f"{path}: an object {{folder: name of the class}} or a list of names is wanted, none empty")
@@ -260,7 +222,7 @@ def match_classes(
         if ids and len(ids) == len(own):
             raise UsageError(
                 f"{where}: the class folders are WordNet ids ({ids[0]} ...), which make no captions; give "
-                "--prompts imagenet1k, or --class-names FILE.json with their names"
+                "--prompts imagenet1k or --class-names FILE.json; behind the dataset ?classes=imagenet or FILE.json"
             )
         return _classes(own, "own names")
     if isinstance(names, dict):
@@ -289,7 +251,7 @@ def _numbers(
     by_name = _positions_by_name(own, plain)
     if len(by_name) == len(own):
         return by_name, "name"
-    if prompts == "imagenet1k" and all(_WORDNET_ID.fullmatch(key) for key in own):
+    if all(_WORDNET_ID.fullmatch(key) for key in own) and names == _imagenet_names():
         return _positions_by_wordnet_id(where, own), "WordNet id"
     published = _PUBLISHED_FOLDERS.get(prompts, "").split()
     if published and set(own) == set(published):
@@ -350,6 +312,12 @@ def _some(names: Sequence[str]) -> str:
 
 def _plain(name: str) -> str:
     return _MARKS.sub(" ", name.casefold()).strip()
+
+
+def _imagenet_names() -> list[str]:
+    import open_clip  # takes two seconds, and other sets do not need it
+
+    return list(open_clip.IMAGENET_CLASSNAMES)
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ import json
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -20,6 +20,17 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif
 
 # a folder or a part of a file name that equals one of these names a split
 SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")
+
+# folders of images in the published archives of Flickr8k and Flickr30k
+FLICKR_FOLDERS = (
+    "images",
+    "Images",
+    "Flicker8k_Dataset",  # spelt so in the published archive
+    "Flickr8k_Dataset",
+    "flickr30k-images",
+    "flickr30k_images",
+    ".",
+)
 
 _DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".json", ".tar")
 
@@ -201,21 +212,37 @@ def data_folder(root: str) -> str:
     return folder if "://" in root else str(Path(folder).resolve())
 
 
-def image_folder(root: Path, candidates: Sequence[str], names: Sequence[str]) -> str | None:
-    """Find the folder below ``root`` that holds the images.
+def image_folders(
+    root: Path, places: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Find the folder of each group of images (a split, COCO's ``filepath``) below ``root``.
 
     Args:
         root: the dataset's root.
-        candidates: relative or absolute folders, the most likely first; ``"."`` is the root itself.
-        names: some file names of images. One match is enough.
+        places: candidates of each group, relative or absolute, the most likely first; ``"."`` is the root itself.
+        names: file names of each group's images. One match is enough.
 
     Returns:
-        The first candidate with one of the names in it; else the first one that exists and is not the root, so that
-        its images are reported missing one by one; else None.
+        For each group the first candidate with one of the images in it; else one that exists and is not the root, or
+        the first, so that its images are reported missing one by one.
+
+    Raises:
+        UsageError: no group has a folder.
     """
-    existing = [folder for folder in candidates if (root / folder).is_dir()]
+    folders = {group: _image_folder(root, several, names[group]) for group, several in places.items()}
+    if not any(folders.values()):
+        looked = ", ".join(f"{place}/" for several in places.values() for place in several if place != ".")
+        raise UsageError(
+            f"{root}: no folder of images; looked for {looked or 'none, as no image is listed'}; found "
+            f"{contents(root)}; give it with ?images=FOLDER"
+        )
+    return {group: folder or places[group][0] for group, folder in folders.items()}
+
+
+def _image_folder(root: Path, places: Sequence[str], names: Sequence[str]) -> str | None:
+    existing = [folder for folder in places if (root / folder).is_dir()]
     for folder in existing:
-        below = (uri_below(str(root / folder), name) for name in names)
+        below = (uri_below(str(root / folder), name) for name in names[:50])
         if any(path is not None and _is_file(path) for path in below):
             return folder
     return next((folder for folder in existing if folder != "."), None)
@@ -274,17 +301,26 @@ def open_text(path: Path) -> Any:
     return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+def read_json(path: Path) -> Any:
+    """Read the JSON value of one file.
+
+    Raises:
+        UsageError: not JSON.
+    """
+    with open_text(path) as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: not JSON ({printable(str(error))}); download or copy it again") from None
+
+
 def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Read the JSON object of one file, with lists under ``keys``.
 
     Raises:
         UsageError: not JSON, or not an object with a list under each key.
     """
-    with open_text(path) as file:
-        try:
-            content = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not JSON ({printable(str(error))}); download or copy it again") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds a {type(content).__name__}, an object with {', '.join(keys)} is wanted")
     for key in keys:

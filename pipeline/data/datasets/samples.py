@@ -27,7 +27,7 @@ from teacher_cache.pipeline.data.datasets.records import data_folder, open_regul
 from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.files.transient import is_transient
-from teacher_cache.storage.observe.safe_text import printable, redact
+from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
 __all__ = [
     "DatasetSpec",
@@ -65,7 +65,7 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         texts = (self.root, *(text for option in self.options for text in option))
-        if any("\0" in text or not _is_utf8(text) for text in texts):
+        if any("\0" in text or NOT_TEXT.search(text) for text in texts):
             raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
         _refuse_credentials(f"{self.kind}:", self.root)
         for name, value in self.options:
@@ -104,14 +104,6 @@ class DatasetSpec:
         return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _refuse_credentials(what: str, text: str) -> None:
     """Check that a text has no secret, since manifests live long and are shared.
 
@@ -147,15 +139,10 @@ class ImageSource:
         scheme, mark, _ = self.resolve(uri).partition("://")
         return _FETCHES if mark and scheme not in _ON_THIS_MACHINE else 0
 
-    @contextlib.contextmanager
-    def threads(self, uri: str) -> Iterator[ThreadPoolExecutor | None]:
-        """Open a pool of threads to prefetch images like this one. None: a local file."""
+    def threads(self, uri: str) -> contextlib.AbstractContextManager[ThreadPoolExecutor | None]:
+        """Return a pool of threads to prefetch images like this one. None: a local file."""
         fetches = self.fetches(uri)
-        if not fetches:
-            yield None
-            return
-        with ThreadPoolExecutor(fetches, thread_name_prefix="images") as pool:
-            yield pool
+        return ThreadPoolExecutor(fetches, thread_name_prefix="images") if fetches else contextlib.nullcontext()
 
     def read(self, uri: str, offset: int = -1, length: int = -1) -> bytes:
         """Read the image's bytes as stored, not decoded.
@@ -333,19 +320,17 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
 
 
 def _records(spec: DatasetSpec) -> Iterator[Record]:
-    """Yield the records of the adapter.
-
-    Raises:
-        UsageError, ConnectionError: see :func:`load_samples`.
-    """
+    """Yield the records of the adapter."""
     try:
         yield from adapter(spec.kind)(spec.root, **dict(spec.options))
     except RecursionError as error:
         raise UsageError(f"{spec}: nested too deeply to be read") from error
     except Exception as error:
-        if is_transient(error) and not isinstance(error, OSError):
-            raise ConnectionError(f"{spec}: {printable(str(error))}. Run the same command again.") from error
-        if isinstance(error, OSError) and not is_transient(error):
+        if is_transient(error):
+            # half a dataset now and a whole one on a retry would be two datasets
+            reason = f"{type(error).__name__}: {printable(str(error))}"
+            raise ConnectionError(f"{spec}: {reason}. Run the same command again.") from error
+        if isinstance(error, OSError):
             raise UsageError(f"{spec}: cannot be read: {printable(str(error))}") from error
         raise
 

@@ -21,7 +21,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, open_text, sample_or_problem, uri_below
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, read_json, sample_or_problem, uri_below
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "SceneSettings", "describe_scene", "read", "render_scene"]
+__all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "describe_scene", "read", "render_scene"]
 
 VERSION = 1  # raise it when drawing or wording changes
 IMAGE_SIZE = 64
@@ -109,38 +109,9 @@ class Scene:
     texture: str
 
 
-@dataclass(frozen=True)
-class SceneSettings:
-    """Settings of a rendered folder. Folders with equal settings hold equal scenes."""
-
-    seed: int = 2024
-    train: int = 1800
-    dev: int = 200
-    test: int = 400
-    version: int = VERSION
-
-    @classmethod
-    def parse(cls, options: dict[str, str]) -> SceneSettings:
-        """Read ``seed``, ``train``, ``dev`` and ``test`` as whole numbers >= 0.
-
-        Raises:
-            UsageError: an unknown option, another value, or no image in any split.
-        """
-        known = ("seed", *SPLITS)
-        values: dict[str, int] = {}
-        for name, text in options.items():
-            if name not in known:
-                raise UsageError(f"scenes has no option {name!r}; it knows {', '.join(known)}")
-            if not (text.isascii() and text.isdigit()) or int(text) >= 2**63:
-                raise UsageError(f"scenes: {name}={text!r} is not a whole number from 0 to 2**63 - 1")
-            values[name] = int(text)
-        settings = cls(**values)
-        if settings.train + settings.dev + settings.test == 0:
-            raise UsageError("scenes: train, dev and test are all 0; give one of them at least one image")
-        return settings
-
-
-def read(root: str, **options: str) -> Iterator[Record]:
+def read(
+    root: str, *, seed: str = "2024", train: str = "1800", dev: str = "200", test: str = "400"
+) -> Iterator[Record]:
     """Read the samples of ``scenes:PATH`` in the order train, dev, test; render them on first use.
 
     The images are rendered into a hidden folder beside PATH, which one rename turns into PATH. A killed render leaves
@@ -149,14 +120,22 @@ def read(root: str, **options: str) -> Iterator[Record]:
 
     Args:
         root: local folder, absent or empty on first use.
-        **options: ``seed``, ``train``, ``dev``, ``test`` (counts of images), as text.
+        seed: seed of all scenes.
+        train, dev, test: number of images of each split.
 
     Raises:
-        UsageError: a bad option, PATH was rendered with other settings, or it holds something else.
+        UsageError: an option is no whole number, there are no images, PATH was rendered with other settings, or it
+            holds something else.
     """
     if "://" in root:
         raise UsageError(f"scenes:{root}: scenes are rendered to a local folder; give a path without '://'")
-    settings = SceneSettings.parse(options)
+    options = {"seed": seed, "train": train, "dev": dev, "test": test}
+    for name, text in options.items():
+        if not (text.isascii() and text.isdigit()) or int(text) >= 2**63:
+            raise UsageError(f"scenes: {name}={text!r} is not a whole number from 0 to 2**63 - 1")
+    settings = {**{name: int(text) for name, text in options.items()}, "version": VERSION}
+    if not any(settings[split] for split in SPLITS):
+        raise UsageError("scenes: train, dev and test are all 0; give one of them at least one image")
     path = Path(root).absolute()
     if not (path / "captions.json").exists():
         _render_folder(path, settings)
@@ -175,27 +154,26 @@ def _samples(images: list[Any]) -> Iterator[Record]:
             yield from sample_or_problem(Path(file).stem, file, split, texts)
 
 
-def _load_index(path: Path, settings: SceneSettings) -> list[Any]:
+def _load_index(path: Path, settings: dict[str, int]) -> list[Any]:
     """Read the images listed in ``captions.json``, and check that its settings are the requested ones."""
+    index = read_json(path / "captions.json")
     try:
-        with open_text(path / "captions.json") as file:
-            index = json.load(file)
         recorded, images = dict(index["scenes"]), list(index["images"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}/captions.json is not the list of a scenes dataset; use another path") from error
-    requested = asdict(settings)
-    differing = [name for name in requested if recorded.get(name) != requested[name]]
-    if differing:
-        differences = ", ".join(
-            f"{name} {printable(str(recorded.get(name)))} (asked for {requested[name]})" for name in differing
-        )
+    differences = [
+        f"{name} {printable(str(recorded.get(name)))} (asked for {value})"
+        for name, value in settings.items()
+        if recorded.get(name) != value
+    ]
+    if differences:
         raise UsageError(
-            f"{path}: rendered with {differences}. Ask for the recorded settings, or render to another path."
+            f"{path}: rendered with {', '.join(differences)}. Ask for the recorded settings, or render to another path."
         )
     return images
 
 
-def _render_folder(path: Path, settings: SceneSettings) -> None:
+def _render_folder(path: Path, settings: dict[str, int]) -> None:
     """Render every scene beside ``path``, then rename. After a failure ``path`` is complete or unchanged."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path}: neither empty nor a scenes dataset (no captions.json); use another path")
@@ -205,13 +183,13 @@ def _render_folder(path: Path, settings: SceneSettings) -> None:
         (unfinished / "images").mkdir(parents=True)
         images = []
         for split in SPLITS:
-            for number in range(getattr(settings, split)):
-                picture, captions = render_scene(settings.seed, split, number)
+            for number in range(settings[split]):
+                picture, captions = render_scene(settings["seed"], split, number)
                 file = f"images/{split}-{number:05d}.png"
                 # level 1: noise does not compress, and the default level takes three times as long
                 picture.save(unfinished / file, compress_level=1)
                 images.append({"file": file, "split": split, "captions": captions})
-        index = {"scenes": asdict(settings), "images": images}
+        index = {"scenes": settings, "images": images}
         (unfinished / "captions.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
         try:
             os.rename(unfinished, path)  # noqa: PTH104 - replaces an empty folder, fails on a full one
@@ -274,17 +252,9 @@ def _twin(scene: Scene, rng: np.random.Generator) -> Scene:
     """Exchange the colours, the places or (where they differ) the sizes of two shapes."""
     first, second, *others = _shuffled(rng, scene.objects)
     exchange = ["colour", "place"] + ["size"] * (first.size != second.size)
-    match _pick(rng, exchange):
-        case "colour":
-            pair = replace(first, colour=second.colour), replace(second, colour=first.colour)
-        case "place":
-            pair = (
-                replace(first, row=second.row, column=second.column),
-                replace(second, row=first.row, column=first.column),
-            )
-        case _:
-            pair = replace(first, size=second.size), replace(second, size=first.size)
-    return replace(scene, objects=(*pair, *others))
+    names = {"colour": ("colour",), "place": ("row", "column"), "size": ("size",)}[_pick(rng, exchange)]
+    of_first, of_second = ({name: getattr(thing, name) for name in names} for thing in (first, second))
+    return replace(scene, objects=(replace(first, **of_second), replace(second, **of_first), *others))
 
 
 # -------------------------------------------------------------------------------------------- captions

@@ -127,9 +127,9 @@ def _open(root: str) -> Any:
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
     except Exception as error:  # each library behind a URL has its own errors
-        reason = f"{type(error).__name__}: {error}"
         if is_transient(error):
-            raise ConnectionError(f"{root}: {reason}. Run the same command again.") from error
+            raise
+        reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{root}: no table there that can be read ({reason}); write table:FILE") from error
 
 
@@ -210,7 +210,8 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, options: dict[str, str 
         table = pq.ParquetFile(file)
         header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]
     except _BROKEN_PARQUET as error:
-        _raise_transient(root, error)
+        if is_transient(error):
+            raise
         raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
     columns = {role: header[index] for role, index in _find_columns(root, header, options).items()}
     kind = table.schema_arrow.field(columns["path"]).type
@@ -228,14 +229,9 @@ def _parquet_rows(file: IO[bytes], root: str, name: str, options: dict[str, str 
                 yield _Row(f"{name} row {number}", values)
                 number += 1
     except _BROKEN_PARQUET as error:
-        _raise_transient(root, error)
+        if is_transient(error):
+            raise
         yield _Row(f"{name} row {number}", {}, f"cannot be read, nor what follows ({error})")
-
-
-def _raise_transient(root: str, error: BaseException) -> None:
-    """Raise ConnectionError for a transient error: half a table now and a whole one later would be two datasets."""
-    if is_transient(error):
-        raise ConnectionError(f"{root}: {type(error).__name__}: {error}. Run the same command again.") from error
 
 
 def _cells(column: Any) -> list[Any]:

@@ -24,34 +24,14 @@ from teacher_cache.storage.observe.safe_text import printable
 
 __all__ = ["TORCHVISION", "TorchvisionFiles", "list_torchvision"]
 
-# dataset -> default split; "" if torchvision has no splits for it
-TORCHVISION = {
-    "CIFAR10": "test",
-    "CIFAR100": "test",
-    "Caltech101": "",
-    "Caltech256": "",
-    "Country211": "test",
-    "DTD": "test",
-    "EuroSAT": "",
-    "FER2013": "test",
-    "FGVCAircraft": "test",
-    "FashionMNIST": "test",
-    "Flowers102": "test",
-    "Food101": "test",
-    "GTSRB": "test",
-    "ImageNet": "val",
-    "Imagenette": "val",
-    "KMNIST": "test",
-    "MNIST": "test",
-    "OxfordIIITPet": "test",
-    "PCAM": "test",
-    "RenderedSST2": "test",
-    "STL10": "test",
-    "SUN397": "",
-    "SVHN": "test",
-    "StanfordCars": "test",
-    "USPS": "test",
+# default split -> datasets; "" if torchvision has no splits for them
+_DATASETS = {
+    "test": "CIFAR10 CIFAR100 Country211 DTD FER2013 FGVCAircraft FashionMNIST Flowers102 Food101 GTSRB KMNIST MNIST "
+    "OxfordIIITPet PCAM RenderedSST2 STL10 SVHN StanfordCars USPS",
+    "val": "ImageNet Imagenette",
+    "": "Caltech101 Caltech256 EuroSAT SUN397",
 }
+TORCHVISION = {name: split for split, names in _DATASETS.items() for name in names.split()}
 # these take train=True or False instead of a split
 _BY_FLAG = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS")
 _CALTECH256_MARKS = re.compile(r"^\d{3}\.|-101$")
@@ -127,8 +107,8 @@ def _open(name: str, root: str, split: str) -> tuple[Any, str]:
     where = f"torchvision:{name}:{root}"
     if name not in TORCHVISION:
         raise UsageError(
-            f"{printable(where)}: write torchvision:NAME:PATH with one of {', '.join(TORCHVISION)}; other datasets as "
-            "imagefolder:PATH or webdataset:PATH"
+            f"{printable(where)}: write torchvision:NAME:PATH with one of {', '.join(sorted(TORCHVISION))}; other "
+            "datasets as imagefolder:PATH or webdataset:PATH"
         )
     if not Path(root).is_dir():
         raise UsageError(f"{where}: no folder {root}; name the one that was given to torchvision as its root")

@@ -80,8 +80,7 @@ class _Member:
 
     offset: int = -1
     length: int = -1
-    captions: dict[str, list[str]] = field(default_factory=dict)  # by ending
-    endings: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)  # captions or label, by ending
     passed_over: str = ""  # member with an image ending, but not at the first dot
 
     def lost(self, uri: str) -> Problem | None:
@@ -108,24 +107,18 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
     for option, value, known in (("txt", txt, ("whole", "lines")), ("ids", ids, ("key", "tar"))):
         if value not in known:
             raise UsageError(f"webdataset option {option}={value!r} is not known; it is one of {', '.join(known)}")
-    folder = data_folder(root)
-    for tar in _tars(root):
-        uri = tar.removeprefix(f"{folder.rstrip('/')}/")
-        tar_split = split or _split_of(uri, folder)
-        members: dict[str, _Member] = {}
-        yield from _read_tar(tar, uri, members, lines=txt == "lines")
-        for key, member in members.items():
-            sample_id = f"{uri}/{key}" if ids == "tar" else key
+    for uri, tar_split, key, member in _members(root, split, lines=txt == "lines"):
+        sample_id = f"{uri}/{key}" if ids == "tar" else key
+        if isinstance(member, Problem):
+            yield member
+        elif member.offset >= 0:
             # ignore an empty .txt beside a .json with a caption
-            texts = [member.captions[ending] for ending in ("txt", "json") if ending in member.captions]
-            captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else None)
-            if (problem := member.lost(uri)) is not None:
-                yield problem
-            elif member.offset >= 0:
-                yield from sample_or_problem(sample_id, uri, tar_split, captions or [], member.offset, member.length)
-            elif captions is not None:
-                detail = f"{uri}: there is no image beside {', '.join(member.endings)}"
-                yield Problem("no-image", printable(sample_id), detail, lost_image=False)
+            texts = [member.texts[ending] for ending in ("txt", "json") if ending in member.texts]
+            captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
+            yield from sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length)
+        elif member.texts:
+            detail = f"{uri}: there is no image beside {', '.join(member.texts)}"
+            yield Problem("no-image", printable(sample_id), detail, lost_image=False)
 
 
 def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
@@ -136,28 +129,37 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
         the sample's caption. For an image without a label (problem, split, ``""``); for a problem of a whole tar the
         split is None.
     """
+    for uri, split, key, member in _members(root, text_endings=("cls",)):
+        if isinstance(member, Problem):
+            yield member, None if member.where == printable(uri) else split, ""
+            continue
+        # the tars of each split count from s0000000 on
+        sample_id = f"{uri}/{key}"
+        label = " ".join(member.texts.get("cls", [])).strip()
+        if member.offset < 0:
+            continue
+        if not (label.isascii() and label.isdigit()):
+            label_text = f"the label {printable(label)!r}" if label else "no label"
+            detail = f"{label_text} in KEY.cls beside the image; the number of its class is wanted"
+            yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
+            continue
+        for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
+            yield record, split, "" if isinstance(record, Problem) else str(int(label))
+
+
+def _members(
+    root: str, split: str = "", lines: bool = False, text_endings: tuple[str, ...] = ("txt", "json")
+) -> Iterator[tuple[str, str, str, _Member | Problem]]:
+    """Yield uri and split of the tar, key and members of each sample. Problems come in place of members."""
     folder = data_folder(root)
     for tar in _tars(root):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
-        split = _split_of(uri, folder)
+        tar_split = split or _split_of(uri, folder)
         members: dict[str, _Member] = {}
-        for problem in _read_tar(tar, uri, members, text_endings=("cls",)):
-            yield problem, None if problem.where == printable(uri) else split, ""
+        for problem in _read_tar(tar, uri, members, lines, text_endings):
+            yield uri, tar_split, "", problem
         for key, member in members.items():
-            # the tars of each split count from s0000000 on
-            sample_id = f"{uri}/{key}"
-            label = " ".join(member.captions.get("cls", [])).strip()
-            if (lost := member.lost(uri)) is not None:
-                yield lost, split, ""
-            if member.offset < 0:
-                continue
-            if not (label.isascii() and label.isdigit()):
-                label_text = f"the label {printable(label)!r}" if label else "no label"
-                detail = f"{label_text} in KEY.cls beside the image; the number of its class is wanted"
-                yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
-                continue
-            for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
-                yield record, split, "" if isinstance(record, Problem) else str(int(label))
+            yield uri, tar_split, key, member.lost(uri) or member
 
 
 def _tars(root: str) -> list[str]:
@@ -216,9 +218,8 @@ def _read_tar(
     tar: str,
     uri: str,
     members: dict[str, _Member],
-    *,
-    lines: bool = False,
-    text_endings: tuple[str, ...] = ("txt", "json"),
+    lines: bool,
+    text_endings: tuple[str, ...],
 ) -> Iterator[Problem]:
     """Fill ``members`` from one tar. Members before a broken place stay."""
     try:
@@ -228,8 +229,7 @@ def _read_tar(
         yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many types
         if is_transient(error):
-            # half a tar now and a whole one on a retry would be two datasets
-            raise ConnectionError(f"{tar}: {type(error).__name__}: {error}. Run the same command again.") from error
+            raise
         images = sum(member.offset >= 0 for member in members.values())
         detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
         # the number of images in the rest is unknown, so none is counted as lost
@@ -287,10 +287,9 @@ def _add_member(
     if not entry.isreg() or entry.issparse():
         return "bad-record", "a link or a sparse member, not a plain file; its bytes are not in one piece here"
     member = members.setdefault(key, _Member())
-    if (image and member.offset >= 0) or ending in member.captions:
+    if (image and member.offset >= 0) or ending in member.texts:
         what = "image" if image else ending
         return "duplicate-id", f"the key {printable(key)!r} has its {what} already; the first stays"
-    member.endings.append(ending)
     if image:
         member.offset, member.length = entry.offset_data, entry.size
         return None
@@ -300,12 +299,12 @@ def _add_member(
     assert content is not None  # a regular member
     text = content.read().decode("utf-8-sig", errors="surrogateescape")
     if ending != "json":
-        member.captions[ending] = text.splitlines() if lines else [text]
+        member.texts[ending] = text.splitlines() if lines else [text]
         return None
     captions = _json_captions(text)
     if captions is None:
         return "bad-record", "not a JSON object with a text 'caption' or a list of texts 'captions'"
-    member.captions[ending] = captions
+    member.texts[ending] = captions
     return None
 
 

@@ -1,12 +1,15 @@
-"""What the dataset tests build with: small image files, and the adapters called as load_samples calls them."""
+"""What the dataset tests build with: small image files and tars, and the ways to read a dataset."""
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets import Problem, Sample, adapter
+from teacher_cache.pipeline.data.datasets import Problem, Sample, SampleSet, adapter
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 
 
 def save_image(path: Path, shade: int = 0) -> bytes:
@@ -14,6 +17,18 @@ def save_image(path: Path, shade: int = 0) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 8), (shade % 256, 100, 255 - shade % 256)).save(path)
     return path.read_bytes()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
+    """A tar of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            data = content.encode() if isinstance(content, str) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
 
 
 def read(kind: str, root: Path | str, **options: str) -> tuple[list[Sample], list[Problem]]:
@@ -26,6 +41,11 @@ def read(kind: str, root: Path | str, **options: str) -> tuple[list[Sample], lis
         else:
             problems.append(record)
     return samples, problems
+
+
+def load(spec: str) -> SampleSet:
+    """Samples of ``KIND:PATH`` whose images can be read, and all problems."""
+    return load_samples(DatasetSpec.parse(spec))[0]
 
 
 def told(problems: list[Problem]) -> list[tuple[str, str, bool]]:

@@ -30,8 +30,7 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, cache_digest, make_identity, make_model_folder
-from tests.pipeline.data.dataset_files import save_image
-from tests.pipeline.data.datasets.test_datasets_webdataset import write_tar
+from tests.pipeline.data.dataset_files import save_image, write_tar
 from tests.pipeline.data.datasets.test_labelled import write_mnist
 
 Measure = Callable[..., ZeroShotResult]

@@ -18,17 +18,13 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.data.datasets import samples, webdataset
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets import webdataset
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.pipeline.data.dataset_files import save_image, told
-
-
-def load(spec: str) -> samples.SampleSet:
-    return load_samples(DatasetSpec.parse(spec))[0]
+from tests.pipeline.data.dataset_files import load, save_image, told
 
 
 def tree(folder: Path) -> list[str]:
@@ -214,6 +210,7 @@ def test_records_of_coco_that_are_none(tmp_path: Path) -> None:
         {"id": 7},
         None,
         [[]],
+        {"id": 8, "file_name": "c.png"},
     ]
     annotations: list[Any] = [
         {"image_id": 1, "caption": "A."},
@@ -222,14 +219,32 @@ def test_records_of_coco_that_are_none(tmp_path: Path) -> None:
         {"image_id": 1, "caption": 7},
         {"image_id": 99, "caption": "C."},
         "text",
+        {"image_id": [1], "caption": "?"},
+        {"image_id": 1, "caption": "  "},
+        {"image_id": 1, "caption": "Kept."},
     ]
     (tmp_path / "annotations").mkdir()
     text = json.dumps({"images": images, "annotations": annotations})
     (tmp_path / "annotations" / "captions_val.json").write_text(text)
     found = load(f"coco:{tmp_path}")
-    assert [(one.sample_id, one.captions) for one in found.samples] == [("val/a.png", ("A.",))]
-    assert sum(problem.lost_image for problem in found.problems) == len(images) - 2
-    assert len(found.problems) == len(images) - 1 + 4
+    assert [(one.sample_id, one.captions) for one in found.samples] == [("val/a.png", ("A.", "Kept."))]
+    name = "captions_val.json"
+    assert told(found.problems) == [
+        ("duplicate-id", f"{name} images[1]", False),
+        ("duplicate-id", f"{name} images[2]", True),
+        *(("bad-record", f"{name} images[{number}]", True) for number in (3, 4, 5, 6, 7)),
+        *(("bad-record", f"{name} images[{number}]", True) for number in (10, 11, 12, 13)),
+        *(("bad-record", f"{name} annotations[{number}]", False) for number in (6, 7)),
+        ("no-image", f"{name} annotations[8]", False),
+        *(("bad-record", f"{name} annotations[{number}]", False) for number in (9, 10)),
+        ("empty-caption", "val/a.png", False),
+        ("bad-record", "val/a\\x00.png", True),
+        ("bad-record", "val/a\\n.png", True),
+        ("no-caption", "val/c.png", True),
+    ]
+    assert found.problems[4].detail == "file_name '../a.png' leaves the folder of images"
+    # two of the entries list one image: images listed = rows + lost images
+    assert len(found.samples) + sum(problem.lost_image for problem in found.problems) == len(images) - 1
 
 
 @pytest.mark.parametrize("kind", ["coco", "karpathy", "flickr", "imagefolder", "scenes", "table", "webdataset"])
@@ -341,6 +356,39 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
 
 
 # folders and roots
+
+_COCO, _KARPATHY = "annotations/captions_val2017.json", "dataset_flickr8k.json"
+_ONE_IMAGE = '{"images": [{"id": 1, "file_name": "a.jpg", "filename": "a.jpg", "sentences": []}], "annotations": []}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "said"),
+    [
+        ("coco", {"readme.md": ""}, r"no annotations/captions_\*\.json; found readme\.md"),
+        ("coco", {"annotations/x": ""}, r"annotations: no captions_\*\.json; found x"),
+        ("coco", {_COCO: _ONE_IMAGE}, r"looked for val2017/, images/val2017/, images/; found annotations/"),
+        ("coco", {_COCO: '{"images": ['}, r"captions_val2017\.json: not JSON \(Expecting value.*download or copy"),
+        ("coco", {_COCO: '{"images": []}'}, r"captions_val2017\.json: no list 'annotations'; its keys are images"),
+        ("karpathy", {"images.zip": ""}, r"no dataset_\*\.json; found images\.zip"),
+        ("karpathy", {_KARPATHY: _ONE_IMAGE}, r"looked for images/, Images/, .*give it with \?images=FOLDER"),
+        ("karpathy", {_KARPATHY: "[]"}, r"flickr8k\.json: holds a list, an object with images is wanted"),
+        ("flickr", {"Flickr8k.lemma.token.txt": ""}, r"none of captions\.txt, .*; found Flickr8k\.lemma\.token\.txt"),
+        ("flickr", {"captions.txt": "file,label\n"}, r"begins with 'file,label'; a header such as 'image,caption'"),
+        ("flickr", {"captions.txt": "image,caption\n"}, r"looked for images/, Images/, .*; found captions\.txt"),
+        ("imagefolder", {"1.jpg": ""}, r"no <class>/\*\.jpg and no <split>/<class>/\*\.jpg; found 1\.jpg"),
+        ("webdataset", {"0.tar.gz": ""}, r"no \*\.tar in or below it; found 0\.tar\.gz"),
+    ],
+)
+def test_a_root_without_the_published_form_says_what_it_has(
+    kind: str, files: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=said):
+        load(f"{kind}:{tmp_path}")
+    with pytest.raises(UsageError, match=rf"nowhere is (no folder|not there); write {kind}:FOLDER"):
+        load(f"{kind}:{tmp_path / 'nowhere'}")
 
 
 def test_a_folder_that_leads_back_to_itself_and_one_without_end(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.pipeline.data.datasets.records import MAX_CAPTION_CHARACTERS
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.pipeline.data.dataset_files import save_image, told
+from tests.pipeline.data.dataset_files import load, save_image, told, write_tar
 from tests.pipeline.precompute.conftest import make_config
 
 # written as bytes; what becomes of it (None: nothing); the kind of the problem, if any
@@ -89,11 +87,8 @@ def karpathy(root: Path, name: str, text: bytes) -> str:
 
 
 def webdataset(root: Path, name: str, members: dict[str, bytes]) -> str:
-    with tarfile.open(root / "x.tar", "w") as archive:
-        for ending, data in {"png": save_image(root / "scratch" / "a.png"), **members}.items():
-            entry = tarfile.TarInfo(f"{name}.{ending}")
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+    files = {"png": save_image(root / "scratch" / "a.png"), **members}
+    write_tar(root / "x.tar", [(f"{name}.{ending}", data) for ending, data in files.items()])
     return f"webdataset:{root}/x.tar"
 
 
@@ -146,7 +141,7 @@ OTHERWISE: dict[tuple[Callable[[Path, str, bytes], str], str], tuple[list[str], 
 @pytest.mark.parametrize("case", ANYWHERE)
 def test_each_caption_in_each_form(form: Callable[[Path, str, bytes], str], case: str, tmp_path: Path) -> None:
     text, kept, problem = ANYWHERE[case]
-    found, _ = load_samples(DatasetSpec.parse(form(tmp_path, "a", text)))
+    found = load(form(tmp_path, "a", text))
     wanted, problems = OTHERWISE.get(
         (form, case), ([kept, "ok"] if kept is not None else ["ok"], [problem] if problem else [])
     )
@@ -162,7 +157,7 @@ def test_half_a_surrogate_pair_that_json_escapes(form: Callable[[Path, str, byte
         spec = form(tmp_path, "a", b"MARK")
         for path in tmp_path.rglob("*.json"):
             path.write_bytes(path.read_bytes().replace(b'"MARK"', rb'"\ud83d"'))
-    found, _ = load_samples(DatasetSpec.parse(spec))
+    found = load(spec)
     assert [sample.captions for sample in found.samples] == [("\ufffd", "ok")]
     assert [(one.kind, one.lost_image) for one in found.problems] == [("bad-record", False)]
 
@@ -173,7 +168,7 @@ def test_line_ends_marks_and_quotes_of_a_csv(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(
         b'\xef\xbb\xbfpath,caption\r\na.png,"one\r\ntwo, ""three"""\r\nb.png,\r\nc.png,"never closed\r\n'
     )
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
+    found = load(f"table:{tmp_path}/t.csv")
     assert [(sample.uri, sample.captions) for sample in found.samples] == [("a.png", ('one\r\ntwo, "three"',))]
     assert told(found.problems) == [
         ("bad-record", "t.csv line 5", False),
@@ -186,7 +181,7 @@ def test_a_field_beyond_csvs_own_limit_costs_its_row(tmp_path: Path) -> None:
     for name in "ab":
         save_image(tmp_path / f"{name}.png")
     (tmp_path / "t.csv").write_text(f"path,caption\na.png,{'x' * csv.field_size_limit()}y\nb.png,B.\n")
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
+    found = load(f"table:{tmp_path}/t.csv")
     assert [sample.uri for sample in found.samples] == ["b.png"]
     assert next((one.kind, one.where) for one in found.problems) == ("bad-record", "t.csv line 2")
 
@@ -197,16 +192,16 @@ def test_class_names_that_are_no_text(tmp_path: Path) -> None:
     save_image(bad / "b.png")
     save_image(tmp_path / "a\nb" / "c.png")
     save_image(tmp_path / "ليل" / "d.png")
-    found, _ = load_samples(DatasetSpec.parse(f"imagefolder:{tmp_path}"))
+    found = load(f"imagefolder:{tmp_path}")
     assert [sample.uri for sample in found.samples] == ["wolf/a.png", "ليل/d.png"]
     assert told(found.problems) == [("bad-record", "a\\nb/c.png", True), ("bad-record", "caf\ufffd/b.png", True)]
     (tmp_path / "names.json").write_bytes(
-        b'\xef\xbb\xbf{"wolf": "w\xffolf", "a\\nb": "", "\xd9\x84\xd9\x8a\xd9\x84": "\\udcff"}'
+        b'\xef\xbb\xbf{"wolf": "w\xffolf", "a\\nb": "x", "\xd9\x84\xd9\x8a\xd9\x84": "\\udcff"}'
     )
     for path in bad.iterdir():
         path.unlink()
     bad.rmdir()
-    found, _ = load_samples(DatasetSpec.parse(f"imagefolder:{tmp_path}?classes={tmp_path}/names.json"))
+    found = load(f"imagefolder:{tmp_path}?classes={tmp_path}/names.json")
     assert [sample.captions[0] for sample in found.samples] == ["a photo of a w\ufffdolf.", "a photo of a \ufffd."]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from tests.conftest import shared
-from tests.pipeline.data.dataset_files import read, save_image, told
+from tests.pipeline.data.dataset_files import load, read, save_image, told
 
 CAPTIONS = """image,caption
 b.jpg,A black dog runs .
@@ -117,7 +118,7 @@ def test_each_thing_wrong_is_named_and_the_rest_is_read(flickr8k: Path) -> None:
     )
     (flickr8k / "dev.txt").write_text("a.jpg\nb.jpg\nlisted-only.jpg\n")
     save_image(flickr8k / "images" / "spare.jpg", 9)
-    found, _ = load_samples(DatasetSpec.parse(f"flickr:{flickr8k}"))
+    found = load(f"flickr:{flickr8k}")
     captions = {sample.sample_id: sample.captions for sample in found.samples}
     assert list(captions) == ["d.jpg", "b.jpg", "a.jpg", "c.jpg"]
     assert captions["d.jpg"] == ("A boat .", "A boat, not quoted .", "A caf\ufffd .")
@@ -158,23 +159,12 @@ def test_images_option_names_another_folder(flickr8k: Path, tmp_path: Path) -> N
     assert samples[0].uri == f"{tmp_path}/photos/d.jpg"
 
 
-def test_a_root_without_the_published_form_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "Flickr8k.lemma.token.txt").write_text("")
-    with pytest.raises(ValueError, match=r"none of captions\.txt, .*; found Flickr8k\.lemma\.token\.txt"):
-        read("flickr", tmp_path)
-    (tmp_path / "captions.txt").write_text("file,label\n")
-    with pytest.raises(ValueError, match=r"captions\.txt: begins with 'file,label'; a header such as 'image,caption'"):
-        read("flickr", tmp_path)
-    (tmp_path / "captions.txt").write_text(CAPTIONS)
-    with pytest.raises(ValueError, match=r"no folder of images; looked for images/, Images/, .*; found Flickr8k"):
-        read("flickr", tmp_path)
-
-
 @pytest.mark.real_data
 def test_the_real_flickr8k() -> None:
-    samples, problems = read("flickr", shared("flickr8k"))
-    assert problems == []
+    found, digests = load_samples(DatasetSpec.parse(f"flickr:{shared('flickr8k')}"))
+    samples = found.samples
+    assert (found.num_captions, found.problems) == (35000, [])
     assert Counter(sample.split for sample in samples) == {"train": 6000, "dev": 1000}
-    assert sum(len(sample.captions) for sample in samples) == 35000
+    assert digests[0] == sha256((shared("flickr8k") / samples[0].uri).read_bytes()).hexdigest()
     assert samples[0].sample_id == "2513260012_03d33305cf.jpg"
     assert samples[0].captions[0] == "A black dog is running after a white dog in the snow ."

@@ -10,7 +10,7 @@ import pytest
 
 from teacher_cache.pipeline.data.datasets import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
-from tests.pipeline.data.dataset_files import read, save_image, told
+from tests.pipeline.data.dataset_files import load, read, save_image, told
 
 
 def entry(filename: str, split: str, captions: list[str], **more: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_coco_images_lie_below_their_filepath(tmp_path: Path, place: str) -> Non
     write(tmp_path / "dataset_coco.json", images, "coco")
     save_image(tmp_path / place / "val2014" / val)
     save_image(tmp_path / place / "train2014" / train, 1)
-    found, _ = load_samples(DatasetSpec.parse(f"karpathy:{tmp_path}"))
+    found = load(f"karpathy:{tmp_path}")
     assert found.samples == [
         Sample(f"val2014/{val}", f"{place}val2014/{val}", "test", ("A man.",)),
         Sample(f"train2014/{train}", f"{place}train2014/{train}", "train", ("Boxes.",)),
@@ -124,15 +124,3 @@ def test_several_files_ask_for_one(flickr30k: Path) -> None:
     write(flickr30k / "dataset_flickr8k.json", [])
     with pytest.raises(ValueError, match=r"holds dataset_flickr30k\.json, dataset_flickr8k\.json; name one"):
         read("karpathy", flickr30k)
-
-
-def test_a_root_without_the_published_form_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "images.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no dataset_\*\.json; found images\.zip"):
-        read("karpathy", tmp_path)
-    write(tmp_path / "dataset_flickr8k.json", [entry("a.jpg", "train", ["A."])])
-    with pytest.raises(ValueError, match=r"no folder of images; looked for images/, .*give it with \?images=FOLDER"):
-        read("karpathy", tmp_path)
-    (tmp_path / "dataset_flickr8k.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"dataset_flickr8k\.json: holds a list, an object with images is wanted"):
-        read("karpathy", tmp_path)

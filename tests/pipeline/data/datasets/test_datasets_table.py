@@ -16,7 +16,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import read, save_image, told
+from tests.pipeline.data.dataset_files import load, read, save_image, told
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -196,7 +196,7 @@ def test_images_and_tables_behind_urls(tmp_path: Path, server: str) -> None:
     )
     (tmp_path / "local.csv").write_bytes((tmp_path / "served" / "pairs.csv").read_bytes())
 
-    found, _ = load_samples(DatasetSpec.parse(f"table:{server}/pairs.csv"))
+    found = load(f"table:{server}/pairs.csv")
     assert [sample.uri for sample in found.samples] == [f"{server}/images/a.jpg", "images/b.jpg"]
     assert found.root == server
     assert told(found.problems) == [
@@ -208,7 +208,7 @@ def test_images_and_tables_behind_urls(tmp_path: Path, server: str) -> None:
     assert ImageSource(found.root).read(found.samples[0].uri) == content
 
     # the same rows in a local table: what is relative is looked for beside it
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/local.csv"))
+    found = load(f"table:{tmp_path}/local.csv")
     assert [sample.uri for sample in found.samples] == [f"{server}/images/a.jpg"]
 
 

@@ -19,8 +19,7 @@ from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISI
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import save_image
-from tests.pipeline.data.datasets.test_datasets_webdataset import write_tar
+from tests.pipeline.data.dataset_files import save_image, write_tar
 
 
 def opened(dataset: str, **settings: Any) -> LabelledDataset:
@@ -63,7 +62,11 @@ def test_folders_are_matched_with_the_names_of_a_set(folders: Path) -> None:
 
 def test_a_folder_that_matches_none_is_refused_or_named_by_a_file(folders: Path, tmp_path: Path) -> None:
     (folders / "pug").rename(folders / "mops")
-    with pytest.raises(UsageError, match=r"of 'mops' \(1 of 3 classes\); the pets names that no class has are 'Abys"):
+    with pytest.raises(
+        UsageError,
+        match=r"of 'mops' \(1 of 3 classes\); the pets names that no class has are 'Abys.*"
+        r"Say it by --class-names FILE\.json, \{\"British_Shorthair\"",
+    ):
         opened(f"imagefolder:{folders}", prompts="pets")
     file = tmp_path / "names.json"
     file.write_text(json.dumps({"mops": "Pug", "beagle": "Beagle", "British_Shorthair": "British Shorthair"}))

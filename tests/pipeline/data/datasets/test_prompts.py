@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from teacher_cache.pipeline.data.datasets import prompts
 from teacher_cache.pipeline.data.datasets.prompts import (
-    CLIP_DATASETS,
     SAME_ORDER,
     filled,
     match_classes,
@@ -27,18 +26,18 @@ from teacher_cache.pipeline.data.datasets.prompts import (
 )
 from teacher_cache.storage.errors import UsageError
 
-IMAGENETTE = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257"
-
 
 def test_23_of_the_27_datasets_of_clip_have_prompts() -> None:
-    assert len(CLIP_DATASETS) == 27
-    covered = {dataset: prompt_set(name) for dataset, name in CLIP_DATASETS.items() if name is not None}
+    """All of CLIP's table (Radford et al. 2021, appendix A) but Birdsnap, HatefulMemes, Kinetics700 and UCF101."""
+    names = (
+        "caltech101 cars cifar10 cifar100 clevr_count_all country211 dtd eurosat fer2013 fgvc_aircraft flowers food101 "
+        "gtsrb imagenet1k kitti_closest_vehicle_distance mnist pcam pets renderedsst2 resisc45 stl10 sun397 voc2007"
+    )
+    covered = {name: prompt_set(name).class_names for name in names.split()}
     assert len(covered) == 23
-    assert set(CLIP_DATASETS) - set(covered) == {"Birdsnap", "HatefulMemes", "Kinetics700", "UCF101"}
-    with_names = {dataset for dataset, found in covered.items() if found.class_names is not None}
-    assert len(with_names) == 12
-    sizes = {"ImageNet": 1000, "Country211": 211, "Flowers102": 102, "GTSRB": 43, "OxfordPets": 37, "MNIST": 10}
-    assert {dataset: len(covered[dataset].class_names or ()) for dataset in sizes} == sizes
+    assert sum(found is not None for found in covered.values()) == 12
+    sizes = {"imagenet1k": 1000, "country211": 211, "flowers": 102, "gtsrb": 43, "pets": 37, "mnist": 10}
+    assert {name: len(covered[name] or ()) for name in sizes} == sizes
 
 
 def test_every_set_has_templates_for_a_class() -> None:
@@ -85,7 +84,6 @@ def test_the_shipped_sets_are_clip_benchmarks() -> None:
         original = Path(str(published.locate_file(f"clip_benchmark/datasets/{file.name}")))
         assert file.read_bytes() == original.read_bytes()
     assert (prompts._SHIPPED / "LICENSE").read_text().startswith("MIT License")
-    assert len(prompt_sets()) > 20
 
 
 def test_names_match_whatever_their_marks_and_order() -> None:
@@ -93,15 +91,6 @@ def test_names_match_whatever_their_marks_and_order() -> None:
     found = match_classes("d", own, ["T rex", "cat", "guinea-pig", "dodo"])
     assert found.number == {"Guinea_Pig": 2, "CAT": 1, "t-rex": 0}
     assert (found.names, found.matched_by) == (("T rex", "cat", "guinea-pig", "dodo"), "name")
-
-
-def test_what_does_not_match_is_named_on_both_sides() -> None:
-    with pytest.raises(
-        UsageError,
-        match=r"d: no class name is surely that of 'kitten' \(1 of 2 classes\); the pets names that no class has are "
-        r"'cat'\. Say it by --class-names FILE\.json, \{\"dog\"",
-    ):
-        match_classes("d", {"dog": "dog", "kitten": "kitten"}, ["cat", "dog"], prompts="pets")
 
 
 def test_a_name_that_two_classes_share_matches_neither() -> None:
@@ -153,40 +142,6 @@ def test_names_that_repeat_match_by_number_where_all_names_are_in_their_places()
     assert (found.matched_by, found.number) == ("number", {str(number): number for number in range(1000)})
     with pytest.raises(UsageError, match="no class name is surely that of"):
         match_classes("d", {**own, "1": own["0"], "0": own["1"]}, names)
-
-
-def test_wordnet_ids_in_the_order_of_imagenet() -> None:
-    names = list(open_clip.IMAGENET_CLASSNAMES)
-    found = match_classes("d", {folder: folder for folder in IMAGENETTE.split()}, names, prompts="imagenet1k")
-    assert [names[number] for number in found.number.values()] == [
-        "tench",
-        "English Springer Spaniel",
-        "cassette player",
-        "chainsaw",
-        "church",
-        "French horn",
-        "garbage truck",
-        "gas pump",
-        "golf ball",
-        "parachute",
-    ]
-    assert found.matched_by == "WordNet id"
-    with pytest.raises(UsageError, match=r"'n00000001' are none of ImageNet's 1,000 WordNet ids"):
-        match_classes("d", {"n01440764": "n01440764", "n00000001": "n00000001"}, names, prompts="imagenet1k")
-    with pytest.raises(UsageError, match=r"WordNet ids \(n01440764 \.\.\.\), .* give --prompts imagenet1k"):
-        match_classes("d", {"n01440764": "n01440764"}, None)
-
-
-def test_published_folders_are_in_the_order_of_the_names() -> None:
-    folders = (
-        "SeaLake AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River"
-    )
-    names = list(prompt_set("eurosat").class_names or ())
-    found = match_classes("d", {folder: folder for folder in folders.split()}, names, prompts="eurosat")
-    assert names[found.number["SeaLake"]] == "lake or sea"
-    assert names[found.number["HerbaceousVegetation"]] == "brushland or shrubland"
-    with pytest.raises(UsageError, match="no class name is surely that of 'Meadow'"):
-        match_classes("d", {"Meadow": "Meadow", "Forest": "Forest"}, names, prompts="eurosat")
 
 
 def test_the_same_order_wants_as_many() -> None:

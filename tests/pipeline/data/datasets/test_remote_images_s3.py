@@ -9,7 +9,7 @@ import pytest
 
 from teacher_cache.pipeline.data.batches.cached_samples import sample_records
 from teacher_cache.pipeline.data.batches.stored_images import StoredImages
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
@@ -17,6 +17,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, write_photos
 from tests.fault_proxy import FaultProxy
 from tests.object_store import ObjectStore
+from tests.pipeline.data.dataset_files import load
 
 pytestmark = pytest.mark.service
 
@@ -39,7 +40,7 @@ def table(tmp_path: Path, seaweedfs: ObjectStore) -> Path:
 
 
 def test_pictures_are_digested_side_by_side(far: FaultProxy, table: Path) -> None:
-    found, _ = load_samples(DatasetSpec.parse(f"table:{table}"))
+    found = load(f"table:{table}")
     assert len(found.samples) == IMAGES
     assert not found.problems
     assert far.counts() == {("GET", ""): IMAGES}

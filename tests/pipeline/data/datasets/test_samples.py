@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets import ADAPTERS, Problem, Sample, adapter
-from teacher_cache.pipeline.data.datasets.records import data_folder, sample_or_problem, uri_below
+from teacher_cache.pipeline.data.datasets import Sample, adapter
+from teacher_cache.pipeline.data.datasets.records import data_folder, uri_below
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
-from tests.conftest import shared
-from tests.pipeline.data.dataset_files import save_image, told
+from tests.pipeline.data.dataset_files import load, save_image, told
 
 
 @pytest.mark.parametrize(
@@ -56,16 +55,12 @@ def test_spec_that_cannot_be_read(text: str, message: str) -> None:
         ("webdataset", "split, txt, ids"),
         ("imagefolder", "templates, classes"),
         ("table", "path, caption, split, id"),
+        ("scenes", "seed, train, dev, test"),
     ],
 )
 def test_an_unknown_option_lists_the_known_ones(kind: str, known: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"dataset kind '{kind}' has no option 'colour'; it has {known}$"):
         adapter(kind)(str(tmp_path), colour="red")
-
-
-def test_every_kind_has_an_adapter() -> None:
-    for kind in ADAPTERS:
-        assert callable(adapter(kind))
 
 
 def test_images_are_digested_in_the_adapters_order(tmp_path: Path) -> None:
@@ -87,7 +82,7 @@ def test_lost_images_and_rows_add_up_to_the_listed_ones(tmp_path: Path) -> None:
         f"id,path,caption\n1,a.jpg,A.\n1,b.jpg,Takes a's id.\n1,./a.jpg,B.\n2,gone.jpg,C.\n3,folder.jpg,D.\n"
         f"4,{'long' * 99}.jpg,E.\n5,nul\0.jpg,F.\n"
     )
-    found, _ = load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
+    found = load(f"table:{tmp_path}/t.csv")
     assert [sample.sample_id for sample in found.samples] == ["1"]
     assert told(found.problems) == [
         ("duplicate-id", "1", True),
@@ -176,18 +171,3 @@ def test_names_from_a_dataset_file_stay_in_their_folder(folder: str, name: str, 
 )
 def test_relative_uris_start_from_the_folder(root: str, folder: str) -> None:
     assert data_folder(root) == folder
-
-
-def test_a_name_no_cache_can_hold_is_a_problem() -> None:
-    [problem] = sample_or_problem("caf\udce9.jpg", "images/caf\udce9.jpg", "", ["A caption."])
-    assert isinstance(problem, Problem)
-    assert told([problem]) == [("bad-record", "caf\ufffd.jpg", True)]
-    problem.detail.encode("utf-8")
-
-
-@pytest.mark.real_data
-def test_the_real_flickr8k_whole() -> None:
-    found, digests = load_samples(DatasetSpec.parse(f"flickr:{shared('flickr8k')}"))
-    assert (len(found.samples), found.num_captions, found.problems) == (7000, 35000, [])
-    first = shared("flickr8k") / found.samples[0].uri
-    assert digests[0] == hashlib.sha256(first.read_bytes()).hexdigest()

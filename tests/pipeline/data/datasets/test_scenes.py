@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSourc
 from teacher_cache.pipeline.data.datasets.scenes import (
     Scene,
     SceneObject,
-    SceneSettings,
     describe_scene,
     read,
     render_scene,
@@ -93,11 +93,9 @@ def test_splits_counts_and_order(tmp_path):
     assert {len(record.captions) for record in records} == {4}
 
 
-def test_defaults_are_2400_images_and_9600_captions():
-    settings = SceneSettings()
-    assert settings.train + settings.dev + settings.test == 2400
-    assert settings.test == 400
-    assert len(render_scene(settings.seed, "train", 0)[1]) * 2400 == 9600
+def test_defaults_are_1800_200_and_400_images():
+    options = signature(read).parameters
+    assert [options[split].default for split in ("train", "dev", "test")] == ["1800", "200", "400"]
 
 
 def test_every_option_reaches_the_dataset_through_its_spec(tmp_path):
@@ -264,7 +262,6 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sead": "1"}, r"no option 'sead'; it knows seed, train, dev, test"),
         ({"train": "-1"}, r"train='-1' is not a whole number"),
         ({"seed": "x"}, r"seed='x' is not a whole number"),
         ({"train": "0", "dev": "0", "test": "0"}, r"all 0"),
