@@ -55,11 +55,11 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
     """
     fill = read_templates(templates)
     names = _class_names(root, class_folders(root), classes)
-    for path, split, folder in read_classes(root):
-        if isinstance(path, Problem):
-            yield path
+    for record, split, folder in read_classes(root):
+        if isinstance(record, Problem):
+            yield record
         else:
-            yield from sample_or_problem(path, path, split, filled(fill, names[folder]))
+            yield from sample_or_problem(record.sample_id, record.uri, split, filled(fill, names[folder]))
 
 
 def class_folders(root: str) -> list[str]:
@@ -75,11 +75,8 @@ def class_folders(root: str) -> list[str]:
     return sorted({path.name for _, path in folders})
 
 
-def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
-    """Yield path relative to the root, split and class folder of every image.
-
-    A problem comes with its split and ``""`` for the class.
-    """
+def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:
+    """Yield every image, with its folder's name as its caption, and problems: (record, split, class folder)."""
     folder = local_folder("imagefolder", root)
     pairs, stray = _class_folders(folder)
     for split, path in stray:
@@ -91,7 +88,8 @@ def read_classes(root: str) -> Iterator[tuple[str | Problem, str, str]]:
             relative = path.relative_to(folder).as_posix()
             if _is_image(path):
                 empty = False
-                yield relative, split, class_folder.name
+                for record in sample_or_problem(relative, relative, split, [class_folder.name]):
+                    yield record, split, class_folder.name
             else:
                 detail = f"not an image by its ending; those are {', '.join(IMAGE_ENDINGS)}"
                 yield Problem("bad-record", printable(relative), detail, lost_image=False), split, ""

@@ -37,7 +37,6 @@ from teacher_cache.pipeline.data.datasets.records import (
     data_folder,
     open_regular,
     open_text,
-    sample_or_problem,
 )
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
@@ -95,13 +94,11 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
     if form == "torchvision":
-        from teacher_cache.pipeline.data.datasets.torchvision import (
-            list_torchvision,  # imports torch
-        )
+        from teacher_cache.pipeline.data.datasets.torchvision import list_torchvision  # imports torch
 
         return list_torchvision(root, name, split)
     where = f"{form}:{root}"
-    listed = list(_listed(root, form))
+    listed = list(webdataset.read_labels(root) if form == "webdataset" else imagefolder.read_classes(root))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
     images = _of_split(where, images, split)
     # leave out problems of other splits: they would look like lost images of this one
@@ -215,19 +212,6 @@ def _matched(listing: Listing, prompts: str, names: list[str] | dict[str, str] |
         raise UsageError(f"{listing.where}: label {most}, and {len(names)} class names, of 0 to {len(names) - 1}")
     # numbers count from 0, so a class without images is no ambiguity
     return Classes(tuple(names), {str(number): number for number in range(len(names))}, "number")
-
-
-def _listed(root: str, form: str) -> Iterator[tuple[Record, str | None, str]]:
-    """Yield images and problems with split and class. The split is None for a problem of unknown split."""
-    if form == "webdataset":
-        yield from webdataset.read_labels(root)
-        return
-    for path, split, folder in imagefolder.read_classes(root):
-        if isinstance(path, Problem):
-            yield path, split, ""
-            continue
-        for record in sample_or_problem(path, path, split, [folder]):
-            yield record, split, folder
 
 
 def _beside(root: str, name: str) -> Path | None:

@@ -79,7 +79,6 @@ class PromptSet:
         class_names: names in the dataset's order. None: the dataset's own names, such as folder names.
     """
 
-    name: str
     templates: tuple[str, ...]
     class_names: tuple[str, ...] | None
 
@@ -111,20 +110,14 @@ def prompt_set(name: str) -> PromptSet:
         UsageError: the name is unknown; the message lists the known ones.
     """
     if name == "imagenet1k":
-        import open_clip
-
-        templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-        return PromptSet(name, templates, tuple(_imagenet_names()))
+        return PromptSet(read_templates("openai"), tuple(_imagenet_names()))
     names, all_templates = _shipped("classnames"), _shipped("zeroshot_classification_templates")
     # the same images with another order of labels
     shipped = all_templates.get(name) or (all_templates.get(name.removesuffix("_vtab")) if name in names else None)
     if shipped is None:
         raise UsageError(f"prompts {printable(name)!r} are not known; there are {', '.join(prompt_sets())}")
-    return PromptSet(
-        name,
-        tuple(template.replace("{c}", "{}") for template in shipped),
-        tuple(names[name]) if name in names else None,
-    )
+    templates = tuple(template.replace("{c}", "{}") for template in shipped)
+    return PromptSet(templates, tuple(names[name]) if name in names else None)
 
 
 def read_templates(what: str) -> tuple[str, ...]:
