@@ -93,7 +93,7 @@ def _sample(folder: str, name: str, split: str, captions: list[str]) -> Iterator
     uri = uri_below(folder, name)
     if uri is None:
         detail = "the name leaves the folder of images"
-        yield Problem("bad-record", printable(name), detail, lost_image=True)
+        yield Problem("bad-record", name, detail, lost_image=True)
     else:
         yield from sample_or_problem(name, uri, split, captions)
 

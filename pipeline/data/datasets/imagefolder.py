@@ -80,7 +80,7 @@ def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:
     folder = local_folder("imagefolder", root)
     pairs, stray = _class_folders(folder)
     for split, path in stray:
-        where = printable(path.relative_to(folder).as_posix())
+        where = path.relative_to(folder).as_posix()
         yield Problem("bad-record", where, "an image outside the class folders", lost_image=True), split, ""
     for split, class_folder in pairs:
         empty = True
@@ -92,9 +92,9 @@ def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:
                     yield record, split, class_folder.name
             else:
                 detail = f"not an image by its ending; those are {', '.join(IMAGE_ENDINGS)}"
-                yield Problem("bad-record", printable(relative), detail, lost_image=False), split, ""
+                yield Problem("bad-record", relative, detail, lost_image=False), split, ""
         if empty:
-            where = printable(class_folder.relative_to(folder).as_posix())
+            where = class_folder.relative_to(folder).as_posix()
             yield Problem("bad-record", where, "a class folder without an image", lost_image=False), split, ""
 
 

@@ -241,7 +241,8 @@ def _numbers(
             raise UsageError(f"{where}: {len(own)} classes and {len(names)} class names in order. {_remedy(own)}")
         return {key: number for number, key in enumerate(own)}, "place"
     plain = [_plain(name) for name in names]
-    by_name = _positions_by_name(own, plain)
+    counts = Counter(plain)
+    by_name = {key: plain.index(_plain(name)) for key, name in own.items() if counts[_plain(name)] == 1}
     if len(by_name) == len(own):
         return by_name, "name"
     if all(_WORDNET_ID.fullmatch(key) for key in own) and names == _imagenet_names():
@@ -258,12 +259,6 @@ def _numbers(
         f"{where}: no class name is surely that of {_some(unmatched)} ({len(unmatched)} of {len(own)} classes); the "
         f"{f'{prompts} ' if prompts else ''}names that no class has are {_some(unused)}. {_remedy(own)}"
     )
-
-
-def _positions_by_name(own: dict[str, str], plain: list[str]) -> dict[str, int]:
-    """Return the positions of the classes whose name is in the list exactly once."""
-    counts = Counter(plain)
-    return {key: plain.index(_plain(name)) for key, name in own.items() if counts[_plain(name)] == 1}
 
 
 def _positions_by_wordnet_id(where: str, own: dict[str, str]) -> dict[str, int]:

@@ -77,7 +77,7 @@ class Problem:
     Attributes:
         kind: one of the fixed kinds, for counting.
         where: the sample_id, file, line or row concerned.
-        detail: description in one sentence.
+        detail: description in one sentence. Both are made printable.
         lost_image: True if an image gets no row because of this. A lost caption or a second listing loses no image, so
             that images = rows + lost images.
     """
@@ -86,6 +86,10 @@ class Problem:
     where: str
     detail: str
     lost_image: bool
+
+    def __post_init__(self) -> None:
+        for name in ("where", "detail"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
 
 Record: TypeAlias = Sample | Problem
@@ -120,7 +124,7 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
         text, replaced = NOT_TEXT.subn("\ufffd", caption.strip())
         kind, detail = _caption_problem(number, text, replaced)
         if kind is not None:
-            problems.append(Problem(kind, printable(sample_id), detail, lost_image=False))
+            problems.append(Problem(kind, sample_id, detail, lost_image=False))
         if text and len(text) <= MAX_CAPTION_CHARACTERS:
             texts.append(text)
     return tuple(texts), problems
@@ -144,7 +148,7 @@ def sample_or_problem(
         unfit = _unfit_name(text)
         if unfit:
             detail = f"the {what} {printable(text)!r} holds {unfit}"
-            yield Problem("bad-record", printable(sample_id), detail, lost_image=True)
+            yield Problem("bad-record", sample_id, detail, lost_image=True)
             return
     texts, problems = clean_captions(sample_id, captions)
     yield from problems

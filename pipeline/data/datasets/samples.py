@@ -4,8 +4,7 @@
 digests its bytes and turns every failure into a counted problem.
 
 Datasets are untrusted. Only regular files are opened, never a pipe or a device. A file may hold at most
-``MAX_IMAGE_BYTES``. Credentials in a dataset's name or in a uri are refused, since a cache would keep them. The text of
-every problem is made printable (:func:`teacher_cache.storage.observe.safe_text.printable`).
+``MAX_IMAGE_BYTES``. Credentials in a dataset's name or in a uri are refused, since a cache would keep them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
 
@@ -280,7 +279,7 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
         )
         for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
             if isinstance(result, Problem):
-                usable.problems.append(_shown(result))
+                usable.problems.append(result)
             else:
                 usable.samples.append(sample)
                 digests.append(result)
@@ -307,12 +306,12 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
     seen: dict[str, Sample] = {}
     for record in _records(spec):
         if isinstance(record, Problem):
-            listed.problems.append(_shown(record))
+            listed.problems.append(record)
         elif record.sample_id in seen:
             detail = f"{record.uri}: this sample_id is taken by an earlier sample"
             first = seen[record.sample_id]
             lost_image = (record.uri, record.offset) != (first.uri, first.offset)
-            listed.problems.append(_shown(Problem("duplicate-id", record.sample_id, detail, lost_image)))
+            listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image))
         else:
             seen[record.sample_id] = record
             listed.samples.append(record)
@@ -333,7 +332,3 @@ def _records(spec: DatasetSpec) -> Iterator[Record]:
         if isinstance(error, OSError):
             raise UsageError(f"{spec}: cannot be read: {printable(str(error))}") from error
         raise
-
-
-def _shown(problem: Problem) -> Problem:
-    return replace(problem, where=printable(problem.where), detail=printable(problem.detail))

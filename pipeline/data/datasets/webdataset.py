@@ -89,7 +89,7 @@ class _Member:
             return None
         ending = PurePosixPath(self.passed_over).name.partition(".")[2]
         detail = f"a key ends at the first dot, so that its ending is {printable(ending)!r} and no image's; rename it"
-        return Problem("bad-record", printable(f"{uri}/{self.passed_over}"), detail, lost_image=True)
+        return Problem("bad-record", f"{uri}/{self.passed_over}", detail, lost_image=True)
 
 
 def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") -> Iterator[Record]:
@@ -118,7 +118,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
             yield from sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length)
         elif member.texts:
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}"
-            yield Problem("no-image", printable(sample_id), detail, lost_image=False)
+            yield Problem("no-image", sample_id, detail, lost_image=False)
 
 
 def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
@@ -141,7 +141,7 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
         if not (label.isascii() and label.isdigit()):
             label_text = f"the label {printable(label)!r}" if label else "no label"
             detail = f"{label_text} in KEY.cls beside the image; the number of its class is wanted"
-            yield Problem("bad-record", printable(sample_id), detail, lost_image=True), split, ""
+            yield Problem("bad-record", sample_id, detail, lost_image=True), split, ""
             continue
         for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
             yield record, split, "" if isinstance(record, Problem) else str(int(label))
@@ -226,14 +226,14 @@ def _read_tar(
         with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
             yield from _read_members(file, uri, members, lines, text_endings)
     except FileNotFoundError:
-        yield Problem("missing-file", printable(uri), f"{tar} does not exist", lost_image=False)
+        yield Problem("missing-file", uri, f"{tar} does not exist", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many types
         if is_transient(error):
             raise
         images = sum(member.offset >= 0 for member in members.values())
         detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
         # the number of images in the rest is unknown, so none is counted as lost
-        yield Problem("bad-record", printable(uri), detail, lost_image=False)
+        yield Problem("bad-record", uri, detail, lost_image=False)
 
 
 def _read_members(
@@ -258,7 +258,7 @@ def _read_members(
             if problem is not None:
                 kind, detail = problem
                 lost_image = ending in _IMAGE_ENDINGS
-                yield Problem(kind, printable(f"{uri}/{entry.name}"), detail, lost_image)
+                yield Problem(kind, f"{uri}/{entry.name}", detail, lost_image)
         # tarfile takes a broken header for the end; a complete tar ends in a block of zeros
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from PIL import Image
@@ -41,6 +45,17 @@ def read(kind: str, root: Path | str, **options: str) -> tuple[list[Sample], lis
         else:
             problems.append(record)
     return samples, problems
+
+
+@contextmanager
+def served(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Address of a loopback server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
 
 
 def load(spec: str) -> SampleSet:

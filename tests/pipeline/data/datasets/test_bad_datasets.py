@@ -6,9 +6,8 @@ import io
 import json
 import os
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.pipeline.data.dataset_files import load, save_image, told
+from tests.pipeline.data.dataset_files import load, save_image, served, told
 
 
 def tree(folder: Path) -> list[str]:
@@ -50,33 +49,35 @@ def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], format: 
         file.write(bytes(1024))
 
 
+def hostile_members(image: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """Members that climb, link, are devices, archives or code, have long names or come twice; four are sound images."""
+    links = {"linkname": "/etc/passwd"}
+    return [
+        member("../../climbs.png", image),
+        member("../../climbs.txt", b"Up."),
+        member("/absolute.png", image),
+        member("/absolute.txt", b"Root."),
+        member("symbolic.jpg", kind=tarfile.SYMTYPE, **links),
+        member("hard.jpg", kind=tarfile.LNKTYPE, **links),
+        member("device.jpg", kind=tarfile.CHRTYPE, devmajor=1, devminor=5),
+        member("pipe.jpg", kind=tarfile.FIFOTYPE),
+        member("text.txt", kind=tarfile.SYMTYPE, **links),
+        member("inner.tar", bytes(2048)),
+        member("evil.pkl", b"cos\nsystem\n(S'touch /tmp/x'\ntR."),
+        member("evil.npy", b"\x93NUMPY"),
+        member("x" * 3000 + ".png", image),
+        member("x" * 3000 + ".json", b'{"caption": "Long."}'),
+        member("good.png", image),
+        member("good.txt", b"Good."),
+        member("good.png", image),
+    ]
+
+
 def test_members_that_would_climb_link_or_be_a_device(tmp_path: Path) -> None:
     image = save_image(tmp_path / "scratch.png")
     home = tmp_path / "data"
     home.mkdir()
-    links = {"linkname": "/etc/passwd"}
-    write_tar(
-        home / "x.tar",
-        [
-            member("../../climbs.png", image),
-            member("../../climbs.txt", b"Up."),
-            member("/absolute.png", image),
-            member("/absolute.txt", b"Root."),
-            member("symbolic.jpg", kind=tarfile.SYMTYPE, **links),
-            member("hard.jpg", kind=tarfile.LNKTYPE, **links),
-            member("device.jpg", kind=tarfile.CHRTYPE, devmajor=1, devminor=5),
-            member("pipe.jpg", kind=tarfile.FIFOTYPE),
-            member("text.txt", kind=tarfile.SYMTYPE, **links),
-            member("inner.tar", bytes(2048)),
-            member("evil.pkl", b"cos\nsystem\n(S'touch /tmp/x'\ntR."),
-            member("evil.npy", b"\x93NUMPY"),
-            member("x" * 3000 + ".png", image),
-            member("x" * 3000 + ".json", b'{"caption": "Long."}'),
-            member("good.png", image),
-            member("good.txt", b"Good."),
-            member("good.png", image),
-        ],
-    )
+    write_tar(home / "x.tar", hostile_members(image))
     before = tree(tmp_path)
     found = load(f"webdataset:{home}")
     assert [(sample.sample_id[:20], sample.uri) for sample in found.samples] == [
@@ -444,12 +445,8 @@ def server() -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_address[1]}"
-        http.shutdown()
-        thread.join()
+    with served(Handler) as address:
+        yield address
 
 
 def test_a_redirect_to_a_signed_address_does_not_show_the_signature(server: str, tmp_path: Path) -> None:
@@ -469,26 +466,11 @@ def test_a_redirect_to_a_signed_address_does_not_show_the_signature(server: str,
 
 
 def hostile_tar(home: Path, image: bytes) -> tuple[str, int]:
-    """A tar of good, climbing, linked, doubled, captionless and undecodable images; how many images those are."""
-    links = {"linkname": "/etc/passwd"}
-    write_tar(
-        home / "x.tar",
-        [
-            member("good.png", image),
-            member("good.txt", b"Good."),
-            member("../../climbs.png", image),
-            member("../../climbs.txt", b"Up."),
-            member("symbolic.jpg", kind=tarfile.SYMTYPE, **links),
-            member("hard.jpg", kind=tarfile.LNKTYPE, **links),
-            member("good.png", image),
-            member("mute.png", image),
-            member("broken.jpg", b"not an image"),
-            member("broken.txt", b"Broken."),
-            member("empty.jpg", b""),
-            member("empty.txt", b"Empty."),
-        ],
-    )
-    return f"webdataset:{home}/x.tar", 8
+    """A tar of the members above, and captionless and undecodable images; the number of images."""
+    more = [("mute.png", image), ("broken.jpg", b"not an image"), ("broken.txt", b"Broken."), ("empty.jpg", b"")]
+    more_members = [member(name, data) for name, data in [*more, ("empty.txt", b"Empty.")]]
+    write_tar(home / "x.tar", [*hostile_members(image), *more_members])
+    return f"webdataset:{home}/x.tar", 4 + 4 + 1 + 3
 
 
 def hostile_json(home: Path, image: bytes) -> tuple[str, int]:

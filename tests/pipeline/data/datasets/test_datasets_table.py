@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import load, read, save_image, told
+from tests.pipeline.data.dataset_files import load, read, save_image, served, told
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -36,13 +35,8 @@ class QuietHandler(SimpleHTTPRequestHandler):
 def server(tmp_path: Path) -> Iterator[str]:
     """Address of a loopback server of tmp_path/served."""
     (tmp_path / "served").mkdir()
-    handler = partial(QuietHandler, directory=str(tmp_path / "served"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with served(partial(QuietHandler, directory=str(tmp_path / "served"))) as address:
+        yield address
 
 
 def test_rows_of_one_path_are_one_image(tmp_path: Path) -> None:
