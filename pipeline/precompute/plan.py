@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import __version__ as pillow_version
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, SampleSet, load_samples
+from teacher_cache.pipeline.data.datasets.records import SampleSet
+from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import require_reusable

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from inspect import signature
 
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet
+from teacher_cache.pipeline.data.datasets.records import Record
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["ADAPTERS", "Problem", "Record", "Sample", "SampleSet", "adapter"]
+__all__ = ["ADAPTERS", "adapter"]
 
 Adapter = Callable[..., Iterator[Record]]
 

@@ -21,23 +21,14 @@ from urllib.parse import parse_qsl, quote
 
 import fsspec
 
-from teacher_cache.pipeline.data.datasets import Problem, Record, Sample, SampleSet, adapter
-from teacher_cache.pipeline.data.datasets.records import data_folder, open_regular
+from teacher_cache.pipeline.data.datasets import adapter
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet, data_folder, open_regular
 from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
-__all__ = [
-    "DatasetSpec",
-    "ImageSource",
-    "Problem",
-    "Sample",
-    "SampleSet",
-    "list_samples",
-    "load_samples",
-    "require_content",
-]
+__all__ = ["DatasetSpec", "ImageSource", "list_samples", "load_samples", "require_content"]
 
 _HASH_THREADS = 8  # hashing releases the GIL; more threads gain nothing on a local disk
 _FETCHES = REQUESTS_AT_ONCE  # parallel requests of a process for remote images, which mostly wait

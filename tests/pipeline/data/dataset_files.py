@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets import Problem, Sample, SampleSet, adapter
+from teacher_cache.pipeline.data.datasets import adapter
+from teacher_cache.pipeline.data.datasets.records import Problem, Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets import Sample
+from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from tests.pipeline.data.dataset_files import load, read, save_image, told
 

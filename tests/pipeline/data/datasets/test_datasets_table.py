@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from teacher_cache.pipeline.data.datasets import Sample
+from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import load, read, save_image, served, told

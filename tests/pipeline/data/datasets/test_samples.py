@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets import Sample, adapter
-from teacher_cache.pipeline.data.datasets.records import data_folder, uri_below
+from teacher_cache.pipeline.data.datasets import adapter
+from teacher_cache.pipeline.data.datasets.records import Sample, data_folder, uri_below
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
 from tests.pipeline.data.dataset_files import load, save_image, told
 
