@@ -93,12 +93,7 @@ Published settings: AdamW 1e-3, weight decay 0.2, 1,000 warm-up steps of 200,000
 crops with RandAugment, and 5 synthetic captions per image, so use a cache of many views.
 """
 
-RECIPES: dict[str, Recipe] = {
-    "default": DEFAULT,
-    "guide": GUIDE,
-    "clip-kd": CLIP_KD,
-    "mobileclip": MOBILECLIP,
-}
+RECIPES = {"default": DEFAULT, "guide": GUIDE, "clip-kd": CLIP_KD, "mobileclip": MOBILECLIP}
 
 # settings that a recipe fills
 RECIPE_SETTINGS = frozenset(field.name for field in fields(Recipe))

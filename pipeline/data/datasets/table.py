@@ -84,23 +84,21 @@ def read(
     name = root.rstrip("/").rpartition("/")[2]
     options = {"path": path, "caption": caption, "split": split, "id": id}
     images: dict[str, _Image] = {}
-    unusable: list[tuple[Problem, str | None]] = []
+    unusable: list[tuple[str, str, str]] = []  # where, detail, path
     with _open(root) as file:
         rows = _parquet_rows if root.lower().endswith((".parquet", ".pq")) else _text_rows
         for row in rows(file, root, name, options):
             image_path = row.values.get("path")
-            uri = None if image_path in (None, "") else str(image_path).strip()
-            if row.detail or not uri:
-                problem = Problem("bad-record", row.where, row.detail or "no path in it", lost_image=False)
-                unusable.append((problem, uri))
+            uri = "" if image_path is None else str(image_path).strip()
+            detail = row.detail or ("" if uri else "no path in it")
+            if not detail and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
+                detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
+            if detail:
+                unusable.append((row.where, detail, uri))
                 continue
             own_id = row.values.get("id")
             sample_id = uri if own_id in (None, "") else str(own_id)
             row_split = str(row.values.get("split") or "")
-            if uri not in images and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
-                detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
-                unusable.append((Problem("bad-record", row.where, detail, lost_image=False), uri))
-                continue
             image = images.setdefault(uri, _Image(sample_id, row_split))
             differs = _difference(image, sample_id, row_split)
             if differs:
@@ -110,12 +108,10 @@ def read(
                 image.captions.extend(_captions(row.values.get("caption")))
 
     # after the last row: the image of a bad row may have good rows too
-    lost: set[str] = set()
-    for problem, uri in unusable:
-        lost_image = uri is not None and uri not in images and uri not in lost
-        yield Problem(problem.kind, problem.where, problem.detail, lost_image)
-        if lost_image and uri is not None:
-            lost.add(uri)
+    counted = {"", *images}
+    for where, detail, uri in unusable:
+        yield Problem("bad-record", where, detail, lost_image=uri not in counted)
+        counted.add(uri)
     for uri, image in images.items():
         yield from sample_or_problem(image.sample_id, uri, image.split, image.captions)
 
@@ -146,9 +142,8 @@ def _difference(image: _Image, sample_id: str, split: str) -> str:
 
 def _captions(value: Any) -> list[str]:
     """Return a cell's captions. An empty cell counts as one empty caption."""
-    if isinstance(value, list):
-        return ["" if caption is None else str(caption) for caption in value]
-    return ["" if value is None else str(value)]
+    values = value if isinstance(value, list) else [value]
+    return ["" if caption is None else str(caption) for caption in values]
 
 
 def _find_columns(root: str, header: Sequence[str], options: dict[str, str | None]) -> dict[str, int]:
