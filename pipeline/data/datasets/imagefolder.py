@@ -44,9 +44,7 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
 
     Args:
         root: the folder.
-        templates: ``photo`` for :data:`DEFAULT_TEMPLATES`; ``simple`` or ``openai`` for CLIP's 7 or 80 templates in
-            open_clip; the name of a prompt set (``teacher_cache.pipeline.data.datasets.prompts``); else a text file
-            with one template per line and ``{}`` for the class.
+        templates: name or file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_templates`).
         classes: JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of ImageNet's
             folders.
 
