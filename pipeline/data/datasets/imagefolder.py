@@ -13,13 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.prompts import (
-    DEFAULT_TEMPLATES,
-    filled,
-    match_classes,
-    read_class_names,
-    read_templates,
-)
+from teacher_cache.pipeline.data.datasets.prompts import filled, match_classes, read_class_names, read_templates
 from teacher_cache.pipeline.data.datasets.records import (
     IMAGE_ENDINGS,
     SPLIT_NAMES,
@@ -32,7 +26,7 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["DEFAULT_TEMPLATES", "class_folders", "read", "read_classes"]
+__all__ = ["class_folders", "read", "read_classes"]
 
 _WORDS = re.compile(r"[a-z]+")
 # words in the names of folders above the class folders

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets.imagefolder import DEFAULT_TEMPLATES
+from teacher_cache.pipeline.data.datasets.prompts import DEFAULT_TEMPLATES
 from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
 from teacher_cache.storage.errors import UsageError
