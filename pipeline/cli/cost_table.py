@@ -25,15 +25,8 @@ def cost_table(result: CostResult) -> Table:
             shown = {name: "-" if value is None else f"{value:,.{digits}f}" for name, value in values.items()}
             shares = {name: f"{value / base:.0%}" for name, value in values.items() if value is not None and base}
             _add(table, result, label, shown, shares)
-    for tower, noun in (("images", "image"), ("texts", "caption")):
-        for batch in result.rounds:
-            times = {name: getattr(model, tower)[batch] for name, model in result.models.items()}
-            batch_name = f"{batch:,} {noun}s" if batch > 1 else f"one {noun}"
-            latencies = {name: f"{time.p50_ms:,.1f} / {time.p95_ms:,.1f}" for name, time in times.items()}
-            _add(table, result, f"{batch_name}, p50 / p95 ms", latencies, {})
-            rates = {name: f"{time.per_second:,.1f}" for name, time in times.items()}
-            ratios = {name: _times(getattr(speed, tower)[batch]) for name, speed in result.speed.items()}
-            _add(table, result, f"{noun}s/s", rates, ratios)
+    for label, timings, ratios in _timings(result):
+        _add(table, result, label, timings, ratios)
     return table
 
 
@@ -63,6 +56,22 @@ def _quantities(result: CostResult) -> Iterator[tuple[str, dict[str, float | Non
     yield "GFLOPs of an image", flops("image"), 3
     yield f"GFLOPs of a text, {tokens('text_tokens')} tokens", flops("text"), 3
     yield f"GFLOPs of a caption, {tokens('caption_tokens')} tokens", flops("caption"), 3
+
+
+def _timings(result: CostResult) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+    """Yield label, text by model and speed relative to the reference of each row of timings."""
+    for tower, noun in (("images", "image"), ("texts", "caption")):
+        for batch in result.rounds:
+            times = {name: getattr(model, tower)[batch] for name, model in result.models.items()}
+            batch_name = f"{batch:,} {noun}s" if batch > 1 else f"one {noun}"
+            latencies = {name: f"{time.p50_ms:,.1f} / {time.p95_ms:,.1f}" for name, time in times.items()}
+            yield f"{batch_name}, p50 / p95 ms", latencies, {}
+            rates = {name: f"{time.per_second:,.1f}" for name, time in times.items()}
+            yield (
+                f"{noun}s/s",
+                rates,
+                {name: _times(getattr(speed, tower)[batch]) for name, speed in result.speed.items()},
+            )
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

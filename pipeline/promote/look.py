@@ -100,16 +100,12 @@ def look_at(
         _require_most(config, newest, changes)
     number = present.number if present else home.next_number(caches)
     manifest = present.manifest if present and present.manifest.sealed else None
-    # decides the settings that are left out; it may be another teacher's
-    source = present or newest
-    before = _as_stored(source.manifest) if source else _DEFAULTS
-    stored: dict[str, Any] = {name: getattr(config, name) or value for name, value in before.items()}
+    source = present or newest  # it may be another teacher's
+    stored = _storage_settings(config, source)
     reuse, not_reused = _reusable([cache for cache in by_teacher if cache.manifest.sealed], number, stored)
     run = _run(settings, home, student, number, manifest)
     judged = home.verdict(run)
-    champion = home.registry.champion()
-    if judged is None and champion is not None:
-        checkpoint_of(champion)  # checked before hours of work: it is measured after them
+    _require_champion(home, judged)
     notices = (
         _unread(caches.unread, source) if caches.unread else None,
         None if manifest else not_reused,
@@ -128,6 +124,19 @@ def look_at(
         run=run,
         judged=judged,
     )
+
+
+def _storage_settings(config: RetrainConfig, source: NumberedCache | None) -> dict[str, Any]:
+    """Return the storage settings of the next cache: as configured, else the source's, else the defaults."""
+    values = _as_stored(source.manifest) if source else _DEFAULTS
+    return {name: getattr(config, name) or value for name, value in values.items()}
+
+
+def _require_champion(home: Home, judged: Candidate | None) -> None:
+    """Check before hours of work that the champion, to be measured after them, has its weights."""
+    champion = home.registry.champion()
+    if judged is None and champion is not None:
+        checkpoint_of(champion)
 
 
 def _newest(caches: list[NumberedCache]) -> NumberedCache | None:
