@@ -25,8 +25,6 @@ from teacher_cache.pipeline.settings.deploy import DeployConfig
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
 
-__all__ = ["ARTIFACT", "deploy_run", "deploy_student"]
-
 ARTIFACT = "deploy-student"
 
 

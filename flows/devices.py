@@ -21,8 +21,6 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
-__all__ = ["device_slots", "gpu_limits"]
-
 _LEASE_SECONDS = 120.0  # renewed while a run lives; a killed run holds its slots for this long
 
 

@@ -23,8 +23,6 @@ from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 
-__all__ = ["ARTIFACT", "evaluate_run", "evaluate_student"]
-
 ARTIFACT = "evaluate-student"
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import CacheIdentity
     from teacher_cache.storage.look.info import CacheInfo
 
-__all__ = ["cache_text", "code", "deployment_text", "identity_table", "recall_text", "retraining_text", "run_text"]
-
 
 def code(value: Any) -> str:
     """Return a value as inline code that is safe in a table cell: file and split names may hold anything."""

@@ -13,8 +13,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-__all__ = ["ReportPage", "TimeoutSeconds", "parameters_of"]
-
 ReportPage = Annotated[
     bool, Field(description="Report page beside the result and main chart as an artifact. Default: true.")
 ]

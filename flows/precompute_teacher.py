@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.models.teacher import LiveTeacher
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
 
-__all__ = ["ARTIFACT", "precompute_teacher"]
-
 ARTIFACT = "precompute-teacher"
 
 

@@ -19,8 +19,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from pydantic import BaseModel, Field
 
-__all__ = ["LoggedProgress", "Share", "start_progress"]
-
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_MOVES = 2.0  # each is a request to the server, which all runs share
 _SECONDS_AFTER_A_FAILURE, _MOST_SECONDS_AFTER = 60.0, 960.0  # doubled with each failure in a row

@@ -18,13 +18,11 @@ from prefect.artifacts import create_image_artifact
 from teacher_cache.flows.markdown import code
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.sampled import SampledRecall
     from teacher_cache.pipeline.report.data import ReportData
-
-__all__ = ["ReportLeft", "image_uri", "leave_image", "leave_report", "page_beside", "teacher_recall"]
 
 # sizes of an encoded image: the server keeps all images in its database
 _MOST_BYTES = 200_000

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.promote.look import Look
     from teacher_cache.pipeline.train.loop import StepProgress
 
-__all__ = ["ARTIFACT", "retrain_student"]
-
 ARTIFACT = "retrain-student"
 
 

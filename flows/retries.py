@@ -13,8 +13,6 @@ from prefect.task_engine import TaskRunTimeoutError
 
 from teacher_cache.storage.files.transient import is_transient
 
-__all__ = ["RETRIES", "RETRY_DELAYS", "TRIED_AGAIN", "retry_transient"]
-
 RETRIES = 3
 RETRY_DELAYS = [10.0, 60.0, 300.0]
 

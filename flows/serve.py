@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-__all__ = ["ServeError", "main"]
-
 # the folder with prefect.yaml: the current one, or the clone that holds this file
 PROJECT = Path.cwd() if Path("prefect.yaml").is_file() else Path(__file__).resolve().parent.parent
 WORK_POOL = "local"

@@ -32,8 +32,6 @@ from teacher_cache.storage.observe.logs import log_fields
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 
-__all__ = ["ARTIFACT", "train_student"]
-
 ARTIFACT = "train-student"
 
 

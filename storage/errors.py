@@ -15,20 +15,6 @@ names the install command.
 
 from __future__ import annotations
 
-__all__ = [
-    "CacheAccessError",
-    "CacheCorruptError",
-    "CacheError",
-    "CacheFormatError",
-    "CacheIncompleteError",
-    "CacheMismatchError",
-    "CacheNotFoundError",
-    "CacheUnreachableError",
-    "MissingPackageError",
-    "UsageError",
-    "install_line",
-]
-
 
 class CacheError(Exception):
     """Base of all; the command line prints its message as one line and exits 1."""

@@ -14,9 +14,8 @@ Importing this package loads nothing else: each name is loaded on first use. Onl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from teacher_cache.lazy_names import lazy_names
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import deploy as deploy
@@ -82,7 +81,12 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
-__getattr__ = lazy_names(__name__, _HOMES)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute or name)
 
 
 def __dir__() -> list[str]:

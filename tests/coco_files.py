@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["captions_of", "write_coco"]
-
 
 def write_coco(root: Path, splits: dict[str, Sequence[tuple[Path, list[str]]]]) -> Path:
     """``annotations/captions_SPLIT.json`` beside ``SPLIT/000000000001.jpg`` ..., as in COCO's archives.

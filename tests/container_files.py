@@ -20,19 +20,6 @@ from typing import Any
 
 import yaml
 
-__all__ = [
-    "DOCKER",
-    "PROJECT",
-    "SECRETS",
-    "Place",
-    "compose",
-    "image_environment",
-    "job_of_the_pool",
-    "kubernetes_objects",
-    "script",
-    "services",
-]
-
 PROJECT = Path(__file__).resolve().parents[1]
 DOCKER = PROJECT / "docker"
 # with characters that a URL would have to escape

@@ -23,8 +23,6 @@ from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, Cach
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["FILES", "KINDS", "SCALE_KINDS", "Damage", "Others", "damage", "make_older"]
-
 
 @dataclass(frozen=True)
 class Others:

@@ -21,8 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.object_store import ObjectStore, start_printing_port
 
-__all__ = ["Fault", "FaultProxy", "refusal", "start_distant_process", "start_fault_proxy"]
-
 
 @dataclass(frozen=True)
 class Fault:

@@ -33,8 +33,6 @@ from teacher_cache.storage.format.identity import canonical_json
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["TARGETS", "Target"]
-
 
 @dataclass(frozen=True)
 class Target:

@@ -20,17 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = [
-    "ObjectStore",
-    "ServerEndedError",
-    "Started",
-    "free_ports",
-    "start_moto",
-    "start_printing_port",
-    "start_seaweedfs",
-    "started",
-]
-
 _Server = TypeVar("_Server")
 
 # bounds for a machine under load, not expectations

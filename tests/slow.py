@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import pytest
 
-__all__ = ["CASES", "LONGEST_FILES", "begin_with_longest", "mark_slow"]
-
 # test file or function, below tests/ -> cases of each function that make test runs
 CASES = {
     # flows: one server and worker, one cache, one student

@@ -29,8 +29,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, SCH
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["big_cache"]
-
 _THREADS = 2
 
 

@@ -25,8 +25,6 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 
-__all__ = ["measure"]
-
 _QUALITY = 90
 
 

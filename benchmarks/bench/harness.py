@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "Settings", "interleave", "keep", "speed", "table"]
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -40,8 +40,6 @@ from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.make_pixels import make_pixels, plan_pixels
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["measure"]
-
 _STUDENT, _BATCH, _WORKERS = "vit-ti-32", 50, 1
 _SETS: dict[str, tuple[int, tuple[int, int] | None]] = {"224 x 224": (1500, None), "1600 x 1200": (200, (1600, 1200))}
 

@@ -21,8 +21,6 @@ from teacher_cache.pipeline.models.student import load_student
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["linear_retention", "trunk_features"]
-
 _PENALTY = 0.01  # of the weights' squares, times the features' mean square: of 800 images there are fewer than columns
 _AT_ONCE = 32
 

@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 
 from benchmarks.bench.harness import Row
 
-__all__ = ["at_most", "photographs", "random_weights"]
-
 
 def photographs(
     source: Path, folder: Path, count: int, size: tuple[int, int] | None = None, captions: int = 5

@@ -24,8 +24,6 @@ import numpy as np
 from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings
 
-__all__ = ["measure"]
-
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, CHUNK, BATCH, WINDOW_CHUNKS = 32, 16_384, 1024, 16
 _BUDGET = 32 << 20  # of the reader, for chunks

@@ -17,8 +17,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PEERS", "Peer", "python_of"]
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER_VARIABLE = "TEACHER_CACHE_PEERS"
 

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.read.shuffle import batches, window_order
 
-__all__ = ["perceptron_recall", "thumbnails"]
-
 
 def thumbnails(paths: Sequence[Path]) -> NDArray[np.float32]:
     """Pixels of images, float32 (len(paths), 768), from -1 to 1."""

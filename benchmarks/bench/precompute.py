@@ -43,8 +43,6 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["measure"]
-
 _SHARED_TEACHER = "teacher-flickr8k"
 # as the images of Flickr8k get, and those of a data set for a GPU; so few as are here would get 64 and less each
 _CHUNK_ROWS = {"cpu": 256, "cuda": 2048}

@@ -25,8 +25,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BATCH", "CHUNK", "FEW", "LOADERS", "WIDTH", "WINDOW_CHUNKS", "source", "weighed"]
-
 BATCH, CHUNK, WIDTH = 1024, 4096, 512
 WINDOW_CHUNKS = 16  # as TrainConfig has it
 FEW = 65_536  # rows, at most, of the peers that need minutes for a million

@@ -27,8 +27,6 @@ from benchmarks.bench.rival_loaders import CHUNK, FEW, WIDTH, source, weighed
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["measure"]
-
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 8.0  # of a turn, at most
 # name: what the table says, whose environment, of the rows that everyone has or of few, what a reader has to know

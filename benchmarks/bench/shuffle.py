@@ -19,8 +19,6 @@ from benchmarks.bench.harness import Row, Settings
 from benchmarks.bench.perceptron import perceptron_recall, thumbnails
 from teacher_cache.storage.read.shuffle import batches, window_order
 
-__all__ = ["measure"]
-
 BATCH = 1024
 _IN_ORDER, _SORTED = "in the order of the files", "sorted by content"
 

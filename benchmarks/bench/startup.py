@@ -15,8 +15,6 @@ from pathlib import Path
 from benchmarks.bench.big_cache import big_cache
 from benchmarks.bench.harness import Row, Settings, interleave
 
-__all__ = ["measure"]
-
 ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = "import click, rich.console, rich.table, pydantic; pydantic.BaseModel"
 _OPEN = """

@@ -39,8 +39,6 @@ from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.pipeline.train.step import TrainStep
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["measure"]
-
 _STUDENT = "vit-s-32"
 
 

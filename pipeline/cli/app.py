@@ -17,8 +17,6 @@ from teacher_cache.storage.cli.app import app, register
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
 from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, stop_json_logs
 
-__all__ = ["app", "main"]
-
 register(
     "teacher_cache.pipeline.cli",
     ("Cache", "precompute", "caches", "Run a teacher once over a dataset and keep its embeddings."),

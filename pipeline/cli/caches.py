@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
     from teacher_cache.pipeline.precompute.sample_proof import ProofResult
 
-__all__ = ["import_folder", "precompute", "repair", "verify"]
-
 _ROWS_SHOWN = 20
 
 # repair leaves these: precompute finishes a cache, and the owner decides on unknown and unreadable files

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.promote.registry import Candidate, Students
     from teacher_cache.pipeline.promote.retrain import RetrainResult
 
-__all__ = ["promote", "retrain", "retrain_lines", "students"]
-
 _registry = click.argument(
     "registry",
     cls=Argument,

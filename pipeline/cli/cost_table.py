@@ -10,8 +10,6 @@ from teacher_cache.pipeline.evaluate.cost.latency import Ratio
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelCost
 from teacher_cache.storage.cli.app import counted, titled_table
 
-__all__ = ["cost_table"]
-
 
 def cost_table(result: CostResult) -> Table:
     """Return a table with a column per model, and beside it the share or speed relative to the reference."""

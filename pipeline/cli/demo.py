@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from teacher_cache.pipeline.train.loop import StepProgress
 
-__all__ = ["CACHE_NAMES", "RUN_NAMES", "DemoResult", "demo", "demo_table", "run_demo"]
-
 # reaches most of this student's recall in a minute and a half on two cores
 STUDENT = "scenes-small"
 SETTINGS: dict[str, Any] = {

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 
-__all__ = ["ImageScores", "Inference", "deploy", "infer"]
-
 
 @settings_command("deploy", DeployConfig, example="deploy --run runs/a --out deployed/a")
 @json_flag

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
     from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
 
-__all__ = ["evaluate", "zero_shot"]
-
 
 @settings_command("evaluate", EvaluateConfig, example="evaluate --run runs/a --split test")
 @json_flag

@@ -19,8 +19,6 @@ from teacher_cache.storage.cli.app import Argument, Command, complete_cache
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, stop_json_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
 
-__all__ = ["Settings", "log_format_option", "metrics_option", "settings_command"]
-
 _C = TypeVar("_C", bound=StageConfig)
 _Callback = Callable[..., Any]
 _METAVARS = {int: "N", float: "X"}

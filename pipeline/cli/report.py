@@ -18,10 +18,8 @@ from teacher_cache.storage.cli.app import (
     seed_option,
 )
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.observe.progress import StageProgress
-
-__all__ = ["ReportResult", "report"]
 
 
 class ReportResult(BaseModel, frozen=True):

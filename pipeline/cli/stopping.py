@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from teacher_cache.storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError
 from teacher_cache.storage.observe.logs import say
 
-__all__ = ["chunks_committed", "resumable"]
-
 
 @contextmanager
 def resumable(state: Callable[[], str], errors: bool = True) -> Iterator[None]:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.models.inherit.run import InheritResult
     from teacher_cache.pipeline.models.run_record import RunRecord
 
-__all__ = ["student"]
-
 
 @settings_command(
     "inherit",

@@ -20,8 +20,6 @@ from teacher_cache.storage.observe.progress import StageProgress
 if TYPE_CHECKING:
     from teacher_cache.pipeline.train.loop import StepProgress, TrainResult
 
-__all__ = ["train"]
-
 
 @settings_command(
     "train",

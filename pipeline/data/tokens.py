@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["PATTERN", "Clean", "ClipTokenizer", "cleaner", "order_by_length"]
-
 Clean = Literal["lower", "whitespace", "canonicalize"]
 
 _WORDS = 65_536  # cached words: nearly all that captions use

@@ -10,8 +10,6 @@ from teacher_cache.pipeline.deploy.record import Deployment
 from teacher_cache.pipeline.deploy.table import Retained, StudentTable, TableRow, to_markdown
 from teacher_cache.pipeline.models.run_record import AveragedRun
 
-__all__ = ["draw_table", "model_card"]
-
 _COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77"}
 
 

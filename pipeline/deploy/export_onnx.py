@@ -26,8 +26,6 @@ from teacher_cache.pipeline.models.student import Student
 from teacher_cache.pipeline.models.text_length import encode_any_length
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["OPSET", "ExportedTowers", "export_towers"]
-
 OPSET = 20  # the first with Gelu as one node; ONNX Runtime 1.17 and newer run it
 
 # protobuf's limit on one message

@@ -17,17 +17,6 @@ from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, recall_of_ran
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.student import Student
 
-__all__ = [
-    "WANTED_COSINE",
-    "least_cosine",
-    "require_finite",
-    "require_finite_weights",
-    "require_parity",
-    "require_recall",
-    "require_weights",
-    "row_cosines",
-]
-
 _WEIGHTS_ROWS = 32
 
 

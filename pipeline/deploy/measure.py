@@ -44,8 +44,6 @@ from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["Subject", "measure"]
-
 _BATCHES = (1, 32)
 _EMBEDDED_AT_ONCE = 16  # bounds the memory of decoded photographs and activations
 _CPU = torch.device("cpu")

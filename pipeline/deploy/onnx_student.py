@@ -14,8 +14,6 @@ from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from teacher_cache.pipeline.deploy.tokens import runtime_package
 from teacher_cache.pipeline.evaluate.cost.results import captions
 
-__all__ = ["OnnxStudent", "Tower", "towers_of"]
-
 Tower = Literal["image", "text"]
 
 runtime_package("onnxruntime")  # imported now: its memory does not count as the model's

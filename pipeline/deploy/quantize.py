@@ -30,8 +30,6 @@ from teacher_cache.pipeline.deploy.static_int8 import quantize_static
 from teacher_cache.pipeline.deploy.table import Int8Report
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["NotQuantisable", "quantisation_of", "quantize_tower", "strip"]
-
 LEAST_SHARE = 0.5
 """Minimum share of int8 parameters in an int8 file."""
 

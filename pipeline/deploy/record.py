@@ -25,17 +25,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
 
-__all__ = [
-    "RECORD",
-    "Artefact",
-    "Deployment",
-    "DeploymentError",
-    "Tokenization",
-    "Variant",
-    "require_packages",
-    "versions",
-]
-
 RECORD = "deploy.json"
 
 Variant = Literal["fp32", "int8"]

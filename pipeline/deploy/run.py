@@ -41,8 +41,6 @@ from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotCon
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 
-__all__ = ["WEIGHTS", "DeployResult", "calibration_batches", "deploy", "write_files"]
-
 
 class DeployResult(BaseModel, frozen=True):
     """The result of a deployment."""

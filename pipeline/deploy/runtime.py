@@ -23,8 +23,6 @@ from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant
 from teacher_cache.pipeline.deploy.tokens import StudentTokens, runtime_package
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["ImageLike", "StudentRuntime", "probabilities"]
-
 ImageLike: TypeAlias = Image.Image | str | Path | bytes
 """A Pillow image, the path of an image file, or its bytes."""
 

@@ -28,8 +28,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 
-__all__ = ["quantize_static"]
-
 LEADING_SHARE = 0.0015
 """Maximum share of the parameters in leading convolutions that stay float."""
 

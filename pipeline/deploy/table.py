@@ -13,20 +13,6 @@ from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.storage.cli.app import titled_table
 
-__all__ = [
-    "Cosine",
-    "Gate",
-    "Int8Report",
-    "Retained",
-    "Retention",
-    "StudentTable",
-    "TableRow",
-    "cells",
-    "describe",
-    "terminal_table",
-    "to_markdown",
-]
-
 
 class Int8Report(BaseModel, frozen=True):
     """The int8 parts of a quantised tower, read from its file and from ONNX Runtime's graph."""

@@ -21,8 +21,6 @@ from teacher_cache.pipeline.data.tokens import PATTERN, Clean, ClipTokenizer, cl
 from teacher_cache.pipeline.deploy.record import Artefact, Tokenization
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["TOKENIZER_FILE", "StudentTokens", "runtime_package", "tokenization_of"]
-
 TOKENIZER_FILE = "tokenizer.json"
 
 _WORDS = f"(?i){PATTERN}"

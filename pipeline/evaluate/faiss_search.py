@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.nearest import exact_scores
 
-__all__ = ["Engine", "Matches", "find_engine", "row_lengths", "rows_ahead"]
-
 _SPARE = 32  # candidates beyond the depth, for near ties at the last place
 _MOST_CANDIDATES = 256  # FAISS is slow beyond, and limited to 2,048 on a GPU; deeper ranks are counted in float64
 _QUERIES_AT_ONCE = 4_096

@@ -19,17 +19,6 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks
 
-__all__ = [
-    "LEVEL",
-    "RESAMPLES",
-    "Interval",
-    "RecallIntervals",
-    "bootstrap_accuracy_share",
-    "bootstrap_recalls",
-    "bootstrap_share",
-    "resampled_sums",
-]
-
 RESAMPLES = 2000
 LEVEL = 0.95
 

@@ -23,8 +23,6 @@ from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["LabelledDataset", "open_labelled"]
-
 
 @dataclass(frozen=True)
 class LabelledDataset:

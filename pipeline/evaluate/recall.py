@@ -12,16 +12,6 @@ from numpy.typing import NDArray
 from teacher_cache.pipeline.evaluate.faiss_search import Matches, find_engine, row_lengths, rows_ahead
 from teacher_cache.storage.look.nearest import exact_scores
 
-__all__ = [
-    "RECALL_KS",
-    "RetrievalRanks",
-    "first_positive_ranks",
-    "mean_recall",
-    "recall_of_ranks",
-    "retention",
-    "retrieval_recall",
-]
-
 RECALL_KS = (1, 5, 10)
 _ALL_PLACES = int(np.iinfo(np.int32).max)
 

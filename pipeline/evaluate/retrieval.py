@@ -45,10 +45,8 @@ from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.recipes import TEACHER_SPACE_LOSSES, in_teacher_space
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.new_files import out_file
-
-__all__ = ["RANK_DEPTH", "EvaluateResult", "Measured", "TowerResult", "evaluate", "measure", "student_ranks"]
 
 RANK_DEPTH = 100
 """Depth of the ranks in a rank table."""

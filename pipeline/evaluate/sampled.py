@@ -11,8 +11,6 @@ from pydantic import BaseModel
 from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, first_positive_ranks, recall_of_ranks
 from teacher_cache.storage.look.stats import DrawnRows, ReadRows, read_drawn
 
-__all__ = ["RankedRows", "SampledRecall", "rank_rows", "sampled_recall"]
-
 _IMAGES = 5_000
 
 

@@ -31,8 +31,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["BytesEncoder", "CachedTeacher", "Embedded", "EvaluationSplit", "SplitEncoder", "embed", "open_split"]
-
 _ROWS_AT_ONCE = 65_536
 
 Progress = Callable[[str, int, int], None]

@@ -17,8 +17,6 @@ from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.evaluate.split import Embedded, EvaluationSplit
 from teacher_cache.pipeline.models.student import Student
 
-__all__ = ["StudentRows", "projected"]
-
 
 @dataclass(frozen=True)
 class StudentRows:

@@ -32,19 +32,6 @@ from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.nearest import unit_rows
 
-__all__ = [
-    "Classification",
-    "StudentEncoder",
-    "TeacherEncoder",
-    "ZeroShotEncoder",
-    "ZeroShotResult",
-    "class_weights",
-    "classify_dataset",
-    "classify_rows",
-    "common_rows",
-    "zero_shot",
-]
-
 _PROBLEMS_SHOWN = 20
 
 Progress = Callable[[str, int, int], None]

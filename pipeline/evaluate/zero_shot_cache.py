@@ -25,8 +25,6 @@ from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["TeacherRows", "teacher_rows"]
-
 _WAY_OUT = "Name another --cache, or ask for what this one holds (teacher-cache info shows it)."
 
 

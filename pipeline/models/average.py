@@ -20,8 +20,6 @@ from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import require_free
 
-__all__ = ["mean", "mean_student"]
-
 
 def mean(config: MeanConfig) -> RunRecord:
     """Write the mean of finished runs as a run of its own, to be measured, deployed or started from like any other.

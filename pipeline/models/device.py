@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["device_uuid", "image_memory_format", "keep_depthwise_float32", "keep_freed_memory", "resolve_device"]
-
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 

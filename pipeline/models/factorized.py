@@ -18,16 +18,6 @@ from torch import Tensor, nn
 
 from teacher_cache.storage.errors import UsageError
 
-__all__ = [
-    "RANK_KEY",
-    "FactorizedEmbedding",
-    "dense_state",
-    "factorize",
-    "factors_of",
-    "principal_directions",
-    "text_tower",
-]
-
 RANK_KEY = "token_embedding_rank"
 _INIT_STD = 0.02  # as in open_clip's dense token embedding
 

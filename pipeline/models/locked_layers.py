@@ -9,8 +9,6 @@ from torch import nn
 
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["lock_image_layers"]
-
 
 def lock_image_layers(model: nn.Module, unlocked_groups: int) -> list[nn.Module]:
     """Lock all but the last layer groups of an open_clip model's image tower.

@@ -21,8 +21,6 @@ from teacher_cache.pipeline.settings.student import ResizeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import require_free
 
-__all__ = ["resize", "resized"]
-
 
 def resize(config: ResizeConfig) -> RunRecord:
     """Write the student of a finished run, at another image size, as a run to be measured, deployed or started from.

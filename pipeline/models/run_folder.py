@@ -26,10 +26,7 @@ from pydantic import ValidationError
 from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.local import sync
-from teacher_cache.storage.files.location import LocalFiles
-
-__all__ = ["RESUME", "RunFolder"]
+from teacher_cache.storage.files.local import LocalFiles, sync
 
 RESUME = "resume"
 """Folder in a checkpoint with the state that a run needs to resume."""

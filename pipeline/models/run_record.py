@@ -12,20 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.format.identity import CacheIdentity
 
-__all__ = [
-    "CHECKPOINT_CONFIG",
-    "CHECKPOINT_WEIGHTS",
-    "AveragedRun",
-    "BestRecord",
-    "EpochRecord",
-    "ResizedRun",
-    "RunRecord",
-    "Selection",
-    "checkpoint_image_size",
-    "other_settings",
-    "weights_file_sha256",
-]
-
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places and save intervals: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}

@@ -20,8 +20,6 @@ from teacher_cache.pipeline.data.tokens import PATTERN, ClipTokenizer
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["clip_tokenizer", "foreign_model", "load_tokenizer", "require_plain_files", "require_plain_settings"]
-
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 
 

@@ -30,21 +30,6 @@ from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder
 
-__all__ = [
-    "Student",
-    "StudentOutput",
-    "architecture_differences",
-    "build_student",
-    "checkpoint_origin",
-    "load_initial",
-    "load_student",
-    "presets",
-    "save_run",
-    "save_student",
-    "student_config",
-    "student_tokenizer",
-]
-
 # 4.6052 = ln(100), CLIP's ceiling on logit_scale
 MAX_LOG_LOGIT_SCALE = math.log(100)
 

@@ -34,8 +34,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["Encoded", "LiveTeacher", "cached_teacher", "is_surely", "load_teacher", "recorded_name"]
-
 BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")

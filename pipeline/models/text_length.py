@@ -14,8 +14,6 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["can_shorten", "encode_any_length", "encode_by_length", "encode_text", "shorten"]
-
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are reused
 _GROUP = 64  # captions that fill a CPU's cores; smaller groups join the next longer ones
 

@@ -11,8 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["digest_tensors", "write_weights"]
-
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 over name, dtype, shape and bytes of every parameter and persistent buffer, by name."""

@@ -34,8 +34,6 @@ from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.observe.telemetry import submit_input
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["Batch", "ChunkWork", "Prepared", "StretchReader"]
-
 _LOG = logger("precompute")
 _NO_CROP = (np.nan,) * 5
 

@@ -41,8 +41,6 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import long_texts
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["ForeignFolder", "ForeignRows", "MatchCounts", "match_rows"]
-
 Progress = Callable[[str, int, int], None]
 
 _FILES: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}

@@ -33,8 +33,6 @@ from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.write.claims import Claims, claim_name
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["RowTally", "encode_chunks", "encode_claimed", "encode_shared"]
-
 _LOG = logger("precompute")
 
 _BATCHES_AHEAD = 4

@@ -17,8 +17,6 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 
-__all__ = ["Executor", "LocalExecutor", "open_executor"]
-
 
 class Executor(Protocol):
     """Context manager that plans a cache and encodes its chunks. Leaving it releases its resources."""

@@ -51,8 +51,6 @@ from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
 from teacher_cache.storage.write.plan import require_same_plan
 
-__all__ = ["Forecast", "ProbeRate", "epochs_to_pay", "forecast"]
-
 _PROBE_BATCHES = 8  # read to estimate the bytes of tables; one of them is timed, one warms up
 
 

@@ -37,8 +37,6 @@ from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS, Cache
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["ImportResult", "import_rows"]
-
 _ROWS_NAMED = 5
 
 

@@ -34,27 +34,6 @@ from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = [
-    "CROP_SETTINGS",
-    "MOST_SPANS",
-    "PlanSettings",
-    "PlannedDataset",
-    "Progress",
-    "chunk_spans",
-    "dataset_identity",
-    "dataset_tables",
-    "default_batch_rows",
-    "default_chunk_rows",
-    "existing_manifest",
-    "library_versions",
-    "origin_of_reused",
-    "plan_dataset",
-    "plan_precompute",
-    "read_dataset",
-    "require_one_origin",
-    "rows_by_tower",
-]
-
 Progress = Callable[[str, int, int], None]
 
 _LOG = logger("precompute")

@@ -42,8 +42,6 @@ from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.write.claims import claimed_by
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["EncodeActor", "Outcome", "RayExecutor"]
-
 _WAIT_SECONDS = 1.0
 _LOOK_SECONDS = 5.0  # between polls of the cluster for room and of the cache for commits
 _PATIENCE_SECONDS = 600.0  # without a live actor: an autoscaler may need minutes for a GPU machine

@@ -32,8 +32,6 @@ from teacher_cache.storage.write.writer import EmbeddingWriter
 if TYPE_CHECKING:
     from teacher_cache.pipeline.models.teacher import LiveTeacher
 
-__all__ = ["RepairResult", "repair", "teacher_of"]
-
 Progress = Callable[[str, int, int], None]
 
 

@@ -29,17 +29,6 @@ from teacher_cache.storage.look.sampling import stored_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = [
-    "CachedChunks",
-    "CachedRows",
-    "KnownRows",
-    "NotReusableError",
-    "cached_rows",
-    "count_known",
-    "known_rows",
-    "require_reusable",
-]
-
 _MEMORY_BYTES = 256 << 20
 _NOWHERE = -1
 

@@ -21,8 +21,6 @@ from teacher_cache.storage.observe.telemetry import observed
 from teacher_cache.storage.write.plan import require_place
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-__all__ = ["PrecomputeResult", "precompute", "summarize"]
-
 _PROBLEMS_SHOWN = 50
 
 

@@ -39,18 +39,6 @@ from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = [
-    "ProofResult",
-    "ProvableRows",
-    "ProvenReport",
-    "SampleProof",
-    "WrongRow",
-    "cosine",
-    "draw_rows",
-    "fraction_shown",
-    "prove_sample",
-]
-
 _LOG = logger("verify")
 _STREAMS: dict[Tower, int] = {"image": 0, "text": 1}
 Place = tuple[int, int]  # row and view

@@ -26,16 +26,6 @@ from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = [
-    "NOT_SHIPPED",
-    "PromoteResult",
-    "checkpoint_of",
-    "compare",
-    "decide",
-    "promote",
-    "roll_back",
-]
-
 Progress = Callable[[str, int, int], None]
 
 NOT_SHIPPED = "could not be shipped"

@@ -23,8 +23,6 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 
-__all__ = ["Home", "HomeCaches", "NumberedCache"]
-
 _CACHE = re.compile(r"^(\d{4,})\.cache$")
 _RUN = re.compile(r"^(\d{4,})(-\d+)?$")
 

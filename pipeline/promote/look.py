@@ -27,8 +27,6 @@ from teacher_cache.storage.format.identity import DatasetIdentity
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
 
-__all__ = ["Changes", "Look", "look_at"]
-
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
 
 

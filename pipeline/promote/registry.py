@@ -21,8 +21,6 @@ from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 
-__all__ = ["Candidate", "Comparison", "Promotion", "StudentRegistry", "Students"]
-
 _CANDIDATES = "candidates"
 _PROMOTIONS = "promotions"
 

@@ -33,8 +33,6 @@ from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.manifest_file import read_manifest
 
-__all__ = ["RetrainResult", "Retraining", "retrain"]
-
 Progress = Callable[[str, int, int], None]
 
 

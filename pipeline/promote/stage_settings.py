@@ -14,8 +14,6 @@ from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["StageSettings"]
-
 _SET_HERE = {
     "precompute": {
         *("dataset", "teacher", "pretrained", "precision", "dtype", "decoder", "views", "cache", "reuse", "device")

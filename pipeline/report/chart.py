@@ -13,21 +13,6 @@ import altair as alt
 
 from teacher_cache.storage.look.stats import Distribution
 
-__all__ = [
-    "MOST_SERIES",
-    "PALETTES",
-    "Chart",
-    "Theme",
-    "dots",
-    "histogram",
-    "series_colour",
-    "series_scale",
-    "series_shape",
-    "spec_of",
-    "tips",
-    "vega_config",
-]
-
 Theme = Literal["light", "dark"]
 
 # after Okabe & Ito 2008, "Color Universal Design", adjusted to a contrast of 3:1 with the background (text: 4.5:1);

@@ -26,8 +26,6 @@ from teacher_cache.pipeline.report.chart import (
 from teacher_cache.pipeline.report.data import ReportData, RunReport, of_other_data
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["all_charts", "main_chart", "main_chart_png", "newest_evaluations"]
-
 _TOWERS = {"image": "image", "text": "caption"}
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 _PNG_WIDTH, _PNG_SCALE = 560, 2.0

@@ -39,8 +39,6 @@ from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_c
 from teacher_cache.storage.look.stats import CacheStats, DrawnRows, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["ReportOptions", "collect_report"]
-
 _CELLS = 400
 _PAIRS = 12  # each way
 _LOST_NAMED = 200

@@ -13,21 +13,6 @@ from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.storage.look.info import CacheInfo
 from teacher_cache.storage.look.stats import CacheStats
 
-__all__ = [
-    "CoverageCell",
-    "CoverageMap",
-    "LostImage",
-    "MapPoint",
-    "ReportData",
-    "RetrievedPair",
-    "RowMap",
-    "RunReport",
-    "Shown",
-    "Step",
-    "as_utf8",
-    "of_other_data",
-]
-
 
 def as_utf8(text: str) -> str:
     """Return the text with a question mark for each byte of a path that is not UTF-8."""

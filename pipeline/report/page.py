@@ -24,8 +24,6 @@ from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, Report
 from teacher_cache.storage.cli.app import byte_size, counted
 from teacher_cache.storage.look.info import CacheInfo
 
-__all__ = ["render_report"]
-
 _HERE = Path(__file__).parent
 _TABS = ("Overview", "Coverage", "Distributions", "Map", "Retrieval", "Students", "Deployment", "Problems")
 

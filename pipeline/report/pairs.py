@@ -13,8 +13,6 @@ from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.look.nearest import exact_scores, nearest
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["retrieved_pairs"]
-
 _Rows = NDArray[np.int64]
 
 

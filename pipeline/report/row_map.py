@@ -12,8 +12,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.stats import ReadRows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["place_rows", "row_map"]
-
 _DIMENSIONS = 50
 _FEW, _MANY = 10, 6_000  # limits of t-SNE: fewer points have no neighbourhoods, more take minutes
 _PERPLEXITY = 30.0

@@ -15,8 +15,6 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.report.data import RunReport, Step, of_other_data
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["read_deployments", "read_runs", "thinned"]
-
 _STEPS = 1_000
 _TABLE = "table.json"
 _NO_LOSS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "logit_scale"}

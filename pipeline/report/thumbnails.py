@@ -19,8 +19,6 @@ from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, what_pillow_raises
 from teacher_cache.storage.errors import CacheMismatchError
 
-__all__ = ["collect_pictures", "thumbnail"]
-
 _LOG = logging.getLogger(__name__)
 _QUALITY = 72
 _WHITE = (255, 255, 255)

@@ -7,24 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = [
-    "AcceptMismatch",
-    "Checkpoint",
-    "Decoder",
-    "Device",
-    "ImageRoot",
-    "LoaderWorkers",
-    "Precision",
-    "Pretrained",
-    "Rounds",
-    "Seed",
-    "StageConfig",
-    "StoredDtype",
-    "StudentName",
-    "TeacherName",
-    "comma_separated",
-]
-
 
 def comma_separated(value: Any) -> Any:
     """Split a text at its commas (a list on the command line); return any other value unchanged."""

@@ -6,8 +6,6 @@ from pydantic import Field, model_validator
 
 from teacher_cache.pipeline.settings.base import Checkpoint, ImageRoot, Pretrained, Rounds, StageConfig
 
-__all__ = ["DeployConfig"]
-
 
 class DeployConfig(StageConfig):
     """Ship a run's student: ONNX, int8, open_clip weights, tokenizer, and one table of measurements."""

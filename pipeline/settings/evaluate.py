@@ -18,8 +18,6 @@ from teacher_cache.pipeline.settings.base import (
     comma_separated,
 )
 
-__all__ = ["CostConfig", "EvaluateConfig", "ZeroShotConfig"]
-
 
 class EvaluateConfig(StageConfig):
     """Measure the cached teacher, and the student of a run, on one split."""

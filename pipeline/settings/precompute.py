@@ -15,8 +15,6 @@ from teacher_cache.pipeline.settings.base import (
     TeacherName,
 )
 
-__all__ = ["ImportConfig", "PrecomputeConfig", "ProofConfig"]
-
 
 class PrecomputeConfig(StageConfig):
     """Run a teacher once over a dataset."""

@@ -21,8 +21,6 @@ from teacher_cache.pipeline.settings.base import (
     TeacherName,
 )
 
-__all__ = ["PromoteConfig", "RetrainConfig"]
-
 
 class PromoteConfig(StageConfig):
     """Measure a student against the champion, and promote it if it is not worse."""

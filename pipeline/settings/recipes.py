@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["DEFAULT", "LOSS_NAMES", "RECIPES", "RECIPE_SETTINGS", "TEACHER_SPACE_LOSSES", "Recipe", "in_teacher_space"]
-
 # names of teacher_cache.pipeline.train.losses.LOSSES, here so that checking a config needs no torch
 LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
 # losses that compare the student's features with the teacher's, which makes them interchangeable

@@ -18,8 +18,6 @@ from pydantic import ValidationError
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["RUN_FILE_STAGES", "check_config", "did_you_mean", "explicit_settings", "load_config"]
-
 RUN_FILE_STAGES = ("precompute", "train", "evaluate", "retrain")
 
 _C = TypeVar("_C", bound=StageConfig)

@@ -16,8 +16,6 @@ from teacher_cache.pipeline.settings.base import (
     comma_separated,
 )
 
-__all__ = ["InheritConfig", "MeanConfig", "ResizeConfig"]
-
 
 def _check_ascending(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if layers is not None and (not layers or list(layers) != sorted(set(layers))):

@@ -18,8 +18,6 @@ from teacher_cache.pipeline.settings.base import (
 )
 from teacher_cache.pipeline.settings.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 
-__all__ = ["PixelsConfig", "TrainConfig"]
-
 
 class TrainConfig(StageConfig):
     """Train a student from a finished cache. No teacher is loaded.

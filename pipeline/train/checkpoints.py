@@ -35,8 +35,6 @@ from teacher_cache.pipeline.train.step_log import EpochSums, StepLog
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import event, logger
 
-__all__ = ["ResumePoint", "RunWriter", "TrainState", "load_resume_point", "save_resume_point"]
-
 _LOG = logger("train")
 
 _STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_features"]
-
 
 def gather_features(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Join the rows of all ranks, in the order of ranks; differentiable. A single process gets its own tensors back.

@@ -24,8 +24,6 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.observe.telemetry import observed
 
-__all__ = ["launch", "launched_rank"]
-
 Progress = Callable[[Any], None]
 
 # environment variables that torchrun sets

@@ -37,8 +37,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["StepProgress", "TrainResult", "train"]
-
 
 @dataclass(frozen=True)
 class StepProgress:

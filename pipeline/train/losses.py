@@ -22,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "LossInputs", "TeacherQueue", "weighted_sum"]
-
-
 Pair = tuple[Tensor, Tensor]
 """Images and texts, (rows, dim) each; row ``i`` of both belongs to the same pair."""
 

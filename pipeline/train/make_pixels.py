@@ -40,10 +40,9 @@ from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
-from teacher_cache.storage.files.location import LocalFiles, begun_ahead
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.location import begun_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
-
-__all__ = ["PixelsPlan", "PixelsResult", "make_pixels", "plan_pixels"]
 
 _CHUNK_ROWS = 64
 

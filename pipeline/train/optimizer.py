@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightAverage", "adamw", "learning_rate_share", "measured_weights"]
-
 
 def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> float:
     """Return the share of the peak learning rate at a step (from 0): linear warm-up, then cosine to 0."""

@@ -28,15 +28,6 @@ from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.row_set import RowSet
 
-__all__ = [
-    "TrainingCache",
-    "expected_identity",
-    "new_record",
-    "new_student",
-    "recorded_start",
-    "training_images",
-]
-
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "
     "which every checkpoint then records."

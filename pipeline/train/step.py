@@ -24,8 +24,6 @@ from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weight
 from teacher_cache.pipeline.train.optimizer import learning_rate_share
 from teacher_cache.storage.observe.logs import event, logger
 
-__all__ = ["StepValues", "TrainStep"]
-
 _LOG = logger("train")
 
 

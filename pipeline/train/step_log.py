@@ -14,8 +14,6 @@ from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
 from teacher_cache.pipeline.train.step import StepValues
 from teacher_cache.storage.observe.logs import event, logger
 
-__all__ = ["FOLDER", "EpochMeter", "EpochSums", "StepLog"]
-
 _LOG = logger("train")
 
 FOLDER = "tensorboard"

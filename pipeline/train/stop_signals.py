@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self, TypeVar
 
-__all__ = ["StopRequests", "interrupt"]
-
 _Item = TypeVar("_Item")
 
 # timeout(1) sends its signal twice, to the command and to its whole group

@@ -17,8 +17,6 @@ from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, Cach
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.write.claims import CLAIMS, left_claims
 
-__all__ = ["Garbage", "GarbageReport", "collect_garbage", "known_keys"]
-
 
 class Garbage(BaseModel, frozen=True):
     """An object that nothing needs."""

@@ -24,8 +24,6 @@ from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, Cach
 from teacher_cache.storage.format.manifest_file import write_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES
 
-__all__ = ["RepairPlan", "plan_repair", "restore"]
-
 _Remedy = Literal["encode", "restore", "zarr", "table", "drop", "seal", "finish", "none"]
 _TABLES = (f"{SAMPLES}/", f"{CAPTIONS}/", f"{PROBLEMS}/")
 

@@ -55,8 +55,6 @@ from teacher_cache.storage.format.tables import (
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.write.claims import CLAIMS
 
-__all__ = ["Finding", "IntegrityReport", "sound_manifest", "verify_cache"]
-
 _LOG = logger("verify")
 
 # errors about a single object; a store that does not answer ends the verification instead

@@ -22,31 +22,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = [
-    "Argument",
-    "Command",
-    "Group",
-    "app",
-    "byte_size",
-    "cache_argument",
-    "command",
-    "complete_cache",
-    "complete_location",
-    "counted",
-    "every_command",
-    "facts_table",
-    "json_flag",
-    "option",
-    "print_json",
-    "print_lines",
-    "print_result",
-    "rates",
-    "register",
-    "seed_option",
-    "titled_table",
-    "view_option",
-]
-
 PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
 HELP_WIDTH = 100  # columns
 # copy of teacher_cache.storage.format.manifest.MANIFEST_KEY, whose module imports pydantic

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from teacher_cache.storage.look.diff import CacheDiff, Drift
     from teacher_cache.storage.look.export import ExportResult
 
-__all__ = ["diff", "export", "gc", "print_findings", "print_report"]
-
 _SHOWN = 5
 
 

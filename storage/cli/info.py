@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from teacher_cache.storage.look.info import CacheInfo, Coverage
     from teacher_cache.storage.look.listing import CacheListing, ListedCache
 
-__all__ = ["info", "ls"]
-
 _BAR = 24  # characters
 _WIDE = 110
 _COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "size", "age")

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from teacher_cache.storage.look.rows import CaptionRow, ImageRow, Neighbours, RowSample
     from teacher_cache.storage.look.stats import CacheStats, Distribution
 
-__all__ = ["look", "stats"]
-
 _QUANTILES = ("1 %", "50 %", "99 %")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

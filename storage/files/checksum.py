@@ -8,8 +8,6 @@ import numpy as np
 from crc32c import crc32c as _extended
 from numpy.typing import NDArray
 
-__all__ = ["crc32c"]
-
 
 def crc32c(data: bytes | NDArray[Any], before: int = 0) -> int:
     """Return the CRC-32C (RFC 3720) of bytes, or of a contiguous array of any shape and dtype. Nothing is copied.

@@ -14,8 +14,6 @@ from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
 from teacher_cache.storage.files.transient import read_error
 
-__all__ = ["LocalFiles", "sync"]
-
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 

@@ -19,8 +19,6 @@ from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE, CacheFiles
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["LocalFiles", "begun_ahead", "in_parallel", "open_files", "requests_at_once", "results_ahead"]
-
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

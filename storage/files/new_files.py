@@ -12,8 +12,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import sync
 from teacher_cache.storage.files.processes import this_process
 
-__all__ = ["new_folder", "out_file", "require_free"]
-
 
 def require_free(out: Path) -> None:
     """Check that nothing exists at a path.

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ProcessName", "this_process"]
-
 
 class ProcessName(BaseModel):
     """A process, distinct from a later one with the same process id."""

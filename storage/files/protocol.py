@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from teacher_cache.storage.files.processes import ProcessName
 
-__all__ = ["CHUNKS_AT_ONCE", "PARTIAL", "REQUESTS_AT_ONCE", "CacheFiles", "ObjectStat"]
-
 CHUNKS_AT_ONCE = 8
 """Chunks that one process reads in parallel from an object store; each is in memory while it is proven."""
 

@@ -19,8 +19,6 @@ from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
 from teacher_cache.storage.files.stores import CREATING, CREDENTIAL_ADVICE, Failure, forget_store, open_store
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = ["RETRY", "RemoteFiles", "RetryPolicy"]
-
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 

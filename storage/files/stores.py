@@ -17,17 +17,6 @@ from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.transient import TRANSIENT_STATUS
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = [
-    "CREATING",
-    "CREDENTIAL_ADVICE",
-    "AzureFiles",
-    "Failure",
-    "GoogleFiles",
-    "S3Files",
-    "forget_store",
-    "open_store",
-]
-
 _S3 = {"s3", "s3a"}
 CREATING = _S3 | {"memory", "gs", "az", "azure", "abfs", "abfss", "adl"}
 """URL schemes of the stores with exclusive creation: exactly one of several writers creates an object."""

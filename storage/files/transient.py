@@ -6,8 +6,6 @@ import errno
 
 from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, CacheError, CacheUnreachableError
 
-__all__ = ["TRANSIENT_STATUS", "is_transient", "read_error"]
-
 _TRANSIENT_ERRNOS = {
     getattr(errno, name)
     for name in (

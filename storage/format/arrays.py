@@ -24,17 +24,6 @@ from teacher_cache.storage.format.row_rules import has_nan
 if TYPE_CHECKING:
     from teacher_cache.storage.format.layout import Layout
 
-__all__ = [
-    "array_dtype",
-    "decode_object",
-    "encode_object",
-    "given_dtype",
-    "prove_body",
-    "stored_dtype",
-    "stored_form",
-    "zarr_metadata",
-]
-
 # crc32c of any message followed by its own crc32c, little endian: one pass over the object without a copy
 _CRC_RESIDUE = 0x48674BC7
 

@@ -26,8 +26,6 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import CacheManifest
 
-__all__ = ["CommitRecords"]
-
 
 class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
     """Commit records of one cache, in the order of :func:`teacher_cache.storage.format.commits.all_chunks`.

@@ -22,21 +22,6 @@ from teacher_cache.storage.format.identity import canonical_json, with_digest, w
 from teacher_cache.storage.format.layout import CRC_BYTES, SCALE, Layout, Tower, chunk_shape, stored_arrays
 from teacher_cache.storage.format.manifest import CacheManifest
 
-__all__ = [
-    "ChunkCommit",
-    "ChunkRef",
-    "ObjectDigest",
-    "QuarantinedRow",
-    "all_chunks",
-    "commits_sha256",
-    "committed_chunks",
-    "proven_commit",
-    "quarantined_rows",
-    "read_commit",
-    "stretches_of",
-    "target_bytes",
-]
-
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 COMMITS = "commits"
 _FEW_CHUNKS = 16  # up to this number, one request per chunk; a listing is a request per 1,000 commits of the cache

@@ -12,23 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 
-__all__ = [
-    "NAMES_ONLY",
-    "CacheIdentity",
-    "DatasetIdentity",
-    "IdentityDifference",
-    "PreprocessIdentity",
-    "Record",
-    "TargetsIdentity",
-    "TeacherIdentity",
-    "TokenizerIdentity",
-    "ViewsIdentity",
-    "canonical_json",
-    "digest_of",
-    "with_digest",
-    "without_digest",
-]
-
 
 def canonical_json(value: Any) -> bytes:
     """Return UTF-8 JSON with sorted keys and no white space: equal values give equal bytes."""

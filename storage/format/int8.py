@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NO_EMBEDDING", "dequantize", "norm_slack", "quantize", "unit_dequantized"]
-
 NO_EMBEDDING = -128
 """Value in rows without an embedding and in padding, since int8 has no NaN. Embeddings use -127 to 127."""
 

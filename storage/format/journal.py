@@ -19,8 +19,6 @@ from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef
 from teacher_cache.storage.format.identity import canonical_json, with_digest, without_digest
 
-__all__ = ["JOURNAL", "ChunkCost", "ChunkNote", "note_key", "read_cost", "read_note", "write_cost"]
-
 JOURNAL = "journal"
 
 

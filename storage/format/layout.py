@@ -8,8 +8,6 @@ from pydantic import Field
 
 from teacher_cache.storage.format.identity import Record
 
-__all__ = ["ARRAYS", "CRC_BYTES", "SCALE", "VIEW_FIELDS", "Layout", "Tower", "chunk_shape", "stored_arrays"]
-
 CRC_BYTES = 4
 """Bytes of the checksum behind each chunk object."""
 

@@ -18,20 +18,6 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
 from teacher_cache.storage.format.identity import CacheIdentity, Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.layout import Layout
 
-__all__ = [
-    "BACKUP_KEY",
-    "FORMAT_VERSION",
-    "IMPORTED",
-    "IMPORTED_ROWS",
-    "MANIFEST_KEY",
-    "CacheManifest",
-    "Seal",
-    "Source",
-    "StaticFile",
-    "finished_by",
-    "incomplete_message",
-]
-
 FORMAT_VERSION: Final = 3
 """Version that new caches are written in. Versions 1 (float16) and 2 (int8) are read, finished and repaired."""
 MANIFEST_KEY = "manifest.json"

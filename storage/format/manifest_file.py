@@ -10,8 +10,6 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheNotFoundError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 
-__all__ = ["no_cache", "read_manifest", "write_manifest"]
-
 
 def read_manifest(files: CacheFiles) -> CacheManifest:
     """Return the manifest of the cache at this location. Read it once in a run and hand it on.

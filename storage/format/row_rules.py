@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from teacher_cache.storage.format.int8 import NO_EMBEDDING, dequantize, norm_slack
 from teacher_cache.storage.format.layout import SCALE
 
-__all__ = ["UNIT_NORM_TOLERANCE", "has_nan", "is_nan", "wrong_rows"]
-
 # float16 rows of unit vectors: rounding moves the norm by at most 2^-11
 UNIT_NORM_TOLERANCE = 2e-3
 

@@ -26,8 +26,6 @@ from teacher_cache.storage.format.tables import (
     table_keys,
 )
 
-__all__ = ["TableRows"]
-
 _HELD_ROWS = 2 * ROWS_PER_GROUP  # on both sides of a border: some chunks are prepared while earlier ones are written
 
 

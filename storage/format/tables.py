@@ -19,25 +19,6 @@ from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.identity import canonical_json
 from teacher_cache.storage.format.manifest import CacheManifest, StaticFile
 
-__all__ = [
-    "CAPTIONS",
-    "FILES_AT_ONCE",
-    "PROBLEMS",
-    "ROWS_PER_GROUP",
-    "SAMPLES",
-    "captions_sha256",
-    "chunk_rows_sha256",
-    "long_texts",
-    "named_errors",
-    "open_static",
-    "parquet_file",
-    "read_static",
-    "read_table",
-    "samples_sha256",
-    "table_files",
-    "table_keys",
-]
-
 # folder in the cache -> columns; the row column is written down so that a table can be read on its own
 SAMPLES = "samples"
 CAPTIONS = "captions"

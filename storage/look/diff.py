@@ -25,8 +25,6 @@ from teacher_cache.storage.look.stats import Distribution
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["CacheDiff", "Drift", "DriftedRow", "FieldDifference", "RowChange", "diff_caches"]
-
 _NAMED = 20
 _MEMORY_BYTES = 64 << 20  # each chunk is read once per block of rows
 _BLOCK_ROWS = 8_192  # in float64, of both caches: 0.2 GB at a width of 1,024

@@ -24,8 +24,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.sampling import Progress, require_view, stage
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["EXPORT_KEY", "ExportResult", "export_rows"]
-
 EXPORT_KEY = "export.json"
 _ROWS_AT_ONCE = 65_536
 _MEMORY_BYTES = 256 << 20

@@ -31,17 +31,6 @@ from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest, Seal
 from teacher_cache.storage.format.manifest_file import read_manifest
 
-__all__ = [
-    "COMMITS_READ",
-    "NOTES_READ",
-    "CacheInfo",
-    "ChunkState",
-    "Coverage",
-    "chunk_states",
-    "count_committed",
-    "describe_cache",
-]
-
 NOTES_READ = 1000
 """Maximum number of journal notes read per tower. If there are more, evenly spaced ones are read."""
 

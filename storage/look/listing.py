@@ -11,12 +11,11 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError
-from teacher_cache.storage.files.location import LocalFiles, open_files
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import COMMITS, all_chunks, target_bytes
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
-
-__all__ = ["CacheListing", "ListedCache", "list_caches"]
 
 
 class ListedCache(BaseModel, frozen=True):

@@ -12,14 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "exact_scores",
-    "near_pairs",
-    "nearest",
-    "paired_scores",
-    "unit_rows",
-]
-
 _BLOCK_BYTES = 64 << 20
 _KEPT_ROWS = 4_096
 _Floats = NDArray[np.float32]

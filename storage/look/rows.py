@@ -16,8 +16,6 @@ from teacher_cache.storage.look.nearest import nearest, unit_rows
 from teacher_cache.storage.look.sampling import Progress, require_view, row_blocks, stage
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["CaptionRow", "ImageRow", "Neighbours", "RowSample", "find_neighbours", "sample_images"]
-
 _MEMORY_BYTES = 64 << 20  # chunks are read once, in order
 
 _Floats = NDArray[np.float32]

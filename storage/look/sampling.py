@@ -14,8 +14,6 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["Progress", "draw_rows", "require_view", "row_blocks", "stage", "stored_rows"]
-
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 

@@ -17,19 +17,6 @@ from teacher_cache.storage.look.nearest import near_pairs, unit_rows
 from teacher_cache.storage.look.sampling import Progress, draw_rows, require_view, stage, stored_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = [
-    "CacheStats",
-    "Distribution",
-    "DrawnRows",
-    "NearPair",
-    "ReadRows",
-    "TowerStats",
-    "cache_stats",
-    "effective_rank",
-    "read_drawn",
-    "stats_of",
-]
-
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 20
 _PAIRS_NAMED = 20

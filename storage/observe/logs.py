@@ -20,22 +20,6 @@ from typing import Any
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import redact
 
-__all__ = [
-    "LOG_FORMAT",
-    "RUN",
-    "JsonFormatter",
-    "event",
-    "events_are_counted",
-    "events_counted_by",
-    "json_logs",
-    "log_fields",
-    "logger",
-    "say",
-    "start_json_logs",
-    "start_json_logs_if_asked",
-    "stop_json_logs",
-]
-
 LOG_FORMAT = "TEACHER_CACHE_LOG_FORMAT"
 RUN = "TEACHER_CACHE_RUN"
 

@@ -22,8 +22,6 @@ from rich.progress import (
 
 from teacher_cache.storage.observe.logs import event, json_logs, logger
 
-__all__ = ["StageProgress"]
-
 _LOG = logger("progress")
 
 _SECONDS_BETWEEN_LINES = 10.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CONTROL", "MAX_NAME_CHARACTERS", "NOT_TEXT", "printable", "redact"]
-
 _HIDDEN = "***"
 
 # `s3://KEY:SECRET@bucket`: AWS secrets may hold slashes, so everything up to an @ belongs to it, unless what

@@ -28,8 +28,6 @@ from teacher_cache.storage.observe.logs import (
     start_json_logs_if_asked,
 )
 
-__all__ = ["METRICS_HOST", "METRICS_PORT", "Metrics", "observed", "require_metrics", "submit_input"]
-
 METRICS_PORT = "TEACHER_CACHE_METRICS_PORT"
 METRICS_HOST = "TEACHER_CACHE_METRICS_HOST"
 _REQUIRED = "TEACHER_CACHE_METRICS_REQUIRED"

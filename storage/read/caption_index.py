@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheCorruptError
 
-__all__ = ["CaptionIndex"]
-
 _BLOCK = 256
 _ROWS_AT_ONCE = 4096
 

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from teacher_cache.storage.errors import CacheUnreachableError
 from teacher_cache.storage.format.commits import ChunkRef
 
-__all__ = ["ByChunk", "ChunkMemory"]
-
 _Made = TypeVar("_Made")
 _Key = tuple[ChunkRef, str]
 

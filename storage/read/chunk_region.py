@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ChunkRegion"]
-
 # from Linux's <sys/mman.h>; Python's mmap lacks them
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000

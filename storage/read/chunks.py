@@ -26,8 +26,6 @@ from teacher_cache.storage.read.row_places import RowPlaces
 if TYPE_CHECKING:
     from teacher_cache.storage.read.stream_chunks import MappedArray
 
-__all__ = ["ChunkSource"]
-
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to mend it."
 
 

@@ -8,8 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-__all__ = ["ReadAhead"]
-
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 

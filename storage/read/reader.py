@@ -37,8 +37,6 @@ from teacher_cache.storage.read.resident import ResidentRows, load_resident
 from teacher_cache.storage.read.row_set import RowSet
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
 
-__all__ = ["EmbeddingReader"]
-
 _DEFAULT_MEMORY_BYTES = 2 << 30
 
 

@@ -22,8 +22,6 @@ from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.row_places import RowPlaces
 from teacher_cache.storage.read.stream import loads_at_once
 
-__all__ = ["ResidentRows", "load_resident"]
-
 _LEAST_AHEAD = 4  # chunks prefetched, at least
 _REMOTE_AHEAD = 16  # of a store
 _WRITTEN_AT_ONCE = 1 << 28  # bytes

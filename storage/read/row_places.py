@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Layout, Tower
 
-__all__ = ["RowPlaces"]
-
 
 @dataclass(frozen=True)
 class RowPlaces:

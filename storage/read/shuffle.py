@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from teacher_cache.storage.read.chunk_cache import ByChunk
 from teacher_cache.storage.read.row_set import RowSet
 
-__all__ = ["RowDraws", "batches", "epoch_rng", "window_order"]
-
 
 def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
     """Return a counter-based generator for (seed, epoch, stream); two of them never share numbers."""

@@ -23,8 +23,6 @@ from teacher_cache.storage.read.prefetch import ReadAhead
 from teacher_cache.storage.read.row_places import RowPlaces
 from teacher_cache.storage.read.stream_chunks import StreamChunks, open_chunks
 
-__all__ = ["READ_AHEAD_BYTES", "Batch", "Prove", "loads_at_once", "stream_rows"]
-
 READ_AHEAD_BYTES = 64 << 20
 """Default budget of prefetched chunks. A store has twice as much, half of it in flight."""
 

@@ -23,8 +23,6 @@ from teacher_cache.storage.format.layout import CRC_BYTES, Tower
 from teacher_cache.storage.read.chunk_region import ChunkRegion
 from teacher_cache.storage.read.chunks import ChunkSource
 
-__all__ = ["CopiedChunks", "MappedArray", "MappedChunks", "OutputArrays", "StreamChunks", "open_chunks"]
-
 _MOST_MAPPED = 16_384  # chunks of one group; Linux maps some 65,000 files in a process
 _MOST_KEPT = 4_096  # chunks of one array; each takes two mappings at worst, its own and the gap behind it
 

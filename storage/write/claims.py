@@ -25,8 +25,6 @@ from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 
-__all__ = ["CLAIMS", "PLAN", "Claims", "claim_name", "claimed_by", "clear_claims", "left_claims"]
-
 CLAIMS = "claims"
 PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0

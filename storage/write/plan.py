@@ -23,8 +23,6 @@ from teacher_cache.storage.format.manifest_file import read_manifest, write_mani
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
 from teacher_cache.storage.write.claims import CLAIMS, PLAN, Claims
 
-__all__ = ["plan_cache", "require_place", "require_same_plan"]
-
 _PLAN_POLL_SECONDS = 0.2
 _OWN = {MANIFEST_KEY, BACKUP_KEY, SAMPLES, CAPTIONS, PROBLEMS, "targets.zarr", COMMITS, JOURNAL, CLAIMS}
 _NAMED = 3

@@ -33,8 +33,6 @@ from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256
 from teacher_cache.storage.write.claims import clear_claims
 
-__all__ = ["EmbeddingWriter"]
-
 
 class EmbeddingWriter:
     """Writer of the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""

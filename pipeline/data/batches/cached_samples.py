@@ -17,8 +17,6 @@ from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.read.chunk_cache import ByChunk
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["CachedSamples", "SampleRecord", "sample_records"]
-
 # files of a million rows each; remote ones are in memory, compressed
 _OPEN_FILES, _OPEN_FAR = 256, 64
 

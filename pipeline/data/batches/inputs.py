@@ -28,8 +28,6 @@ from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.files.location import results_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["InputLoader", "start_fork_server"]
-
 _ROWS_AHEAD = 16_384  # three seconds at 5,000 rows/s: enough to read the tables of a new window
 
 Tokenizer = Callable[[list[str]], Any]

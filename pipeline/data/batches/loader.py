@@ -13,8 +13,6 @@ from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
 from teacher_cache.pipeline.data.batches.targets import TeacherSource, TeacherTargets
 
-__all__ = ["Batch", "BatchLoader"]
-
 
 class Batch(NamedTuple):
     """Training batch.

@@ -14,8 +14,6 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.row_set import RowSet
 from teacher_cache.storage.read.shuffle import RowDraws, batches, window_order
 
-__all__ = ["PairOrder", "Pairs", "describe_views", "stored_crops", "views_used"]
-
 _CAPTION_STREAM = 2**31  # a random stream that no window of the row order uses
 _VIEW_STREAM = 2**31 + 1
 

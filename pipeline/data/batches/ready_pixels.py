@@ -37,24 +37,10 @@ from teacher_cache.storage.errors import (
     UsageError,
 )
 from teacher_cache.storage.files.checksum import crc32c
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.identity import Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
-
-__all__ = [
-    "PixelFiles",
-    "PixelPlace",
-    "PixelsCommit",
-    "PixelsRecord",
-    "ReadyPixels",
-    "chunk_key",
-    "commit_key",
-    "local_pixels",
-    "pixels_shown",
-    "read_record",
-    "rows_bytes",
-]
 
 RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
 _VERSION = 1

@@ -15,8 +15,6 @@ from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["CachedImages", "StoredImages"]
-
 
 class StoredImages:
     """Stored bytes of images by their records. Thread-safe; holds no table.

@@ -18,8 +18,6 @@ from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["StudentImages"]
-
 
 class StudentImages:
     """Pixels of a cache's images, decoded by the cache's decoder. Holds no table; pickles without the reader.

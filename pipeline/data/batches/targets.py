@@ -14,8 +14,6 @@ from torch import Tensor
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["CachedTeacher", "TeacherSource", "TeacherTargets"]
-
 
 @dataclass(frozen=True)
 class TeacherTargets:

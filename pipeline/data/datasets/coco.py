@@ -28,8 +28,6 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["read"]
-
 _PREFIX = "captions_"
 
 

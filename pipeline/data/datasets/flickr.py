@@ -35,8 +35,6 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["read"]
-
 # not Flickr8k.lemma.token.txt: it holds lemmas, not captions
 _CAPTION_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt", "results_20130124.token")
 _SPLIT_FILES = {

@@ -26,8 +26,6 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["class_folders", "read", "read_classes"]
-
 _WORDS = re.compile(r"[a-z]+")
 # words in the names of folders above the class folders
 _LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}

@@ -27,8 +27,6 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["read"]
-
 
 def read(root: str, *, images: str = "") -> Iterator[Record]:
     """Read the samples of one of Karpathy's files.

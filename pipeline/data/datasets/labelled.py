@@ -41,8 +41,6 @@ from teacher_cache.pipeline.data.datasets.records import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["FORMS", "ClassPrompts", "class_prompts", "list_images", "read"]
-
 FORMS = ("imagefolder", "webdataset", "torchvision")
 ALL_SPLITS = "all"
 _NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -28,19 +28,6 @@ from teacher_cache.pipeline.data.datasets.records import open_text, read_json
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = [
-    "DEFAULT_TEMPLATES",
-    "SAME_ORDER",
-    "Classes",
-    "PromptSet",
-    "filled",
-    "match_classes",
-    "prompt_set",
-    "prompt_sets",
-    "read_class_names",
-    "read_templates",
-]
-
 # three of CLIP's own: with its 7 or 80, every training image would get as many captions
 DEFAULT_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a good photo of a {}.")
 

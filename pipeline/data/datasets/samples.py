@@ -28,8 +28,6 @@ from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
-__all__ = ["DatasetSpec", "ImageSource", "list_samples", "load_samples", "require_content"]
-
 _HASH_THREADS = 8  # hashing releases the GIL; more threads gain nothing on a local disk
 _FETCHES = REQUESTS_AT_ONCE  # parallel requests of a process for remote images, which mostly wait
 _HASH_WINDOW = 8192  # images in flight: bounds the memory for futures

@@ -33,8 +33,6 @@ from teacher_cache.pipeline.data.datasets.records import Problem, Record, read_j
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["IMAGE_SIZE", "Scene", "SceneObject", "describe_scene", "read", "render_scene"]
-
 VERSION = 1  # raise it when drawing or wording changes
 IMAGE_SIZE = 64
 SPLITS = ("train", "dev", "test")

@@ -32,8 +32,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["read"]
-
 # role -> accepted column names, the most likely first
 _COLUMNS = {
     "path": ("path", "filepath", "file_path", "image_path", "image", "file_name", "filename", "uri", "url"),

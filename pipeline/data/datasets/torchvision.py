@@ -22,8 +22,6 @@ from teacher_cache.pipeline.data.datasets.records import Listing, Sample, conten
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["TORCHVISION", "TorchvisionFiles", "list_torchvision"]
-
 # default split -> datasets; "" if torchvision has no splits for them
 _DATASETS = {
     "test": "CIFAR10 CIFAR100 Country211 DTD FER2013 FGVCAircraft FashionMNIST Flowers102 Food101 GTSRB KMNIST MNIST "

@@ -44,8 +44,6 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = ["read", "read_labels"]
-
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")

@@ -32,19 +32,6 @@ from PIL import Image, UnidentifiedImageError
 
 from teacher_cache.storage.observe.safe_text import printable
 
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "UndecodableImageError",
-    "decode_image",
-    "decoded_size",
-    "identified_image",
-    "ignore_pillows_warnings",
-    "load_image",
-    "size_in_words",
-    "what_pillow_raises",
-]
-
 MAX_PIXELS = 178_956_970  # Pillow's own limit for decompression bombs
 Image.init()  # load all plugins: Image.open raises KeyError for the name of an unloaded one
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)

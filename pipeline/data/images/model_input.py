@@ -15,8 +15,6 @@ from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, ignore_pillows_warnings, size_in_words
 
-__all__ = ["RESIZE_MODES", "ModelInput"]
-
 RESIZE_MODES = ("shortest", "longest", "squash")
 
 

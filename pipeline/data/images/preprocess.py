@@ -24,8 +24,6 @@ from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, ScaledJpeg, r
 if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import PreprocessIdentity
 
-__all__ = ["Preprocess", "handed_on", "rows_of_pixels"]
-
 
 @dataclass(frozen=True)
 class Preprocess(ModelInput):

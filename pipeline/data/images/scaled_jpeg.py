@@ -28,8 +28,6 @@ from torch import Tensor
 from teacher_cache.pipeline.data.images.decode import decode_image, identified_image, load_image
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["DECODERS", "JPEG_SCALED", "MARGIN", "PILLOW", "ScaledJpeg", "open_image", "require_decoder"]
-
 PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
 DECODERS = (PILLOW, JPEG_SCALED)
 MARGIN = 3.3  # below 3, a trained teacher's cosines change by more than 0.001

@@ -23,8 +23,6 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pi
 from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 from teacher_cache.storage.format.identity import ViewsIdentity
 
-__all__ = ["Crop", "crop_shown", "draw_crop"]
-
 _TRIES = 10
 _EXACT_BITS = 24  # boxes are stored as float32, which has 24 bits for whole numbers
 

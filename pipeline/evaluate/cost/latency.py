@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pydantic import BaseModel, Field, computed_field
 
-__all__ = ["Ratio", "Timing", "interleaved", "speed_ratio"]
-
 _LOW, _HIGH = 5.0, 95.0
 
 

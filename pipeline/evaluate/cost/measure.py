@@ -19,8 +19,6 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["cost", "measure_cost", "processor"]
-
 _TOWERS = ("images", "texts")
 _ROUNDS_OF_SINGLE = 4  # times as many: calls at batch 1 are short, and users wait for their 95th percentile
 

@@ -20,8 +20,6 @@ from typing import Any
 
 from pydantic import BaseModel, Field, computed_field
 
-__all__ = ["PeakMemory", "ProbeRequest", "measure_peak_memory"]
-
 _CALLS = 2  # of each tower: the first one may leave memory allocated
 
 

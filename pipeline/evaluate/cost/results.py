@@ -11,18 +11,6 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.evaluate.cost.latency import Ratio, Timing
 from teacher_cache.pipeline.evaluate.cost.peak_memory import PeakMemory, ProbeRequest
 
-__all__ = [
-    "CAPTIONS",
-    "CostModel",
-    "CostResult",
-    "MeasuredModel",
-    "ModelCost",
-    "ModelFacts",
-    "SpeedRatios",
-    "TowerFlops",
-    "captions",
-]
-
 CAPTIONS = (
     "a brown dog runs through the tall grass with a ball .",
     "two children play in the sand .",

@@ -26,8 +26,6 @@ from teacher_cache.pipeline.models.student import load_student, student_tokenize
 from teacher_cache.pipeline.models.teacher import BUNDLED, load_teacher
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
 
-__all__ = ["TorchModel", "count_flops", "load_student_model", "load_teacher_model", "loaded", "no_fast_path"]
-
 
 class TorchModel:
     """An open_clip model in float32: a ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.

@@ -42,8 +42,6 @@ from teacher_cache.storage.files.new_files import new_folder, require_free
 from teacher_cache.storage.format.tables import long_texts
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-__all__ = ["InheritResult", "inherit", "inherit_weights", "token_counts"]
-
 _TEXTS_AT_ONCE = 1024
 
 

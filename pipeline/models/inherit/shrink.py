@@ -17,16 +17,6 @@ from torch import Tensor, nn
 
 from teacher_cache.storage.errors import UsageError
 
-__all__ = [
-    "TowerShape",
-    "choose_layers",
-    "most_important",
-    "most_important_channels",
-    "residual_importance",
-    "shrink_blocks",
-    "tower_shape",
-]
-
 
 @dataclass(frozen=True)
 class TowerShape:

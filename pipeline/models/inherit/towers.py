@@ -24,8 +24,6 @@ from teacher_cache.pipeline.models.student import Student
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["Directions", "InheritedPart", "inherit_image", "inherit_scale", "inherit_text"]
-
 _TEXT = ("token_embedding", "positional_embedding", "cls_emb", "transformer", "ln_final", "text_projection")
 # last layer, a Linear to embed_dim, of image towers other than open_clip's transformer
 _HEADS = ("head.proj", "attnpool.c_proj")

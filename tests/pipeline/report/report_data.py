@@ -27,8 +27,6 @@ from tests.conftest import make_identity, plan_known_cache
 from tests.storage.look.test_diff import Picture, make
 from tests.storage.look.test_look import fill
 
-__all__ = ["HOSTILE", "RTL", "odd_report", "report_data", "student_table", "unfinished_report"]
-
 HOSTILE = (
     '<script>document.title="broken"</script><img src=x onerror=alert(1)> & "quotes" \'single\' </script>\u2028end'
 )

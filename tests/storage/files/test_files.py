@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from teacher_cache.storage.errors import CacheAccessError, UsageError
-from teacher_cache.storage.files.location import LocalFiles, open_files
+from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.remote import RemoteFiles

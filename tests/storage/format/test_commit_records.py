@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import ChunkRef, all_chunks, read_commit
 from teacher_cache.storage.format.manifest_file import read_manifest

@@ -15,7 +15,7 @@ from teacher_cache.storage.errors import (
     CacheMismatchError,
     CacheNotFoundError,
 )
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.identity import ViewsIdentity, digest_of
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks
 from teacher_cache.storage.write.claims import CLAIMS, Claims, claimed_by, clear_claims

@@ -34,7 +34,7 @@ from teacher_cache.storage.errors import (
     CacheNotFoundError,
     UsageError,
 )
-from teacher_cache.storage.files.location import LocalFiles
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
