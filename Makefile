@@ -8,7 +8,7 @@ PILLOW ?= $(if $(wildcard .venv/.pillow-simd),simd)
 WORKERS ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean
