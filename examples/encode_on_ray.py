@@ -42,7 +42,7 @@ def encode(config: PrecomputeConfig, span: list[ChunkRef]) -> dict[str, Any]:
 @flow(task_runner=RayTaskRunner(address=os.environ.get("RAY_ADDRESS")), persist_result=False)
 def precompute_on_ray(config: PrecomputeConfig, chunks_per_span: int = 4) -> dict[str, Any]:
     """Make or finish a cache; what it holds, and the chunks that each process encoded."""
-    from teacher_cache.pipeline.precompute.run import summarize
+    from teacher_cache.pipeline.precompute.run import seal_and_summarize
 
     spans = plan.submit(config, chunks_per_span).result()
     # where nodes have GPUs, one each: within `with remote_options(num_gpus=1):` of prefect_ray.context
@@ -50,7 +50,7 @@ def precompute_on_ray(config: PrecomputeConfig, chunks_per_span: int = 4) -> dic
     by_process: dict[int, int] = {}
     for each in done:
         by_process[each["process"]] = by_process.get(each["process"], 0) + each["chunks"]
-    result = summarize(config.cache, sum(by_process.values()), 0.0, config.reuse)
+    result = seal_and_summarize(config.cache, sum(by_process.values()), 0.0, config.reuse)
     return {"images": result.images, "chunks": result.chunks, "by_process": by_process}
 
 

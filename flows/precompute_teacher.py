@@ -126,9 +126,9 @@ def fan_out(config: PrecomputeConfig, spans: list[list[ChunkRef]], share: Share)
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
 def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
     """Seal the finished cache and return its summary."""
-    from teacher_cache.pipeline.precompute.run import summarize
+    from teacher_cache.pipeline.precompute.run import seal_and_summarize
 
-    result = summarize(cache, chunks_encoded, seconds, reuse)
+    result = seal_and_summarize(cache, chunks_encoded, seconds, reuse)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
     return result
 

@@ -48,7 +48,7 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
         *("dataset", "teacher", "pretrained", "cache", "reuse", "views", "dtype", "decoder"),
         *("precision", "batch_size", "device", "executor", "workers"),
     ),
-    example="precompute --dataset coco:data --teacher bundled:scenes --cache coco.cache",
+    example="precompute --dataset coco:data --teacher local-dir:teacher --cache coco.cache",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what it will take: rows, bytes and hours. Exit 1 without room.")
 @metrics_option

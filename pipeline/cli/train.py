@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         *("cache", "student", "out", "split", "image_root", "init", "recipe", "pixels"),
         *("epochs", "batch_size", "learning_rate", "select_split", "precision", "seed", "device", "devices"),
     ),
-    example="train --cache a.cache --student vit-s-32 --out runs/a --set losses.cosine=8",
+    example="train --cache a.cache --student vit-s-32 --out runs/a --set workers=4",
     checked=False,
 )
 @click.option("--resume", is_flag=True, help="Continue the stopped run in --out with its own settings.")
@@ -80,7 +80,8 @@ def _check_split(config: TrainConfig) -> None:
 def _say_what_the_recipe_leaves(settings: Settings[TrainConfig], config: TrainConfig) -> None:
     """Report the settings that override the recipe: losses in a run file are easily forgotten."""
     explicit = settings.explicit()
-    if "recipe" in explicit and (own := sorted(RECIPE_SETTINGS & explicit.keys())):
+    own = sorted(RECIPE_SETTINGS & explicit.keys())
+    if own and ("recipe" in explicit or "losses" in own):
         say(f"recipe {config.recipe}, but for {', '.join(own)}: as given")
 
 

@@ -28,7 +28,7 @@ from teacher_cache.pipeline.precompute.plan import (
     plan_dataset,
     read_dataset,
 )
-from teacher_cache.pipeline.precompute.run import summarize
+from teacher_cache.pipeline.precompute.run import seal_and_summarize
 from teacher_cache.pipeline.precompute.sample_proof import ProvableRows, SampleProof, WrongRow, draw_rows
 from teacher_cache.pipeline.settings.precompute import ImportConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
@@ -105,7 +105,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     manifest, pending = plan_dataset(planned, teacher.device.type, made_with)
     _require_these_rows(manifest, config.cache, known)  # another process may have planned the cache meanwhile
     written = encode_shared(config, teacher, pending, progress, known)
-    made = summarize(config.cache, written, time.perf_counter() - started)
+    made = seal_and_summarize(config.cache, written, time.perf_counter() - started)
     quarantined = np.array([row.row for row in EmbeddingReader(config.cache).quarantined], np.int64)
     lost = int((known.sources["image"][quarantined] >= 0).sum())
     return ImportResult(

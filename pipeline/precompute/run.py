@@ -30,7 +30,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     cache: str
     manifest_digest: str
     replaced_manifest_digest: str | None = Field(
-        description="Digest of the previously sealed cache, if encoded chunks have other bytes."
+        description="Digest that the cache was sealed with before, if damaged chunks were encoded again to other bytes."
     )
     identity_digest: str
     teacher: str
@@ -77,10 +77,10 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         with open_executor(config) as executor:
             pending = executor.plan(config, progress)
             encoded = executor.encode(config, pending, progress)
-        return summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
+        return seal_and_summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
 
 
-def summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
+def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
     """Seal a finished cache and return its content.
 
     Args:

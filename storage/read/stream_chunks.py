@@ -108,7 +108,7 @@ class StreamChunks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Release what the stream used."""
+        """Do nothing; a subclass may release what it holds."""
 
     def load(self, number: int) -> None:
         """Load and prove a chunk. Called by several threads, for different chunks."""

@@ -57,7 +57,7 @@ class Sample:
         sample_id: permanent name of the image, unique in the dataset (a file name, a COCO id, a tar key).
         uri: path relative to the dataset's root, an absolute path, or a URL.
         split: published name of the split, ``""`` if there is none.
-        captions: one or more captions in published order, stripped of surrounding white space.
+        captions: in published order, stripped of surrounding white space. Empty only in ``labelled`` datasets.
         offset: first byte of the image inside ``uri`` (a member of a tar), -1 for the whole file.
         length: number of bytes from ``offset``, -1 for the whole file.
     """

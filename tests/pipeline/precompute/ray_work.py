@@ -21,7 +21,7 @@ from typing import Any
 
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.executors import Executor
-from teacher_cache.pipeline.precompute.run import precompute, summarize
+from teacher_cache.pipeline.precompute.run import precompute, seal_and_summarize
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -220,7 +220,7 @@ class Runs:
                 planned()
                 begun.set()
                 encoded = executor.encode(config, pending)
-            return {"encoded": encoded, "chunks": summarize(config.cache, encoded, 0.0).chunks}
+            return {"encoded": encoded, "chunks": seal_and_summarize(config.cache, encoded, 0.0).chunks}
 
         # as a task of Prefect's in a thread; Ray adds nodes in the main one only
         running = threading.Thread(target=lambda: found.update(_caught(run)))

@@ -243,7 +243,7 @@ def test_a_row_that_fails_in_one_view_is_counted_once_and_not_trained_on(home: H
     pending = plan_precompute(config, teacher)
     teacher.model.encode_image = overflow
     encode_chunks(config, teacher, pending)
-    result = teacher_cache.pipeline.precompute.run.summarize(str(cache), len(pending), 1.0)
+    result = teacher_cache.pipeline.precompute.run.seal_and_summarize(str(cache), len(pending), 1.0)
     assert (result.quarantined, result.problems) == (2, {"not-finite": 1, "undecodable-image": 1})
     reader = EmbeddingReader(str(cache))
     assert [(row.row, row.reason) for row in reader.quarantined] == [(2, "not-finite"), (LOST, "undecodable-image")]

@@ -19,7 +19,7 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
-from teacher_cache.pipeline.precompute.run import precompute, summarize
+from teacher_cache.pipeline.precompute.run import precompute, seal_and_summarize
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef
@@ -206,7 +206,7 @@ def test_rows_that_are_not_numbers_are_quarantined_by_name(
     pending = plan_precompute(settings, teacher)
     teacher.model.encode_image = overflow
     encode_chunks(settings, teacher, pending)
-    summarize(settings.cache, len(pending), 1.0)
+    seal_and_summarize(settings.cache, len(pending), 1.0)
     lost = EmbeddingReader(settings.cache).quarantined
     assert [(row.sample_id, row.reason) for row in lost] == [(f"000{row}.jpg", "not-finite") for row in (1, 2, 5, 6)]
     teacher.model.encode_text = lambda tokens: torch.full((len(tokens), 16), float("nan"))

@@ -32,7 +32,7 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
-from teacher_cache.pipeline.precompute.run import precompute, summarize
+from teacher_cache.pipeline.precompute.run import precompute, seal_and_summarize
 from teacher_cache.pipeline.precompute.sample_proof import prove_sample
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
@@ -320,7 +320,7 @@ def test_repair_brings_back_the_bytes(made: Made, tmp_path: Path) -> None:
     settings = made.config(str(tmp_path / "c"))
     teacher = load_teacher(made.teacher, device="cpu", decoder="jpeg-scaled")
     encode_chunks(settings, teacher, plan_precompute(settings, teacher))
-    summarize(settings.cache, 0, 0.0)
+    seal_and_summarize(settings.cache, 0, 0.0)
     before = cache_digest(tmp_path / "c")
     damaged = tmp_path / "c" / "targets.zarr" / "image" / "embedding" / "c" / "1" / "1" / "0"
     damaged.write_bytes(bytes(damaged.stat().st_size))
@@ -389,7 +389,7 @@ def test_the_example_on_ray_encodes_with_the_decoder_that_is_asked_for(made: Mad
     config = made.config(str(tmp_path / "c"))
     for span in plan.fn(config, 4):
         encode.fn(config, span)
-    summarize(config.cache, 0, 0.0)
+    seal_and_summarize(config.cache, 0, 0.0)
     assert cache_digest(tmp_path / "c") == cache_digest(Path(made.cache))
 
 
