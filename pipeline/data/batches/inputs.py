@@ -6,11 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -111,6 +112,15 @@ def _hidden_main() -> Iterator[None]:
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # a worker decodes one image at a time; more threads compete with the training step
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
+    threading.Thread(target=_end_with_training, name="end with training", daemon=True).start()
+
+
+def _end_with_training() -> None:
+    """End this worker when the training process is killed. Its own parent, the fork server, would live on with it."""
+    training = multiprocessing.parent_process()
+    assert training is not None  # a worker has one
+    connection.wait([training.sentinel])
+    os._exit(1)
 
 
 def _loader(dataset: _Inputs, batches: _Batches, workers: int | None, device: torch.device) -> DataLoader[Any]:

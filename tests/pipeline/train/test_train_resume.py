@@ -145,7 +145,7 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
         assert time.monotonic() < until
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)  # decoders hold the pipe: they end with the process that is killed
     for more, message in (
         (flags, "Go on with it by --resume"),
         (["--resume", "--epochs", "7"], "epochs is 7, the run has 20"),
