@@ -80,8 +80,7 @@ def _check_split(config: TrainConfig) -> None:
 def _say_what_the_recipe_leaves(settings: Settings[TrainConfig], config: TrainConfig) -> None:
     """Report the settings that override the recipe: losses in a run file are easily forgotten."""
     explicit = settings.explicit()
-    own = sorted(RECIPE_SETTINGS & explicit.keys())
-    if own and ("recipe" in explicit or "losses" in own):
+    if "recipe" in explicit and (own := sorted(RECIPE_SETTINGS & explicit.keys())):
         say(f"recipe {config.recipe}, but for {', '.join(own)}: as given")
 
 
