@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt docker/constraints.txt
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: install  ## every promise at reduced counts, in at most 10 minutes on 2 cores
+test: install  ## every promise at reduced counts; 13 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: test  ## every test: make test, then the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
