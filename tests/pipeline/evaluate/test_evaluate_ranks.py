@@ -243,6 +243,14 @@ def test_intervals_are_those_of_the_ranks(home: Path, measured: EvaluateResult) 
     assert measured.student_intervals == bootstrap_recalls(student, split.text_image)
     assert measured.retention_intervals == bootstrap_share(student, teacher, split.text_image)
     assert (measured.interval_level, measured.interval_resamples) == (0.95, 2000)
+    span = measured.teacher_intervals.t2i["R@10"]
+    assert span is not None
+    assert span.low < measured.teacher["t2i"]["R@10"] < span.high
+    assert measured.retention_intervals is not None
+    assert measured.retention is not None
+    kept = measured.retention_intervals.mean
+    assert kept is not None
+    assert kept.low < measured.retention["mean"] < kept.high
 
 
 def test_a_split_measures_any_encoder_as_evaluate_does(home: Path, measured: EvaluateResult) -> None:

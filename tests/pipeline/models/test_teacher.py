@@ -93,6 +93,21 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
     assert resolve_device("auto").type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("mode", "width", "height", "crop"),
+    [
+        ("shortest", 64, 48, (0, 5 * 64 / 42, 48, 32 * 64 / 42, 0)),
+        ("shortest", 30, 90, (30, 0, 30, 30, 0)),
+        ("shortest", 64, 64, (0, 0, 64, 64, 0)),
+        ("longest", 64, 48, (-8, 0, 64, 64, 0)),
+        ("squash", 64, 48, (0, 0, 48, 64, 0)),
+    ],
+)
+def test_evaluation_crop_by_hand(mode: str, width: int, height: int, crop: tuple[float, ...]) -> None:
+    preprocess = Preprocess(CLIP.size, CLIP.mean, CLIP.std, resize_mode=mode)
+    assert preprocess.evaluation_crop(width, height) == pytest.approx(crop)
+
+
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 @pytest.mark.parametrize("source", [(60, 100), (101, 57), (33, 33), (20, 90)])

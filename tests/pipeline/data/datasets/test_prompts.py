@@ -84,6 +84,7 @@ def test_the_shipped_sets_are_clip_benchmarks() -> None:
         original = Path(str(published.locate_file(f"clip_benchmark/datasets/{file.name}")))
         assert file.read_bytes() == original.read_bytes()
     assert (prompts._SHIPPED / "LICENSE").read_text().startswith("MIT License")
+    assert len(prompts.prompt_sets()) > 20
 
 
 def test_names_match_whatever_their_marks_and_order() -> None:
