@@ -15,7 +15,7 @@ import click
 from teacher_cache.pipeline.train.stop_signals import interrupt
 from teacher_cache.storage.cli.app import app, register
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
-from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, stop_json_logs
+from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, start_text_logs, stop_logs
 
 register(
     "teacher_cache.pipeline.cli",
@@ -46,6 +46,7 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
+        start_text_logs()  # before open_clip is imported, which adds a handler where there is none
         start_json_logs_if_asked()
         sys.exit(app.main(prog_name="teacher-cache", standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -64,7 +65,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(1)
     finally:
-        stop_json_logs()
+        stop_logs()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
 from teacher_cache.storage.cli.app import Argument, Command, complete_cache
-from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, stop_json_logs
+from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
 
 _C = TypeVar("_C", bound=StageConfig)
@@ -172,7 +172,7 @@ def _choose_log_format(ctx: click.Context, param: click.Parameter, chosen: str) 
         start_json_logs()
     else:  # the environment may say json
         os.environ.pop(LOG_FORMAT, None)
-        stop_json_logs()
+        start_text_logs()
 
 
 def _choose_metrics_port(ctx: click.Context, param: click.Parameter, port: int | None) -> None:

@@ -6,6 +6,7 @@ Tokenizers of ``transformers`` may come with Python code: it is never run, and a
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,9 @@ from open_clip.tokenizer import SimpleTokenizer
 from teacher_cache.pipeline.data.tokens import PATTERN, ClipTokenizer
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
+
+# it writes its warnings itself and passes them on too: each would appear twice
+logging.getLogger("huggingface_hub").handlers.clear()
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 

@@ -1,7 +1,8 @@
 """Output of commands on stderr: lines for people, or one JSON object per line for machines.
 
 Events go to the loggers below ``teacher_cache`` of Python's own logging. They are written once :func:`start_json_logs`
-is called or a program attaches a handler of its own; the record's attribute ``fields`` holds the fields of an event.
+is called or a program attaches a handler of its own; the record's attributes ``event`` and ``fields`` hold the message
+and the fields of an event. Lines for people leave events out: the results of commands say the same.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from teacher_cache.storage.errors import UsageError
@@ -47,7 +50,7 @@ class JsonFormatter(logging.Formatter):
             "time": time,
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": getattr(record, "event", None) or record.getMessage(),
             "run": _run_of_this_process(),
             **_bound,
             **getattr(record, "fields", {}),
@@ -57,8 +60,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_plain(line), ensure_ascii=False, allow_nan=False)
 
 
+class _LineFormatter(logging.Formatter):
+    """One record as one line for people: ``warning: open_clip: ...``. Our own name is left out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        source = record.name.partition(".")[0]
+        if source == "root":  # open_clip logs through the root logger
+            source = Path(record.pathname).parent.name
+        named = "" if source == _ROOT.name else f"{source}: "
+        return redact(f"{record.levelname.lower()}: {named}{' '.join(record.getMessage().split())}")
+
+
 class _Stderr(logging.Handler):
     """A handler that writes to the current ``sys.stderr``."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
 
     def emit(self, record: logging.LogRecord) -> None:
         # one write per line: other processes may share this stderr
@@ -66,8 +85,9 @@ class _Stderr(logging.Handler):
         sys.stderr.flush()
 
 
-_handler = _Stderr()
-_handler.setFormatter(JsonFormatter())
+_json_lines = _Stderr(JsonFormatter())
+_text_lines = _Stderr(_LineFormatter())
+_text_lines.addFilter(lambda record: not hasattr(record, "fields"))
 
 
 def logger(name: str) -> logging.Logger:
@@ -84,7 +104,9 @@ def event(log: logging.Logger, level: int, message: str, **fields: Any) -> None:
     if _count is not None:
         _count(message, fields)
     if log.isEnabledFor(level):
-        log.log(level, "%s", message, extra={"fields": fields})
+        # in full for the handlers of a program, or of a library, that know nothing of fields
+        text = ", ".join(f"{name} {value}" for name, value in fields.items())
+        log.log(level, "%s", f"{message}: {text}" if text else message, extra={"event": message, "fields": fields})
 
 
 @contextmanager
@@ -115,6 +137,15 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)  # noqa: T201
 
 
+def suggest_next(*words: str) -> None:
+    """Say which ``teacher-cache`` command to type next, quoted for a shell. Not for results in JSON.
+
+    Args:
+        words: the verb, its options and their values; one to be filled in is written in capitals: ``RUN``.
+    """
+    say(f"next: teacher-cache {shlex.join(words)}")
+
+
 @contextmanager
 def log_fields(**fields: Any) -> Iterator[None]:
     """Add these fields to every event of this process while the block runs; inner blocks add theirs."""
@@ -129,18 +160,36 @@ def log_fields(**fields: Any) -> Iterator[None]:
 
 def json_logs() -> bool:
     """Return whether this process writes JSON to stderr."""
-    return _handler in _ROOT.handlers
+    return _json_lines in _ROOT.handlers
 
 
 def start_json_logs() -> None:
     """Write JSON lines to stderr from now on, in this process and in those that it starts."""
     os.environ[LOG_FORMAT] = "json"
     if not json_logs():
-        _ROOT.addHandler(_handler)
-        _ROOT.setLevel(logging.INFO)
-        _ROOT.propagate = False
-        if not logging.root.handlers:  # warnings of libraries too, unless a program handles them
-            logging.root.addHandler(_handler)
+        _write_by(_json_lines, logging.INFO)
+
+
+def start_text_logs() -> None:
+    """Write warnings to stderr as lines for people, ours and those of libraries."""
+    _write_by(_text_lines, logging.NOTSET)
+
+
+def stop_logs() -> None:
+    """Leave the records to the handlers of the program."""
+    _write_by(None, logging.NOTSET)
+
+
+def _write_by(handler: logging.Handler | None, level: int) -> None:
+    for log in (_ROOT, logging.root):
+        log.removeHandler(_json_lines)
+        log.removeHandler(_text_lines)
+    _ROOT.setLevel(level)
+    _ROOT.propagate = handler is None
+    if handler is not None:
+        _ROOT.addHandler(handler)
+        if not logging.root.handlers:  # records of libraries too, unless a program handles them
+            logging.root.addHandler(handler)
 
 
 def start_json_logs_if_asked() -> None:
@@ -154,16 +203,6 @@ def start_json_logs_if_asked() -> None:
         raise UsageError(f"{LOG_FORMAT} is {chosen!r}: text or json is wanted")
     if chosen == "json":
         start_json_logs()
-
-
-def stop_json_logs() -> None:
-    """Write lines for people again."""
-    if not json_logs():
-        return
-    _ROOT.removeHandler(_handler)
-    logging.root.removeHandler(_handler)
-    _ROOT.setLevel(logging.NOTSET)
-    _ROOT.propagate = True
 
 
 def _run_of_this_process() -> str:

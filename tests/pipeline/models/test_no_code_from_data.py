@@ -6,6 +6,7 @@ import ast
 import gc
 import io
 import json
+import logging
 import os
 import pickle
 import sys
@@ -279,3 +280,8 @@ def test_no_source_of_ours_could_run_data(path: Path) -> None:
             assert given.get("weights_only") == "True"
         if name.endswith("create_model") and "benchmarks" not in path.parts:
             assert given.get("weights_only") == "True" or given.get("load_weights") == "False", f"line {call.lineno}"
+
+
+def test_the_hub_does_not_write_its_warnings_a_second_time() -> None:
+    hub = logging.getLogger("huggingface_hub")
+    assert (hub.handlers, hub.propagate) == ([], True)

@@ -179,7 +179,7 @@ def test_what_is_not_a_number_names_the_rows(
     monkeypatch.setitem(losses.LOSSES, "feature", loss)
     with pytest.raises(FloatingPointError, match=rf"step 1: {message}\. Image rows \[\d+, .*\], caption rows \["):
         train(config(cache, student_file, tmp_path / "run", losses={"feature": 1.0}))
-    (fields,) = [vars(record)["fields"] for record in caplog.records if record.getMessage() == "not finite"]
+    (fields,) = [vars(record)["fields"] for record in caplog.records if vars(record).get("event") == "not finite"]
     assert len(fields["image_rows"]) == len(fields["caption_rows"]) == 8
     assert "rows" not in fields  # in other events first, and one past the last
 

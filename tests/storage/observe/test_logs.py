@@ -23,7 +23,9 @@ from teacher_cache.storage.observe.logs import (
     say,
     start_json_logs,
     start_json_logs_if_asked,
-    stop_json_logs,
+    start_text_logs,
+    stop_logs,
+    suggest_next,
 )
 
 LOG = logger("test")
@@ -35,7 +37,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(RUN, "nightly-7")
     start_json_logs()
     yield
-    stop_json_logs()
+    stop_logs()
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -96,6 +98,41 @@ def test_without_it_stderr_is_for_people_and_events_go_nowhere(capsys: pytest.Ca
     assert capsys.readouterr().err == "a line\n"
 
 
+def test_an_event_has_its_fields_for_a_handler_that_knows_nothing_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    event(LOG, logging.WARNING, "problem in the dataset", kind="missing-file", where="a.png")
+    event(LOG, logging.WARNING, "100% odd")
+    assert caplog.messages == ["problem in the dataset: kind missing-file, where a.png", "100% odd"]
+
+
+def test_a_line_for_people_names_the_library_and_appears_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events are left out, and a library that calls ``basicConfig``, as open_clip does, adds no handler."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    start_text_logs()
+    try:
+        logging.info("of no interest")
+        logging.warning("from the root\nlogger")
+        logging.getLogger("library.part").warning("cannot reach https://me:pw@host/x")
+        event(LOG, logging.WARNING, "problem in the dataset", where="a.png")
+        LOG.warning("again in 0.5 s")
+        assert len(logging.root.handlers) == 1
+    finally:
+        stop_logs()
+    folder = Path(__file__).parent.name
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {folder}: from the root logger",
+        "warning: library: cannot reach https://***@host/x",
+        "warning: again in 0.5 s",
+    ]
+    assert not logging.root.handlers
+
+
+def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    suggest_next("train", "--cache", "my caches/a.cache", "--student", "STUDENT")
+    assert capsys.readouterr().err == "next: teacher-cache train --cache 'my caches/a.cache' --student STUDENT\n"
+
+
 def test_a_process_that_is_started_by_one_with_json_logs_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LOG_FORMAT, "text")
     start_json_logs_if_asked()
@@ -105,7 +142,7 @@ def test_a_process_that_is_started_by_one_with_json_logs_has_them(monkeypatch: p
     try:
         assert json_logs()
     finally:
-        stop_json_logs()
+        stop_logs()
 
 
 def test_a_format_that_is_none_is_refused_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
