@@ -14,7 +14,7 @@ import yaml
 
 from teacher_cache.pipeline.cli import app as _app  # noqa: F401 - registers the commands
 from teacher_cache.pipeline.data.datasets import ADAPTERS
-from teacher_cache.pipeline.models.student import presets
+from teacher_cache.pipeline.settings.names import presets
 from teacher_cache.storage.cli.app import every_command
 
 ROOT = Path(__file__).parents[1]

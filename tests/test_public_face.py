@@ -74,7 +74,7 @@ def test_the_wheel_works_beside_a_users_own_pipeline_storage_and_flows(wheel: Pa
     code = (
         "import teacher_cache, pipeline, storage, flows\n"
         "from teacher_cache import Cache, StudentRuntime, precompute\n"
-        "from teacher_cache.pipeline.models.student import presets\n"
+        "from teacher_cache.pipeline.settings.names import presets\n"
         "assert [each.MINE for each in (pipeline, storage, flows)] == ['pipeline', 'storage', 'flows']\n"
         "assert 'vit-s-32' in presets()\n"
         "print(teacher_cache.__file__)\n"

@@ -14,7 +14,7 @@ import click
 
 from teacher_cache.pipeline.train.stop_signals import interrupt
 from teacher_cache.storage.cli.app import app, register
-from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
+from teacher_cache.storage.errors import CacheError, CacheNotFoundError, MissingPackageError, UsageError
 from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, start_text_logs, stop_logs
 
 register(
@@ -52,7 +52,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except UsageError as error:
+    except (UsageError, CacheNotFoundError) as error:  # a path without a cache is a wrong setting
         say(f"error: {error}")
         sys.exit(2)
     except ModuleNotFoundError as error:

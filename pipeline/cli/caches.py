@@ -56,7 +56,6 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
 @json_flag
 def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
     """Stop it at any time and run it again to continue."""
-    _check_dataset(config.dataset)
     if dry_run:
         _forecast(config, as_json)
         return
@@ -84,7 +83,6 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
 
     Stop it at any time and run it again to continue.
     """
-    _check_dataset(config.dataset)
     with resumable(chunks_committed(config.cache)):
         from teacher_cache.pipeline.precompute.import_folder import import_rows  # as above
 
@@ -165,17 +163,6 @@ def repair(cache: str, as_json: bool, **options: Any) -> None:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
     if not result.ok:
         sys.exit(1)
-
-
-def _check_dataset(dataset: str) -> None:
-    """Check the kind and options of a dataset before torch is imported.
-
-    Raises:
-        UsageError: it cannot be parsed.
-    """
-    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
-
-    DatasetSpec.parse(dataset)
 
 
 def _refuse_without_sample(flags: dict[str, Any]) -> None:

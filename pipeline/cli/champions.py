@@ -17,11 +17,13 @@ from teacher_cache.storage.cli.app import (
     command,
     counted,
     json_flag,
+    of_kind,
     print_json,
     print_result,
     titled_table,
 )
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import REGISTRY
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.progress import StageProgress
 
@@ -33,6 +35,7 @@ _registry = click.argument(
     "registry",
     cls=Argument,
     default="students",
+    callback=of_kind(REGISTRY),
     metavar="[REGISTRY]",
     described=f"{PromoteConfig.model_fields['registry'].description} Default: students.",
 )

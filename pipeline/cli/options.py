@@ -14,14 +14,23 @@ import click
 from pydantic.fields import FieldInfo
 
 from teacher_cache.pipeline.settings.base import StageConfig
+from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
+from teacher_cache.pipeline.settings.names import check_device, check_student, check_teacher
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.cli.app import Argument, Command, complete_cache
+from teacher_cache.storage.errors import CacheNotFoundError, UsageError
+from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, misplaced
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
 
 _C = TypeVar("_C", bound=StageConfig)
 _Callback = Callable[..., Any]
 _METAVARS = {int: "N", float: "X"}
+# settings that name a place, and the kind that must be there, if anything is
+_PLACES = {"cache": CACHE, "reuse": CACHE, "run": RUN, "registry": REGISTRY, "deployed": DEPLOYED}
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,10 @@ class Settings(Generic[_C]):
         return explicit_settings(self.stage, self.run_file, self.flags, self.assignments)
 
     def load(self) -> _C:
-        """Return the checked settings."""
-        return load_config(self.kind, self.stage, self.run_file, self.flags, self.assignments)
+        """Return the checked settings; see :func:`check_names` too."""
+        config = load_config(self.kind, self.stage, self.run_file, self.flags, self.assignments)
+        check_names(config)
+        return config
 
 
 def settings_command(
@@ -90,6 +101,66 @@ def settings_command(
     return decorate
 
 
+def check_names(config: StageConfig) -> None:
+    """Check the names and places in settings before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: a dataset, teacher, student, device, path or split cannot be used.
+        CacheError: a cache that must exist cannot be read.
+    """
+    named: dict[str, Any] = {name: value for name, value in config if value is not None}
+    places = _PLACES | ({"out": RUN} if isinstance(config, TrainConfig) else {})
+    for name in places.keys() & named.keys():
+        if problem := misplaced(named[name], places[name], type(config).model_fields):
+            raise UsageError(problem)
+    check_device(named.get("device", "cpu"))
+    if "dataset" in named and not isinstance(config, ZeroShotConfig):
+        check_dataset(named["dataset"])
+    if "teacher" in named:
+        check_teacher(named["teacher"], named.get("pretrained"))
+    if "student" in named:
+        check_student(named["student"])
+    if isinstance(config, PrecomputeConfig):
+        from teacher_cache.storage.write.plan import require_place
+
+        require_place(open_files(config.cache))
+    elif not isinstance(config, ZeroShotConfig):
+        _check_splits(named)
+
+
+def check_dataset(dataset: str) -> None:
+    """Check the kind and options of a dataset.
+
+    Raises:
+        UsageError: it cannot be parsed.
+    """
+    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+
+    DatasetSpec.parse(dataset)
+
+
+def _check_splits(named: dict[str, Any]) -> None:
+    """Check that the run is one, and that the cache has the splits."""
+    from teacher_cache.pipeline.models.run_folder import RunFolder
+    from teacher_cache.storage.format.manifest_file import read_manifest
+
+    cache = named.get("cache")
+    if "run" in named:
+        record = RunFolder(named["run"]).read()
+        cache = cache or record.config.cache
+    if cache is None:
+        return
+    try:
+        manifest = read_manifest(open_files(cache))
+    except CacheNotFoundError:
+        if "cache" in named:
+            raise
+        return  # a run whose cache has moved: the command says so
+    for name in ("split", "select_split"):
+        if name in named:
+            manifest.require_split(named[name], cache)
+
+
 class _SettingsCommand(Command):
     """Command that knows the settings without a flag, and explains when one is typed as a flag."""
 
@@ -104,7 +175,9 @@ class _SettingsCommand(Command):
         except click.NoSuchOption as error:
             setting = error.option_name.lstrip("-").replace("-", "_")
             flags = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
-            similar = get_close_matches(setting, [*self.fields, *(flag.lstrip("-") for flag in flags)], n=1)
+            initials = {"".join(word[0] for word in field.split("_")): field for field in self.fields}
+            similar = [initials[setting]] if setting in initials else []
+            similar += get_close_matches(setting, [*self.fields, *(flag.lstrip("-") for flag in flags)], n=1)
             advice = ""
             if similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
                 advice = f" Did you mean {flag}?"
@@ -145,7 +218,7 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     elif get_origin(kind) is tuple:
         settings["metavar"] = "N,N,..."
     else:
-        settings["type"] = kind
+        # a text, which the settings convert and check: one wording of mistakes for flags and run files
         settings["metavar"] = _METAVARS.get(kind)
     return click.Option([flag, name], **settings)
 

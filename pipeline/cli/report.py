@@ -13,12 +13,14 @@ from teacher_cache.storage.cli.app import (
     cache_argument,
     command,
     json_flag,
+    of_kind,
     option,
     print_result,
     seed_option,
 )
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles
+from teacher_cache.storage.files.places import DEPLOYED, RUN
 from teacher_cache.storage.observe.progress import StageProgress
 
 
@@ -35,8 +37,10 @@ class ReportResult(BaseModel, frozen=True):
 
 @command("report", example="report coco.cache --run runs/a --deployed deployed/a --out report.html")
 @cache_argument()
-@option("--run", "Folder of a training run to show. May be repeated.", multiple=True)
-@option("--deployed", "Folder of a deployed student to show. May be repeated.", multiple=True)
+@option("--run", "Folder of a training run to show. May be repeated.", multiple=True, callback=of_kind(RUN))
+@option(
+    "--deployed", "Folder of a deployed student to show. May be repeated.", multiple=True, callback=of_kind(DEPLOYED)
+)
 @option("--out", "HTML file to write or replace.", "report.html")
 @option("--image-root", "Folder or URL of the images, if they moved. Default: the recorded place.")
 @option("--split", "Split of statistics, map and pairs. Default: all.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 @json_flag
 def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     """Stop it at any time and continue it with --resume."""
-    config = _resumed(settings) if resume else settings.load()
     if not resume:
-        _say_what_the_recipe_leaves(settings, config)
-        _check_split(config)
+        _say_what_the_recipe_leaves(settings.explicit())
+    config = _resumed(settings) if resume else settings.load()
 
     def state() -> str:
         return _saved_steps(config.out)
@@ -61,27 +60,10 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     print_result(result.record, as_json, lambda _: _lines(result))
 
 
-def _check_split(config: TrainConfig) -> None:
-    """Check the cache and the name of the split before torch is imported.
-
-    Raises:
-        CacheNotFoundError: no cache is at this location.
-        UsageError: the cache has no such split.
-    """
-    from teacher_cache.storage.files.location import open_files
-    from teacher_cache.storage.format.manifest_file import read_manifest
-
-    splits = read_manifest(open_files(config.cache)).identity.dataset.splits
-    if config.split not in splits:
-        names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
-        raise UsageError(f"{config.cache}: no split {config.split!r}; this cache has {names}")
-
-
-def _say_what_the_recipe_leaves(settings: Settings[TrainConfig], config: TrainConfig) -> None:
+def _say_what_the_recipe_leaves(explicit: dict[str, Any]) -> None:
     """Report the settings that override the recipe: losses in a run file are easily forgotten."""
-    explicit = settings.explicit()
     if "recipe" in explicit and (own := sorted(RECIPE_SETTINGS & explicit.keys())):
-        say(f"recipe {config.recipe}, but for {', '.join(own)}: as given")
+        say(f"recipe {explicit['recipe']}, but for {', '.join(own)}: as given")
 
 
 def _lines(result: TrainResult) -> list[str]:

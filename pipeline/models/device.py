@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from teacher_cache.pipeline.settings.names import no_such_device
 from teacher_cache.storage.errors import UsageError
 
 # glibc's malloc.h
@@ -31,7 +32,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UsageError(f"device {name!r} asked for, but this machine has {count} CUDA devices; use --device cpu")
+            raise no_such_device(name, count)
     elif device.type != "cpu":
         raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device

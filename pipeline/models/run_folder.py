@@ -27,6 +27,7 @@ from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles, sync
+from teacher_cache.storage.files.places import RUN, misplaced, similar_names
 
 RESUME = "resume"
 """Folder in a checkpoint with the state that a run needs to resume."""
@@ -149,8 +150,10 @@ class RunFolder:
         """
         try:
             return RunRecord.model_validate_json((self.path / _RECORD).read_bytes())
-        except FileNotFoundError as error:
-            raise UsageError(f"{self.path}: no run here ({_RECORD} not found). Train one with --out.") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            place = str(self.path)
+            none = f"{place}: no run here ({_RECORD} not found).{similar_names(place)} Train one with --out."
+            raise UsageError(misplaced(place, RUN) or none) from error
         except ValidationError as error:
             raise UsageError(f"{self.path / _RECORD}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.format.identity import CacheIdentity
 
@@ -16,11 +17,8 @@ _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest"
 # places and save intervals: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
 
+# beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
-
-
-CHECKPOINT_CONFIG = "open_clip_config.json"
-"""Files of a student in a checkpoint, with open_clip's names."""
 
 
 class Selection(BaseModel, frozen=True):

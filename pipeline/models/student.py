@@ -23,10 +23,11 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, factorize, factors_of
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS, RunRecord
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
 from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, require_plain_settings
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, presets, unknown_student
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder
 
@@ -183,14 +184,6 @@ class Student(nn.Module):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def presets() -> dict[str, Path]:
-    """Return the shipped student configs by name."""
-    # in an installed wheel they are in the package, in a clone at the top
-    packaged = Path(__file__).parents[1] / "configs" / "students"
-    folder = packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs" / "students"
-    return {path.stem: path for path in sorted(folder.glob("*.json"))}
-
-
 def student_config(name: str) -> dict[str, Any]:
     """Return the open_clip model config of a student, ``token_embedding_rank`` included.
 
@@ -205,15 +198,12 @@ def student_config(name: str) -> dict[str, Any]:
     if path is None:
         config = open_clip.get_model_config(name)
         if config is None:
-            raise UsageError(
-                f"student {name!r} is not known: presets are {', '.join(presets())}; or give an open_clip model name "
-                "or the path of a model config ending in .json"
-            )
+            raise unknown_student(name)
         return dict(config)
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UsageError(f"student {name!r}: no such file; presets are {', '.join(presets())}") from error
+        raise unknown_student(name) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"student {name!r}: not JSON: {error}") from error
     if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):

@@ -30,11 +30,12 @@ from teacher_cache.pipeline.models.safe_loading import (
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.base import Precision
+from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher, nearest
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 from teacher_cache.storage.observe.safe_text import printable
 
-BUNDLED = {"bundled:scenes": Path(__file__).parent / "scenes_teacher"}
+_USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 
@@ -216,19 +217,13 @@ def load_teacher(
     where = resolve_device(device)
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
-    path = BUNDLED.get(name)
-    schema = name.partition(":")[0] if ":" in name else ""
-    if path is None and schema not in ("", "hf-hub", "local-dir"):
-        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}")
-    if schema and pretrained:
-        raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
-    if not schema and not pretrained:
-        known = open_clip.list_pretrained_tags_by_model(name)
-        tags = f"one of {', '.join(known)}" if known else "a tag or a weights file"
-        raise UsageError(f"{what} needs --pretrained, {tags}; without weights it would be random")
+    check_teacher(name, pretrained, open_clip.list_models)
+    path, schema = BUNDLED.get(name), name.partition(":")[0] if ":" in name else ""
+    if not schema:
+        _require_weights(name, pretrained, what)
     source = f"local-dir:{path}" if path else name
     with foreign_model(what), warnings.catch_warnings():
-        quick_gelu = not schema and get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        quick_gelu = not schema and get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu", False)
         architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
         require_plain_settings(architecture, what)
         if source.startswith("local-dir:"):
@@ -252,6 +247,26 @@ def load_teacher(
     if quick_gelu:
         architecture = {**architecture, "quick_gelu": True}
     return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, decoder)
+
+
+def _require_weights(name: str, pretrained: str | None, what: str) -> None:
+    """Check that ``pretrained`` is one of open_clip's tags for a built-in model, or a file.
+
+    Raises:
+        UsageError: it is neither, or missing.
+    """
+    model = name.replace("/", "-")
+    tags = sorted(open_clip.list_pretrained_tags_by_model(model), key=_by_use)
+    known = f"one of {', '.join(tags)}, or a weights file" if tags else "a weights file: open_clip has no tag for it"
+    if not pretrained:
+        raise UsageError(f"{what} needs --pretrained, {known}; without weights it would be random")
+    if not get_pretrained_cfg(model, pretrained) and not Path(pretrained).is_file():
+        hint = nearest(pretrained, tags) or f" Give {known}"
+        raise UsageError(f"{what}: --pretrained {printable(pretrained)!r} is no tag of it and no file.{hint}")
+
+
+def _by_use(tag: str) -> int:
+    return next((place for place, start in enumerate(_USUAL_TAGS) if tag.startswith(start)), len(_USUAL_TAGS))
 
 
 def recorded_name(name: str) -> str:

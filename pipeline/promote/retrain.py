@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.deploy.record import RECORD, Deployment, require_packages
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, weights_file_sha256
+from teacher_cache.pipeline.models.run_record import weights_file_sha256
 from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.precompute.reuse import NotReusableError
 from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
@@ -27,6 +27,7 @@ from teacher_cache.pipeline.promote.home import Home
 from teacher_cache.pipeline.promote.look import Look, look_at
 from teacher_cache.pipeline.promote.registry import Candidate, StudentRegistry
 from teacher_cache.pipeline.promote.stage_settings import StageSettings
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheCorruptError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import RUN_FILE, misplaced
 
 RUN_FILE_STAGES = ("precompute", "train", "evaluate", "retrain")
 
@@ -38,7 +39,8 @@ def load_config(
             message names the file and each setting.
     """
     where = f"{path} [{stage}]" if path else stage
-    return check_config(kind, explicit_settings(stage, path, flags, assignments), where)
+    typed = {name for name, value in flags.items() if value is not None}
+    return check_config(kind, explicit_settings(stage, path, flags, assignments), where, typed)
 
 
 def explicit_settings(
@@ -51,7 +53,7 @@ def explicit_settings(
     """
     settings: dict[str, Any] = {}
     if path is not None:
-        tables = _read_tables(path)
+        tables = _read_tables(path, flags)
         if "cache" in tables and stage != "retrain":
             settings["cache"] = tables["cache"]
         settings |= tables.get(stage, {})
@@ -60,11 +62,12 @@ def explicit_settings(
     return settings | {name: value for name, value in flags.items() if value is not None}
 
 
-def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
+def check_config(kind: type[_C], settings: dict[str, Any], where: str, typed: Collection[str] = ()) -> _C:
     """Return settings by name as a checked object.
 
     Args:
         where: origin of the settings for messages: a run file and its table.
+        typed: settings that were typed as flags; messages name the flag.
 
     Raises:
         UsageError: a setting is missing, unknown or wrong.
@@ -72,7 +75,7 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str) -> _C:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        problems = [_problem(kind, dict(problem), where) for problem in error.errors()]
+        problems = [_problem(kind, dict(problem), where, typed) for problem in error.errors()]
         raise UsageError(f"{where}: " + "; ".join(problems)) from error
 
 
@@ -82,11 +85,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
+def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such run file") from error
+    except IsADirectoryError as error:
+        raise UsageError(misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -124,14 +129,31 @@ def _toml_value(text: str) -> Any:
         return text  # --set split=test needs no quotes
 
 
-def _problem(kind: type[StageConfig], problem: dict[str, Any], where: str) -> str:
+# pydantic's kinds of problems in our words
+_WORDS = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "{input!r} is not a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "{input!r} is not a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "{input!r} is neither true nor false"),
+    "literal_error": "{input!r} is not one of {expected}",
+    "greater_than": "must be greater than {gt:g}, not {input}",
+    "greater_than_equal": "must be {ge:g} or more, not {input}",
+    "less_than": "must be less than {lt:g}, not {input}",
+    "less_than_equal": "must be {le:g} or less, not {input}",
+}
+
+
+def _problem(kind: type[StageConfig], problem: dict[str, Any], where: str, typed: Collection[str]) -> str:
     """Describe one of pydantic's problems, with the next step."""
     name = ".".join(str(part) for part in problem["loc"])
+    field = name.partition(".")[0]
+    flag = f"--{field.replace('_', '-')}"
     if problem["type"] == "missing":
         stage = where.rpartition("[")[2].rstrip("]")
         or_file = " or set it in a run file" if stage in RUN_FILE_STAGES else ""
-        return f"{name} is missing: give --{name.replace('_', '-')}{or_file}"
+        return f"{name} is missing: give {flag}{or_file}"
     if problem["type"] == "extra_forbidden":
         return f"{name} is not a setting{did_you_mean(name, kind.model_fields)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
+    if problem["type"] in _WORDS:
+        message = _WORDS[problem["type"]].format(input=problem["input"], **problem.get("ctx", {}))
+    return f"{flag if field in typed else name}: {message}" if name else message

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, misplaced, typed_as
 from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
 HELP_WIDTH = 100  # columns
-# copy of teacher_cache.storage.format.manifest.MANIFEST_KEY, whose module imports pydantic
-_MANIFEST_KEY = "manifest.json"
 
 _Callback = Callable[..., Any]
 _F = TypeVar("_F", bound=_Callback)
@@ -50,6 +50,15 @@ class Command(click.Command):
     def __init__(self, *args: Any, example: str = "", **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.example = example
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after the command. A path in the place of an option is answered with its option."""
+        ctx.allow_extra_args = True
+        if extra := super().parse_args(ctx, args):
+            if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
+                raise UsageError(advice)
+            raise click.UsageError(f"Unexpected words: {' '.join(extra)}", ctx)
+        return extra
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the parameters, arguments first."""
@@ -211,7 +220,7 @@ def complete_location(incomplete: str) -> list[str]:
         return []
     before = incomplete.removesuffix(start) if start else incomplete
     return [
-        f"{before}{path.name}{'' if (path / _MANIFEST_KEY).is_file() else '/'}"
+        f"{before}{path.name}{'' if (path / MANIFEST_KEY).is_file() else '/'}"
         for path in paths
         if start.startswith(".") or not path.name.startswith(".")
     ]
@@ -227,11 +236,23 @@ def command(name: str | None = None, example: str = "") -> Callable[[_Callback],
     return click.command(name, cls=Command, example=example)
 
 
+def of_kind(wanted: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback that refuses paths where another kind of place is, before anything is imported."""
+
+    def check(ctx: click.Context, param: click.Parameter, typed: Any) -> Any:
+        for location in typed if isinstance(typed, tuple) else (typed or "",):
+            if problem := misplaced(location, wanted, [str(other.name) for other in ctx.command.params]):
+                raise UsageError(problem)
+        return typed
+
+    return check
+
+
 def cache_argument(
     name: str = "cache", described: str = "Folder or URL of the cache.", **settings: Any
 ) -> Callable[[_F], _F]:
     """Return a decorator that adds the argument for a cache, which shells complete."""
-    settings.setdefault("metavar", "CACHE")
+    settings = {"metavar": "CACHE", "callback": of_kind(CACHE), **settings}
     return click.argument(name, cls=Argument, described=described, shell_complete=complete_cache, **settings)
 
 

@@ -35,7 +35,9 @@ _COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "si
 
 
 @command("ls", example="ls caches")
-@cache_argument("location", "Folder or URL to search. Default: the current folder.", metavar="[PATH]", default=".")
+@cache_argument(
+    "location", "Folder or URL to search. Default: the current folder.", metavar="[PATH]", default=".", callback=None
+)
 @option("--depth", "Levels of folders to search.", 4, least=0)
 @json_flag
 def ls(location: str, depth: int, as_json: bool) -> None:

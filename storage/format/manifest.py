@@ -14,14 +14,14 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError
+from teacher_cache.storage.errors import CacheCorruptError, CacheFormatError, UsageError
+from teacher_cache.storage.files.places import BACKUP_KEY as BACKUP_KEY
+from teacher_cache.storage.files.places import MANIFEST_KEY as MANIFEST_KEY
 from teacher_cache.storage.format.identity import CacheIdentity, Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.layout import Layout
 
 FORMAT_VERSION: Final = 3
 """Version that new caches are written in. Versions 1 (float16) and 2 (int8) are read, finished and repaired."""
-MANIFEST_KEY = "manifest.json"
-BACKUP_KEY = "manifest.backup.json"
 IMPORTED = "imported"
 """Key of ``made_with``: which rows were imported, for people. Caches that copy such rows have it too."""
 IMPORTED_ROWS = "imported_rows_sha256"
@@ -120,6 +120,17 @@ class CacheManifest(Record):
     def sealed(self) -> bool:
         """True once the cache is complete and its bytes are fixed."""
         return self.seal is not None
+
+    def require_split(self, split: str, location: str) -> None:
+        """Check that the dataset has a split.
+
+        Raises:
+            UsageError: it has not. The message lists the splits.
+        """
+        splits = self.identity.dataset.splits
+        if split not in splits:
+            names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
+            raise UsageError(f"{location}: no split {split!r}; this cache has {names}")
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ describes the cache.
 from __future__ import annotations
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheNotFoundError
+from teacher_cache.storage.files.places import CACHE, misplaced, similar_names
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 
@@ -42,9 +43,11 @@ def read_manifest(files: CacheFiles) -> CacheManifest:
 
 def no_cache(location: str) -> CacheNotFoundError:
     """Return the error about a location without a cache."""
+    if other := misplaced(location, CACHE):
+        return CacheNotFoundError(other)
     return CacheNotFoundError(
-        f"{location}: no cache here ({MANIFEST_KEY} not found). Check the path, or start one with "
-        "teacher-cache precompute --cache."
+        f"{location}: no cache here ({MANIFEST_KEY} not found).{similar_names(location)} Check the path, or start one "
+        "with teacher-cache precompute --cache."
     )
 
 

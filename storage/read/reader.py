@@ -199,10 +199,8 @@ class EmbeddingReader:
         return rows
 
     def _rows_of_split(self, split: str) -> RowSet:
-        total, splits = self.manifest.layout.image_rows, self.manifest.identity.dataset.splits
-        if split not in splits:
-            names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
-            raise UsageError(f"{self.location}: no split {split!r}; this cache has {names}")
+        self.manifest.require_split(split, self.location)
+        total = self.manifest.layout.image_rows
         rows, at = RowSet(total), 0
         for part in self.column(SAMPLES, "split"):
             rows.add(at, pc.fill_null(pc.equal(part, split), False).to_numpy()[: max(total - at, 0)])

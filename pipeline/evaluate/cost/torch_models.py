@@ -23,8 +23,9 @@ from teacher_cache.pipeline.evaluate.cost.results import MeasuredModel, ModelFac
 from teacher_cache.pipeline.models.device import image_memory_format, resolve_device
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
-from teacher_cache.pipeline.models.teacher import BUNDLED, load_teacher
+from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
+from teacher_cache.pipeline.settings.names import BUNDLED
 
 
 class TorchModel:

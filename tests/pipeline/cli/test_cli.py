@@ -107,17 +107,11 @@ def test_what_a_recipe_does_not_set_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["info", "nothing.cache"], 1, "nothing.cache: no cache here"),
-        (["verify", "nothing.cache"], 1, "nothing.cache: no cache here"),
         (["precompute", "--teacher", "ViT-B-32"], 2, "dataset is missing: give --dataset or set it in a run file"),
         (["student", "inherit", "--student=s", "--out=o"], 2, "inherit: teacher is missing: give --teacher\n"),
-        (["precompute", "--dataset", "x", "--teacher", "t", "--cache", "c"], 2, "error: "),
         (["precompute", "absent.toml"], 2, "absent.toml: no such run file"),
-        (["train", "--cache", "nothing.cache", "--student", "vit-s-32", "--out", "o"], 1, "no cache here"),
         (["evaluate"], 2, "nothing to evaluate"),
-        (["evaluate", "--run", "nothing"], 2, "nothing: no run here"),
         (["info", "foo://x"], 2, "foo://x: no store is known by foo:"),
-        (["precompute", "."], 2, ".: cannot be read"),
         (["fly"], 2, "No such command"),
     ],
 )
@@ -161,7 +155,7 @@ def test_looking_at_a_cache_loads_no_torch(known_cache: Path) -> None:
         ("precompute = 3", r"precompute = 3 must be a table \[precompute\]"),
         ("[training]\n", r"unknown table \[training\]; did you mean train\?"),
         ('[precompute]\ndatasett = "x"\n', r"\[precompute\]: .*datasett is not a setting; did you mean dataset\?"),
-        ("[precompute]\nbatch_size = 0\n", "batch_size: Input should be greater than 0"),
+        ("[precompute]\nbatch_size = 0\n", "batch_size: must be greater than 0, not 0"),
     ],
 )
 def test_a_wrong_run_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:

@@ -66,8 +66,12 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str) -> None
     ("name", "pretrained", "message"),
     [
         ("ViT-B-32", None, "needs --pretrained, one of .*openai.*; without weights it would be random"),
-        ("ViT-B-32", "no-such-tag", "cannot be loaded: .*no-such-tag"),
-        ("local-dir:/nowhere", None, "cannot be loaded: .*/nowhere"),
+        (
+            "ViT-B-32",
+            "no-such-tag",
+            "--pretrained 'no-such-tag' is no tag of it and no file. Give one of openai",
+        ),
+        ("local-dir:/nowhere", None, "no open_clip_config.json in /nowhere"),
         ("local-dir:/nowhere", "openai", "brings its own weights"),
         ("bundled:nothing", None, "use .* or bundled:scenes"),
         ("ftp:x", None, "use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH"),

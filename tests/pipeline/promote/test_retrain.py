@@ -163,7 +163,7 @@ def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None
         ({"split": "tset"}, r"no split 'tset' \(split\); there are train, test"),
         ({"home": "s3://bucket/home"}, "local folder"),
         ({"deploy": {"rounds": 0}}, "rounds"),
-        ({"precompute": {"crop_flip": 2}}, "precompute: crop_flip: Input should be less than or equal to 1"),
+        ({"precompute": {"crop_flip": 2}}, "precompute: crop_flip: must be 1 or less, not 2"),
         ({"precompute": {"views": 2}}, "precompute: views: set by retraining itself"),
         ({"train": {"out": "x"}}, "train: out: set by retraining itself"),
     ):

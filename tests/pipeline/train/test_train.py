@@ -192,7 +192,7 @@ def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path)
 
     refused(r"no split 'val'; this cache has 'train' \(32 images\), 'test' \(8 images\)", split="val")
     refused(r"split 'test' has 8 images, fewer than one batch of 9. Lower --batch-size", split="test", batch_size=9)
-    refused(r"student 'no-such' is not known: presets are .*vit-s-32", student="no-such")
+    refused(r"student 'no-such' is not known\. Presets are .*vit-s-32", student="no-such")
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     refused("it lacks vision_cfg, text_cfg", student=tmp_path / "half.json")
     (tmp_path / "typo.json").write_text(json.dumps({**TINY_MODEL, "vision_cfg": {"widht": 3}}))

@@ -1,0 +1,85 @@
+"""Kinds of places: what lies at a local path, told by the record in it. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+MANIFEST_KEY, BACKUP_KEY = "manifest.json", "manifest.backup.json"
+
+CACHE, RUN, DEPLOYED, REGISTRY = "cache", "run", "deployed student", "registry of students"
+RUN_FILE = "run file"
+_RECORDS = {MANIFEST_KEY: CACHE, BACKUP_KEY: CACHE, "run.json": RUN, "deploy.json": DEPLOYED}
+_RECORDS |= {"candidates": REGISTRY}
+_ENDINGS = {".toml": RUN_FILE, ".csv": "table", ".tsv": "table", ".parquet": "table", ".tar": "tar of images"}
+# the field in a record that names where the place comes from
+_ORIGINS = {RUN: ("run.json", "config", "cache"), DEPLOYED: ("deploy.json", "run")}
+# how each kind is typed: --SETTING VALUE
+_TYPED = {CACHE: ("cache", ""), RUN: ("run", ""), DEPLOYED: ("deployed", ""), "table": ("dataset", "table:")}
+
+
+def kind_of(location: str) -> str:
+    """Return the kind of what lies at a local path. Empty: a URL, nothing, or nothing known."""
+    if "://" in location:
+        return ""
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return next((kind for name, kind in _RECORDS.items() if (path / name).exists()), "")
+    return _ENDINGS.get(path.suffix.lower(), "file") if path.is_file() else ""
+
+
+def described(location: str) -> str:
+    """Return a sentence without its end: ``r1 is a run, of b.cache``. Empty if :func:`kind_of` is."""
+    kind = kind_of(location)
+    return f"{location} is a {kind}{', of ' + origin if (origin := _origin(location, kind)) else ''}" if kind else ""
+
+
+def typed_as(location: str, settings: Collection[str]) -> str:
+    """Return ``r1 is a run: --run r1`` if a command has a setting for what lies here. Empty: it has none."""
+    setting, prefix = _TYPED.get(kind_of(location), ("", ""))
+    return f"{described(location)}: --{setting} {prefix}{location}" if setting in settings else ""
+
+
+def misplaced(location: str, wanted: str, settings: Collection[str] = ()) -> str:
+    """Return what is wrong with a path where another kind is wanted. Empty: nothing is known to be.
+
+    Args:
+        settings: settings of the command; one of them may take what lies here.
+    """
+    if kind_of(location) in ("", wanted):
+        return ""
+    return typed_as(location, settings) or f"{described(location)}; a {wanted} is wanted here"
+
+
+def similar_names(location: str) -> str:
+    """Return `` Did you mean b.cache?`` for a path where nothing is, if its folder holds a similar name."""
+    path = Path(location).expanduser()
+    if "://" in location or path.exists() or not path.parent.is_dir():
+        return ""
+    close = get_close_matches(path.name, list(_names(path.parent)), n=1)
+    return f" Did you mean {Path(location).with_name(close[0])}?" if close else ""
+
+
+def _names(folder: Path) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries if not entry.name.startswith("."))
+    except OSError:
+        return
+
+
+def _origin(location: str, kind: str) -> str:
+    """Return the place that a record names, relative to the working directory if it is below it."""
+    if kind not in _ORIGINS:
+        return ""
+    name, *fields = _ORIGINS[kind]
+    try:
+        value = json.loads((Path(location).expanduser() / name).read_bytes())
+        for field in fields:
+            value = value[field]
+        return str(Path(value).relative_to(Path.cwd())) if Path(value).is_relative_to(Path.cwd()) else str(value)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""

@@ -1,0 +1,154 @@
+"""Typing errors: what is said, with which exit code, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.storage.files.places import described, kind_of, misplaced, similar_names
+from tests.conftest import plan_known_cache
+
+TRAIN = "train --cache known.cache --student scenes-small --out o"
+PRECOMPUTE = "precompute --teacher bundled:scenes --cache new.cache --dataset"
+TEACHER = "precompute --dataset flickr:x --cache new.cache --teacher"
+CASES = [
+    # dataset, teacher, student, device
+    (f"{PRECOMPUTE} flikr:x", 2, "dataset kind 'flikr' is not known"),
+    (f"{TEACHER} ViT-B32", 2, "teacher 'ViT-B32': no open_clip model has this name. Did you mean ViT-B-32, "),
+    (f"{TEACHER} ViT-B32 --pretrained openai", 2, "Did you mean ViT-B-32, "),
+    (f"{TEACHER} zzz", 2, "no open_clip model has this name. There are EVA01-g-14, "),
+    (f"{TEACHER} bundled:scene", 2, "'bundled:scene': use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundl"),
+    (f"{TEACHER} bundled:scenes --pretrained x", 2, "brings its own weights; leave pretrained ('x') out"),
+    (f"{TEACHER} local-dir:no", 2, "teacher 'local-dir:no': no open_clip_config.json in no. Name the folder of an"),
+    (f"{TEACHER} local-dir:r1", 2, "teacher 'local-dir:r1': r1 is a run, of known.cache. Name the folder of an"),
+    (TRAIN.replace("scenes-small", "vit-ti32"), 2, "Did you mean vit-ti-32, ViT-"),
+    (TRAIN.replace("scenes-small", "vit-ti32"), 2, "Presets are vit-ti-32, vit-s-32, "),
+    (TRAIN.replace("scenes-small", "x.json"), 2, "student 'x.json': no such file. Presets are effnet-lite0-t1"),
+    (TRAIN.replace("scenes-small", "zzz"), 2, "student 'zzz' is not known. Presets are "),
+    (TRAIN.replace("scenes-small", "checkpoint"), 2, "is a checkpoint: write checkpoint/open_clip_config.json"),
+    (f"{TRAIN} --device cuda", 2, "device 'cuda' asked for, but this machine has 0 CUDA devices; use --device cpu"),
+    (f"{TRAIN} --device gpu", 2, "--device: device 'gpu' is not known; use auto, cpu, cuda or cuda:N"),
+    (f"{TRAIN} --recipe guid", 2, "--recipe: recipe 'guid' is not known; there are default, guide, clip-kd, mobile"),
+    # values: the message names what was typed
+    (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),
+    (f"{TRAIN} --epochs 0", 2, "train: --epochs: must be greater than 0, not 0\n"),
+    (f"{TRAIN} --set epochs=0", 2, "train: epochs: must be greater than 0, not 0\n"),
+    (f"{TRAIN} --learning-rate x", 2, "train: --learning-rate: 'x' is not a number\n"),
+    (f"{TRAIN} --set precision=amp", 2, "train: precision: 'amp' is not one of 'fp32' or 'bf16'\n"),
+    (f"{TRAIN} --set compile=perhaps", 2, "train: compile: 'perhaps' is neither true nor false\n"),
+    (f"{TRAIN} --lr 0.1", 2, "No such option '--lr'. Did you mean --learning-rate?"),
+    (f"{TRAIN} --bs 8", 2, "No such option '--bs'. Did you mean --batch-size?"),
+    # splits and places
+    (
+        f"{TRAIN} --split trian",
+        2,
+        "known.cache: no split 'trian'; this cache has 'train' (8 images), ",
+    ),
+    (f"{TRAIN} --select-split dve", 2, "known.cache: no split 'dve'"),
+    ("evaluate --cache known.cache --split dve", 2, "known.cache: no split 'dve'"),
+    ("info nothing", 2, "nothing: no cache here (manifest.json not found). Check the path"),
+    ("info known.cach", 2, "known.cach: no cache here (manifest.json not found). Did you mean known.cache? Check"),
+    (TRAIN.replace("known", "nothing"), 2, "nothing.cache: no cache here"),
+    ("info r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    ("verify pairs.csv", 2, "error: pairs.csv is a table; a cache is wanted here\n"),
+    ("stats shipped", 2, "error: shipped is a deployed student, of r1; a cache is wanted here\n"),
+    ("report r1", 2, "error: r1 is a run, of known.cache: --run r1\n"),
+    ("report known.cache --run known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
+    ("students list known.cache", 2, "error: known.cache is a cache; a registry of students is wanted here\n"),
+    ("evaluate r1", 2, "error: r1 is a run, of known.cache: --run r1\n"),
+    ("evaluate known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
+    ("evaluate folder", 2, "error: folder: is a folder, not a run file\n"),
+    ("evaluate --run known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
+    ("evaluate --run r11", 2, "r11: no run here (run.json not found). Did you mean r1? Train one with --out."),
+    ("deploy r1", 2, "error: r1 is a run, of known.cache: --run r1\n"),
+    ("deploy r7", 2, "Error: Unexpected words: r7\n"),
+    ("promote --run r1 --registry known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
+    (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache: --cache known.cache\n"),
+    (f"{PRECOMPUTE} flickr:x --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    (f"{PRECOMPUTE} flickr:x --cache folder", 2, "folder: contains x, but a cache needs a folder of its own."),
+]
+
+# all commands in one process, where importing torch is an error
+ALL = """
+import contextlib, io, json, sys
+sys.modules |= dict.fromkeys(("torch", "torchvision", "altair"))
+from teacher_cache.pipeline.cli.app import main
+answers = {}
+for words in json.load(sys.stdin):
+    sys.argv = ["teacher-cache", *words]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            answers[" ".join(words)] = end.code, said.getvalue()
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache, a run, a checkpoint, a deployed student, a table and a strange folder."""
+    here = tmp_path_factory.mktemp("places")
+    plan_known_cache(here / "known.cache")
+    for name in ("r1", "checkpoint", "shipped", "folder"):
+        (here / name).mkdir()
+    (here / "r1/run.json").write_text(json.dumps({"config": {"cache": str(here / "known.cache")}}))
+    (here / "shipped/deploy.json").write_text('{"run": "r1"}')
+    (here / "checkpoint/open_clip_config.json").write_text("{}")
+    (here / "folder/x").write_text("")
+    (here / "pairs.csv").write_text("path,caption\n")
+    return here
+
+
+@pytest.fixture(scope="module")
+def answers(places: Path) -> dict[str, tuple[int, str]]:
+    words = [shlex.split(command) for command, _, _ in CASES]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALL], input=json.dumps(words), cwd=places, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return {command: tuple(answer) for command, answer in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize(("command", "code", "message"), CASES)
+def test_a_typing_error_is_answered_before_torch_is_imported(
+    command: str, code: int, message: str, answers: dict[str, tuple[int, str]]
+) -> None:
+    assert (answers[command][0], message in answers[command][1]) == (code, True), answers[command]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("known.cache", "cache"),
+        ("r1", "run"),
+        ("shipped", "deployed student"),
+        ("pairs.csv", "table"),
+        ("folder/x", "file"),
+        ("folder", ""),
+        ("nothing", ""),
+        ("s3://bucket/known.cache", ""),
+    ],
+)
+def test_a_place_is_told_by_what_lies_in_it(
+    name: str, kind: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    assert kind_of(name) == kind
+    assert described(name).startswith(f"{name} is a {kind}" if kind else "")
+    assert bool(misplaced(name, "nothing of these")) == bool(kind)
+
+
+def test_only_names_in_the_same_folder_are_suggested(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(places)
+    assert similar_names("known.cach") == " Did you mean known.cache?"
+    assert similar_names(f"{places}/knwn.cache") == f" Did you mean {places}/known.cache?"
+    assert similar_names("known.cache") == similar_names("zzz") == similar_names("nowhere/known") == ""
