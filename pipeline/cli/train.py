@@ -9,6 +9,7 @@ import click
 
 from teacher_cache.pipeline.cli.options import Settings, log_format_option, metrics_option, settings_command
 from teacher_cache.pipeline.cli.stopping import resumable
+from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
@@ -45,6 +46,8 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
         return _saved_steps(config.out)
 
     with resumable(state, errors=False):
+        if config.workers != 0 and config.devices == 1:
+            start_fork_server()  # it imports torch while this process does
         from teacher_cache.pipeline.train.launch import launched_rank  # torch takes seconds, and may be interrupted
         from teacher_cache.pipeline.train.loop import train as run
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from teacher_cache.pipeline.data.batches.inputs import InputLoader, start_fork_server
+from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
+from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
+from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
 from teacher_cache.pipeline.data.batches.ready_pixels import PixelFiles, ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
@@ -84,18 +85,6 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[_Key]]:
         return iter(self.keys)
-
-
-def start_fork_server() -> Any:
-    """Start the process from which workers are forked, and return its context.
-
-    It imports torch once, in parallel to this process, and holds no model, thread or store. The first caller in a
-    process decides which modules it imports.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    forkserver.ensure_running()
-    return context
 
 
 @contextmanager
