@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import open_clip
+from huggingface_hub import constants, get_session
 from open_clip.tokenizer import SimpleTokenizer
 
 from teacher_cache.pipeline.data.tokens import PATTERN, ClipTokenizer
@@ -24,6 +29,9 @@ from teacher_cache.storage.observe.safe_text import printable
 # it writes its warnings itself and passes them on too: each would appear twice
 logging.getLogger("huggingface_hub").handlers.clear()
 
+_HUB_SECONDS = 4.0
+# what open_clip, the hub's library and transformers say about a file that they could not get
+_DOWNLOAD = re.compile("download|HF Hub|offline|connect|local cache", re.IGNORECASE)
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 
 
@@ -49,6 +57,58 @@ def foreign_model(what: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{what} cannot be loaded: {printable(text)}") from error
+
+
+@contextmanager
+def hub_within_reach(what: str) -> Iterator[None]:
+    """Let the block read models of Hugging Face's hub; if the hub does not answer, from local copies alone.
+
+    The hub's library would try each file six times, for a minute in all.
+
+    Raises:
+        UsageError: a file has no local copy, and the hub does not answer or ``HF_HUB_OFFLINE`` is set.
+    """
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not _hub_answers()
+    try:
+        yield
+    except Exception as error:
+        if not constants.HF_HUB_OFFLINE or not _DOWNLOAD.search(str(error)):
+            raise
+        reason = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(constants.ENDPOINT).netloc} cannot be reached"
+        raise UsageError(
+            f"{what}: {reason}, and there is no local copy. Offline: docs/howto/offline.md, or local-dir:PATH"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub, or the proxy to it, answers within some seconds, with whatever status."""
+    answered: Queue[bool] = Queue()
+
+    def ask() -> None:
+        with suppress(Exception):  # each library of HTTP has its own errors
+            get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+            answered.put(True)
+        answered.put(False)
+
+    # a thread: looking up a name has no timeout
+    Thread(target=ask, daemon=True).start()
+    with suppress(Empty):
+        return answered.get(timeout=_HUB_SECONDS)
+    return False
+
+
+@contextmanager
+def quiet_root(level: int) -> Iterator[None]:
+    """Drop what libraries log below a level through the root logger in the block: open_clip logs errors it raises."""
+    before = logging.getLogger().level
+    logging.getLogger().setLevel(level)
+    try:
+        yield
+    finally:
+        logging.getLogger().setLevel(before)
 
 
 def require_plain_settings(config: Any, what: str) -> None:
@@ -93,8 +153,10 @@ def load_tokenizer(source: str, config: dict[str, Any], context_length: int | No
     Tokenizers of ``transformers`` are loaded without running code. ``source`` is open_clip's name of the model.
     """
     text = config.get("text_cfg") or {}
-    refuse = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
-    return clip_tokenizer(open_clip.get_tokenizer(source, context_length=context_length, **refuse))
+    foreign = text.get("hf_tokenizer_name")
+    refuse = {"trust_remote_code": False} if foreign else {}
+    with hub_within_reach(f"tokenizer {foreign!r}") if foreign else nullcontext():
+        return clip_tokenizer(open_clip.get_tokenizer(source, context_length=context_length, **refuse))
 
 
 def clip_tokenizer(tokenizer: Any) -> Any:

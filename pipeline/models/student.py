@@ -24,7 +24,7 @@ from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, fact
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
-from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, require_plain_settings
+from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, quiet_root, require_plain_settings
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, presets, unknown_student
@@ -384,23 +384,17 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
 
 def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
     # open_clip warns through the root logger about random weights, which a new student should have
-    quiet = logging.getLogger()
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with foreign_model(what), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            model: nn.Module = open_clip.create_model(
-                f"local-dir:{folder}",
-                load_weights=load_weights,
-                require_pretrained=load_weights,
-                weights_only=True,
-                # from scratch: do not download the trunk's ImageNet weights
-                pretrained_image=False,
-                pretrained_text=False,
-            )
-    finally:
-        quiet.setLevel(level)
+    with foreign_model(what), quiet_root(logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model: nn.Module = open_clip.create_model(
+            f"local-dir:{folder}",
+            load_weights=load_weights,
+            require_pretrained=load_weights,
+            weights_only=True,
+            # from scratch: do not download the trunk's ImageNet weights
+            pretrained_image=False,
+            pretrained_text=False,
+        )
     return model
 
 

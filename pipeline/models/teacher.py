@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import warnings
 from functools import cached_property, lru_cache, partial
@@ -23,7 +24,9 @@ from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, require_decod
 from teacher_cache.pipeline.models.device import resolve_device
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
+    hub_within_reach,
     load_tokenizer,
+    quiet_root,
     require_plain_files,
     require_plain_settings,
 )
@@ -222,7 +225,9 @@ def load_teacher(
     if not schema:
         _require_weights(name, pretrained, what)
     source = f"local-dir:{path}" if path else name
-    with foreign_model(what), warnings.catch_warnings():
+    local = schema in ("local-dir", "bundled") or Path(pretrained or "").is_file()
+    hub = contextlib.nullcontext() if local else hub_within_reach(what)
+    with hub, foreign_model(what), quiet_root(logging.CRITICAL), warnings.catch_warnings():
         quick_gelu = not schema and get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu", False)
         architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
         require_plain_settings(architecture, what)
