@@ -49,7 +49,7 @@ class ReportResult(BaseModel, frozen=True):
 @option("--data", "JSON file to write with everything that the page shows, pictures included.")
 @json_flag
 def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any) -> None:
-    """Show coverage, statistics, a map, pairs, quarantine and training.
+    """Show results, statistics, a map, pairs, quarantine and training.
 
     The page names the location of the cache and of the dataset: mind that before you mail it.
     """

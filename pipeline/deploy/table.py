@@ -167,6 +167,8 @@ def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
     """Return each column in order: its heading, and the function that gives its cell of a row."""
     first = table.rows[0]
     columns: list[tuple[str, _Cell]] = [
+        ("retention (95 %)", _retained(lambda row: row.retention.mean if row.retention else None)),
+        ("mean recall", lambda row: f"{row.mean_recall:.1f}"),
         ("MB", lambda row: f"{row.bytes / 1e6:.1f}"),
         ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
         ("stored as int8", _cell(lambda row: row.int8_share, "{:.0%}".format)),
@@ -191,10 +193,6 @@ def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
         (f"{direction} {name}", _recall(direction, name))
         for direction, recalls in first.recalls.items()
         for name in recalls
-    ]
-    columns += [
-        ("mean recall", lambda row: f"{row.mean_recall:.1f}"),
-        ("retention (95 %)", _retained(lambda row: row.retention.mean if row.retention else None)),
     ]
     if table.zero_shot_dataset is not None:
         columns += [

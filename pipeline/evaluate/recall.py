@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,21 @@ def retrieval_recall(
         ValueError, UsageError: as :func:`first_positive_ranks`.
     """
     return recall_of_ranks(first_positive_ranks(image, text, text_image, max(ks)), ks)
+
+
+def chance_recall(images: int, captions: int) -> Recalls:
+    """Return the recalls in percent of a random order, for images that have equally many captions.
+
+    An image's first K captions hold none of its own with the probability of the hypergeometric distribution.
+    """
+    own = captions / images
+    return {
+        "i2t": {
+            f"R@{k}": 100 * (1 - math.prod(max(0.0, 1 - own / (captions - at)) for at in range(min(k, captions))))
+            for k in RECALL_KS
+        },
+        "t2i": {f"R@{k}": 100 * min(1.0, k / images) for k in RECALL_KS},
+    }
 
 
 def mean_recall(recalls: Recalls) -> float:

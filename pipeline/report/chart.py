@@ -100,6 +100,8 @@ def vega_config(theme: Theme) -> dict[str, Any]:
         "mark": {"aria": False},
         "point": {"color": colour["ink"]},
         "rule": {"color": colour["ink"]},
+        "line": {"color": colour["ink"]},
+        "tick": {"color": colour["ink"]},
         "axis": {
             **text,
             "gridColor": colour["line"],
@@ -109,7 +111,16 @@ def vega_config(theme: Theme) -> dict[str, Any]:
             "titleFontSize": 12,
             "labelLimit": 160,
         },
-        "legend": {**text, "orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 240, "columns": 2},
+        "legend": {
+            **text,
+            "orient": "top",
+            "title": None,
+            "labelFontSize": 12,
+            "labelLimit": 240,
+            "columns": 2,
+            "symbolBaseFillColor": colour["muted"],
+            "symbolBaseStrokeColor": colour["muted"],
+        },
         "title": {"color": colour["ink"], "anchor": "start", "frame": "group", "fontSize": 14, "aria": False},
         "range": {
             "category": [colour[f"series{number}"] for number in range(1, MOST_SERIES + 1)],
@@ -158,7 +169,7 @@ def dots(
 
     Args:
         heading: title of the value axis.
-        rows: (metric, series, value, low, high).
+        rows: (metric, series, value, low, high), and the value of chance if it is to be drawn.
         of: heading of the series.
         at_100: draw a line at 100.
     """
@@ -166,7 +177,9 @@ def dots(
     if not known:
         return None
     ends = [min(known), max(known), *([100.0] if at_100 else [])]
-    columns = (("metric", "metric"), ("series", of), ("value", heading), ("low", "95 % from"), ("high", "95 % to"))
+    fields = ("metric", "series", "value", "low", "high", "chance")
+    headings = ("metric", of, heading, "95 % from", "95 % to", "chance")
+    columns = tuple(zip(fields, headings, strict=True))[: len(rows[0])]
     series = list(dict.fromkeys(row[1] for row in rows))
     metrics = list(dict.fromkeys(row[0] for row in rows))
     # a fixed domain: Vega warns if a layer without rows has no extent
@@ -175,11 +188,11 @@ def dots(
         "scale": alt.Scale(domain=[min(ends), max(ends)], nice=True, zero=False),
         "axis": alt.Axis(tickCount=8),
     }
-    base = alt.Chart().encode(
+    place = alt.Chart().encode(
         y=alt.Y("metric:N", sort=metrics, title=None, axis=alt.Axis(ticks=False, domain=False)),
         yOffset=alt.YOffset("series:N", sort=series),
-        color=series_colour(series),
     )
+    base = place.encode(color=series_colour(series))
     intervals = (
         base.transform_filter("isValid(datum.low) && isValid(datum.high)")
         .mark_rule(strokeWidth=2.5, opacity=0.75)
@@ -191,10 +204,12 @@ def dots(
         .encode(
             x=alt.X("value:Q", **axis),
             shape=series_shape(series),
-            tooltip=tips(columns, {"value": ".1f", "low": ".1f", "high": ".1f"}),
+            tooltip=tips(columns, dict.fromkeys(("value", "low", "high", "chance"), ".1f")),
         )
     )
     layers = [intervals, points]
+    if ("chance", "chance") in columns:
+        layers.insert(0, place.mark_tick(thickness=2, size=12).encode(x=alt.X("chance:Q", **axis)))
     if at_100:
         even = alt.Chart(alt.InlineData(values=[{"at": 100}]))
         layers.insert(0, even.mark_rule(strokeDash=[4, 3], strokeWidth=1.2).encode(x=alt.X("at:Q", **axis)))
@@ -206,12 +221,11 @@ def dots(
 def histogram(
     name: str, title: str, series: dict[str, Distribution | None], caption: str, alt_text: str
 ) -> Chart | None:
-    """Return overlaid histograms, or None without data."""
+    """Return overlaid histograms with the same bins, or None without data."""
     known = {label: values for label, values in series.items() if values is not None and values.count}
     if not known:
         return None
     columns = (("series", "of"), ("from", "from"), ("to", "to"), ("count", "count"), ("share", "share"))
-    scale = alt.Scale(domain=list(known))
     bars = (
         alt.Chart()
         .mark_bar(fillOpacity=0.45, strokeWidth=1, binSpacing=0)
@@ -220,8 +234,8 @@ def histogram(
             x2="to:Q",
             # shares: counts of images and of many more captions cannot be compared
             y=alt.Y("share:Q", title="share in a bin", stack=None, axis=alt.Axis(format="%", tickCount=4)),
-            color=alt.Color("series:N", scale=scale),
-            stroke=alt.Stroke("series:N", scale=scale),
+            color=series_colour(list(known)),
+            stroke=alt.Stroke("series:N", **series_scale(list(known))),
             tooltip=tips(columns, {"from": ".3f", "to": ".3f", "count": ",d", "share": ".1%"}),
         )
     )
@@ -230,9 +244,7 @@ def histogram(
 
 
 def _bins(label: str, values: Distribution) -> Iterable[tuple[Any, ...]]:
-    least, greatest = values.least, values.greatest
-    if least == greatest:  # as in numpy
-        least, greatest = least - 0.5, greatest + 0.5
+    least, greatest = values.histogram_ends
     width = (greatest - least) / len(values.histogram)
     for number, count in enumerate(values.histogram):
         start = least + number * width

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import altair as alt
 
-from teacher_cache.pipeline.evaluate.recall import RECALL_KS
+from teacher_cache.pipeline.evaluate.recall import RECALL_KS, chance_recall, mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.report.chart import (
     MOST_SERIES,
@@ -23,14 +24,17 @@ from teacher_cache.pipeline.report.chart import (
     tips,
     vega_config,
 )
-from teacher_cache.pipeline.report.data import ReportData, RunReport, of_other_data
+from teacher_cache.pipeline.report.data import MapPoint, ReportData, RunReport, of_other_data
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.identity import DatasetIdentity
 
 _TOWERS = {"image": "image", "text": "caption"}
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
+_OTHERS = "other"
+_WHOLE_NUMBERS = alt.Axis(tickMinStep=1, tickCount=8, format=",d")
 _PNG_WIDTH, _PNG_SCALE = 560, 2.0
-# what page.js sets on the map
-_MAP_SETTINGS = {"query": "", "split": "", "tower": "", "chosen": -1}
+# what page.js sets on the map: chosen is a point, linked the row of its image
+_MAP_SETTINGS = {"query": "", "split": "", "tower": "", "chosen": -1, "linked": -1}
 
 
 def all_charts(data: ReportData) -> dict[str, Chart]:
@@ -96,18 +100,25 @@ def _alone(chart: Chart) -> dict[str, Any]:
 
 
 def _metric_rows(series: str, values: dict[str, Any], intervals: Any) -> list[tuple[Any, ...]]:
-    """Return a row for each of the six recalls, and for their mean, if any."""
-    rows = []
+    """Return a row for the mean recall, and for each of the six recalls."""
+    rows = [("mean recall", values["mean"], intervals.mean if intervals is not None else None)]
     for direction, words in _DIRECTIONS.items():
         for name in (f"R@{k}" for k in RECALL_KS):
             between = getattr(intervals, direction)[name] if intervals is not None else None
-            rows.append((f"{words} {name}", series, values[direction].get(name), between))
-    if "mean" in values:
-        rows.append(("mean recall", series, values["mean"], intervals.mean if intervals is not None else None))
+            rows.append((f"{words} {name}", values[direction].get(name), between))
     return [
-        (metric, of, value, between.low if between else None, between.high if between else None)
-        for metric, of, value, between in rows
+        (metric, series, value, between.low if between else None, between.high if between else None)
+        for metric, value, between in rows
     ]
+
+
+def _recall_rows(
+    series: str, recalls: dict[str, Any], intervals: Any, images: int, captions: int
+) -> list[tuple[Any, ...]]:
+    """Return the metric rows of a gallery's recalls, each with the value of chance."""
+    known, chance = ({**each, "mean": mean_recall(each)} for each in (recalls, chance_recall(images, captions)))
+    rows = zip(_metric_rows(series, known, intervals), _metric_rows(series, chance, None), strict=True)
+    return [(*row, by_chance[2]) for row, by_chance in rows]
 
 
 def _retention(data: ReportData) -> Chart | None:
@@ -136,11 +147,14 @@ def _retention(data: ReportData) -> Chart | None:
 
 def _teacher_recall(data: ReportData) -> Chart | None:
     rows: list[tuple[Any, ...]] = []
-    caption = "Recall of the teacher's own embeddings in percent; any caption of an image counts."
+    caption = (
+        "Recall of the teacher's own embeddings in percent; any caption of an image counts. The upright dash is chance."
+    )
     recall = data.recall
     if recall is not None:
         of = f"among {recall.images:,} images"
-        rows += _metric_rows(of, recall.model_dump(), None)
+        recalls = recall.model_dump(include=set(_DIRECTIONS))
+        rows += _recall_rows(of, recalls, None, recall.images, recall.captions)
         caption += f" {recall.images:,} images that were read and their {recall.captions:,} captions"
         caption += " are each other's gallery."
     seen: set[str] = set()
@@ -150,7 +164,9 @@ def _teacher_recall(data: ReportData) -> Chart | None:
             if result.split not in seen and result.cache_manifest_digest == data.info.manifest_digest:
                 if len(seen) + 1 < MOST_SERIES:
                     series = f"split {result.split}, {result.images:,} images"
-                    rows += _metric_rows(series, result.teacher, result.teacher_intervals)
+                    rows += _recall_rows(
+                        series, result.teacher, result.teacher_intervals, result.images, result.captions
+                    )
                 seen.add(result.split)
     if not rows:
         return None
@@ -172,7 +188,7 @@ def _distributions(data: ReportData) -> list[Chart | None]:
             "pairs",
             "cosine of image and caption",
             {"true pairs": stats.true_pairs, "random pairs": stats.random_pairs},
-            f"Cosines of captions with their own image and with a random other one, in 20 bins each.{apart}",
+            f"Cosines of captions with their own image and with a random other one.{apart}",
             "Cosines of true and random pairs",
         ),
         histogram(
@@ -182,12 +198,15 @@ def _distributions(data: ReportData) -> list[Chart | None]:
             "How close two random rows of one tower are. What all embeddings share says nothing about a pair.",
             "Cosines within each tower",
         ),
-        histogram(
-            "norms",
-            "norm before normalising",
-            {"images": stats.image.norm, "captions": stats.text.norm},
-            "Length of the teacher's output before it was normalised. Outliers are worth a look.",
-            "Norms of both towers",
+        *(
+            histogram(
+                f"{tower}_norms",
+                "norm before normalising",
+                {of: norm},
+                f"Length of the teacher's output for {of} before it was normalised. Outliers are worth a look.",
+                f"Norms of {of}",
+            )
+            for tower, of, norm in (("image", "images", stats.image.norm), ("text", "captions", stats.text.norm))
         ),
     ]
 
@@ -197,6 +216,7 @@ def _map(data: ReportData) -> Chart | None:
         return None
     points = data.row_map.points
     images = sum(point.tower == "image" for point in points)
+    by, groups = _groups(points)
     columns = (
         ("index", "point"),
         ("x", "x"),
@@ -206,12 +226,13 @@ def _map(data: ReportData) -> Chart | None:
         ("label", "caption or sample_id"),
         ("split", "split"),
         ("picture", "row of its image"),
+        ("group", by),
     )
     rows = tuple(
-        (at, round(p.x, 4), round(p.y, 4), _TOWERS[p.tower], p.row, p.label, p.split, p.image_row)
+        (at, round(p.x, 4), round(p.y, 4), _TOWERS[p.tower], p.row, p.label, p.split, p.image_row, groups[at])
         for at, p in enumerate(points)
     )
-    names = list(_TOWERS.values())
+    names = sorted(set(groups), key=lambda name: (name == _OTHERS, -groups.count(name)))
     small = 26 if len(points) > 1500 else 48
     # emphasize hits of the search
     hit = "query != '' && indexof(lower(datum.label), query) >= 0"
@@ -224,8 +245,8 @@ def _map(data: ReportData) -> Chart | None:
     marks = (
         base.mark_point(filled=True)
         .encode(
-            color=series_colour(names, "tower"),
-            shape=series_shape(names, "tower"),
+            color=alt.Color("group:N", scale=alt.Scale(domain=names), sort=names),
+            shape=series_shape(list(_TOWERS.values()), "tower"),
             opacity=alt.condition(f"query == '' || ({hit})", alt.value(0.75), alt.value(0.12)),
             size=alt.condition(hit, alt.value(3 * small), alt.value(small)),
         )
@@ -234,12 +255,31 @@ def _map(data: ReportData) -> Chart | None:
     )
     ring = base.transform_filter("datum.index == chosen").mark_point(size=340, strokeWidth=2.5, shape="circle")
     settings = [alt.param(name=name, value=value) for name, value in _MAP_SETTINGS.items()]
-    shown = alt.layer(marks, ring).add_params(*settings)
+    pair = base.transform_filter("datum.picture == linked").mark_line(strokeWidth=1.5)
+    shown = alt.layer(pair, marks, ring).add_params(*settings)
     shown = shown.transform_filter("(split == '' || datum.split == split) && (tower == '' || datum.tower == tower)")
     spec = spec_of("map", shown, height=460)
     of = "" if images == data.row_map.images_of else f" of {data.row_map.images_of:,}"
-    caption = f"{images:,}{of} images and {len(points) - images:,} captions. {data.row_map.method}"
+    caption = (
+        f"{images:,}{of} images and {len(points) - images:,} captions, coloured by {by}; a line joins the one pointed "
+        f"at with the other half of its pair. {data.row_map.method}"
+    )
     return Chart("map", caption, "Map of images and captions", spec, columns, rows, canvas=True)
+
+
+def _groups(points: tuple[MapPoint, ...]) -> tuple[str, list[str]]:
+    """Return what tells most of the points apart by colour, class, split or tower, and the group of each point."""
+    choices = {
+        "class": [point.class_name for point in points],
+        "split": [point.split for point in points],
+        "tower": [_TOWERS[point.tower] for point in points],
+    }
+    by = next((by for by, groups in choices.items() if len(set(groups)) > 1), "split")
+    groups = choices[by]
+    if len(set(groups)) > MOST_SERIES:
+        largest = {name for name, _ in Counter(groups).most_common(MOST_SERIES - 1)}
+        groups = [name if name in largest else _OTHERS for name in groups]
+    return by, groups
 
 
 def _whole(values: list[float]) -> alt.Scale:
@@ -257,7 +297,7 @@ def _losses(data: ReportData) -> Chart | None:
             values = {"total": step.loss, **step.parts}
             # JSON has no NaN
             finite = {part: value if math.isfinite(value) else None for part, value in values.items()}
-            rows += [(run.name, part, step.step, step.epoch, value) for part, value in finite.items()]
+            rows += [(run.name, part, step.step, step.epoch + 1, value) for part, value in finite.items()]
     # a loss that is never finite has no axis
     parts = list(dict.fromkeys(row[1] for row in rows if row[-1] is not None))
     rows = [row for row in rows if row[1] in parts]
@@ -269,7 +309,7 @@ def _losses(data: ReportData) -> Chart | None:
         alt.Chart()
         .mark_line(strokeWidth=1.6)
         .encode(
-            x=alt.X("step:Q", title="step"),
+            x=alt.X("step:Q", title="step", axis=_WHOLE_NUMBERS),
             y=alt.Y("value:Q", title="loss", scale=alt.Scale(type="linear", zero=False)),
             color=series_colour(names, "run"),
             strokeDash=alt.StrokeDash("run:N", **series_scale(names)),
@@ -295,7 +335,7 @@ def _selection(data: ReportData) -> Chart | None:
     rows = tuple(
         (
             run.name,
-            epoch.epoch,
+            epoch.epoch + 1,
             epoch.selection.split,
             epoch.selection.mean_recall,
             "kept" if run.record.best and run.record.best.epoch == epoch.epoch else "",
@@ -315,7 +355,7 @@ def _selection(data: ReportData) -> Chart | None:
     )
     names = [run.name for run in runs[:MOST_SERIES]]
     base = alt.Chart().encode(
-        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(zero=False)),
+        x=alt.X("epoch:Q", title="epoch", axis=_WHOLE_NUMBERS, scale=alt.Scale(zero=False)),
         y=alt.Y("recall:Q", title="mean recall, %", scale=alt.Scale(zero=False)),
         color=series_colour(names, "run"),
     )
@@ -325,12 +365,29 @@ def _selection(data: ReportData) -> Chart | None:
     ring = base.transform_filter("datum.best == 'kept'").mark_point(
         size=260, strokeWidth=2, shape="circle", filled=False
     )
-    spec = spec_of("selection", alt.layer(base.mark_line(strokeWidth=1.4, opacity=0.7), points, ring), height=220)
+    layers = [base.mark_line(strokeWidth=1.4, opacity=0.7), points, ring]
     splits = ", ".join(dict.fromkeys(row[2] for row in rows))
     caption = (
         f"Mean of the six recalls after each epoch on split {splits}; the ring marks the checkpoint that was kept."
     )
+    chances = {_chance(run.record.identity.dataset, row[2]) for run in runs for row in rows if row[0] == run.name}
+    if len(chances) == 1 and (chance := chances.pop()) is not None:
+        caption += f" Chance is {chance:.1f} %"
+        near = 2 * chance > min(row[3] for row in rows)
+        caption += ", the dashed line." if near else ", below this axis."
+        if near:
+            line = alt.Chart(alt.InlineData(values=[{"at": chance}]))
+            layers.insert(0, line.mark_rule(strokeDash=[4, 3]).encode(y=alt.Y("at:Q")))
+    spec = spec_of("selection", alt.layer(*layers), height=220)
     return Chart("selection", caption + _of_runs(len(runs)), "Recall by epoch", spec, columns, rows)
+
+
+def _chance(dataset: DatasetIdentity, split: str) -> float | None:
+    """Return the mean recall of a random order on a split, in percent, as if its images had as many captions as all."""
+    images = dataset.splits.get(split)
+    if not images:
+        return None
+    return mean_recall(chance_recall(images, round(images * dataset.captions / dataset.images)))
 
 
 def _shipped(data: ReportData) -> Chart | None:
@@ -357,10 +414,14 @@ def _shipped(data: ReportData) -> Chart | None:
     names = list(dict.fromkeys(row[0] for row in rows))[:MOST_SERIES]
     shown = tuple(row for row in rows if row[0] in names)
     base = alt.Chart().encode(
-        x=alt.X("rate:Q", title="images/s, largest batch", scale=alt.Scale(zero=True)),
+        x=alt.X("rate:Q", title="images/s, largest batch", axis=_WHOLE_NUMBERS, scale=alt.Scale(zero=True)),
         color=series_colour(names, "name"),
     )
-    y: dict[str, Any] = {"title": "% of the teacher's mean recall", "scale": alt.Scale(zero=False)}
+    y: dict[str, Any] = {
+        "title": "% of the teacher's mean recall",
+        "axis": _WHOLE_NUMBERS,
+        "scale": alt.Scale(zero=False),
+    }
     intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, opacity=0.75)
     formats = {"rate": ",.0f", "kept": ".1f", "low": ".1f", "high": ".1f", "megabytes": ".1f"}
     points = base.mark_point(filled=True, opacity=1).encode(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -18,8 +17,6 @@ from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.evaluate.sampled import rank_rows
 from teacher_cache.pipeline.report.data import (
-    CoverageCell,
-    CoverageMap,
     LostImage,
     ReportData,
     RowMap,
@@ -39,7 +36,6 @@ from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_c
 from teacher_cache.storage.look.stats import CacheStats, DrawnRows, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-_CELLS = 400
 _PAIRS = 12  # each way
 _LOST_NAMED = 200
 _MAP_IMAGES = 2_000
@@ -113,7 +109,6 @@ def collect_report(
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("teacher-cache"),
         info=info.model_copy(update={"location": as_utf8(location)}),
-        coverage=_coverage(states),
         lost=lost,
         runs=run_reports,
         deployments=tables,
@@ -188,27 +183,6 @@ def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list
     if on_map is not None and on < on_map.images_of:
         notes.append(f"On the map are {on:,} of {on_map.images_of:,} images, drawn at random.")
     return notes
-
-
-def _coverage(states: Sequence[ChunkState]) -> tuple[CoverageMap, ...]:
-    """Return a coverage map of each view and of the captions, with at most ``_CELLS`` cells each."""
-    maps = []
-    for (tower, view), group in groupby(states, lambda state: (state.ref.tower, state.ref.view)):
-        chunks = list(group)
-        size = -(-len(chunks) // _CELLS)
-        parts = [chunks[first : first + size] for first in range(0, len(chunks), size)]
-        maps.append(CoverageMap(tower=tower, view=view, chunks=len(chunks), cells=tuple(map(_cell, parts))))
-    return tuple(maps)
-
-
-def _cell(part: Sequence[ChunkState]) -> CoverageCell:
-    known = [len(state.quarantined) for state in part if state.quarantined is not None]
-    return CoverageCell(
-        first_chunk=part[0].ref.chunk,
-        chunks=len(part),
-        committed=sum(state.committed for state in part),
-        quarantined=sum(known) if len(known) == len(part) else None,
-    )
 
 
 def _lost(

@@ -23,26 +23,6 @@ Shown = Annotated[str, AfterValidator(as_utf8)]
 """Text that may name a path."""
 
 
-class CoverageCell(BaseModel, frozen=True):
-    """One or more adjacent chunks, drawn as one cell."""
-
-    first_chunk: int
-    chunks: int
-    committed: int
-    quarantined: int | None = Field(
-        description="Number of rows without an embedding. None if the commits were not read."
-    )
-
-
-class CoverageMap(BaseModel, frozen=True):
-    """The coverage of one view of the images, or of the captions."""
-
-    tower: Literal["image", "text"]
-    view: int
-    chunks: int
-    cells: tuple[CoverageCell, ...]
-
-
 class MapPoint(BaseModel, frozen=True):
     """An image or a caption on the map."""
 
@@ -53,6 +33,7 @@ class MapPoint(BaseModel, frozen=True):
     image_row: int = Field(description="Row of the image, the key of its picture.")
     label: str = Field(description="Caption, or sample_id of an image.")
     split: str
+    class_name: str = Field("", description="Folder of an image in a dataset of class folders.")
 
 
 class RowMap(BaseModel, frozen=True):
@@ -119,7 +100,6 @@ class ReportData(BaseModel, frozen=True):
     made: str = Field(description="Date and time, UTC.")
     version: str
     info: CacheInfo
-    coverage: tuple[CoverageMap, ...]
     stats: CacheStats | None = Field(None, description="Statistics. None if the cache is not sealed.")
     recall: SampledRecall | None = Field(None, description="Recall of the teacher among the images that were read.")
     row_map: RowMap | None = None

@@ -171,9 +171,10 @@
     for (const row of shown) {
       const line = body.insertRow();
       for (const value of row) {
-        const cell = line.insertCell();
+        const cell = line.appendChild(document.createElement(line.cells.length ? "td" : "th"));
         cell.textContent = said(value);
-        if (typeof value === "string") { cell.className = "words"; cell.dir = "auto"; }
+        if (cell.tagName === "TH") cell.scope = "row";
+        if (typeof value === "string") { cell.classList.add("words"); cell.dir = "auto"; }
       }
     }
     made.push(scroll);
@@ -192,8 +193,7 @@
       image.dataset.row = String(point.picture);
     }
     image.alt = point.label;
-    const kind = point.tower === "image" ? "image" : "caption";
-    thumb.querySelector("p").textContent = `${point.label} (${kind} ${point.row}, ${point.split})`;
+    thumb.querySelector("p").textContent = `${point.label} (${point.tower} ${point.row}, ${point.split})`;
     thumb.hidden = false;
     const box = thumb.getBoundingClientRect();
     const left = x + 16 + box.width > innerWidth ? x - 16 - box.width : x + 16;
@@ -229,9 +229,13 @@
     }
     return found;
   };
+  // a ring around the point, and a line to the other half of its pair
+  const mark = (point) => {
+    map.view.signal("chosen", point ? point.index : -1).signal("linked", point ? point.picture : -1).runAsync();
+  };
   const choose = (point) => {
     map.chosen = point;
-    map.view.signal("chosen", point ? point.index : -1).runAsync();
+    mark(point);
     if (point) showThumb(point, ...placeIn()(point)); else hideThumb();
   };
   const applyMap = () => {
@@ -276,11 +280,12 @@
     if (element.tabIndex === 0) return; // drawn before, in another theme
     const pointed = (event) => {
       const point = event.type === "pointermove" && event.buttons ? null : pointAt(event); // not while it is dragged
+      mark(point);
       if (point) showThumb(point, event.clientX, event.clientY); else hideThumb();
     };
     for (const kind of ["pointermove", "pointerdown"]) element.addEventListener(kind, pointed);
     // a finger that was lifted has not gone elsewhere
-    element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hideThumb(); });
+    element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") { mark(null); hideThumb(); } });
     element.tabIndex = 0;
     element.setAttribute("role", "application");
     element.setAttribute("aria-describedby", "map-help");

@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.pipeline.deploy.table import cells, describe
-from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
+from teacher_cache.pipeline.evaluate.recall import RECALL_KS, Recalls, mean_recall
 from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
-from teacher_cache.pipeline.report.charts import all_charts, newest_evaluations
-from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, ReportData, as_utf8, of_other_data
-from teacher_cache.storage.cli.app import byte_size, counted
+from teacher_cache.pipeline.report.charts import all_charts
+from teacher_cache.pipeline.report.data import ReportData, as_utf8, of_other_data
+from teacher_cache.pipeline.report.summary import about, facts, quarantined, unread, verdict
+from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.look.info import CacheInfo
 
 _HERE = Path(__file__).parent
-_TABS = ("Overview", "Coverage", "Distributions", "Map", "Retrieval", "Students", "Deployment", "Problems")
+_TABS = ("Overview", "Students", "Deployment", "Retrieval", "Map", "Distributions", "Problems")
+_METRICS = [(direction, f"R@{k}") for direction in ("i2t", "t2i") for k in RECALL_KS]
+_EVALUATED = ["model", "keeps", "mean recall", *(f"{direction} {name}" for direction, name in _METRICS)]
 
 
 def render_report(data: ReportData) -> str:
@@ -58,11 +62,13 @@ def render_report(data: ReportData) -> str:
         charts=charts,
         tabs=[(name.lower(), name) for name in _TABS],
         badge=_badge(data.info),
-        quarantined=_quarantined(data.info),
-        unread=_unread(data.info),
-        facts=_facts(data),
+        quarantined=quarantined(data.info),
+        unread=unread(data.info),
+        verdict=verdict(data),
+        facts=facts(data),
+        about=about(data),
         identity=_identity(data),
-        coverage=[_covered(part) for part in data.coverage],
+        evaluated=_EVALUATED,
         evaluations=_evaluations(data),
         losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
         splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
@@ -133,23 +139,10 @@ def _name(location: str) -> str:
     return location.rstrip("/").rpartition("/")[2] or location
 
 
-def _quarantined(info: CacheInfo) -> int | None:
-    """Return the number of images without an embedding, from the commit records if they were read, else the seal."""
-    if info.quarantine is None:
-        return info.images_quarantined
-    # damaged records name no images: then the seal has more
-    return max(sum(info.quarantine.values()), info.images_quarantined or 0)
-
-
-def _unread(info: CacheInfo) -> bool:
-    """Return whether quarantined images are not counted: too many commit records, and no seal."""
-    return info.quarantine is None and not info.sealed
-
-
 def _badge(info: CacheInfo) -> str:
     """Return the number of dataset problems and quarantined images for the tab; empty if there are none."""
-    known = sum(info.problems.values()) + (_quarantined(info) or 0)
-    if _unread(info):
+    known = sum(info.problems.values()) + (quarantined(info) or 0)
+    if unread(info):
         return f"{known:,}+" if known else "?"
     return f"{known:,}" if known else ""
 
@@ -161,69 +154,20 @@ def _reasons(data: ReportData) -> Counter[str]:
     return Counter(lost.reason.partition(":")[0] for lost in data.lost)
 
 
-def _facts(data: ReportData) -> list[tuple[str, str, str]]:
-    """Return the main facts: (name, number, explanation)."""
-    info, facts = data.info, []
-    images = info.identity.dataset.images
-    if info.images_encoded is None:
-        done = 100 * info.chunks_committed / info.chunks if info.chunks else 100.0
-        facts.append(("Committed", f"{done:.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
-        facts.append(("Images", f"{images:,}", "in the dataset"))
-    else:
-        facts.append(("Images", f"{info.images_encoded:,}", f"of {images:,} have an embedding"))
-    facts.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
-    facts.append(("Targets", byte_size(info.target_bytes), counted(info.layout.views, "view") + " an image"))
-    recall = data.recall
-    if recall is not None:
-        both = f"{recall.i2t['R@1']:.1f} / {recall.t2i['R@1']:.1f} %"
-        facts.append(("Teacher's R@1", both, f"image → text / text → image, {recall.images:,} images"))
-    shares = [
-        (run, item, item.retention["mean"])
-        for run in data.runs
-        for item in newest_evaluations(run, info.manifest_digest)
-        if item.retention and item.retention["mean"] is not None
-    ]
-    # prefer splits that the checkpoint was not chosen on
-    shares = [one for one in shares if one[1].chosen_on != one[1].split] or shares
-    if shares:
-        run, item, share = max(shares, key=lambda one: one[2])
-        between = item.retention_intervals.mean if item.retention_intervals else None
-        interval = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
-        chosen = ", chosen on it" if item.chosen_on == item.split else ""
-        facts.append(("Best student keeps", f"{share:.1f} %", f"{run.name} on {item.split}{chosen}{interval}"))
-    lost = _quarantined(info)
-    if _unread(info):
-        words = "images, of those that are sealed" if lost is not None else "the commit records were not read"
-    elif info.sealed:
-        words = "images without an embedding" if lost else "every image is there"
-    else:
-        words = "images without an embedding so far"
-    facts.append(("Quarantined", "–" if lost is None else f"{lost:,}", words))
-    return facts
-
-
 def _identity(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the identity, field by field as other commands name them, and facts of the cache: groups of values."""
+    """Return the identity, field by field as other commands name them, and the manifest: groups of values."""
     info = data.info
     groups = [
         (name, [(field, _said(value)) for field, value in fields.items() if field not in ("architecture", "probe")])
         for name, fields in info.identity.model_dump(exclude_none=True).items()
     ]
-    cache = {
-        "location": data.location,
-        "dataset": info.dataset,
+    file = {
         "identity": info.identity_digest,
-        "manifest": info.manifest_digest,
-        "format": f"{info.format_version}",
-        "encoding took": f"{info.encode_seconds:,.0f} s",
-        "images": _rate(info.images_per_second),
-        "captions": _rate(info.captions_per_second),
-        "left, by one process": ""
-        if info.sealed or info.remaining_seconds is None
-        else f"{info.remaining_seconds:,.0f} s",
+        "digest": info.manifest_digest,
+        "format": str(info.format_version),
         "made with": _said(info.made_with),
     }
-    return [*groups, ("cache", [(name, value) for name, value in cache.items() if value])]
+    return [*groups, ("manifest", list(file.items()))]
 
 
 def _said(value: Any) -> str:
@@ -234,83 +178,46 @@ def _said(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _rate(rows_per_second: float | None) -> str:
-    return "" if rows_per_second is None else f"{rows_per_second:,.1f} /s"
-
-
-def _state(cell: CoverageCell) -> str:
-    if cell.committed < cell.chunks:
-        return "partly" if cell.committed else "pending"
-    return "quarantined" if cell.quarantined else "committed"
-
-
-def _covered(part: CoverageMap) -> dict[str, Any]:
-    """Return the cells of a grid: state, place and what is said of it."""
-    cells: list[tuple[str, str, str]] = []
-    lost = [cell.quarantined for cell in part.cells if cell.quarantined is not None]
-    for cell in part.cells:
-        state = _state(cell)
-        last = cell.first_chunk + cell.chunks - 1
-        where = f"chunk {cell.first_chunk}" if cell.chunks == 1 else f"chunks {cell.first_chunk} to {last}"
-        said = state if state != "quarantined" else "committed"
-        if state == "partly":
-            said += f", {cell.committed} of {cell.chunks}"
-        if cell.quarantined:
-            said += f", {counted(cell.quarantined, 'row')} quarantined"
-        cells.append((state, where, said))
-    return {
-        "name": f"Images, view {part.view}" if part.tower == "image" else "Captions",
-        "chunks": part.chunks,
-        "committed": sum(cell.committed for cell in part.cells),
-        "quarantined": sum(lost) if len(lost) == len(part.cells) else None,
-        "per_cell": max((cell.chunks for cell in part.cells), default=1),
-        "cells": cells,
-        "rows": [cell[1:] for cell in cells],
-    }
-
-
-def _evaluations(data: ReportData) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of the evaluations table. The teacher's row is above the students of its split."""
-    metrics = [(direction, name) for direction in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10")]
-    headings = ["student", "split", "checkpoint", "keeps of the mean", *(f"{d} {n}" for d, n in metrics)]
-
-    def values(recalls: Any, intervals: Any) -> list[str]:
-        texts = []
-        for direction, name in metrics:
-            between = getattr(intervals, direction)[name] if intervals else None
-            ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
-            texts.append(f"{recalls[direction][name]:.1f}{ends}")
-        return texts
-
-    rows: list[list[str]] = []
-    teachers: set[tuple[str, str]] = set()
+def _evaluations(data: ReportData) -> list[tuple[str, list[list[str]]]]:
+    """Return a table for each split: what it was measured on, and its rows, the teacher's first."""
+    tables: dict[tuple[str, str], list[list[str]]] = {}
     for run in data.runs:
         for item in run.evaluations:
             on = f"{item.split}: {item.images:,} images, {item.captions:,} captions"
             if of_other_data(item, data.info.manifest_digest):
                 on += f", of {as_utf8(item.cache)}"
-            if (item.split, item.cache_manifest_digest) not in teachers:
-                teachers.add((item.split, item.cache_manifest_digest))
-                rows.append(["teacher", on, "–", "–", *values(item.teacher, item.teacher_intervals)])
+            teacher = ["teacher", "–", *_recalls(item.teacher, item.teacher_intervals)]
+            rows = tables.setdefault((on, item.cache_manifest_digest), [teacher])
             if item.student is None or item.retention is None:
                 continue
             chosen = f", chosen on {item.chosen_on}" if item.chosen_on else ""
             if item.chosen_on == item.split:
                 chosen += ": no test result"
             checkpoint = (item.checkpoint or "–").rpartition("/")[2] + chosen
-            share = _share(item.retention, item.retention_intervals.mean if item.retention_intervals else None)
-            rows.append([run.name, on, checkpoint, share, *values(item.student, item.student_intervals)])
+            share = _percent(item.retention["mean"], _mean(item.retention_intervals), " %")
+            rows.append([f"{run.name}\n{checkpoint}", share, *_recalls(item.student, item.student_intervals)])
             for which, tower in (item.towers or {}).items():
-                alone = f"{run.name}, {which} tower by itself"
-                rows.append([alone, on, checkpoint, _share(tower.retention), *values(tower.recall, None)])
-    return headings, rows
+                share = _percent(tower.retention["mean"], None, " %")
+                rows.append([f"{run.name}, {which} tower by itself", share, *_recalls(tower.recall, None)])
+    return [(on, rows) for (on, _), rows in tables.items()]
 
 
-def _share(retention: dict[str, Any], between: Interval | None = None) -> str:
-    """Return the share of the teacher's mean recall, with its interval if there is one."""
-    share = retention["mean"]
+def _recalls(recalls: Recalls, intervals: RecallIntervals | None) -> list[str]:
+    """Return the mean recall and the six recalls, each with its interval if there is one."""
+    texts = [_percent(mean_recall(recalls), _mean(intervals))]
+    for direction, name in _METRICS:
+        between = getattr(intervals, direction)[name] if intervals else None
+        texts.append(_percent(recalls[direction][name], between))
+    return texts
+
+
+def _mean(intervals: RecallIntervals | None) -> Interval | None:
+    return intervals.mean if intervals else None
+
+
+def _percent(value: float | None, between: Interval | None, unit: str = "") -> str:
     ends = f" ({between.low:.1f} to {between.high:.1f})" if between else ""
-    return ("–" if share is None else f"{share:.1f} %") + ends
+    return ("–" if value is None else f"{value:.1f}{unit}") + ends
 
 
 def _turned(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

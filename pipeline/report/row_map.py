@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ _DIMENSIONS = 50
 _FEW, _MANY = 10, 6_000  # limits of t-SNE: fewer points have no neighbourhoods, more take minutes
 _PERPLEXITY = 30.0
 _DIGITS = 3
+_CLASS_FOLDERS = ("imagefolder", "labelled")
 
 
 def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, captions: bool = True) -> RowMap | None:
@@ -40,24 +42,16 @@ def row_map(reader: EmbeddingReader, read: ReadRows, most: int, seed: int, capti
     samples = reader.table_rows(SAMPLES, read.image_rows)
     ids, splits = samples["sample_id"].to_pylist(), samples["split"].to_pylist()
     texts = reader.table_rows(CAPTIONS, read.caption_rows[first])["text"].to_pylist()
+    in_folders = reader.identity.dataset.kind in _CLASS_FOLDERS
 
-    def point(number: int, **fields: Any) -> MapPoint:
+    def point(number: int, owner: int, **fields: Any) -> MapPoint:
         x, y = (round(float(value), _DIGITS) for value in places[number])
-        return MapPoint(x=x, y=y, **fields)
+        fields |= {"image_row": int(read.image_rows[owner]), "split": splits[owner]}
+        return MapPoint(x=x, y=y, class_name=PurePosixPath(ids[owner]).parent.name if in_folders else "", **fields)
 
-    points = [
-        point(at, tower="image", row=int(row), image_row=int(row), label=ids[at], split=splits[at])
-        for at, row in enumerate(read.image_rows)
-    ]
+    points = [point(at, at, tower="image", row=int(row), label=ids[at]) for at, row in enumerate(read.image_rows)]
     points += [
-        point(
-            len(ids) + at,
-            tower="text",
-            row=int(read.caption_rows[first[at]]),
-            image_row=int(read.image_rows[owner]),
-            label=texts[at],
-            split=splits[owner],
-        )
+        point(len(ids) + at, owner, tower="text", row=int(read.caption_rows[first[at]]), label=texts[at])
         for at, owner in enumerate(owners)
     ]
     what = "images and the first caption of each" if len(owners) else "images"

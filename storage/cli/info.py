@@ -121,7 +121,7 @@ def _info_table(cache_info: CacheInfo) -> Table:
     rows = {
         "state": f"{cache_info.chunks_committed:,} of {cache_info.chunks:,} chunks, {state}",
         "coverage": "\n".join(_coverage(part, layout.views) for part in cache_info.coverage),
-        "remaining": _remaining(cache_info),
+        "remaining": remaining_time(cache_info),
         "teacher": f"{teacher.name}{' ' + teacher.pretrained if teacher.pretrained else ''}, {teacher.precision}, "
         f"weights {teacher.weights_sha256[:12]}, logit scale {teacher.logit_scale:.2f}",
         "dataset": f"{cache_info.dataset}",
@@ -136,7 +136,7 @@ def _info_table(cache_info: CacheInfo) -> Table:
         "problems": ", ".join(f"{kind} {count:,}" for kind, count in cache_info.problems.items())
         or "none in the dataset",
         "imported": cache_info.made_with.get(IMPORTED, ""),
-        "cost": _cost(cache_info),
+        "cost": encoding_cost(cache_info),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
         f"{identity.preprocess.interpolation}, {identity.preprocess.resize_mode}",
         "identity": cache_info.identity_digest,
@@ -158,12 +158,13 @@ def _coverage(part: Coverage, views: int) -> str:
     return f"{name:<8} {bar:░<{_BAR}} {int(1000 * share) / 10:g} %, {part.rows_committed:,} of {part.rows:,}"
 
 
-def _remaining(cache_info: CacheInfo) -> str:
+def remaining_time(cache_info: CacheInfo) -> str:
+    """Return the estimated time until the cache is complete; empty if it is."""
     if cache_info.chunks_committed == cache_info.chunks:
         return ""
     if cache_info.remaining_seconds is None:
         return "not known: no rate yet"
-    return f"about {timedelta(seconds=round(cache_info.remaining_seconds))} for one process, at the rates below"
+    return f"about {timedelta(seconds=round(cache_info.remaining_seconds))} for one process, at the rates so far"
 
 
 def _quarantine(cache_info: CacheInfo) -> str:
@@ -198,7 +199,8 @@ def _accounts(cache_info: CacheInfo) -> str:
     return f"{total:,} = {rows} + {cache_info.lost_images:,} without a row"
 
 
-def _cost(cache_info: CacheInfo) -> str:
+def encoding_cost(cache_info: CacheInfo) -> str:
+    """Return the time that the teacher took, with its rates."""
     if not cache_info.encode_seconds:
         return "nothing encoded yet"
     speed = rates(cache_info.images_per_second, cache_info.captions_per_second)

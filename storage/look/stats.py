@@ -36,14 +36,23 @@ class Distribution(BaseModel, frozen=True):
     least: float
     greatest: float
     quantiles: dict[str, float] = Field(description="Percentiles: 1 %, 5 %, 25 %, 50 %, 75 %, 95 % and 99 %.")
-    histogram: tuple[int, ...] = Field(description="Counts of 20 equal bins from the least to the greatest.")
+    histogram: tuple[int, ...] = Field(description="Counts of 20 equal bins between histogram_ends.")
+    histogram_ends: tuple[float, float] = Field(
+        description="Least and greatest of the values and of those they are compared with: their bins are the same."
+    )
 
     @classmethod
-    def of(cls, values: NDArray[np.floating]) -> Distribution | None:
-        """Return the distribution of finite numbers; None if there are none."""
+    def of(cls, values: NDArray[np.floating], beside: NDArray[np.floating] | None = None) -> Distribution | None:
+        """Return the distribution of finite numbers; None if there are none.
+
+        Args:
+            beside: numbers to compare with, which share the bins of the histogram.
+        """
         if not len(values):
             return None
         wide = values.astype(np.float64)
+        both = wide if beside is None else np.concatenate([wide, beside])
+        counts, edges = np.histogram(wide, bins=_BINS, range=(both.min(), both.max()))
         return cls(
             count=len(wide),
             mean=float(wide.mean()),
@@ -51,7 +60,8 @@ class Distribution(BaseModel, frozen=True):
             least=float(wide.min()),
             greatest=float(wide.max()),
             quantiles={f"{q} %": float(np.percentile(wide, q)) for q in _QUANTILES},
-            histogram=tuple(int(count) for count in np.histogram(wide, bins=_BINS)[0]),
+            histogram=tuple(map(int, counts)),
+            histogram_ends=(float(edges[0]), float(edges[-1])),
         )
 
 
@@ -265,10 +275,10 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
     true, other = _pair_cosines(drawn, random)
     pairs, partners, nearest_pairs, cosines = near_pairs(rows.images, near, _PAIRS_NAMED)
     captions = int(np.diff(reader.caption_offsets)[drawn.every].sum())
-    image = _tower(drawn.images, drawn.image_norms, len(drawn.every), random)
+    image, image_cosines = _tower(drawn.images, drawn.image_norms, len(drawn.every), random)
     report = stage(progress, "sum up")
     report(1, 2)
-    text = _tower(drawn.texts, drawn.text_norms, captions, random)
+    text, text_cosines = _tower(drawn.texts, drawn.text_norms, captions, random)
     report(2, 2)
     return CacheStats(
         location=reader.location,
@@ -277,11 +287,11 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
         view=drawn.view,
         seed=drawn.seed,
         sampled=len(drawn.image_rows) < len(drawn.every),
-        image=image,
-        text=text,
+        image=image.model_copy(update={"cosine": Distribution.of(image_cosines, text_cosines)}),
+        text=text.model_copy(update={"cosine": Distribution.of(text_cosines, image_cosines)}),
         without_caption=drawn.without_caption,
-        true_pairs=Distribution.of(true),
-        random_pairs=Distribution.of(other),
+        true_pairs=Distribution.of(true, other),
+        random_pairs=Distribution.of(other, true),
         separation=_separation(true, other),
         near_cosine=near,
         near_images=int((partners > 0).sum()),
@@ -332,7 +342,10 @@ def _pair_cosines(drawn: DrawnRows, random: np.random.Generator) -> tuple[_Float
     return true, _cosines(images, rows.texts, (place + random.integers(1, len(images), len(place))) % len(images))
 
 
-def _tower(stored: NDArray[np.floating], norm: _Floats, total: int, random: np.random.Generator) -> TowerStats:
+def _tower(
+    stored: NDArray[np.floating], norm: _Floats, total: int, random: np.random.Generator
+) -> tuple[TowerStats, _Floats]:
+    """Return the statistics, and cosines of random pairs, which are not summarized yet."""
     usable = _usable(stored)
     rows = unit_rows(stored[usable])
     dead = np.empty(0, np.int64)
@@ -346,17 +359,18 @@ def _tower(stored: NDArray[np.floating], norm: _Floats, total: int, random: np.r
     _, counts = np.unique(
         np.ascontiguousarray(stored[usable]).view(f"V{stored.dtype.itemsize * stored.shape[1]}"), return_counts=True
     )
-    return TowerStats(
+    stats = TowerStats(
         rows=total,
         rows_read=len(stored),
         missing=int(np.isnan(stored).any(axis=1).sum()),
         zero=int((stored == 0).all(axis=1).sum()),
         norm=Distribution.of(norm[usable]),
-        cosine=Distribution.of(cosine),
+        cosine=None,
         equal_rows=int(counts[counts > 1].sum()),
         dead_dimensions=tuple(int(dim) for dim in dead),
         effective_rank=effective_rank(rows),
     )
+    return stats, cosine
 
 
 def _separation(true: _Floats, random: _Floats) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import faiss
@@ -17,6 +18,7 @@ from teacher_cache.pipeline.evaluate import faiss_search
 from teacher_cache.pipeline.evaluate.faiss_search import find_engine
 from teacher_cache.pipeline.evaluate.recall import (
     RetrievalRanks,
+    chance_recall,
     first_positive_ranks,
     recall_of_ranks,
     retention,
@@ -352,6 +354,17 @@ def test_bad_values_are_refused() -> None:
         first_positive_ranks(rows, rows, owner, 0)
     with pytest.raises(ValueError, match=r"cut-offs \(1, 5\): ranks were looked for down to 3"):
         recall_of_ranks(first_positive_ranks(rows, rows, owner, 3), (1, 5))
+
+
+@pytest.mark.parametrize(("images", "own"), [(3, 1), (4, 2), (2, 6)])
+def test_chance_is_the_mean_over_all_orders(images: int, own: int) -> None:
+    """Each image finds one of its captions in the first K places of every subset of that size."""
+    found = chance_recall(images, images * own)
+    for k in (1, 5, 10):
+        galleries = list(combinations(range(images * own), min(k, images * own)))
+        hits = sum(any(caption < own for caption in gallery) for gallery in galleries)  # the captions of image 0
+        assert found["i2t"][f"R@{k}"] == pytest.approx(100 * hits / len(galleries))
+        assert found["t2i"][f"R@{k}"] == pytest.approx(100 * min(k, images) / images)
 
 
 def test_retention_is_a_share_of_the_teacher() -> None:

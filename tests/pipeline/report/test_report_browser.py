@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from teacher_cache.pipeline.report.chart import PALETTES
@@ -18,7 +19,7 @@ from tests.pipeline.report.report_data import HOSTILE, odd_report, report_data, 
 pytest.importorskip("jinja2", reason="needs jinja2: pip install 'teacher-cache[report]'")
 pytest.importorskip("vl_convert", reason="needs vl-convert-python: pip install 'teacher-cache[report]'")
 
-TABS = ["overview", "coverage", "distributions", "map", "retrieval", "students", "deployment", "problems"]
+TABS = ["overview", "students", "deployment", "retrieval", "map", "distributions", "problems"]
 TITLE = "made up & <odd>.cache – teacher cache report"
 pytestmark = pytest.mark.browser
 
@@ -83,7 +84,7 @@ def test_every_tab_draws_without_a_complaint_or_a_request(
         assert report.page.is_visible(f"#{name} h2")
         assert report.page.locator("main > section:visible").count() == 1
         assert report.page.evaluate("location.hash") == f"#{name}"
-    assert report.page.locator(".plot svg, .plot canvas").count() == 10  # retention is shown twice
+    assert report.page.locator(".plot svg, .plot canvas").count() == 10
     # no caption ran as a script, and their pictures are really there
     assert report.page.title() == TITLE
     pictures = report.page.evaluate("[...document.querySelectorAll('img[data-picture]')].map(i => i.naturalWidth)")
@@ -134,12 +135,12 @@ def test_tabs_follow_the_keyboard_and_the_address(open_report: Callable[..., Ope
     assert page.evaluate("document.activeElement.closest('[role=tablist]')") is None
 
 
-def _at_point(page: Any, row: int) -> tuple[float, float]:
-    """Where the image of that row is on the screen, by the view's own scales."""
+def _at_point(page: Any, row: int, tower: str = "image") -> tuple[float, float]:
+    """Where the image of that row, or its caption, is on the screen, by the view's own scales."""
     found: list[float] = page.evaluate(
-        """row => {
+        """([row, tower]) => {
             const data = JSON.parse(document.getElementById('report-data').textContent);
-            const spec = data.charts.map, at = spec.rows.find(r => r[3] === 'image' && r[4] === row);
+            const spec = data.charts.map, at = spec.rows.find(r => r[3] === tower && r[7] === row);
             const box = document.querySelector('#map canvas').getBoundingClientRect();
             const [x, y] = ['x', 'y'].map((axis, i) => {
                 const [low, high] = spec.spec.layer[0].encoding[axis].scale.domain;
@@ -147,7 +148,7 @@ def _at_point(page: Any, row: int) -> tuple[float, float]:
             });
             return [box.left, box.bottom, box.width, box.height, x, y];
         }""",
-        row,
+        [row, tower],
     )
     left, bottom, width, _, x, y = found
     return left + 5 + x * (width - 10), bottom - 5 - y * 460
@@ -167,6 +168,27 @@ def test_pointing_at_the_map_shows_the_picture_and_caption(open_report: Callable
     page.mouse.move(5, 5)
     page.wait_for_selector("#thumb", state="hidden")
     assert report.complaints == []
+
+
+def test_a_line_leads_from_a_caption_to_its_image(open_report: Callable[..., Opened]) -> None:
+    report = open_report("#map")
+    page = report.page
+    report.drawn("map")
+    page.locator("#map canvas").scroll_into_view_if_needed()
+    caption, image = (np.array(_at_point(page, 17, tower)) for tower in ("caption", "image"))
+    between = [(caption + part * (image - caption)).tolist() for part in (0.3, 0.5, 0.7)]
+    inked = """places => {
+        const canvas = document.querySelector('#map canvas'), box = canvas.getBoundingClientRect();
+        const scale = canvas.width / box.width;
+        return places.every(([x, y]) => canvas.getContext('2d')
+            .getImageData((x - box.left) * scale - 2, (y - box.top) * scale - 2, 5, 5).data.some(value => value));
+    }"""
+    assert not page.evaluate(inked, between)
+    page.mouse.move(*caption.tolist())
+    page.wait_for_function(inked, arg=between)
+    assert page.inner_text("#thumb p").endswith("(caption 51, train)")
+    page.mouse.move(5, 5)
+    page.wait_for_function(f"places => !({inked})(places)", arg=between)
 
 
 def test_the_map_is_reached_by_keys_and_searched(open_report: Callable[..., Opened]) -> None:
@@ -203,7 +225,7 @@ def test_charts_are_tables_for_who_asks(open_report: Callable[..., Opened]) -> N
     report.page.click("[data-table=losses] summary")
     cells = report.page.locator("#students [data-table=losses] tbody tr").all_inner_texts()
     assert len(cells) == 2 * 3 * 40
-    assert cells[17 * 3].split("\t") == ["small", "total", "17", "1", "–"]
+    assert cells[17 * 3].split("\t") == ["small", "total", "17", "2", "–"]
 
 
 def test_losses_are_chosen_and_shown_on_a_logarithmic_axis(open_report: Callable[..., Opened]) -> None:
@@ -241,6 +263,37 @@ def test_the_theme_is_the_systems_until_the_button_is_pressed(open_report: Calla
     page.click("#theme")
     page.wait_for_function(f"{ink} === '{PALETTES['dark']['muted']}'")
     assert report.complaints == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_tables_show_their_numbers(open_report: Callable[..., Opened], width: int) -> None:
+    """No scrolling inside a table but sideways, and then the names stay."""
+    report = open_report("#students", viewport={"width": width, "height": 740})
+    page = report.page
+    page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+    for name in TABS:
+        report.tab(name)
+        higher = "boxes => boxes.filter(box => box.scrollHeight > box.clientHeight + 2).length"
+        assert page.locator(".scroll:visible").evaluate_all(higher) == 0, name
+    ends = "(rows, cells) => Math.max(...rows.map(row => [...row.cells].at(cells).getBoundingClientRect().right))"
+    report.tab("students")
+    rows = page.locator("#students > .scroll tbody tr")
+    assert [text.split("\t")[0] for text in rows.all_inner_texts()] == [
+        *("teacher", "small\nepoch-0004", "small, image tower by itself", "small, text tower by itself"),
+        *("smaller\nepoch-0004", "smaller, image tower by itself", "smaller, text tower by itself"),
+        *("teacher", *(f"{name}\nbest-epoch-0003, chosen on dev: no test result" for name in ("small", "smaller"))),
+    ]
+    assert rows.evaluate_all(ends, 2) < width  # what is kept, and the mean recall
+    report.tab("deployment")
+    rows = page.locator("#deployment > .scroll tbody tr")
+    assert [text.split("\t")[0] for text in rows.all_inner_texts()[:2]] == ["retention (95 %)", "mean recall"]
+    assert rows.evaluate_all(ends, -1) < width  # all four models
+    page.set_viewport_size({"width": 250, "height": 740})
+    box = page.locator("#deployment > .scroll")
+    box.evaluate("box => { box.scrollLeft = 60; }")
+    places = "box => [box, box.querySelector('tbody th')].map(each => each.getBoundingClientRect().x)"
+    left, name = box.evaluate(places)
+    assert (box.evaluate("box => box.scrollLeft"), abs(name - left) <= 1) == (60, True)
 
 
 def test_a_phone_never_scrolls_sideways(open_report: Callable[..., Opened]) -> None:
@@ -282,13 +335,14 @@ def test_printing_shows_every_part(open_report: Callable[..., Opened]) -> None:
     assert report.complaints == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend(open_report: Callable[..., Opened], scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
+def test_axe_finds_nothing_to_mend(open_report: Callable[..., Opened], scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     # axe is a script of the test's: it may run where the page's policy forbids it
-    report = open_report(bypass_csp=True, color_scheme=scheme)
+    report = open_report(bypass_csp=True, color_scheme=scheme, viewport={"width": width, "height": 900})
     report.drawn("overview")
     report.page.click("#overview [data-table=retention] summary")
+    report.page.click("#overview summary >> text=Identity")
     found = axe.Axe().run(report.page)
     assert found.violations_count == 0, found.generate_report()
     report.page.evaluate("dispatchEvent(new Event('beforeprint'))")  # all parts at once: one run, not eight

@@ -37,7 +37,6 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache, write_photos
 from tests.storage.look.test_diff import BASE, Picture, make
-from tests.storage.look.test_look import fill
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,6 @@ def test_a_report_of_photographs_has_everything(photos: Path) -> None:
     found = collect_report(str(photos), progress=lambda stage, done, of: stages.update({stage: (done, of)}))
     assert found.info == describe_cache(str(photos))
     assert found.stats == cache_stats(str(photos))
-    assert [(part.tower, part.view, part.chunks, len(part.cells)) for part in found.coverage] == [
-        ("image", 0, 3, 3),
-        ("text", 0, 5, 5),
-    ]
-    assert [cell.quarantined for cell in found.coverage[0].cells] == [1, 0, 0]
     assert [(image.row, image.sample_id, image.uri) for image in found.lost] == [(3, "0003.jpg", "images/0003.jpg")]
     assert found.lost[0].reason.startswith("undecodable-image: ")
     assert found.row_map is not None
@@ -176,7 +170,7 @@ def test_without_map_and_pictures_no_image_is_read_and_all_else_is_the_same(
 # --- caches that are not whole, or not of pairs
 
 
-def test_an_unfinished_cache_has_its_coverage_and_a_way_out(tmp_path: Path) -> None:
+def test_an_unfinished_cache_has_a_way_out(tmp_path: Path) -> None:
     path = tmp_path / "part.cache"
     plan_known_cache(path)
     writer = EmbeddingWriter(str(path))
@@ -190,10 +184,6 @@ def test_an_unfinished_cache_has_its_coverage_and_a_way_out(tmp_path: Path) -> N
         writer.write(ref, arrays, lost)
     found = collect_report(str(path))
     assert (found.stats, found.row_map, found.hardest, found.best, found.pairs_of) == (None, None, (), (), 0)
-    assert [[(cell.committed, cell.quarantined) for cell in part.cells] for part in found.coverage] == [
-        [(1, 0), (1, 1), (0, 0)],
-        [(0, 0)] * 7,
-    ]
     assert [(image.row, image.uri, image.reason) for image in found.lost] == [
         (6, "img-6.jpg", "undecodable: cut short")
     ]
@@ -202,22 +192,6 @@ def test_an_unfinished_cache_has_its_coverage_and_a_way_out(tmp_path: Path) -> N
     assert "2 of 10 chunks are there. Run the same precompute command again" in found.notes[0]
     with pytest.raises(CacheNotFoundError):
         collect_report(str(tmp_path / "nothing.cache"))
-
-
-def test_cells_stand_for_many_chunks_of_a_large_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "wide.cache"
-    plan_known_cache(path, images=92, captions=92)  # 23 chunks each
-    fill(path, chunks=30)
-    monkeypatch.setattr("teacher_cache.pipeline.report.collect._CELLS", 10)
-    image, text = collect_report(str(path)).coverage
-    assert [(cell.first_chunk, cell.chunks) for cell in image.cells] == [*((3 * n, 3) for n in range(7)), (21, 2)]
-    assert sum(cell.committed for cell in image.cells) == image.chunks == 23
-    assert [cell.committed for cell in text.cells] == [3, 3, 1, 0, 0, 0, 0, 0]
-    monkeypatch.setattr("teacher_cache.storage.look.info.COMMITS_READ", 5)
-    assert [cell.quarantined for part in collect_report(str(path)).coverage for cell in part.cells] == [
-        *[None] * 8,
-        *[0] * 8,
-    ]
 
 
 def test_quarantined_images_beyond_some_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from teacher_cache.pipeline.evaluate.recall import mean_recall
+from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.report.chart import PALETTES
 from teacher_cache.pipeline.report.charts import all_charts, main_chart, main_chart_png
 from teacher_cache.pipeline.report.collect import collect_report
-from teacher_cache.pipeline.report.data import CoverageCell, CoverageMap, ReportData
+from teacher_cache.pipeline.report.data import ReportData
 from teacher_cache.pipeline.report.page import _evaluations, render_report
+from teacher_cache.pipeline.report.summary import verdict
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import plan_known_cache
 from tests.pipeline.report.report_data import HOSTILE, RTL, odd_report, report_data, unfinished_report
@@ -79,7 +83,8 @@ def test_each_picture_is_in_the_page_once(page: str, block: dict[str, Any]) -> N
 
 def test_the_rows_of_each_chart_are_in_the_block_once_and_the_specs_only_name_them(block: dict[str, Any]) -> None:
     charts = all_charts(report_data())
-    names = ["retention", "teacher", "pairs", "cosines", "norms", "map", "losses", "selection", "shipped"]
+    names = ["retention", "teacher", "pairs", "cosines", "image_norms", "text_norms"]
+    names += ["map", "losses", "selection", "shipped"]
     assert list(charts) == list(block["charts"]) == names
     for name, chart in charts.items():
         assert block["charts"][name]["spec"]["data"] == {"name": name}
@@ -138,7 +143,7 @@ def test_the_licences_of_the_libraries_are_in_the_page(page: str) -> None:
 
 
 def test_what_is_sampled_says_of_how_many(page: str) -> None:
-    assert "39 of 40 images and 39 captions." in page
+    assert "39 of 40 images and 39 captions, coloured by split; " in page
     assert "80 of 800 steps" in page
 
 
@@ -190,8 +195,7 @@ def test_commit_records_that_were_not_read_are_no_proof_that_nothing_is_quaranti
     assert words.startswith("Problems Whether images are quarantined is not known: ")
     assert f"teacher-cache verify {path} This counts them" in words
     assert "No image" not in words
-    assert '<strong>–</strong><span class="small">the commit records were not read' in page
-    assert "2 of 3 chunks committed; quarantined rows were not read here" in page
+    assert '<strong>–</strong><span class="small">not counted in this unfinished cache' in page
 
 
 def test_a_path_that_is_no_utf8_does_not_break_the_page(tmp_path: Path) -> None:
@@ -209,45 +213,142 @@ def test_a_path_that_is_no_utf8_does_not_break_the_page(tmp_path: Path) -> None:
 def test_a_checkpoint_chosen_on_the_split_it_is_measured_on_says_so(page: str) -> None:
     assert page.count("best-epoch-0003, chosen on dev: no test result") == 2
     # and is not the number that the summary shows, though it is higher
-    best = re.search(r"Best student keeps</span><strong>([\d.]+) %</strong><span class=\"small\">([^<]*)", page)
-    assert best is not None
-    assert best.groups() == ("94.0", "small on test (90.0 to 98.0)")
+    tiles = re.findall(r"mean recall</span><strong>([\d.]+) %</strong><span class=\"small\">([^<]*)", page)
+    assert tiles == [("84.0", "on 8 test images"), ("79.0", "small on the same images")]
 
 
-def test_cells_of_coverage_say_what_they_are() -> None:
-    cells = (
-        CoverageCell(first_chunk=0, chunks=4, committed=4, quarantined=0),
-        CoverageCell(first_chunk=4, chunks=4, committed=4, quarantined=2),
-        CoverageCell(first_chunk=8, chunks=4, committed=1, quarantined=0),
-        CoverageCell(first_chunk=12, chunks=1, committed=0, quarantined=0),
+_ON_TEST = " of the teacher's mean recall on 8 test images"
+_KEEPS = f"small, the best of 2 students, keeps 94 % (90 to 98){_ON_TEST}"
+_FASTER = ", with 41 % of its parameters; ONNX int8 encodes images 3.9 times as fast"
+_ALONE = "tiny has embedded 39 images and 120 captions."
+
+
+def _no_test(data: ReportData) -> dict[str, Any]:
+    """Measured only on the split that its checkpoint was chosen on."""
+    run = data.runs[0]
+    return {"runs": (run.model_copy(update={"evaluations": run.evaluations[1:]}),), "deployments": ()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (lambda data: {}, f"{_KEEPS}{_FASTER}."),
+        (lambda data: {"deployments": ()}, f"{_KEEPS.replace('small', 'small (1,952,477 parameters)')}."),
+        (lambda data: {"runs": ()}, f"small keeps 92 % (90 to 94){_ON_TEST}{_FASTER}."),
+        (
+            _no_test,
+            "small (1,952,477 parameters) keeps 99 % (95 to 103) of the teacher's mean recall on 8 dev images. "
+            "Its checkpoint was chosen on these images, so this is no test result.",
+        ),
+        (lambda data: {"runs": (), "deployments": (), "recall": None}, _ALONE),
+        (
+            lambda data: {
+                "runs": (),
+                "deployments": (),
+                "recall": SampledRecall(images=39, captions=117, i2t={"R@1": 30.4}, t2i={"R@1": 20}),
+            },
+            f"{_ALONE} Among 39 images its first answer is right for 30 % of the images and 20 % of the captions; "
+            "chance is 2.6 % and 2.6 %.",
+        ),
+    ],
+)
+def test_the_first_sentence_is_the_result(changes: Callable[[ReportData], dict[str, Any]], said: str) -> None:
+    assert verdict(report_data(**changes(report_data()))) == said
+
+
+def test_an_unfinished_cache_says_how_much_is_there() -> None:
+    assert verdict(unfinished_report()) == (
+        "15 % of this cache is encoded. Run the same precompute command again to finish it."
     )
-    part = CoverageMap(tower="text", view=0, chunks=13, cells=cells)
-    page = render_report(unfinished_report().model_copy(update={"coverage": (part,)}))
-    assert re.findall(r'<i class="cell (\w+)" title="([^"]+)">', page) == [
-        ("committed", "chunks 0 to 3: committed"),
-        ("quarantined", "chunks 4 to 7: committed, 2 rows quarantined"),
-        ("partly", "chunks 8 to 11: partly, 1 of 4"),
-        ("pending", "chunk 12: pending"),
-    ]
-    assert "9 of 13 chunks committed, 2 rows quarantined; a cell is up to 4 chunks" in page
-    assert '<th scope="row">chunks 8 to 11</th><td class="words">partly, 1 of 4</td>' in page
+
+
+def test_a_student_of_the_same_name_gets_no_cost_of_another() -> None:
+    data = report_data()
+    run = data.runs[0]
+    other = run.evaluations[0].model_copy(update={"student_parameters": 1})
+    changed = run.model_copy(update={"evaluations": (other,)})
+    assert verdict(report_data(runs=(changed,))) == f"small (1 parameters) keeps 94 % (90 to 98){_ON_TEST}."
+
+
+def test_epochs_count_from_one(page: str) -> None:
+    charts = all_charts(report_data())
+    assert [row["epoch"] for row in charts["selection"].records()] == [1, 2, 3, 4] * 2
+    assert {row["epoch"] for row in charts["losses"].records()} == {1, 2, 3, 4}
+    assert page.count("<dd>4, chosen on dev: mean recall 80.0 %</dd>") == 2
+    # a whole number of epochs, steps or images/s at each tick, and few of them
+    for name in ("selection", "losses", "shipped"):
+        text = json.dumps(charts[name].spec)
+        assert '"format": ",d", "tickCount": 8, "tickMinStep": 1' in text
+
+
+def test_digests_are_folded(page: str) -> None:
+    before, _, after = page.partition(f"<summary>Identity {report_data().info.identity_digest[:12]}: ")
+    assert not re.search(r"\b[0-9a-f]{64}\b", before.partition("<main")[2])
+    assert "1" * 64 in after.partition("</details>")[0]
+
+
+def test_bins_of_one_chart_are_equal() -> None:
+    for name in ("pairs", "cosines"):
+        bins: dict[str, list[tuple[float, float]]] = {}
+        for row in all_charts(report_data())[name].records():
+            bins.setdefault(row["series"], []).append((row["from"], row["to"]))
+        one, other = bins.values()
+        assert one == other
+
+
+def test_recall_is_shown_beside_chance() -> None:
+    chart = all_charts(report_data())["teacher"]
+    by_chance = {(row["series"], row["metric"]): row["chance"] for row in chart.records()}
+    # 8 images with 3 captions each
+    assert by_chance["split test, 8 images", "text → image R@1"] == pytest.approx(12.5)
+    assert by_chance["split test, 8 images", "image → text R@1"] == pytest.approx(12.5)
+    assert by_chance["split test, 8 images", "text → image R@10"] == 100
+    assert chart.rows[0][0] == "mean recall"
+    assert [layer["mark"]["type"] for layer in chart.spec["layer"]] == ["tick", "rule", "point"]
+
+
+@pytest.mark.parametrize(
+    ("change", "by", "groups"),
+    [
+        (lambda number: {"class_name": "cat" if number % 3 else "dog"}, "class", {"cat", "dog"}),
+        (lambda number: {"class_name": f"class {number % 9}"}, "class", {*(f"class {n}" for n in range(5)), "other"}),
+        (lambda number: {}, "split", {"train", "test"}),
+        (lambda number: {"split": "all"}, "tower", {"image", "caption"}),
+    ],
+)
+def test_the_map_is_coloured_by_class_or_split(
+    change: Callable[[int], dict[str, Any]], by: str, groups: set[str]
+) -> None:
+    data = report_data()
+    assert data.row_map is not None
+    points = tuple(point.model_copy(update=change(number)) for number, point in enumerate(data.row_map.points))
+    chart = all_charts(report_data(row_map=data.row_map.model_copy(update={"points": points})))["map"]
+    assert f"coloured by {by}; " in chart.caption
+    assert chart.columns[-1] == ("group", by)
+    assert {row[-1] for row in chart.rows} == groups
 
 
 def test_each_tower_that_was_measured_by_itself_has_a_row() -> None:
     data = report_data()
-    headings, rows = _evaluations(data)
-    assert headings[3] == "keeps of the mean"
+    tables = dict(_evaluations(data))
+    assert list(tables) == ["test: 8 images, 24 captions", "dev: 8 images, 24 captions"]
+    rows = tables["test: 8 images, 24 captions"]
+    assert rows[0] == ["teacher", "–", "84.0 (81.0 to 87.0)", "78.0 (75.0 to 81.0)", *rows[0][4:]]
     for run in data.runs:
         for which, tower in (run.evaluations[0].towers or {}).items():
             (row,) = [row for row in rows if row[0] == f"{run.name}, {which} tower by itself"]
-            assert row[1:4] == ["test: 8 images, 24 captions", "epoch-0004", f"{tower.retention['mean']:.1f} %"]
-            assert row[4] == f"{tower.recall['i2t']['R@1']:.1f}"
+            assert row[1:3] == [f"{tower.retention['mean']:.1f} %", f"{mean_recall(tower.recall):.1f}"]
+            assert row[3] == f"{tower.recall['i2t']['R@1']:.1f}"
     assert len([row for row in rows if "by itself" in row[0]]) == 2 * len(data.runs) > 0
 
 
 def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
     page = render_report(unfinished_report())
-    assert "not sealed" in page
+    assert "not complete" in page
+    assert re.findall(r'<progress max="(\d+)" value="(\d+)" aria-label="(\w+)"></progress> ([^<]+)<', page) == [
+        ("40", "24", "images", "24 of 40 encoded"),
+        ("120", "0", "captions", "0 of 120 encoded"),
+    ]
     assert "6 of 40 chunks" in page
     for command in ("precompute", "train", "evaluate", "deploy"):
         assert f"teacher-cache {command} " in page
@@ -256,9 +357,9 @@ def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
 
 
 def test_equal_numbers_are_one_bar_where_they_are() -> None:
-    rows = all_charts(odd_report())["norms"].records()
+    rows = all_charts(odd_report())["text_norms"].records()
     filled = [(row["series"], row["from"], row["to"], row["count"], row["share"]) for row in rows if row["count"]]
-    assert filled == [(series, 1.0, pytest.approx(1.05), 3, 1.0) for series in ("images", "captions")]
+    assert filled == [("captions", 1.0, pytest.approx(1.05), 3, 1.0)]
 
 
 def test_specs_are_valid_vega_lite() -> None:
@@ -268,12 +369,12 @@ def test_specs_are_valid_vega_lite() -> None:
         kind.from_dict({**chart.spec, "data": {"values": chart.records()}})
 
 
-@pytest.mark.parametrize("changes", [{}, {"runs": ()}], ids=["students", "teacher"])
-def test_the_main_chart_holds_its_data_and_becomes_a_picture(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("changes", "more"), [({}, set()), ({"runs": ()}, {"chance"})], ids=["students", "teacher"])
+def test_the_main_chart_holds_its_data_and_becomes_a_picture(changes: dict[str, Any], more: set[str]) -> None:
     data = report_data(**changes)
     spec = main_chart(data)
     first = spec.get("vconcat", [spec])[0]
-    assert set(first["data"]["values"][0]) == {"metric", "series", "value", "low", "high"}
+    assert set(first["data"]["values"][0]) == {"metric", "series", "value", "low", "high"} | more
     assert spec["config"]["range"]["category"][0] == PALETTES["light"]["series1"]
     assert main_chart_png(data)[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UsageError, match="no embedding to draw"):

@@ -142,6 +142,8 @@ def test_stats_of_a_known_cache_equal_a_computation_by_hand(known_cache: Path) -
     assert found.true_pairs.mean == pytest.approx(np.mean(true), abs=1e-6)
     assert found.true_pairs.quantiles["50 %"] == pytest.approx(np.median(true), abs=1e-6)
     assert (found.true_pairs.count, sum(found.true_pairs.histogram)) == (25, 25)
+    assert found.random_pairs is not None
+    assert found.true_pairs.histogram_ends == found.random_pairs.histogram_ends
     assert found.image.norm is not None
     assert (found.image.norm.least, found.image.norm.greatest) == (1, 10)
     assert found.without_caption == 0
@@ -240,3 +242,21 @@ def test_a_view_or_split_that_is_not_there_is_named(known_cache: Path) -> None:
 
 def test_a_distribution_of_nothing_is_none() -> None:
     assert Distribution.of(np.empty(0, np.float32)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "beside", "ends", "filled"),
+    [
+        ([0.0, 1.0], None, (0, 1), {0: 1, 19: 1}),
+        ([0.0, 1.0], [4.0], (0, 4), {0: 1, 5: 1}),
+        ([3.0], [3.0], (2.5, 3.5), {10: 1}),
+    ],
+)
+def test_distributions_that_are_compared_have_the_same_bins(
+    values: list[float], beside: list[float] | None, ends: tuple[float, float], filled: dict[int, int]
+) -> None:
+    found = Distribution.of(np.array(values), None if beside is None else np.array(beside))
+    assert found is not None
+    assert found.histogram_ends == ends
+    assert {place: count for place, count in enumerate(found.histogram) if count} == filled
+    assert (found.least, found.greatest) == (min(values), max(values))
