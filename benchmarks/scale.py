@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import plan_precompute

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from teacher_cache.pipeline.data.datasets.scenes import IMAGE_SIZE, render_scene
+from teacher_cache.pipeline.data.datasets.adapters.scenes import IMAGE_SIZE, render_scene
 
 POOL_SEED = 7  # not the seed of the demo dataset: nothing of it is trained on
 MODEL_CFG = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from teacher_cache.pipeline.data.datasets.records import IMAGE_ENDINGS
+from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.deploy.record import RECORD
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime

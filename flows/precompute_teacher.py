@@ -74,12 +74,12 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
         share: part of the flow's progress, of width 0: the length of this stage is unknown.
     """
     # imported here: prefect deploy imports this file and needs no torch
-    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+    from teacher_cache.pipeline.data.datasets.spec import check_dataset
     from teacher_cache.pipeline.precompute.executors import open_executor
     from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
 
     logger = get_run_logger()
-    DatasetSpec.parse(config.dataset)  # a typing error fails before the teacher is loaded
+    check_dataset(config.dataset)  # a typing error fails before the teacher is loaded
     if config.executor == "local":
         pending = plan_precompute(config, _teacher(config), LoggedProgress(logger, share))
     else:

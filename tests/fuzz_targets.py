@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from teacher_cache.pipeline.data.datasets import samples
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, UndecodableImageError, decode_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -143,7 +144,8 @@ def _dataset(kind: str, file: str, root: str = "") -> Callable[[bytes, Path], No
         (home / file).parent.mkdir(exist_ok=True)
         (home / file).write_bytes(data)
         before = _listing(folder)
-        option = f"?classes={home / file}" if kind == "imagefolder" else ""
+        names = {"imagefolder": "classes", "labelled": "class_names"}
+        option = f"?{names[kind]}={home / file}" if kind in names else ""
         # no address in fuzzed bytes is ever asked
         real, samples._fetch = samples._fetch, _no_network
         try:
@@ -158,7 +160,7 @@ def _dataset(kind: str, file: str, root: str = "") -> Callable[[bytes, Path], No
         assert len({sample.sample_id for sample in found.samples}) == len(digests)
         for sample in found.samples:
             _storable(sample.sample_id, sample.uri, sample.split, *sample.captions)
-            assert sample.captions
+            assert sample.captions or kind in ("images", "labelled")
             assert all(caption.strip() for caption in sample.captions)
             if kind != "table":
                 assert not PurePosixPath(sample.uri).is_absolute()
@@ -277,6 +279,11 @@ TARGETS: dict[str, Target] = {
         _dataset("imagefolder", "classes.json"),
         lambda: _json({"images": "an image", "val": "a valley", "wolf": "a wolf", "annotations": "a note"}),
     ),
+    "labelled": Target(
+        _dataset("labelled", "classes.json"),
+        lambda: _json({"images": "an image", "val": "a valley", "wolf": "a wolf", "annotations": "a note"}),
+    ),
+    "images": Target(_dataset("images", "wolf/a.txt"), lambda: [b"A wolf.", b"\xff"]),
     "scenes": Target(_dataset("scenes", "captions.json"), lambda: _json(_SCENES)),
     "manifest": Target(_manifest, _manifest_seeds),
     "commit": Target(_commit, _commit_seeds),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from teacher_cache.pipeline.cli import app as _app  # noqa: F401 - registers the commands
-from teacher_cache.pipeline.data.datasets import ADAPTERS
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS
 from teacher_cache.pipeline.settings.names import presets
 from teacher_cache.storage.cli.app import every_command
 

@@ -22,7 +22,7 @@ CI = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-WITH_JSON = ("coco", "karpathy", "imagefolder", "scenes", "manifest", "commit")
+WITH_JSON = ("coco", "karpathy", "imagefolder", "labelled", "scenes", "manifest", "commit")
 
 _NASTY = st.sampled_from(
     [
@@ -131,7 +131,7 @@ def test_json_of_another_shape(name: str, tmp_path: Path, data: st.DataObject) -
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "name", ["coco", "karpathy", "flickr", "webdataset", "table", "imagefolder", "scenes", "config"]
+    "name", ["coco", "karpathy", "flickr", "webdataset", "table", "imagefolder", "labelled", "scenes", "config"]
 )
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"images":' * 50_000, b"9" * 10_000, b"\xef\xbb\xbf", b"\xff\xfe"])
 def test_deep_long_and_empty(name: str, data: bytes, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig

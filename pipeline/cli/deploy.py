@@ -98,7 +98,7 @@ def _deployed(result: DeployResult) -> Iterator[str | Table]:
 
 def _files(images: Sequence[str]) -> list[str]:
     """Return the image files, with each folder replaced by its images in name order."""
-    from teacher_cache.pipeline.data.datasets.records import IMAGE_ENDINGS, contents
+    from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS, contents
 
     files: list[str] = []
     for name in images:

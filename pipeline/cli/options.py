@@ -115,6 +115,8 @@ def check_names(config: StageConfig) -> None:
             raise UsageError(problem)
     check_device(named.get("device", "cpu"))
     if "dataset" in named and not isinstance(config, ZeroShotConfig):
+        from teacher_cache.pipeline.data.datasets.spec import check_dataset
+
         check_dataset(named["dataset"])
     if "teacher" in named:
         check_teacher(named["teacher"], named.get("pretrained"))
@@ -126,17 +128,6 @@ def check_names(config: StageConfig) -> None:
         require_place(open_files(config.cache))
     elif not isinstance(config, ZeroShotConfig):
         _check_splits(named)
-
-
-def check_dataset(dataset: str) -> None:
-    """Check the kind and options of a dataset.
-
-    Raises:
-        UsageError: it cannot be parsed.
-    """
-    from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
-
-    DatasetSpec.parse(dataset)
 
 
 def _check_splits(named: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets.records import open_regular
+from teacher_cache.pipeline.data.datasets.files import open_regular
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, load_image
 from teacher_cache.pipeline.data.images.model_input import RESIZE_MODES, ModelInput
 from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets.labelled import FORMS, ClassPrompts, class_prompts, list_images
+from teacher_cache.pipeline.data.datasets.adapters.labelled import FORMS, ClassPrompts, class_prompts, list_images
 from teacher_cache.pipeline.data.datasets.records import SampleSet
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
@@ -52,7 +53,7 @@ class LabelledDataset:
     @property
     def lost_images(self) -> tuple[str, ...]:
         """Reason for each image without a usable file. Undecodable images are not known yet."""
-        return tuple(f"{problem.where}: {problem.detail}" for problem in self.samples.problems if problem.lost_image)
+        return tuple(str(problem) for problem in self.samples.problems if problem.lost_image)
 
     @cached_property
     def _source(self) -> ImageSource:
@@ -103,7 +104,7 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
     listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
     cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
     if not listing.images:
-        met = "".join(f"; the first problem: {problem.where}: {problem.detail}" for problem in listing.problems[:1])
+        met = "".join(f"; the first problem: {problem}" for problem in listing.problems[:1])
         raise UsageError(f"{spec}: no image of any class{met}")
     matched = class_prompts(
         listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.records import contents
+from teacher_cache.pipeline.data.datasets.files import contents
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower

@@ -18,8 +18,9 @@ from itertools import islice, repeat, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from teacher_cache.pipeline.data.datasets.records import data_folder
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource
+from teacher_cache.pipeline.data.datasets.files import data_folder
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.chunk_work import Batch, Prepared, StretchReader

@@ -25,8 +25,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet, data_folder
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, digest_threads, list_samples
+from teacher_cache.pipeline.data.datasets.files import data_folder
+from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, digest_threads, list_samples, why_none
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, check_dataset
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.plan import (
@@ -126,10 +128,10 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         CacheError: the reused cache cannot be read, or is not finished.
     """
     settings = PlanSettings.of(config)
-    spec = DatasetSpec.parse(config.dataset)
+    spec = check_dataset(config.dataset)
     listed = list_samples(spec)
     if not listed.samples:
-        raise UsageError(f"{spec}: lists no image. Check the path, and the kind before it")
+        raise UsageError(f"{spec}: {why_none(listed.problems)}")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     origin = origin_of_reused(settings, teacher)
     planned, began = None, time.perf_counter()

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder, ForeignRows, MatchCounts, match_rows
 from teacher_cache.pipeline.precompute.encode import encode_shared
@@ -81,7 +82,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         OSError, FloatingPointError: as ``teacher_cache.pipeline.precompute.run``.
     """
     started = time.perf_counter()
-    DatasetSpec.parse(config.dataset)
+    check_dataset(config.dataset)
     folder = ForeignFolder(config.folder)
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     planned = read_dataset(PlanSettings.of(config), teacher, progress)

@@ -17,7 +17,8 @@ import pyarrow as pa
 from PIL import __version__ as pillow_version
 
 from teacher_cache.pipeline.data.datasets.records import SampleSet
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import require_reusable
@@ -290,7 +291,7 @@ def plan_dataset(
             raise
         # the most frequent reason: a share that is not mounted, or a server that is down
         raise CacheMismatchError(
-            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0].where}: {lost[0].detail}."
+            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0]}."
         ) from error
     pending = EmbeddingWriter(cache, manifest).pending()
     for tower, num_rows in rows_by_tower(manifest.layout, pending).items():

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.records import data_folder
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples, require_content
+from teacher_cache.pipeline.data.datasets.files import data_folder
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples, require_content
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.repair import RepairPlan, plan_repair, restore
 from teacher_cache.storage.check.verify import Finding, verify_cache

@@ -7,7 +7,7 @@ from collections import Counter
 
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec
+from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.precompute.executors import open_executor
 from teacher_cache.pipeline.precompute.plan import Progress
 from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
@@ -71,7 +71,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
     """
     started = time.perf_counter()
     # fail on a typing error before loading the teacher or reading the dataset
-    DatasetSpec.parse(config.dataset)
+    check_dataset(config.dataset)
     require_place(open_files(config.cache))
     with observed(cache=config.cache):
         with open_executor(config) as executor:

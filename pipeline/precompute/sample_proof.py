@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.records import data_folder
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, require_content
+from teacher_cache.pipeline.data.datasets.files import data_folder
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown, draw_crop

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import other_settings
@@ -83,7 +84,7 @@ def look_at(
         CacheUnreachableError, CacheAccessError: the store of the caches does not answer or refuses.
     """
     config = settings.config
-    spec = DatasetSpec.parse(config.dataset)
+    spec = check_dataset(config.dataset)
     dataset, digests = load_samples(spec, progress)
     tables = dataset_tables(dataset, digests)
     identity = dataset_identity(spec, tables)

@@ -24,7 +24,7 @@ from functools import lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.records import open_text, read_json
+from teacher_cache.pipeline.data.datasets.files import open_text, read_json
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 

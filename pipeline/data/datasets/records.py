@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import posixpath
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS, NOT_TEXT, printable, redact
-
-# torchvision's ImageFolder endings, and the other decodable ones (``teacher_cache.pipeline.data.images.decode``)
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jfif")
-
-# a folder or a part of a file name that equals one of these names a split
-SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test", "trainval", "restval")
-
-# folders of images in the published archives of Flickr8k and Flickr30k
-FLICKR_FOLDERS = (
-    "images",
-    "Images",
-    "Flicker8k_Dataset",  # spelt so in the published archive
-    "Flickr8k_Dataset",
-    "flickr30k-images",
-    "flickr30k_images",
-    ".",
-)
-
-_DATA_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".json", ".tar")
 
 # A teacher reads about 77 tokens, 300 characters. Byte-pair encoding is quadratic in the length of a word: 4 s for a
 # word of this length, half an hour for 500,000.
@@ -57,7 +31,7 @@ class Sample:
         sample_id: permanent name of the image, unique in the dataset (a file name, a COCO id, a tar key).
         uri: path relative to the dataset's root, an absolute path, or a URL.
         split: published name of the split, ``""`` if there is none.
-        captions: in published order, stripped of surrounding white space. Empty only in ``labelled`` datasets.
+        captions: in published order, stripped of surrounding white space; may be empty.
         offset: first byte of the image inside ``uri`` (a member of a tar), -1 for the whole file.
         length: number of bytes from ``offset``, -1 for the whole file.
     """
@@ -90,6 +64,24 @@ class Problem:
     def __post_init__(self) -> None:
         for name in ("where", "detail"):
             object.__setattr__(self, name, printable(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.detail.removeprefix(f'{self.where}: ')}"
+
+
+@dataclass(frozen=True)
+class Uncaptioned(Problem):
+    """Image that no caption names. ``teacher_cache.pipeline.data.datasets.adapters.adapter`` makes it one of the two.
+
+    Attributes:
+        sample: the image without captions, if such images are kept.
+    """
+
+    sample: Sample
+
+    def problem(self) -> Problem:
+        """Return the plain problem, if they are not."""
+        return Problem(self.kind, self.where, self.detail, self.lost_image)
 
 
 Record: TypeAlias = Sample | Problem
@@ -141,21 +133,28 @@ def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind
 
 
 def sample_or_problem(
-    sample_id: str, uri: str, split: str, captions: Iterable[str], offset: int = -1, length: int = -1
+    sample_id: str, uri: str, split: str, captions: Iterable[str] | None, offset: int = -1, length: int = -1
 ) -> Iterator[Record]:
-    """Yield the sample with its clean captions, or a problem: no caption, or a name that no cache can hold."""
+    """Yield the sample with its clean captions, or a problem: no caption, or a name that no cache can hold.
+
+    Args:
+        captions: None: the image is meant to have none.
+    """
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
         unfit = _unfit_name(text)
         if unfit:
             detail = f"the {what} {printable(text)!r} holds {unfit}"
             yield Problem("bad-record", sample_id, detail, lost_image=True)
             return
-    texts, problems = clean_captions(sample_id, captions)
+    texts, problems = clean_captions(sample_id, captions or ())
     yield from problems
-    if texts:
-        yield Sample(sample_id, uri, split, texts, offset, length)
+    sample = Sample(sample_id, uri, split, texts, offset, length)
+    if texts or captions is None:
+        yield sample
     else:
-        yield Problem("no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True)
+        yield Uncaptioned(
+            "no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True, sample=sample
+        )
 
 
 def _unfit_name(text: str) -> str:
@@ -172,165 +171,6 @@ def _unfit_name(text: str) -> str:
             "name the file without it (credentials belong into the environment), or download it"
         )
     return ""
-
-
-def uri_below(folder: str, name: str) -> str | None:
-    """Return ``folder/name`` for a name in a dataset file, or None if it would leave the folder.
-
-    A downloaded list must not be able to name ``/etc/passwd``, ``../../x`` or a URL; a user's own table may.
-    """
-    if not name or "://" in name or posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == "..":
-        return None
-    return posixpath.join(folder, name) if folder not in ("", ".") else name
-
-
-def local_folder(kind: str, root: str) -> Path:
-    """Return the root as a folder on this machine.
-
-    Raises:
-        UsageError: it is a URL or a file, or does not exist.
-    """
-    path = Path(root)
-    if path.is_dir():
-        return path
-    what = "a URL, and this form is read from a local folder" if "://" in root else "no folder"
-    if path.is_file():
-        what = "a file"
-    raise UsageError(f"{root} is {what}; write {kind}:FOLDER")
-
-
-def data_folder(root: str) -> str:
-    """Return the folder that relative uris start from.
-
-    That is ``root`` itself, the folder of the file ``root`` (a table, a JSON, a tar), or for a pattern such as
-    ``shards/{000..003}.tar`` the part before the first brace.
-    """
-    path = Path(root)
-    if "://" not in root and path.exists():
-        return str((path.parent if path.is_file() else path).resolve())
-    folder = root
-    if "{" in root:
-        folder = root[: root.index("{")].rpartition("/")[0]
-    elif root.lower().split("?")[0].endswith(_DATA_FILE_ENDINGS):
-        folder = root.rpartition("/")[0]
-    return folder if "://" in root else str(Path(folder).resolve())
-
-
-def image_folders(
-    root: Path, places: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]
-) -> dict[str, str]:
-    """Find the folder of each group of images (a split, COCO's ``filepath``) below ``root``.
-
-    Args:
-        root: the dataset's root.
-        places: candidates of each group, relative or absolute, the most likely first; ``"."`` is the root itself.
-        names: file names of each group's images. One match is enough.
-
-    Returns:
-        For each group the first candidate with one of the images in it; else one that exists and is not the root, or
-        the first, so that its images are reported missing one by one.
-
-    Raises:
-        UsageError: no group has a folder.
-    """
-    folders = {group: _image_folder(root, several, names[group]) for group, several in places.items()}
-    if not any(folders.values()):
-        looked = ", ".join(f"{place}/" for several in places.values() for place in several if place != ".")
-        raise UsageError(
-            f"{root}: no folder of images; looked for {looked or 'none, as no image is listed'}; found "
-            f"{contents(root)}; give it with ?images=FOLDER"
-        )
-    return {group: folder or places[group][0] for group, folder in folders.items()}
-
-
-def _image_folder(root: Path, places: Sequence[str], names: Sequence[str]) -> str | None:
-    existing = [folder for folder in places if (root / folder).is_dir()]
-    for folder in existing:
-        below = (uri_below(str(root / folder), name) for name in names[:50])
-        if any(path is not None and _is_file(path) for path in below):
-            return folder
-    return next((folder for folder in existing if folder != "."), None)
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # a name that is too long or contains NUL
-        return False
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading bytes; refuse a pipe, a socket or a device.
-
-    The check comes before opening, which may block for ever or affect hardware.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        IsADirectoryError: it is a folder.
-        OSError: it is no regular file, or cannot be read.
-    """
-    _require_regular(path, Path(path).stat().st_mode)
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    file = open(descriptor, "rb")  # noqa: PTH123, SIM115 - a descriptor; the caller closes it
-    try:
-        _require_regular(path, os.fstat(descriptor).st_mode)  # the path may have been swapped since the check
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _require_regular(path: str | Path, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} is a folder, not a file")
-    if not stat.S_ISREG(mode):
-        kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-        kind = next((name for test, name in kinds if test(mode)), "a device")
-        raise OSError(f"{path} is {kind}, not a file; it is not opened")
-
-
-def contents(folder: Path, most: int = 12) -> str:
-    """List a folder's contents for a message."""
-    names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def open_text(path: Path) -> Any:
-    """Open a text file as UTF-8 with or without a byte-order mark. Invalid bytes become lone surrogates.
-
-    :func:`clean_captions` repairs them.
-    """
-    return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def read_json(path: Path) -> Any:
-    """Read the JSON value of one file.
-
-    Raises:
-        UsageError: not JSON.
-    """
-    with open_text(path) as file:
-        try:
-            return json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not JSON ({printable(str(error))}); download or copy it again") from None
-
-
-def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Read the JSON object of one file, with lists under ``keys``.
-
-    Raises:
-        UsageError: not JSON, or not an object with a list under each key.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds a {type(content).__name__}, an object with {', '.join(keys)} is wanted")
-    for key in keys:
-        if not isinstance(content.get(key), list):
-            raise UsageError(f"{path}: no list {key!r}; its keys are {printable(', '.join(sorted(content))) or 'none'}")
-    return content
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Samples of datasets: parse ``KIND:PATH``, run the adapter, check every file, and read image bytes.
+"""Samples of datasets: run the adapter, check every file, and read image bytes.
 
 ``load_samples`` alone decides which images get a row: the adapter lists them, this module checks that each can be read,
 digests its bytes and turns every failure into a counted problem.
@@ -15,18 +15,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, quote
 
 import fsspec
 
-from teacher_cache.pipeline.data.datasets import adapter
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet, data_folder, open_regular
+from teacher_cache.pipeline.data.datasets.adapters import adapter
+from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, refuse_credentials
 from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.files.transient import is_transient
-from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
+from teacher_cache.storage.observe.safe_text import printable, redact
 
 _HASH_THREADS = 8  # hashing releases the GIL; more threads gain nothing on a local disk
 _FETCHES = REQUESTS_AT_ONCE  # parallel requests of a process for remote images, which mostly wait
@@ -43,68 +43,6 @@ for _scheme, _name in _STORES.items():
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest decodable image takes uncompressed
 
 
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Name of a dataset: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter."""
-
-    kind: str
-    root: str
-    options: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        texts = (self.root, *(text for option in self.options for text in option))
-        if any("\0" in text or NOT_TEXT.search(text) for text in texts):
-            raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
-        _refuse_credentials(f"{self.kind}:", self.root)
-        for name, value in self.options:
-            _refuse_credentials(f"dataset setting {name}=", value)
-        _refuse_credentials("", str(self))  # the manifest keeps this text
-
-    @classmethod
-    def parse(cls, text: str) -> DatasetSpec:
-        """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
-
-        Raises:
-            UsageError: no or an unknown ``KIND:``, an empty path, a repeated setting, or a password, signature or key
-                in it.
-        """
-        shown = printable(text)
-        kind, colon, rest = text.partition(":")
-        if not colon:
-            raise UsageError(f"dataset {shown!r} has no kind; write KIND:PATH, for example flickr:{shown}")
-        adapter(kind)
-        path, question, query = rest.rpartition("?")
-        if not question or "=" not in query:
-            path, query = rest, ""
-        if not path:
-            raise UsageError(f"dataset {shown!r} has no path; write {kind}:PATH")
-        options = tuple(parse_qsl(query, keep_blank_values=True))
-        keys = [key for key, _ in options]
-        if len(set(keys)) < len(keys):
-            raise UsageError(f"dataset {shown!r} gives a setting twice; it has {printable(', '.join(keys))}")
-        # a signed URL's parameters look like settings
-        _refuse_credentials(f"{kind}:", rest)
-        return cls(kind, path, options)
-
-    def __str__(self) -> str:
-        # quoted only as far as parse() needs
-        query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
-        return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
-
-
-def _refuse_credentials(what: str, text: str) -> None:
-    """Check that a text has no secret, since manifests live long and are shared.
-
-    Raises:
-        UsageError: it has one. The message hides it and says where it belongs.
-    """
-    if redact(text) != text:
-        raise UsageError(
-            f"{what}{printable(text)} holds a password, a signature or a key, which the cache would keep. Give "
-            "credentials through the environment or the storage library's own files, or download the data first."
-        )
-
-
 class ImageSource:
     """Reader of image bytes by ``uri``: local files directly, URLs through fsspec.
 
@@ -113,7 +51,7 @@ class ImageSource:
     """
 
     def __init__(self, root: str) -> None:
-        _refuse_credentials("", root)
+        refuse_credentials("", root)
         self.root = root
 
     def resolve(self, uri: str) -> str:
@@ -275,9 +213,19 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
                 progress(number + 1, len(listed.samples))
     if not usable.samples:
-        met = f"; the first problem: {usable.problems[0].where}: {usable.problems[0].detail}" if usable.problems else ""
-        raise UsageError(f"{spec}: no usable image among {len(listed.samples)} listed{met}")
+        raise UsageError(f"{spec}: {why_none(usable.problems)}")
     return usable, digests
+
+
+def why_none(problems: list[Problem]) -> str:
+    """Return why a dataset without a usable image has none, and what to do."""
+    if not problems:
+        return "lists no image. Check the path, and the kind before it"
+    lost = [problem for problem in problems if problem.lost_image]
+    first = [*lost, *problems][0]
+    captioned = {problem.kind for problem in lost} != {"no-caption"}
+    way_out = "" if captioned else ". To cache images without captions, add ?uncaptioned=keep"
+    return f"no usable image among {len(lost)} listed; the first problem: {first}{way_out}"
 
 
 def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
@@ -318,6 +266,6 @@ def _records(spec: DatasetSpec) -> Iterator[Record]:
             # half a dataset now and a whole one on a retry would be two datasets
             reason = f"{type(error).__name__}: {printable(str(error))}"
             raise ConnectionError(f"{spec}: {reason}. Run the same command again.") from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | UnicodeError):
             raise UsageError(f"{spec}: cannot be read: {printable(str(error))}") from error
         raise

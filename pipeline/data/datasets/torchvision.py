@@ -17,8 +17,9 @@ import torchvision
 from fsspec.spec import AbstractFileSystem
 from numpy.typing import NDArray
 
+from teacher_cache.pipeline.data.datasets.files import contents
 from teacher_cache.pipeline.data.datasets.prompts import SAME_ORDER
-from teacher_cache.pipeline.data.datasets.records import Listing, Sample, contents
+from teacher_cache.pipeline.data.datasets.records import Listing, Sample
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import save_image
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from teacher_cache.pipeline.data.datasets import adapter
+from teacher_cache.pipeline.data.datasets.adapters import adapter
 from teacher_cache.pipeline.data.datasets.records import Problem, Sample, SampleSet
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 
 
 def save_image(path: Path, shade: int = 0) -> bytes:

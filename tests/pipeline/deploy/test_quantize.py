@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import teacher_cache.pipeline.deploy.static_int8
 import teacher_cache.pipeline.models
-from teacher_cache.pipeline.data.datasets.scenes import render_scene
+from teacher_cache.pipeline.data.datasets.adapters.scenes import render_scene
 from teacher_cache.pipeline.deploy.export_onnx import ExportedTowers, export_towers
 from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantisation_of, quantize_tower
 from teacher_cache.pipeline.deploy.quantize import _patches_by_matmul as patches_by_matmul

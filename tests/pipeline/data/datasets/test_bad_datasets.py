@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.data.datasets import webdataset
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, webdataset
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -248,7 +248,7 @@ def test_records_of_coco_that_are_none(tmp_path: Path) -> None:
     assert len(found.samples) + sum(problem.lost_image for problem in found.problems) == len(images) - 1
 
 
-@pytest.mark.parametrize("kind", ["coco", "karpathy", "flickr", "imagefolder", "scenes", "table", "webdataset"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.timeout(60)
 def test_a_pipe_in_place_of_a_file_is_never_waited_for(kind: str, tmp_path: Path) -> None:
     names = {
@@ -256,6 +256,8 @@ def test_a_pipe_in_place_of_a_file_is_never_waited_for(kind: str, tmp_path: Path
         "karpathy": "dataset.json",
         "flickr": "captions.txt",
         "imagefolder": "wolf/a.jpg",
+        "images": "a.jpg",
+        "labelled": "wolf/a.jpg",
         "scenes": "captions.json",
         "table": "t.csv",
         "webdataset": "x.tar",
@@ -388,7 +390,7 @@ def test_a_root_without_the_published_form_says_what_it_has(
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=said):
         load(f"{kind}:{tmp_path}")
-    with pytest.raises(UsageError, match=rf"nowhere is (no folder|not there); write {kind}:FOLDER"):
+    with pytest.raises(UsageError, match=r"nowhere: not there; .* holds "):
         load(f"{kind}:{tmp_path / 'nowhere'}")
 
 

@@ -103,7 +103,7 @@ def webdataset_lines(root: Path, name: str, text: bytes) -> str:
 def table_csv(root: Path, name: str, text: bytes) -> str:
     (root / "t.csv").write_bytes(b'path,caption\n%s.png,"%s"\n%s.png,ok\n' % (name.encode(), text, name.encode()))
     save_image(root / f"{name}.png")
-    return f"table:{root}/t.csv"
+    return f"table:{root}/t.csv?encoding=utf-8"
 
 
 def _parquet(root: Path, name: str, captions: pa.Array) -> str:

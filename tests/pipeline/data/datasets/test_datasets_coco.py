@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from teacher_cache.pipeline.data.datasets.records import Sample
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from tests.pipeline.data.dataset_files import load, read, save_image, told
 
 

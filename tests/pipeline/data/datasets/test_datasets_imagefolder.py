@@ -10,7 +10,8 @@ import pytest
 
 from teacher_cache.pipeline.data.datasets.prompts import DEFAULT_TEMPLATES
 from teacher_cache.pipeline.data.datasets.records import Sample
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, load_samples
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import shared
 from tests.pipeline.data.dataset_files import load, read, save_image, told

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.pipeline.data.datasets.records import Sample
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import load, read, save_image, served, told
 
@@ -88,7 +89,7 @@ def test_an_empty_option_leaves_the_column_out(tmp_path: Path) -> None:
 
 
 def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.table._BATCH_ROWS", 2)
+    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.adapters.table._BATCH_ROWS", 2)
     columns = {
         "url": ["a.jpg", "b.jpg", None, "a.jpg", "c.jpg"],
         "caption": [["A.", "Also a."], ["B."], ["Nobody's."], ["More."], None],
@@ -137,7 +138,7 @@ def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
         b"\n"
         b"e.jpg, ,train\n"
     )
-    samples, problems = read("table", table)
+    samples, problems = read("table", table, encoding="utf-8")
     assert samples == [Sample("a.jpg", "a.jpg", "train", ("A.", "A caf\ufffd."))]
     assert told(problems) == [
         ("bad-record", "t.csv line 3", False),
@@ -172,7 +173,7 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
     table.write_text("")
     with pytest.raises(ValueError, match=r"its columns are none"):
         read("table", table)
-    with pytest.raises(ValueError, match=r"nowhere\.csv: no table there that can be read .*No such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.csv: not there; .* holds t\.csv"):
         read("table", tmp_path / "nowhere.csv")
     with pytest.raises(ValueError, match=r"is a folder; name the table in it"):
         read("table", tmp_path)

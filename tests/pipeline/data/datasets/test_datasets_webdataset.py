@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.pipeline.data.datasets.records import Sample
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from tests.pipeline.data.dataset_files import load, read, save_image, told, write_tar
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.pipeline.data.datasets import adapter
-from teacher_cache.pipeline.data.datasets.records import Sample, data_folder, uri_below
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.adapters import adapter
+from teacher_cache.pipeline.data.datasets.files import data_folder, uri_below
+from teacher_cache.pipeline.data.datasets.records import Sample
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from tests.pipeline.data.dataset_files import load, save_image, told
 
 
@@ -35,8 +37,11 @@ def test_spec_reads_and_writes_the_same_text(text: str, spec: DatasetSpec) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/data/flickr8k", r"'/data/flickr8k' has no kind; write KIND:PATH, for example flickr:/data/flickr8k"),
-        ("flicker:/data", r"dataset kind 'flicker' is not known; write KIND:PATH with one of coco, karpathy, flickr,"),
+        ("/data/flickr8k", r"/data/flickr8k: not there; / holds "),
+        (
+            "flicker:/data",
+            r"dataset kind 'flicker' is not known; did you mean flickr\? write KIND:PATH with one of coco, karp",
+        ),
         ("coco:", r"'coco:' has no path; write coco:PATH"),
         ("coco:x?splits=a&splits=b", r"gives a setting twice; it has splits, splits"),
     ],
@@ -53,13 +58,16 @@ def test_spec_that_cannot_be_read(text: str, message: str) -> None:
         ("karpathy", "images"),
         ("flickr", "captions, images"),
         ("webdataset", "split, txt, ids"),
-        ("imagefolder", "templates, classes"),
-        ("table", "path, caption, split, id"),
+        ("imagefolder", "templates, classes, split"),
+        ("images", "txt, encoding"),
+        ("table", "path, caption, split, id, encoding"),
         ("scenes", "seed, train, dev, test"),
     ],
 )
 def test_an_unknown_option_lists_the_known_ones(kind: str, known: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"dataset kind '{kind}' has no option 'colour'; it has {known}$"):
+    with pytest.raises(
+        ValueError, match=rf"dataset kind '{kind}' has no option 'colour'; it has {known}, holdout, uncaptioned$"
+    ):
         adapter(kind)(str(tmp_path), colour="red")
 
 
@@ -101,7 +109,7 @@ def test_a_second_listing_of_the_same_image_loses_none(tmp_path: Path, monkeypat
     def twice(root: str) -> list[Sample]:
         return [Sample("a", "a.jpg", "", ("A.",)), Sample("a", "a.jpg", "", ("B.",))]
 
-    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.imagefolder.read", twice)
+    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.adapters.imagefolder.read", twice)
     found, _ = load_samples(DatasetSpec("imagefolder", str(tmp_path)))
     assert told(found.problems) == [("duplicate-id", "a", False)]
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import teacher_cache.pipeline
-from teacher_cache.pipeline.data.datasets import scenes
+from teacher_cache.pipeline.data.datasets.adapters import scenes
+from teacher_cache.pipeline.data.datasets.adapters.scenes import Scene, SceneObject, describe_scene, read, render_scene
 from teacher_cache.pipeline.data.datasets.records import Sample
-from teacher_cache.pipeline.data.datasets.samples import DatasetSpec, ImageSource, load_samples
-from teacher_cache.pipeline.data.datasets.scenes import Scene, SceneObject, describe_scene, read, render_scene
+from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 
 TEACHER = Path(teacher_cache.pipeline.__file__).parent / "models" / "scenes_teacher"
 SMALL = {"seed": "5", "train": "7", "dev": "0", "test": "3"}

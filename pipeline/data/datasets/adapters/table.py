@@ -4,6 +4,10 @@
                                     images/one.jpg,A dog runs.,train
                                     images/one.jpg,"A dog, running.",train
 
+Text is separated by tabs, commas or semicolons: by the first of them that sets the column of paths apart in the header.
+It is UTF-8, with or without a byte-order mark, unless ``?encoding=`` names another encoding. With
+``?encoding=utf-8`` broken characters become U+FFFD and are counted; without it they are refused.
+
 A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
 would keep them). Rows with the same path are one image. Images come in the order of their first rows, captions in the
 order of the rows. A ``sample_id`` comes from the column of ids, else it is the path. A Parquet column may hold lists of
@@ -18,16 +22,25 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, open_regular, sample_or_problem, uri_below
+from teacher_cache.pipeline.data.datasets.files import (
+    IMAGE_ENDINGS,
+    as_text,
+    open_regular,
+    require_there,
+    require_utf8,
+    uri_below,
+)
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
+from teacher_cache.pipeline.settings.run_file import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
@@ -39,7 +52,7 @@ _COLUMNS = {
     "split": ("split",),
     "id": ("sample_id", "id"),
 }
-_REQUIRED = ("path", "caption")
+_DELIMITERS = "\t,;"
 _BATCH_ROWS = 8192
 # pyarrow's errors for damaged files; ValueError and others come from the conversion to Python
 _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, IndexError)
@@ -64,28 +77,32 @@ class _Row:
 
 
 def read(
-    root: str, *, path: str | None = None, caption: str | None = None, split: str | None = None, id: str | None = None
+    root: str,
+    *,
+    path: str | None = None,
+    caption: str | None = None,
+    split: str | None = None,
+    id: str | None = None,
+    encoding: str = "",
 ) -> Iterator[Record]:
     """Read the samples of one table.
 
     Args:
-        root: the table, a local file or a URL. ``.parquet`` is Parquet; other files are text with a header, separated
-            by tabs if the header has one, else by commas.
+        root: the table, a local file or a URL. ``.parquet`` is Parquet; other files are text with a header.
         path: column of paths or URLs.
-        caption: column of captions.
+        caption: column of captions. Empty (``?caption=``): the images are to have none.
         split: column of splits. Without it every split is ``""``.
         id: column of sample ids, the same in all rows of an image.
+        encoding: encoding of a text, for example ``cp1252``. Default: UTF-8 without broken characters.
 
     Raises:
-        UsageError: the table is missing or unreadable, or has no such column.
+        UsageError: the table is missing or unreadable, has no such column, or holds text of another encoding.
     """
-    name = root.rstrip("/").rpartition("/")[2]
     options = {"path": path, "caption": caption, "split": split, "id": id}
     images: dict[str, _Image] = {}
     unusable: list[tuple[str, str, str]] = []  # where, detail, path
     with _open(root) as file:
-        rows = _parquet_rows if root.lower().endswith((".parquet", ".pq")) else _text_rows
-        for row in rows(file, root, name, options):
+        for row in _rows(file, root, options, encoding):
             image_path = row.values.get("path")
             uri = "" if image_path is None else str(image_path).strip()
             detail = row.detail or ("" if uri else "no path in it")
@@ -111,17 +128,39 @@ def read(
         yield Problem("bad-record", where, detail, lost_image=uri not in counted)
         counted.add(uri)
     for uri, image in images.items():
-        yield from sample_or_problem(image.sample_id, uri, image.split, image.captions)
+        captions = None if caption == "" else image.captions
+        yield from sample_or_problem(image.sample_id, uri, image.split, captions)
+
+
+def check(root: str, *, encoding: str = "", **options: str | None) -> None:
+    """Check that a local table has the columns."""
+    if "://" not in root:
+        with _open(root) as file:
+            next(_rows(file, root, options, encoding), None)
+
+
+def _rows(file: BinaryIO, root: str, options: Mapping[str, str | None], encoding: str) -> Iterator[_Row]:
+    name = root.rstrip("/").rpartition("/")[2]
+    if root.lower().endswith((".parquet", ".pq")):
+        return _parquet_rows(file, root, name, options)
+    rows = _text_rows(as_text(file, encoding or "utf-8"), root, name, options)
+    return rows if encoding else _in_utf8(rows, root)
+
+
+def _in_utf8(rows: Iterator[_Row], root: str) -> Iterator[_Row]:
+    for row in rows:
+        require_utf8(" ".join(map(str, row.values.values())), f"{root} {row.where.partition(' ')[2]}")
+        yield row
 
 
 def _open(root: str) -> Any:
     """Open the table's bytes; the caller closes them."""
     try:
-        return fsspec.open(root, "rb").open() if "://" in root else open_regular(root)
+        return fsspec.open(root, "rb").open() if "://" in root else open_regular(require_there(root))
     except IsADirectoryError:
         raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
     except Exception as error:  # each library behind a URL has its own errors
-        if is_transient(error):
+        if is_transient(error) or isinstance(error, UsageError):
             raise
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{root}: no table there that can be read ({reason}); write table:FILE") from error
@@ -144,33 +183,60 @@ def _captions(value: Any) -> list[str]:
     return ["" if caption is None else str(caption) for caption in values]
 
 
-def _find_columns(root: str, header: Sequence[str], options: dict[str, str | None]) -> dict[str, int]:
+def _find_columns(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> dict[str, int]:
     """Find each role's column."""
     columns: dict[str, int] = {}
     lowered = [column.strip().lower() for column in header]
     shown = printable(", ".join(header)) or "none"
     for role, names in _COLUMNS.items():
-        option = options[role]
+        option = options.get(role)
         if option:
             if option not in header:
-                raise UsageError(f"{root}: no column {option!r} for {role}=; its columns are {shown}")
+                hint = did_you_mean(option, header)
+                raise UsageError(f"{root}: no column {option!r} for {role}={hint or ';'} its columns are {shown}")
             columns[role] = header.index(option)
         elif option is None:
             index = next((lowered.index(name) for name in names if name in lowered), None)
             if index is not None:
                 columns[role] = index
-        if role in _REQUIRED and role not in columns:
+        if role not in columns and (role == "path" or (role == "caption" and option is None)):
             raise UsageError(
                 f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
-                f"name one with ?{role}=COLUMN"
+                f"{_advice(role, header)}"
             )
     return columns
 
 
-def _text_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | None]) -> Iterator[_Row]:
-    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+def _advice(role: str, header: Sequence[str]) -> str:
+    picture = next((column for column in header if column.lower().endswith(IMAGE_ENDINGS)), None)
+    if picture is not None:
+        return (
+            f"the first line names a picture ({printable(picture)}): is it a header? Add a line path,caption above it"
+        )
+    return f"name one with ?{role}=COLUMN" + ", or take the images alone with ?caption=" * (role == "caption")
+
+
+def _delimiter(first: str, path: str | None) -> str:
+    """Return the first delimiter that sets the column of paths apart, else the first in the line."""
+    names = (path.lower(),) if path else _COLUMNS["path"]
+    for delimiter in _DELIMITERS:
+        if {column.strip(' "').lower() for column in first.rstrip("\r\n").split(delimiter)}.intersection(names):
+            return delimiter
+    return next((delimiter for delimiter in _DELIMITERS if delimiter in first), ",")
+
+
+def _first_line(text: io.TextIOWrapper, root: str) -> str:
+    try:
         first = text.readline()
-        delimiter = "\t" if "\t" in first else ","
+    except UnicodeError as error:
+        raise UsageError(f"{root}: not {text.encoding} ({error}); is ?encoding= right?") from error
+    return first
+
+
+def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[str, str | None]) -> Iterator[_Row]:
+    with file as text:
+        first = _first_line(text, root)
+        delimiter = _delimiter(first, options.get("path"))
         try:
             header = next(csv.reader([first], delimiter=delimiter), [])
         except csv.Error as error:
@@ -198,7 +264,7 @@ def _text_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | N
             yield _Row(where, values, detail)
 
 
-def _parquet_rows(file: IO[bytes], root: str, name: str, options: dict[str, str | None]) -> Iterator[_Row]:
+def _parquet_rows(file: BinaryIO, root: str, name: str, options: Mapping[str, str | None]) -> Iterator[_Row]:
     try:
         table = pq.ParquetFile(file)
         header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]

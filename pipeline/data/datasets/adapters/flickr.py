@@ -20,23 +20,21 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.records import (
+from teacher_cache.pipeline.data.datasets.files import (
+    CAPTION_FILES,
     FLICKR_FOLDERS,
     IMAGE_ENDINGS,
-    Problem,
-    Record,
     contents,
+    flickr_text_folders,
     image_folders,
     local_folder,
     open_text,
-    sample_or_problem,
     uri_below,
 )
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-# not Flickr8k.lemma.token.txt: it holds lemmas, not captions
-_CAPTION_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt", "results_20130124.token")
 _SPLIT_FILES = {
     "train": ("train.txt", "Flickr_8k.trainImages.txt"),
     "dev": ("dev.txt", "Flickr_8k.devImages.txt"),
@@ -87,6 +85,11 @@ def read(root: str, *, captions: str = "", images: str = "") -> Iterator[Record]
             yield from _sample(image_place, name, "", [])
 
 
+def check(root: str, *, captions: str = "", images: str = "") -> None:
+    """Check that the file of captions is there."""
+    _captions_file(local_folder("flickr", root), captions)
+
+
 def _sample(folder: str, name: str, split: str, captions: list[str]) -> Iterator[Record]:
     uri = uri_below(folder, name)
     if uri is None:
@@ -96,18 +99,16 @@ def _sample(folder: str, name: str, split: str, captions: list[str]) -> Iterator
         yield from sample_or_problem(name, uri, split, captions)
 
 
-def _text_folders(folder: Path) -> tuple[Path, Path]:
-    return folder, folder / "Flickr8k_text"
-
-
 def _captions_file(folder: Path, captions: str) -> Path:
     if captions:
         if not (folder / captions).is_file():
             raise UsageError(f"{folder}: no file {captions}; found {contents(folder)}")
         return folder / captions
-    files = [place / name for place in _text_folders(folder) for name in _CAPTION_FILES if (place / name).is_file()]
+    files = [
+        place / name for place in flickr_text_folders(folder) for name in CAPTION_FILES if (place / name).is_file()
+    ]
     if not files:
-        raise UsageError(f"{folder}: none of {', '.join(_CAPTION_FILES)}; found {contents(folder)}")
+        raise UsageError(f"{folder}: none of {', '.join(CAPTION_FILES)}; found {contents(folder)}")
     if len(files) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in files)
         raise UsageError(f"{folder}: several files of captions ({names}); choose with ?captions=FILE")
@@ -117,7 +118,7 @@ def _captions_file(folder: Path, captions: str) -> Path:
 def _listed(folder: Path) -> Iterator[tuple[Path, str, int, str]]:
     """Yield file, split, line number and name of each image in the split lists."""
     for split, files in _SPLIT_FILES.items():
-        paths = [place / file for place in _text_folders(folder) for file in files]
+        paths = [place / file for place in flickr_text_folders(folder) for file in files]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             continue

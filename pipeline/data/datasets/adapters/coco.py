@@ -15,16 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.records import (
-    Problem,
-    Record,
+from teacher_cache.pipeline.data.datasets.files import (
     contents,
     image_folders,
     local_folder,
     read_json_object,
-    sample_or_problem,
     uri_below,
 )
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -49,6 +47,11 @@ def read(root: str, *, splits: str = "", images: str = "") -> Iterator[Record]:
     folders = image_folders(folder, {split: _places(split, images) for split in tables}, names)
     for split, table in tables.items():
         yield from _read_split(split, files[split].name, folders[split], table)
+
+
+def check(root: str, *, splits: str = "", images: str = "") -> None:
+    """Check that the file of captions is there."""
+    _captions_files(local_folder("coco", root), splits)
 
 
 def _captions_files(folder: Path, splits: str) -> dict[str, Path]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets import imagefolder, webdataset
+from teacher_cache.pipeline.data.datasets.adapters import imagefolder, webdataset
+from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular, open_text
 from teacher_cache.pipeline.data.datasets.prompts import (
     Classes,
     filled,
@@ -28,16 +29,7 @@ from teacher_cache.pipeline.data.datasets.prompts import (
     read_templates,
     templates_in,
 )
-from teacher_cache.pipeline.data.datasets.records import (
-    Listing,
-    Problem,
-    Record,
-    Sample,
-    clean_captions,
-    data_folder,
-    open_regular,
-    open_text,
-)
+from teacher_cache.pipeline.data.datasets.records import Listing, Problem, Record, Sample, clean_captions
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 

@@ -30,16 +30,8 @@ from typing import IO
 
 import fsspec
 
-from teacher_cache.pipeline.data.datasets.records import (
-    SPLIT_NAMES,
-    Problem,
-    ProblemKind,
-    Record,
-    contents,
-    data_folder,
-    open_regular,
-    sample_or_problem,
-)
+from teacher_cache.pipeline.data.datasets.files import SPLIT_NAMES, contents, data_folder, open_regular, require_there
+from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
@@ -172,7 +164,8 @@ def _tars(root: str) -> list[str]:
                 raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}")
             return tars
         if "{" not in root:
-            raise UsageError(f"{root} is not there; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
+            require_there(root)
+            raise UsageError(f"{root} is no file; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
         root = str(path.absolute())
         # uris have this prefix too, despite symbolic links in the pattern
         before = root[: root.index("{")].rpartition("/")[0]

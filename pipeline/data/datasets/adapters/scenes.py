@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, read_json, sample_or_problem, uri_below
+from teacher_cache.pipeline.data.datasets.files import read_json, uri_below
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 

@@ -13,16 +13,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.prompts import filled, match_classes, read_class_names, read_templates
-from teacher_cache.pipeline.data.datasets.records import (
+from teacher_cache.pipeline.data.datasets.files import (
     IMAGE_ENDINGS,
     SPLIT_NAMES,
-    Problem,
-    Record,
     contents,
+    entries_in,
+    files_below,
+    is_image,
     local_folder,
-    sample_or_problem,
 )
+from teacher_cache.pipeline.data.datasets.prompts import filled, match_classes, read_class_names, read_templates
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -31,11 +32,12 @@ _WORDS = re.compile(r"[a-z]+")
 _LEVELS = {*SPLIT_NAMES, "training", "testing", "images", "data"}
 
 
-def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[Record]:
+def read(root: str, *, templates: str = "photo", classes: str = "", split: str = "") -> Iterator[Record]:
     """Read the samples of every class folder.
 
     Args:
         root: the folder.
+        split: split of the images that are in no folder of a split.
         templates: name or file (:func:`teacher_cache.pipeline.data.datasets.prompts.read_templates`).
         classes: JSON file ``{"folder": "name of the class"}``, or ``imagenet`` for open_clip's names of ImageNet's
             folders.
@@ -45,11 +47,17 @@ def read(root: str, *, templates: str = "photo", classes: str = "") -> Iterator[
     """
     fill = read_templates(templates)
     names = _class_names(root, class_folders(root), classes)
-    for record, split, folder in read_classes(root):
+    for record, its_split, folder in read_classes(root):
         if isinstance(record, Problem):
             yield record
         else:
-            yield from sample_or_problem(record.sample_id, record.uri, split, filled(fill, names[folder]))
+            yield from sample_or_problem(record.sample_id, record.uri, its_split or split, filled(fill, names[folder]))
+
+
+def check(root: str, *, templates: str = "photo", classes: str = "", split: str = "") -> None:
+    """Check what :func:`read` checks before it reads the folders of the classes."""
+    read_templates(templates)
+    _class_names(root, class_folders(root), classes)
 
 
 def class_folders(root: str) -> list[str]:
@@ -61,7 +69,8 @@ def class_folders(root: str) -> list[str]:
     folder = local_folder("imagefolder", root)
     folders = _class_folders(folder)[0]
     if not folders:
-        raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}")
+        loose = f"; for pictures without classes write images:{root}" if any(map(is_image, folder.iterdir())) else ""
+        raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}{loose}")
     return sorted({path.name for _, path in folders})
 
 
@@ -74,9 +83,9 @@ def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:
         yield Problem("bad-record", where, "an image outside the class folders", lost_image=True), split, ""
     for split, class_folder in pairs:
         empty = True
-        for path in _files_below(class_folder):
+        for path in files_below(class_folder):
             relative = path.relative_to(folder).as_posix()
-            if _is_image(path):
+            if is_image(path):
                 empty = False
                 for record in sample_or_problem(relative, relative, split, [class_folder.name]):
                     yield record, split, class_folder.name
@@ -88,31 +97,14 @@ def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:
             yield Problem("bad-record", where, "a class folder without an image", lost_image=False), split, ""
 
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List folders and files of a folder by name, without hidden ones."""
-    entries = sorted(
-        (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda path: path.name
-    )
-    return [entry for entry in entries if entry.is_dir()], [entry for entry in entries if not entry.is_dir()]
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    waiting = [folder]  # a stack, not recursion: folders may be nested deeper than the recursion limit
-    while waiting:
-        folders, files = _entries(waiting.pop())
-        yield from files
-        # a link may form a loop
-        waiting.extend(inner for inner in reversed(folders) if not inner.is_symlink())
-
-
 def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
     """Return (split, class folder) in order, and (split, path) of images beside class folders."""
-    top, files = _entries(root)
+    top, files = entries_in(root)
     pairs: list[tuple[str, Path]] = []
     beside = [("", path) for path in files]
     levels: list[str] = []  # folders that contain only folders and have no class's name
     for folder in top:
-        inner, inner_files = _entries(folder)
+        inner, inner_files = entries_in(folder)
         # a class named "test" contains images, a split contains folders
         if (split := folder.name.casefold()) in SPLIT_NAMES and inner:
             pairs.extend((split, class_folder) for class_folder in inner)
@@ -120,7 +112,7 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
         else:
             pairs.append(("", folder))
             words = _WORDS.findall(folder.name.casefold())
-            if inner and not any(map(_is_image, inner_files)) and _LEVELS.intersection(words):
+            if inner and not any(map(is_image, inner_files)) and _LEVELS.intersection(words):
                 levels.append(folder.name)
     if levels:
         names = ", ".join(repr(printable(name)) for name in levels[:5])
@@ -128,11 +120,7 @@ def _class_folders(root: Path) -> tuple[list[tuple[str, Path]], list[tuple[str, 
             f"{root}: no images in {names}, but folders. Are those the classes? Name splits as one of "
             f"{', '.join(SPLIT_NAMES)}, or give the folder above the classes"
         )
-    return pairs, [(split, path) for split, path in beside if _is_image(path)]
-
-
-def _is_image(path: Path) -> bool:
-    return path.name.lower().endswith(IMAGE_ENDINGS)
+    return pairs, [(split, path) for split, path in beside if is_image(path)]
 
 
 def _class_names(root: str, folders: list[str], classes: str) -> dict[str, str]:

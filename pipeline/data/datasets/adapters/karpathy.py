@@ -13,17 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from teacher_cache.pipeline.data.datasets.records import (
+from teacher_cache.pipeline.data.datasets.files import (
     FLICKR_FOLDERS,
-    Problem,
-    Record,
     contents,
     image_folders,
     local_folder,
     read_json_object,
-    sample_or_problem,
     uri_below,
 )
+from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -71,6 +69,11 @@ def read(root: str, *, images: str = "") -> Iterator[Record]:
             yield Problem("bad-record", where, detail, lost_image=False)
             split = ""
         yield from sample_or_problem(f"{filepath}/{name}" if filepath else name, uri, split, captions)
+
+
+def check(root: str, *, images: str = "") -> None:
+    """Check that the file of captions is there."""
+    _json_file(root)
 
 
 def _json_file(root: str) -> Path:

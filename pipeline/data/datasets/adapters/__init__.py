@@ -1,0 +1,125 @@
+"""Dataset adapters: one per published on-disk form, all with the same records.
+
+An adapter is a module with a function ``read(root, **options) -> Iterator[Sample | Problem]``. It reads the lists and
+captions of the published form. :func:`teacher_cache.pipeline.data.datasets.samples.load_samples` then checks the images
+of all forms. Its ``check(root, **options)``, if it has one, raises early what ``read`` would raise at its start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from importlib import import_module
+from inspect import signature
+from types import ModuleType
+
+from teacher_cache.pipeline.data.datasets.files import require_there
+from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
+from teacher_cache.pipeline.settings.run_file import did_you_mean
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+Adapter = Callable[..., Iterator[Record]]
+
+# modules here with a function read(root, **options); imported on use, since a form may need an optional package
+ADAPTERS = ("coco", "karpathy", "flickr", "webdataset", "imagefolder", "images", "table", "scenes", "labelled")
+WRITE_KIND = f"write KIND:PATH with one of {', '.join(ADAPTERS)}"
+_ALSO_CALLED = {"csv": "table", "tsv": "table", "parquet": "table", "tar": "webdataset", "wds": "webdataset"}
+# settings of every kind, beside those of its own
+_HOLDOUT, _UNCAPTIONED = "holdout", "uncaptioned"
+_SHARED = (_HOLDOUT, _UNCAPTIONED)
+
+
+def require_kind(kind: str) -> None:
+    """Check that a kind of dataset is known.
+
+    Raises:
+        UsageError: it is not. The message names the most similar kind and all kinds.
+    """
+    if kind not in ADAPTERS:
+        meant = f"; did you mean {_ALSO_CALLED[kind]}?" if kind in _ALSO_CALLED else did_you_mean(kind, ADAPTERS)
+        raise UsageError(f"dataset kind {printable(kind)!r} is not known{meant or ';'} {WRITE_KIND}")
+
+
+def check_form(kind: str, root: str, options: dict[str, str]) -> None:
+    """Check the settings of a dataset, that its root exists, and what its ``check`` checks.
+
+    Raises:
+        UsageError: a setting is unknown or has an impossible value, the root does not exist or has another form.
+    """
+    module = _module(kind)
+    own, _, _ = _settings(module, kind, options)
+    if kind != "scenes" and "://" not in root and "{" not in root:  # scenes are made where there are none
+        require_there(root)
+    if hasattr(module, "check"):
+        module.check(root, **own)
+
+
+def adapter(kind: str) -> Adapter:
+    """Return the ``read`` function of one kind of dataset. It has the settings of every kind, and refuses unknown ones.
+
+    Every kind has ``holdout`` (a share such as ``10%`` of the images becomes the split ``test``, the others ``train``)
+    and ``uncaptioned=keep`` (an image that no caption names is a sample without captions, not a problem).
+
+    Raises:
+        UsageError: the kind is unknown, or (when called) a setting is. The message lists the known ones.
+    """
+    module = _module(kind)
+
+    def read(root: str, **options: str) -> Iterator[Record]:
+        own, share, keep = _settings(module, kind, options)
+        return _as_asked(module.read(root, **own), share, keep, f"{kind}:{root}")
+
+    return read
+
+
+def _as_asked(records: Iterator[Record], share: Fraction | None, keep: bool, where: str) -> Iterator[Record]:
+    for record in records:
+        if isinstance(record, Uncaptioned):
+            record = record.sample if keep else record.problem()  # noqa: PLW2901
+        yield _with_split(record, share, where) if share and isinstance(record, Sample) else record
+
+
+def _module(kind: str) -> ModuleType:
+    require_kind(kind)
+    return import_module(f"{__name__}.{kind}")
+
+
+def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[dict[str, str], Fraction | None, bool]:
+    """Return the adapter's own settings, the share to hold out, and whether images without captions are kept."""
+    known = [*list(signature(module.read).parameters)[1:], *_SHARED]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    if options.get(_UNCAPTIONED, "keep") != "keep":
+        raise UsageError(f"uncaptioned={printable(options[_UNCAPTIONED])!r} is not known; write uncaptioned=keep")
+    own = {name: value for name, value in options.items() if name not in _SHARED}
+    share = _share(options[_HOLDOUT]) if _HOLDOUT in options else None
+    return own, share, _UNCAPTIONED in options
+
+
+def _share(text: str) -> Fraction:
+    """Return the number that ``10%`` or ``0.1`` stands for."""
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?)(%?)", text, re.ASCII)
+    share = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
+    if not 0 < share < 1:
+        raise UsageError(f"holdout={printable(text)!r} is no share of the images; write for example holdout=10%")
+    return share
+
+
+def _with_split(sample: Sample, share: Fraction, where: str) -> Sample:
+    """Return the sample in the split ``test`` or ``train``, drawn by its id alone: other samples do not matter.
+
+    Raises:
+        UsageError: the dataset names its split.
+    """
+    if sample.split:
+        raise UsageError(
+            f"{where}: holdout is for datasets without splits, and {printable(sample.sample_id)} is in the split "
+            f"{printable(sample.split)!r}; leave holdout out"
+        )
+    drawn = int.from_bytes(hashlib.sha256(sample.sample_id.encode()).digest()[:8])
+    return replace(sample, split="test" if drawn < share * 2**64 else "train")

@@ -1,0 +1,197 @@
+"""Name of a dataset, ``KIND:PATH?option=value``: parsed, completed and checked in little time. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import parse_qsl, quote
+
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, WRITE_KIND, check_form, require_kind
+from teacher_cache.pipeline.data.datasets.files import (
+    CAPTION_FILES,
+    SPLIT_NAMES,
+    TABLE_ENDINGS,
+    contents,
+    flickr_text_folders,
+    is_image,
+    require_there,
+)
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
+
+_FOLDERS_LOOKED_AT = 20
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Name of a dataset: ``KIND:PATH`` with optional ``?key=value&...`` settings of the adapter.
+
+    A ``~`` at the start of the path or of a setting's value becomes the home folder.
+    """
+
+    kind: str
+    root: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", _at_home(self.root))
+        object.__setattr__(self, "options", tuple((name, _at_home(value)) for name, value in self.options))
+        texts = (self.root, *(text for option in self.options for text in option))
+        if any("\0" in text or NOT_TEXT.search(text) for text in texts):
+            raise UsageError(f"dataset {self.kind}:{printable(self.root)} has a NUL in it or is not UTF-8; rename it")
+        refuse_credentials(f"{self.kind}:", self.root)
+        for name, value in self.options:
+            refuse_credentials(f"dataset setting {name}=", value)
+        refuse_credentials("", str(self))  # the manifest keeps this text
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetSpec:
+        """Read ``flickr:/data/flickr8k`` or ``table:/data/pairs.parquet?caption=title``.
+
+        Without ``KIND:`` the kind follows from the path, and a line on stderr says which.
+
+        Raises:
+            UsageError: the kind is unknown, or none is given and none follows; the path is empty; a setting is
+                repeated; or there is a password, signature or key.
+        """
+        shown = printable(text)
+        kind, colon, rest = text.partition(":")
+        if not colon or (rest.startswith("//") and kind not in ADAPTERS):
+            kind, rest = "", text
+        else:
+            require_kind(kind)
+        path, question, query = rest.rpartition("?")
+        if not question or "=" not in query:
+            path, query = rest, ""
+        if not path:
+            raise UsageError(f"dataset {shown!r} has no path; write {kind or 'KIND'}:PATH")
+        options = tuple(parse_qsl(query, keep_blank_values=True))
+        keys = [key for key, _ in options]
+        if len(set(keys)) < len(keys):
+            raise UsageError(f"dataset {shown!r} gives a setting twice; it has {printable(', '.join(keys))}")
+        # a signed URL's parameters look like settings
+        refuse_credentials(f"{kind}:" * bool(kind), rest)
+        return cls(kind or _guessed_kind(path), path, options)
+
+    def __str__(self) -> str:
+        # quoted only as far as parse() needs
+        query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
+        return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
+
+
+def check_dataset(text: str) -> DatasetSpec:
+    """Return a dataset's parsed name if its kind, settings, path and form are right. Reads a header at most.
+
+    Raises:
+        UsageError: see :meth:`DatasetSpec.parse`; or the kind has no such setting, the path does not exist, the table
+            has no such column, or the folder does not have the form of this kind.
+    """
+    spec = DatasetSpec.parse(text)
+    check_form(spec.kind, spec.root, dict(spec.options))
+    return spec
+
+
+def refuse_credentials(what: str, text: str) -> None:
+    """Check that a text has no secret, since manifests live long and are shared.
+
+    Raises:
+        UsageError: it has one. The message hides it and says where it belongs.
+    """
+    if redact(text) != text:
+        raise UsageError(
+            f"{what}{printable(text)} holds a password, a signature or a key, which the cache would keep. Give "
+            "credentials through the environment or the storage library's own files, or download the data first."
+        )
+
+
+def _at_home(text: str) -> str:
+    return str(Path(text).expanduser()) if text == "~" or text.startswith("~/") else text
+
+
+@cache
+def _guessed_kind(path: str) -> str:
+    """Return the kind that follows from a path, and say it on stderr, once in a process.
+
+    Raises:
+        UsageError: none follows, or nothing is there.
+    """
+    shown = printable(path)
+    try:
+        kind = _kind_of_name(path) or _kind_of_folder(require_there(_at_home(path)))
+    except (OSError, ValueError) as error:  # UsageError is a ValueError
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"dataset {shown!r} cannot be read ({printable(str(error))})") from error
+    say(f"{shown}: no kind given, read as {kind}:{shown}{_OTHER_READING.get(kind, '').format(shown)}")
+    return kind
+
+
+# what a folder of these kinds could be just as well
+_OTHER_READING = {
+    "imagefolder": ", with captions made from the folders' names; for the pictures without captions write images:{}",
+    "images": ", with a caption where NAME.txt is beside NAME.jpg",
+}
+
+
+def _kind_of_name(path: str) -> str:
+    """Return the kind of a file by its name, or an empty text."""
+    name = path.lower().split("?")[0]
+    if name.endswith(TABLE_ENDINGS):
+        return "table"
+    if name.endswith(".tar"):
+        return "webdataset"
+    return "karpathy" if Path(name).match("dataset*.json") else ""
+
+
+def _kind_of_folder(path: Path) -> str:
+    """Return the kind of a folder by what is in it.
+
+    Raises:
+        UsageError: it has the form of none, or holds a table that may name its pictures.
+    """
+    shown = printable(str(path))
+    if not path.is_dir():
+        raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; {WRITE_KIND}")
+    forms = {
+        "coco": (path / "annotations").glob("captions_*.json"),
+        "karpathy": path.glob("dataset_*.json"),
+        "flickr": (folder / name for folder in flickr_text_folders(path) for name in CAPTION_FILES),
+        "webdataset": (tar for folder in (path, *_folders_in(path)) for tar in folder.glob("*.tar")),
+    }
+    for kind, files in forms.items():
+        if any(file.is_file() for file in files):
+            return kind
+    tables = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(TABLE_ENDINGS))
+    if not tables and (kind := _kind_of_pictures(path)):
+        return kind
+    example = f"; for a table in it write table:{shown.rstrip('/')}/{printable(tables[0])}" if tables else ""
+    raise UsageError(f"dataset {shown!r} has no kind, and holds {contents(path)}{example}; {WRITE_KIND}")
+
+
+def _kind_of_pictures(folder: Path) -> str:
+    """Return images, imagefolder if several folders of pictures look like classes, or an empty text."""
+    if _pictures_in(folder):
+        return "images"
+    classes, found = set(), False
+    for inner in _folders_in(folder):
+        places = [inner]
+        if inner.name.casefold() in SPLIT_NAMES:
+            places = _folders_in(inner) or places
+        for place in places:
+            pictures = _pictures_in(place)
+            found = found or bool(pictures)
+            captioned = any(picture.with_suffix(".txt").is_file() for picture in pictures)
+            if pictures and not captioned and place.name.casefold() not in SPLIT_NAMES:
+                classes.add(place.name)
+    return "imagefolder" if len(classes) > 1 else "images" if found else ""
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    folders = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(folders)[:_FOLDERS_LOOKED_AT]
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if is_image(entry)]

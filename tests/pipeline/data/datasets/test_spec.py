@@ -1,0 +1,154 @@
+"""The name of a dataset: the home folder, a kind that is left out, and what is wrong, all before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, _guessed_kind, check_dataset
+from teacher_cache.storage.errors import UsageError
+from tests.pipeline.data.dataset_files import save_image
+
+
+@pytest.mark.parametrize(
+    ("typed", "root", "options"),
+    [
+        ("table:~/d/pairs.csv", "d/pairs.csv", ()),
+        ("imagefolder:~?classes=~/names.json", "", (("classes", "names.json"),)),
+        ("~/pairs.csv", "pairs.csv", ()),
+    ],
+)
+def test_the_home_folder_is_expanded(
+    typed: str, root: str, options: tuple[tuple[str, str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = DatasetSpec.parse(typed)
+    assert spec.root == str(tmp_path / root)
+    assert spec.options == tuple((name, str(tmp_path / value)) for name, value in options)
+    assert DatasetSpec.parse(str(spec)) == spec
+    assert DatasetSpec.parse("table:a~/b.csv?caption=x~").root == "a~/b.csv"
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "kind"),
+    [
+        (["pairs.csv"], "pairs.csv", "table"),
+        (["PAIRS.TSV"], "PAIRS.TSV", "table"),
+        (["pairs.parquet"], "pairs.parquet", "table"),
+        (["x.tar"], "x.tar", "webdataset"),
+        ([], "shards/{000..003}.tar", "webdataset"),
+        (["shards/000.tar"], "shards", "webdataset"),
+        (["shards/train/000.tar"], "shards", "webdataset"),
+        (["d/annotations/captions_val2017.json", "d/val2017/a.png"], "d", "coco"),
+        (["d/dataset_flickr8k.json", "d/images/a.png"], "d", "karpathy"),
+        (["dataset_flickr8k.json"], "dataset_flickr8k.json", "karpathy"),
+        (["d/captions.txt", "d/images/a.png"], "d", "flickr"),
+        (["d/Flickr8k_text/Flickr8k.token.txt", "d/Flicker8k_Dataset/a.png"], "d", "flickr"),
+        (["d/results.csv", "d/flickr30k_images/a.png"], "d", "flickr"),
+        (["d/cat/a.png", "d/dog/b.png"], "d", "imagefolder"),
+        (["d/train/cat/a.png", "d/train/dog/b.png", "d/readme.md"], "d", "imagefolder"),
+        (["d/cat/a.png", "d/dog/b.png", "d/c.png"], "d", "images"),  # as class folders, c.png would be lost
+        (["d/cat/a.png", "d/dog/b.png", "d/dog/b.txt"], "d", "images"),  # captions beside the pictures
+        (["d/a.PNG"], "d", "images"),
+        (["d/images/a.png"], "d", "images"),
+        (["d/train/a.png", "d/test/b.png"], "d", "images"),
+    ],
+)
+def test_a_kind_that_is_left_out_follows_from_the_path(
+    files: list[str], path: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = DatasetSpec.parse(f"{tmp_path}/{path}?holdout=10%")
+    assert spec == DatasetSpec.parse(f"{kind}:{tmp_path}/{path}?holdout=10%")
+    DatasetSpec.parse(f"{tmp_path}/{path}")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1  # once, however often it is parsed
+    assert said[0].startswith(f"{tmp_path}/{path}: no kind given, read as {kind}:{tmp_path}/{path}")
+
+
+def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
+    assert DatasetSpec.parse("s3://bucket/pairs.parquet?caption=title").kind == "table"
+    assert DatasetSpec.parse("https://host/{00..03}.tar").kind == "webdataset"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "csv:HERE/pairs.csv",
+            r"dataset kind 'csv' is not known; did you mean table\? write KIND:PATH with one of coco",
+        ),
+        (
+            "tabel:HERE/pairs.csv",
+            r"dataset kind 'tabel' is not known; did you mean table\? write .*table, scenes, labe",
+        ),
+        ("table:HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
+        ("HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
+        ("images:HERE/pcs/more", r"HERE/pcs/more: not there; HERE/pics is$"),
+        ("coco:HERE/zzz", r"HERE/zzz: not there; HERE holds empty/, nohead\.csv, notes\.txt, pairs\.csv, pics/$"),
+        ("HERE", r"has no kind, and holds .*for a table in it write table:HERE/nohead\.csv; write KIND:PATH with"),
+        ("HERE/empty", r"'HERE/empty' has no kind, and holds nothing; write KIND:PATH with one of coco, .*labelled$"),
+        ("HERE/notes.txt", r"'HERE/notes\.txt' has no kind, and its ending shows none; write KIND:PATH with"),
+        ("table:HERE/pairs.csv?captions=x", r"'table' has no option 'captions'; it has path, caption, split, id, enc"),
+        ("table:HERE/pairs.csv?caption=words", r"pairs\.csv: no column 'words' for caption=; .* are path, caption$"),
+        (
+            "table:HERE/pairs.csv?caption=captoin",
+            r"for caption=; did you mean caption\? its columns are path, caption$",
+        ),
+        ("table:HERE/nohead.csv", r"first line names a picture \(pics/0\.png\): is it a header\? Add a line path,capt"),
+        ("table:HERE/pairs.csv?encoding=latin-8x", r"encoding='latin-8x' is not known; write for example encoding="),
+        ("imagefolder:HERE/pics", r"no <class>/\*\.jpg .*found 0\.png; for pictures without classes write images:HERE"),
+        ("images:HERE/empty", r"HERE/empty: no picture in or below it; found nothing$"),
+        ("images:HERE/pics?txt=line", r"images option txt='line' is not known; it is one of whole, lines"),
+        ("images:HERE/pics?uncaptioned=yes", r"uncaptioned='yes' is not known; write uncaptioned=keep"),
+        ("images:HERE/pics?holdout=0", r"holdout='0' is no share of the images; write for example holdout=10%"),
+        ("images:HERE/pics?holdout=ten", r"holdout='ten' is no share of the images"),
+        ("images:HERE/pics?holdout=100%", r"holdout='100%' is no share of the images"),
+    ],
+)
+def test_what_is_wrong_with_a_dataset_is_named_at_once(typed: str, said: str, tmp_path: Path) -> None:
+    _guessed_kind.cache_clear()
+    save_image(tmp_path / "pics" / "0.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "pairs.csv").write_text("path,caption\npics/0.png,A.\n")
+    (tmp_path / "nohead.csv").write_text("pics/0.png,A.\n")
+    with pytest.raises(UsageError, match=said.replace("HERE", str(tmp_path))):
+        check_dataset(typed.replace("HERE", str(tmp_path)))
+
+
+def test_the_check_takes_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("path,caption\na.png,A.\n")
+    code = (
+        "import sys; from teacher_cache.pipeline.data.datasets.spec import check_dataset; check_dataset(sys.argv[1]); "
+        "sys.exit(' '.join({'torch', 'open_clip', 'pandas', 'prefect'} & set(sys.modules)) or None)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "pairs.csv")], capture_output=True, text=True)
+    assert run.stderr == f"{tmp_path}/pairs.csv: no kind given, read as table:{tmp_path}/pairs.csv\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("path,caption\n", r"pairs\.csv: lists no image\. Check the path, and the kind before it$"),
+        (
+            "path,caption\na.png,\nb.png,\n",
+            r"no usable image among 2 listed; the first problem: a\.png: no caption names this image\. To cache images "
+            r"without captions, add \?uncaptioned=keep$",
+        ),
+        (
+            "path,caption\na.png,\nb.png,B.\n",
+            r"among 2 listed; the first problem: a\.png: no caption names this image$",
+        ),
+    ],
+)
+def test_a_dataset_without_a_usable_image_says_why(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        load_samples(DatasetSpec.parse(f"table:{tmp_path}/pairs.csv"))
