@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.runtime import flow_run
 from pydantic import Field
 
 from teacher_cache.flows.markdown import deployment_text
-from teacher_cache.flows.parameters import TimeoutSeconds, parameters_of
+from teacher_cache.flows.parameters import TimeoutSeconds, default_out, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_image
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.deploy import DeployConfig
+from teacher_cache.pipeline.settings.run_file import check_config
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 ARTIFACT = "deploy-student"
 
 
-@flow(name="deploy-student", persist_result=False)
-@parameters_of(DeployConfig)
+@flow(name="deploy-student", flow_run_name=named("{run} -> {out}", "runs/deployed"), persist_result=False)
+@parameters_of(DeployConfig, ("run", "out", "checkpoint", "split", "teacher", "pretrained", "int8"))
 def deploy_student(
     *,
     out: Annotated[
         str | None,
-        Field(description="Folder to write; it must not exist. Default: runs/deployed/NAME-OF-THIS-FLOW-RUN."),
+        Field(
+            description="Folder to write; it must not exist. Default: runs/deployed/RUN-ID, the run's folder and the "
+            "first 8 digits of this flow run's ID."
+        ),
     ] = None,
     timeout_seconds: TimeoutSeconds = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Ship a run's student as ONNX, int8 and open_clip weights, each file proven, with a table of its worth."""
-    config = DeployConfig(out=out or f"runs/deployed/{flow_run.name}", **settings)
+    config = check_config(DeployConfig, {**settings, "out": out or default_out("runs/deployed", settings)}, ARTIFACT)
     result = deploy_run.with_options(timeout_seconds=timeout_seconds)(config)
     describe(result)
     deployment = result.deployment
@@ -56,7 +59,7 @@ def deploy_student(
     }
 
 
-@task(name="deploy", task_run_name="deploy-{config.out}", **TRIED_AGAIN)
+@task(name="deploy", task_run_name="deploy", **TRIED_AGAIN)
 def deploy_run(config: DeployConfig) -> DeployResult:
     """Export, check, measure and write. An error leaves no files."""
     from teacher_cache.pipeline.deploy.record import require_packages

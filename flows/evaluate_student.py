@@ -14,11 +14,12 @@ from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import code, recall_text
-from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.run_file import check_config
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 ARTIFACT = "evaluate-student"
 
 
-@flow(name="evaluate-student", persist_result=False)
-@parameters_of(EvaluateConfig)
+@flow(name="evaluate-student", flow_run_name=named("{run} on {split}"), persist_result=False)
+@parameters_of(EvaluateConfig, ("run", "split", "checkpoint", "towers", "device", "report"))
 def evaluate_student(
     *,
     run: Annotated[str, Field(description="Folder of the training run whose student is measured.")],
@@ -36,7 +37,7 @@ def evaluate_student(
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a run's student on a split beside the teacher it learned from. No teacher is loaded."""
-    config = EvaluateConfig(run=run, **settings)
+    config = check_config(EvaluateConfig, {**settings, "run": run}, ARTIFACT)
     with device_slots(config.device):
         measured = evaluate_run.with_options(timeout_seconds=timeout_seconds)(config)
     describe(measured, run, config.image_root, report)

@@ -34,7 +34,7 @@ def cache_text(info: CacheInfo, recall: SampledRecall | None) -> str:
         columns = list(recall.i2t)
         rows = (("image to text", recall.i2t), ("text to image", recall.t2i))
         table = ([name, *(f"{values[column]:.1f}" for column in columns)] for name, values in rows)
-        lines += [f"The teacher's own recall, {of}, in percent:", "", *_table(["", *columns], table), ""]
+        lines += [f"The teacher's own recall, {of}, in percent:", "", *_table(["recall", *columns], table), ""]
     return "\n".join([*lines, f"Identity {code(info.identity_digest)}, manifest {code(info.manifest_digest)}."])
 
 
@@ -55,7 +55,7 @@ def identity_table(identity: CacheIdentity) -> list[str]:
         "dataset": f"{dataset.kind}, {dataset.images:,} images, {dataset.captions:,} captions",
         "splits": splits,
     }
-    return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
+    return ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
 
 
 def run_text(record: RunRecord, measured: EvaluateResult | None) -> str:

@@ -1,17 +1,21 @@
 """The settings of a stage as the parameters of a flow: a form in the UI, ``-p name=value`` on the command line.
 
-Flat rather than one ``config`` object: a deployment's defaults and a run's ``-p`` are merged name by name, so
-changing one setting does not mean repeating all of them.
+The everyday settings are parameters of their own, so that a deployment's defaults and a run's ``-p`` are merged name by
+name. All others are in one object, ``advanced``, which a run gives or leaves as a whole.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, Field
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import SkipJsonSchema
 
 ReportPage = Annotated[
     bool, Field(description="Report page beside the result and main chart as an artifact. Default: true.")
@@ -20,15 +24,23 @@ TimeoutSeconds = Annotated[
     float | None, Field(gt=0, description="Time limit of the main task in seconds; it is not retried. Default: none.")
 ]
 
+_ADVANCED = (
+    "Settings for experts; leave them as they are. A run that gives this object replaces it as a whole: settings that "
+    "it does not name get their own defaults."
+)
+_FOLDERS = ("out", "run", "home")  # their last part alone says little: a, 0001
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def parameters_of(config: type[BaseModel], filled_by_config: Collection[str] = ()) -> Callable[[_Function], _Function]:
-    """Give a function ``f(*, own, **settings)`` one keyword parameter per setting of ``config``.
+def parameters_of(
+    config: type[BaseModel], everyday: Sequence[str], filled_by_config: Collection[str] = ()
+) -> Callable[[_Function], _Function]:
+    """Give a function ``f(*, own, **settings)`` the everyday settings of ``config`` as parameters, and ``advanced``.
 
     Names, types, limits, defaults and descriptions come from the model, so there is one place to change them. The
-    function's own parameters replace settings of the same name; the others come last. Their descriptions are read
-    from ``Annotated[..., Field(description=...)]``.
+    function's own parameters replace settings of the same name; theirs come from ``Annotated[..., Field()]``.
+
+    The form has no choice between a value and None. An empty field is a setting that is not given.
 
     A flow passes all its parameters, so every setting would look chosen by the user. Settings that the model derives
     from others, ``filled_by_config``, are therefore None by default, and the model reads None as not set.
@@ -38,39 +50,101 @@ def parameters_of(config: type[BaseModel], filled_by_config: Collection[str] = (
 
     Args:
         config: the model of the stage.
+        everyday: parameters in this order. All others are fields of ``advanced``.
         filled_by_config: settings that the model derives if they are None.
     """
 
     def give(function: _Function) -> _Function:
-        signature = inspect.signature(function, eval_str=True)
-        own = {
-            name: parameter
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        }
-        parameters = {
-            name: own.get(name) or _parameter(name, field, name in filled_by_config)
-            for name, field in config.model_fields.items()
-        }
-        parameters.update(own)
-        described = "\n".join(f"    {name}: {_description(parameter)}" for name, parameter in parameters.items())
-        function.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{described}\n"
-        function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
-        return function
+        fields = {name: _Field.of(field, name in filled_by_config) for name, field in config.model_fields.items()}
+        for name, own in inspect.signature(function, eval_str=True).parameters.items():
+            if own.kind is own.KEYWORD_ONLY:
+                field = FieldInfo.from_annotation(own.annotation)
+                fields[name] = _Field.of(field)._replace(default=... if own.default is own.empty else own.default)
+        experts = create_model(
+            "Advanced",
+            __config__=ConfigDict(extra="forbid", title="advanced"),
+            **{name: field.in_advanced(name) for name, field in fields.items() if name not in everyday},
+        )
+
+        @functools.wraps(function)
+        def flow(*, advanced: Any = None, **given: Any) -> Any:
+            chosen = {name: value for name, value in given.items() if value != ""}
+            return function(**chosen, **experts.model_validate(advanced or {}).model_dump(exclude_unset=True))
+
+        described = {name: fields[name].description for name in everyday} | {"advanced": _ADVANCED}
+        lines = "".join(f"    {name}: {text}\n" for name, text in described.items())
+        flow.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{lines}"
+        parameters = [fields[name].parameter(name) for name in everyday]
+        last = inspect.Parameter("advanced", inspect.Parameter.KEYWORD_ONLY, default={}, annotation=experts)
+        flow.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
+        return flow  # type: ignore[return-value]
 
     return give
 
 
-def _parameter(name: str, field: FieldInfo, filled_by_config: bool) -> inspect.Parameter:
-    default = inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
-    description = Field(description=field.description)
-    annotation: Any = Annotated[field.annotation, *field.metadata, description]
-    if filled_by_config:  # None has no limits: they stay inside the annotation
-        default, annotation = None, Annotated[annotation | None, description]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+class _Field(NamedTuple):
+    """A setting in the form.
+
+    Attributes:
+        annotation: type with limits. None is allowed, but not offered, where it is the default.
+        default: ``...`` if the setting is required.
+    """
+
+    annotation: Any
+    default: Any
+    description: str
+
+    @classmethod
+    def of(cls, field: FieldInfo, derived: bool = False) -> _Field:
+        kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
+        optional = NoneType in get_args(field.annotation)
+        annotation: Any = kinds[0] if optional else field.annotation
+        if field.metadata:
+            annotation = Annotated[annotation, *field.metadata]
+        if optional or derived:
+            annotation = annotation | Annotated[None, SkipJsonSchema()]  # type: ignore[type-arg]
+        default = ... if field.is_required() else field.get_default(call_default_factory=True)
+        assert field.description, f"{field} has no description"
+        return cls(annotation, None if derived else default, field.description)
+
+    def parameter(self, name: str) -> inspect.Parameter:
+        """Return it as a parameter. The UI sends the default of an empty field, so it is "" in place of None."""
+        default = inspect.Parameter.empty if self.default is ... else "" if self.default is None else self.default
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=self.annotation)
+
+    def in_advanced(self, name: str) -> Any:
+        """Return type and field of a model. A field of the UI whose default is not in the schema is not sent."""
+
+        def forget_null(schema: dict[str, Any]) -> None:
+            if schema.get("default", self) is None:
+                del schema["default"]
+
+        described = Field(self.default, title=name, description=self.description, json_schema_extra=forget_null)
+        return self.annotation, described
 
 
-def _description(parameter: inspect.Parameter) -> str:
-    texts = [item.description for item in parameter.annotation.__metadata__ if isinstance(item, FieldInfo)]
-    assert texts, f"{parameter.name} has no description"
-    return str(texts[-1])
+def named(template: str, folder: str = "") -> Callable[[], str]:
+    """Return a function that names a flow run by its parameters, ``{dataset} x {teacher} -> {cache}``.
+
+    Args:
+        folder: as for :func:`default_out`.
+    """
+
+    def name() -> str:
+        given = dict(flow_run.parameters)
+        if folder:
+            given["out"] = given.get("out") or default_out(folder, given)
+        return template.format_map({what: short(value, 2 if what in _FOLDERS else 1) for what, value in given.items()})
+
+    return name
+
+
+def short(value: Any, parts: int = 1) -> str:
+    """Return the last parts of a place, for a name: ``flickr8k`` for ``flickr:/data/flickr8k``."""
+    path = str(value).partition("?")[0].rpartition(":")[2].removesuffix(".json")
+    return "/".join(path.rstrip("/").split("/")[-parts:])
+
+
+def default_out(folder: str, given: Mapping[str, Any]) -> str:
+    """Return the folder of a flow run that names none. A retry resumes in the same one, another run has its own."""
+    return f"{folder}/{short(given.get('student') or given['run'])}-{str(flow_run.id)[:8]}"

@@ -19,11 +19,12 @@ from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import cache_text
-from teacher_cache.flows.parameters import ReportPage, parameters_of
+from teacher_cache.flows.parameters import ReportPage, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.observe.telemetry import observed
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 ARTIFACT = "precompute-teacher"
 
 
-@flow(name="precompute-teacher", persist_result=False)
-@parameters_of(PrecomputeConfig)
+@flow(name="precompute-teacher", flow_run_name=named("{dataset} x {teacher} -> {cache}"), persist_result=False)
+@parameters_of(PrecomputeConfig, ("dataset", "teacher", "pretrained", "cache", "reuse", "device", "report"))
 def precompute_teacher(
     *,
     chunks_per_span: Annotated[
@@ -46,7 +47,7 @@ def precompute_teacher(
 ) -> dict[str, Any]:
     """Run a teacher once over a dataset and keep its embeddings. Run it again to resume after a stop."""
     started = time.perf_counter()
-    config = PrecomputeConfig(**settings)
+    config = check_config(PrecomputeConfig, settings, ARTIFACT)
     progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
     fans_out = config.executor != "local"  # the workers use their own devices: no slot of this machine is held

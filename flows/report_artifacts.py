@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
 
 from prefect import get_run_logger
 from prefect.artifacts import create_image_artifact
 
 from teacher_cache.flows.markdown import code
 from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.flows.serve import REPORTS_URL
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles
 
@@ -46,8 +49,17 @@ class ReportLeft:
     recall: SampledRecall | None = None
 
     def line(self) -> str:
-        """Return a Markdown line with the page's path; empty without a page."""
-        return "" if self.page is None else f"\n\nReport: {code(self.page)}"
+        """Return a Markdown line that opens the page, by a link if serve started this worker; empty without a page.
+
+        Browsers do not follow a ``file:`` link from a page of a server.
+        """
+        if self.page is None:
+            return ""
+        place = quote(self.page)
+        by_hand = f"on the worker's machine: {code(f'python3 -m webbrowser file://{place}')}"
+        if server := os.environ.get(REPORTS_URL):
+            return f"\n\n[Open the report]({server}{place}), or {by_hand}"
+        return f"\n\nOpen the report {by_hand}"
 
 
 def page_beside(cache: str) -> Path | None:

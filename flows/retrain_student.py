@@ -16,11 +16,12 @@ from prefect.runtime import flow_run
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import retraining_text
-from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.promote import RetrainConfig
+from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.storage.observe.logs import log_fields
 
 if TYPE_CHECKING:
@@ -32,8 +33,14 @@ if TYPE_CHECKING:
 ARTIFACT = "retrain-student"
 
 
-@flow(name="retrain-student", persist_result=False)
-@parameters_of(RetrainConfig)
+@flow(name="retrain-student", flow_run_name=named("{student} on {dataset} -> {home}"), persist_result=False)
+@parameters_of(
+    RetrainConfig,
+    (
+        *("dataset", "teacher", "pretrained", "home", "student", "start", "train"),
+        *("split", "margin", "ship", "device", "report"),
+    ),
+)
 def retrain_student(
     *,
     timeout_seconds: TimeoutSeconds = None,
@@ -41,7 +48,7 @@ def retrain_student(
     **settings: Any,
 ) -> dict[str, Any]:
     """Retrain if the dataset has changed, and promote the student if it is not worse than the champion."""
-    config = RetrainConfig(**settings)
+    config = check_config(RetrainConfig, settings, ARTIFACT)
     state = look(config)
     encoded = verdict = None
     if state.judged is None:
@@ -92,7 +99,7 @@ def encode(config: RetrainConfig, state: Look) -> PrecomputeResult | None:
     return Retraining(config).encode(state, LoggedProgress(get_run_logger()))
 
 
-@task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
+@task(name="train", task_run_name="train", cache_policy=NO_CACHE, persist_result=False)
 def train(config: RetrainConfig, state: Look) -> str:
     """Train the student, or resume a run that died."""
     from teacher_cache.pipeline.promote.retrain import Retraining

@@ -1,4 +1,4 @@
-"""Retries of tasks after transient failures (``teacher_cache.storage.files.transient``).
+"""Retries of tasks after transient failures (``teacher_cache.storage.files.transient``), and what is logged of others.
 
 Other errors are not retried: a wrong setting, a cache of another teacher or a loss that is not finite fails again, and
 a full disk or a missing permission needs a person.
@@ -6,11 +6,13 @@ a full disk or a missing permission needs a person.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
 from prefect.task_engine import TaskRunTimeoutError
 
+from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.files.transient import is_transient
 
 RETRIES = 3
@@ -35,3 +37,15 @@ TRIED_AGAIN: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
 }
+
+
+def no_traceback(record: logging.LogRecord) -> bool:
+    """Return whether Prefect's log keeps a record. One with the traceback of an error that explains itself is dropped.
+
+    The next record, of the failed state, has its message.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], CacheError | UsageError))
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(no_traceback)

@@ -1,7 +1,8 @@
 """``make serve``: Prefect's server and worker on 127.0.0.1, with the deployments of ``prefect.yaml``.
 
-Prefect keeps its database and settings in ``.prefect`` of the project, or in PREFECT_HOME. Ctrl-C, SIGTERM or the end
-of the terminal stops the worker, then the server. If one of them ends by itself, the exit code is 1.
+Reports are served on the next port, so that a link in Prefect's UI opens them. Prefect keeps its database and settings
+in ``.prefect`` of the project, or in PREFECT_HOME. Ctrl-C, SIGTERM or the end of the terminal stops the worker, then
+the server. If one of them ends by itself, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from urllib.parse import unquote
 
 # the folder with prefect.yaml: the current one, or the clone that holds this file
 PROJECT = Path.cwd() if Path("prefect.yaml").is_file() else Path(__file__).resolve().parent.parent
 WORK_POOL = "local"
 HOST = "127.0.0.1"
+REPORTS_URL = "TEACHER_CACHE_REPORTS_URL"  # variable of the worker's environment: where its reports are served
 
 _START_SECONDS = 180.0  # a fresh database takes 15 s on two idle cores
 _STOP_SECONDS = 20.0
 # prefixes of settings that may point to another Prefect server of this user
 _FOREIGN = tuple(f"PREFECT_{name}" for name in ("API_", "SERVER_", "CLOUD_", "CLIENT_", "PROFILE", "DEFAULT_", "TEST"))
+_GENERATOR = b'<meta name="generator" content="teacher-cache'  # of a report page
 _HINT = """
 In another terminal:
 
@@ -37,6 +43,7 @@ In another terminal:
   {prefect} deployment run train-student/default --watch
 
 Settings are parameters, for example: -p dataset=flickr:/data/flickr8k -p cache=caches/flickr8k.cache
+What a run has logged, also why it failed: {prefect} flow-run logs UUID
 """
 
 
@@ -49,13 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m teacher_cache.flows.serve", description="A local Prefect server and worker."
     )
-    parser.add_argument("--port", type=int, default=os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=os.environ.get("PREFECT_SERVER_API_PORT", "4200"),
+        help="of the server; reports are on the next one. Default: 4200",
+    )
     parser.add_argument("--limit", type=int, default=1, help="flow runs at once; 1, since they share the device")
     options = parser.parse_args(arguments)
     home = Path(os.environ.get("PREFECT_HOME") or PROJECT / ".prefect").expanduser().resolve()
     stop_on_signals(signal.default_int_handler)
     try:
-        with locked(home) as lock:
+        with locked(home) as lock, reports_served(options.port + 1):
             _serve(home, options.port, options.limit, lock)
     except KeyboardInterrupt:
         _say("stopped")
@@ -92,6 +104,50 @@ def locked(home: Path) -> Iterator[IO[str]]:
             ) from error
         lock.truncate(0)
         yield lock
+
+
+class _Reports(BaseHTTPRequestHandler):
+    """Answer GET /PATH with the report page at that path, and with no other file."""
+
+    def do_GET(self) -> None:
+        """Send the page, to a browser that asks for this address: not for a name that a foreign page resolves to it."""
+        page = Path(unquote(self.path))
+        named = self.headers.get("Host") == "{}:{}".format(*self.connection.getsockname())
+        try:
+            content = page.read_bytes() if named and page.name.endswith("report.html") else b""
+        except (OSError, ValueError):
+            content = b""
+        if _GENERATOR not in content[:1000]:
+            self.send_error(404, "no report here")
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # a tab that is closed
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def reports_served(port: int) -> Iterator[None]:
+    """Serve report pages while the block runs.
+
+    Raises:
+        ServeError: the port is taken.
+    """
+    try:
+        server = ThreadingHTTPServer((HOST, port), _Reports)
+    except (OSError, OverflowError) as error:
+        raise ServeError(f"port {port}, for the reports, is taken ({error}); name another pair with --port") from error
+    threading.Thread(target=server.serve_forever, name="reports", daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> NoReturn:
@@ -152,6 +208,9 @@ def _environment(home: Path, api: str, port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        # --watch shows what a run logs, the reason of a failure among it
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         # on disk: leases in memory are lost if the server dies, and the slots of devices stay taken for ever
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",
@@ -160,6 +219,7 @@ def _environment(home: Path, api: str, port: int) -> dict[str, str]:
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # until a run is picked up; Prefect's default is 10
         "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), HOST))),
         "PYTHONUNBUFFERED": "1",
+        REPORTS_URL: f"http://{HOST}:{port + 1}",
     }
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.evaluate_student import evaluate_run
 from teacher_cache.flows.markdown import run_text
-from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, parameters_of
+from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, default_out, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -25,6 +25,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
+from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields
@@ -35,14 +36,22 @@ if TYPE_CHECKING:
 ARTIFACT = "train-student"
 
 
-@flow(name="train-student", persist_result=False)
-@parameters_of(TrainConfig, filled_by_config=RECIPE_SETTINGS)
+@flow(name="train-student", flow_run_name=named("{student} from {cache} -> {out}", "runs"), persist_result=False)
+@parameters_of(
+    TrainConfig,
+    (
+        *("cache", "student", "out", "init", "recipe", "epochs", "batch_size", "seed"),
+        *("split", "select_split", "evaluate_split", "device", "report"),
+    ),
+    filled_by_config=RECIPE_SETTINGS,
+)
 def train_student(
     *,
     out: Annotated[
         str | None,
         Field(
-            description="Folder of the run; an unfinished run in it is resumed. Default: runs/NAME-OF-THIS-FLOW-RUN."
+            description="Folder of the run; an unfinished run in it is resumed. Default: runs/STUDENT-ID, the student "
+            "and the first 8 digits of this flow run's ID."
         ),
     ] = None,
     evaluate_split: Annotated[
@@ -57,7 +66,7 @@ def train_student(
     **settings: Any,
 ) -> dict[str, Any]:
     """Train a student from a finished cache. No teacher is loaded."""
-    config = TrainConfig(out=out or default_out(), **settings)
+    config = check_config(TrainConfig, {**settings, "out": out or default_out("runs", settings)}, ARTIFACT)
     if evaluate_split and evaluate_checkpoint == "best" and config.select_split is None:
         raise UsageError("evaluate_checkpoint is 'best', but select_split, on which it is chosen, is not given")
     progress = start_progress(ARTIFACT, config.out)
@@ -82,11 +91,6 @@ def train_student(
     return returned
 
 
-def default_out() -> str:
-    """Return ``runs/NAME-OF-THE-FLOW-RUN``, so that a retry resumes in the same folder."""
-    return f"runs/{flow_run.name}"
-
-
 def goes_on(out: str, run_count: int) -> bool:
     """Return whether to resume the run in a folder.
 
@@ -97,7 +101,7 @@ def goes_on(out: str, run_count: int) -> bool:
     return folder.resumable() or (run_count > 1 and folder.exists())
 
 
-@task(name="train", task_run_name="train-{config.student}", cache_policy=NO_CACHE, persist_result=False)
+@task(name="train", task_run_name="train", cache_policy=NO_CACHE, persist_result=False)
 def train_run(config: TrainConfig, share: Share) -> RunRecord:
     """Train to the end of the last epoch, from the first step or the last checkpoint.
 

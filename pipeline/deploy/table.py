@@ -206,7 +206,7 @@ def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
 def to_markdown(table: StudentTable) -> str:
     """Return the table in Markdown, a row per model, with the conditions of the measurement below it."""
     headings, rows = cells(table)
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    lines = [["model", *headings[1:]], ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", describe(table)]) + "\n"
 
 

@@ -47,7 +47,7 @@ LoaderWorkers = Annotated[
 ]
 Pretrained = Annotated[
     str | None,
-    Field(description="Pretrained tag or weights file of open_clip, for a built-in model name."),
+    Field(description="Pretrained tag or weights file of open_clip, for a built-in model name. Default: none."),
 ]
 Rounds = Annotated[
     int,

@@ -40,7 +40,9 @@ class PrecomputeConfig(StageConfig):
         None, gt=0, description="Number of rows per chunk. Default: chosen from the number of rows."
     )
     reuse: str | None = Field(
-        None, description="Finished cache of the same teacher whose rows are copied, so that only new rows are encoded."
+        None,
+        description="Finished cache of the same teacher whose rows are copied, so that only new rows are encoded. "
+        "Default: none.",
     )
     decode_threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
     decoder: Decoder = Field(

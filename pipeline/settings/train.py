@@ -30,7 +30,9 @@ class TrainConfig(StageConfig):
     student: StudentName
     out: str = Field(description="Folder of the run: run.json, log.jsonl and the checkpoint.")
     init: str | None = Field(
-        None, description="Checkpoint, or folder of student inherit, to start from. The architecture must be the same."
+        None,
+        description="Checkpoint, or folder of student inherit, to start from. The architecture must be the same. "
+        "Default: random weights.",
     )
     lock_image_unlocked_groups: int | None = Field(
         None,
@@ -137,7 +139,8 @@ class TrainConfig(StageConfig):
         None, gt=0, description="Maximum number of steps between such points. Default: no limit."
     )
     select_split: str | None = Field(
-        None, description="Split on which each epoch is measured; the best epoch becomes checkpoint best."
+        None,
+        description="Split on which each epoch is measured; the best epoch becomes checkpoint best. Default: none.",
     )
     select_every: int = Field(1, gt=0, description="Number of epochs between these measurements.")
 

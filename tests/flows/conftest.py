@@ -226,13 +226,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def precompute_settings(pictures: Path, teacher: Path, cache: Path, **more: Any) -> dict[str, Any]:
+def precompute_settings(
+    pictures: Path, teacher: Path, cache: Path, report: bool = True, **advanced: Any
+) -> dict[str, Any]:
     return {
         "dataset": f"imagefolder:{pictures}",
         "teacher": f"local-dir:{teacher}",
         "cache": str(cache),
         "device": "cpu",
-        **more,
+        "report": report,
+        "advanced": advanced,
     }
 
 
@@ -267,10 +270,9 @@ def trained(served: Serve, precomputed: FlowRun) -> FlowRun:
         epochs=2,
         batch_size=8,
         device="cpu",
-        workers=1,
         select_split="test",
         evaluate_split="test",
-        evaluate_checkpoint="best",
+        advanced={"workers": 1, "evaluate_checkpoint": "best"},
     )
     assert code == 0, output + served.worker_log()
     return FlowRun(out, flow_run)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from teacher_cache.flows.markdown import cache_text, code, recall_text, run_text
-from teacher_cache.flows.report_artifacts import image_uri, page_beside
+from teacher_cache.flows.report_artifacts import ReportLeft, image_uri, page_beside
+from teacher_cache.flows.serve import REPORTS_URL
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
 from teacher_cache.pipeline.evaluate.sampled import SampledRecall
@@ -151,6 +152,8 @@ def test_a_cache_says_what_made_it(known_cache):
     ):
         assert line in text.splitlines(), line
     assert "recall" not in cache_text(info, None)
+    # a table without words in its first row has an empty line above it in the UI
+    assert "| |" not in text
 
 
 def test_no_name_breaks_out_of_its_code():
@@ -181,6 +184,18 @@ def test_the_page_of_a_cache_lies_beside_it_and_never_in_it():
     assert str(page_beside("caches/f8k.cache")) == "caches/f8k.report.html"
     assert str(page_beside("caches/other/")) == "caches/other.report.html"
     assert page_beside("s3://bucket/f8k.cache") is None
+
+
+def test_a_report_is_opened_by_a_link_where_serve_runs_and_by_a_command_elsewhere(monkeypatch):
+    """A browser follows no file: link from a page of a server."""
+    monkeypatch.delenv(REPORTS_URL, raising=False)
+    command = "`python3 -m webbrowser file:///work/my%20runs/report.html`"
+    left = ReportLeft(page="/work/my runs/report.html")
+    assert left.line() == f"\n\nOpen the report on the worker's machine: {command}"
+    monkeypatch.setenv(REPORTS_URL, "http://127.0.0.1:4201")
+    link = "[Open the report](http://127.0.0.1:4201/work/my%20runs/report.html)"
+    assert left.line() == f"\n\n{link}, or on the worker's machine: {command}"
+    assert ReportLeft().line() == ""
 
 
 def test_gpus_are_named_by_their_uuid_else_by_host_and_by_what_cuda_may_see(monkeypatch):

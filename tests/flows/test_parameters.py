@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.exceptions import ParameterTypeError
+from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
@@ -28,6 +30,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -39,10 +42,15 @@ STAGES = [
     (retrain_student, RetrainConfig),
 ]
 OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"}
+# the form in its order, as the page says it; all other settings are in advanced
+EVERYDAY = {
+    flow: re.findall(r"`(\w+)`", names)
+    for flow, names in re.findall(r"\| `(\w+-\w+)` \| (.*) \|", (PROJECT / "docs/howto/prefect.md").read_text())
+}
 # what a flow asks of its user otherwise than the stage does: a folder is named by the flow run, a student is a must
 STAND_INS = {
-    ("train-student", "out"): "runs/NAME-OF-THIS-FLOW-RUN",
-    ("deploy-student", "out"): "runs/deployed/NAME-OF-THIS-FLOW-RUN",
+    ("train-student", "out"): "runs/STUDENT-ID",
+    ("deploy-student", "out"): "runs/deployed/RUN-ID",
     ("evaluate-student", "run"): "whose student is measured",
 }
 
@@ -52,39 +60,48 @@ def deployments():
 
 
 @pytest.mark.parametrize(("flow", "config"), STAGES)
-def test_the_form_shows_every_setting_with_its_default_limits_and_description(flow, config):
+def test_the_form_shows_every_setting_once_with_its_limits_default_and_description(flow, config):
     schema = parameter_schema(flow.fn).model_dump()
+    form, experts = dict(schema["properties"]), schema["definitions"]["Advanced"]
+    assert list(form) == [*EVERYDAY[flow.name], "advanced"]
+    assert form.pop("advanced")["default"] == {}
+    assert experts["additionalProperties"] is False
+    assert not set(form) & set(experts["properties"])
+    form |= experts["properties"]
     wanted = config.model_json_schema()
-    assert set(schema["properties"]) - OWN == set(wanted["properties"])
+    assert set(form) - OWN == set(wanted["properties"])
     for name, field in wanted["properties"].items():
-        shown = schema["properties"][name]
         if (flow.name, name) in STAND_INS:
-            assert STAND_INS[flow.name, name] in shown["description"]
+            assert STAND_INS[flow.name, name] in form[name]["description"]
             continue
-        limits = shown
-        if config is TrainConfig and name in RECIPE_SETTINGS:  # left to the recipe, so nothing until somebody gives it
-            assert shown["default"] is None
-            limits = {**shown["anyOf"][0], "description": shown["description"]}
-            assert shown["anyOf"][1:] == [{"type": "null"}]
-        else:
-            assert shown.get("default") == field.get("default"), name
-        for key in set(field) - {"title", "default", "additionalProperties"}:
-            assert limits[key] == field[key], name
-    assert all(shown["description"] for shown in schema["properties"].values())
+        limits = next((kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}), field)
+        for key in {*limits, "description"} - {"title", "default", "additionalProperties"}:
+            assert form[name][key] == (field if key == "description" else limits)[key], name
+        derived = config is TrainConfig and name in RECIPE_SETTINGS  # the recipe's, unless somebody gives it
+        default = None if derived else field.get("default")
+        if default is None and "default" in field and name in EVERYDAY[flow.name]:
+            default = ""  # the UI would send null for an empty field, and the server refuse it
+        assert form[name].get("default") == default, name
+    assert all(field["description"] for field in form.values())
+    assert "null" not in str(schema)
     must = set(wanted.get("required", ())) - {"out"}
     assert set(schema["required"]) == ({"run"} if flow is evaluate_student else must)
 
 
 def started_with(**given):
     """The config that a flow run makes of the parameters somebody gave, all others as the form has them."""
-    required = {"cache": "c", "student": "s", "out": "o"}
-    form = {
-        name: parameter.default
-        for name, parameter in inspect.signature(train_student.fn).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    parameters = train_student.validate_parameters({**form, **required, **given})
-    return TrainConfig(**{name: value for name, value in parameters.items() if name not in OWN})
+    made = []
+    parameters = train_student.validate_parameters({"cache": "c", "student": "s", "out": "o", **given})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("teacher_cache.flows.train_student.start_progress", lambda *_: made.append)
+        patch.setattr("teacher_cache.flows.train_student.device_slots", lambda *_: contextlib.nullcontext())
+        patch.setattr(
+            "teacher_cache.flows.train_student.train_run",
+            SimpleNamespace(with_options=lambda **_: lambda config, _: made.append(config) or 1 / 0),
+        )
+        with pytest.raises(ZeroDivisionError):
+            train_student.fn(**parameters)
+    return made[0]
 
 
 def test_a_flow_run_takes_from_the_recipe_what_nobody_gave():
@@ -93,30 +110,94 @@ def test_a_flow_run_takes_from_the_recipe_what_nobody_gave():
     assert guide.losses == {"feature": 1.0, "relational_mse": 0.1}
     assert started_with() == TrainConfig(cache="c", student="s", out="o")
     # also a value that happens to be the recipe default's
-    assert started_with(recipe="guide", learning_rate=1e-3).learning_rate == 1e-3
+    assert started_with(recipe="guide", advanced={"learning_rate": 1e-3}).learning_rate == 1e-3
 
 
-def test_the_deployment_trains_with_the_losses_it_names():
-    parameters = next(d for d in deployments() if d["entrypoint"].endswith("train_student"))["parameters"]
-    given = {name: value for name, value in parameters.items() if name not in OWN}
+def test_an_empty_field_of_the_form_is_a_setting_that_is_not_given():
+    assert started_with(init="", select_split="", evaluate_split="") == started_with()
+    out = started_with(out="", student="students/tiny.json").out
+    assert out == "runs/tiny-None"  # no flow run, no ID
+
+
+def test_the_deployment_trains_with_the_losses_it_names_until_advanced_is_replaced():
+    given = next(d for d in deployments() if d["entrypoint"].endswith("train_student"))["parameters"]
     found = started_with(**given)
     assert found.losses == {"contrastive": 1.0, "relational": 1.0, "feature": 2000.0}
     assert (found.learning_rate, found.weight_decay, found.warmup_fraction) == (0.003, 0.05, 0.05)
-    assert started_with(**given | {"recipe": "clip-kd", "losses": None}).losses["interactive"] == 1.0
+    assert (found.epochs, found.batch_size, found.clip_grad_norm) == (32, 64, 5.0)
+    other = started_with(**given | {"recipe": "clip-kd", "advanced": {}})
+    assert other.losses["interactive"] == 1.0
+    assert other == TrainConfig(
+        cache="caches/scenes.cache", student="scenes-small", out="o", epochs=32, batch_size=64, recipe="clip-kd"
+    )
 
 
 def test_the_flow_tells_a_setting_that_is_out_of_range():
-    with pytest.raises(ParameterTypeError, match="chunk_rows"):
-        precompute_teacher.validate_parameters({"dataset": "a:b", "teacher": "t", "cache": "c", "chunk_rows": 0})
-    with pytest.raises(ParameterTypeError, match="learning_rate"):
-        train_student.validate_parameters({"cache": "c", "student": "s", "learning_rate": -1.0})
+    cache = {"dataset": "a:b", "teacher": "t", "cache": "c"}
+    with pytest.raises(ParameterTypeError, match=r"advanced\.chunk_rows"):
+        precompute_teacher.validate_parameters({**cache, "advanced": {"chunk_rows": 0}})
+    with pytest.raises(ParameterTypeError, match=r"advanced\.chunkrows.*not permitted"):
+        precompute_teacher.validate_parameters({**cache, "advanced": {"chunkrows": 8}})
+    with pytest.raises(SignatureMismatchError, match=r"'report', 'advanced'\] but was provided with .*'chunk_rows'"):
+        precompute_teacher.validate_parameters({**cache, "chunk_rows": 8})
+    with pytest.raises(ParameterTypeError, match="epochs"):
+        train_student.validate_parameters({"cache": "c", "student": "s", "epochs": 0})
     with pytest.raises(ParameterTypeError, match="teacher"):
         precompute_teacher.validate_parameters({"dataset": "a:b", "cache": "c"})
 
 
+def test_settings_that_do_not_agree_are_told_in_one_line():
+    with pytest.raises(UsageError, match=r"^train-student: select_split 'train' is the split to train on"):
+        started_with(select_split="train")
+    with pytest.raises(UsageError, match=r"^train-student: .*recipe 'gide' is not known; there are default, guide"):
+        started_with(recipe="gide")
+
+
 def test_values_from_a_command_line_take_the_type_of_the_setting():
-    given = {"dataset": "a:b", "teacher": "t", "cache": "c", "chunk_rows": "8"}
-    assert precompute_teacher.validate_parameters(given)["chunk_rows"] == 8
+    given = {"dataset": "a:b", "teacher": "t", "cache": "c", "report": "false", "advanced": {"chunk_rows": "8"}}
+    found = precompute_teacher.validate_parameters(given)
+    assert (found["report"], found["advanced"].chunk_rows) == (False, 8)
+
+
+class NamedRun:
+    """A flow run that is named by its parameters."""
+
+    id = "0123456789abcdef"
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+
+@pytest.mark.parametrize(
+    ("flow", "given", "name"),
+    [
+        (
+            precompute_teacher,
+            {"dataset": "flickr:../shared/flickr8k", "teacher": "ViT-B-32", "cache": "s3://b/f8k.cache"},
+            "flickr8k x ViT-B-32 -> f8k.cache",
+        ),
+        (
+            train_student,
+            {"student": "vit-ti-32", "cache": "caches/f8k.cache", "out": "runs/a"},
+            "vit-ti-32 from f8k.cache -> runs/a",
+        ),
+        (
+            train_student,
+            {"student": "/work/students/tiny.json", "cache": "f8k.cache", "out": ""},
+            "tiny from f8k.cache -> runs/tiny-01234567",
+        ),
+        (evaluate_student, {"run": "/data/runs/a/", "split": "dev"}, "runs/a on dev"),
+        (deploy_student, {"run": "runs/a", "out": ""}, "runs/a -> deployed/a-01234567"),
+        (
+            retrain_student,
+            {"student": "vit-s-32", "dataset": "table:/d/pairs.csv?image=path", "home": "runs/retraining"},
+            "vit-s-32 on pairs.csv -> runs/retraining",
+        ),
+    ],
+)
+def test_a_flow_run_is_named_by_what_it_does(flow, given, name, monkeypatch):
+    monkeypatch.setattr("teacher_cache.flows.parameters.flow_run", NamedRun({"advanced": {}, **given}))
+    assert flow.flow_run_name() == name
 
 
 @pytest.mark.parametrize("deployment", deployments(), ids=lambda deployment: deployment["entrypoint"])
@@ -130,10 +211,22 @@ def test_each_deployment_loads_and_its_parameters_are_good(deployment, monkeypat
     assert deployment["work_pool"] == {"name": "local"}
     assert deployment["concurrency_limit"] == 1
     config = {flow.name: config for flow, config in STAGES}[flow.name]
-    settings = {name: value for name, value in deployment["parameters"].items() if name not in OWN}
+    given = {**deployment["parameters"], **deployment["parameters"].get("advanced", {}), **named}
+    settings = {name: value for name, value in given.items() if name not in {*OWN, "advanced"}}
     if "out" in config.model_fields:
         settings["out"] = "runs/x"
-    config.model_validate({**settings, **named})
+    config.model_validate(settings)
+
+
+def test_the_list_of_deployments_says_what_each_does():
+    """All are named default, so a tag and the first word of the description tell them apart."""
+    assert [(each["tags"], each["description"].split()[0]) for each in deployments()] == [
+        (["makes a cache"], "Run"),
+        (["trains a student"], "Train"),
+        (["measures a student"], "Measure"),
+        (["ships a student"], "Ship"),
+        (["retrains and promotes"], "Look"),
+    ]
 
 
 def test_each_flow_has_a_default_deployment_and_the_student_learns_from_the_cache_of_the_teacher():
@@ -151,11 +244,6 @@ def test_deploying_needs_no_torch():
     environment = {**os.environ, "DO_NOT_TRACK": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-
-
-def test_own_parameters_come_with_those_of_the_stage():
-    names = list(inspect.signature(train_student.fn).parameters)
-    assert names == [*TrainConfig.model_fields, "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"]
 
 
 refs = st.builds(

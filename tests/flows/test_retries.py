@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from types import SimpleNamespace
 
 import aiohttp
@@ -87,6 +88,24 @@ def test_what_an_error_was_made_of_does_not_count():
     error = errors.UsageError("teacher cannot be loaded")
     error.__cause__ = ConnectionResetError()
     assert not is_transient(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (errors.UsageError("no such split"), False),
+        (errors.CacheCorruptError("bad bytes"), False),
+        (DeploymentError("int8: i2t R@1 is 1.00, and 9.00 in fp32"), False),
+        (RuntimeError("CUDA out of memory"), True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("logger", ["prefect.flow_runs", "prefect.task_runs"])
+def test_an_error_that_explains_itself_has_no_traceback_in_the_log(error, kept, logger):
+    """The failed state, which is logged next, has its message."""
+    record = logging.makeLogRecord({"msg": "Encountered exception", "exc_info": (type(error), error, None)})
+    assert bool(logging.getLogger(logger).filter(record)) is kept
+    assert logging.getLogger(logger).filter(logging.makeLogRecord({"msg": "at work"}))
 
 
 def test_tasks_wait_longer_each_time_keep_no_results_and_training_is_never_repeated():

@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from teacher_cache.flows import serve
 from teacher_cache.flows.serve import ServeError
 from tests.flows.conftest import running
+from tests.object_store import free_ports
 
 # locks a home as serve does, with a child that sleeps in place of server and worker
 HOLDS = """
@@ -87,3 +91,38 @@ def test_a_home_in_use_is_refused_also_where_a_killed_serve_left_its_server(hold
         pass
     with serve.locked(home) as lock:
         assert not lock.read()
+
+
+GENERATOR = '<!doctype html><meta name="generator" content="teacher-cache 0.1.0">'
+
+
+def test_reports_are_served_and_nothing_else(tmp_path: Path) -> None:
+    """A report by its path, to a browser that names this address; a page elsewhere could resolve its own name to it."""
+    (port,) = free_ports(1)
+    (tmp_path / "a b").mkdir()
+    pages = {
+        "a b/report.html": GENERATOR,
+        "f8k.report.html": GENERATOR,
+        "key.html": GENERATOR,
+        "my-report.html": "mine",
+    }
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+
+    def answer(path: str, **headers: str) -> int:
+        try:
+            url = f"http://127.0.0.1:{port}{quote(path)}"
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as page:
+                assert page.read().decode() == GENERATOR
+                return int(page.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with serve.reports_served(port):
+        assert [answer(f"{tmp_path}/{name}") for name in pages] == [200, 200, 404, 404]
+        assert answer("/etc/passwd") == answer(f"{tmp_path}/gone/report.html") == answer(str(tmp_path)) == 404
+        assert answer(f"{tmp_path}/f8k.report.html", Host=f"evil.example:{port}") == 404
+        with pytest.raises(ServeError, match=rf"^port {port}, for the reports, is taken"), serve.reports_served(port):
+            pass
+    with serve.reports_served(port):  # the port is free again
+        pass

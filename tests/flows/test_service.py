@@ -49,6 +49,7 @@ def test_what_serve_says_to_type_is_right(served):
     export, run, *_ = served.command()
     assert export == f"export PREFECT_API_URL={served.api}"
     assert run.endswith("prefect deployment run precompute-teacher/default --watch")
+    assert "prefect flow-run logs UUID" in served.worker_log()
     deployment = served.ask("deployments/name/precompute-teacher/default")
     form = deployment["parameter_openapi_schema"]
     assert form["required"] == ["dataset", "teacher", "cache"]
@@ -56,9 +57,14 @@ def test_what_serve_says_to_type_is_right(served):
 
 
 def test_parameters_out_of_range_are_refused_before_a_run_is_made(served):
-    code, output, flow_run = served.run("precompute-teacher/default", watch=False, chunk_rows=0)
+    code, output, flow_run = served.run("precompute-teacher/default", watch=False, advanced={"chunk_rows": 0})
     assert (code, flow_run) == (1, "")
-    assert "chunk_rows" in output
+    assert "Validation failed for field 'advanced.chunk_rows'. Failure reason: 0 is less than" in output
+    # a setting for experts that is given as an everyday one
+    code, output, flow_run = served.run("precompute-teacher/default", watch=False, chunk_rows=8)
+    assert (code, flow_run) == (1, "")
+    assert "not found on the deployment: 'chunk_rows'" in output
+    assert "'device', 'report', 'advanced'" in output
 
 
 def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, tiny_teacher):
@@ -66,9 +72,15 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     parameters = precompute_settings("/nowhere", tiny_teacher, cache) | {"dataset": "flicker:/data"}
     code, output, flow_run = served.run("precompute-teacher/default", **parameters)
     assert code == 1, output
-    state = served.ask(f"flow_runs/{flow_run}")["state"]
-    assert state["type"] == "FAILED"
-    assert "dataset kind 'flicker' is not known" in state["message"]
+    made = served.ask(f"flow_runs/{flow_run}")
+    assert made["name"] == f"data x {tiny_teacher.name} -> never.cache"
+    assert made["state"]["type"] == "FAILED"
+    reason = "UsageError: dataset kind 'flicker' is not known; write KIND:PATH with one of coco"
+    assert made["state"]["message"].startswith(f"Flow run encountered an exception: {reason}")
+    # --watch shows the reason, and neither it nor the run's log a traceback
+    assert reason in " ".join(output.split())
+    logged = served.until_logged(flow_run, f'Failed("Flow run encountered an exception: {reason}')
+    assert "Traceback" not in output + logged
     (task,) = served.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
     assert (task["name"], task["run_count"]) == ("plan", 1)
     assert not cache.exists()
@@ -76,7 +88,9 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
 
 def test_a_student_is_trained_and_measured(served, trained):
     out, flow_run = trained
-    assert served.task_names(flow_run) == [f"train-{served.folder / 'tiny.json'}", "evaluate-test", "report"]
+    name = f"tiny from pictures.cache -> {served.folder.name}/run"
+    assert served.ask(f"flow_runs/{flow_run}")["name"] == name
+    assert served.task_names(flow_run) == ["train", "evaluate-test", "report"]
     table = served.table("train-student")
     assert table["train images"] == 19  # 20, one of them not an image
     assert table["steps"] == 4
@@ -141,14 +155,14 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
     """Ctrl-C in a run leaves no process, and no slot that the next run waits for. Then the worker dies."""
     serve = Serve(tmp_path)
     cache = tmp_path / "slow.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
+    parameters = precompute_settings(pictures, tiny_teacher, cache, report=False, chunk_rows=1, chunks_per_span=1)
     try:
         with socket.socket() as taken:  # as by another process that runs tests: then it starts on another port
             taken.bind(("127.0.0.1", serve.port))
             taken.listen()
             serve.start()
             assert serve.port != taken.getsockname()[1]
-        code, output, first = serve.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
+        code, output, first = serve.run("precompute-teacher/default", watch=False, **parameters)
         assert code == 0, output
         serve.until_committed(cache)
         assert serve.stop(signal.SIGINT) == 0
@@ -175,9 +189,9 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
 
 def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishes(served, pictures, tiny_teacher):
     cache = served.folder / "cancelled.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=1, report=False)
+    parameters = precompute_settings(pictures, tiny_teacher, cache, report=False, chunk_rows=1, chunks_per_span=1)
     before = served.descendants()
-    code, output, flow_run = served.run("precompute-teacher/default", watch=False, **parameters, chunks_per_span=1)
+    code, output, flow_run = served.run("precompute-teacher/default", watch=False, **parameters)
     assert code == 0, output
     served.until_committed(cache)
     started = served.descendants() - before
