@@ -8,15 +8,26 @@ PILLOW ?= $(if $(wildcard .venv/.pillow-simd),simd)
 WORKERS ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed-$(FAISS)
+DEV := .venv/.dev
+comma := ,
+# install the project with extras; pip in place of uv where uv cannot reach a package index
+define extras
+$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(1)]' \
+	|| $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -c docker/constraints.txt -e '.[$(1)]'
+@# that has put Pillow in the place of pillow-simd
+@if test -e .venv/.pillow-simd; then rm .venv/.pillow-simd; $(MAKE) --no-print-directory .venv/.pillow-simd; fi
+endef
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean
+.PHONY: help install dev demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-install: $(STAMP) $(if $(filter simd,$(PILLOW)),.venv/.pillow-simd)  ## make .venv with all that demo and tests need; FAISS=gpu, PILLOW=simd
+install: $(STAMP) $(if $(filter simd,$(PILLOW)),.venv/.pillow-simd)  ## make .venv with all that demo, tour and serve need; FAISS=gpu, PILLOW=simd
+
+dev: $(DEV) $(if $(filter simd,$(PILLOW)),.venv/.pillow-simd)  ## make install, and tests, linters and documentation tools
 
 $(STAMP): pyproject.toml constraints.txt docker/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %s; name one with make PYTHON=python3.11" % sys.version.split()[0])'
@@ -27,14 +38,17 @@ $(STAMP): pyproject.toml constraints.txt docker/constraints.txt
 	@rm -f .venv/.pillow-simd
 	@# torch by pip, which knows mirrors and wheel folders of this machine; the rest by uv, which resolves in seconds
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -c docker/constraints.txt uv torch torchvision
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),dev]' \
-		|| $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),dev]'
+	$(call extras,$(EXTRA)$(comma)user)
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(call extras,$(EXTRA)$(comma)dev)
 	@touch $@
 
 # needs a compiler and the headers that docker/Dockerfile installs; without them formats would be missing
 .venv/.pillow-simd: $(STAMP)
 	$(BIN)/python -m pip uninstall --quiet --yes pillow
-	CC="cc -mavx2" $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-binary pillow-simd pillow-simd==12.1.1.post0
+	CC="cc -mavx2" $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall --no-binary pillow-simd pillow-simd==12.1.1.post0
 	@$(BIN)/python -c 'import sys; from PIL import features; lost = [name for name in ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "freetype2", "littlecms2") if not features.check(name)]; sys.exit(f"pillow-simd was built without {lost}: install the headers that docker/Dockerfile names, then make install PILLOW=simd" if lost else 0)' \
 		|| { $(BIN)/python -m pip uninstall --quiet --yes pillow-simd; $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt pillow; exit 1; }
 	@touch $@
@@ -42,13 +56,13 @@ $(STAMP): pyproject.toml constraints.txt docker/constraints.txt
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: install  ## every promise at reduced counts; 13 minutes on 2 cores
+test: dev  ## every promise at reduced counts; 13 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: test  ## every test: make test, then the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
 	$(PYTEST) -m slow
 
-lint: install  ## ruff, mypy, the import contracts, Dockerfile, compose files
+lint: dev  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,7 +71,7 @@ lint: install  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.gpu.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.renovate renovate.json
 
-format: install  ## let ruff write the formatting
+format: dev  ## let ruff write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -75,20 +89,20 @@ lock: install  ## the versions and digests that the light image installs, for ev
 		status=$$?; rm -f docker/requirements-$$image.in; test $$status = 0 || exit $$status; \
 	done
 
-licences: install  ## docs/licences.md, from what is installed; after a change of dependencies
+licences: dev  ## docs/licences.md, from what is installed; after a change of dependencies
 	@mkdir -p build
 	$(BIN)/python docs/make_licences.py > build/licences.md
 	mv build/licences.md docs/licences.md
 
-bench: install  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; takes hours
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),bench]'
+bench: dev  ## speed and size against the peers on this machine's CPU, into benchmarks/results/; takes hours
+	$(call extras,$(EXTRA)$(comma)bench)
 	$(BIN)/python -m benchmarks.bench
 
-bench-gpu: install  ## the sections that need a CUDA device
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docker/constraints.txt -e '.[$(EXTRA),bench]'
+bench-gpu: dev  ## the sections that need a CUDA device
+	$(call extras,$(EXTRA)$(comma)bench)
 	$(BIN)/python -m benchmarks.bench --device cuda
 
-docs: install  ## the documentation site, from docs/ and the docstrings, into site/; nothing is fetched
+docs: dev  ## the documentation site, from docs/ and the docstrings, into site/; nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -d build/doctrees docs site
 	@echo "site/index.html"
 

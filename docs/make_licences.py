@@ -78,7 +78,7 @@ def main() -> None:
     try:
         found = closure(requirements("cpu", PROJECT / "pyproject.toml"))
     except PackageNotFoundError as error:
-        sys.exit(f"{error.name} is not installed: run make install first")
+        sys.exit(f"{error.name} is not installed: run make dev first")
     lines = [f"| {name} | {licence_of(each).replace('|', '/')} |" for name, each in found.items()]
     sys.stdout.write(_HEAD.format(extras=",".join(EXTRAS["cpu"])) + "\n".join(lines) + "\n")
 

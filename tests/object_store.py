@@ -218,7 +218,7 @@ def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
 @contextlib.contextmanager
 def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-    assert weed, "the weed binary is missing: make install"
+    assert weed, "the weed binary is missing: make dev"
     folder.mkdir(parents=True, exist_ok=True)
     ports = iter(free_ports(8))
     s3_port = next(ports)
