@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -52,25 +53,50 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("teacher_cache-*.whl"))
 
 
-def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+def test_the_wheel_installs_one_top_level_package_with_its_data_and_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        metadata, licence = (
+            next(name for name in names if name.endswith(end)) for end in ("/METADATA", "/licenses/LICENSE")
+        )
+        assert content.read(licence) == (ROOT / "LICENSE").read_bytes()
+        assert "\nLicense-Expression: Apache-2.0\nLicense-File: LICENSE\n" in content.read(metadata).decode()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"teacher_cache"}
-    assert "teacher_cache/pipeline/configs/students/vit-s-32.json" in names
-    assert "teacher_cache/pipeline/models/scenes_teacher/open_clip_config.json" in names
+    # the report's page, the shipped teacher, prompts and presets among them
+    tracked = subprocess.run(["git", "ls-files", *OWN_FOLDERS, "configs"], cwd=ROOT, capture_output=True, text=True)
+    wanted = {name.replace("configs/", "pipeline/configs/", 1) for name in tracked.stdout.split()}
+    assert len(wanted) > 200
+    assert {f"teacher_cache/{name}" for name in wanted} <= set(names)
 
 
-def test_the_wheel_works_beside_a_users_own_pipeline_storage_and_flows(wheel: Path, tmp_path: Path) -> None:
-    """An empty environment gets the wheel; the dependencies lie on its path, our working tree does not."""
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel; the dependencies lie on its path, our working tree does not."""
+    environment = tmp_path_factory.mktemp("installed")
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
+    site = next((environment / "lib").glob("python*")) / "site-packages"
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # its own .pth files are not read
-    own = tmp_path / "project"
+    # read at each start; the line hides torch
+    (site / "hidden.pth").write_text(
+        "import os, sys; sys.modules.update({'torch': None} if 'NO_TORCH' in os.environ else {})\n"
+    )
+    return environment
+
+
+def run(program: Path, *words: str, cwd: Path, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    done = subprocess.run([program, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_works_beside_a_users_own_pipeline_storage_and_flows(installed: Path, tmp_path: Path) -> None:
     for name in OWN_FOLDERS:
-        (own / name).mkdir(parents=True)
-        (own / name / "__init__.py").write_text(f"MINE = {name!r}\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"MINE = {name!r}\n")
     code = (
         "import teacher_cache, pipeline, storage, flows\n"
         "from teacher_cache import Cache, StudentRuntime, precompute\n"
@@ -79,11 +105,12 @@ def test_the_wheel_works_beside_a_users_own_pipeline_storage_and_flows(wheel: Pa
         "assert 'vit-s-32' in presets()\n"
         "print(teacher_cache.__file__)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", code], cwd=own, env=environment, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()).is_relative_to(site)
-    made = (
-        "import sys; from teacher_cache.pipeline.cli.app import main; sys.argv = ['teacher-cache', 'ls', '.']; main()"
-    )
-    done = subprocess.run([python, "-c", made], cwd=own, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    place = run(installed / "bin" / "python", "-c", code, cwd=tmp_path).strip()
+    assert Path(place).is_relative_to(installed)
+    assert "teacher-cache" in run(installed / "bin" / "teacher-cache", "--help", cwd=tmp_path)
+
+
+def test_the_installed_command_inspects_a_cache_without_torch(installed: Path, tmp_path: Path) -> None:
+    cache = ROOT / "tests" / "golden" / "v3" / "sealed"
+    told = run(installed / "bin" / "teacher-cache", "info", str(cache), "--json", cwd=tmp_path, NO_TORCH="1")
+    assert json.loads(told)["manifest_digest"] == json.loads((cache / "manifest.json").read_bytes())["digest"]
