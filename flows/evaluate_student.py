@@ -55,7 +55,7 @@ def evaluate_student(
     }
 
 
-@task(name="evaluate", task_run_name="evaluate-{config.split}", **TRIED_AGAIN)
+@task(name="evaluate", task_run_name="evaluate", **TRIED_AGAIN)
 def evaluate_run(config: EvaluateConfig) -> EvaluateResult:
     """Measure the cached teacher and a run's student on one split."""
     # imported here: prefect deploy imports this file and needs no torch

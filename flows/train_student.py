@@ -43,7 +43,7 @@ ARTIFACT = "train-student"
         *("cache", "student", "out", "init", "recipe", "epochs", "batch_size", "seed"),
         *("split", "select_split", "evaluate_split", "device", "report"),
     ),
-    filled_by_config=RECIPE_SETTINGS,
+    filled_by_config={*RECIPE_SETTINGS, "split"},
 )
 def train_student(
     *,

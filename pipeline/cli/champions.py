@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,10 +25,11 @@ from teacher_cache.storage.cli.app import (
 )
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import REGISTRY
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.promote.gate import PromoteResult
     from teacher_cache.pipeline.promote.registry import Candidate, Students
     from teacher_cache.pipeline.promote.retrain import RetrainResult
 
@@ -49,8 +51,9 @@ def promote(config: PromoteConfig, as_json: bool) -> None:
 
     with StageProgress() as progress:
         result = run(config, progress)
-    chosen = f"student {result.candidate.number} of {result.registry}"
-    print_result(result, as_json, lambda _: [f"{chosen}: {result.outcome}: {result.candidate.reason}"])
+    print_result(result, as_json, _verdict)
+    if not as_json:
+        suggest_next("students", "list", config.registry)
     if result.promotion is None:
         sys.exit(1)
 
@@ -118,6 +121,18 @@ def retrain(config: RetrainConfig, as_json: bool) -> None:
         sys.exit(1)
 
 
+def _verdict(result: PromoteResult) -> Iterator[str]:
+    one = result.candidate
+    yield f"student {one.number} of {result.registry}: {result.outcome}: {one.reason}"
+    both = "measured" if one.comparison is None else "both measured"
+    yield (
+        f"{both} on {one.measured_cache}, split {one.split!r}: {counted(one.images, 'image')}, "
+        f"{counted(one.captions, 'caption')}" + (", which the student learned from" if one.on_training_split else "")
+    )
+    if one.comparison is not None and one.comparison.other_images is not None:
+        yield f"accepted: {one.comparison.other_images}"
+
+
 def _table(listed: Students) -> Table:
     reigned = {promotion.candidate for promotion in listed.promotions}
     table = titled_table(listed.registry)
@@ -179,7 +194,10 @@ def retrain_lines(result: RetrainResult) -> list[str]:
             else f"{look.cache}: nothing was left to encode"
         )
     if result.candidate is not None:
-        verdict = "nothing new" if result.outcome == "nothing-new" else result.outcome
-        lines.append(f"student {result.candidate.number}, {result.candidate.run}: {verdict}: {result.candidate.reason}")
+        one = result.candidate
+        verdict = f"{result.outcome}: {one.reason}"
+        if result.outcome == "nothing-new":
+            verdict = f"nothing new since it was {'promoted' if one.passed else 'rejected'}"
+        lines.append(f"student {one.number}, {one.run}: {verdict}")
     lines.append(f"champion: {'none' if result.champion is None else f'student {result.champion}'}")
     return lines

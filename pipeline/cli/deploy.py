@@ -17,7 +17,7 @@ from teacher_cache.pipeline.deploy.record import require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result, titled_table
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def deploy(config: DeployConfig, as_json: bool) -> None:
     with StageProgress() as progress:
         result = run(config, progress)
     print_result(result, as_json, _deployed)
+    if not as_json:
+        suggest_next(
+            "infer", "IMAGE", "--text", "a photo of a dog", "--text", "a photo of a cat", "--student", config.out
+        )
 
 
 _BATCH = 64  # images decoded at a time: bounds the memory
@@ -48,7 +52,7 @@ class ImageScores(BaseModel):
     """Scores of one image against each text, in the order of ``Inference.texts``."""
 
     image: str
-    probabilities: list[float] = Field(description="softmax(100 x cosine) over the texts; they sum to 1.")
+    probabilities: list[float] = Field(description="softmax(logit_scale x cosine) over the texts; they sum to 1.")
     cosines: list[float]
 
 
@@ -57,6 +61,7 @@ class Inference(BaseModel):
 
     student: str
     variant: str
+    logit_scale: float
     texts: list[str]
     images: list[ImageScores]
     unreadable: list[str] = Field(description="Images that could not be read or decoded, each with the reason.")
@@ -69,15 +74,26 @@ class Inference(BaseModel):
 @option("--text", "Text to compare the images with. Give several.", multiple=True, required=True)
 @option("--student", "Folder of a deployed student.", required=True)
 @option("--variant", "Weights of the student.", "fp32", type=click.Choice(["fp32", "int8"]))
+@option(
+    "--logit-scale",
+    "Multiplier of the cosines in the softmax; 100 for CLIP's own models. Default: the student's.",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+)
 @json_flag
 def infer(
-    images: tuple[str, ...], text: tuple[str, ...], student: str, variant: Literal["fp32", "int8"], as_json: bool
+    images: tuple[str, ...],
+    text: tuple[str, ...],
+    student: str,
+    variant: Literal["fp32", "int8"],
+    logit_scale: float | None,
+    as_json: bool,
 ) -> None:
-    """Print softmax(100 x cosine) over the texts for each image."""
+    """Print cosine and softmax(logit scale x cosine) over the texts for each image."""
     files = _files(images)
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 
-    result = _infer(StudentRuntime(student, variant), files, list(text))
+    result = _infer(StudentRuntime(student, variant), files, list(text), logit_scale)
     for line in result.unreadable:
         say(f"left out: {line}")
     if as_json or result.images:
@@ -114,7 +130,7 @@ def _files(images: Sequence[str]) -> list[str]:
     return files
 
 
-def _infer(student: StudentRuntime, files: list[str], texts: list[str]) -> Inference:
+def _infer(student: StudentRuntime, files: list[str], texts: list[str], logit_scale: float | None) -> Inference:
     import numpy as np
 
     from teacher_cache.pipeline.data.images.decode import UndecodableImageError
@@ -122,7 +138,15 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str]) -> Infer
     from teacher_cache.storage.observe.safe_text import printable
 
     text_features = student.embed_texts(texts)
-    result = Inference(student=str(student.folder), variant=student.variant, texts=texts, images=[], unreadable=[])
+    scale = student.deployment.logit_scale if logit_scale is None else logit_scale
+    result = Inference(
+        student=str(student.folder),
+        variant=student.variant,
+        logit_scale=scale,
+        texts=texts,
+        images=[],
+        unreadable=[],
+    )
     for start in range(0, len(files), _BATCH):
         names: list[str] = []
         pixels: list[NDArray[np.float32]] = []
@@ -136,7 +160,7 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str]) -> Infer
         if not names:
             continue
         features = student.embed_pixels(np.stack(pixels))
-        rows = zip(names, probabilities(features, text_features), features @ text_features.T, strict=True)
+        rows = zip(names, probabilities(features, text_features, scale), features @ text_features.T, strict=True)
         result.images += [
             ImageScores(image=name, probabilities=likely.tolist(), cosines=cosines.tolist())
             for name, likely, cosines in rows
@@ -145,17 +169,19 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str]) -> Infer
 
 
 def _scores(result: Inference) -> Table:
-    table = titled_table(f"{result.student}, {result.variant}")
+    table = titled_table(f"{result.student}, {result.variant}, logit scale {result.logit_scale:.1f}")
     for name in ("image", "text"):
         table.add_column(name, overflow="fold")
-    # softmax over a single text is always 1; its cosine says more
-    alone = len(result.texts) == 1
-    table.add_column("cosine" if alone else "%", justify="right", no_wrap=True)
+    table.add_column("cosine", justify="right", no_wrap=True)
+    # softmax over a single text is always 1
+    several = len(result.texts) > 1
+    if several:
+        table.add_column("%", justify="right", no_wrap=True)
     for image in result.images:
         best = sorted(range(len(result.texts)), key=lambda text: -image.cosines[text])
         for place, text in enumerate(best[:_TEXTS_SHOWN]):
-            score = f"{image.cosines[text]:.3f}" if alone else f"{100 * image.probabilities[text]:.1f}"
-            table.add_row(escape(image.image) if place == 0 else "", escape(result.texts[text]), score)
+            scores = [f"{image.cosines[text]:.3f}", *([f"{100 * image.probabilities[text]:.1f}"] if several else [])]
+            table.add_row(escape(image.image) if place == 0 else "", escape(result.texts[text]), *scores)
         if len(best) > _TEXTS_SHOWN:
-            table.add_row("", f"... and {len(best) - _TEXTS_SHOWN} more; --json has all", "")
+            table.add_row("", f"... and {len(best) - _TEXTS_SHOWN} more; --json has all")
     return table

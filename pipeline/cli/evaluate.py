@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
 from teacher_cache.storage.cli.app import counted, json_flag, print_result, titled_table
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
+    if not as_json:
+        suggest_next(*_after(result))
+
+
+def _after(result: EvaluateResult) -> tuple[str, ...]:
+    if result.run is None:
+        return "train", "--cache", result.cache, "--student", "STUDENT", "--out", "runs/NAME"
+    if result.unfinished:
+        return "train", "--resume", "--out", result.run
+    return "deploy", "--run", result.run, "--out", f"deployed/{Path(result.run).resolve().name}"
 
 
 @settings_command(
@@ -53,8 +64,15 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
 
 def _recall_table(result: EvaluateResult) -> Table:
     """Return the table of recalls of teacher, student and measured towers, with retention and interval, in percent."""
-    title = f"{result.cache}, {result.split}: {result.images:,} images, {result.captions:,} captions"
+    where = f"{result.cache}, {result.split}" if result.split else result.cache
+    title = f"{where}: {counted(result.images, 'image')}, {counted(result.captions, 'caption')}"
     title += _checkpoint(result.checkpoint, result.chosen_on)
+    if result.on_training_split:
+        title += ", which learned from these images"
+    elif any(field.startswith("dataset") for field in result.accepted_mismatches):
+        title += f", which learned from {result.learned_from}"
+    if result.unfinished:
+        title += f", {result.unfinished}"
     columns = [(direction, name) for direction, recalls in result.teacher.items() for name in recalls]
     table = titled_table(title, ["", *("\n".join(column) for column in columns), "\nmean"])
     for label, values, mean in _recall_rows(result):
@@ -81,6 +99,8 @@ def _recall_rows(result: EvaluateResult) -> Iterator[tuple[str, Any, float | Non
     for name, tower in (result.towers or {}).items():
         yield f"{name} tower", tower.recall, mean_recall(tower.recall)
         yield "  retention %", tower.retention, tower.retention["mean"]
+    if result.chance is not None:
+        yield "chance", result.chance, mean_recall(result.chance)
 
 
 def _accuracy_table(result: ZeroShotResult) -> Table:
@@ -90,10 +110,12 @@ def _accuracy_table(result: ZeroShotResult) -> Table:
         f"{result.classes:,} classes by {result.matched_by}, {counted(len(result.prompts), 'prompt')} a class"
     )
     title += _checkpoint(result.checkpoint, result.chosen_on)
-    rows = {label: values for label, values in (("teacher", result.teacher), ("student", result.student)) if values}
-    table = titled_table(title, ["", *next(iter(rows.values()))])
-    for label, values in rows.items():
-        table.add_row(label, *(f"{value:.1f}" for value in values.values()))
+    # of five classes, the true one is always among the first five
+    names = [name for name in result.chance if name != "top-5" or result.classes > 5]
+    table = titled_table(title, ["", *names])
+    for label, values in (("teacher", result.teacher), ("student", result.student), ("chance", result.chance)):
+        if values:
+            table.add_row(label, *(f"{values[name]:.1f}" for name in names))
     return table
 
 

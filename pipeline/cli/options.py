@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from teacher_cache.pipeline.settings.base import StageConfig
+from teacher_cache.pipeline.settings.base import StageConfig, learned_split
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.names import check_device, check_student, check_teacher
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -127,10 +127,10 @@ def check_names(config: StageConfig) -> None:
 
         require_place(open_files(config.cache))
     elif not isinstance(config, ZeroShotConfig):
-        _check_splits(named)
+        _check_splits(config, named)
 
 
-def _check_splits(named: dict[str, Any]) -> None:
+def _check_splits(config: StageConfig, named: dict[str, Any]) -> None:
     """Check that the run is one, and that the cache has the splits."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
     from teacher_cache.storage.format.manifest_file import read_manifest
@@ -147,9 +147,10 @@ def _check_splits(named: dict[str, Any]) -> None:
         if "cache" in named:
             raise
         return  # a run whose cache has moved: the command says so
-    for name in ("split", "select_split"):
-        if name in named:
-            manifest.require_split(named[name], cache)
+    if "split" in named:
+        manifest.require_split(learned_split(config, manifest.identity.dataset.splits), cache)
+    if "select_split" in named:
+        manifest.require_split(named["select_split"], cache)
 
 
 class _SettingsCommand(Command):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.cli.stopping import resumable
 from teacher_cache.pipeline.settings.evaluate import CostConfig
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
 from teacher_cache.pipeline.settings.train import PixelsConfig
-from teacher_cache.storage.cli.app import Group, json_flag, print_result
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.cli.app import Group, byte_size, counted, json_flag, print_result
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def _inherit(config: InheritConfig, as_json: bool) -> None:
     with StageProgress() as progress:
         result = inherit(config, progress)
     print_result(result, as_json, _inherited_lines)
+    if not as_json:
+        suggest_next(*_training(config.cache or "CACHE", f"{config.out}/{CHECKPOINT_CONFIG}"), "--init", config.out)
 
 
 @settings_command("mean", MeanConfig, argument="runs", example="student mean runs/a runs/b --out runs/mean")
@@ -46,6 +49,8 @@ def _mean(config: MeanConfig, as_json: bool) -> None:
         f"checkpoint: {config.out}/{record.checkpoint}",
     ]
     print_result(record, as_json, lambda _: lines)
+    if not as_json:
+        suggest_next("evaluate", "--run", config.out)
 
 
 @settings_command(
@@ -62,6 +67,13 @@ def _resize(config: ResizeConfig, as_json: bool) -> None:
 
     record = resize(config)
     print_result(record, as_json, lambda _: _resized_lines(config, record))
+    if as_json:
+        return
+    if record.resized is not None and record.resized.interpolated:
+        start = f"{config.out}/{record.checkpoint}"
+        suggest_next(*_training(record.config.cache, f"{start}/{CHECKPOINT_CONFIG}"), "--init", start)
+    else:
+        suggest_next("evaluate", "--run", config.out)
 
 
 @settings_command("pixels", PixelsConfig, example="student pixels --cache a.cache --student vit-s-32 --out pixels")
@@ -77,11 +89,13 @@ def _pixels(config: PixelsConfig, as_json: bool) -> None:
             result = make_pixels(plan, progress)
     height, width = result.size
     lines = [
-        f"{result.out}: {result.images:,} images in {result.views} views at {height} x {width}, "
-        f"{result.nbytes / 1e9:,.2f} GB",
+        f"{result.out}: {counted(result.images, 'image')} in {counted(result.views, 'view')} at {height} x {width}, "
+        f"{byte_size(result.nbytes)}",
         f"{result.chunks_made:,} of {result.chunks:,} chunks made by this run",
     ]
     print_result(result, as_json, lambda _: lines)
+    if not as_json:
+        suggest_next(*_training(config.cache, config.student), "--pixels", config.out)
 
 
 @settings_command("cost", CostConfig, example="student cost --run runs/a --teacher local-dir:teacher")
@@ -114,14 +128,13 @@ def _resized_lines(config: ResizeConfig, record: RunRecord) -> list[str]:
     before = " x ".join(map(str, record.resized.image_size))
     names = ", ".join(record.resized.interpolated)
     weights = f"all but {names}, which is interpolated, are the same" if names else "all are the same"
-    lines = [
+    return [
         f"{config.out}: {config.run} at {config.image_size} x {config.image_size} pixels, before {before}; "
         f"{record.student_parameters:,} parameters: {weights}",
         f"checkpoint: {config.out}/{record.checkpoint}",
     ]
-    if names:
-        lines.append(
-            "Train it on: teacher-cache train --cache CACHE --student CHECKPOINT/open_clip_config.json --init "
-            "CHECKPOINT, with that checkpoint"
-        )
-    return lines
+
+
+def _training(cache: str, student: str) -> tuple[str, ...]:
+    """Return the words of a training to suggest."""
+    return "train", "--cache", cache, "--student", student, "--out", "runs/NAME"

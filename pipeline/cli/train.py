@@ -15,7 +15,7 @@ from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if launched_rank():
         return  # rank 0 prints the result
     print_result(result.record, as_json, lambda _: _lines(result))
+    if not as_json:
+        suggest_next("evaluate", "--run", config.out)
 
 
 def _say_what_the_recipe_leaves(explicit: dict[str, Any]) -> None:

@@ -30,7 +30,12 @@ from teacher_cache.pipeline.evaluate.cost.results import CostResult, MeasuredMod
 from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel, load_student_model, load_teacher_model, loaded
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_accuracy_share, bootstrap_share
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
-from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, mean_recall, recall_of_ranks, retention
+from teacher_cache.pipeline.evaluate.recall import (
+    RetrievalRanks,
+    mean_recall,
+    recall_of_ranks,
+    retention,
+)
 from teacher_cache.pipeline.evaluate.split import BytesEncoder, CachedTeacher, Embedded, EvaluationSplit, embed
 from teacher_cache.pipeline.evaluate.zero_shot import (
     Classification,
@@ -60,6 +65,7 @@ class Subject:
         reports: int8 reports of the quantised towers.
         checkpoint: checkpoint that the files were made from.
         chosen_on: split that the checkpoint was chosen on, if any.
+        on_training_split: True if the student learned from the split.
         teacher: the teacher, on the CPU.
         teacher_probe: arguments to load the teacher in another process, which measures its memory.
         zero_shot: labelled images to measure accuracy on, if any.
@@ -70,6 +76,7 @@ class Subject:
     reports: Mapping[Tower, Int8Report]
     checkpoint: Path
     chosen_on: str | None
+    on_training_split: bool
     split: EvaluationSplit
     teacher: LiveTeacher
     teacher_probe: dict[str, Any]
@@ -117,6 +124,7 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.captions),
+        on_training_split=subject.on_training_split,
         teacher_precision=split.reader.manifest.identity.teacher.precision,
         quarantined=split.quarantined,
         **({} if subject.zero_shot is None else _zero_shot_facts(subject.zero_shot, places)),

@@ -93,7 +93,10 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         )
         del student
         chosen_on = record.chosen_on(config.checkpoint)
-        subject = Subject(folder, deployment, reports, checkpoint, chosen_on, split, teacher, teacher_probe, zero_shot)
+        learned = record.learned_from(split.reader.identity.dataset, split.name)
+        subject = Subject(
+            folder, deployment, reports, checkpoint, chosen_on, learned, split, teacher, teacher_probe, zero_shot
+        )
         table = measure(config, subject, report)
         (folder / "table.json").write_text(table.model_dump_json(indent=2) + "\n")
         (folder / "table.md").write_text(to_markdown(table))

@@ -167,13 +167,13 @@ class StudentRuntime:
         return self._run("text", tokens)
 
     def classify(
-        self, images: Sequence[ImageLike], queries: Sequence[str], scale: float = 100.0
+        self, images: Sequence[ImageLike], queries: Sequence[str], scale: float | None = None
     ) -> NDArray[np.float32]:
         """Return the probability of each query for each image: softmax over queries of scale x cosine.
 
         Args:
             queries: whole texts, such as ``a photo of a cat``.
-            scale: see :func:`probabilities`; ``deployment.logit_scale`` is the one that the student learned.
+            scale: see :func:`probabilities`. Default: ``deployment.logit_scale``, which the student learned.
 
         Returns:
             float32 (images, queries); rows sum to 1.
@@ -183,6 +183,7 @@ class StudentRuntime:
         """
         if not queries:
             raise ValueError("classify needs one query or more")
+        scale = self.deployment.logit_scale if scale is None else scale
         return probabilities(self.embed_images(images), self.embed_texts(queries), scale)
 
     def search(self, index: Any, text: str, k: int = 10) -> list[tuple[int, float]]:

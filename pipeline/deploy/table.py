@@ -11,7 +11,8 @@ from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
-from teacher_cache.storage.cli.app import titled_table
+from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
+from teacher_cache.storage.cli.app import counted, titled_table
 
 
 class Int8Report(BaseModel, frozen=True):
@@ -95,6 +96,7 @@ class StudentTable(BaseModel, frozen=True):
     images: int
     captions: int
     quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
+    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
     teacher_precision: str = Field(description="Precision of the teacher's cached embeddings.")
     zero_shot_dataset: str | None = None
     zero_shot_images: int | None = None
@@ -110,6 +112,9 @@ class StudentTable(BaseModel, frozen=True):
     gates: tuple[Gate, ...]
     int8: dict[str, Int8Report] = Field(description="Reports of int8 files, by tower.")
 
+
+_WIDEST = 3.0
+"""Greatest ratio of the ends of a speed's interval: a wider one says that other work disturbed the measurement."""
 
 _Cell = Callable[[TableRow], str]
 
@@ -135,7 +140,11 @@ def _rate(tower: str, batch: int) -> _Cell:
 def _ratio(tower: str, batch: int) -> _Cell:
     return _cell(
         lambda row: row.speed and getattr(row.speed, tower)[batch],
-        lambda ratio: f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})",
+        lambda ratio: (
+            f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+            if ratio.high <= _WIDEST * ratio.low
+            else "not measurable"
+        ),
     )
 
 
@@ -166,9 +175,24 @@ def _retained(value: Callable[[TableRow], Retained | None]) -> _Cell:
 def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
     """Return each column in order: its heading, and the function that gives its cell of a row."""
     first = table.rows[0]
+    chance = chance_recall(table.images, table.captions)
+
     columns: list[tuple[str, _Cell]] = [
         ("retention (95 %)", _retained(lambda row: row.retention.mean if row.retention else None)),
-        ("mean recall", lambda row: f"{row.mean_recall:.1f}"),
+        (f"mean recall (chance {mean_recall(chance):.1f})", lambda row: f"{row.mean_recall:.1f}"),
+    ]
+    columns += [
+        (f"{direction} {name} (chance {chance[direction][name]:.1f})", _recall(direction, name))
+        for direction, recalls in first.recalls.items()
+        for name in recalls
+    ]
+    if table.zero_shot_dataset is not None:
+        top_1 = _cell(lambda row: row.zero_shot, lambda accuracy: f"{accuracy['top-1']:.1f}")
+        columns += [
+            (f"zero-shot top-1 (chance {100 / (table.zero_shot_classes or 1):.1f})", top_1),
+            ("top-1 retention (95 %)", _retained(lambda row: row.zero_shot_retention)),
+        ]
+    columns += [
         ("MB", lambda row: f"{row.bytes / 1e6:.1f}"),
         ("parameters", lambda row: f"{row.parameters / 1e6:.1f}M"),
         ("stored as int8", _cell(lambda row: row.int8_share, "{:.0%}".format)),
@@ -185,20 +209,10 @@ def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
                 columns.append((f"{single}, ms (p50 / p95)", _latency(tower, 1)))
             else:
                 columns.append((f"{many}/s, batch {batch}", _rate(tower, batch)))
-            columns.append(("times the teacher's", _ratio(tower, batch)))
+            columns.append((f"{many} by {batch}, x teacher", _ratio(tower, batch)))
     columns.append(
         ("peak memory, MB", _cell(lambda row: row.cost.memory, lambda memory: f"{memory.peak_bytes / 1e6:,.0f}"))
     )
-    columns += [
-        (f"{direction} {name}", _recall(direction, name))
-        for direction, recalls in first.recalls.items()
-        for name in recalls
-    ]
-    if table.zero_shot_dataset is not None:
-        columns += [
-            ("zero-shot top-1", _cell(lambda row: row.zero_shot, lambda accuracy: f"{accuracy['top-1']:.1f}")),
-            ("top-1 retention (95 %)", _retained(lambda row: row.zero_shot_retention)),
-        ]
     columns += [("cosine to fp32, image", _cosine("image")), ("cosine to fp32, text", _cosine("text"))]
     return columns
 
@@ -220,9 +234,13 @@ def describe(table: StudentTable) -> str:
         f"of an image counts; the teacher's from its cached embeddings, made in {table.teacher_precision}.",
         "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
         "resamples of images.",
-        f"Speed: {rounds} in turns on {table.threads} threads, decoding and tokenizing left out; in parentheses the "
-        "5th and 95th percentile of the rounds' ratios. Peak memory: of a process of its own, libraries and all.",
+        f"Speed: {rounds} in turns on {counted(table.threads, 'thread')}, decoding and tokenizing left out. x teacher: "
+        "multiple of the teacher's speed; in parentheses the "
+        f"5th and 95th percentile of the rounds' ratios, not measurable if they differ by a factor of {_WIDEST:g} or "
+        "more. Peak memory: of a process of its own, libraries and all.",
     ]
+    if table.on_training_split:
+        parts.append("The student learned from these images, so that recall and retention say nothing about others.")
     if table.quarantined:
         parts.append(f"Left out: {table.quarantined:,} quarantined images of the split.")
     if table.zero_shot_dataset is not None:
@@ -255,7 +273,7 @@ def terminal_table(table: StudentTable) -> Table:
     title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
     shown = titled_table(title, [""])
     for row in rows:
-        shown.add_column(row[0], justify="right")
+        shown.add_column(row[0], justify="right", overflow="fold")
     for index, heading in enumerate(headings[1:], start=1):
         shown.add_row(escape(heading), *(escape(row[index].replace(" (", "\n(")) for row in rows))
     return shown

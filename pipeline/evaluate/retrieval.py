@@ -38,7 +38,7 @@ from teacher_cache.pipeline.evaluate.intervals import (
     bootstrap_recalls,
     bootstrap_share,
 )
-from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, recall_of_ranks, retention
+from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, chance_recall, recall_of_ranks, retention
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
@@ -73,8 +73,12 @@ class EvaluateResult(BaseModel, frozen=True):
     cache_manifest_digest: str
     accepted_mismatches: tuple[str, ...] = Field(description="Differences between this cache and the run's cache.")
     run: str | None
+    learned_from: str | None = Field(None, description="Cache that the student learned from.")
+    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
     chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
+    unfinished: str | None = Field(None, description="Epochs trained and wanted, if the run is unfinished.")
+    chance: Recalls | None = Field(None, description="Recall that a random order reaches on average.")
     teacher: Recalls
     student: Recalls | None
     retention: dict[str, Any] | None
@@ -107,11 +111,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run and the checkpoint to measure."""
+    """A run, the checkpoint to measure, and its student with its model config."""
 
     folder: RunFolder
     record: RunRecord
     checkpoint: Path
+    student: tuple[Any, dict[str, Any]]
 
     @property
     def checkpoint_name(self) -> str:
@@ -137,9 +142,9 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     """Measure as :func:`evaluate` does, and also return the split and the ranks."""
     started = time.perf_counter()
     find_engine(config.device)  # checked before the long work
-    run = _open_run(config)
     rank_path = _rank_path(config.ranks)
     split = open_split(config)
+    run = _open_run(config)
     if config.towers:
         _require_common_space(run, split.accepted_mismatches)
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
@@ -147,7 +152,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     teacher = split.ranks(*teacher_rows, depth, config.device)
     student = towers = None
     if run is not None:
-        own, in_teacher_space = _student_rows(config, split, run.checkpoint, progress)
+        own, in_teacher_space = _student_rows(config, split, run.student, progress)
         student = split.ranks(*own, depth, config.device)
         if in_teacher_space is not None:
             towers = _each_tower(split, in_teacher_space, teacher_rows, recall_of_ranks(teacher), config.device)
@@ -168,15 +173,20 @@ def student_ranks(
         config: settings with batch size, device and workers; others are not used.
         depth: greatest rank to search.
     """
-    own, _ = _student_rows(config, split, checkpoint, progress)
+    from teacher_cache.pipeline.models.student import load_student
+
+    own, _ = _student_rows(config, split, load_student(checkpoint), progress)
     return split.ranks(*own, depth, config.device)
 
 
 def _open_run(config: EvaluateConfig) -> _Run | None:
     if not config.run:
         return None
+    # imported here: the teacher's recall needs no torch
+    from teacher_cache.pipeline.models.student import load_student
+
     folder = RunFolder(config.run)
-    return _Run(folder, folder.read(), folder.checkpoint_path(config.checkpoint))
+    return _Run(folder, *folder.load_checkpoint(config.checkpoint, load_student))
 
 
 def _rank_path(ranks: str | None) -> Path | None:
@@ -187,20 +197,19 @@ def _rank_path(ranks: str | None) -> Path | None:
 
 
 def _student_rows(
-    config: EvaluateConfig, split: EvaluationSplit, checkpoint: Path, progress: Progress | None
+    config: EvaluateConfig, split: EvaluationSplit, loaded: tuple[Any, dict[str, Any]], progress: Progress | None
 ) -> tuple[Embedded, Embedded | None]:
     """Embed a split with a student: in its own space and, with ``towers``, in the teacher's."""
-    # imported here: the teacher's recall needs no torch
     from teacher_cache.pipeline.data.batches.inputs import InputLoader
     from teacher_cache.pipeline.data.batches.student_images import StudentImages
     from teacher_cache.pipeline.data.datasets.samples import ImageSource
     from teacher_cache.pipeline.evaluate.student_rows import StudentRows, projected
     from teacher_cache.pipeline.models.device import image_memory_format, keep_freed_memory, resolve_device
-    from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+    from teacher_cache.pipeline.models.student import student_tokenizer
 
     device = resolve_device(config.device)
     keep_freed_memory(device)
-    model, model_config = load_student(checkpoint)
+    model, model_config = loaded
     model.model.visual.to(memory_format=image_memory_format(model.model))  # as in training
     images = StudentImages(split.reader, ImageSource(split.image_root), model.preprocess)
     tokenizer = student_tokenizer(model_config)
@@ -297,8 +306,12 @@ def _result(
         cache_manifest_digest=split.reader.manifest.digest,
         accepted_mismatches=split.accepted_mismatches,
         run=config.run,
+        learned_from=run.record.config.cache if run else None,
+        on_training_split=run is not None and run.record.learned_from(split.reader.identity.dataset, split.name),
         checkpoint=run.checkpoint_name if run else None,
         chosen_on=run.record.chosen_on(config.checkpoint) if run else None,
+        unfinished=run.record.unfinished if run else None,
+        chance=chance_recall(len(split.image_rows), len(split.caption_rows)),
         teacher=teacher_recall,
         student=student_recall,
         retention=retention(student_recall, teacher_recall) if student_recall else None,

@@ -12,12 +12,13 @@ stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
@@ -98,6 +99,11 @@ class EvaluationSplit:
         return ids
 
     @cached_property
+    def content_sha256(self) -> pa.ChunkedArray:
+        """Digest of each image's bytes, in order."""
+        return self.reader.table_rows(SAMPLES, self.image_rows)["content_sha256"]
+
+    @cached_property
     def captions(self) -> list[str]:
         """Text of each caption, in order."""
         texts: list[str] = self.reader.table_rows(CAPTIONS, self.caption_rows)["text"].to_pylist()
@@ -147,29 +153,58 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
     """Return the split that ``evaluate`` measures with the same settings.
 
     Args:
-        way_out: advice for the error if the cache is not the run's. Default: ``evaluate``'s flags.
+        way_out: advice for the error if the cache is not of the run's dataset. Default: any dataset may be measured.
 
     Raises:
         UsageError: neither cache nor run is set, or the split is unknown, has no embedding or images without captions.
-        CacheMismatchError: the run was trained on another cache.
+        CacheMismatchError: the run learned from another teacher, other preprocessing or, with ``way_out``, other data.
         CacheError: the cache is missing, unfinished or damaged.
     """
     record = RunFolder(config.run).read() if config.run else None
     if record is None:
         if config.cache is None:
             raise UsageError("nothing to evaluate: give --cache, --run or both")
-        return EvaluationSplit.of(EmbeddingReader(config.cache), config.split, config.image_root)
+        reader = EmbeddingReader(config.cache)
+        return EvaluationSplit.of(reader, _chosen(config.split, reader), config.image_root)
     reader = EmbeddingReader(config.cache or record.config.cache)
-    way_out = way_out or (
-        f"{config.run} was trained on {record.config.cache}: evaluate on that, or accept a difference by "
-        "--accept-mismatch FIELD (dataset, for a cache of other images), which the result then names."
-    )
+    accept = config.accept_mismatch
+    if way_out is None:
+        accept = (*accept, "dataset")
+        way_out = (
+            f"{config.run} was trained on {record.config.cache}: evaluate on a cache of the same teacher and "
+            "preprocessing, or accept a difference by --accept-mismatch FIELD, which the result then names."
+        )
     # views may differ: view 0, the only one measured, is the evaluation crop in every cache
-    expected = record.identity.model_copy(update={"views": reader.manifest.identity.views})
-    accepted = reader.manifest.identity.require(expected, reader.location, way_out, config.accept_mismatch)
+    expected = record.identity.model_copy(update={"views": reader.identity.views})
+    accepted = reader.identity.require(expected, reader.location, way_out, accept)
     # another dataset's images are below its own root
     root = reader.manifest.source.image_root if accepted else record.image_root
-    return EvaluationSplit.of(reader, config.split, config.image_root or root, accepted)
+    learned = record.config.split if reader.identity.dataset == record.identity.dataset else "train"
+    return EvaluationSplit.of(reader, _chosen(config.split, reader, learned), config.image_root or root, accepted)
+
+
+def _chosen(split: str | None, reader: EmbeddingReader, learned: str = "train") -> str:
+    return default_split(reader.location, reader.identity.dataset.splits, learned) if split is None else split
+
+
+def default_split(cache: str, splits: Mapping[str, int], learned: str = "train") -> str:
+    """Return the split to measure on if none is chosen: test, else the only one held out, else the only one.
+
+    Args:
+        cache: location of the cache, for the error.
+        splits: its images by split.
+        learned: split that the student learned from.
+
+    Raises:
+        UsageError: several splits are held out; the message lists them.
+    """
+    held_out = [name for name in splits if name != learned]
+    if "test" in held_out:
+        return "test"
+    if len(held_out) > 1:
+        names = ", ".join(f"{name!r} ({splits[name]} images)" for name in held_out)
+        raise UsageError(f"{cache}: no split 'test', and several others: {names}. Name one by --split")
+    return held_out[0] if held_out else learned
 
 
 class SplitEncoder(Protocol):

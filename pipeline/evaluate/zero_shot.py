@@ -53,6 +53,7 @@ class ZeroShotResult(BaseModel, frozen=True):
     lost_images: int = Field(0, description="Number of images without a usable file.")
     undecodable: tuple[str, ...] = Field(description="First 20 images left out, with the reason; lost images first.")
     undecodable_images: int
+    chance: dict[str, float] = Field(description="Accuracies of guessing.")
     teacher: dict[str, float] | None
     student: dict[str, float] | None
     teacher_name: str | None
@@ -310,15 +311,21 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         raise UsageError("nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of")
     # checked first: a teacher may take hours
     folder = RunFolder(config.run) if config.run is not None else None
-    checkpoint = folder.checkpoint_path(config.checkpoint) if folder is not None else None
+    record = checkpoint = student = None
+    device = resolve_device(config.device)
+    if folder is not None:
+        record, checkpoint, student = folder.load_checkpoint(
+            config.checkpoint, lambda path: StudentEncoder(path, device)
+        )
     dataset = open_labelled(config)
-    results, rows = _classified(config, dataset, checkpoint, progress)
+    results, rows = _classified(config, dataset, student, device, progress)
     same = common_rows(*results.values())
     if not len(same):
         raise UsageError(f"{config.dataset}: not one image can be used by teacher and student both")
     accuracies = {name: result.accuracies(same) for name, result in results.items()}
     lost = {row: reason for result in results.values() for row, reason in result.lost.items()}
     undecodable = [lost[row] for row in sorted(lost)]
+    chance = 100 / len(dataset.prompts)
     return ZeroShotResult(
         dataset=config.dataset,
         split=config.split,
@@ -330,6 +337,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         lost_images=len(dataset.lost_images),
         undecodable=(*dataset.lost_images, *undecodable)[:_PROBLEMS_SHOWN],
         undecodable_images=len(lost),
+        chance={"top-1": chance, "top-5": min(5 * chance, 100.0), "mean per class": chance},
         teacher=accuracies.get("teacher"),
         student=accuracies.get("student"),
         teacher_name=rows.teacher if rows else config.teacher,
@@ -338,16 +346,19 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         teacher_ran=rows.encoded if rows else config.teacher is not None,
         run=config.run,
         checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
-        chosen_on=folder.read().chosen_on(config.checkpoint) if folder else None,
+        chosen_on=record.chosen_on(config.checkpoint) if record else None,
         seconds=time.perf_counter() - started,
     )
 
 
 def _classified(
-    config: ZeroShotConfig, dataset: LabelledDataset, checkpoint: Path | None, progress: Progress | None
+    config: ZeroShotConfig,
+    dataset: LabelledDataset,
+    student: StudentEncoder | None,
+    device: torch.device,
+    progress: Progress | None,
 ) -> tuple[dict[str, Classification], TeacherRows | None]:
     """Classify the dataset by "teacher" and "student"; also return the teacher's cached rows, if a cache is set."""
-    device = resolve_device(config.device)
     keep_freed_memory(device)
     batch_size = config.batch_size or (16 if device.type == "cpu" else 256)  # as in precompute
 
@@ -364,6 +375,6 @@ def _classified(
     elif config.teacher is not None:
         teacher = load_teacher(config.teacher, config.pretrained, config.device)
         results["teacher"] = classify("teacher", TeacherEncoder(teacher))
-    if checkpoint is not None:
-        results["student"] = classify("student", StudentEncoder(checkpoint, device))
+    if student is not None:
+        results["student"] = classify("student", student)
     return results, rows

@@ -27,7 +27,7 @@ def mean(config: MeanConfig) -> RunRecord:
     The folder is created atomically. The runs stay unchanged; no cache is opened.
 
     Raises:
-        UsageError: fewer than two runs; a run that is unfinished, repeated, a mean itself or without its checkpoint;
+        UsageError: a run that is unfinished, repeated, a mean itself or without its checkpoint;
             runs of different students or caches, or from different initial weights; or the output folder exists.
     """
     require_free(Path(config.out))
@@ -97,9 +97,6 @@ def mean_student(checkpoints: list[Path]) -> Student:
 
 def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
     """Check by their records that the runs can be averaged."""
-    if len(folders) < 2:
-        named = f"only {folders[0].path}" if folders else "none"
-        raise UsageError(f"a mean is of two runs or more, found {named}. Name others that began at the same --init")
     first = records[0]
     for folder, record in zip(folders, records, strict=True):
         if record.averaged:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import ValidationError
@@ -36,6 +38,8 @@ _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".l
 _EVALUATIONS = "evaluations"
 _MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
 
+_Loaded = TypeVar("_Loaded")
+
 
 class RunFolder:
     """Reader and writer of a run. The record is replaced atomically and names its checkpoints."""
@@ -52,18 +56,33 @@ class RunFolder:
             UsageError: another process holds it, or the file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("a") as file:
+        with (self.path / _LOCK).open("a+") as file:
             try:
                 # a record lock: child processes do not inherit it, so a kill releases it
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
-                raise UsageError(f"{self.path}: another process trains here. Wait for it, or stop it.") from error
+                file.seek(0)
+                writer = file.read() or "another process"
+                raise UsageError(f"{self.path}: is being written by {writer}. Wait for it, or stop it.") from error
             except OSError as error:
                 raise UsageError(
                     f"{self.path}: this file system has no locks ({error.strerror}), so that nobody could tell whether "
                     "another process trains here. Take a folder on another one, or mount it with locks."
                 ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
+
+    def require_unlocked(self) -> None:
+        """Check that no process trains here. Not within :meth:`locked`: closing the file again would release the lock.
+
+        Raises:
+            UsageError: a process does.
+        """
+        if (self.path / _LOCK).exists():
+            with self.locked():
+                pass
 
     def start(self, record: RunRecord) -> None:
         """Begin a run in a folder without a run, or with one that has no checkpoint.
@@ -97,7 +116,7 @@ class RunFolder:
             raise UsageError(f"{self.path}: holds a run already. {way_out} another --out, or delete the folder.")
 
     def require_resumable(self, config: TrainConfig) -> RunRecord:
-        """Return the record of a run that these settings may resume, or have finished.
+        """Return the record of a run that these settings, fitted to its cache, may resume or have finished.
 
         Raises:
             UsageError: no run here, or one with other settings, a mean of runs, or one without a checkpoint to resume.
@@ -110,12 +129,13 @@ class RunFolder:
             )
         differ = [
             f"{name} is {value!r}, the run has {recorded!r}"
-            for name, (value, recorded) in other_settings(config, record.config).items()
+            for name, (value, recorded) in other_settings(record.fitted(config), record.config).items()
         ]
         if differ:
+            start = f" from it: --init {self.path / str(record.checkpoint)} and" if record.finished else " with"
             raise UsageError(
-                f"{self.path}: cannot go on with other settings: {'; '.join(differ)}. Leave them out, or train anew "
-                "with another --out."
+                f"{self.path}: cannot go on with other settings: {'; '.join(differ)}. Leave them out, or train anew"
+                f"{start} another --out."
             )
         if record.checkpoint is not None and not record.finished and not self._has_point(record):
             raise UsageError(
@@ -165,8 +185,7 @@ class RunFolder:
         """
         if not record.finished:
             raise UsageError(
-                f"{self.path}: {len(record.epochs)} of {record.config.epochs} epochs are trained. Finish it by "
-                f"teacher-cache train --resume --out {self.path}"
+                f"{self.path}: {record.unfinished}. Finish it by teacher-cache train --resume --out {self.path}"
             )
 
     def log(self, line: dict[str, Any]) -> None:
@@ -254,13 +273,46 @@ class RunFolder:
         if record.finished and record.checkpoint:
             shutil.rmtree(self.path / record.checkpoint / RESUME, ignore_errors=True)
 
-    def checkpoint_path(self, which: Literal["last", "best"] = "last") -> Path:
+    def load_checkpoint(
+        self, which: Literal["last", "best"], load: Callable[[Path], _Loaded]
+    ) -> tuple[RunRecord, Path, _Loaded]:
+        """Load a checkpoint, also while a training replaces it: then the next one is loaded.
+
+        A training removes a checkpoint only after the record names another one. So whatever was loaded is whole if the
+        record names the same checkpoint afterwards.
+
+        Args:
+            load: function that reads the folder of a checkpoint.
+
+        Returns:
+            The record that names the checkpoint, its folder, and the result of ``load``.
+
+        Raises:
+            UsageError: the run has no such checkpoint yet.
+            Exception: as ``load`` raises it for a checkpoint that was not replaced.
+        """
+        while True:
+            record = self.read()
+            path = self.checkpoint_path(which, record)
+            try:
+                loaded = load(path)
+            except Exception:  # of a checkpoint that is half removed, a loader may say anything
+                if self.checkpoint_path(which) == path:
+                    raise
+            else:
+                if self.checkpoint_path(which) == path:
+                    return record, path, loaded
+
+    def checkpoint_path(self, which: Literal["last", "best"] = "last", record: RunRecord | None = None) -> Path:
         """Return the folder of the newest or the best checkpoint.
+
+        Args:
+            record: record of the run, if the caller has read it.
 
         Raises:
             UsageError: the run has no such checkpoint yet.
         """
-        record = self.read()
+        record = record or self.read()
         if which == "best":
             if record.averaged or record.resized:
                 what = "a mean of runs" if record.averaged else "a run at another image size"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places and save intervals: these may change when a run resumes
@@ -109,6 +109,11 @@ class RunRecord(BaseModel):
         """True if all epochs are trained, or for a mean of runs."""
         return bool(self.averaged) or len(self.epochs) >= self.config.epochs
 
+    @property
+    def unfinished(self) -> str | None:
+        """Trained and wanted epochs of an unfinished run, in words."""
+        return None if self.finished else f"{len(self.epochs)} of {self.config.epochs} epochs are trained"
+
     def chosen_on(self, which: Literal["last", "best"]) -> str | None:
         """Return the split that a checkpoint was chosen on, whose score is no test result. None: it was not chosen."""
         if self.resized is not None:
@@ -116,6 +121,15 @@ class RunRecord(BaseModel):
         if self.averaged:
             return next((run.chosen_on for run in self.averaged if run.chosen_on), None)
         return self.best.split if self.best is not None and which == "best" else None
+
+    def learned_from(self, dataset: DatasetIdentity, split: str) -> bool:
+        """Return whether the student, or a run that was averaged into it, was trained on this split."""
+        runs = (self.config, *(run.config for run in self.averaged))
+        return dataset == self.identity.dataset and split in {config.split for config in runs}
+
+    def fitted(self, config: TrainConfig) -> TrainConfig:
+        """Return settings for the cache of this run, as training would record them."""
+        return config.fitted(self.identity.dataset.splits, lambda split: self.train_images)
 
     def origin(self) -> dict[str, Any]:
         """Return the fields of the record that a checkpoint keeps."""

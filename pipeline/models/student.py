@@ -158,10 +158,9 @@ class Student(nn.Module):
         # errors of towers: timm's assertion, tensors of different lengths, a map smaller than a kernel
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"{setting} {size}: this student's {type(self.model.visual).__name__} cannot take images of {size} x "
-                f"{size} pixels, its own have {height} x {width}: {type(error).__name__}: {str(error).rstrip('.')}. "
-                f"{way_out}: a tower with a position for each patch, as transformers and open_clip's ResNets are, "
-                "takes its own size alone."
+                f"{setting} {size}: this student takes images of {height} x {width} pixels. {way_out}: a tower with a "
+                "position for each patch, as transformers and open_clip's ResNets are, takes its own size alone "
+                f"({type(self.model.visual).__name__} at {size} x {size}: {type(error).__name__}: {error})"
             ) from error
         finally:
             self.train(training)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
@@ -14,6 +16,7 @@ from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
 from teacher_cache.pipeline.evaluate.intervals import LEVEL, bootstrap_share
 from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, measure, student_ranks
+from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import (
     CHECKPOINT_WEIGHTS,
@@ -24,7 +27,10 @@ from teacher_cache.pipeline.models.run_record import (
 from teacher_cache.pipeline.promote.registry import Candidate, Comparison, Promotion, StudentRegistry
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.promote import PromoteConfig
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
+from teacher_cache.storage.files.location import absolute_location
+from teacher_cache.storage.format.tables import long_texts
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,6 +69,7 @@ def promote(
     Raises:
         UsageError: the run is not finished, has no such checkpoint, or is the champion already; the checkpoint was
             chosen on this split; or the champion's checkpoint is gone or changed.
+        CacheMismatchError: the champion was measured on other images, and ``accept_mismatch`` lacks dataset.
         CacheError: as ``evaluate`` raises it.
     """
     registry = StudentRegistry(config.registry)
@@ -75,23 +82,30 @@ def promote(
     unchanged = champion is not None and champion.weights_sha256 == weights and _same_size(champion, path)
     if champion is not None and unchanged and not keep_unchanged:
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
-    if record.chosen_on(config.checkpoint) == config.split:
+    settings = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
+    split = open_split(settings)
+    if record.chosen_on(config.checkpoint) == split.name:
         way_out = "" if record.resized else ", or take --checkpoint last"
         raise UsageError(
-            f"{config.run}: its checkpoint {path.name} was chosen on split {config.split!r}, which flatters it there. "
+            f"{config.run}: its checkpoint {path.name} was chosen on split {split.name!r}, which flatters it there. "
             f"Measure on another --split{way_out}"
         )
     if config.deployed is not None:
         _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
-
-    settings = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
+    other = other_images(champion, split) if champion else None
+    if champion is not None and other is not None and "dataset" not in config.accept_mismatch:
+        raise CacheMismatchError(
+            f"{config.registry}: {other} Measure both there: --cache {champion.measured_cache or champion.cache} "
+            f"--split {champion.split!r}; or take another --registry, or accept it: --accept-mismatch dataset"
+        )
     measured = measure(settings, progress)
     assert measured.student_ranks is not None  # a run was named
     comparison = None
     if champion is not None and champion_path is not None:
         ranks = student_ranks(settings, measured.split, champion_path, measured.student_ranks.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
+        comparison = comparison.model_copy(update={"other_images": other})
     passed, reason = decide(measured.result, comparison, config.min_retention)
     if champion is not None and unchanged:
         passed, reason = False, f"the very weights of champion {champion.number}"
@@ -114,6 +128,39 @@ def promote(
     )
     promotion = registry.promote(candidate, champion, "gate") if passed else None
     return PromoteResult(registry=config.registry, candidate=candidate, promotion=promotion)
+
+
+def other_images(champion: Candidate, split: EvaluationSplit) -> str | None:
+    """Return how the images of a split differ from those that the champion was measured on, as a sentence.
+
+    None if the split's images are of the champion's cache, or include all that it was measured on: a dataset may grow.
+    """
+    if champion.measured_on == split.reader.manifest.digest:
+        return None
+    # earlier records name only the cache that the student learned from
+    location = champion.measured_cache or champion.cache
+    where = f"champion {champion.number} was measured on {location}, split {champion.split!r}"
+    try:
+        reader = EmbeddingReader(location, manifest_digest=champion.measured_on)
+    except CacheError as error:
+        return f"{where}, which cannot be compared with {split.cache}: {error}"
+    theirs = reader.samples.select(["content_sha256", "split"])
+    if missing(split.content_sha256, theirs["content_sha256"]) == 0:
+        return None
+    theirs = theirs.filter(pc.equal(theirs["split"], champion.split))["content_sha256"]
+    absent = missing(theirs, split.content_sha256)
+    if absent == 0:
+        return None
+    return (
+        f"{where}: {absent:,} of its {len(theirs):,} images are not among the {len(split.image_rows):,} of "
+        f"{split.cache}, split {split.name!r}."
+    )
+
+
+def missing(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
+    """Count the values that are not in ``among``."""
+    present = pc.is_in(long_texts(values), value_set=long_texts(among).combine_chunks())
+    return len(values) - int(pc.sum(present).as_py() or 0)
 
 
 def compare(
@@ -159,8 +206,8 @@ def decide(
         )
     reason = (
         f"{comparison.share:.1f} % of the mean recall of champion {comparison.champion}, "
-        f"{comparison.level:.0%} interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}; "
-        f"at least {least:g} wanted"
+        f"{comparison.level:.0%} interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}, whose lower "
+        f"end must be at least {least:g}"
     )
     return comparison.interval.low >= least, reason
 
@@ -196,6 +243,8 @@ def _lineage(record: RunRecord, result: EvaluateResult, weights_sha256: str) -> 
         "averaged": tuple(run.run for run in record.averaged),
         "split": result.split,
         "measured_on": result.cache_manifest_digest,
+        "measured_cache": absolute_location(result.cache),
+        "on_training_split": result.on_training_split,
         "images": result.images,
         "captions": result.captions,
         "recalls": result.student,

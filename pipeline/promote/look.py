@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.samples import load_samples
@@ -16,17 +15,17 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import other_settings
 from teacher_cache.pipeline.models.teacher import recorded_name
 from teacher_cache.pipeline.precompute.plan import CROP_SETTINGS, dataset_identity, dataset_tables
-from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, checkpoint_of
+from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, checkpoint_of, missing
 from teacher_cache.pipeline.promote.home import Home, NumberedCache
 from teacher_cache.pipeline.promote.registry import Candidate
 from teacher_cache.pipeline.promote.stage_settings import StageSettings
-from teacher_cache.pipeline.settings.base import Decoder, StoredDtype
+from teacher_cache.pipeline.settings.base import Decoder, StoredDtype, learned_split
 from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import DatasetIdentity
 from teacher_cache.storage.format.manifest import CacheManifest
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, read_table
 
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
 
@@ -191,11 +190,11 @@ def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
     training = settings.training("cache", "out", None)
     for setting, split in (
         ("split", settings.config.split),
-        ("train.split", training.split),
+        ("train.split", learned_split(training, dataset.splits)),
         ("train.select_split", training.select_split),
     ):
         if split is not None and split not in dataset.splits:
-            known = ", ".join(dataset.splits) or "none"
+            known = ", ".join(map(repr, dataset.splits)) or "none"
             raise UsageError(f"{settings.config.dataset}: no split {split!r} ({setting}); there are {known}")
 
 
@@ -219,7 +218,7 @@ def _run(
             return name
         record = folder.read()
         # init as recorded: by now the champion may be this run
-        settings_now = settings.training(record.config.cache, name, record.config.init)
+        settings_now = record.fitted(settings.training(record.config.cache, name, record.config.init))
         same = record.student_config == student and not other_settings(settings_now, record.config)
         if same and record.cache_manifest_digest == digest:
             return name
@@ -258,16 +257,10 @@ def _changes(before: NumberedCache, tables: dict[str, pa.Table]) -> Changes:
     for name, column in ((SAMPLES, "content_sha256"), (CAPTIONS, "text")):
         old = read_table(files, before.manifest, name, [column])[column]
         new = tables[name][column]
-        counts[name] = _missing(new, old), _missing(old, new)
+        counts[name] = missing(new, old), missing(old, new)
     return Changes(
         new_images=counts[SAMPLES][0],
         removed_images=counts[SAMPLES][1],
         new_captions=counts[CAPTIONS][0],
         removed_captions=counts[CAPTIONS][1],
     )
-
-
-def _missing(values: pa.ChunkedArray, among: pa.ChunkedArray) -> int:
-    """Count the values that are not in ``among``."""
-    present = pc.is_in(long_texts(values), value_set=long_texts(among).combine_chunks())
-    return len(values) - int(pc.sum(present).as_py() or 0)

@@ -36,6 +36,9 @@ class Comparison(BaseModel, frozen=True):
     interval: Interval | None = Field(description="Interval of the share at this level. None if it is undefined.")
     level: float
     margin: float = Field(description="Percent below 100 at which the interval may start.")
+    other_images: str | None = Field(
+        None, description="Accepted difference between these images and those that the champion was measured on before."
+    )
 
 
 class Candidate(BaseModel, frozen=True):
@@ -56,6 +59,8 @@ class Candidate(BaseModel, frozen=True):
     averaged: tuple[str, ...] = Field((), description="Folders of the averaged runs, for a mean of runs.")
     split: str
     measured_on: str = Field(description="Manifest digest of the cache that was measured on.")
+    measured_cache: str | None = Field(None, description="Location of that cache. None in earlier records.")
+    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
     images: int
     captions: int
     recalls: dict[str, dict[str, float]]

@@ -73,7 +73,11 @@ class StageSettings:
     def comparison(self, run: str, registry: str) -> PromoteConfig:
         """Return the settings of promote."""
         shared = self.config.model_dump(include={"split", "margin", "min_retention", "device"})
-        return PromoteConfig(run=run, registry=registry, checkpoint=self.checkpoint(run), **shared)
+        # the dataset of a home may lose images, up to max_removed
+        accept = ("dataset",)
+        return PromoteConfig(
+            run=run, registry=registry, checkpoint=self.checkpoint(run), accept_mismatch=accept, **shared
+        )
 
     def deployment(self, run: str, out: str, checkpoint: Checkpoint) -> DeployConfig:
         """Return the settings of deploy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -45,6 +46,9 @@ LoaderWorkers = Annotated[
     int | None,
     Field(ge=0, description="Number of processes that decode images. Default: half the cores, at most 8."),
 ]
+MeasuredSplit = Annotated[
+    str | None, Field(description="Split to measure on. Default: test, else the only one that is held out.")
+]
 Pretrained = Annotated[
     str | None,
     Field(description="Pretrained tag or weights file of open_clip, for a built-in model name. Default: none."),
@@ -62,7 +66,15 @@ TeacherName = Annotated[
 ]
 
 
+LearnedSplit = Annotated[str, Field(description="Split to learn from. Default: train, or the cache's only one.")]
+
+
 class StageConfig(BaseModel):
     """Settings of one stage: immutable, and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def learned_split(config: Any, splits: Collection[str]) -> str:
+    """Return the setting ``split`` of type :data:`LearnedSplit`: the only one of ``splits`` if it is not set."""
+    return str(next(iter(splits)) if len(splits) == 1 and "split" not in config.model_fields_set else config.split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from teacher_cache.pipeline.settings.base import Checkpoint, ImageRoot, Pretrained, Rounds, StageConfig
+from teacher_cache.pipeline.settings.base import Checkpoint, ImageRoot, MeasuredSplit, Pretrained, Rounds, StageConfig
 
 
 class DeployConfig(StageConfig):
@@ -14,7 +14,7 @@ class DeployConfig(StageConfig):
     out: str = Field(description="New folder to write.")
     checkpoint: Checkpoint = "last"
     cache: str | None = Field(None, description="Finished cache to measure on. Default: the run's.")
-    split: str = Field("test", description="Split on which recall is measured and int8 compared with fp32.")
+    split: MeasuredSplit = None
     image_root: ImageRoot = None
     teacher: str | None = Field(
         None, description="Teacher, as for precompute. Default: the name recorded in the cache."
@@ -27,7 +27,10 @@ class DeployConfig(StageConfig):
         512, gt=0, description="Number of training images that calibrate the int8 activations."
     )
     max_recall_loss: float = Field(
-        1.0, ge=0, description="Maximum loss of int8 against fp32, in points of any R@K. Above it nothing is shipped."
+        1.0,
+        ge=0,
+        description="Maximum loss of int8 against fp32, in points of any R@K; one query may always be lost, unless it "
+        "is 0. Above it nothing is shipped.",
     )
     rounds: Rounds = 15
     threads: int | None = Field(

@@ -12,6 +12,7 @@ from teacher_cache.pipeline.settings.base import (
     Device,
     ImageRoot,
     LoaderWorkers,
+    MeasuredSplit,
     Pretrained,
     Rounds,
     StageConfig,
@@ -25,7 +26,7 @@ class EvaluateConfig(StageConfig):
     cache: str | None = Field(None, description="Folder or URL of a finished cache. Default: the run's.")
     run: str | None = Field(None, description="Folder of a training run. Default: measure only the teacher.")
     checkpoint: Checkpoint = "last"
-    split: str = Field("test", description="Split to measure on.")
+    split: MeasuredSplit = None
     accept_mismatch: AcceptMismatch = ()
     image_root: ImageRoot = None
     ranks: str | None = Field(

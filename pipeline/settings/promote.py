@@ -13,6 +13,7 @@ from teacher_cache.pipeline.settings.base import (
     Device,
     ImageRoot,
     LoaderWorkers,
+    MeasuredSplit,
     Precision,
     Pretrained,
     StageConfig,
@@ -29,7 +30,7 @@ class PromoteConfig(StageConfig):
     registry: str = Field("students", description="Folder or URL of the registry of champions and challengers.")
     checkpoint: Checkpoint = "last"
     cache: str | None = Field(None, description="Finished cache to measure on. Default: the run's.")
-    split: str = Field("test", description="Split to measure on. It must differ from the run's select_split.")
+    split: MeasuredSplit = None
     accept_mismatch: AcceptMismatch = ()
     image_root: ImageRoot = None
     margin: float = Field(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from teacher_cache.pipeline.settings.base import (
     Checkpoint,
+    LearnedSplit,
     Pretrained,
     Seed,
     StageConfig,
@@ -47,7 +48,7 @@ class InheritConfig(StageConfig):
     cache: str | None = Field(
         None, description="Finished cache whose captions say which tokens a factorized token embedding keeps best."
     )
-    split: str = Field("train", description="Split of that cache whose captions count.")
+    split: LearnedSplit = "train"
     seed: Seed = Field(0, description="Seed of the weights that stay random.")
 
 
@@ -56,6 +57,14 @@ class MeanConfig(StageConfig):
 
     runs: tuple[str, ...] = Field(description="Folders of two or more finished runs. Their newest checkpoints count.")
     out: str = Field(description="New folder of a run to write.")
+
+    @field_validator("runs")
+    @classmethod
+    def _check_several(cls, runs: tuple[str, ...]) -> tuple[str, ...]:
+        if len(runs) < 2:
+            found = f"only {runs[0]}" if runs else "none"
+            raise ValueError(f"a mean is of two runs or more, found {found}; name others that began at the same --init")
+        return runs
 
 
 class ResizeConfig(StageConfig):

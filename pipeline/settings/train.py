@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,12 +12,16 @@ from teacher_cache.pipeline.settings.base import (
     AcceptMismatch,
     Device,
     ImageRoot,
+    LearnedSplit,
     LoaderWorkers,
     Seed,
     StageConfig,
     StudentName,
+    learned_split,
 )
 from teacher_cache.pipeline.settings.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
+from teacher_cache.pipeline.settings.run_file import check_config
+from teacher_cache.storage.errors import UsageError
 
 
 class TrainConfig(StageConfig):
@@ -46,7 +51,7 @@ class TrainConfig(StageConfig):
         description="Side in pixels of the training images of a convolutional student, often 4/5 of its image_size. "
         "It is still measured and shipped at its own image_size. Default: the student's own.",
     )
-    split: str = Field("train", description="Split to train on.")
+    split: LearnedSplit = "train"
     image_root: ImageRoot = None
     pixels: str | None = Field(
         None, description="Folder of student pixels to read images from. Default: decode them again in each epoch."
@@ -68,7 +73,7 @@ class TrainConfig(StageConfig):
         1, gt=0, description="Number of captions per image in a step. The losses are averaged over them."
     )
     epochs: int = Field(10, gt=0, description="Number of passes over the split. Captions are drawn at random.")
-    batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices.")
+    batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")
     micro_batch: int | None = Field(
         None,
         gt=0,
@@ -144,6 +149,27 @@ class TrainConfig(StageConfig):
     )
     select_every: int = Field(1, gt=0, description="Number of epochs between these measurements.")
 
+    def fitted(self, splits: Collection[str], count: Callable[[str], int]) -> TrainConfig:
+        """Return the settings for a cache: its only split if none is set, and batches no larger than the split.
+
+        Args:
+            splits: splits of the cache.
+            count: function that returns the number of images of a split that have an embedding.
+
+        Raises:
+            UsageError: the split has too few images for one batch, or is ``select_split``.
+        """
+        split = learned_split(self, splits)
+        images = count(split)
+        batch_size = min(self.batch_size, images - images % self.devices)
+        if batch_size < 2:
+            raise UsageError(
+                f"{self.cache}: split {split!r} has {images} of the {max(2, self.devices)} images that one batch needs"
+            )
+        if (split, batch_size) == (self.split, self.batch_size):
+            return self
+        return check_config(TrainConfig, self.model_dump() | {"split": split, "batch_size": batch_size}, "train")
+
     @model_validator(mode="after")
     def _check_settings_agree(self) -> TrainConfig:
         if self.batch_size % self.devices:
@@ -165,7 +191,8 @@ class TrainConfig(StageConfig):
     def _fill_from_recipe(cls, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
-        explicit = {name: value for name, value in settings.items() if name not in RECIPE_SETTINGS or value is not None}
+        derived = {*RECIPE_SETTINGS, "split"}
+        explicit = {name: value for name, value in settings.items() if name not in derived or value is not None}
         name = explicit.get("recipe", "default")
         # an unknown recipe fills nothing; _check_recipe refuses it by name
         return {**asdict(RECIPES[name]), **explicit} if isinstance(name, str) and name in RECIPES else explicit
@@ -209,7 +236,7 @@ class PixelsConfig(StageConfig):
     train_image_size: int | None = Field(
         None, gt=0, description="Side in pixels of the training images, as for train. Default: the student's own."
     )
-    split: str = Field("train", description="Split whose images are decoded.")
+    split: LearnedSplit = "train"
     views: int | None = Field(None, gt=0, description="Number of the cache's views, from the first. Default: all.")
     image_root: ImageRoot = None
     threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,13 +30,22 @@ from teacher_cache.pipeline.train.checkpoints import ResumePoint, RunWriter, Tra
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.losses import TeacherQueue
 from teacher_cache.pipeline.train.optimizer import WeightAverage, adamw, measured_weights
-from teacher_cache.pipeline.train.start import TrainingCache, new_record, new_student, recorded_start, training_images
+from teacher_cache.pipeline.train.start import (
+    TrainingCache,
+    fit_to_cache,
+    new_record,
+    new_student,
+    recorded_start,
+    training_images,
+)
 from teacher_cache.pipeline.train.step import StepValues, TrainStep
 from teacher_cache.pipeline.train.step_log import EpochMeter, EpochSums
 from teacher_cache.pipeline.train.stop_signals import StopRequests
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import log_fields
+from teacher_cache.storage.observe.logs import log_fields, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
+
+_LOG = logger("train")
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class TrainResult:
     """A finished run."""
 
     run: str
-    record: RunRecord
+    record: RunRecord = field(repr=False)
 
 
 def train(
@@ -77,6 +86,9 @@ def train(
     teacher_source: MakeTeacher | None = None,
 ) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
+
+    A cache with one split is trained on without naming it, and a batch is no larger than the split; the record has the
+    numbers that were used.
 
     With one view in the cache the student sees the evaluation crop, as the teacher did. With several it replays the
     stored crops of each image in turn. A killed run resumes from its last checkpoint, with the same losses as an
@@ -90,7 +102,7 @@ def train(
 
     Raises:
         CacheMismatchError: the cache differs from ``config.expect``, or from the one that the run began with.
-        UsageError: a setting cannot be used (unknown student, split or device, fewer images than a batch, a run
+        UsageError: a setting cannot be used (unknown student, split or device, too few images, a run
             in the folder already; for ``resume``: no run in the folder, or one with other settings).
         CacheError: the cache is missing, unfinished or damaged.
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
@@ -98,6 +110,7 @@ def train(
     run = RunFolder(config.out)
     if resume:
         record = run.require_resumable(config)
+        config = record.fitted(config)
         if record.finished:
             if not launched_rank():  # under torchrun only rank 0 cleans up
                 with run.locked():  # a run killed at its very end may have unnamed files
@@ -106,9 +119,24 @@ def train(
     else:
         _require_queue_used(config)
         if not launched_rank():  # under torchrun rank 0 may have begun the run already
+            run.require_unlocked()
             run.require_free()
+        config = _fitted(config)
     launch(config, _train_rank, resume, teacher_source, progress=progress)
     return TrainResult(str(run.path), run.read())
+
+
+def _fitted(config: TrainConfig) -> TrainConfig:
+    """Return the settings for the cache, and warn about what they change."""
+    fitted = fit_to_cache(config)
+    if launched_rank():
+        return fitted  # rank 0 warns
+    if fitted.split != config.split:
+        _LOG.warning("%s: the student learns from its only split, %r", config.cache, fitted.split)
+    if fitted.batch_size != config.batch_size:
+        fewer = "%s: fewer images than a batch of %d: batches of %d"
+        _LOG.warning(fewer, config.cache, config.batch_size, fitted.batch_size)
+    return fitted
 
 
 def _require_queue_used(config: TrainConfig) -> None:

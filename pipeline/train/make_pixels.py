@@ -37,11 +37,13 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.pipeline.models.student import build_student, student_config
+from teacher_cache.pipeline.settings.base import learned_split
 from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.storage.cli.app import byte_size, counted
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.files.location import begun_ahead
+from teacher_cache.storage.files.location import absolute_location, begun_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _CHUNK_ROWS = 64
@@ -98,9 +100,10 @@ class PixelsPlan:
         record = self.record
         height, width = record.size
         return (
-            f"{self.out}: {record.images:,} images x {record.views} views x {height} x {width} x 3 bytes = "
-            f"{self.nbytes / 1e9:,.2f} GB in {record.views * record.chunks:,} chunks; {self.chunks_to_make:,} of them "
-            f"to make, {self.bytes_to_write / 1e9:,.2f} GB; {self.free_bytes / 1e9:,.2f} GB are free"
+            f"{self.out}: {counted(record.images, 'image')} x {counted(record.views, 'view')} x {height} x {width} x 3 "
+            f"bytes = {byte_size(self.nbytes)} in {counted(record.views * record.chunks, 'chunk')}; "
+            f"{self.chunks_to_make:,} of them to make, {byte_size(self.bytes_to_write)}; {byte_size(self.free_bytes)} "
+            "are free"
         )
 
 
@@ -114,9 +117,10 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     """
     files, out = local_pixels(config.out), Path(config.out).resolve()
     reader = EmbeddingReader(config.cache)
-    rows = reader.image_rows(config.split)
+    split = learned_split(config, reader.identity.dataset.splits)
+    rows = reader.image_rows(split)
     if not len(rows):
-        raise UsageError(f"{config.cache}: no image of split {config.split!r} has an embedding")
+        raise UsageError(f"{config.cache}: no image of split {split!r} has an embedding")
     manifest = reader.manifest
     views = views_used(reader, config.views)
     student = build_student(
@@ -125,8 +129,8 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     decoded_by = manifest.identity.preprocess.decoder
     preprocess = student.preprocess_to_learn(config.train_image_size).decoded_by(decoded_by)
     record = PixelsRecord(
-        cache=config.cache if "://" in config.cache else str(Path(config.cache).resolve()),
-        split=config.split,
+        cache=absolute_location(config.cache),
+        split=split,
         images=len(rows),
         views=views,
         chunk_rows=_CHUNK_ROWS,

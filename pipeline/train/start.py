@@ -22,7 +22,7 @@ from teacher_cache.pipeline.models.student import Student, build_student, load_i
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
-from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.location import absolute_location, open_files
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -34,6 +34,17 @@ _WAY_OUT = (
 )
 
 _FILES = ("run.json", "origin.json")
+
+
+def fit_to_cache(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the split and the batch size that the cache allows, see ``TrainConfig.fitted``.
+
+    Raises:
+        UsageError: the split is unknown, or has too few images.
+        CacheError: the cache is missing, unfinished or damaged.
+    """
+    reader = EmbeddingReader(config.cache)
+    return config.fitted(reader.identity.dataset.splits, lambda split: len(reader.row_set(split)))
 
 
 def recorded_start(run: RunFolder) -> RunRecord | None:
@@ -71,11 +82,6 @@ class TrainingCache:
             accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
         rows = reader.row_set(config.split)
         reader.require_captions(rows)
-        if len(rows) < config.batch_size:
-            raise UsageError(
-                f"{config.cache}: split {config.split!r} has {len(rows)} images, fewer than one batch of "
-                f"{config.batch_size}. Lower --batch-size."
-            )
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
         return cls(reader, rows, config, accepted)
@@ -135,9 +141,9 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
     """Return the record of the run: a new one, or ``begun`` with the current settings."""
     config, reader = cache.config, cache.reader
     # absolute: the run may be measured from another folder
-    places = {"cache": _absolute(config.cache), "pixels": config.pixels and _absolute(config.pixels)}
+    places = {"cache": absolute_location(config.cache), "pixels": config.pixels and absolute_location(config.pixels)}
     config = config.model_copy(update=places)
-    image_root = _absolute(cache.source.root)
+    image_root = absolute_location(cache.source.root)
     if begun is not None:
         resumed = (*begun.resumed_at, begun.steps)
         return begun.model_copy(update={"config": config, "image_root": image_root, "resumed_at": resumed})
@@ -154,10 +160,6 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
         train_images=len(cache.rows),
         initial_weights_sha256=digest_tensors(student.state_dict()),
     )
-
-
-def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).resolve())
 
 
 def expected_identity(place: str) -> CacheIdentity:

@@ -50,6 +50,11 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     return RemoteFiles(text)
 
 
+def absolute_location(location: str) -> str:
+    """Return a location that is the same from any working directory: an absolute path, or a URL as it is."""
+    return location if "://" in location else str(Path(location).resolve())
+
+
 def requests_at_once(files: CacheFiles) -> int:
     """Return the number of parallel requests to use for this location: 1 for a folder."""
     return 1 if isinstance(files, LocalFiles) else REQUESTS_AT_ONCE

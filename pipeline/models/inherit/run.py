@@ -36,6 +36,7 @@ from teacher_cache.pipeline.models.student import (
     student_tokenizer,
 )
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.settings.base import learned_split
 from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
@@ -85,7 +86,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
     counts, digest = None, None
     if config.cache is not None:
         reader = EmbeddingReader(config.cache)
-        rows, _ = reader.caption_rows(reader.image_rows(config.split))
+        rows, _ = reader.caption_rows(reader.image_rows(learned_split(config, reader.identity.dataset.splits)))
         texts = long_texts(reader.captions["text"]).take(rows).to_pylist()
         vocab_size = int(architecture["text_cfg"].get("vocab_size", 49408))
         counts = token_counts(texts, student_tokenizer(architecture), vocab_size, progress)

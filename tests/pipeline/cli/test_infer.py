@@ -59,6 +59,10 @@ def test_json_has_every_number(infer: Infer, tiny_deployment: Path, photos: Path
     student = StudentRuntime(tiny_deployment)
     wanted = student.classify(names, TEXTS)
     assert np.abs(np.array([image["probabilities"] for image in found["images"]]) - wanted).max() < 1e-5
+    assert found["logit_scale"] == student.deployment.logit_scale == 14.3
+    sharper: Any = json.loads(infer(photos, "--json", "--logit-scale", "100")[1])
+    wanted = student.classify(names, TEXTS, scale=100)
+    assert np.abs(np.array([image["probabilities"] for image in sharper["images"]]) - wanted).max() < 1e-5
     cosines = student.embed_images(names) @ student.embed_texts(TEXTS).T
     assert np.abs(np.array([image["cosines"] for image in found["images"]]) - cosines).max() < 1e-5
 
@@ -68,11 +72,13 @@ def test_the_table_has_the_likeliest_first(infer: Infer, tiny_deployment: Path, 
     code, out, _ = infer(image)
     assert code == 0
     shown = [line for line in out.splitlines() if re.search(r"\d\.\d\s*$", line)]
-    [likely] = StudentRuntime(tiny_deployment).classify([image], TEXTS)
+    student = StudentRuntime(tiny_deployment)
+    [likely] = student.classify([image], TEXTS)
+    [cosines] = student.embed_images([image]) @ student.embed_texts(TEXTS).T
     assert len(shown) == 3
     for line, text in zip(shown, np.argsort(-likely), strict=True):
         assert TEXTS[text] in line
-        assert line.split()[-1] == f"{100 * likely[text]:.1f}"
+        assert line.split()[-2:] == [f"{cosines[text]:.3f}", f"{100 * likely[text]:.1f}"]
     assert str(image) in shown[0]
 
 

@@ -23,10 +23,14 @@ from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.deploy import run as deploy_files
 from teacher_cache.pipeline.deploy.card import model_card
+from teacher_cache.pipeline.deploy.gates import require_recall
 from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
 from teacher_cache.pipeline.deploy.run import DeployResult, calibration_batches, deploy
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
-from teacher_cache.pipeline.deploy.table import StudentTable
+from teacher_cache.pipeline.deploy.table import StudentTable, describe, to_markdown
+from teacher_cache.pipeline.evaluate.cost.latency import Ratio
+from teacher_cache.pipeline.evaluate.cost.results import SpeedRatios
+from teacher_cache.pipeline.evaluate.recall import RetrievalRanks
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.evaluate.split import open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -39,6 +43,8 @@ from teacher_cache.storage.errors import UsageError
 from tests.conftest import make_model_folder
 from tests.pipeline.cli.test_cli import run
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
+
+RATIO = Ratio(median=9, low=8, high=10, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +161,36 @@ def test_the_table_is_whole(deployed: tuple[Path, DeployResult]) -> None:
     assert table.rows[2].bytes == pytest.approx(table.rows[1].bytes, rel=0.1)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
+    # of 8 images, any one of 10 is found by chance
+    assert lines[0].startswith("|  | retention (95 %) | mean recall (chance ")
+    assert "| t2i R@1 (chance 12.5) | t2i R@5 (chance 62.5) | t2i R@10 (chance 100.0) |" in lines[0]
+    assert "zero-shot top-1 (chance 33.3)" in lines[0]
     assert markdown in (out / "README.md").read_text()
     with Image.open(out / "table.png") as picture:
         assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"), [(1.0, 3.0, "| 2.00 (1.00 to 3.00) |"), (1.34, 24.54, "| not measurable |")]
+)
+def test_a_speed_that_varies_threefold_is_not_measurable(
+    deployed: tuple[Path, DeployResult], low: float, high: float, shown: str
+) -> None:
+    table = deployed[1].table
+    varying = RATIO.model_copy(update={"median": 2.0, "low": low, "high": high})
+    speed = SpeedRatios(**{tower: {1: varying, 32: RATIO} for tower in ("images", "texts")})
+    rows = tuple(row.model_copy(update={"speed": row.speed and speed}) for row in table.rows)
+    lines = to_markdown(table.model_copy(update={"rows": rows})).splitlines()
+    assert "| images by 1, x teacher |" in lines[0]
+    assert [line.count(shown) for line in lines if line.startswith(("| student", "| ONNX"))] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_table_of_the_training_split_says_so(deployed: tuple[Path, DeployResult], learned: bool) -> None:
+    table = deployed[1].table
+    assert not table.on_training_split
+    said = describe(table.model_copy(update={"on_training_split": learned}))
+    assert ("The student learned from these images, so that recall and retention say nothing" in said) == learned
 
 
 def test_it_says_nothing_of_where_it_was_made(
@@ -285,9 +318,47 @@ def test_int8_that_loses_too_much_is_refused_by_how_much(
         return report
 
     monkeypatch.setattr(deploy_files, "quantize_tower", crippled)
-    with pytest.raises(DeploymentError, match=r"points lost, 0 at most are wanted, \d+\.\d\d too many"):
+    with pytest.raises(DeploymentError, match=r"lost, \d+\.\d\d points; at most 0 points may be\. "):
         deploy(settings(trained, tiny_teacher, tmp_path / "out", max_recall_loss=0.0))
     assert not list(tmp_path.iterdir())
+
+
+def hit(queries: int, hits: int) -> np.ndarray:
+    """Ranks: the first ``hits`` queries find theirs first, the others find nothing."""
+    return np.where(np.arange(queries) < hits, 1, 0).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("queries", "lost", "most", "wanted"),
+    [
+        (20, 0, 1.0, "<= 1 or one of 20 captions"),
+        (20, 1, 1.0, "<= 1 or one of 20 captions"),  # 5 points are one query
+        (1000, 10, 1.0, "<= 1 or one of 1,000 captions"),
+        (20, 2, 10.0, "<= 10 or one of 20 captions"),
+        (20, 0, 0.0, "<= 0"),
+    ],
+)
+def test_int8_may_lose_a_point_or_a_query(queries: int, lost: int, most: float, wanted: str) -> None:
+    fp32 = RetrievalRanks(hit(queries, queries), hit(queries, queries), 10)
+    gate = require_recall("int8", RetrievalRanks(fp32.i2t, hit(queries, queries - lost), 10), fp32, most)
+    assert gate.found == pytest.approx(100 * lost / queries)
+    assert gate.wanted == (wanted if lost else wanted.replace("captions", "images"))
+
+
+@pytest.mark.parametrize(
+    ("queries", "lost", "most", "message"),
+    [
+        (20, 2, 1.0, "2 of 20 captions lost, 10.00 points; at most 1 points or one of 20 captions may be. Nothing"),
+        (1000, 11, 1.0, "11 of 1,000 captions lost, 1.10 points; at most 1 points or one of 1,000 captions may be. No"),
+        (20, 1, 0.0, "1 of 20 captions lost, 5.00 points; at most 0 points may be. Nothing was deployed. "),
+    ],
+)
+def test_int8_that_loses_more_is_refused_in_queries(queries: int, lost: int, most: float, message: str) -> None:
+    fp32 = RetrievalRanks(hit(queries, queries), hit(queries, queries), 10)
+    with pytest.raises(DeploymentError) as refused:
+        require_recall("int8", RetrievalRanks(fp32.i2t, hit(queries, queries - lost), 10), fp32, most)
+    share = 100 * (queries - lost) / queries
+    assert str(refused.value).startswith(f"int8: t2i R@1 is {share:.2f}, and 100.00 in fp32: {message}")
 
 
 def test_what_cannot_be_int8_is_said_and_not_shipped(

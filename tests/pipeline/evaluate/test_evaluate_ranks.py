@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_recalls, bootstrap_share
 from teacher_cache.pipeline.evaluate.recall import recall_of_ranks
 from teacher_cache.pipeline.evaluate.retrieval import RANK_DEPTH, EvaluateResult, evaluate, measure, student_ranks
-from teacher_cache.pipeline.evaluate.split import BytesEncoder, CachedTeacher, embed, open_split
+from teacher_cache.pipeline.evaluate.split import BytesEncoder, CachedTeacher, default_split, embed, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
@@ -306,6 +306,30 @@ def test_evaluate_embeds_a_split_by_one_function(home: Path, monkeypatch: pytest
     assert encoders[3:] == ["CachedTeacher"]
 
 
+@pytest.mark.parametrize(
+    ("splits", "learned", "chosen"),
+    [
+        (("train", "dev", "test"), "train", "test"),
+        (("train", "val"), "train", "val"),
+        (("train",), "train", "train"),
+        (("",), "", ""),
+        (("",), "train", ""),
+        (("train", "test"), "test", "train"),
+    ],
+)
+def test_the_split_to_measure_on_is_held_out_if_there_is_one(
+    splits: tuple[str, ...], learned: str, chosen: str
+) -> None:
+    assert default_split("a.cache", dict.fromkeys(splits, 10), learned) == chosen
+
+
+def test_of_several_splits_that_are_held_out_one_is_to_be_named() -> None:
+    with pytest.raises(UsageError) as refused:
+        default_split("a.cache", {"train": 40, "dev": 10, "val": 9})
+    held_out = "'dev' (10 images), 'val' (9 images)"
+    assert str(refused.value) == f"a.cache: no split 'test', and several others: {held_out}. Name one by --split"
+
+
 def test_an_encoder_that_gives_other_rows_is_refused(home: Path) -> None:
     split = open_split(settings(home))
     short = BytesEncoder(lambda images: np.zeros((1, 4)), lambda texts: np.zeros((len(texts), 4)), 256)
@@ -350,5 +374,8 @@ def test_the_command_shows_intervals_and_towers(home: Path, measured: EvaluateRe
     for label, end in (("95 % from", "low"), ("to", "high")):
         found = [*spans["i2t"].values(), *spans["t2i"].values(), spans["mean"]]
         assert lines[label] == ["-" if span is None else f"{span[end]:.1f}" for span in found]
+    assert measured.chance is not None
+    assert lines["chance"][:-1] == [f"{value:.1f}" for side in measured.chance.values() for value in side.values()]
     assert "ranks.parquet: the rank of each of 189 queries" in done.stderr
+    assert done.stderr.endswith(f"next: teacher-cache deploy --run {home}/run --out deployed/run\n")
     assert pq.read_table(tmp_path / "ranks.parquet").num_rows == 189

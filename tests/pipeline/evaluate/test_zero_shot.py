@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from teacher_cache.pipeline.cli.evaluate import _accuracy_table
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.evaluate.zero_shot import (
     Classification,
     TeacherEncoder,
+    ZeroShotResult,
     class_weights,
     classify_dataset,
     classify_rows,
@@ -243,6 +245,7 @@ def test_the_command_measures_teacher_and_student(pictures: Path, tmp_path: Path
     found = json.loads(done.stdout)
     assert set(found["teacher"]) == set(found["student"]) == {"top-1", "top-5", "mean per class"}
     assert found["student"]["top-5"] == 100.0  # of three classes
+    assert found["chance"] == {"top-1": 100 / 3, "top-5": 100.0, "mean per class": 100 / 3}
     assert len(found["prompts"]) == 18
     assert found["cache"] == str(tmp_path / "zs")
     done = run("zero-shot", dataset, "--prompts", "pets", cwd=tmp_path)
@@ -251,6 +254,21 @@ def test_the_command_measures_teacher_and_student(pictures: Path, tmp_path: Path
     done = run("zero-shot", dataset, "--prompts", "pets", *models, cwd=tmp_path)
     assert done.returncode == 2
     assert "no class name is surely that of 'cat', 'dog', 'guinea_pig' (3 of 3 classes)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"), [(5, ["top-1", "mean per class"]), (6, ["top-1", "top-5", "mean per class"])]
+)
+def test_chance_is_shown_and_top_5_from_six_classes_on(classes: int, shown: list[str]) -> None:
+    numbers = {"top-1": 100 / classes, "top-5": 100.0, "mean per class": 100 / classes}
+    result = ZeroShotResult(
+        **{"dataset": "imagefolder:a", "images": 12, "classes": classes, "prompts": ("a",), "undecodable": ()},
+        **{"undecodable_images": 0, "teacher": numbers, "student": None, "chance": numbers, "seconds": 1},
+        **dict.fromkeys(("teacher_name", "cache", "run")),
+    )
+    first, *columns = _accuracy_table(result).columns
+    assert list(first.cells) == ["teacher", "chance"]
+    assert [column.header for column in columns] == shown
 
 
 @pytest.mark.real_data

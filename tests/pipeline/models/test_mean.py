@@ -197,7 +197,9 @@ def test_runs_of_an_older_version_are_told_apart_by_their_init(runs: Path, tmp_p
 
 def test_what_has_no_mean(runs: Path, tmp_path: Path) -> None:
     no, a, b, c = tmp_path / "no", runs / "a", runs / "b", runs / "c"
-    refused(r"a mean is of two runs or more, found only .*/a\.", no, a)
+    alone = run_command("student", "mean", a)
+    only = f"runs: a mean is of two runs or more, found only {a}; name others that began at the same --init"
+    assert alone.stderr == f"error: mean: {only}; out is missing: give --out\n"
     refused(r"/a: the very weights of .*/a, which would count double", no, a, b, runs / "b" / ".." / "a")
     shutil.copytree(b, tmp_path / "copy")
     refused(r"/copy: the very weights of .*/b, which would count double", no, a, b, tmp_path / "copy")

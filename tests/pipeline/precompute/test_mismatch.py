@@ -297,13 +297,15 @@ def test_an_expectation_that_is_none_is_bad_usage(made: Made, content: str | Non
         train(made.training(tmp_path / "run", expect=str(tmp_path / "wanted.json")))
 
 
-def test_a_student_is_measured_on_its_own_cache_or_knowingly_on_another(made: Made, tmp_path: Path) -> None:
+def test_a_student_is_measured_on_any_dataset_by_its_teacher(made: Made, tmp_path: Path) -> None:
     train(made.training(tmp_path / "run"))
     other = made.config(write_photos(tmp_path / "p", 15), made.teacher, cache=str(tmp_path / "other"))
     precompute(other)
     settings: dict[str, Any] = {"cache": other.cache, "run": str(tmp_path / "run"), "device": "cpu", "workers": 0}
-    with pytest.raises(CacheMismatchError, match=r"dataset\.images: 15 in the cache, 10 asked for.*was trained on"):
-        evaluate(EvaluateConfig(**settings))
-    result = evaluate(EvaluateConfig(**settings, accept_mismatch=("dataset",)))
-    assert result.images == 3
+    result = evaluate(EvaluateConfig(**settings))
+    assert (result.images, result.split) == (3, "test")
+    assert (result.cache, result.learned_from) == (other.cache, str(made.cache.resolve()))
     assert "dataset.images: 15 in the cache, 10 asked for" in result.accepted_mismatches
+    precompute(other.model_copy(update={"cache": str(tmp_path / "bf16"), "precision": "bf16"}))
+    with pytest.raises(CacheMismatchError, match=r'bf16" in the cache, "fp32" asked for\. .* of the same teacher and'):
+        evaluate(EvaluateConfig(**{**settings, "cache": str(tmp_path / "bf16")}))

@@ -20,7 +20,7 @@ from teacher_cache.pipeline.promote.gate import compare, promote, roll_back
 from teacher_cache.pipeline.promote.registry import Candidate, StudentRegistry
 from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.pipeline.train.loop import train
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from tests.conftest import make_model_folder
 from tests.pipeline.cli.test_cli import run
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
@@ -149,7 +149,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = make_student(home / "student.json")
     for name, epochs, seed in (("a", 2, 0), ("b", 1, 1)):
         train(train_config(cache, student, home / name, epochs=epochs, seed=seed, batch_size=32))
+    for name, images, first in (("other", 30, 500), ("grown", 120, 0)):
+        cache = make_cache(home / name, home / "teacher", images, first)
+        train(train_config(cache, student, home / name / "run", epochs=1, batch_size=8))
     return home
+
+
+ACCEPTED = {"accept_mismatch": ("dataset",)}
 
 
 def settings(home: Path, registry: Path, run: str, **more: Any) -> PromoteConfig:
@@ -173,6 +179,43 @@ def test_the_first_is_promoted_the_next_is_measured_against_it(home: Path, tmp_p
     earlier, promotion = roll_back(str(tmp_path))
     assert (earlier.number, promotion.before, promotion.kind) == (1, 2, "rollback")
     assert StudentRegistry(str(tmp_path)).champion() == first.candidate
+
+
+def test_a_champion_of_another_dataset_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    """Measured on the challenger's images alone, champion 1 of another dataset would always lose."""
+    before = f"champion 1 was measured on {home}/photos.cache, split 'train'"
+    assert promote(settings(home, tmp_path, "a")).candidate.measured_cache == f"{home}/photos.cache"
+    with pytest.raises(CacheMismatchError) as refused:
+        promote(settings(home, tmp_path, "other/run"))
+    absent = f"77 of its 77 images are not among the 24 of {home}/other/photos.cache, split 'train'."
+    assert str(refused.value).startswith(
+        f"{tmp_path}: {before}: {absent} Measure both there: --cache {home}/photos.cache --split 'train'; "
+    )
+    assert len(StudentRegistry(str(tmp_path)).candidates()) == 1
+    there = promote(settings(home, tmp_path, "other/run", cache=str(home / "photos.cache"))).candidate
+    assert (there.images, there.measured_cache) == (77, f"{home}/photos.cache")
+    assert there.comparison is not None
+    assert there.comparison.other_images is None
+    knowingly = promote(settings(home, tmp_path, "a", cache=str(home / "other" / "photos.cache"), **ACCEPTED)).candidate
+    assert knowingly.comparison is not None
+    assert knowingly.comparison.other_images == f"{before.replace('1', '2', 1)}: {absent}"
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "grown/run"), ("grown/run", "a")])
+def test_a_dataset_that_grew_is_the_same(home: Path, tmp_path: Path, first: str, second: str) -> None:
+    promote(settings(home, tmp_path, first))
+    comparison = promote(settings(home, tmp_path, second)).candidate.comparison
+    assert comparison is not None
+    assert comparison.other_images is None
+
+
+def test_a_champion_whose_cache_is_gone_is_compared_knowingly(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "photos.cache", tmp_path / "copy")
+    promote(settings(home, tmp_path / "r", "a", cache=str(tmp_path / "copy")))
+    same = promote(settings(home, tmp_path / "r", "b")).candidate.comparison  # the manifest is the same
+    assert same is not None
+    shutil.rmtree(tmp_path / "copy")
+    promote(settings(home, tmp_path / "r", "a", cache=str(home / "grown" / "photos.cache"), **ACCEPTED))
 
 
 def test_a_run_that_is_still_trained_is_no_candidate(home: Path, tmp_path: Path) -> None:
@@ -199,7 +242,7 @@ def test_one_that_is_worse_is_kept_with_the_reason_and_the_champion_stays(home: 
     assert comparison is not None
     assert comparison.interval is not None
     assert f"interval {comparison.interval.low:.1f} to" in result.candidate.reason
-    assert result.candidate.reason.endswith("at least 100 wanted")
+    assert result.candidate.reason.endswith("whose lower end must be at least 100")
     registry = StudentRegistry(str(tmp_path / "r"))
     assert [each.passed for each in registry.candidates()] == [True, False]
     assert registry.champion() == registry.candidate(1)
@@ -247,7 +290,10 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     assert "no student yet; teacher-cache promote --run RUN" in empty.stderr
     first = run("promote", "--run", "a", *flags, cwd=home)
     assert first.returncode == 0, first.stderr
-    assert f"student 1 of {tmp_path / 'r'}: promoted: the first" in first.stdout
+    verdict, where = first.stdout.splitlines()
+    assert verdict.startswith(f"student 1 of {tmp_path / 'r'}: promoted: the first")
+    images = "77 images, 154 captions, which the student learned from"
+    assert where == f"measured on {home}/photos.cache, split 'train': {images}"
     second = run("promote", "--run", "b", *flags, "--min-retention", "1000", "--json", cwd=home)
     assert second.returncode == 1
     assert json.loads(second.stdout)["promotion"] is None

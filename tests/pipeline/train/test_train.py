@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from teacher_cache.pipeline.evaluate.recall import retrieval_recall
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student
+from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train import losses
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL, make_model_folder
-from tests.pipeline.train.train_work import make_cache, make_student, trace
+from tests.pipeline.train.train_work import make_cache, make_student, measure, run_command, trace
 from tests.pipeline.train.train_work import train_config as config
 
 
@@ -191,7 +195,6 @@ def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path)
         assert not (tmp_path / "run").exists()
 
     refused(r"no split 'val'; this cache has 'train' \(32 images\), 'test' \(8 images\)", split="val")
-    refused(r"split 'test' has 8 images, fewer than one batch of 9. Lower --batch-size", split="test", batch_size=9)
     refused(r"student 'no-such' is not known\. Presets are .*vit-s-32", student="no-such")
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     refused("it lacks vision_cfg, text_cfg", student=tmp_path / "half.json")
@@ -200,6 +203,62 @@ def test_what_cannot_be_trained(cache: Path, student_file: Path, tmp_path: Path)
     train(config(cache, student_file, tmp_path / "run"))
     with pytest.raises(UsageError, match="holds a run already"):
         train(config(cache, student_file, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "split", "batch_size"),
+    [
+        ({"train": 300, "test": 60}, {}, "train", 256),
+        ({"train": 60, "test": 10}, {}, "train", 60),
+        ({"train": 61, "test": 10}, {"devices": 2}, "train", 60),
+        ({"": 60}, {}, "", 60),
+        ({"": 60}, {"split": None}, "", 60),  # as a flow gives it
+        ({"val": 60}, {"batch_size": 20}, "val", 20),
+    ],
+)
+def test_the_settings_are_fitted_to_the_cache(
+    splits: dict[str, int], settings: dict[str, Any], split: str, batch_size: int
+) -> None:
+    fitted = TrainConfig(cache="c", student="s", out="o", **settings).fitted(splits, splits.__getitem__)
+    assert (fitted.split, fitted.batch_size) == (split, batch_size)
+    assert fitted.fitted(splits, splits.__getitem__) == fitted
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "message"),
+    [
+        ({"train": 1}, {}, "c: split 'train' has 1 of the 2 images that one batch needs"),
+        ({"train": 3}, {"devices": 4}, "c: split 'train' has 3 of the 4 images that one batch needs"),
+        ({"val": 60}, {"select_split": "val"}, "select_split 'val' is the split to train on"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(splits: dict[str, int], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(cache="c", student="s", out="o", **settings).fitted(splits, splits.__getitem__)
+
+
+def test_a_plain_table_is_trained_on_and_measured_without_a_split(
+    make_photos: Callable[..., Path], tiny_teacher: Path, student_file: Path, tmp_path: Path
+) -> None:
+    """The first dataset of a newcomer: paths and captions. No flag names a split, or a batch."""
+    lines = [f"images/{number:04d}.jpg,picture {number}" for number in range(12)]
+    table = make_photos(12) / "pairs.csv"
+    table.write_text("\n".join(["path,caption", *lines]) + "\n")
+    teacher, cache = f"local-dir:{tiny_teacher}", str(tmp_path / "plain.cache")
+    precompute(PrecomputeConfig(dataset=f"table:{table}", teacher=teacher, cache=cache, device="cpu"))
+    flags = ("--cache", cache, "--student", student_file, "--out", tmp_path / "run", "--epochs", 2, "--device", "cpu")
+    done = run_command("train", *flags, "--set", "workers=0")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {cache}: the student learns from its only split, ''\n" in done.stderr
+    assert f"warning: {cache}: fewer images than a batch of 256: batches of 12\n" in done.stderr
+    record = RunFolder(tmp_path / "run").read()
+    assert (record.config.split, record.config.batch_size, record.steps) == ("", 12, 2)
+    again = TrainConfig(cache=cache, student=str(student_file), out=str(tmp_path / "run"), epochs=2, device="cpu")
+    assert train(again, resume=True).record == record
+    assert done.stderr.endswith(f"next: teacher-cache evaluate --run {tmp_path}/run\n")
+    shown = " ".join(run_command("evaluate", "--run", tmp_path / "run").stdout.split())  # the title wraps
+    assert "plain.cache: 12 images, 12 captions; checkpoint epoch-0002, which learned from these images" in shown
+    assert measure(tmp_path / "run", split=None).on_training_split
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -129,7 +129,7 @@ def test_one_process_trains_in_a_folder_and_of_a_finished_run_one_cleans(
         assert rank_0.stdout is not None
         assert rank_0.stdout.readline() == b"1\n"
         for held, resume in ((config, True), (new, False)):
-            with pytest.raises(UsageError, match="another process trains here"):
+            with pytest.raises(UsageError, match="is being written by process"):
                 train(held, resume=resume)
         request.getfixturevalue("by_torchrun")
         assert train(config, resume=True).record == record

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.look.info import describe_cache
 from tests import train_process
-from tests.pipeline.train.train_work import make_cache, make_student, run_command, trace, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, measure, run_command, trace, train_config
 
 MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
     "behind a step": (3, lambda kind, key: kind == "step"),
@@ -165,6 +166,61 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     whole = train(work.config("long", epochs=20, checkpoint_steps=None)).record
     assert (run / "log.jsonl").read_text() == (work.folder / "long" / "log.jsonl").read_text()
     assert [epoch["loss"] for epoch in record["epochs"]] == [epoch.loss for epoch in whole.epochs]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_is_being_written_names_the_process(work: Work, resume: bool) -> None:
+    shutil.copytree(work.folder / "whole", work.folder / f"held-{resume}")
+    run = work.folder / f"held-{resume}"
+    code = "import sys; from teacher_cache.pipeline.models.run_folder import RunFolder as R\n"
+    code += "with R(sys.argv[1]).locked(): print('locked', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UsageError) as refused:
+        train(work.config(run.name), resume=resume)
+    holder.communicate("")
+    writer = f"process {holder.pid} on {socket.gethostname()}"
+    assert str(refused.value) == f"{run}: is being written by {writer}. Wait for it, or stop it."
+    assert repr(train(work.config(run.name), resume=True)) == f"TrainResult(run='{run}')"
+
+
+def test_a_student_is_measured_while_its_training_replaces_the_checkpoints(work: Work) -> None:
+    """Every step writes a checkpoint and removes the one before it; each measurement is of a whole one."""
+    run = work.folder / "measured"
+    config = work.config("measured", epochs=12, select_split=None, checkpoint_steps=1).model_dump()
+    process = train_process.start(config, out=work.folder / "measured.json")
+    measured = []
+    while process.is_alive():
+        if (run / "run.json").exists() and RunFolder(run).read().checkpoint is not None:
+            measured.append(measure(run))
+    process.join()
+    assert json.loads((work.folder / "measured.json").read_text())["error"] is None
+    assert len({result.checkpoint for result in measured}) > 3
+    assert measured[-1].student is not None
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_followed_by_the_next(work: Work, tmp_path: Path) -> None:
+    shutil.copytree(work.folder / "whole", tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    first = run.checkpoint_path()
+    loaded = []
+
+    def load(path: Path) -> str:
+        loaded.append(path.name)
+        if path == first:  # as a training does it
+            shutil.copytree(first, path.with_name("next"))
+            run.switch(run.read().model_copy(update={"checkpoint": "checkpoints/next"}))
+        return (path / "origin.json").read_text()
+
+    record, path, origin = run.load_checkpoint("last", load)
+    assert (loaded, path.name, record.checkpoint) == (["epoch-0002", "next"], "next", "checkpoints/next")
+    assert json.loads(origin)["step"] == record.steps
+    (path / "origin.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"next/origin\.json"):  # damaged, not replaced
+        run.load_checkpoint("last", load)
 
 
 def test_what_cannot_be_gone_on_with(work: Work, tmp_path: Path, tiny_teacher: Path) -> None:
