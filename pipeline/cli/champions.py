@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
@@ -21,8 +19,8 @@ from teacher_cache.storage.cli.app import (
     of_kind,
     print_json,
     print_result,
-    titled_table,
 )
+from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import REGISTRY
 from teacher_cache.storage.observe.logs import say, suggest_next
@@ -135,29 +133,26 @@ def _verdict(result: PromoteResult) -> Iterator[str]:
 
 def _table(listed: Students) -> Table:
     reigned = {promotion.candidate for promotion in listed.promotions}
-    table = titled_table(listed.registry)
-    table.add_column("", justify="right")
-    table.add_column("", no_wrap=True)
-    for name in ("date", "run", "student", "cache"):
-        table.add_column(name, overflow="fold")
-    for name in ("split", "mean\nrecall", "of the\nteacher", "of the\nchampion"):
-        table.add_column(name, justify="right")
-    table.add_column("why", overflow="fold")
+    table = Table(listed.registry)
+    for name in ("", "date", "run", "student", "cache", "split"):
+        table.add_column(name)
+    for name in ("mean\nrecall", "of the\nteacher", "of the\nchampion"):
+        table.add_column(name, right=True)
+    table.add_column("why")
     for candidate in reversed(listed.students):
         state = _state(candidate, reigned, listed.champion)
         versus = candidate.comparison
         table.add_row(
-            str(candidate.number),
-            state,
+            f"{candidate.number} {state}",
             candidate.date[:10],
-            escape(candidate.run),
-            escape(candidate.student),
-            f"{escape(candidate.cache)} {candidate.cache_manifest_digest[:8]}",
-            escape(candidate.split),
+            candidate.run,
+            candidate.student,
+            f"{candidate.cache} {candidate.cache_manifest_digest[:8]}",
+            candidate.split,
             f"{candidate.mean_recall:.1f}",
             _share(candidate.retention, candidate.retention_interval),
             _share(versus.share, versus.interval) if versus else "-",
-            escape(candidate.reason) if state in ("rejected", "passed") else "",
+            candidate.reason if state in ("rejected", "passed") else "",
         )
     return table
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rich.table import Table
-
 from teacher_cache.pipeline.evaluate.cost.latency import Ratio
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelCost
-from teacher_cache.storage.cli.app import counted, titled_table
+from teacher_cache.storage.cli.app import counted
+from teacher_cache.storage.cli.tables import Table
 
 
 def cost_table(result: CostResult) -> Table:
@@ -16,7 +15,7 @@ def cost_table(result: CostResult) -> Table:
     threads = "" if result.threads is None else f", {counted(result.threads, 'thread')}"
     others = {name: [] if name == result.reference else [f"/ {result.reference}"] for name in result.models}
     columns = ["", *(column for name, compared in others.items() for column in (name, *compared))]
-    table = titled_table(f"{result.device}{threads}; without decoding and tokenizing", columns)
+    table = Table(f"{result.device}{threads}; without decoding and tokenizing", columns)
     for label, values, digits in _quantities(result):
         if any(value is not None for value in values.values()):
             base = values[result.reference]

@@ -17,13 +17,12 @@ from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.cli.app import command, json_flag, print_result, titled_table
+from teacher_cache.storage.cli.app import command, json_flag, print_result
+from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from teacher_cache.pipeline.train.loop import StepProgress
 
 # reaches most of this student's recall in a minute and a half on two cores
@@ -109,7 +108,7 @@ def demo_table(result: DemoResult) -> Table:
     assert measured.student is not None  # the demo evaluates a run
     assert measured.retention is not None
     columns = [(direction, name) for direction, recalls in measured.teacher.items() for name in recalls]
-    table = titled_table(
+    table = Table(
         f"{measured.images} test scenes, {measured.captions} captions; chance R@1 is {100 / measured.images:.2f} %",
         ["", "parameters", *("\n".join(column) for column in columns), "\nmean"],
         caption=f"seconds spent: {', '.join(f'{stage} {spent:.0f} s' for stage, spent in result.seconds.items())}",

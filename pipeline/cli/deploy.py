@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 from pydantic import BaseModel, Field
-from rich.markup import escape
-from rich.table import Table
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.deploy.record import require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
-from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result, titled_table
+from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result
+from teacher_cache.storage.cli.tables import Part, Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
@@ -102,7 +101,7 @@ def infer(
         sys.exit(1)
 
 
-def _deployed(result: DeployResult) -> Iterator[str | Table]:
+def _deployed(result: DeployResult) -> Iterator[Part]:
     from teacher_cache.pipeline.deploy.table import describe, terminal_table
 
     yield terminal_table(result.table)
@@ -169,19 +168,19 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str], logit_sc
 
 
 def _scores(result: Inference) -> Table:
-    table = titled_table(f"{result.student}, {result.variant}, logit scale {result.logit_scale:.1f}")
+    table = Table(f"{result.student}, {result.variant}, logit scale {result.logit_scale:.1f}")
     for name in ("image", "text"):
-        table.add_column(name, overflow="fold")
-    table.add_column("cosine", justify="right", no_wrap=True)
+        table.add_column(name)
+    table.add_column("cosine", right=True)
     # softmax over a single text is always 1
     several = len(result.texts) > 1
     if several:
-        table.add_column("%", justify="right", no_wrap=True)
+        table.add_column("%", right=True)
     for image in result.images:
         best = sorted(range(len(result.texts)), key=lambda text: -image.cosines[text])
         for place, text in enumerate(best[:_TEXTS_SHOWN]):
             scores = [f"{image.cosines[text]:.3f}", *([f"{100 * image.probabilities[text]:.1f}"] if several else [])]
-            table.add_row(escape(image.image) if place == 0 else "", escape(result.texts[text]), *scores)
+            table.add_row(image.image if place == 0 else "", result.texts[text], *scores)
         if len(best) > _TEXTS_SHOWN:
             table.add_row("", f"... and {len(best) - _TEXTS_SHOWN} more; --json has all")
     return table

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
-from teacher_cache.storage.cli.app import counted, json_flag, print_result, titled_table
+from teacher_cache.storage.cli.app import counted, json_flag, print_result
+from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
     from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
 
@@ -74,7 +73,7 @@ def _recall_table(result: EvaluateResult) -> Table:
     if result.unfinished:
         title += f", {result.unfinished}"
     columns = [(direction, name) for direction, recalls in result.teacher.items() for name in recalls]
-    table = titled_table(title, ["", *("\n".join(column) for column in columns), "\nmean"])
+    table = Table(title, ["", *("\n".join(column) for column in columns), "\nmean"])
     for label, values, mean in _recall_rows(result):
         cells = [*(values[direction][name] for direction, name in columns), mean]
         table.add_row(label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
@@ -112,7 +111,7 @@ def _accuracy_table(result: ZeroShotResult) -> Table:
     title += _checkpoint(result.checkpoint, result.chosen_on)
     # of five classes, the true one is always among the first five
     names = [name for name in result.chance if name != "top-5" or result.classes > 5]
-    table = titled_table(title, ["", *names])
+    table = Table(title, ["", *names])
     for label, values in (("teacher", result.teacher), ("student", result.student), ("chance", result.chance)):
         if values:
             table.add_row(label, *(f"{values[name]:.1f}" for name in names))

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
-from rich.markup import escape
-from rich.table import Table
 
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
-from teacher_cache.storage.cli.app import counted, titled_table
+from teacher_cache.storage.cli.app import counted
+from teacher_cache.storage.cli.tables import Table
 
 
 class Int8Report(BaseModel, frozen=True):
@@ -271,9 +270,9 @@ def terminal_table(table: StudentTable) -> Table:
     """Return the table transposed, a column per model: a terminal has more lines than columns."""
     headings, rows = cells(table)
     title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
-    shown = titled_table(title, [""])
+    shown = Table(title, [""])
     for row in rows:
-        shown.add_column(row[0], justify="right", overflow="fold")
+        shown.add_column(row[0], right=True)
     for index, heading in enumerate(headings[1:], start=1):
-        shown.add_row(escape(heading), *(escape(row[index].replace(" (", "\n(")) for row in rows))
+        shown.add_row(heading, *(row[index].replace(" (", "\n(") for row in rows))
     return shown

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from teacher_cache.storage.cli.tables import Part, output_width, shown
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, misplaced, typed_as
 from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.table import Table
 
 PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
 HELP_WIDTH = 100  # columns
@@ -307,48 +307,16 @@ def print_json(result: BaseModel) -> None:
     sys.stdout.write(result.model_dump_json(indent=2) + "\n")
 
 
-def print_result(result: _M, as_json: bool, text: Callable[[_M], Iterable[str | Table]]) -> None:
+def print_result(result: _M, as_json: bool, text: Callable[[_M], Iterable[Part]]) -> None:
     """Print a result on stdout: as JSON, or the lines and tables that ``text`` makes of it."""
     if as_json:
         print_json(result)
         return
     for part in text(result):
-        if isinstance(part, str):
-            print_lines(part)
-        else:
-            from rich.console import Console
-
-            Console().print(part)
-
-
-def facts_table(facts: dict[str, str], **settings: Any) -> Table:
-    """Return a table of names and texts; empty texts are left out."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_header=False, **settings)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in facts.items():
-        if text:
-            table.add_row(name, escape(text))
-    return table
-
-
-def titled_table(title: str, columns: Iterable[str] = (), caption: str | None = None) -> Table:
-    """Return a table without a frame: texts in the first column, numbers in the others."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption, table.caption_justify = caption, "left"
-    for number, name in enumerate(columns):
-        table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
-    return table
+        print_lines(*([part] if isinstance(part, str) else part.lines(output_width())))
 
 
 def print_lines(*lines: str) -> None:
     """Print lines on stdout. Replaces characters that are not printable, such as terminal escapes."""
     for line in lines:
-        click.echo("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line))
+        click.echo(shown(line.replace("\n", "\r")))

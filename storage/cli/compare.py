@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -110,7 +111,9 @@ def _garbage_lines(report: GarbageReport) -> list[str]:
 def _diff_lines(result: CacheDiff) -> list[str]:
     lines = [f"{result.a}: manifest {result.manifest_a[:12]}", f"{result.b}: manifest {result.manifest_b[:12]}"]
     for title, fields in (("identity", result.identity), ("layout", result.layout), ("only names", result.names)):
-        lines += [f"{title}: {difference.field}: {difference.a} -> {difference.b}" for difference in fields]
+        lines += [
+            f"{title}: {difference.field}: {_short(difference.a)} -> {_short(difference.b)}" for difference in fields
+        ]
     lines += _image_changes(result)
     for name, drift in (("image", result.images), ("caption", result.captions)):
         if drift is not None:
@@ -126,6 +129,11 @@ def _diff_lines(result: CacheDiff) -> list[str]:
     if result.same or result.differs:
         return [*lines, "the same" if result.same else "they differ"]
     return [*lines, "nothing that was compared differs"]
+
+
+def _short(value: object) -> str:
+    """Return a value as text, its digests cut to 12 digits; --json has all."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
 
 
 def _image_changes(result: CacheDiff) -> list[str]:

@@ -8,21 +8,17 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from teacher_cache.storage.cli.app import (
     byte_size,
     cache_argument,
     command,
     counted,
-    facts_table,
     json_flag,
     option,
     print_result,
     rates,
 )
+from teacher_cache.storage.cli.tables import Facts, Part, Table
 
 if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import ViewsIdentity
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
     from teacher_cache.storage.look.listing import CacheListing, ListedCache
 
 _BAR = 24  # characters
-_WIDE = 110
 _COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "size", "age")
 
 
@@ -50,26 +45,19 @@ def ls(location: str, depth: int, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _listing_parts(listing: CacheListing, depth: int) -> Iterator[str | Table]:
+def _listing_parts(listing: CacheListing, depth: int) -> Iterator[Part]:
     if usable := [cache for cache in listing.caches if not cache.problem]:
-        yield _listing_table(usable, wide=Console().width >= _WIDE)
+        table = Table()
+        for name in _COLUMNS:
+            table.add_column(name, right=name not in ("cache", "teacher", "dataset"))
+        for cache in usable:
+            table.add_row(*_listed(cache))
+        yield table
     yield from (f"{cache.location}: {cache.problem}" for cache in listing.caches if cache.problem)
     if not listing.caches:
         yield f"no cache in {listing.location} ({counted(listing.folders, 'folder')} searched)"
     if listing.not_entered:
         yield f"{counted(listing.not_entered, 'deeper folder')} not searched; --depth {depth + 1} does"
-
-
-def _listing_table(caches: list[ListedCache], wide: bool) -> Table:
-    columns = [name for name in _COLUMNS if wide or name != "dataset"]
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        text = name in ("cache", "teacher", "dataset")
-        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    for cache in caches:
-        cells = dict(zip(_COLUMNS, _listed(cache), strict=True))
-        table.add_row(*(escape(cells[name]) for name in columns))
-    return table
 
 
 def _listed(cache: ListedCache) -> tuple[str, ...]:
@@ -106,7 +94,7 @@ def info(cache: str, as_json: bool) -> None:
     print_result(describe_cache(cache), as_json, lambda found: [_info_table(found)])
 
 
-def _info_table(cache_info: CacheInfo) -> Table:
+def _info_table(cache_info: CacheInfo) -> Facts:
     from teacher_cache.storage.format.manifest import (  # pydantic: not for ls and --help
         IMPORTED,
         IMPORTED_ROWS,
@@ -139,15 +127,15 @@ def _info_table(cache_info: CacheInfo) -> Table:
         "cost": encoding_cost(cache_info),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
         f"{identity.preprocess.interpolation}, {identity.preprocess.resize_mode}",
-        "identity": cache_info.identity_digest,
-        "manifest": cache_info.manifest_digest,
+        "identity": cache_info.identity_digest[:12],
+        "manifest": cache_info.manifest_digest[:12],
         "made with": ", ".join(
             f"{name} {version}"
             for name, version in cache_info.made_with.items()
             if name not in (IMPORTED, IMPORTED_ROWS)
         ),
     }
-    return facts_table(rows, title=escape(cache_info.location), title_justify="left")
+    return Facts(rows, cache_info.location)
 
 
 def _coverage(part: Coverage, views: int) -> str:

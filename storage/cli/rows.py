@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.table import Table
 
 from teacher_cache.storage.cli.app import (
     Argument,
     cache_argument,
     command,
     counted,
-    facts_table,
     json_flag,
     option,
     print_result,
     seed_option,
     view_option,
 )
+from teacher_cache.storage.cli.tables import Facts, Part, Table
 from teacher_cache.storage.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def _caption_line(caption: CaptionRow, named: bool = False) -> str:
     return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}{owner}"
 
 
-def _stats_parts(result: CacheStats) -> Iterator[str | Table]:
+def _stats_parts(result: CacheStats) -> Iterator[Part]:
     rows = f"all {result.image.rows:,} images"
     if result.sampled:
         rows = f"{result.image.rows_read:,} of {result.image.rows:,} images, drawn with seed {result.seed}; "
@@ -141,15 +140,12 @@ def _stats_parts(result: CacheStats) -> Iterator[str | Table]:
     part += f", view {result.view}" if result.view else ""
     yield f"{result.location}{part}: {rows}"
     yield _distributions(result)
-    yield facts_table(_facts(result), box=None, pad_edge=False)
+    yield Facts(_facts(result))
 
 
 def _distributions(result: CacheStats) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in ("mean", *_QUANTILES):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("least to greatest", no_wrap=True)
+    table = Table(columns=("", "mean", *_QUANTILES))
+    table.add_column("least to greatest")
     for name, values in (
         ("norm of images", result.image.norm),
         ("norm of captions", result.text.norm),
