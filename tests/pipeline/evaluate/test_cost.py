@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import open_clip
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 from safetensors.numpy import load_file
 
 from teacher_cache.pipeline.cli.app import app
@@ -96,9 +94,7 @@ def test_the_command_measures_teacher_and_student(run: Path, tiny_teacher: Path)
 
 
 def shown(result: CostResult) -> str:
-    text = io.StringIO()
-    Console(file=text, width=160).print(cost_table(result))
-    return text.getvalue()
+    return "\n".join(cost_table(result).lines(None))
 
 
 class Recorded:
