@@ -19,7 +19,8 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.storage.cli.app import every_command
+from teacher_cache.storage.cli.app import PANELS, every_command
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 for package in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
     pytest.importorskip(package, reason="the site needs the extra docs")
@@ -100,6 +101,36 @@ def test_every_command_and_flag_is_in_the_reference(site: Path, pages: dict[Path
     assert re.search(r"Number of passes over the split. Captions are drawn at random. Default: 10\.", text)
 
 
+def test_commands_are_in_groups_with_an_example_and_without_the_parsers_notation(site: Path) -> None:
+    article = (site / "reference" / "cli.html").read_text().partition("<article")[2].partition("</article>")[0]
+    groups = re.findall(r"<h2>([^<]*)<", article)
+    assert groups == list(PANELS)
+    sections = {
+        html.unescape(name): html.unescape(re.sub(r"<[^>]+>", "", content))
+        for name, content in re.findall(r"<h3>([^<]*)<.*?</h3>(.*?)</section>", article, re.DOTALL)
+    }
+    assert list(sections) == [name for name, _ in every_command()]
+    for name, text in sections.items():
+        assert re.search(rf"^teacher-cache {name}( |$)", text, re.MULTILINE), name
+        assert not re.search(r"TEXT|INTEGER|\[OPTIONS\]|x>=|<=x| range|\[\w+[|\]]", text), name
+    assert "ROW or SAMPLE_ID (optional)" in " ".join(sections["look"].split())
+    assert "--precision fp32, bf16 or fp16" in " ".join(sections["precompute"].split())
+
+
+def test_no_docstring_is_taken_apart(pages: dict[Path, Page]) -> None:
+    """The words before the first colon of a property's docstring are no type, and a cached property is a property."""
+    for path in pages:
+        assert 'Type<span class="colon">' not in path.read_text(), path.name
+    reader = next(path for path in pages if path.name == "teacher_cache.storage.read.reader.html").read_text()
+    for name in ("samples", "captions", "identity"):
+        signature = reader.partition(f'id="teacher_cache.storage.read.reader.EmbeddingReader.{name}"')[2].partition(
+            "</dt>"
+        )[0]
+        assert "property" in signature, name
+    text = " ".join(re.sub(r"<[^>]+>", "", reader).split())
+    assert " ".join(str(EmbeddingReader.identity.__doc__).split()).replace("``", "") in text
+
+
 def test_every_module_and_setting_has_its_place(pages: dict[Path, Page]) -> None:
     ids = set().union(*(page.ids for page in pages.values()))
     assert {
@@ -177,9 +208,15 @@ def test_a_browser_shows_it_and_finds_a_word(served: str, browser: Any) -> None:
             page.goto(f"{served}/{name}.html")
             assert heading in page.inner_text("h1")
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+        page.goto(f"{served}/reference/datasets.html")
+        broken = "codes => codes.filter(code => code.getClientRects().length > 1).map(code => code.textContent)"
+        assert page.locator("article td:first-child code").evaluate_all(broken) == []
         page.goto(f"{served}/search.html?q=quarantined")
         page.wait_for_selector("#search-results li a")
         titles = page.locator("#search-results li a").all_inner_texts()
         assert "teacher_cache.storage.format.commits.quarantined_rows" in titles, titles
+        page.goto(f"{served}/search.html?q=csv")
+        page.wait_for_selector("#search-results li a")
+        assert page.locator("#search-results li a").first.inner_text().startswith("Your own pictures")
         context.close()
     assert complaints == []

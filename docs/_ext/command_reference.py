@@ -1,7 +1,9 @@
-"""``.. commands::`` writes the reference of every ``teacher-cache`` command from its ``--help``."""
+"""``.. commands::`` writes the reference of every ``teacher-cache`` command, grouped as in ``--help``."""
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
 from typing import Any
 
 import click
@@ -12,40 +14,63 @@ from sphinx.util.docutils import SphinxDirective
 from teacher_cache.pipeline.cli.app import app as teacher_cache
 from teacher_cache.storage.cli.app import every_command
 
+# click's words for values and bounds, in words that need no manual
+_VALUES = {"TEXT": "VALUE", "INTEGER": "N"}
+_EXTRAS = [
+    (r"required", "Required."),
+    (r"default: (.+)", r"Default: \1."),
+    (r"x>=(.+)", r"At least \1."),
+    (r"(.+)<=x<=(.+)", r"From \1 to \2."),
+]
+
 
 class Commands(SphinxDirective):
-    """A section for each command: summary, usage, arguments and options with their defaults."""
+    """A section for each command: summary, example, arguments and options with their defaults."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the sections. Docutils calls it."""
-        return [self._command(name, command) for name, command in every_command()]
+        """Return a section for each group of commands. Docutils calls it."""
+        panels = groupby(every_command(), lambda named: teacher_cache.entries[named[0].split()[0]].panel)
+        return [self._section(panel, *(self._command(*named) for named in commands)) for panel, commands in panels]
 
-    def _command(self, name: str, command: click.Command) -> nodes.section:
-        section = nodes.section(ids=[nodes.make_id(name)], names=[name])
-        section += nodes.title(text=name)
-        for paragraph in (command.help or "").split("\n\n"):
-            section += nodes.paragraph(text=" ".join(paragraph.split()))
-        context = click.Context(command, info_name=f"teacher-cache {name}", parent=None)
-        usage = command.get_usage(context).removeprefix("Usage: ")
-        section += nodes.literal_block(usage, usage, language="text")
-        options = nodes.definition_list(classes=["flags"])
-        for parameter in command.get_params(context):
-            record = parameter.get_help_record(context)
-            if record is not None:
-                options += _option(nodes.make_id(f"{name} {parameter.name}"), *record, parameter.envvar)
-        section += options
-        if example := getattr(command, "example", ""):
-            section += nodes.literal_block(example, f"{teacher_cache.name} {example}", language="sh")
+    def _section(self, title: str, *content: nodes.Node) -> nodes.section:
+        section = nodes.section("", nodes.title(text=title), *content, ids=[nodes.make_id(title)], names=[title])
         self.state.document.note_implicit_target(section, section)
         return section
 
+    def _command(self, name: str, command: click.Command) -> nodes.section:
+        example = f"{teacher_cache.name} {getattr(command, 'example', name)}"
+        context = click.Context(command, info_name=name)
+        options = nodes.definition_list(classes=["flags"])
+        options += [_option(name, parameter, context) for parameter in command.get_params(context)]
+        return self._section(
+            name,
+            *(nodes.paragraph(text=" ".join(part.split())) for part in (command.help or "").split("\n\n")),
+            nodes.literal_block(example, example, language="sh"),
+            options,
+        )
 
-def _option(anchor: str, typed: str, described: str, environment: Any) -> nodes.definition_list_item:
-    term = nodes.term(ids=[anchor])
-    term += nodes.literal(text=typed)
-    if environment:
-        described += f" [env: {environment}]"
-    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=described)))
+
+def _option(command: str, parameter: click.Parameter, context: click.Context) -> nodes.definition_list_item:
+    typed, described = parameter.get_help_record(context) or ("", "")
+    flags, value = typed, ""
+    if isinstance(parameter, click.Argument):
+        flags, value = typed.strip("[]").replace("|", " or "), "" if parameter.required else "(optional)"
+    elif " / " in typed:
+        flags = typed.replace(" / ", ", ")
+    elif " " in typed:
+        flags, _, value = typed.rpartition(" ")
+        value = re.sub(r", (?=[^,]*$)", " or ", _VALUES.get(value, value).strip("[]").replace("|", ", "))
+    term = nodes.term("", "", nodes.literal(text=flags), ids=[nodes.make_id(f"{command} {parameter.name}")])
+    term += nodes.Text(f" {value}" if value else "")
+    text = re.sub(r"\s+\[([^\]]+)\]$", lambda extras: "".join(map(_said, extras[1].split("; "))), described)
+    if parameter.envvar:
+        text += f" Environment variable: {parameter.envvar}."
+    return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+
+
+def _said(extra: str) -> str:
+    """Return in words what click puts in brackets behind a description."""
+    return next(f" {re.sub(pattern, said, extra)}" for pattern, said in _EXTRAS if re.fullmatch(pattern, extra))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

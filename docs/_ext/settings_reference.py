@@ -1,4 +1,4 @@
-"""Additions to autodoc: fields of pydantic models with their descriptions, and trees in module docstrings."""
+"""Additions to autodoc: fields of pydantic models with their descriptions, trees in module docstrings, and colons."""
 
 from __future__ import annotations
 
@@ -47,9 +47,16 @@ def keep_trees(app: Sphinx, what: str, name: str, member: Any, options: Any, lin
     lines[:] = out
 
 
+def keep_colons(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking the words before the first colon of a property or constant for its type."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "\\")  # it looks for a type in the first line only; this one is empty for docutils
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect to Sphinx, which calls it."""
-    app.connect("autodoc-process-docstring", keep_trees, priority=400)  # before napoleon
+    for keep in (keep_trees, keep_colons):
+        app.connect("autodoc-process-docstring", keep, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", describe_fields)
     app.connect("autodoc-process-signature", leave_signature_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
