@@ -20,7 +20,7 @@ from prefect.artifacts import create_image_artifact
 from teacher_cache.flows.markdown import code
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.serve import REPORTS_URL
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import UsageError, install_line
 from teacher_cache.storage.files.local import LocalFiles
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _attempt(what: str, make: Callable[[], _Made]) -> _Made | None:
     try:
         return make()
     except ImportError as error:
-        get_run_logger().warning(f"no {what}: {error}. It needs: pip install 'teacher-cache[report]'")
+        get_run_logger().warning(f"no {what}: {error}. It needs: {install_line('altair')}")
     except UsageError as error:
         get_run_logger().warning(f"no {what}: {error}")
     except Exception as error:  # the run has done its work

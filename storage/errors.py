@@ -15,6 +15,12 @@ names the install command.
 
 from __future__ import annotations
 
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
 
 class CacheError(Exception):
     """Base of all; the command line prints its message as one line and exits 1."""
@@ -65,10 +71,23 @@ _EXTRAS = {
 
 
 def install_line(module: str) -> str:
-    """Return the command that installs a module: by its extra, or by its own name."""
+    """Return the command that installs a module into this environment: by its extra, or by its own name."""
     top = module.partition(".")[0]
     extra = next((extra for extra, modules in _EXTRAS.items() if top in modules.split()), None)
-    return f"pip install {top}" if extra is None else f"pip install 'teacher-cache[{extra}]'"
+    pip = Path(sys.prefix, "bin", "pip")
+    command = str(pip) if sys.prefix != sys.base_prefix and pip.exists() else f"{sys.executable} -m pip"
+    return f"{command} install {top if extra is None else _project(extra)}"
+
+
+def _project(extra: str) -> str:
+    """Return this project with an extra, as pip takes it: from where it was installed, a checkout or an index."""
+    try:
+        origin = json.loads(distribution("teacher-cache").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    path = unquote(urlsplit(origin.get("url", "")).path)
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"{editable}'{path}[{extra}]'" if "dir_info" in origin else f"'teacher-cache[{extra}]'"
 
 
 class MissingPackageError(UsageError):

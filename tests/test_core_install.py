@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.utils import canonicalize_name
 
+from teacher_cache.storage.errors import install_line
 from tests.container_files import PROJECT, script
 
 # the command, in a Python that finds the standard library and the core install alone
@@ -62,18 +65,57 @@ def test_the_core_install_lists_all_commands(hidden: str) -> None:
     assert {"info", "precompute", "train", "deploy", "report"} <= set(done.stdout.split())
 
 
+_MAKE = "--dataset scenes:x --teacher bundled:scenes"
+
+
 @pytest.mark.parametrize(
-    ("words", "extra"),
+    ("command", "extra"),
     [
-        (["precompute", "--dataset", "scenes:x", "--teacher", "bundled:scenes", "--cache", "{tmp}/c"], "train"),
-        (["train", "--cache", "{golden}", "--student", "scenes-small", "--out", "{tmp}/r"], "train"),
-        (["report", "{golden}"], "report"),
+        (f"precompute {_MAKE} --cache {{tmp}}/c", "train"),
+        (f"precompute {_MAKE} --cache {{tmp}}/c --dry-run", "train"),
+        (f"precompute {_MAKE} --cache {{tmp}}/c --executor ray", "ray"),
+        (f"precompute {_MAKE} --cache {{tmp}}/c --decoder jpeg-scaled", "fastjpeg"),
+        ("info s3://bucket/c", "s3"),
+        (f"import {{tmp}} {_MAKE} --cache {{tmp}}/c", "train"),
+        ("verify {golden} --sample 2", "train"),
+        ("evaluate --cache {golden}", "train"),
+        ("train --cache {golden} --student scenes-small --out {tmp}/r", "train"),
+        ("student inherit --teacher bundled:scenes --student scenes-small --out {tmp}/i", "train"),
+        ("student cost --teacher bundled:scenes", "train"),
+        ("student pixels --cache {golden} --student scenes-small --out {tmp}/p", "train"),
+        (f"retrain {_MAKE} --home {{tmp}}/h --student scenes-small", "train"),
+        ("demo --out {tmp}/d", "train"),
+        ("infer x.jpg --text a --student {tmp}", "train"),
+        ("report {golden} --out {tmp}/r.html", "report"),
     ],
 )
-def test_a_missing_extra_is_named_with_its_install_line(
-    hidden: str, words: list[str], extra: str, tmp_path: Path
+def test_a_missing_extra_is_named_with_its_install_line(hidden: str, command: str, extra: str, tmp_path: Path) -> None:
+    done = run(hidden, *command.format(tmp=tmp_path, golden=GOLDEN).split())
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    *progress, last = done.stderr.splitlines()
+    assert len(progress) <= command.startswith("verify"), done.stderr
+    assert re.fullmatch(rf"error: .* needs .*, which is not installed: .*pip install .*\[{extra}\]'", last)
+
+
+@pytest.mark.parametrize(
+    ("origin", "wanted"),
+    [
+        (None, "'teacher-cache[report]'"),
+        ({"url": "https://index/x.whl", "archive_info": {}}, "'teacher-cache[report]'"),
+        ({"url": "file:///my%20code", "dir_info": {"editable": True}}, "-e '/my code[report]'"),
+        ({"url": "file:///code", "dir_info": {}}, "'/code[report]'"),
+    ],
+)
+def test_the_install_line_fits_how_it_was_installed(
+    origin: dict[str, Any] | None, wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    done = run(hidden, *(word.format(tmp=tmp_path, golden=GOLDEN) for word in words))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert f"pip install 'teacher-cache[{extra}]'" in done.stderr
+    info = tmp_path / "teacher_cache-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: teacher-cache\nVersion: 1\n")
+    if origin is not None:
+        (info / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command, _, what = install_line("altair").partition(" install ")
+    assert what == wanted
+    assert command in (f"{sys.prefix}/bin/pip", f"{sys.executable} -m pip")
+    assert install_line("other.module").endswith("pip install other")

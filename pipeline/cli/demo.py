@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.evaluate.recall import mean_recall
@@ -17,7 +16,7 @@ from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.cli.app import command, json_flag, print_result
+from teacher_cache.storage.cli.app import command, json_flag, option, print_result
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.progress import StageProgress
@@ -54,13 +53,7 @@ class DemoResult(BaseModel):
 
 
 @command("demo", example="demo --out runs/demo")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Folder of the demo. Its cache and run are replaced.",
-)
+@option("--out", "Folder of the demo. Its cache and run are replaced.", Path("runs/demo"), type=Path, metavar="TEXT")
 @json_flag
 def demo(out: Path, as_json: bool) -> None:
     """Download nothing; the run takes about two minutes on a laptop."""

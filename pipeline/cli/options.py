@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -19,8 +20,8 @@ from teacher_cache.pipeline.settings.names import check_device, check_student, c
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.cli.app import Argument, Command, complete_cache
-from teacher_cache.storage.errors import CacheNotFoundError, UsageError
+from teacher_cache.storage.cli.app import Argument, Command, Option, complete_cache
+from teacher_cache.storage.errors import CacheNotFoundError, MissingPackageError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, misplaced
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
@@ -29,6 +30,8 @@ from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metric
 _C = TypeVar("_C", bound=StageConfig)
 _Callback = Callable[..., Any]
 _METAVARS = {int: "N", float: "X"}
+# values of settings that need an optional package
+_OPTIONAL = (("executor", "ray", "ray"), ("decoder", "jpeg-scaled", "simplejpeg"))
 # settings that name a place, and the kind that must be there, if anything is
 _PLACES = {"cache": CACHE, "reuse": CACHE, "run": RUN, "registry": REGISTRY, "deployed": DEPLOYED}
 
@@ -114,6 +117,9 @@ def check_names(config: StageConfig) -> None:
         if problem := misplaced(named[name], places[name], type(config).model_fields):
             raise UsageError(problem)
     check_device(named.get("device", "cpu"))
+    for setting, value, module in _OPTIONAL:
+        if str(named.get(setting)).startswith(value) and find_spec(module) is None:
+            raise MissingPackageError(module, f"{setting} {named[setting]!r}")
     if "dataset" in named and not isinstance(config, ZeroShotConfig):
         from teacher_cache.pipeline.data.datasets.spec import check_dataset
 
@@ -258,6 +264,7 @@ log_format_option = click.option(
 )
 metrics_option = click.option(
     "--metrics-port",
+    cls=Option,
     type=click.IntRange(0, 65_535),
     metavar="PORT",
     envvar=METRICS_PORT,

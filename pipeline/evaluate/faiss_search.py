@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import MissingPackageError, UsageError
 from teacher_cache.storage.look.nearest import exact_scores
 
 _SPARE = 32  # candidates beyond the depth, for near ties at the last place
@@ -70,9 +70,7 @@ def find_engine(device: str = "auto") -> Engine:
     try:
         import faiss
     except ImportError as error:
-        raise UsageError(
-            "recall needs FAISS, which is not installed: pip install 'teacher-cache[cpu]', or [gpu] for faiss-gpu"
-        ) from error
+        raise MissingPackageError("faiss", "recall") from error
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")

@@ -14,7 +14,7 @@ from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import MissingPackageError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef
 
 
@@ -93,7 +93,5 @@ def open_executor(config: PrecomputeConfig) -> Executor:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise UsageError(
-            f"executor {config.executor!r} needs ray, which is not installed: pip install 'teacher-cache[ray]'"
-        ) from error
+        raise MissingPackageError("ray", f"executor {config.executor!r}") from error
     return RayExecutor(None if config.executor == "ray" else config.executor, config.workers)

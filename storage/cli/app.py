@@ -22,6 +22,7 @@ from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, misplaced, t
 from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
+    from click.types import OptionHelpExtra
     from pydantic import BaseModel
 
 PANELS = ("Cache", "Look inside", "Student", "Ship", "Operate")
@@ -80,6 +81,15 @@ class _Entry(NamedTuple):
     summary: str
 
 
+class Option(click.Option):
+    """An option whose help does not show click's notation of ranges and defaults."""
+
+    def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
+        """Return what click adds to the description: only that the option is required."""
+        extra = super().get_help_extra(ctx)
+        return {"required": extra["required"]} if "required" in extra else {}
+
+
 class Group(click.Group):
     """Commands in panels, imported on demand."""
 
@@ -88,6 +98,17 @@ class Group(click.Group):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.entries: dict[str, _Entry] = {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after the group. ``help`` and ``version`` stand for the options of these names."""
+        if args and args[0] in ("help", "version"):
+            args = [*args[1:], f"--{args[0]}"]
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the command to begin with."""
+        if "demo" in self.entries:
+            formatter.write("\nBegin with: teacher-cache demo\n")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, panel by panel."""
@@ -275,7 +296,7 @@ def option(
     if default is not None:
         described += f" Default: {default}."
         settings["default"] = default
-    return click.option(name, help=described, **settings)
+    return click.option(name, cls=Option, help=described, **settings)
 
 
 seed_option = option("--seed", "Seed of the random rows.", 0, least=0)

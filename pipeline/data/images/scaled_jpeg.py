@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from teacher_cache.pipeline.data.images.decode import decode_image, identified_image, load_image
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import MissingPackageError, UsageError
 
 PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
 DECODERS = (PILLOW, JPEG_SCALED)
@@ -63,9 +63,7 @@ def _decode_jpeg() -> Any:
     try:
         from simplejpeg import decode_jpeg
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"decoder {JPEG_SCALED!r} needs simplejpeg, which is not installed: pip install 'teacher-cache[fastjpeg]'"
-        ) from error
+        raise MissingPackageError("simplejpeg", f"decoder {JPEG_SCALED!r}") from error
     return decode_jpeg
 
 

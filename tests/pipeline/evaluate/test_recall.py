@@ -332,7 +332,7 @@ def test_the_device_asked_for_is_used_or_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_recall_without_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UsageError, match=r"needs FAISS, which is not installed: pip install 'teacher-cache\[cpu\]'"):
+    with pytest.raises(UsageError, match=r"recall needs faiss, which is not installed: .*pip install .*\[train\]'"):
         find_engine()
 
 

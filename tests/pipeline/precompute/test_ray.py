@@ -144,5 +144,5 @@ def test_ray_that_is_not_installed_is_said_so(monkeypatch: pytest.MonkeyPatch) -
                 raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    with pytest.raises(UsageError, match=r"needs ray, which is not installed: pip install 'teacher-cache\[ray\]'"):
+    with pytest.raises(UsageError, match=r"needs ray, which is not installed: .*pip install .*\[ray\]'"):
         open_executor(settings(executor="ray"))

@@ -228,7 +228,8 @@ def test_a_missing_package_is_named_before_anything_is_done(
     command = ["precompute", "--dataset", f"flickr:{photos}", "--teacher", f"local-dir:{tiny_teacher}"]
     result = CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "c"), "--decoder", "jpeg-scaled"])
     assert isinstance(result.exception, UsageError)
-    assert "needs simplejpeg, which is not installed: pip install 'teacher-cache[fastjpeg]'" in str(result.exception)
+    assert "needs simplejpeg, which is not installed: " in str(result.exception)
+    assert str(result.exception).endswith("[fastjpeg]'")
     assert not (tmp_path / "c").exists()
     with pytest.raises(UsageError, match="decoder 'turbo' is not known; there are pillow, jpeg-scaled"):
         PILLOW.decoded_by("turbo")
