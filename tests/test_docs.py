@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,12 @@ def test_every_entry_of_the_slow_tests_names_a_test() -> None:
         file, _, function = entry.partition("::")
         source = (ROOT / "tests" / file).read_text()
         assert not function or f"def {function}(" in source, f"tests/slow.py: {entry}"
+
+
+def test_the_page_on_installing_names_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = (ROOT / "docs/howto/install.md").read_text().partition("| extra |")[2].partition("## ")[0]
+    named = [
+        name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert sorted(named) == sorted(extras)
