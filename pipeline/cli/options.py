@@ -45,6 +45,7 @@ class Settings(Generic[_C]):
     run_file: Path | None
     flags: dict[str, Any]
     assignments: tuple[str, ...]
+    argument: str | None = None
 
     def explicit(self) -> dict[str, Any]:
         """Return the settings from the run file and the command line, unchecked."""
@@ -52,7 +53,7 @@ class Settings(Generic[_C]):
 
     def load(self) -> _C:
         """Return the checked settings; see :func:`check_names` too."""
-        config = load_config(self.kind, self.stage, self.run_file, self.flags, self.assignments)
+        config = load_config(self.kind, self.stage, self.run_file, self.flags, self.assignments, self.argument)
         check_names(config)
         return config
 
@@ -92,7 +93,7 @@ def settings_command(
             # a repeatable option that was not typed is an empty tuple
             values = {field: None if typed[field] == () else typed[field] for field in typed if field in fields}
             others = {option: value for option, value in typed.items() if option not in fields}
-            settings = Settings(kind, name, run_file, values, assignments)
+            settings = Settings(kind, name, run_file, values, assignments, argument)
             function(settings.load() if checked else settings, **others)
 
         run.__doc__ = function.__doc__

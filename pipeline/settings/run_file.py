@@ -25,7 +25,12 @@ _C = TypeVar("_C", bound=StageConfig)
 
 
 def load_config(
-    kind: type[_C], stage: str, path: Path | None, flags: dict[str, Any], assignments: Sequence[str] = ()
+    kind: type[_C],
+    stage: str,
+    path: Path | None,
+    flags: dict[str, Any],
+    assignments: Sequence[str] = (),
+    argument: str | None = None,
 ) -> _C:
     """Return the checked settings of one stage.
 
@@ -33,13 +38,14 @@ def load_config(
         path: the run file, if any.
         flags: settings by name. None: the flag was not typed.
         assignments: texts ``name=value`` of ``--set``. The value is TOML, else a text; a dotted name is nested.
+        argument: setting that is typed without a flag, if any.
 
     Raises:
         UsageError: the file is not TOML, has an unknown table or setting, or a setting is missing or wrong. The
             message names the file and each setting.
     """
     where = f"{path} [{stage}]" if path else stage
-    typed = {name for name, value in flags.items() if value is not None}
+    typed = {name for name, value in flags.items() if value is not None and name != argument}
     return check_config(kind, explicit_settings(stage, path, flags, assignments), where, typed)
 
 

@@ -267,7 +267,7 @@ def test_a_cache_whose_path_is_no_utf8_is_reported(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nothing.cache"], 1, "nothing.cache: no cache"),
+        (["nothing.cache"], 2, "nothing.cache: no cache"),
         (["CACHE", "--run", "."], 2, "no run here (run.json not found)"),
         (["CACHE", "--deployed", "."], 2, "no deployed student here"),
         (["CACHE", "--split", "dev"], 2, "no split 'dev'"),
