@@ -441,7 +441,7 @@ def test_one_at_a_time(home: Path, tiny_teacher: Path) -> None:
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(UsageError, match="another process"):
+        with pytest.raises(UsageError, match="home: is being written by process"):
             retrain(settings(home, tiny_teacher))
         other.communicate("\n")
     assert not (home / "home" / "caches").exists()
