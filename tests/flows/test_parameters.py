@@ -77,7 +77,8 @@ def test_the_form_shows_every_setting_once_with_its_limits_default_and_descripti
         limits = next((kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}), field)
         for key in {*limits, "description"} - {"title", "default", "additionalProperties"}:
             assert form[name][key] == (field if key == "description" else limits)[key], name
-        derived = config is TrainConfig and name in RECIPE_SETTINGS  # the recipe's, unless somebody gives it
+        # the recipe's or the cache's, unless somebody gives it
+        derived = config is TrainConfig and name in {*RECIPE_SETTINGS, "split"}
         default = None if derived else field.get("default")
         if default is None and "default" in field and name in EVERYDAY[flow.name]:
             default = ""  # the UI would send null for an empty field, and the server refuse it

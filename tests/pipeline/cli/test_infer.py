@@ -71,7 +71,7 @@ def test_the_table_has_the_likeliest_first(infer: Infer, tiny_deployment: Path, 
     image = photos / "0001.jpg"
     code, out, _ = infer(image)
     assert code == 0
-    shown = [line for line in out.splitlines() if re.search(r"\d\.\d\s*$", line)]
+    shown = [line for line in out.splitlines() if re.search(r"\d\.\d{3} +\d+\.\d\s*$", line)]
     student = StudentRuntime(tiny_deployment)
     [likely] = student.classify([image], TEXTS)
     [cosines] = student.embed_images([image]) @ student.embed_texts(TEXTS).T
