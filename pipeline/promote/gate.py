@@ -206,7 +206,7 @@ def decide(
         )
     reason = (
         f"{comparison.share:.1f} % of the mean recall of champion {comparison.champion}, "
-        f"{comparison.level:.0%} interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}, whose lower "
+        f"{100 * comparison.level:.0f} % interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}, whose lower "
         f"end must be at least {least:g}"
     )
     return comparison.interval.low >= least, reason

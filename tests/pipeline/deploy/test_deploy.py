@@ -348,8 +348,8 @@ def test_int8_may_lose_a_point_or_a_query(queries: int, lost: int, most: float, 
 @pytest.mark.parametrize(
     ("queries", "lost", "most", "message"),
     [
-        (20, 2, 1.0, "2 of 20 captions lost, 10.00 points; at most 1 points or one of 20 captions may be. Nothing"),
-        (1000, 11, 1.0, "11 of 1,000 captions lost, 1.10 points; at most 1 points or one of 1,000 captions may be. No"),
+        (20, 2, 1.0, "2 of 20 captions lost, 10.00 points; at most 1 point or one of 20 captions may be. Nothing"),
+        (1000, 11, 1.0, "11 of 1,000 captions lost, 1.10 points; at most 1 point or one of 1,000 captions may be. No"),
         (20, 1, 0.0, "1 of 20 captions lost, 5.00 points; at most 0 points may be. Nothing was deployed. "),
     ],
 )
