@@ -98,8 +98,8 @@ def require_recall(name: str, found: RetrievalRanks, fp32: RetrievalRanks, most:
         raise DeploymentError(
             f"{name}: {direction} {metric} is {ours[direction][metric]:.2f}, and {theirs[direction][metric]:.2f} in "
             f"fp32: {round(loss * count / 100):,} of {count:,} {what} lost, {loss:.2f} points; at most {most:g} "
-            f"{'point' if most == 1 else 'points'}{one} may be. Nothing was deployed. Calibrate on more images (--calibration-images), accept it "
-            "(--max-recall-loss), or ship without int8 (--no-int8)."
+            f"{'point' if most == 1 else 'points'}{one} may be. Nothing was deployed. Calibrate on more images "
+            "(--calibration-images), accept it (--max-recall-loss), or ship without int8 (--no-int8)."
         )
     return Gate(
         name=f"{name}: points of recall lost to fp32, the most ({direction} {metric})",

@@ -229,14 +229,13 @@ def describe(table: StudentTable) -> str:
     rounds = " and ".join(f"{count} rounds at batch {batch}" for batch, count in table.rounds.items())
     parts = [
         "MB: of the weights; of torch models as they are in memory, in float32.",
-        f"Recall in percent on split {table.split} ({table.images:,} images, {table.captions:,} captions), any caption "
-        f"of an image counts; the teacher's from its cached embeddings, made in {table.teacher_precision}.",
+        f"Recall in percent, any caption of an image counts: {_measured(table)}; the teacher's from its cached "
+        f"embeddings, made in {table.teacher_precision}.",
         "Retention: share of the teacher's mean of the six recalls, with the interval of 2,000 paired bootstrap "
         "resamples of images.",
         f"Speed: {rounds} in turns on {counted(table.threads, 'thread')}, decoding and tokenizing left out. x teacher: "
-        "multiple of the teacher's speed; in parentheses the "
-        f"5th and 95th percentile of the rounds' ratios, not measurable if they differ by a factor of {_WIDEST:g} or "
-        "more. Peak memory: of a process of its own, libraries and all.",
+        "multiple of the teacher's speed; in parentheses the 5th and 95th percentile of the rounds' ratios, not "
+        f"measurable if they differ by more than a factor of {_WIDEST:g}. Peak memory: of a process of its own, libraries and all.",
     ]
     if table.on_training_split:
         parts.append("The student learned from these images, so that recall and retention say nothing about others.")
@@ -258,6 +257,11 @@ def describe(table: StudentTable) -> str:
     return "\n".join(parts)
 
 
+def _measured(table: StudentTable) -> str:
+    split = f"split {table.split}, " if table.split else ""
+    return f"{split}{counted(table.images, 'image')}, {counted(table.captions, 'caption')}"
+
+
 def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
     """Return the headings, and the cells of each model; the first cell is its name."""
     columns = _columns(table)
@@ -269,7 +273,7 @@ def cells(table: StudentTable) -> tuple[list[str], list[list[str]]]:
 def terminal_table(table: StudentTable) -> Table:
     """Return the table transposed, a column per model: a terminal has more lines than columns."""
     headings, rows = cells(table)
-    title = f"{table.student}: {table.split}, {table.images:,} images, {table.captions:,} captions"
+    title = f"{table.student}: {_measured(table)}"
     shown = Table(title, [""])
     for row in rows:
         shown.add_column(row[0], right=True)

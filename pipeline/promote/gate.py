@@ -206,8 +206,8 @@ def decide(
         )
     reason = (
         f"{comparison.share:.1f} % of the mean recall of champion {comparison.champion}, "
-        f"{100 * comparison.level:.0f} % interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}, whose lower "
-        f"end must be at least {least:g}"
+        f"{100 * comparison.level:.0f} % interval {comparison.interval.low:.1f} to {comparison.interval.high:.1f}, "
+        f"whose lower end must be at least {least:g}"
     )
     return comparison.interval.low >= least, reason
 
