@@ -235,7 +235,8 @@ def describe(table: StudentTable) -> str:
         "resamples of images.",
         f"Speed: {rounds} in turns on {counted(table.threads, 'thread')}, decoding and tokenizing left out. x teacher: "
         "multiple of the teacher's speed; in parentheses the 5th and 95th percentile of the rounds' ratios, not "
-        f"measurable if they differ by more than a factor of {_WIDEST:g}. Peak memory: of a process of its own, libraries and all.",
+        f"measurable if they differ by more than a factor of {_WIDEST:g}. Peak memory: of a process of its own, "
+        "libraries and all.",
     ]
     if table.on_training_split:
         parts.append("The student learned from these images, so that recall and retention say nothing about others.")
