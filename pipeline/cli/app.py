@@ -15,7 +15,7 @@ import click
 from teacher_cache.pipeline.train.stop_signals import interrupt
 from teacher_cache.storage.cli.app import app, register
 from teacher_cache.storage.errors import CacheError, CacheNotFoundError, MissingPackageError, UsageError
-from teacher_cache.storage.observe.logs import say, start_json_logs_if_asked, start_text_logs, stop_logs
+from teacher_cache.storage.observe.logs import json_logs, say, start_json_logs_if_asked, start_text_logs, stop_logs
 
 register(
     "teacher_cache.pipeline.cli",
@@ -50,7 +50,10 @@ def main() -> None:
         start_json_logs_if_asked()
         sys.exit(app.main(prog_name="teacher-cache", standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        if json_logs():
+            say(f"error: {error.format_message()}")
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (UsageError, CacheNotFoundError) as error:  # a path without a cache is a wrong setting
         say(f"error: {error}")

@@ -131,6 +131,10 @@ def test_the_flag_wins_over_the_environments_log_format(
     asked = run("verify", str(known_cache), "--log-format", "text", cwd=tmp_path)
     assert asked.returncode == 0
     assert "{" not in asked.stderr
+    for words, said in ((["fly"], "No such command 'fly'."), (["info", "nothing"], "nothing: no cache here")):
+        line = json.loads(run(*words, cwd=tmp_path).stderr)
+        assert line["level"] == "error"
+        assert line["message"].startswith(f"error: {said}")
     monkeypatch.setenv(LOG_FORMAT, "xml")
     refused = run("info", str(known_cache), cwd=tmp_path)
     assert refused.returncode == 2
