@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 MANIFEST_KEY, BACKUP_KEY = "manifest.json", "manifest.backup.json"
@@ -66,7 +67,8 @@ def similar_names(location: str) -> str:
 def _names(folder: Path) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
-            yield from (entry.name for entry in entries if not entry.name.startswith("."))
+            # a folder of a million photographs is not compared name by name
+            yield from (entry.name for entry in islice(entries, 10_000) if not entry.name.startswith("."))
     except OSError:
         return
 
