@@ -19,7 +19,10 @@ from teacher_cache.pipeline.settings.base import (
 class PrecomputeConfig(StageConfig):
     """Run a teacher once over a dataset."""
 
-    dataset: str = Field(description="Dataset as KIND:PATH, for example flickr:/data/flickr8k.")
+    dataset: str = Field(
+        description="Dataset as KIND:PATH. Kinds: coco, karpathy, flickr, webdataset, imagefolder, images, table, "
+        "scenes, labelled."
+    )
     teacher: TeacherName
     cache: str = Field(description="Folder or URL of the cache. A new one is made, an unfinished one is continued.")
     pretrained: Pretrained = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.cli.options import Settings, settings_command
+from teacher_cache.pipeline.data.datasets import ADAPTERS
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
@@ -38,6 +40,23 @@ def test_the_help_of_long_commands_fits_a_screen(name: str) -> None:
     lines = help_of(name).splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 100
+
+
+def test_the_help_names_the_kinds_of_datasets() -> None:
+    assert f"Kinds: {', '.join(ADAPTERS)}." in " ".join(help_of("precompute").split())
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "train"], ["student", "help"], ["-h"], ["train", "-h"]])
+def test_help_has_its_usual_names_and_no_notation_of_click(words: list[str]) -> None:
+    done = CliRunner().invoke(app, words, prog_name="teacher-cache", terminal_width=100)
+    assert (done.exit_code, done.stdout.startswith("Usage: teacher-cache ")) == (0, True)
+    assert ("Begin with: teacher-cache demo\n" in done.stdout) == (len(words) == 1)
+    assert not re.search(r"<=x|x>=|\[default", done.stdout)
+
+
+def test_version_is_a_word_too() -> None:
+    said = [CliRunner().invoke(app, [word], prog_name="teacher-cache").stdout for word in ("version", "--version")]
+    assert said[0] == said[1] != ""
 
 
 def test_every_setting_is_a_flag_an_argument_or_named_by_set() -> None:
