@@ -14,14 +14,8 @@ from sphinx.util.docutils import SphinxDirective
 from teacher_cache.pipeline.cli.app import app as teacher_cache
 from teacher_cache.storage.cli.app import every_command
 
-# click's words for values and bounds, in words that need no manual
+# click's words for values, in words that need no manual
 _VALUES = {"TEXT": "VALUE", "INTEGER": "N"}
-_EXTRAS = [
-    (r"required", "Required."),
-    (r"default: (.+)", r"Default: \1."),
-    (r"x>=(.+)", r"At least \1."),
-    (r"(.+)<=x<=(.+)", r"From \1 to \2."),
-]
 
 
 class Commands(SphinxDirective):
@@ -62,15 +56,10 @@ def _option(command: str, parameter: click.Parameter, context: click.Context) ->
         value = re.sub(r", (?=[^,]*$)", " or ", _VALUES.get(value, value).strip("[]").replace("|", ", "))
     term = nodes.term("", "", nodes.literal(text=flags), ids=[nodes.make_id(f"{command} {parameter.name}")])
     term += nodes.Text(f" {value}" if value else "")
-    text = re.sub(r"\s+\[([^\]]+)\]$", lambda extras: "".join(map(_said, extras[1].split("; "))), described)
+    text = re.sub(r"\s+\[required\]$", " Required.", described)
     if parameter.envvar:
         text += f" Environment variable: {parameter.envvar}."
     return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
-
-
-def _said(extra: str) -> str:
-    """Return in words what click puts in brackets behind a description."""
-    return next(f" {re.sub(pattern, said, extra)}" for pattern, said in _EXTRAS if re.fullmatch(pattern, extra))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -293,6 +293,7 @@ def option(
     """
     if least is not None:
         settings |= {"type": click.IntRange(least), "metavar": "N"}
+        described += f" At least {least}." if least else ""
     if default is not None:
         described += f" Default: {default}."
         settings["default"] = default

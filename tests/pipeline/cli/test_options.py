@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.cli.options import Settings, settings_command
-from teacher_cache.pipeline.data.datasets import ADAPTERS
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
