@@ -65,6 +65,16 @@ def test_facts_are_wrapped_between_words(width: int | None, lines: list[str]) ->
     assert list(Facts({"a": "one two three\nfour", "left out": "", "long": "x"}, "t").lines(width)) == lines
 
 
+@pytest.mark.parametrize("width", [1, 20, 40, 80, 200, None])
+def test_no_part_of_a_cell_is_broken_at_any_width(width: int | None) -> None:
+    cells = ["a/long/path-to-a.cache", "1,234,567", "8.27x\n(1.34 to 24.54)", "2026-12-01"]
+    made = Table(columns=["cache", "rows", "ratio", "date"])
+    made.add_row(*cells)
+    made.add_row("b", "1")
+    lines = list(made.lines(width))
+    assert all(any(part in line for line in lines) for cell in cells for part in cell.split("\n"))
+
+
 def test_wide_characters_and_escapes_keep_the_columns_straight() -> None:
     made = Table(columns=["name", "n"])
     made.add_row("写真", "1")
