@@ -147,7 +147,7 @@ def _table(listed: Students) -> Table:
             candidate.date[:10],
             candidate.run,
             candidate.student,
-            f"{candidate.cache} {candidate.cache_manifest_digest[:8]}",
+            f"{candidate.cache} {candidate.cache_manifest_digest[:12]}",
             candidate.split,
             f"{candidate.mean_recall:.1f}",
             _share(candidate.retention, candidate.retention_interval),
