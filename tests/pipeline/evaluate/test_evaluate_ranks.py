@@ -366,7 +366,7 @@ def test_the_command_shows_intervals_and_towers(home: Path, measured: EvaluateRe
     assert done.returncode == 0, done.stderr
     labels = [line.strip().split("  ")[0] for line in done.stdout.splitlines()]
     assert labels[labels.index("to") + 1 :][:4:2] == ["image tower", "text tower"]
-    lines = {line[:13].strip(): line[13:].split() for line in done.stdout.splitlines()}
+    lines = {line[:13].rstrip(): line[13:].split() for line in done.stdout.splitlines()}
     assert measured.retention_intervals is not None
     assert measured.retention is not None
     assert lines["retention %"][-1] == f"{measured.retention['mean']:.1f}"
