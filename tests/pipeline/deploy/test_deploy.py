@@ -162,7 +162,7 @@ def test_the_table_is_whole(deployed: tuple[Path, DeployResult]) -> None:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     # of 8 images, any one of 10 is found by chance
-    assert lines[0].startswith("|  | retention (95 %) | mean recall (chance ")
+    assert lines[0].startswith("| model | retention (95 %) | mean recall (chance ")
     assert "| t2i R@1 (chance 12.5) | t2i R@5 (chance 62.5) | t2i R@10 (chance 100.0) |" in lines[0]
     assert "zero-shot top-1 (chance 33.3)" in lines[0]
     assert markdown in (out / "README.md").read_text()
