@@ -201,7 +201,7 @@ def _print_proof(proof: ProofResult) -> None:
         print_lines(f"... and {len(proof.wrong) - _ROWS_SHOWN} more; --json lists all")
     least = "" if proof.least_cosine is None else f", least cosine {proof.least_cosine:.5f} at {proof.least_cosine_row}"
     images = proof.images_compared + proof.quarantined_checked
-    shown = fraction_shown(min(images, proof.captions_compared))
+    shown = fraction_shown(min(images, proof.captions_compared or images))
     verdict = "as the teacher makes them" if proof.ok else f"{len(proof.wrong)} rows are wrong"
     print_lines(
         f"{proof.cache}: {verdict}: {proof.images_compared} images and {proof.captions_compared} captions against "

@@ -77,7 +77,11 @@ class EvaluationSplit:
         rows = reader.image_rows(name)
         if not len(rows):
             raise UsageError(f"{reader.location}: no image of split {name!r} has an embedding")
-        reader.require_captions(rows)
+        reader.require_captions(
+            rows,
+            "Recall cannot be measured without: name a --cache of images with captions, or measure classes by "
+            "teacher-cache zero-shot. ?uncaptioned=drop behind a dataset leaves such images out of its cache.",
+        )
         caption_rows, text_image = reader.caption_rows(rows)
         root = image_root or reader.manifest.source.image_root
         return cls(reader, name, rows, caption_rows, text_image, root, accepted)

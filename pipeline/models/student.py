@@ -97,16 +97,23 @@ class Student(nn.Module):
     def shorten(self, tokens: Tensor | NDArray[np.int64]) -> Tensor:
         """Cut the padding after the longest caption, if the architecture allows it."""
         tokens = torch.as_tensor(tokens)
-        return shorten(tokens) if self.shortens else tokens
+        return shorten(tokens) if self.shortens and len(tokens) else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
-        """Run both towers and both projections on a batch. An image may have several captions."""
-        image, text = self.encode_image(pixels), self.encode_text(tokens)
+        """Run both towers and both projections on a batch. An image may have several captions.
+
+        Without tokens the text tower does not run, and no output depends on it.
+        """
+        image = self.encode_image(pixels)
+        text, projected_text = image.new_zeros(0, self.embed_dim), image.new_zeros(0, self.teacher_dim)
+        if len(tokens):
+            text = self.encode_text(tokens)
+            projected_text = F.normalize(self.text_projection(text).float(), dim=-1)
         return StudentOutput(
             image,
             text,
             F.normalize(self.image_projection(image).float(), dim=-1),
-            F.normalize(self.text_projection(text).float(), dim=-1),
+            projected_text,
             self.model.logit_scale.exp(),  # type: ignore[operator]
         )
 

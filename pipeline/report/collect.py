@@ -171,8 +171,8 @@ def _notes(stats: CacheStats, ranked: int | None, on_map: RowMap | None) -> list
         )
     if stats.without_caption:
         notes.append(
-            f"No pairs and no recall: {stats.without_caption:,} of {read:,} images have no caption. The captions of "
-            "labelled images are prompts of their classes; teacher-cache zero-shot measures those."
+            f"No pairs and no recall: {stats.without_caption:,} of {read:,} images have no caption. If the captions "
+            "are prompts of classes, teacher-cache zero-shot measures them."
         )
     elif ranked is None:
         notes.append("No pairs and no recall: no image that was read has an embedding and a caption with one.")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 
 # names of teacher_cache.pipeline.train.losses.LOSSES, here so that checking a config needs no torch
 LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
+# losses that compare each row with the teacher's row of the same tower, so that images alone are enough
+IMAGE_LOSSES = ("cosine", "feature")
 # losses that compare the student's features with the teacher's, which makes them interchangeable
 TEACHER_SPACE_LOSSES = ("cosine", "feature", "interactive", "queue")
 

@@ -19,9 +19,11 @@ from teacher_cache.pipeline.settings.base import (
     StudentName,
     learned_split,
 )
-from teacher_cache.pipeline.settings.recipes import DEFAULT, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
+from teacher_cache.pipeline.settings.recipes import DEFAULT, IMAGE_LOSSES, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.storage.errors import UsageError
+
+_FOR_IMAGES = " and ".join(IMAGE_LOSSES)
 
 
 class TrainConfig(StageConfig):
@@ -70,7 +72,10 @@ class TrainConfig(StageConfig):
         None, gt=0, description="Number of the cache's views to train on, from the first. Default: all."
     )
     captions_per_image: int = Field(
-        1, gt=0, description="Number of captions per image in a step. The losses are averaged over them."
+        1,
+        ge=0,
+        description="Number of captions per image in a step. The losses are averaged over them. 0: images alone, with "
+        f"{_FOR_IMAGES}; the text tower keeps its weights. Default: 1, or 0 if no image has a caption.",
     )
     epochs: int = Field(10, gt=0, description="Number of passes over the split. Captions are drawn at random.")
     batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")
@@ -178,6 +183,8 @@ class TrainConfig(StageConfig):
             raise ValueError("lock_image_unlocked_groups keeps the weights of init, and none is given: name one")
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        if self.captions_per_image == 0:
+            self._check_images_alone()
         pairs = self.batch_size * self.captions_per_image
         if 0 < self.queue_rows < pairs and self.losses.get("queue", 0) > 0:
             raise ValueError(
@@ -185,6 +192,16 @@ class TrainConfig(StageConfig):
                 "match among the queued rows; set it to some 10 batches"
             )
         return self
+
+    def _check_images_alone(self) -> None:
+        paired = [name for name, weight in self.losses.items() if weight > 0 and name not in IMAGE_LOSSES]
+        if paired:
+            raise ValueError(
+                f"losses {', '.join(paired)} compare images with captions, and this run has no captions; for images "
+                f"alone there are {_FOR_IMAGES}"
+            )
+        if self.select_split is not None:
+            raise ValueError("select_split is measured by recall, which needs captions; leave it out")
 
     @model_validator(mode="before")
     @classmethod
@@ -194,8 +211,14 @@ class TrainConfig(StageConfig):
         derived = {*RECIPE_SETTINGS, "split"}
         explicit = {name: value for name, value in settings.items() if name not in derived or value is not None}
         name = explicit.get("recipe", "default")
-        # an unknown recipe fills nothing; _check_recipe refuses it by name
-        return {**asdict(RECIPES[name]), **explicit} if isinstance(name, str) and name in RECIPES else explicit
+        if not isinstance(name, str) or name not in RECIPES:
+            return explicit  # _check_recipe refuses it by name
+        recipe = asdict(RECIPES[name])
+        if explicit.get("captions_per_image") in (0, "0"):
+            recipe["losses"] = {loss: weight for loss, weight in recipe["losses"].items() if loss in IMAGE_LOSSES}
+            if not recipe["losses"] and not explicit.get("losses"):
+                raise ValueError(f"recipe {name} has no loss for images alone; set losses of {_FOR_IMAGES}")
+        return recipe | explicit
 
     @field_validator("pixels", mode="before")
     @classmethod

@@ -33,6 +33,7 @@ from teacher_cache.pipeline.train.optimizer import WeightAverage, adamw, measure
 from teacher_cache.pipeline.train.start import (
     TrainingCache,
     fit_to_cache,
+    fit_to_captions,
     new_record,
     new_student,
     recorded_start,
@@ -107,7 +108,7 @@ def train(
         CacheError: the cache is missing, unfinished or damaged.
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
     """
-    run = RunFolder(config.out)
+    run, config = RunFolder(config.out), fit_to_captions(config)
     if resume:
         record = run.require_resumable(config)
         config = record.fitted(config)

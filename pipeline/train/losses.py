@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-"""Images and texts, (rows, dim) each; row ``i`` of both belongs to the same pair."""
+"""Images and texts, (rows, dim) each; row ``i`` of both belongs to the same pair.
+
+Images alone, a tuple of one, for the losses ``teacher_cache.pipeline.settings.recipes.IMAGE_LOSSES``.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class LossInputs:
         own, projected, teacher = (
             [tuple(each.shape) for each in two] for two in (self.student, self.projected, self.teacher)
         )
-        if own[0] != own[1] or projected != teacher or teacher[0] != teacher[1] or own[0][0] != teacher[0][0]:
+        if own[0] != own[-1] or projected != teacher or teacher[0] != teacher[-1] or own[0][0] != teacher[0][0]:
             raise ValueError(
                 f"student {own}, projected {projected}, teacher {teacher}: student and cache are out of step"
             )
@@ -98,11 +101,10 @@ def _own_pairs(logits: Tensor) -> Pair:
 def feature(batch: LossInputs) -> Tensor:
     """Return MSE(u, p) + MSE(v, q), element means: CLIP-KD's FD (Yang et al. 2024, eq. 4; weight 2000 there).
 
-    In [0, 8 / dim]; 0 when student and teacher agree.
+    In [0, 8 / dim]; 0 when student and teacher agree. MSE(u, p) for images alone.
     """
-    u, v = batch.projected
-    p, q = batch.teacher
-    return F.mse_loss(_full(u), _full(p)) + F.mse_loss(_full(v), _full(q))
+    towers = zip(batch.projected, batch.teacher, strict=True)
+    return torch.stack([F.mse_loss(_full(own), _full(taught)) for own, taught in towers]).sum()
 
 
 def cosine(batch: LossInputs) -> Tensor:
@@ -110,13 +112,11 @@ def cosine(batch: LossInputs) -> Tensor:
 
     For normalised rows this is ``feature`` times dim / 2, so its weight means the same at any width: weight 8 equals
     weight 4 x dim of ``feature``, 2048 at width 512. The cosine normalises the rows, so the norms of float16 targets
-    (up to 5e-4 off) do not matter. In [0, 4]; 0 when student and teacher agree.
+    (up to 5e-4 off) do not matter. In [0, 4]; 0 when student and teacher agree. 1 - cos(u, p) for images alone.
     """
-    u, v = batch.projected
-    p, q = batch.teacher
-    images = F.cosine_similarity(_full(u), _full(p), dim=1)
-    texts = F.cosine_similarity(_full(v), _full(q), dim=1)
-    return (1 - images).mean() + (1 - texts).mean()
+    towers = zip(batch.projected, batch.teacher, strict=True)
+    cosines = [F.cosine_similarity(_full(own), _full(taught), dim=1) for own, taught in towers]
+    return torch.stack([(1 - cosine).mean() for cosine in cosines]).sum()
 
 
 def relational(batch: LossInputs) -> Tensor:

@@ -20,11 +20,14 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.models.student import Student, build_student, load_initial, student_config
 from teacher_cache.pipeline.models.weights import digest_tensors
+from teacher_cache.pipeline.settings.recipes import RECIPES
+from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import absolute_location, open_files
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.row_set import RowSet
 
@@ -32,6 +35,8 @@ _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "
     "which every checkpoint then records."
 )
+
+_LOG = logger("train")
 
 _FILES = ("run.json", "origin.json")
 
@@ -45,6 +50,25 @@ def fit_to_cache(config: TrainConfig) -> TrainConfig:
     """
     reader = EmbeddingReader(config.cache)
     return config.fitted(reader.identity.dataset.splits, lambda split: len(reader.row_set(split)))
+
+
+def fit_to_captions(config: TrainConfig) -> TrainConfig:
+    """Return the settings for a cache without captions: the student learns from the images alone.
+
+    Raises:
+        UsageError: the losses that are set, or all of the recipe's, need captions.
+        CacheError: the cache's manifest cannot be used.
+    """
+    if not config.captions_per_image or read_manifest(open_files(config.cache)).identity.dataset.captions:
+        return config
+    settings = config.model_dump() | {"captions_per_image": 0}
+    if config.losses == RECIPES[config.recipe].losses:
+        del settings["losses"]
+    fitted = check_config(TrainConfig, settings, f"{config.cache} has no captions")
+    losses = ", ".join(f"{name} = {weight:g}" for name, weight in fitted.losses.items())
+    images = "%s has no captions: the student learns from its images alone, with %s; its text tower keeps its weights"
+    _LOG.warning(images, config.cache, losses)
+    return fitted
 
 
 def recorded_start(run: RunFolder) -> RunRecord | None:
@@ -81,7 +105,12 @@ class TrainingCache:
             expected = expected_identity(config.expect)
             accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
         rows = reader.row_set(config.split)
-        reader.require_captions(rows)
+        if config.captions_per_image:
+            reader.require_captions(
+                rows,
+                "To learn from the images alone set captions_per_image = 0. ?uncaptioned=drop behind the dataset "
+                "leaves them out of a cache.",
+            )
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
         return cls(reader, rows, config, accepted)

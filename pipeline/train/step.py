@@ -112,7 +112,9 @@ class TrainStep:
             self._queue.push(image.repeat_interleave(text.shape[1], dim=0), text.flatten(0, 1))
         size, captions = config.micro_batch or len(pixels), tokens.shape[1]
         tokens = self._student.shorten(tokens.flatten(0, 1))
-        parts_of_batch = list(zip(torch.split(pixels, size), torch.split(tokens, size * captions), strict=True))
+        images = torch.split(pixels, size)
+        texts = torch.split(tokens, size * captions) if captions else [tokens] * len(images)
+        parts_of_batch = list(zip(images, texts, strict=True))
         backward = self._whole if len(parts_of_batch) == 1 else self._in_parts
         total, parts, logit_scale = backward(step, parts_of_batch, teacher)
         norm = self._fabric.clip_gradients(
@@ -179,16 +181,24 @@ class TrainStep:
         return output
 
     def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
-        """Return the mean of the losses of all images with their first caption, their second caption, ..."""
+        """Return the mean of the losses of all images with their first caption, their second caption, ...
+
+        Without captions, the losses of the images alone.
+        """
         image, text, projected_image, projected_text = features
         teacher_image, teacher_text = teacher
-        by_caption = (rows.view(*teacher_text.shape[:2], -1).unbind(1) for rows in (text, projected_text, teacher_text))
+        images = (image, projected_image, teacher_image)
+        texts = (text, projected_text, teacher_text)
+        by_caption = [rows.view(*teacher_text.shape[:2], rows.shape[-1]).unbind(1) for rows in texts]
+        # student, projected and teacher rows of all images with their first caption, ...
+        paired: list[Any] = [zip(images, captions, strict=True) for captions in zip(*by_caption, strict=True)]
+        paired = paired or [zip(images, strict=True)]
         losses = [
             weighted_sum(
                 LossInputs(
-                    (image, own),
-                    (projected_image, projected),
-                    (teacher_image, taught),
+                    own,
+                    projected,
+                    taught,
                     logit_scale,
                     self._teacher_logit_scale,
                     self._config.label_smoothing,
@@ -197,7 +207,7 @@ class TrainStep:
                 ),
                 self._config.losses,
             )
-            for own, projected, taught in zip(*by_caption, strict=True)
+            for own, projected, taught in paired
         ]
         totals, parts = zip(*losses, strict=True)
         return torch.stack(totals).mean(), {

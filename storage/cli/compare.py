@@ -66,7 +66,12 @@ def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
 @cache_argument()
 @option("--out", "New local folder.", required=True)
 @option("--split", "Split to export. Default: all.")
-@option("--captions", "Captions of each image. all repeats the image.", "first", type=click.Choice(["first", "all"]))
+@option(
+    "--captions",
+    "Captions of each image. all repeats the image; none leaves captions out.",
+    "first",
+    type=click.Choice(["first", "all", "none"]),
+)
 @view_option
 @option("--rows-per-file", "Number of rows of each npy file.", 1_000_000, least=1)
 @json_flag
@@ -74,7 +79,7 @@ def export(
     cache: str,
     out: str,
     split: str | None,
-    captions: Literal["first", "all"],
+    captions: Literal["first", "all", "none"],
     view: int,
     rows_per_file: int,
     as_json: bool,
@@ -89,8 +94,9 @@ def export(
 
 
 def _export_lines(result: ExportResult) -> list[str]:
+    pairs = "" if result.captions == "none" else f"{counted(result.rows, 'pair')} of "
     return [
-        f"{result.out}: {counted(result.rows, 'pair')} of {counted(result.images, 'image')}, {result.embed_dim} wide, "
+        f"{result.out}: {pairs}{counted(result.images, 'image')}, {result.embed_dim} wide, "
         f"{result.dtype}, in {counted(result.parts, 'part')}; {result.quarantined:,} quarantined left out"
     ]
 

@@ -101,7 +101,7 @@ def _sample_lines(sample: RowSample) -> list[str]:
     lines = []
     for image in sample.images:
         own = {caption.row for caption in image.captions}
-        lines += [*_image_lines(image), "  nearest captions:"]
+        lines += [*_image_lines(image), *["  nearest captions:"] * bool(image.nearest_captions)]
         lines += [_caption_line(caption, named=caption.row not in own) for caption in image.nearest_captions]
     return [*lines, f"nearest among {counted(sample.captions_compared, 'caption')}; drawn with seed {sample.seed}"]
 
@@ -178,12 +178,13 @@ def _facts(result: CacheStats) -> dict[str, str]:
     }
     if result.without_caption:
         bare = counted(result.without_caption, "image")
-        facts["pairs"] = f"none: {bare} without a caption, so that the captions are prompts of classes"
+        facts["pairs"] = f"none: {bare} without a caption"
     for pair in result.nearest_pairs[:5]:
         same = ", the same file" if pair.same_bytes else ""
         facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"
-    split = f" --split {result.split}" if result.split else ""
-    facts["recall"] = f"teacher-cache evaluate --cache {result.location}{split}"
+    if not result.without_caption:
+        split = f" --split {result.split}" if result.split else ""
+        facts["recall"] = f"teacher-cache evaluate --cache {result.location}{split}"
     return facts
 
 

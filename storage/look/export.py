@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ EXPORT_KEY = "export.json"
 _ROWS_AT_ONCE = 65_536
 _MEMORY_BYTES = 256 << 20
 
+Captions: TypeAlias = Literal["first", "all", "none"]
+
 
 class ExportResult(BaseModel, frozen=True):
     """The record of an export; ``export.json`` in the folder holds the same."""
@@ -38,8 +40,8 @@ class ExportResult(BaseModel, frozen=True):
     identity_digest: str
     split: str | None
     view: int
-    captions: Literal["first", "all"]
-    rows: int = Field(description="Pairs of an image and a caption.")
+    captions: Captions
+    rows: int = Field(description="Pairs of an image and a caption, or images.")
     images: int
     embed_dim: int
     dtype: str
@@ -51,7 +53,7 @@ def export_rows(
     location: str,
     out: str,
     split: str | None = None,
-    captions: Literal["first", "all"] = "first",
+    captions: Captions = "first",
     view: int = 0,
     rows_per_file: int = 1_000_000,
     progress: Progress | None = None,
@@ -60,7 +62,8 @@ def export_rows(
 
     Args:
         out: new folder, which appears when the export is complete.
-        captions: the first of each image, or all, with the image repeated for each.
+        captions: the first of each image; all, with the image repeated for each; or none, as for a cache without any:
+            then there is no text_emb.
         view: view of the images.
         progress: called with (``export``, rows done, rows in all).
 
@@ -74,15 +77,14 @@ def export_rows(
     reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
     require_view(reader, view)
     images = reader.image_rows(split)
-    offsets = reader.caption_offsets
-    counts = offsets[images + 1] - offsets[images]
-    if bare := int((counts == 0).sum()):
-        raise UsageError(
-            f"{location}: {bare:,} of {len(images):,} images have no caption to be paired with. This cache is of "
-            "labelled images and the prompts of their classes; its arrays can be read with zarr as they are"
-        )
-    if captions == "first":
-        image_rows, text_rows = images, offsets[images]
+    if not reader.manifest.layout.text_rows:
+        captions = "none"
+    if captions != "none":
+        reader.require_captions(images, "To export the images alone add --captions none.")
+    if captions == "none":
+        image_rows, text_rows = images, None
+    elif captions == "first":
+        image_rows, text_rows = images, reader.caption_offsets[images]
     else:
         text_rows, position = reader.caption_rows(images)
         image_rows = images[position]
@@ -119,27 +121,30 @@ def _write_parts(
     folder: Path,
     reader: EmbeddingReader,
     image_rows: NDArray[np.int64],
-    text_rows: NDArray[np.int64],
+    text_rows: NDArray[np.int64] | None,
     view: int,
     rows_per_file: int,
     progress: Progress | None,
 ) -> None:
     for name in ("img_emb", "text_emb", "metadata"):
-        (folder / name).mkdir()
+        if name != "text_emb" or text_rows is not None:
+            (folder / name).mkdir()
     report, total, written = stage(progress, "export"), len(image_rows), 0
+    towers = 1 if text_rows is None else 2
     parts = -(-total // rows_per_file)
 
     def count(rows: int) -> None:
         nonlocal written
         written += rows
-        report(written, 2 * total)
+        report(written, towers * total)
 
     for part in range(parts):
         rows = slice(part * rows_per_file, (part + 1) * rows_per_file)
         number = str(part).zfill(len(str(parts)))  # as clip-retrieval pads them: int(log10(parts)) + 1
-        image_part, text_part = image_rows[rows], text_rows[rows]
+        image_part, text_part = image_rows[rows], None if text_rows is None else text_rows[rows]
         _write_npy(folder / "img_emb" / f"img_emb_{number}.npy", reader, "image", image_part, view, count)
-        _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
+        if text_part is not None:
+            _write_npy(folder / "text_emb" / f"text_emb_{number}.npy", reader, "text", text_part, 0, count)
         table = _metadata(reader, image_part, text_part)
         pq.write_table(table, folder / "metadata" / f"metadata_{number}.parquet")
 
@@ -162,20 +167,19 @@ def _write_npy(
             count(len(part))
 
 
-def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64]) -> pa.Table:
+def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64] | None) -> pa.Table:
     """Return image_path and caption, as clip-retrieval names them, and the rows of the pair in the cache."""
     samples = reader.table_rows(SAMPLES, image_rows)
     root = reader.manifest.source.image_root
     paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
-    return pa.table(
-        {
-            "image_path": pa.array(paths, pa.string()),
-            "caption": reader.table_rows(CAPTIONS, text_rows)["text"],
-            "sample_id": samples["sample_id"],
-            "split": samples["split"],
-            "offset": samples["offset"],  # of an image inside a tar, else -1
-            "length": samples["length"],
-            "image_row": pa.array(image_rows),
-            "text_row": pa.array(text_rows),
-        }
-    )
+    columns = {
+        "image_path": pa.array(paths, pa.string()),
+        "caption": None if text_rows is None else reader.table_rows(CAPTIONS, text_rows)["text"],
+        "sample_id": samples["sample_id"],
+        "split": samples["split"],
+        "offset": samples["offset"],  # of an image inside a tar, else -1
+        "length": samples["length"],
+        "image_row": pa.array(image_rows),
+        "text_row": None if text_rows is None else pa.array(text_rows),
+    }
+    return pa.table({name: column for name, column in columns.items() if column is not None})

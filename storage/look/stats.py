@@ -104,8 +104,8 @@ class CacheStats(BaseModel, frozen=True):
     image: TowerStats
     text: TowerStats
     without_caption: int = Field(
-        description="Images read that have no caption. If there are any, the captions are prompts of classes, and "
-        "the statistics of pairs are None."
+        description="Images read that have no caption. If there are any, the statistics of pairs are None: the "
+        "captions of labelled images are prompts of all classes."
     )
     true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
     random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")

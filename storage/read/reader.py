@@ -234,19 +234,23 @@ class EmbeddingReader:
         """Return all caption rows of images, in their order, and the position of each caption's image."""
         return self.caption_index.captions_of(image_rows)
 
-    def require_captions(self, image_rows: NDArray[np.int64] | RowSet) -> None:
-        """Check that every image has a caption. Images of a labelled dataset may have none, and cannot be paired.
+    def require_captions(self, image_rows: NDArray[np.int64] | RowSet, way_out: str) -> None:
+        """Check that every image has a caption.
+
+        Args:
+            way_out: advice for the error, unless the captions are prompts of classes.
 
         Raises:
             UsageError: Images have no caption; the message says how many.
         """
         bare = sum(int((self.caption_index.counts(part) == 0).sum()) for part in RowSet.of(image_rows).parts())
         if bare:
-            raise UsageError(
-                f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. This cache is of labelled "
-                "images and the prompts of their classes. Measure it by teacher-cache zero-shot --cache, or name a "
-                "cache of images with captions."
-            )
+            if self.identity.dataset.kind == "labelled":
+                way_out = (
+                    "This cache is of labelled images and the prompts of their classes. Measure it by teacher-cache "
+                    "zero-shot --cache, or name a cache of images with captions."
+                )
+            raise UsageError(f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. {way_out}")
 
     def take(
         self,

@@ -70,7 +70,8 @@ class _Inputs(Dataset[Any]):
         if key.texts is None:
             assert self._evaluated is not None  # checked in evaluation_crops
             return self._evaluated.see(key.image)
-        return torch.from_numpy(self._learned.shown(key.image, key.region)), self._tokenizer(key.texts)
+        tokens = self._tokenizer(key.texts) if key.texts else torch.zeros(0, 1, dtype=torch.int64)
+        return torch.from_numpy(self._learned.shown(key.image, key.region)), tokens
 
 
 def _collate(items: list[Any]) -> Any:
@@ -218,7 +219,7 @@ class InputLoader:
             images = self._samples.records(pairs.image_rows)
             regions = stored_crops(self._reader, pairs.image_rows, pairs.views)
         flat, count = self._samples.texts(pairs.image_rows, pairs.caption_rows), pairs.caption_rows.shape[1]
-        texts = [flat[at : at + count] for at in range(0, len(flat), count)]
+        texts = [flat[image * count : (image + 1) * count] for image in range(len(images))]
         return [_Key(*key) for key in zip(images, regions, texts, strict=True)]
 
     def _evaluation_keys(self, rows: NDArray[np.int64]) -> list[_Key]:

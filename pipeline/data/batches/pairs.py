@@ -24,7 +24,7 @@ class Pairs:
 
     Attributes:
         image_rows, views: (batch,) int64; view 0 is the evaluation crop.
-        caption_rows: (batch, captions) int64.
+        caption_rows: (batch, captions) int64; captions may be 0.
     """
 
     image_rows: NDArray[np.int64]

@@ -57,5 +57,5 @@ class CachedTeacher:
         texts: Any = self._reader.stream("text", (pairs.caption_rows.ravel() for pairs in for_texts))
         with closing(images), closing(texts):
             for image, text in zip(images, texts, strict=True):
-                captions = torch.from_numpy(text).float().view(len(image), -1, text.shape[1])
+                captions = torch.from_numpy(text).float().view(len(image), len(text) // len(image), text.shape[1])
                 yield TeacherTargets(torch.from_numpy(image).float(), captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,8 +77,9 @@ class DatasetSpec:
         return cls(kind or _guessed_kind(path), path, options)
 
     def __str__(self) -> str:
-        # quoted only as far as parse() needs
+        # quoted only as far as parse() needs: the % of holdout=10% is no escape
         query = "&".join(f"{quote(key)}={quote(value, safe='/:,{}')}" for key, value in self.options)
+        query = re.sub("%25(?![0-9A-Fa-f]{2})", "%", query)
         return f"{self.kind}:{self.root}" + (f"?{query}" if query else "")
 
 

@@ -74,9 +74,25 @@ def test_quarantined_images_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_images_without_captions_cannot_be_paired(tmp_path: Path) -> None:
     cache = make(tmp_path / "c", [*BASE[:3], Picture("silent", "s", ())])
-    with pytest.raises(UsageError, match="1 of 4 images have no caption to be paired with"):
+    with pytest.raises(
+        UsageError, match=r"1 of 4 images have no caption\. To export the images alone add --captions non"
+    ):
         export_rows(cache, str(tmp_path / "e"))
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("captioned", [True, False])
+def test_images_alone(tmp_path: Path, captioned: bool) -> None:
+    """Where none has a caption, that is what is exported unasked."""
+    pictures = BASE[:3] if captioned else [picture._replace(captions=()) for picture in BASE[:3]]
+    cache = make(tmp_path / "c", [*pictures, Picture("silent", "s", ())])
+    result = export_rows(cache, str(tmp_path / "e"), captions="none" if captioned else "first")
+    assert (result.captions, result.rows, result.images) == ("none", 4, 4)
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["export.json", "img_emb", "metadata"]
+    table = pq.read_table(tmp_path / "e/metadata/metadata_0.parquet")
+    assert table["sample_id"].to_pylist() == ["p0", "p1", "p2", "silent"]
+    assert not {"caption", "text_row"} & set(table.column_names)
+    assert len(np.load(tmp_path / "e/img_emb/img_emb_0.npy")) == 4
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(known_cache: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def adapter(kind: str) -> Adapter:
     """Return the ``read`` function of one kind of dataset. It has the settings of every kind, and refuses unknown ones.
 
     Every kind has ``holdout`` (a share such as ``10%`` of the images becomes the split ``test``, the others ``train``)
-    and ``uncaptioned=keep`` (an image that no caption names is a sample without captions, not a problem).
+    and ``uncaptioned`` (``keep``: an image that no caption names is a sample without captions; ``drop``: a problem).
 
     Raises:
         UsageError: the kind is unknown, or (when called) a setting is. The message lists the known ones.
@@ -94,11 +94,12 @@ def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[d
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
-    if options.get(_UNCAPTIONED, "keep") != "keep":
-        raise UsageError(f"uncaptioned={printable(options[_UNCAPTIONED])!r} is not known; write uncaptioned=keep")
+    uncaptioned = options.get(_UNCAPTIONED, "keep" if kind == "images" else "drop")
+    if uncaptioned not in ("keep", "drop"):
+        raise UsageError(f"uncaptioned={printable(uncaptioned)!r} is not known; it is one of keep, drop")
     own = {name: value for name, value in options.items() if name not in _SHARED}
     share = _share(options[_HOLDOUT]) if _HOLDOUT in options else None
-    return own, share, _UNCAPTIONED in options
+    return own, share, uncaptioned == "keep"
 
 
 def _share(text: str) -> Fraction:

@@ -47,10 +47,10 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
             others.append(path)
             continue
         beside = path.with_suffix(".txt")
-        captions = None
+        captions: list[str] = []
         if beside.is_file():
             texts.add(beside)
-            captions = _captions(beside, encoding, lines=txt == "lines") or None
+            captions = _captions(beside, encoding, lines=txt == "lines")
         relative = path.relative_to(folder)
         split = relative.parts[0].casefold() if len(relative.parts) > 1 else ""
         name = relative.as_posix()
@@ -75,4 +75,4 @@ def _captions(path: Path, encoding: str, lines: bool) -> list[str]:
         text = file.read()
     if not encoding:
         require_utf8(text, str(path))
-    return list(filter(str.strip, text.splitlines())) if lines else [text] if text.strip() else []
+    return list(filter(str.strip, text.splitlines())) if lines else [text]

@@ -37,6 +37,7 @@ def test_paths_in_order_with_default_captions(pets: Path) -> None:
         Sample("great_dane/2.jpg", "great_dane/2.jpg", "", dane),
     ]
     assert len(load_samples(DatasetSpec.parse(f"imagefolder:{pets}"))[1]) == 4
+    assert {sample.split for sample in read("imagefolder", pets, split="mine")[0]} == {"mine"}
 
 
 @pytest.mark.parametrize(("train", "other"), [("train", "val"), ("Train", "TEST")])
@@ -44,6 +45,7 @@ def test_a_level_of_splits_however_they_are_written(tmp_path: Path, train: str, 
     for number, name in enumerate((f"{other}/cat/1.jpg", f"{train}/dog/2.jpg", f"{train}/cat/3.jpg")):
         save_image(tmp_path / name, number)
     samples, problems = read("imagefolder", tmp_path)
+    assert read("imagefolder", tmp_path, split="mine")[0] == samples  # for images in no folder of a split
     assert [(sample.sample_id, sample.split, sample.captions[0]) for sample in samples] == sorted(
         [
             (f"{train}/cat/3.jpg", "train", "a photo of a cat."),

@@ -70,6 +70,51 @@ def test_columns_are_found_by_their_usual_names(tmp_path: Path, header: str) -> 
     assert read("table", tmp_path / "t.csv")[0] == [Sample("a.jpg", "a.jpg", "", ("A.",))]
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("path;caption\nb.jpg;One, two.\n", {}),
+        ('"path";"caption, english"\nb.jpg;One, two.\n', {"caption": "caption, english"}),
+        ("\ufeffcaption;path\r\nOne, two.;b.jpg\r\n", {}),
+        ("path\tcaption\nb.jpg\tOne, two.\n", {}),
+        ("nr;file;what, in words\n1;b.jpg;One, two.\n", {"path": "file", "caption": "what, in words"}),
+        ('path,caption;x\nb.jpg,"One, two."\n', {"caption": "caption;x"}),
+    ],
+)
+def test_the_delimiter_sets_the_column_of_paths_apart(tmp_path: Path, text: str, options: dict[str, str]) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    assert read("table", tmp_path / "t.csv", **options) == ([Sample("b.jpg", "b.jpg", "", ("One, two.",))], [])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "UTF-8", "mac_roman"])
+def test_a_table_in_another_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "t.csv").write_bytes("path;caption\nä.jpg;Ein Café.\n".encode(encoding))
+    assert read("table", tmp_path / "t.csv", encoding=encoding)[0] == [Sample("ä.jpg", "ä.jpg", "", ("Ein Café.",))]
+
+
+def test_broken_characters_stop_and_the_way_out_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"path,caption\na.jpg,A.\nb.jpg,A caf\xe9.\n")
+    with pytest.raises(UsageError, match=r"t\.csv line 3: not UTF-8 at '.*caf.*'\. Save it as .*  \?encoding=cp1252"):
+        read("table", table)
+    samples, problems = read("table", table, encoding="utf-8")
+    assert [sample.captions for sample in samples] == [("A.",), ("A caf\ufffd.",)]
+    assert told(problems) == [("bad-record", "b.jpg", False)]
+    table.write_text("path,caption\na.jpg,A.\n")
+    with pytest.raises(UsageError, match=r"t\.csv: not utf-16 \(.*\); is \?encoding= right\?"):
+        read("table", table, encoding="utf-16")
+
+
+def test_captions_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption\na.jpg,A.\na.jpg,B.\nb.jpg,\n")
+    (tmp_path / "u.csv").write_text("path,number\na.jpg,1\nb.jpg,2\n")
+    alone = [Sample("a.jpg", "a.jpg", "", ()), Sample("b.jpg", "b.jpg", "", ())]
+    assert read("table", tmp_path / "t.csv", caption="") == (alone, [])
+    assert read("table", tmp_path / "u.csv", caption="") == (alone, [])
+    with pytest.raises(UsageError, match=r"no column for the caption; .*, or take the images alone with \?caption=$"):
+        read("table", tmp_path / "u.csv")
+
+
 def test_options_name_the_columns(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("path,caption,file,words,fold,number\nx,x,a.jpg,A.,3,0017\n")

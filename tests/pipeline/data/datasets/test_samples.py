@@ -26,6 +26,8 @@ from tests.pipeline.data.dataset_files import load, save_image, told
             "webdataset:{a,b}/{00..03}.tar?split=my%20own",
             DatasetSpec("webdataset", "{a,b}/{00..03}.tar", (("split", "my own"),)),
         ),
+        ("images:p?holdout=10%&txt=lines", DatasetSpec("images", "p", (("holdout", "10%"), ("txt", "lines")))),
+        ("table:p.csv?caption=a%2541%", DatasetSpec("table", "p.csv", (("caption", "a%41%"),))),
         ("table:p.csv?caption=a%26b%2Bc", DatasetSpec("table", "p.csv", (("caption", "a&b+c"),))),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
         ("imagefolder:HERE/pics", r"no <class>/\*\.jpg .*found 0\.png; for pictures without classes write images:HERE"),
         ("images:HERE/empty", r"HERE/empty: no picture in or below it; found nothing$"),
         ("images:HERE/pics?txt=line", r"images option txt='line' is not known; it is one of whole, lines"),
-        ("images:HERE/pics?uncaptioned=yes", r"uncaptioned='yes' is not known; write uncaptioned=keep"),
+        ("images:HERE/pics?uncaptioned=yes", r"uncaptioned='yes' is not known; it is one of keep, drop"),
         ("images:HERE/pics?holdout=0", r"holdout='0' is no share of the images; write for example holdout=10%"),
         ("images:HERE/pics?holdout=ten", r"holdout='ten' is no share of the images"),
         ("images:HERE/pics?holdout=100%", r"holdout='100%' is no share of the images"),
