@@ -61,7 +61,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if launched_rank():
         return  # rank 0 prints the result
     print_result(result.record, as_json, lambda _: _lines(result))
-    if not as_json:
+    if not as_json and result.record.config.captions_per_image:  # recall needs captions
         suggest_next("evaluate", "--run", config.out)
 
 

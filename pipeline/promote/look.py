@@ -187,6 +187,10 @@ def _unread(reason: str, source: NumberedCache | None) -> str:
 
 
 def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
+    if not dataset.captions:
+        raise UsageError(
+            f"{settings.config.dataset}: no captions, and students are compared by their recall of captions"
+        )
     training = settings.training("cache", "out", None)
     for setting, split in (
         ("split", settings.config.split),

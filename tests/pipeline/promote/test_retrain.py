@@ -161,6 +161,7 @@ def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None
         ({"train": {"epochs": 0}}, "epochs"),
         ({"student": "no-such-student"}, "no-such-student"),
         ({"split": "tset"}, r"no split 'tset' \(split\); there are 'train', 'test'"),
+        ({"dataset": f"images:{home}/photos/images"}, "no captions, and students are compared by their recall of capt"),
         ({"home": "s3://bucket/home"}, "local folder"),
         ({"deploy": {"rounds": 0}}, "rounds"),
         ({"precompute": {"crop_flip": 2}}, "precompute: crop_flip: must be 1 or less, not 2"),

@@ -50,10 +50,10 @@ def check_form(kind: str, root: str, options: dict[str, str]) -> None:
     Raises:
         UsageError: a setting is unknown or has an impossible value, the root does not exist or has another form.
     """
-    module = _module(kind)
-    own, _, _ = _settings(module, kind, options)
     if kind != "scenes" and "://" not in root and "{" not in root:  # scenes are made where there are none
         require_there(root)
+    module = _module(kind)  # may import pyarrow, which takes a while
+    own, _, _ = _settings(module, kind, options)
     if hasattr(module, "check"):
         module.check(root, **own)
 
