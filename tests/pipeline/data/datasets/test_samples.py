@@ -116,13 +116,6 @@ def test_a_second_listing_of_the_same_image_loses_none(tmp_path: Path, monkeypat
     assert told(found.problems) == [("duplicate-id", "a", False)]
 
 
-def test_no_usable_image_names_the_first_problem(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("path,caption\na.jpg,A.\nb.jpg,B.\n")
-    message = rf"table:{tmp_path}/t\.csv: no usable image among 2 listed; the first problem: a\.jpg: .*does not exist"
-    with pytest.raises(ValueError, match=message):
-        load_samples(DatasetSpec.parse(f"table:{tmp_path}/t.csv"))
-
-
 def test_image_source_reads_a_part_or_says_how_much_is_there(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(bytes(range(100)))
     source = ImageSource(str(tmp_path))
