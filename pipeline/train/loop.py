@@ -314,7 +314,7 @@ def _prepare(student: Student, config: TrainConfig, fabric: Fabric, inputs: Inpu
     if config.precision == "bf16" and fabric.device.type == "cpu":
         keep_depthwise_float32(student)
     if fabric.world_size > 1:
-        _freeze_unused(student, torch.as_tensor(inputs.tokenizer(["any"])))
+        _freeze_unused(student, torch.as_tensor(inputs.tokenizer(["any"]))[: config.captions_per_image])
     if config.compile:
         _compile(student)
 

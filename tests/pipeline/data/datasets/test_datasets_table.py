@@ -95,7 +95,7 @@ def test_a_table_in_another_encoding(tmp_path: Path, encoding: str) -> None:
 def test_broken_characters_stop_and_the_way_out_is_named(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes(b"path,caption\na.jpg,A.\nb.jpg,A caf\xe9.\n")
-    with pytest.raises(UsageError, match=r"t\.csv line 3: not UTF-8 at '.*caf.*'\. Save it as .*  \?encoding=cp1252"):
+    with pytest.raises(UsageError, match=r"t\.csv line 3: not UTF-8 at '.*caf.*'\. Save it as .* \?encoding=cp1252"):
         read("table", table)
     samples, problems = read("table", table, encoding="utf-8")
     assert [sample.captions for sample in samples] == [("A.",), ("A caf\ufffd.",)]
