@@ -1,4 +1,4 @@
-"""COCO 2017 as it is published, made of a few photographs: what the tutorial's commands are tried on."""
+"""COCO 2017 as it is published, made of a few photographs: what the commands of docs/howto/coco.md are tried on."""
 
 from __future__ import annotations
 

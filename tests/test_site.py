@@ -201,7 +201,7 @@ def test_a_browser_shows_it_and_finds_a_word(served: str, browser: Any) -> None:
         page.on("request", lambda made: None if made.url.startswith((served, "data:")) else complaints.append(made.url))
         for name, heading in (
             ("index", "teacher-cache"),
-            ("tutorial", "COCO"),
+            ("tutorial", "1,000 pictures"),
             ("reference/cli", "Commands"),
             ("project/api/teacher_cache.pipeline.settings.train", "teacher_cache.pipeline.settings.train"),
         ):

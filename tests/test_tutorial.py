@@ -1,4 +1,4 @@
-"""The tutorial's commands, read from its text and run one after another on COCO's layout with a tiny teacher."""
+"""The commands of the tutorial and of the page on COCO, read from their text and run in turn with a tiny teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from teacher_cache.pipeline.cli.app import app
 from tests.coco_files import captions_of, write_coco
 from tests.conftest import write_photos
 
-TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 # what differs from the text: a teacher and a student that are here, and sizes for 20 images
 _SMALLER = {"--epochs": "1", "--batch-size": "4", "--sample": "4"}
@@ -26,9 +26,9 @@ _ADDED = {
 }
 
 
-def commands() -> list[list[str]]:
-    """Words of each teacher-cache command in the tutorial, in order."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
+def commands(page: str) -> list[list[str]]:
+    """Words of each teacher-cache command of a page, in order."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert {line[0] for line in words} <= {"make", "source", "pip", "mkdir", "curl", "unzip", "teacher-cache"}
@@ -39,7 +39,7 @@ def here(words: list[str], model: Path) -> list[str]:
     """The command as it can be run here; every flag but those of :data:`_SMALLER` and the models stays as it is."""
     line = shlex.join(words)
     line = line.replace("--teacher ViT-B-32 --pretrained openai", f"--teacher local-dir:{model}")
-    line = line.replace("--student effnet-lite0-t3", f"--student {model / 'open_clip_config.json'}")
+    line = re.sub(r"--student effnet-\S+", f"--student {model / 'open_clip_config.json'}", line)
     line = line.replace(" --trunk-weights package:efficientnet-lite0", "")
     for flag, value in _SMALLER.items():
         line = re.sub(rf"{flag} \S+", f"{flag} {value}", line)
@@ -52,7 +52,37 @@ def verb(words: list[str]) -> str:
     return f"{name} --dry-run" if "--dry-run" in words else name
 
 
-def test_its_commands_do_what_it_says(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(page: str, model: Path) -> dict[str, str]:
+    """Run the commands of a page; return what each printed."""
+    told = {}
+    for words in commands(page):
+        done = CliRunner().invoke(app, here(words, model), catch_exceptions=False)
+        assert done.exit_code == 0, f"{shlex.join(words)}: {done.output}"
+        told[verb(words)] = done.stdout
+    return told
+
+
+def test_the_tutorial_does_what_it_says(tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = write_photos(tmp_path / "photos", 40)
+    (tmp_path / "pictures").symlink_to(photos / "images")
+    (tmp_path / "pictures" / "one.jpg").symlink_to(photos / "images" / "0000.jpg")
+    captions = (photos / "captions.txt").read_text().splitlines()[1:]
+    (tmp_path / "pairs.csv").write_text("\n".join(["path,caption", *(f"pictures/{line}" for line in captions)]))
+    monkeypatch.chdir(tmp_path)
+    told = run("tutorial.md", tiny_teacher)
+    assert set(told) == {
+        *("precompute", "info", "stats", "evaluate", "student inherit", "train", "deploy", "infer", "report")
+    }
+    assert "40 images and 80 captions" in told["precompute"]
+    assert "retention" in told["evaluate"]
+    assert "pictures/one.jpg" in told["infer"]
+    assert Path("deployed/a/README.md").is_file()
+    assert Path("report.html").is_file()
+
+
+def test_the_page_on_coco_does_what_it_says(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos = write_photos(tmp_path / "photos", 20)
     names = [f"{number:04d}.jpg" for number in range(20)]
     monkeypatch.chdir(tmp_path)
@@ -60,11 +90,7 @@ def test_its_commands_do_what_it_says(tmp_path: Path, tiny_teacher: Path, monkey
         tmp_path / "data" / "coco",
         {"train2017": captions_of(photos, names[:12]), "val2017": captions_of(photos, names[12:])},
     )
-    told = {}
-    for words in commands():
-        done = CliRunner().invoke(app, here(words, tiny_teacher), catch_exceptions=False)
-        assert done.exit_code == 0, f"{shlex.join(words)}: {done.output}"
-        told[verb(words)] = done.stdout
+    told = run("howto/coco.md", tiny_teacher)
     assert set(told) >= {
         "precompute --dry-run",
         "precompute",
