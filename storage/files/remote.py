@@ -16,7 +16,15 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from teacher_cache.storage.errors import CacheAccessError, CacheUnreachableError, UsageError
 from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
-from teacher_cache.storage.files.stores import CREATING, CREDENTIAL_ADVICE, Failure, forget_store, open_store
+from teacher_cache.storage.files.stores import (
+    CREATING,
+    CREDENTIAL_ADVICE,
+    Failure,
+    forget_store,
+    has_answered,
+    note_answer,
+    open_store,
+)
 from teacher_cache.storage.observe.safe_text import redact
 
 _Result = TypeVar("_Result")
@@ -27,13 +35,15 @@ _log = logging.getLogger(__name__)
 class RetryPolicy:
     """Limits of a request: number of tries, pauses between them, and time until an answer.
 
-    Pauses double with each try, and are shortened at random by up to half.
+    Pauses double with each try, and are shortened at random by up to half. A store that has never answered this process
+    is given up after ``first_answer_seconds``: its address is probably wrong.
     """
 
     tries: int = 6
     first_pause_seconds: float = 0.5
     longest_pause_seconds: float = 20.0
     answer_seconds: float = 60.0
+    first_answer_seconds: float = 10.0
 
     def pause_seconds(self, failures: int) -> float:
         """Return the pause after that many failures in a row."""
@@ -71,6 +81,8 @@ class RemoteFiles(CacheFiles):
         self._create_is_proven = False
         self._bucket_exists = False
         self._store: Any = None
+        self._has_answered = False
+        self._answer_seconds = 0.0  # limit of the opened store
         self._process: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -213,22 +225,25 @@ class RemoteFiles(CacheFiles):
         """
         retry = self._retry or RETRY
         where = f"{self.location}: cannot {verb} {named or key or 'the cache'}"
-        failures = 0
+        failures, began = 0, time.monotonic()
         while True:
             try:
                 result = call(self._opened(retry, where), self._path(key))
                 self._bucket_exists = True
+                self._note_answer()
                 return result
             except (BaseError, FileNotFoundError) as error:
                 failure = Failure.of(error)
                 is_missing = isinstance(error, FileNotFoundError)
+            if is_missing or failure.status:
+                self._note_answer()
             # `raise from None`: the cause may show what redact() hides
             if failure.no_bucket:
                 raise CacheAccessError(f"{where}: the bucket does not exist. Make it, or correct the location")
             if is_missing:
                 raise FileNotFoundError(f"{self.location}: there is no object {key}")
             if not failure.transient:
-                forget_store(self.location, retry.answer_seconds)
+                forget_store(self.location, self._answer_seconds)
                 self._store = None
                 raise CacheAccessError(f"{where}: {failure.remedy}")
             failures += 1
@@ -237,18 +252,34 @@ class RemoteFiles(CacheFiles):
                     f"{where}: {failures} tries failed, the last with {failure.text}. Run the same command again when "
                     "the store answers"
                 )
-            pause = retry.pause_seconds(failures)
-            _log.warning("%s (%s); try %d of %d in %.1f s", where, failure.text, failures + 1, retry.tries, pause)
+            pause, waited = retry.pause_seconds(failures), time.monotonic() - began
+            if not self._has_answered and waited + pause > retry.first_answer_seconds:
+                raise CacheUnreachableError(
+                    f"{where}: no answer in {waited:.0f} s ({failure.text}). Check the location"
+                    f"{', AWS_ENDPOINT_URL' if self.location.startswith('s3') else ''} and the network, and run the "
+                    "same command again"
+                )
+            level = logging.WARNING if self._has_answered else logging.INFO
+            _log.log(level, "%s (%s); try %d of %d in %.1f s", where, failure.text, failures + 1, retry.tries, pause)
             time.sleep(pause)
 
     def _opened(self, retry: RetryPolicy, where: str) -> Any:
-        if self._store is None or self._process != os.getpid():
+        self._has_answered = self._has_answered or has_answered(self.location)
+        seconds = retry.answer_seconds
+        if not self._has_answered:
+            seconds = min(seconds, retry.first_answer_seconds)
+        if self._store is None or self._process != os.getpid() or self._answer_seconds != seconds:
             try:
-                self._store = open_store(self.location, retry.answer_seconds)
+                self._store, self._answer_seconds = open_store(self.location, seconds), seconds
             except CacheAccessError as error:
                 raise CacheAccessError(f"{where}: {error}") from None
             self._process = os.getpid()
         return self._store
+
+    def _note_answer(self) -> None:
+        if not self._has_answered:
+            note_answer(self.location)
+            self._has_answered = True
 
 
 def _check_location(location: str) -> None:

@@ -32,6 +32,7 @@ _CREDENTIALS_KEPT = timedelta(minutes=5)  # botocore renews them before they exp
 
 _memory = MemoryStore()
 _stores: dict[Hashable, Any] = {}
+_answered = set[Hashable]()
 _stores_lock = threading.Lock()
 _process: int | None = None
 
@@ -69,6 +70,16 @@ def forget_store(url: str, answer_seconds: float = _ANSWER_SECONDS) -> None:
     """Make the next caller open the store again: refused credentials may have been renewed."""
     with _stores_lock:
         _stores.pop(_key(url, answer_seconds), None)
+
+
+def has_answered(url: str) -> bool:
+    """Return whether a store has ever answered this process at this address."""
+    return _key(url, 0) in _answered
+
+
+def note_answer(url: str) -> None:
+    """Remember that a store has answered."""
+    _answered.add(_key(url, 0))
 
 
 def _key(url: str, answer_seconds: float) -> Hashable:

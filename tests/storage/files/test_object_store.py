@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import socket
 import sys
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
@@ -402,6 +404,7 @@ def test_a_server_that_is_not_there(
     moto: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str
 ) -> None:
     """Each further try is a line in the log; neither it nor the message shows a password of the address."""
+    caplog.set_level(logging.INFO, "teacher_cache")
     for name, value in {**moto.environment, "AWS_ENDPOINT_URL": address}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CacheUnreachableError, match="cannot read a: 3 tries failed") as given_up:
@@ -410,6 +413,31 @@ def test_a_server_that_is_not_there(
     lines = [record.getMessage() for record in caplog.records if record.name == "teacher_cache.storage.files.remote"]
     assert [line.rpartition("; ")[2][:10] for line in lines] == ["try 2 of 3", "try 3 of 3"]
     assert "s3cr3t" not in caplog.text
+
+
+def test_a_server_that_never_answered_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes the connection and says nothing, and one that is not there: a wrong address, by one sentence."""
+    quick = RetryPolicy(first_answer_seconds=0.3)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        for port, why in ((deaf.getsockname()[1], "no answer in time"), (9, "Connection refused")):
+            location, began = f"http://127.0.0.1:{port}/x.cache", time.monotonic()
+            wanted = (
+                rf"x\.cache: cannot read a: no answer in \d s \({why}\)\. Check the location and the network, and run"
+            )
+            with pytest.raises(CacheUnreachableError, match=wanted):
+                RemoteFiles(location, quick).read("a")
+            assert time.monotonic() - began < 10
+
+
+def test_a_server_that_has_answered_is_waited_for(proxy: FaultProxy, shaky: RemoteFiles) -> None:
+    """Also by another reader of the process: a run does not end because of a store that restarts."""
+    shaky.write("a", b"x")
+    proxy.always(FAULTS["drop"])
+    patient = RetryPolicy(tries=3, first_pause_seconds=0.01, longest_pause_seconds=0.02, first_answer_seconds=0)
+    with pytest.raises(CacheUnreachableError, match="cannot read a: 3 tries failed"):
+        RemoteFiles(shaky.location, patient).read("a")
 
 
 def test_the_command_line_says_it_in_one_line(
