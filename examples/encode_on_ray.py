@@ -22,7 +22,8 @@ from teacher_cache.storage.format.commits import ChunkRef
 def plan(config: PrecomputeConfig, chunks_per_span: int) -> list[list[ChunkRef]]:
     """Write the cache's manifest and tables, or check them; what is still to be encoded."""
     from teacher_cache.pipeline.models.teacher import cached_teacher
-    from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
+    from teacher_cache.pipeline.precompute.executors import chunk_spans
+    from teacher_cache.pipeline.precompute.plan import plan_precompute
 
     teacher = cached_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     return chunk_spans(plan_precompute(config, teacher), chunks_per_span)

@@ -76,8 +76,8 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
     """
     # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.data.datasets.spec import check_dataset
-    from teacher_cache.pipeline.precompute.executors import open_executor
-    from teacher_cache.pipeline.precompute.plan import chunk_spans, plan_precompute
+    from teacher_cache.pipeline.precompute.executors import chunk_spans, open_executor
+    from teacher_cache.pipeline.precompute.plan import plan_precompute
 
     logger = get_run_logger()
     check_dataset(config.dataset)  # a typing error fails before the teacher is loaded

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +16,7 @@ from teacher_cache.storage.cli.app import (
     cache_argument,
     command,
     counted,
+    duration,
     json_flag,
     print_json,
     print_lines,
@@ -26,7 +25,7 @@ from teacher_cache.storage.cli.app import (
 )
 from teacher_cache.storage.cli.compare import print_findings, print_report
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -46,11 +45,11 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
     PrecomputeConfig,
     flags=(
         *("dataset", "teacher", "pretrained", "cache", "reuse", "views", "dtype", "decoder"),
-        *("precision", "batch_size", "device", "executor", "workers"),
+        *("precision", "batch_size", "device", "executor", "workers", "max_problems"),
     ),
     example="precompute --dataset coco:data --teacher local-dir:teacher --cache coco.cache",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what it will take: rows, bytes and hours. Exit 1 without room.")
+@click.option("--dry-run", is_flag=True, help="Only say what it takes: rows, bytes, time. Exit 1 without room.")
 @metrics_option
 @log_format_option
 @json_flag
@@ -65,6 +64,16 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
         with StageProgress() as progress:
             result = run(config, progress)
     print_result(result, as_json, _precomputed_lines)
+    if not as_json:
+        _suggest_use(config, result.teacher)
+
+
+def _suggest_use(config: PrecomputeConfig, teacher: str) -> None:
+    if config.dataset.startswith("labelled:"):
+        suggest_next("zero-shot", cache=config.cache)
+    else:
+        student = "scenes-small" if teacher == "bundled:scenes" else "vit-ti-32"
+        suggest_next("train", cache=config.cache, student=student, out="runs/a")
 
 
 @settings_command(
@@ -89,6 +98,8 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
         with StageProgress() as progress:
             result = import_rows(config, progress)
     print_result(result, as_json, _import_lines)
+    if not as_json:
+        _suggest_use(config, result.teacher)
 
 
 @settings_command(
@@ -128,8 +139,7 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
             _print_proof(proof)
         elif config is not None:
             say("no row was drawn: the cache is damaged or not complete.")
-        if {finding.kind for finding in report.findings} - _NOT_MENDED:
-            say(f"Readers refuse what is damaged. Run teacher-cache repair {cache} to mend it.")
+        _suggest_mending(cache, {finding.kind for finding in report.findings})
     if not report.ok:
         sys.exit(1)
 
@@ -161,8 +171,19 @@ def repair(cache: str, as_json: bool, **options: Any) -> None:
         say(f"left as they are: {', '.join(result.left)} of {rows}: it mends them.")
     if result.replaced_manifest_digest:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
+    if not as_json:
+        _suggest_mending(cache, {finding.kind for finding in result.findings} & _NOT_MENDED)
     if not result.ok:
         sys.exit(1)
+
+
+def _suggest_mending(cache: str, kinds: set[str]) -> None:
+    """Say which command mends what verify found; the finding of an unfinished cache names its own."""
+    if kinds - _NOT_MENDED:
+        say("readers refuse what is damaged")
+        suggest_next("repair", cache)
+    elif "unknown-file" in kinds:
+        suggest_next("gc", cache)
 
 
 def _refuse_without_sample(flags: dict[str, Any]) -> None:
@@ -174,20 +195,24 @@ def _refuse_without_sample(flags: dict[str, Any]) -> None:
 def _precomputed_lines(result: PrecomputeResult) -> list[str]:
     """Return the lines of stdout. Problems and notes go to stderr."""
     views = "" if result.views == 1 else f" in {result.views} views"
-    speed = rates(result.images_per_second, result.captions_per_second)
-    for line in result.problem_details:
-        say(line)
     if result.replaced_manifest_digest:
         say(_replaced(result.manifest_digest, result.replaced_manifest_digest))
+    lost = f"{counted(result.lost_images, 'image')} without a row, {result.quarantined} quarantined"
+    done = "already complete: this run had nothing to encode"
+    if result.chunks_encoded:
+        speed = rates(result.images_per_second, result.captions_per_second)
+        done = f"{result.chunks_encoded} of {counted(result.chunks, 'chunk')} encoded by this run in "
+        done += f"{duration(result.seconds)} ({speed})"
+        for line in result.problem_details:
+            say(line)
     problems = ", ".join(f"{kind} {count}" for kind, count in result.problems.items()) or "none"
-    reused = result.rows_reused
-    if any(reused.values()):
-        copied = f"{counted(reused['image'], 'image')} and {counted(reused['text'], 'caption')}"
-        say(f"copied: {copied}; the others were encoded")
+    if result.problems:
+        lost += f"; teacher-cache info {result.cache} --problems lists them"
     return [
-        f"{result.cache}: {result.images:,} images{views} and {result.captions:,} captions by {result.teacher}",
-        f"{result.chunks_encoded} of {result.chunks} chunks encoded by this run in {result.seconds:,.1f} s ({speed})",
-        f"problems: {problems}; {result.lost_images} images without a row, {result.quarantined} quarantined",
+        f"{result.cache}: {counted(result.images, 'image')}{views} and {counted(result.captions, 'caption')} by "
+        f"{result.teacher}",
+        done,
+        f"problems: {problems}; {lost}",
     ]
 
 
@@ -236,28 +261,20 @@ def _forecast_lines(result: Forecast) -> list[str]:
     committed = f", {result.committed_rows:,} of these rows are committed" if result.committed_rows else ""
     return [
         f"{result.teacher} on {result.device} in {result.precision}, {result.dataset}",
-        f"rows       {result.images:,} images{views} and {result.captions:,} captions in {result.chunks:,} chunks"
-        f"{committed}",
-        *_reuse_lines(result),
+        f"rows       {counted(result.images, 'image')}{views} and {counted(result.captions, 'caption')} in "
+        f"{counted(result.chunks, 'chunk')}{committed}",
+        *([f"reuse      {result.reuse_line}"] if result.reuse_line else []),
         f"bytes      {byte_size(result.target_bytes)} of embeddings, about {byte_size(result.table_bytes)} of tables"
         f"{room}",
         f"probe      {_probed(result)}",
-        f"time       {_clock(result.encode_seconds)} to encode on {result.device} after {_clock(result.check_seconds)} "
-        f"to check all files; {result.encode_seconds / 3600:,.2f} device hours",
-        f"online     {_clock(result.online_epoch_seconds)} of teacher in every epoch without a cache",
+        f"time       {duration(result.encode_seconds)} to encode on one {result.device}, after "
+        f"{duration(result.check_seconds)} to check all files",
+        f"without    {duration(result.online_epoch_seconds)} of the teacher in each epoch of each student, if it ran "
+        "while they train",
         "it pays    never: the teacher took no time"
         if result.epochs_to_pay is None
-        else f"it pays    from {counted(result.epochs_to_pay, 'epoch')} on, over all students",
-    ]
-
-
-def _reuse_lines(result: Forecast) -> list[str]:
-    if result.reuse is None:
-        return []
-    copied, encoded = result.rows_reused, result.rows_to_encode
-    return [
-        f"reuse      {copied['image']:,} image and {copied['text']:,} caption rows are copied from {result.reuse}; "
-        f"the teacher encodes {encoded['image']:,} and {encoded['text']:,}"
+        else f"it pays    once the students train {counted(result.epochs_to_pay, 'epoch')} in all: from then on the "
+        "teacher would have run longer without a cache",
     ]
 
 
@@ -270,15 +287,12 @@ def _probed(result: Forecast) -> str:
     return f"{speed}, by {counted(image.rows, 'image')} and {counted(text.rows, 'caption')}{lost}"
 
 
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=math.ceil(seconds)))
-
-
 def _import_lines(result: ImportResult) -> list[str]:
     matched = result.matched
     least = "" if result.least_cosine is None else f", least cosine {result.least_cosine:.5f}"
     lines = [
-        f"{result.cache}: {result.images:,} images and {result.captions:,} captions by {result.teacher}",
+        f"{result.cache}: {counted(result.images, 'image')} and {counted(result.captions, 'caption')} by "
+        f"{result.teacher}",
         f"images: {result.images_imported:,} imported, {result.images_encoded:,} encoded, {result.quarantined:,} "
         f"quarantined; captions: {result.captions_imported:,} imported, {result.captions_encoded:,} encoded",
         f"proven: {counted(result.images_proven, 'image')} and {counted(result.captions_proven, 'caption')} against "
@@ -294,4 +308,4 @@ def _import_lines(result: ImportResult) -> list[str]:
         lines.append(f"rows of the folder ({matched.folder_rows:,} in all) that were left aside: {counts}")
     if result.problems:
         lines.append("problems: " + ", ".join(f"{kind} {count}" for kind, count in result.problems.items()))
-    return [*lines, f"{result.chunks_written} of {result.chunks} chunks written in {result.seconds:,.1f} s"]
+    return [*lines, f"{result.chunks_written} of {result.chunks} chunks written in {duration(result.seconds)}"]

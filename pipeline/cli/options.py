@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from teacher_cache.pipeline.settings.base import StageConfig, learned_split
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.names import check_device, check_student, check_teacher
-from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.cli.app import Argument, Command, Option, complete_cache
@@ -133,13 +133,14 @@ def check_names(config: StageConfig) -> None:
         from teacher_cache.storage.write.plan import require_place
 
         require_place(open_files(config.cache))
-    elif not isinstance(config, ZeroShotConfig):
-        _check_splits(config, named)
+    elif not isinstance(config, ZeroShotConfig | ProofConfig):
+        _check_cache(config, named)
 
 
-def _check_splits(config: StageConfig, named: dict[str, Any]) -> None:
-    """Check that the run is one, and that the cache has the splits."""
+def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
+    """Check that the run is one, and that the cache is finished and has the splits."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
+    from teacher_cache.storage.format.claim_records import require_sealed
     from teacher_cache.storage.format.manifest_file import read_manifest
 
     cache = named.get("cache")
@@ -148,8 +149,9 @@ def _check_splits(config: StageConfig, named: dict[str, Any]) -> None:
         cache = cache or record.config.cache
     if cache is None:
         return
+    files = open_files(cache)
     try:
-        manifest = read_manifest(open_files(cache))
+        manifest = read_manifest(files)
     except CacheNotFoundError:
         if "cache" in named:
             raise
@@ -158,6 +160,7 @@ def _check_splits(config: StageConfig, named: dict[str, Any]) -> None:
         manifest.require_split(learned_split(config, manifest.identity.dataset.splits), cache)
     if "select_split" in named:
         manifest.require_split(named["select_split"], cache)
+    require_sealed(files, manifest)
 
 
 class _SettingsCommand(Command):
@@ -219,6 +222,8 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     else:
         # a text, which the settings convert and check: one wording of mistakes for flags and run files
         settings["metavar"] = _METAVARS.get(kind)
+        if isinstance(field.json_schema_extra, dict) and "bare" in field.json_schema_extra:  # typed without a value
+            settings |= {"is_flag": False, "flag_value": str(field.json_schema_extra["bare"])}
     return click.Option([flag, name], **settings)
 
 

@@ -29,6 +29,7 @@ from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles, sync
+from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.files.places import RUN, misplaced, similar_names
 
 RESUME = "resume"
@@ -54,7 +55,9 @@ class RunFolder:
 
         Raises:
             UsageError: another process holds it, or the file system has no locks.
+            CacheAccessError: this user may not write in the folder.
         """
+        require_writable(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("a+") as file:
             try:

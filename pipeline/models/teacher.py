@@ -36,6 +36,7 @@ from teacher_cache.pipeline.settings.base import Precision
 from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher, nearest
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
+from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import printable
 
 _USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
@@ -218,6 +219,8 @@ def load_teacher(
             tensors, a config that would run a model's own code, no such device or decoder, or a missing package.
     """
     where = resolve_device(device)
+    if precision == "fp16" and where.type == "cpu":
+        say("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     check_teacher(name, pretrained, open_clip.list_models)

@@ -13,9 +13,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,24 @@ from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
     PlanSettings,
     Progress,
+    copied_rows,
     dataset_identity,
     dataset_tables,
     origin_of_reused,
     read_dataset,
     require_one_origin,
+    require_same_dataset,
+    reuse_line,
     rows_by_tower,
 )
-from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, target_bytes
-from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity
+from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Layout, Tower
-from teacher_cache.storage.format.manifest import CacheManifest
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, table_files
+from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table, table_files
+from teacher_cache.storage.observe.safe_text import printable
 from teacher_cache.storage.write.plan import require_same_plan
 
 _PROBE_BATCHES = 8  # read to estimate the bytes of tables; one of them is timed, one warms up
@@ -86,6 +88,7 @@ class Forecast(BaseModel, frozen=True):
     free_bytes: int | None = Field(description="Free bytes on the disk of the cache; None for a URL.")
     committed_rows: int = Field(description="Image views and captions that the cache already has.")
     reuse: str | None = Field(None, description="Finished cache whose rows are copied.")
+    reuse_line: str | None = Field(None, description="What is copied from it and what is encoded, in a sentence.")
     rows_reused: dict[Tower, int] = Field(
         description="Copied rows by tower: image views, and captions. The time for copying is not included."
     )
@@ -134,18 +137,19 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         raise UsageError(f"{spec}: {why_none(listed.problems)}")
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     origin = origin_of_reused(settings, teacher)
-    planned, began = None, time.perf_counter()
-    if config.reuse is not None:
+    began = time.perf_counter()
+    if config.reuse is None:
+        planned, check = _planned_unread(settings, spec, listed, teacher), None
+    else:
         planned = read_dataset(settings, teacher, progress)
-        listed = planned.dataset
-    check = None if planned is None else time.perf_counter() - began
-    dataset = _listed_dataset(spec, listed, settings.have) if planned is None else planned.identity.dataset
-    layout, committed = _layout(settings, settings.identity(teacher, dataset), teacher.device.type)
+        check = time.perf_counter() - began
+    listed = planned.dataset
+    require_same_dataset(planned)
+    layout, committed = _layout(settings, planned.identity, teacher.device.type)
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if settings.have is not None:
         require_one_origin(config, origin, settings.have, pending)
-    copied = _copied(planned, layout, pending)
-    waiting = rows_by_tower(layout, pending)
+    copied, waiting = copied_rows(planned, layout, pending), rows_by_tower(layout, pending)
     to_encode: dict[Tower, int] = {tower: waiting[tower] - copied[tower] for tower in waiting}
 
     read = _read_probe(spec, listed, probe or _PROBE_BATCHES * layout.batch_rows, progress)
@@ -173,6 +177,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         free_bytes=_free_bytes(config.cache),
         committed_rows=sum(rows_by_tower(layout, committed).values()),
         reuse=config.reuse,
+        reuse_line=None if config.reuse is None else reuse_line(settings, copied, waiting),
         rows_reused=copied,
         rows_to_encode=to_encode,
         probe_images=len(read.part.samples),
@@ -192,17 +197,24 @@ def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | No
     return math.floor(cache_seconds / online_epoch_seconds) + 1 if online_epoch_seconds > 0 else None
 
 
-def _listed_dataset(spec: DatasetSpec, listed: SampleSet, have: CacheManifest | None) -> DatasetIdentity:
-    """Return the dataset part of the identity without the images' digests, which would need every file."""
-    dataset = dataset_identity(spec, dataset_tables(listed, [""] * len(listed.samples)))
-    if have is None:
-        return dataset
-    recorded = have.identity.dataset
-    if recorded.images == dataset.images:
-        return dataset.model_copy(update={"samples_sha256": recorded.samples_sha256})
-    # the cache may have fewer rows: the other images may be unreadable
-    most = {name: min(getattr(recorded, name), getattr(dataset, name)) for name in ("images", "captions")}
-    return recorded.model_copy(update=most)
+def _planned_unread(
+    settings: PlanSettings, spec: DatasetSpec, listed: SampleSet, teacher: LiveTeacher
+) -> PlannedDataset:
+    """Plan a dataset without reading its images: the digests are those of the existing cache, and empty without one.
+
+    Images that were lost when the cache was made are left out.
+    """
+    samples, known = listed.samples, dict[str, str]()
+    if settings.have is not None:
+        files, have = open_files(settings.config.cache), settings.have
+        rows = read_table(files, have, SAMPLES, ["sample_id", "content_sha256"]).to_pydict()
+        known = dict(zip(rows["sample_id"], rows["content_sha256"], strict=True))
+        problems = read_table(files, have, PROBLEMS).to_pylist()
+        lost = {problem["where"] for problem in problems if problem["lost_image"]}
+        samples = [sample for sample in samples if sample.sample_id in known or printable(sample.sample_id) not in lost]
+    kept = replace(listed, samples=samples)
+    tables = dataset_tables(kept, [known.get(sample.sample_id, "") for sample in samples])
+    return PlannedDataset(settings, spec, kept, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
 
 def _layout(settings: PlanSettings, identity: CacheIdentity, device: str) -> tuple[Layout, list[ChunkRef]]:
@@ -217,27 +229,6 @@ def _layout(settings: PlanSettings, identity: CacheIdentity, device: str) -> tup
     require_same_plan(have, identity, layout, cache)
     names = set(open_files(cache).list(COMMITS))
     return have.layout, [ref for ref in all_chunks(have.layout) if ref.commit_key in names]
-
-
-def _copied(planned: PlannedDataset | None, layout: Layout, pending: Sequence[ChunkRef]) -> dict[Tower, int]:
-    """Count the rows that can be copied from the reused cache.
-
-    Raises:
-        CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
-    """
-    if planned is None or planned.settings.config.reuse is None:
-        return {"image": 0, "text": 0}
-    identity, have, tables = planned.identity, planned.settings.have, planned.tables
-    if have is not None and have.layout.views > identity.views.count:  # its further views stay
-        identity = identity.model_copy(update={"views": have.identity.views})
-    towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
-    known = cached_rows(
-        planned.settings.config.reuse,
-        identity,
-        lambda table, name: tables[table][name],
-        lambda tower, rows: chunk_rows_sha256(tables[towers[tower]].slice(rows.start, len(rows)), tower),
-    )
-    return count_known(known, layout, pending)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -21,17 +19,25 @@ from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
 from teacher_cache.pipeline.models.teacher import LiveTeacher
-from teacher_cache.pipeline.precompute.reuse import require_reusable
+from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known, dataset_changes, require_reusable
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
+from teacher_cache.storage.cli.app import counted
+from teacher_cache.storage.errors import CacheError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import ChunkRef, stretches_of
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
-from teacher_cache.storage.observe.logs import event, logger
+from teacher_cache.storage.format.tables import (
+    CAPTIONS,
+    PROBLEMS,
+    SAMPLES,
+    captions_sha256,
+    chunk_rows_sha256,
+    samples_sha256,
+)
+from teacher_cache.storage.observe.logs import command_line, event, logger, say
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -43,7 +49,7 @@ CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "fli
 """Settings of precompute, and their names in the identity (``ViewsIdentity``)."""
 # milder than ImageNet's 0.08: a caption describes the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
-MOST_SPANS = 16  # a graph that a person can read; each task run costs the server a dozen calls
+_PROBLEMS_NAMED = 5
 _CHUNK_ROWS = 4096  # 4 MiB at 512 float16: larger chunks read no faster
 
 
@@ -185,6 +191,9 @@ def plan_precompute(
     made_with = library_versions(teacher.preprocess.decoder) | origin
     manifest, pending = plan_dataset(planned, encode_on or teacher.device.type, made_with)
     require_one_origin(config, origin, manifest, pending)
+    if config.reuse is not None and pending:
+        copied = copied_rows(planned, manifest.layout, pending)
+        say(reuse_line(settings, copied, rows_by_tower(manifest.layout, pending)))
     return pending
 
 
@@ -246,6 +255,7 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
 
     Raises:
         UsageError: as ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
+        CacheError: more images cannot be used than the settings allow.
     """
 
     def checked(done: int, total: int) -> None:
@@ -254,8 +264,24 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
 
     spec = DatasetSpec.parse(settings.config.dataset)
     dataset, digests = load_samples(spec, checked)
+    if settings.have is None:
+        _require_few_problems(settings.config, dataset)
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
+
+
+def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
+    lost = [problem for problem in dataset.problems if problem.lost_image]
+    images = len(dataset.samples) + len(lost)
+    if len(lost) <= (allowed := config.allowed_problems(images)):
+        return
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(problem.kind for problem in lost).items())
+    first = "; ".join(map(str, lost[:_PROBLEMS_NAMED]))
+    raise CacheError(
+        f"{config.dataset}: {len(lost):,} of {counted(images, 'image')} cannot be used ({kinds}), "
+        f"at most {allowed:,} are allowed. The first: {first}. Nothing was "
+        f"written. Mend the dataset, or leave them out: --max-problems {len(lost)}"
+    )
 
 
 def plan_dataset(
@@ -276,27 +302,88 @@ def plan_dataset(
     def plan(layout: Layout) -> CacheManifest:
         return plan_cache(cache, identity, layout, source, planned.tables, made_with)
 
+    require_same_dataset(planned)
     layout = settings.layout(identity, device)
     try:
-        try:
-            manifest = plan(layout)
-        except CacheMismatchError:
-            now = replace(settings, have=existing_manifest(cache)).layout(identity, device)
-            if now == layout:
-                raise
-            manifest = plan(now)  # another process planned it first, with its own device's defaults
-    except CacheMismatchError as error:
-        lost = [problem for problem in planned.dataset.problems if problem.lost_image]
-        if not lost:
+        manifest = plan(layout)
+    except CacheMismatchError:
+        now = replace(settings, have=existing_manifest(cache)).layout(identity, device)
+        if now == layout:
             raise
-        # the most frequent reason: a share that is not mounted, or a server that is down
-        raise CacheMismatchError(
-            f"{error} {len(lost)} images of the dataset have no row now, the first: {lost[0]}."
-        ) from error
+        manifest = plan(now)  # another process planned it first, with its own device's defaults
     pending = EmbeddingWriter(cache, manifest).pending()
     for tower, num_rows in rows_by_tower(manifest.layout, pending).items():
         event(_LOG, logging.DEBUG, "rows planned", tower=tower, num_rows=num_rows)
     return manifest, pending
+
+
+def copied_rows(planned: PlannedDataset, layout: Layout, pending: Sequence[ChunkRef]) -> dict[Tower, int]:
+    """Count the rows of pending chunks that are copied from the reused cache, by tower.
+
+    Raises:
+        CacheError: as ``teacher_cache.pipeline.precompute.reuse.CachedRows``.
+    """
+    settings, tables = planned.settings, planned.tables
+    if settings.config.reuse is None:
+        return {"image": 0, "text": 0}
+    identity, have = planned.identity, settings.have
+    if have is not None and have.layout.views > identity.views.count:  # its further views stay
+        identity = identity.model_copy(update={"views": have.identity.views})
+    towers: dict[Tower, str] = {"image": SAMPLES, "text": CAPTIONS}
+    known = cached_rows(
+        settings.config.reuse,
+        identity,
+        lambda table, name: tables[table][name],
+        lambda tower, rows: chunk_rows_sha256(tables[towers[tower]].slice(rows.start, len(rows)), tower),
+    )
+    return count_known(known, layout, pending)
+
+
+def reuse_line(settings: PlanSettings, copied: dict[Tower, int], pending: dict[Tower, int]) -> str:
+    """Return how many of the pending rows are copied, and how many encoded, in a sentence."""
+    assert settings.reused is not None
+    there, views = settings.reused.layout.views, settings.views.count
+    encoded: dict[Tower, int] = {tower: pending[tower] - copied[tower] for tower in pending}
+    nouns = ("image" if views == 1 else "view", "caption")
+    rows = (f"{counted(of['image'], nouns[0])} and {counted(of['text'], nouns[1])}" for of in (copied, encoded))
+    left = f". It has {there} views, this cache gets {views}: --views {there} copies all" if there > views else ""
+    return f"from {settings.config.reuse}: {' copied, '.join(rows)} to encode{left}"
+
+
+def require_same_dataset(planned: PlannedDataset) -> None:
+    """Check that an existing cache has the rows of the dataset, if its teacher is the one asked for.
+
+    Raises:
+        CacheMismatchError: it has other rows. The message counts them, and has the command that makes a cache of the
+            dataset.
+    """
+    settings, have = planned.settings, planned.settings.have
+    if have is None:
+        return
+    config, wanted = settings.config, planned.identity.model_copy(update={"views": have.identity.views})
+    differences = have.identity.differences(wanted)
+    if not differences or any(not difference.field.startswith("dataset.") for difference in differences):
+        return  # plan_cache names each other difference
+    rows, recorded = planned.identity.dataset, have.identity.dataset
+    changes = dataset_changes(open_files(config.cache), have, planned.tables)
+    removed = set(changes.removed)
+    lost = [problem for problem in planned.dataset.problems if problem.where in removed]
+    if 2 * changes.kept < recorded.images and not lost:
+        raise CacheMismatchError(
+            f"{config.cache}: is of {counted(recorded.images, 'image')} of {have.source.dataset}, asked for "
+            f"{'is' if rows.images == 1 else 'are'} {rows.images:,} of {planned.spec}. Choose another --cache, or name "
+            "the dataset of this one."
+        )
+    way_out = "It is not finished: restore the dataset and run the command again, or choose another --cache."
+    if have.sealed:
+        job = "To add them" if changes.only_added else "To make a cache of the dataset as it is, which copies its rows"
+        way_out = f"{job}: {_reuse_command(config, have, config.views or have.identity.views.count)}"
+    raise CacheMismatchError(
+        f"{config.cache}: the dataset lists {counted(rows.images, 'image')}, this cache holds {recorded.images:,}: "
+        f"{changes.described(rows.captions - recorded.captions)}."
+        + "".join(f" {problem}." for problem in lost[:1])
+        + f" {way_out}"
+    )
 
 
 def rows_by_tower(layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
@@ -305,28 +392,6 @@ def rows_by_tower(layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:
     for ref in refs:
         rows[ref.tower] += len(ref.rows(layout))
     return rows
-
-
-def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int | None = None) -> list[list[ChunkRef]]:
-    """Cut pending chunks into spans for separate tasks, each within one tower.
-
-    All views of the same images stay in one span, so that an image is read once.
-
-    Args:
-        chunks_per_span: maximum number of chunks. Default: one that gives at most 16 spans.
-    """
-    if chunks_per_span is None:
-        size = max(1, ceil(len(pending) / MOST_SPANS))
-        while len(spans := chunk_spans(pending, size)) > MOST_SPANS:
-            size += ceil(size / MOST_SPANS)
-        return spans
-    spans = []
-    for stretch in stretches_of(pending):
-        if spans and len(spans[-1]) + len(stretch) <= chunks_per_span and spans[-1][0].tower == stretch[0].tower:
-            spans[-1].extend(stretch)
-        else:
-            spans.append(stretch)
-    return spans
 
 
 def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table]:
@@ -384,27 +449,31 @@ def _require_views(config: PrecomputeConfig, manifest: CacheManifest) -> None:
         return
     way_out = "Leave --views out to finish it, or encode to a new path."
     if manifest.sealed:
-        identity = manifest.identity
-        values: dict[str, Any] = {
-            "dataset": config.dataset,
-            "teacher": config.teacher,
-            "pretrained": config.pretrained,
-            "precision": identity.teacher.precision,
-            "decoder": identity.preprocess.decoder,
-            "dtype": identity.targets.dtype,
-            "views": config.views,
-            "reuse": config.cache,
-            "cache": "NEW",
-        }
-        flags = shlex.join(word for name, value in values.items() if value for word in (f"--{name}", str(value)))
         way_out = (
-            "Make a new cache that copies its rows; the teacher then encodes the other views alone: teacher-cache "
-            f"precompute {flags}"
+            "Make a new cache that copies its rows; the teacher then encodes the other views alone: "
+            f"{_reuse_command(config, manifest, config.views)}"
         )
     raise CacheMismatchError(
         f"{config.cache}: views.count: {count} in the cache, {config.views} asked for, and a cache never changes. "
         f"{way_out}"
     )
+
+
+def _reuse_command(config: PrecomputeConfig, manifest: CacheManifest, views: int) -> str:
+    """Return the command that makes a new cache with the rows of ``config.cache``."""
+    identity = manifest.identity
+    values: dict[str, Any] = {
+        "dataset": config.dataset,
+        "teacher": config.teacher,
+        "pretrained": config.pretrained,
+        "precision": identity.teacher.precision if identity.teacher.precision != "fp32" else None,
+        "decoder": identity.preprocess.decoder,
+        "dtype": identity.targets.layout_dtype,
+        "views": views if views > 1 else None,
+        "reuse": config.cache,
+        "cache": "NEW",
+    }
+    return command_line("precompute", **values)
 
 
 def default_chunk_rows(rows: int) -> int:

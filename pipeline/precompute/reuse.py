@@ -10,7 +10,8 @@ them and the last old chunk; after rows are inserted, it encodes every row that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.errors import CacheMismatchError
+from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
@@ -150,6 +153,53 @@ class CachedChunks:
         if ref.view >= self._views:
             return None
         return self._old.get((ref.tower, ref.view, self._rows_sha256(ref.tower, rows)))
+
+
+@dataclass(frozen=True)
+class DatasetChanges:
+    """Images of a dataset against those of a cache, by sample_id.
+
+    Attributes:
+        removed, changed: sample_ids of the cache's images that the dataset lacks, and that have other bytes.
+    """
+
+    kept: int
+    added: int
+    removed: list[str]
+    changed: list[str]
+
+    @property
+    def only_added(self) -> bool:
+        """True if the cache's images are all as they were, and there are more."""
+        return bool(self.added) and not self.removed and not self.changed
+
+    def described(self, more_captions: int) -> str:
+        """Return the changes in words.
+
+        Args:
+            more_captions: number of captions of the dataset above that of the cache.
+        """
+        more = [
+            counted(number, noun) for number, noun in ((self.added, "image"), (more_captions, "caption")) if number > 0
+        ]
+        parts = [f"{' and '.join(more)} more"] if more else []
+        if more_captions < 0 and not self.removed:
+            parts.append(f"{counted(-more_captions, 'caption')} less")
+        for ids, what in ((self.removed, "missing"), (self.changed, "with other bytes")):
+            if ids:
+                parts.append(f"{counted(len(ids), 'image')} {what}, the first: {ids[0]}")
+        return "; ".join(parts) or "other captions or splits, or the same ones in another order"
+
+
+def dataset_changes(files: CacheFiles, have: CacheManifest, tables: Mapping[str, pa.Table]) -> DatasetChanges:
+    """Compare the images of a cache with the tables of a dataset."""
+    old, new = read_table(files, have, SAMPLES, ["sample_id", "content_sha256"]), tables[SAMPLES]
+    places = pc.index_in(old["sample_id"], value_set=new["sample_id"].combine_chunks())
+    kept = old.filter(pc.is_valid(places))
+    other = pc.not_equal(kept["content_sha256"], new["content_sha256"].take(places.drop_null()))
+    removed = old.filter(pc.is_null(places))["sample_id"].to_pylist()
+    changed = kept.filter(other)["sample_id"].to_pylist()
+    return DatasetChanges(len(kept), len(new) - len(kept), removed, changed)
 
 
 def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:

@@ -15,13 +15,12 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import all_chunks, quarantined_rows
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.tables import PROBLEMS, read_table
-from teacher_cache.storage.look.info import encode_rates
+from teacher_cache.storage.look.info import all_problems, encode_rates
 from teacher_cache.storage.observe.telemetry import observed
 from teacher_cache.storage.write.plan import require_place
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
-_PROBLEMS_SHOWN = 50
+_PROBLEMS_SHOWN = 20
 
 
 class PrecomputeResult(BaseModel, frozen=True):
@@ -46,7 +45,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     quarantined: int = Field(description="Images without an embedding in some view, each counted once.")
     lost_images: int = Field(description="Images of the dataset without a row.")
     problems: dict[str, int] = Field(description="Problems of the dataset and of encoding, counted by kind.")
-    problem_details: tuple[str, ...] = Field(description="First 50 problems, by name.")
+    problem_details: tuple[str, ...] = Field(description="First 20 problems, by name.")
     seconds: float
     images_per_second: float | None = Field(description="Speed of the teacher over all chunks.")
     captions_per_second: float | None
@@ -95,9 +94,7 @@ def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: s
     manifest = writer.seal()
     assert writer.commits is not None  # it has just sealed them
     quarantined = quarantined_rows(writer.commits.with_quarantined()).values()
-    problems = read_table(writer.files, manifest, PROBLEMS).to_pylist()
-    met = [(problem["kind"], problem["where"], problem["detail"]) for problem in problems]
-    met += [(row.reason, row.sample_id, row.detail) for row in quarantined]
+    met = all_problems(writer.files, manifest, quarantined)
     rates = encode_rates(writer.files)
     return PrecomputeResult(
         cache=cache,
@@ -114,8 +111,8 @@ def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: s
         rows_reused=_rows_reused(reuse if chunks_encoded else None, writer),
         quarantined=len(quarantined),
         lost_images=manifest.lost_images,
-        problems=dict(sorted(Counter(kind for kind, _, _ in met).items())),
-        problem_details=tuple(": ".join(problem) for problem in met[:_PROBLEMS_SHOWN]),
+        problems=dict(sorted(Counter(problem.kind for problem in met).items())),
+        problem_details=tuple(str(problem) for problem in met[:_PROBLEMS_SHOWN]),
         seconds=seconds,
         images_per_second=rates["image"],
         captions_per_second=rates["text"],

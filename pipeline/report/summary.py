@@ -12,7 +12,6 @@ from teacher_cache.pipeline.report.charts import newest_evaluations
 from teacher_cache.pipeline.report.data import ReportData
 from teacher_cache.storage.cli.app import byte_size, counted
 from teacher_cache.storage.cli.info import encoding_cost, remaining_time
-from teacher_cache.storage.format.manifest import finished_by
 from teacher_cache.storage.look.info import CacheInfo
 
 Fact = tuple[str, str, str]
@@ -171,8 +170,7 @@ def _cost(table: StudentTable) -> str:
 def _verdict_on_cache(data: ReportData) -> str:
     info, recall = data.info, data.recall
     if not info.sealed:
-        verb = finished_by(info.made_with)
-        return f"{_done(info):.0f} % of this cache is encoded. Run the same {verb} command again to finish it."
+        return f"{_done(info):.0f} % of this cache is encoded. {info.unfinished}."
     teacher, captions = info.identity.teacher.name, info.identity.dataset.captions
     text = f"{teacher} has embedded {info.images_encoded:,} images and {captions:,} captions."
     if recall is None:

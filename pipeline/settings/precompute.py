@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from teacher_cache.pipeline.settings.base import (
@@ -50,8 +53,8 @@ class PrecomputeConfig(StageConfig):
     decode_threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
     decoder: Decoder = Field(
         "pillow",
-        description="Image decoder: pillow, as open_clip does it, or jpeg-scaled, which is faster and gives slightly "
-        "different pixels. Part of the identity.",
+        description="Image decoder: pillow, as in open_clip, or jpeg-scaled: faster, with slightly other pixels. Part "
+        "of the identity.",
     )
     views: int | None = Field(
         None,
@@ -69,12 +72,31 @@ class PrecomputeConfig(StageConfig):
         None, ge=0, le=1, description="Probability that a random crop is mirrored. Default: 0.5."
     )
     view_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the random crops. Default: 0.")
+    max_problems: str | None = Field(
+        None,
+        description="Images that may be missing or unreadable: a number, or a share such as 5%. Default: 10%, at "
+        "least 10.",
+    )
     executor: str = Field(
         "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
     )
     workers: int | None = Field(
         None, gt=0, description="Maximum number of workers. Default: as many as the cluster has room for."
     )
+
+    @field_validator("max_problems", mode="before")
+    @classmethod
+    def _check_max_problems(cls, limit: Any) -> str | None:
+        if limit is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", str(limit)):
+            raise ValueError(f"a number of images or a share such as 5% is required, not {limit}")
+        return None if limit is None else str(limit)
+
+    def allowed_problems(self, images: int) -> int:
+        """Return how many of the images that a dataset lists may have no row."""
+        limit = self.max_problems
+        if limit is None:
+            return max(images // 10, 10)
+        return int(float(limit[:-1]) * images / 100) if limit.endswith("%") else int(limit)
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -111,8 +133,9 @@ class ProofConfig(StageConfig):
     cache: str = Field(description="Folder or URL of a finished cache.")
     sample: int = Field(
         gt=0,
-        description="Number of random images, and of captions, to encode again with the live teacher and compare. "
-        "459 find a fault in 1 % of the rows with 99 % probability: ln(1-p)/ln(1-f).",
+        description="Number of random images, and of captions, to encode again with the live teacher and compare; 459 "
+        "if no number is given, which finds a fault in 1 % of the rows with 99 % probability: ln(1-p)/ln(1-f).",
+        json_schema_extra={"bare": 459},
     )
     teacher: str | None = Field(
         None, description="Teacher, as for precompute. Default: the name recorded in the manifest."

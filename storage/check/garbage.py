@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import note_key
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.write.claims import CLAIMS, left_claims
+from teacher_cache.storage.write.claims import left_claims
 
 
 class Garbage(BaseModel, frozen=True):

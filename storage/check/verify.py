@@ -27,6 +27,7 @@ from teacher_cache.storage.errors import (
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.format.arrays import decode_object, stored_form
+from teacher_cache.storage.format.claim_records import CLAIMS, incomplete_message
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     COMMITS,
@@ -40,7 +41,7 @@ from teacher_cache.storage.format.commits import (
 )
 from teacher_cache.storage.format.journal import JOURNAL, note_key, read_note
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Seal, incomplete_message
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Seal
 from teacher_cache.storage.format.manifest_file import no_cache
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.tables import (
@@ -53,7 +54,6 @@ from teacher_cache.storage.format.tables import (
     samples_sha256,
 )
 from teacher_cache.storage.observe.logs import event, logger
-from teacher_cache.storage.write.claims import CLAIMS
 
 _LOG = logger("verify")
 
@@ -112,7 +112,7 @@ def verify_cache(location: str, progress: Callable[[int, int], None] | None = No
     chunks = _check_chunks(files, manifest, tables, progress)
     later = []
     if manifest.seal is None:
-        message = incomplete_message(location, manifest, len(refs) - chunks.pending, len(refs))
+        message = incomplete_message(files, manifest, len(refs) - chunks.pending, len(refs))
         later.append(Finding(kind="incomplete", key=MANIFEST_KEY, message=message))
     else:
         later += _check_seal(files, manifest.seal, chunks.commits)
@@ -236,9 +236,7 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
         return main, findings
     if main == backup.model_copy(update={"seal": None}):
         done, total = _committed(files, backup), backup.layout.num_chunks
-        message = (
-            f"{incomplete_message(files.location, backup, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
-        )
+        message = f"{incomplete_message(files, backup, done, total)} Its backup is sealed, {MANIFEST_KEY} is not."
         return backup, [*findings, Finding(kind="incomplete", key=MANIFEST_KEY, message=message)]
     newer = _is_sealed_with(files, backup) and not _is_sealed_with(files, main)
     wrong, right = (MANIFEST_KEY, BACKUP_KEY) if newer else (BACKUP_KEY, MANIFEST_KEY)

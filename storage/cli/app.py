@@ -324,6 +324,16 @@ def byte_size(nbytes: float) -> str:
     return f"{nbytes:,.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """Format a time in a fitting unit: 0.3 s, 45 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for unit, size, longest in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
+        if seconds < longest:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 def print_json(result: BaseModel) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(result.model_dump_json(indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +20,7 @@ from teacher_cache.storage.cli.app import (
     seed_option,
     view_option,
 )
+from teacher_cache.storage.observe.logs import suggest_next
 
 if TYPE_CHECKING:
     from teacher_cache.storage.check.garbage import GarbageReport
@@ -59,7 +59,11 @@ def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
     """Change nothing without --delete."""
     from teacher_cache.storage.check.garbage import collect_garbage
 
-    print_result(collect_garbage(cache, delete, unknown), as_json, _garbage_lines)
+    report = collect_garbage(cache, delete, unknown)
+    print_result(report, as_json, _garbage_lines)
+    if report.found and not delete and not as_json:
+        more = [] if any(file.kind != "unknown-file" for file in report.found) else ["--unknown"]
+        suggest_next("gc", cache, "--delete", *more)
 
 
 @command("export", example="export caches/coco.cache --out exported --split train")
@@ -95,10 +99,14 @@ def export(
 
 def _export_lines(result: ExportResult) -> list[str]:
     pairs = "" if result.captions == "none" else f"{counted(result.rows, 'pair')} of "
-    return [
+    line = (
         f"{result.out}: {pairs}{counted(result.images, 'image')}, {result.embed_dim} wide, "
         f"{result.dtype}, in {counted(result.parts, 'part')}; {result.quarantined:,} quarantined left out"
-    ]
+    )
+    if not result.captions_left_out:
+        return [line]
+    more = counted(result.captions_left_out, "further caption")
+    return [line, f"only the first caption of each image: {more} left out; --captions all writes them too"]
 
 
 def _garbage_lines(report: GarbageReport) -> list[str]:
@@ -115,14 +123,11 @@ def _garbage_lines(report: GarbageReport) -> list[str]:
 
 
 def _diff_lines(result: CacheDiff) -> list[str]:
-    lines = [f"{result.a}: manifest {result.manifest_a[:12]}", f"{result.b}: manifest {result.manifest_b[:12]}"]
-    for title, fields in (("identity", result.identity), ("layout", result.layout), ("only names", result.names)):
-        lines += [
-            f"{title}: {difference.field}: {_short(difference.a)} -> {_short(difference.b)}" for difference in fields
-        ]
-    lines += _image_changes(result)
+    from teacher_cache.storage.format.identity import short_digests
+
+    lines = [f"{result.a} -> {result.b}: {_diff_answer(result)}", *_named_images(result)]
     for name, drift in (("image", result.images), ("caption", result.captions)):
-        if drift is not None:
+        if drift is not None and drift.equal < drift.compared:
             lines += _drift_lines(name, drift)
     if result.images_in_one:
         lines.append(f"{counted(result.images_in_one, 'image')} with an embedding in only one of the two caches")
@@ -132,20 +137,35 @@ def _diff_lines(result: CacheDiff) -> list[str]:
         lines.append("only a sample of the embeddings was compared; --rows sets its size")
     if result.not_compared:
         lines.append(f"embeddings not compared: {result.not_compared}")
-    if result.same or result.differs:
-        return [*lines, "the same" if result.same else "they differ"]
-    return [*lines, "nothing that was compared differs"]
+    for title, fields in (("identity", result.identity), ("layout", result.layout), ("only names", result.names)):
+        lines += [short_digests(f"{title}: {field.field}: {field.a} -> {field.b}") for field in fields]
+    return [*lines, f"manifests: {result.manifest_a[:12]} -> {result.manifest_b[:12]}"]
 
 
-def _short(value: object) -> str:
-    """Return a value as text, its digests cut to 12 digits; --json has all."""
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
+def _diff_answer(result: CacheDiff) -> str:
+    """Return the differences in one line: images, then embeddings."""
+    if result.same:
+        return "the same"
+    numbers = {
+        "added": result.images_added,
+        "removed": result.images_removed,
+        "changed": result.images_changed,
+        "in another row": result.images_moved,
+    }
+    answers = [", ".join(f"{counted(number, 'image')} {what}" for what, number in numbers.items() if number)]
+    drifts = [(name, drift) for name, drift in (("image", result.images), ("caption", result.captions)) if drift]
+    if drifts:
+        whole = "" if result.sampled else "the other " if any(numbers.values()) else "all "
+        rows = " and ".join(counted(drift.compared, name) for name, drift in drifts)
+        equal = all(drift.equal == drift.compared for _, drift in drifts)
+        answers.append(f"embeddings of {whole}{rows} {'are equal' if equal else 'differ'}")
+    if not result.differs:
+        answers.append("nothing that was compared differs")
+    return "; ".join(filter(None, answers)) or "they differ"
 
 
-def _image_changes(result: CacheDiff) -> list[str]:
+def _named_images(result: CacheDiff) -> list[str]:
     return [
-        f"images: {result.images_added:,} added, {result.images_removed:,} removed, {result.images_changed:,} changed, "
-        f"{result.images_moved:,} in another row",
         *(f"  + {sample_id}" for sample_id in result.added[:_SHOWN]),
         *(f"  - {sample_id}" for sample_id in result.removed[:_SHOWN]),
         *(f"  ~ {change.sample_id}: {', '.join(change.what)}" for change in result.changed[:_SHOWN]),
@@ -154,7 +174,7 @@ def _image_changes(result: CacheDiff) -> list[str]:
 
 def _drift_lines(name: str, drift: Drift) -> list[str]:
     line = f"embeddings of {counted(drift.compared, name)}: {drift.equal:,} equal bit for bit"
-    if drift.cosine is None or drift.equal == drift.compared:
+    if drift.cosine is None:
         return [line]
     cosine = drift.cosine
     worst = [f"  {row.cosine:.6f}  {row.sample_id}, rows {row.row_a} and {row.row_b}" for row in drift.worst[:_SHOWN]]
@@ -172,7 +192,7 @@ def print_report(report: IntegrityReport) -> None:
     print_findings(report.findings)
     counts = (
         f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
-        f"({report.quarantined} quarantined), {report.captions:,} captions, {report.bytes_read / 1e6:,.1f} MB read"
+        f"({report.quarantined} quarantined), {report.captions:,} captions, {byte_size(report.bytes_read)} read"
     )
     verdict = "sound" if report.ok else counted(len(report.findings), "finding")
     print_lines(f"{report.location}: {verdict}: {counts}")

@@ -8,11 +8,14 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+import click
+
 from teacher_cache.storage.cli.app import (
     byte_size,
     cache_argument,
     command,
     counted,
+    duration,
     json_flag,
     option,
     print_result,
@@ -22,7 +25,7 @@ from teacher_cache.storage.cli.tables import Facts, Part, Table
 
 if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import ViewsIdentity
-    from teacher_cache.storage.look.info import CacheInfo, Coverage
+    from teacher_cache.storage.look.info import CacheInfo, CacheProblems, Coverage
     from teacher_cache.storage.look.listing import CacheListing, ListedCache
 
 _BAR = 24  # characters
@@ -86,24 +89,34 @@ def _age(age: timedelta) -> str:
 
 @command("info", example="info caches/coco.cache")
 @cache_argument()
+@click.option(
+    "--problems", is_flag=True, help="List every image or line of the dataset that has no embedding, and why."
+)
 @json_flag
-def info(cache: str, as_json: bool) -> None:
+def info(cache: str, problems: bool, as_json: bool) -> None:
     """Read no embeddings."""
-    from teacher_cache.storage.look.info import describe_cache
+    from teacher_cache.storage.look.info import describe_cache, list_problems
 
-    print_result(describe_cache(cache), as_json, lambda found: [_info_table(found)])
+    if problems:
+        print_result(list_problems(cache), as_json, _problem_lines)
+    else:
+        print_result(describe_cache(cache), as_json, lambda found: [_info_table(found)])
+
+
+def _problem_lines(result: CacheProblems) -> list[str]:
+    return [str(problem) for problem in result.problems] or [
+        f"{result.location}: no problem in the dataset, no image quarantined"
+    ]
 
 
 def _info_table(cache_info: CacheInfo) -> Facts:
     from teacher_cache.storage.format.manifest import (  # pydantic: not for ls and --help
         IMPORTED,
         IMPORTED_ROWS,
-        finished_by,
     )
 
     identity, layout = cache_info.identity, cache_info.layout
-    verb = finished_by(cache_info.made_with)
-    state = "complete" if cache_info.sealed else f"not complete: run the same {verb} command again to finish it"
+    state = f"not complete. {cache_info.unfinished}" if cache_info.unfinished else "complete"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
     teacher = identity.teacher
     rows = {
@@ -112,17 +125,17 @@ def _info_table(cache_info: CacheInfo) -> Facts:
         "remaining": remaining_time(cache_info),
         "teacher": f"{teacher.name}{' ' + teacher.pretrained if teacher.pretrained else ''}, {teacher.precision}, "
         f"weights {teacher.weights_sha256[:12]}, logit scale {teacher.logit_scale:.2f}",
-        "dataset": f"{cache_info.dataset}",
+        "dataset": cache_info.dataset,
+        "read from": "" if cache_info.dataset.endswith(f":{cache_info.image_root}") else cache_info.image_root,
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
         "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}",
         "views": _views(identity.views),
         "seal": f"commits {cache_info.seal.commits_sha256[:12]}" if cache_info.seal else "",
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
-        "size": f"{cache_info.target_bytes / 1e6:,.1f} MB of targets",
+        "size": f"{byte_size(cache_info.target_bytes)} of embeddings",
         "images in": _accounts(cache_info),
         "quarantine": _quarantine(cache_info),
-        "problems": ", ".join(f"{kind} {count:,}" for kind, count in cache_info.problems.items())
-        or "none in the dataset",
+        "problems": _problems(cache_info),
         "imported": cache_info.made_with.get(IMPORTED, ""),
         "cost": encoding_cost(cache_info),
         "preprocessing": f"{identity.preprocess.image_size[0]} x {identity.preprocess.image_size[1]}, "
@@ -152,7 +165,7 @@ def remaining_time(cache_info: CacheInfo) -> str:
         return ""
     if cache_info.remaining_seconds is None:
         return "not known: no rate yet"
-    return f"about {timedelta(seconds=round(cache_info.remaining_seconds))} for one process, at the rates so far"
+    return f"about {duration(cache_info.remaining_seconds)} for one process, at the rates so far"
 
 
 def _quarantine(cache_info: CacheInfo) -> str:
@@ -166,6 +179,13 @@ def _quarantine(cache_info: CacheInfo) -> str:
     shown = ", ".join(f"{row.sample_id} (row {row.row})" for row in cache_info.quarantined_rows[:3])
     more = ", ..." if sum(cache_info.quarantine.values()) > 3 else ""
     return f"{', '.join(f'{kind} {count:,}' for kind, count in cache_info.quarantine.items())}: {shown}{more}"
+
+
+def _problems(cache_info: CacheInfo) -> str:
+    if not cache_info.problems:
+        return "none in the dataset"
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in cache_info.problems.items())
+    return f"{kinds}; teacher-cache info {cache_info.location} --problems lists them"
 
 
 def _views(views: ViewsIdentity) -> str:
@@ -194,4 +214,4 @@ def encoding_cost(cache_info: CacheInfo) -> str:
     speed = rates(cache_info.images_per_second, cache_info.captions_per_second)
     about = "about " if cache_info.notes_read < cache_info.notes else ""
     basis = f", from {cache_info.notes_read:,} of {cache_info.notes:,} notes" if about else ""
-    return f"{about}{cache_info.encode_seconds:,.1f} s ({speed}){basis}"
+    return f"{about}{duration(cache_info.encode_seconds)} ({speed}){basis}"

@@ -114,7 +114,7 @@ def _neighbour_lines(near: Neighbours) -> list[str]:
     return [
         *lines,
         f"nearest of {counted(near.images_compared, 'image')}{view}:",
-        *(f"  {image.cosine:.3f}  row {image.row}  {image.sample_id}  {image.uri}" for image in near.images),
+        *(f"  {image.cosine:.3f}  row {image.row}  {'  '.join(_names(image))}" for image in near.images),
         f"nearest of {counted(near.captions_compared, 'caption')}:",
         *(_caption_line(caption, named=True) for caption in near.captions),
     ]
@@ -122,8 +122,14 @@ def _neighbour_lines(near: Neighbours) -> list[str]:
 
 def _image_lines(image: ImageRow) -> list[str]:
     split = f", {image.split}" if image.split else ""
-    first = f"{image.sample_id}  row {image.row}{split}, norm {image.norm:.3f}, {image.uri}"
+    uri = "".join(f", {name}" for name in _names(image)[1:])
+    first = f"{image.sample_id}  row {image.row}{split}, norm {image.norm:.3f}{uri}"
     return [first, *(_caption_line(caption) for caption in image.captions)]
+
+
+def _names(image: ImageRow) -> tuple[str, ...]:
+    """Return sample_id and uri, or one of them if they are the same."""
+    return tuple(dict.fromkeys((image.sample_id, image.uri)))
 
 
 def _caption_line(caption: CaptionRow, named: bool = False) -> str:

@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.local import sync
 from teacher_cache.storage.files.processes import this_process
 
 
 def require_free(out: Path) -> None:
-    """Check that nothing exists at a path.
+    """Check that nothing exists at a path, and that a folder can be made there.
 
     Raises:
         UsageError: something does.
+        CacheAccessError: this user may not write there.
     """
     if out.exists():
         raise UsageError(f"{out}: is there already. Choose another --out, or delete it.")
+    require_writable(out)
+
+
+def require_writable(folder: Path) -> None:
+    """Check that a folder can be written, or made: an empty folder is made in it, or in the nearest one above it.
+
+    Raises:
+        CacheAccessError: it cannot.
+    """
+    absolute = folder.absolute()
+    # os.path: below a folder that may not be searched nothing exists
+    nearest = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))  # noqa: PTH110
+    probe = nearest / f".partial-{this_process().tag}-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise CacheAccessError(
+            f"{folder}: this user may not write in {nearest} ({error.strerror}). Grant the right, or choose another "
+            "folder."
+        ) from error
 
 
 @contextmanager

@@ -25,6 +25,12 @@ class ProcessName(BaseModel):
         """Text for a file name; :meth:`of_tag` reads it."""
         return f"{self.machine}-{self.pid}-{self.started}"
 
+    @property
+    def shown(self) -> str:
+        """The process in words: process 4711 on this machine."""
+        host = "this machine" if self.machine == _machine() else self.machine.rpartition("-")[0]
+        return f"process {self.pid} on {host}"
+
     @classmethod
     def of_tag(cls, tag: str) -> ProcessName:
         """Read a :attr:`tag`.

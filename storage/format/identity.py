@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
@@ -231,7 +232,12 @@ class IdentityDifference(NamedTuple):
     wanted: str
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.found} in the cache, {self.wanted} asked for"
+        return short_digests(f"{self.field}: {self.found} in the cache, {self.wanted} asked for")
+
+
+def short_digests(text: str) -> str:
+    """Return a text for people: of each sha256 in it the first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
 def _short(value: Any) -> str:

@@ -28,15 +28,6 @@ IMPORTED_ROWS = "imported_rows_sha256"
 _RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 
 
-def finished_by(made_with: dict[str, str]) -> Literal["import", "precompute"]:
-    """Return the command that finishes an unfinished cache.
-
-    Args:
-        made_with: the field of the manifest.
-    """
-    return "import" if IMPORTED_ROWS in made_with else "precompute"
-
-
 class Source(Record):
     """The place that the images were read from. It is not part of the identity, since a dataset may move."""
 
@@ -181,12 +172,6 @@ class CacheManifest(Record):
             return cls.model_validate(fields if version == FORMAT_VERSION else _newer_fields(fields, where))
         except ValidationError as error:
             raise CacheFormatError(f"{where}: {error}") from error
-
-
-def incomplete_message(location: str, manifest: CacheManifest, done: int, total: int) -> str:
-    """Return the message about an unfinished cache."""
-    command = finished_by(manifest.made_with)
-    return f"{location}: {done} of {total} chunks are there. Run the same {command} command again to finish it."
 
 
 def _newer_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class ExportResult(BaseModel, frozen=True):
     captions: Captions
     rows: int = Field(description="Pairs of an image and a caption, or images.")
     images: int
+    captions_left_out: int = Field(description="Further captions of these images, which are not exported.")
     embed_dim: int
     dtype: str
     parts: int = Field(description="Files in each of the three folders.")
@@ -81,10 +82,13 @@ def export_rows(
         captions = "none"
     if captions != "none":
         reader.require_captions(images, "To export the images alone add --captions none.")
+    left_out = 0
     if captions == "none":
         image_rows, text_rows = images, None
     elif captions == "first":
-        image_rows, text_rows = images, reader.caption_offsets[images]
+        offsets = reader.caption_offsets
+        image_rows, text_rows = images, offsets[images]
+        left_out = int((offsets[images + 1] - text_rows - 1).sum())
     else:
         text_rows, position = reader.caption_rows(images)
         image_rows = images[position]
@@ -101,6 +105,7 @@ def export_rows(
         captions=captions,
         rows=len(image_rows),
         images=len(images),
+        captions_left_out=left_out,
         embed_dim=reader.embed_dim,
         dtype="float16",
         parts=parts,

@@ -7,7 +7,7 @@ records the quarantined rows are not named. The result says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.claim_records import finished_how
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
     ChunkRef,
@@ -51,6 +52,25 @@ class Coverage(BaseModel, frozen=True):
     rows_committed: int
 
 
+class CacheProblem(BaseModel, frozen=True):
+    """Part of a dataset without an embedding, and why."""
+
+    kind: str
+    where: str = Field(description="The sample_id, file, line or row concerned.")
+    detail: str
+    lost_image: bool = Field(description="True if an image has no row because of it.")
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.detail.removeprefix(f'{self.where}: ')}"
+
+
+class CacheProblems(BaseModel, frozen=True):
+    """Result of ``teacher-cache info --problems``: problems of the dataset, then quarantined images."""
+
+    location: str
+    problems: tuple[CacheProblem, ...]
+
+
 class ChunkState(NamedTuple):
     """State of a chunk, from its commit record."""
 
@@ -66,6 +86,7 @@ class CacheInfo(BaseModel, frozen=True):
     location: str
     format_version: int
     sealed: bool = Field(description="True if the cache is complete and its bytes are fixed.")
+    unfinished: str | None = Field(description="Processes that work on the cache, or the command that finishes it.")
     manifest_digest: str
     identity_digest: str
     identity: CacheIdentity
@@ -113,6 +134,7 @@ def describe_cache(location: str) -> CacheInfo:
         location=location,
         format_version=manifest.format_version,
         sealed=manifest.sealed,
+        unfinished=None if manifest.sealed else finished_how(files, manifest),
         manifest_digest=manifest.digest,
         identity_digest=manifest.identity_digest,
         identity=manifest.identity,
@@ -138,6 +160,31 @@ def describe_cache(location: str) -> CacheInfo:
         remaining_seconds=_remaining(coverage, {tower: cost.rows_per_second for tower, cost in costs.items()}),
         made_with=manifest.made_with,
     )
+
+
+def list_problems(location: str) -> CacheProblems:
+    """Return all problems of a cache, by its table of them and the commit records of images. No limit.
+
+    Raises:
+        CacheNotFoundError, CacheFormatError, CacheCorruptError: see ``teacher_cache.storage.errors``.
+    """
+    files, manifest, refs, committed = _chunks_of(location)
+    commits = _image_commits(files, manifest, committed, most=len(refs)) or {}
+    problems = all_problems(files, manifest, quarantined_rows(commits.values()).values())
+    return CacheProblems(location=location, problems=problems)
+
+
+def all_problems(
+    files: CacheFiles, manifest: CacheManifest, quarantined: Iterable[QuarantinedRow]
+) -> tuple[CacheProblem, ...]:
+    """Return the problems of the dataset, by the cache's table of them, then the quarantined rows."""
+    from teacher_cache.storage.format.tables import PROBLEMS, read_table  # pyarrow
+
+    problems = [CacheProblem(**fields) for fields in read_table(files, manifest, PROBLEMS).to_pylist()]
+    lost = (
+        CacheProblem(kind=row.reason, where=row.sample_id, detail=row.detail, lost_image=False) for row in quarantined
+    )
+    return (*problems, *lost)
 
 
 def encode_rates(files: CacheFiles) -> dict[Tower, float | None]:
@@ -234,14 +281,14 @@ def _tower_cost(files: CacheFiles, tower: Tower) -> _Cost:
 
 
 def _image_commits(
-    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef]
+    files: CacheFiles, manifest: CacheManifest, committed: Sequence[ChunkRef], most: int | None = None
 ) -> dict[ChunkRef, ChunkCommit] | None:
     """Return the commit records of images that may name quarantined rows, without damaged ones; None if too many."""
     # a sealed cache without quarantined rows says so in its manifest
     if manifest.seal is not None and not manifest.seal.images_quarantined:
         return {}
     images = [ref for ref in committed if ref.tower == "image"]
-    if len(images) > COMMITS_READ:
+    if len(images) > (COMMITS_READ if most is None else most):
         return None
 
     def commit_of(ref: ChunkRef) -> ChunkCommit | None:

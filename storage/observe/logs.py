@@ -137,13 +137,20 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)  # noqa: T201
 
 
-def suggest_next(*words: str) -> None:
-    """Say which ``teacher-cache`` command to type next, quoted for a shell. Not for results in JSON.
+def suggest_next(*words: str, **options: Any) -> None:
+    """Say which command to type next. Not for results in JSON. Arguments as of :func:`command_line`."""
+    say(f"next: {command_line(*words, **options)}")
+
+
+def command_line(*words: str, **options: Any) -> str:
+    """Return a ``teacher-cache`` command, quoted for a shell.
 
     Args:
-        words: the verb, its options and their values; one to be filled in is written in capitals: ``RUN``.
+        words: the verb and its arguments. What a person fills in is in capitals: ``STUDENT``.
+        options: values by flag; one of None is left out.
     """
-    say(f"next: teacher-cache {shlex.join(words)}")
+    flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None)
+    return f"teacher-cache {shlex.join([*words, *(word for flag in flags for word in flag)])}"
 
 
 @contextmanager

@@ -12,22 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.transient import read_error
+from teacher_cache.storage.format.claim_records import require_sealed
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
     ChunkRef,
     QuarantinedRow,
-    all_chunks,
-    committed_chunks,
     quarantined_rows,
 )
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, incomplete_message
+from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
@@ -366,10 +365,7 @@ def _sealed_manifest(files: CacheFiles, digest: str | None) -> CacheManifest:
         manifest = read_manifest(files)
     except OSError as error:
         raise read_error(f"{files.location}/{MANIFEST_KEY}", error) from error
-    if not manifest.sealed:
-        refs = all_chunks(manifest.layout)
-        done = len(committed_chunks(files, refs))
-        raise CacheIncompleteError(incomplete_message(files.location, manifest, done, len(refs)))
+    require_sealed(files, manifest)
     if digest not in (None, manifest.digest):
         raise CacheMismatchError(
             f"{files.location}: its manifest is {manifest.digest[:12]}, {str(digest)[:12]} was asked for. It is "

@@ -17,18 +17,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from teacher_cache.storage.errors import CacheUnreachableError, UsageError
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.format.claim_records import BEATS_MISSED, CLAIMS, ClaimRecord, read_claim
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 
-CLAIMS = "claims"
 PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0
-_BEATS_MISSED = 4  # a process that misses this many is given up
 _LIST_SECONDS = 5.0
 _FEW_CHUNKS = 16  # up to this number, no listing: it is a request per 1,000 commits of the whole cache
 
@@ -36,14 +35,6 @@ _FEW_CHUNKS = 16  # up to this number, no listing: it is a request per 1,000 com
 def claim_name(ref: ChunkRef) -> str:
     """Return the name for claims on a chunk: it names its rows, so the views of the same images share it."""
     return f"{ref.tower}/{ref.chunk:06d}"
-
-
-class _Claim(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    owner: str
-    process: ProcessName
-    beat_seconds: float
 
 
 class Claims:
@@ -54,8 +45,8 @@ class Claims:
 
     def __init__(self, files: CacheFiles, beat_seconds: float = _BEAT_SECONDS) -> None:
         self._files = files
-        self._claim = _Claim(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
-        self._beat_key = f"{CLAIMS}/alive/{self._claim.owner}.json"
+        self._claim = ClaimRecord(owner=secrets.token_hex(8), process=this_process(), beat_seconds=beat_seconds)
+        self._beat_key = self._claim.beat_key
         self._held: list[str] = []
         self._in_doubt: str | None = None  # key being created: an interrupt may come before the answer
         self._seen: dict[str, tuple[bytes, float]] = {}
@@ -163,14 +154,14 @@ class Claims:
         except FileNotFoundError:
             return False  # just released; the next try can claim the name
         try:
-            claim = _Claim.model_validate_json(data)
+            claim = ClaimRecord.model_validate_json(data)
         except ValidationError:
             return True
         alive = claim.process.alive()
         if alive is not None:
             return not alive
         try:
-            beat = self._files.read(f"{CLAIMS}/alive/{claim.owner}.json")
+            beat = self._files.read(claim.beat_key)
         except FileNotFoundError:
             beat = b""
         now = time.monotonic()
@@ -178,7 +169,7 @@ class Claims:
         if beat != last:
             since = now
         self._seen[claim.owner] = (beat, since)
-        return now - since > _BEATS_MISSED * claim.beat_seconds
+        return now - since > BEATS_MISSED * claim.beat_seconds
 
     def _write_beat(self, number: int) -> None:
         self._files.write(self._beat_key, f"{number}\n".encode())
@@ -204,18 +195,11 @@ def claimed_by(files: CacheFiles, process: ProcessName, refs: Iterable[ChunkRef]
     keys: dict[str, list[str]] = {}
     for key in files.list(CLAIMS):
         keys.setdefault(key.removeprefix(f"{CLAIMS}/").partition(".")[0], []).append(key)
-    return [
-        ref
-        for ref in refs
-        if any(_holder(files, key) == process for key in keys.get(claim_name(ref).replace("/", "-"), ()))
-    ]
 
+    def claims(ref: ChunkRef) -> Iterator[ClaimRecord | None]:
+        return (read_claim(files, key) for key in keys.get(claim_name(ref).replace("/", "-"), ()))
 
-def _holder(files: CacheFiles, key: str) -> ProcessName | None:
-    try:
-        return _Claim.model_validate_json(files.read(key)).process
-    except (FileNotFoundError, ValidationError):
-        return None
+    return [ref for ref in refs if any(claim is not None and claim.process == process for claim in claims(ref))]
 
 
 def left_claims(files: CacheFiles) -> list[str]:
@@ -225,14 +209,14 @@ def left_claims(files: CacheFiles) -> list[str]:
     beats = [key for key in keys if key.startswith(f"{CLAIMS}/alive/")]
     for key in sorted(set(keys) - set(beats)):
         try:
-            claim = _Claim.model_validate_json(files.read(key))
+            claim = ClaimRecord.model_validate_json(files.read(key))
         except FileNotFoundError:
             continue
         except ValidationError:
             if files.is_old(key):
                 stale.append(key)
             continue
-        beat = f"{CLAIMS}/alive/{claim.owner}.json"
+        beat = claim.beat_key
         alive = claim.process.alive()
         if alive is False or (alive is None and files.is_old(beat if beat in beats else key)):
             stale.append(key)

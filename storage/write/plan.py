@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
 import pyarrow as pa
 
-from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import in_parallel, open_files
+from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.files.protocol import PARTIAL, CacheFiles
 from teacher_cache.storage.format.arrays import zarr_metadata
+from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.format.commits import COMMITS
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.journal import JOURNAL
@@ -21,7 +22,7 @@ from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Source, StaticFile
 from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
-from teacher_cache.storage.write.claims import CLAIMS, PLAN, Claims
+from teacher_cache.storage.write.claims import PLAN, Claims
 
 _PLAN_POLL_SECONDS = 0.2
 _OWN = {MANIFEST_KEY, BACKUP_KEY, SAMPLES, CAPTIONS, PROBLEMS, "targets.zarr", COMMITS, JOURNAL, CLAIMS}
@@ -149,7 +150,7 @@ def require_place(files: CacheFiles) -> None:
     if isinstance(files, LocalFiles):
         folder = Path(files.path(""))
         names = _names(folder)
-        _require_writable(folder)
+        require_writable(folder)
     else:
         names = files.folders()
     others = sorted(name for name in names if name not in _OWN and not PARTIAL.match(name))
@@ -168,13 +169,3 @@ def _names(folder: Path) -> list[str]:
         return []
     except NotADirectoryError as error:
         raise UsageError(f"{folder}: is a file, but a cache is a folder. Choose another path") from error
-
-
-def _require_writable(folder: Path) -> None:
-    nearest = folder
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise CacheAccessError(
-            f"{folder}: this user cannot write to {nearest}. Grant the right, or choose another folder."
-        )

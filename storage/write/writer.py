@@ -13,6 +13,7 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE
 from teacher_cache.storage.format.arrays import decode_object, encode_object, stored_form
+from teacher_cache.storage.format.claim_records import incomplete_message
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
@@ -26,7 +27,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.int8 import quantize
 from teacher_cache.storage.format.journal import ChunkCost, write_cost
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, stored_arrays
-from teacher_cache.storage.format.manifest import CacheManifest, Seal, incomplete_message
+from teacher_cache.storage.format.manifest import CacheManifest, Seal
 from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.table_rows import TableRows
@@ -183,9 +184,7 @@ class EmbeddingWriter:
         layout, records = self.manifest.layout, CommitRecords(self.manifest)
         digest = records.read(self.files)
         if len(records) < layout.num_chunks:
-            raise CacheIncompleteError(
-                incomplete_message(self.files.location, self.manifest, len(records), layout.num_chunks)
-            )
+            raise CacheIncompleteError(incomplete_message(self.files, self.manifest, len(records), layout.num_chunks))
         self.commits, lost = records, len(quarantined_rows(records.with_quarantined()))
         seal = Seal(
             commits_sha256=digest,

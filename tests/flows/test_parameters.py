@@ -23,7 +23,7 @@ from teacher_cache.flows.evaluate_student import evaluate_student
 from teacher_cache.flows.precompute_teacher import precompute_teacher, span_name
 from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.train_student import train_student
-from teacher_cache.pipeline.precompute.plan import MOST_SPANS, chunk_spans
+from teacher_cache.pipeline.precompute.executors import MOST_SPANS, chunk_spans
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig

@@ -70,8 +70,11 @@ class StoredImages:
         except OSError as error:
             # keep the error transient
             kind = ConnectionError if is_transient(error) else OSError
+            gone = ""
+            if isinstance(error, FileNotFoundError):
+                gone = " Is this one gone? Put it back, or precompute the others into a new cache with --reuse."
             raise kind(
-                f"{named} cannot be read: {error}. Were the images moved? Name their folder with --image-root."
+                f"{named} cannot be read: {error}.{gone} Were the images moved? Name their folder with --image-root."
             ) from error
         require_content(data, image.content_sha256, named)
         return data

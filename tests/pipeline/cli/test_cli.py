@@ -89,6 +89,7 @@ split = "test"
     bad = run("verify", "data.cache", "--json", cwd=tmp_path)
     assert bad.returncode == 1
     assert [finding["key"] for finding in json.loads(bad.stdout)["findings"]] == ["targets.zarr/text/embedding/c/2/0"]
+    assert run("verify", "data.cache", cwd=tmp_path).stderr.endswith("next: teacher-cache repair data.cache\n")
     refused = run("evaluate", "--cache", "data.cache", "--split", "test", cwd=tmp_path)
     assert (refused.returncode, "Traceback" in refused.stderr) == (0, False)  # that chunk holds no test caption
     assert json.loads(run("precompute", "run.toml", "--json", cwd=tmp_path).stdout)["chunks_encoded"] == 1

@@ -51,6 +51,8 @@ CASES = [
         "known.cache: no split 'trian'; this cache has 'train' (8 images), ",
     ),
     (f"{TRAIN} --select-split dve", 2, "known.cache: no split 'dve'"),
+    (TRAIN, 1, "known.cache: 0 of 10 chunks are there. Run the same precompute command again to finish it.\n"),
+    ("evaluate --cache known.cache", 1, "known.cache: 0 of 10 chunks are there. Run the same precompute command again"),
     ("evaluate --cache known.cache --split dve", 2, "known.cache: no split 'dve'"),
     ("info nothing", 2, "nothing: no cache here (manifest.json not found). Check the path"),
     ("info known.cach", 2, "known.cach: no cache here (manifest.json not found). Did you mean known.cache? Check"),

@@ -52,7 +52,7 @@ def test_identity_follows_weights_not_names(tiny_teacher: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_stays_close(tiny_teacher: Path, precision: str) -> None:
+def test_lower_precision_stays_close(tiny_teacher: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     exact = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     lower = load_teacher(f"local-dir:{tiny_teacher}", device="cpu", precision=precision)  # type: ignore[arg-type]
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -60,6 +60,7 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str) -> None
     assert ((a * b).sum(axis=1) > 0.999).all()
     assert not np.array_equal(a, b)
     assert lower.identity().precision == precision
+    assert ("fp16 is many times slower than fp32 on a CPU" in capsys.readouterr().err) == (precision == "fp16")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,22 +93,93 @@ def test_prompts_of_labelled_images_are_measured_though_one_image_has_them_all(c
     assert found.encode_seconds == pytest.approx(expected)
 
 
-def test_a_cache_of_something_else_is_not_taken_for_this_one(
-    config: Config, make_photos: Callable[..., Path], tmp_path: Path
-) -> None:
+def said_by_both(settings: PrecomputeConfig) -> str:
+    """What precompute says when it refuses a cache, and ``--dry-run`` in the same words."""
+    with pytest.raises(CacheMismatchError) as foretold:
+        forecast(settings, probe=4)
+    with pytest.raises(CacheMismatchError) as met:
+        precompute(settings)
+    assert str(foretold.value) == str(met.value)
+    return str(met.value)
+
+
+def test_a_cache_of_another_teacher_or_of_other_captions_is_refused(config: Config, tmp_path: Path) -> None:
     settings = config()
     precompute(settings)
     other = make_model_folder(tmp_path / "other" / "tiny", seed=1)
-    with pytest.raises(CacheMismatchError, match=r"p\.cache: this cache is not the one .*teacher\.weights_sha256"):
-        forecast(config(teacher=f"local-dir:{other}"), probe=4)
-    fewer = f"flickr:{make_photos(20, 'fewer')}"
-    with pytest.raises(CacheMismatchError, match=r"dataset\.images: 30 in the cache, 20 asked for"):
-        forecast(config(dataset=fewer), probe=4)
+    named = r"p\.cache: this cache is not the one .*teacher\.weights_sha256: \"\w{12}\" in the cache"
+    assert re.search(named, said_by_both(config(teacher=f"local-dir:{other}")))
     # as many images and captions
     captions = Path(settings.dataset.removeprefix("flickr:"), "captions.txt")
     captions.write_text(captions.read_text().replace("of colours", "of colors"))
-    with pytest.raises(CacheMismatchError, match=r"one asked for\. dataset\.captions_sha256: [^;]*asked for\. "):
-        forecast(settings, probe=4)
+    assert "lists 30 images, this cache holds 30: other captions or splits" in said_by_both(settings)
+
+
+def listed(folder: Path, name: str, numbers: range) -> str:
+    """A table of pictures with one caption each."""
+    lines = [f"{number}.png,a caption of {number}" for number in numbers]
+    (folder / name).write_text("\n".join(["path,caption", *lines]) + "\n")
+    return f"table:{folder / name}"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 11 pictures, 0.png to 10.png."""
+    folder = tmp_path / "pictures"
+    for number in range(11):
+        save_image(folder / f"{number}.png", 20 * number)
+    return folder
+
+
+def test_a_dataset_that_grew_is_refused_with_the_command_that_adds_the_rows(config: Config, pictures: Path) -> None:
+    settings = config(dataset=listed(pictures, "pairs.csv", range(10)))
+    precompute(settings)
+    grown = config(dataset=listed(pictures, "grown.csv", range(11)))
+    assert said_by_both(grown) == (
+        f"{settings.cache}: the dataset lists 11 images, this cache holds 10: 1 image and 1 caption more. To add them: "
+        f"teacher-cache precompute --dataset {grown.dataset} --teacher {grown.teacher} --reuse {settings.cache} "
+        "--cache NEW"
+    )
+    half = config(dataset=listed(pictures, "half.csv", range(5, 11)))
+    assert "lists 6 images, this cache holds 10: 1 image more; 5 images missing, the first: 0.png. To make" in (
+        said_by_both(half)
+    )
+    other = config(dataset=listed(pictures, "other.csv", range(10, 11)))
+    assert said_by_both(other) == (
+        f"{settings.cache}: is of 10 images of {settings.dataset}, asked for is 1 of {other.dataset}. Choose another "
+        "--cache, or name the dataset of this one."
+    )
+
+
+def test_what_was_lost_when_the_cache_was_made_is_no_growth(config: Config, pictures: Path) -> None:
+    settings = config(dataset=listed(pictures, "pairs.csv", range(13)))  # 11.png and 12.png do not exist
+    made = precompute(settings)
+    found = forecast(settings, probe=4)
+    assert (made.images, made.lost_images, found.images, found.captions) == (11, 2, 11, 11)
+    assert found.committed_rows == 22
+    (pictures / "3.png").unlink()
+    with pytest.raises(CacheMismatchError, match=r"1 image missing, the first: 3\.png\. 3\.png: .*/3\.png does not ex"):
+        precompute(settings)
+
+
+def test_reuse_says_first_what_is_copied_and_what_is_encoded(
+    config: Config, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = config(dataset=listed(pictures, "pairs.csv", range(10)), views=2)
+    precompute(old)
+    grown = listed(pictures, "grown.csv", range(11))
+    capsys.readouterr()
+    said = (
+        "10 images and 10 captions copied, 1 image and 1 caption to encode. It has 2 views, this cache gets 1: --views"
+    )
+    one = config(dataset=grown, reuse=old.cache, cache=f"{old.cache}1", views=1)
+    precompute(one)
+    assert f"from {old.cache}: {said} 2 copies all\n" in capsys.readouterr().err
+    both = config(dataset=grown, reuse=old.cache, cache=f"{old.cache}2", views=2)
+    line = f"from {old.cache}: 20 views and 10 captions copied, 2 views and 1 caption to encode"
+    assert forecast(both, probe=4).reuse_line == line
+    precompute(both)
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -125,12 +197,7 @@ def test_what_precompute_would_refuse_of_a_cache_is_refused_in_its_words(
 ) -> None:
     settings = config(chunk_rows=8, views=2)
     precompute(settings)
-    asked = settings.model_copy(update=changes)
-    with pytest.raises(CacheMismatchError, match=said) as foretold:
-        forecast(asked, probe=4)
-    with pytest.raises(CacheMismatchError) as met:
-        precompute(asked)
-    assert str(foretold.value) == str(met.value)
+    assert re.search(said, said_by_both(settings.model_copy(update=changes)))
 
 
 def test_a_cache_without_manifest_is_refused_and_not_restored(config: Config) -> None:
@@ -182,7 +249,10 @@ def test_the_command_takes_the_settings_of_precompute(
     assert (found["images"], found["views"], found["cache"]) == (30, 2, settings.cache)
     shown = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run"])
     assert "rows       30 images and 60 captions in 2 chunks" in shown.stdout
-    assert " on, over all students" in shown.stdout
+    assert re.search(
+        r"\ntime       [\d.]+ \w+ to encode on one cpu, after [\d.]+ \w+ to check all files\n", shown.stdout
+    )
+    assert re.search(r"\nit pays    once the students train \d epochs? in all: ", shown.stdout)
 
     monkeypatch.setattr(forecast_module, "_free_bytes", lambda cache: 1000)
     full = run.invoke(app, ["precompute", str(tmp_path / "run.toml"), "--dry-run"])

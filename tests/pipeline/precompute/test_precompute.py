@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +21,16 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute, seal_and_summarize
+from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder
-from tests.pipeline.precompute.conftest import make_config
+from tests.pipeline.precompute.conftest import make_config, run_command
 
 MakePhotos = Callable[..., Path]
 
@@ -122,7 +124,9 @@ def test_an_image_that_changes_or_goes_away_under_the_run_stops_it(
     second.unlink()
     with pytest.raises(FileNotFoundError, match=r"0012.jpg"):
         encode_chunks(settings, teacher, pending)
-    with pytest.raises(CacheMismatchError, match=r"1 images of the dataset have no row now, the first: 0012.jpg"):
+    with pytest.raises(
+        CacheMismatchError, match=r"1 image missing, the first: 0012.jpg. 0012.jpg: .* not exist. It is not"
+    ):
         precompute(settings)
     second.write_bytes(data)
     assert precompute(settings).quarantined == 0
@@ -216,19 +220,81 @@ def test_rows_that_are_not_numbers_are_quarantined_by_name(
         encode_chunks(settings, teacher, [ref for ref in pending if ref.tower == "text"])
 
 
+@pytest.mark.parametrize(
+    ("limit", "images", "allowed"),
+    [(None, 60, 10), (None, 360, 36), ("0", 60, 0), ("7", 5, 7), ("5%", 360, 18), ("2.5%", 360, 9), ("100%", 3, 3)],
+)
+def test_how_many_images_may_be_missing(limit: str | None, images: int, allowed: int) -> None:
+    config = PrecomputeConfig(dataset="coco:x", teacher="t", cache="c", max_problems=limit)
+    assert config.allowed_problems(images) == allowed
+
+
+@pytest.mark.parametrize("limit", ["-1", "5.5", "5 %", "many"])
+def test_a_limit_that_is_no_number_is_refused(limit: str) -> None:
+    with pytest.raises(ValueError, match=f"a share such as 5% is required, not {limit}"):
+        PrecomputeConfig(dataset="coco:x", teacher="t", cache="c", max_problems=limit)
+
+
+def test_too_many_missing_images_stop_the_run_before_it_writes(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(24)
+    for number in range(11):
+        (photos / "images" / f"{number:04d}.jpg").unlink()
+    wanted = (
+        r"11 of 24 images cannot be used \(missing-file 11\), at most 10 are allowed\. The first: 0000\.jpg: .* does "
+        r"not exist; 0001\.jpg: .* Nothing was written\. Mend the dataset, or leave them out: --max-problems 11$"
+    )
+    with pytest.raises(CacheError, match=wanted):
+        precompute(make_config(photos, tiny_teacher, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    allowed = make_config(photos, tiny_teacher, tmp_path / "c", max_problems=11)
+    assert precompute(allowed).lost_images == 11
+    # the cache has them in its table, so that no limit is needed to go on
+    assert precompute(make_config(photos, tiny_teacher, tmp_path / "c")).chunks_encoded == 0
+
+
+def test_each_problem_is_named_once_and_all_are_listed_later(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    photos = make_photos(20)
+    (photos / "images" / "0005.jpg").write_bytes(b"not an image")
+    (photos / "images" / "0011.jpg").unlink()
+    command = ("precompute", f"--dataset=flickr:{photos}", f"--teacher=local-dir:{tiny_teacher}", "--device=cpu")
+    done = run_command(*command, f"--cache={tmp_path / 'c'}")
+    named = [line for line in done.stderr.splitlines() if "0011.jpg" in line or "0005.jpg" in line]
+    missing = f"missing-file: 0011.jpg: {photos}/images/0011.jpg does not exist"
+    assert [named[0], named[1].partition(": ")[0], len(named)] == [missing, "undecodable-image", 2]
+    assert "WARNING" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"next: teacher-cache train --cache {tmp_path / 'c'} --student vit-ti-32 --out runs/a"
+    )
+    again = run_command(*command, f"--cache={tmp_path / 'c'}")
+    assert again.stdout.splitlines()[1] == "already complete: this run had nothing to encode"
+    assert "images/s" not in again.stdout
+    assert "0011.jpg" not in again.stderr
+    listed = run_command("info", str(tmp_path / "c"), "--problems")
+    assert listed.stdout.splitlines() == named
+    problems = json.loads(run_command("info", str(tmp_path / "c"), "--problems", "--json").stdout)["problems"]
+    assert [(each["kind"], each["where"], each["lost_image"]) for each in problems] == [
+        ("missing-file", "0011.jpg", True),
+        ("undecodable-image", "0005.jpg", False),
+    ]
+
+
 def test_another_teacher_or_dataset_is_refused(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
     photos = make_photos(8)
     precompute(make_config(photos, tiny_teacher, tmp_path / "c"))
     other = make_model_folder(tmp_path / "other", seed=5)
-    with pytest.raises(CacheMismatchError, match=r'teacher.weights_sha256: "\w{64}" in the cache, "\w{64}" asked for'):
+    with pytest.raises(CacheMismatchError, match=r'teacher.weights_sha256: "\w{12}" in the cache, "\w{12}" asked for'):
         precompute(make_config(photos, other, tmp_path / "c"))
     text = (photos / "captions.txt").read_text()
     (photos / "captions.txt").write_text(text.replace("number 2 again", "number two again"))
-    with pytest.raises(CacheMismatchError, match=r"dataset.captions_sha256"):
+    with pytest.raises(CacheMismatchError, match=r"holds 8: other captions or splits"):
         precompute(make_config(photos, tiny_teacher, tmp_path / "c"))
     (photos / "captions.txt").write_text(text)
     (photos / "images" / "0001.jpg").write_bytes((photos / "images" / "0002.jpg").read_bytes())
-    with pytest.raises(CacheMismatchError, match=r"dataset.samples_sha256"):
+    with pytest.raises(CacheMismatchError, match=r"holds 8: 1 image with other bytes, the first: 0001.jpg"):
         precompute(make_config(photos, tiny_teacher, tmp_path / "c"))
 
 

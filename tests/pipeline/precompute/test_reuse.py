@@ -186,7 +186,7 @@ def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path
     names = ("dataset", "teacher", "cache", "reuse", "device")
     plan = ["precompute", "--dry-run", *(f"--{name}={getattr(asked, name)}" for name in names)]
     images, captions = IMAGES - 1 - len(REMOVED), 2 * IMAGES - 5
-    said = f"{images} image and {captions} caption rows are copied from {asked.reuse}; the teacher encodes 8 and 8\n"
+    said = f"from {asked.reuse}: {images} images and {captions} captions copied, 8 images and 8 captions to encode\n"
     assert f"reuse      {said}" in CliRunner().invoke(app, plan).stdout
     assert "\nreuse " not in CliRunner().invoke(app, [flag for flag in plan if "--reuse" not in flag]).stdout
     refused = CliRunner().invoke(app, [*plan, "--dtype", "int8"])
@@ -197,7 +197,7 @@ def test_the_plan_command_says_it_and_refuses_what_precompute_refuses(home: Path
     shutil.copytree(home / "after", tmp_path / "edited")
     shutil.copy(home / "after" / "images" / "0000.jpg", tmp_path / "edited" / "images" / "0001.jpg")
     edited = settings(tmp_path, "edited", asked.cache, teacher=asked.teacher, reuse=asked.reuse)
-    with pytest.raises(CacheMismatchError, match=r"dataset\.samples_sha256"):
+    with pytest.raises(CacheMismatchError, match=r"1 image with other bytes, the first: 0001.jpg"):
         forecast(edited, probe=4)
 
 

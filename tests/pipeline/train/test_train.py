@@ -266,7 +266,7 @@ def test_images_that_moved_are_named(cache: Path, student_file: Path, tmp_path: 
     """By one line, whoever decodes; and the run folder is free for the corrected command."""
     (tmp_path / "photos").rename(tmp_path / "moved")
     settings = config(cache, student_file, tmp_path / "run", workers=workers)
-    wanted = r"^row \d+ \(\d{4}.jpg\): .*photos/images/.* Name their folder with --image-root.$"
+    wanted = r"^row \d+ \(\d{4}.jpg\): .*photos/images/.* this one gone\? .* Name their folder with --image-root.$"
     with pytest.raises(OSError, match=wanted):
         train(settings)
     train(settings.model_copy(update={"image_root": str(tmp_path / "moved")}))

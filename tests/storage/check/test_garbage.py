@@ -16,7 +16,8 @@ from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, Ca
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.processes import this_process
-from teacher_cache.storage.write.claims import CLAIMS, Claims, left_claims
+from teacher_cache.storage.format.claim_records import CLAIMS
+from teacher_cache.storage.write.claims import Claims, left_claims
 from tests.conftest import cache_digest, ended_process, finish_known_cache, make_known_cache, plan_known_cache
 
 run = CliRunner()
@@ -55,9 +56,10 @@ def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
     assert {each["key"]: each["kind"] for each in found["found"]} == left
     assert {each["key"]: each["nbytes"] for each in found["found"]} == sizes
     assert (found["deleted"], found["nbytes"]) == (False, sum(sizes.values()))
-    shown = run.invoke(app, ["gc", str(known_cache)]).stdout
-    assert "unknown-file: notes.txt (11 B)" in shown
-    assert "found; --delete removes them" in shown
+    shown = run.invoke(app, ["gc", str(known_cache)])
+    assert "unknown-file: notes.txt (11 B)" in shown.stdout
+    assert "found; --delete removes them" in shown.stdout
+    assert shown.stderr == f"next: teacher-cache gc {known_cache} --delete\n"
     assert cache_digest(known_cache) == littered
 
     known = sum(sizes[key] for key, kind in left.items() if kind != "unknown-file")
@@ -67,6 +69,8 @@ def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
         "2 unknown files kept; look at them, --delete --unknown removes them too",
     ]
     assert (known_cache / "notes.txt").read_text() == "of a person"
+    kept = run.invoke(app, ["gc", str(known_cache)]).stderr
+    assert kept == f"next: teacher-cache gc {known_cache} --delete --unknown\n"
     done = run.invoke(app, ["gc", str(known_cache), "--delete", "--unknown"]).stdout.splitlines()
     assert done[-1] == f"{known_cache}: 2 files, {sum(sizes.values()) - known} B deleted"
     assert cache_digest(known_cache) == clean
@@ -82,7 +86,7 @@ def test_a_cache_within_a_cache_is_nobodys_garbage(known_cache: Path) -> None:
     assert cache_digest(inner) == before
 
 
-def test_a_cache_is_not_begun_among_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_not_begun_among_other_things(tmp_path: Path) -> None:
     """A dataset's folder, or a folder of caches: all in it would be unknown files of the new cache."""
     (tmp_path / "photos" / "images").mkdir(parents=True)
     (tmp_path / "photos" / "captions.txt").write_text("")
@@ -99,9 +103,11 @@ def test_a_cache_is_not_begun_among_other_things(tmp_path: Path, monkeypatch: py
     (tmp_path / "b" / "samples").mkdir(parents=True)
     (tmp_path / "b" / f".partial-{this_process().tag}-0123abcd").write_bytes(b"half")
     plan_known_cache(tmp_path / "b")
-    monkeypatch.setattr("teacher_cache.storage.write.plan.os.access", lambda *_: False)
-    with pytest.raises(CacheAccessError, match=r"c/d: this user cannot write to .*\. Grant the right, or choose"):
-        plan_known_cache(tmp_path / "c" / "d")
+    # not even root may write there
+    with pytest.raises(
+        CacheAccessError, match=r"/proc/c/d: this user may not write in /proc \(No such file .*\)\. Grant"
+    ):
+        plan_known_cache(Path("/proc/c/d"))
 
 
 def test_living_processes_keep_what_they_hold(tmp_path: Path) -> None:

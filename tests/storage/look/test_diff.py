@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def test_a_cache_is_the_same_as_its_copy_in_another_place(tmp_path: Path) -> Non
     assert found.captions is not None
     assert (found.images.compared, found.images.equal, found.captions.compared) == (12, 12, 24)
     done = run.invoke(app, ["diff", a, b])
-    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "the same")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0] == f"{a} -> {b}: the same"
 
 
 def test_images_are_matched_by_sample_id(tmp_path: Path) -> None:
@@ -159,9 +161,12 @@ def test_drift_is_the_cosine_of_the_two_rows(tmp_path: Path) -> None:
     assert worst["cosine"] == pytest.approx(cosine, abs=1e-6)
     assert worst["sample_id"] == f"p{worst['row_a']}"
     assert found["images"]["worst"] == sorted(found["images"]["worst"], key=lambda row: row["cosine"])
-    shown = run.invoke(app, ["diff", a, b]).stdout
-    assert "identity: teacher.weights_sha256: " in shown
-    assert "embeddings of 12 images: 0 equal bit for bit; cosine mean 0.99" in shown
+    shown = run.invoke(app, ["diff", a, b]).stdout.splitlines()
+    assert shown[0] == f"{a} -> {b}: embeddings of all 12 images and 24 captions differ"
+    assert shown[1].startswith("embeddings of 12 images: 0 equal bit for bit; cosine mean 0.99")
+    # of a digest 12 digits for people, the whole in JSON
+    assert any(re.fullmatch(r'identity: teacher\.weights_sha256: "\w{12}" -> "f{12}"', line) for line in shown)
+    assert found["identity"][0]["b"] == f'"{"f" * 64}"'
 
 
 def test_drift_holds_a_block_of_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +221,9 @@ def test_an_embedding_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
     done = run.invoke(app, ["diff", a, b])
     assert done.exit_code == 1
     in_one, other_bytes = "1 image with an embedding in only one of the two caches", "1 chunk with different bytes"
-    assert done.stdout.splitlines()[-3:] == [in_one, f"{other_bytes}, over all views, norms and crops", "they differ"]
+    shown = done.stdout.splitlines()
+    assert shown[0] == f"{a} -> {b}: embeddings of all 11 images and 22 captions are equal"
+    assert shown[1:3] == [in_one, f"{other_bytes}, over all views, norms and crops"]
     both = diff_caches(b, make(tmp_path / "c", BASE, lost=(3,)))
     assert (both.same, both.differs, both.images_in_one) == (True, False, 0)
 
@@ -227,7 +234,7 @@ def test_caches_that_were_not_compared_are_not_the_same(tmp_path: Path) -> None:
     done = run.invoke(app, ["diff", str(tmp_path / "a"), str(tmp_path / "b")])
     assert done.exit_code == 1
     assert "embeddings not compared: " in done.stdout
-    assert done.stdout.splitlines()[-1] == "nothing that was compared differs"
+    assert done.stdout.splitlines()[0].endswith(": nothing that was compared differs")
     found = diff_caches(str(tmp_path / "a"), str(tmp_path / "b"))
     assert (found.same, found.differs) == (False, False)
 
@@ -264,7 +271,12 @@ def test_another_view_or_norm_is_a_difference(tmp_path: Path) -> None:
     assert other.images.equal == other.images.compared == 10
     done = CliRunner().invoke(app, ["diff", a, c])
     assert done.exit_code == 1
-    assert done.stdout.splitlines()[-2:] == [
-        "3 chunks with different bytes, over all views, norms and crops",
-        "they differ",
-    ]
+    assert done.stdout.splitlines()[1] == "3 chunks with different bytes, over all views, norms and crops"
+
+
+def test_the_answer_comes_first(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", BASE[:-1]), make(tmp_path / "b", BASE)
+    shown = run.invoke(app, ["diff", a, b]).stdout.splitlines()
+    others = "embeddings of the other 11 images and 22 captions are equal"
+    assert shown[:2] == [f"{a} -> {b}: 1 image added; {others}", "  + p11"]
+    assert shown[-1].startswith("manifests: ")

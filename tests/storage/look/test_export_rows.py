@@ -110,6 +110,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(known_cache: Path,
     assert (done.exit_code, "'some' is not one of 'first', 'all'" in done.stderr) == (2, True)
     shown = run.invoke(app, ["export", str(known_cache), "--out", str(tmp_path / "p")]).stdout
     assert "10 pairs of 10 images, 8 wide, float16, in 1 part; 0 quarantined left out" in shown
+    assert "only the first caption of each image: 15 further captions left out; --captions all writes them" in shown
 
 
 def test_an_export_that_fails_leaves_nothing(

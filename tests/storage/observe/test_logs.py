@@ -129,8 +129,9 @@ def test_a_line_for_people_names_the_library_and_appears_once(
 
 
 def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
-    suggest_next("train", "--cache", "my caches/a.cache", "--student", "STUDENT")
-    assert capsys.readouterr().err == "next: teacher-cache train --cache 'my caches/a.cache' --student STUDENT\n"
+    suggest_next("train", cache="my caches/a.cache", student="STUDENT", image_root=None, batch_size=8)
+    said = "next: teacher-cache train --cache 'my caches/a.cache' --student STUDENT --batch-size 8\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_process_that_is_started_by_one_with_json_logs_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

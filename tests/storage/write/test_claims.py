@@ -17,10 +17,14 @@ from typing import Any
 
 import pytest
 
+from teacher_cache.storage.errors import CacheIncompleteError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.processes import ProcessName, this_process
+from teacher_cache.storage.format.claim_records import CLAIMS, finished_how
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks
-from teacher_cache.storage.write.claims import CLAIMS, Claims, claimed_by, clear_claims
+from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.claims import Claims, claimed_by, clear_claims
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import known_arrays, plan_known_cache
 
@@ -132,6 +136,31 @@ def test_another_machine_is_believed_as_long_as_its_beat_changes(tmp_path: Path)
         while not claims.take("text/000000"):  # now it is silent
             assert time.monotonic() < until
             time.sleep(0.01)
+
+
+def test_an_unfinished_cache_names_the_processes_that_work_on_it(tmp_path: Path) -> None:
+    """One that has ended, or is elsewhere and silent, is none; then the command is named that finishes the cache."""
+    files = LocalFiles(str(tmp_path / "c"))
+    plan_known_cache(tmp_path / "c")
+    manifest, rerun = read_manifest(files), "Run the same precompute command again to finish it"
+    assert finished_how(files, manifest) == rerun
+    with Claims(files) as claims:
+        claims.take("text/000000")
+        claims.take("text/000001")
+        working = f"Now process {os.getpid()} on this machine works on it: wait until it is finished"
+        assert finished_how(files, manifest) == working
+        with pytest.raises(CacheIncompleteError, match=rf"c: 0 of \d+ chunks are there\. {working}\.$"):
+            EmbeddingReader(files.location)
+    assert finished_how(files, manifest) == rerun
+    foreign_claim(tmp_path / "c", "text-000000", machine="gpu-7-0123abcd", pid=4711)
+    beat = tmp_path / "c" / CLAIMS / "alive" / "other.json"
+    beat.write_text("1\n")
+    os.utime(beat, (time.time() + 60, time.time() + 60))  # fresh for longer than this test takes
+    assert finished_how(files, manifest).startswith("Now process 4711 on gpu-7 works on it")
+    os.utime(beat, (0, 0))
+    assert finished_how(files, manifest) == rerun
+    foreign_claim(tmp_path / "c", "text-000000", started=this_process().started - 1)
+    assert finished_how(files, manifest) == rerun
 
 
 def test_a_claim_that_cannot_be_read_is_taken_over(tmp_path: Path) -> None:
