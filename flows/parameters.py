@@ -134,7 +134,7 @@ def named(template: str, folder: str = "") -> Callable[[], str]:
         given = dict(flow_run.parameters)
         if folder:
             given["out"] = given.get("out") or default_out(folder, given)
-        given = {what: "default" if value is None else value for what, value in given.items()}
+        given = {what: "default" if value in (None, "") else value for what, value in given.items()}
         return template.format_map({what: short(value, 2 if what in _FOLDERS else 1) for what, value in given.items()})
 
     return name

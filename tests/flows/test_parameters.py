@@ -188,7 +188,7 @@ class NamedRun:
             "tiny from f8k.cache -> runs/tiny-01234567",
         ),
         (evaluate_student, {"run": "/data/runs/a/", "split": "dev"}, "runs/a on dev"),
-        (evaluate_student, {"run": "/data/runs/a/", "split": None}, "runs/a on default"),
+        (evaluate_student, {"run": "/data/runs/a/", "split": ""}, "runs/a on default"),
         (deploy_student, {"run": "runs/a", "out": ""}, "runs/a -> deployed/a-01234567"),
         (
             retrain_student,

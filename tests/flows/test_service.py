@@ -75,7 +75,7 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     made = served.ask(f"flow_runs/{flow_run}")
     assert made["name"] == f"data x {tiny_teacher.name} -> never.cache"
     assert made["state"]["type"] == "FAILED"
-    reason = "UsageError: dataset kind 'flicker' is not known; write KIND:PATH with one of coco"
+    reason = "UsageError: dataset kind 'flicker' is not known; did you mean flickr?"
     assert made["state"]["message"].startswith(f"Flow run encountered an exception: {reason}")
     # --watch shows the reason, and neither it nor the run's log a traceback
     assert reason in " ".join(output.split())
@@ -90,7 +90,7 @@ def test_a_student_is_trained_and_measured(served, trained):
     out, flow_run = trained
     name = f"tiny from pictures.cache -> {served.folder.name}/run"
     assert served.ask(f"flow_runs/{flow_run}")["name"] == name
-    assert served.task_names(flow_run) == ["train", "evaluate-test", "report"]
+    assert served.task_names(flow_run) == ["train", "evaluate", "report"]
     table = served.table("train-student")
     assert table["train images"] == 19  # 20, one of them not an image
     assert table["steps"] == 4

@@ -69,7 +69,7 @@ def test_training_moves_its_progress_and_tells_losses_and_what_was_kept(served, 
 def test_a_student_is_measured_again(served, trained):
     code, output, flow_run = served.run("evaluate-student/default", run=str(trained.path), device="cpu")
     assert code == 0, output + served.worker_log()
-    assert served.task_names(flow_run) == ["evaluate-test", "report"]
+    assert served.task_names(flow_run) == ["evaluate", "report"]
     wanted = evaluate(EvaluateConfig(run=str(trained.path), split="test", device="cpu", workers=0))
     text = served.artifact(flow_run, "evaluate-student")["data"]
     span = wanted.retention_intervals.mean
