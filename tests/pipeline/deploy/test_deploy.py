@@ -434,5 +434,5 @@ def test_a_missing_package_is_named_before_torch_is_loaded(
     monkeypatch.setattr(
         "teacher_cache.pipeline.deploy.record.find_spec", lambda name: None if name == "onnxscript" else object()
     )
-    with pytest.raises(UsageError, match=r"onnxscript.*teacher-cache\[deploy\]"):
+    with pytest.raises(UsageError, match=r"onnxscript.*\[deploy\]"):
         cli_deploy.deploy.main(["--run", str(trained), "--out", str(tmp_path / "out")], standalone_mode=False)
