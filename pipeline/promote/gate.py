@@ -84,21 +84,11 @@ def promote(
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
     settings = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
     split = open_split(settings)
-    if record.chosen_on(config.checkpoint) == split.name:
-        way_out = "" if record.resized else ", or take --checkpoint last"
-        raise UsageError(
-            f"{config.run}: its checkpoint {path.name} was chosen on split {split.name!r}, which flatters it there. "
-            f"Measure on another --split{way_out}"
-        )
+    _require_fair_split(config, record, path.name, split.name)
     if config.deployed is not None:
         _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
-    other = other_images(champion, split) if champion else None
-    if champion is not None and other is not None and "dataset" not in config.accept_mismatch:
-        raise CacheMismatchError(
-            f"{config.registry}: {other} Measure both there: --cache {champion.measured_cache or champion.cache} "
-            f"--split {champion.split!r}; or take another --registry, or accept it: --accept-mismatch dataset"
-        )
+    other = _other_dataset(config, champion, split) if champion else None
     measured = measure(settings, progress)
     assert measured.student_ranks is not None  # a run was named
     comparison = None
@@ -128,6 +118,31 @@ def promote(
     )
     promotion = registry.promote(candidate, champion, "gate") if passed else None
     return PromoteResult(registry=config.registry, candidate=candidate, promotion=promotion)
+
+
+def _require_fair_split(config: PromoteConfig, record: RunRecord, checkpoint: str, split: str) -> None:
+    """Check that the checkpoint was not chosen on the split that it is measured on."""
+    if record.chosen_on(config.checkpoint) == split:
+        way_out = "" if record.resized else ", or take --checkpoint last"
+        raise UsageError(
+            f"{config.run}: its checkpoint {checkpoint} was chosen on split {split!r}, which flatters it there. "
+            f"Measure on another --split{way_out}"
+        )
+
+
+def _other_dataset(config: PromoteConfig, champion: Candidate, split: EvaluationSplit) -> str | None:
+    """Return how the images differ from those the champion was measured on. None: they are the same.
+
+    Raises:
+        CacheMismatchError: they differ, and ``accept_mismatch`` lacks dataset.
+    """
+    other = other_images(champion, split)
+    if other is not None and "dataset" not in config.accept_mismatch:
+        raise CacheMismatchError(
+            f"{config.registry}: {other} Measure both there: --cache {champion.measured_cache or champion.cache} "
+            f"--split {champion.split!r}; or take another --registry, or accept it: --accept-mismatch dataset"
+        )
+    return other
 
 
 def other_images(champion: Candidate, split: EvaluationSplit) -> str | None:
