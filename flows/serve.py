@@ -60,9 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--port",
         type=int,
         default=os.environ.get("PREFECT_SERVER_API_PORT", "4200"),
-        help="of the server; reports are on the next one. Default: 4200",
+        help="Port of the server; reports are on the next port. Default: 4200",
     )
-    parser.add_argument("--limit", type=int, default=1, help="flow runs at once; 1, since they share the device")
+    parser.add_argument(
+        "--limit", type=int, default=1, help="Number of flow runs at once; 1, since they share the device"
+    )
     options = parser.parse_args(arguments)
     home = Path(os.environ.get("PREFECT_HOME") or PROJECT / ".prefect").expanduser().resolve()
     stop_on_signals(signal.default_int_handler)

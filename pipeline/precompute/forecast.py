@@ -88,7 +88,9 @@ class Forecast(BaseModel, frozen=True):
     free_bytes: int | None = Field(description="Free bytes on the disk of the cache; None for a URL.")
     committed_rows: int = Field(description="Image views and captions that the cache already has.")
     reuse: str | None = Field(None, description="Finished cache whose rows are copied.")
-    reuse_line: str | None = Field(None, description="What is copied from it and what is encoded, in a sentence.")
+    reuse_line: str | None = Field(
+        None, description="Sentence on the rows that are copied from it and those that are encoded."
+    )
     rows_reused: dict[Tower, int] = Field(
         description="Copied rows by tower: image views, and captions. The time for copying is not included."
     )

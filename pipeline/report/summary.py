@@ -19,7 +19,7 @@ Fact = tuple[str, str, str]
 
 
 class _Kept(NamedTuple):
-    """What a student keeps of the teacher's mean recall."""
+    """Share of the teacher's mean recall that a student keeps."""
 
     student: str
     split: str

@@ -178,7 +178,7 @@ def start_json_logs() -> None:
 
 
 def start_text_logs() -> None:
-    """Write warnings to stderr as lines for people, ours and those of libraries."""
+    """Write warnings to stderr as lines for people: ours and those of libraries."""
     _write_by(_text_lines, logging.NOTSET)
 
 

@@ -16,7 +16,7 @@ from tests.conftest import plan_known_cache
 
 TRAIN = "train --cache known.cache --student scenes-small --out o"
 PRECOMPUTE = "precompute --teacher bundled:scenes --cache new.cache --dataset"
-TEACHER = "precompute --dataset flickr:x --cache new.cache --teacher"
+TEACHER = "precompute --dataset table:pairs.csv --cache new.cache --teacher"
 CASES = [
     # dataset, teacher, student, device
     (f"{PRECOMPUTE} flikr:x", 2, "dataset kind 'flikr' is not known"),
@@ -73,8 +73,8 @@ CASES = [
     ("promote --run r1 --registry known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
     (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache: --cache known.cache\n"),
-    (f"{PRECOMPUTE} flickr:x --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
-    (f"{PRECOMPUTE} flickr:x --cache folder", 2, "folder: contains x, but a cache needs a folder of its own."),
+    (f"{PRECOMPUTE} table:pairs.csv --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    (f"{PRECOMPUTE} table:pairs.csv --cache folder", 2, "folder: contains x, but a cache needs a folder of its own."),
 ]
 
 # all commands in one process, where importing torch is an error

@@ -79,7 +79,7 @@ def test_wide_characters_and_escapes_keep_the_columns_straight() -> None:
     made = Table(columns=["name", "n"])
     made.add_row("写真", "1")
     made.add_row("\x1b[1mab", "22")
-    assert list(made.lines(80)) == ["name      n", "─" * 11, "写真      1", "\N{REPLACEMENT CHARACTER}[1mab   22"]
+    assert list(made.lines(80)) == ["name     n", "─" * 10, "写真     1", "\N{REPLACEMENT CHARACTER}[1mab  22"]
 
 
 @pytest.fixture(scope="module")
@@ -121,5 +121,4 @@ def test_a_pipe_has_no_width_and_a_terminal_has_its_own(place: Path) -> None:
     shown = os.read(ours, 65_536).decode()
     os.close(theirs)
     os.close(ours)
-    assert len(piped.splitlines()) == 3
-    assert len(shown.splitlines()) > 3
+    assert ("─" in piped, "─" in shown) == (True, False)
