@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
 
 
+_FEW_IMAGES = 100
+
+
 @settings_command("evaluate", EvaluateConfig, example="evaluate --run runs/a --split test")
 @json_flag
 def evaluate(config: EvaluateConfig, as_json: bool) -> None:
@@ -29,6 +32,8 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     print_result(result, as_json, lambda _: [_recall_table(result)])
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
+    if result.images < _FEW_IMAGES:
+        say(f"{counted(result.images, 'image')}: few; read the 95 % intervals. -: not measurable on so few")
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
     if not as_json:

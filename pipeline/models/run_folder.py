@@ -175,7 +175,7 @@ class RunFolder:
             return RunRecord.model_validate_json((self.path / _RECORD).read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             place = str(self.path)
-            none = f"{place}: no run here ({_RECORD} not found).{similar_names(place)} Train one with --out."
+            none = f"{place}: no run here ({_RECORD} not found).{similar_names(place, RUN)} Train one with --out."
             raise UsageError(misplaced(place, RUN) or none) from error
         except ValidationError as error:
             raise UsageError(f"{self.path / _RECORD}: {error}") from error

@@ -51,7 +51,8 @@ def check_teacher(name: str, pretrained: str | None, models: Callable[[], list[s
     what = f"teacher {printable(name)!r}"
     schema, _, rest = name.partition(":") if ":" in name else ("", "", name)
     if schema not in ("", "hf-hub", "local-dir") and name not in BUNDLED:
-        raise UsageError(f"{what}: use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}")
+        forms = f"an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}"
+        raise UsageError(f"{what} is not known.{nearest(name, [*BUNDLED])} Write {forms}")
     if schema and pretrained:
         raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
     if schema == "local-dir" and not (Path(rest) / CHECKPOINT_CONFIG).is_file():

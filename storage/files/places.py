@@ -55,13 +55,21 @@ def misplaced(location: str, wanted: str, settings: Collection[str] = ()) -> str
     return typed_as(location, settings) or f"{described(location)}; a {wanted} is wanted here"
 
 
-def similar_names(location: str) -> str:
-    """Return `` Did you mean b.cache?`` for a path where nothing is, if its folder holds a similar name."""
+def similar_names(location: str, wanted: str = "") -> str:
+    """Return `` Did you mean b.cache?`` for a path where nothing is, if its folder holds a similar name.
+
+    Args:
+        wanted: kind of place. Only such places are named, for a folder those in it.
+    """
     path = Path(location).expanduser()
-    if "://" in location or path.exists() or not path.parent.is_dir():
+    if "://" in location or not path.parent.is_dir() or (path.exists() and not wanted):
         return ""
-    close = get_close_matches(path.name, list(_names(path.parent)), n=1)
-    return f" Did you mean {Path(location).with_name(close[0])}?" if close else ""
+    if path.is_dir():
+        inside = (path / name for name in _names(path))
+        return next((f" It holds {place}." for place in inside if kind_of(str(place)) == wanted), "")
+    close = get_close_matches(path.name, list(_names(path.parent)), n=1, cutoff=0.7)
+    similar = [str(Path(location).with_name(name)) for name in close]
+    return f" Did you mean {similar[0]}?" if similar and wanted in ("", kind_of(similar[0])) else ""
 
 
 def _names(folder: Path) -> Iterator[str]:

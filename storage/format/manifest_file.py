@@ -46,8 +46,8 @@ def no_cache(location: str) -> CacheNotFoundError:
     if other := misplaced(location, CACHE):
         return CacheNotFoundError(other)
     return CacheNotFoundError(
-        f"{location}: no cache here ({MANIFEST_KEY} not found).{similar_names(location)} Check the path, or start one "
-        "with teacher-cache precompute --cache."
+        f"{location}: no cache here ({MANIFEST_KEY} not found).{similar_names(location, CACHE)} Check the path, or "
+        "start one with teacher-cache precompute --cache."
     )
 
 

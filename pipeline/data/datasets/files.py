@@ -79,9 +79,10 @@ def require_there(root: str) -> Path:
         return path
     while not path.parent.exists():
         path = path.parent
-    similar = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    similar = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.7)
     instead = f"{path.parent / similar[0]} is" if similar else f"{path.parent} holds {contents(path.parent)}"
-    raise UsageError(f"{printable(root)}: not there; {printable(instead)}")
+    missing = "not there" if path == Path(root) else f"{path} is not there"
+    raise UsageError(f"{printable(root)}: {printable(missing)}; {printable(instead)}")
 
 
 def uri_below(folder: str, name: str) -> str | None:
@@ -201,7 +202,8 @@ def _require_regular(path: str | Path, mode: int) -> None:
 
 def contents(folder: Path, most: int = 12) -> str:
     """List a folder's contents for a message."""
-    names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in entries)
     if not names:
         return "nothing"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

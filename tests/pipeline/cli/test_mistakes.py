@@ -23,7 +23,7 @@ CASES = [
     (f"{TEACHER} ViT-B32", 2, "teacher 'ViT-B32': no open_clip model has this name. Did you mean ViT-B-32, "),
     (f"{TEACHER} ViT-B32 --pretrained openai", 2, "Did you mean ViT-B-32, "),
     (f"{TEACHER} zzz", 2, "no open_clip model has this name. There are EVA01-g-14, "),
-    (f"{TEACHER} bundled:scene", 2, "'bundled:scene': use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundl"),
+    (f"{TEACHER} bundled:scene", 2, "teacher 'bundled:scene' is not known. Did you mean bundled:scenes?"),
     (f"{TEACHER} bundled:scenes --pretrained x", 2, "brings its own weights; leave pretrained ('x') out"),
     (f"{TEACHER} local-dir:no", 2, "teacher 'local-dir:no': no open_clip_config.json in no. Name the folder of an"),
     (f"{TEACHER} local-dir:r1", 2, "teacher 'local-dir:r1': r1 is a run, of known.cache. Name the folder of an"),
@@ -67,6 +67,8 @@ CASES = [
     ("evaluate known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
     ("evaluate folder", 2, "error: folder: is a folder, not a run file\n"),
     ("evaluate --run known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
+    ("evaluate --run .", 2, ".: no run here (run.json not found). It holds r1. Train one with --out."),
+    ("info nowhere", 2, "nowhere: no cache here (manifest.json not found). Check the path"),
     ("evaluate --run r11", 2, "r11: no run here (run.json not found). Did you mean r1? Train one with --out."),
     ("deploy r1", 2, "error: r1 is a run, of known.cache: --run r1\n"),
     ("deploy r7", 2, "Error: Unexpected words: r7\n"),
@@ -105,7 +107,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "shipped/deploy.json").write_text('{"run": "r1"}')
     (here / "checkpoint/open_clip_config.json").write_text("{}")
     (here / "folder/x").write_text("")
-    (here / "pairs.csv").write_text("path,caption\n")
+    (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")
     return here
 
 

@@ -74,8 +74,8 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str, capsys:
         ),
         ("local-dir:/nowhere", None, "no open_clip_config.json in /nowhere"),
         ("local-dir:/nowhere", "openai", "brings its own weights"),
-        ("bundled:nothing", None, "use .* or bundled:scenes"),
-        ("ftp:x", None, "use an open_clip name, hf-hub:ORG/REPO, local-dir:PATH"),
+        ("bundled:nothing", None, "Write .* or bundled:scenes"),
+        ("ftp:x", None, "Write an open_clip name, hf-hub:ORG/REPO, local-dir:PATH"),
     ],
 )
 def test_what_cannot_be_a_teacher(name: str, pretrained: str | None, message: str) -> None:

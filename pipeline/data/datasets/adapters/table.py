@@ -136,7 +136,8 @@ def check(root: str, *, encoding: str = "", **options: str | None) -> None:
     """Check that a local table has the columns."""
     if "://" not in root:
         with _open(root) as file:
-            next(_rows(file, root, options, encoding), None)
+            if next(_rows(file, root, options, encoding), None) is None:
+                raise UsageError(f"{root}: has a header and no row below it; write one row for each caption")
 
 
 def _rows(file: BinaryIO, root: str, options: Mapping[str, str | None], encoding: str) -> Iterator[_Row]:
@@ -230,6 +231,10 @@ def _first_line(text: io.TextIOWrapper, root: str) -> str:
         first = text.readline()
     except UnicodeError as error:
         raise UsageError(f"{root}: not {text.encoding} ({error}); is ?encoding= right?") from error
+    if not first:
+        raise UsageError(f"{root}: is empty; write a header, path,caption, and one row for each caption")
+    if "\0" in first:
+        raise UsageError(f"{root}: not {text.encoding}; if a spreadsheet wrote it, add ?encoding=utf-16")
     return first
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
-from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, check_dataset
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import load, read, save_image, served, told
 
@@ -216,8 +216,16 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no column 'words' for caption=; its columns are photo, caption"):
         read("table", table, path="photo", caption="words")
     table.write_text("")
-    with pytest.raises(ValueError, match=r"its columns are none"):
+    with pytest.raises(ValueError, match=r"t\.csv: is empty; write a header, path,caption"):
         read("table", table)
+    table.write_text("path,caption\n")
+    with pytest.raises(ValueError, match=r"t\.csv: has a header and no row below it"):
+        check_dataset(f"table:{table}")
+    table.write_text("path,caption\na.jpg,b\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"t\.csv: not utf-8-sig; .* add \?encoding=utf-16"):
+        read("table", table)
+    assert [sample.uri for sample in read("table", table, encoding="utf-16")[0]] == ["a.jpg"]
+    table.write_text("")
     with pytest.raises(ValueError, match=r"nowhere\.csv: not there; .* holds t\.csv"):
         read("table", tmp_path / "nowhere.csv")
     with pytest.raises(ValueError, match=r"is a folder; name the table in it"):

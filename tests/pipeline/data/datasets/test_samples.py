@@ -39,7 +39,7 @@ def test_spec_reads_and_writes_the_same_text(text: str, spec: DatasetSpec) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/data/flickr8k", r"/data/flickr8k: not there; / holds "),
+        ("/data/flickr8k", r"/data/flickr8k: /data is not there; / holds "),
         (
             "flicker:/data",
             r"dataset kind 'flicker' is not known; did you mean flickr\? write KIND:PATH with one of coco, karp",

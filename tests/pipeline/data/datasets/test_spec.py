@@ -90,7 +90,7 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
         ),
         ("table:HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
         ("HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
-        ("images:HERE/pcs/more", r"HERE/pcs/more: not there; HERE/pics is$"),
+        ("images:HERE/pcs/more", r"HERE/pcs/more: HERE/pcs is not there; HERE/pics is$"),
         ("coco:HERE/zzz", r"HERE/zzz: not there; HERE holds empty/, nohead\.csv, notes\.txt, pairs\.csv, pics/$"),
         ("HERE", r"has no kind, and holds .*for a table in it write table:HERE/nohead\.csv; write KIND:PATH with"),
         ("HERE/empty", r"'HERE/empty' has no kind, and holds nothing; write KIND:PATH with one of coco, .*labelled$"),
