@@ -103,13 +103,14 @@ class RunFolder:
         """Check that a new run would overwrite nothing in the folder.
 
         Raises:
-            UsageError: it has a run with a checkpoint, or another program's folders.
+            UsageError: it has a run with a checkpoint, or other files than a run file.
         """
         if not self.exists():
-            # other trainers use these names too: never remove theirs
-            if names := [name for name in (*_MADE_BY_TRAINING, _LOG) if (self.path / name).exists()]:
+            # other trainers use our names too: never remove theirs
+            others = sorted(path.name for path in self.path.glob("[!.]*") if path.suffix != ".toml")
+            if others:
                 raise UsageError(
-                    f"{self.path}: holds {' and '.join(names)}, but no {_RECORD}, so it is no run of ours. Choose "
+                    f"{self.path}: holds {', '.join(others[:3])}, but no {_RECORD}, so it is no run of ours. Choose "
                     "another --out; nothing was changed."
                 )
             return

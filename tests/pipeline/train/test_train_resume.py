@@ -261,6 +261,15 @@ def test_it_goes_on_without_the_files_that_it_began_with(work: Work) -> None:
     assert (work.folder / "bereft" / "log.jsonl").read_text() == work.result[0]
 
 
+def test_a_folder_of_pictures_is_no_place_for_a_run(work: Work, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    RunFolder(tmp_path).require_free()
+    (tmp_path / "one.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"holds one\.jpg, but no run\.json, so it is no run of ours"):
+        train(work.config("x").model_copy(update={"out": str(tmp_path)}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jpg", "run.toml"]
+
+
 def test_nothing_of_another_program_is_removed(work: Work, tmp_path: Path) -> None:
     theirs = tmp_path / "checkpoints" / "epoch_1.pt"
     theirs.parent.mkdir()
