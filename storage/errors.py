@@ -70,10 +70,10 @@ _EXTRAS = {
 }
 
 
-def install_line(module: str) -> str:
+def install_line(module: str, extra: str | None = None) -> str:
     """Return the command that installs a module into this environment: by its extra, or by its own name."""
     top = module.partition(".")[0]
-    extra = next((extra for extra, modules in _EXTRAS.items() if top in modules.split()), None)
+    extra = extra or next((extra for extra, modules in _EXTRAS.items() if top in modules.split()), None)
     pip = Path(sys.prefix, "bin", "pip")
     command = str(pip) if sys.prefix != sys.base_prefix and pip.exists() else f"{sys.executable} -m pip"
     return f"{command} install {top if extra is None else _project(extra)}"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from teacher_cache.storage.errors import CacheError, MissingPackageError, UsageError
+from teacher_cache.storage.files.places import DEPLOYED, misplaced
 
 RECORD = "deploy.json"
 
@@ -96,9 +97,8 @@ class Deployment(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise UsageError(
-                f"{folder}: no deployed student here ({RECORD} not found). Make one by teacher-cache deploy --out."
-            ) from error
+            none = f"{folder}: no deployed student here ({RECORD} not found). Make one by teacher-cache deploy --out."
+            raise UsageError(misplaced(str(folder), DEPLOYED) or none) from error
         except ValidationError as error:
             raise UsageError(f"{path}: {error}") from error
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.tokens import PATTERN, Clean, ClipTokenizer, cleaner
 from teacher_cache.pipeline.deploy.record import Artefact, Tokenization
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import UsageError, install_line
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -46,7 +46,7 @@ def runtime_package(name: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"a deployed student needs a package that is not installed: {name} ({error}). "
-            "Install it: pip install teacher-cache[runtime]"
+            f"Install it: {install_line(name, 'runtime')}"
         ) from error
 
 

@@ -289,7 +289,10 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
         OSError: it cannot be read.
     """
     if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
-        raise UsageError(f"{folder}: no student checkpoint here ({CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted)")
+        newest = max(folder.glob("checkpoints/epoch-*"), default=None)
+        hint = f"; {folder} is a run: write {newest}" if newest else ""
+        wanted = f"{CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted"
+        raise UsageError(f"{folder}: no student checkpoint here ({wanted}){hint}")
     for name in (CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS):
         with (folder / name).open("rb"):  # raise PermissionError: open_clip would say that the file is missing
             pass

@@ -133,7 +133,8 @@ def _fitted(config: TrainConfig) -> TrainConfig:
     if launched_rank():
         return fitted  # rank 0 warns
     if fitted.split != config.split:
-        _LOG.warning("%s: the student learns from its only split, %r", config.cache, fitted.split)
+        name = repr(fitted.split) if fitted.split else "all its images"
+        _LOG.warning("%s: there is no split %r; the student learns from %s", config.cache, config.split, name)
     if fitted.batch_size != config.batch_size:
         fewer = "%s: fewer images than a batch of %d: batches of %d"
         _LOG.warning(fewer, config.cache, config.batch_size, fitted.batch_size)

@@ -27,7 +27,7 @@ CASES = [
     (f"{TEACHER} bundled:scenes --pretrained x", 2, "brings its own weights; leave pretrained ('x') out"),
     (f"{TEACHER} local-dir:no", 2, "teacher 'local-dir:no': no open_clip_config.json in no. Name the folder of an"),
     (f"{TEACHER} local-dir:r1", 2, "teacher 'local-dir:r1': r1 is a run, of known.cache. Name the folder of an"),
-    (TRAIN.replace("scenes-small", "vit-ti32"), 2, "Did you mean vit-ti-32, ViT-"),
+    (TRAIN.replace("scenes-small", "vit-ti32"), 2, "Did you mean vit-ti-32, vit-s-32 or "),
     (TRAIN.replace("scenes-small", "vit-ti32"), 2, "Presets are vit-ti-32, vit-s-32, "),
     (TRAIN.replace("scenes-small", "x.json"), 2, "student 'x.json': no such file. Presets are effnet-lite0-t1"),
     (TRAIN.replace("scenes-small", "zzz"), 2, "student 'zzz' is not known. Presets are "),
