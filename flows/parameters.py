@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
+import pydantic
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import SkipJsonSchema
 
@@ -60,7 +61,7 @@ def parameters_of(
             if own.kind is own.KEYWORD_ONLY:
                 field = FieldInfo.from_annotation(own.annotation)
                 fields[name] = _Field.of(field)._replace(default=... if own.default is own.empty else own.default)
-        experts = create_model(
+        experts = pydantic.create_model(
             "Advanced",
             __config__=ConfigDict(extra="forbid", title="advanced"),
             **{name: field.in_advanced(name) for name, field in fields.items() if name not in everyday},

@@ -56,7 +56,8 @@ class StageSettings:
         """
         names = ("dataset", "teacher", "pretrained", "precision", "device")
         fixed = {"cache": "cache", **{name: getattr(self.config, name) for name in names}, **stored}
-        return check_config(PrecomputeConfig, (crops or {}) | self.config.precompute | fixed, "precompute")
+        defaults = {"max_problems": f"{self.config.max_removed}%", **(crops or {})}
+        return check_config(PrecomputeConfig, defaults | self.config.precompute | fixed, "precompute")
 
     def training(self, cache: str, out: str, init: str | None) -> TrainConfig:
         """Return the settings of train.

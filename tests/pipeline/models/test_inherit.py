@@ -339,7 +339,7 @@ def test_settings_that_cannot_be_used_are_refused(wide: Path, tmp_path: Path) ->
     alien = {"embed_dim": 30, "vision_cfg": {**VISION, "layers": 9}, "text_cfg": {**TEXT, "layers": 9}}
     for settings, message in (
         ({"text_layers": "3,1"}, "layers must differ and ascend, not 3,1"),
-        ({"text_layers": "a"}, "text_layers"),
+        ({"text_layers": "a"}, "--text-layers: 'a' is not a whole number"),
         ({"text_layers": "0,1,2"}, "3 layers, but the student's text tower has 2"),
         ({"trunk_weights": "absent.pth"}, r"trunk weights 'absent\.pth': no such file; give a file or package:effic"),
         ({"trunk_weights": "package:x"}, "package:x is not known; there is package:efficientnet-lite0"),

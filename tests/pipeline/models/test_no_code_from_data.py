@@ -124,7 +124,8 @@ def test_evil_weights_in_a_model_folder(form: str, name: str, marker: Path, tmp_
 def test_the_command_says_it_in_one_line_and_exits_2(marker: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "open_clip_pytorch_model.bin").write_bytes(evil_weights("torch", marker))
-    settings = {"--dataset": f"flickr:{tmp_path}", "--device": "cpu", "--teacher": f"local-dir:{folder}"}
+    (tmp_path / "pairs.csv").write_text("path,caption\na.jpg,a\n")
+    settings = {"--dataset": f"table:{tmp_path}/pairs.csv", "--device": "cpu", "--teacher": f"local-dir:{folder}"}
     done = run_command("precompute", "--cache", tmp_path / "c", *(word for pair in settings.items() for word in pair))
     assert done.returncode == 2
     assert done.stderr == (
@@ -278,7 +279,7 @@ def test_no_source_of_ours_could_run_data(path: Path) -> None:
         assert given.get("shell", "False") == "False"
         if name.endswith("torch.load"):
             assert given.get("weights_only") == "True"
-        if name.endswith("create_model") and "benchmarks" not in path.parts:
+        if name.endswith("create_model") and name != "pydantic.create_model" and "benchmarks" not in path.parts:
             assert given.get("weights_only") == "True" or given.get("load_weights") == "False", f"line {call.lineno}"
 
 

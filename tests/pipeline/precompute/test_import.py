@@ -336,7 +336,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(
     with pytest.raises(CacheIncompleteError, match=r"chunks are there\. Run the same import command again to finish"):
         EmbeddingReader(str(tmp_path / "c"))
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "c")], env={"COLUMNS": "300"}).stdout
-    assert "run the same import command again" in shown
+    assert "not complete. Run the same import command again to finish it" in shown
     assert home.bring(folder, tmp_path / "c").chunks_written == CHUNKS - after
     assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
     passes.clear()

@@ -64,9 +64,12 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_stopped_while_it_still_loads_torch_it_says_so_too(tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_while_it_still_loads_torch_it_says_so_too(
+    make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """The first seconds of each run; whatever is half imported then is not needed to answer."""
-    process = subprocess.Popen(command(tmp_path, tmp_path, tmp_path / "c"), stderr=subprocess.PIPE, text=True)
+    words = command(make_photos(1), tiny_teacher, tmp_path / "c")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)
     process.send_signal(number)

@@ -135,7 +135,7 @@ def test_the_command_exits_1_and_names_the_object(kind: str, sound: Path, others
     result = CliRunner().invoke(app, ["verify", str(cache)])
     assert result.exit_code == 1
     assert named in result.stdout
-    assert result.stderr.endswith(f"Run teacher-cache repair {cache} to mend it.\n")
+    assert result.stderr.endswith(f"next: teacher-cache repair {cache}\n")
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_ls_finds_caches_and_says_what_they_are(shelf: Path, reads: list[str]) -
 
 def test_ls_as_people_see_it(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shelf)
-    done = run.invoke(app, ["ls", "a"])
+    done = run.invoke(app, ["ls", "a"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     lines = [line for line in done.stdout.splitlines() if "─" not in line]
     assert [line.split()[0] for line in lines] == ["cache", "a/b/part.cache", "a/whole.cache"]

@@ -185,12 +185,15 @@ def test_each_process_of_a_run_has_a_port_of_its_own(
 def test_a_taken_port_ends_the_command_that_named_it(
     by_flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flag does, the environment does not: that run comes to its own error, of a teacher that is not there."""
+    """The flag does, the environment does not: that run comes to its own error, of a teacher that cannot be loaded."""
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    (tmp_path / "pairs.csv").write_text("path,caption\na.jpg,a\n")
+    where = ["--dataset", f"table:{tmp_path}/pairs.csv", "--cache", str(tmp_path / "c")]
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         first.listen()
         port = str(first.getsockname()[1])
-        words = ["precompute", "--dataset", f"flickr:{tmp_path}", "--cache", str(tmp_path / "c"), "--teacher", "none"]
+        words = ["precompute", *where, "--teacher", f"local-dir:{tmp_path}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if by_flag else {METRICS_PORT: port})
         words += ["--metrics-port", port] if by_flag else []
         command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *words]

@@ -270,7 +270,7 @@ def test_splits_and_captions_are_found_in_tables_of_many_parts(
         assert reader.caption_offsets.tolist() == wanted.caption_offsets.tolist()
         for split in (None, "train", "test"):
             assert reader.image_rows(split).tolist() == wanted.image_rows(split).tolist()
-        reader.require_captions(reader.image_rows())
+        reader.require_captions(reader.image_rows(), "")
     assert not {"samples", "captions"} & parted.__dict__.keys()
     (path / "captions" / "000002.parquet").unlink()
     with pytest.raises(CacheCorruptError, match=r"captions/000002\.parquet: missing"):

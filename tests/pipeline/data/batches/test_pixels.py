@@ -318,7 +318,7 @@ def test_a_disk_without_the_room_is_refused_with_numbers(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole - 1))
     with pytest.raises(
-        UsageError, match=r"32 images x 3 views x 32 x 32 x 3 bytes = 0.00 GB in 12 chunks; 12 of them to make"
+        UsageError, match=r"32 images x 3 views x 32 x 32 x 3 bytes = 294.9 kB in 12 chunks; 12 of them to make"
     ):
         plan_pixels(settings(home, tmp_path / "new" / "folder"))
     assert not (tmp_path / "new").exists()
@@ -395,7 +395,7 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     made = run("student", "pixels", *cache, "--student", student, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith(
-        f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 0.00 GB in 3 chunks; 3 of them to make"
+        f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 294.9 kB in 3 chunks; 3 of them to make"
     )
     assert "pixels: 3 of 3" in made.stderr
     assert "32 images in 3 views at 32 x 32" in made.stdout
