@@ -195,7 +195,7 @@ def precomputed(stack: Stack) -> str:
     cache = f"s3://{bucket}/scenes.cache"
     done = stack.prefect(
         *("deployment", "run", "precompute-teacher/default", "--watch", "-p", f"cache={cache}"),
-        *("-p", "dataset=scenes:caches/scenes?train=96&dev=8&test=24", "-p", "chunk_rows=64"),
+        *("-p", "dataset=scenes:caches/scenes?train=96&dev=8&test=24", "-p", 'advanced={"chunk_rows": 64}'),
     )
     assert done.returncode == 0, done.stdout + done.stderr + stack.started["worker"].log.read_text()[-3000:]
     return cache

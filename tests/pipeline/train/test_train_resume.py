@@ -159,7 +159,7 @@ def test_killed_from_outside_it_goes_on_by_the_command_that_it_names(work: Work)
     record = json.loads(done.stdout)
     (resumed,) = record["resumed_at"]
     assert 1 <= resumed < 80
-    assert "80 of 80 loss" in done.stderr
+    assert "80 of 80  loss" in done.stderr
     assert "eta 0:00:00" in done.stderr
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 81))

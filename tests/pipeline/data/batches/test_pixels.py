@@ -395,7 +395,7 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     made = run("student", "pixels", *cache, "--student", student, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith(
-        f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 294.9 kB in 3 chunks; 3 of them to make"
+        f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 589.8 kB in 3 chunks; 3 of them to make"
     )
     assert "pixels: 3 of 3" in made.stderr
     assert "32 images in 3 views at 32 x 32" in made.stdout
