@@ -140,8 +140,7 @@ def check_names(config: StageConfig) -> None:
 def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
     """Check that the run is one, and that the cache is finished and has the splits."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
-    from teacher_cache.storage.format.claim_records import require_sealed
-    from teacher_cache.storage.format.manifest_file import read_manifest
+    from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
 
     cache = named.get("cache")
     if "run" in named:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import note_key
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest

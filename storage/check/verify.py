@@ -24,10 +24,10 @@ from teacher_cache.storage.errors import (
     CacheFormatError,
     CacheUnreachableError,
 )
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, CacheFiles
 from teacher_cache.storage.format.arrays import decode_object, stored_form
-from teacher_cache.storage.format.claim_records import CLAIMS, incomplete_message
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     COMMITS,
@@ -42,7 +42,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.journal import JOURNAL, note_key, read_note
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Seal
-from teacher_cache.storage.format.manifest_file import no_cache
+from teacher_cache.storage.format.manifest_file import incomplete_message, no_cache
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.tables import (
     CAPTIONS,

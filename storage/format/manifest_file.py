@@ -1,4 +1,4 @@
-"""Reading and writing of ``manifest.json`` and its backup.
+"""Reading and writing of ``manifest.json`` and its backup, and the message about an unfinished cache.
 
 The backup is written first, so that it is never older than the manifest. If one of the two is damaged, the other
 describes the cache.
@@ -6,10 +6,14 @@ describes the cache.
 
 from __future__ import annotations
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheNotFoundError
+from contextlib import suppress
+
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError
+from teacher_cache.storage.files.claim_records import working_processes
 from teacher_cache.storage.files.places import CACHE, misplaced, similar_names
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest
+from teacher_cache.storage.format.commits import all_chunks, committed_chunks
+from teacher_cache.storage.format.manifest import BACKUP_KEY, IMPORTED_ROWS, MANIFEST_KEY, CacheManifest
 
 
 def read_manifest(files: CacheFiles) -> CacheManifest:
@@ -60,3 +64,31 @@ def write_manifest(files: CacheFiles, manifest: CacheManifest) -> None:
 
 def _read(files: CacheFiles, key: str) -> CacheManifest:
     return CacheManifest.from_bytes(files.read(key), files.location, key)
+
+
+def require_sealed(files: CacheFiles, manifest: CacheManifest) -> None:
+    """Check that a cache is finished.
+
+    Raises:
+        CacheIncompleteError: chunks are missing. The message counts them, and names who works on the cache.
+    """
+    if not manifest.sealed:
+        refs = all_chunks(manifest.layout)
+        raise CacheIncompleteError(incomplete_message(files, manifest, len(committed_chunks(files, refs)), len(refs)))
+
+
+def incomplete_message(files: CacheFiles, manifest: CacheManifest, done: int, total: int) -> str:
+    """Return the message about an unfinished cache."""
+    return f"{files.location}: {done} of {total} chunks are there. {finished_how(files, manifest)}."
+
+
+def finished_how(files: CacheFiles, manifest: CacheManifest) -> str:
+    """Return who finishes an unfinished cache: the processes that work on it, or a command."""
+    names: tuple[str, ...] = ()
+    with suppress(OSError):
+        names = working_processes(files)
+    if names:
+        verb = "works" if len(names) == 1 else "work"
+        return f"Now {', '.join(names)} {verb} on it: wait until it is finished"
+    command = "import" if IMPORTED_ROWS in manifest.made_with else "precompute"
+    return f"Run the same {command} command again to finish it"

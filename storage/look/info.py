@@ -15,7 +15,6 @@ from pydantic import BaseModel, Field
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.claim_records import finished_how
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
     ChunkRef,
@@ -30,7 +29,7 @@ from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.journal import JOURNAL, ChunkCost, read_cost
 from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest, Seal
-from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.format.manifest_file import finished_how, read_manifest
 
 NOTES_READ = 1000
 """Maximum number of journal notes read per tower. If there are more, evenly spaced ones are read."""

@@ -16,7 +16,6 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, 
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.transient import read_error
-from teacher_cache.storage.format.claim_records import require_sealed
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
@@ -27,7 +26,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
-from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from teacher_cache.storage.read.caption_index import CaptionIndex

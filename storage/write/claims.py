@@ -20,10 +20,10 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from teacher_cache.storage.errors import CacheUnreachableError, UsageError
+from teacher_cache.storage.files.claim_records import BEATS_MISSED, CLAIMS, ClaimRecord, read_claim
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.claim_records import BEATS_MISSED, CLAIMS, ClaimRecord, read_claim
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 
 PLAN = "plan"  # held by the process that writes the first manifest

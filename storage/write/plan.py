@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.files.protocol import PARTIAL, CacheFiles
 from teacher_cache.storage.format.arrays import zarr_metadata
-from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.format.commits import COMMITS
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.journal import JOURNAL

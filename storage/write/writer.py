@@ -13,7 +13,6 @@ from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE
 from teacher_cache.storage.format.arrays import decode_object, encode_object, stored_form
-from teacher_cache.storage.format.claim_records import incomplete_message
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
@@ -28,7 +27,7 @@ from teacher_cache.storage.format.int8 import quantize
 from teacher_cache.storage.format.journal import ChunkCost, write_cost
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, stored_arrays
 from teacher_cache.storage.format.manifest import CacheManifest, Seal
-from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
+from teacher_cache.storage.format.manifest_file import incomplete_message, read_manifest, write_manifest
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256

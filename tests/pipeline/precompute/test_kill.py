@@ -15,8 +15,8 @@ import pytest
 
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader

@@ -13,8 +13,8 @@ from teacher_cache.pipeline.precompute.executors import LocalExecutor, open_exec
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.claim_records import CLAIMS
 from tests.conftest import cache_digest, write_photos
 from tests.object_store import ObjectStore
 from tests.pipeline.precompute.ray_work import BATCH, CHUNK, CHUNKS, IMAGES, IN_FLIGHT, PASSES, POISON, run

@@ -15,7 +15,7 @@ import pytest
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.storage.check.verify import verify_cache
-from teacher_cache.storage.format.claim_records import CLAIMS
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.look.info import describe_cache
 from tests.conftest import cache_digest
 from tests.pipeline.precompute.conftest import as_command, settings

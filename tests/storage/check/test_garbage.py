@@ -13,10 +13,10 @@ from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.check.garbage import collect_garbage
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheAccessError, CacheCorruptError, CacheNotFoundError, UsageError
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.processes import this_process
-from teacher_cache.storage.format.claim_records import CLAIMS
 from teacher_cache.storage.write.claims import Claims, left_claims
 from tests.conftest import cache_digest, ended_process, finish_known_cache, make_known_cache, plan_known_cache
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from teacher_cache.storage.errors import CacheIncompleteError
+from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.processes import ProcessName, this_process
-from teacher_cache.storage.format.claim_records import CLAIMS, finished_how
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks
-from teacher_cache.storage.format.manifest_file import read_manifest
+from teacher_cache.storage.format.manifest_file import finished_how, read_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.claims import Claims, claimed_by, clear_claims
 from teacher_cache.storage.write.writer import EmbeddingWriter

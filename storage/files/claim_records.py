@@ -1,17 +1,13 @@
-"""Records of claims, by which the processes that write a cache are known, and the message about an unfinished cache."""
+"""Records of claims, by which the processes that write a cache are known."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from teacher_cache.storage.errors import CacheIncompleteError
 from teacher_cache.storage.files.processes import ProcessName
 from teacher_cache.storage.files.protocol import CacheFiles
-from teacher_cache.storage.format.commits import all_chunks, committed_chunks
-from teacher_cache.storage.format.manifest import IMPORTED_ROWS, CacheManifest
 
 CLAIMS = "claims"
 BEATS_MISSED = 4
@@ -71,31 +67,3 @@ def _is_working(files: CacheFiles, claim: ClaimRecord) -> bool:
         return False
     age = None if modified is None else (datetime.now(UTC) - modified).total_seconds()
     return age is not None and age < BEATS_MISSED * claim.beat_seconds
-
-
-def require_sealed(files: CacheFiles, manifest: CacheManifest) -> None:
-    """Check that a cache is finished.
-
-    Raises:
-        CacheIncompleteError: chunks are missing. The message counts them, and names who works on the cache.
-    """
-    if not manifest.sealed:
-        refs = all_chunks(manifest.layout)
-        raise CacheIncompleteError(incomplete_message(files, manifest, len(committed_chunks(files, refs)), len(refs)))
-
-
-def incomplete_message(files: CacheFiles, manifest: CacheManifest, done: int, total: int) -> str:
-    """Return the message about an unfinished cache."""
-    return f"{files.location}: {done} of {total} chunks are there. {finished_how(files, manifest)}."
-
-
-def finished_how(files: CacheFiles, manifest: CacheManifest) -> str:
-    """Return who finishes an unfinished cache: the processes that work on it, or a command."""
-    names: tuple[str, ...] = ()
-    with suppress(OSError):
-        names = working_processes(files)
-    if names:
-        verb = "works" if len(names) == 1 else "work"
-        return f"Now {', '.join(names)} {verb} on it: wait until it is finished"
-    command = "import" if IMPORTED_ROWS in manifest.made_with else "precompute"
-    return f"Run the same {command} command again to finish it"
