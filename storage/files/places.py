@@ -67,9 +67,14 @@ def similar_names(location: str, wanted: str = "") -> str:
     if path.is_dir():
         inside = (path / name for name in _names(path))
         return next((f" It holds {place}." for place in inside if kind_of(str(place)) == wanted), "")
-    close = get_close_matches(path.name, list(_names(path.parent)), n=1, cutoff=0.7)
-    similar = [str(Path(location).with_name(name)) for name in close]
-    return f" Did you mean {similar[0]}?" if similar and wanted in ("", kind_of(similar[0])) else ""
+    name = similar_name(path)
+    similar = str(Path(location).with_name(name)) if name else ""
+    return f" Did you mean {similar}?" if similar and wanted in ("", kind_of(similar)) else ""
+
+
+def similar_name(path: Path) -> str:
+    """Return the most similar name in a path's folder. Empty: none is similar."""
+    return next(iter(get_close_matches(path.name, list(_names(path.parent)), n=1, cutoff=0.7)), "")
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -9,11 +9,11 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import similar_name
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable
 
 # torchvision's ImageFolder endings, and the other decodable ones (``teacher_cache.pipeline.data.images.decode``)
@@ -79,8 +79,8 @@ def require_there(root: str) -> Path:
         return path
     while not path.parent.exists():
         path = path.parent
-    similar = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.7)
-    instead = f"{path.parent / similar[0]} is" if similar else f"{path.parent} holds {contents(path.parent)}"
+    similar = similar_name(path)
+    instead = f"{path.parent / similar} is" if similar else f"{path.parent} holds {contents(path.parent)}"
     missing = "not there" if path == Path(root) else f"{path} is not there"
     raise UsageError(f"{printable(root)}: {printable(missing)}; {printable(instead)}")
 
