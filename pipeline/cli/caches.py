@@ -11,22 +11,12 @@ from teacher_cache.pipeline.cli.options import Settings, log_format_option, metr
 from teacher_cache.pipeline.cli.stopping import chunks_committed, resumable
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
-from teacher_cache.storage.cli.app import (
-    byte_size,
-    cache_argument,
-    command,
-    counted,
-    duration,
-    json_flag,
-    print_json,
-    print_lines,
-    print_result,
-    rates,
-)
+from teacher_cache.storage.cli.app import cache_argument, command, json_flag, print_json, print_lines, print_result
 from teacher_cache.storage.cli.compare import print_findings, print_report
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import byte_size, counted, duration, rates
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.forecast import Forecast

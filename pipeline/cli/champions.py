@@ -10,21 +10,13 @@ import click
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
-from teacher_cache.storage.cli.app import (
-    Argument,
-    Group,
-    command,
-    counted,
-    json_flag,
-    of_kind,
-    print_json,
-    print_result,
-)
+from teacher_cache.storage.cli.app import Argument, Group, command, json_flag, of_kind, print_json, print_result
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import REGISTRY
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.promote.gate import PromoteResult

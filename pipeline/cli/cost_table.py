@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from teacher_cache.pipeline.evaluate.cost.latency import Ratio
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, ModelCost
-from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.cli.tables import Table
+from teacher_cache.storage.observe.quantities import counted
 
 
 def cost_table(result: CostResult) -> Table:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
-from teacher_cache.storage.cli.app import counted, json_flag, print_result
+from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.cli.tables import Table
-from teacher_cache.storage.observe.logs import say, suggest_next
+from teacher_cache.storage.observe.logs import command_line, say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
@@ -33,7 +34,16 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
     if result.images < _FEW_IMAGES:
-        say(f"{counted(result.images, 'image')}: few; read the 95 % intervals. -: not measurable on so few")
+        every = (values[direction].values() for _, values, _ in _recall_rows(result) for direction in result.teacher)
+        gaps = ". -: not measurable on so few" if any(None in cells for cells in every) else ""
+        say(f"{counted(result.images, 'image')}: few; read the 95 % intervals{gaps}")
+    if result.distinct_captions is not None and 2 * result.distinct_captions < result.images:
+        labelled = result.dataset if str(result.dataset).startswith("imagefolder:") else "DATASET"
+        say(
+            f"{counted(result.distinct_captions, 'different caption')} for {result.images:,} images: recall and "
+            "retention say little, since no caption belongs to one image. Measure the classes: "
+            + command_line("zero-shot", str(labelled), run=result.run, teacher=None if result.run else "TEACHER")
+        )
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
     if not as_json:
@@ -64,6 +74,11 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
     for line in result.undecodable:
         say(f"left out: {line}")
     print_result(result, as_json, lambda _: [_accuracy_table(result)])
+    if result.learned_images:
+        say(
+            f"{result.learned_images:,} of these {counted(result.images, 'image')} are images that the student learned "
+            f"from. Measure others: another --split, or ?holdout=10% behind a dataset that was cached so"
+        )
 
 
 def _recall_table(result: EvaluateResult) -> Table:

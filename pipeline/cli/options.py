@@ -121,7 +121,11 @@ def check_names(config: StageConfig) -> None:
     for setting, value, module in _OPTIONAL:
         if str(named.get(setting)).startswith(value) and find_spec(module) is None:
             raise MissingPackageError(module, f"{setting} {named[setting]!r}")
-    if "dataset" in named and not isinstance(config, ZeroShotConfig):
+    if isinstance(config, ZeroShotConfig):
+        from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
+
+        labelled_spec(config)
+    elif "dataset" in named:
         from teacher_cache.pipeline.data.datasets.spec import check_dataset
 
         check_dataset(named["dataset"])

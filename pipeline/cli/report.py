@@ -8,20 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.cli.app import (
-    byte_size,
-    cache_argument,
-    command,
-    json_flag,
-    of_kind,
-    option,
-    print_result,
-    seed_option,
-)
+from teacher_cache.storage.cli.app import cache_argument, command, json_flag, of_kind, option, print_result, seed_option
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.places import DEPLOYED, RUN
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import byte_size
 
 
 class ReportResult(BaseModel, frozen=True):

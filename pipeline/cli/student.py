@@ -10,9 +10,10 @@ from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
 from teacher_cache.pipeline.settings.train import PixelsConfig
-from teacher_cache.storage.cli.app import Group, byte_size, counted, json_flag, print_result
+from teacher_cache.storage.cli.app import Group, json_flag, print_result
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import byte_size, counted
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.models.inherit.run import InheritResult

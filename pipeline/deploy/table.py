@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
-from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.cli.tables import Table
+from teacher_cache.storage.observe.quantities import counted
 
 
 class Int8Report(BaseModel, frozen=True):

@@ -16,13 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from teacher_cache.pipeline.data.datasets.adapters import check_form
 from teacher_cache.pipeline.data.datasets.adapters.labelled import FORMS, ClassPrompts, class_prompts, list_images
+from teacher_cache.pipeline.data.datasets.holdout import HELD_OUT
 from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
+
+# settings behind a dataset's name -> those of its labelled images; classes= is also imagefolder's own
+_OPTIONS = {"templates": "templates", "classes": "class_names", "split": "split", "holdout": "holdout"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class LabelledDataset:
     found: ClassPrompts
     spec: DatasetSpec
     digests: list[str]
+
+    @property
+    def split(self) -> str:
+        """Split that was asked for; empty for all images, or for torchvision's test split."""
+        return dict(self.spec.options).get("split", "")
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
@@ -74,11 +84,11 @@ class LabelledDataset:
         return decode_image(self._source.read(sample.uri, sample.offset, sample.length))
 
 
-def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
-    """Read a labelled dataset and match its classes.
+def labelled_spec(config: ZeroShotConfig) -> DatasetSpec:
+    """Return the spec with which a labelled dataset can be cached, checked without listing its images.
 
     Raises:
-        UsageError: the dataset or a setting cannot be used, or a class has no certain match.
+        UsageError: it has no labels, does not exist, or a setting is unknown or has an impossible value.
     """
     if config.dataset.startswith("torchvision:"):
         name, _, path = config.dataset.removeprefix("torchvision:").partition(":")
@@ -91,27 +101,40 @@ def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
             "torchvision:NAME:PATH"
         )
     options = dict(spec.options)
-    # names of the options in an imagefolder of captions
-    aliases = {"templates": "templates", "classes": "class_names", "split": "split"}
     name = options.pop("name", "") if spec.kind == "torchvision" else ""
-    unknown = sorted(set(options) - set(aliases))
+    unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(aliases)}")
+        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(_OPTIONS)}")
     settings = {option: getattr(config, option) for option in ("prompts", "templates", "class_names", "split")}
     for option, value in options.items():
-        settings[aliases[option]] = settings[aliases[option]] or value
+        settings[_OPTIONS[option]] = settings.get(_OPTIONS[option]) or value
+    if settings.get("holdout"):
+        settings["split"] = settings["split"] or HELD_OUT
     settings = {option: value for option, value in {"name": name, **settings}.items() if value}
-    listing = list_images(spec.root, spec.kind, settings.get("split", ""), name)
-    cached = DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
+    check_form("labelled", spec.root, {"form": spec.kind, **settings})
+    return DatasetSpec("labelled", spec.root, (("form", spec.kind), *settings.items()))
+
+
+def open_labelled(config: ZeroShotConfig) -> LabelledDataset:
+    """Read a labelled dataset and match its classes.
+
+    Raises:
+        UsageError: the dataset or a setting cannot be used, or a class has no certain match.
+    """
+    spec = labelled_spec(config)
+    settings = dict(spec.options)
+    listing = list_images(
+        spec.root, settings["form"], settings.get("split", ""), settings.get("name", ""), settings.get("holdout", "")
+    )
     if not listing.images:
         met = "".join(f"; the first problem: {problem}" for problem in listing.problems[:1])
-        raise UsageError(f"{spec}: no image of any class{met}")
+        raise UsageError(f"{config.dataset}: no image of any class{met}")
     matched = class_prompts(
         listing, settings.get("prompts", ""), settings.get("templates", ""), settings.get("class_names", "")
     )
     key: dict[str, str] = {}
     for image, own in zip(listing.images, listing.keys, strict=True):
         key.setdefault(image.sample_id, own)  # of two with one name the first counts
-    samples, digests = load_samples(cached)
+    samples, digests = load_samples(spec)
     labels = np.array([matched.classes.number[key[sample.sample_id]] for sample in samples.samples], np.int64)
-    return LabelledDataset(config.dataset, samples, labels, matched, cached, digests)
+    return LabelledDataset(config.dataset, samples, labels, matched, spec, digests)

@@ -68,6 +68,8 @@ class EvaluateResult(BaseModel, frozen=True):
     split: str
     images: int
     captions: int
+    distinct_captions: int | None = Field(None, description="Number of different texts among the captions.")
+    dataset: str | None = Field(None, description="Dataset of the cache, KIND:PATH.")
     quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
     cache: str
     cache_manifest_digest: str
@@ -301,6 +303,8 @@ def _result(
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.caption_rows),
+        distinct_captions=split.distinct_captions,
+        dataset=split.reader.manifest.source.dataset,
         quarantined=split.quarantined,
         cache=split.cache,
         cache_manifest_digest=split.reader.manifest.digest,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
@@ -108,10 +109,19 @@ class EvaluationSplit:
         return self.reader.table_rows(SAMPLES, self.image_rows)["content_sha256"]
 
     @cached_property
+    def _caption_texts(self) -> pa.ChunkedArray:
+        return self.reader.table_rows(CAPTIONS, self.caption_rows)["text"]
+
+    @cached_property
     def captions(self) -> list[str]:
         """Text of each caption, in order."""
-        texts: list[str] = self.reader.table_rows(CAPTIONS, self.caption_rows)["text"].to_pylist()
+        texts: list[str] = self._caption_texts.to_pylist()
         return texts
+
+    @property
+    def distinct_captions(self) -> int:
+        """Number of different texts among the captions."""
+        return int(pc.count_distinct(self._caption_texts).as_py())
 
     def ranks(
         self,

@@ -21,7 +21,6 @@ from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known, dataset_changes, require_reusable
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef
@@ -38,6 +37,7 @@ from teacher_cache.storage.format.tables import (
     samples_sha256,
 )
 from teacher_cache.storage.observe.logs import command_line, event, logger, say
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
-from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
@@ -29,6 +28,7 @@ from teacher_cache.storage.format.layout import ARRAYS, Layout, Tower
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, chunk_rows_sha256, long_texts, read_table
 from teacher_cache.storage.look.sampling import stored_rows
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 

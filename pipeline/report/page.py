@@ -23,8 +23,8 @@ from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
 from teacher_cache.pipeline.report.charts import all_charts
 from teacher_cache.pipeline.report.data import ReportData, as_utf8, of_other_data
 from teacher_cache.pipeline.report.summary import about, facts, quarantined, unread, verdict
-from teacher_cache.storage.cli.app import counted
 from teacher_cache.storage.look.info import CacheInfo
+from teacher_cache.storage.observe.quantities import counted
 
 _HERE = Path(__file__).parent
 _TABS = ("Overview", "Students", "Deployment", "Retrieval", "Map", "Distributions", "Problems")

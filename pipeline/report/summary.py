@@ -10,9 +10,9 @@ from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
 from teacher_cache.pipeline.report.charts import newest_evaluations
 from teacher_cache.pipeline.report.data import ReportData
-from teacher_cache.storage.cli.app import byte_size, counted
 from teacher_cache.storage.cli.info import encoding_cost, remaining_time
 from teacher_cache.storage.look.info import CacheInfo
+from teacher_cache.storage.observe.quantities import byte_size, counted
 
 Fact = tuple[str, str, str]
 """Name, number, explanation."""

@@ -39,11 +39,11 @@ from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.base import learned_split
 from teacher_cache.pipeline.settings.train import PixelsConfig
-from teacher_cache.storage.cli.app import byte_size, counted
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import absolute_location, begun_ahead
+from teacher_cache.storage.observe.quantities import byte_size, counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _CHUNK_ROWS = 64

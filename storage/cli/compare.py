@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from teacher_cache.storage.cli.app import (
-    byte_size,
     cache_argument,
     command,
-    counted,
     json_flag,
     option,
     print_lines,
@@ -21,6 +19,7 @@ from teacher_cache.storage.cli.app import (
     view_option,
 )
 from teacher_cache.storage.observe.logs import suggest_next
+from teacher_cache.storage.observe.quantities import byte_size, counted
 
 if TYPE_CHECKING:
     from teacher_cache.storage.check.garbage import GarbageReport

@@ -10,18 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from teacher_cache.storage.cli.app import (
-    byte_size,
-    cache_argument,
-    command,
-    counted,
-    duration,
-    json_flag,
-    option,
-    print_result,
-    rates,
-)
+from teacher_cache.storage.cli.app import cache_argument, command, json_flag, option, print_result
 from teacher_cache.storage.cli.tables import Facts, Part, Table
+from teacher_cache.storage.observe.quantities import byte_size, counted, duration, rates
 
 if TYPE_CHECKING:
     from teacher_cache.storage.format.identity import ViewsIdentity

@@ -13,7 +13,6 @@ from teacher_cache.storage.cli.app import (
     Argument,
     cache_argument,
     command,
-    counted,
     json_flag,
     option,
     print_result,
@@ -22,6 +21,7 @@ from teacher_cache.storage.cli.app import (
 )
 from teacher_cache.storage.cli.tables import Facts, Part, Table
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.storage.look.rows import CaptionRow, ImageRow, Neighbours, RowSample

@@ -7,16 +7,14 @@ of all forms. Its ``check(root, **options)``, if it has one, raises early what `
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 from inspect import signature
 from types import ModuleType
 
 from teacher_cache.pipeline.data.datasets.files import require_there
+from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
 from teacher_cache.pipeline.settings.run_file import did_you_mean
 from teacher_cache.storage.errors import UsageError
@@ -80,7 +78,7 @@ def _as_asked(records: Iterator[Record], share: Fraction | None, keep: bool, whe
     for record in records:
         if isinstance(record, Uncaptioned):
             record = record.sample if keep else record.problem()  # noqa: PLW2901
-        yield _with_split(record, share, where) if share and isinstance(record, Sample) else record
+        yield with_drawn_split(record, share, where) if share and isinstance(record, Sample) else record
 
 
 def _module(kind: str) -> ModuleType:
@@ -90,37 +88,14 @@ def _module(kind: str) -> ModuleType:
 
 def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[dict[str, str], Fraction | None, bool]:
     """Return the adapter's own settings, the share to hold out, and whether images without captions are kept."""
-    known = [*list(signature(module.read).parameters)[1:], *_SHARED]
+    of_module = list(signature(module.read).parameters)[1:]
+    known = [*of_module, *(name for name in _SHARED if name not in of_module)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     uncaptioned = options.get(_UNCAPTIONED, "keep" if kind == "images" else "drop")
     if uncaptioned not in ("keep", "drop"):
         raise UsageError(f"uncaptioned={printable(uncaptioned)!r} is not known; it is one of keep, drop")
-    own = {name: value for name, value in options.items() if name not in _SHARED}
-    share = _share(options[_HOLDOUT]) if _HOLDOUT in options else None
+    own = {name: value for name, value in options.items() if name in of_module or name not in _SHARED}
+    share = held_out_share(options[_HOLDOUT]) if _HOLDOUT in options and _HOLDOUT not in own else None
     return own, share, uncaptioned == "keep"
-
-
-def _share(text: str) -> Fraction:
-    """Return the number that ``10%`` or ``0.1`` stands for."""
-    match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,9})?)(%?)", text, re.ASCII)
-    share = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
-    if not 0 < share < 1:
-        raise UsageError(f"holdout={printable(text)!r} is no share of the images; write for example holdout=10%")
-    return share
-
-
-def _with_split(sample: Sample, share: Fraction, where: str) -> Sample:
-    """Return the sample in the split ``test`` or ``train``, drawn by its id alone: other samples do not matter.
-
-    Raises:
-        UsageError: the dataset names its split.
-    """
-    if sample.split:
-        raise UsageError(
-            f"{where}: holdout is for datasets without splits, and {printable(sample.sample_id)} is in the split "
-            f"{printable(sample.split)!r}; leave holdout out"
-        )
-    drawn = int.from_bytes(hashlib.sha256(sample.sample_id.encode()).digest()[:8])
-    return replace(sample, split="test" if drawn < share * 2**64 else "train")

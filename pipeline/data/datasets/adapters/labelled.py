@@ -20,6 +20,7 @@ from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.adapters import imagefolder, webdataset
 from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular, open_text
+from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.prompts import (
     Classes,
     filled,
@@ -60,9 +61,10 @@ def read(
     templates: str = "",
     class_names: str = "",
     split: str = "",
+    holdout: str = "",
 ) -> Iterator[Record]:
-    """Read the samples of a labelled dataset; see the module and :func:`class_prompts`."""
-    listing = list_images(root, form, split, name)
+    """Read the samples of a labelled dataset; see the module, :func:`list_images` and :func:`class_prompts`."""
+    listing = list_images(root, form, split, name, holdout)
     classes = class_prompts(listing, prompts, templates, class_names)
     yield from listing.problems
     holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
@@ -71,12 +73,37 @@ def read(
         yield replace(image, captions=captions if number == holder else ())
 
 
-def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "") -> Listing:
+def check(
+    root: str,
+    *,
+    form: str = "imagefolder",
+    name: str = "",
+    prompts: str = "",
+    templates: str = "",
+    class_names: str = "",
+    split: str = "",
+    holdout: str = "",
+) -> None:
+    """Check what :func:`read` checks before it lists the images."""
+    if prompts:
+        prompt_set(prompts)
+    if templates:
+        read_templates(templates)
+    if class_names:
+        read_class_names(class_names)
+    if holdout:
+        held_out_share(holdout)
+    if form == "imagefolder":
+        imagefolder.class_folders(root)
+
+
+def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "", holdout: str = "") -> Listing:
     """List the images of one split with their classes.
 
     Args:
         name: name of the dataset in torchvision.
-        split: a published split, or ``all``. Default: the only one.
+        split: a split, or ``all``. Default: the only one; with ``holdout`` all.
+        holdout: share of the images that is held out, of a dataset without splits.
 
     Raises:
         UsageError: the form or split is unknown, there are no images, or one of several splits must be named.
@@ -86,16 +113,21 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
     if form == "torchvision":
         from teacher_cache.pipeline.data.datasets.torchvision import list_torchvision  # imports torch
 
+        if holdout:
+            raise UsageError(f"torchvision:{name}:{root}: holdout is for datasets without splits; leave it out")
         return list_torchvision(root, name, split)
     where = f"{form}:{root}"
     listed = list(webdataset.read_labels(root) if form == "webdataset" else imagefolder.read_classes(root))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
+    if holdout:
+        share, split = held_out_share(holdout), split or ALL_SPLITS
+        images = [(with_drawn_split(image, share, where), key) for image, key in images]
     images = _of_split(where, images, split)
     # leave out problems of other splits: they would look like lost images of this one
     problems = [
         record
         for record, its_split, _ in listed
-        if isinstance(record, Problem) and (split in ("", ALL_SPLITS) or its_split in (split, None))
+        if isinstance(record, Problem) and (holdout or split in ("", ALL_SPLITS) or its_split in (split, None))
     ]
     samples, keys = [image for image, _ in images], [key for _, key in images]
     if form == "imagefolder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISION
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
+from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, labelled_spec, open_labelled
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import save_image, write_tar
+from tests.pipeline.data.dataset_files import read, save_image, write_tar
 
 
 def opened(dataset: str, **settings: Any) -> LabelledDataset:
@@ -46,6 +47,32 @@ def test_folders_are_classes_by_their_names(folders: Path) -> None:
     assert truth(found)["beagle/1.png"] == "beagle"
     assert found.prompts[2] == ("a photo of a pug.", "a photo of the pug.", "a good photo of a pug.")
     assert found.image(0).size == found.image(5).size
+
+
+def test_the_held_out_images_are_those_of_a_cache(folders: Path) -> None:
+    held, _ = read("imagefolder", folders, holdout="50%")
+    found = opened(f"imagefolder:{folders}?holdout=50%")
+    names = {sample.sample_id for sample in held if sample.split == "test"}
+    assert {found.sample_id(row) for row in range(len(found.labels))} == names
+    assert 0 < len(names) < 6
+    assert found.split == "test"
+    assert len(found.prompts) == 3  # every class competes, also one without an image here
+    others = opened(f"imagefolder:{folders}?holdout=50%", split="train")
+    assert {others.sample_id(row) for row in range(len(others.labels))} == {s.sample_id for s in held} - names
+    assert len(opened(f"imagefolder:{folders}?holdout=50%", split="all").labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("holdout=150%", "holdout='150%' is no share of the images"),
+        ("holdouts=10%", "no option 'holdouts' here; there are templates, classes, split, holdout"),
+        ("templates=nothere", "nothere"),
+    ],
+)
+def test_settings_are_refused_before_an_image_is_listed(setting: str, said: str, folders: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        labelled_spec(ZeroShotConfig(dataset=f"imagefolder:{folders}?{setting}"))
 
 
 def test_folders_are_matched_with_the_names_of_a_set(folders: Path) -> None:
@@ -365,7 +392,7 @@ def test_torchvision_arrays(tmp_path: Path) -> None:
 def test_torchvision_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"write torchvision:NAME:PATH with one of CIFAR10, CIFAR100, Caltech101"):
         opened(f"torchvision:CIFAR11:{tmp_path}")
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="gone: not there"):
         opened(f"torchvision:CIFAR10:{tmp_path / 'gone'}")
     with pytest.raises(UsageError, match=r"torchvision cannot open it \(Dataset not found.*Nothing is downloaded"):
         opened(f"torchvision:CIFAR10:{tmp_path}")
