@@ -33,13 +33,12 @@ from teacher_cache.pipeline.models.safe_loading import (
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.base import Precision
-from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher, nearest
+from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import printable
 
-_USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 
@@ -223,10 +222,8 @@ def load_teacher(
         say("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
-    check_teacher(name, pretrained, open_clip.list_models)
+    check_teacher(name, pretrained, open_clip.list_models, open_clip.list_pretrained_tags_by_model)
     path, schema = BUNDLED.get(name), name.partition(":")[0] if ":" in name else ""
-    if not schema:
-        _require_weights(name, pretrained, what)
     source = f"local-dir:{path}" if path else name
     local = schema in ("local-dir", "bundled") or Path(pretrained or "").is_file()
     hub = contextlib.nullcontext() if local else hub_within_reach(what)
@@ -255,26 +252,6 @@ def load_teacher(
     if quick_gelu:
         architecture = {**architecture, "quick_gelu": True}
     return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, decoder)
-
-
-def _require_weights(name: str, pretrained: str | None, what: str) -> None:
-    """Check that ``pretrained`` is one of open_clip's tags for a built-in model, or a file.
-
-    Raises:
-        UsageError: it is neither, or missing.
-    """
-    model = name.replace("/", "-")
-    tags = sorted(open_clip.list_pretrained_tags_by_model(model), key=_by_use)
-    known = f"one of {', '.join(tags)}, or a weights file" if tags else "a weights file: open_clip has no tag for it"
-    if not pretrained:
-        raise UsageError(f"{what} needs --pretrained, {known}; without weights it would be random")
-    if not get_pretrained_cfg(model, pretrained) and not Path(pretrained).is_file():
-        hint = nearest(pretrained, tags) or f" Give {known}"
-        raise UsageError(f"{what}: --pretrained {printable(pretrained)!r} is no tag of it and no file.{hint}")
-
-
-def _by_use(tag: str) -> int:
-    return next((place for place, start in enumerate(_USUAL_TAGS) if tag.startswith(start)), len(_USUAL_TAGS))
 
 
 def recorded_name(name: str) -> str:

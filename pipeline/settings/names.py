@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from teacher_cache.storage.observe.safe_text import printable
 _PIPELINE = Path(__file__).parents[1]
 BUNDLED = {"bundled:scenes": _PIPELINE / "models" / "scenes_teacher"}
 CHECKPOINT_CONFIG = "open_clip_config.json"
+_USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
 # one of them exists on a machine with a GPU: NVIDIA's driver, in WSL, on Jetson; AMD's driver
 _GPU_FILES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
@@ -39,28 +41,78 @@ def open_clip_models() -> list[str]:
     return sorted(path.stem for path in (Path(package.origin).parent / "model_configs").glob("*.json"))
 
 
-def check_teacher(name: str, pretrained: str | None, models: Callable[[], list[str]] = open_clip_models) -> None:
-    """Check the form of a teacher's name, and that open_clip knows it. Tags are checked when it is loaded.
+def open_clip_tags(model: str) -> list[str] | None:
+    """Return the tags of weights that open_clip has for one of its models, read from its source.
+
+    Importing open_clip to ask it would take seconds. None: its source has another form, or derives this model's tags.
+    """
+    package = find_spec("open_clip")
+    if package is None or package.origin is None or model.endswith("-quickgelu"):
+        return None
+    values = {
+        statement.targets[0].id: statement.value
+        for statement in ast.parse((Path(package.origin).parent / "pretrained.py").read_text()).body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
+    tables = values.get("_PRETRAINED")
+    if not isinstance(tables, ast.Dict):
+        return None
+    for key, value in zip(tables.keys, tables.values, strict=True):
+        if isinstance(key, ast.Constant) and key.value == model:
+            table = values.get(value.id) if isinstance(value, ast.Name) else value
+            return [tag.arg for tag in table.keywords if tag.arg] if isinstance(table, ast.Call) else None
+    return []
+
+
+def check_teacher(
+    name: str,
+    pretrained: str | None,
+    models: Callable[[], list[str]] = open_clip_models,
+    tags: Callable[[str], list[str] | None] = open_clip_tags,
+) -> None:
+    """Check the form of a teacher's name, and that open_clip knows it and the tag of its weights.
 
     Args:
         models: returns the names that open_clip knows.
+        tags: returns the tags that it has for a model; None if they are not known.
 
     Raises:
-        UsageError: the name is unknown, has no folder, or ``pretrained`` is set for a teacher with its own weights.
+        UsageError: the name is unknown or has no folder; ``pretrained`` is set for a teacher with its own weights; or
+            it is missing, or neither a tag of the model nor a file.
     """
     what = f"teacher {printable(name)!r}"
     schema, _, rest = name.partition(":") if ":" in name else ("", "", name)
     if schema not in ("", "hf-hub", "local-dir") and name not in BUNDLED:
         forms = f"an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}"
-        raise UsageError(f"{what} is not known.{nearest(name, [*BUNDLED])} Write {forms}")
+        raise UsageError(f"{what} is not known.{did_you_mean(name, [*BUNDLED])} Write {forms}")
     if schema and pretrained:
         raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
     if schema == "local-dir" and not (Path(rest) / CHECKPOINT_CONFIG).is_file():
         place = described(rest) or f"no {CHECKPOINT_CONFIG} in {printable(rest)}"
         raise UsageError(f"{what}: {place}.{similar_names(rest)} Name the folder of an open_clip model")
-    if not schema and rest.replace("/", "-") not in (known := models()):
-        hint = nearest(rest, known) or f" There are {', '.join(known[:8])} and others."
+    if schema:
+        return
+    model = rest.replace("/", "-")
+    if model not in (known := models()):
+        hint = did_you_mean(rest, known) or f" There are {', '.join(known[:8])} and others."
         raise UsageError(f"{what}: no open_clip model has this name.{hint}")
+    _check_weights(what, pretrained, tags(model))
+
+
+def _check_weights(what: str, pretrained: str | None, tags: list[str] | None) -> None:
+    if tags is None or (pretrained and Path(pretrained).is_file()):
+        return
+    tags = sorted(tags, key=_by_use)
+    known = f"one of {', '.join(tags)}, or a weights file" if tags else "a weights file: open_clip has no tag for it"
+    if not pretrained:
+        raise UsageError(f"{what} needs --pretrained, {known}; without weights it would be random")
+    if pretrained.lower().replace("-", "_") not in tags:  # as open_clip reads it
+        hint = did_you_mean(pretrained, tags) or f" Give {known}"
+        raise UsageError(f"{what}: --pretrained {printable(pretrained)!r} is no tag of it and no file.{hint}")
+
+
+def _by_use(tag: str) -> int:
+    return next((place for place, start in enumerate(_USUAL_TAGS) if tag.startswith(start)), len(_USUAL_TAGS))
 
 
 def check_student(name: str) -> None:
@@ -83,7 +135,7 @@ def unknown_student(name: str) -> UsageError:
         return UsageError(f"{what}: no such file.{similar_names(name)} Presets are {', '.join(shipped)}")
     if (Path(name) / CHECKPOINT_CONFIG).is_file():
         return UsageError(f"{what} is a checkpoint: write {Path(name) / CHECKPOINT_CONFIG}")
-    hint = nearest(name, [*shipped, *open_clip_models()])
+    hint = did_you_mean(name, [*shipped, *open_clip_models()])
     near = ", ".join(get_close_matches(name, shipped, n=len(shipped), cutoff=0))
     return UsageError(
         f"{what} is not known.{hint} Presets are {near}; or give an open_clip model name, or the path of a model "
@@ -107,8 +159,8 @@ def no_such_device(name: str, count: int) -> UsageError:
     return UsageError(f"device {name!r} asked for, but this machine has {count} CUDA devices; use --device cpu")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean A, B or C?``, or an empty text if none is similar."""
-    lowered = {each.lower(): each for each in reversed(known)}  # of equal names the first
+    lowered = {each.lower(): each for each in reversed([*known])}  # of equal names the first
     close = [lowered[each] for each in get_close_matches(name.lower(), lowered, n=3)]
     return f" Did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?" if close else ""

@@ -7,15 +7,15 @@ always relative to the working directory.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from teacher_cache.pipeline.settings.base import StageConfig
+from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import RUN_FILE, misplaced
 
@@ -85,12 +85,6 @@ def check_config(kind: type[_C], settings: dict[str, Any], where: str, typed: Co
         raise UsageError(f"{where}: " + "; ".join(problems)) from error
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion with the most similar known name, or an empty text."""
-    similar = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {similar[0]}?" if similar else ""
-
-
 def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text())
@@ -108,7 +102,7 @@ def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
         if name not in ("cache", *RUN_FILE_STAGES):
             stages = ", ".join(f"[{stage}]" for stage in RUN_FILE_STAGES)
             hint = did_you_mean(name, RUN_FILE_STAGES)
-            raise UsageError(f"{path}: unknown table [{name}]{hint or f'; a run file has cache, {stages}'}")
+            raise UsageError(f"{path}: unknown table [{name}].{hint or f' A run file has cache, {stages}'}")
     return tables
 
 
@@ -158,7 +152,7 @@ def _problem(kind: type[StageConfig], problem: dict[str, Any], where: str, typed
         or_file = " or set it in a run file" if stage in RUN_FILE_STAGES else ""
         return f"{name} is missing: give {flag}{or_file}"
     if problem["type"] == "extra_forbidden":
-        return f"{name} is not a setting{did_you_mean(name, kind.model_fields)}"
+        return f"{name} is not a setting.{did_you_mean(name, kind.model_fields)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] in _WORDS:
         message = _WORDS[problem["type"]].format(input=problem["input"], **problem.get("ctx", {}))

@@ -75,7 +75,7 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     made = served.ask(f"flow_runs/{flow_run}")
     assert made["name"] == f"data x {tiny_teacher.name} -> never.cache"
     assert made["state"]["type"] == "FAILED"
-    reason = "UsageError: dataset kind 'flicker' is not known; did you mean flickr?"
+    reason = "UsageError: dataset kind 'flicker' is not known. Did you mean flickr?"
     assert made["state"]["message"].startswith(f"Flow run encountered an exception: {reason}")
     # --watch shows the reason, and neither it nor the run's log a traceback
     assert reason in " ".join(output.split())

@@ -25,6 +25,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.files import open_text, read_json
+from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -102,7 +103,9 @@ def prompt_set(name: str) -> PromptSet:
     # the same images with another order of labels
     shipped = all_templates.get(name) or (all_templates.get(name.removesuffix("_vtab")) if name in names else None)
     if shipped is None:
-        raise UsageError(f"prompts {printable(name)!r} are not known; there are {', '.join(prompt_sets())}")
+        known = prompt_sets()
+        hint = did_you_mean(name, known)
+        raise UsageError(f"prompts {printable(name)!r} are not known.{hint} There are {', '.join(known)}")
     templates = tuple(template.replace("{c}", "{}") for template in shipped)
     return PromptSet(templates, tuple(names[name]) if name in names else None)
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
 
-from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, WRITE_KIND, check_form, require_kind
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, KIND_OF, check_form, require_kind
 from teacher_cache.pipeline.data.datasets.files import (
     CAPTION_FILES,
     SPLIT_NAMES,
@@ -155,7 +155,7 @@ def _kind_of_folder(path: Path) -> str:
     """
     shown = printable(str(path))
     if not path.is_dir():
-        raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; {WRITE_KIND}")
+        raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; write {KIND_OF}")
     forms = {
         "coco": (path / "annotations").glob("captions_*.json"),
         "karpathy": path.glob("dataset_*.json"),
@@ -169,7 +169,7 @@ def _kind_of_folder(path: Path) -> str:
     if not tables and (kind := _kind_of_pictures(path)):
         return kind
     example = f"; for a table in it write table:{shown.rstrip('/')}/{printable(tables[0])}" if tables else ""
-    raise UsageError(f"dataset {shown!r} has no kind, and holds {contents(path)}{example}; {WRITE_KIND}")
+    raise UsageError(f"dataset {shown!r} has no kind, and holds {contents(path)}{example}; write {KIND_OF}")
 
 
 def _kind_of_pictures(folder: Path) -> str:

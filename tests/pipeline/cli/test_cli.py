@@ -158,8 +158,8 @@ def test_looking_at_a_cache_loads_no_torch(known_cache: Path) -> None:
     [
         ("[train", "not TOML"),
         ("precompute = 3", r"precompute = 3 must be a table \[precompute\]"),
-        ("[training]\n", r"unknown table \[training\]; did you mean train\?"),
-        ('[precompute]\ndatasett = "x"\n', r"\[precompute\]: .*datasett is not a setting; did you mean dataset\?"),
+        ("[training]\n", r"unknown table \[training\]\. Did you mean train or retrain\?"),
+        ('[precompute]\ndatasett = "x"\n', r"\[precompute\]: .*datasett is not a setting\. Did you mean dataset\?"),
         ("[precompute]\nbatch_size = 0\n", "batch_size: must be greater than 0, not 0"),
     ],
 )

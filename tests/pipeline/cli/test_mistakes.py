@@ -22,6 +22,8 @@ CASES = [
     (f"{PRECOMPUTE} flikr:x", 2, "dataset kind 'flikr' is not known"),
     (f"{TEACHER} ViT-B32", 2, "teacher 'ViT-B32': no open_clip model has this name. Did you mean ViT-B-32, "),
     (f"{TEACHER} ViT-B32 --pretrained openai", 2, "Did you mean ViT-B-32, "),
+    (f"{TEACHER} ViT-B-32", 2, "needs --pretrained, one of openai, laion2b_e16, "),
+    (f"{TEACHER} ViT-B-32 --pretrained openay", 2, "'openay' is no tag of it and no file. Did you mean openai?"),
     (f"{TEACHER} zzz", 2, "no open_clip model has this name. There are EVA01-g-14, "),
     (f"{TEACHER} bundled:scene", 2, "teacher 'bundled:scene' is not known. Did you mean bundled:scenes?"),
     (f"{TEACHER} bundled:scenes --pretrained x", 2, "brings its own weights; leave pretrained ('x') out"),
@@ -35,6 +37,9 @@ CASES = [
     (f"{TRAIN} --device cuda", 2, "device 'cuda' asked for, but this machine has 0 CUDA devices; use --device cpu"),
     (f"{TRAIN} --device gpu", 2, "--device: device 'gpu' is not known; use auto, cpu, cuda or cuda:N"),
     (f"{TRAIN} --recipe guid", 2, "--recipe: recipe 'guid' is not known; there are default, guide, clip-kd, mobile"),
+    ("zero-shot table:pairs.csv", 2, "table:pairs.csv: images without labels. Labelled images are imagefolder:PATH"),
+    ("zero-shot imagefolder:folder", 2, "folder: no <class>/*.jpg and no <split>/<class>/*.jpg; found x"),
+    ("zero-shot imagefolder:r1 --prompts cifar", 2, "prompts 'cifar' are not known. Did you mean cifar10"),
     # values: the message names what was typed
     (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),
     (f"{TRAIN} --epochs 0", 2, "train: --epochs: must be greater than 0, not 0\n"),

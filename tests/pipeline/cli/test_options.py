@@ -129,8 +129,8 @@ def test_set_adds_to_a_table_of_the_run_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("epocs=3", "epocs is not a setting; did you mean epochs?"),
-        ("weight-decay=3", "weight-decay is not a setting; did you mean weight_decay?"),
+        ("epocs=3", "epocs is not a setting. Did you mean epochs?"),
+        ("weight-decay=3", "weight-decay is not a setting. Did you mean weight_decay?"),
         ("epochs", "--set epochs: write name=value"),
         ("seed.x=1", "seed.x"),
         ("device=gpu", "device 'gpu' is not known; use auto, cpu, cuda or cuda:N"),

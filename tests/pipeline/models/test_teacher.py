@@ -13,6 +13,7 @@ from PIL import Image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.device import resolve_device
 from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.settings.names import open_clip_tags
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import PreprocessIdentity
 from tests.conftest import make_identity, make_model_folder
@@ -81,6 +82,13 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str, capsys:
 def test_what_cannot_be_a_teacher(name: str, pretrained: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_teacher(name, pretrained, device="cpu")
+
+
+def test_the_tags_in_open_clips_source_are_those_that_it_knows() -> None:
+    for model in open_clip.list_models():
+        if not model.endswith("-quickgelu"):
+            assert open_clip_tags(model) == open_clip.list_pretrained_tags_by_model(model), model
+    assert open_clip_tags("ViT-B-32-quickgelu") is None  # asked when it is loaded
 
 
 def test_a_model_folder_without_weights_is_no_teacher(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 from teacher_cache.pipeline.data.datasets.files import require_there
 from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
-from teacher_cache.pipeline.settings.run_file import did_you_mean
+from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -24,7 +24,7 @@ Adapter = Callable[..., Iterator[Record]]
 
 # modules here with a function read(root, **options); imported on use, since a form may need an optional package
 ADAPTERS = ("coco", "karpathy", "flickr", "webdataset", "imagefolder", "images", "table", "scenes", "labelled")
-WRITE_KIND = f"write KIND:PATH with one of {', '.join(ADAPTERS)}"
+KIND_OF = f"KIND:PATH with one of {', '.join(ADAPTERS)}"
 _ALSO_CALLED = {"csv": "table", "tsv": "table", "parquet": "table", "tar": "webdataset", "wds": "webdataset"}
 # settings of every kind, beside those of its own
 _HOLDOUT, _UNCAPTIONED = "holdout", "uncaptioned"
@@ -38,8 +38,8 @@ def require_kind(kind: str) -> None:
         UsageError: it is not. The message names the most similar kind and all kinds.
     """
     if kind not in ADAPTERS:
-        meant = f"; did you mean {_ALSO_CALLED[kind]}?" if kind in _ALSO_CALLED else did_you_mean(kind, ADAPTERS)
-        raise UsageError(f"dataset kind {printable(kind)!r} is not known{meant or ';'} {WRITE_KIND}")
+        meant = f" Did you mean {_ALSO_CALLED[kind]}?" if kind in _ALSO_CALLED else did_you_mean(kind, ADAPTERS)
+        raise UsageError(f"dataset kind {printable(kind)!r} is not known.{meant} Write {KIND_OF}")
 
 
 def check_form(kind: str, root: str, options: dict[str, str]) -> None:

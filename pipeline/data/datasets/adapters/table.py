@@ -40,7 +40,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     uri_below,
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
-from teacher_cache.pipeline.settings.run_file import did_you_mean
+from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
@@ -194,7 +194,7 @@ def _find_columns(root: str, header: Sequence[str], options: Mapping[str, str | 
         if option:
             if option not in header:
                 hint = did_you_mean(option, header)
-                raise UsageError(f"{root}: no column {option!r} for {role}={hint or ';'} its columns are {shown}")
+                raise UsageError(f"{root}: no column {option!r} for {role}=.{hint} Its columns are {shown}")
             columns[role] = header.index(option)
         elif option is None:
             index = next((lowered.index(name) for name in names if name in lowered), None)

@@ -213,7 +213,7 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
         ValueError, match=r"no column for the path; looked for path, .*; its columns are photo, caption"
     ):
         read("table", table)
-    with pytest.raises(ValueError, match=r"no column 'words' for caption=; its columns are photo, caption"):
+    with pytest.raises(ValueError, match=r"no column 'words' for caption=\. Its columns are photo, caption"):
         read("table", table, path="photo", caption="words")
     table.write_text("")
     with pytest.raises(ValueError, match=r"t\.csv: is empty; write a header, path,caption"):

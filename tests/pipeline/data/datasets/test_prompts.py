@@ -71,7 +71,10 @@ def test_only_data_files_are_read() -> None:
 
 
 def test_an_unknown_set_lists_the_known() -> None:
-    with pytest.raises(UsageError, match=r"prompts 'cifar11' are not known; there are caltech101, .*cifar10, cifar100"):
+    with pytest.raises(
+        UsageError,
+        match=r"prompts 'cifar11' are not known\. Did you mean cifar1.* There are caltech101, .*cifar100",
+    ):
         prompt_set("cifar11")
     with pytest.raises(UsageError, match=r"'cifar11' is neither photo, simple nor openai, nor a file .* cifar10, "):
         read_templates("cifar11")

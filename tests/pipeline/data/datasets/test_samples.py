@@ -42,7 +42,7 @@ def test_spec_reads_and_writes_the_same_text(text: str, spec: DatasetSpec) -> No
         ("/data/flickr8k", r"/data/flickr8k: /data is not there; / holds "),
         (
             "flicker:/data",
-            r"dataset kind 'flicker' is not known; did you mean flickr\? write KIND:PATH with one of coco, karp",
+            r"dataset kind 'flicker' is not known\. Did you mean flickr\? Write KIND:PATH with one of coco, karp",
         ),
         ("coco:", r"'coco:' has no path; write coco:PATH"),
         ("coco:x?splits=a&splits=b", r"gives a setting twice; it has splits, splits"),

@@ -82,11 +82,11 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
     [
         (
             "csv:HERE/pairs.csv",
-            r"dataset kind 'csv' is not known; did you mean table\? write KIND:PATH with one of coco",
+            r"dataset kind 'csv' is not known\. Did you mean table\? Write KIND:PATH with one of coco",
         ),
         (
             "tabel:HERE/pairs.csv",
-            r"dataset kind 'tabel' is not known; did you mean table\? write .*table, scenes, labe",
+            r"dataset kind 'tabel' is not known\. Did you mean table or labelled\? Write .*table, scenes, labe",
         ),
         ("table:HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
         ("HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
@@ -96,10 +96,10 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
         ("HERE/empty", r"'HERE/empty' has no kind, and holds nothing; write KIND:PATH with one of coco, .*labelled$"),
         ("HERE/notes.txt", r"'HERE/notes\.txt' has no kind, and its ending shows none; write KIND:PATH with"),
         ("table:HERE/pairs.csv?captions=x", r"'table' has no option 'captions'; it has path, caption, split, id, enc"),
-        ("table:HERE/pairs.csv?caption=words", r"pairs\.csv: no column 'words' for caption=; .* are path, caption$"),
+        ("table:HERE/pairs.csv?caption=words", r"pairs\.csv: no column 'words' for caption=\. .* are path, caption$"),
         (
             "table:HERE/pairs.csv?caption=captoin",
-            r"for caption=; did you mean caption\? its columns are path, caption$",
+            r"for caption=\. Did you mean caption\? Its columns are path, caption$",
         ),
         ("table:HERE/nohead.csv", r"first line names a picture \(pics/0\.png\): is it a header\? Add a line path,capt"),
         ("table:HERE/pairs.csv?encoding=latin-8x", r"encoding='latin-8x' is not known; write for example encoding="),
