@@ -60,7 +60,7 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
 def _suggest_use(config: PrecomputeConfig, teacher: str) -> None:
     if config.dataset.startswith("labelled:"):
-        suggest_next("zero-shot", cache=config.cache)
+        suggest_next("zero-shot", "DATASET", cache=config.cache)
     else:
         student = "scenes-small" if teacher == "bundled:scenes" else "vit-ti-32"
         suggest_next("train", cache=config.cache, student=student, out="runs/a")
@@ -111,14 +111,13 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
     config = None
     if settings.flags["sample"] is not None:
         config = settings.load()
+        from teacher_cache.pipeline.precompute.sample_proof import ProvenReport, prove_sample  # refused first: no torch
     else:
         _refuse_without_sample(settings.flags)
     proof = None
     with StageProgress() as progress:
         report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
         if config is not None and report.ok:
-            from teacher_cache.pipeline.precompute.sample_proof import ProvenReport, prove_sample
-
             proof = prove_sample(config, progress)
             report = ProvenReport(**{**dict(report), "ok": proof.ok}, proof=proof)
     if as_json:

@@ -61,8 +61,9 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if launched_rank():
         return  # rank 0 prints the result
     print_result(result.record, as_json, lambda _: _lines(result))
-    if not as_json and result.record.config.captions_per_image:  # recall needs captions
-        suggest_next("evaluate", "--run", config.out)
+    if not as_json:  # recall needs captions
+        captioned = result.record.config.captions_per_image
+        suggest_next(*(("evaluate",) if captioned else ("zero-shot", "DATASET")), run=config.out)
 
 
 def _say_what_the_recipe_leaves(explicit: dict[str, Any]) -> None:

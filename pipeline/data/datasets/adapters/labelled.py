@@ -73,26 +73,16 @@ def read(
         yield replace(image, captions=captions if number == holder else ())
 
 
-def check(
-    root: str,
-    *,
-    form: str = "imagefolder",
-    name: str = "",
-    prompts: str = "",
-    templates: str = "",
-    class_names: str = "",
-    split: str = "",
-    holdout: str = "",
-) -> None:
+def check(root: str, *, form: str = "imagefolder", **settings: str) -> None:
     """Check what :func:`read` checks before it lists the images."""
-    if prompts:
-        prompt_set(prompts)
-    if templates:
-        read_templates(templates)
-    if class_names:
-        read_class_names(class_names)
-    if holdout:
-        held_out_share(holdout)
+    checks = {
+        "prompts": prompt_set,
+        "templates": read_templates,
+        "class_names": read_class_names,
+        "holdout": held_out_share,
+    }
+    for name in checks.keys() & settings.keys():
+        checks[name](settings[name])
     if form == "imagefolder":
         imagefolder.class_folders(root)
 
