@@ -7,9 +7,10 @@ import io
 import json
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from teacher_cache.storage.errors import UsageError
@@ -36,13 +37,20 @@ FLICKR_FOLDERS = (
 # not Flickr8k.lemma.token.txt: it holds lemmas, not captions
 CAPTION_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt", "results_20130124.token")
 
-TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".pq")
+PARQUET_ENDINGS = (".parquet", ".pq")
+_COLUMNAR_ENDINGS = (*PARQUET_ENDINGS, ".arrow", ".feather")
+TABLE_ENDINGS = (".csv", ".tsv", *_COLUMNAR_ENDINGS)
 _DATA_FILE_ENDINGS = (*TABLE_ENDINGS, ".txt", ".json", ".tar")
 
 
 def is_image(path: Path) -> bool:
     """Return whether a file is an image by its ending; hidden files are not."""
     return path.name.lower().endswith(IMAGE_ENDINGS) and not path.name.startswith(".")
+
+
+def is_columnar(name: str) -> bool:
+    """Return whether a file is Parquet or Arrow by its ending."""
+    return name.lower().split("?")[0].endswith(_COLUMNAR_ENDINGS)
 
 
 def entries_in(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -125,6 +133,17 @@ def data_folder(root: str) -> str:
     elif root.lower().split("?")[0].endswith(_DATA_FILE_ENDINGS):
         folder = root.rpartition("/")[0]
     return folder if "://" in root else str(Path(folder).resolve())
+
+
+def split_in_name(uri: str, folder: str) -> str:
+    """Return the split that a data file's name, its folders from the nearest up, or the root names; else nothing."""
+    parts = PurePosixPath(uri)
+    for words in (re.split(r"[-_.]", parts.stem), *([name] for name in reversed(parts.parts[:-1]))):
+        for word in words:
+            if word in SPLIT_NAMES:
+                return word
+    name = PurePosixPath(folder).name
+    return name if name in SPLIT_NAMES else ""
 
 
 def image_folders(

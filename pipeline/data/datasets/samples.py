@@ -21,6 +21,7 @@ import fsspec
 
 from teacher_cache.pipeline.data.datasets.adapters import adapter
 from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular
+from teacher_cache.pipeline.data.datasets.parquet_cells import in_cell, read_cell
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, refuse_credentials
 from teacher_cache.storage.errors import CacheAccessError, CacheMismatchError, UsageError
@@ -79,6 +80,8 @@ class ImageSource:
                 ``MAX_IMAGE_BYTES``.
         """
         target = self.resolve(uri)
+        if in_cell(target):
+            return read_cell(target)
         if length > MAX_IMAGE_BYTES:
             raise _too_large(target, length)
         if "::" in target and "://" in target:

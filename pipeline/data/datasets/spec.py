@@ -15,6 +15,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     TABLE_ENDINGS,
     contents,
     flickr_text_folders,
+    is_columnar,
     is_image,
     require_there,
 )
@@ -157,6 +158,7 @@ def _kind_of_folder(path: Path) -> str:
     if not path.is_dir():
         raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; write {KIND_OF}")
     forms = {
+        "table": (path / name for name in ("dataset_dict.json", "dataset_info.json")),  # save_to_disk of datasets
         "coco": (path / "annotations").glob("captions_*.json"),
         "karpathy": path.glob("dataset_*.json"),
         "flickr": (folder / name for folder in flickr_text_folders(path) for name in CAPTION_FILES),
@@ -165,6 +167,8 @@ def _kind_of_folder(path: Path) -> str:
     for kind, files in forms.items():
         if any(file.is_file() for file in files):
             return kind
+    if any(is_columnar(file.name) for folder in (path, *_folders_in(path)) for file in folder.iterdir()):
+        return "table"
     tables = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(TABLE_ENDINGS))
     if not tables and (kind := _kind_of_pictures(path)):
         return kind

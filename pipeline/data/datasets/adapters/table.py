@@ -1,4 +1,4 @@
-"""Table of images and captions: CSV, TSV or Parquet, one row per caption.
+"""Table of images and captions: CSV, TSV, Parquet or Arrow, one row per caption.
 
     pairs.csv                       path,caption,split
                                     images/one.jpg,A dog runs.,train
@@ -10,8 +10,12 @@ It is UTF-8, with or without a byte-order mark, unless ``?encoding=`` names anot
 
 A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
 would keep them). Rows with the same path are one image. Images come in the order of their first rows, captions in the
-order of the rows. A ``sample_id`` comes from the column of ids, else it is the path. A Parquet column may hold lists of
-captions.
+order of the rows. A ``sample_id`` comes from the column of ids, else it is the path. A Parquet or Arrow column may hold
+lists of captions.
+
+Parquet and Arrow may also hold the pictures themselves, and be a folder of such files: what Hugging Face's ``datasets``
+writes, see :mod:`teacher_cache.pipeline.data.datasets.columnar`. Then each row is an image of its own, unless a column
+of ids says otherwise; its ``sample_id`` is the id, else the path beside the picture, else file and row.
 
 Columns are found by name, ignoring case. An option names another column, or ignores an optional one if empty
 (``?id=``).
@@ -22,58 +26,41 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from teacher_cache.pipeline.data.datasets.columnar import columnar_files, columnar_rows
+from teacher_cache.pipeline.data.datasets.columns import COLUMNS, Row, Stored, find_columns
 from teacher_cache.pipeline.data.datasets.files import (
-    IMAGE_ENDINGS,
     as_text,
+    data_folder,
+    is_columnar,
     open_regular,
     require_there,
     require_utf8,
+    split_in_name,
     uri_below,
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
-from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
-# role -> accepted column names, the most likely first
-_COLUMNS = {
-    "path": ("path", "filepath", "file_path", "image_path", "image", "file_name", "filename", "uri", "url"),
-    "caption": ("caption", "captions", "text", "title"),
-    "split": ("split",),
-    "id": ("sample_id", "id"),
-}
 _DELIMITERS = "\t,;"
-_BATCH_ROWS = 8192
-# pyarrow's errors for damaged files; ValueError and others come from the conversion to Python
-_BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, IndexError)
 
 
 @dataclass
 class _Image:
-    """Image, from all rows with its path."""
+    """Image, from all of its rows."""
 
     sample_id: str
     split: str
+    place: Stored
     captions: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Row of the table: values by role, None if absent. ``detail`` says why it cannot be used."""
-
-    where: str
-    values: dict[str, Any]
-    detail: str = ""
 
 
 def read(
@@ -88,10 +75,11 @@ def read(
     """Read the samples of one table.
 
     Args:
-        root: the table, a local file or a URL. ``.parquet`` is Parquet; other files are text with a header.
-        path: column of paths or URLs.
+        root: the table, a local file or a URL; or a folder of Parquet and Arrow files. Other files are text with a
+            header.
+        path: column of paths, URLs or pictures.
         caption: column of captions. Empty (``?caption=``): the images are to have none.
-        split: column of splits. Without it every split is ``""``.
+        split: column of splits. Without it a split is ``""``, or the one that names a file or folder below ``root``.
         id: column of sample ids, the same in all rows of an image.
         encoding: encoding of a text, for example ``cp1252``. Default: UTF-8 without broken characters.
 
@@ -100,55 +88,76 @@ def read(
     """
     options = {"path": path, "caption": caption, "split": split, "id": id}
     images: dict[str, _Image] = {}
+    ids: set[str] = set()
     unusable: list[tuple[str, str, str]] = []  # where, detail, path
-    with _open(root) as file:
-        for row in _rows(file, root, options, encoding):
-            image_path = row.values.get("path")
-            uri = "" if image_path is None else str(image_path).strip()
-            detail = row.detail or ("" if uri else "no path in it")
-            if not detail and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
-                detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
-            if detail:
-                unusable.append((row.where, detail, uri))
-                continue
-            own_id = row.values.get("id")
-            sample_id = uri if own_id in (None, "") else str(own_id)
-            row_split = str(row.values.get("split") or "")
-            image = images.setdefault(uri, _Image(sample_id, row_split))
-            differs = _difference(image, sample_id, row_split)
-            if differs:
-                detail = f"{printable(uri)} has {differs}; the caption of this row is left out"
-                yield Problem("bad-record", row.where, detail, lost_image=False)
-            else:
-                image.captions.extend(_captions(row.values.get("caption")))
+    for row in _rows(root, options, encoding):
+        key, place, detail = _placed(row)
+        if detail:
+            unusable.append((row.where, detail, key))
+            continue
+        own_id = row.values.get("id")
+        sample_id = str(own_id) if own_id not in (None, "") else key
+        if sample_id == key and place.name and place.name not in ids and key not in images:
+            sample_id = place.name
+        row_split = str(row.values.get("split") or "")
+        image = images.setdefault(key, _Image(sample_id, row_split, place))
+        ids.add(image.sample_id)
+        differs = _difference(image, sample_id, row_split)
+        if differs:
+            detail = f"{printable(key)} has {differs}; the caption of this row is left out"
+            yield Problem("bad-record", row.where, detail, lost_image=False)
+        else:
+            image.captions.extend(_captions(row.values.get("caption")))
 
     # after the last row: the image of a bad row may have good rows too
     counted = {"", *images}
-    for where, detail, uri in unusable:
-        yield Problem("bad-record", where, detail, lost_image=uri not in counted)
-        counted.add(uri)
-    for uri, image in images.items():
-        captions = None if caption == "" else image.captions
-        yield from sample_or_problem(image.sample_id, uri, image.split, captions)
+    for where, detail, key in unusable:
+        yield Problem("bad-record", where, detail, lost_image=key not in counted)
+        counted.add(key)
+    for image in images.values():
+        captions, place = None if caption == "" else image.captions, image.place
+        yield from sample_or_problem(image.sample_id, place.uri, image.split, captions, place.offset, place.length)
+
+
+def _placed(row: Row) -> tuple[str, Stored, str]:
+    """Return what tells a row's image from others, where it is, and why it cannot be used."""
+    found = row.values.get("path")
+    if isinstance(found, Stored):
+        # one picture in several rows has one id; where nothing names it, its place does
+        own_id = row.values.get("id")
+        return str(own_id) if own_id not in (None, "") else found.address, found, row.detail
+    uri = "" if found is None else str(found).strip()
+    detail = row.detail or ("" if uri else "no path in it")
+    if not detail and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
+        detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
+    return uri, Stored(uri), detail
 
 
 def check(root: str, *, encoding: str = "", **options: str | None) -> None:
     """Check that a local table has the columns."""
-    if "://" not in root:
+    if "://" not in root and next(_rows(root, options, encoding), None) is None:
+        raise UsageError(f"{root}: has a header and no row below it; write one row for each caption")
+
+
+def _rows(root: str, options: Mapping[str, str | None], encoding: str) -> Iterator[Row]:
+    with _readable(root):
+        files = columnar_files(root)
+    if files is None:
+        name = root.rstrip("/").rpartition("/")[2]
         with _open(root) as file:
-            if next(_rows(file, root, options, encoding), None) is None:
-                raise UsageError(f"{root}: has a header and no row below it; write one row for each caption")
+            rows = _text_rows(as_text(file, encoding or "utf-8"), root, name, options)
+            yield from rows if encoding else _in_utf8(rows, root)
+        return
+    folder = data_folder(root)
+    for path in files:
+        uri = path.removeprefix(f"{folder.rstrip('/')}/")
+        its_split = "" if is_columnar(root) else split_in_name(uri, folder)
+        with _open(path) as file:
+            for row in columnar_rows(file, path, uri, options):
+                yield replace(row, values={"split": its_split, **row.values}) if its_split else row
 
 
-def _rows(file: BinaryIO, root: str, options: Mapping[str, str | None], encoding: str) -> Iterator[_Row]:
-    name = root.rstrip("/").rpartition("/")[2]
-    if root.lower().endswith((".parquet", ".pq")):
-        return _parquet_rows(file, root, name, options)
-    rows = _text_rows(as_text(file, encoding or "utf-8"), root, name, options)
-    return rows if encoding else _in_utf8(rows, root)
-
-
-def _in_utf8(rows: Iterator[_Row], root: str) -> Iterator[_Row]:
+def _in_utf8(rows: Iterator[Row], root: str) -> Iterator[Row]:
     for row in rows:
         require_utf8(" ".join(map(str, row.values.values())), f"{root} {row.where.partition(' ')[2]}")
         yield row
@@ -156,10 +165,20 @@ def _in_utf8(rows: Iterator[_Row], root: str) -> Iterator[_Row]:
 
 def _open(root: str) -> Any:
     """Open the table's bytes; the caller closes them."""
-    try:
+    with _readable(root):
         return fsspec.open(root, "rb").open() if "://" in root else open_regular(require_there(root))
+
+
+@contextlib.contextmanager
+def _readable(root: str) -> Iterator[None]:
+    """Name the table in errors of the block."""
+    try:
+        yield
     except IsADirectoryError:
-        raise UsageError(f"{root} is a folder; name the table in it, for example table:{root}/pairs.csv") from None
+        raise UsageError(
+            f"{root} is a folder without Parquet or Arrow files; name the table in it, for example "
+            f"table:{root}/pairs.csv"
+        ) from None
     except Exception as error:  # each library behind a URL has its own errors
         if is_transient(error) or isinstance(error, UsageError):
             raise
@@ -184,42 +203,9 @@ def _captions(value: Any) -> list[str]:
     return ["" if caption is None else str(caption) for caption in values]
 
 
-def _find_columns(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> dict[str, int]:
-    """Find each role's column."""
-    columns: dict[str, int] = {}
-    lowered = [column.strip().lower() for column in header]
-    shown = printable(", ".join(header)) or "none"
-    for role, names in _COLUMNS.items():
-        option = options.get(role)
-        if option:
-            if option not in header:
-                hint = did_you_mean(option, header)
-                raise UsageError(f"{root}: no column {option!r} for {role}=.{hint} Its columns are {shown}")
-            columns[role] = header.index(option)
-        elif option is None:
-            index = next((lowered.index(name) for name in names if name in lowered), None)
-            if index is not None:
-                columns[role] = index
-        if role not in columns and (role == "path" or (role == "caption" and option is None)):
-            raise UsageError(
-                f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
-                f"{_advice(role, header)}"
-            )
-    return columns
-
-
-def _advice(role: str, header: Sequence[str]) -> str:
-    picture = next((column for column in header if column.lower().endswith(IMAGE_ENDINGS)), None)
-    if picture is not None:
-        return (
-            f"the first line names a picture ({printable(picture)}): is it a header? Add a line path,caption above it"
-        )
-    return f"name one with ?{role}=COLUMN" + ", or take the images alone with ?caption=" * (role == "caption")
-
-
 def _delimiter(first: str, path: str | None) -> str:
     """Return the first delimiter that sets the column of paths apart, else the first in the line."""
-    names = (path.lower(),) if path else _COLUMNS["path"]
+    names = (path.lower(),) if path else COLUMNS["path"]
     for delimiter in _DELIMITERS:
         if {column.strip(' "').lower() for column in first.rstrip("\r\n").split(delimiter)}.intersection(names):
             return delimiter
@@ -238,7 +224,7 @@ def _first_line(text: io.TextIOWrapper, root: str) -> str:
     return first
 
 
-def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[str, str | None]) -> Iterator[_Row]:
+def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[str, str | None]) -> Iterator[Row]:
     with file as text:
         first = _first_line(text, root)
         delimiter = _delimiter(first, options.get("path"))
@@ -246,7 +232,7 @@ def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[st
             header = next(csv.reader([first], delimiter=delimiter), [])
         except csv.Error as error:
             raise UsageError(f"{root}: the first line is no header ({error}); name the columns in it") from error
-        columns = _find_columns(root, header, options)
+        columns = find_columns(root, header, options)
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         begin = 2
         while True:
@@ -266,68 +252,4 @@ def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[st
             if not detail and len(fields) != len(header):
                 detail = f"{len(fields)} fields where the header has {len(header)}"
             values = {role: fields[index] for role, index in columns.items() if index < len(fields)}
-            yield _Row(where, values, detail)
-
-
-def _parquet_rows(file: BinaryIO, root: str, name: str, options: Mapping[str, str | None]) -> Iterator[_Row]:
-    try:
-        table = pq.ParquetFile(file)
-        header = [name.encode(errors="replace").decode() for name in table.schema_arrow.names]
-    except _BROKEN_PARQUET as error:
-        if is_transient(error):
-            raise
-        raise UsageError(f"{root}: not Parquet ({error}); write it again, or name it .csv if it is text") from error
-    columns = {role: header[index] for role, index in _find_columns(root, header, options).items()}
-    kind = table.schema_arrow.field(columns["path"]).type
-    if pa.types.is_nested(kind) or (_is_binary(kind) and _holds_pictures(table, columns["path"])):
-        raise UsageError(
-            f"{root}: the column {columns['path']!r} holds pictures ({kind}), not paths. Write them to files, or to "
-            "tars for webdataset:, or name a column of paths or URLs with ?path=COLUMN"
-        )
-    number = 0
-    try:
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=sorted(set(columns.values()))):
-            cells = {role: _cells(batch.column(column)) for role, column in columns.items()}
-            for index in range(batch.num_rows):
-                values = {role: several[index] for role, several in cells.items()}
-                yield _Row(f"{name} row {number}", values)
-                number += 1
-    except _BROKEN_PARQUET as error:
-        if is_transient(error):
-            raise
-        yield _Row(f"{name} row {number}", {}, f"cannot be read, nor what follows ({error})")
-
-
-def _cells(column: Any) -> list[Any]:
-    """Return Python values. Invalid UTF-8 becomes lone surrogates, as in the other forms."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if _is_text(column.type):
-        column = column.cast(pa.large_binary())
-    elif (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
-        column = column.cast(pa.large_list(pa.large_binary()))
-    return [_text(value) for value in column.to_pylist()]
-
-
-def _is_binary(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _holds_pictures(table: pq.ParquetFile, column: str) -> bool:
-    """Return whether a column of bytes holds pictures: its first value has a zero byte, unlike any path."""
-    with contextlib.suppress(*_BROKEN_PARQUET):  # raised again when the rows are read
-        for batch in table.iter_batches(batch_size=1, columns=[column]):
-            if value := batch.column(0)[0].as_py():
-                return b"\0" in value
-    return False
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _text(value: Any) -> Any:
-    """Decode bytes, also within lists: a binary column may hold text."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="surrogateescape")
-    return [_text(one) for one in value] if isinstance(value, list) else value
+            yield Row(where, values, detail)

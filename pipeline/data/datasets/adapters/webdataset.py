@@ -30,7 +30,7 @@ from typing import IO
 
 import fsspec
 
-from teacher_cache.pipeline.data.datasets.files import SPLIT_NAMES, contents, data_folder, open_regular, require_there
+from teacher_cache.pipeline.data.datasets.files import contents, data_folder, open_regular, require_there, split_in_name
 from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
@@ -144,7 +144,7 @@ def _members(
     folder = data_folder(root)
     for tar in _tars(root):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
-        tar_split = split or _split_of(uri, folder)
+        tar_split = split or split_in_name(uri, folder)
         members: dict[str, _Member] = {}
         for problem in _read_tar(tar, uri, members, lines, text_endings):
             yield uri, tar_split, "", problem
@@ -193,16 +193,6 @@ def _expand(pattern: str) -> list[str]:
     if len(words) * len(tails) > _MOST_TARS:
         raise UsageError(f"{pattern} stands for {len(words) * len(tails):,} tars; at most {_MOST_TARS:,} are read")
     return [pattern[: braces.start()] + word + tail for word in words for tail in tails]
-
-
-def _split_of(uri: str, folder: str) -> str:
-    parts = PurePosixPath(uri)
-    for words in (re.split(r"[-_.]", parts.stem), *([name] for name in reversed(parts.parts[:-1]))):
-        for word in words:
-            if word in SPLIT_NAMES:
-                return word
-    name = PurePosixPath(folder).name
-    return name if name in SPLIT_NAMES else ""
 
 
 def _read_tar(

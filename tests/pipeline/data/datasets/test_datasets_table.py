@@ -134,7 +134,7 @@ def test_an_empty_option_leaves_the_column_out(tmp_path: Path) -> None:
 
 
 def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.adapters.table._BATCH_ROWS", 2)
+    monkeypatch.setattr("teacher_cache.pipeline.data.datasets.columnar._BATCH_ROWS", 2)
     columns = {
         "url": ["a.jpg", "b.jpg", None, "a.jpg", "c.jpg"],
         "caption": [["A.", "Also a."], ["B."], ["Nobody's."], ["More."], None],
@@ -152,16 +152,12 @@ def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_a_column_of_pictures_is_refused(tmp_path: Path) -> None:
-    """As Hugging Face writes them; their bytes would be taken for paths."""
+def test_a_column_of_bytes_holds_pictures_or_paths(tmp_path: Path) -> None:
     picture = save_image(tmp_path / "a.jpg")
-    column = pa.array([None, {"bytes": picture, "path": None}])
-    for number, pictures in enumerate((column, column.field("bytes"))):
-        pq.write_table(pa.table({"image": pictures, "text": ["A.", "B."]}), tmp_path / f"{number}.parquet")
-        with pytest.raises(
-            UsageError, match=r"the column 'image' holds pictures \(.*binary.*\), not paths\. Write them"
-        ):
-            read("table", tmp_path / f"{number}.parquet")
+    column = pa.array([None, picture], pa.binary())
+    pq.write_table(pa.table({"image": column, "text": ["A.", "B."]}), tmp_path / "a.parquet")
+    samples, _ = read("table", tmp_path / "a.parquet")
+    assert [sample.uri for sample in samples] == ["a.parquet#image/0", "a.parquet#image/1"]
     pq.write_table(pa.table({"path": pa.array([b"a.jpg"]), "text": ["A."]}), tmp_path / "b.parquet")
     assert read("table", tmp_path / "b.parquet") == ([Sample("a.jpg", "a.jpg", "", ("A.",))], [])
 
@@ -228,7 +224,7 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
     table.write_text("")
     with pytest.raises(ValueError, match=r"nowhere\.csv: not there; .* holds t\.csv"):
         read("table", tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match=r"is a folder; name the table in it"):
+    with pytest.raises(ValueError, match=r"is a folder without Parquet or Arrow files; name the table in it"):
         read("table", tmp_path)
     (tmp_path / "t.parquet").write_text("path,caption\n")
     with pytest.raises(ValueError, match=r"t\.parquet: not Parquet"):

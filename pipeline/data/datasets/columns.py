@@ -1,0 +1,91 @@
+"""Columns of a table of images and captions, found by their names; and its rows. Used for text, Parquet and Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS
+from teacher_cache.pipeline.settings.names import did_you_mean
+from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.safe_text import printable
+
+# role -> accepted column names, the most likely first
+COLUMNS = {
+    "path": ("path", "filepath", "file_path", "image_path", "image", "file_name", "filename", "uri", "url"),
+    "caption": ("caption", "captions", "text", "title"),
+    "split": ("split",),
+    "id": ("sample_id", "id"),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Picture inside a table.
+
+    Attributes:
+        uri: the file, or the cell of a Parquet file (:mod:`teacher_cache.pipeline.data.datasets.parquet_cells`); empty
+            where a row has no picture.
+        offset, length: its bytes in the file; -1 for a cell.
+        name: path that the table records beside it, or an empty text.
+        address: file and number of the row, as a name for a picture that nothing else names.
+    """
+
+    uri: str
+    offset: int = -1
+    length: int = -1
+    name: str = ""
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a table: values by role, None if absent. ``detail`` says why it cannot be used.
+
+    The value of the role ``path`` is a path or URL, or the picture itself.
+    """
+
+    where: str
+    values: dict[str, Any]
+    detail: str = ""
+
+
+def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> dict[str, int]:
+    """Return the position of each role's column.
+
+    Args:
+        options: column by role. None: the first of :data:`COLUMNS`; an empty text: no column.
+
+    Raises:
+        UsageError: a required column is missing, or there is none of the name in the options.
+    """
+    columns: dict[str, int] = {}
+    lowered = [column.strip().lower() for column in header]
+    shown = printable(", ".join(header)) or "none"
+    for role, names in COLUMNS.items():
+        option = options.get(role)
+        if option:
+            if option not in header:
+                hint = did_you_mean(option, header)
+                raise UsageError(f"{root}: no column {option!r} for {role}=.{hint} Its columns are {shown}")
+            columns[role] = header.index(option)
+        elif option is None:
+            index = next((lowered.index(name) for name in names if name in lowered), None)
+            if index is not None:
+                columns[role] = index
+        if role not in columns and (role == "path" or (role == "caption" and option is None)):
+            raise UsageError(
+                f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
+                f"{_advice(role, header)}"
+            )
+    return columns
+
+
+def _advice(role: str, header: Sequence[str]) -> str:
+    picture = next((column for column in header if column.lower().endswith(IMAGE_ENDINGS)), None)
+    if picture is not None:
+        return (
+            f"the first line names a picture ({printable(picture)}): is it a header? Add a line path,caption above it"
+        )
+    return f"name one with ?{role}=COLUMN" + ", or take the images alone with ?caption=" * (role == "caption")
