@@ -42,12 +42,12 @@ def columnar_files(root: str) -> list[str] | None:
         return [root if "://" in root else str(Path(root).parent.resolve() / Path(root).name)]
     path = Path(root)
     if "://" not in root:
-        found = [str(file) for file in files_below(path.resolve()) if _is_data(file.name)] if path.is_dir() else []
-        return found or None
+        below = files_below(path.resolve()) if path.is_dir() else ()
+        return [str(file) for file in below if _is_data(file.name)] or None
     if root.partition("://")[0] in _NOT_FOLDERS or path.suffix:
         return None
-    files, folder = fsspec.core.url_to_fs(root)
-    return sorted(files.unstrip_protocol(name) for name in files.find(folder) if _is_data(name)) or None
+    system, folder = fsspec.core.url_to_fs(root)
+    return sorted(system.unstrip_protocol(name) for name in system.find(folder) if _is_data(name)) or None
 
 
 def _is_data(name: str) -> bool:

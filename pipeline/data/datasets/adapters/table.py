@@ -121,12 +121,12 @@ def read(
 
 def _placed(row: Row) -> tuple[str, Stored, str]:
     """Return what tells a row's image from others, where it is, and why it cannot be used."""
-    found = row.values.get("path")
-    if isinstance(found, Stored):
+    picture = row.values.get("path")
+    if isinstance(picture, Stored):
         # one picture in several rows has one id; where nothing names it, its place does
         own_id = row.values.get("id")
-        return str(own_id) if own_id not in (None, "") else found.address, found, row.detail
-    uri = "" if found is None else str(found).strip()
+        return str(own_id) if own_id not in (None, "") else picture.address, picture, row.detail
+    uri = "" if picture is None else str(picture).strip()
     detail = row.detail or ("" if uri else "no path in it")
     if not detail and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
         detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
