@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset as TargetDataset
     from teacher_cache.pipeline.deploy.run import deploy as deploy
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime as StudentRuntime
     from teacher_cache.pipeline.evaluate.retrieval import evaluate as evaluate
@@ -64,6 +65,7 @@ _HOMES = {
     "PromoteConfig": "pipeline.settings.promote",
     "RetrainConfig": "pipeline.settings.promote",
     "StudentRuntime": "pipeline.deploy.runtime",
+    "TargetDataset": "pipeline.data.batches.target_dataset",
     "TrainConfig": "pipeline.settings.train",
     "UsageError": "storage.errors",
     "ZeroShotConfig": "pipeline.settings.evaluate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
+from teacher_cache.storage.read.content_index import ContentIndex, ContentRows
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
 from teacher_cache.storage.read.row_set import RowSet
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
@@ -227,6 +228,32 @@ class EmbeddingReader:
                 "look shows some"
             )
         return rows
+
+    def lookup(
+        self, image_sha256: str | Sequence[str] | None = None, caption: str | Sequence[str] | None = None
+    ) -> ContentRows:
+        """Return the rows of some content, in the order given, of all splits.
+
+        The first call of each kind reads columns of the tables; later ones take some microseconds per row.
+
+        Args:
+            image_sha256: sha256 of each image's stored bytes (``hashlib.sha256(data).hexdigest()``), not of its pixels.
+            caption: text of each caption, without regard to white space at its ends. With ``image_sha256``: a caption
+                of this very image. One string stands for a list of one.
+
+        Returns:
+            Image rows, caption rows, or both, (n,) int64. Equal content has equal embeddings; its first row counts.
+
+        Raises:
+            UsageError: The cache has no such image or caption; the message names the first.
+            ValueError: Nothing was given, or the numbers of images and captions differ.
+        """
+        images, captions = ([one] if isinstance(one, str) else one for one in (image_sha256, caption))
+        return self._content_index.rows(images, captions)
+
+    @cached_property
+    def _content_index(self) -> ContentIndex:
+        return ContentIndex(self.column, self.location)
 
     def caption_rows(self, image_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return all caption rows of images, in their order, and the position of each caption's image."""
