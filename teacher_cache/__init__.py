@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.batches.streamed_targets import StreamedTargets as StreamedTargets
     from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset as TargetDataset
     from teacher_cache.pipeline.deploy.run import deploy as deploy
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime as StudentRuntime
@@ -64,6 +65,7 @@ _HOMES = {
     "PrecomputeConfig": "pipeline.settings.precompute",
     "PromoteConfig": "pipeline.settings.promote",
     "RetrainConfig": "pipeline.settings.promote",
+    "StreamedTargets": "pipeline.data.batches.streamed_targets",
     "StudentRuntime": "pipeline.deploy.runtime",
     "TargetDataset": "pipeline.data.batches.target_dataset",
     "TrainConfig": "pipeline.settings.train",

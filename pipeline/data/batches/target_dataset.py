@@ -32,13 +32,13 @@ _ALL_CHUNKS = 1 << 30
 class _Opened:
     """What one process has open of a cache."""
 
-    def __init__(self, reader: EmbeddingReader) -> None:
-        self.process, self.reader = os.getpid(), reader
+    def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
+        self.process, self.reader, self.kept_chunks = os.getpid(), reader, kept_chunks
 
     @cached_property
     def samples(self) -> CachedSamples:
-        """The tables, kept in memory as far as rows were used: items come in any order."""
-        return CachedSamples(self.reader, _ALL_CHUNKS)
+        """The tables."""
+        return CachedSamples(self.reader, self.kept_chunks)
 
 
 class TargetDataset(Dataset[dict[str, Tensor]]):
@@ -77,6 +77,10 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         resident: Hold all embeddings in memory (2 bytes per number), for orders at random. If false, chunks are read
             when rows are used, up to 2 GiB per worker stay in memory.
 
+    Attributes:
+        rows, caption_rows: Rows of the items, (items,) int64; the caption rows only if they are given, else None.
+        kept_chunks: Number of chunks of images whose tables stay in memory, for pixels and tokens. All, for any order.
+
     Raises:
         CacheNotFoundError, CacheIncompleteError, CacheCorruptError: The cache cannot be used, or lacks a chunk.
         UsageError: There is no such split or view, or images have no caption.
@@ -96,12 +100,13 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         if dtype not in ("float16", "float32"):
             raise UsageError(f"dtype is {dtype!r}, choose 'float16' or 'float32'")
         reader = EmbeddingReader(cache) if isinstance(cache, str) else cache
-        self._opened = _Opened(reader)
+        self.kept_chunks = _ALL_CHUNKS
+        self._opened = _Opened(reader, self.kept_chunks)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self.views, self._resident_rows = views_used(reader, views), resident
-        self.rows, self._caption_rows = _chosen(reader, split, rows)
-        self.captions = captions if self._caption_rows is None else 1
-        if captions and self._caption_rows is None:
+        self.views, self.resident = views_used(reader, views), resident
+        self.rows, self.caption_rows = _chosen(reader, split, rows)
+        self.captions = captions if self.caption_rows is None else 1
+        if captions and self.caption_rows is None:
             reader.require_captions(np.unique(self.rows), "To learn from the images alone set captions=0.")
         self._tokenizer: Callable[[list[str]], Any] | None = None
         self._images: StudentImages | None = None
@@ -181,7 +186,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         at = np.asarray(indices, np.int64)
         if len(outside := at[(at < -len(self)) | (at >= len(self))]):
             raise IndexError(f"{self.cache.location}: item {outside[0]} asked for, items are 0 to {len(self) - 1}")
-        captions = None if self._caption_rows is None else self._caption_rows[at]
+        captions = None if self.caption_rows is None else self.caption_rows[at]
         batch = self._batch(self._drawn(self.rows[at], captions))
         return [{name: values[item] for name, values in batch.items()} for item in range(len(at))]
 
@@ -235,7 +240,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
     def _take(
         self, tower: Tower, rows: NDArray[np.int64], views: int | NDArray[np.int64] = 0, array: str = "embedding"
     ) -> NDArray[Any]:
-        if self._resident_rows and not self._resident:
+        if self.resident and not self._resident:
             self._load_resident()
         resident = self._resident.get((tower, array))
         return self.cache.take(tower, rows, views, array) if resident is None else resident.take(rows, views)
@@ -249,7 +254,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
     @property
     def _here(self) -> _Opened:
         if self._opened.process != os.getpid():  # a forked worker
-            self._opened = _Opened(copy.copy(self._opened.reader))
+            self._opened = _Opened(copy.copy(self._opened.reader), self.kept_chunks)
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,7 +263,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         return {**self.__dict__, "_opened": self.cache, "_resident": shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opened=_Opened(state["_opened"]))
+        self.__dict__.update(state, _opened=_Opened(state["_opened"], state["kept_chunks"]))
 
 
 def _chosen(
