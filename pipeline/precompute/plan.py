@@ -271,6 +271,13 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
 
 
 def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
+    broken = [problem for problem in dataset.problems if problem.kind == "broken-file"]
+    if broken and config.max_problems is None:
+        raise CacheError(
+            f"{config.dataset}: {counted(len(broken), 'file')} of samples cannot be read to the end. The first: "
+            f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
+            "without them; --max-problems 10% caches what can be read"
+        )
     lost = [problem for problem in dataset.problems if problem.lost_image]
     images = len(dataset.samples) + len(lost)
     if len(lost) <= (allowed := config.allowed_problems(images)):

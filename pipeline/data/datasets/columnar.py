@@ -81,7 +81,7 @@ def columnar_rows(file: BinaryIO, path: str, uri: str, options: Mapping[str, str
     except _BROKEN as error:
         if is_transient(error):
             raise
-        yield Row(f"{uri} row {number}", {}, f"cannot be read, nor what follows ({error})")
+        yield Row(uri, {}, f"row {number} cannot be read, nor what follows: {error}", broken=True)
 
 
 def _of_parquet(

@@ -41,14 +41,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a table: values by role, None if absent. ``detail`` says why it cannot be used.
+    """Row of a table: values by role, None if absent.
 
-    The value of the role ``path`` is a path or URL, or the picture itself.
+    The value of the role ``path`` is a path or URL, or the picture itself. ``detail`` says why the row cannot be used,
+    ``broken`` that the rest of the file cannot.
     """
 
     where: str
     values: dict[str, Any]
     detail: str = ""
+    broken: bool = False
 
 
 def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> dict[str, int]:

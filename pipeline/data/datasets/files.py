@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import similar_name
@@ -233,7 +233,7 @@ def open_text(path: Path, encoding: str = "utf-8") -> io.TextIOWrapper:
     return as_text(open_regular(path), encoding)
 
 
-def as_text(file: BinaryIO, encoding: str = "utf-8") -> io.TextIOWrapper:
+def as_text(file: IO[bytes], encoding: str = "utf-8") -> io.TextIOWrapper:
     """Decode an open file as :func:`open_text` does. UTF-8 may begin with a byte-order mark.
 
     Raises:

@@ -14,6 +14,7 @@ MAX_CAPTION_CHARACTERS = 16_384
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
+    "broken-file",  # a tar, Parquet or Arrow file of many samples that is missing, or broken before its end
     "unreadable-file",  # on disk, but its bytes cannot be read
     "no-caption",  # an image that no caption names
     "no-image",  # a caption whose image is not in the dataset

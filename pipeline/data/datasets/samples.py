@@ -225,8 +225,10 @@ def why_none(problems: list[Problem]) -> str:
     if not problems:
         return "lists no image. Check the path, and the kind before it"
     lost = [problem for problem in problems if problem.lost_image]
-    first = [*lost, *problems][0]
     captioned = {problem.kind for problem in lost} != {"no-caption"}
+    # where captions are missing, a text that cannot be read may be why
+    unread = [problem for problem in problems if problem.kind in ("bad-record", "broken-file")]
+    first = [*(() if captioned else unread), *lost, *problems][0]
     way_out = "" if captioned else ". To cache images without captions, add ?uncaptioned=keep"
     return f"no usable image among {len(lost)} listed; the first problem: {first}{way_out}"
 
@@ -248,8 +250,10 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
         if isinstance(record, Problem):
             listed.problems.append(record)
         elif record.sample_id in seen:
-            detail = f"{record.uri}: this sample_id is taken by an earlier sample"
             first = seen[record.sample_id]
+            other_tar = spec.kind == "webdataset" and record.uri != first.uri
+            hint = "; where each tar counts its keys anew, add ?ids=tar" * other_tar
+            detail = f"{record.uri}: this sample_id is taken by an earlier sample{hint}"
             lost_image = (record.uri, record.offset) != (first.uri, first.offset)
             listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image))
         else:

@@ -91,6 +91,9 @@ def read(
     ids: set[str] = set()
     unusable: list[tuple[str, str, str]] = []  # where, detail, path
     for row in _rows(root, options, encoding):
+        if row.broken:
+            yield Problem("broken-file", row.where, row.detail, lost_image=False)
+            continue
         key, place, detail = _placed(row)
         if detail:
             unusable.append((row.where, detail, key))

@@ -19,6 +19,7 @@ nearest up to the root. ``?split=`` overrides it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -30,16 +31,26 @@ from typing import IO
 
 import fsspec
 
-from teacher_cache.pipeline.data.datasets.files import contents, data_folder, open_regular, require_there, split_in_name
+from teacher_cache.pipeline.data.datasets.files import (
+    as_text,
+    contents,
+    data_folder,
+    open_regular,
+    require_there,
+    require_utf8,
+    split_in_name,
+)
 from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import printable
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_TARS = 1_000_000
+_PACKED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 _MOST_TEXT_BYTES = 16 * 1024 * 1024  # for a .txt or .json: a header can claim any length
 # for an extended header (long name and attributes): tarfile searches it in quadratic time
 _MOST_HEADER_BYTES = 32 * 1024
@@ -71,6 +82,7 @@ class _Member:
     offset: int = -1
     length: int = -1
     texts: dict[str, list[str]] = field(default_factory=dict)  # captions or label, by ending
+    others: list[str] = field(default_factory=list)  # endings that are neither image nor text
     passed_over: str = ""  # member with an image ending, but not at the first dot
 
     def lost(self, uri: str) -> Problem | None:
@@ -82,7 +94,16 @@ class _Member:
         return Problem("bad-record", f"{uri}/{self.passed_over}", detail, lost_image=True)
 
 
-def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") -> Iterator[Record]:
+@dataclass(frozen=True)
+class _Texts:
+    """How texts beside images are read: their endings, whether each line is one, and their encoding."""
+
+    endings: tuple[str, ...] = ("txt", "json")
+    lines: bool = False
+    encoding: str = ""
+
+
+def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", encoding: str = "") -> Iterator[Record]:
     """Read the samples of all tars.
 
     Args:
@@ -90,14 +111,13 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
         split: split of every sample. Default: from the names of tar and folder.
         txt: ``whole`` if a .txt is one caption, ``lines`` if each line is one (CLIP_benchmark's retrieval sets).
         ids: ``key``, or ``tar`` for ``path/of.tar/key`` if several tars have the same keys.
+        encoding: encoding of captions, for example ``cp1252``. Default: UTF-8 without broken characters.
 
     Raises:
-        UsageError: no tar, or an option with another value.
+        UsageError: no tar, an option with another value, or a caption of another encoding.
     """
-    for option, value, known in (("txt", txt, ("whole", "lines")), ("ids", ids, ("key", "tar"))):
-        if value not in known:
-            raise UsageError(f"webdataset option {option}={value!r} is not known; it is one of {', '.join(known)}")
-    for uri, tar_split, key, member in _members(root, split, lines=txt == "lines"):
+    _check_options(txt, ids)
+    for uri, tar_split, key, member in _members(root, split, _Texts(lines=txt == "lines", encoding=encoding)):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
         if isinstance(member, Problem):
             yield member
@@ -107,8 +127,24 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key") ->
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
             yield from sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length)
         elif member.texts:
-            detail = f"{uri}: there is no image beside {', '.join(member.texts)}"
+            others = f" and {', '.join(member.others)}, which is not read" if member.others else ""
+            detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
             yield Problem("no-image", sample_id, detail, lost_image=False)
+
+
+def check(root: str, *, txt: str = "whole", ids: str = "key", encoding: str = "", split: str = "") -> None:
+    """Check the options, and that a local folder or pattern has a tar."""
+    _check_options(txt, ids)
+    tars = [] if "://" in root else _tars(root)
+    if not any(Path(tar).exists() for tar in tars):
+        for tar in tars[:1]:
+            require_there(tar)
+
+
+def _check_options(txt: str, ids: str) -> None:
+    for option, value, known in (("txt", txt, ("whole", "lines")), ("ids", ids, ("key", "tar"))):
+        if value not in known:
+            raise UsageError(f"webdataset option {option}={value!r} is not known; it is one of {', '.join(known)}")
 
 
 def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
@@ -119,7 +155,7 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
         the sample's caption. For an image without a label (problem, split, ``""``); for a problem of a whole tar the
         split is None.
     """
-    for uri, split, key, member in _members(root, text_endings=("cls",)):
+    for uri, split, key, member in _members(root, texts=_Texts(("cls",))):
         if isinstance(member, Problem):
             yield member, None if member.where == printable(uri) else split, ""
             continue
@@ -137,16 +173,14 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
             yield record, split, "" if isinstance(record, Problem) else str(int(label))
 
 
-def _members(
-    root: str, split: str = "", lines: bool = False, text_endings: tuple[str, ...] = ("txt", "json")
-) -> Iterator[tuple[str, str, str, _Member | Problem]]:
+def _members(root: str, split: str = "", texts: _Texts = _Texts()) -> Iterator[tuple[str, str, str, _Member | Problem]]:
     """Yield uri and split of the tar, key and members of each sample. Problems come in place of members."""
     folder = data_folder(root)
     for tar in _tars(root):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
         tar_split = split or split_in_name(uri, folder)
         members: dict[str, _Member] = {}
-        for problem in _read_tar(tar, uri, members, lines, text_endings):
+        for problem in _read_tar(tar, uri, members, texts):
             yield uri, tar_split, "", problem
         for key, member in members.items():
             yield uri, tar_split, key, member.lost(uri) or member
@@ -159,9 +193,10 @@ def _tars(root: str) -> list[str]:
         if path.is_file():
             return [str(path.parent.resolve() / path.name)]
         if path.is_dir():
-            tars = sorted(str(tar) for tar in path.resolve().rglob("*.tar") if tar.is_file())
+            tars = sorted(str(tar) for tar in path.resolve().rglob("*.[tT][aA][rR]") if tar.is_file())
             if not tars:
-                raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}")
+                packed = "; tars are read in place: unpack those that are compressed" * any(path.rglob("*.tar.*"))
+                raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}{packed}")
             return tars
         if "{" not in root:
             require_there(root)
@@ -195,31 +230,41 @@ def _expand(pattern: str) -> list[str]:
     return [pattern[: braces.start()] + word + tail for word in words for tail in tails]
 
 
-def _read_tar(
-    tar: str,
-    uri: str,
-    members: dict[str, _Member],
-    lines: bool,
-    text_endings: tuple[str, ...],
-) -> Iterator[Problem]:
+def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) -> Iterator[Problem]:
     """Fill ``members`` from one tar. Members before a broken place stay."""
     try:
         with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
-            yield from _read_members(file, uri, members, lines, text_endings)
-    except FileNotFoundError:
-        yield Problem("missing-file", uri, f"{tar} does not exist", lost_image=False)
+            yield from _read_members(file, uri, members, texts)
+    except FileNotFoundError as error:
+        yield Problem("broken-file", uri, f"{tar} does not exist{_reason_behind(error)}", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many types
-        if is_transient(error):
+        if is_transient(error) or isinstance(error, UsageError):
             raise
         images = sum(member.offset >= 0 for member in members.values())
-        detail = f"broken or cut short after {images} image(s), the rest is not read: {error or type(error).__name__}"
+        reason = str(error) or type(error).__name__
+        detail = f"broken or cut short after {counted(images, 'image')}, the rest is not read: {reason}"
+        if packer := _packer(tar):
+            detail = f"compressed by {packer}, and tars are read in place; unpack it"
         # the number of images in the rest is unknown, so none is counted as lost
-        yield Problem("bad-record", uri, detail, lost_image=False)
+        yield Problem("broken-file", uri, detail, lost_image=False)
 
 
-def _read_members(
-    file: IO[bytes], uri: str, members: dict[str, _Member], lines: bool, text_endings: tuple[str, ...]
-) -> Iterator[Problem]:
+def _reason_behind(error: Exception) -> str:
+    """Return why a server did not answer: fsspec calls that a missing file."""
+    return f" or its server does not answer ({error.__cause__})" if error.__cause__ is not None else ""
+
+
+def _packer(tar: str) -> str:
+    """Return the program that compressed a local tar, or an empty text."""
+    with contextlib.suppress(OSError):
+        if "://" not in tar:
+            with open_regular(tar) as file:
+                start = file.read(6)
+            return next((name for mark, name in _PACKED.items() if start.startswith(mark)), "")
+    return ""
+
+
+def _read_members(file: IO[bytes], uri: str, members: dict[str, _Member], texts: _Texts) -> Iterator[Problem]:
     # "r:": plain tars only, since members of a compressed one cannot be read in place
     how = {"encoding": "utf-8", "errors": "surrogateescape", "tarinfo": _Entry}
     with tarfile.open(fileobj=file, mode="r:", **how) as archive:  # type: ignore[call-overload]
@@ -230,12 +275,14 @@ def _read_members(
             key, ending = _key_of(entry.name)
             if entry.isdir() or not key:
                 continue  # extended attributes
-            if ending not in _IMAGE_ENDINGS and ending not in text_endings:
+            if ending not in _IMAGE_ENDINGS and ending not in texts.endings:
                 # a mask beside its image, an image with a dot in its name, a class label
+                member = members.setdefault(key, _Member())
+                member.others.append(ending)
                 if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
-                    members.setdefault(key, _Member()).passed_over = entry.name
+                    member.passed_over = entry.name
                 continue
-            problem = _add_member(archive, entry, key, ending, members, lines)
+            problem = _add_member(archive, entry, key, ending, members, texts, f"{uri}/{entry.name}")
             if problem is not None:
                 kind, detail = problem
                 lost_image = ending in _IMAGE_ENDINGS
@@ -261,9 +308,14 @@ def _add_member(
     key: str,
     ending: str,
     members: dict[str, _Member],
-    lines: bool,
+    texts: _Texts,
+    where: str,
 ) -> tuple[ProblemKind, str] | None:
-    """Add an image or a text to its key. Return kind and detail of a problem, or None."""
+    """Add an image or a text to its key. Return kind and detail of a problem, or None.
+
+    Raises:
+        UsageError: a text is of another encoding.
+    """
     image = ending in _IMAGE_ENDINGS
     if not entry.isreg() or entry.issparse():
         return "bad-record", "a link or a sparse member, not a plain file; its bytes are not in one piece here"
@@ -278,27 +330,30 @@ def _add_member(
         return "bad-record", f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
     content = archive.extractfile(entry)
     assert content is not None  # a regular member
-    text = content.read().decode("utf-8-sig", errors="surrogateescape")
+    text = as_text(content, texts.encoding or "utf-8").read()
+    if not texts.encoding:
+        require_utf8(text, printable(where))
     if ending != "json":
-        member.texts[ending] = text.splitlines() if lines else [text]
+        member.texts[ending] = text.splitlines() if texts.lines else [text]
         return None
     captions = _json_captions(text)
-    if captions is None:
-        return "bad-record", "not a JSON object with a text 'caption' or a list of texts 'captions'"
+    if isinstance(captions, str):
+        return "bad-record", f"{captions}; an object with a text 'caption' or a list of texts 'captions' is wanted"
     member.texts[ending] = captions
     return None
 
 
-def _json_captions(text: str) -> list[str] | None:
+def _json_captions(text: str) -> list[str] | str:
+    """Return the captions of a JSON object, or what it is instead."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return "not JSON"
     if not isinstance(content, dict):
-        return None
+        return f"a JSON {type(content).__name__}"
     caption, captions = content.get("caption"), content.get("captions")
     if isinstance(caption, str):
         return [caption]
     if isinstance(captions, list) and all(isinstance(one, str) for one in captions):
         return list(captions)
-    return None
+    return f"a JSON object with the keys {', '.join(map(str, content)) or 'none'}"

@@ -135,7 +135,7 @@ def test_a_chain_of_headers_is_no_endless_recursion(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [member("good.png", image), member("good.txt", b"G."), *chain], tarfile.GNU_FORMAT)
     found = load(f"webdataset:{tmp_path}/x.tar")
     assert [sample.sample_id for sample in found.samples] == ["good"]
-    assert told(found.problems) == [("bad-record", "x.tar", False)]
+    assert told(found.problems) == [("broken-file", "x.tar", False)]
 
 
 def test_cut_compressed_and_odd_tars(tmp_path: Path) -> None:
@@ -151,15 +151,16 @@ def test_cut_compressed_and_odd_tars(tmp_path: Path) -> None:
     found = load(f"webdataset:{tmp_path}/{{cut,empty,folder,gz,pipe,good,none}}.tar?ids=tar")
     assert [sample.sample_id for sample in found.samples] == ["good.tar/a"]
     assert told(found.problems) == [
-        ("bad-record", "cut.tar", False),
+        ("broken-file", "cut.tar", False),
         ("no-caption", "cut.tar/a", True),
-        ("bad-record", "empty.tar", False),
-        ("bad-record", "folder.tar", False),
-        ("bad-record", "gz.tar", False),
-        ("bad-record", "pipe.tar", False),
+        ("broken-file", "empty.tar", False),
+        ("broken-file", "folder.tar", False),
+        ("broken-file", "gz.tar", False),
+        ("broken-file", "pipe.tar", False),
         ("no-caption", "good.tar/b", True),
-        ("missing-file", "none.tar", False),
+        ("broken-file", "none.tar", False),
     ]
+    assert found.problems[4].detail == "compressed by gzip, and tars are read in place; unpack it"
 
 
 @pytest.mark.parametrize("pattern", ["{0..99999999}", "{000..999}{000..9999}", "{0..9}" * 7])
@@ -353,7 +354,7 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
     damaged[10:60] = bytes(50)
     (tmp_path / "t.parquet").write_bytes(damaged)
     with pytest.raises(
-        UsageError, match=r"no usable image among 0 listed; the first problem: t\.parquet row 0: cannot be read"
+        UsageError, match=r"no usable image among 0 listed; the first problem: t\.parquet: row 0 cannot be read"
     ):
         load(f"table:{tmp_path}/t.parquet")
 

@@ -89,7 +89,7 @@ def karpathy(root: Path, name: str, text: bytes) -> str:
 def webdataset(root: Path, name: str, members: dict[str, bytes]) -> str:
     files = {"png": save_image(root / "scratch" / "a.png"), **members}
     write_tar(root / "x.tar", [(f"{name}.{ending}", data) for ending, data in files.items()])
-    return f"webdataset:{root}/x.tar"
+    return f"webdataset:{root}/x.tar?encoding=utf-8"
 
 
 def webdataset_json(root: Path, name: str, text: bytes) -> str:
@@ -97,7 +97,7 @@ def webdataset_json(root: Path, name: str, text: bytes) -> str:
 
 
 def webdataset_lines(root: Path, name: str, text: bytes) -> str:
-    return webdataset(root, name, {"txt": text + b"\nok\n"}) + "?txt=lines"
+    return webdataset(root, name, {"txt": text + b"\nok\n"}) + "&txt=lines"
 
 
 def table_csv(root: Path, name: str, text: bytes) -> str:

@@ -11,6 +11,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import load, read, save_image, told, write_tar
 
 
@@ -115,7 +116,7 @@ def test_patterns_name_their_tars(tmp_path: Path, pictures: list[bytes], monkeyp
     found, digests = load_samples(spec)
     assert [sample.uri for sample in found.samples] == ["val/009.tar", "val/010.tar", "train/009.tar", "train/010.tar"]
     assert (found.root, len(digests)) == (str(tmp_path / "shards"), 4)
-    assert told(found.problems) == [("missing-file", "val/011.tar", False), ("missing-file", "train/011.tar", False)]
+    assert told(found.problems) == [("broken-file", "val/011.tar", False), ("broken-file", "train/011.tar", False)]
     monkeypatch.chdir(tmp_path / "shards")
     relative = load("webdataset:val/{009..010}.tar")
     assert [(sample.uri, sample.split) for sample in relative.samples] == [("009.tar", "val"), ("010.tar", "val")]
@@ -151,7 +152,9 @@ def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path, pictures
         link = tarfile.TarInfo("f.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    samples, problems = read("webdataset", tar)
+    with pytest.raises(UsageError, match=r"0\.tar/a\.txt: not UTF-8 at .*; with \?encoding=utf-8 broken characters"):
+        read("webdataset", tar)
+    samples, problems = read("webdataset", tar, encoding="utf-8")
     assert [(s.sample_id, s.captions) for s in samples] == [
         ("a", ("A caf\ufffd.",)),
         ("e", ("Half a pair \ufffd",)),
@@ -191,8 +194,8 @@ def test_a_truncated_tar_keeps_what_was_read(tmp_path: Path, pictures: list[byte
     found = load(f"webdataset:{tar}")
     whole = 1 if cut == "in an image" else 2
     assert found.samples == samples[:whole]
-    assert told(found.problems)[0] == ("bad-record", "0.tar", False)
-    assert found.problems[0].detail.startswith("broken or cut short after 2 image(s), the rest is not read: ")
+    assert told(found.problems)[0] == ("broken-file", "0.tar", False)
+    assert found.problems[0].detail.startswith("broken or cut short after 2 images, the rest is not read: ")
     if cut == "in an image":
         assert told(found.problems)[1:] == [("unreadable-file", "b", True)]
         assert f"10 bytes at offset {second.offset}, {second.length} wanted" in found.problems[1].detail
@@ -208,8 +211,8 @@ def test_a_broken_header_keeps_what_was_read_and_other_tars(tmp_path: Path, pict
     write_tar(tmp_path / "w" / "2.tar", [("y.txt", "A."), ("y.jpg", pictures[4])])
     found = load(f"webdataset:{tmp_path}/w")
     assert [sample.sample_id for sample in found.samples] == ["a", "y"]
-    assert told(found.problems) == [("bad-record", f"{number}.tar", False) for number in range(2)]
-    assert f"after 1 image(s), the rest is not read: no end mark at byte {end}" in found.problems[0].detail
+    assert told(found.problems) == [("broken-file", f"{number}.tar", False) for number in range(2)]
+    assert f"after 1 image, the rest is not read: no end mark at byte {end}" in found.problems[0].detail
 
 
 def test_tars_behind_urls(tmp_path: Path, pictures: list[bytes]) -> None:
@@ -224,7 +227,7 @@ def test_tars_behind_urls(tmp_path: Path, pictures: list[bytes]) -> None:
         ("k0", "0.tar", "train"),
         ("k1", "1.tar", "train"),
     ]
-    assert told(found.problems) == [("missing-file", "2.tar", False)]
+    assert told(found.problems) == [("broken-file", "2.tar", False)]
     source = ImageSource(found.root)
     assert [source.read(s.uri, s.offset, s.length) for s in found.samples] == pictures[:2]
     with pytest.raises(
