@@ -115,7 +115,8 @@ def check_names(config: StageConfig) -> None:
     named: dict[str, Any] = {name: value for name, value in config if value is not None}
     places = _PLACES | ({"out": RUN} if isinstance(config, TrainConfig) else {})
     for name in places.keys() & named.keys():
-        if problem := misplaced(named[name], places[name], type(config).model_fields):
+        # a setting that has a value already is not what was meant
+        if problem := misplaced(named[name], places[name], type(config).model_fields.keys() - named.keys()):
             raise UsageError(problem)
     check_device(named.get("device", "cpu"))
     for setting, value, module in _OPTIONAL:
@@ -186,6 +187,8 @@ class _SettingsCommand(Command):
             advice = ""
             if similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
                 advice = f" Did you mean {flag}?"
+            elif not similar and setting in TrainConfig.model_fields and "train" in self.fields:
+                advice = f" Did you mean --set train.{setting}=VALUE?"
             elif similar:
                 advice = f" Did you mean --set {similar[0]}=VALUE?"
             raise click.UsageError(f"No such option {error.option_name!r}.{advice}", ctx) from error

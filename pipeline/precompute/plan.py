@@ -266,6 +266,8 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
     dataset, digests = load_samples(spec, checked)
     if settings.have is None:
         _require_few_problems(settings.config, dataset)
+        if spec.kind != "labelled" and not any(sample.split for sample in dataset.samples):
+            say("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
@@ -278,7 +280,8 @@ def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
             f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
             "without them; --max-problems 10% caches what can be read"
         )
-    lost = [problem for problem in dataset.problems if problem.lost_image]
+    asked = dict(DatasetSpec.parse(config.dataset).options).get("uncaptioned") == "drop"
+    lost = [one for one in dataset.problems if one.lost_image and not (asked and one.kind == "no-caption")]
     images = len(dataset.samples) + len(lost)
     if len(lost) <= (allowed := config.allowed_problems(images)):
         return
@@ -288,6 +291,8 @@ def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
         f"{config.dataset}: {len(lost):,} of {counted(images, 'image')} cannot be used ({kinds}), "
         f"at most {allowed:,} are allowed. The first: {first}. Nothing was "
         f"written. Mend the dataset, or leave them out: --max-problems {len(lost)}"
+        + "; ?uncaptioned=keep behind the dataset caches images without captions"
+        * ("no-caption" in kinds)
     )
 
 
@@ -387,10 +392,16 @@ def require_same_dataset(planned: PlannedDataset) -> None:
         way_out = f"{job}: {_reuse_command(config, have, config.views or have.identity.views.count)}"
     raise CacheMismatchError(
         f"{config.cache}: the dataset lists {counted(rows.images, 'image')}, this cache holds {recorded.images:,}: "
-        f"{changes.described(rows.captions - recorded.captions)}."
+        f"{changes.described(rows.captions - recorded.captions)}{_named_otherwise(have, planned)}."
         + "".join(f" {problem}." for problem in lost[:1])
         + f" {way_out}"
     )
+
+
+def _named_otherwise(have: CacheManifest, planned: PlannedDataset) -> str:
+    """Return both names of a dataset if its settings differ: they may be why."""
+    old, new = have.source.dataset, str(planned.spec)
+    return f" (the cache is of {old}, asked for is {new})" if old.partition("?")[2] != new.partition("?")[2] else ""
 
 
 def rows_by_tower(layout: Layout, refs: Iterable[ChunkRef]) -> dict[Tower, int]:

@@ -197,10 +197,11 @@ class RayExecutor:
         try:
             # actors' output goes to Ray's logs: stdout is for results
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a node that does not start in time raises a plain Exception
             where = f"at {self._address}" if self._address else "by RAY_ADDRESS or on this machine"
+            reason = str(error).partition("\n")[0]
             raise UsageError(
-                f"no Ray cluster {where} ({error}). Start one with ray start --head, or use --executor local"
+                f"no Ray cluster {where} ({reason}). Start one with ray start --head, or use --executor local"
             ) from error
         finally:
             if in_main_thread:

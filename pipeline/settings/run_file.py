@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.places import RUN_FILE, misplaced
+from teacher_cache.storage.files.places import RUN_FILE, TABLE, TAR, kind_of, misplaced
 
 RUN_FILE_STAGES = ("precompute", "train", "evaluate", "retrain")
 
@@ -89,12 +89,17 @@ def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such run file") from error
+        hint = ""
+        if ":" in str(path) and path.suffix != ".toml":
+            hint = "; quote a dataset with a pattern, '{0..9}.tar', so that the shell leaves it one word"
+        raise UsageError(f"{path}: no such run file{hint}") from error
     except IsADirectoryError as error:
         raise UsageError(misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if kind_of(str(path)) in (TABLE, TAR):
+            raise UsageError(misplaced(str(path), RUN_FILE, settings)) from error
         raise UsageError(f"{path}: not TOML: {error}") from error
     for name, table in tables.items():
         if name != "cache" and not isinstance(table, dict):

@@ -108,8 +108,8 @@ class TrainingCache:
         if config.captions_per_image:
             reader.require_captions(
                 rows,
-                "To learn from the images alone set captions_per_image = 0. ?uncaptioned=drop behind the dataset "
-                "leaves them out of a cache.",
+                "To learn from the images alone: --set captions_per_image=0. To leave them out make another cache, "
+                "with ?uncaptioned=drop behind the dataset.",
             )
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")

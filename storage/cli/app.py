@@ -58,7 +58,9 @@ class Command(click.Command):
         if extra := super().parse_args(ctx, args):
             if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
                 raise UsageError(advice)
-            raise click.UsageError(f"Unexpected words: {' '.join(extra)}", ctx)
+            expanded = len({Path(word).suffix for word in extra}) == 1 and Path(extra[0]).suffix
+            advice = f"; did the shell expand a pattern? Quote it: '*{expanded}'" if expanded else ""
+            raise click.UsageError(f"Unexpected words: {' '.join(extra)}{advice}", ctx)
         return extra
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -15,11 +15,14 @@ CACHE, RUN, DEPLOYED, REGISTRY = "cache", "run", "deployed student", "registry o
 RUN_FILE = "run file"
 _RECORDS = {MANIFEST_KEY: CACHE, BACKUP_KEY: CACHE, "run.json": RUN, "deploy.json": DEPLOYED}
 _RECORDS |= {"candidates": REGISTRY}
-_ENDINGS = {".toml": RUN_FILE, ".csv": "table", ".tsv": "table", ".parquet": "table", ".tar": "tar of images"}
+TABLE, TAR, SPREADSHEET = "table", "tar of images", "spreadsheet"
+_ENDINGS = {".toml": RUN_FILE, ".tar": TAR, **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow"), TABLE)}
+_ENDINGS |= dict.fromkeys((".xlsx", ".xls", ".ods"), SPREADSHEET)
 # the field in a record that names where the place comes from
 _ORIGINS = {RUN: ("run.json", "config", "cache"), DEPLOYED: ("deploy.json", "run")}
 # how each kind is typed: --SETTING VALUE
-_TYPED = {CACHE: ("cache", ""), RUN: ("run", ""), DEPLOYED: ("deployed", ""), "table": ("dataset", "table:")}
+_TYPED = {CACHE: ("cache", ""), RUN: ("run", ""), DEPLOYED: ("deployed", "")}
+_TYPED |= {TABLE: ("dataset", "table:"), TAR: ("dataset", "webdataset:")}
 
 
 def kind_of(location: str) -> str:

@@ -93,6 +93,22 @@ def require_there(root: str) -> Path:
     raise UsageError(f"{printable(root)}: {printable(missing)}; {printable(instead)}")
 
 
+def found_instead(folder: str, uri: str) -> str:
+    """Return where a listed file is that is not where it is said to be: a path from the folder, or an empty text.
+
+    Looked for: with slashes for backslashes, without its first folders, in a folder below, with the ending of an image.
+    """
+    base, path = Path(folder), PurePosixPath(uri.replace("\\", "/"))
+    if "://" in folder or "://" in uri or path.is_absolute() or not base.is_dir():
+        return ""
+    guesses = [
+        *(PurePosixPath(*path.parts[first:]) for first in range(len(path.parts))),
+        *(PurePosixPath(inner.name, path.name) for inner in entries_in(base)[0]),
+        *(path.with_name(path.name + ending) for ending in IMAGE_ENDINGS),
+    ]
+    return next((str(guess) for guess in guesses if _is_file(str(base / guess))), "")
+
+
 def uri_below(folder: str, name: str) -> str | None:
     """Return ``folder/name`` for a name in a dataset file, or None if it would leave the folder.
 

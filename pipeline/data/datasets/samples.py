@@ -20,7 +20,7 @@ from pathlib import Path
 import fsspec
 
 from teacher_cache.pipeline.data.datasets.adapters import adapter
-from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular
+from teacher_cache.pipeline.data.datasets.files import data_folder, found_instead, open_regular
 from teacher_cache.pipeline.data.datasets.parquet_cells import in_cell, read_cell
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, refuse_credentials
@@ -216,7 +216,9 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
                 progress(number + 1, len(listed.samples))
     if not usable.samples:
-        raise UsageError(f"{spec}: {why_none(usable.problems)}")
+        missing = [problem.kind for problem in usable.problems[:1]] == ["missing-file"]
+        there = found_instead(source.root, listed.samples[0].uri) if missing else ""
+        raise UsageError(f"{spec}: {why_none(usable.problems)}{there and f'; there is {there}'}")
     return usable, digests
 
 

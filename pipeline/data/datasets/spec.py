@@ -20,6 +20,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     require_there,
 )
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import SPREADSHEET, kind_of
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
@@ -141,7 +142,7 @@ _OTHER_READING = {
 def _kind_of_name(path: str) -> str:
     """Return the kind of a file by its name, or an empty text."""
     name = path.lower().split("?")[0]
-    if name.endswith(TABLE_ENDINGS):
+    if name.endswith(TABLE_ENDINGS) or kind_of(path) == SPREADSHEET:  # the table says what to do
         return "table"
     if name.endswith(".tar"):
         return "webdataset"

@@ -40,6 +40,20 @@ CASES = [
     ("zero-shot table:pairs.csv", 2, "table:pairs.csv: images without labels. Labelled images are imagefolder:PATH"),
     ("zero-shot imagefolder:folder", 2, "folder: no <class>/*.jpg and no <split>/<class>/*.jpg; found x"),
     ("zero-shot imagefolder:r1 --prompts cifar", 2, "prompts 'cifar' are not known. Did you mean cifar10"),
+    # datasets typed in another place or form
+    (f"{PRECOMPUTE} table:images.tar", 2, "images.tar is a tar of images: write webdataset:images.tar"),
+    (f"{PRECOMPUTE} book.xlsx", 2, "book.xlsx is a spreadsheet: save it as CSV (UTF-8) with the columns path and"),
+    (f"{PRECOMPUTE} webdataset:0.tar webdataset:1.tar", 2, "webdataset:1.tar: no such run file; quote a dataset with"),
+    (
+        f"{PRECOMPUTE} 0.tar 1.tar 2.tar 3.tar",
+        2,
+        "Unexpected words: 2.tar 3.tar; did the shell expand a pattern?",
+    ),
+    (f"{PRECOMPUTE} webdataset:no/{{0..3}}.tar", 2, "/no is not there; "),
+    (f"{PRECOMPUTE} webdataset:images.tar?txt=line", 2, "txt='line' is not known; it is one of whole, lines"),
+    ("train images.tar", 2, "images.tar is a tar of images; a run file is wanted here"),
+    (f"{TEACHER} bundled:scenes --cache pairs.csv", 2, "pairs.csv is a table; a cache is wanted here"),
+    ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
     # values: the message names what was typed
     (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),
     (f"{TRAIN} --epochs 0", 2, "train: --epochs: must be greater than 0, not 0\n"),
@@ -79,7 +93,7 @@ CASES = [
     ("deploy r7", 2, "Error: Unexpected words: r7\n"),
     ("promote --run r1 --registry known.cache", 2, "error: known.cache is a cache: --cache known.cache\n"),
     (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
-    (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache: --cache known.cache\n"),
+    (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache; a run is wanted here\n"),
     (f"{PRECOMPUTE} table:pairs.csv --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     (f"{PRECOMPUTE} table:pairs.csv --cache folder", 2, "folder: contains x, but a cache needs a folder of its own."),
 ]
@@ -112,6 +126,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "shipped/deploy.json").write_text('{"run": "r1"}')
     (here / "checkpoint/open_clip_config.json").write_text("{}")
     (here / "folder/x").write_text("")
+    for name in ("images.tar", "book.xlsx"):
+        (here / name).write_bytes(bytes(1024))
     (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")
     return here
 

@@ -47,6 +47,7 @@ from teacher_cache.pipeline.data.datasets.files import (
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import SPREADSHEET, TAR, kind_of
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -146,6 +147,10 @@ def _rows(root: str, options: Mapping[str, str | None], encoding: str) -> Iterat
     with _readable(root):
         files = columnar_files(root)
     if files is None:
+        if kind_of(root) == TAR:
+            raise UsageError(f"{root} is a tar of images: write webdataset:{root}")
+        if kind_of(root) == SPREADSHEET:
+            raise UsageError(f"{root} is a spreadsheet: save it as CSV (UTF-8) with the columns path and caption")
         name = root.rstrip("/").rpartition("/")[2]
         with _open(root) as file:
             rows = _text_rows(as_text(file, encoding or "utf-8"), root, name, options)

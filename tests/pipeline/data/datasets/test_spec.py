@@ -123,6 +123,14 @@ def test_what_is_wrong_with_a_dataset_is_named_at_once(typed: str, said: str, tm
         check_dataset(typed.replace("HERE", str(tmp_path)))
 
 
+@pytest.mark.parametrize("listed", ["data/pictures/a.jpg", "a.jpg", "pictures/a", "pictures\\a.jpg"])
+def test_a_picture_that_is_elsewhere_is_named(listed: str, tmp_path: Path) -> None:
+    save_image(tmp_path / "pictures/a.jpg")
+    (tmp_path / "pairs.csv").write_text(f"path,caption\n{listed},A.\n")
+    with pytest.raises(UsageError, match=r"does not exist; there is pictures/a\.jpg$"):
+        load_samples(DatasetSpec.parse(f"table:{tmp_path}/pairs.csv"))
+
+
 def test_the_check_takes_no_torch(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("path,caption\na.png,A.\n")
     code = (
