@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS
 from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import printable
 
 # role -> accepted column names, the most likely first
@@ -81,7 +83,16 @@ def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | N
                 f"{root}: no column for the {role}; looked for {', '.join(names)}; its columns are {shown}; "
                 f"{_advice(role, header)}"
             )
+    unread = [column for index, column in enumerate(header) if index not in columns.values()]
+    if unread and "split" not in columns:
+        named = ", ".join(f"{role}={header[index]}" for role, index in columns.items())
+        _say_unread(root, f"{root}: read {printable(named)}; not read: {printable(', '.join(unread[:8]))}")
     return columns
+
+
+@lru_cache(maxsize=1)
+def _say_unread(root: str, line: str) -> None:
+    say(f"{line}. A column of splits is named by ?split=COLUMN")
 
 
 def _advice(role: str, header: Sequence[str]) -> str:

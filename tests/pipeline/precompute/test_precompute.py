@@ -30,6 +30,7 @@ from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, make_model_folder
+from tests.pipeline.data.dataset_files import save_image, write_tar
 from tests.pipeline.precompute.conftest import make_config, run_command
 
 MakePhotos = Callable[..., Path]
@@ -252,6 +253,38 @@ def test_too_many_missing_images_stop_the_run_before_it_writes(
     assert precompute(allowed).lost_images == 11
     # the cache has them in its table, so that no limit is needed to go on
     assert precompute(make_config(photos, tiny_teacher, tmp_path / "c")).chunks_encoded == 0
+
+
+def test_a_tar_that_is_broken_or_missing_stops_the_run(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        picture = save_image(tmp_path / "scratch.png", 80 * number)
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.png", picture), (f"{number}.txt", "A.")])
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:700])
+    tars = {"dataset": f"webdataset:{tmp_path}/{{0..3}}.tar", "teacher": f"local-dir:{tiny_teacher}", "device": "cpu"}
+    config = PrecomputeConfig(**tars, cache=str(tmp_path / "c"))
+    wanted = r"2 files of samples cannot be read to the end\. The first: 1\.tar: broken .*; 3\.tar: .* does not exist\."
+    with pytest.raises(CacheError, match=wanted):
+        precompute(config)
+    assert not (tmp_path / "c").exists()
+    result = precompute(config.model_copy(update={"max_problems": "50%"}))
+    assert (result.problems["broken-file"], result.lost_images) == (2, 1)
+    assert "nothing is held out to measure on: ?holdout=10%" in capsys.readouterr().err
+
+
+def test_images_without_captions_that_are_to_be_dropped_are_no_problem(tiny_teacher: Path, tmp_path: Path) -> None:
+    lines = ["path,caption"]
+    for number in range(24):
+        save_image(tmp_path / f"{number}.png", 10 * number)
+        lines.append(f"{number}.png,{'A.' * (number < 12)}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    shared = {"teacher": f"local-dir:{tiny_teacher}", "cache": str(tmp_path / "c"), "device": "cpu"}
+    with pytest.raises(CacheError, match=r"--max-problems 12; \?uncaptioned=keep behind the dataset caches images"):
+        precompute(PrecomputeConfig(dataset=f"table:{tmp_path}/t.csv", **shared))
+    precompute(PrecomputeConfig(dataset=f"table:{tmp_path}/t.csv?uncaptioned=drop", **shared))
+    with pytest.raises(CacheMismatchError, match=r"\(the cache is of .*=drop, asked for is .*=keep\)\. To add them:"):
+        precompute(PrecomputeConfig(dataset=f"table:{tmp_path}/t.csv?uncaptioned=keep", **shared))
 
 
 def test_each_problem_is_named_once_and_all_are_listed_later(

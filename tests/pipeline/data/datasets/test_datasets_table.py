@@ -152,6 +152,16 @@ def test_parquet_in_batches_with_lists_and_nulls(tmp_path: Path, monkeypatch: py
     ]
 
 
+def test_columns_that_are_not_read_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("filename,title,subset\na.jpg,A.,train\n")
+    for _ in range(2):
+        assert read("table", tmp_path / "t.csv")[0][0].split == ""
+    said = capsys.readouterr().err
+    assert said.count("t.csv: read path=filename, caption=title; not read: subset. A column of splits is named by") == 1
+    assert read("table", tmp_path / "t.csv", split="subset")[0][0].split == "train"
+    assert not capsys.readouterr().err
+
+
 def test_a_column_of_bytes_holds_pictures_or_paths(tmp_path: Path) -> None:
     picture = save_image(tmp_path / "a.jpg")
     column = pa.array([None, picture], pa.binary())
