@@ -101,15 +101,69 @@ def test_search_folder_of_nothing_and_of_no_student(pictures: Path, tiny_deploym
     assert "no deployed student here" in done.stderr
 
 
-def test_own_training_loop_prints_both_losses_of_each_step(photo_cache: Path, tiny_teacher: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/own_training_loop.py"), str(photo_cache)]
+def run_shown(page: str, values: dict[str, Path | str], *more: str) -> list[str]:
+    """Lines that the command on a how-to page prints, with values for the words that stand for the reader's own."""
+    shown = re.search(r"python (examples/[^`\n]+)", (ROOT / "docs/howto" / page).read_text())
+    assert shown is not None
+    words = shown[1].split()
+    assert set(values) <= set(words)
     done = subprocess.run(
-        [*command, "--student", f"local-dir:{tiny_teacher}", "--batch", "8"],
+        [sys.executable, *(str(values.get(word, word)) for word in words), *more],
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_own_training_loop_prints_both_losses_of_each_step(photo_cache: Path, tiny_teacher: Path) -> None:
+    values = {"f8k.cache": photo_cache, "ViT-S-32": f"local-dir:{tiny_teacher}"}
+    lines = run_shown("own-loop.md", values, "--batch", "8")
     assert len(lines) == 32 // 8
     assert all(re.fullmatch(r"epoch 1: contrastive \d+\.\d{3}, distillation \d+\.\d{3}", line) for line in lines)
+
+
+def test_a_lightning_module_learns_from_a_data_module_of_targets(photo_cache: Path, tiny_teacher: Path) -> None:
+    values = {"f8k.cache": photo_cache, "ViT-S-32": f"local-dir:{tiny_teacher}"}
+    lines = run_shown("lightning.md", values, "--batch", "8")
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 32 // 8
+    assert all(re.fullmatch(r"step \d: contrastive \d+\.\d{3}, distillation \d+\.\d{3}", line) for line in steps)
+
+
+def make_clip(folder: Path) -> Path:
+    """A tiny CLIPModel of transformers, as wide as the tiny teacher, with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<start>", "<end>", "<unk>", "picture", "number", "of", "colours", "again"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", 1), ("<end>", 2)])
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **special).save_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
+def test_the_hugging_face_trainer_learns_from_targets(photo_cache: Path, tmp_path: Path) -> None:
+    """The loss falls, and the student is saved in transformers' form."""
+    from transformers import CLIPModel
+
+    student, out = make_clip(tmp_path / "student"), tmp_path / "out"
+    values = {"f8k.cache": photo_cache, "openai/clip-vit-base-patch32": student, "runs/hf": out}
+    lines = run_shown("huggingface.md", values, "--batch", "8", "--epochs", "8")
+    losses = [float(number) for line in lines for number in re.findall(r"'loss': '?([\d.]+)", line)]
+    assert len(losses) == 8 * 32 // 8
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert CLIPModel.from_pretrained(out).config.projection_dim == 16
+
+
+@pytest.mark.parametrize("name", ["own_training_loop", "lightning_module", "hugging_face_trainer"])
+def test_what_others_copy_is_short(name: str) -> None:
+    assert len((ROOT / f"examples/{name}.py").read_text().splitlines()) < 60

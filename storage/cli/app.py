@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from teacher_cache.storage.cli.tables import Part, output_width, shown
@@ -210,7 +211,7 @@ register(
         "Cache",
         "export",
         "compare",
-        "Write embeddings as npy and parquet, as clip-retrieval and autofaiss read them.",
+        "Write embeddings as npy and parquet (clip-retrieval, autofaiss), or as WebDataset tars.",
     ),
     ("Look inside", "ls", "info", "List the caches below a path or URL."),
     ("Look inside", "info", "info", "Show what a cache holds and how much of it is done."),
@@ -300,6 +301,21 @@ def option(
         described += f" Default: {default}."
         settings["default"] = default
     return click.option(name, cls=Option, help=described, **settings)
+
+
+def refuse_unused(names: tuple[str, ...], when: str) -> None:
+    """Check that no option without effect was typed.
+
+    Args:
+        when: for the message: what the options have no effect on.
+
+    Raises:
+        UsageError: one was.
+    """
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect {when}; leave it out")
 
 
 seed_option = option("--seed", "Seed of the random rows.", 0, least=0)

@@ -15,6 +15,7 @@ from teacher_cache.storage.cli.app import (
     option,
     print_lines,
     print_result,
+    refuse_unused,
     seed_option,
     view_option,
 )
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from teacher_cache.storage.check.verify import Finding, IntegrityReport
     from teacher_cache.storage.look.diff import CacheDiff, Drift
     from teacher_cache.storage.look.export import ExportResult
+    from teacher_cache.storage.look.sidecar import SidecarResult
 
 _SHOWN = 5
 
@@ -77,6 +79,11 @@ def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
 )
 @view_option
 @option("--rows-per-file", "Number of rows of each npy file.", 1_000_000, least=1)
+@option(
+    "--sidecar",
+    "Write WebDataset tars instead: KEY.npz for each image, one tar beside each of the dataset, of the same name.",
+    is_flag=True,
+)
 @json_flag
 def export(
     cache: str,
@@ -85,15 +92,31 @@ def export(
     captions: Literal["first", "all", "none"],
     view: int,
     rows_per_file: int,
+    sidecar: bool,
     as_json: bool,
 ) -> None:
     """Leave quarantined rows out."""
     from teacher_cache.storage.look.export import export_rows
+    from teacher_cache.storage.look.sidecar import export_sidecar
     from teacher_cache.storage.observe.progress import StageProgress
 
+    if sidecar:
+        refuse_unused(("captions", "rows_per_file"), "with --sidecar")
+        with StageProgress() as progress:
+            tars = export_sidecar(cache, out, split, view, progress)
+        print_result(tars, as_json, _sidecar_lines)
+        return
     with StageProgress() as progress:
         result = export_rows(cache, out, split, captions, view, rows_per_file, progress)
     print_result(result, as_json, _export_lines)
+
+
+def _sidecar_lines(result: SidecarResult) -> list[str]:
+    return [
+        f"{result.out}: {counted(result.tars, 'tar')} with the targets of {counted(result.images, 'image')} and "
+        f"{counted(result.captions, 'caption')}, {result.embed_dim} wide, float16; {result.quarantined:,} quarantined "
+        "left out"
+    ]
 
 
 def _export_lines(result: ExportResult) -> list[str]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from teacher_cache.storage.cli.app import (
     Argument,
@@ -16,11 +15,11 @@ from teacher_cache.storage.cli.app import (
     json_flag,
     option,
     print_result,
+    refuse_unused,
     seed_option,
     view_option,
 )
 from teacher_cache.storage.cli.tables import Facts, Part, Table
-from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
@@ -74,27 +73,15 @@ def look(cache: str, image: str | None, text_row: int | None, as_json: bool, **o
     count, rows = options["count"], options["rows"]
     with StageProgress() as progress:
         if image is None and text_row is None:
-            _refuse_unused(("view",), "random images")
+            refuse_unused(("view",), "when look shows random images")
             chosen = (options["split"], options["nearest"], rows or 200_000, options["seed"])
             sample = sample_images(cache, count, *chosen, progress)
             show = partial(print_result, sample, as_json, _sample_lines)
         else:
-            _refuse_unused(("split", "nearest", "seed"), "one image or caption")
+            refuse_unused(("split", "nearest", "seed"), "when look shows one image or caption")
             near = find_neighbours(cache, image, text_row, count, options["view"], rows or 1_000_000, progress=progress)
             show = partial(print_result, near, as_json, _neighbour_lines)
     show()
-
-
-def _refuse_unused(names: tuple[str, ...], what: str) -> None:
-    """Check that no option without effect was typed.
-
-    Raises:
-        UsageError: one was.
-    """
-    ctx = click.get_current_context()
-    for name in names:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name} has no effect when look shows {what}; leave it out")
 
 
 def _sample_lines(sample: RowSample) -> list[str]:

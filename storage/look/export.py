@@ -26,7 +26,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 
 EXPORT_KEY = "export.json"
 _ROWS_AT_ONCE = 65_536
-_MEMORY_BYTES = 256 << 20
+MEMORY_BYTES = 256 << 20
 
 Captions: TypeAlias = Literal["first", "all", "none"]
 
@@ -72,10 +72,8 @@ def export_rows(
         UsageError: the folder exists or is a URL, the cache has no such split or view, or images have no caption.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    if "://" in out:
-        raise UsageError(f"{out}: an export is written to a local folder. Choose one, and copy it from there")
-    require_free(Path(out))
-    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    require_local_folder(out)
+    reader = EmbeddingReader(location, memory_bytes=MEMORY_BYTES)
     require_view(reader, view)
     images = reader.image_rows(split)
     if not reader.manifest.layout.text_rows:
@@ -115,6 +113,17 @@ def export_rows(
         _write_parts(folder, reader, image_rows, text_rows, view, rows_per_file, progress)
         (folder / EXPORT_KEY).write_text(json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
     return result
+
+
+def require_local_folder(out: str) -> None:
+    """Check the folder of an export.
+
+    Raises:
+        UsageError: it exists or is a URL.
+    """
+    if "://" in out:
+        raise UsageError(f"{out}: an export is written to a local folder. Choose one, and copy it from there")
+    require_free(Path(out))
 
 
 def _of_split(reader: EmbeddingReader, split: str) -> int:

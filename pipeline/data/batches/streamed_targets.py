@@ -37,8 +37,8 @@ class StreamedTargets(IterableDataset[dict[str, Tensor]]):
         batch_size: Images per batch of this rank.
         window_chunks: Chunks that are shuffled together.
         seed: Seed of the order, of the captions and of the views.
-        rank, ranks: This process among those that share each batch. Default: torch.distributed's, if it is initialized.
-            Accelerate and the Hugging Face Trainer share an iterable dataset out themselves: give them 0 and 1.
+        rank, ranks: This process among those that share each batch. Default: torch.distributed's, if it is initialized
+            when the stream is made. What shares a loader out again, as Accelerate's ``prepare`` does, is not needed.
 
     Yields:
         Batches as ``TargetDataset`` describes items, each tensor with a first dimension of ``batch_size``.
