@@ -23,7 +23,7 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.cli.app import Argument, Command, Option, complete_cache
 from teacher_cache.storage.errors import CacheNotFoundError, MissingPackageError, UsageError
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, misplaced
+from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, misplaced, similar_names
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
 
@@ -119,6 +119,9 @@ def check_names(config: StageConfig) -> None:
         if problem := misplaced(named[name], places[name], type(config).model_fields.keys() - named.keys()):
             raise UsageError(problem)
     check_device(named.get("device", "cpu"))
+    root = named.get("image_root", "")
+    if root and "://" not in root and not Path(root).is_dir():
+        raise UsageError(f"--image-root {root}: no folder there.{similar_names(root)}")
     for setting, value, module in _OPTIONAL:
         if str(named.get(setting)).startswith(value) and find_spec(module) is None:
             raise MissingPackageError(module, f"{setting} {named[setting]!r}")

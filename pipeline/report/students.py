@@ -42,6 +42,11 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
                 f"{path}: not measured yet, or by an older version: teacher-cache evaluate --run {path} --split SPLIT "
                 "leaves recall and retention in the run."
             )
+        if evaluations and all(of_other_data(result, manifest_digest) for result in evaluations):
+            raise UsageError(
+                f"{path}: is of {record.config.cache}, and not measured on this cache. Report that one, or measure it "
+                f"here first: teacher-cache evaluate --run {path} --cache CACHE"
+            )
         elsewhere = sorted({result.cache for result in evaluations if of_other_data(result, manifest_digest)})
         if elsewhere:
             notes.append(f"{path}: also measured on {', '.join(elsewhere)}: rows of the table that say so, no more.")

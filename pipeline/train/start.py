@@ -61,9 +61,10 @@ def fit_to_captions(config: TrainConfig) -> TrainConfig:
     """
     if not config.captions_per_image or read_manifest(open_files(config.cache)).identity.dataset.captions:
         return config
-    settings = config.model_dump() | {"captions_per_image": 0}
+    # not what is set by default: a split that nobody named is the only one of the cache
+    settings = config.model_dump(exclude_unset=True) | {"captions_per_image": 0}
     if config.losses == RECIPES[config.recipe].losses:
-        del settings["losses"]
+        settings.pop("losses", None)
     fitted = check_config(TrainConfig, settings, f"{config.cache} has no captions")
     losses = ", ".join(f"{name} = {weight:g}" for name, weight in fitted.losses.items())
     images = "%s has no captions: the student learns from its images alone, with %s; its text tower keeps its weights"

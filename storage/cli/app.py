@@ -56,7 +56,16 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command. A path in the place of an option is answered with its option."""
         ctx.allow_extra_args = True
-        if extra := super().parse_args(ctx, args):
+        try:
+            extra = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if any(isinstance(param, click.Argument) and param.name == name for param in self.params):
+                placed = f"{ctx.command_path} {name.upper()}"
+                told = f"No such option {error.option_name!r}. It stands without a flag: {placed}"
+                raise click.UsageError(told, ctx) from error
+            raise
+        if extra:
             if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
                 raise UsageError(advice)
             expanded = len({Path(word).suffix for word in extra}) == 1 and Path(extra[0]).suffix

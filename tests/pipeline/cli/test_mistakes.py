@@ -53,6 +53,9 @@ CASES = [
     (f"{PRECOMPUTE} webdataset:images.tar?txt=line", 2, "txt='line' is not known; it is one of whole, lines"),
     ("train images.tar", 2, "images.tar is a tar of images; a run file is wanted here"),
     (f"{TEACHER} bundled:scenes --cache pairs.csv", 2, "pairs.csv is a table; a cache is wanted here"),
+    ("zero-shot --dataset imagefolder:x", 2, "It stands without a flag: teacher-cache zero-shot DATASET"),
+    ("students list --registry st", 2, "No such option '--registry'. It stands without a flag: "),
+    ("evaluate --run r1 --image-root folders", 2, "--image-root folders: no folder there. Did you mean folder?"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
     # values: the message names what was typed
     (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),

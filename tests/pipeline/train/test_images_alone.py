@@ -29,9 +29,9 @@ def cache(tiny_teacher: Path, tmp_path: Path) -> Path:
     return make_images(photos, tiny_teacher, tmp_path / "images.cache")
 
 
-def make_images(photos: Path, teacher: Path, cache: Path) -> Path:
+def make_images(photos: Path, teacher: Path, cache: Path, holdout: str = "?holdout=25%") -> Path:
     settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu"}
-    dataset = f"images:{photos}?holdout=25%"
+    dataset = f"images:{photos}{holdout}"
     precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=str(cache), **settings))
     return cache
 
@@ -47,6 +47,13 @@ def test_losses_of_images_alone_by_hand() -> None:
     batch = LossInputs((rows,), (rows,), (taught,), torch.tensor(1.0), 1.0)  # type: ignore[arg-type]
     assert LOSSES["cosine"](batch).item() == pytest.approx(0.2, abs=1e-7)  # (0 + 0.4) / 2
     assert LOSSES["feature"](batch).item() == pytest.approx(0.2, abs=1e-7)  # (0.4^2 + 0.8^2) / 4
+
+
+def test_a_cache_without_splits_is_learned_from_whole(tiny_teacher: Path, student: Path, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 8) / "images"
+    cache = make_images(photos, tiny_teacher, tmp_path / "images.cache", holdout="")
+    config = train_config(cache, student, tmp_path / "run", epochs=1, batch_size=256)
+    assert train(config).record.config.split == ""
 
 
 def test_the_image_tower_learns_and_the_text_tower_stays(

@@ -10,7 +10,8 @@ path relative to the root. Samples come in the order of their paths. Hidden file
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.files import (
@@ -25,6 +26,7 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.pipeline.data.datasets.prompts import filled, match_classes, read_class_names, read_templates
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import printable
 
 _WORDS = re.compile(r"[a-z]+")
@@ -55,9 +57,24 @@ def read(root: str, *, templates: str = "photo", classes: str = "", split: str =
 
 
 def check(root: str, *, templates: str = "photo", classes: str = "", split: str = "") -> None:
-    """Check what :func:`read` checks before it reads the folders of the classes."""
+    """Check what :func:`read` checks before it reads the folders of the classes, and say which they are."""
     read_templates(templates)
-    _class_names(root, class_folders(root), classes)
+    _say_classes(root, tuple(_class_names(root, class_folders(root), classes).values()))
+
+
+@lru_cache(maxsize=1)
+def _say_classes(root: str, names: tuple[str, ...]) -> None:
+    """Say once which classes a folder has, and which of them look like folders of classes."""
+    say(f"{root}: the classes are {printable(_listed(names))}")
+    for _, folder in _class_folders(local_folder("imagefolder", root))[0]:
+        inner, files = entries_in(folder)
+        if inner and not any(map(is_image, files)):
+            below = printable(_listed([path.name for path in inner]))
+            say(f"{folder}: its pictures lie in {below}, which count as one class. Are those the classes?")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def class_folders(root: str) -> list[str]:

@@ -25,6 +25,8 @@ from teacher_cache.pipeline.data.datasets.files import (
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.quantities import counted
 
 
 def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Record]:
@@ -42,19 +44,27 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
     folder = local_folder("images", root)
     texts: set[Path] = set()
     others: list[Path] = []
+    glued = 0
     for path in files_below(folder):
         if not is_image(path):
             others.append(path)
             continue
         beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            beside = path.with_suffix(".TXT")
         captions: list[str] = []
         if beside.is_file():
             texts.add(beside)
             captions = _captions(beside, encoding, lines=txt == "lines")
+            glued += txt == "whole" and "\n" in captions[0].strip()
         relative = path.relative_to(folder)
         split = relative.parts[0].casefold() if len(relative.parts) > 1 else ""
         name = relative.as_posix()
         yield from sample_or_problem(name, name, split if split in SPLIT_NAMES else "", captions)
+    if glued:
+        say(
+            f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines reads a caption per line"
+        )
     for path in others:
         if path not in texts:
             detail = f"no image by its ending, nor the caption of one; images are {', '.join(IMAGE_ENDINGS)}"

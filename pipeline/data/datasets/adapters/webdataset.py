@@ -43,6 +43,7 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.transient import is_transient
+from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -117,6 +118,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
         UsageError: no tar, an option with another value, or a caption of another encoding.
     """
     _check_options(txt, ids)
+    glued = 0
     for uri, tar_split, key, member in _members(root, split, _Texts(lines=txt == "lines", encoding=encoding)):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
         if isinstance(member, Problem):
@@ -124,12 +126,17 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
         elif member.offset >= 0:
             # ignore an empty .txt beside a .json with a caption
             texts = [member.texts[ending] for ending in ("txt", "json") if ending in member.texts]
+            glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
             yield from sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length)
         elif member.texts:
             others = f" and {', '.join(member.others)}, which is not read" if member.others else ""
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
             yield Problem("no-image", sample_id, detail, lost_image=False)
+    if glued:
+        say(
+            f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines reads a caption per line"
+        )
 
 
 def check(root: str, *, txt: str = "whole", ids: str = "key", encoding: str = "", split: str = "") -> None:

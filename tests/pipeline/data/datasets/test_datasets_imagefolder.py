@@ -11,7 +11,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets.prompts import DEFAULT_TEMPLATES
 from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import load_samples
-from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, check_dataset
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import shared
 from tests.pipeline.data.dataset_files import load, read, save_image, told
@@ -156,6 +156,17 @@ def test_what_is_not_in_the_form_is_named(pets: Path) -> None:
         ("bad-record", "cat/notes.txt", False),
         ("bad-record", "empty", False),
         ("missing-file", "cat/gone.jpg", True),
+    ]
+
+
+def test_classes_are_said_and_folders_of_classes_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("boy", "bad/dog", "bad/man"):
+        save_image(tmp_path / name / "a.jpg")
+    for _ in range(2):
+        check_dataset(f"imagefolder:{tmp_path}")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: the classes are bad, boy",
+        f"{tmp_path}/bad: its pictures lie in dog, man, which count as one class. Are those the classes?",
     ]
 
 
