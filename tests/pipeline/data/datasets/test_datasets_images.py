@@ -29,7 +29,7 @@ def test_pictures_below_a_folder_in_order(pictures: Path, capsys: pytest.Capture
         ],
         [],
     )
-    assert "1 text of several lines, read as one caption each; ?txt=lines reads" in capsys.readouterr().err
+    assert "1 text of several lines, read as one caption each; ?txt=lines splits" in capsys.readouterr().err
     assert read("images", pictures, txt="lines")[0][1].captions == ("One line.", "Another.")
     assert [sample.sample_id for sample in read("images", pictures, uncaptioned="drop")[0]] == ["b.jpg"]
     assert len(load(f"images:{pictures}").samples) == 4
